@@ -1,0 +1,114 @@
+"""The one error tree of the service.
+
+KVStoreError
+├── ConfigurationError            a setting is wrong; says which and what would be right
+├── CodecError
+│   ├── UnsupportedModelError     the model's KV cannot be described or reused; says why
+│   ├── InvalidKVError            tensors whose shape, dtype or values do not fit the ModelSpec
+│   ├── UnknownEncodingError      a rate or coder that does not exist
+│   ├── CoderUnavailableError     a coder that exists but cannot run on this machine; says why
+│   └── ChunkFormatError          bytes that are not a chunk, or not a whole one
+│       ├── UnsupportedVersionError
+│       ├── TruncatedChunkError
+│       ├── ChecksumError
+│       └── ForeignChunkError     a sound chunk, but of another model, text or context than asked for
+├── StorageError
+│   ├── ArenaFullError            nothing left that may be evicted
+│   ├── ChunkTooLargeError
+│   ├── ChunkNotFoundError
+│   └── PutStateError             put verbs out of order, or a size that differs from the announced one
+├── ClusterError
+│   ├── NoMembersError
+│   └── CatalogueError            the coordinator's durable state cannot be read or written
+├── ServiceError
+│   ├── AddressInUseError
+│   └── StartupError
+└── FetchError                    never leaves the client: a fetch turns it into a miss with a reason
+    ├── NodeUnavailableError
+    ├── FetchTimeoutError
+    └── FetchCancelledError
+
+It lives in the codec because every part knows the codec and the codec knows nobody.
+"""
+
+
+class KVStoreError(Exception):
+    """Root of every error this project raises on purpose."""
+
+
+class ConfigurationError(KVStoreError): ...
+
+
+class CodecError(KVStoreError): ...
+
+
+class UnsupportedModelError(CodecError): ...
+
+
+class InvalidKVError(CodecError): ...
+
+
+class UnknownEncodingError(CodecError): ...
+
+
+class CoderUnavailableError(CodecError): ...
+
+
+class ChunkFormatError(CodecError): ...
+
+
+class UnsupportedVersionError(ChunkFormatError): ...
+
+
+class TruncatedChunkError(ChunkFormatError): ...
+
+
+class ChecksumError(ChunkFormatError): ...
+
+
+class ForeignChunkError(ChunkFormatError): ...
+
+
+class StorageError(KVStoreError): ...
+
+
+class ArenaFullError(StorageError): ...
+
+
+class ChunkTooLargeError(StorageError): ...
+
+
+class ChunkNotFoundError(StorageError): ...
+
+
+class PutStateError(StorageError): ...
+
+
+class ClusterError(KVStoreError): ...
+
+
+class NoMembersError(ClusterError): ...
+
+
+class CatalogueError(ClusterError): ...
+
+
+class ServiceError(KVStoreError): ...
+
+
+class AddressInUseError(ServiceError): ...
+
+
+class StartupError(ServiceError): ...
+
+
+class FetchError(KVStoreError): ...
+
+
+class NodeUnavailableError(FetchError): ...
+
+
+class FetchTimeoutError(FetchError): ...
+
+
+class FetchCancelledError(FetchError): ...
