@@ -5,6 +5,7 @@ KVStoreError
 ├── CodecError
 │   ├── UnsupportedModelError     the model's KV cannot be described or reused; says why
 │   ├── InvalidKVError            tensors whose shape, dtype or values do not fit the ModelSpec
+│   ├── InvalidTokensError        token ids that are not whole numbers of 32 bits
 │   ├── UnknownEncodingError      a rate or coder that does not exist
 │   ├── CoderUnavailableError     a coder that exists but cannot run on this machine; says why
 │   └── ChunkFormatError          bytes that are not a chunk, or not a whole one
@@ -16,6 +17,7 @@ KVStoreError
 │   ├── ArenaFullError            nothing left that may be evicted
 │   ├── ChunkTooLargeError
 │   ├── ChunkNotFoundError
+│   ├── FrameRangeError           frames that the stored chunk does not have
 │   └── PutStateError             put verbs out of order, or a size that differs from the announced one
 ├── ClusterError
 │   ├── NoMembersError
@@ -46,6 +48,9 @@ class UnsupportedModelError(CodecError): ...
 
 
 class InvalidKVError(CodecError): ...
+
+
+class InvalidTokensError(CodecError, ValueError): ...
 
 
 class UnknownEncodingError(CodecError): ...
@@ -79,6 +84,9 @@ class ChunkTooLargeError(StorageError): ...
 
 
 class ChunkNotFoundError(StorageError): ...
+
+
+class FrameRangeError(StorageError): ...
 
 
 class PutStateError(StorageError): ...
