@@ -1,0 +1,88 @@
+"""How a chunk of KV is cut into frames: 64 tokens x one period of neighbouring layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvstore_codec.errors import ChunkFormatError
+from kvstore_codec.identity import CHUNK_TOKENS
+from kvstore_codec.model_spec import KVDtype, ModelSpec
+
+# Far above any real model, and low enough that no field read from foreign bytes can size a huge buffer.
+MAX_LAYERS = 1024
+MAX_KV_HEADS = 1024
+MAX_HEAD_DIM = 4096
+MAX_CHUNK_TOKENS = 65_536
+MAX_FRAMES = 16_384
+MAX_FRAME_VALUES = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Shape of a chunk. Frames are ordered period by period, within a period by tokens ("slots"), so that
+    what a layer-wise fetch needs first comes first: frame = period * frames_per_period + slot.
+
+    Raises ChunkFormatError for dimensions that no real chunk has.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    dtype: KVDtype
+    tokens: int = CHUNK_TOKENS
+    frame_tokens: int = 64
+    period_layers: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value, limit in (
+            ("layers", self.layers, MAX_LAYERS),
+            ("kv_heads", self.kv_heads, MAX_KV_HEADS),
+            ("head_dim", self.head_dim, MAX_HEAD_DIM),
+            ("tokens", self.tokens, MAX_CHUNK_TOKENS),
+            ("frame_tokens", self.frame_tokens, MAX_CHUNK_TOKENS),
+            ("period_layers", self.period_layers, MAX_LAYERS),
+        ):
+            if not isinstance(value, int) or not 1 <= value <= limit:
+                raise ChunkFormatError(f"a chunk with {name} = {value!r} is absurd: expected 1 to {limit}")
+        if self.frame_count > MAX_FRAMES:
+            raise ChunkFormatError(f"a chunk of {self.frame_count} frames is absurd: at most {MAX_FRAMES}")
+        if self.frame_values(0) > MAX_FRAME_VALUES:
+            raise ChunkFormatError(
+                f"a frame of {self.frame_values(0)} values is absurd: at most {MAX_FRAME_VALUES}"
+            )
+
+    @classmethod
+    def of(cls, spec: ModelSpec, tokens: int = CHUNK_TOKENS) -> Geometry:
+        return cls(spec.layers, spec.kv_heads, spec.head_dim, spec.dtype, tokens)
+
+    @property
+    def periods(self) -> int:
+        return -(-self.layers // self.period_layers)
+
+    @property
+    def frames_per_period(self) -> int:
+        return -(-self.tokens // self.frame_tokens)
+
+    @property
+    def frame_count(self) -> int:
+        return self.periods * self.frames_per_period
+
+    def layers_of(self, period: int) -> range:
+        """The layers a period holds; the last period may be shorter."""
+        first = period * self.period_layers
+        return range(first, min(first + self.period_layers, self.layers))
+
+    def tokens_of(self, slot: int) -> range:
+        """The tokens of the chunk a slot holds; the last slot may be shorter."""
+        first = slot * self.frame_tokens
+        return range(first, min(first + self.frame_tokens, self.tokens))
+
+    def frame_shape(self, frame: int) -> tuple[int, int, int, int]:
+        """[layers_in_period, kv_heads, tokens_in_frame, head_dim] of the K (and of the V) of a frame."""
+        period, slot = divmod(frame, self.frames_per_period)
+        return len(self.layers_of(period)), self.kv_heads, len(self.tokens_of(slot)), self.head_dim
+
+    def frame_values(self, frame: int) -> int:
+        """Values in a frame, K and V together."""
+        layers, heads, tokens, dim = self.frame_shape(frame)
+        return 2 * layers * heads * tokens * dim
