@@ -1,0 +1,156 @@
+"""The DRAM tier's memory: one anonymous mapping cut into fixed blocks, handed out as runs of blocks.
+
+Blocks are all alike, so a chunk fits whenever enough of them are free, wherever they lie: there is nothing to
+compact. Freed runs are handed out again first, because memory that was touched before is many times faster
+than fresh pages. Bytes go in and out through memoryviews; the arena itself never copies.
+"""
+
+import math
+import mmap
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from kvstore_codec.errors import ArenaFullError, ConfigurationError, StorageError
+
+DEFAULT_BLOCK_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extent:
+    """`size_bytes` of arena memory: `runs` of (first block, blocks), and the offset at which each starts."""
+
+    size_bytes: int
+    runs: tuple[tuple[int, int], ...]
+    starts: tuple[int, ...]
+
+    @property
+    def blocks(self) -> int:
+        return sum(count for _, count in self.runs)
+
+
+class Arena:
+    """Allocates extents of blocks. Not thread-safe: the owner locks around `allocate` and `free`; the views
+    may be used from any thread for as long as the extent is allocated.
+
+    Raises ConfigurationError when this machine cannot give that much memory.
+    """
+
+    def __init__(self, memory_bytes: int, block_bytes: int = DEFAULT_BLOCK_BYTES) -> None:
+        if memory_bytes < block_bytes:
+            raise ConfigurationError(
+                f"a storage node needs at least {block_bytes} bytes, not {memory_bytes}; raise --memory"
+            )
+        require_memory(memory_bytes)
+        self._block_bytes = block_bytes
+        self._block_count = memory_bytes // block_bytes
+        try:
+            mapping = mmap.mmap(-1, self._block_count * block_bytes)
+        except (OSError, ValueError, OverflowError) as error:
+            raise ConfigurationError(
+                f"cannot map {memory_bytes} bytes for chunks ({error}); lower --memory"
+            ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = memoryview(mapping)
+        self._free_runs: list[tuple[int, int]] = [(0, self._block_count)]
+        self._free_blocks = self._block_count
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._block_count * self._block_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the blocks that are taken: sizes rounded up to whole blocks."""
+        return (self._block_count - self._free_blocks) * self._block_bytes
+
+    def footprint_bytes(self, size_bytes: int) -> int:
+        """What `size_bytes` would take: whole blocks, at least one."""
+        return max(1, -(-size_bytes // self._block_bytes)) * self._block_bytes
+
+    def allocate(self, size_bytes: int) -> Extent:
+        """Takes blocks for `size_bytes`; their contents are undefined. Raises ArenaFullError, and then
+        nothing was taken."""
+        needed = self.footprint_bytes(size_bytes) // self._block_bytes
+        if needed > self._free_blocks:
+            raise ArenaFullError(
+                f"{size_bytes} bytes do not fit: {self._free_blocks * self._block_bytes} of "
+                f"{self.capacity_bytes} bytes are free"
+            )
+        self._free_blocks -= needed
+        runs = []
+        while needed:
+            first, count = self._free_runs.pop()
+            if count > needed:
+                self._free_runs.append((first + needed, count - needed))
+                count = needed
+            runs.append((first, count))
+            needed -= count
+        lengths = (count * self._block_bytes for _, count in runs[:-1])
+        return Extent(size_bytes, tuple(runs), tuple(accumulate(lengths, initial=0)))
+
+    def free(self, extent: Extent) -> None:
+        """Gives the blocks back. Nobody may use a view of the extent afterwards."""
+        self._free_runs.extend(reversed(extent.runs))
+        self._free_blocks += extent.blocks
+
+    def views(self, extent: Extent, offset: int = 0, length: int | None = None) -> Iterator[memoryview]:
+        """Writable views that together are bytes [offset, offset + length) of the extent, in order."""
+        end = extent.size_bytes if length is None else offset + length
+        if not 0 <= offset <= end <= extent.size_bytes:
+            raise StorageError(f"bytes [{offset}, {end}) lie outside an extent of {extent.size_bytes} bytes")
+        run = max(0, bisect_right(extent.starts, offset) - 1)
+        while offset < end:
+            first, count = extent.runs[run]
+            start = extent.starts[run]
+            stop = min(start + count * self._block_bytes, end)
+            begin = first * self._block_bytes - start
+            yield self._memory[begin + offset : begin + stop]
+            offset = stop
+            run += 1
+
+    def check_integrity(self, allocated: Iterable[Extent]) -> None:
+        """Raises StorageError unless `allocated` and the free runs together are every block exactly once."""
+        taken = [run for extent in allocated for run in extent.runs]
+        position = 0
+        for first, count in sorted([*taken, *self._free_runs]):
+            if first != position or count < 1:
+                raise StorageError(
+                    f"arena is corrupt: block {position} is lost or owned twice (run at {first})"
+                )
+            position = first + count
+        if position != self._block_count or sum(count for _, count in self._free_runs) != self._free_blocks:
+            raise StorageError(f"arena is corrupt: {position} of {self._block_count} blocks accounted for")
+
+
+def require_memory(memory_bytes: int) -> None:
+    """Raises ConfigurationError when this machine, or the container around this process, has less memory.
+
+    A mapping larger than the memory usually succeeds and gets the process killed once it fills, so it is
+    refused here, where somebody can still read why.
+    """
+    limit_bytes = min(_physical_bytes(), _container_limit_bytes())
+    if memory_bytes > limit_bytes:
+        raise ConfigurationError(
+            f"{memory_bytes} bytes of memory for chunks is more than the {limit_bytes} bytes this machine "
+            "allows; lower --memory"
+        )
+
+
+def _physical_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _container_limit_bytes() -> float:
+    """The memory limit of the control group (version 2, then 1); infinite where none is set."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limit = Path(path).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        return math.inf if limit == "max" else int(limit)
+    return math.inf

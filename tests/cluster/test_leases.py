@@ -1,0 +1,74 @@
+import pytest
+from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId, LeaseTable
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def leases(clock: Clock) -> LeaseTable[str]:
+    return LeaseTable(max_lease_s=60.0, clock=clock)
+
+
+def test_a_lease_holds_its_keys_until_released(leases: LeaseTable[str]) -> None:
+    lease_id = leases.grant(["a", "b"], 10.0)
+    assert len(lease_id) == LEASE_ID_BYTES
+    assert leases.holds("a")
+    assert leases.holds("b")
+    assert not leases.holds("c")
+    assert leases.release(lease_id)
+    assert not leases.holds("a")
+    assert not leases.release(lease_id)
+    assert len(leases) == 0
+
+
+def test_a_key_is_held_while_any_lease_covers_it(leases: LeaseTable[str]) -> None:
+    first, second = leases.grant(["a"], 10.0), leases.grant(["a"], 10.0)
+    leases.release(first)
+    assert leases.holds("a")
+    leases.release(second)
+    assert not leases.holds("a")
+
+
+def test_a_lease_ends_by_itself(leases: LeaseTable[str], clock: Clock) -> None:
+    lease_id = leases.grant(["a"], 10.0)
+    clock.now_s += 9.9
+    leases.expire()
+    assert leases.holds("a")
+    clock.now_s += 0.2
+    leases.expire()
+    assert not leases.holds("a")
+    assert not leases.renew(lease_id, 10.0)
+
+
+def test_renewing_counts_from_now(leases: LeaseTable[str], clock: Clock) -> None:
+    lease_id = leases.grant(["a"], 10.0)
+    for _ in range(5):
+        clock.now_s += 8.0
+        assert leases.renew(lease_id, 10.0)
+    clock.now_s += 10.1
+    leases.expire()
+    assert not leases.holds("a")
+
+
+def test_no_lease_is_longer_than_the_cap(leases: LeaseTable[str], clock: Clock) -> None:
+    lease_id = leases.grant(["a"], 1e9)
+    assert leases.renew(lease_id, 1e9)
+    clock.now_s += 60.1
+    leases.expire()
+    assert len(leases) == 0
+
+
+def test_an_unknown_lease_is_neither_renewed_nor_released(leases: LeaseTable[str]) -> None:
+    assert not leases.renew(LeaseId(b"x" * 16), 10.0)
+    assert not leases.release(LeaseId(b"x" * 16))
