@@ -1,0 +1,110 @@
+"""The client: match a prompt, fetch what matches, store what does not."""
+
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from kvstore_codec.errors import FetchError, NodeUnavailableError
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
+from kvstore_codec.model_spec import ModelSpec
+from kvstore_codec.rope import RotaryTable
+
+from kvstore_client.cluster_view import ClusterView
+from kvstore_client.fetch import Fetch, KVBuffers
+from kvstore_client.lookup import PrefixMatch, find_prefix, release
+from kvstore_client.metrics import ClientMetrics
+from kvstore_client.settings import ClientSettings
+from kvstore_client.store import Store
+from kvstore_client.timeline import Timeline
+
+
+def connect(address: str, settings: ClientSettings | None = None, **overrides: Any) -> "KVStoreClient":
+    """A client of the cluster whose coordinator listens on `address` (`host:port`).
+
+    Nothing is contacted yet, and a service that is away is no error: prompts are then prefilled. `overrides` are
+    fields of ClientSettings; what is not given comes from `KVSTORE_*` environment variables. Raises
+    ConfigurationError for an address that is none.
+    """
+    if settings is None:
+        settings = ClientSettings(**overrides)
+    elif overrides:
+        settings = settings.model_copy(update=overrides)
+    return KVStoreClient(address, settings)
+
+
+class KVStoreClient:
+    """Engine-neutral access to the cluster. Thread-safe. Nothing here raises because the service misbehaves."""
+
+    def __init__(self, address: str, settings: ClientSettings) -> None:
+        self.settings = settings
+        self.metrics = ClientMetrics()
+        self._view = ClusterView(address, settings)
+        self._store = Store(self._view, settings, self.metrics)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._ask_again_at = 0.0
+
+    def chunk_ids(self, spec: ModelSpec, token_ids: Sequence[int]) -> list[ChunkId]:
+        """The ids of a text's full chunks, for this client's tenant."""
+        salt = self.settings.tenant_salt.get_secret_value().encode()
+        return chunk_ids(spec.digest, salt, token_ids, CHUNK_TOKENS)
+
+    def match(self, spec: ModelSpec, ids: Sequence[ChunkId], timeline: Timeline | None = None) -> PrefixMatch:
+        """The longest stored prefix of a text, leased. Empty when there is none or the service cannot be asked.
+
+        Takes at most `lookup_timeout_s` for each of membership and lookup; after a failure the service is left
+        alone for `retry_after_s`. Hand the match to `fetch`, or to `release`.
+        """
+        if not ids:
+            return PrefixMatch()
+        if time.monotonic() < self._ask_again_at:
+            self.metrics.missed("paused")
+            return PrefixMatch()
+        try:
+            with (timeline or Timeline()).span("lookup"):
+                return find_prefix(self._view, self.settings, self.metrics, spec, ids)
+        except FetchError as error:
+            self.metrics.missed("unreachable" if isinstance(error, NodeUnavailableError) else "lookup_failed")
+            self._ask_again_at = time.monotonic() + self.settings.retry_after_s
+            return PrefixMatch()
+
+    def release(self, match: PrefixMatch) -> None:
+        """Give back a match that will not be fetched."""
+        release(self._view, match)
+
+    def fetch(
+        self,
+        match: PrefixMatch,
+        buffers: KVBuffers,
+        rotary: RotaryTable | None,
+        timeline: Timeline | None = None,
+    ) -> Fetch:
+        """Start bringing a match into `buffers`, whose token axis begins at the prompt's first token."""
+        return Fetch(
+            match, buffers, rotary, view=self._view, settings=self.settings, metrics=self.metrics,
+            timeline=timeline or Timeline(),
+        )  # fmt: skip
+
+    @property
+    def store(self) -> Store:
+        """Where new chunks are handed in."""
+        return self._store
+
+    def close(self) -> None:
+        """Finish storing what was handed in, then disconnect."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._store.close()
+        self._view.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,117 @@
+"""What a client knows of the cluster: its members, and a channel to each."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from kvstore_api.placement import Member, Membership, owners
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
+
+from kvstore_client.settings import ClientSettings
+
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 8 << 20),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+class ClusterView:
+    """Membership cached from the coordinator, and one gRPC channel per address. Thread-safe.
+
+    Only the very first membership is waited for. Later it is refreshed behind the caller's back, and an old one is
+    used while the coordinator is away: losing the coordinator never stops reads.
+    """
+
+    def __init__(self, address: str, settings: ClientSettings) -> None:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigurationError(f"address {address!r} of the coordinator is not of the form host:port")
+        self._settings = settings
+        self._address = address
+        self._lock = threading.Lock()
+        self._channels: dict[str, grpc.Channel] = {}
+        self._membership: Membership | None = None
+        self._fetched_at_s = 0.0
+        self._refreshing = False
+        self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvstore-membership")
+
+    def membership(self) -> Membership:
+        """The members as last heard. Raises NodeUnavailableError when none were ever heard of in time."""
+        with self._lock:
+            known = self._membership
+            stale = time.monotonic() - self._fetched_at_s > self._settings.membership_ttl_s
+        if known is None:
+            return self._ask()
+        if stale:
+            self.refresh()
+        return known
+
+    def owner(self, content_id: bytes) -> Member:
+        """The node that holds, or should hold, a chunk. Raises NodeUnavailableError when there is no node."""
+        members = self.membership().members
+        if not members:
+            raise NodeUnavailableError(
+                f"the cluster at {self._address} has no storage node; see `kvstore status --address {self._address}`"
+            )
+        return owners(content_id, members, 1)[0]
+
+    def refresh(self) -> None:
+        """Start asking for the membership, unless that is under way."""
+        with self._lock:
+            if self._refreshing:
+                return
+            self._refreshing = True
+        try:
+            self._refresher.submit(self._refresh)
+        except RuntimeError:  # closed meanwhile
+            self._refreshing = False
+
+    def storage(self, endpoint: str) -> rpc.StorageStub:
+        return rpc.StorageStub(self._channel(endpoint))
+
+    def close(self) -> None:
+        self._refresher.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            for channel in self._channels.values():
+                channel.close()
+            self._channels.clear()
+
+    def _refresh(self) -> None:
+        try:
+            self._ask()
+        except NodeUnavailableError:
+            with self._lock:  # keep the old membership, and try again a whole interval later
+                self._fetched_at_s = time.monotonic()
+        finally:
+            with self._lock:
+                self._refreshing = False
+
+    def _ask(self) -> Membership:
+        stub = rpc.CoordinatorStub(self._channel(self._address))
+        try:
+            reply = stub.Membership(pb.MembershipRequest(), timeout=self._settings.lookup_timeout_s)
+        except grpc.RpcError as error:
+            raise NodeUnavailableError(
+                f"the coordinator at {self._address} did not answer: {error.code().name}"
+            ) from error
+        membership = Membership(
+            reply.epoch, tuple(Member(m.node_id, m.endpoint, m.weight) for m in reply.members)
+        )
+        with self._lock:
+            if self._membership is None or membership.epoch >= self._membership.epoch:
+                self._membership = membership
+            self._fetched_at_s = time.monotonic()
+            return self._membership
+
+    def _channel(self, endpoint: str) -> grpc.Channel:
+        with self._lock:
+            if endpoint not in self._channels:
+                dial = self._settings.routes.get(endpoint, endpoint)
+                self._channels[endpoint] = grpc.insecure_channel(dial, options=_CHANNEL_OPTIONS)
+            return self._channels[endpoint]

@@ -1,0 +1,1 @@
+"""Adapters of inference engines: thin shells over the client."""

@@ -1,0 +1,75 @@
+"""Taking keys before RoPE out of a running model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from kvstore_codec.errors import UnsupportedModelError
+from torch import nn
+from transformers import PreTrainedModel
+
+_active: ContextVar["KeyCapture | None"] = ContextVar("kvstore_key_capture", default=None)
+
+
+class KeyCapture:
+    """The keys that one `generate` call computed, before RoPE, in the order of its forward passes.
+
+    Holds references to what the model's key projections returned; nothing is copied until `keys` is called.
+    """
+
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, first_token: int) -> None:
+        self.first_token = first_token
+        """Position of the first captured token: those before it were reused."""
+        self._shape = (kv_heads, head_dim)
+        self._steps: list[list[torch.Tensor]] = [[] for _ in range(layers)]
+
+    def record(self, layer: int, projected: torch.Tensor) -> None:
+        self._steps[layer].append(projected.detach().view(-1, *self._shape))
+
+    def keys(self, layer: int, begin: int, end: int) -> torch.Tensor:
+        """Keys of tokens `begin` to `end` (positions in the prompt), `[kv_heads, tokens, head_dim]`."""
+        pieces: list[torch.Tensor] = []
+        position = self.first_token
+        for step in self._steps[layer]:
+            low, high = max(begin - position, 0), min(end - position, len(step))
+            if low < high:
+                pieces.append(step[low:high])
+            position += len(step)
+            if position >= end:
+                break
+        keys = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return keys.transpose(0, 1)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Record the forward passes that this thread makes meanwhile."""
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+
+
+def install_hooks(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
+    """Watch what leaves each layer's key projection (or key norm, as in Qwen3), the last step before RoPE."""
+    attentions = [m for m in model.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
+    if len(attentions) != model.config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: found {len(attentions)} attention modules with a k_proj for "
+            f"{model.config.num_hidden_layers} layers; keys before RoPE cannot be taken from it"
+        )
+    return [_watch(attention) for attention in attentions]
+
+
+def _watch(attention: nn.Module) -> torch.utils.hooks.RemovableHandle:
+    layer = int(attention.layer_idx)  # type: ignore[arg-type]
+
+    def record(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        capture = _active.get()
+        if capture is not None:
+            capture.record(layer, output)
+
+    last_before_rope = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
+    assert isinstance(last_before_rope, nn.Module)
+    return last_before_rope.register_forward_hook(record)

@@ -1,0 +1,170 @@
+"""`CachedModel`: a transformers model that reuses KV which any worker has computed before."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
+from kvstore_codec.model_spec import ModelSpec
+from kvstore_codec.rope import RotaryTable
+from transformers import DynamicCache, PreTrainedModel
+
+from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.transformers.bypass import bypass_reason
+from kvstore_client.engines.transformers.cache import FetchIncompleteError, arriving_cache
+from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
+from kvstore_client.engines.transformers.spec import spec_of
+from kvstore_client.fetch import Fetch, FetchReport, KVBuffers
+from kvstore_client.store import NewChunk
+from kvstore_client.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationReport:
+    """What reuse did for one `generate` call."""
+
+    prompt_tokens: int
+    reused_tokens: int
+    timeline: Timeline
+    fetch: FetchReport | None = None
+    bypassed: str | None = None
+    """Why the call was passed through without reuse."""
+
+
+class CachedModel:
+    """Wraps a causal language model of the Llama, Qwen2, Qwen3 or Mistral family.
+
+    `generate` takes what the model's own takes and returns what it returns. Tokens whose KV is stored are fetched
+    instead of computed, layer by layer under the computation of the rest; what was computed is stored afterwards in
+    the background. Whatever the service does, the answer comes: what does not arrive is computed.
+
+    The wrapped model is not changed but for hooks on its key projections, which `close` takes off again. Raises
+    UnsupportedModelError for a model whose KV cannot be reused.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, client: KVStoreClient, *, model_id: str | None = None, store: bool = True
+    ) -> None:
+        self.model = model
+        self.client = client
+        self.spec: ModelSpec = spec_of(model, model_id)
+        self.store = store
+        self.last_report: GenerationReport | None = None
+        self._hooks = install_hooks(model)
+
+    @torch.inference_mode()
+    def generate(self, input_ids: torch.Tensor, **arguments: Any) -> Any:
+        """Like the model's own `generate`; `input_ids` is `[1, tokens]` (other shapes run without reuse)."""
+        reason = bypass_reason(self.model, input_ids, arguments)
+        if reason is not None:
+            self.client.metrics.missed(f"bypass_{reason}")
+            self.last_report = GenerationReport(input_ids.numel(), 0, Timeline(), bypassed=reason)
+            return self.model.generate(input_ids, **arguments)
+
+        timeline = Timeline()
+        tokens: list[int] = input_ids[0].tolist()
+        ids = self.client.chunk_ids(self.spec, tokens)
+        output, cache, capture, fetched = self._generate_reusing(input_ids, ids, arguments, timeline)
+        reused = capture.first_token
+        self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)
+        self.last_report = GenerationReport(len(tokens), reused, timeline, fetched)
+        if self.store:
+            sequence = output if isinstance(output, torch.Tensor) else output.sequences
+            self._store_new(sequence[0, : cache.get_seq_length()].tolist(), cache, capture)
+        return output
+
+    def close(self) -> None:
+        """Take the hooks off the model. The client stays open."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _generate_reusing(
+        self, input_ids: torch.Tensor, ids: list[ChunkId], arguments: dict[str, Any], timeline: Timeline
+    ) -> tuple[Any, DynamicCache, KeyCapture, FetchReport | None]:
+        match = self.client.match(self.spec, ids, timeline)
+        if not match.chunks:
+            self.client.release(match)
+            return *self._run(input_ids, DynamicCache(), 0, arguments, timeline), None
+
+        # At least one token must pass through the model: its logits are what comes next.
+        reused = min(match.tokens, input_ids.shape[1] - 1)
+        buffers = KVBuffers.allocate(self.spec, match.tokens)
+        fetch = self.client.fetch(match, buffers, self._rotary(match.tokens), timeline)
+        try:
+            cache = arriving_cache(buffers, reused, fetch, timeline)
+            output, cache, capture = self._run(input_ids, cache, reused, arguments, timeline)
+            return output, cache, capture, fetch.finish()
+        except FetchIncompleteError:
+            report = fetch.wait()
+        finally:
+            fetch.finish()
+        reused = min(report.delivered * CHUNK_TOKENS, input_ids.shape[1] - 1)
+        if "streamer" in arguments and arguments["streamer"] is not None:
+            arguments = arguments | {"streamer": _PromptSeen(arguments["streamer"])}
+        kept = _filled_cache(buffers, reused, input_ids.device)
+        return *self._run(input_ids, kept, reused, arguments, timeline), report
+
+    def _run(
+        self, input_ids: torch.Tensor, cache: DynamicCache, reused: int, arguments: dict[str, Any], timeline: Timeline
+    ) -> tuple[Any, DynamicCache, KeyCapture]:
+        capture = KeyCapture(self.spec.layers, self.spec.kv_heads, self.spec.head_dim, first_token=reused)
+        with timeline.span("compute"), capture.active():
+            output = self.model.generate(input_ids, past_key_values=cache, **arguments)
+        return output, cache, capture
+
+    def _rotary(self, tokens: int) -> RotaryTable:
+        positions = torch.arange(tokens).unsqueeze(0)
+        probe = torch.empty(0, dtype=self.spec.dtype.torch, device=self.model.device)
+        cos, sin = self.model.get_decoder().rotary_emb(probe, positions.to(self.model.device))
+        return RotaryTable(cos[0].cpu(), sin[0].cpu())
+
+    def _store_new(self, tokens: list[int], cache: DynamicCache, capture: KeyCapture) -> None:
+        ids = self.client.chunk_ids(self.spec, tokens)
+        first_new = -(-capture.first_token // CHUNK_TOKENS)
+        values = tuple(layer.values for layer in cache.layers)
+        new = [
+            NewChunk(ids[index], _Gather(capture, values, index * CHUNK_TOKENS))
+            for index in range(first_new, len(ids))
+        ]
+        if new:
+            self.client.store.put(self.spec, new)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """Brings one chunk of computed KV together, when its turn to be stored has come."""
+
+    capture: KeyCapture
+    values: tuple[torch.Tensor, ...]
+    """Per layer `[1, kv_heads, tokens, head_dim]`, as the cache held them when `generate` returned."""
+    begin: int
+
+    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        end = self.begin + CHUNK_TOKENS
+        keys = torch.stack([self.capture.keys(i, self.begin, end) for i in range(len(self.values))])
+        return keys, torch.stack([values[0, :, self.begin : end] for values in self.values])
+
+
+class _PromptSeen:
+    """A streamer for a second attempt: the prompt was announced to it by the first."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self._streamer.put(value)
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        self._streamer.end()
+
+
+def _filled_cache(buffers: KVBuffers, tokens: int, device: torch.device) -> DynamicCache:
+    cache = DynamicCache()
+    if tokens:
+        for layer in range(buffers.keys.shape[0]):
+            keys, values = (b[layer, :, :tokens].unsqueeze(0).to(device) for b in (buffers.keys, buffers.values))
+            cache.update(keys, values, layer)
+    return cache

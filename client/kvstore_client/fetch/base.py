@@ -1,0 +1,60 @@
+"""What passes between the stages of a fetch."""
+
+from dataclasses import dataclass
+
+import torch
+from kvstore_codec.model_spec import ModelSpec
+from kvstore_codec.rope import RotaryTable
+
+from kvstore_client.lookup import StoredChunk
+
+
+@dataclass(frozen=True, slots=True)
+class KVBuffers:
+    """Where a fetch puts the KV: `[layers, kv_heads, tokens, head_dim]` each, allocated before the fetch starts.
+
+    Values are decoded straight into place; keys are decoded into place and rotated there.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def allocate(cls, spec: ModelSpec, tokens: int) -> "KVBuffers":
+        shape = (spec.layers, spec.kv_heads, tokens, spec.head_dim)
+        return cls(torch.empty(shape, dtype=spec.dtype.torch), torch.empty(shape, dtype=spec.dtype.torch))
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """The buffers of a fetch, and the rotation that its keys get there (None: keys are stored as cached)."""
+
+    buffers: KVBuffers
+    rotary: RotaryTable | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTask:
+    """The piece of work that travels through the stages: neighbouring frames of one chunk and one period."""
+
+    chunk_index: int
+    chunk: StoredChunk
+    first_frame: int
+    frame_count: int
+    layers: slice
+    tokens: slice
+    """Positions of these frames in the destination."""
+
+    @property
+    def size_bytes(self) -> int:
+        return self.chunk.header.range_bytes(self.first_frame, self.frame_count)[1]
+
+    @property
+    def label(self) -> str:
+        return f"chunk {self.chunk_index} layers {self.layers.start}-{self.layers.stop - 1}"
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedFrames:
+    task: ReadTask
+    data: memoryview

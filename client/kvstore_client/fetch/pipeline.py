@@ -1,0 +1,108 @@
+"""A fetch: the stages of one prefix, running beside the engine."""
+
+import os
+import threading
+from collections.abc import Callable
+
+from kvstore_codec.rope import RotaryTable
+
+from kvstore_client.cluster_view import ClusterView
+from kvstore_client.fetch.base import Destination, KVBuffers, ReadTask, ReceivedFrames
+from kvstore_client.fetch.decode import decode
+from kvstore_client.fetch.deliver import Delivery, FetchReport
+from kvstore_client.fetch.plan import plan_reads
+from kvstore_client.fetch.queue import StageQueue
+from kvstore_client.fetch.receive import receive
+from kvstore_client.fetch.restore import restore
+from kvstore_client.lookup import PrefixMatch, release
+from kvstore_client.metrics import ClientMetrics
+from kvstore_client.settings import ClientSettings
+from kvstore_client.timeline import Timeline
+
+_DECODED_AHEAD = 8
+"""Ranges that may wait between decode and restore; they lie in the destination and cost no extra memory."""
+
+
+class Fetch:
+    """Brings the chunks of a match into buffers. Never raises and never outlives its deadline.
+
+    The engine calls `wait_layer(0)`, `wait_layer(1)`, ... as it computes, and `finish` at the end, whatever
+    happened. Threads: one per owner receives, a few decode, one restores; all have ended when `finish` returns.
+    """
+
+    def __init__(
+        self,
+        match: PrefixMatch,
+        buffers: KVBuffers,
+        rotary: RotaryTable | None,
+        *,
+        view: ClusterView,
+        settings: ClientSettings,
+        metrics: ClientMetrics,
+        timeline: Timeline,
+    ) -> None:
+        self._match = match
+        self._view = view
+        self._metrics = metrics
+        self._finished: FetchReport | None = None
+        reads = plan_reads(match.chunks)
+        self._delivery = Delivery(
+            (task for tasks in reads.values() for task in tasks),
+            layers=buffers.keys.shape[0],
+            deadline_s=settings.fetch_timeout_s,
+            stall_s=settings.stall_timeout_s,
+            timeline=timeline,
+        )
+        destination = Destination(buffers, rotary)
+        decoders = settings.decode_threads or min(4, os.cpu_count() or 1)
+        received = StageQueue[ReceivedFrames](settings.inflight_bytes, producers=len(reads))
+        decoded = StageQueue[ReadTask](_DECODED_AHEAD, producers=decoders)
+        self._delivery.on_end(received.abort)
+        self._delivery.on_end(decoded.abort)
+        self._threads = [
+            *(
+                self._thread("receive", receive, view.storage(member.endpoint), tasks, self._delivery, received)
+                for member, tasks in reads.items()
+            ),
+            *(
+                self._thread("decode", decode, received, destination, self._delivery, decoded)
+                for _ in range(decoders)
+            ),
+            self._thread("restore", restore, decoded, destination, self._delivery),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def wait_layer(self, layer: int) -> bool:
+        """Wait until `layer` is in the buffers for every chunk. False when that will not happen: stop reusing."""
+        return self._delivery.wait_layer(layer)
+
+    def wait(self) -> FetchReport:
+        """Wait until every chunk is delivered or known to be missing, and finish."""
+        self._delivery.wait()
+        return self.finish()
+
+    def cancel(self) -> FetchReport:
+        """Stop now. What was not delivered is missing."""
+        return self.finish()
+
+    def finish(self) -> FetchReport:
+        """End the fetch, free everything it held and say how it went. Safe to call more than once."""
+        if self._finished is not None:
+            return self._finished
+        self._delivery.end("cancelled")
+        for thread in self._threads:
+            thread.join()
+        release(self._view, self._match)
+        report = self._finished = self._delivery.report()
+        self._metrics.received(report.received_bytes)
+        self._metrics.delivered(report.delivered)
+        for reason in sorted(set(report.missing.values())):
+            self._metrics.missed(reason, sum(1 for r in report.missing.values() if r == reason))
+        if report.missing:
+            self._view.refresh()
+        return report
+
+    @staticmethod
+    def _thread(stage: str, target: Callable[..., None], *args: object) -> threading.Thread:
+        return threading.Thread(target=target, args=args, name=f"kvstore-{stage}", daemon=True)

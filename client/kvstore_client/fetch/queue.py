@@ -1,0 +1,64 @@
+"""The bounded queue between two stages."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class StageQueue(Generic[Item]):
+    """First in, first out, bounded by the weight of what waits in it.
+
+    A producer blocks while the queue is full, which is how a slow stage slows the ones before it. `close` says that
+    nothing more comes; `abort` also drops what waits and frees everyone who is blocked.
+    """
+
+    def __init__(self, capacity: int, producers: int = 1) -> None:
+        self._capacity = capacity
+        self._producers = producers
+        self._weight = 0
+        self._items: deque[tuple[Item, int]] = deque()
+        self._changed = threading.Condition()
+        self._aborted = False
+
+    def put(self, item: Item, weight: int = 1) -> bool:
+        """Append, waiting for room; an item heavier than the capacity waits for an empty queue.
+
+        Returns False, without appending, when the queue was aborted.
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._aborted or not self._items or self._weight + weight <= self._capacity
+            )
+            if self._aborted:
+                return False
+            self._items.append((item, weight))
+            self._weight += weight
+            self._changed.notify_all()
+            return True
+
+    def __iter__(self) -> Iterator[Item]:
+        """Items until every producer has closed and the queue is empty, or until it is aborted."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._items or not self._producers or self._aborted)
+                if self._aborted or not self._items:
+                    return
+                item, weight = self._items.popleft()
+                self._weight -= weight
+                self._changed.notify_all()
+            yield item
+
+    def close(self) -> None:
+        """Called once by each producer when it is done."""
+        with self._changed:
+            self._producers -= 1
+            self._changed.notify_all()
+
+    def abort(self) -> None:
+        with self._changed:
+            self._aborted = True
+            self._items.clear()
+            self._changed.notify_all()

@@ -1,0 +1,77 @@
+"""Settings of a client, from arguments or `KVSTORE_*` environment variables."""
+
+from typing import Annotated
+
+from kvstore_codec.encoding import Encoding
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class ClientSettings(BaseSettings):
+    """How a client looks up, fetches and stores. Times in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(env_prefix="KVSTORE_", extra="ignore", frozen=True)
+
+    tenant_salt: SecretStr = SecretStr("")
+    """Secret mixed into every content_id: clients with different salts never see each other's chunks."""
+
+    encoding: str = "exact-zstd"
+    """What new chunks are stored as."""
+
+    accept: Annotated[tuple[str, ...], NoDecode] = ("exact-zstd",)
+    """Encodings a fetch may use, best first; comma-separated in the environment."""
+
+    lookup_timeout_s: float = Field(default=1.0, gt=0)
+    """How long the engine waits for a lookup before it prefills instead."""
+
+    fetch_timeout_s: float = Field(default=30.0, gt=0)
+    """Deadline of a whole fetch. What has not arrived by then is recomputed."""
+
+    stall_timeout_s: float = Field(default=2.0, gt=0)
+    """A fetch that receives nothing for this long is given up before its deadline."""
+
+    put_timeout_s: float = Field(default=60.0, gt=0)
+    """Deadline of storing one batch of chunks; it runs behind the engine's back."""
+
+    lease_s: float = Field(default=60.0, gt=0)
+    """How long looked-up chunks are protected from eviction."""
+
+    membership_ttl_s: float = Field(default=5.0, gt=0)
+    """Age from which the membership is refreshed, in the background."""
+
+    retry_after_s: float = Field(default=1.0, ge=0)
+    """Pause after a failed lookup or fetch in which the service is not asked again."""
+
+    decode_threads: int = Field(default=0, ge=0)
+    """Threads that decode one fetch; 0 takes one per core, at most four."""
+
+    inflight_bytes: int = Field(default=64 << 20, gt=0)
+    """Received bytes that may wait for decoding; beyond it the sender is slowed down."""
+
+    routes: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
+    """Addresses to dial instead of the advertised ones (port forwarding, link shaping): `advertised=dial,...`."""
+
+    @field_validator("accept", mode="before")
+    @classmethod
+    def _split_names(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("routes", mode="before")
+    @classmethod
+    def _split_routes(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return dict(pair.strip().split("=", 1) for pair in value.split(",") if pair.strip())
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        Encoding.parse(value)
+        return value
+
+    @field_validator("accept")
+    @classmethod
+    def _known_encodings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            Encoding.parse(name)
+        return value

@@ -1,0 +1,35 @@
+"""Rotary position embedding of stored keys (RoFormer, arXiv 2104.09864, eq. 34).
+
+Keys are stored before RoPE, so a chunk serves any position; the rotation is applied when it is restored.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTable:
+    """cos and sin for a run of positions, `[tokens, rotary_dim]` each, in the dtype the model rotates in."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def at(self, tokens: slice) -> "RotaryTable":
+        return RotaryTable(self.cos[tokens], self.sin[tokens])
+
+
+def rotate_(keys: torch.Tensor, table: RotaryTable) -> None:
+    """Rotate `keys` in place.
+
+    `keys` is `[..., tokens, head_dim]` with any strides; the first `rotary_dim` channels of each head are rotated
+    as two halves, the others stay. Each product and the sum round in the tensor's own dtype, in the order in which
+    Llama-family models of transformers do it (`k * cos + rotate_half(k) * sin`): the result is bit-equal to theirs.
+    Needs scratch memory the size of the rotated channels.
+    """
+    half = table.cos.shape[-1] // 2
+    first, second = keys[..., :half], keys[..., half : 2 * half]
+    first_sin = first * table.sin[..., half:]
+    second_sin = second * table.sin[..., :half]
+    first.mul_(table.cos[..., :half]).sub_(second_sin)
+    second.mul_(table.cos[..., half:]).add_(first_sin)

@@ -1,0 +1,168 @@
+"""`kvstore demo`."""
+
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from enum import StrEnum
+from pathlib import Path
+from queue import Empty
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from kvstore_service.demo.worker import Job, Run
+
+
+class DType(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+def demo(
+    bandwidth: Annotated[str, typer.Option(help="Limit of worker B's link, such as 50mbit or 1gbit.")] = "1gbit",
+    document: Annotated[Path | None, typer.Option(help="A text file; default: Python's own data model chapter.")] = None,
+    document_tokens: Annotated[int, typer.Option(min=256, max=7800, help="How much of the document is read.")] = 3000,
+    new_tokens: Annotated[int, typer.Option(min=1, max=256, help="Length of the answer.")] = 32,
+    dtype: Annotated[
+        DType,
+        typer.Option(help="float32 gives the same answer on every path; bfloat16 rounds cold and hit differently."),
+    ] = DType.FLOAT32,
+    out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path(),
+) -> None:
+    """Two workers, one document: prefilled by A, reused by B over a slow link."""
+    from kvstore_service.demo.plot import plot_timelines
+    from kvstore_service.demo.worker import Job
+    from kvstore_service.embedded import EmbeddedCluster
+    from kvstore_service.link import ShapedLink, parse_bandwidth
+    from kvstore_service.models import smollm2_folder
+
+    bandwidth_bps = parse_bandwidth(bandwidth)
+    console = Console()
+    with ExitStack() as stack:
+        show = stack.enter_context(_Steps(console))
+        show.begin("model", "preparing SmolLM2-135M (converted once, then cached)")
+        smollm2_folder()
+        show.done("model", "SmolLM2-135M is ready")
+
+        show.begin("cluster", "starting the cluster: local Ray, a coordinator, a storage node")
+        cluster = stack.enter_context(EmbeddedCluster())
+        show.done("cluster", f"cluster listens on {cluster.address}")
+
+        job = Job(cluster.address, {}, document, document_tokens, new_tokens, dtype.value)
+        chunks = show.run("worker A", "prefill_and_store", job)
+        show.done("worker A", f"worker A prefilled the document and stored {chunks} chunks")
+
+        routes: dict[str, str] = {}
+        for endpoint in (cluster.address, *_storage_endpoints(cluster.address)):
+            link = stack.enter_context(ShapedLink(endpoint, bandwidth_bps=bandwidth_bps))
+            routes[endpoint] = link.address
+        slow = Job(cluster.address, routes, document, document_tokens, new_tokens, dtype.value)
+        cold, hit = show.run("worker B", "answer_twice", slow)
+        show.done("worker B", f"worker B answered twice; its link is limited to {bandwidth}")
+
+    rows = [_row(run, cold) for run in (cold, hit)]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "demo.json").write_text(json.dumps({"meta": _meta(bandwidth_bps, slow), "rows": rows}, indent=2) + "\n")
+    plot_timelines((cold, hit), bandwidth, out / "demo.png")
+    console.print(_table(rows))
+    console.print(f"[bold]answer[/bold]  {hit.text.strip()}")
+    console.print(f"first token {cold.ttft_s / hit.ttft_s:.1f}x sooner; see {out / 'demo.png'} and {out / 'demo.json'}")
+
+
+def _row(run: "Run", cold: "Run") -> dict[str, Any]:
+    return {
+        "path": run.path,
+        "ttft_s": round(run.ttft_s, 4),
+        "tokens_reused": run.tokens_reused,
+        "bytes": run.received_bytes,
+        "same_tokens": run.tokens == cold.tokens,
+        "prompt_tokens": run.prompt_tokens,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="one document, asked twice")
+    for column in ("path", "TTFT", "tokens reused", "bytes moved", "same answer?"):
+        table.add_column(column, justify="left" if column == "path" else "right")
+    for row in rows:
+        table.add_row(
+            "full prefill" if row["path"] == "cold" else "through the service",
+            f"{row['ttft_s']:.3f} s",
+            f"{row['tokens_reused']} of {row['prompt_tokens']}",
+            f"{row['bytes'] / 1e6:.1f} MB",
+            "yes" if row["same_tokens"] else "no",
+        )
+    return table
+
+
+def _meta(bandwidth_bps: float, job: "Job") -> dict[str, Any]:
+    from kvstore_service.meta import run_meta
+
+    return run_meta() | {
+        "bandwidth_bps": bandwidth_bps, "model": "SmolLM2-135M-Instruct", "dtype": job.dtype,
+        "document_tokens": job.document_tokens, "new_tokens": job.new_tokens,
+    }  # fmt: skip
+
+
+def _storage_endpoints(address: str) -> list[str]:
+    from kvstore_client import ClientSettings
+    from kvstore_client.cluster_view import ClusterView
+
+    view = ClusterView(address, ClientSettings())
+    try:
+        return [member.endpoint for member in view.membership().members]
+    finally:
+        view.close()
+
+
+class _Steps:
+    """A progress line for each step; what a worker process reports is shown on its line."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]done"), TextColumn("{task.description}"), BarColumn(bar_width=18),
+            TimeElapsedColumn(), console=console,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "_Steps":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, name: str, text: str) -> None:
+        self._tasks[name] = self._progress.add_task(text, total=None)
+
+    def done(self, name: str, text: str) -> None:
+        self._progress.update(self._tasks[name], description=text, total=1, completed=1)
+
+    def run(self, name: str, function: str, job: "Job") -> Any:
+        """Run a function of the worker module in a new process."""
+        self.begin(name, f"{name}: starting")
+        spawn = multiprocessing.get_context("spawn")
+        with spawn.Manager() as manager, ProcessPoolExecutor(1, mp_context=spawn) as worker:
+            said: Any = manager.Queue()
+            result = worker.submit(_in_worker, function, job, said)
+            while not result.done():
+                try:
+                    text = said.get(timeout=0.1)
+                except Empty:
+                    continue
+                self._progress.update(self._tasks[name], description=f"{name}: {text}")
+            return result.result()
+
+
+def _in_worker(function: str, job: "Job", said: Any) -> Any:
+    from transformers.utils import logging
+
+    from kvstore_service.demo import worker
+
+    logging.disable_progress_bar()
+    return getattr(worker, function)(job, said.put)

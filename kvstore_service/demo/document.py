@@ -1,0 +1,30 @@
+"""The document that the demo's workers are asked about."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+from kvstore_codec.errors import ConfigurationError
+
+FIRST_QUESTION = "In one sentence, what is this document about?"
+SECOND_QUESTION = "What is the difference between mutable and immutable objects? Answer in two sentences."
+
+
+def read_document(path: Path | None) -> str:
+    """The text of a file, or the chapter on Python's data model that comes with every Python."""
+    if path is None:
+        return "\n\n".join(topics[name] for name in ("objects", "types"))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"cannot read the document {path}: {error}") from error
+
+
+def prompt_tokens(tokenizer: Any, document: str, question: str, tokens: int) -> list[int]:
+    """A chat prompt of the first `tokens` tokens of the document, followed by the question."""
+    body = tokenizer(document, add_special_tokens=False).input_ids[:tokens]
+    excerpt = tokenizer.decode(body)
+    chat = [{"role": "user", "content": f"Read this document.\n\n{excerpt}\n\n---\n{question}"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
