@@ -58,8 +58,8 @@ class StorageNode:
     ) -> None:
         self.node_id = node_id
         self._arena = arena
-        self._eviction = eviction or LeastRecentlyUsed()
-        self._leases = leases or LeaseTable()
+        self._eviction = LeastRecentlyUsed() if eviction is None else eviction
+        self._leases = LeaseTable() if leases is None else leases
         self._index = ChunkIndex()
         self._pending: set[PendingPut] = set()
         self._leaving: set[Entry] = set()  # no longer visible, but somebody still reads them
@@ -176,8 +176,8 @@ class StorageNode:
         """Raises StorageError unless every block is owned exactly once and the books agree."""
         with self._lock:
             entries = list(self._index)
-            owners = [*entries, *self._leaving, *self._pending]
-            self._arena.check_integrity(owner.extent for owner in owners)
+            extents = [entry.extent for entry in (*entries, *self._leaving)]
+            self._arena.check_integrity([*extents, *(put.extent for put in self._pending)])
             if set(self._eviction.victims()) != {entry.key for entry in entries} or len(entries) != len(
                 self._index
             ):

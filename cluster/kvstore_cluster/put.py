@@ -74,10 +74,11 @@ class PendingPut:
                 f"but {self.written_bytes} came"
             )
         header = verify_chunk(self._arena.views(self.extent), self.extent.size_bytes)
-        header.require(chunk_id=self._chunk_id)
-        if header.encoding.name != self._encoding:
+        found, wanted = (header.chunk_id, header.encoding.name), (self._chunk_id, self._encoding)
+        if found != wanted:
             raise ForeignChunkError(
-                f"chunk {self._chunk_id.short} announced as {self._encoding} is {header.encoding.name}"
+                f"the bytes announced as chunk {self._chunk_id.short} in {self._encoding} are chunk "
+                f"{header.chunk_id.short} in {header.encoding.name}"
             )
         header_bytes = b"".join(self._arena.views(self.extent, 0, header.header_bytes))
         return Entry(VariantKey.of(self._chunk_id, self._encoding), header, header_bytes, self.extent)
