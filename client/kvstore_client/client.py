@@ -11,8 +11,9 @@ from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
 
+from kvstore_client.buffers import BufferPool, KVBuffers
 from kvstore_client.cluster_view import ClusterView
-from kvstore_client.fetch import Fetch, KVBuffers
+from kvstore_client.fetch import Fetch
 from kvstore_client.lookup import PrefixMatch, find_prefix, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
@@ -40,6 +41,7 @@ class KVStoreClient:
     def __init__(self, address: str, settings: ClientSettings) -> None:
         self.settings = settings
         self.metrics = ClientMetrics()
+        self.buffers = BufferPool(settings.pool_bytes)
         self._view = ClusterView(address, settings)
         self._store = Store(self._view, settings, self.metrics)
         self._lock = threading.Lock()
@@ -81,11 +83,19 @@ class KVStoreClient:
         rotary: RotaryTable | None,
         timeline: Timeline | None = None,
     ) -> Fetch:
-        """Start bringing a match into `buffers`, whose token axis begins at the prompt's first token."""
+        """Start bringing a match into `buffers`, whose token axis begins at the prompt's first token.
+
+        Take the buffers from `self.buffers`, and give them back after the fetch has finished and nobody reads them.
+        """
         return Fetch(
-            match, buffers, rotary, view=self._view, settings=self.settings, metrics=self.metrics,
+            match,
+            buffers,
+            rotary,
+            view=self._view,
+            settings=self.settings,
+            metrics=self.metrics,
             timeline=timeline or Timeline(),
-        )  # fmt: skip
+        )
 
     @property
     def store(self) -> Store:

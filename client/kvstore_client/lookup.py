@@ -95,7 +95,9 @@ def find_prefix(
         metrics.missed("lookup_failed")
         view.refresh()
         if len(failures) == len(calls):
-            raise NodeUnavailableError(f"no owner answered a lookup: {failures[0].code().name}") from failures[0]
+            raise NodeUnavailableError(
+                f"no owner answered a lookup: {failures[0].code().name}"
+            ) from failures[0]
 
     run: list[StoredChunk] = []
     while (chunk := found.get(len(run))) is not None:

@@ -48,6 +48,9 @@ class ClientSettings(BaseSettings):
     inflight_bytes: int = Field(default=64 << 20, gt=0)
     """Received bytes that may wait for decoding; beyond it the sender is slowed down."""
 
+    pool_bytes: int = Field(default=256 << 20, ge=0)
+    """Memory kept between fetches for the KV they bring; larger fetches allocate theirs anew."""
+
     routes: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
     """Addresses to dial instead of the advertised ones (port forwarding, link shaping): `advertised=dial,...`."""
 

@@ -93,15 +93,15 @@ class Store:
                     stored += 1
                     self._metrics.stored(1, sizes[index])
                 else:
-                    self._metrics.missed("store_" + pb.PutStatus.Name(reply.status)[len("PUT_STATUS_") :].lower())
+                    self._metrics.missed(
+                        "store_" + pb.PutStatus.Name(reply.status)[len("PUT_STATUS_") :].lower()
+                    )
         except grpc.RpcError as error:
             self._metrics.missed(f"store_rpc_{error.code().name.lower()}")
             self._view.refresh()
         return stored
 
-    def _requests(
-        self, spec: ModelSpec, chunks: list[NewChunk], sizes: list[int]
-    ) -> Iterator[pb.PutRequest]:
+    def _requests(self, spec: ModelSpec, chunks: list[NewChunk], sizes: list[int]) -> Iterator[pb.PutRequest]:
         """The stream of one owner; chunks are encoded as the stream takes them, so one is in memory at a time."""
         for chunk in chunks:
             try:

@@ -1,7 +1,6 @@
 """The fetch pipeline: plan -> receive -> decode -> restore -> deliver, one module per stage."""
 
-from kvstore_client.fetch.base import KVBuffers
 from kvstore_client.fetch.deliver import FetchReport
 from kvstore_client.fetch.pipeline import Fetch
 
-__all__ = ["Fetch", "FetchReport", "KVBuffers"]
+__all__ = ["Fetch", "FetchReport"]

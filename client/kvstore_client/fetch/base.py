@@ -2,27 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
-from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
 
+from kvstore_client.buffers import KVBuffers
 from kvstore_client.lookup import StoredChunk
-
-
-@dataclass(frozen=True, slots=True)
-class KVBuffers:
-    """Where a fetch puts the KV: `[layers, kv_heads, tokens, head_dim]` each, allocated before the fetch starts.
-
-    Values are decoded straight into place; keys are decoded into place and rotated there.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    @classmethod
-    def allocate(cls, spec: ModelSpec, tokens: int) -> "KVBuffers":
-        shape = (spec.layers, spec.kv_heads, tokens, spec.head_dim)
-        return cls(torch.empty(shape, dtype=spec.dtype.torch), torch.empty(shape, dtype=spec.dtype.torch))
 
 
 @dataclass(frozen=True, slots=True)

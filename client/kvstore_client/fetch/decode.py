@@ -9,7 +9,10 @@ from kvstore_client.fetch.queue import StageQueue
 
 
 def decode(
-    received: StageQueue[ReceivedFrames], destination: Destination, delivery: Delivery, out: StageQueue[ReadTask]
+    received: StageQueue[ReceivedFrames],
+    destination: Destination,
+    delivery: Delivery,
+    out: StageQueue[ReadTask],
 ) -> None:
     """Decode until nothing more is received. A chunk with one bad frame is missing as a whole."""
     try:
@@ -38,6 +41,9 @@ def _decode_range(item: ReceivedFrames, destination: Destination) -> None:
         slot = header.geometry.tokens_of(frame % header.geometry.frames_per_period)
         tokens = slice(task.chunk.first_token + slot.start, task.chunk.first_token + slot.stop)
         decode_frame(
-            header, frame, item.data[offset - begin : offset - begin + length],
-            keys[:, :, tokens], values[:, :, tokens],
-        )  # fmt: skip
+            header,
+            frame,
+            item.data[offset - begin : offset - begin + length],
+            keys[:, :, tokens],
+            values[:, :, tokens],
+        )

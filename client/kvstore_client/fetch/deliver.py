@@ -114,7 +114,9 @@ class Delivery:
         with self._changed:
             chunks = len(self._open_by_chunk)
             delivered = 0
-            while delivered < chunks and not self._open_by_chunk[delivered] and delivered not in self._missing:
+            while (
+                delivered < chunks and not self._open_by_chunk[delivered] and delivered not in self._missing
+            ):
                 delivered += 1
             return FetchReport(chunks, delivered, dict(self._missing), self._received_bytes)
 

@@ -4,10 +4,12 @@ import os
 import threading
 from collections.abc import Callable
 
+import torch
 from kvstore_codec.rope import RotaryTable
 
+from kvstore_client.buffers import KVBuffers
 from kvstore_client.cluster_view import ClusterView
-from kvstore_client.fetch.base import Destination, KVBuffers, ReadTask, ReceivedFrames
+from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
 from kvstore_client.fetch.decode import decode
 from kvstore_client.fetch.deliver import Delivery, FetchReport
 from kvstore_client.fetch.plan import plan_reads
@@ -61,7 +63,9 @@ class Fetch:
         self._delivery.on_end(decoded.abort)
         self._threads = [
             *(
-                self._thread("receive", receive, view.storage(member.endpoint), tasks, self._delivery, received)
+                self._thread(
+                    "receive", receive, view.storage(member.endpoint), tasks, self._delivery, received
+                )
                 for member, tasks in reads.items()
             ),
             *(
@@ -105,4 +109,6 @@ class Fetch:
 
     @staticmethod
     def _thread(stage: str, target: Callable[..., None], *args: object) -> threading.Thread:
-        return threading.Thread(target=target, args=args, name=f"kvstore-{stage}", daemon=True)
+        # Inference mode is a property of a thread, and the engine may have made the buffers under it.
+        run = torch.inference_mode()(target)
+        return threading.Thread(target=run, args=args, name=f"kvstore-{stage}", daemon=True)

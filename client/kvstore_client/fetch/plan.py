@@ -43,9 +43,13 @@ def _ranges(index: int, chunk: StoredChunk, period: int) -> list[ReadTask]:
         last = chunk.first_token + geometry.tokens_of(end - 1).stop
         tasks.append(
             ReadTask(
-                index, chunk, first_of_period + slot, end - slot,
-                slice(layers.start, layers.stop), slice(first, last),
+                index,
+                chunk,
+                first_of_period + slot,
+                end - slot,
+                slice(layers.start, layers.stop),
+                slice(first, last),
             )
-        )  # fmt: skip
+        )
         slot = end
     return tasks

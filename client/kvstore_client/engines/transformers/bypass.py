@@ -34,7 +34,9 @@ _PLAIN = {
 }
 
 
-def bypass_reason(model: PreTrainedModel, input_ids: torch.Tensor, arguments: Mapping[str, Any]) -> str | None:
+def bypass_reason(
+    model: PreTrainedModel, input_ids: torch.Tensor, arguments: Mapping[str, Any]
+) -> str | None:
     """Why this call must run without reuse, or None when reuse gives what the plain call would."""
     if input_ids.ndim != 2 or input_ids.shape[0] != 1:
         return "batch"

@@ -5,7 +5,8 @@ from kvstore_codec.errors import FetchError
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kvstore_client.fetch import Fetch, KVBuffers
+from kvstore_client.buffers import KVBuffers
+from kvstore_client.fetch import Fetch
 from kvstore_client.timeline import Timeline
 
 
@@ -52,4 +53,16 @@ def arriving_cache(buffers: KVBuffers, tokens: int, fetch: Fetch, timeline: Time
     cache.layers = [
         ArrivingLayer(layer, buffers, tokens, fetch, timeline) for layer in range(buffers.keys.shape[0])
     ]
+    return cache
+
+
+def filled_cache(buffers: KVBuffers, tokens: int, device: torch.device) -> DynamicCache:
+    """A cache with a copy of the first `tokens` tokens, which have been delivered."""
+    cache = DynamicCache()
+    if tokens:
+        for layer in range(buffers.keys.shape[0]):
+            keys, values = (
+                b[layer, :, :tokens].unsqueeze(0).to(device) for b in (buffers.keys, buffers.values)
+            )
+            cache.update(keys, values, layer)
     return cache

@@ -70,6 +70,5 @@ def _watch(attention: nn.Module) -> torch.utils.hooks.RemovableHandle:
         if capture is not None:
             capture.record(layer, output)
 
-    last_before_rope = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
-    assert isinstance(last_before_rope, nn.Module)
-    return last_before_rope.register_forward_hook(record)
+    name = "k_norm" if hasattr(attention, "k_norm") else "k_proj"
+    return attention.get_submodule(name).register_forward_hook(record)

@@ -11,10 +11,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.bypass import bypass_reason
-from kvstore_client.engines.transformers.cache import FetchIncompleteError, arriving_cache
+from kvstore_client.engines.transformers.cache import FetchIncompleteError, arriving_cache, filled_cache
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
 from kvstore_client.engines.transformers.spec import spec_of
-from kvstore_client.fetch import Fetch, FetchReport, KVBuffers
+from kvstore_client.fetch import FetchReport
 from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
 
@@ -43,16 +43,22 @@ class CachedModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, client: KVStoreClient, *, model_id: str | None = None, store: bool = True
+        self,
+        model: PreTrainedModel,
+        client: KVStoreClient,
+        *,
+        model_id: str | None = None,
+        store: bool = True,
     ) -> None:
         self.model = model
         self.client = client
         self.spec: ModelSpec = spec_of(model, model_id)
         self.store = store
-        self.last_report: GenerationReport | None = None
+        self.last_report = GenerationReport(0, 0, Timeline())
+        """What the latest `generate` reused; empty before the first."""
         self._hooks = install_hooks(model)
+        client.buffers.reserve(model.config.max_position_embeddings * self.spec.kv_bytes_per_token)
 
-    @torch.inference_mode()
     def generate(self, input_ids: torch.Tensor, **arguments: Any) -> Any:
         """Like the model's own `generate`; `input_ids` is `[1, tokens]` (other shapes run without reuse)."""
         reason = bypass_reason(self.model, input_ids, arguments)
@@ -88,7 +94,7 @@ class CachedModel:
 
         # At least one token must pass through the model: its logits are what comes next.
         reused = min(match.tokens, input_ids.shape[1] - 1)
-        buffers = KVBuffers.allocate(self.spec, match.tokens)
+        buffers = self.client.buffers.take(self.spec, match.tokens)
         fetch = self.client.fetch(match, buffers, self._rotary(match.tokens), timeline)
         try:
             cache = arriving_cache(buffers, reused, fetch, timeline)
@@ -96,16 +102,22 @@ class CachedModel:
             return output, cache, capture, fetch.finish()
         except FetchIncompleteError:
             report = fetch.wait()
+            reused = min(report.delivered * CHUNK_TOKENS, input_ids.shape[1] - 1)
+            cache = filled_cache(buffers, reused, input_ids.device)
         finally:
             fetch.finish()
-        reused = min(report.delivered * CHUNK_TOKENS, input_ids.shape[1] - 1)
-        if "streamer" in arguments and arguments["streamer"] is not None:
+            self.client.buffers.give_back(buffers)
+        if arguments.get("streamer") is not None:
             arguments = arguments | {"streamer": _PromptSeen(arguments["streamer"])}
-        kept = _filled_cache(buffers, reused, input_ids.device)
-        return *self._run(input_ids, kept, reused, arguments, timeline), report
+        return *self._run(input_ids, cache, reused, arguments, timeline), report
 
     def _run(
-        self, input_ids: torch.Tensor, cache: DynamicCache, reused: int, arguments: dict[str, Any], timeline: Timeline
+        self,
+        input_ids: torch.Tensor,
+        cache: DynamicCache,
+        reused: int,
+        arguments: dict[str, Any],
+        timeline: Timeline,
     ) -> tuple[Any, DynamicCache, KeyCapture]:
         capture = KeyCapture(self.spec.layers, self.spec.kv_heads, self.spec.head_dim, first_token=reused)
         with timeline.span("compute"), capture.active():
@@ -159,12 +171,3 @@ class _PromptSeen:
 
     def end(self) -> None:
         self._streamer.end()
-
-
-def _filled_cache(buffers: KVBuffers, tokens: int, device: torch.device) -> DynamicCache:
-    cache = DynamicCache()
-    if tokens:
-        for layer in range(buffers.keys.shape[0]):
-            keys, values = (b[layer, :, :tokens].unsqueeze(0).to(device) for b in (buffers.keys, buffers.values))
-            cache.update(keys, values, layer)
-    return cache

@@ -1,0 +1,61 @@
+"""Keys taken before RoPE and rotated on restore are the model's own, bit for bit."""
+
+import pytest
+import torch
+from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
+from kvstore_codec.rope import RotaryTable, rotate_
+from transformers import DynamicCache
+
+from tests.client.models import FAMILIES, random_prompt, tiny_model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captured_keys_rotate_to_the_cached_ones(family: str, dtype: torch.dtype) -> None:
+    model = tiny_model(family, dtype)
+    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    head_dim = model.model.layers[0].self_attn.head_dim
+    hooks = install_hooks(model)
+    cache, capture = DynamicCache(), KeyCapture(layers, heads, head_dim, first_token=0)
+    prompt = random_prompt(300)
+    with torch.inference_mode(), capture.active():
+        model(prompt[:, :170], past_key_values=cache)
+        for token in range(170, 173):
+            model(prompt[:, token : token + 1], past_key_values=cache)
+        model(prompt[:, 173:], past_key_values=cache)
+    cos, sin = model.model.rotary_emb(torch.empty(0, dtype=dtype), torch.arange(300).unsqueeze(0))
+    table = RotaryTable(cos[0], sin[0])
+    for layer in range(layers):
+        for begin, end in ((0, 300), (100, 171), (165, 180), (299, 300)):
+            keys = capture.keys(layer, begin, end).clone()
+            rotate_(keys, table.at(slice(begin, end)))
+            assert torch.equal(keys, cache.layers[layer].keys[0, :, begin:end])
+    for hook in hooks:
+        hook.remove()
+
+
+def test_nothing_is_captured_outside_active() -> None:
+    model = tiny_model()
+    install_hooks(model)
+    capture = KeyCapture(5, 2, 16, first_token=0)
+    with torch.inference_mode():
+        model(random_prompt(8))
+        with capture.active():
+            model(random_prompt(4))
+        model(random_prompt(8))
+    assert capture.keys(0, 0, 100).shape == (2, 4, 16)
+
+
+def test_rotation_works_on_strided_views_and_leaves_unrotated_channels() -> None:
+    keys = torch.randn(3, 2, 10, 24)
+    before = keys.clone()
+    cos, sin = torch.randn(10, 8), torch.randn(10, 8)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    rotate_(keys[:, :, 2:7], RotaryTable(cos, sin).at(slice(2, 7)))
+    assert torch.equal(keys[:, :, :2], before[:, :, :2])
+    assert torch.equal(keys[:, :, 7:], before[:, :, 7:])
+    assert torch.equal(keys[..., 16:], before[..., 16:])
+    half = before[:, :, 2:7, :16]
+    turned = torch.cat([-half[..., 8:], half[..., :8]], -1)
+    expected = half * cos[2:7] + turned * sin[2:7]
+    assert torch.equal(keys[:, :, 2:7, :16], expected)
