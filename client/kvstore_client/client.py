@@ -6,11 +6,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from kvstore_codec.errors import FetchError, NodeUnavailableError
-from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
-from kvstore_codec.model_spec import ModelSpec
-from kvstore_codec.rope import RotaryTable
-
 from kvstore_client.buffers import BufferPool, KVBuffers
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch import Fetch
@@ -19,6 +14,10 @@ from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
 from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
+from kvstore_codec.errors import FetchError, NodeUnavailableError
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
+from kvstore_codec.model_spec import ModelSpec
+from kvstore_codec.rope import RotaryTable
 
 
 def connect(address: str, settings: ClientSettings | None = None, **overrides: Any) -> "KVStoreClient":

@@ -5,12 +5,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+
 from kvstore_api.placement import Member, Membership, owners
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
-from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
-
 from kvstore_client.settings import ClientSettings
+from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
 
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),

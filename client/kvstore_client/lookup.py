@@ -4,18 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
+
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.cluster_view import ClusterView
+from kvstore_client.metrics import ClientMetrics
+from kvstore_client.settings import ClientSettings
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CodecError, ForeignChunkError, NodeUnavailableError
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.model_spec import ModelSpec
-
-from kvstore_client.cluster_view import ClusterView
-from kvstore_client.metrics import ClientMetrics
-from kvstore_client.settings import ClientSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 from typing import Annotated
 
-from kvstore_codec.encoding import Encoding
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from kvstore_codec.encoding import Encoding
 
 
 class ClientSettings(BaseSettings):

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import grpc
 import torch
+
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.cluster_view import ClusterView
+from kvstore_client.metrics import ClientMetrics
+from kvstore_client.settings import ClientSettings
 from kvstore_codec.codec import EncodedChunk, encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CodecError, NodeUnavailableError
 from kvstore_codec.identity import ChunkId
 from kvstore_codec.model_spec import ModelSpec
-
-from kvstore_client.cluster_view import ClusterView
-from kvstore_client.metrics import ClientMetrics
-from kvstore_client.settings import ClientSettings
 
 _PIECE_BYTES = 1 << 20
 _WAITING_CHUNKS = 512

@@ -1,6 +1,5 @@
 """`kvstore demo`."""
 
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -24,17 +23,26 @@ class DType(StrEnum):
 
 
 def demo(
-    bandwidth: Annotated[str, typer.Option(help="Limit of worker B's link, such as 50mbit or 1gbit.")] = "1gbit",
-    document: Annotated[Path | None, typer.Option(help="A text file; default: Python's own data model chapter.")] = None,
-    document_tokens: Annotated[int, typer.Option(min=256, max=7800, help="How much of the document is read.")] = 3000,
+    bandwidth: Annotated[
+        str, typer.Option(help="Limit of worker B's link, such as 50mbit or 1gbit.")
+    ] = "1gbit",
+    document: Annotated[
+        Path | None, typer.Option(help="A text file; default: Python's own data model chapter.")
+    ] = None,
+    document_tokens: Annotated[
+        int, typer.Option(min=256, max=7800, help="How much of the document is read.")
+    ] = 3000,
     new_tokens: Annotated[int, typer.Option(min=1, max=256, help="Length of the answer.")] = 32,
     dtype: Annotated[
         DType,
-        typer.Option(help="float32 gives the same answer on every path; bfloat16 rounds cold and hit differently."),
+        typer.Option(
+            help="float32 gives the same answer on every path; bfloat16 rounds cold and hit differently."
+        ),
     ] = DType.FLOAT32,
     out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path(),
 ) -> None:
     """Two workers, one document: prefilled by A, reused by B over a slow link."""
+    from kvstore_service.bench import write_results
     from kvstore_service.demo.plot import plot_timelines
     from kvstore_service.demo.worker import Job
     from kvstore_service.embedded import EmbeddedCluster
@@ -66,12 +74,13 @@ def demo(
         show.done("worker B", f"worker B answered twice; its link is limited to {bandwidth}")
 
     rows = [_row(run, cold) for run in (cold, hit)]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.json").write_text(json.dumps({"meta": _meta(bandwidth_bps, slow), "rows": rows}, indent=2) + "\n")
+    write_results(rows, out / "demo.json", _meta(bandwidth_bps, slow))
     plot_timelines((cold, hit), bandwidth, out / "demo.png")
     console.print(_table(rows))
     console.print(f"[bold]answer[/bold]  {hit.text.strip()}")
-    console.print(f"first token {cold.ttft_s / hit.ttft_s:.1f}x sooner; see {out / 'demo.png'} and {out / 'demo.json'}")
+    console.print(
+        f"first token {cold.ttft_s / hit.ttft_s:.1f}x sooner; see {out / 'demo.png'} and {out / 'demo.json'}"
+    )
 
 
 def _row(run: "Run", cold: "Run") -> dict[str, Any]:
@@ -101,12 +110,13 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _meta(bandwidth_bps: float, job: "Job") -> dict[str, Any]:
-    from kvstore_service.meta import run_meta
-
-    return run_meta() | {
-        "bandwidth_bps": bandwidth_bps, "model": "SmolLM2-135M-Instruct", "dtype": job.dtype,
-        "document_tokens": job.document_tokens, "new_tokens": job.new_tokens,
-    }  # fmt: skip
+    return {
+        "bandwidth_bps": bandwidth_bps,
+        "model": "SmolLM2-135M-Instruct",
+        "dtype": job.dtype,
+        "document_tokens": job.document_tokens,
+        "new_tokens": job.new_tokens,
+    }
 
 
 def _storage_endpoints(address: str) -> list[str]:
@@ -125,9 +135,12 @@ class _Steps:
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
-            SpinnerColumn(finished_text="[green]done"), TextColumn("{task.description}"), BarColumn(bar_width=18),
-            TimeElapsedColumn(), console=console,
-        )  # fmt: skip
+            SpinnerColumn(finished_text="[green]done"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=18),
+            TimeElapsedColumn(),
+            console=console,
+        )
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> "_Steps":

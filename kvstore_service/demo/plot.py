@@ -23,17 +23,21 @@ def plot_timelines(runs: Sequence[Run], bandwidth: str, path: Path) -> None:
             panel.broken_barh(bars, (row - 0.4, 0.8), facecolors=_COLOURS[stage])
         panel.axvline(run.ttft_s, color="black", linewidth=1, linestyle="--")
         panel.annotate(
-            f" first token {run.ttft_s:.2f} s", (run.ttft_s, len(_STAGES) - 0.5), fontsize=8, va="center",
+            f" first token {run.ttft_s:.2f} s",
+            (run.ttft_s, len(_STAGES) - 0.5),
+            fontsize=8,
+            va="center",
             ha="left" if run.ttft_s < 0.7 * max(r.ttft_s for r in runs) else "right",
-        )  # fmt: skip
+        )
         panel.set_yticks(range(len(_STAGES)), _STAGES)
         panel.set_ylim(len(_STAGES) - 0.1, -0.6)
         panel.set_title(
             f"full prefill of {run.prompt_tokens} tokens"
             if run.path == "cold"
             else f"{run.tokens_reused} of {run.prompt_tokens} tokens reused over {bandwidth}",
-            loc="left", fontsize=10,
-        )  # fmt: skip
+            loc="left",
+            fontsize=10,
+        )
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     panels[-1].set_xlabel("seconds since the question")
@@ -45,7 +49,11 @@ def plot_timelines(runs: Sequence[Run], bandwidth: str, path: Path) -> None:
 
 def _busy(run: Run, stage: str) -> list[tuple[float, float]]:
     """When a stage worked, up to the first token. The engine computes whenever it does not wait for a layer."""
-    spans = [(s.start_s, min(s.end_s, run.ttft_s)) for s in run.spans if s.stage == stage and s.start_s < run.ttft_s]
+    spans = [
+        (s.start_s, min(s.end_s, run.ttft_s))
+        for s in run.spans
+        if s.stage == stage and s.start_s < run.ttft_s
+    ]
     if stage != "compute":
         return spans
     waits = sorted((s.start_s, s.end_s) for s in run.spans if s.stage == "wait")

@@ -1,12 +1,12 @@
 """The two inference workers of the demo. Each runs in a process of its own, with nothing cached."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from kvstore_client.timeline import Span
+from kvstore_service.first_token import FirstTokenTimer
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,31 +65,14 @@ def answer_twice(job: Job, progress: Progress) -> tuple[Run, Run]:
         return cold, session.reusing(prompt)
 
 
-class _FirstToken:
-    """A streamer that notes when the first token of the answer came."""
-
-    def __init__(self) -> None:
-        self._prompt_seen = False
-        self._started_at_s = time.perf_counter()
-        self.ttft_s = 0.0
-
-    def put(self, value: Any) -> None:
-        if self._prompt_seen and not self.ttft_s:
-            self.ttft_s = time.perf_counter() - self._started_at_s
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        """Nothing is buffered."""
-
-
 class _Session:
     """A loaded model, plain and wrapped, and a client."""
 
     def __init__(self, job: Job, progress: Progress) -> None:
         import torch
+
         from kvstore_client import connect
         from kvstore_client.engines.transformers import CachedModel
-
         from kvstore_service.demo.document import read_document
         from kvstore_service.models import load_smollm2
 
@@ -108,16 +91,15 @@ class _Session:
         return prompt_tokens(self._tokenizer, self._document, question, self._job.document_tokens)
 
     def cold(self, prompt: list[int]) -> Run:
-        first = _FirstToken()
+        first = FirstTokenTimer()
         output = self._model.generate(self._batch(prompt), streamer=first, **self._decoding)
         span = Span("compute", 0.0, first.ttft_s, "full prefill")
         return self._run("cold", prompt, first, output, 0, 0, (span,))
 
     def reusing(self, prompt: list[int]) -> Run:
-        first = _FirstToken()
+        first = FirstTokenTimer()
         output = self._cached.generate(self._batch(prompt), streamer=first, **self._decoding)
         report = self._cached.last_report
-        assert report is not None
         received = report.fetch.received_bytes if report.fetch else 0
         return self._run("hit", prompt, first, output, report.reused_tokens, received, report.timeline.spans)
 
@@ -132,9 +114,15 @@ class _Session:
         return torch.tensor([tokens])
 
     def _run(
-        self, path: Literal["cold", "hit"], prompt: list[int], first: _FirstToken, output: Any,
-        reused: int, received: int, spans: tuple[Span, ...],
-    ) -> Run:  # fmt: skip
+        self,
+        path: Literal["cold", "hit"],
+        prompt: list[int],
+        first: FirstTokenTimer,
+        output: Any,
+        reused: int,
+        received: int,
+        spans: tuple[Span, ...],
+    ) -> Run:
         answer = output[0, len(prompt) :].tolist()
         text = self._tokenizer.decode(answer, skip_special_tokens=True)
         return Run(path, len(prompt), first.ttft_s, reused, received, tuple(answer), text, spans)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
-from kvstore_codec.rope import RotaryTable, rotate_
 from transformers import DynamicCache
 
+from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
+from kvstore_codec.rope import RotaryTable, rotate_
 from tests.client.models import FAMILIES, random_prompt, tiny_model
 
 

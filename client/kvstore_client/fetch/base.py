@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from kvstore_codec.rope import RotaryTable
-
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.lookup import StoredChunk
+from kvstore_codec.rope import RotaryTable
 
 
 @dataclass(frozen=True, slots=True)

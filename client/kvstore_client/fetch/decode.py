@@ -1,11 +1,10 @@
 """Decode stage: verified frames become KV in the destination, keys not yet rotated."""
 
-from kvstore_codec.codec import decode_frame
-from kvstore_codec.errors import ChecksumError, CodecError
-
 from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
 from kvstore_client.fetch.deliver import Delivery
 from kvstore_client.fetch.queue import StageQueue
+from kvstore_codec.codec import decode_frame
+from kvstore_codec.errors import ChecksumError, CodecError
 
 
 def decode(

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable
 
 import torch
-from kvstore_codec.rope import RotaryTable
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.cluster_view import ClusterView
@@ -20,6 +19,7 @@ from kvstore_client.lookup import PrefixMatch, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
 from kvstore_client.timeline import Timeline
+from kvstore_codec.rope import RotaryTable
 
 _DECODED_AHEAD = 8
 """Ranges that may wait between decode and restore; they lie in the destination and cost no extra memory."""

@@ -7,7 +7,6 @@ layer by layer can start as soon as the first period is there.
 from collections.abc import Sequence
 
 from kvstore_api.placement import Member
-
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.lookup import StoredChunk
 

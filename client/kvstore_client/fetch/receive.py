@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import grpc
+
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
-
 from kvstore_client.fetch.base import ReadTask, ReceivedFrames
 from kvstore_client.fetch.deliver import Delivery
 from kvstore_client.fetch.plan import RANGE_BYTES

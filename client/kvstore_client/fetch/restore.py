@@ -1,10 +1,9 @@
 """Restore stage: decoded keys get their position, and the frames are handed over."""
 
-from kvstore_codec.rope import rotate_
-
 from kvstore_client.fetch.base import Destination, ReadTask
 from kvstore_client.fetch.deliver import Delivery
 from kvstore_client.fetch.queue import StageQueue
+from kvstore_codec.rope import rotate_
 
 
 def restore(decoded: StageQueue[ReadTask], destination: Destination, delivery: Delivery) -> None:

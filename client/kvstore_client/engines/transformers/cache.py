@@ -1,13 +1,13 @@
 """A transformers `Cache` whose first tokens arrive while the model already computes."""
 
 import torch
-from kvstore_codec.errors import FetchError
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.fetch import Fetch
 from kvstore_client.timeline import Timeline
+from kvstore_codec.errors import FetchError
 
 
 class FetchIncompleteError(FetchError):

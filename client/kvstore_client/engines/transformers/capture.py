@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-from kvstore_codec.errors import UnsupportedModelError
 from torch import nn
 from transformers import PreTrainedModel
+
+from kvstore_codec.errors import UnsupportedModelError
 
 _active: ContextVar["KeyCapture | None"] = ContextVar("kvstore_key_capture", default=None)
 

@@ -4,9 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
-from kvstore_codec.model_spec import ModelSpec
-from kvstore_codec.rope import RotaryTable
 from transformers import DynamicCache, PreTrainedModel
 
 from kvstore_client.client import KVStoreClient
@@ -17,6 +14,9 @@ from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.fetch import FetchReport
 from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
+from kvstore_codec.model_spec import ModelSpec
+from kvstore_codec.rope import RotaryTable
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """The ModelSpec of a loaded transformers model."""
 
+from transformers import PreTrainedModel
+
 from kvstore_codec.errors import UnsupportedModelError
 from kvstore_codec.model_spec import KVDtype, ModelSpec, spec_from_config, weights_digest
-from transformers import PreTrainedModel
 
 
 def spec_of(model: PreTrainedModel, model_id: str | None = None) -> ModelSpec:
