@@ -1,0 +1,40 @@
+"""Coders by name. A coder's module, and the library behind it, is imported when it is first used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+from kvstore_codec.coders.base import Coder, Plane
+from kvstore_codec.errors import CoderUnavailableError, UnknownEncodingError
+
+__all__ = ["Coder", "Plane", "availability", "coder"]
+
+_CODERS = {
+    "raw": "kvstore_codec.coders.raw:RawCoder",
+    "zstd": "kvstore_codec.coders.zstd:ZstdCoder",
+    "hevc-cpu": "kvstore_codec.coders.hevc_cpu:HevcCpuCoder",
+}
+
+
+@functools.cache
+def coder(name: str) -> Coder:
+    """Raises UnknownEncodingError for a name that does not exist, CoderUnavailableError, with the reason,
+    for a coder that cannot run on this machine."""
+    if name not in _CODERS:
+        raise UnknownEncodingError(f"there is no coder {name!r}; known are {', '.join(_CODERS)}")
+    module, _, class_name = _CODERS[name].partition(":")
+    try:
+        found: Coder = getattr(importlib.import_module(module), class_name)()
+    except ImportError as error:
+        raise CoderUnavailableError(f"coder {name!r} cannot run here: {error}") from error
+    return found
+
+
+def availability(name: str) -> str | None:
+    """Why the coder cannot run on this machine; None when it can."""
+    try:
+        coder(name)
+    except CoderUnavailableError as error:
+        return str(error)
+    return None

@@ -1,0 +1,27 @@
+"""The contract of a coder: it turns planes of 8-bit samples into bytes and back, and knows nothing of KV."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import numpy.typing as npt
+
+Plane = npt.NDArray[np.uint8]
+Data = bytes | bytearray | memoryview
+
+
+class Coder(ABC):
+    """Lossless. One instance serves all threads; what is not thread-safe inside is kept per thread."""
+
+    @abstractmethod
+    def encode(self, plane: Plane) -> bytes:
+        """`plane` is C-contiguous, [rows, cols]. Each call stands alone: no state passes between planes."""
+
+    @abstractmethod
+    def decode(self, data: Data, shape: tuple[int, int]) -> Plane:
+        """The plane of `shape` [rows, cols] that `data` was made from; read-only, it may be a view of `data`.
+
+        Allocates in proportion to `shape`, never to what `data` claims, and gives up the GIL while it
+        works. Raises ChunkFormatError when `data` does not hold exactly such a plane.
+        """
