@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 from blake3 import blake3
+
 from kvstore_codec.chunk import ChunkHeader, write_header
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.geometry import Geometry

@@ -4,10 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvstore_cluster.arena import Extent
 from kvstore_codec.chunk import ChunkHeader
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
-
-from kvstore_cluster.arena import Extent
 
 
 class VariantKey(NamedTuple):

@@ -5,6 +5,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from kvstore_cluster.arena import Arena, Extent
+from kvstore_cluster.eviction import EvictionPolicy, LeastRecentlyUsed
+from kvstore_cluster.index import ChunkIndex, Entry, VariantKey
+from kvstore_cluster.leases import LeaseId, LeaseTable
+from kvstore_cluster.put import PendingPut
+from kvstore_cluster.reader import ChunkReader
+from kvstore_cluster.stats import NodeCounters, NodeStats
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import (
     ArenaFullError,
@@ -14,14 +21,6 @@ from kvstore_codec.errors import (
     StorageError,
 )
 from kvstore_codec.identity import ChunkId
-
-from kvstore_cluster.arena import Arena, Extent
-from kvstore_cluster.eviction import EvictionPolicy, LeastRecentlyUsed
-from kvstore_cluster.index import ChunkIndex, Entry, VariantKey
-from kvstore_cluster.leases import LeaseId, LeaseTable
-from kvstore_cluster.put import PendingPut
-from kvstore_cluster.reader import ChunkReader
-from kvstore_cluster.stats import NodeCounters, NodeStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,11 @@
 
 from typing import Protocol
 
+from kvstore_cluster.arena import Arena, Extent
+from kvstore_cluster.index import Entry, VariantKey
 from kvstore_codec.chunk import verify_chunk
 from kvstore_codec.errors import ForeignChunkError, KVStoreError, PutStateError
 from kvstore_codec.identity import ChunkId
-
-from kvstore_cluster.arena import Arena, Extent
-from kvstore_cluster.index import Entry, VariantKey
 
 
 class Accept(Protocol):

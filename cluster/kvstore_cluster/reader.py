@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator
 
-from kvstore_codec.chunk import ChunkHeader
-from kvstore_codec.errors import FrameRangeError
-
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.index import Entry
+from kvstore_codec.chunk import ChunkHeader
+from kvstore_codec.errors import FrameRangeError
 
 
 class ChunkReader:

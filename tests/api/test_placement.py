@@ -5,6 +5,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvstore_api.placement import Member, owners
 
 CONTENTS = [blake3(number.to_bytes(4, "little")).digest() for number in range(4000)]

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from kvstore_cluster.arena import Arena, Extent
 from kvstore_codec.errors import ArenaFullError, ConfigurationError, StorageError
 

@@ -1,4 +1,5 @@
 import pytest
+
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId, LeaseTable
 
 

@@ -3,6 +3,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.leases import LeaseTable
 from kvstore_cluster.node import StorageNode

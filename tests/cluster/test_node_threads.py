@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.errors import ArenaFullError, ChunkNotFoundError

@@ -1,0 +1,78 @@
+"""Notices storage nodes that stop answering, and those that answer again."""
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from kvstore_api.placement import Member
+from kvstore_cluster.catalogue import NodeRecord
+from kvstore_cluster.coordinator import Coordinator
+from kvstore_codec.errors import CatalogueError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PERIOD_S = 0.4
+# One unanswered probe may be a busy machine; the second in a row makes a node dead.
+MISSES_UNTIL_DEAD = 2
+_PROBES_AT_ONCE = 16
+
+
+class FailureDetector:
+    """Probes every known node at its data endpoint, the one clients use, and tells the coordinator.
+
+    `probe` returns None when the node answered and is the one named, else the reason; it must return within
+    about a second and is called from several threads at once.
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        probe: Callable[[Member], str | None],
+        period_s: float = DEFAULT_PERIOD_S,
+    ) -> None:
+        self._coordinator = coordinator
+        self._probe = probe
+        self._period_s = period_s
+        self._misses: Counter[tuple[str, int]] = Counter()
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(_PROBES_AT_ONCE, "kvstore-probe")
+        self._thread = threading.Thread(target=self._run, name="kvstore-failure-detector", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Waits for the probes under way."""
+        self._stopped.set()
+        self._thread.join()
+        self._pool.shutdown()
+
+    def check(self) -> None:
+        """Probes every known node once, all at the same time. Raises CatalogueError."""
+        nodes = self._coordinator.nodes()
+        reasons = self._pool.map(self._probe, [node.member for node in nodes])
+        for node, reason in zip(nodes, reasons, strict=True):
+            self._judge(node, reason)
+        known = {(node.member.node_id, node.incarnation) for node in nodes}
+        for forgotten in self._misses.keys() - known:
+            del self._misses[forgotten]
+
+    def _judge(self, node: NodeRecord, reason: str | None) -> None:
+        key = (node.member.node_id, node.incarnation)
+        if reason is None:
+            self._misses[key] = 0
+            self._coordinator.mark_alive(*key)
+            return
+        self._misses[key] += 1
+        if self._misses[key] >= MISSES_UNTIL_DEAD:
+            self._coordinator.mark_dead(*key, reason)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._period_s):
+            try:
+                self.check()
+            except CatalogueError as error:
+                # The membership stays as it was; the next round tries again.
+                log.warning("cannot keep a membership change: %s", error)
