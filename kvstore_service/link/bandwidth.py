@@ -51,4 +51,4 @@ class TokenBucket:
             start = max(self._free_at, ready_at - self._burst_bytes * 8 / self.rate_bps)
             self._free_at = start + size_bytes * 8 / self.rate_bps
             self.reserved_bytes += size_bytes
-            return self._free_at
+            return max(self._free_at, ready_at)

@@ -5,7 +5,6 @@ import threading
 from typing import Self
 
 from kvstore_codec.errors import ConfigurationError
-
 from kvstore_service.link.connection import Connection, Direction, bound_buffers, shutdown
 
 
