@@ -16,6 +16,7 @@ from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import ChunkId
 from kvstore_codec.model_spec import KVDtype, ModelSpec
 from kvstore_codec.payload import PayloadKind, PayloadReader
+from kvstore_codec.quantise import decode_quantised, encode_quantised
 from kvstore_codec.words import Words, decode_words, encode_words
 
 _WORD_DTYPES = {
@@ -98,6 +99,13 @@ def _encode_exact(keys: torch.Tensor, values: torch.Tensor, coder_name: str) -> 
     return b"".join([bytes([PayloadKind.BYTE_PLANES]), *planes])
 
 
+def _encode_high(keys: torch.Tensor, values: torch.Tensor, coder_name: str) -> bytes:
+    parts = encode_quantised(keys, values, coder_name)
+    if parts is None:
+        return _encode_exact(keys, values, "zstd")
+    return b"".join([bytes([PayloadKind.QUANTISED]), *parts])
+
+
 def _decode_verbatim(reader: PayloadReader, keys: torch.Tensor, values: torch.Tensor, _coder: str) -> None:
     for out in (keys, values):
         words = _words(out)
@@ -123,8 +131,12 @@ def _require_kv(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: 
         )
 
 
-_ENCODERS: dict[Rate, Callable[[torch.Tensor, torch.Tensor, str], bytes]] = {Rate.EXACT: _encode_exact}
+_ENCODERS: dict[Rate, Callable[[torch.Tensor, torch.Tensor, str], bytes]] = {
+    Rate.EXACT: _encode_exact,
+    Rate.HIGH: _encode_high,
+}
 _DECODERS: dict[PayloadKind, Callable[[PayloadReader, torch.Tensor, torch.Tensor, str], None]] = {
     PayloadKind.VERBATIM: _decode_verbatim,
     PayloadKind.BYTE_PLANES: _decode_byte_planes,
+    PayloadKind.QUANTISED: decode_quantised,
 }

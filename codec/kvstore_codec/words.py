@@ -10,8 +10,10 @@ plane is coded only if that makes it smaller by a real margin (on KV of SmolLM2 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,7 @@ import numpy.typing as npt
 from kvstore_codec.coders import Plane, coder
 from kvstore_codec.errors import ChunkFormatError
 from kvstore_codec.payload import PayloadReader
+from kvstore_codec.scratch import ThreadScratch
 
 Words = npt.NDArray[np.unsignedinteger]
 
@@ -26,7 +29,8 @@ _PLANE = struct.Struct("<BI")
 _PLAIN, _ZSTD = 0, 1
 # Below this saving, reading a plane in place is worth more than its bytes.
 _WORTHWHILE = 15 / 16
-_LOWER_HALF = np.dtype("<u2")
+
+_UPPER, _SECOND, _LOWER, _UPPER_HALF = (ThreadScratch() for _ in range(4))
 
 
 def encode_words(words: Words) -> list[bytes]:
@@ -45,36 +49,44 @@ def decode_words(reader: PayloadReader, out: Words) -> None:
 
     Raises ChunkFormatError when the planes do not hold exactly that many words.
     """
-    upper = _read_plane(reader, out.size, 1).reshape(out.shape)
-    second = _read_plane(reader, out.size, 1).reshape(out.shape)
-    if out.itemsize == _LOWER_HALF.itemsize:
+    upper = _read_plane(reader, out.shape, np.uint8, _UPPER)
+    second = _read_plane(reader, out.shape, np.uint8, _SECOND)
+    if out.itemsize == 2:
         _join_bytes(upper, second, out)
         return
-    lower = _read_plane(reader, out.size, _LOWER_HALF.itemsize).view(_LOWER_HALF).reshape(out.shape)
-    upper_half = np.empty(out.shape, _LOWER_HALF)
+    lower = _read_plane(reader, out.shape, np.uint16, _LOWER)
+    upper_half = _UPPER_HALF.array(out.shape, np.uint16)
     _join_bytes(upper, second, upper_half)
-    # A product casts and shifts in one pass; the second pass finds `out` still in the cache.
     np.multiply(upper_half, np.uint32(1 << 16), out=out, dtype=np.uint32)
     np.bitwise_or(out, lower, out=out, dtype=np.uint32)
 
 
-def _join_bytes(upper: Plane, second: Plane, out: Words) -> None:
+def _join_bytes(upper: Words, second: Words, out: Words) -> None:
+    # The product casts and shifts in one pass; the second pass finds `out` still in the cache.
     np.multiply(upper, np.uint16(1 << 8), out=out, dtype=np.uint16)
     np.bitwise_or(out, second, out=out, dtype=np.uint16)
 
 
 def _planes(words: Words) -> Iterator[Plane]:
+    """Upper bytes, second bytes and, of 32-bit words, lower halves; each as one row."""
     columns = words.reshape(-1, 1).view(np.uint8)
-    last = words.itemsize - 1
-    yield np.ascontiguousarray(columns[:, last]).reshape(1, -1)
-    yield np.ascontiguousarray(columns[:, last - 1]).reshape(1, -1)
-    if last > 1:
-        yield np.ascontiguousarray(words.reshape(-1, 1).view(_LOWER_HALF)[:, 0]).view(np.uint8).reshape(1, -1)
+    yield np.ascontiguousarray(columns[:, -1]).reshape(1, -1)
+    yield np.ascontiguousarray(columns[:, -2]).reshape(1, -1)
+    if words.itemsize == 4:
+        yield np.ascontiguousarray(columns[:, :2]).reshape(1, -1)
 
 
-def _read_plane(reader: PayloadReader, words: int, bytes_per_word: int) -> Plane:
+def _read_plane(
+    reader: PayloadReader, shape: tuple[int, ...], dtype: type[np.uint8 | np.uint16], scratch: ThreadScratch
+) -> Words:
     used, length = reader.unpack(_PLANE)
-    if used not in (_PLAIN, _ZSTD):
-        raise ChunkFormatError(f"a plane of words is coded in an unknown way ({used})")
-    plane = coder("zstd" if used == _ZSTD else "raw").decode(reader.take(length), (1, words * bytes_per_word))
-    return plane.reshape(-1)
+    data = reader.take(length)
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if used == _ZSTD:
+        plane = scratch.array((1, size), np.uint8)
+        coder("zstd").decode(data, plane)
+    elif used == _PLAIN and length == size:
+        plane = np.frombuffer(data, np.uint8)
+    else:
+        raise ChunkFormatError(f"a plane of {length} bytes, coded as {used}, does not hold {size} bytes")
+    return cast("Words", plane.reshape(-1).view(dtype).reshape(shape))

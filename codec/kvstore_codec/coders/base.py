@@ -19,9 +19,9 @@ class Coder(ABC):
         """`plane` is C-contiguous, [rows, cols]. Each call stands alone: no state passes between planes."""
 
     @abstractmethod
-    def decode(self, data: Data, shape: tuple[int, int]) -> Plane:
-        """The plane of `shape` [rows, cols] that `data` was made from; read-only, it may be a view of `data`.
+    def decode(self, data: Data, out: Plane) -> None:
+        """Fills `out`, C-contiguous [rows, cols], with the plane that `data` was made from.
 
-        Allocates in proportion to `shape`, never to what `data` claims, and gives up the GIL while it
-        works. Raises ChunkFormatError when `data` does not hold exactly such a plane.
+        Allocates in proportion to `out`, never to what `data` claims, and gives up the GIL while it works.
+        Raises ChunkFormatError when `data` does not hold exactly such a plane.
         """

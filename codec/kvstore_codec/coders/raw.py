@@ -12,8 +12,7 @@ class RawCoder(Coder):
     def encode(self, plane: Plane) -> bytes:
         return plane.tobytes()
 
-    def decode(self, data: Data, shape: tuple[int, int]) -> Plane:
-        plane = np.frombuffer(data, np.uint8)
-        if plane.size != shape[0] * shape[1]:
-            raise ChunkFormatError(f"{plane.size} raw bytes are not a plane of {shape[0]} x {shape[1]}")
-        return plane.reshape(shape)
+    def decode(self, data: Data, out: Plane) -> None:
+        if len(data) != out.nbytes:
+            raise ChunkFormatError(f"{len(data)} raw bytes are not a plane of {out.nbytes} bytes")
+        out[...] = np.frombuffer(data, np.uint8).reshape(out.shape)

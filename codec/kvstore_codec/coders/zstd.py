@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 
-import numpy as np
 import zstandard
 
 from kvstore_codec.coders.base import Coder, Data, Plane
@@ -18,10 +17,14 @@ _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
 )
 
 
+# The window a frame may ask for, should its bytes be hostile: what level 1 would use for large planes.
+_MAX_WINDOW_BYTES = 1 << 19
+
+
 class _Contexts(threading.local):
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
-        self.decompressor = zstandard.ZstdDecompressor()
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
 
 
 class ZstdCoder(Coder):
@@ -31,14 +34,17 @@ class ZstdCoder(Coder):
     def encode(self, plane: Plane) -> bytes:
         return self._contexts.compressor.compress(plane.data)
 
-    def decode(self, data: Data, shape: tuple[int, int]) -> Plane:
-        size = shape[0] * shape[1]
+    def decode(self, data: Data, out: Plane) -> None:
         try:
-            # zstandard allocates what the frame claims to hold: look at the claim first.
             claimed = zstandard.frame_content_size(data)
-            if claimed != size:
-                raise ChunkFormatError(f"a zstd frame of {claimed} bytes is not a plane of {size} bytes")
-            plane = self._contexts.decompressor.decompress(data, max_output_size=size, allow_extra_data=False)
+            if claimed != out.nbytes:
+                raise ChunkFormatError(
+                    f"a zstd frame of {claimed} bytes is not a plane of {out.nbytes} bytes"
+                )
+            # A frame read in one go is decoded in place, without a window.
+            with self._contexts.decompressor.stream_reader(data, read_size=len(data)) as stream:
+                filled = stream.readinto(out.data)
         except zstandard.ZstdError as error:
             raise ChunkFormatError(f"zstd cannot decode the plane: {error}") from error
-        return np.frombuffer(plane, np.uint8).reshape(shape)
+        if filled != out.nbytes:
+            raise ChunkFormatError(f"a zstd frame ends after {filled} of {out.nbytes} bytes")
