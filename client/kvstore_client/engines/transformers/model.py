@@ -57,6 +57,9 @@ class CachedModel:
         self.last_report = GenerationReport(0, 0, Timeline())
         """What the latest `generate` reused; empty before the first."""
         self._hooks = install_hooks(model)
+        # MKL's first cosine in a process is off by 2e-4 in some threads when several compute it at once (seen in
+        # about one start of fifteen), and the model's would be that one. One position takes one thread only.
+        self._rotary(1)
         client.buffers.reserve(model.config.max_position_embeddings * self.spec.kv_bytes_per_token)
 
     def generate(self, input_ids: torch.Tensor, **arguments: Any) -> Any:
