@@ -1,0 +1,50 @@
+"""What nothing works without."""
+
+from kvstore_service.doctor.finding import Finding, missing, present
+
+_REINSTALL = "Install kvstore-service again; run `make install` in a checkout."
+
+
+def codec() -> Finding:
+    """A chunk of made-up KV, encoded and decoded."""
+    import torch
+
+    from kvstore_codec.chunk import read_header
+    from kvstore_codec.codec import decode_frame, encode_chunk
+    from kvstore_codec.encoding import Encoding
+    from kvstore_codec.identity import CHUNK_TOKENS, chunk_ids
+    from kvstore_codec.model_spec import KVDtype, ModelSpec
+
+    spec = ModelSpec(
+        model_id="doctor",
+        weights_digest=bytes(32),
+        layers=4,
+        kv_heads=2,
+        head_dim=32,
+        dtype=KVDtype.BFLOAT16,
+        rope=None,
+    )
+    (chunk_id,) = chunk_ids(spec.digest, b"", range(CHUNK_TOKENS))
+    kv = torch.randn(2, spec.layers, spec.kv_heads, CHUNK_TOKENS, spec.head_dim).to(torch.bfloat16)
+    encoded = encode_chunk(kv[0], kv[1], spec=spec, chunk_id=chunk_id, encoding=Encoding.parse("exact-zstd"))
+    chunk = b"".join(encoded.parts)
+    header = read_header(chunk)
+    geometry = header.geometry
+    decoded = torch.empty_like(kv)
+    for frame in range(geometry.frame_count):
+        period, slot = divmod(frame, geometry.frames_per_period)
+        layers, tokens = geometry.layers_of(period), geometry.tokens_of(slot)
+        keys, values = decoded[:, layers.start : layers.stop, :, tokens.start : tokens.stop]
+        offset, length = header.range_bytes(frame, 1)
+        decode_frame(header, frame, memoryview(chunk)[offset : offset + length], keys, values)
+    if not torch.equal(decoded, kv):
+        return missing("a chunk decodes to other values than were encoded", _REINSTALL)
+    return present(f"{CHUNK_TOKENS} tokens of KV encoded and decoded bit for bit")
+
+
+def client() -> Finding:
+    try:
+        import kvstore_client
+    except ImportError as error:
+        return missing(f"cannot be imported: {error}", _REINSTALL)
+    return present(f"imports, {len(kvstore_client.__all__)} public names")

@@ -1,0 +1,60 @@
+"""What a cluster runs on: Ray, and Redis where it is wanted."""
+
+import os
+import shutil
+from urllib.parse import urlsplit
+
+from kvstore_service.doctor.finding import Finding, missing, present
+
+REDIS_URL = "KVSTORE_REDIS_URL"
+REDIS_TIMEOUT_S = 1.0
+
+_INSTALL_CLUSTER = "pip install 'kvstore-service[cluster]'"
+_EMBEDDED = "Not needed: without Redis the catalogue is a file."
+
+
+def ray() -> Finding:
+    try:
+        import ray
+    except ImportError as error:
+        return missing(f"cannot be imported: {error}", f"{_INSTALL_CLUSTER}; a client needs no Ray.")
+    return present(str(ray.__version__))
+
+
+def redis_client() -> Finding:
+    try:
+        import redis
+    except ImportError as error:
+        return missing(f"cannot be imported: {error}", f"{_INSTALL_CLUSTER}. {_EMBEDDED}")
+    return present(redis.__version__)
+
+
+def redis_server() -> Finding:
+    for name in ("redis-server", "valkey-server"):
+        if path := shutil.which(name):
+            return present(path)
+    return missing("no redis-server or valkey-server on the PATH", f"apt install redis-server. {_EMBEDDED}")
+
+
+def redis_connection() -> Finding:
+    url = os.environ.get(REDIS_URL)
+    if not url:
+        return missing(f"{REDIS_URL} is not set", _EMBEDDED)
+    import redis
+
+    # Of the URL only host and port are shown, and no parser's message, which may quote a part of the password.
+    try:
+        client = redis.Redis.from_url(
+            url, socket_connect_timeout=REDIS_TIMEOUT_S, socket_timeout=REDIS_TIMEOUT_S, retry=None
+        )
+        parts = urlsplit(url)
+        where = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
+    except ValueError:
+        return missing(f"{REDIS_URL} is no Redis URL", "It looks like redis://user:password@host:6379/0.")
+    try:
+        info = client.info("server")
+    except (redis.RedisError, OSError) as error:
+        return missing(f"{where} does not answer: {error}", f"Start Redis there, or unset {REDIS_URL}.")
+    finally:
+        client.close()
+    return present(f"{where}, version {info['redis_version']}")

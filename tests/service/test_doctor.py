@@ -1,0 +1,123 @@
+"""The doctor on this machine, whatever it has, and on machines made poorer for the occasion."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from kvstore_service import doctor
+from kvstore_service.cli.doctor import doctor as command
+from kvstore_service.doctor import Finding, network, services
+
+APP = typer.Typer()
+APP.command()(command)
+
+
+def test_every_check_says_what_is_there_or_why_not_and_what_to_do() -> None:
+    checks = doctor.examine()
+    assert [check.name for check in checks] == [name for name, _, _ in doctor.CHECKS]
+    for check in checks:
+        assert check.detail
+        assert check.available or check.remedy, check
+    sound = {check.name for check in checks if check.available}
+    assert sound >= {"Python", "CPU and memory", "PyTorch", "codec", "client", "slow link in user space"}
+
+
+def test_json_holds_what_the_table_shows() -> None:
+    result = CliRunner().invoke(APP, ["--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["sound"] is True
+    assert set(report["checks"][0]) == {"name", "available", "detail", "remedy", "essential"}
+    table = CliRunner().invoke(APP, env={"COLUMNS": "200"}).stdout
+    for check in report["checks"]:
+        assert check["name"] in table
+
+
+@pytest.mark.parametrize(("essential", "exit_code"), [(True, 1), (False, 0)])
+def test_a_check_that_breaks_is_reported_and_only_essential_ones_fail_the_command(
+    monkeypatch: pytest.MonkeyPatch, essential: bool, exit_code: int
+) -> None:
+    def broken() -> Finding:
+        raise RuntimeError("libtorch.so: wrong [ELF] class")
+
+    monkeypatch.setattr(doctor, "CHECKS", (("codec", essential, broken),))
+    (check,) = doctor.examine()
+    assert (check.name, check.available, check.essential) == ("codec", False, essential)
+    assert "RuntimeError: libtorch.so: wrong [ELF] class" in check.detail
+    assert check.remedy
+    result = CliRunner().invoke(APP, env={"COLUMNS": "200"})
+    assert result.exit_code == exit_code
+    assert "wrong [ELF] class" in result.stdout
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """host:port of a server that accepts and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield "{}:{}".format(*listener.getsockname())
+
+
+def test_redis_that_does_not_answer_costs_little_time(
+    monkeypatch: pytest.MonkeyPatch, silent_server: str
+) -> None:
+    monkeypatch.setenv(services.REDIS_URL, f"redis://:hunter2@{silent_server}/0")
+    started = time.monotonic()
+    found = services.redis_connection()
+    assert time.monotonic() - started < 3
+    assert not found.available
+    assert silent_server in found.detail
+    assert "hunter2" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:hunter2/hunter2@127.0.0.1:1/0",  # the slash belongs in no password: it ends the host
+        "http://:hunter2@127.0.0.1:1",
+        "redis://127.0.0.1:hunter2",
+        "hunter2",
+    ],
+)
+def test_a_wrong_redis_url_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv(services.REDIS_URL, url)
+    found = services.redis_connection()
+    assert not found.available
+    assert services.REDIS_URL in found.detail
+    assert "hunter2" not in repr(found)
+
+
+def test_redis_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(services.REDIS_URL, raising=False)
+    found = services.redis_connection()
+    assert not found.available
+    assert found.remedy is not None
+    assert "Not needed" in found.remedy
+
+
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = network.namespace_shaping()
+    assert not found.available
+    assert "unshare, ip, tc" in found.detail
+    assert not services.redis_server().available
+
+
+def test_a_refused_namespace_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for tool in ("unshare", "ip", "tc"):
+        script = tmp_path / tool
+        script.write_text("#!/bin/sh\necho unshare: Operation not permitted >&2\nexit 1\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    found = network.namespace_shaping()
+    assert not found.available
+    assert "Operation not permitted" in found.detail
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert network.namespace_shaping().detail == "needs root"
