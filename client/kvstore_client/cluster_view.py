@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
+from kvstore_api.bulk import decode_read_reply, encode_put_request
 from kvstore_api.placement import Member, Membership, owners
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
@@ -19,6 +20,24 @@ _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+
+
+class StorageStub(rpc.StorageStub):
+    """The generated stub, with the two calls that carry KV bytes freed of its copies."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        super().__init__(channel)
+        service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
+        self.Read = channel.unary_stream(
+            f"/{service}/Read",
+            request_serializer=pb.ReadRequest.SerializeToString,
+            response_deserializer=decode_read_reply,
+        )
+        self.Put = channel.stream_stream(
+            f"/{service}/Put",
+            request_serializer=encode_put_request,
+            response_deserializer=pb.PutReply.FromString,
+        )
 
 
 class ClusterView:
@@ -39,6 +58,7 @@ class ClusterView:
         self._membership: Membership | None = None
         self._fetched_at_s = 0.0
         self._refreshing = False
+        self._unawaited: set[grpc.Future] = set()
         self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvstore-membership")
 
     def membership(self) -> Membership:
@@ -72,15 +92,29 @@ class ClusterView:
         except RuntimeError:  # closed meanwhile
             self._refreshing = False
 
-    def storage(self, endpoint: str) -> rpc.StorageStub:
-        return rpc.StorageStub(self._channel(endpoint))
+    def storage(self, endpoint: str) -> StorageStub:
+        return StorageStub(self._channel(endpoint))
+
+    def finish_later(self, call: grpc.Future) -> None:
+        """Nobody waits for this call, except `close`."""
+        with self._lock:
+            self._unawaited.add(call)  # a call that is collected is cancelled
+        call.add_done_callback(self._forget)
 
     def close(self) -> None:
         self._refresher.shutdown(wait=True, cancel_futures=True)
         with self._lock:
+            unawaited = list(self._unawaited)
+        for call in unawaited:
+            call.exception()
+        with self._lock:
             for channel in self._channels.values():
                 channel.close()
             self._channels.clear()
+
+    def _forget(self, call: grpc.Future) -> None:
+        with self._lock:
+            self._unawaited.discard(call)
 
     def _refresh(self) -> None:
         try:

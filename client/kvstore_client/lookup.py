@@ -17,6 +17,8 @@ from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.model_spec import ModelSpec
 
+_RELEASE_TIMEOUT_S = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
@@ -108,11 +110,10 @@ def find_prefix(
 def release(view: ClusterView, match: PrefixMatch) -> None:
     """Give the leases back, without waiting; a lease that cannot be given back expires by itself."""
     for member, lease_id in match.leases:
-        call = view.storage(member.endpoint).ReleaseLease.future(
-            pb.ReleaseLeaseRequest(lease_id=lease_id), timeout=1.0
+        request = pb.ReleaseLeaseRequest(lease_id=lease_id)
+        view.finish_later(
+            view.storage(member.endpoint).ReleaseLease.future(request, timeout=_RELEASE_TIMEOUT_S)
         )
-        # A call object that is collected cancels its call; the callback keeps it alive until it has ended.
-        call.add_done_callback(lambda ended: ended.code())
 
 
 def _ref(chunk_id: ChunkId) -> pb.ChunkRef:

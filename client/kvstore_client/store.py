@@ -116,8 +116,8 @@ class Store:
             yield from put_requests(encoded)
 
 
-def put_requests(encoded: EncodedChunk) -> Iterator[pb.PutRequest]:
-    """One chunk as the messages of a Put stream."""
+def put_requests(encoded: EncodedChunk) -> Iterator[pb.PutRequest | memoryview]:
+    """One chunk as the steps of a Put stream; a memoryview is a piece of its bytes."""
     chunk_id = encoded.header.chunk_id
     yield pb.PutRequest(
         start=pb.PutStart(
@@ -129,5 +129,5 @@ def put_requests(encoded: EncodedChunk) -> Iterator[pb.PutRequest]:
     for part in encoded.parts:
         view = memoryview(part)
         for begin in range(0, len(view), _PIECE_BYTES):
-            yield pb.PutRequest(data=bytes(view[begin : begin + _PIECE_BYTES]))
+            yield view[begin : begin + _PIECE_BYTES]
     yield pb.PutRequest(end=pb.PutEnd())

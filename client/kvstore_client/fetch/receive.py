@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import grpc
 
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_client.cluster_view import StorageStub
 from kvstore_client.fetch.base import ReadTask, ReceivedFrames
 from kvstore_client.fetch.deliver import Delivery
 from kvstore_client.fetch.plan import RANGE_BYTES
@@ -13,7 +13,7 @@ from kvstore_client.fetch.queue import StageQueue
 
 
 def receive(
-    stub: rpc.StorageStub, tasks: Sequence[ReadTask], delivery: Delivery, out: StageQueue[ReceivedFrames]
+    stub: StorageStub, tasks: Sequence[ReadTask], delivery: Delivery, out: StageQueue[ReceivedFrames]
 ) -> None:
     """Read `tasks` from one owner in one stream and pass each on when it is complete.
 
@@ -25,7 +25,7 @@ def receive(
     delivery.on_end(call.cancel)
     done = 0
     try:
-        parts: list[bytes] = []
+        parts: list[memoryview] = []
         missing = 0
         start_s = timeline.now_s()
         for reply in call:
@@ -45,7 +45,7 @@ def receive(
                 if received > task.size_bytes:
                     delivery.fail_chunks(tasks[done:], "protocol")
                     return
-                data = memoryview(parts[0] if len(parts) == 1 else b"".join(parts))
+                data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
                 timeline.add("receive", start_s, timeline.now_s(), task.label)
                 if not out.put(ReceivedFrames(task, data), len(data)):
                     return

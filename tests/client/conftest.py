@@ -1,0 +1,74 @@
+"""A real cluster without Ray: storage nodes and a coordinator behind their real gRPC servers, in this process."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kvstore_api.placement import Member
+from kvstore_cluster.arena import Arena
+from kvstore_cluster.catalogue import FileCatalogue
+from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.node import StorageNode
+from kvstore_service.grpc_coordinator import CoordinatorServer, serve_coordinator
+from kvstore_service.grpc_server import GrpcServer
+from kvstore_service.grpc_storage import serve_storage
+from kvstore_service.listen import Address
+
+
+@dataclass
+class ServedCluster:
+    coordinator: CoordinatorServer
+    nodes: list[StorageNode]
+    servers: list[GrpcServer]
+
+    @property
+    def address(self) -> str:
+        return self.coordinator.address
+
+    def stop_storage(self) -> None:
+        for server in self.servers:
+            server.stop(0)
+        self.servers.clear()
+
+    def stored_chunks(self) -> int:
+        return sum(node.stats().chunks for node in self.nodes)
+
+    def check_nothing_is_held(self) -> None:
+        """No lease, reader or half-written chunk is left on any node."""
+        patience = time.monotonic() + 3  # leases are given back without waiting
+        while time.monotonic() < patience and any(node.stats().leases for node in self.nodes):
+            time.sleep(0.01)
+        for node in self.nodes:
+            node.check_integrity()
+            assert node.stats().leases == 0
+
+
+@contextmanager
+def served_cluster(folder: Path, nodes: int = 1, memory_bytes: int = 256 << 20) -> Iterator[ServedCluster]:
+    plain = [StorageNode(f"node-{i}", Arena(memory_bytes)) for i in range(nodes)]
+    servers = [serve_storage(node, host="127.0.0.1") for node in plain]
+    coordinator = Coordinator(FileCatalogue(folder))
+    for node, server in zip(plain, servers, strict=True):
+        coordinator.join(Member(node.node_id, server.address), incarnation=1)
+    cluster = ServedCluster(serve_coordinator(coordinator, address=Address("127.0.0.1", 0)), plain, servers)
+    try:
+        yield cluster
+    finally:
+        cluster.stop_storage()
+        cluster.coordinator.stop(0)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[ServedCluster]:
+    with served_cluster(tmp_path) as served:
+        yield served
+
+
+@pytest.fixture
+def two_node_cluster(tmp_path: Path) -> Iterator[ServedCluster]:
+    with served_cluster(tmp_path, nodes=2) as served:
+        yield served

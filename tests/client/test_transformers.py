@@ -1,0 +1,180 @@
+"""Reuse through a real service is bit-equal to KV kept in memory, for every family and dtype."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from kvstore_client import KVStoreClient, connect
+from kvstore_client.engines.transformers import CachedModel
+from tests.client.conftest import ServedCluster
+from tests.client.models import FAMILIES, random_prompt, tiny_model
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6}
+
+
+@pytest.fixture
+def client(cluster: ServedCluster) -> Iterator[KVStoreClient]:
+    with connect(cluster.address) as client:
+        yield client
+
+
+def in_memory_answer(
+    model: PreTrainedModel, first: torch.Tensor, second: torch.Tensor, keep: int
+) -> DynamicCache:
+    """The cache after `first` was prefilled, cut to `keep` tokens: KV kept in memory."""
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(first, past_key_values=cache)
+    cache.crop(keep - first.shape[1])
+    return cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_worker_gets_the_same_bits(cluster: ServedCluster, family: str, dtype: torch.dtype) -> None:
+    document, question = random_prompt(700, seed=1), random_prompt(30, seed=2)
+    writer = tiny_model(family, dtype)
+    with connect(cluster.address) as client:
+        cached = CachedModel(writer, client)
+        cached.generate(document, max_new_tokens=1, do_sample=False)
+        client.store.flush()
+        cached.close()
+    assert cluster.stored_chunks() == 2
+
+    reader = tiny_model(family, dtype)
+    prompt = torch.cat([document, question], 1)
+    kept = in_memory_answer(reader, document, prompt, keep=512)
+    expected_cache = (
+        [layer.keys.clone() for layer in kept.layers],
+        [layer.values.clone() for layer in kept.layers],
+    )
+    expected = reader.generate(prompt, past_key_values=kept, **GREEDY)
+    with connect(cluster.address) as client:
+        cached = CachedModel(reader, client)
+        got = cached.generate(prompt, return_dict_in_generate=True, **GREEDY)
+        assert cached.last_report.reused_tokens == 512
+        assert torch.equal(got.sequences, expected)
+        for layer, keys, values in zip(got.past_key_values.layers, *expected_cache, strict=True):
+            assert torch.equal(layer.keys[:, :, :512], keys)
+            assert torch.equal(layer.values[:, :, :512], values)
+        cached.close()
+    cluster.check_nothing_is_held()
+
+
+@pytest.mark.parametrize("tokens", [255, 256, 257, 511, 512, 513, 1000])
+def test_any_prompt_length_is_reused_up_to_its_last_full_chunk(
+    cluster: ServedCluster, client: KVStoreClient, tokens: int
+) -> None:
+    model = tiny_model()
+    cached = CachedModel(model, client)
+    prompt = random_prompt(tokens, seed=tokens)
+    cold = cached.generate(prompt, **GREEDY)
+    assert torch.equal(cold, model.generate(prompt, **GREEDY))
+    client.store.flush()
+    warm = cached.generate(prompt, **GREEDY)
+    assert torch.equal(warm, cold)
+    assert cached.last_report.reused_tokens == min(tokens // 256 * 256, tokens - 1)
+    cluster.check_nothing_is_held()
+
+
+def test_two_questions_share_one_document(cluster: ServedCluster, client: KVStoreClient) -> None:
+    model = tiny_model()
+    cached = CachedModel(model, client)
+    document = random_prompt(600, seed=3)
+    for seed in (4, 5):
+        prompt = torch.cat([document, random_prompt(40, seed=seed)], 1)
+        assert torch.equal(cached.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY))
+        client.store.flush()
+    assert cached.last_report.reused_tokens == 512
+    assert cluster.stored_chunks() == 2
+
+
+def test_a_conversation_that_grows_equals_one_kept_in_memory(client: KVStoreClient) -> None:
+    model, cached_model = tiny_model(), tiny_model()
+    kept, conversation = DynamicCache(), random_prompt(300, seed=6)
+    mine = conversation
+    reused = []
+    for turn in range(4):
+        conversation = model.generate(conversation, past_key_values=kept, max_new_tokens=100, do_sample=False)
+        worker = CachedModel(cached_model, client)  # each turn on another worker
+        mine = worker.generate(mine, max_new_tokens=100, do_sample=False)
+        client.store.flush()
+        worker.close()
+        reused.append(worker.last_report.reused_tokens)
+        assert torch.equal(mine, conversation)
+        question = random_prompt(90, seed=10 + turn)
+        conversation, mine = (torch.cat([text, question], 1) for text in (conversation, mine))
+    assert reused == [0, 256, 512, 768]
+
+
+def test_chunks_on_several_nodes_are_reused_together(two_node_cluster: ServedCluster) -> None:
+    model = tiny_model()
+    prompt = random_prompt(256 * 8 + 10, seed=7)
+    with connect(two_node_cluster.address) as client:
+        cached = CachedModel(model, client)
+        cold = cached.generate(prompt, **GREEDY)
+        client.store.flush()
+        assert all(node.stats().chunks > 0 for node in two_node_cluster.nodes)
+        assert torch.equal(cached.generate(prompt, **GREEDY), cold)
+        assert cached.last_report.reused_tokens == 2048
+    two_node_cluster.check_nothing_is_held()
+
+
+def test_other_tenants_and_other_weights_never_match(cluster: ServedCluster, client: KVStoreClient) -> None:
+    prompt = random_prompt(600, seed=8)
+    owner = CachedModel(tiny_model(), client)
+    owner.generate(prompt, **GREEDY)
+    client.store.flush()
+    other_weights = CachedModel(tiny_model(seed=1), client)
+    other_weights.generate(prompt, **GREEDY)
+    assert other_weights.last_report.reused_tokens == 0
+    other_dtype = CachedModel(tiny_model(dtype=torch.bfloat16), client)
+    other_dtype.generate(prompt, **GREEDY)
+    assert other_dtype.last_report.reused_tokens == 0
+    with connect(cluster.address, tenant_salt="another tenant") as stranger:
+        foreign = CachedModel(tiny_model(), stranger, store=False)
+        foreign.generate(prompt, **GREEDY)
+        assert foreign.last_report.reused_tokens == 0
+    owner.generate(prompt, **GREEDY)
+    assert owner.last_report.reused_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"num_beams": 2}, "argument_num_beams"),
+        ({"attention_mask": torch.cat([torch.zeros(1, 3), torch.ones(1, 597)], 1).long()}, "attention_mask"),
+        ({"output_attentions": True}, "argument_output_attentions"),
+        ({"prompt_lookup_num_tokens": 3}, "argument_prompt_lookup_num_tokens"),
+        ({"past_key_values": None}, "argument_past_key_values"),
+    ],
+)
+def test_calls_that_reuse_might_change_run_without_it(
+    client: KVStoreClient, arguments: dict[str, object], reason: str
+) -> None:
+    model = tiny_model()
+    cached = CachedModel(model, client)
+    prompt = random_prompt(600, seed=9)
+    cached.generate(prompt, **GREEDY)
+    client.store.flush()
+    got = cached.generate(prompt, **GREEDY, **arguments)
+    assert cached.last_report.bypassed == reason
+    assert torch.equal(got, model.generate(prompt, **GREEDY, **arguments))
+    batch = torch.cat([prompt, prompt])
+    assert torch.equal(cached.generate(batch, **GREEDY), model.generate(batch, **GREEDY))
+    assert cached.last_report.bypassed == "batch"
+
+
+def test_sampling_with_a_seed_gives_the_same_text(client: KVStoreClient) -> None:
+    model = tiny_model()
+    cached = CachedModel(model, client)
+    prompt = random_prompt(600, seed=11)
+    sampling = {"do_sample": True, "temperature": 0.8, "top_k": 20, "max_new_tokens": 12}
+    torch.manual_seed(1)
+    cold = cached.generate(prompt, **sampling)
+    client.store.flush()
+    torch.manual_seed(1)
+    assert torch.equal(cached.generate(prompt, **sampling), cold)
+    assert cached.last_report.reused_tokens == 512
