@@ -3,8 +3,7 @@
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 from kvstore_api.placement import Member
 from kvstore_cluster.catalogue import NodeRecord
@@ -16,20 +15,19 @@ log = logging.getLogger(__name__)
 DEFAULT_PERIOD_S = 0.4
 # One unanswered probe may be a busy machine; the second in a row makes a node dead.
 MISSES_UNTIL_DEAD = 2
-_PROBES_AT_ONCE = 16
 
 
 class FailureDetector:
     """Probes every known node at its data endpoint, the one clients use, and tells the coordinator.
 
-    `probe` returns None when the node answered and is the one named, else the reason; it must return within
-    about a second and is called from several threads at once.
+    `probe` asks all given nodes at the same time and says for each None when it answered and is the one named,
+    else the reason. It must return within about a second.
     """
 
     def __init__(
         self,
         coordinator: Coordinator,
-        probe: Callable[[Member], str | None],
+        probe: Callable[[Sequence[Member]], Sequence[str | None]],
         period_s: float = DEFAULT_PERIOD_S,
     ) -> None:
         self._coordinator = coordinator
@@ -37,22 +35,20 @@ class FailureDetector:
         self._period_s = period_s
         self._misses: Counter[tuple[str, int]] = Counter()
         self._stopped = threading.Event()
-        self._pool = ThreadPoolExecutor(_PROBES_AT_ONCE, "kvstore-probe")
         self._thread = threading.Thread(target=self._run, name="kvstore-failure-detector", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """Waits for the probes under way."""
+        """Waits for the probe under way."""
         self._stopped.set()
         self._thread.join()
-        self._pool.shutdown()
 
     def check(self) -> None:
-        """Probes every known node once, all at the same time. Raises CatalogueError."""
+        """Probes every known node once. Raises CatalogueError."""
         nodes = self._coordinator.nodes()
-        reasons = self._pool.map(self._probe, [node.member for node in nodes])
+        reasons = self._probe([node.member for node in nodes])
         for node, reason in zip(nodes, reasons, strict=True):
             self._judge(node, reason)
         known = {(node.member.node_id, node.incarnation) for node in nodes}

@@ -1,0 +1,220 @@
+"""A whole cluster on this machine: local Ray, one coordinator, storage nodes, an embedded catalogue."""
+
+import logging
+import os
+import tempfile
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from kvstore_cluster.arena import require_memory
+from kvstore_cluster.catalogue import FileCatalogue
+from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_service.listen import Address, Reservation
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MEMORY_BYTES = 1 << 30
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 5.0
+_GRACE_S = 1.0
+_PID_TIMEOUT_S = 30.0
+_LONGEST_SCRATCH_PARENT = 30
+
+# Read by Ray when it is imported or started. A local cluster needs no token file and reports to nobody, and
+# must not listen outside this machine.
+_RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # What Ray would print on this process's stdout stays in its log files.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+}
+# Ray carries control calls only, so its object store is as small as Ray allows.
+_OBJECT_STORE_BYTES = 80 << 20
+_ACTOR_OPTIONS = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
+_COORDINATOR_NAME = "kvstore-coordinator"
+
+
+class EmbeddedCluster:
+    """Context manager; `address` is the coordinator's host:port once started.
+
+    `memory_bytes` is the DRAM of each of the `nodes`; `data_dir` keeps the catalogue, a temporary folder when
+    None. Starting raises ConfigurationError, AddressInUseError and CatalogueError before Ray is touched, and
+    StartupError for what goes wrong later.
+    """
+
+    def __init__(
+        self,
+        *,
+        nodes: int = 1,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        listen: str = "127.0.0.1:0",
+        data_dir: Path | None = None,
+    ) -> None:
+        if nodes < 1:
+            raise ConfigurationError(f"a cluster has at least one storage node, not {nodes}")
+        require_memory(nodes * memory_bytes)
+        self._nodes = nodes
+        self._memory_bytes = memory_bytes
+        self._listen = Address.parse(listen)
+        self._data_dir = data_dir
+        self._coordinator: Any = None  # Ray's actor handles know the actors' methods only at run time
+        self._storage: dict[str, Any] = {}
+        self._running = ExitStack()
+        self.address = ""
+
+    def start(self) -> None:
+        """Returns when every node has joined and clients may come."""
+        with ExitStack() as started:
+            reservation = Reservation(self._listen)
+            started.callback(reservation.release)
+            scratch = Path(started.enter_context(_scratch_folder()))
+            data_dir = self._data_dir or scratch / "catalogue"
+            _check_catalogue(data_dir)
+            _start_ray(scratch / "ray", started)
+            started.callback(self._stop_actors)
+            self._start_actors(data_dir, reservation.address)
+            self._running = started.pop_all()
+
+    def stop(self) -> None:
+        """Ends what `start` began and leaves neither processes nor temporary files. May be called again."""
+        self._running.close()
+
+    def storage_pids(self) -> dict[str, int]:
+        """Process id of each storage node; waits for a node that is being restarted."""
+        import ray
+
+        pids = ray.get([node.pid.remote() for node in self._storage.values()], timeout=_PID_TIMEOUT_S)
+        return dict(zip(self._storage, pids, strict=True))
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start_actors(self, data_dir: Path, address: Address) -> None:
+        import ray
+
+        from kvstore_cluster.actors.coordinator import CoordinatorActor
+        from kvstore_cluster.actors.storage import StorageActor
+        from kvstore_service.grpc_coordinator import serve_coordinator
+        from kvstore_service.grpc_storage import serve_storage
+
+        coordinator = ray.remote(CoordinatorActor).options(name=_COORDINATOR_NAME, **_ACTOR_OPTIONS)
+        self._coordinator = coordinator.remote(
+            data_dir.absolute(), partial(serve_coordinator, address=address)
+        )
+        storage = ray.remote(StorageActor).options(**_ACTOR_OPTIONS)
+        serve = partial(serve_storage, host=address.host)
+        names = [f"node-{number}" for number in range(self._nodes)]
+        self._storage = {
+            name: storage.remote(name, self._memory_bytes, _COORDINATOR_NAME, serve) for name in names
+        }
+        try:
+            self.address = ray.get(self._coordinator.address.remote(), timeout=_START_TIMEOUT_S)
+            self.storage_pids()
+            self._wait_until_joined()
+        except ray.exceptions.RayError as error:
+            # Ray reports a failed constructor as a whole remote traceback; its last line is the reason.
+            reason = str(error).strip().splitlines()[-1]
+            raise StartupError(f"the cluster did not start: {reason}") from error
+
+    def _wait_until_joined(self) -> None:
+        import ray
+
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        missing = set(self._storage)
+        while missing:
+            if time.monotonic() > deadline_s:
+                raise StartupError(
+                    f"{', '.join(sorted(missing))} did not join within {_START_TIMEOUT_S:.0f} s"
+                )
+            time.sleep(0.02)
+            membership = ray.get(self._coordinator.membership.remote(), timeout=_START_TIMEOUT_S)
+            missing = set(self._storage) - {member.node_id for member in membership.members}
+
+    def _stop_actors(self) -> None:
+        import ray
+
+        try:
+            ray.get([node.stop.remote(_GRACE_S) for node in self._storage.values()], timeout=_STOP_TIMEOUT_S)
+            ray.get(self._coordinator.stop.remote(_GRACE_S), timeout=_STOP_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            log.warning("the cluster did not stop in order and is ended: %s", error)
+        self._storage = {}
+        self._coordinator = None
+
+
+def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    # Ray puts sockets far below it, and the path of a socket may have 107 bytes.
+    parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= _LONGEST_SCRATCH_PARENT else "/tmp"  # noqa: S108
+    return tempfile.TemporaryDirectory(prefix="kvstore-", dir=parent, ignore_cleanup_errors=True)
+
+
+def _check_catalogue(data_dir: Path) -> None:
+    catalogue = FileCatalogue(data_dir)
+    try:
+        catalogue.load()
+    finally:
+        catalogue.close()
+
+
+def _start_ray(folder: Path, started: ExitStack) -> None:
+    """Its processes end with this one, whatever happens to it. Ray's failure detection is left as slow as it is:
+    with one Ray node, faster settings only end the whole cluster when the machine is busy; storage nodes are
+    watched by the coordinator."""
+    os.environ.update(_RAY_ENVIRONMENT)
+    try:
+        import ray
+    except ImportError as error:
+        raise StartupError("a cluster needs Ray: pip install 'kvstore-service[cluster]'") from error
+    if ray.is_initialized():
+        raise StartupError("Ray runs in this process already; an embedded cluster needs one of its own")
+    started.callback(_stop_ray, folder)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=0,
+            num_gpus=0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            namespace="kvstore",
+            _temp_dir=str(folder),
+        )
+    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+        raise StartupError(f"Ray did not start: {error}") from error
+
+
+def _stop_ray(folder: Path) -> None:
+    """Returns when every process of the Ray started in `folder` is gone."""
+    import psutil
+    import ray
+
+    def runs(process: psutil.Process) -> bool:
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    children = psutil.Process().children()
+    roots = [child for child in children if any(str(folder) in argument for argument in child.cmdline())]
+    processes = [*roots, *(worker for root in roots for worker in root.children(recursive=True))]
+    ray.shutdown()
+    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+    while any(runs(process) for process in processes):
+        if time.monotonic() > deadline_s:
+            for process in filter(runs, processes):
+                process.kill()
+            return
+        time.sleep(0.02)

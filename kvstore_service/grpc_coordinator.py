@@ -1,0 +1,135 @@
+"""The Coordinator service: a thin shell around a Coordinator and its failure detector."""
+
+import threading
+from collections.abc import Sequence
+
+import grpc
+
+from kvstore_api.placement import Member
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_cluster.catalogue import NodeRecord
+from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.failure_detector import FailureDetector
+from kvstore_service.grpc_server import GrpcServer, unary
+from kvstore_service.listen import Address
+
+_PROBE_TIMEOUT_S = 1.0
+_CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
+
+
+class StorageProbe:
+    """Asks storage nodes for their stats at the endpoints clients use. Thread-safe; keeps a channel to each."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._channels: dict[str, grpc.Channel] = {}
+
+    def stats(self, members: Sequence[Member]) -> list[pb.StatsReply | str]:
+        """For each node, all asked at once, its stats or the reason why there are none."""
+        calls = [
+            self._stub(member.endpoint).Stats.future(pb.StatsRequest(), timeout=_PROBE_TIMEOUT_S)
+            for member in members
+        ]
+        return [_answer(member, call) for member, call in zip(members, calls, strict=True)]
+
+    def failures(self, members: Sequence[Member]) -> list[str | None]:
+        """For each node None when it is well, else the reason; and forgets nodes that were not asked about."""
+        with self._lock:
+            for endpoint in self._channels.keys() - {member.endpoint for member in members}:
+                self._channels.pop(endpoint).close()
+        return [answer if isinstance(answer, str) else None for answer in self.stats(members)]
+
+    def close(self) -> None:
+        self.failures([])
+
+    def _stub(self, endpoint: str) -> rpc.StorageStub:
+        with self._lock:
+            if endpoint not in self._channels:
+                self._channels[endpoint] = grpc.insecure_channel(endpoint, _CHANNEL_OPTIONS)
+            return rpc.StorageStub(self._channels[endpoint])  # type: ignore[no-untyped-call]
+
+
+class CoordinatorService:
+    def __init__(self, coordinator: Coordinator, probe: StorageProbe) -> None:
+        self._coordinator = coordinator
+        self._probe = probe
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        return {
+            "Membership": unary(self.membership, pb.MembershipRequest),
+            "ClusterStats": unary(self.cluster_stats, pb.ClusterStatsRequest),
+        }
+
+    def membership(
+        self,
+        request: pb.MembershipRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.MembershipReply:
+        membership = self._coordinator.membership()
+        return pb.MembershipReply(
+            epoch=membership.epoch, members=[_member(member) for member in membership.members]
+        )
+
+    def cluster_stats(
+        self,
+        request: pb.ClusterStatsRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.ClusterStatsReply:
+        nodes = self._coordinator.nodes()
+        alive = [node.member for node in nodes if node.alive]
+        stats = {
+            member.node_id: answer for member, answer in zip(alive, self._probe.stats(alive), strict=True)
+        }
+        return pb.ClusterStatsReply(
+            epoch=self._coordinator.membership().epoch,
+            nodes=[_status(node, stats.get(node.member.node_id, node.error)) for node in nodes],
+        )
+
+
+class CoordinatorServer:
+    """The coordinator's endpoint together with the failure detector behind it. Raises AddressInUseError."""
+
+    def __init__(self, coordinator: Coordinator, address: Address) -> None:
+        self._probe = StorageProbe()
+        self._detector = FailureDetector(coordinator, self._probe.failures)
+        # Nodes known from before are members again from the first answer on, not a period later.
+        self._detector.check()
+        service = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
+        self._server = GrpcServer(address, service, CoordinatorService(coordinator, self._probe).handlers())
+        self._detector.start()
+        self.address = self._server.address
+
+    def stop(self, grace_s: float = 1.0) -> None:
+        self._server.stop(grace_s)
+        self._detector.stop()
+        self._probe.close()
+
+
+def serve_coordinator(coordinator: Coordinator, *, address: Address) -> CoordinatorServer:
+    """Starts the coordinator's endpoint. Raises AddressInUseError."""
+    return CoordinatorServer(coordinator, address)
+
+
+def _answer(member: Member, call: grpc.Future) -> pb.StatsReply | str:
+    try:
+        reply: pb.StatsReply = call.result()
+    except grpc.RpcError as error:
+        return f"{error.code().name}: {error.details()}"
+    if reply.node_id != member.node_id:
+        return f"{member.endpoint} belongs to {reply.node_id} now"
+    return reply
+
+
+def _status(node: NodeRecord, answer: pb.StatsReply | str) -> pb.NodeStatus:
+    if isinstance(answer, str):
+        return pb.NodeStatus(member=_member(node.member), alive=node.alive, error=answer)
+    return pb.NodeStatus(member=_member(node.member), alive=True, stats=answer)
+
+
+def _member(member: Member) -> pb.Member:
+    return pb.Member(node_id=member.node_id, endpoint=member.endpoint, weight=member.weight)

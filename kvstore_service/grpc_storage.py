@@ -1,0 +1,202 @@
+"""The Storage service: a thin shell around a StorageNode."""
+
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
+
+import grpc
+
+from kvstore_api.bulk import decode_put_request, encode_read_piece
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
+from kvstore_cluster.node import StorageNode
+from kvstore_cluster.put import PendingPut
+from kvstore_codec.errors import (
+    ArenaFullError,
+    ChunkNotFoundError,
+    ChunkTooLargeError,
+    FrameRangeError,
+    KVStoreError,
+)
+from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_service.grpc_server import GrpcServer, unary
+from kvstore_service.listen import Address
+
+MAX_CHUNKS = 65_536
+MAX_RANGES = 1 << 20
+MAX_PIECE_BYTES = 1 << 20
+_ID_BYTES = 32
+
+
+class StorageService:
+    def __init__(self, node: StorageNode) -> None:
+        self._node = node
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """Read and Put carry KV bytes and skip the generated message classes (kvstore_api.bulk)."""
+        return {
+            "Lookup": unary(self.lookup, pb.LookupRequest),
+            "Put": grpc.stream_stream_rpc_method_handler(
+                self.put,
+                request_deserializer=decode_put_request,
+                response_serializer=pb.PutReply.SerializeToString,
+            ),
+            "Read": grpc.unary_stream_rpc_method_handler(
+                self.read, request_deserializer=pb.ReadRequest.FromString
+            ),
+            "RenewLease": unary(self.renew_lease, pb.RenewLeaseRequest),
+            "ReleaseLease": unary(self.release_lease, pb.ReleaseLeaseRequest),
+            "Delete": unary(self.delete, pb.DeleteRequest),
+            "Stats": unary(self.stats, pb.StatsRequest),
+        }
+
+    def lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> pb.LookupReply:
+        chunks = _chunk_ids(request.chunks, context)
+        result = self._node.lookup(chunks, request.encodings, lease_s=request.lease_ms / 1000)
+        return pb.LookupReply(
+            answers=[
+                pb.LookupAnswer(
+                    encoding=answer.encoding or "",
+                    size_bytes=answer.size_bytes,
+                    header=answer.header if request.with_headers else b"",
+                    other_contexts=answer.other_contexts,
+                )
+                for answer in result.answers
+            ],
+            lease_id=result.lease_id or b"",
+        )
+
+    def put(
+        self, steps: Iterable[pb.PutRequest | memoryview], context: grpc.ServicerContext
+    ) -> Iterator[pb.PutReply]:
+        """Answers a chunk as soon as its fate is known and skips the rest of its steps, so that a client may
+        stop sending what is stored already or will not fit."""
+        put: PendingPut | None = None
+        inside = False  # between a start and its end or revoke
+        try:
+            for step in steps:
+                kind = "data" if isinstance(step, memoryview) else step.WhichOneof("step")
+                if kind is None or inside == (kind == "start"):
+                    _refuse(
+                        context,
+                        f"a put goes start, data..., end or revoke; got {kind or 'nothing'} out of turn",
+                    )
+                inside = kind not in ("end", "revoke")
+                try:
+                    if isinstance(step, memoryview):
+                        if put is not None:
+                            put.write(step)
+                    elif kind == "start":
+                        (chunk_id,) = _chunk_ids([step.start.chunk], context)
+                        put = self._node.begin_put(chunk_id, step.start.encoding, step.start.size_bytes)
+                        if put is None:
+                            yield pb.PutReply(status=pb.PUT_STATUS_ALREADY_STORED)
+                    elif kind == "data":
+                        if put is not None:
+                            put.write(memoryview(step.data))
+                    elif put is not None:
+                        ending, put = put, None
+                        yield _ended(ending, committed=kind == "end")
+                except KVStoreError as error:
+                    if put is not None:
+                        put.revoke()
+                        put = None
+                    yield pb.PutReply(status=_put_status(error), message=str(error))
+        finally:
+            if put is not None:
+                put.revoke()
+
+    def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Yields serialised ReadReply messages. What is read stays in memory until its range was sent."""
+        chunks = _chunk_ids(request.chunks, context)
+        if len(request.encodings) != len(chunks):
+            _refuse(
+                context, f"{len(chunks)} chunks with {len(request.encodings)} encodings; give one for each"
+            )
+        if len(request.ranges) > MAX_RANGES:
+            _refuse(context, f"{len(request.ranges)} ranges in one read; at most {MAX_RANGES}")
+        if any(wanted.chunk >= len(chunks) for wanted in request.ranges):
+            _refuse(context, f"a range names a chunk beyond the {len(chunks)} given")
+        piece_bytes = min(request.piece_bytes or MAX_PIECE_BYTES, MAX_PIECE_BYTES)
+        for index, wanted in enumerate(request.ranges):
+            try:
+                with self._node.open(chunks[wanted.chunk], request.encodings[wanted.chunk]) as reader:
+                    for views in reader.pieces(wanted.first_frame, wanted.frame_count, piece_bytes):
+                        yield encode_read_piece(index, views)
+            except ChunkNotFoundError:
+                yield _read_failure(index, pb.READ_STATUS_NOT_FOUND)
+            except FrameRangeError:
+                yield _read_failure(index, pb.READ_STATUS_INVALID_RANGE)
+
+    def renew_lease(self, request: pb.RenewLeaseRequest, context: grpc.ServicerContext) -> pb.RenewLeaseReply:
+        lease_id = _lease_id(request.lease_id, context)
+        return pb.RenewLeaseReply(renewed=self._node.renew_lease(lease_id, request.lease_ms / 1000))
+
+    def release_lease(
+        self, request: pb.ReleaseLeaseRequest, context: grpc.ServicerContext
+    ) -> pb.ReleaseLeaseReply:
+        return pb.ReleaseLeaseReply(released=self._node.release_lease(_lease_id(request.lease_id, context)))
+
+    def delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteReply:
+        return pb.DeleteReply(deleted=self._node.delete(_chunk_ids(request.chunks, context)))
+
+    def stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:  # noqa: ARG002
+        stats = self._node.stats()
+        return pb.StatsReply(
+            node_id=stats.node_id,
+            chunks=stats.chunks,
+            bytes_used=stats.bytes_used,
+            bytes_limit=stats.bytes_limit,
+            leases=stats.leases,
+            counters=stats.counters,
+        )
+
+
+def serve_storage(node: StorageNode, *, host: str, advertise_host: str | None = None) -> GrpcServer:
+    """Starts the node's data endpoint on any free port of `host`. Raises AddressInUseError."""
+    service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
+    return GrpcServer(
+        Address(host, 0), service, StorageService(node).handlers(), advertise_host=advertise_host
+    )
+
+
+def _ended(put: PendingPut, *, committed: bool) -> pb.PutReply:
+    if not committed:
+        put.revoke()
+        return pb.PutReply(status=pb.PUT_STATUS_REVOKED)
+    return pb.PutReply(status=pb.PUT_STATUS_STORED if put.commit() else pb.PUT_STATUS_ALREADY_STORED)
+
+
+def _put_status(error: KVStoreError) -> pb.PutStatus:
+    match error:
+        case ArenaFullError():
+            return pb.PUT_STATUS_FULL
+        case ChunkTooLargeError():
+            return pb.PUT_STATUS_TOO_LARGE
+        case _:
+            return pb.PUT_STATUS_INVALID
+
+
+def _read_failure(index: int, status: pb.ReadStatus) -> bytes:
+    message: bytes = pb.ReadReply(range=index, status=status).SerializeToString()
+    return message
+
+
+def _chunk_ids(chunks: "Iterable[pb.ChunkRef]", context: grpc.ServicerContext) -> list[ChunkId]:
+    refs = list(chunks)
+    if len(refs) > MAX_CHUNKS:
+        _refuse(context, f"{len(refs)} chunks in one request; at most {MAX_CHUNKS}")
+    for ref in refs:
+        if len(ref.content_id) != _ID_BYTES or len(ref.prefix_id) != _ID_BYTES:
+            _refuse(context, f"content_id and prefix_id have {_ID_BYTES} bytes each")
+    return [ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id)) for ref in refs]
+
+
+def _lease_id(lease_id: bytes, context: grpc.ServicerContext) -> LeaseId:
+    if len(lease_id) != LEASE_ID_BYTES:
+        _refuse(context, f"a lease_id has {LEASE_ID_BYTES} bytes, not {len(lease_id)}")
+    return LeaseId(lease_id)
+
+
+def _refuse(context: grpc.ServicerContext, reason: str) -> NoReturn:
+    context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
+    raise AssertionError("abort raises")

@@ -1,0 +1,93 @@
+"""Addresses to listen on: parsed, checked to be free, and kept while the server that needs them starts."""
+
+import ipaddress
+import socket
+from dataclasses import dataclass
+
+from kvstore_codec.errors import AddressInUseError, ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """host:port; port 0 stands for any free one. An IPv6 host is written in brackets."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        """Raises ConfigurationError for anything that is not host:port."""
+        host, colon, port = text.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
+        if not (colon and host and port.isdecimal() and int(port) < 1 << 16) or (
+            ":" in host and not bracketed
+        ):
+            raise ConfigurationError(f"{text!r} is not an address; write host:port, such as 127.0.0.1:7420")
+        return cls(host.strip("[]"), int(port))
+
+    @property
+    def reachable_host(self) -> str:
+        """What others dial: the host itself, or for "all interfaces" this machine's address to the outside."""
+        try:
+            wildcard = ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return self.host
+        return _outside_host() if wildcard else self.host
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Reservation:
+    """Keeps a port for a server that starts later, maybe in another process, maybe more than once.
+
+    The socket is bound but does not listen, with SO_REUSEPORT, so the server may bind beside it as long as it
+    sets that option too. Raises AddressInUseError when somebody else has the port, ConfigurationError when the
+    host is not one of this machine's.
+    """
+
+    def __init__(self, address: Address) -> None:
+        with _bound(address, socket.SO_REUSEADDR) as probe:
+            # A plain socket, because with SO_REUSEPORT we would share the port with another server.
+            port = probe.getsockname()[1]
+        self._socket = _bound(Address(address.host, port), socket.SO_REUSEPORT)
+        self.address = Address(address.host, port)
+
+    def release(self) -> None:
+        self._socket.close()
+
+
+def _bound(address: Address, option: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {address}: {error.strerror}; choose another --listen"
+        ) from error
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, option, 1)
+        bound.bind(target)
+    except OSError as error:
+        bound.close()
+        raise address_error(address, error.strerror or str(error)) from error
+    return bound
+
+
+def address_error(address: Address, reason: str) -> AddressInUseError:
+    return AddressInUseError(
+        f"cannot listen on {address}: {reason}; stop what uses it, or choose another --listen (port 0 takes any free)"
+    )
+
+
+def _outside_host() -> str:
+    """The local address a packet to the outside would carry; sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        try:
+            route.connect(("192.0.2.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        host: str = route.getsockname()[0]
+        return host
