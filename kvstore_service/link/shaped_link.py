@@ -16,11 +16,11 @@ class ShapedLink:
     link, 256 KiB at most) and the kernel's socket buffers (256 KiB asked for). Latency delays bytes and the end
     of a stream, not the TCP handshake. A target that refuses a connection is a reset to the client.
 
-    Accuracy on a 2-core machine (benchmarks/link_accuracy.py, transfers of 1 s): within 0.5 % from 50 Mbit/s to
-    2.5 Gbit/s, 1.5 % at 5 Gbit/s for a quarter of a core, 3 % at 10 Gbit/s, about the most it carries; below,
-    the burst shows (+1.2 % at 10 Mbit/s). Moving the bytes with splice(2) instead was no cheaper. A thread that
-    computes in pure Python in the same process starves the link of the GIL (down to 0.2 Gbit/s): keep the two in
-    different processes. Tensor operations and progress bars do no harm.
+    Accuracy on a 2-core machine (benchmarks/link_accuracy.py, transfers of 1 s): within 0.2 % from 50 Mbit/s to
+    1 Gbit/s; at 5 Gbit/s 1.5 % slow on a quiet machine, 3.5 % on a busy one, for a quarter of a core; 10 Gbit/s is
+    about the most it carries. Below 50 Mbit/s the burst shows (+1.2 % at 10 Mbit/s). Moving the bytes with
+    splice(2) instead was no cheaper. A thread that computes in pure Python in the same process starves the link
+    of the GIL (down to 0.2 Gbit/s): keep the two in different processes. Tensor operations do no such harm.
 
     Raises ConfigurationError for a target, bandwidth or latency that makes no sense.
     """
