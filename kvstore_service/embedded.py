@@ -1,7 +1,6 @@
 """A whole cluster on this machine: local Ray, one coordinator, storage nodes, an embedded catalogue."""
 
 import logging
-import os
 import tempfile
 import time
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from kvstore_cluster.arena import require_memory
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service.listen import Address, Reservation
+from kvstore_service.local_ray import local_ray
 
 log = logging.getLogger(__name__)
 
@@ -24,18 +24,6 @@ _GRACE_S = 1.0
 _PID_TIMEOUT_S = 30.0
 _LONGEST_SCRATCH_PARENT = 30
 
-# Read by Ray when it is imported or started. A local cluster needs no token file and reports to nobody, and
-# must not listen outside this machine.
-_RAY_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # What Ray would print on this process's stdout stays in its log files.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-}
-# Ray carries control calls only, so its object store is as small as Ray allows.
-_OBJECT_STORE_BYTES = 80 << 20
 _ACTOR_OPTIONS = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
 _COORDINATOR_NAME = "kvstore-coordinator"
 
@@ -76,7 +64,7 @@ class EmbeddedCluster:
             scratch = Path(started.enter_context(_scratch_folder()))
             data_dir = self._data_dir or scratch / "catalogue"
             _check_catalogue(data_dir)
-            _start_ray(scratch / "ray", started)
+            started.enter_context(local_ray(scratch / "ray"))
             started.callback(self._stop_actors)
             self._start_actors(data_dir, reservation.address)
             self._running = started.pop_all()
@@ -166,55 +154,3 @@ def _check_catalogue(data_dir: Path) -> None:
         catalogue.load()
     finally:
         catalogue.close()
-
-
-def _start_ray(folder: Path, started: ExitStack) -> None:
-    """Its processes end with this one, whatever happens to it. Ray's failure detection is left as slow as it is:
-    with one Ray node, faster settings only end the whole cluster when the machine is busy; storage nodes are
-    watched by the coordinator."""
-    os.environ.update(_RAY_ENVIRONMENT)
-    try:
-        import ray
-    except ImportError as error:
-        raise StartupError("a cluster needs Ray: pip install 'kvstore-service[cluster]'") from error
-    if ray.is_initialized():
-        raise StartupError("Ray runs in this process already; an embedded cluster needs one of its own")
-    started.callback(_stop_ray, folder)
-    try:
-        ray.init(
-            address="local",
-            num_cpus=0,
-            num_gpus=0,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            namespace="kvstore",
-            _temp_dir=str(folder),
-        )
-    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
-        raise StartupError(f"Ray did not start: {error}") from error
-
-
-def _stop_ray(folder: Path) -> None:
-    """Returns when every process of the Ray started in `folder` is gone."""
-    import psutil
-    import ray
-
-    def runs(process: psutil.Process) -> bool:
-        try:
-            return process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-    children = psutil.Process().children()
-    roots = [child for child in children if any(str(folder) in argument for argument in child.cmdline())]
-    processes = [*roots, *(worker for root in roots for worker in root.children(recursive=True))]
-    ray.shutdown()
-    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
-    while any(runs(process) for process in processes):
-        if time.monotonic() > deadline_s:
-            for process in filter(runs, processes):
-                process.kill()
-            return
-        time.sleep(0.02)

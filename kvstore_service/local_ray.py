@@ -1,0 +1,92 @@
+"""A Ray of our own on this machine: small, quiet, and gone without a trace afterwards."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvstore_codec.errors import StartupError
+
+if TYPE_CHECKING:
+    import psutil
+
+# Read by Ray when it is imported or started.
+_ENVIRONMENT = {
+    # A local cluster needs no token file, reports to nobody, and listens to this machine alone.
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # What Ray would print on this process's stdout stays in its log files.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+}
+# Ray carries control calls only, so its object store is as small as Ray allows.
+_OBJECT_STORE_BYTES = 80 << 20
+_STOP_TIMEOUT_S = 5.0
+
+
+@contextmanager
+def local_ray(folder: Path) -> Iterator[None]:
+    """Runs Ray with its files in `folder`; its processes end with this one, whatever happens to it.
+
+    Ray's own failure detection is left as slow as it is: with a single Ray node, faster settings only end the
+    whole cluster when the machine is busy. Storage nodes are watched by the coordinator instead.
+
+    Raises StartupError.
+    """
+    os.environ.update(_ENVIRONMENT)
+    try:
+        import ray
+    except ImportError as error:
+        raise StartupError("a cluster needs Ray: pip install 'kvstore-service[cluster]'") from error
+    if ray.is_initialized():
+        raise StartupError("Ray runs in this process already; an embedded cluster needs a process without it")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=0,
+            num_gpus=0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            namespace="kvstore",
+            _temp_dir=str(folder),
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        ray.shutdown()
+        raise StartupError(f"Ray did not start: {error}") from error
+    try:
+        yield
+    finally:
+        processes = _processes(folder)
+        ray.shutdown()
+        _wait_until_gone(processes)
+
+
+def _processes(folder: Path) -> "list[psutil.Process]":
+    """Every process of the Ray that was started in `folder`."""
+    import psutil
+
+    processes = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if any(str(folder) in argument for argument in child.cmdline()):
+                processes += [child, *child.children(recursive=True)]
+    return processes
+
+
+def _wait_until_gone(processes: "list[psutil.Process]") -> None:
+    """Waits for their end, and brings it about when it takes too long."""
+    import psutil
+
+    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            while process.status() != psutil.STATUS_ZOMBIE:
+                if time.monotonic() > deadline_s:
+                    process.kill()
+                time.sleep(0.02)
