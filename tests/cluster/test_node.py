@@ -1,6 +1,5 @@
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -19,11 +18,11 @@ from kvstore_codec.errors import (
     TruncatedChunkError,
     UnknownEncodingError,
 )
+from tests.sample_chunk import SampleChunk, sample_chunk
 
 MEMORY = 1 << 20
 BLOCK = 4 << 10
 EXACT = ["exact-zstd"]
-Build = Callable[..., Any]  # builds a SampleChunk, see conftest.py
 
 
 class Clock:
@@ -45,7 +44,7 @@ def node(clock: Clock):
     node.check_integrity()
 
 
-def put(node: StorageNode, chunk, piece_bytes: int = 3001) -> bool:
+def put(node: StorageNode, chunk: SampleChunk, piece_bytes: int = 3001) -> bool:
     pending = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data))
     if pending is None:
         return False
@@ -54,18 +53,18 @@ def put(node: StorageNode, chunk, piece_bytes: int = 3001) -> bool:
     return pending.commit()
 
 
-def read(node: StorageNode, chunk, first: int, count: int, piece_bytes: int = 2500) -> bytes:
+def read(node: StorageNode, chunk: SampleChunk, first: int, count: int, piece_bytes: int = 2500) -> bytes:
     with node.open(chunk.chunk_id, chunk.encoding) as reader:
         pieces = [b"".join(views) for views in reader.pieces(first, count, piece_bytes)]
     assert all(len(piece) == piece_bytes for piece in pieces[:-1])
     return b"".join(pieces)
 
 
-def stored(node: StorageNode, chunk) -> bool:
+def stored(node: StorageNode, chunk: SampleChunk) -> bool:
     return node.lookup([chunk.chunk_id], [chunk.encoding]).answers[0].encoding is not None
 
 
-def fill(node: StorageNode, sample_chunk: Build, frame_bytes: int = 6000) -> list:
+def fill(node: StorageNode, frame_bytes: int = 6000) -> list[SampleChunk]:
     """Puts chunks until the first had to go, and returns all of them."""
     chunks = []
     while not node.stats().counters["evictions"]:
@@ -74,7 +73,7 @@ def fill(node: StorageNode, sample_chunk: Build, frame_bytes: int = 6000) -> lis
     return chunks
 
 
-def test_what_was_put_is_found_and_read(node: StorageNode, sample_chunk: Build) -> None:
+def test_what_was_put_is_found_and_read(node: StorageNode) -> None:
     chunk = sample_chunk()
     assert put(node, chunk)
     (answer,) = node.lookup([chunk.chunk_id], EXACT).answers
@@ -85,7 +84,7 @@ def test_what_was_put_is_found_and_read(node: StorageNode, sample_chunk: Build) 
         assert read(node, chunk, first, count) == chunk.frames(first, count)
 
 
-def test_a_chunk_is_invisible_until_committed(node: StorageNode, sample_chunk: Build) -> None:
+def test_a_chunk_is_invisible_until_committed(node: StorageNode) -> None:
     chunk = sample_chunk()
     pending = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data))
     assert pending is not None
@@ -95,7 +94,7 @@ def test_a_chunk_is_invisible_until_committed(node: StorageNode, sample_chunk: B
     assert stored(node, chunk)
 
 
-def test_a_revoked_put_leaves_nothing(node: StorageNode, sample_chunk: Build) -> None:
+def test_a_revoked_put_leaves_nothing(node: StorageNode) -> None:
     chunk = sample_chunk()
     pending = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data))
     assert pending is not None
@@ -122,7 +121,7 @@ def test_a_revoked_put_leaves_nothing(node: StorageNode, sample_chunk: Build) ->
     ],
 )
 def test_unsound_bytes_are_never_stored(
-    node: StorageNode, sample_chunk: Build, spoil: Callable[[bytes], bytes], error: type[Exception]
+    node: StorageNode, spoil: Callable[[bytes], bytes], error: type[Exception]
 ) -> None:
     chunk = sample_chunk()
     other = sample_chunk(content=1)
@@ -136,7 +135,7 @@ def test_unsound_bytes_are_never_stored(
     assert node.stats().counters["put_rejected"] == 1
 
 
-def test_a_chunk_under_a_foreign_name_is_refused(node: StorageNode, sample_chunk: Build) -> None:
+def test_a_chunk_under_a_foreign_name_is_refused(node: StorageNode) -> None:
     chunk = sample_chunk()
     for lie in [
         dataclasses.replace(chunk, chunk_id=sample_chunk(content=1).chunk_id),
@@ -148,7 +147,7 @@ def test_a_chunk_under_a_foreign_name_is_refused(node: StorageNode, sample_chunk
     assert node.stats().chunks == 0
 
 
-def test_a_size_that_is_not_kept_is_refused(node: StorageNode, sample_chunk: Build) -> None:
+def test_a_size_that_is_not_kept_is_refused(node: StorageNode) -> None:
     chunk = sample_chunk()
     pending = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data))
     assert pending is not None
@@ -164,7 +163,7 @@ def test_a_size_that_is_not_kept_is_refused(node: StorageNode, sample_chunk: Bui
         pending.commit()
 
 
-def test_impossible_puts_are_refused_at_the_start(node: StorageNode, sample_chunk: Build) -> None:
+def test_impossible_puts_are_refused_at_the_start(node: StorageNode) -> None:
     chunk_id = sample_chunk().chunk_id
     with pytest.raises(ChunkTooLargeError, match="more memory"):
         node.begin_put(chunk_id, "exact-zstd", MEMORY + 1)
@@ -175,7 +174,7 @@ def test_impossible_puts_are_refused_at_the_start(node: StorageNode, sample_chun
     assert node.stats().counters["put_rejected"] == 3
 
 
-def test_of_two_puts_of_one_chunk_the_first_commit_wins(node: StorageNode, sample_chunk: Build) -> None:
+def test_of_two_puts_of_one_chunk_the_first_commit_wins(node: StorageNode) -> None:
     chunk = sample_chunk()
     first = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data))
     second = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data))
@@ -190,9 +189,7 @@ def test_of_two_puts_of_one_chunk_the_first_commit_wins(node: StorageNode, sampl
     assert read(node, chunk, 0, 4) == chunk.frames(0, 4)
 
 
-def test_lookup_tells_exact_from_approximate_and_prefers_the_callers_order(
-    node: StorageNode, sample_chunk: Build
-) -> None:
+def test_lookup_tells_exact_from_approximate_and_prefers_the_callers_order(node: StorageNode) -> None:
     exact, high, elsewhere = sample_chunk(), sample_chunk(encoding="high-zstd"), sample_chunk(context=1)
     for chunk in (exact, high, elsewhere):
         put(node, chunk)
@@ -206,8 +203,8 @@ def test_lookup_tells_exact_from_approximate_and_prefers_the_callers_order(
     assert (counters["lookups"], counters["hits"], counters["misses"]) == (3, 3, 2)
 
 
-def test_what_was_used_longest_ago_is_evicted(node: StorageNode, sample_chunk: Build) -> None:
-    chunks = fill(node, sample_chunk)
+def test_what_was_used_longest_ago_is_evicted(node: StorageNode) -> None:
+    chunks = fill(node)
     assert not stored(node, chunks[0])
     assert stored(node, chunks[1])  # and thereby used
     put(node, sample_chunk(content=1000, frame_bytes=6000))
@@ -215,8 +212,8 @@ def test_what_was_used_longest_ago_is_evicted(node: StorageNode, sample_chunk: B
     assert not stored(node, chunks[2])
 
 
-def test_a_lease_protects_until_it_ends(node: StorageNode, sample_chunk: Build, clock: Clock) -> None:
-    chunks = fill(node, sample_chunk)[1:]
+def test_a_lease_protects_until_it_ends(node: StorageNode, clock: Clock) -> None:
+    chunks = fill(node)[1:]
     result = node.lookup([chunk.chunk_id for chunk in chunks], EXACT, lease_s=10.0)
     assert result.lease_id is not None
     newcomer = sample_chunk(content=1000, frame_bytes=6000)
@@ -234,8 +231,8 @@ def test_a_lease_protects_until_it_ends(node: StorageNode, sample_chunk: Build, 
     assert not node.release_lease(result.lease_id)
 
 
-def test_a_released_lease_protects_no_longer(node: StorageNode, sample_chunk: Build) -> None:
-    chunks = fill(node, sample_chunk)[1:]
+def test_a_released_lease_protects_no_longer(node: StorageNode) -> None:
+    chunks = fill(node)[1:]
     lease_id = node.lookup([chunk.chunk_id for chunk in chunks], EXACT, lease_s=10.0).lease_id
     assert lease_id is not None
     assert node.stats().leases == 1
@@ -243,14 +240,14 @@ def test_a_released_lease_protects_no_longer(node: StorageNode, sample_chunk: Bu
     assert put(node, sample_chunk(content=1000, frame_bytes=6000))
 
 
-def test_no_lease_is_taken_over_nothing(node: StorageNode, sample_chunk: Build) -> None:
+def test_no_lease_is_taken_over_nothing(node: StorageNode) -> None:
     assert node.lookup([sample_chunk().chunk_id], EXACT, lease_s=10.0).lease_id is None
     put(node, sample_chunk())
     assert node.lookup([sample_chunk().chunk_id], EXACT).lease_id is None
 
 
-def test_what_is_being_read_is_not_evicted(node: StorageNode, sample_chunk: Build) -> None:
-    chunks = fill(node, sample_chunk)
+def test_what_is_being_read_is_not_evicted(node: StorageNode) -> None:
+    chunks = fill(node)
     oldest = chunks[1]
     with node.open(oldest.chunk_id, oldest.encoding) as reader:
         for number in range(1000, 1000 + 3 * len(chunks)):
@@ -260,7 +257,7 @@ def test_what_is_being_read_is_not_evicted(node: StorageNode, sample_chunk: Buil
         )
 
 
-def test_deleting_waits_for_readers_but_hides_at_once(node: StorageNode, sample_chunk: Build) -> None:
+def test_deleting_waits_for_readers_but_hides_at_once(node: StorageNode) -> None:
     chunk, other = sample_chunk(), sample_chunk(encoding="high-zstd")
     put(node, chunk)
     put(node, other)
@@ -277,7 +274,7 @@ def test_deleting_waits_for_readers_but_hides_at_once(node: StorageNode, sample_
     assert node.stats().bytes_used == 0
 
 
-def test_views_cannot_be_written_through(node: StorageNode, sample_chunk: Build) -> None:
+def test_views_cannot_be_written_through(node: StorageNode) -> None:
     chunk = sample_chunk()
     put(node, chunk)
     with node.open(chunk.chunk_id, chunk.encoding) as reader:
@@ -285,7 +282,7 @@ def test_views_cannot_be_written_through(node: StorageNode, sample_chunk: Build)
         assert all(view.readonly for view in views)
 
 
-def test_what_is_not_there_cannot_be_read(node: StorageNode, sample_chunk: Build) -> None:
+def test_what_is_not_there_cannot_be_read(node: StorageNode) -> None:
     chunk = sample_chunk()
     with (
         pytest.raises(ChunkNotFoundError, match=r"not stored as exact-zstd on node-0"),

@@ -11,13 +11,14 @@ import pytest
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.errors import ArenaFullError, ChunkNotFoundError
+from tests.sample_chunk import SampleChunk, sample_chunk
 
 CHUNKS = 24
 RUN_S = 1.5
 
 
 @pytest.fixture
-def chunks(sample_chunk) -> list:
+def chunks() -> list[SampleChunk]:
     return [sample_chunk(content=number, frame_bytes=5000) for number in range(CHUNKS)]
 
 
@@ -43,7 +44,7 @@ def run_for(seconds: float, *workers: Callable[[random.Random], None]) -> None:
         assert all(future.result() > 0 for future in futures)
 
 
-def test_put_read_delete_and_evict_at_once(chunks: list) -> None:
+def test_put_read_delete_and_evict_at_once(chunks: list[SampleChunk]) -> None:
     # Room for about half of the chunks, so that puts evict all the time.
     node = StorageNode("node-0", Arena(12 * len(chunks[0].data), 4 << 10))
     read_bytes = 0
@@ -104,7 +105,7 @@ def test_put_read_delete_and_evict_at_once(chunks: list) -> None:
     assert (node.stats().chunks, node.stats().bytes_used, node.stats().leases) == (0, 0, 0)
 
 
-def test_of_many_puts_of_one_chunk_exactly_one_is_stored(chunks: list) -> None:
+def test_of_many_puts_of_one_chunk_exactly_one_is_stored(chunks: list[SampleChunk]) -> None:
     node = StorageNode("node-0", Arena(200 * len(chunks[0].data), 4 << 10))
     barrier = threading.Barrier(8)
 

@@ -1,0 +1,48 @@
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grpc
+import pytest
+
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_cluster.arena import Arena
+from kvstore_cluster.node import StorageNode
+from kvstore_service.grpc_server import MAX_REPLY_BYTES, GrpcServer
+from kvstore_service.grpc_storage import serve_storage
+
+
+@dataclass
+class ServedNode:
+    """A storage node behind its real server, and a client of it."""
+
+    node: StorageNode
+    server: GrpcServer
+    channel: grpc.Channel
+
+    @property
+    def stub(self) -> rpc.StorageStub:
+        return rpc.StorageStub(self.channel)
+
+
+@contextlib.contextmanager
+def served(memory_bytes: int) -> Iterator[ServedNode]:
+    node = StorageNode("node-0", Arena(memory_bytes, 4 << 10))
+    server = serve_storage(node, host="127.0.0.1")
+    options = [("grpc.max_receive_message_length", MAX_REPLY_BYTES)]
+    with grpc.insecure_channel(server.address, options) as channel:
+        yield ServedNode(node, server, channel)
+    server.stop(0)
+    node.check_integrity()
+
+
+@pytest.fixture
+def storage() -> Iterator[ServedNode]:
+    with served(4 << 20) as node:
+        yield node
+
+
+@pytest.fixture
+def large_storage() -> Iterator[ServedNode]:
+    with served(512 << 20) as node:
+        yield node
