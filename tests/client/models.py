@@ -20,7 +20,7 @@ _SIZES = {
     "num_hidden_layers": 5,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 8192,
     "bos_token_id": 1,
     "eos_token_id": None,
     "pad_token_id": None,
