@@ -92,10 +92,15 @@ def ask(sock: socket.socket, size: int) -> None:
 
 
 def exchange_blobs(sock: socket.socket) -> None:
-    """Sends the BLOB while reading one."""
-    sender = threading.Thread(target=sock.sendall, args=(BLOB,))
+    """Sends the BLOB while reading one, to the end of both streams."""
+
+    def send() -> None:
+        sock.sendall(BLOB)
+        sock.shutdown(socket.SHUT_WR)
+
+    sender = threading.Thread(target=send)
     sender.start()
-    assert read_exactly(sock, len(BLOB)) == BLOB
+    assert read_all(sock) == BLOB
     sender.join()
 
 
