@@ -51,16 +51,19 @@ def encode_chunk(
     Needs scratch memory for one frame besides the result. Raises InvalidKVError for tensors that do not
     fit `spec`, CoderUnavailableError for a coder this machine does not have.
     """
-    _require_kv("keys", keys, (spec.layers, spec.kv_heads, keys.shape[-2], spec.head_dim), spec.dtype)
+    if keys.ndim != 4 or not keys.numel():
+        raise InvalidKVError(f"keys of shape {list(keys.shape)} are not [layers, kv_heads, tokens, head_dim]")
+    tokens = keys.shape[2]
+    _require_kv("keys", keys, (spec.layers, spec.kv_heads, tokens, spec.head_dim), spec.dtype)
     _require_kv("values", values, tuple(keys.shape), spec.dtype)
-    geometry = Geometry.of(spec, tokens=keys.shape[-2])
+    geometry = Geometry.of(spec, tokens)
     encode = _ENCODERS[encoding.rate]
     frames: list[bytes] = []
     for period in range(geometry.periods):
         layers = geometry.layers_of(period)
         for slot in range(geometry.frames_per_period):
-            tokens = geometry.tokens_of(slot)
-            cut = np.s_[layers.start : layers.stop, :, tokens.start : tokens.stop]
+            rows = geometry.tokens_of(slot)
+            cut = np.s_[layers.start : layers.stop, :, rows.start : rows.stop]
             frames.append(encode(keys[cut].detach().cpu(), values[cut].detach().cpu(), encoding.coder))
     header, header_data = write_header(spec.digest, chunk_id, encoding, geometry, frames)
     return EncodedChunk(header, [header_data, *frames])
@@ -70,10 +73,12 @@ def decode_frame(
     header: ChunkHeader, frame: int, data: Buffer, out_keys: torch.Tensor, out_values: torch.Tensor
 ) -> None:
     """Verifies the checksum of `data`, the bytes of one frame, and decodes them into the caller's tensors,
-    both [layers_in_period, kv_heads, tokens_in_frame, head_dim] of the chunk's dtype, with any strides.
+    both [layers_in_period, kv_heads, tokens_in_frame, head_dim] of the chunk's dtype, with any strides, in
+    host memory.
 
-    May be called from many threads at once. Raises ChunkFormatError children for bad bytes (the tensors
-    may then be partly written), InvalidKVError for tensors of another shape or dtype.
+    May be called from many threads at once; each keeps scratch memory of about the size of a frame. Raises
+    ChunkFormatError children for bad bytes (the tensors may then be partly written), InvalidKVError for
+    tensors of another shape, dtype or device.
     """
     geometry = header.geometry
     if not 0 <= frame < geometry.frame_count:
@@ -81,6 +86,8 @@ def decode_frame(
     shape = geometry.frame_shape(frame)
     _require_kv("out_keys", out_keys, shape, geometry.dtype)
     _require_kv("out_values", out_values, shape, geometry.dtype)
+    if not (out_keys.is_cpu and out_values.is_cpu):
+        raise InvalidKVError(f"frames are decoded into host memory, not into {out_keys.device} tensors")
     header.verify_frame(frame, data)
     reader = PayloadReader(data)
     try:

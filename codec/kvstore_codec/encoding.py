@@ -41,9 +41,9 @@ class Encoding:
     @classmethod
     def parse(cls, name: str) -> Encoding:
         """The inverse of `name`. Raises UnknownEncodingError, listing the known names."""
-        rate, _, coder = name.partition("-")
-        if rate not in list(Rate):
+        if name not in cls.names():
             raise _unknown(name)
+        rate, _, coder = name.partition("-")
         return cls(Rate(rate), coder)
 
     @classmethod

@@ -33,9 +33,11 @@ STEP_PER_RMS = 0.25
 
 _ZERO_SAMPLE = 128
 _LARGEST_MEAN = (1 << 15) - 1 - 2 * _ZERO_SAMPLE
-# Integers up to here are exact in f32, so a product with the step rounds once.
-_LARGEST_INTEGER = 1 << 23
-_SMALLEST_STEP = float(np.finfo(np.float32).tiny) * _LARGEST_INTEGER
+# Integers below this are exact in f32, so a product with the step rounds once; within the limits of the step it
+# neither overflows nor loses bits to denormals.
+_INTEGER_LIMIT = 1 << 23
+_SMALLEST_STEP = float(np.finfo(np.float32).tiny) * _INTEGER_LIMIT
+_LARGEST_STEP = float(np.finfo(np.float32).max) / (2 * _INTEGER_LIMIT)
 # With more escapes than this the step does not fit the frame and `exact` is not larger.
 _MOST_ESCAPES = 1 / 32
 
@@ -90,6 +92,8 @@ def decode_quantised(
     integers = np.frombuffer(reader.take(4 * escapes), "<i4")
     if escapes and int(indices.max()) >= size:
         raise ChunkFormatError(f"a frame of {size} values has an escape at {int(indices.max())}")
+    if not _usable(steps) or np.abs(integers, dtype=np.int64).max(initial=0) > _INTEGER_LIMIT + _LARGEST_MEAN:
+        raise ChunkFormatError("a frame has steps or escapes that no encoder writes")
     samples = _SAMPLES.array((size // dims, dims), np.uint8)
     coder(coder_name).decode(reader.take_rest(), samples)
 
@@ -114,13 +118,13 @@ def _integers(x: npt.NDArray[np.float32], largest: float) -> _Integers | None:
         means = x.mean(axis=3, keepdims=True)
         rms = np.sqrt(np.square(x - means).mean(axis=(2, 3, 4), keepdims=True))
         steps = (STEP_PER_RMS * rms).astype(np.float32)
-        if not (np.isfinite(steps).all() and steps.min() >= _SMALLEST_STEP):
+        if not _usable(steps):
             return None
         whole = np.rint(x / steps)
         whole_means = np.rint(means / steps)
         peak = np.abs(whole).max(axis=(2, 3, 4), keepdims=True)
         fits = (
-            peak.max() < _LARGEST_INTEGER
+            peak.max() < _INTEGER_LIMIT
             and np.abs(whole_means).max() <= _LARGEST_MEAN
             and (peak * steps).max() <= largest
         )
@@ -137,3 +141,8 @@ def _integers(x: npt.NDArray[np.float32], largest: float) -> _Integers | None:
         escape_indices=escape_indices.astype(np.uint32),
         escape_values=residual.reshape(-1)[escape_indices],
     )
+
+
+def _usable(steps: npt.NDArray[np.float32]) -> bool:
+    """False, too, for steps that are not numbers."""
+    return bool(steps.min() >= _SMALLEST_STEP and steps.max() <= _LARGEST_STEP)

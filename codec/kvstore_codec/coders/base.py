@@ -23,5 +23,5 @@ class Coder(ABC):
         """Fills `out`, C-contiguous [rows, cols], with the plane that `data` was made from.
 
         Allocates in proportion to `out`, never to what `data` claims, and gives up the GIL while it works.
-        Raises ChunkFormatError when `data` does not hold exactly such a plane.
+        Raises ChunkFormatError when `data` cannot be such a plane.
         """

@@ -3,12 +3,14 @@ bytes are one intra picture of an expected size."""
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from kvstore_codec.coders.base import Data
 from kvstore_codec.errors import ChunkFormatError
 
 _START_CODE = re.compile(rb"\x00\x00\x01")
+_START_CODE_BYTES = 3
 _NAL_HEADER_BYTES = 2
 # nal_unit_type, table 7-1.
 _VPS, _SPS, _PPS = 32, 33, 34
@@ -47,10 +49,10 @@ def require_one_gray_picture(data: Data, width: int, height: int) -> None:
 def _nal_units(data: Data) -> list[tuple[int, int, memoryview]]:
     """(nal_unit_type, nuh_layer_id, payload with its emulation prevention) of every unit (7.3.1.2)."""
     view = memoryview(data)
-    starts = [match.end() for match in _START_CODE.finditer(view)]
-    ends = [start - 3 for start in starts[1:]] + [len(view)]
+    edges = [match.start() for match in _START_CODE.finditer(view)] + [len(view)]
     units = []
-    for start, end in zip(starts, ends, strict=True):
+    for edge, end in itertools.pairwise(edges):
+        start = edge + _START_CODE_BYTES
         if end - start < _NAL_HEADER_BYTES:
             raise ChunkFormatError("an HEVC unit without a header")
         header = int.from_bytes(view[start : start + _NAL_HEADER_BYTES], "big")

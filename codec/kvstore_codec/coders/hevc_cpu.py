@@ -23,6 +23,8 @@ from kvstore_codec.errors import ChunkFormatError, CodecError, CoderUnavailableE
 _SMALLEST_SIDE = 144
 _PADDING = 128
 
+_ENCODER, _DECODER = "libx265", "hevc"
+
 # One picture in, one picture out, in this thread alone. Blocks of 16 encode twice as fast as blocks of 64 and
 # cost .8 % of the size; slower presets cost 4x the time and buy nothing on noise.
 _X265_PARAMETERS = ":".join(
@@ -76,7 +78,7 @@ class _Contexts(threading.local):
 
 class HevcCpuCoder(Coder):
     def __init__(self) -> None:
-        for name, mode in (("libx265", "w"), ("hevc", "r")):
+        for name, mode in ((_ENCODER, "w"), (_DECODER, "r")):
             try:
                 av.codec.Codec(name, mode)
             except ValueError as error:
@@ -121,7 +123,7 @@ class HevcCpuCoder(Coder):
     def _encoder(self, fold: _Fold) -> Any:
         encoder = self._contexts.encoder
         if encoder is None or (encoder.width, encoder.height) != (fold.width, fold.height):
-            encoder = av.CodecContext.create("libx265", "w")
+            encoder = av.CodecContext.create(_ENCODER, "w")
             encoder.width, encoder.height, encoder.pix_fmt = fold.width, fold.height, "gray"
             encoder.time_base = Fraction(1, 1)
             encoder.thread_count = 1
@@ -131,7 +133,7 @@ class HevcCpuCoder(Coder):
 
 
 def _new_decoder() -> Any:
-    decoder = av.CodecContext.create("hevc", "r")
+    decoder = av.CodecContext.create(_DECODER, "r")
     decoder.thread_count = 1
     decoder.options = _DECODER_OPTIONS
     return decoder

@@ -1,0 +1,63 @@
+"""Synthetic KV, and chunks made of it."""
+
+from __future__ import annotations
+
+import torch
+
+from kvstore_codec.codec import EncodedChunk, decode_frame, encode_chunk
+from kvstore_codec.encoding import Encoding
+from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_codec.model_spec import KVDtype, ModelSpec, RopeSpec
+
+CHUNK_ID = ChunkId(ContentId(bytes(range(32))), PrefixId(bytes(range(32, 64))))
+ALL_ENCODINGS = [Encoding.parse(name) for name in Encoding.names()]
+WORD_DTYPES = {2: torch.int16, 4: torch.int32}
+
+
+def make_spec(
+    layers: int = 5, kv_heads: int = 2, head_dim: int = 32, dtype: KVDtype = KVDtype.BFLOAT16
+) -> ModelSpec:
+    rope = RopeSpec("default", 10000.0, head_dim)
+    return ModelSpec("synthetic", bytes(32), layers, kv_heads, head_dim, dtype, rope)
+
+
+def make_kv(spec: ModelSpec, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise around a mean of its own for each channel, as real KV has it: two tensors
+    [layers, kv_heads, tokens, head_dim]."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = (2, spec.layers, spec.kv_heads, 1, spec.head_dim)
+    means = 3 * torch.randn(channels, generator=generator)
+    spread = 0.5 + torch.rand(channels, generator=generator)
+    noise = torch.randn((*channels[:3], tokens, spec.head_dim), generator=generator)
+    keys, values = (means + spread * noise).to(spec.dtype.torch)
+    return keys, values
+
+
+def encode(spec: ModelSpec, kv: tuple[torch.Tensor, torch.Tensor], encoding: Encoding) -> EncodedChunk:
+    return encode_chunk(*kv, spec=spec, chunk_id=CHUNK_ID, encoding=encoding)
+
+
+def decode(chunk: EncodedChunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decodes every frame into a slice of larger tensors, as an engine's cache would have it."""
+    geometry = chunk.header.geometry
+    room = (geometry.layers, geometry.kv_heads, geometry.tokens + 7, geometry.head_dim)
+    outs = [torch.full(room, -1.0, dtype=geometry.dtype.torch) for _ in range(2)]
+    for frame, data in enumerate(chunk.parts[1:]):
+        period, slot = divmod(frame, geometry.frames_per_period)
+        layers, tokens = geometry.layers_of(period), geometry.tokens_of(slot)
+        views = [out[layers.start : layers.stop, :, 3 + tokens.start : 3 + tokens.stop] for out in outs]
+        decode_frame(chunk.header, frame, data, *views)
+    for out in outs:
+        assert (out[:, :, :3] == -1).all(), "wrote in front of the frames"
+        assert (out[:, :, 3 + geometry.tokens :] == -1).all(), "wrote behind the frames"
+    keys, values = (out[:, :, 3 : 3 + geometry.tokens] for out in outs)
+    return keys, values
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The float bits as integers: tells -0.0 from 0.0 and one NaN from another."""
+    return tensor.view(WORD_DTYPES[tensor.dtype.itemsize])
+
+
+def same_bits(left: tuple[torch.Tensor, torch.Tensor], right: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    return all(torch.equal(bits(a), bits(b)) for a, b in zip(left, right, strict=True))

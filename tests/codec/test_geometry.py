@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore_codec.encoding import Encoding, Rate
+from kvstore_codec.errors import ChunkFormatError, UnknownEncodingError
+from kvstore_codec.geometry import Geometry
+from kvstore_codec.model_spec import KVDtype
+from tests.codec.chunks import make_spec
+
+
+@settings(deadline=None)
+@given(
+    layers=st.integers(1, 40),
+    tokens=st.integers(1, 600),
+    frame_tokens=st.integers(1, 128),
+    period_layers=st.integers(1, 9),
+)
+def test_frames_tile_the_chunk_period_by_period(
+    layers: int, tokens: int, frame_tokens: int, period_layers: int
+) -> None:
+    geometry = Geometry(layers, 2, 8, KVDtype.FLOAT16, tokens, frame_tokens, period_layers)
+    cells = []
+    for frame in range(geometry.frame_count):
+        period, slot = divmod(frame, geometry.frames_per_period)
+        frame_layers, frame_rows = geometry.layers_of(period), geometry.tokens_of(slot)
+        assert geometry.frame_shape(frame) == (len(frame_layers), 2, len(frame_rows), 8)
+        assert geometry.frame_values(frame) == 2 * len(frame_layers) * 2 * len(frame_rows) * 8
+        assert max(len(frame_layers) / period_layers, len(frame_rows) / frame_tokens) <= 1
+        cells += [(layer, token) for layer in frame_layers for token in frame_rows]
+    assert len(cells) == len(set(cells)) == layers * tokens
+    assert [layer for layer, _ in cells[:: max(1, tokens * period_layers)]] == list(
+        range(0, layers, period_layers)
+    )
+
+
+def test_a_default_chunk() -> None:
+    geometry = Geometry.of(make_spec(layers=30, kv_heads=3, head_dim=64))
+    assert (geometry.tokens, geometry.periods, geometry.frames_per_period) == (256, 8, 4)
+    assert geometry.frame_shape(0) == (4, 3, 64, 64)
+    assert geometry.frame_shape(31) == (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    "dimensions",
+    [
+        (0, 1, 1, 1, 1, 1),
+        (1, -1, 1, 1, 1, 1),
+        (1, 1, 2**40, 1, 1, 1),
+        (1, 1, 1, 2**31, 1, 1),
+        (1, 1, 1, 1, 0, 1),
+        (1, 1, 1, 1, 1, 10**6),
+        (1, 1, "64", 1, 1, 1),
+        (1, 1, 64.0, 1, 1, 1),
+        (1024, 1, 1, 65536, 1, 1),  # frames
+        (1024, 1024, 4096, 65536, 65536, 1024),  # values in a frame
+    ],
+)
+def test_absurd_dimensions_are_refused(dimensions: tuple[int, int, int, int, int, int]) -> None:
+    layers, heads, dim, tokens, frame_tokens, period_layers = dimensions
+    with pytest.raises(ChunkFormatError, match="absurd"):
+        Geometry(layers, heads, dim, KVDtype.FLOAT32, tokens, frame_tokens, period_layers)
+
+
+def test_encoding_names_are_read_back() -> None:
+    assert Encoding(Rate.HIGH, "hevc-cpu").name == "high-hevc-cpu"
+    assert {"exact-zstd", "high-zstd", "high-hevc-cpu"} <= set(Encoding.names())
+    for name in Encoding.names():
+        assert Encoding.parse(name).name == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", "exact", "exact-", "exact-hevc-cpu", "low-zstd", "zstd-exact", "HIGH-zstd"]
+)
+def test_unknown_encodings_are_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(UnknownEncodingError, match=r"known are exact-zstd, .*high-hevc-cpu"):
+        Encoding.parse(name)
