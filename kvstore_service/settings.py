@@ -13,10 +13,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.listen import Address
-
-DEFAULT_ADDRESS = "127.0.0.1:7420"
 
 
 class Settings(BaseSettings):

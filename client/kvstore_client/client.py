@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from pydantic import ValidationError
+
 from kvstore_client.buffers import BufferPool, KVBuffers
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch import Fetch
@@ -14,34 +16,36 @@ from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
 from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
-from kvstore_codec.errors import FetchError, NodeUnavailableError
+from kvstore_codec.errors import ConfigurationError, FetchError, NodeUnavailableError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
 
 
-def connect(address: str, settings: ClientSettings | None = None, **overrides: Any) -> "KVStoreClient":
+def connect(address: str | None = None, **settings: Any) -> "KVStoreClient":
     """A client of the cluster whose coordinator listens on `address` (`host:port`).
 
-    Nothing is contacted yet, and a service that is away is no error: prompts are then prefilled. `overrides` are
+    Nothing is contacted yet, and a service that is away is no error: prompts are then prefilled. `settings` are
     fields of ClientSettings; what is not given comes from `KVSTORE_*` environment variables. Raises
-    ConfigurationError for an address that is none.
+    ConfigurationError that names the setting that makes no sense.
     """
-    if settings is None:
-        settings = ClientSettings(**overrides)
-    elif overrides:
-        settings = settings.model_copy(update=overrides)
-    return KVStoreClient(address, settings)
+    if address is not None:
+        settings["address"] = address
+    try:
+        return KVStoreClient(ClientSettings(**settings))
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConfigurationError(f"cannot use these client settings: {problems}") from error
 
 
 class KVStoreClient:
     """Engine-neutral access to the cluster. Thread-safe. Nothing here raises because the service misbehaves."""
 
-    def __init__(self, address: str, settings: ClientSettings) -> None:
+    def __init__(self, settings: ClientSettings) -> None:
         self.settings = settings
         self.metrics = ClientMetrics()
         self.buffers = BufferPool(settings.pool_bytes)
-        self._view = ClusterView(address, settings)
+        self._view = ClusterView(settings)
         self._store = Store(self._view, settings, self.metrics)
         self._lock = threading.Lock()
         self._closed = False

@@ -47,12 +47,14 @@ class ClusterView:
     used while the coordinator is away: losing the coordinator never stops reads.
     """
 
-    def __init__(self, address: str, settings: ClientSettings) -> None:
-        host, _, port = address.rpartition(":")
+    def __init__(self, settings: ClientSettings) -> None:
+        host, _, port = settings.address.rpartition(":")
         if not host or not port.isdigit():
-            raise ConfigurationError(f"address {address!r} of the coordinator is not of the form host:port")
+            raise ConfigurationError(
+                f"address {settings.address!r} of the coordinator is not of the form host:port"
+            )
         self._settings = settings
-        self._address = address
+        self._address = settings.address
         self._lock = threading.Lock()
         self._channels: dict[str, grpc.Channel] = {}
         self._membership: Membership | None = None

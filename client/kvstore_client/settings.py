@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_codec.encoding import Encoding
 
 
@@ -12,6 +13,9 @@ class ClientSettings(BaseSettings):
     """How a client looks up, fetches and stores. Times in seconds, sizes in bytes."""
 
     model_config = SettingsConfigDict(env_prefix="KVSTORE_", extra="ignore", frozen=True)
+
+    address: str = DEFAULT_ADDRESS
+    """`host:port` of the coordinator."""
 
     tenant_salt: SecretStr = SecretStr("")
     """Secret mixed into every content_id: clients with different salts never see each other's chunks."""

@@ -123,7 +123,7 @@ def _storage_endpoints(address: str) -> list[str]:
     from kvstore_client import ClientSettings
     from kvstore_client.cluster_view import ClusterView
 
-    view = ClusterView(address, ClientSettings())
+    view = ClusterView(ClientSettings(address=address))
     try:
         return [member.endpoint for member in view.membership().members]
     finally:

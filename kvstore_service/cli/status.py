@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvstore_service.settings import DEFAULT_ADDRESS
+from kvstore_api.address import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
     from rich.table import Table

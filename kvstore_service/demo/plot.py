@@ -22,13 +22,6 @@ def plot_timelines(runs: Sequence[Run], bandwidth: str, path: Path) -> None:
             bars = [(start, end - start) for start, end in _busy(run, stage)]
             panel.broken_barh(bars, (row - 0.4, 0.8), facecolors=_COLOURS[stage])
         panel.axvline(run.ttft_s, color="black", linewidth=1, linestyle="--")
-        panel.annotate(
-            f" first token {run.ttft_s:.2f} s",
-            (run.ttft_s, len(_STAGES) - 0.5),
-            fontsize=8,
-            va="center",
-            ha="left" if run.ttft_s < 0.7 * max(r.ttft_s for r in runs) else "right",
-        )
         panel.set_yticks(range(len(_STAGES)), _STAGES)
         panel.set_ylim(len(_STAGES) - 0.1, -0.6)
         panel.set_title(
@@ -38,6 +31,7 @@ def plot_timelines(runs: Sequence[Run], bandwidth: str, path: Path) -> None:
             loc="left",
             fontsize=10,
         )
+        panel.set_title(f"first token after {run.ttft_s:.2f} s", loc="right", fontsize=10)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     panels[-1].set_xlabel("seconds since the question")

@@ -14,7 +14,7 @@ import torch
 
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
-from kvstore_codec.errors import ConfigurationError
+from kvstore_codec.errors import ConfigurationError, UnknownEncodingError
 from kvstore_service.link import ShapedLink
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
@@ -151,9 +151,9 @@ def test_link_is_silent_from_the_start(worker: Worker) -> None:
 
 @LONG_DOCUMENT
 def test_deadline_passes_on_a_slow_link(worker: Worker) -> None:
-    slow = worker.client.settings.model_copy(update={"fetch_timeout_s": 0.4})
     worker.links[1].set_bandwidth(4e6)
-    with connect(worker.cluster.address, slow) as client:
+    routes = worker.client.settings.routes
+    with connect(worker.cluster.address, routes=routes, fetch_timeout_s=0.4) as client:
         cached = CachedModel(tiny_model(), client, store=False)
         assert torch.equal(cached.generate(worker.prompt, **GREEDY), worker.expected)
         assert client.metrics.snapshot()["miss_timeout"] == 1
@@ -244,3 +244,10 @@ def test_a_client_that_was_closed_prefills(worker: Worker) -> None:
 def test_an_address_that_is_none_is_refused_at_once() -> None:
     with pytest.raises(ConfigurationError, match="host:port"):
         connect("nonsense")
+
+
+def test_a_setting_that_makes_no_sense_is_named() -> None:
+    with pytest.raises(ConfigurationError, match="fetch_timeout_s"):
+        connect(fetch_timeout_s=-1)
+    with pytest.raises(UnknownEncodingError, match="exact-zstd"):
+        connect(encoding="exakt")
