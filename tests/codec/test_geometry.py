@@ -14,7 +14,7 @@ from tests.codec.chunks import make_spec
 @settings(deadline=None)
 @given(
     layers=st.integers(1, 40),
-    tokens=st.integers(1, 600),
+    tokens=st.integers(1, 400),
     frame_tokens=st.integers(1, 128),
     period_layers=st.integers(1, 9),
 )
