@@ -12,7 +12,7 @@ _TIMEOUT_S = 5.0
 def cluster_stats(address: str) -> pb.ClusterStatsReply:
     """Raises ServiceError when no coordinator answers at `address`."""
     with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
-        stub = rpc.CoordinatorStub(channel)  # type: ignore[no-untyped-call]
+        stub = rpc.CoordinatorStub(channel)
         try:
             reply: pb.ClusterStatsReply = stub.ClusterStats(pb.ClusterStatsRequest(), timeout=_TIMEOUT_S)
         except grpc.RpcError as error:

@@ -51,7 +51,7 @@ class StorageProbe:
         with self._lock:
             if endpoint not in self._channels:
                 self._channels[endpoint] = grpc.insecure_channel(endpoint, _CHANNEL_OPTIONS)
-            return rpc.StorageStub(self._channels[endpoint])  # type: ignore[no-untyped-call]
+            return rpc.StorageStub(self._channels[endpoint])
 
 
 class CoordinatorService:

@@ -26,7 +26,7 @@ class StorageStub(rpc.StorageStub):
     """The generated stub, with the two calls that carry KV bytes freed of its copies."""
 
     def __init__(self, channel: grpc.Channel) -> None:
-        super().__init__(channel)
+        super().__init__(channel)  # type: ignore[no-untyped-call]  # generated
         service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
         self.Read = channel.unary_stream(
             f"/{service}/Read",

@@ -101,7 +101,9 @@ class Store:
             self._view.refresh()
         return stored
 
-    def _requests(self, spec: ModelSpec, chunks: list[NewChunk], sizes: list[int]) -> Iterator[pb.PutRequest]:
+    def _requests(
+        self, spec: ModelSpec, chunks: list[NewChunk], sizes: list[int]
+    ) -> Iterator[pb.PutRequest | memoryview]:
         """The stream of one owner; chunks are encoded as the stream takes them, so one is in memory at a time."""
         for chunk in chunks:
             try:

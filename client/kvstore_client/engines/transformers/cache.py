@@ -14,7 +14,7 @@ class FetchIncompleteError(FetchError):
     """Raised out of a forward pass whose reused KV will not all arrive; the adapter catches it and starts over."""
 
 
-class ArrivingLayer(DynamicLayer):
+class ArrivingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
     """One layer of reused KV. The first `update` waits for it; afterwards it is an ordinary dynamic layer."""
 
     def __init__(self, layer: int, buffers: KVBuffers, tokens: int, fetch: Fetch, timeline: Timeline) -> None:
