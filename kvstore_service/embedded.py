@@ -1,5 +1,6 @@
 """A whole cluster on this machine: local Ray, one coordinator, storage nodes, an embedded catalogue."""
 
+import importlib.util
 import logging
 import tempfile
 import time
@@ -25,6 +26,8 @@ _PID_TIMEOUT_S = 30.0
 _LONGEST_SCRATCH_PARENT = 30
 
 _ACTOR_OPTIONS = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
+# Of the extra `cluster`; imported where they are used, because an inference worker does without.
+_PACKAGES = ("grpc_reflection", "psutil", "ray")
 _COORDINATOR_NAME = "kvstore-coordinator"
 
 
@@ -46,7 +49,7 @@ class EmbeddedCluster:
     ) -> None:
         if nodes < 1:
             raise ConfigurationError(f"a cluster has at least one storage node, not {nodes}")
-        require_memory(nodes * memory_bytes)
+        require_memory(memory_bytes, nodes=nodes)
         self._nodes = nodes
         self._memory_bytes = memory_bytes
         self._listen = Address.parse(listen)
@@ -58,6 +61,7 @@ class EmbeddedCluster:
 
     def start(self) -> None:
         """Returns when every node has joined and clients may come."""
+        _require_packages()
         with ExitStack() as started:
             reservation = Reservation(self._listen)
             started.callback(reservation.release)
@@ -146,6 +150,12 @@ def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
     # Ray puts sockets far below it, and the path of a socket may have 107 bytes.
     parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= _LONGEST_SCRATCH_PARENT else "/tmp"  # noqa: S108
     return tempfile.TemporaryDirectory(prefix="kvstore-", dir=parent, ignore_cleanup_errors=True)
+
+
+def _require_packages() -> None:
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise StartupError(f"a cluster needs {', '.join(missing)}: pip install 'kvstore-service[cluster]'")
 
 
 def _check_catalogue(data_dir: Path) -> None:

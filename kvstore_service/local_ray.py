@@ -38,12 +38,25 @@ def local_ray(folder: Path) -> Iterator[None]:
     Raises StartupError.
     """
     os.environ.update(_ENVIRONMENT)
-    try:
-        import ray
-    except ImportError as error:
-        raise StartupError("a cluster needs Ray: pip install 'kvstore-service[cluster]'") from error
+    import ray
+
     if ray.is_initialized():
         raise StartupError("Ray runs in this process already; an embedded cluster needs a process without it")
+    patience_s = 0.0
+    try:
+        _start(folder)
+        patience_s = _STOP_TIMEOUT_S
+        yield
+    finally:
+        # Also when a signal interrupts the start: Ray itself does not end what it has half started.
+        processes = _processes(folder)
+        ray.shutdown()
+        _wait_until_gone(processes, patience_s)
+
+
+def _start(folder: Path) -> None:
+    import ray
+
     try:
         ray.init(
             address="local",
@@ -57,14 +70,7 @@ def local_ray(folder: Path) -> Iterator[None]:
             _temp_dir=str(folder),
         )
     except (OSError, RuntimeError, ValueError) as error:
-        ray.shutdown()
         raise StartupError(f"Ray did not start: {error}") from error
-    try:
-        yield
-    finally:
-        processes = _processes(folder)
-        ray.shutdown()
-        _wait_until_gone(processes)
 
 
 def _processes(folder: Path) -> "list[psutil.Process]":
@@ -79,11 +85,11 @@ def _processes(folder: Path) -> "list[psutil.Process]":
     return processes
 
 
-def _wait_until_gone(processes: "list[psutil.Process]") -> None:
-    """Waits for their end, and brings it about when it takes too long."""
+def _wait_until_gone(processes: "list[psutil.Process]", patience_s: float) -> None:
+    """Waits for their end, and brings it about after `patience_s`."""
     import psutil
 
-    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+    deadline_s = time.monotonic() + patience_s
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             while process.status() != psutil.STATUS_ZOMBIE:

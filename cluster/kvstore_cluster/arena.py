@@ -40,11 +40,7 @@ class Arena:
     """
 
     def __init__(self, memory_bytes: int, block_bytes: int = DEFAULT_BLOCK_BYTES) -> None:
-        if memory_bytes < block_bytes:
-            raise ConfigurationError(
-                f"a storage node needs at least {block_bytes} bytes, not {memory_bytes}; raise --memory"
-            )
-        require_memory(memory_bytes)
+        require_memory(memory_bytes, block_bytes)
         self._block_bytes = block_bytes
         self._block_count = memory_bytes // block_bytes
         try:
@@ -127,17 +123,22 @@ class Arena:
             raise StorageError(f"arena is corrupt: {position} of {self._block_count} blocks accounted for")
 
 
-def require_memory(memory_bytes: int) -> None:
-    """Raises ConfigurationError when this machine, or the container around this process, has less memory.
+def require_memory(memory_bytes: int, block_bytes: int = DEFAULT_BLOCK_BYTES, *, nodes: int = 1) -> None:
+    """Raises ConfigurationError unless `nodes` arenas of `memory_bytes` hold something and fit this machine, or
+    the container around this process.
 
     A mapping larger than the memory usually succeeds and gets the process killed once it fills, so it is
     refused here, where somebody can still read why.
     """
-    limit_bytes = min(_physical_bytes(), _container_limit_bytes())
-    if memory_bytes > limit_bytes:
+    if memory_bytes < block_bytes:
         raise ConfigurationError(
-            f"{memory_bytes} bytes of memory for chunks is more than the {limit_bytes} bytes this machine "
-            "allows; lower --memory"
+            f"a storage node needs at least {block_bytes} bytes, not {memory_bytes}; raise --memory"
+        )
+    limit_bytes = min(_physical_bytes(), _container_limit_bytes())
+    if nodes * memory_bytes > limit_bytes:
+        raise ConfigurationError(
+            f"{nodes * memory_bytes} bytes of memory for chunks is more than the {limit_bytes} bytes this "
+            "machine allows; lower --memory"
         )
 
 
