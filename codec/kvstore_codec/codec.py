@@ -48,9 +48,9 @@ def encode_chunk(
     """Encodes `keys` (before RoPE) and `values`, both [layers, kv_heads, tokens, head_dim] with any strides,
     on any device, of the dtype of `spec`.
 
-    Besides the result it needs scratch memory for one frame at a time: per value of it about 4 bytes for `exact`
-    and 24 for `high`. Raises InvalidKVError for tensors that do not
-    fit `spec`, CoderUnavailableError for a coder this machine does not have.
+    Besides the result it needs scratch memory for one frame at a time: about 4 bytes per value of a frame for
+    `exact`, 24 for `high`. Raises InvalidKVError for tensors that do not fit `spec`, CoderUnavailableError for
+    a coder this machine does not have.
     """
     if keys.ndim != 4 or not keys.numel():
         raise InvalidKVError(f"keys of shape {list(keys.shape)} are not [layers, kv_heads, tokens, head_dim]")
@@ -77,10 +77,10 @@ def decode_frame(
     both [layers_in_period, kv_heads, tokens_in_frame, head_dim] of the chunk's dtype, with any strides, in
     host memory.
 
-    May be called from many threads at once; each keeps scratch memory for one frame: per value of it .5 bytes for
-    `exact` of 16 bits, 2 for `exact` of 32 bits, 8 for `high`. Raises
-    ChunkFormatError children for bad bytes (the tensors may then be partly written), InvalidKVError for
-    tensors of another shape, dtype or device.
+    May be called from many threads at once; each keeps scratch memory for one frame: per value of it .5 bytes
+    for `exact` of 16 bits, 2 for `exact` of 32 bits, 8 for `high`. Raises ChunkFormatError children for bad
+    bytes (the tensors may then be partly written), InvalidKVError for tensors of another shape, dtype or
+    device.
     """
     geometry = header.geometry
     if not 0 <= frame < geometry.frame_count:
