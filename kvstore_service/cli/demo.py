@@ -43,6 +43,7 @@ def demo(
 ) -> None:
     """Two workers, one document: prefilled by A, reused by B over a slow link."""
     from kvstore_service.bench import write_results
+    from kvstore_service.demo.document import read_document
     from kvstore_service.demo.plot import plot_timelines
     from kvstore_service.demo.worker import Job
     from kvstore_service.embedded import EmbeddedCluster
@@ -50,6 +51,7 @@ def demo(
     from kvstore_service.models import smollm2_folder
 
     bandwidth_bps = parse_bandwidth(bandwidth)
+    read_document(document)
     console = Console()
     with ExitStack() as stack:
         show = stack.enter_context(_Steps(console))

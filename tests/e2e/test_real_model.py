@@ -1,0 +1,97 @@
+"""SmolLM2 through a real cluster: same bits, same answers, and no failure that the model notices."""
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from kvstore_client import connect
+from kvstore_client.cluster_view import ClusterView
+from kvstore_client.engines.transformers import CachedModel
+from kvstore_client.settings import ClientSettings
+from kvstore_service.embedded import EmbeddedCluster
+from kvstore_service.link import ShapedLink
+from tests.e2e.conftest import document_prompt
+
+pytestmark = pytest.mark.slow
+GREEDY = {"do_sample": False, "max_new_tokens": 16}
+Loaded = tuple[PreTrainedModel, Any]
+
+
+def test_reused_kv_is_bit_equal_and_so_is_the_answer(smollm2: Loaded, ray_cluster: EmbeddedCluster) -> None:
+    model, tokenizer = smollm2
+    first = document_prompt(tokenizer, 2200, "What is this about?")
+    second = document_prompt(tokenizer, 2200, "Which types are immutable?")
+    with connect(ray_cluster.address) as client:
+        cached = CachedModel(model, client)
+        written = cached.generate(first, return_dict_in_generate=True, **GREEDY)
+        client.store.flush()
+        in_memory = DynamicCache()
+        reused = 2048
+        for index, layer in enumerate(written.past_key_values.layers):
+            in_memory.update(layer.keys[:, :, :reused], layer.values[:, :, :reused], index)
+        expected = model.generate(second, past_key_values=in_memory, **GREEDY)
+        got = cached.generate(second, return_dict_in_generate=True, **GREEDY)
+        assert cached.last_report.reused_tokens == reused
+        assert torch.equal(got.sequences, expected)
+        for layer, original in zip(got.past_key_values.layers, written.past_key_values.layers, strict=True):
+            assert torch.equal(layer.keys[:, :, :reused], original.keys[:, :, :reused])
+            assert torch.equal(layer.values[:, :, :reused], original.values[:, :, :reused])
+        assert torch.equal(got.sequences, model.generate(second, **GREEDY))
+        cached.close()
+
+
+def test_storage_actor_killed_in_the_middle_of_a_fetch(smollm2: Loaded, ray_cluster: EmbeddedCluster) -> None:
+    model, tokenizer = smollm2
+    prompt = document_prompt(tokenizer, 2400, "Who is it for?")
+    expected = model.generate(prompt, **GREEDY)
+    with connect(ray_cluster.address) as writer:
+        cached = CachedModel(model, writer)
+        cached.generate(prompt, **GREEDY)
+        writer.store.flush()
+        cached.close()
+
+    (endpoint,) = (member.endpoint for member in _view(ray_cluster).membership().members)
+    (pid,) = ray_cluster.storage_pids().values()
+    with (
+        ShapedLink(endpoint, bandwidth_bps=100e6) as link,
+        connect(ray_cluster.address, routes={endpoint: link.address}, stall_timeout_s=1.0) as client,
+    ):
+        cached = CachedModel(model, client, store=False)
+
+        def kill_in_mid_fetch() -> None:
+            while link.from_target_bytes < 10_000_000:
+                time.sleep(0.005)
+            os.kill(pid, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill_in_mid_fetch)
+        killer.start()
+        assert torch.equal(cached.generate(prompt, **GREEDY), expected)
+        killer.join()
+        assert cached.last_report.reused_tokens < 2304
+        assert client.metrics.snapshot()["chunks_missing"] > 0
+        cached.close()
+
+    # The actor comes back, empty, under the same name; a new worker stores and reuses again.
+    patience = time.monotonic() + 60
+    while ray_cluster.storage_pids().get("node-0") in (None, pid) and time.monotonic() < patience:
+        time.sleep(0.2)
+    while not any(m.endpoint != endpoint for m in _view(ray_cluster).membership().members):
+        assert time.monotonic() < patience, "the restarted node did not join again"
+        time.sleep(0.2)
+    with connect(ray_cluster.address) as client:
+        cached = CachedModel(model, client)
+        for reused in (0, 2304):
+            assert torch.equal(cached.generate(prompt, **GREEDY), expected)
+            assert cached.last_report.reused_tokens == reused
+            client.store.flush()
+        cached.close()
+
+
+def _view(cluster: EmbeddedCluster) -> ClusterView:
+    return ClusterView(ClientSettings(address=cluster.address))
