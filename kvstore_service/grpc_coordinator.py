@@ -11,6 +11,7 @@ from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.catalogue import NodeRecord
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.failure_detector import FailureDetector
+from kvstore_codec.errors import AddressInUseError
 from kvstore_service.grpc_server import GrpcServer, unary
 from kvstore_service.listen import Address
 
@@ -100,7 +101,12 @@ class CoordinatorServer:
         # Nodes known from before are members again from the first answer on, not a period later.
         self._detector.check()
         service = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
-        self._server = GrpcServer(address, service, CoordinatorService(coordinator, self._probe).handlers())
+        handlers = CoordinatorService(coordinator, self._probe).handlers()
+        try:
+            self._server = GrpcServer(address, service, handlers)
+        except AddressInUseError:
+            self._probe.close()
+            raise
         self._detector.start()
         self.address = self._server.address
 

@@ -12,8 +12,10 @@ from kvstore_service.listen import Address, address_error
 MAX_MESSAGE_BYTES = 8 << 20
 # The header of every found chunk comes back in one LookupReply.
 MAX_REPLY_BYTES = 64 << 20
-# Streams hold a thread each while they run; idle threads cost nothing.
-_THREADS = 64
+# A call holds a thread while it runs. Streams of bulk data may last, so they may not take all threads: lookups,
+# leases and health checks are answered however many streams are open.
+MAX_STREAMS = 192
+_THREADS = MAX_STREAMS + 32
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -1,6 +1,8 @@
 """The Storage service: a thin shell around a StorageNode."""
 
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import grpc
@@ -18,7 +20,7 @@ from kvstore_codec.errors import (
     KVStoreError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
-from kvstore_service.grpc_server import GrpcServer, unary
+from kvstore_service.grpc_server import MAX_STREAMS, GrpcServer, unary
 from kvstore_service.listen import Address
 
 MAX_CHUNKS = 65_536
@@ -30,6 +32,7 @@ _ID_BYTES = 32
 class StorageService:
     def __init__(self, node: StorageNode) -> None:
         self._node = node
+        self._streams = threading.BoundedSemaphore(MAX_STREAMS)
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Read and Put carry KV bytes and skip the generated message classes (kvstore_api.bulk)."""
@@ -66,6 +69,51 @@ class StorageService:
         )
 
     def put(
+        self, steps: Iterable[pb.PutRequest | memoryview], context: grpc.ServicerContext
+    ) -> Iterator[pb.PutReply]:
+        with self._stream(context):
+            yield from self._put(steps, context)
+
+    def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        with self._stream(context):
+            yield from self._read(request, context)
+
+    def renew_lease(self, request: pb.RenewLeaseRequest, context: grpc.ServicerContext) -> pb.RenewLeaseReply:
+        lease_id = _lease_id(request.lease_id, context)
+        return pb.RenewLeaseReply(renewed=self._node.renew_lease(lease_id, request.lease_ms / 1000))
+
+    def release_lease(
+        self, request: pb.ReleaseLeaseRequest, context: grpc.ServicerContext
+    ) -> pb.ReleaseLeaseReply:
+        return pb.ReleaseLeaseReply(released=self._node.release_lease(_lease_id(request.lease_id, context)))
+
+    def delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteReply:
+        return pb.DeleteReply(deleted=self._node.delete(_chunk_ids(request.chunks, context)))
+
+    def stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:  # noqa: ARG002
+        stats = self._node.stats()
+        return pb.StatsReply(
+            node_id=stats.node_id,
+            chunks=stats.chunks,
+            bytes_used=stats.bytes_used,
+            bytes_limit=stats.bytes_limit,
+            leases=stats.leases,
+            counters=stats.counters,
+        )
+
+    @contextmanager
+    def _stream(self, context: grpc.ServicerContext) -> Iterator[None]:
+        if not self._streams.acquire(blocking=False):
+            context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{self._node.node_id} has {MAX_STREAMS} streams open already; try again",
+            )
+        try:
+            yield
+        finally:
+            self._streams.release()
+
+    def _put(
         self, steps: Iterable[pb.PutRequest | memoryview], context: grpc.ServicerContext
     ) -> Iterator[pb.PutReply]:
         """Answers a chunk as soon as its fate is known and skips the rest of its steps, so that a client may
@@ -105,7 +153,7 @@ class StorageService:
             if put is not None:
                 put.revoke()
 
-    def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Yields serialised ReadReply messages. What is read stays in memory until its range was sent."""
         chunks = _chunk_ids(request.chunks, context)
         if len(request.encodings) != len(chunks):
@@ -126,29 +174,6 @@ class StorageService:
                 yield _read_failure(index, pb.READ_STATUS_NOT_FOUND)
             except FrameRangeError:
                 yield _read_failure(index, pb.READ_STATUS_INVALID_RANGE)
-
-    def renew_lease(self, request: pb.RenewLeaseRequest, context: grpc.ServicerContext) -> pb.RenewLeaseReply:
-        lease_id = _lease_id(request.lease_id, context)
-        return pb.RenewLeaseReply(renewed=self._node.renew_lease(lease_id, request.lease_ms / 1000))
-
-    def release_lease(
-        self, request: pb.ReleaseLeaseRequest, context: grpc.ServicerContext
-    ) -> pb.ReleaseLeaseReply:
-        return pb.ReleaseLeaseReply(released=self._node.release_lease(_lease_id(request.lease_id, context)))
-
-    def delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteReply:
-        return pb.DeleteReply(deleted=self._node.delete(_chunk_ids(request.chunks, context)))
-
-    def stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:  # noqa: ARG002
-        stats = self._node.stats()
-        return pb.StatsReply(
-            node_id=stats.node_id,
-            chunks=stats.chunks,
-            bytes_used=stats.bytes_used,
-            bytes_limit=stats.bytes_limit,
-            leases=stats.leases,
-            counters=stats.counters,
-        )
 
 
 def serve_storage(node: StorageNode, *, host: str, advertise_host: str | None = None) -> GrpcServer:

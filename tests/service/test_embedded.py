@@ -121,6 +121,7 @@ def test_ray_in_the_same_process_is_refused_by_name(cluster: EmbeddedCluster) ->
         pass
 
 
+@pytest.mark.slow
 def test_a_stopped_cluster_leaves_neither_processes_nor_files(
     tmp_path: Path, cluster: EmbeddedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_service.grpc_server import MAX_STREAMS
 from tests.sample_chunk import SampleChunk, sample_chunk
 from tests.service.conftest import ServedNode
 
@@ -305,6 +306,27 @@ def test_a_stopping_server_refuses_new_calls_and_ends_old_ones(storage: ServedNo
         list(call)
     requests.put(None)
     assert storage.node.stats().bytes_used == 0
+
+
+def test_open_streams_never_keep_small_calls_waiting(storage: ServedNode) -> None:
+    requests: queue.Queue = queue.Queue()
+    idle = [storage.stub.Put(iter(requests.get, None)) for _ in range(MAX_STREAMS + 1)]
+    # Too many are refused, never queued.
+    wait_until(lambda: any(call.done() for call in idle))
+    (refusal,) = [call for call in idle if call.done()]
+    assert refusal.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert storage.stub.Stats(pb.StatsRequest(), timeout=1).node_id == "node-0"
+    for call in idle:
+        call.cancel()
+        requests.put(None)
+    wait_until(lambda: statuses_or_busy(storage) == [])
+
+
+def statuses_or_busy(storage: ServedNode) -> list[int] | str:
+    try:
+        return statuses(storage, [])
+    except grpc.RpcError as error:
+        return error.code().name
 
 
 def test_many_clients_at_once(large_storage: ServedNode) -> None:
