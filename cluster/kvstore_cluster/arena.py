@@ -49,8 +49,6 @@ class Arena:
             raise ConfigurationError(
                 f"cannot map {memory_bytes} bytes for chunks ({error}); lower --memory"
             ) from error
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
         self._memory = memoryview(mapping)
         self._free_runs: list[tuple[int, int]] = [(0, self._block_count)]
         self._free_blocks = self._block_count
