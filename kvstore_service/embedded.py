@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 _START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 3.0
 _GRACE_S = 1.0
 _PID_TIMEOUT_S = 30.0
 _LONGEST_SCRATCH_PARENT = 30
@@ -138,8 +138,8 @@ class EmbeddedCluster:
         import ray
 
         try:
-            ray.get([node.stop.remote(_GRACE_S) for node in self._storage.values()], timeout=_STOP_TIMEOUT_S)
-            ray.get(self._coordinator.stop.remote(_GRACE_S), timeout=_STOP_TIMEOUT_S)
+            ray.get([node.stop.options(max_task_retries=0).remote(_GRACE_S) for node in self._storage.values()], timeout=_STOP_TIMEOUT_S)
+            ray.get(self._coordinator.stop.options(max_task_retries=0).remote(_GRACE_S), timeout=_STOP_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             log.warning("the cluster did not stop in order and is ended: %s", error)
         self._storage = {}
