@@ -138,8 +138,13 @@ class EmbeddedCluster:
         import ray
 
         try:
-            ray.get([node.stop.options(max_task_retries=0).remote(_GRACE_S) for node in self._storage.values()], timeout=_STOP_TIMEOUT_S)
-            ray.get(self._coordinator.stop.options(max_task_retries=0).remote(_GRACE_S), timeout=_STOP_TIMEOUT_S)
+            ray.get(
+                [node.stop.options(max_task_retries=0).remote(_GRACE_S) for node in self._storage.values()],
+                timeout=_STOP_TIMEOUT_S,
+            )
+            ray.get(
+                self._coordinator.stop.options(max_task_retries=0).remote(_GRACE_S), timeout=_STOP_TIMEOUT_S
+            )
         except ray.exceptions.RayError as error:
             log.warning("the cluster did not stop in order and is ended: %s", error)
         self._storage = {}
