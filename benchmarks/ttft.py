@@ -1,6 +1,6 @@
 """Time to first token: full prefill against a hit, same process, same prompt, in turns.
 
-    python benchmarks/ttft.py --tokens 2048,4096 --dtype float32 --json F --plot F.png
+    python benchmarks/ttft.py --tokens 2048,4096 --dtype float32,bfloat16 --json F --plot F.png
 
 Rows: {tokens, dtype, link, path, ttft_s, ttft_min_s, ttft_max_s, speedup, tokens_reused, bytes, same_tokens}.
 """
@@ -31,25 +31,29 @@ def main(
     tokens: Annotated[
         str, typer.Option(help="Lengths of the reused document, comma-separated.")
     ] = "2048,4096",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    dtypes: Annotated[
+        str, typer.Option("--dtype", help="Of model and KV, comma-separated.")
+    ] = "float32,bfloat16",
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
     plot: Annotated[Path | None, typer.Option("--plot")] = None,
 ) -> None:
-    model, tokenizer = load_smollm2(getattr(torch, dtype))
-    text = tokenizer(read_document(None), add_special_tokens=False, return_tensors="pt").input_ids
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         cluster = stack.enter_context(EmbeddedCluster(memory_bytes=4 << 30))
         client = stack.enter_context(connect(cluster.address))
-        cached = CachedModel(model, client)
-        for length in map(int, tokens.split(",")):
-            prompt = text[:, : length + QUESTION_TOKENS]
-            if prompt.shape[1] < length + QUESTION_TOKENS:
-                raise typer.BadParameter(
-                    f"the document has only {text.shape[1]} tokens", param_hint="--tokens"
-                )
-            rows += _measure(cached, prompt, length, dtype, repeats)
+        for dtype in dtypes.split(","):
+            model, tokenizer = load_smollm2(getattr(torch, dtype))
+            text = tokenizer(read_document(None), add_special_tokens=False, return_tensors="pt").input_ids
+            cached = CachedModel(model, client)
+            for length in map(int, tokens.split(",")):
+                prompt = text[:, : length + QUESTION_TOKENS]
+                if prompt.shape[1] < length + QUESTION_TOKENS:
+                    raise typer.BadParameter(
+                        f"the document has {text.shape[1]} tokens", param_hint="--tokens"
+                    )
+                rows += _measure(cached, prompt, length, dtype, repeats)
+            cached.close()
     _print(rows)
     write_results(rows, json_file)
     if plot:
@@ -115,7 +119,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5))
-    lengths = sorted({row["tokens"] for row in rows})
+    groups = list(dict.fromkeys(f"{row['tokens']} tokens\n{row['dtype']}" for row in rows))
     for offset, kind in ((-0.2, "cold"), (0.2, "hit")):
         chosen = [row for row in rows if row["path"] == kind]
         seconds = [row["ttft_s"] for row in chosen]
@@ -123,8 +127,11 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
             [r["ttft_s"] - r["ttft_min_s"] for r in chosen],
             [r["ttft_max_s"] - r["ttft_s"] for r in chosen],
         ]
-        axes.bar([i + offset for i in range(len(lengths))], seconds, 0.4, yerr=spread, capsize=3, label=kind)
-    axes.set_xticks(range(len(lengths)), [f"{n} tokens" for n in lengths])
+        places = [place + offset for place in range(len(groups))]
+        bars = axes.bar(places, seconds, 0.4, yerr=spread, capsize=3, label=kind)
+        if kind == "hit":
+            axes.bar_label(bars, [f"{row['speedup']:.1f}x" for row in chosen], padding=3)
+    axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel("seconds to first token")
     axes.legend()
     figure.tight_layout()

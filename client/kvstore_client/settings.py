@@ -48,7 +48,7 @@ class ClientSettings(BaseSettings):
     """Pause after a failed lookup or fetch in which the service is not asked again."""
 
     decode_threads: int = Field(default=0, ge=0)
-    """Threads that decode one fetch; 0 takes one per core, at most four."""
+    """Threads that decode one fetch; 0 takes half the cores, at most four: the engine computes meanwhile."""
 
     inflight_bytes: int = Field(default=64 << 20, gt=0)
     """Received bytes that may wait for decoding; beyond it the sender is slowed down."""
