@@ -178,3 +178,31 @@ def test_sampling_with_a_seed_gives_the_same_text(client: KVStoreClient) -> None
     torch.manual_seed(1)
     assert torch.equal(cached.generate(prompt, **sampling), cold)
     assert cached.last_report.reused_tokens == 512
+
+
+@pytest.mark.parametrize("encoding", ["exact-raw", "high-zstd", "high-hevc-cpu"])
+def test_every_encoding_travels(cluster: ServedCluster, encoding: str) -> None:
+    model, prompt = tiny_model(), random_prompt(600, seed=12)
+    with connect(cluster.address, encoding=encoding, accept=(encoding,)) as client:
+        cached = CachedModel(model, client)
+        original = cached.generate(prompt, return_dict_in_generate=True, **GREEDY).past_key_values
+        client.store.flush()
+        restored = cached.generate(prompt, return_dict_in_generate=True, **GREEDY).past_key_values
+        assert cached.last_report.reused_tokens == 512
+    for before, after in zip(original.layers, restored.layers, strict=True):
+        for name in ("keys", "values"):
+            exact, reused = (getattr(layer, name)[:, :, :512] for layer in (before, after))
+            error = (exact - reused).square().mean() / exact.var()
+            assert error < 0.01
+            assert (error == 0) == encoding.startswith("exact")
+
+
+def test_a_lossy_chunk_is_not_used_unless_accepted(cluster: ServedCluster) -> None:
+    model, prompt = tiny_model(), random_prompt(600, seed=13)
+    with connect(cluster.address, encoding="high-zstd") as writer:
+        CachedModel(model, writer).generate(prompt, **GREEDY)
+        writer.store.flush()
+    with connect(cluster.address) as client:
+        cached = CachedModel(model, client)
+        cached.generate(prompt, **GREEDY)
+        assert cached.last_report.reused_tokens == 0
