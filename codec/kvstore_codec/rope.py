@@ -25,11 +25,16 @@ def rotate_(keys: torch.Tensor, table: RotaryTable) -> None:
     `keys` is `[..., tokens, head_dim]` with any strides; the first `rotary_dim` channels of each head are rotated
     as two halves, the others stay. Each product and the sum round in the tensor's own dtype, in the order in which
     Llama-family models of transformers do it (`k * cos + rotate_half(k) * sin`): the result is bit-equal to theirs.
-    Needs scratch memory the size of the rotated channels.
+    Works on one `[tokens, head_dim]` matrix after the other: it stays in the cache, the scratch is that small, and
+    torch does not wake its worker threads for it, which would spin on against the engine's.
     """
+    if keys.dim() > 2:
+        for part in keys:
+            rotate_(part, table)
+        return
     half = table.cos.shape[-1] // 2
-    first, second = keys[..., :half], keys[..., half : 2 * half]
-    first_sin = first * table.sin[..., half:]
-    second_sin = second * table.sin[..., :half]
-    first.mul_(table.cos[..., :half]).sub_(second_sin)
-    second.mul_(table.cos[..., half:]).add_(first_sin)
+    first, second = keys[:, :half], keys[:, half : 2 * half]
+    first_sin = first * table.sin[:, half:]
+    second_sin = second * table.sin[:, :half]
+    first.mul_(table.cos[:, :half]).sub_(second_sin)
+    second.mul_(table.cos[:, half:]).add_(first_sin)

@@ -1,36 +1,11 @@
 """Decode stage: verified frames become KV in the destination, keys not yet rotated."""
 
-from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
-from kvstore_client.fetch.deliver import Delivery
-from kvstore_client.fetch.queue import StageQueue
+from kvstore_client.fetch.base import Destination, ReceivedFrames
 from kvstore_codec.codec import decode_frame
-from kvstore_codec.errors import ChecksumError, CodecError
 
 
-def decode(
-    received: StageQueue[ReceivedFrames],
-    destination: Destination,
-    delivery: Delivery,
-    out: StageQueue[ReadTask],
-) -> None:
-    """Decode until nothing more is received. A chunk with one bad frame is missing as a whole."""
-    try:
-        for item in received:
-            task = item.task
-            try:
-                with delivery.timeline.span("decode", task.label):
-                    _decode_range(item, destination)
-            except CodecError as error:
-                reason = "checksum" if isinstance(error, ChecksumError) else "undecodable"
-                delivery.fail_chunks([task], reason)
-                continue
-            if not out.put(task):
-                return
-    finally:
-        out.close()
-
-
-def _decode_range(item: ReceivedFrames, destination: Destination) -> None:
+def decode(item: ReceivedFrames, destination: Destination) -> None:
+    """Raises CodecError for a frame that is not what its header says; the destination is then partly written."""
     task, header = item.task, item.task.chunk.header
     keys = destination.buffers.keys[task.layers]
     values = destination.buffers.values[task.layers]
@@ -39,10 +14,5 @@ def _decode_range(item: ReceivedFrames, destination: Destination) -> None:
         offset, length = header.range_bytes(frame, 1)
         slot = header.geometry.tokens_of(frame % header.geometry.frames_per_period)
         tokens = slice(task.chunk.first_token + slot.start, task.chunk.first_token + slot.stop)
-        decode_frame(
-            header,
-            frame,
-            item.data[offset - begin : offset - begin + length],
-            keys[:, :, tokens],
-            values[:, :, tokens],
-        )
+        data = item.data[offset - begin : offset - begin + length]
+        decode_frame(header, frame, data, keys[:, :, tokens], values[:, :, tokens])

@@ -8,7 +8,7 @@ import torch
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.cluster_view import ClusterView
-from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
+from kvstore_client.fetch.base import Destination, ReceivedFrames
 from kvstore_client.fetch.decode import decode
 from kvstore_client.fetch.deliver import Delivery, FetchReport
 from kvstore_client.fetch.plan import plan_reads
@@ -19,17 +19,17 @@ from kvstore_client.lookup import PrefixMatch, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
 from kvstore_client.timeline import Timeline
+from kvstore_codec.errors import ChecksumError, CodecError
 from kvstore_codec.rope import RotaryTable
-
-_DECODED_AHEAD = 8
-"""Ranges that may wait between decode and restore; they lie in the destination and cost no extra memory."""
 
 
 class Fetch:
     """Brings the chunks of a match into buffers. Never raises and never outlives its deadline.
 
     The engine calls `wait_layer(0)`, `wait_layer(1)`, ... as it computes, and `finish` at the end, whatever
-    happened. Threads: one per owner receives, a few decode, one restores; all have ended when `finish` returns.
+    happened. Threads: one per owner receives; a few take what was received through decode, restore and deliver, one
+    range after the other, because keys that were just decoded are still in the cache when they are rotated (and on
+    two cores every further thread makes the fetch slower). All have ended when `finish` returns.
     """
 
     def __init__(
@@ -57,11 +57,9 @@ class Fetch:
         )
         destination = Destination(buffers, rotary)
         # Measured on 2 cores: a second decoder takes more from the engine than it gives (first token 15 % later).
-        decoders = settings.decode_threads or min(4, max(1, (os.cpu_count() or 1) // 2))
+        workers = settings.decode_threads or min(4, max(1, (os.cpu_count() or 1) // 2))
         received = StageQueue[ReceivedFrames](settings.inflight_bytes, producers=len(reads))
-        decoded = StageQueue[ReadTask](_DECODED_AHEAD, producers=decoders)
         self._delivery.on_end(received.abort)
-        self._delivery.on_end(decoded.abort)
         self._threads = [
             *(
                 self._thread(
@@ -70,10 +68,9 @@ class Fetch:
                 for member, tasks in reads.items()
             ),
             *(
-                self._thread("decode", decode, received, destination, self._delivery, decoded)
-                for _ in range(decoders)
+                self._thread("restore", _restore_received, received, destination, self._delivery)
+                for _ in range(workers)
             ),
-            self._thread("restore", restore, decoded, destination, self._delivery),
         ]
         for thread in self._threads:
             thread.start()
@@ -113,3 +110,20 @@ class Fetch:
         # Inference mode is a property of a thread, and the engine may have made the buffers under it.
         run = torch.inference_mode()(target)
         return threading.Thread(target=run, args=args, name=f"kvstore-{stage}", daemon=True)
+
+
+def _restore_received(
+    received: StageQueue[ReceivedFrames], destination: Destination, delivery: Delivery
+) -> None:
+    """Decode, restore and deliver until nothing more is received. One bad frame makes its chunk missing."""
+    for item in received:
+        task = item.task
+        try:
+            with delivery.timeline.span("decode", task.label):
+                decode(item, destination)
+        except CodecError as error:
+            delivery.fail_chunks([task], "checksum" if isinstance(error, ChecksumError) else "undecodable")
+            continue
+        with delivery.timeline.span("restore", task.label):
+            restore(task, destination)
+        delivery.deliver(task)
