@@ -32,9 +32,10 @@ class BufferPool:
         self._free: list[torch.Tensor] = []
 
     def reserve(self, size_bytes: int) -> None:
-        """Touch memory ahead of time, at most what the pool may keep."""
-        memory = torch.zeros(min(size_bytes, self._limit_bytes), dtype=torch.uint8)
-        self._keep(memory)
+        """Have that much memory ready, or what the pool may keep at most, touched ahead of time."""
+        size_bytes = min(size_bytes, self._limit_bytes)
+        memory = self._smallest(size_bytes)
+        self._keep(torch.zeros(size_bytes, dtype=torch.uint8) if memory is None else memory)
 
     def take(self, spec: ModelSpec, tokens: int) -> KVBuffers:
         """Buffers for `tokens` tokens: the smallest free memory that holds them, or new memory."""

@@ -1,5 +1,6 @@
 """Storing chunks behind the engine's back: encode, then stream to the owners."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,8 @@ from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CodecError, NodeUnavailableError
 from kvstore_codec.identity import ChunkId
 from kvstore_codec.model_spec import ModelSpec
+
+log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 20
 _WAITING_CHUNKS = 512
@@ -76,6 +79,10 @@ class Store:
             return sum(self._put_to(member, spec, owned) for member, owned in by_owner.items())
         except NodeUnavailableError:
             self._metrics.missed("store_unreachable")
+            return 0
+        except Exception:  # a mistake of ours; nobody waits for this, so it is said here
+            log.exception("storing %d chunks failed", len(chunks))
+            self._metrics.missed("store_internal_error")
             return 0
         finally:
             with self._lock:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
@@ -144,10 +144,10 @@ def test_other_tenants_and_other_weights_never_match(cluster: ServedCluster, cli
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"num_beams": 2}, "argument_num_beams"),
+        ({"num_beams": 2}, "mode_beam_search"),
         ({"attention_mask": torch.cat([torch.zeros(1, 3), torch.ones(1, 597)], 1).long()}, "attention_mask"),
         ({"output_attentions": True}, "argument_output_attentions"),
-        ({"prompt_lookup_num_tokens": 3}, "argument_prompt_lookup_num_tokens"),
+        ({"prompt_lookup_num_tokens": 3}, "mode_assisted_generation"),
         ({"past_key_values": None}, "argument_past_key_values"),
     ],
 )
@@ -206,3 +206,52 @@ def test_a_lossy_chunk_is_not_used_unless_accepted(cluster: ServedCluster) -> No
         cached = CachedModel(model, client)
         cached.generate(prompt, **GREEDY)
         assert cached.last_report.reused_tokens == 0
+
+
+def test_generate_may_be_called_like_the_models_own(client: KVStoreClient) -> None:
+    model = tiny_model()
+    cached = CachedModel(model, client)
+    prompt = random_prompt(600, seed=14)
+    config = GenerationConfig(max_new_tokens=4, do_sample=False)
+    expected = model.generate(prompt, config)
+    for reused, call in enumerate(
+        (
+            lambda: cached.generate(prompt, config),
+            lambda: cached.generate(inputs=prompt, generation_config=config),
+            lambda: cached.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), **GREEDY | {"max_new_tokens": 4}
+            ),
+        )
+    ):
+        assert torch.equal(call(), expected)
+        assert cached.last_report.reused_tokens == (512 if reused else 0)
+        client.store.flush()
+    beams = GenerationConfig(max_new_tokens=4, do_sample=False, num_beams=2)
+    assert torch.equal(cached.generate(prompt, beams), model.generate(prompt, beams))
+    assert cached.last_report.bypassed == "mode_beam_search"
+    embedded = model.get_input_embeddings()(prompt)
+    assert torch.equal(
+        cached.generate(inputs_embeds=embedded, **GREEDY), model.generate(inputs_embeds=embedded, **GREEDY)
+    )
+
+
+def test_weights_that_change_after_wrapping_change_the_names(client: KVStoreClient) -> None:
+    model = tiny_model()
+    cached = CachedModel(model, client)
+    prompt = random_prompt(600, seed=15)
+    cached.generate(prompt, **GREEDY)
+    client.store.flush()
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1.5)
+    for reused in (0, 512):
+        assert torch.equal(cached.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY))
+        assert cached.last_report.reused_tokens == reused
+        client.store.flush()
+    model.to(torch.bfloat16)
+    for reused in (0, 512):
+        cached.generate(prompt, **GREEDY)
+        assert cached.last_report.reused_tokens == reused
+        client.store.flush()
+    model.train()
+    cached.generate(prompt, **GREEDY)
+    assert cached.last_report.bypassed == "training"

@@ -1,5 +1,6 @@
 """A fetch: the stages of one prefix, running beside the engine."""
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from kvstore_client.settings import ClientSettings
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import ChecksumError, CodecError
 from kvstore_codec.rope import RotaryTable
+
+log = logging.getLogger(__name__)
 
 
 class Fetch:
@@ -105,11 +108,18 @@ class Fetch:
             self._view.refresh()
         return report
 
-    @staticmethod
-    def _thread(stage: str, target: Callable[..., None], *args: object) -> threading.Thread:
+    def _thread(self, stage: str, target: Callable[..., None], *args: object) -> threading.Thread:
         # Inference mode is a property of a thread, and the engine may have made the buffers under it.
-        run = torch.inference_mode()(target)
-        return threading.Thread(target=run, args=args, name=f"kvstore-{stage}", daemon=True)
+        @torch.inference_mode()
+        def run() -> None:
+            try:
+                target(*args)
+            except Exception:
+                # A mistake of ours must not leave the engine waiting: the fetch is over, what is missing is computed.
+                log.exception("the %s stage of a fetch failed", stage)
+                self._delivery.end("internal_error")
+
+        return threading.Thread(target=run, name=f"kvstore-{stage}", daemon=True)
 
 
 def _restore_received(

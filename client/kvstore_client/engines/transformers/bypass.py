@@ -1,10 +1,12 @@
 """Which `generate` calls are left alone, and why."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import GenerationMode
 
 # Arguments that leave the KV of the prompt what a plain prefill makes it. Anything else is passed through untouched:
 # an argument unknown here may change what the model computes, and a wrong answer is worse than a slow one.
@@ -18,42 +20,55 @@ _HARMLESS = frozenset({
     "renormalize_logits", "remove_invalid_values", "eos_token_id", "pad_token_id", "bos_token_id",
 })  # fmt: skip
 
-# Settings that are harmless only at these values: they may come from a generation_config as well.
-_PLAIN = {
-    "num_beams": (None, 1),
+# Settings that are harmless only at these values. A generation_config can hold them as well.
+_PLAIN: Mapping[str, tuple[object, ...]] = {
     "num_return_sequences": (None, 1),
-    "guidance_scale": (None, 1, 1.0),
+    "guidance_scale": (None, 1),
     "cache_implementation": (None, "dynamic"),
-    "prompt_lookup_num_tokens": (None,),
-    "assistant_early_exit": (None,),
-    "penalty_alpha": (None, 0, 0.0),
-    "dola_layers": (None,),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
+    "prefill_chunk_size": (None,),
+    "token_healing": (None, False),
     "use_cache": (None, True),
 }
+# What else chooses between plain decoding and the other modes, all of which go through the cache in ways of their own.
+_MODE = frozenset({
+    "num_beams", "num_beam_groups", "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "use_mtp",
+    "prompt_lookup_num_tokens", "assistant_early_exit",
+})  # fmt: skip
+_PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 def bypass_reason(
-    model: PreTrainedModel, input_ids: torch.Tensor, arguments: Mapping[str, Any]
+    model: PreTrainedModel, input_ids: torch.Tensor | None, arguments: Mapping[str, Any]
 ) -> str | None:
     """Why this call must run without reuse, or None when reuse gives what the plain call would."""
-    if input_ids.ndim != 2 or input_ids.shape[0] != 1:
+    if model.training:
+        return "training"
+    if input_ids is None or input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         return "batch"
     for name in arguments:
-        if name not in _HARMLESS and name not in _PLAIN:
+        if name not in _HARMLESS and name not in _PLAIN and name not in _MODE:
             return f"argument_{name}"
-    config: GenerationConfig = arguments.get("generation_config") or model.generation_config
+    config = copy.deepcopy(arguments.get("generation_config") or model.generation_config)
+    config.update(**{name: value for name, value in arguments.items() if name != "generation_config"})
     for name, plain in _PLAIN.items():
-        if arguments.get(name, getattr(config, name, None)) not in plain:
+        if getattr(config, name, None) not in plain:
             return f"argument_{name}"
-    mask = arguments.get("attention_mask")
+    mode = config.get_generation_mode()
+    if mode not in _PLAIN_MODES:
+        return f"mode_{mode.value}"
+    return "attention_mask" if _hides_tokens(config, input_ids, arguments.get("attention_mask")) else None
+
+
+def _hides_tokens(config: GenerationConfig, input_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether the model would not attend to every token of the prompt."""
     if mask is not None:
-        return None if mask.shape == input_ids.shape and bool(mask.bool().all()) else "attention_mask"
+        return mask.shape != input_ids.shape or not bool(mask.bool().all())
     # Without a mask, transformers hides pad tokens that stand in the prompt, unless pad and end are one token.
-    pad = arguments.get("pad_token_id", config.pad_token_id)
-    ends = arguments.get("eos_token_id", config.eos_token_id)
-    ends = ends if isinstance(ends, list) else [ends]
-    if pad is not None and pad not in ends and bool((input_ids == pad).any()):
-        return "attention_mask"
-    return None
+    pad, ends = config.pad_token_id, config.eos_token_id
+    return pad is not None and pad not in _as_list(ends) and bool((input_ids == pad).any())
+
+
+def _as_list(token_ids: int | list[int] | None) -> list[int | None]:
+    return list(token_ids) if isinstance(token_ids, list) else [token_ids]

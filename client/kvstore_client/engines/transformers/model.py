@@ -14,6 +14,7 @@ from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.fetch import FetchReport
 from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
+from kvstore_codec.errors import CodecError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
@@ -52,8 +53,11 @@ class CachedModel:
     ) -> None:
         self.model = model
         self.client = client
-        self.spec: ModelSpec = spec_of(model, model_id)
         self.store = store
+        self._model_id = model_id
+        self.spec: ModelSpec = spec_of(model, model_id)
+        """What names this model's chunks; made anew when the weights have changed."""
+        self._weights = _weights_state(model)
         self.last_report = GenerationReport(0, 0, Timeline())
         """What the latest `generate` reused; empty before the first."""
         self._hooks = install_hooks(model)
@@ -62,12 +66,23 @@ class CachedModel:
         self._rotary(1)
         client.buffers.reserve(model.config.max_position_embeddings * self.spec.kv_bytes_per_token)
 
-    def generate(self, input_ids: torch.Tensor, **arguments: Any) -> Any:
-        """Like the model's own `generate`; `input_ids` is `[1, tokens]` (other shapes run without reuse)."""
-        reason = bypass_reason(self.model, input_ids, arguments)
-        if reason is not None:
+    def generate(
+        self, input_ids: torch.Tensor | None = None, generation_config: Any = None, **arguments: Any
+    ) -> Any:
+        """Like the model's own `generate`; reuses for `input_ids` of `[1, tokens]` and plain decoding or sampling.
+
+        Other calls are passed on as they are, and `last_report.bypassed` says why.
+        """
+        if input_ids is None:
+            input_ids = arguments.pop("inputs", None)
+        if generation_config is not None:
+            arguments["generation_config"] = generation_config
+        reason = bypass_reason(self.model, input_ids, arguments) or self._renew_spec()
+        if reason is not None or input_ids is None:
             self.client.metrics.missed(f"bypass_{reason}")
-            self.last_report = GenerationReport(input_ids.numel(), 0, Timeline(), bypassed=reason)
+            self.last_report = GenerationReport(
+                0 if input_ids is None else input_ids.numel(), 0, Timeline(), bypassed=reason
+            )
             return self.model.generate(input_ids, **arguments)
 
         timeline = Timeline()
@@ -86,6 +101,18 @@ class CachedModel:
         """Take the hooks off the model. The client stays open."""
         for hook in self._hooks:
             hook.remove()
+
+    def _renew_spec(self) -> str | None:
+        """Describe the model again if its weights are not those it was described with: another dtype, a merged or
+        loaded adapter, a training step. Returns why it cannot be reused any more, if so."""
+        state = _weights_state(self.model)
+        if state != self._weights:
+            try:
+                self.spec = spec_of(self.model, self._model_id)
+            except CodecError:
+                return "model_changed"
+            self._weights = state
+        return None
 
     def _generate_reusing(
         self, input_ids: torch.Tensor, ids: list[ChunkId], arguments: dict[str, Any], timeline: Timeline
@@ -143,6 +170,14 @@ class CachedModel:
         ]
         if new:
             self.client.store.put(self.spec, new)
+
+
+def _weights_state(model: PreTrainedModel) -> tuple[tuple[int, int, torch.dtype], ...]:
+    """Differs whenever a parameter was replaced, converted or written to; takes microseconds a parameter."""
+    return tuple(
+        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype)
+        for tensor in model.parameters()
+    )
 
 
 @dataclass(frozen=True, slots=True)
