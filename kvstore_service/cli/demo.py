@@ -1,9 +1,11 @@
 """`kvstore demo`."""
 
 import multiprocessing
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from kvstore_codec.errors import ConfigurationError, StartupError
 
 if TYPE_CHECKING:
     from kvstore_service.demo.worker import Job, Run
@@ -42,6 +46,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path(),
 ) -> None:
     """Two workers, one document: prefilled by A, reused by B over a slow link."""
+    _require_extra()
     from kvstore_service.bench import write_results
     from kvstore_service.demo.document import read_document
     from kvstore_service.demo.plot import plot_timelines
@@ -52,6 +57,7 @@ def demo(
 
     bandwidth_bps = parse_bandwidth(bandwidth)
     read_document(document)
+    _require_folder(out)
     console = Console()
     with ExitStack() as stack:
         show = stack.enter_context(_Steps(console))
@@ -83,6 +89,24 @@ def demo(
     console.print(
         f"first token {cold.ttft_s / hit.ttft_s:.1f}x sooner; see {out / 'demo.png'} and {out / 'demo.json'}"
     )
+
+
+def _require_extra() -> None:
+    missing = [name for name in ("matplotlib", "ray", "transformers") if find_spec(name) is None]
+    if missing:
+        raise StartupError(f"the demo needs {', '.join(missing)}: pip install 'kvstore-service[demo]'")
+
+
+def _require_folder(folder: Path) -> None:
+    """Found out now, not after minutes of work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write demo.json and demo.png to {folder}: {error.strerror}; choose another --out"
+        ) from error
 
 
 def _row(run: "Run", cold: "Run") -> dict[str, Any]:

@@ -23,8 +23,9 @@ def status(
     from rich.console import Console
 
     from kvstore_service.cluster_stats import cluster_stats
+    from kvstore_service.listen import Address
 
-    reply = cluster_stats(address)
+    reply = cluster_stats(str(Address.parse(address)))
     if json_output:
         typer.echo(
             json.dumps({"epoch": reply.epoch, "nodes": [_row(node) for node in reply.nodes]}, indent=2)
@@ -54,21 +55,24 @@ def _table(address: str, reply: "pb.ClusterStatsReply") -> "Table":
     from rich.table import Table
 
     table = Table(title=f"cluster at {address}, epoch {reply.epoch}")
-    table.add_column("node")
-    table.add_column("endpoint")
-    table.add_column("state")
-    for column in ("chunks", "memory", "hits", "misses", "puts", "evictions", "in", "out"):
-        table.add_column(column, justify="right")
+    for column in ("node", "state", "chunks", "memory", "hits", "misses", "in", "out"):
+        table.add_column(column, justify="left" if column in ("node", "state") else "right", no_wrap=True)
+    down: list[str] = []
     for node in reply.nodes:
         stats, counters = node.stats, node.stats.counters
-        state = "up" if node.alive and not node.error else f"[red]down[/red] {escape(node.error)}"
+        up = node.alive and not node.error
+        if not up:
+            down.append(f"{node.member.node_id} at {node.member.endpoint}: {escape(node.error)}")
         table.add_row(
             node.member.node_id,
-            node.member.endpoint,
-            state,
+            "up" if up else "[red]down[/red]",
             str(stats.chunks),
-            f"{decimal(stats.bytes_used)} of {decimal(stats.bytes_limit)}",
-            *(str(counters[name]) for name in ("hits", "misses", "puts", "evictions")),
+            f"{100 * stats.bytes_used / stats.bytes_limit:.0f} % of {decimal(stats.bytes_limit)}"
+            if up
+            else "",
+            *(str(counters[name]) for name in ("hits", "misses")),
             *(decimal(counters[name]) for name in ("bytes_in", "bytes_out")),
         )
+    if down:
+        table.caption = "\n".join(down)
     return table

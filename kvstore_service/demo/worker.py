@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kvstore_client.timeline import Span
+from kvstore_codec.errors import ConfigurationError
+from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.first_token import FirstTokenTimer
 
 
@@ -88,7 +90,13 @@ class _Session:
     def prompt(self, question: str) -> list[int]:
         from kvstore_service.demo.document import prompt_tokens
 
-        return prompt_tokens(self._tokenizer, self._document, question, self._job.document_tokens)
+        prompt = prompt_tokens(self._tokenizer, self._document, question, self._job.document_tokens)
+        if len(prompt) < 2 * CHUNK_TOKENS:
+            raise ConfigurationError(
+                f"the document makes a prompt of {len(prompt)} tokens, and only full chunks of {CHUNK_TOKENS} are "
+                "reused; choose a longer --document"
+            )
+        return prompt
 
     def cold(self, prompt: list[int]) -> Run:
         first = FirstTokenTimer()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
 KVSTORE = Path(sys.executable).with_name("kvstore")
 
 
+@pytest.mark.slow
 def test_the_demo_shows_a_hit_with_the_same_answer(tmp_path: Path) -> None:
     run = subprocess.run(
         [
@@ -43,14 +43,22 @@ def test_the_demo_shows_a_hit_with_the_same_answer(tmp_path: Path) -> None:
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_document_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--document", "missing.txt"], "cannot read the document"),
+        (["--out", "a_file/folder"], "choose another --out"),
+        (["--bandwidth", "fast"], "fast"),
+    ],
+)
+def test_what_cannot_work_is_said_at_once_in_one_line(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "a_file").touch()
     run = subprocess.run(
-        [KVSTORE, "demo", "--document", tmp_path / "missing.txt"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [KVSTORE, "demo", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert run.returncode == 1
-    assert "cannot read the document" in run.stderr
-    assert "Traceback" not in run.stderr
+    assert message in run.stderr
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert not run.stdout.strip()
