@@ -18,12 +18,16 @@ from kvstore_codec.errors import (
     ChunkTooLargeError,
     FrameRangeError,
     KVStoreError,
+    StorageError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
-from kvstore_service.grpc_server import MAX_STREAMS, GrpcServer, unary
+from kvstore_service.grpc_server import MAX_REPLY_BYTES, MAX_STREAMS, GrpcServer, unary
 from kvstore_service.listen import Address
 
 MAX_CHUNKS = 65_536
+MAX_ENCODINGS = 64
+# The rest of a reply is for what else is said of MAX_CHUNKS chunks.
+MAX_HEADER_BYTES = MAX_REPLY_BYTES - (16 << 20)
 MAX_RANGES = 1 << 20
 MAX_PIECE_BYTES = 1 << 20
 _ID_BYTES = 32
@@ -54,7 +58,18 @@ class StorageService:
 
     def lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> pb.LookupReply:
         chunks = _chunk_ids(request.chunks, context)
-        result = self._node.lookup(chunks, request.encodings, lease_s=request.lease_ms / 1000)
+        if len(request.encodings) > MAX_ENCODINGS:
+            _refuse(context, f"{len(request.encodings)} encodings in one lookup; at most {MAX_ENCODINGS}")
+        try:
+            result = self._node.lookup(
+                chunks,
+                # As a list: the message would make new strings, without a hash, for every chunk.
+                list(request.encodings),
+                lease_s=request.lease_ms / 1000,
+                max_header_bytes=MAX_HEADER_BYTES if request.with_headers else None,
+            )
+        except StorageError as error:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         return pb.LookupReply(
             answers=[
                 pb.LookupAnswer(

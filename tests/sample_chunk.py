@@ -27,7 +27,11 @@ class SampleChunk:
 
 
 def sample_chunk(
-    content: int = 0, context: int = 0, encoding: str = "exact-zstd", frame_bytes: int = 1000
+    content: int = 0,
+    context: int = 0,
+    encoding: str = "exact-zstd",
+    frame_bytes: int = 1000,
+    geometry: Geometry = GEOMETRY,
 ) -> SampleChunk:
     """The same arguments give the same bytes, another `context` the same content elsewhere."""
     chunk_id = ChunkId(
@@ -37,8 +41,8 @@ def sample_chunk(
     generator = random.Random(f"{content} {context} {encoding}")
     frames = [
         generator.randbytes(frame_bytes + generator.randrange(frame_bytes))
-        for _ in range(GEOMETRY.frame_count)
+        for _ in range(geometry.frame_count)
     ]
     parsed = Encoding.parse(encoding)
-    header, header_bytes = write_header(bytes(32), chunk_id, parsed, GEOMETRY, frames)
+    header, header_bytes = write_header(bytes(32), chunk_id, parsed, geometry, frames)
     return SampleChunk(chunk_id, encoding, header, b"".join([header_bytes, *frames]))

@@ -66,12 +66,22 @@ class StorageNode:
         self._lock = threading.Lock()
 
     def lookup(
-        self, chunks: Sequence[ChunkId], encodings: Sequence[str], *, lease_s: float = 0.0
+        self,
+        chunks: Sequence[ChunkId],
+        encodings: Sequence[str],
+        *,
+        lease_s: float = 0.0,
+        max_header_bytes: int | None = None,
     ) -> LookupResult:
         """Says for each chunk in which of `encodings` (best first) it is here, and how many other contexts
-        hold the same content. Counts as use of what was found, and leases it for `lease_s` when positive."""
+        hold the same content. Counts as use of what was found, and leases it for `lease_s` when positive.
+
+        Raises StorageError when the headers of what was found have more than `max_header_bytes` together; then
+        nothing is leased.
+        """
         answers = []
         found = []
+        header_bytes = 0
         with self._lock:
             for chunk_id in chunks:
                 entry = self._best(chunk_id, encodings)
@@ -79,6 +89,12 @@ class StorageNode:
                 if entry is None:
                     answers.append(LookupAnswer(None, 0, b"", others))
                 else:
+                    header_bytes += len(entry.header_bytes)
+                    if max_header_bytes is not None and header_bytes > max_header_bytes:
+                        raise StorageError(
+                            f"the headers of the first {len(answers) + 1} of {len(chunks)} chunks have more "
+                            f"than {max_header_bytes} bytes; look fewer chunks up at a time"
+                        )
                     found.append(entry.key)
                     answers.append(
                         LookupAnswer(entry.key.encoding, entry.extent.size_bytes, entry.header_bytes, others)
@@ -188,6 +204,8 @@ class StorageNode:
 
     def _best(self, chunk_id: ChunkId, encodings: Sequence[str]) -> Entry | None:
         stored = self._index.encodings(chunk_id.content_id, chunk_id.prefix_id)
+        if not stored:
+            return None
         return next((stored[encoding] for encoding in encodings if encoding in stored), None)
 
     def _reserve(self, chunk_id: ChunkId, size_bytes: int) -> Extent:

@@ -11,7 +11,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_codec.geometry import Geometry
+from kvstore_codec.model_spec import KVDtype
 from kvstore_service.grpc_server import MAX_STREAMS
+from kvstore_service.grpc_storage import MAX_HEADER_BYTES
 from tests.sample_chunk import SampleChunk, sample_chunk
 from tests.service.conftest import ServedNode
 
@@ -99,6 +102,27 @@ def test_headers_only_come_when_asked_for(storage: ServedNode) -> None:
     reply = storage.stub.Lookup(pb.LookupRequest(chunks=[ref(sample_chunk())], encodings=["exact-zstd"]))
     assert reply.answers[0].encoding == "exact-zstd"
     assert reply.answers[0].header == b""
+
+
+def test_headers_beyond_one_reply_are_refused_and_nothing_is_leased(storage: ServedNode) -> None:
+    many_frames = Geometry(layers=1024, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)
+    chunk = sample_chunk(frame_bytes=1, geometry=many_frames)
+    assert statuses(storage, steps(chunk)) == [pb.PUT_STATUS_STORED]
+    too_many = MAX_HEADER_BYTES // chunk.header.header_bytes + 1
+
+    def lookup(chunks: int) -> pb.LookupReply:
+        return storage.stub.Lookup(
+            pb.LookupRequest(
+                chunks=[ref(chunk)] * chunks, encodings=["exact-zstd"], with_headers=True, lease_ms=60_000
+            )
+        )
+
+    with pytest.raises(grpc.RpcError) as refusal:
+        lookup(too_many)
+    assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "look fewer chunks up" in refusal.value.details()
+    assert storage.node.stats().leases == 0
+    assert len(lookup(too_many - 1).answers) == too_many - 1
 
 
 def test_what_is_stored_already_need_not_be_sent_again(storage: ServedNode) -> None:
@@ -235,6 +259,7 @@ MANY = [pb.ChunkRef(content_id=bytes(32), prefix_id=bytes(32))] * 65_537
     [
         lambda stub: stub.Lookup(pb.LookupRequest(chunks=[SHORT_ID])),
         lambda stub: stub.Lookup(pb.LookupRequest(chunks=MANY)),
+        lambda stub: stub.Lookup(pb.LookupRequest(encodings=["exact-zstd"] * 65)),
         lambda stub: stub.Delete(pb.DeleteRequest(chunks=[SHORT_ID])),
         lambda stub: stub.Delete(pb.DeleteRequest(chunks=MANY)),
         lambda stub: stub.RenewLease(pb.RenewLeaseRequest(lease_id=b"")),
