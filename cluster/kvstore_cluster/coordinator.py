@@ -40,12 +40,16 @@ class Coordinator:
         )
 
     def join(self, member: Member, incarnation: int) -> Membership:
-        """A node says that it is up; nodes repeat it, which changes nothing. A greater `incarnation` than the
-        known one means that the node restarted, empty and elsewhere; a smaller one comes too late and is
-        ignored."""
+        """A node says that it is up; nodes repeat it, which changes nothing. Another `incarnation` than the
+        known one means that the node restarted, empty and elsewhere. A smaller one comes too late and is ignored,
+        unless the known one is dead: then the clock of the node's machine went back."""
         with self._lock:
             known = self._find(member.node_id)
-            if known is None or incarnation > known.incarnation:
+            if (
+                known is None
+                or incarnation > known.incarnation
+                or (incarnation != known.incarnation and not known.alive)
+            ):
                 log.info("node %s joined at %s", member.node_id, member.endpoint)
                 self._put(NodeRecord(member, incarnation, alive=True))
             return self._membership()

@@ -55,6 +55,15 @@ def test_a_restarted_node_replaces_its_former_self(coordinator: Coordinator) -> 
     assert coordinator.join(A_AGAIN, 2).members == (A_AGAIN,)
 
 
+def test_a_node_whose_clock_went_back_joins_once_its_former_self_is_dead(coordinator: Coordinator) -> None:
+    coordinator.join(A, 2)
+    assert coordinator.join(A_AGAIN, 1).members == (A,)
+    coordinator.mark_dead("a", 2, "silent")
+    assert coordinator.join(A_AGAIN, 1).members == (A_AGAIN,)
+    coordinator.mark_dead("a", 2, "late news")
+    assert coordinator.membership().members == (A_AGAIN,)
+
+
 def test_news_of_a_former_incarnation_change_nothing(coordinator: Coordinator) -> None:
     coordinator.join(A_AGAIN, 2)
     coordinator.join(A, 1)
