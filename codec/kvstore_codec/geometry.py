@@ -13,7 +13,8 @@ MAX_LAYERS = 1024
 MAX_KV_HEADS = 1024
 MAX_HEAD_DIM = 4096
 MAX_CHUNK_TOKENS = 65_536
-MAX_FRAMES = 16_384
+# A storage node keeps the header of every chunk parsed: three numbers a frame, beside the memory it was given.
+MAX_FRAMES = 4_096
 MAX_FRAME_VALUES = 1 << 26
 
 
