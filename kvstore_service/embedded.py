@@ -137,6 +137,8 @@ class EmbeddedCluster:
     def _stop_actors(self) -> None:
         import ray
 
+        if self._coordinator is None:
+            return
         try:
             ray.get(
                 [node.stop.options(max_task_retries=0).remote(_GRACE_S) for node in self._storage.values()],

@@ -1,14 +1,16 @@
 """`kvstore serve`."""
 
+import os
 import signal
-import sys
-import threading
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from kvstore_codec.errors import StartupError
+
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
 def serve(
@@ -31,6 +33,8 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="A .yaml or .toml file with these settings.")] = None,
 ) -> None:
     """Run a cluster in the foreground: one line when it is ready, a clean stop on SIGTERM or Ctrl-C."""
+    _hold_signals()
+
     from kvstore_service.cluster_stats import cluster_stats
     from kvstore_service.embedded import EmbeddedCluster
     from kvstore_service.listen import Address
@@ -46,23 +50,34 @@ def serve(
         listen=settings.listen,
         data_dir=settings.data_dir,
     )
-    # Until the cluster is up, a signal unwinds what has been started.
-    _on_signals(lambda: sys.exit(0))
     with ExitStack() as running:
         if settings.metrics_port is not None:
             where = Address(Address.parse(settings.listen).host, settings.metrics_port)
             registry = running.enter_context(metrics_endpoint(where))
-        running.enter_context(cluster)
-        stopping = threading.Event()
-        _on_signals(stopping.set)
+        if signal.sigpending() & _STOP_SIGNALS:
+            return
+        try:
+            running.enter_context(cluster)
+        except StartupError:
+            # Ctrl-C in a terminal reaches every process of the cluster, and then it is no news what is missing.
+            if signal.sigpending() & _STOP_SIGNALS:
+                return
+            raise
+        if signal.sigpending() & _STOP_SIGNALS:
+            return
         if settings.metrics_port is not None:
             registry.register(ClusterCollector(lambda: cluster_stats(cluster.address)))
         typer.echo(
             f"kvstore is ready at {cluster.address}: {settings.nodes} x {settings.memory.human_readable()}"
         )
-        stopping.wait()
+        signal.sigwait(_STOP_SIGNALS)
 
 
-def _on_signals(action: Callable[[], object]) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: action())
+def _hold_signals() -> None:
+    """Keeps the signals that stop the service pending, in every thread that comes later, until they are asked for.
+
+    A handler would not do: Ray puts its own in place, which end the process wherever it stands.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    # Ray's processes would inherit it, but SIGTERM is how Ray ends them.
+    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]))
