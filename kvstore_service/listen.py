@@ -1,5 +1,6 @@
 """Addresses to listen on: parsed, checked to be free, and kept while the server that needs them starts."""
 
+import errno
 import ipaddress
 import socket
 from dataclasses import dataclass
@@ -62,16 +63,20 @@ def _bound(address: Address, option: int) -> socket.socket:
         family, kind, protocol, _, target = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot listen on {address}: {error.strerror}; choose another --listen"
-        ) from error
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "this cannot be the name of a host"
+        raise ConfigurationError(f"cannot listen on {address}: {reason}; choose another --listen") from error
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, option, 1)
         bound.bind(target)
     except OSError as error:
         bound.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigurationError(
+                f"cannot listen on {address}: {address.host} is not an address of this machine; "
+                "choose another --listen"
+            ) from error
         raise address_error(address, error.strerror or str(error)) from error
     return bound
 

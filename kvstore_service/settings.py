@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     data_dir: Path | None = None
     """Where the catalogue lives; a temporary folder when not set."""
 
-    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Port for Prometheus on the same host; none when not set."""
 
     @field_validator("listen")
@@ -95,4 +95,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"the configuration {path} must be a table of settings, not {content!r}")
+    for name in content:
+        if not isinstance(name, str):
+            raise ConfigurationError(f"the configuration {path} names a setting {name!r}, which is not text")
     return content

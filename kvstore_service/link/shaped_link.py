@@ -117,6 +117,6 @@ def _resolve(target: str) -> tuple[int, tuple[str, int]]:
         raise ConfigurationError(f"{target!r} is no host:port")
     try:
         family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:
         raise ConfigurationError(f"the link's target {target!r} cannot be resolved: {error}") from error
     return family, (str(address[0]), int(address[1]))

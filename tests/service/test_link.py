@@ -146,7 +146,8 @@ def test_what_is_no_bandwidth_is_refused_with_an_example(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["", "localhost", "127.0.0.1:", ":80", "127.0.0.1:http", "no.such.host.invalid:80"]
+    "target",
+    ["", "localhost", "127.0.0.1:", ":80", "127.0.0.1:http", "no.such.host.invalid:80", "a" * 70 + ":80"],
 )
 def test_a_target_that_makes_no_sense_is_refused(target: str) -> None:
     with pytest.raises(ConfigurationError):

@@ -55,10 +55,12 @@ def test_a_port_where_somebody_listens_is_refused() -> None:
 
 
 def test_a_host_of_another_machine_is_refused() -> None:
-    with pytest.raises(AddressInUseError, match=r"cannot listen on 192.0.2.1:0"):
+    with pytest.raises(ConfigurationError, match=r"192.0.2.1:0: .* not an address of this machine; choose"):
         Reservation(Address("192.0.2.1", 0))
     with pytest.raises(ConfigurationError, match="cannot listen on"):
         Reservation(Address("no such host", 0))
+    with pytest.raises(ConfigurationError, match="cannot be the name of a host"):
+        Reservation(Address("a" * 70 + ".example", 0))
 
 
 def test_a_server_that_cannot_bind_says_so() -> None:

@@ -52,6 +52,8 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("memory: lots", "memory = 'lots': "),
         ("listen: nowhere", "'nowhere' is not an address"),
         ("metrics_port: 70000", "metrics_port = 70000"),
+        ("metrics_port: 0", "metrics_port = 0"),
+        ("1: 2", "names a setting 1, which is not text"),
         ("- nodes", "must be a table of settings"),
         ("nodes: [", "cannot read the configuration"),
     ],
