@@ -37,7 +37,7 @@ _FOREIGN_KV = {
 
 # `KVDtype.torch` hides the module's name inside its class.
 TorchDtype = torch.dtype
-RopeValue = float | int | str | bool
+Scalar = float | int | str | bool
 
 
 class KVDtype(StrEnum):
@@ -82,7 +82,7 @@ class RopeSpec:
     kind: str
     theta: float
     rotary_dim: int
-    parameters: tuple[tuple[str, RopeValue], ...] = ()
+    parameters: tuple[tuple[str, Scalar], ...] = ()
 
     def __post_init__(self) -> None:
         if list(self.parameters) != sorted(self.parameters):
@@ -108,6 +108,8 @@ class ModelSpec:
     sliding_windows: tuple[int | None, ...] = ()
     tp_rank: int = 0
     tp_size: int = 1
+    numerics: tuple[tuple[str, Scalar], ...] = ()
+    """Settings besides the weights that KV values depend on (activation, norm epsilon), sorted by name."""
     digest: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -143,22 +145,32 @@ class ModelSpec:
         yield b"".join(canonical.integer(window or 0) for window in self.sliding_windows)
         yield canonical.integer(self.tp_rank)
         yield canonical.integer(self.tp_size)
+        yield _named_bytes(self.numerics)
 
 
 def _rope_bytes(rope: RopeSpec) -> bytes:
-    named = (part for name, value in rope.parameters for part in (name.encode(), _scalar_bytes(value)))
     return canonical.length_prefixed(
-        rope.kind.encode(), _scalar_bytes(rope.theta), canonical.integer(rope.rotary_dim), *named
+        rope.kind.encode(), _scalar_bytes(rope.theta), canonical.integer(rope.rotary_dim)
+    ) + _named_bytes(rope.parameters)
+
+
+def _named_bytes(named: Iterable[tuple[str, Scalar]]) -> bytes:
+    return canonical.length_prefixed(
+        *(part for name, value in named for part in (name.encode(), _scalar_bytes(value)))
     )
 
 
-def _scalar_bytes(value: RopeValue) -> bytes:
+def _scalar_bytes(value: Scalar) -> bytes:
     # 8 and 8.0 are one factor, written differently by different configs: every number is an f64.
     if isinstance(value, bool):
         return b"b" + bytes([value])
     if isinstance(value, str):
         return b"s" + value.encode()
     return b"n" + struct.pack("<d", value)
+
+
+# What the supported families compute with besides their weights, sorted.
+_NUMERICS = ("hidden_act", "rms_norm_eps")
 
 
 def spec_from_config(
@@ -191,6 +203,7 @@ def spec_from_config(
         dtype=dtype,
         rope=_rope(config, head_dim, name),
         sliding_windows=_sliding_windows(config, layers, name),
+        numerics=tuple((key, config[key]) for key in _NUMERICS if config.get(key) is not None),
     )
 
 
@@ -216,7 +229,7 @@ def _rope(config: Mapping[str, Any], head_dim: int, name: str) -> RopeSpec:
     if kind in _ROPE_KINDS_WITH_ORIGINAL_LENGTH:
         longest = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
         found.setdefault("original_max_position_embeddings", longest)
-    parameters: list[tuple[str, RopeValue]] = []
+    parameters: list[tuple[str, Scalar]] = []
     for key, value in sorted(found.items()):
         if key in _NAMED_APART or value is None:
             continue

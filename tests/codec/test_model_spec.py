@@ -33,6 +33,7 @@ SPEC = ModelSpec(
     sliding_windows=(None, 4096),
     tp_rank=1,
     tp_size=2,
+    numerics=(("hidden_act", "silu"), ("rms_norm_eps", 1e-5)),
 )
 
 
@@ -67,12 +68,13 @@ def test_digest_is_blake3_over_length_prefixed_fields() -> None:
         struct.pack("<qq", 0, 4096),
         struct.pack("<q", 1),
         struct.pack("<q", 2),
+        b"".join(map(field, (b"hidden_act", b"ssilu", b"rms_norm_eps", b"n" + struct.pack("<d", 1e-5)))),
     ]
     assert SPEC.digest == blake3(b"".join(map(field, fields))).digest()
 
 
 def test_digest_is_a_known_constant() -> None:
-    assert SPEC.digest.hex() == "97c39d7ace753c2d69e2f05858c20e7877293fff5c6c0e0516651a1f3e4047b1"
+    assert SPEC.digest.hex() == "1634f23ce5da5856433bed4cd56673947bc418d83e13173a4f2237547e6d1ce3"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,8 @@ def test_digest_is_a_known_constant() -> None:
     [
         {"model_id": "tinz"},
         {"weights_digest": bytes(32)},
+        {"numerics": (("hidden_act", "gelu"), ("rms_norm_eps", 1e-5))},
+        {"numerics": (("hidden_act", "silu"), ("rms_norm_eps", 1e-6))},
         {"layers": 3, "sliding_windows": (None, 4096, None)},
         {"kv_heads": 2},
         {"head_dim": 32},
@@ -158,6 +162,15 @@ def test_older_configs_give_the_same_spec() -> None:
 
 def test_local_paths_and_unused_fields_do_not_matter() -> None:
     assert parse(LLAMA, _name_or_path="/models/a", use_cache=False) == parse(LLAMA)
+
+
+def test_what_the_model_computes_with_matters() -> None:
+    digests = {
+        parse(LLAMA, rms_norm_eps=eps, hidden_act=act).digest
+        for eps in (1e-5, 1e-6)
+        for act in ("silu", "gelu")
+    }
+    assert len(digests) == 4
 
 
 def test_head_dim_and_partial_rotation() -> None:
