@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from kvstore_client.engines.transformers.cache import empty_cache
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
 from kvstore_codec.rope import RotaryTable, rotate_
 from tests.client.models import FAMILIES, random_prompt, tiny_model
@@ -16,7 +17,8 @@ def test_captured_keys_rotate_to_the_cached_ones(family: str, dtype: torch.dtype
     layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
     head_dim = model.model.layers[0].self_attn.head_dim
     hooks = install_hooks(model)
-    cache, capture = DynamicCache(), KeyCapture(layers, heads, head_dim, first_token=0)
+    capture = KeyCapture(layers, heads, head_dim, first_token=0)
+    cache = empty_cache(capture, layers)
     prompt = random_prompt(300)
     with torch.inference_mode(), capture.active():
         model(prompt[:, :170], past_key_values=cache)
@@ -34,16 +36,24 @@ def test_captured_keys_rotate_to_the_cached_ones(family: str, dtype: torch.dtype
         hook.remove()
 
 
-def test_nothing_is_captured_outside_active() -> None:
+def test_only_passes_through_this_cache_are_captured() -> None:
+    """Passes before, after and in between that go through other caches, or none, leave no trace."""
     model = tiny_model()
     install_hooks(model)
+    install_hooks(model)
     capture = KeyCapture(5, 2, 16, first_token=0)
+    cache = empty_cache(capture, 5)
     with torch.inference_mode():
         model(random_prompt(8))
         with capture.active():
-            model(random_prompt(4))
+            model(random_prompt(4), past_key_values=cache)
+            model(random_prompt(8))
+            model(random_prompt(2, seed=1), past_key_values=cache)
+            model(random_prompt(8), past_key_values=DynamicCache())
         model(random_prompt(8))
-    assert capture.keys(0, 0, 100).shape == (2, 4, 16)
+    assert capture.reaches(6)
+    assert not capture.reaches(7)
+    assert capture.keys(0, 0, 100).shape == (2, 6, 16)
 
 
 def test_rotation_works_on_strided_views_and_leaves_unrotated_channels() -> None:

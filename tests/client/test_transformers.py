@@ -1,10 +1,16 @@
 """Reuse through a real service is bit-equal to KV kept in memory, for every family and dtype."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
@@ -255,3 +261,92 @@ def test_weights_that_change_after_wrapping_change_the_names(client: KVStoreClie
     model.train()
     cached.generate(prompt, **GREEDY)
     assert cached.last_report.bypassed == "training"
+
+
+def poisoned_reader(cluster: ServedCluster, prompt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """What a fresh worker answers with and without the service, and how much it reused."""
+    model = tiny_model()
+    with connect(cluster.address) as client:
+        cached = CachedModel(model, client, store=False)
+        answer = cached.generate(prompt, **GREEDY)
+        return answer, model.generate(prompt, **GREEDY), cached.last_report.reused_tokens
+
+
+def test_a_model_asked_by_a_logits_processor_poisons_nothing(
+    cluster: ServedCluster, client: KVStoreClient
+) -> None:
+    model = tiny_model()
+    CachedModel(model, client)  # dropped without close: its hooks stay
+    cached = CachedModel(model, client)
+    asking = UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, model)
+    prompt = random_prompt(300, seed=16)
+    text = cached.generate(prompt, logits_processor=[asking], do_sample=False, max_new_tokens=260)
+    client.store.flush()
+    assert cluster.stored_chunks() == 2
+    prompt = torch.cat([text[:, :512], random_prompt(20, seed=17)], 1)
+    answer, expected, reused = poisoned_reader(cluster, prompt)
+    assert reused == 512
+    assert torch.equal(answer, expected)
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ({"use_cache": False}, "argument_use_cache"),
+        ({"num_beams": 3}, "mode_beam_search"),
+        ({"guidance_scale": 1.5}, "argument_guidance_scale"),
+        ({"pad_token_id": 7, "eos_token_id": 3}, "attention_mask"),
+    ],
+)
+def test_the_models_own_generation_config_counts_too(
+    client: KVStoreClient, own: dict[str, object], reason: str
+) -> None:
+    model = tiny_model()
+    model.generation_config.update(**own)
+    cached = CachedModel(model, client)
+    prompt = torch.cat([torch.full((1, 20), 7), random_prompt(500, seed=18)], 1)
+    config = GenerationConfig(do_sample=False, max_new_tokens=6)
+    assert torch.equal(cached.generate(prompt, config), model.generate(prompt, config))
+    assert cached.last_report.bypassed == reason
+
+
+def test_masks_of_other_numbers_and_autocast_run_without_reuse(client: KVStoreClient) -> None:
+    cached = CachedModel(tiny_model(), client)
+    prompt = random_prompt(300, seed=19)
+    cached.generate(prompt, attention_mask=2 * torch.ones_like(prompt), **GREEDY)
+    assert cached.last_report.bypassed == "attention_mask"
+    with torch.autocast("cpu", torch.bfloat16):
+        cached.generate(prompt, **GREEDY)
+    assert cached.last_report.bypassed == "autocast"
+
+
+def test_weights_written_past_autograd_are_noticed(client: KVStoreClient) -> None:
+    model, prompt = tiny_model(), random_prompt(300, seed=20)
+    cached = CachedModel(model, client)
+    cached.generate(prompt, **GREEDY)
+    client.store.flush()
+    model.model.layers[1].self_attn.v_proj.weight.data += 0.1
+    assert torch.equal(cached.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY))
+    assert cached.last_report.reused_tokens == 0
+
+
+def test_the_returned_cache_is_an_ordinary_one(client: KVStoreClient) -> None:
+    model, prompt = tiny_model(), random_prompt(600, seed=21)
+    cached = CachedModel(model, client)
+    for _ in range(2):
+        output = cached.generate(prompt, return_dict_in_generate=True, **GREEDY)
+        client.store.flush()
+    assert cached.last_report.reused_tokens == 512
+    copied = copy.deepcopy(output.past_key_values)
+    more = torch.cat([output.sequences, random_prompt(9, seed=22)], 1)
+    assert torch.equal(
+        model.generate(more, past_key_values=copied, **GREEDY),
+        model.generate(more, past_key_values=output.past_key_values, **GREEDY),
+    )
+
+
+def test_eos_given_as_a_tensor(client: KVStoreClient) -> None:
+    model, prompt = tiny_model(), random_prompt(300, seed=23)
+    cached = CachedModel(model, client)
+    arguments = GREEDY | {"eos_token_id": torch.tensor([3, 4]), "pad_token_id": 3}
+    assert torch.equal(cached.generate(prompt, **arguments), model.generate(prompt, **arguments))

@@ -45,13 +45,16 @@ def bypass_reason(
     """Why this call must run without reuse, or None when reuse gives what the plain call would."""
     if model.training:
         return "training"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast"  # the cache would hold another dtype than the model's
+    if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
+        return "adapter"  # which adapter is active shows in no weight
     if input_ids is None or input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         return "batch"
     for name in arguments:
         if name not in _HARMLESS and name not in _PLAIN and name not in _MODE:
             return f"argument_{name}"
-    config = copy.deepcopy(arguments.get("generation_config") or model.generation_config)
-    config.update(**{name: value for name, value in arguments.items() if name != "generation_config"})
+    config = _effective_config(model, arguments)
     for name, plain in _PLAIN.items():
         if getattr(config, name, None) not in plain:
             return f"argument_{name}"
@@ -64,11 +67,17 @@ def bypass_reason(
 def _hides_tokens(config: GenerationConfig, input_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """Whether the model would not attend to every token of the prompt."""
     if mask is not None:
-        return mask.shape != input_ids.shape or not bool(mask.bool().all())
+        return mask.shape != input_ids.shape or not bool((mask == 1).all())
     # Without a mask, transformers hides pad tokens that stand in the prompt, unless pad and end are one token.
     pad, ends = config.pad_token_id, config.eos_token_id
-    return pad is not None and pad not in _as_list(ends) and bool((input_ids == pad).any())
+    if pad is None or not bool((input_ids == pad).any()):
+        return False
+    return ends is None or int(pad) not in torch.as_tensor(ends).flatten().tolist()
 
 
-def _as_list(token_ids: int | list[int] | None) -> list[int | None]:
-    return list(token_ids) if isinstance(token_ids, list) else [token_ids]
+def _effective_config(model: PreTrainedModel, arguments: Mapping[str, Any]) -> GenerationConfig:
+    """What `generate` will go by: arguments before the given config before the model's own."""
+    config = copy.deepcopy(arguments.get("generation_config") or GenerationConfig())
+    config.update(**model.generation_config.to_dict(), defaults_only=True)
+    config.update(**{name: value for name, value in arguments.items() if name != "generation_config"})
+    return config

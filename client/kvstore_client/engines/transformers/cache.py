@@ -5,6 +5,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvstore_client.buffers import KVBuffers
+from kvstore_client.engines.transformers.capture import KeyCapture
 from kvstore_client.fetch import Fetch
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import FetchError
@@ -14,12 +15,35 @@ class FetchIncompleteError(FetchError):
     """Raised out of a forward pass whose reused KV will not all arrive; the adapter catches it and starts over."""
 
 
-class ArrivingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
-    """One layer of reused KV. The first `update` waits for it; afterwards it is an ordinary dynamic layer."""
+class CapturedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
+    """A dynamic layer that tells a KeyCapture what it took."""
 
-    def __init__(self, layer: int, buffers: KVBuffers, tokens: int, fetch: Fetch, timeline: Timeline) -> None:
+    def __init__(self, layer: int, capture: KeyCapture) -> None:
         super().__init__()
-        self._layer, self._fetch, self._timeline = layer, fetch, timeline
+        self._layer, self._capture = layer, capture
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._capture.cached(self._layer, key_states.shape[-2])
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        return keys, values
+
+
+class ArrivingLayer(CapturedLayer):
+    """One layer of reused KV. The first `update` waits for it; afterwards it is an ordinary layer."""
+
+    def __init__(
+        self,
+        layer: int,
+        capture: KeyCapture,
+        buffers: KVBuffers,
+        tokens: int,
+        fetch: Fetch,
+        timeline: Timeline,
+    ) -> None:
+        super().__init__(layer, capture)
+        self._fetch, self._timeline = fetch, timeline
         self._arrived = False
         # Views: their length is known before their content is.
         self.keys = buffers.keys[layer, :, :tokens].unsqueeze(0)
@@ -31,12 +55,10 @@ class ArrivingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not 
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._arrived:
-            self.arrive(key_states.device)
-        keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return keys, values
+            self._arrive(key_states.device)
+        return super().update(key_states, value_states, *args, **kwargs)
 
-    def arrive(self, device: torch.device) -> None:
-        """Wait until the layer is there. Raises FetchIncompleteError if it will not be."""
+    def _arrive(self, device: torch.device) -> None:
         with self._timeline.span("wait", f"layer {self._layer}"):
             arrived = self._fetch.wait_layer(self._layer)
         if not arrived:
@@ -47,22 +69,46 @@ class ArrivingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not 
             self.device = device
 
 
-def arriving_cache(buffers: KVBuffers, tokens: int, fetch: Fetch, timeline: Timeline) -> DynamicCache:
-    """A cache that holds the first `tokens` tokens as soon as `fetch` has delivered them."""
-    cache = DynamicCache()
-    cache.layers = [
-        ArrivingLayer(layer, buffers, tokens, fetch, timeline) for layer in range(buffers.keys.shape[0])
-    ]
-    return cache
+def empty_cache(capture: KeyCapture, layers: int) -> DynamicCache:
+    """A cache for a prompt of which nothing is reused."""
+    return _cache([CapturedLayer(layer, capture) for layer in range(layers)])
 
 
-def filled_cache(buffers: KVBuffers, tokens: int, device: torch.device) -> DynamicCache:
-    """A cache with a copy of the first `tokens` tokens, which have been delivered."""
-    cache = DynamicCache()
+def arriving_cache(buffers: KVBuffers, capture: KeyCapture, fetch: Fetch, timeline: Timeline) -> DynamicCache:
+    """A cache that holds the tokens before the captured ones as soon as `fetch` has delivered them."""
+    tokens = capture.first_token
+    return _cache(
+        [
+            ArrivingLayer(layer, capture, buffers, tokens, fetch, timeline)
+            for layer in range(buffers.keys.shape[0])
+        ]
+    )
+
+
+def filled_cache(buffers: KVBuffers, capture: KeyCapture, device: torch.device) -> DynamicCache:
+    """A cache with a copy of the tokens before the captured ones, which have been delivered."""
+    cache = empty_cache(capture, buffers.keys.shape[0])
+    tokens = capture.first_token
     if tokens:
         for layer in range(buffers.keys.shape[0]):
             keys, values = (
                 b[layer, :, :tokens].unsqueeze(0).to(device) for b in (buffers.keys, buffers.values)
             )
             cache.update(keys, values, layer)
+    return cache
+
+
+def make_plain(cache: DynamicCache) -> None:
+    """Give a finished cache ordinary layers: it may be copied, pickled and kept, and holds on to nothing of ours."""
+    for index, layer in enumerate(cache.layers):
+        plain = DynamicLayer()
+        if layer.is_initialized:
+            plain.lazy_initialization(layer.keys, layer.values)
+            plain.keys, plain.values = layer.keys, layer.values
+        cache.layers[index] = plain
+
+
+def _cache(layers: list[CapturedLayer]) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers = layers
     return cache

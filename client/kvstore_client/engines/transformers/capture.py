@@ -14,19 +14,33 @@ _active: ContextVar["KeyCapture | None"] = ContextVar("kvstore_key_capture", def
 
 
 class KeyCapture:
-    """The keys that one `generate` call computed, before RoPE, in the order of its forward passes.
+    """The keys that one `generate` call put into its cache, before RoPE, in the order of its forward passes.
 
-    Holds references to what the model's key projections returned; nothing is copied until `keys` is called.
+    A hook notes what a layer's key projection returned last; it counts only when that layer of this call's cache then
+    takes as many tokens. Forward passes that go through another cache (a logits processor that asks the model, say)
+    leave no trace. Holds references; nothing is copied until `keys` is called.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, first_token: int) -> None:
         self.first_token = first_token
         """Position of the first captured token: those before it were reused."""
         self._shape = (kv_heads, head_dim)
+        self._latest: list[torch.Tensor | None] = [None] * layers
         self._steps: list[list[torch.Tensor]] = [[] for _ in range(layers)]
 
-    def record(self, layer: int, projected: torch.Tensor) -> None:
-        self._steps[layer].append(projected.detach().view(-1, *self._shape))
+    def projected(self, layer: int, keys: torch.Tensor) -> None:
+        """A forward pass computed these keys, `[batch, tokens, ...]`."""
+        self._latest[layer] = keys.detach()
+
+    def cached(self, layer: int, tokens: int) -> None:
+        """The cache took `tokens` more tokens of this layer: those that were projected just before."""
+        latest, self._latest[layer] = self._latest[layer], None
+        if latest is not None and tuple(latest.shape[:2]) == (1, tokens):
+            self._steps[layer].append(latest.view(-1, *self._shape))
+
+    def reaches(self, tokens: int) -> bool:
+        """Whether the keys of every layer end at this position: none is missing, none too many."""
+        return all(self.first_token + sum(map(len, steps)) == tokens for steps in self._steps)
 
     def keys(self, layer: int, begin: int, end: int) -> torch.Tensor:
         """Keys of tokens `begin` to `end` (positions in the prompt), `[kv_heads, tokens, head_dim]`."""
@@ -69,7 +83,7 @@ def _watch(attention: nn.Module) -> torch.utils.hooks.RemovableHandle:
     def record(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
         capture = _active.get()
         if capture is not None:
-            capture.record(layer, output)
+            capture.projected(layer, output)
 
     name = "k_norm" if hasattr(attention, "k_norm") else "k_proj"
     return attention.get_submodule(name).register_forward_hook(record)

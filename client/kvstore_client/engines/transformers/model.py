@@ -1,23 +1,34 @@
 """`CachedModel`: a transformers model that reuses KV which any worker has computed before."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.bypass import bypass_reason
-from kvstore_client.engines.transformers.cache import FetchIncompleteError, arriving_cache, filled_cache
+from kvstore_client.engines.transformers.cache import (
+    FetchIncompleteError,
+    arriving_cache,
+    empty_cache,
+    filled_cache,
+    make_plain,
+)
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
 from kvstore_client.engines.transformers.spec import spec_of
-from kvstore_client.fetch import FetchReport
+from kvstore_client.fetch import Fetch, FetchReport
+from kvstore_client.lookup import PrefixMatch
 from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import CodecError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,40 +129,54 @@ class CachedModel:
         self, input_ids: torch.Tensor, ids: list[ChunkId], arguments: dict[str, Any], timeline: Timeline
     ) -> tuple[Any, DynamicCache, KeyCapture, FetchReport | None]:
         match = self.client.match(self.spec, ids, timeline)
-        if not match.chunks:
+        started = self._start_fetch(match, timeline) if match.chunks else None
+        if started is None:
             self.client.release(match)
-            return *self._run(input_ids, DynamicCache(), 0, arguments, timeline), None
+            capture = self._capture(0)
+            cache = empty_cache(capture, self.spec.layers)
+            return *self._run(input_ids, cache, capture, arguments, timeline), None
 
-        # At least one token must pass through the model: its logits are what comes next.
-        reused = min(match.tokens, input_ids.shape[1] - 1)
-        buffers = self.client.buffers.take(self.spec, match.tokens)
-        fetch = self.client.fetch(match, buffers, self._rotary(match.tokens), timeline)
+        buffers, fetch = started
         try:
-            cache = arriving_cache(buffers, reused, fetch, timeline)
-            output, cache, capture = self._run(input_ids, cache, reused, arguments, timeline)
-            return output, cache, capture, fetch.finish()
+            # At least one token must pass through the model: its logits are what comes next.
+            capture = self._capture(min(match.tokens, input_ids.shape[1] - 1))
+            cache = arriving_cache(buffers, capture, fetch, timeline)
+            return *self._run(input_ids, cache, capture, arguments, timeline), fetch.finish()
         except FetchIncompleteError:
             report = fetch.wait()
-            reused = min(report.delivered * CHUNK_TOKENS, input_ids.shape[1] - 1)
-            cache = filled_cache(buffers, reused, input_ids.device)
+            capture = self._capture(min(report.delivered * CHUNK_TOKENS, input_ids.shape[1] - 1))
+            cache = filled_cache(buffers, capture, input_ids.device)
         finally:
             fetch.finish()
             self.client.buffers.give_back(buffers)
         if arguments.get("streamer") is not None:
             arguments = arguments | {"streamer": _PromptSeen(arguments["streamer"])}
-        return *self._run(input_ids, cache, reused, arguments, timeline), report
+        return *self._run(input_ids, cache, capture, arguments, timeline), report
+
+    def _start_fetch(self, match: PrefixMatch, timeline: Timeline) -> tuple[KVBuffers, Fetch] | None:
+        """None when this process has no memory or thread left for it."""
+        try:
+            buffers = self.client.buffers.take(self.spec, match.tokens)
+            return buffers, self.client.fetch(match, buffers, self._rotary(match.tokens), timeline)
+        except (RuntimeError, MemoryError) as error:
+            log.warning("cannot fetch %d chunks: %s", len(match.chunks), error)
+            self.client.metrics.missed("no_resources", len(match.chunks))
+            return None
+
+    def _capture(self, first_token: int) -> KeyCapture:
+        return KeyCapture(self.spec.layers, self.spec.kv_heads, self.spec.head_dim, first_token)
 
     def _run(
         self,
         input_ids: torch.Tensor,
         cache: DynamicCache,
-        reused: int,
+        capture: KeyCapture,
         arguments: dict[str, Any],
         timeline: Timeline,
     ) -> tuple[Any, DynamicCache, KeyCapture]:
-        capture = KeyCapture(self.spec.layers, self.spec.kv_heads, self.spec.head_dim, first_token=reused)
         with timeline.span("compute"), capture.active():
             output = self.model.generate(input_ids, past_key_values=cache, **arguments)
+        make_plain(cache)
         return output, cache, capture
 
     def _rotary(self, tokens: int) -> RotaryTable:
@@ -161,22 +186,38 @@ class CachedModel:
         return RotaryTable(cos[0].cpu(), sin[0].cpu())
 
     def _store_new(self, tokens: list[int], cache: DynamicCache, capture: KeyCapture) -> None:
+        if not capture.reaches(len(tokens)):
+            self.client.metrics.missed("store_unaligned")
+            return
         ids = self.client.chunk_ids(self.spec, tokens)
         first_new = -(-capture.first_token // CHUNK_TOKENS)
-        values = tuple(layer.values for layer in cache.layers)
-        new = [
-            NewChunk(ids[index], _Gather(capture, values, index * CHUNK_TOKENS))
-            for index in range(first_new, len(ids))
-        ]
-        if new:
-            self.client.store.put(self.spec, new)
+        if first_new >= len(ids):
+            return
+        # Waiting chunks must not keep a long reused prefix alive.
+        begin = first_new * CHUNK_TOKENS
+        values = tuple(layer.values[:, :, begin:] for layer in cache.layers)
+        if 2 * begin > len(tokens):
+            values = tuple(tensor.clone() for tensor in values)
+        self.client.store.put(
+            self.spec,
+            [
+                NewChunk(ids[index], _Gather(capture, values, index * CHUNK_TOKENS, begin))
+                for index in range(first_new, len(ids))
+            ],
+        )
 
 
-def _weights_state(model: PreTrainedModel) -> tuple[tuple[int, int, torch.dtype], ...]:
-    """Differs whenever a parameter was replaced, converted or written to; takes microseconds a parameter."""
-    return tuple(
-        (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version, tensor.dtype)
-        for tensor in model.parameters()
+def _weights_state(model: PreTrainedModel) -> tuple[object, ...]:
+    """Differs when a parameter was replaced, converted or written to; takes about a millisecond.
+
+    Writes past autograd (`parameter.data += delta`, as when an adapter is merged) show in no version counter, so a
+    few values of every parameter are part of it.
+    """
+    parameters = list(model.parameters())
+    samples = torch.cat([p.detach().reshape(-1)[:: max(1, p.numel() // 4)].float() for p in parameters])
+    return (
+        *((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters),
+        *samples.tolist(),
     )
 
 
@@ -186,13 +227,15 @@ class _Gather:
 
     capture: KeyCapture
     values: tuple[torch.Tensor, ...]
-    """Per layer `[1, kv_heads, tokens, head_dim]`, as the cache held them when `generate` returned."""
+    """Per layer `[1, kv_heads, tokens, head_dim]`, from position `values_begin` on."""
     begin: int
+    values_begin: int
 
     def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
         end = self.begin + CHUNK_TOKENS
         keys = torch.stack([self.capture.keys(i, self.begin, end) for i in range(len(self.values))])
-        return keys, torch.stack([values[0, :, self.begin : end] for values in self.values])
+        span = slice(self.begin - self.values_begin, end - self.values_begin)
+        return keys, torch.stack([values[0, :, span] for values in self.values])
 
 
 class _PromptSeen:
