@@ -1,7 +1,6 @@
 """The client: match a prompt, fetch what matches, store what does not."""
 
 import threading
-import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -31,11 +30,18 @@ def connect(address: str | None = None, **settings: Any) -> "KVStoreClient":
     """
     if address is not None:
         settings["address"] = address
+    unknown = settings.keys() - ClientSettings.model_fields.keys()
+    if unknown:
+        known = ", ".join(ClientSettings.model_fields)
+        raise ConfigurationError(
+            f"there is no client setting {', '.join(sorted(unknown))}; known are {known}"
+        )
     try:
         return KVStoreClient(ClientSettings(**settings))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConfigurationError(f"cannot use these client settings: {problems}") from error
+        # The original would print what was given, and that may be the tenant's salt.
+        raise ConfigurationError(f"cannot use these client settings: {problems}") from None
 
 
 class KVStoreClient:
@@ -49,7 +55,6 @@ class KVStoreClient:
         self._store = Store(self._view, settings, self.metrics)
         self._lock = threading.Lock()
         self._closed = False
-        self._ask_again_at = 0.0
 
     def chunk_ids(self, spec: ModelSpec, token_ids: Sequence[int]) -> list[ChunkId]:
         """The ids of a text's full chunks, for this client's tenant."""
@@ -59,20 +64,19 @@ class KVStoreClient:
     def match(self, spec: ModelSpec, ids: Sequence[ChunkId], timeline: Timeline | None = None) -> PrefixMatch:
         """The longest stored prefix of a text, leased. Empty when there is none or the service cannot be asked.
 
-        Takes at most `lookup_timeout_s` for each of membership and lookup; after a failure the service is left
-        alone for `retry_after_s`. Hand the match to `fetch`, or to `release`.
+        Takes at most `lookup_timeout_s` for each of membership and lookup; a node that failed is left alone for
+        `retry_after_s`, and longer each time it fails again. Hand the match to `fetch`, or to `release`.
         """
         if not ids:
             return PrefixMatch()
-        if time.monotonic() < self._ask_again_at:
-            self.metrics.missed("paused")
+        if self._closed:
+            self.metrics.missed("closed")
             return PrefixMatch()
         try:
             with (timeline or Timeline()).span("lookup"):
                 return find_prefix(self._view, self.settings, self.metrics, spec, ids)
         except FetchError as error:
             self.metrics.missed("unreachable" if isinstance(error, NodeUnavailableError) else "lookup_failed")
-            self._ask_again_at = time.monotonic() + self.settings.retry_after_s
             return PrefixMatch()
 
     def release(self, match: PrefixMatch) -> None:

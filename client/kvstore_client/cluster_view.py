@@ -1,5 +1,6 @@
 """What a client knows of the cluster: its members, and a channel to each."""
 
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,10 @@ _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+
+
+_LONGEST_PAUSE_S = 30.0
+_MAX_MEMBERS = 4096
 
 
 class StorageStub(rpc.StorageStub):
@@ -49,7 +54,7 @@ class ClusterView:
 
     def __init__(self, settings: ClientSettings) -> None:
         host, _, port = settings.address.rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not (port.isascii() and port.isdigit()):
             raise ConfigurationError(
                 f"address {settings.address!r} of the coordinator is not of the form host:port"
             )
@@ -61,6 +66,7 @@ class ClusterView:
         self._fetched_at_s = 0.0
         self._refreshing = False
         self._unawaited: set[grpc.Future] = set()
+        self._pauses: dict[str, tuple[float, float]] = {}  # endpoint -> (until, length), in seconds
         self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvstore-membership")
 
     def membership(self) -> Membership:
@@ -69,6 +75,8 @@ class ClusterView:
             known = self._membership
             stale = time.monotonic() - self._fetched_at_s > self._settings.membership_ttl_s
         if known is None:
+            if self.is_paused(self._address):
+                raise NodeUnavailableError(f"the coordinator at {self._address} did not answer a moment ago")
             return self._ask()
         if stale:
             self.refresh()
@@ -93,6 +101,22 @@ class ClusterView:
             self._refresher.submit(self._refresh)
         except RuntimeError:  # closed meanwhile
             self._refreshing = False
+
+    def pause(self, endpoint: str) -> None:
+        """Leave an address that failed alone for a while, twice as long each time it fails again."""
+        with self._lock:
+            pause_s = min(2 * self._pauses.get(endpoint, (0.0, 0.0))[1], _LONGEST_PAUSE_S)
+            pause_s = max(pause_s, self._settings.retry_after_s)
+            self._pauses[endpoint] = (time.monotonic() + pause_s, pause_s)
+
+    def is_paused(self, endpoint: str) -> bool:
+        with self._lock:
+            return time.monotonic() < self._pauses.get(endpoint, (0.0, 0.0))[0]
+
+    def recovered(self, endpoint: str) -> None:
+        """The address works again: its next failure pauses it briefly."""
+        with self._lock:
+            self._pauses.pop(endpoint, None)
 
     def storage(self, endpoint: str) -> StorageStub:
         return StorageStub(self._channel(endpoint))
@@ -133,17 +157,17 @@ class ClusterView:
         try:
             reply = stub.Membership(pb.MembershipRequest(), timeout=self._settings.lookup_timeout_s)
         except grpc.RpcError as error:
+            self.pause(self._address)
             raise NodeUnavailableError(
                 f"the coordinator at {self._address} did not answer: {error.code().name}"
             ) from error
-        membership = Membership(
-            reply.epoch, tuple(Member(m.node_id, m.endpoint, m.weight) for m in reply.members)
-        )
+        usable = (m for m in reply.members[:_MAX_MEMBERS] if m.endpoint and 0 < m.weight < math.inf)
+        membership = Membership(reply.epoch, tuple(Member(m.node_id, m.endpoint, m.weight) for m in usable))
         with self._lock:
-            if self._membership is None or membership.epoch >= self._membership.epoch:
-                self._membership = membership
+            # Whatever its epoch: a coordinator that lost its catalogue starts counting anew.
+            self._membership = membership
             self._fetched_at_s = time.monotonic()
-            return self._membership
+            return membership
 
     def _channel(self, endpoint: str) -> grpc.Channel:
         with self._lock:

@@ -18,6 +18,8 @@ from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.model_spec import ModelSpec
 
 _RELEASE_TIMEOUT_S = 1.0
+# No encoder makes a frame twice as large as its KV; one that claims to be is not waited for.
+_FRAME_OVERHEAD_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,12 @@ def find_prefix(
     geometry = Geometry.of(spec, chunk_tokens)
     by_member: dict[Member, list[int]] = {}
     for index, chunk_id in enumerate(chunk_ids):
-        by_member.setdefault(view.owner(chunk_id.content_id), []).append(index)
+        owner = view.owner(chunk_id.content_id)
+        if not view.is_paused(owner.endpoint):
+            by_member.setdefault(owner, []).append(index)
+    if not by_member:
+        metrics.missed("paused")
+        return PrefixMatch()
 
     calls = {
         member: view.storage(member.endpoint).Lookup.future(
@@ -81,6 +88,7 @@ def find_prefix(
             reply = call.result()
         except grpc.RpcError as error:
             failures.append(error)
+            view.pause(member.endpoint)
             continue
         if reply.lease_id:
             leases.append((member, reply.lease_id))
@@ -88,7 +96,7 @@ def find_prefix(
             if not answer.encoding:
                 continue
             try:
-                header = _trusted_header(answer, spec, geometry, chunk_ids[index])
+                header = _trusted_header(answer, settings.accept, spec, geometry, chunk_ids[index])
             except CodecError:
                 metrics.missed("bad_header")
                 continue
@@ -121,11 +129,22 @@ def _ref(chunk_id: ChunkId) -> pb.ChunkRef:
 
 
 def _trusted_header(
-    answer: pb.LookupAnswer, spec: ModelSpec, geometry: Geometry, chunk_id: ChunkId
+    answer: pb.LookupAnswer,
+    accept: Sequence[str],
+    spec: ModelSpec,
+    geometry: Geometry,
+    chunk_id: ChunkId,
 ) -> ChunkHeader:
-    """The header of an answer. Raises CodecError if it is broken, of another chunk, or unlike this model's KV."""
+    """The header of an answer. Raises CodecError if it is broken, of another chunk, in an encoding that was not asked
+    for, or unlike this model's KV."""
     header = read_header(answer.header)
     header.require(model_digest=spec.digest, chunk_id=chunk_id)
+    frame_limit = 2 * geometry.frame_values(0) * spec.dtype.itemsize + _FRAME_OVERHEAD_BYTES
+    if answer.encoding not in accept or max(header.frame_lengths) > frame_limit:
+        raise ForeignChunkError(
+            f"chunk {chunk_id.short} is offered as {answer.encoding} in frames of up to "
+            f"{max(header.frame_lengths)} bytes"
+        )
     if header.encoding != Encoding.parse(answer.encoding) or header.geometry != geometry:
         raise ForeignChunkError(
             f"chunk {chunk_id.short} is announced as {answer.encoding} of {geometry}, "

@@ -12,7 +12,9 @@ from kvstore_codec.encoding import Encoding
 class ClientSettings(BaseSettings):
     """How a client looks up, fetches and stores. Times in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="KVSTORE_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="KVSTORE_", extra="ignore", frozen=True, hide_input_in_errors=True
+    )
 
     address: str = DEFAULT_ADDRESS
     """`host:port` of the coordinator."""
@@ -37,6 +39,12 @@ class ClientSettings(BaseSettings):
 
     put_timeout_s: float = Field(default=60.0, gt=0)
     """Deadline of storing one batch of chunks; it runs behind the engine's back."""
+
+    close_timeout_s: float = Field(default=10.0, ge=0)
+    """How long closing a client waits for chunks that are still to be stored."""
+
+    store_backlog_bytes: int = Field(default=512 << 20, gt=0)
+    """KV that may wait to be stored; beyond it new chunks are dropped rather than held in memory."""
 
     lease_s: float = Field(default=60.0, gt=0)
     """How long looked-up chunks are protected from eviction."""
@@ -70,6 +78,14 @@ class ClientSettings(BaseSettings):
         if not isinstance(value, str):
             return value
         return dict(pair.strip().split("=", 1) for pair in value.split(",") if pair.strip())
+
+    @field_validator("tenant_salt")
+    @classmethod
+    def _encodable(cls, value: SecretStr) -> SecretStr:
+        # Not a UnicodeEncodeError: that one carries the whole text.
+        if any("\ud800" <= character <= "\udfff" for character in value.get_secret_value()):
+            raise ValueError("must be valid Unicode text")
+        return value
 
     @field_validator("encoding")
     @classmethod

@@ -1,10 +1,13 @@
 """Storing chunks behind the engine's back: encode, then stream to the owners."""
 
+import atexit
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 
 import grpc
 import torch
@@ -17,13 +20,17 @@ from kvstore_client.settings import ClientSettings
 from kvstore_codec.codec import EncodedChunk, encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CodecError, NodeUnavailableError
-from kvstore_codec.identity import ChunkId
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.model_spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 1 << 20
-_WAITING_CHUNKS = 512
+
+
+_STATUS_REASONS = {
+    value: "store_" + name.removeprefix("PUT_STATUS_").lower() for name, value in pb.PutStatus.items()
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,30 +53,75 @@ class Store:
         self._settings = settings
         self._metrics = metrics
         self._encoding = Encoding.parse(settings.encoding)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvstore-store")
+        self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._waiting_chunks = 0
+        self._closed = False
+        self._stop = threading.Event()
+        self._calls: set[grpc.Call] = set()
+        self._waiting_bytes = 0
+        # A daemon, so that a silent node cannot keep the interpreter from exiting; `close` has its own patience.
+        self._worker = threading.Thread(target=self._work, name="kvstore-store", daemon=True)
+        self._worker.start()
+        atexit.register(self.close)
 
     def put(self, spec: ModelSpec, chunks: Sequence[NewChunk]) -> "Future[int]":
         """Store chunks without waiting. The future gives the number of chunks that are stored afterwards.
 
-        When more than a few hundred chunks wait already, new ones are dropped rather than held in memory.
+        When `store_backlog_bytes` of KV wait already, or the client was closed, new ones are dropped and counted.
         """
+        size_bytes = len(chunks) * CHUNK_TOKENS * spec.kv_bytes_per_token
+        stored: Future[int] = Future()
         with self._lock:
-            if self._waiting_chunks + len(chunks) > _WAITING_CHUNKS and self._waiting_chunks:
-                self._metrics.missed("store_backlog")
-                dropped: Future[int] = Future()
-                dropped.set_result(0)
-                return dropped
-            self._waiting_chunks += len(chunks)
-        return self._worker.submit(self._put, spec, list(chunks))
+            full = (
+                self._waiting_bytes and self._waiting_bytes + size_bytes > self._settings.store_backlog_bytes
+            )
+            reason = "store_closed" if self._closed else "store_backlog" if full else None
+            if reason is None:
+                self._waiting_bytes += size_bytes
+                self._jobs.put(partial(self._store, stored, spec, list(chunks), size_bytes))
+        if reason is not None:
+            self._metrics.missed(reason)
+            stored.set_result(0)
+        return stored
 
     def flush(self) -> None:
         """Wait until everything handed in so far is stored or dropped."""
-        self._worker.submit(lambda: None).result()
+        if not self._closed:
+            self._reached().result()
 
     def close(self) -> None:
-        self._worker.shutdown(wait=True)
+        """Give what waits `close_timeout_s` to be stored, then drop it. Also called when the interpreter exits."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        atexit.unregister(self.close)
+        _, late = wait([self._reached()], self._settings.close_timeout_s)
+        if late:
+            self._metrics.missed("store_dropped_at_close")
+        self._stop.set()
+        with self._lock:
+            calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        self._jobs.put(None)
+        self._worker.join()
+
+    def _reached(self) -> "Future[None]":
+        """Done when the worker has come this far."""
+        reached: Future[None] = Future()
+        self._jobs.put(partial(reached.set_result, None))
+        return reached
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def _store(self, stored: "Future[int]", spec: ModelSpec, chunks: list[NewChunk], size_bytes: int) -> None:
+        count = 0 if self._stop.is_set() else self._put(spec, chunks)
+        with self._lock:
+            self._waiting_bytes -= size_bytes
+        stored.set_result(count)
 
     def _put(self, spec: ModelSpec, chunks: list[NewChunk]) -> int:
         try:
@@ -84,28 +136,38 @@ class Store:
             log.exception("storing %d chunks failed", len(chunks))
             self._metrics.missed("store_internal_error")
             return 0
-        finally:
-            with self._lock:
-                self._waiting_chunks -= len(chunks)
 
     def _put_to(self, member: Member, spec: ModelSpec, chunks: list[NewChunk]) -> int:
-        stored = 0
+        if self._stop.is_set() or self._view.is_paused(member.endpoint):
+            self._metrics.missed("store_paused")
+            return 0
+        stored = answered = 0
         sizes: list[int] = []
+        call = self._view.storage(member.endpoint).Put(
+            self._requests(spec, chunks, sizes), timeout=self._settings.put_timeout_s
+        )
+        with self._lock:
+            self._calls.add(call)
         try:
-            replies = self._view.storage(member.endpoint).Put(
-                self._requests(spec, chunks, sizes), timeout=self._settings.put_timeout_s
-            )
-            for index, reply in enumerate(replies):
-                if reply.status in (pb.PUT_STATUS_STORED, pb.PUT_STATUS_ALREADY_STORED):
+            for index, reply in zip(range(len(chunks)), call, strict=False):
+                if reply.status in (pb.PUT_STATUS_STORED, pb.PUT_STATUS_ALREADY_STORED) and index < len(
+                    sizes
+                ):
                     stored += 1
                     self._metrics.stored(1, sizes[index])
                 else:
-                    self._metrics.missed(
-                        "store_" + pb.PutStatus.Name(reply.status)[len("PUT_STATUS_") :].lower()
-                    )
+                    self._metrics.missed(_STATUS_REASONS.get(reply.status, "store_protocol"))
+                answered += 1
+            if answered < len(sizes):
+                self._metrics.missed("store_protocol")
         except grpc.RpcError as error:
             self._metrics.missed(f"store_rpc_{error.code().name.lower()}")
+            self._view.pause(member.endpoint)
             self._view.refresh()
+        finally:
+            call.cancel()
+            with self._lock:
+                self._calls.discard(call)
         return stored
 
     def _requests(

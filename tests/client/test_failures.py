@@ -3,6 +3,7 @@
 import ctypes
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from kvstore_api.placement import Member, Membership
+from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_codec.errors import ConfigurationError, UnknownEncodingError
+from kvstore_service.grpc_server import GrpcServer, unary
 from kvstore_service.link import ShapedLink
+from kvstore_service.listen import Address
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
 
@@ -241,6 +246,75 @@ def test_a_client_that_was_closed_prefills(worker: Worker) -> None:
     assert torch.equal(worker.answer(), worker.expected)
 
 
+def test_a_client_that_was_closed_prefills_new_text_too(worker: Worker) -> None:
+    worker.client.close()
+    worker.cached.store = True
+    prompt = random_prompt(600, seed=99)
+    expected = worker.cached.model.generate(prompt, **GREEDY)
+    assert torch.equal(worker.cached.generate(prompt, **GREEDY), expected)
+    assert worker.counted("closed") == 1
+    assert worker.counted("store_closed") == 1
+
+
+@LONG_DOCUMENT
+def test_an_owner_that_stalls_is_not_waited_for_again(worker: Worker) -> None:
+    assert torch.equal(worker.while_fetching(worker.links[1].cut), worker.expected)
+    patient = worker.client.settings.model_copy(update={"retry_after_s": 30.0})
+    with KVStoreClient(patient) as client:
+        cached = CachedModel(worker.cached.model, client, store=False)
+        assert torch.equal(cached.generate(worker.prompt, **GREEDY), worker.expected)
+        asked = client.metrics.snapshot()
+        assert torch.equal(cached.generate(worker.prompt, **GREEDY), worker.expected)
+        assert client.metrics.snapshot()["miss_paused"] == asked.get("miss_paused", 0) + 1
+
+
+def test_closing_does_not_wait_for_a_silent_node(tmp_path: Path) -> None:
+    with served_cluster(tmp_path) as cluster:
+        endpoint = cluster.servers[0].address
+        with ShapedLink(endpoint, bandwidth_bps=1e9) as link:
+            link.cut()
+            client = connect(
+                cluster.address, routes={endpoint: link.address}, close_timeout_s=0.5, **PATIENCE
+            )
+            cached = CachedModel(tiny_model(), client)
+            for seed in range(3):
+                cached.generate(random_prompt(300, seed=seed), **GREEDY)
+            started = time.monotonic()
+            client.close()
+            assert time.monotonic() - started < 5
+            cached.close()
+
+
+def test_a_coordinator_that_counts_anew_is_believed(tmp_path: Path) -> None:
+    """It lost its catalogue and names other nodes under a lower epoch."""
+    with served_cluster(tmp_path / "a") as old, connect(old.address, membership_ttl_s=0.01) as client:
+        view = client._view
+        assert view.membership().epoch >= 1
+        view._membership = Membership(50, (Member("gone", "127.0.0.1:1"),))
+        patience = time.monotonic() + 5
+        while view.membership().epoch == 50 and time.monotonic() < patience:
+            time.sleep(0.02)
+        assert view.membership().members[0].endpoint == old.servers[0].address
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_members_without_a_usable_weight_own_nothing(weight: float) -> None:
+    reply = pb.MembershipReply(
+        epoch=1, members=[pb.Member(node_id="n", endpoint="127.0.0.1:1", weight=weight)]
+    )
+    server = GrpcServer(
+        Address("127.0.0.1", 0),
+        pb.DESCRIPTOR.services_by_name["Coordinator"].full_name,
+        {"Membership": unary(lambda _request, _context: reply, pb.MembershipRequest)},
+    )
+    model, prompt = tiny_model(), random_prompt(300)
+    with connect(server.address, **PATIENCE) as client:
+        cached = CachedModel(model, client)
+        assert torch.equal(cached.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY))
+        assert client.metrics.snapshot()["miss_unreachable"] == 1
+    server.stop(0)
+
+
 def test_an_address_that_is_none_is_refused_at_once() -> None:
     with pytest.raises(ConfigurationError, match="host:port"):
         connect("nonsense")
@@ -251,3 +325,14 @@ def test_a_setting_that_makes_no_sense_is_named() -> None:
         connect(fetch_timeout_s=-1)
     with pytest.raises(UnknownEncodingError, match="exact-zstd"):
         connect(encoding="exakt")
+    with pytest.raises(ConfigurationError, match="tenant_salz"):
+        connect(tenant_salz="a slip of the pen must not mean no salt")
+
+
+@pytest.mark.parametrize("salt", [8675309, b"hush\xff", "hush\udcff"])
+def test_the_salt_is_never_shown(salt: object) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        connect(tenant_salt=salt)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "hush" not in shown
+    assert "8675309" not in shown.replace("connect(tenant_salt=8675309)", "")

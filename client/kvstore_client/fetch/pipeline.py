@@ -75,8 +75,16 @@ class Fetch:
                 for _ in range(workers)
             ),
         ]
-        for thread in self._threads:
-            thread.start()
+        started: list[threading.Thread] = []
+        try:
+            for thread in self._threads:
+                thread.start()
+                started.append(thread)
+        except RuntimeError:  # no thread left in this process
+            self._delivery.end("no_resources")
+            for thread in started:
+                thread.join()
+            raise
 
     def wait_layer(self, layer: int) -> bool:
         """Wait until `layer` is in the buffers for every chunk. False when that will not happen: stop reusing."""
@@ -104,9 +112,23 @@ class Fetch:
         self._metrics.delivered(report.delivered)
         for reason in sorted(set(report.missing.values())):
             self._metrics.missed(reason, sum(1 for r in report.missing.values() if r == reason))
+        self._judge_owners(report)
+        return report
+
+    def _judge_owners(self, report: FetchReport) -> None:
+        """Leave owners alone whose chunks did not come in time: the next prompt shall not wait for them again."""
+        late = {
+            self._match.chunks[index].member.endpoint
+            for index, reason in report.missing.items()
+            if reason in ("timeout", "stalled", "unreachable")
+        }
+        for endpoint in {chunk.member.endpoint for chunk in self._match.chunks}:
+            if endpoint in late:
+                self._view.pause(endpoint)
+            elif report.complete:
+                self._view.recovered(endpoint)
         if report.missing:
             self._view.refresh()
-        return report
 
     def _thread(self, stage: str, target: Callable[..., None], *args: object) -> threading.Thread:
         # Inference mode is a property of a thread, and the engine may have made the buffers under it.

@@ -26,7 +26,7 @@ def receive(
     done = 0
     try:
         parts: list[memoryview] = []
-        missing = 0
+        received = 0
         start_s = timeline.now_s()
         for reply in call:
             if reply.range != done or (len(reply.data) == 0 and reply.status == pb.READ_STATUS_OK):
@@ -36,10 +36,9 @@ def receive(
             delivery.progress(len(reply.data))
             if reply.status != pb.READ_STATUS_OK:
                 delivery.fail_chunks([task], "gone")
-                missing += 1
             else:
                 parts.append(reply.data)
-                received = sum(map(len, parts))
+                received += len(reply.data)
                 if received < task.size_bytes:
                     continue
                 if received > task.size_bytes:
@@ -49,7 +48,7 @@ def receive(
                 timeline.add("receive", start_s, timeline.now_s(), task.label)
                 if not out.put(ReceivedFrames(task, data), len(data)):
                     return
-            parts = []
+            parts, received = [], 0
             done += 1
             start_s = timeline.now_s()
         delivery.fail_chunks(tasks[done:], "protocol")
