@@ -1,6 +1,7 @@
 """A gRPC server with what every endpoint of the service has: limits, health, reflection, a clean stop."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -12,10 +13,12 @@ from kvstore_service.listen import Address, address_error
 MAX_MESSAGE_BYTES = 8 << 20
 # The header of every found chunk comes back in one LookupReply.
 MAX_REPLY_BYTES = 64 << 20
-# A call holds a thread while it runs. Streams of bulk data may last, so they may not take all threads: lookups,
-# leases and health checks are answered however many streams are open.
+# A call holds a thread while it runs. Streams may last, be they bulk data or reflection, so together they may not
+# take all threads: lookups and leases are answered however many streams are open. (This is against crowds, not
+# against malice: a client may open calls whose one message it never sends.)
 MAX_STREAMS = 192
 _THREADS = MAX_STREAMS + 32
+_HEALTH = f"/{health.SERVICE_NAME}/"
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -42,7 +45,7 @@ class GrpcServer:
         advertise_host: str | None = None,
     ) -> None:
         self._pool = ThreadPoolExecutor(_THREADS, "kvstore-rpc")
-        self._server = grpc.server(self._pool, options=_OPTIONS)
+        self._server = grpc.server(self._pool, interceptors=[_StreamLimit()], options=_OPTIONS)
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=self._pool
         )
@@ -67,6 +70,43 @@ class GrpcServer:
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait()
         self._pool.shutdown()
+
+
+class _StreamLimit(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Refuses a stream when MAX_STREAMS are open."""
+
+    def __init__(self) -> None:
+        self._free = threading.BoundedSemaphore(MAX_STREAMS)
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        handler = continuation(details)
+        # Watching somebody's health holds no thread.
+        if handler is None or not handler.response_streaming or details.method.startswith(_HEALTH):
+            return handler
+        if handler.request_streaming:
+            limited = grpc.stream_stream_rpc_method_handler
+            serve = handler.stream_stream
+        else:
+            limited = grpc.unary_stream_rpc_method_handler
+            serve = handler.unary_stream
+        return limited(self._limited(serve), handler.request_deserializer, handler.response_serializer)
+
+    def _limited(self, serve: Callable[..., Iterator[object]]) -> Callable[..., Iterator[object]]:
+        def serve_if_free(request: object, context: grpc.ServicerContext) -> Iterator[object]:
+            if not self._free.acquire(blocking=False):
+                context.abort(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_STREAMS} streams are open already; try again"
+                )
+            try:
+                yield from serve(request, context)
+            finally:
+                self._free.release()
+
+        return serve_if_free
 
 
 def unary(method: Callable[..., object], request: type) -> grpc.RpcMethodHandler:

@@ -1,8 +1,6 @@
 """The Storage service: a thin shell around a StorageNode."""
 
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import NoReturn
 
 import grpc
@@ -21,7 +19,7 @@ from kvstore_codec.errors import (
     StorageError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
-from kvstore_service.grpc_server import MAX_REPLY_BYTES, MAX_STREAMS, GrpcServer, unary
+from kvstore_service.grpc_server import MAX_REPLY_BYTES, GrpcServer, unary
 from kvstore_service.listen import Address
 
 MAX_CHUNKS = 65_536
@@ -36,7 +34,6 @@ _ID_BYTES = 32
 class StorageService:
     def __init__(self, node: StorageNode) -> None:
         self._node = node
-        self._streams = threading.BoundedSemaphore(MAX_STREAMS)
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Read and Put carry KV bytes and skip the generated message classes (kvstore_api.bulk)."""
@@ -83,16 +80,6 @@ class StorageService:
             lease_id=result.lease_id or b"",
         )
 
-    def put(
-        self, steps: Iterable[pb.PutRequest | memoryview], context: grpc.ServicerContext
-    ) -> Iterator[pb.PutReply]:
-        with self._stream(context):
-            yield from self._put(steps, context)
-
-    def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
-        with self._stream(context):
-            yield from self._read(request, context)
-
     def renew_lease(self, request: pb.RenewLeaseRequest, context: grpc.ServicerContext) -> pb.RenewLeaseReply:
         lease_id = _lease_id(request.lease_id, context)
         return pb.RenewLeaseReply(renewed=self._node.renew_lease(lease_id, request.lease_ms / 1000))
@@ -116,19 +103,7 @@ class StorageService:
             counters=stats.counters,
         )
 
-    @contextmanager
-    def _stream(self, context: grpc.ServicerContext) -> Iterator[None]:
-        if not self._streams.acquire(blocking=False):
-            context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"{self._node.node_id} has {MAX_STREAMS} streams open already; try again",
-            )
-        try:
-            yield
-        finally:
-            self._streams.release()
-
-    def _put(
+    def put(
         self, steps: Iterable[pb.PutRequest | memoryview], context: grpc.ServicerContext
     ) -> Iterator[pb.PutReply]:
         """Answers a chunk as soon as its fate is known and skips the rest of its steps, so that a client may
@@ -168,7 +143,7 @@ class StorageService:
             if put is not None:
                 put.revoke()
 
-    def _read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+    def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Yields serialised ReadReply messages. What is read stays in memory until its range was sent."""
         chunks = _chunk_ids(request.chunks, context)
         if len(request.encodings) != len(chunks):

@@ -333,9 +333,12 @@ def test_a_stopping_server_refuses_new_calls_and_ends_old_ones(storage: ServedNo
     assert storage.node.stats().bytes_used == 0
 
 
-def test_open_streams_never_keep_small_calls_waiting(storage: ServedNode) -> None:
+@pytest.mark.parametrize("kind", ["puts", "reflection"])
+def test_open_streams_never_keep_small_calls_waiting(storage: ServedNode, kind: str) -> None:
     requests: queue.Queue = queue.Queue()
-    idle = [storage.stub.Put(iter(requests.get, None)) for _ in range(MAX_STREAMS + 1)]
+    reflection = reflection_pb2_grpc.ServerReflectionStub(storage.channel)
+    stream = storage.stub.Put if kind == "puts" else reflection.ServerReflectionInfo
+    idle = [stream(iter(requests.get, None)) for _ in range(MAX_STREAMS + 1)]
     # Too many are refused, never queued.
     wait_until(lambda: any(call.done() for call in idle))
     (refusal,) = [call for call in idle if call.done()]
