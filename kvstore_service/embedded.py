@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from kvstore_cluster.arena import require_memory
 from kvstore_cluster.catalogue import FileCatalogue
-from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_codec.errors import ConfigurationError, ServiceError, StartupError
+from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.listen import Address, Reservation
-from kvstore_service.local_ray import local_ray
+from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 3.0
 _GRACE_S = 1.0
 _PID_TIMEOUT_S = 30.0
+# Ray brings a coordinator back within seconds, unless it gave up on it.
+_SILENCE_S = 30.0
 _LONGEST_SCRATCH_PARENT = 30
 
 _ACTOR_OPTIONS = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
@@ -57,6 +60,8 @@ class EmbeddedCluster:
         self._coordinator: Any = None  # Ray's actor handles know the actors' methods only at run time
         self._storage: dict[str, Any] = {}
         self._running = ExitStack()
+        self._ray: RayProcesses  # once started
+        self._silent_since_s: float | None = None
         self.address = ""
 
     def start(self) -> None:
@@ -68,7 +73,7 @@ class EmbeddedCluster:
             scratch = Path(started.enter_context(_scratch_folder()))
             data_dir = self._data_dir or scratch / "catalogue"
             _check_catalogue(data_dir)
-            started.enter_context(local_ray(scratch / "ray"))
+            self._ray = started.enter_context(local_ray(scratch / "ray"))
             started.callback(self._stop_actors)
             self._start_actors(data_dir, reservation.address)
             self._running = started.pop_all()
@@ -76,6 +81,23 @@ class EmbeddedCluster:
     def stop(self) -> None:
         """Ends what `start` began and leaves neither processes nor temporary files. May be called again."""
         self._running.close()
+
+    def check(self) -> None:
+        """Raises ServiceError when the cluster is gone for good: a process of Ray's has died, or the coordinator has
+        not answered for 30 s. For a caller that asks every few seconds; `stop` remains to be called."""
+        missing = set(ESSENTIAL).difference(self._ray.look())
+        if missing:
+            self._lost(f"Ray's {' and '.join(sorted(missing))} ended")
+        try:
+            cluster_stats(self.address)
+        except ServiceError:
+            now_s = time.monotonic()
+            if self._silent_since_s is None:
+                self._silent_since_s = now_s
+            if now_s - self._silent_since_s >= _SILENCE_S:
+                self._lost(f"its coordinator has not answered for {_SILENCE_S:.0f} s and does not come back")
+        else:
+            self._silent_since_s = None
 
     def storage_pids(self) -> dict[str, int]:
         """Process id of each storage node; waits for a node that is being restarted."""
@@ -133,6 +155,12 @@ class EmbeddedCluster:
             time.sleep(0.02)
             membership = ray.get(self._coordinator.membership.remote(), timeout=_START_TIMEOUT_S)
             missing = set(self._storage) - {member.node_id for member in membership.members}
+
+    def _lost(self, reason: str) -> NoReturn:
+        # Nobody is left to be stopped in order.
+        self._storage = {}
+        self._coordinator = None
+        raise ServiceError(f"the cluster at {self.address} is gone: {reason}; start it again")
 
     def _stop_actors(self) -> None:
         import ray

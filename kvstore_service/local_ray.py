@@ -26,10 +26,12 @@ _ENVIRONMENT = {
 # Ray carries control calls only, so its object store is as small as Ray allows.
 _OBJECT_STORE_BYTES = 80 << 20
 _STOP_TIMEOUT_S = 5.0
+# Of Ray's processes those that a cluster cannot do without.
+ESSENTIAL = ("gcs_server", "raylet")
 
 
 @contextmanager
-def local_ray(folder: Path) -> Iterator[None]:
+def local_ray(folder: Path) -> Iterator["RayProcesses"]:
     """Runs Ray with its files in `folder`; its processes end with this one, whatever happens to it.
 
     Ray's own failure detection is left as slow as it is: with a single Ray node, faster settings only end the
@@ -43,15 +45,52 @@ def local_ray(folder: Path) -> Iterator[None]:
     if ray.is_initialized():
         raise StartupError("Ray runs in this process already; an embedded cluster needs a process without it")
     patience_s = 0.0
+    processes = RayProcesses(folder)
     try:
         _start(folder)
         patience_s = _STOP_TIMEOUT_S
-        yield
+        yield processes
     finally:
         # Also when a signal interrupts the start: Ray itself does not end what it has half started.
-        processes = _processes(folder)
+        processes.look()
         ray.shutdown()
-        _wait_until_gone(processes, patience_s)
+        processes.wait_until_gone(patience_s)
+
+
+class RayProcesses:
+    """Every process of the Ray that was started in `folder`, as far as `look` has seen them. It remembers them:
+    those of a dead raylet are no longer found below this process, and nobody else ends them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = str(folder)
+        self._seen: set[psutil.Process] = set()
+
+    def look(self) -> list[str]:
+        """Which of the processes that Ray needs are running."""
+        import psutil
+
+        running = []
+        for child in psutil.Process().children():
+            with suppress(psutil.NoSuchProcess):
+                if child.status() == psutil.STATUS_ZOMBIE or not any(
+                    self._folder in argument for argument in child.cmdline()
+                ):
+                    continue
+                self._seen |= {child, *child.children(recursive=True)}
+                running += [name for name in ESSENTIAL if name in child.name()]
+        return running
+
+    def wait_until_gone(self, patience_s: float) -> None:
+        """Waits for the end of all that were seen, and brings it about after `patience_s`."""
+        import psutil
+
+        deadline_s = time.monotonic() + patience_s
+        for process in self._seen:
+            with suppress(psutil.NoSuchProcess):
+                while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                    if time.monotonic() > deadline_s:
+                        process.kill()
+                    time.sleep(0.02)
 
 
 def _start(folder: Path) -> None:
@@ -71,28 +110,3 @@ def _start(folder: Path) -> None:
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise StartupError(f"Ray did not start: {error}") from error
-
-
-def _processes(folder: Path) -> "list[psutil.Process]":
-    """Every process of the Ray that was started in `folder`."""
-    import psutil
-
-    processes = []
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):
-            if any(str(folder) in argument for argument in child.cmdline()):
-                processes += [child, *child.children(recursive=True)]
-    return processes
-
-
-def _wait_until_gone(processes: "list[psutil.Process]", patience_s: float) -> None:
-    """Waits for their end, and brings it about after `patience_s`."""
-    import psutil
-
-    deadline_s = time.monotonic() + patience_s
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            while process.status() != psutil.STATUS_ZOMBIE:
-                if time.monotonic() > deadline_s:
-                    process.kill()
-                time.sleep(0.02)

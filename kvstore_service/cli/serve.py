@@ -11,6 +11,7 @@ import typer
 from kvstore_codec.errors import StartupError
 
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_CHECK_PERIOD_S = 2.0
 
 
 def serve(
@@ -32,7 +33,9 @@ def serve(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A .yaml or .toml file with these settings.")] = None,
 ) -> None:
-    """Run a cluster in the foreground: one line when it is ready, a clean stop on SIGTERM or Ctrl-C."""
+    """Run a cluster in the foreground: one line when it is ready, a clean stop on SIGTERM or Ctrl-C.
+
+    Ends with exit status 1 when the cluster is lost."""
     _hold_signals()
 
     from kvstore_service.cluster_stats import cluster_stats
@@ -70,7 +73,8 @@ def serve(
         typer.echo(
             f"kvstore is ready at {cluster.address}: {settings.nodes} x {settings.memory.human_readable()}"
         )
-        signal.sigwait(_STOP_SIGNALS)
+        while signal.sigtimedwait(_STOP_SIGNALS, _CHECK_PERIOD_S) is None:
+            cluster.check()
 
 
 def _hold_signals() -> None:

@@ -109,6 +109,33 @@ def test_control_c_stops_the_whole_session(scratch: Path) -> None:
 
 
 @pytest.mark.slow
+def test_serve_ends_when_its_ray_is_gone(scratch: Path) -> None:
+    with serving(scratch) as (process, address):
+        children = psutil.Process(process.pid).children(recursive=True)
+        (raylet,) = [child for child in children if child.name() == "raylet"]
+        raylet.kill()
+        output, errors = process.communicate(timeout=30)
+        reason = f"kvstore: the cluster at {address} is gone: Ray's raylet ended; start it again\n"
+        assert (process.returncode, output, errors) == (1, "", reason)
+    _, alive = psutil.wait_procs(children, timeout=3)
+    assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
+
+
+@pytest.mark.slow
+def test_serve_ends_when_its_coordinator_cannot_come_back(scratch: Path, tmp_path: Path) -> None:
+    with serving(scratch, "--data-dir", str(tmp_path)) as (process, _):
+        children = psutil.Process(process.pid).children(recursive=True)
+        (coordinator,) = [child for child in children if child.name().startswith("ray::Coordinat")]
+        (tmp_path / "catalogue.json").write_text("{")
+        coordinator.kill()
+        output, errors = process.communicate(timeout=60)
+        assert (process.returncode, output, errors.count("\n")) == (1, "", 1)
+        assert "its coordinator has not answered" in errors
+    _, alive = psutil.wait_procs(children, timeout=3)
+    assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("delay_s", [1.0, 2.0, 2.5, 3.0, 3.5, 4.0])
 def test_sigterm_while_starting_leaves_nothing(scratch: Path, delay_s: float) -> None:
     command = [*KVSTORE, "serve", "--listen", "127.0.0.1:0", "--memory", "16MiB"]
