@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import psutil
 
 # Read by Ray when it is imported or started.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     # A local cluster needs no token file, reports to nobody, and listens to this machine alone.
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -39,7 +39,7 @@ def local_ray(folder: Path) -> Iterator["RayProcesses"]:
 
     Raises StartupError.
     """
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
     import ray
 
     if ray.is_initialized():

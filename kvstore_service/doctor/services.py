@@ -5,6 +5,7 @@ import shutil
 from urllib.parse import urlsplit
 
 from kvstore_service.doctor.finding import Finding, missing, present
+from kvstore_service.local_ray import ENVIRONMENT
 
 REDIS_URL = "KVSTORE_REDIS_URL"
 REDIS_TIMEOUT_S = 1.0
@@ -15,6 +16,8 @@ _EMBEDDED = "Not needed: without Redis the catalogue is a file."
 
 def ray() -> Finding:
     try:
+        # Ray reads its environment at the first import, and a cluster may start in this process later.
+        os.environ.update(ENVIRONMENT)
         import ray
     except ImportError as error:
         return missing(f"cannot be imported: {error}", f"{_INSTALL_CLUSTER}; a client needs no Ray.")
