@@ -15,7 +15,7 @@ from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
 from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
-from kvstore_codec.errors import ConfigurationError, FetchError, NodeUnavailableError
+from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
@@ -52,7 +52,8 @@ class KVStoreClient:
         self.metrics = ClientMetrics()
         self.buffers = BufferPool(settings.pool_bytes)
         self._view = ClusterView(settings)
-        self._store = Store(self._view, settings, self.metrics)
+        self.store = Store(self._view, settings, self.metrics)
+        """Where new chunks are handed in."""
         self._lock = threading.Lock()
         self._closed = False
 
@@ -75,8 +76,8 @@ class KVStoreClient:
         try:
             with (timeline or Timeline()).span("lookup"):
                 return find_prefix(self._view, self.settings, self.metrics, spec, ids)
-        except FetchError as error:
-            self.metrics.missed("unreachable" if isinstance(error, NodeUnavailableError) else "lookup_failed")
+        except NodeUnavailableError:
+            self.metrics.missed("unreachable")
             return PrefixMatch()
 
     def release(self, match: PrefixMatch) -> None:
@@ -104,18 +105,13 @@ class KVStoreClient:
             timeline=timeline or Timeline(),
         )
 
-    @property
-    def store(self) -> Store:
-        """Where new chunks are handed in."""
-        return self._store
-
     def close(self) -> None:
         """Finish storing what was handed in, then disconnect."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        self._store.close()
+        self.store.close()
         self._view.close()
 
     def __enter__(self) -> Self:

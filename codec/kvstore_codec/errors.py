@@ -20,15 +20,12 @@ KVStoreError
 │   ├── FrameRangeError           frames that the stored chunk does not have
 │   └── PutStateError             put verbs out of order, or a size that differs from the announced one
 ├── ClusterError
-│   ├── NoMembersError
 │   └── CatalogueError            the coordinator's durable state cannot be read or written
 ├── ServiceError
 │   ├── AddressInUseError
 │   └── StartupError
 └── FetchError                    never leaves the client: a fetch turns it into a miss with a reason
-    ├── NodeUnavailableError
-    ├── FetchTimeoutError
-    └── FetchCancelledError
+    └── NodeUnavailableError
 
 It lives in the codec because every part knows the codec and the codec knows nobody.
 """
@@ -95,9 +92,6 @@ class PutStateError(StorageError): ...
 class ClusterError(KVStoreError): ...
 
 
-class NoMembersError(ClusterError): ...
-
-
 class CatalogueError(ClusterError): ...
 
 
@@ -114,9 +108,3 @@ class FetchError(KVStoreError): ...
 
 
 class NodeUnavailableError(FetchError): ...
-
-
-class FetchTimeoutError(FetchError): ...
-
-
-class FetchCancelledError(FetchError): ...
