@@ -167,7 +167,8 @@ class ClusterView:
             # Whatever its epoch: a coordinator that lost its catalogue starts counting anew.
             self._membership = membership
             self._fetched_at_s = time.monotonic()
-            return membership
+        self.recovered(self._address)
+        return membership
 
     def _channel(self, endpoint: str) -> grpc.Channel:
         with self._lock:
