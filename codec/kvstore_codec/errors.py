@@ -8,6 +8,7 @@ KVStoreError
 │   ├── InvalidTokensError        token ids that are not whole numbers of 32 bits
 │   ├── UnknownEncodingError      a rate or coder that does not exist
 │   ├── CoderUnavailableError     a coder that exists but cannot run on this machine; says why
+│   ├── CalibrationError          a calibration that is damaged, of another model, or not at hand
 │   └── ChunkFormatError          bytes that are not a chunk, or not a whole one
 │       ├── UnsupportedVersionError
 │       ├── TruncatedChunkError
@@ -54,6 +55,9 @@ class UnknownEncodingError(CodecError): ...
 
 
 class CoderUnavailableError(CodecError): ...
+
+
+class CalibrationError(CodecError): ...
 
 
 class ChunkFormatError(CodecError): ...

@@ -1,0 +1,232 @@
+"""What a model's KV looks like, learnt once from text: the linear maps between KV and few, independent numbers.
+
+For one token and one period of layers, K before RoPE and V are one vector x of D = layers * 2 * kv_heads * head_dim
+values, in the order [layer, K/V, head, dim]. A calibration says
+
+    x ~ mean + (features @ predictor_in) @ predictor_out + whitening^-1 (basis @ (integers * step))
+
+`features` are the input embeddings of the token and of the one before it, which a receiver knows without being sent
+anything. `whitening` is the square root of the metric in which errors matter to the model, so that one step everywhere
+is the rate-distortion optimum, and `basis` (KLT, Karhunen-Loève) leaves the rest uncorrelated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import safetensors.torch
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError
+
+from kvstore_codec.canonical import require_digest
+from kvstore_codec.errors import CalibrationError, CodecError
+from kvstore_codec.geometry import MAX_LAYERS
+from kvstore_codec.model_spec import ModelSpec
+
+MAX_CALIBRATION_BYTES = 1 << 30
+_VERSION = 1
+# The half-precision matrices are far more exact than the integers they carry; means and metric stay in f32, as
+# keys with a bias may lie a hundred deviations from zero.
+_HALF = ("predictor_in", "predictor_out", "basis")
+_FULL = ("mean", "whitening", "variances")
+
+
+@dataclass(frozen=True, slots=True)
+class PeriodTransform:
+    """The maps of one period; all tensors f32 in host memory, some rounded to half precision. Raises CalibrationError if they do not fit together."""
+
+    mean: torch.Tensor
+    """[D], what is predicted for features of zero"""
+    predictor_in: torch.Tensor
+    """[features, rank]; a rank of zero predicts nothing"""
+    predictor_out: torch.Tensor
+    """[rank, D]"""
+    whitening: torch.Tensor
+    """[layers, 2, kv_heads, head_dim, head_dim], symmetric and positive definite"""
+    basis: torch.Tensor
+    """[D, columns], orthonormal, by falling variance"""
+    variances: torch.Tensor
+    """[columns], of the calibration text's coefficients"""
+
+    def __post_init__(self) -> None:
+        for name in _HALF:  # what was fitted must code as what is read back
+            object.__setattr__(self, name, getattr(self, name).half().float())
+        if self.whitening.ndim != 5:
+            raise CalibrationError("the whitening must be [layers, 2, kv_heads, head_dim, head_dim]")
+        layers, pair, heads, dim, _ = self.whitening.shape
+        values = layers * 2 * heads * dim
+        rank, columns = self.predictor_in.shape[-1], self.basis.shape[-1]
+        expected = {
+            "mean": (values,),
+            "predictor_in": (self.features, rank),
+            "predictor_out": (rank, values),
+            "whitening": (layers, 2, heads, dim, dim),
+            "basis": (values, columns),
+            "variances": (columns,),
+        }
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+                raise CalibrationError(
+                    f"a calibration's {name} is {tensor.dtype} {list(tensor.shape)}, not f32 {list(shape)}"
+                )
+            if not bool(tensor.isfinite().all()):
+                raise CalibrationError(f"a calibration's {name} holds NaN or infinity")
+        if pair != 2 or not 1 <= columns <= values:
+            raise CalibrationError(f"a basis of {columns} columns does not fit {values} values")
+
+    @property
+    def layers(self) -> int:
+        return self.whitening.shape[0]
+
+    @property
+    def values(self) -> int:
+        """D: values of one token in this period, K and V."""
+        return self.basis.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.basis.shape[1]
+
+    @property
+    def features(self) -> int:
+        return self.predictor_in.shape[0]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything about one model's KV that chunks of it refer to. Raises CalibrationError if its parts do not fit."""
+
+    model_digest: bytes
+    period_layers: int
+    sinks: int
+    """First tokens of a text that every rate keeps exact: what all later tokens attend to."""
+    steps: Mapping[str, float]
+    """rate -> quantiser step, in units of the metric"""
+    errors: Mapping[str, float]
+    """rate -> mean squared error per value in the metric, on text like that of the calibration"""
+    periods: tuple[PeriodTransform, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """Texts, tokens, measured KL: for people. JSON."""
+
+    def __post_init__(self) -> None:
+        require_digest("the model digest", self.model_digest)
+        if not 1 <= self.period_layers <= MAX_LAYERS or not 0 <= self.sinks <= 64 or not self.periods:
+            raise CalibrationError("a calibration needs periods of at least one layer, and 0 to 64 sinks")
+        if self.steps.keys() != self.errors.keys():
+            raise CalibrationError("a calibration needs a step and an error for the same rates")
+        for name, number in [*self.steps.items(), *self.errors.items()]:
+            if not (math.isfinite(number) and number > 0):
+                raise CalibrationError(f"a calibration with a step or error of {number} for {name!r}")
+        if any(period.layers != self.period_layers for period in self.periods[:-1]):
+            raise CalibrationError(f"a calibration with a period of other than {self.period_layers} layers")
+        shapes = {(period.whitening.shape[2:], period.features) for period in self.periods}
+        if len(shapes) != 1 or not 1 <= self.periods[-1].layers <= self.period_layers:
+            raise CalibrationError("the periods of a calibration are not of one model")
+
+    @property
+    def features(self) -> int:
+        """Numbers a token is predicted from; see `token_features`."""
+        return self.periods[0].features
+
+    @cached_property
+    def digest(self) -> bytes:
+        """blake3 of `to_bytes`: names the calibration in every chunk it coded."""
+        return blake3(self.to_bytes()).digest()
+
+    def require(self, spec: ModelSpec) -> None:
+        """Raises CalibrationError unless this is a calibration of exactly that model."""
+        if self.model_digest != spec.digest:
+            raise CalibrationError(
+                f"the calibration was made for model {self.model_digest.hex()[:16]}, not for {spec.model_id} "
+                f"({spec.digest.hex()[:16]}); make one with `kvstore calibrate`"
+            )
+        layers = sum(period.layers for period in self.periods)
+        if (layers, *self.periods[0].whitening.shape[2:4]) != (spec.layers, spec.kv_heads, spec.head_dim):
+            raise CalibrationError(f"the calibration's shapes are not those of {spec.model_id}")
+
+    def to_bytes(self) -> bytes:
+        """The artefact: a safetensors file."""
+        tensors: dict[str, torch.Tensor] = {}
+        for index, period in enumerate(self.periods):
+            for name in _FULL + _HALF:
+                tensor = getattr(period, name)
+                tensors[f"{index}.{name}"] = (tensor.half() if name in _HALF else tensor).contiguous()
+        facts = {
+            "version": _VERSION,
+            "model": self.model_digest.hex(),
+            "period_layers": self.period_layers,
+            "sinks": self.sinks,
+            "steps": dict(self.steps),
+            "errors": dict(self.errors),
+            "periods": len(self.periods),
+            "provenance": dict(self.provenance),
+        }
+        # One entry only: several would be written in an order that changes from run to run.
+        return safetensors.torch.save(tensors, {"kvstore": json.dumps(facts, sort_keys=True)})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Calibration:
+        """The inverse of `to_bytes`, up to the rounding that `to_bytes` does. Raises CalibrationError for anything
+        that is not a calibration; memory stays within a few times the bytes given."""
+        if len(data) > MAX_CALIBRATION_BYTES:
+            raise CalibrationError(
+                f"a calibration of {len(data)} bytes is absurd: at most {MAX_CALIBRATION_BYTES}"
+            )
+        try:
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            facts = json.loads(header["__metadata__"]["kvstore"])
+            _require_version(facts["version"])
+            tensors = safetensors.torch.load(data)
+            periods = [
+                PeriodTransform(**{name: tensors[f"{index}.{name}"].float() for name in _FULL + _HALF})
+                for index in range(facts["periods"])
+            ]
+            return cls(
+                bytes.fromhex(facts["model"]),
+                facts["period_layers"],
+                facts["sinks"],
+                facts["steps"],
+                facts["errors"],
+                tuple(periods),
+                facts["provenance"],
+            )
+        except CalibrationError:
+            raise
+        except (
+            CodecError,
+            SafetensorError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+        ) as error:
+            raise CalibrationError(f"these bytes are not a calibration: {error!r}") from error
+
+
+def _require_version(version: object) -> None:
+    if version != _VERSION:
+        raise CalibrationError(
+            f"the calibration has version {version!r}, this codec reads version {_VERSION}"
+        )
+
+
+def token_features(embeddings: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
+    """What KV is predicted from, f32 [tokens, 2 * hidden]: the input embeddings of each token and of the one before it,
+    each divided by its rms, as the norm in front of a layer's projections does.
+
+    `embeddings` is [tokens, hidden]; `previous` [hidden] belongs to the token before the first, and is None at the
+    beginning of a text. A chunk is coded as if it began a text: what it is decoded with then depends on nothing but its
+    own tokens, and it may be reused behind any other text.
+    """
+    rows = embeddings.detach().float()
+    before = torch.zeros_like(rows[:1]) if previous is None else previous.detach().float().reshape(1, -1)
+    scaled = torch.nn.functional.rms_norm(torch.cat((before, rows)), (rows.shape[-1],), eps=1e-5)
+    return torch.cat((scaled[1:], scaled[:-1]), dim=1)
