@@ -145,7 +145,7 @@ def test_coders_are_known_by_name() -> None:
     for name in NAMES:
         assert availability(name) is None
         assert coder(name) is coder(name)
-    with pytest.raises(UnknownEncodingError, match="known are raw, zstd, hevc-cpu"):
+    with pytest.raises(UnknownEncodingError, match="known are raw, zstd, hevc-cpu, hevc-cpu-420"):
         coder("h266")
 
 
@@ -165,8 +165,8 @@ def test_without_pyav_the_other_coders_work_and_hevc_says_why_not() -> None:
 
 
 def test_a_pyav_without_x265_is_named_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvstore_codec.coders import hevc_cpu
+    from kvstore_codec.coders.hevc import cpu
 
-    monkeypatch.setattr(hevc_cpu, "_ENCODER", "libx265-not-built-in")
+    monkeypatch.setattr(cpu, "_ENCODER", "libx265-not-built-in")
     with pytest.raises(CoderUnavailableError, match="without libx265-not-built-in"):
-        hevc_cpu.HevcCpuCoder()
+        cpu.HevcCpuCoder()

@@ -13,7 +13,8 @@ __all__ = ["Coder", "Plane", "availability", "coder"]
 _CODERS = {
     "raw": "kvstore_codec.coders.raw:RawCoder",
     "zstd": "kvstore_codec.coders.zstd:ZstdCoder",
-    "hevc-cpu": "kvstore_codec.coders.hevc_cpu:HevcCpuCoder",
+    "hevc-cpu": "kvstore_codec.coders.hevc.cpu:HevcCpuCoder",
+    "hevc-cpu-420": "kvstore_codec.coders.hevc.cpu:HevcCpu420Coder",
 }
 
 

@@ -1,0 +1,156 @@
+"""Lossless HEVC in software: libx265 and FFmpeg's decoder, through PyAV."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+
+from kvstore_codec.coders.base import Data, Plane
+from kvstore_codec.coders.hevc.base import MONOCHROME_OR_FULL, QUARTER_OR_FULL, HevcCoder, Prediction
+from kvstore_codec.coders.hevc.bitstream import PPS, SPS, VPS, Chroma, nal_units, read_clip
+from kvstore_codec.coders.hevc.pictures import PADDING, Pictures
+from kvstore_codec.errors import ChunkFormatError, CodecError, CoderUnavailableError
+
+_ENCODER, _DECODER = "libx265", "hevc"
+
+_PIXEL_FORMATS = {Chroma.MONOCHROME: "gray", Chroma.QUARTER: "yuv420p", Chroma.FULL: "yuv444p"}
+
+# One picture in, one picture out, in this thread alone. Blocks of 16 encode 1.6x as fast as blocks of 64 and
+# cost .8 % of the size; slower presets take about 4x the time and buy nothing on noise.
+_X265_PARAMETERS = ":".join(
+    (
+        "lossless=1",
+        "open-gop=0:bframes=0:rc-lookahead=0:scenecut=0",
+        "ctu=16",
+        "pools=none:frame-threads=1:wpp=0:lookahead-slices=0",
+        "annexb=1:repeat-headers=1:info=0:hash=0:aud=0",
+        "log-level=none",
+    )
+)
+# INTER: a stream begins where IDR is forced and nowhere else.
+_KEYINT = {Prediction.INTRA: "keyint=1", Prediction.INTER: "keyint=-1"}
+_DECODER_OPTIONS = {"err_detect": "explode"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    chroma: Chroma
+    width: int
+    height: int
+    prediction: Prediction
+
+    def new_encoder(self) -> Any:
+        encoder = av.CodecContext.create(_ENCODER, "w")
+        encoder.width, encoder.height = self.width, self.height
+        encoder.pix_fmt = _PIXEL_FORMATS[self.chroma]
+        encoder.time_base = Fraction(1, 1)
+        encoder.thread_count = 1
+        encoder.options = {
+            "preset": "ultrafast",
+            "tune": "zerolatency",
+            "forced-idr": "1",
+            "x265-params": f"{_X265_PARAMETERS}:{_KEYINT[self.prediction]}",
+        }
+        return encoder
+
+    def frame(self, picture: Pictures) -> Any:
+        """`picture` is [planes, height, width]."""
+        frame = av.VideoFrame(self.width, self.height, _PIXEL_FORMATS[self.chroma])
+        for index, plane in enumerate(frame.planes):
+            samples = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+            samples[:, : plane.width] = picture[index] if index < self.chroma.planes else PADDING
+        return frame
+
+
+class _Contexts(threading.local):
+    """One encoder, for pictures of the format this thread last encoded, and one decoder."""
+
+    encoder: Any = None
+    encoder_format: _Format | None = None
+    decoder: Any = None
+
+
+class HevcCpuCoder(HevcCoder):
+    _chroma: Mapping[int, Chroma] = MONOCHROME_OR_FULL
+
+    def __init__(self) -> None:
+        for name, mode in ((_ENCODER, "w"), (_DECODER, "r")):
+            try:
+                av.codec.Codec(name, mode)
+            except ValueError as error:
+                raise CoderUnavailableError(
+                    f"coder 'hevc-cpu' cannot run here: PyAV {av.__version__} was built without {name}"
+                ) from error
+        self._contexts = _Contexts()
+
+    def encode_pictures(self, pictures: Pictures, prediction: Prediction = Prediction.INTRA) -> bytes:
+        _, planes, height, width = pictures.shape
+        picture_format = _Format(self._chroma[planes], width, height, prediction)
+        contexts = self._contexts
+        if contexts.encoder_format != picture_format:
+            contexts.encoder, contexts.encoder_format = picture_format.new_encoder(), picture_format
+        parts: list[bytes] = []
+        try:
+            for picture in pictures:
+                frame = picture_format.frame(picture)
+                if not parts:
+                    frame.pict_type = av.video.frame.PictureType.I
+                coded = b"".join(bytes(packet) for packet in contexts.encoder.encode(frame))
+                parts.append(_without_parameter_sets(coded) if parts else coded)
+        except av.FFmpegError as error:
+            contexts.encoder = contexts.encoder_format = None
+            raise CodecError(f"x265 cannot encode pictures of {width} x {height}: {error}") from error
+        return b"".join(parts)
+
+    def decoded(self, data: Data, shape: tuple[int, int, int, int]) -> Iterator[list[Plane]]:
+        count, planes, height, width = shape
+        clip = read_clip(data, shape)
+        wanted = (_PIXEL_FORMATS[clip.chroma], width, height, False)
+        contexts = self._contexts
+        # A decoder that has failed is not used again.
+        decoder, contexts.decoder = contexts.decoder or _new_decoder(), None
+        seen = 0
+        for packet in (*clip.packets, None):
+            try:
+                frames = decoder.decode(None if packet is None else av.Packet(packet))
+            except av.FFmpegError as error:
+                raise ChunkFormatError(f"the HEVC decoder refuses a picture: {error}") from error
+            for frame in frames:
+                found = (frame.format.name, frame.width, frame.height, frame.is_corrupt)
+                seen += 1
+                if found != wanted or seen > count:
+                    raise ChunkFormatError(
+                        f"the HEVC decoder gave {found} as picture {seen} of {count}, not {wanted}"
+                    )
+                yield [
+                    np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
+                    for plane in frame.planes[:planes]
+                ]
+        if seen != count:
+            raise ChunkFormatError(f"the HEVC decoder gave {seen} pictures of {count}")
+        decoder.flush_buffers()
+        contexts.decoder = decoder
+
+
+class HevcCpu420Coder(HevcCpuCoder):
+    """The same, but one plane becomes 4:2:0 with constant chroma, for decoders that do not take monochrome."""
+
+    _chroma = QUARTER_OR_FULL
+
+
+def _new_decoder() -> Any:
+    decoder = av.CodecContext.create(_DECODER, "r")
+    decoder.thread_count = 1
+    decoder.options = _DECODER_OPTIONS
+    return decoder
+
+
+def _without_parameter_sets(coded: bytes) -> bytes:
+    """A picture after the first: those of the first hold for it too."""
+    return coded[next(unit.start for unit in nal_units(coded) if unit.kind not in (VPS, SPS, PPS)) :]
