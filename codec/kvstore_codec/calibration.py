@@ -39,7 +39,9 @@ _FULL = ("mean", "whitening", "variances")
 
 @dataclass(frozen=True, slots=True)
 class PeriodTransform:
-    """The maps of one period; all tensors f32 in host memory, some rounded to half precision. Raises CalibrationError if they do not fit together."""
+    """The maps of one period; all tensors f32 in host memory, some rounded to half precision.
+
+    Raises CalibrationError if they do not fit together."""
 
     mean: torch.Tensor
     """[D], what is predicted for features of zero"""

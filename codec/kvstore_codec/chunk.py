@@ -60,6 +60,8 @@ class ChunkHeader:
     frame_lengths: tuple[int, ...]
     frame_checksums: tuple[int, ...]
     header_bytes: int
+    calibration: bytes | None = None
+    """Digest of the calibration that its frames were coded with, if any was needed."""
     _offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -121,6 +123,7 @@ def write_header(
     encoding: Encoding,
     geometry: Geometry,
     frames: Sequence[Buffer],
+    calibration: bytes | None = None,
 ) -> tuple[ChunkHeader, bytes]:
     """The header of a chunk with these encoded `frames`, parsed and as bytes."""
     lengths = [memoryview(frame).nbytes for frame in frames]
@@ -130,29 +133,37 @@ def write_header(
             f"make a chunk of {geometry.frame_count} frames of at most {MAX_FRAME_BYTES} bytes"
         )
     checksums = [xxhash.xxh3_64_intdigest(frame) for frame in frames]
-    body: bytes = msgpack.packb(
-        {
-            "model": model_digest,
-            "content": chunk_id.content_id,
-            "prefix": chunk_id.prefix_id,
-            "encoding": encoding.name,
-            "geometry": [
-                geometry.layers,
-                geometry.kv_heads,
-                geometry.head_dim,
-                geometry.dtype.value,
-                geometry.tokens,
-                geometry.frame_tokens,
-                geometry.period_layers,
-            ],
-            "lengths": np.array(lengths, _LENGTH_DTYPE).tobytes(),
-            "checksums": np.array(checksums, _CHECKSUM_DTYPE).tobytes(),
-        }
-    )
+    fields: dict[str, Any] = {
+        "model": model_digest,
+        "content": chunk_id.content_id,
+        "prefix": chunk_id.prefix_id,
+        "encoding": encoding.name,
+        "geometry": [
+            geometry.layers,
+            geometry.kv_heads,
+            geometry.head_dim,
+            geometry.dtype.value,
+            geometry.tokens,
+            geometry.frame_tokens,
+            geometry.period_layers,
+        ],
+        "lengths": np.array(lengths, _LENGTH_DTYPE).tobytes(),
+        "checksums": np.array(checksums, _CHECKSUM_DTYPE).tobytes(),
+    }
+    if calibration is not None:
+        fields["calibration"] = calibration
+    body: bytes = msgpack.packb(fields)
     signed = _FIXED_PREFIX.pack(MAGIC, VERSION, len(body)) + body
     data = signed + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(signed))
     header = ChunkHeader(
-        model_digest, chunk_id, encoding, geometry, tuple(lengths), tuple(checksums), len(data)
+        model_digest,
+        chunk_id,
+        encoding,
+        geometry,
+        tuple(lengths),
+        tuple(checksums),
+        len(data),
+        calibration,
     )
     return header, data
 
@@ -245,14 +256,22 @@ def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
             f"{len(checksums)} checksums"
         )
     require_digest("the model digest", fields["model"])
+    encoding, calibration = Encoding.parse(fields["encoding"]), fields.get("calibration")
+    if encoding.needs_calibration != (calibration is not None):
+        raise ChunkFormatError(
+            f"a chunk coded as {encoding.name} names a calibration, or lacks one, against its kind"
+        )
+    if calibration is not None:
+        require_digest("the calibration's digest", calibration)
     return ChunkHeader(
         fields["model"],
         ChunkId(ContentId(fields["content"]), PrefixId(fields["prefix"])),
-        Encoding.parse(fields["encoding"]),
+        encoding,
         geometry,
         tuple(lengths.tolist()),
         tuple(checksums.tolist()),
         header_bytes,
+        calibration,
     )
 
 

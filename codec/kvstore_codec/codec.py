@@ -11,18 +11,14 @@ from typing_extensions import Buffer
 
 from kvstore_codec.chunk import ChunkHeader, write_header
 from kvstore_codec.encoding import Encoding, Rate
-from kvstore_codec.errors import ChunkFormatError, CodecError, InvalidKVError
+from kvstore_codec.errors import CalibrationError, ChunkFormatError, CodecError, InvalidKVError
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import ChunkId
+from kvstore_codec.klt_frames import KLT, decode_klt_frame, encode_klt_frame, require_features
 from kvstore_codec.model_spec import KVDtype, ModelSpec
 from kvstore_codec.payload import PayloadKind, PayloadReader
 from kvstore_codec.quantise import decode_quantised, encode_quantised
-from kvstore_codec.words import Words, decode_words, encode_words
-
-_WORD_DTYPES = {
-    2: (torch.int16, np.uint16),
-    4: (torch.int32, np.uint32),
-}
+from kvstore_codec.words import decode_words, encode_words, words_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,43 +40,78 @@ def encode_chunk(
     spec: ModelSpec,
     chunk_id: ChunkId,
     encoding: Encoding,
+    klt: KLT | None = None,
+    features: torch.Tensor | None = None,
+    sinks: int = 0,
 ) -> EncodedChunk:
     """Encodes `keys` (before RoPE) and `values`, both [layers, kv_heads, tokens, head_dim] with any strides,
     on any device, of the dtype of `spec`.
 
+    An encoding with the transform "klt" needs the model's calibration, ready for use, and the chunk's `token_features`
+    [tokens, features]; its first `sinks` tokens are kept exact (`Calibration.sinks` where a chunk begins a text).
+
     Besides the result it needs scratch memory for one frame at a time: about 4 bytes per value of a frame for
-    `exact`, 24 for `high`. Raises InvalidKVError for tensors that do not fit `spec`, CoderUnavailableError for
-    a coder this machine does not have.
+    `exact`, 24 for the lossy rates. Raises InvalidKVError for tensors that do not fit `spec`, CalibrationError for
+    a calibration that is missing or of another model, CoderUnavailableError for a coder this machine does not have.
     """
     if keys.ndim != 4 or not keys.numel():
         raise InvalidKVError(f"keys of shape {list(keys.shape)} are not [layers, kv_heads, tokens, head_dim]")
     tokens = keys.shape[2]
     _require_kv("keys", keys, (spec.layers, spec.kv_heads, tokens, spec.head_dim), spec.dtype)
     _require_kv("values", values, tuple(keys.shape), spec.dtype)
-    geometry = Geometry.of(spec, tokens)
-    encode = _ENCODERS[encoding.rate]
+    if encoding.needs_calibration:
+        klt = _require_klt(klt, encoding)
+        klt.calibration.require(spec)
+        features = require_features(features, tokens, klt.calibration)
+        geometry = Geometry.of(spec, tokens, klt.calibration.period_layers)
+    else:
+        klt, geometry = None, Geometry.of(spec, tokens)
     frames: list[bytes] = []
     for period in range(geometry.periods):
         layers = geometry.layers_of(period)
         for slot in range(geometry.frames_per_period):
             rows = geometry.tokens_of(slot)
             cut = np.s_[layers.start : layers.stop, :, rows.start : rows.stop]
-            frames.append(encode(keys[cut].detach().cpu(), values[cut].detach().cpu(), encoding.coder))
-    header, header_data = write_header(spec.digest, chunk_id, encoding, geometry, frames)
+            k, v = keys[cut].detach().cpu(), values[cut].detach().cpu()
+            if klt is None or features is None:
+                frames.append(_ENCODERS[encoding.rate](k, v, encoding.coder))
+                continue
+            parts = encode_klt_frame(
+                k,
+                v,
+                features[rows.start : rows.stop],
+                klt.periods[period],
+                klt.target(encoding.rate),
+                [token - rows.start for token in rows if token < sinks],
+                encoding.coder,
+            )
+            if parts is None:
+                frames.append(_encode_exact(k, v, "zstd"))
+            else:
+                frames.append(b"".join([bytes([PayloadKind.KLT]), *parts]))
+    digest = klt.calibration.digest if klt else None
+    header, header_data = write_header(spec.digest, chunk_id, encoding, geometry, frames, digest)
     return EncodedChunk(header, [header_data, *frames])
 
 
 def decode_frame(
-    header: ChunkHeader, frame: int, data: Buffer, out_keys: torch.Tensor, out_values: torch.Tensor
+    header: ChunkHeader,
+    frame: int,
+    data: Buffer,
+    out_keys: torch.Tensor,
+    out_values: torch.Tensor,
+    *,
+    klt: KLT | None = None,
+    features: torch.Tensor | None = None,
 ) -> None:
     """Verifies the checksum of `data`, the bytes of one frame, and decodes them into the caller's tensors,
     both [layers_in_period, kv_heads, tokens_in_frame, head_dim] of the chunk's dtype, with any strides, in
-    host memory.
+    host memory. `klt` and `features` (of the whole chunk, [tokens, features]) are those it was encoded with.
 
     May be called from many threads at once; each keeps scratch memory for one frame: per value of it .5 bytes
-    for `exact` of 16 bits, 2 for `exact` of 32 bits, 8 for `high`. Raises ChunkFormatError children for bad
+    for `exact` of 16 bits, 2 for `exact` of 32 bits, 8 for the lossy rates. Raises ChunkFormatError children for bad
     bytes (the tensors may then be partly written), InvalidKVError for tensors of another shape, dtype or
-    device.
+    device, CalibrationError for a calibration other than the one the chunk names.
     """
     geometry = header.geometry
     if not 0 <= frame < geometry.frame_count:
@@ -92,8 +123,17 @@ def decode_frame(
         raise InvalidKVError(f"frames are decoded into host memory, not into {out_keys.device} tensors")
     header.verify_frame(frame, data)
     reader = PayloadReader(data)
+    keys, values, coder = out_keys.detach(), out_values.detach(), header.encoding.coder
     try:
-        _DECODERS[reader.kind()](reader, out_keys.detach(), out_values.detach(), header.encoding.coder)
+        kind = reader.kind()
+        if kind is PayloadKind.KLT:
+            maps, chunk_features = _require_decoder(header, klt, features)
+            period, slot = divmod(frame, geometry.frames_per_period)
+            rows = geometry.tokens_of(slot)
+            frame_features = chunk_features[rows.start : rows.stop]
+            decode_klt_frame(reader, keys, values, frame_features, maps.periods[period], coder)
+        else:
+            _DECODERS[kind](reader, keys, values, coder)
         reader.finish()
     except CodecError as error:
         error.add_note(f"in frame {frame} of chunk {header.chunk_id.short} ({header.encoding.name})")
@@ -101,7 +141,7 @@ def decode_frame(
 
 
 def _encode_exact(keys: torch.Tensor, values: torch.Tensor, coder_name: str) -> bytes:
-    both = [_words(tensor.contiguous()) for tensor in (keys, values)]
+    both = [words_of(tensor.contiguous()) for tensor in (keys, values)]
     if coder_name == "raw":
         return b"".join([bytes([PayloadKind.VERBATIM]), *(words.tobytes() for words in both)])
     planes = [part for words in both for part in encode_words(words)]
@@ -117,20 +157,44 @@ def _encode_high(keys: torch.Tensor, values: torch.Tensor, coder_name: str) -> b
 
 def _decode_verbatim(reader: PayloadReader, keys: torch.Tensor, values: torch.Tensor, _coder: str) -> None:
     for out in (keys, values):
-        words = _words(out)
+        words = words_of(out)
         words[...] = np.frombuffer(reader.take(words.nbytes), words.dtype).reshape(words.shape)
 
 
 def _decode_byte_planes(reader: PayloadReader, keys: torch.Tensor, values: torch.Tensor, _coder: str) -> None:
     for out in (keys, values):
-        decode_words(reader, _words(out))
+        decode_words(reader, words_of(out))
 
 
-def _words(tensor: torch.Tensor) -> Words:
-    """The bits of a float tensor in host memory, as a view."""
-    integers, words = _WORD_DTYPES[tensor.dtype.itemsize]
-    view: Words = tensor.view(integers).numpy().view(words)
-    return view
+def _require_klt(klt: KLT | None, encoding: Encoding) -> KLT:
+    if klt is None:
+        raise CalibrationError(
+            f"{encoding.name} needs the model's calibration; make one with `kvstore calibrate`"
+        )
+    return klt
+
+
+def _require_decoder(
+    header: ChunkHeader, klt: KLT | None, features: torch.Tensor | None
+) -> tuple[KLT, torch.Tensor]:
+    if header.calibration is None:
+        raise ChunkFormatError(f"a frame of KLT coefficients in a chunk coded as {header.encoding.name}")
+    klt = _require_klt(klt, header.encoding)
+    if klt.calibration.digest != header.calibration:
+        raise CalibrationError(
+            f"chunk {header.chunk_id.short} was coded with calibration {header.calibration.hex()[:16]}, "
+            f"not with {klt.calibration.digest.hex()[:16]}"
+        )
+    geometry, shape = header.geometry, klt.calibration.periods[0].whitening.shape
+    fits = (len(klt.periods), klt.calibration.period_layers, shape[2], shape[3]) == (
+        geometry.periods,
+        geometry.period_layers,
+        geometry.kv_heads,
+        geometry.head_dim,
+    )
+    if not fits or sum(period.layers for period in klt.calibration.periods) != geometry.layers:
+        raise ChunkFormatError(f"chunk {header.chunk_id.short} is not of the shape of its calibration")
+    return klt, require_features(features, geometry.tokens, klt.calibration)
 
 
 def _require_kv(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: KVDtype) -> None:

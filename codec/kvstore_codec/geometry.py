@@ -17,6 +17,8 @@ MAX_CHUNK_TOKENS = 65_536
 MAX_FRAMES = 4_096
 MAX_FRAME_VALUES = 1 << 26
 
+PERIOD_LAYERS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -32,7 +34,7 @@ class Geometry:
     dtype: KVDtype
     tokens: int = CHUNK_TOKENS
     frame_tokens: int = 64
-    period_layers: int = 4
+    period_layers: int = PERIOD_LAYERS
 
     def __post_init__(self) -> None:
         for name, value, limit in (
@@ -53,8 +55,8 @@ class Geometry:
             )
 
     @classmethod
-    def of(cls, spec: ModelSpec, tokens: int = CHUNK_TOKENS) -> Geometry:
-        return cls(spec.layers, spec.kv_heads, spec.head_dim, spec.dtype, tokens)
+    def of(cls, spec: ModelSpec, tokens: int = CHUNK_TOKENS, period_layers: int = PERIOD_LAYERS) -> Geometry:
+        return cls(spec.layers, spec.kv_heads, spec.head_dim, spec.dtype, tokens, period_layers=period_layers)
 
     @property
     def periods(self) -> int:

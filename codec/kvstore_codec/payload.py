@@ -16,6 +16,7 @@ class PayloadKind(IntEnum):
     VERBATIM = 0  # K, then V, as they lie in memory
     BYTE_PLANES = 1  # see `words`
     QUANTISED = 2  # see `quantise`
+    KLT = 3  # see `klt_frames`
 
 
 class PayloadReader:

@@ -17,6 +17,7 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from kvstore_codec.coders import Plane, coder
 from kvstore_codec.errors import ChunkFormatError
@@ -25,12 +26,23 @@ from kvstore_codec.scratch import ThreadScratch
 
 Words = npt.NDArray[np.unsignedinteger]
 
+_WORD_DTYPES = {
+    2: (torch.int16, np.uint16),
+    4: (torch.int32, np.uint32),
+}
 _PLANE = struct.Struct("<BI")
 _PLAIN, _ZSTD = 0, 1
 # Below this saving, reading a plane in place is worth more than its bytes.
 _WORTHWHILE = 15 / 16
 
 _UPPER, _SECOND, _LOWER, _UPPER_HALF = (ThreadScratch() for _ in range(4))
+
+
+def words_of(tensor: torch.Tensor) -> Words:
+    """The bits of a float tensor in host memory, as a view."""
+    integers, words = _WORD_DTYPES[tensor.dtype.itemsize]
+    view: Words = tensor.view(integers).numpy().view(words)
+    return view
 
 
 def encode_words(words: Words) -> list[bytes]:

@@ -13,6 +13,7 @@ __all__ = ["Coder", "Plane", "availability", "coder"]
 _CODERS = {
     "raw": "kvstore_codec.coders.raw:RawCoder",
     "zstd": "kvstore_codec.coders.zstd:ZstdCoder",
+    "pco": "kvstore_codec.coders.pco:PcoCoder",
     "hevc-cpu": "kvstore_codec.coders.hevc.cpu:HevcCpuCoder",
     "hevc-cpu-420": "kvstore_codec.coders.hevc.cpu:HevcCpu420Coder",
 }
