@@ -1,0 +1,1 @@
+"""How integers of KV are laid out as pictures."""

@@ -1,0 +1,182 @@
+"""KVFetcher's layout: a token is a tile, three layers are the planes of 4:4:4, neighbouring tokens are
+neighbouring pictures.
+
+The heads x head_dim integers of one token and layer become a rectangle, the tile: heads in rows and columns, each
+head's dimensions in rows and columns of its own, nothing reordered. Which split is best depends on the model and is
+found by search. Token t stands in picture t % pictures at place t // pictures of its grid, so inter prediction finds
+the token before at the same place. How many tiles a picture has is the resolution: fewer, larger pictures or more,
+smaller ones, with the same integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore_codec.coders.base import Data
+from kvstore_codec.coders.hevc.base import HevcCoder, Prediction
+from kvstore_codec.coders.hevc.pictures import PADDING, Pictures, picture_side
+from kvstore_codec.errors import InvalidKVError
+
+# [layers, kv_heads, tokens, head_dim], any strides.
+Samples = npt.NDArray[np.uint8]
+
+_LAYERS_PER_PICTURE = 3
+
+
+class Resolution(Enum):
+    """The largest picture, (width, height), that tiles are gathered into; a single tile may be larger."""
+
+    P144 = (256, 144)
+    P240 = (426, 240)
+    P480 = (854, 480)
+    P1080 = (1920, 1080)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """`head_rows` x `head_cols` heads, each of `dim_rows` x `dim_cols` dimensions."""
+
+    head_rows: int
+    head_cols: int
+    dim_rows: int
+    dim_cols: int
+
+    @property
+    def height(self) -> int:
+        return self.head_rows * self.dim_rows
+
+    @property
+    def width(self) -> int:
+        return self.head_cols * self.dim_cols
+
+
+def tilings(kv_heads: int, head_dim: int) -> list[Tiling]:
+    """Every way to make a tile of so many heads and dimensions."""
+    return [
+        Tiling(head_rows, kv_heads // head_rows, dim_rows, head_dim // dim_rows)
+        for head_rows in _divisors(kv_heads)
+        for dim_rows in _divisors(head_dim)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFrames:
+    """The layout of samples of shape [layers, kv_heads, tokens, head_dim].
+
+    Raises InvalidKVError for a tiling that does not make a tile of kv_heads x head_dim.
+    """
+
+    shape: tuple[int, int, int, int]
+    tiling: Tiling
+    resolution: Resolution = Resolution.P240
+
+    def __post_init__(self) -> None:
+        _, kv_heads, _, head_dim = self.shape
+        tiling = self.tiling
+        made = tiling.head_rows * tiling.head_cols, tiling.dim_rows * tiling.dim_cols
+        if min(self.shape) < 1 or made != (kv_heads, head_dim):
+            raise InvalidKVError(f"{tiling} makes no tile of samples of shape {self.shape}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tiles in a picture; not more than the tokens fill."""
+        width, height = self.resolution.value
+        tokens = self.shape[2]
+        cols = min(max(1, width // self.tiling.width), tokens)
+        return min(max(1, height // self.tiling.height), -(-tokens // cols)), cols
+
+    @property
+    def pictures_per_group(self) -> int:
+        """Pictures that hold all tokens of three layers."""
+        rows, cols = self.grid
+        return -(-self.shape[2] // (rows * cols))
+
+    @property
+    def pictures_shape(self) -> tuple[int, int, int, int]:
+        """[pictures, 3, height, width]: group by group of three layers, in each the pictures in order."""
+        rows, cols = self.grid
+        groups = -(-self.shape[0] // _LAYERS_PER_PICTURE)
+        return (
+            groups * self.pictures_per_group,
+            _LAYERS_PER_PICTURE,
+            picture_side(rows * self.tiling.height),
+            picture_side(cols * self.tiling.width),
+        )
+
+    def encode(self, samples: Samples, coder: HevcCoder, prediction: Prediction = Prediction.INTRA) -> bytes:
+        """`samples` is of `shape`."""
+        return coder.encode_pictures(self.pictures(samples), prediction)
+
+    def decode(self, data: Data, coder: HevcCoder, out: Samples) -> None:
+        """Fills `out`, of `shape`. Raises ChunkFormatError when `data` cannot be pictures of such samples."""
+        self._require_shape(out)
+        pictures = np.empty(self.pictures_shape, np.uint8)
+        coder.decode_pictures(data, pictures)
+        for place, tokens in self._places(pictures, out):
+            tokens[...] = place
+
+    def pictures(self, samples: Samples) -> Pictures:
+        """Pictures of `samples`; what no token fills, and the planes of missing layers, are padding."""
+        self._require_shape(samples)
+        pictures = np.full(self.pictures_shape, PADDING, np.uint8)
+        for place, tokens in self._places(pictures, samples):
+            place[...] = tokens
+        return pictures
+
+    def _require_shape(self, samples: Samples) -> None:
+        if samples.shape != self.shape or samples.dtype != np.uint8:
+            raise InvalidKVError(f"{samples.dtype} {samples.shape} instead of uint8 {self.shape}")
+
+    def _places(self, pictures: Pictures, samples: Samples) -> Iterator[tuple[Pictures, Samples]]:
+        """Views of equal shape, [pictures, layers, head_rows, dim_rows, head_cols, dim_cols]: one place of the grid
+        in the pictures of one group, and the tokens that belong there."""
+        layers, _, tokens, _ = self.shape
+        tiling, per_group, (_, cols) = self.tiling, self.pictures_per_group, self.grid
+        heads = tiling.head_rows, tiling.head_cols
+        dims = tiling.dim_rows, tiling.dim_cols
+        for group, first_layer in enumerate(range(0, layers, _LAYERS_PER_PICTURE)):
+            of_group = samples[first_layer : first_layer + _LAYERS_PER_PICTURE]
+            for number, first in enumerate(range(0, tokens, per_group)):
+                part = of_group[:, :, first : first + per_group]
+                planes, _, count, _ = part.shape
+                tiles = part.reshape(planes, *heads, count, *dims).transpose(3, 0, 1, 4, 2, 5)
+                top, left = number // cols * tiling.height, number % cols * tiling.width
+                place = pictures[
+                    group * per_group : group * per_group + count,
+                    :planes,
+                    top : top + tiling.height,
+                    left : left + tiling.width,
+                ]
+                shape = (count, planes, heads[0], dims[0], heads[1], dims[1])
+                yield place.reshape(shape), tiles
+
+
+def search_tiling(
+    samples: Samples,
+    coder: HevcCoder,
+    resolution: Resolution = Resolution.P240,
+    prediction: Prediction = Prediction.INTRA,
+) -> Tiling:
+    """The tiling that codes `samples`, [layers, kv_heads, tokens, head_dim], smallest; every one is tried, so a few
+    dozen tokens are enough to ask for."""
+    shape = _shape(samples)
+    return min(
+        tilings(shape[1], shape[3]),
+        key=lambda tiling: len(TokenFrames(shape, tiling, resolution).encode(samples, coder, prediction)),
+    )
+
+
+def _shape(samples: Samples) -> tuple[int, int, int, int]:
+    if samples.ndim != 4:
+        raise InvalidKVError(f"samples of shape {samples.shape} are not [layers, kv_heads, tokens, head_dim]")
+    layers, kv_heads, tokens, head_dim = samples.shape
+    return layers, kv_heads, tokens, head_dim
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
