@@ -66,15 +66,20 @@ class KeyCapture:
             _active.reset(token)
 
 
-def install_hooks(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
-    """Watch what leaves each layer's key projection (or key norm, as in Qwen3), the last step before RoPE."""
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention of each layer, in order. Raises UnsupportedModelError if keys cannot be taken from all of them."""
     attentions = [m for m in model.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
     if len(attentions) != model.config.num_hidden_layers:
         raise UnsupportedModelError(
             f"{type(model).__name__}: found {len(attentions)} attention modules with a k_proj for "
             f"{model.config.num_hidden_layers} layers; keys before RoPE cannot be taken from it"
         )
-    return [_watch(attention) for attention in attentions]
+    return sorted(attentions, key=lambda attention: int(attention.layer_idx))
+
+
+def install_hooks(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
+    """Watch what leaves each layer's key projection (or key norm, as in Qwen3), the last step before RoPE."""
+    return [_watch(attention) for attention in attention_modules(model)]
 
 
 def _watch(attention: nn.Module) -> torch.utils.hooks.RemovableHandle:

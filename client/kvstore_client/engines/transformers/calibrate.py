@@ -1,0 +1,164 @@
+"""What a calibration needs to see of a running model: its KV, its queries, and how much it minds errors in them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from kvstore_client.engines.transformers.capture import attention_modules
+from kvstore_client.engines.transformers.spec import spec_of
+from kvstore_codec.calibration import token_features
+from kvstore_codec.errors import UnsupportedModelError
+from kvstore_codec.rope import RotaryTable, rotate_
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """One text as the model sees it, f32 on its device."""
+
+    keys: torch.Tensor
+    """before RoPE, [layers, kv_heads, tokens, head_dim]"""
+    values: torch.Tensor
+    """[layers, kv_heads, tokens, head_dim]"""
+    queries: torch.Tensor
+    """before RoPE, [layers, heads, tokens, head_dim]"""
+    features: torch.Tensor
+    """[tokens, 2 * hidden], see `token_features`"""
+
+
+class ObservedModel:
+    """Reads what a calibration is made of out of a model of the supported families.
+
+    The ModelSpec is taken as the model comes; then its weights are cast to f32 in place, because gradients and small
+    divergences drown in half precision. They also no longer ask for gradients. Raises UnsupportedModelError for a
+    model whose KV cannot be reused.
+    """
+
+    def __init__(self, model: PreTrainedModel, model_id: str | None = None) -> None:
+        self.spec = spec_of(model, model_id)
+        self._attentions = attention_modules(model)
+        self.model = model.float().eval().requires_grad_(requires_grad=False)
+        self.hidden_size: int = model.get_input_embeddings().weight.shape[1]
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens."""
+        return int(self.model.config.max_position_embeddings)
+
+    @torch.no_grad()
+    def prefill(self, tokens: torch.Tensor) -> Prefilled:
+        """`tokens` is i64 `[tokens]`, from position 0 on."""
+        seen: dict[tuple[str, int], torch.Tensor] = {}
+        cache = DynamicCache()
+        ids = tokens.unsqueeze(0).to(self.model.device)
+        with self._watching(seen):
+            self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        layers = range(self.spec.layers)
+        return Prefilled(
+            torch.stack([seen["k", layer] for layer in layers]),
+            torch.stack([cache.layers[layer].values[0] for layer in layers]),
+            torch.stack([seen["q", layer] for layer in layers]),
+            token_features(self.model.get_input_embeddings()(ids)[0]),
+        )
+
+    def fisher(
+        self, text: Prefilled, continuation: torch.Tensor, generator: torch.Generator, *, sinks: int
+    ) -> torch.Tensor:
+        """Mean squared gradient per layer and K/V, f32 `[layers, 2]`, over the tokens after the first `sinks`.
+
+        The gradient is that of the log-likelihood of one label per `continuation` token `[tokens]`, drawn with
+        `generator` (on the CPU) from what the model itself predicts.
+        """
+        keys, values = (
+            [tensor.clone().requires_grad_() for tensor in part] for part in (text.keys, text.values)
+        )
+        table = self._rotary(text.keys.shape[2])
+        cache = DynamicCache()
+        for layer, (before_rope, value) in enumerate(zip(keys, values, strict=True)):
+            cache.update(_rotated(before_rope, table)[None], value[None], layer)
+        with torch.enable_grad():
+            logits = self._continue(cache, continuation)
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+            loss = nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+            gradients = torch.autograd.grad(loss, keys + values)
+        means = torch.stack([gradient[:, sinks:].square().mean() for gradient in gradients])
+        return means.view(2, -1).T
+
+    @torch.no_grad()
+    def log_probabilities(
+        self, keys: torch.Tensor, values: torch.Tensor, continuation: torch.Tensor
+    ) -> torch.Tensor:
+        """What the model predicts at each token of `continuation` `[tokens]` behind this KV (keys before RoPE), f32
+        `[tokens, vocabulary]`."""
+        table = self._rotary(keys.shape[2])
+        cache = DynamicCache()
+        for layer in range(self.spec.layers):
+            rotated = keys[layer].clone()
+            rotate_(rotated, table)
+            cache.update(rotated[None], values[layer][None], layer)
+        return self._continue(cache, continuation).log_softmax(-1)
+
+    @torch.no_grad()
+    def output_weight(self) -> torch.Tensor:
+        """W_o^T W_o, summed over the query heads of each KV head, in host memory.
+
+        `[layers, kv_heads, head_dim, head_dim]`."""
+        heads, dim = self.spec.kv_heads, self.spec.head_dim
+        weights = []
+        for attention in self._attentions:
+            weight = attention.get_submodule("o_proj").weight
+            assert isinstance(weight, torch.Tensor)  # noqa: S101  # narrows nn.Module's attribute type
+            # Rows are grouped by KV head: [kv_heads, query heads of it * hidden, head_dim].
+            rows = weight.float().T.reshape(heads, -1, dim, weight.shape[0]).transpose(2, 3).flatten(1, 2)
+            weights.append((rows.transpose(1, 2) @ rows).cpu())
+        return torch.stack(weights)
+
+    def inverse_frequencies(self) -> torch.Tensor:
+        """Of RoPE, radians a token, `[rotary_dim / 2]`."""
+        frequencies: torch.Tensor = self.model.get_decoder().rotary_emb.inv_freq
+        return frequencies
+
+    def _continue(self, cache: DynamicCache, continuation: torch.Tensor) -> torch.Tensor:
+        ids = continuation.unsqueeze(0).to(self.model.device)
+        logits: torch.Tensor = self.model(ids, past_key_values=cache, use_cache=True).logits[0]
+        return logits.float()
+
+    def _rotary(self, tokens: int) -> RotaryTable:
+        positions = torch.arange(tokens, device=self.model.device).unsqueeze(0)
+        probe = torch.empty(0, device=self.model.device)
+        cos, sin = self.model.get_decoder().rotary_emb(probe, positions)
+        return RotaryTable(cos[0], sin[0])
+
+    @contextmanager
+    def _watching(self, seen: dict[tuple[str, int], torch.Tensor]) -> Iterator[None]:
+        """Note what leaves the query and key projections, or their norms (Qwen3): the last step before RoPE."""
+        dim = self.spec.head_dim
+
+        def watch(kind: str, layer: int, attention: nn.Module) -> torch.utils.hooks.RemovableHandle:
+            def record(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+                seen[kind, layer] = output[0].reshape(output.shape[1], -1, dim).transpose(0, 1)
+
+            name = f"{kind}_norm" if hasattr(attention, f"{kind}_norm") else f"{kind}_proj"
+            if not hasattr(attention, name):
+                raise UnsupportedModelError(f"layer {layer} has no {name}; its queries cannot be seen")
+            return attention.get_submodule(name).register_forward_hook(record)
+
+        hooks = []
+        try:
+            for layer, attention in enumerate(self._attentions):
+                hooks += [watch(kind, layer, attention) for kind in ("q", "k")]
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _rotated(keys: torch.Tensor, table: RotaryTable) -> torch.Tensor:
+    """`rotate_`, into a new tensor that gradients flow through."""
+    size = table.cos.shape[-1]
+    turned, rest = keys[..., :size], keys[..., size:]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat((turned * table.cos + torch.cat((-second, first), -1) * table.sin, rest), -1)
