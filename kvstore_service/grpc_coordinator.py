@@ -1,4 +1,4 @@
-"""The Coordinator service: a thin shell around a Coordinator and its failure detector."""
+"""The Coordinator service: a thin shell around a Coordinator, its failure detector and the calibration registry."""
 
 import threading
 from collections.abc import Sequence
@@ -8,10 +8,12 @@ import grpc
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.catalogue import NodeRecord
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.failure_detector import FailureDetector
 from kvstore_codec.errors import AddressInUseError
+from kvstore_service.grpc_calibrations import CalibrationService
 from kvstore_service.grpc_server import GrpcServer, unary
 from kvstore_service.listen import Address
 
@@ -95,13 +97,16 @@ class CoordinatorService:
 class CoordinatorServer:
     """The coordinator's endpoint together with the failure detector behind it. Raises AddressInUseError."""
 
-    def __init__(self, coordinator: Coordinator, address: Address) -> None:
+    def __init__(self, coordinator: Coordinator, calibrations: CalibrationRegistry, address: Address) -> None:
         self._probe = StorageProbe()
         self._detector = FailureDetector(coordinator, self._probe.failures)
         # Nodes known from before are members again from the first answer on, not a period later.
         self._detector.check()
         service = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
-        handlers = CoordinatorService(coordinator, self._probe).handlers()
+        handlers = (
+            CoordinatorService(coordinator, self._probe).handlers()
+            | CalibrationService(calibrations).handlers()
+        )
         try:
             self._server = GrpcServer(address, service, handlers)
         except AddressInUseError:
@@ -116,9 +121,11 @@ class CoordinatorServer:
         self._probe.close()
 
 
-def serve_coordinator(coordinator: Coordinator, *, address: Address) -> CoordinatorServer:
+def serve_coordinator(
+    coordinator: Coordinator, calibrations: CalibrationRegistry, *, address: Address
+) -> CoordinatorServer:
     """Starts the coordinator's endpoint. Raises AddressInUseError."""
-    return CoordinatorServer(coordinator, address)
+    return CoordinatorServer(coordinator, calibrations, address)
 
 
 def _answer(member: Member, call: grpc.Future) -> pb.StatsReply | str:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -85,28 +86,45 @@ class _StreamLimit(grpc.ServerInterceptor):  # type: ignore[misc]
     ) -> grpc.RpcMethodHandler | None:
         handler = continuation(details)
         # Watching somebody's health holds no thread.
-        if handler is None or not handler.response_streaming or details.method.startswith(_HEALTH):
+        if handler is None or details.method.startswith(_HEALTH):
             return handler
-        if handler.request_streaming:
+        if handler.stream_stream:
             limited = grpc.stream_stream_rpc_method_handler
-            serve = handler.stream_stream
-        else:
+            serve: Callable[..., object] = self._answering_with_many(handler.stream_stream)
+        elif handler.unary_stream:
             limited = grpc.unary_stream_rpc_method_handler
-            serve = handler.unary_stream
-        return limited(self._limited(serve), handler.request_deserializer, handler.response_serializer)
+            serve = self._answering_with_many(handler.unary_stream)
+        elif handler.stream_unary:
+            limited = grpc.stream_unary_rpc_method_handler
+            serve = self._answering_with_one(handler.stream_unary)
+        else:
+            return handler
+        return limited(serve, handler.request_deserializer, handler.response_serializer)
 
-    def _limited(self, serve: Callable[..., Iterator[object]]) -> Callable[..., Iterator[object]]:
+    def _answering_with_many(self, serve: Callable[..., Iterator[object]]) -> Callable[..., Iterator[object]]:
         def serve_if_free(request: object, context: grpc.ServicerContext) -> Iterator[object]:
-            if not self._free.acquire(blocking=False):
-                context.abort(
-                    grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_STREAMS} streams are open already; try again"
-                )
-            try:
+            with self._stream(context):
                 yield from serve(request, context)
-            finally:
-                self._free.release()
 
         return serve_if_free
+
+    def _answering_with_one(self, serve: Callable[..., object]) -> Callable[..., object]:
+        def serve_if_free(requests: object, context: grpc.ServicerContext) -> object:
+            with self._stream(context):
+                return serve(requests, context)
+
+        return serve_if_free
+
+    @contextmanager
+    def _stream(self, context: grpc.ServicerContext) -> Iterator[None]:
+        if not self._free.acquire(blocking=False):
+            context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_STREAMS} streams are open already; try again"
+            )
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 def unary(method: Callable[..., object], request: type) -> grpc.RpcMethodHandler:

@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from kvstore_api.placement import Member
+from kvstore_cluster.durable import rename_durably
 from kvstore_codec.errors import CatalogueError
 
 _NAME, _VERSION = "kvstore-catalogue", 1
@@ -97,12 +98,7 @@ class FileCatalogue:
                 json.dump(document, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            aside.replace(self._path)
-            folder_fd = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder_fd)
-            finally:
-                os.close(folder_fd)
+            rename_durably(aside, self._path)
         except OSError as error:
             with suppress(OSError):
                 aside.unlink()

@@ -21,7 +21,12 @@ KVStoreError
 │   ├── FrameRangeError           frames that the stored chunk does not have
 │   └── PutStateError             put verbs out of order, or a size that differs from the announced one
 ├── ClusterError
-│   └── CatalogueError            the coordinator's durable state cannot be read or written
+│   ├── CatalogueError            the coordinator's durable state cannot be read or written
+│   ├── UnknownCalibrationError   the registry has no calibration of that digest
+│   ├── CalibrationSizeError      more or fewer bytes than announced
+│   ├── CalibrationTooLargeError
+│   └── DamagedCalibrationError   bytes that do not have their digest
+├── PublishError                  a calibration was not taken by the registry; says why
 ├── ServiceError
 │   ├── AddressInUseError
 │   └── StartupError
@@ -97,6 +102,21 @@ class ClusterError(KVStoreError): ...
 
 
 class CatalogueError(ClusterError): ...
+
+
+class UnknownCalibrationError(ClusterError): ...
+
+
+class CalibrationSizeError(ClusterError): ...
+
+
+class CalibrationTooLargeError(ClusterError): ...
+
+
+class DamagedCalibrationError(ClusterError): ...
+
+
+class PublishError(KVStoreError): ...
 
 
 class ServiceError(KVStoreError): ...

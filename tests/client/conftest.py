@@ -10,6 +10,7 @@ import pytest
 
 from kvstore_api.placement import Member
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.node import StorageNode
@@ -52,9 +53,12 @@ def served_cluster(folder: Path, nodes: int = 1, memory_bytes: int = 256 << 20) 
     plain = [StorageNode(f"node-{i}", Arena(memory_bytes)) for i in range(nodes)]
     servers = [serve_storage(node, host="127.0.0.1") for node in plain]
     coordinator = Coordinator(FileCatalogue(folder))
+    calibrations = CalibrationRegistry(folder / "calibrations")
     for node, server in zip(plain, servers, strict=True):
         coordinator.join(Member(node.node_id, server.address), incarnation=1)
-    cluster = ServedCluster(serve_coordinator(coordinator, address=Address("127.0.0.1", 0)), plain, servers)
+    cluster = ServedCluster(
+        serve_coordinator(coordinator, calibrations, address=Address("127.0.0.1", 0)), plain, servers
+    )
     try:
         yield cluster
     finally:

@@ -14,6 +14,7 @@ from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.node import StorageNode
@@ -45,6 +46,11 @@ def coordinator(catalogue: FileCatalogue) -> Coordinator:
 
 
 @pytest.fixture
+def calibrations(tmp_path: Path) -> CalibrationRegistry:
+    return CalibrationRegistry(tmp_path / "calibrations")
+
+
+@pytest.fixture
 def unused_port() -> int:
     reservation = Reservation(ANY)
     reservation.release()
@@ -52,8 +58,8 @@ def unused_port() -> int:
 
 
 @pytest.fixture
-def server(coordinator: Coordinator) -> Iterator[CoordinatorServer]:
-    server = serve_coordinator(coordinator, address=ANY)
+def server(coordinator: Coordinator, calibrations: CalibrationRegistry) -> Iterator[CoordinatorServer]:
+    server = serve_coordinator(coordinator, calibrations, address=ANY)
     yield server
     server.stop(0)
 
@@ -116,11 +122,11 @@ def test_another_node_at_the_same_address_is_not_taken_for_it(
 
 
 def test_a_restarted_coordinator_knows_the_nodes_that_still_answer(
-    coordinator: Coordinator, catalogue: FileCatalogue, node: GrpcServer
+    coordinator: Coordinator, calibrations: CalibrationRegistry, catalogue: FileCatalogue, node: GrpcServer
 ) -> None:
     coordinator.join(Member("node-0", node.address), 1)
     coordinator.join(Member("node-1", "127.0.0.1:1"), 1)
-    server = serve_coordinator(Coordinator(catalogue), address=ANY)
+    server = serve_coordinator(Coordinator(catalogue), calibrations, address=ANY)
     reply = membership(server)
     assert [member.node_id for member in reply.members] == ["node-0"]
     assert reply.epoch == 3
@@ -149,8 +155,10 @@ def scrape(port: int) -> dict[tuple[str, str], float]:
     }
 
 
-def test_metrics(coordinator: Coordinator, node: GrpcServer, unused_port: int) -> None:
-    server = serve_coordinator(coordinator, address=ANY)
+def test_metrics(
+    coordinator: Coordinator, calibrations: CalibrationRegistry, node: GrpcServer, unused_port: int
+) -> None:
+    server = serve_coordinator(coordinator, calibrations, address=ANY)
     coordinator.join(Member("node-0", node.address), 1)
     coordinator.join(Member("node-1", "127.0.0.1:1"), 1)
     with metrics_endpoint(Address("127.0.0.1", unused_port)) as registry:
