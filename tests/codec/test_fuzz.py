@@ -3,11 +3,9 @@ KV or a CodecError."""
 
 from __future__ import annotations
 
-import resource
 import struct
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -20,56 +18,27 @@ from kvstore_codec.codec import decode_frame
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ChunkFormatError, CodecError
 from kvstore_codec.model_spec import KVDtype, ModelSpec
-from tests.codec.chunks import encode, make_kv, make_spec, same_bits
+from tests.codec.chunks import decoder_of, encode, make_kv, make_spec, same_bits
+from tests.codec.fuzzing import SLOWEST_MUTANT_S, bounded_memory, mutate
 
-RNG = np.random.default_rng(2024)
 KV = tuple[torch.Tensor, torch.Tensor]
-# Far below the gigabytes that the length fields of a mutant may ask for.
-EXTRA_MEMORY_BYTES = 64 << 20
-SLOWEST_MUTANT_S = 5.0
 
 SEALED = {
     "exact-zstd": (make_spec(layers=1, kv_heads=1, head_dim=16, dtype=KVDtype.FLOAT32), 16),
     "exact-raw": (make_spec(layers=1, kv_heads=1, head_dim=8), 4),
     "high-zstd": (make_spec(layers=2, kv_heads=1, head_dim=16), 20),
     "high-hevc-cpu": (make_spec(layers=1, kv_heads=1, head_dim=32), 20),
+    "medium-klt-pco": (make_spec(layers=2, kv_heads=1, head_dim=16), 20),
+    "low-klt-zstd": (make_spec(layers=1, kv_heads=2, head_dim=16), 20),
 }
 
 
 @pytest.fixture(autouse=True)
-def bounded_memory() -> Iterator[None]:
-    """An allocation that follows a false length fails with MemoryError, and the test with it."""
+def warm_and_bounded() -> Iterator[None]:
     for encoding, (spec, tokens) in SEALED.items():  # libraries and contexts are not what is measured
         encode(spec, make_kv(spec, tokens), Encoding.parse(encoding))
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + EXTRA_MEMORY_BYTES, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def mutate(data: bytes) -> bytearray:
-    """One to four edits: flipped bits, other bytes, extreme integers, cuts, insertions, repeated stretches."""
-    mutant = bytearray(data)
-    for _ in range(RNG.integers(1, 5)):
-        at = int(RNG.integers(0, max(1, len(mutant))))
-        length = int(RNG.integers(1, 9))
-        match RNG.integers(0, 7):
-            case 0 if mutant:
-                mutant[at] ^= 1 << int(RNG.integers(0, 8))
-            case 1:
-                mutant[at : at + length] = RNG.bytes(length)
-            case 2:
-                mutant[at : at + 4] = struct.pack("<I", int(RNG.choice([0, 1, 2**31, 2**32 - 1, len(data)])))
-            case 3:
-                del mutant[at : at + length]
-            case 4:
-                mutant[at:at] = RNG.bytes(length)
-            case 5:
-                del mutant[at:]
-            case 6:
-                mutant[at:at] = mutant[at : at + 64]
-    return mutant
+    with bounded_memory():
+        yield
 
 
 def decode_all(header: ChunkHeader, data: bytes | bytearray) -> KV:
@@ -81,7 +50,14 @@ def decode_all(header: ChunkHeader, data: bytes | bytearray) -> KV:
         layers, tokens = geometry.layers_of(period), geometry.tokens_of(slot)
         cut = np.s_[layers.start : layers.stop, :, tokens.start : tokens.stop]
         offset, length = header.range_bytes(frame, 1)
-        decode_frame(header, frame, memoryview(data)[offset : offset + length], keys[cut], values[cut])
+        decode_frame(
+            header,
+            frame,
+            memoryview(data)[offset : offset + length],
+            keys[cut],
+            values[cut],
+            **decoder_of(header),
+        )
     return keys, values
 
 

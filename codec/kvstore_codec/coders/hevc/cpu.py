@@ -120,6 +120,8 @@ class HevcCpuCoder(HevcCoder):
         for packet in (*clip.packets, None):
             try:
                 frames = decoder.decode(None if packet is None else av.Packet(packet))
+            except MemoryError:  # FFmpeg's is one of its own errors, too, but says nothing of the stream
+                raise
             except av.FFmpegError as error:
                 raise ChunkFormatError(f"the HEVC decoder refuses a picture: {error}") from error
             for frame in frames:

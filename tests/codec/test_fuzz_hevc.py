@@ -1,0 +1,67 @@
+"""HEVC streams nobody meant, in every chroma format: an error or pictures of the size asked for, soon, in bounded
+memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from kvstore_codec.coders import coder
+from kvstore_codec.coders.hevc.base import HevcCoder, Prediction
+from kvstore_codec.errors import ChunkFormatError
+from tests.codec.fuzzing import RNG, SLOWEST_MUTANT_S, bounded_memory, mutate
+
+# Coder, shape [pictures, planes, height, width], prediction, mutants of the quick run.
+STREAMS = {
+    "gray": ("hevc-cpu", (1, 1, 144, 144), Prediction.INTRA, 4_000),
+    "4:2:0": ("hevc-cpu-420", (1, 1, 144, 144), Prediction.INTRA, 4_000),
+    "4:4:4 intra": ("hevc-cpu", (2, 3, 144, 144), Prediction.INTRA, 1_000),
+    "4:4:4 inter": ("hevc-cpu", (3, 3, 144, 144), Prediction.INTER, 1_000),
+}
+
+
+def fuzz(name: str, shape: tuple[int, int, int, int], prediction: Prediction, mutants: int) -> None:
+    hevc = coder(name)
+    assert isinstance(hevc, HevcCoder)
+    pictures = (128 + RNG.integers(-2, 3, shape) * (RNG.random(shape) < 0.1)).astype(np.uint8)
+    stream = hevc.encode_pictures(pictures, prediction)
+    # The end of the buffer is not the decoder's to write.
+    room = np.full((shape[0] + 1, *shape[1:]), 77, np.uint8)
+    out, beyond = room[: shape[0]], room[shape[0] :]
+    refused = 0
+    for _ in range(mutants):
+        mutant = mutate(stream)
+        started = time.monotonic()
+        try:
+            hevc.decode_pictures(mutant, out)
+        except ChunkFormatError:
+            refused += 1
+        assert time.monotonic() - started < SLOWEST_MUTANT_S
+    assert (beyond == 77).all()
+    assert 0 < refused < mutants
+    hevc.decode_pictures(stream, out)
+    assert np.array_equal(out, pictures), "a coder must work on after errors"
+
+
+@pytest.fixture(autouse=True)
+def warm_and_bounded() -> Iterator[None]:
+    for name, shape, prediction, _ in STREAMS.values():  # libraries and contexts are not what is measured
+        fuzz(name, shape, prediction, mutants=100)
+    with bounded_memory():
+        yield
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_mutated_streams(stream: str) -> None:
+    name, shape, prediction, mutants = STREAMS[stream]
+    fuzz(name, shape, prediction, mutants)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", STREAMS)
+def test_100_000_mutated_streams(stream: str) -> None:
+    name, shape, prediction, _ = STREAMS[stream]
+    fuzz(name, shape, prediction, mutants=100_000)
