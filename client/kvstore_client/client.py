@@ -8,6 +8,7 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from kvstore_client.buffers import BufferPool, KVBuffers
+from kvstore_client.calibrations import Calibrations
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch import Fetch
 from kvstore_client.lookup import PrefixMatch, find_prefix, release
@@ -54,6 +55,8 @@ class KVStoreClient:
         self._view = ClusterView(settings)
         self.store = Store(self._view, settings, self.metrics)
         """Where new chunks are handed in."""
+        self.calibrations = Calibrations(self._view, settings, self.metrics)
+        """What is known about models' KV, by digest."""
         self._lock = threading.Lock()
         self._closed = False
 
@@ -112,6 +115,7 @@ class KVStoreClient:
                 return
             self._closed = True
         self.store.close()
+        self.calibrations.close()
         self._view.close()
 
     def __enter__(self) -> Self:

@@ -118,6 +118,9 @@ class ClusterView:
         with self._lock:
             self._pauses.pop(endpoint, None)
 
+    def coordinator(self) -> rpc.CoordinatorStub:
+        return rpc.CoordinatorStub(self._channel(self._address))
+
     def storage(self, endpoint: str) -> StorageStub:
         return StorageStub(self._channel(endpoint))
 
@@ -153,9 +156,10 @@ class ClusterView:
                 self._refreshing = False
 
     def _ask(self) -> Membership:
-        stub = rpc.CoordinatorStub(self._channel(self._address))
         try:
-            reply = stub.Membership(pb.MembershipRequest(), timeout=self._settings.lookup_timeout_s)
+            reply = self.coordinator().Membership(
+                pb.MembershipRequest(), timeout=self._settings.lookup_timeout_s
+            )
         except grpc.RpcError as error:
             self.pause(self._address)
             raise NodeUnavailableError(

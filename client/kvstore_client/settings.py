@@ -1,5 +1,7 @@
 """Settings of a client, from arguments or `KVSTORE_*` environment variables."""
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, SecretStr, field_validator
@@ -7,6 +9,14 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_codec.encoding import Encoding
+
+
+def default_cache_dir() -> Path:
+    """Where this machine keeps what it can get again: `KVSTORE_CACHE_DIR`, else `$XDG_CACHE_HOME/kvstore`, else
+    `~/.cache/kvstore`."""
+    if chosen := os.environ.get("KVSTORE_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvstore"
 
 
 class ClientSettings(BaseSettings):
@@ -46,6 +56,12 @@ class ClientSettings(BaseSettings):
     store_backlog_bytes: int = Field(default=512 << 20, gt=0)
     """KV that may wait to be stored; beyond it new chunks are dropped rather than held in memory."""
 
+    calibration_timeout_s: float = Field(default=30.0, gt=0)
+    """Deadline of getting a calibration that is not in `cache_dir` yet."""
+
+    cache_dir: Path = Field(default_factory=default_cache_dir)
+    """Folder of what is kept between runs: calibrations. Processes may share it."""
+
     lease_s: float = Field(default=60.0, gt=0)
     """How long looked-up chunks are protected from eviction."""
 
@@ -66,6 +82,11 @@ class ClientSettings(BaseSettings):
 
     routes: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
     """Addresses to dial instead of the advertised ones (port forwarding, link shaping): `advertised=dial,...`."""
+
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        return value or default_cache_dir()
 
     @field_validator("accept", mode="before")
     @classmethod

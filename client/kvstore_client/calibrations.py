@@ -1,0 +1,154 @@
+"""Calibrations: got once per machine, then read from its disk."""
+
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+from blake3 import blake3
+
+from kvstore_api.calibrations import DIGEST_BYTES, MAX_CALIBRATION_BYTES, MAX_PIECE_BYTES
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.cluster_view import ClusterView
+from kvstore_client.metrics import ClientMetrics
+from kvstore_client.settings import ClientSettings
+from kvstore_codec.errors import PublishError
+
+
+class Calibrations:
+    """The cluster's calibration registry, and this machine's cache of it in `<cache_dir>/calibrations`, which any number
+    of processes share. Thread-safe.
+
+    A calibration is bytes here. What `load` returns always has the digest that was asked for, wherever it came from.
+    """
+
+    def __init__(self, view: ClusterView, settings: ClientSettings, metrics: ClientMetrics) -> None:
+        self._view = view
+        self._settings = settings
+        self._metrics = metrics
+        self._folder = settings.cache_dir / "calibrations"
+        self._closed = False
+
+    def close(self) -> None:
+        """From now on only the cache is read."""
+        self._closed = True
+
+    def find(self, model_digest: bytes) -> bytes | None:
+        """The digest of the model's newest calibration. None when it has none, or when the registry does not say so
+        within `lookup_timeout_s`; that is counted as `calibration_...`, and not asked again for a while."""
+        request = pb.FindCalibrationRequest(model_digest=model_digest)
+        if not self._may_ask(model_digest):
+            return None
+        try:
+            reply = self._view.coordinator().FindCalibration(request, timeout=self._settings.lookup_timeout_s)
+        except grpc.RpcError as error:
+            self._failed(model_digest, f"rpc_{error.code().name.lower()}")
+            return None
+        digest: bytes = reply.digest
+        if digest and len(digest) != DIGEST_BYTES:
+            self._failed(model_digest, "protocol")
+            return None
+        self._view.recovered(_pause_key(model_digest))
+        return digest or None
+
+    def load(self, digest: bytes) -> bytes | None:
+        """The calibration of that digest, from the disk when it is there, else from the registry within
+        `calibration_timeout_s`. None when it cannot be had; the reason is counted as `calibration_...`."""
+        path = self._folder / f"{digest.hex()}.kvcal"
+        data = self._read(path, digest)
+        if data is None and self._may_ask(digest):
+            data = self._fetch(digest)
+            if data is not None:
+                self._keep(path, data)
+        return data
+
+    def publish(self, data: bytes, model_digest: bytes, *, timeout_s: float = 600.0) -> bytes:
+        """Makes `data` the newest calibration of a model and returns its digest. An act of an operator, so unlike the
+        others it raises: PublishError, which says why the registry did not take it."""
+        digest = blake3(data).digest()
+        if self._closed:
+            raise PublishError(f"calibration {digest.hex()[:12]} was not published: this client is closed")
+        info = pb.CalibrationInfo(digest=digest, model_digest=model_digest, size_bytes=len(data))
+        try:
+            self._view.coordinator().PutCalibration(_steps(info, data), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise PublishError(
+                f"calibration {digest.hex()[:12]} was not taken by {self._settings.address}: "
+                f"{error.code().name}: {error.details()}"
+            ) from error
+        return digest
+
+    def _fetch(self, digest: bytes) -> bytes | None:
+        call = self._view.coordinator().GetCalibration(
+            pb.GetCalibrationRequest(digest=digest), timeout=self._settings.calibration_timeout_s
+        )
+        data = io.BytesIO()
+        try:
+            for reply in call:
+                data.write(reply.data)
+                if data.tell() > MAX_CALIBRATION_BYTES:
+                    self._failed(digest, "too_large")
+                    return None
+        except grpc.RpcError as error:
+            self._failed(digest, f"rpc_{error.code().name.lower()}")
+            return None
+        finally:
+            call.cancel()
+        if blake3(data.getbuffer()).digest() != digest:
+            self._failed(digest, "damaged")
+            return None
+        self._view.recovered(_pause_key(digest))
+        self._metrics.received(data.tell())
+        return data.getvalue()
+
+    def _read(self, path: Path, digest: bytes) -> bytes | None:
+        """From the cache. A damaged file is deleted, so that it is got again."""
+        try:
+            data = path.read_bytes()
+            if blake3(data).digest() == digest:
+                return data
+            self._metrics.missed("calibration_cache_damaged")
+            path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            pass
+        except OSError:
+            self._metrics.missed("calibration_cache_unreadable")
+        return None
+
+    def _keep(self, path: Path, data: bytes) -> None:
+        """Into the cache. Not synced: every read verifies. Processes that write the same file replace each other's."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".unfinished-", delete=False) as file:
+                try:
+                    file.write(data)
+                    file.flush()
+                    os.replace(file.name, path)  # noqa: PTH105
+                except OSError:
+                    Path(file.name).unlink(missing_ok=True)
+                    raise
+        except OSError:
+            self._metrics.missed("calibration_cache_unwritable")
+
+    def _may_ask(self, digest: bytes) -> bool:
+        reason = "closed" if self._closed else "paused" if self._view.is_paused(_pause_key(digest)) else None
+        if reason is not None:
+            self._metrics.missed(f"calibration_{reason}")
+        return reason is None
+
+    def _failed(self, digest: bytes, reason: str) -> None:
+        self._metrics.missed(f"calibration_{reason}")
+        self._view.pause(_pause_key(digest))
+
+
+def _pause_key(digest: bytes) -> str:
+    # Not the coordinator's address: a slow download, or one that does not exist, says nothing about membership.
+    return f"calibration {digest.hex()}"
+
+
+def _steps(info: pb.CalibrationInfo, data: bytes) -> Iterator[pb.PutCalibrationRequest]:
+    yield pb.PutCalibrationRequest(start=info)
+    for begin in range(0, len(data), MAX_PIECE_BYTES):
+        yield pb.PutCalibrationRequest(data=data[begin : begin + MAX_PIECE_BYTES])
