@@ -18,8 +18,8 @@ from kvstore_codec.errors import PublishError
 
 
 class Calibrations:
-    """The cluster's calibration registry, and this machine's cache of it in `<cache_dir>/calibrations`, which any number
-    of processes share. Thread-safe.
+    """The cluster's calibration registry, and this machine's cache of it in `<cache_dir>/calibrations`, which any
+    number of processes share. Thread-safe.
 
     A calibration is bytes here. What `load` returns always has the digest that was asked for, wherever it came from.
     """

@@ -1,5 +1,6 @@
 """The calibration calls over the wire: what is refused, with which status, and what stays."""
 
+import json
 import queue
 import time
 from collections.abc import Iterable, Iterator
@@ -8,12 +9,14 @@ from pathlib import Path
 import grpc
 import pytest
 from blake3 import blake3
+from typer.testing import CliRunner
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
+from kvstore_service.cli import app
 from kvstore_service.grpc_coordinator import serve_coordinator
 from kvstore_service.grpc_server import MAX_STREAMS
 from kvstore_service.listen import Address
@@ -24,15 +27,20 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def stub(tmp_path: Path) -> Iterator[rpc.CoordinatorStub]:
+def address(tmp_path: Path) -> Iterator[str]:
     catalogue = FileCatalogue(tmp_path)
     registry = CalibrationRegistry(tmp_path / "calibrations")
     server = serve_coordinator(Coordinator(catalogue), registry, address=Address("127.0.0.1", 0))
-    with grpc.insecure_channel(server.address) as channel:
-        yield rpc.CoordinatorStub(channel)
+    yield server.address
     server.stop(0)
     catalogue.close()
     assert not list((tmp_path / "calibrations").glob(".unfinished*"))
+
+
+@pytest.fixture
+def stub(address: str) -> Iterator[rpc.CoordinatorStub]:
+    with grpc.insecure_channel(address) as channel:
+        yield rpc.CoordinatorStub(channel)
 
 
 def start(data: bytes, **changed: object) -> pb.PutCalibrationRequest:
@@ -120,3 +128,14 @@ def test_idle_uploads_do_not_take_every_thread(stub: rpc.CoordinatorStub) -> Non
     for call in idle:
         call.cancel()
         requests.put(None)
+
+
+def test_the_command_lists_them(stub: rpc.CoordinatorStub, address: str) -> None:
+    stub.PutCalibration(steps(DATA))
+    digest = blake3(DATA).hexdigest()
+    printed = CliRunner().invoke(app, ["calibrations", "--address", address, "--json"])
+    assert json.loads(printed.stdout) == {
+        "calibrations": [{"digest": digest, "model_digest": MODEL.hex(), "size_bytes": len(DATA)}]
+    }
+    table = CliRunner().invoke(app, ["calibrations", "--address", address]).stdout
+    assert all(text in table for text in (digest[:12], MODEL.hex()[:12], "2.1 MB"))
