@@ -5,6 +5,7 @@ import sys
 import typer
 
 from kvstore_codec.errors import KVStoreError
+from kvstore_service.cli.calibrate import calibrate
 from kvstore_service.cli.calibrations import calibrations
 from kvstore_service.cli.demo import demo
 from kvstore_service.cli.doctor import doctor
@@ -17,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve, status, calibrations, doctor, demo):
+for command in (serve, status, calibrations, doctor, calibrate, demo):
     app.command()(command)
 
 

@@ -1,0 +1,110 @@
+"""How much a model minds a quantiser step, measured on passages that the calibration has not seen."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvstore_client.engines.transformers.calibrate import ObservedModel
+from kvstore_codec.calibrate import token_vectors
+from kvstore_codec.calibration import Calibration
+from kvstore_codec.klt import PeriodKLT
+from kvstore_service.calibration.passages import Passage
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """What a step does."""
+
+    kl: float
+    """mean KL divergence from the model's own prediction, nats a token"""
+    error: float
+    """mean squared error per value, in the metric"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    continuation: torch.Tensor
+    reference: torch.Tensor
+    sink_keys: torch.Tensor
+    sink_values: torch.Tensor
+    features: torch.Tensor
+    coefficients: tuple[torch.Tensor, ...]
+
+
+class HeldOut:
+    """The passages' coefficients, computed once and rounded to many steps. The first `sinks` tokens stay exact."""
+
+    def __init__(
+        self,
+        observed: ObservedModel,
+        calibration: Calibration,
+        passages: Sequence[Passage],
+        advance: Callable[[], None],
+    ) -> None:
+        self._observed = observed
+        self._sinks = calibration.sinks
+        self._klts = [PeriodKLT(period) for period in calibration.periods]
+        self._passages = []
+        for passage in passages:
+            self._passages.append(self._code(passage))
+            advance()
+
+    def measure(self, step: float) -> Damage:
+        kl, error, values = 0.0, 0.0, 0
+        for coded in self._passages:
+            keys, restored_values, squares = self._restore(coded, step)
+            predicted = self._observed.log_probabilities(keys, restored_values, coded.continuation)
+            kl += float((coded.reference.exp() * (coded.reference - predicted)).sum(-1).mean())
+            error += squares  # the basis is whole and orthonormal: the same in its coordinates
+            values += sum(
+                len(c) * klt.transform.values for c, klt in zip(coded.coefficients, self._klts, strict=True)
+            )
+        return Damage(kl / len(self._passages), error / values)
+
+    def expected_step(self, kl: float) -> float:
+        """The step that the metric, a quadratic form of the KL of a whole continuation, predicts for small errors."""
+        passage = self._passages[0]
+        values = sum(c.numel() for c in passage.coefficients)
+        return math.sqrt(12 * 2 * kl * len(passage.continuation) / values)
+
+    def largest_step(self) -> float:
+        """Beyond this every coefficient is zero."""
+        return 4 * max(float(c.abs().max()) for coded in self._passages for c in coded.coefficients)
+
+    def _code(self, passage: Passage) -> _Coded:
+        text = self._observed.prefill(passage.context)
+        reference = self._observed.log_probabilities(text.keys, text.values, passage.continuation)
+        features = text.features[self._sinks :].cpu()
+        keys, values = (part[:, :, self._sinks :].cpu() for part in (text.keys, text.values))
+        coefficients, first = [], 0
+        for klt in self._klts:
+            layers = slice(first, first + klt.transform.layers)
+            first = layers.stop
+            coefficients.append(klt.analyse(token_vectors(keys[layers], values[layers]), features).values)
+        sink_keys, sink_values = (part[:, :, : self._sinks].clone() for part in (text.keys, text.values))
+        return _Coded(
+            passage.continuation,
+            reference,
+            sink_keys,
+            sink_values,
+            features,
+            tuple(coefficients),
+        )
+
+    def _restore(self, coded: _Coded, step: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+        layers, heads, _, dim = coded.sink_keys.shape
+        shape = (layers, heads, self._sinks + len(coded.features), dim)
+        keys, values = (coded.sink_keys.new_empty(shape) for _ in range(2))
+        keys[:, :, : self._sinks], values[:, :, : self._sinks] = coded.sink_keys, coded.sink_values
+        squares, first = 0.0, 0
+        for klt, coefficients in zip(self._klts, coded.coefficients, strict=True):
+            chosen = slice(first, first + klt.transform.layers)
+            first = chosen.stop
+            integers = (coefficients / step).round_()
+            squares += float((coefficients - integers * step).double().square().sum())
+            used = int(integers.any(0).nonzero().max()) + 1 if bool(integers.any()) else 0
+            rows = klt.synthesise(integers[:, :used], coded.features, step)
+            klt.scatter_(rows, keys[chosen, :, self._sinks :], values[chosen, :, self._sinks :])
+        return keys, values, squares

@@ -1,0 +1,174 @@
+"""From passages to a Calibration: gather, fit, find the steps."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from kvstore_client.engines.transformers.calibrate import ObservedModel
+from kvstore_codec import canonical
+from kvstore_codec.calibrate import Moments, error_metric, find_step, fit_periods, square_root
+from kvstore_codec.calibration import Calibration
+from kvstore_codec.errors import CalibrationError
+from kvstore_service.calibration.held_out import Damage, HeldOut
+from kvstore_service.calibration.passages import Plan
+
+RATES = {"high": 0.005, "medium": 0.02, "low": 0.06}
+"""rate -> the KL divergence, nats a token, that its step is chosen for"""
+_EVALUATIONS = 8
+_STATE_DOMAIN = b"kvstore.calibration.state.v1"
+
+
+class Report(Protocol):
+    """Where a run says how far it is."""
+
+    def advance(self, stage: str, done: int, total: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    period_layers: int = 4
+    rank: int = 128
+    """of the prediction from token embeddings; 0 predicts nothing"""
+    sinks: int = 4
+    seed: int = 0
+    """of the labels that the Fisher scalars are drawn with"""
+
+
+def calibrate(
+    observed: ObservedModel,
+    plan: Plan,
+    options: Options,
+    report: Report,
+    *,
+    state: Path | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Calibration:
+    """The same input gives the same bytes on the same machine.
+
+    `state` is a file that a stopped run goes on from; it is kept, so that another rank need not read the texts again.
+    `provenance` is written into the calibration, with what was measured. Raises CalibrationError.
+    """
+    moments = _gather(observed, plan, options, report, state)
+    report.advance("fit", 0, 1)
+    metric = error_metric(
+        moments.query_covariance(), observed.output_weight(), moments.fisher(), observed.inverse_frequencies()
+    )
+    fitted = Calibration(
+        observed.spec.digest,
+        options.period_layers,
+        options.sinks,
+        {},
+        {},
+        fit_periods(moments, square_root(metric), options.rank),
+    )
+    report.advance("fit", 1, 1)
+    found = _find_steps(observed, fitted, plan, report)
+    return replace(
+        fitted,
+        steps={rate: step for rate, (step, _) in found.items()},
+        errors={rate: damage.error for rate, (_, damage) in found.items()},
+        provenance={
+            **(provenance or {}),
+            "fitted_tokens": moments.tokens,
+            "held_out_passages": len(plan.held_out),
+            "context_tokens": len(plan.held_out[0].context),
+            "continuation_tokens": len(plan.held_out[0].continuation),
+            "rank": options.rank,
+            "seed": options.seed,
+            "kl": {rate: damage.kl for rate, (_, damage) in found.items()},
+        },
+    )
+
+
+def _gather(
+    observed: ObservedModel, plan: Plan, options: Options, report: Report, state: Path | None
+) -> Moments:
+    key = _state_key(observed, plan, options)
+    moments = Moments.empty(
+        layers=observed.spec.layers,
+        period_layers=options.period_layers,
+        kv_heads=observed.spec.kv_heads,
+        head_dim=observed.spec.head_dim,
+        features=2 * observed.hidden_size,
+    )
+    if state is not None and state.exists():
+        moments = _resumed(state, key, report) or moments
+    total = len(plan.fitted)
+    for index in range(moments.texts, total):
+        report.advance("read", index, total)
+        passage = plan.fitted[index]
+        text = observed.prefill(passage.context)
+        keys, values = (part[:, :, options.sinks :] for part in (text.keys, text.values))
+        moments.add_kv(keys, values, text.features[options.sinks :])
+        moments.add_queries(text.queries)
+        # Seeded per passage: a resumed run draws what an uninterrupted one would have.
+        generator = torch.Generator().manual_seed(options.seed + index)
+        moments.add_fisher(observed.fisher(text, passage.continuation, generator, sinks=options.sinks))
+        if state is not None:
+            moments.save(state, key)
+    report.advance("read", total, total)
+    return moments
+
+
+def _resumed(state: Path, key: str, report: Report) -> Moments | None:
+    try:
+        moments, found = Moments.load(state)
+    except CalibrationError as error:
+        report.note(f"starting over: {error}")
+        return None
+    if found != key:
+        report.note(f"starting over: {state} belongs to another model, text or options")
+        return None
+    report.note(f"going on from {state}: {moments.texts} passages are read already")
+    return moments
+
+
+def _state_key(observed: ObservedModel, plan: Plan, options: Options) -> str:
+    """Names what the moments depend on; the rank does not matter to them."""
+    numbers = (options.period_layers, options.sinks, options.seed)
+    tokens = (part for passage in plan.fitted for part in (passage.context, passage.continuation))
+    return canonical.digest(
+        _STATE_DOMAIN,
+        observed.spec.digest,
+        *map(canonical.integer, numbers),
+        *(part.cpu().to(torch.int64).numpy().tobytes() for part in tokens),
+    ).hex()
+
+
+def _find_steps(
+    observed: ObservedModel, fitted: Calibration, plan: Plan, report: Report
+) -> dict[str, tuple[float, Damage]]:
+    total = len(plan.held_out) + _EVALUATIONS * len(RATES)
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        report.advance("measure", done, total)
+
+    held_out = HeldOut(observed, fitted, plan.held_out, advance)
+    largest = held_out.largest_step()
+    measured: dict[float, Damage] = {}
+
+    def kl(step: float) -> float:
+        if step not in measured:
+            measured[step] = held_out.measure(step)
+        advance()
+        return measured[step].kl
+
+    found = {}
+    for rate, target in RATES.items():
+        start = held_out.expected_step(target)
+        if measured:  # a step already measured, moved along the slope of small errors
+            nearest = min(measured, key=lambda step: abs(measured[step].kl - target))
+            start = nearest * min(max(target / max(measured[nearest].kl, 1e-9), 0.25), 4.0) ** 0.5
+        start = min(start, largest)
+        step = find_step(kl, target, start=start, largest=largest, evaluations=_EVALUATIONS)
+        found[rate] = (step, measured[step])
+    report.advance("measure", total, total)
+    return found

@@ -1,0 +1,186 @@
+"""`kvstore calibrate`."""
+
+import os
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from blake3 import blake3
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kvstore_codec.errors import ConfigurationError, StartupError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvstore_codec.calibration import Calibration
+
+_SMOLLM2 = "smollm2"
+_STATE = "calibration.state"
+_STAGES = {
+    "read": "reading texts with the model",
+    "fit": "fitting the transforms",
+    "measure": "measuring steps on held-out text",
+}
+
+
+class DType(StrEnum):
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+def calibrate(
+    model: Annotated[str, typer.Option(help="A folder in transformers format, or smollm2.")],
+    text: Annotated[
+        list[Path], typer.Option(help="UTF-8 text like that to be cached; repeat for more files.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for <digest>.kvcal and the state of a stopped run.")],
+    tokens: Annotated[int, typer.Option(min=1, help="How much text is learnt from, at most.")] = 65536,
+    rank: Annotated[
+        int, typer.Option(min=0, help="Rank of the prediction from token embeddings; 0: none.")
+    ] = 128,
+    period_layers: Annotated[
+        int, typer.Option(min=1, max=64, help="Neighbouring layers coded together.")
+    ] = 4,
+    dtype: Annotated[
+        DType, typer.Option(help="What workers run the model in; auto: as it was saved.")
+    ] = DType.AUTO,
+    model_id: Annotated[
+        str | None, typer.Option(help="The model's name, if workers give it one of their own.")
+    ] = None,
+) -> None:
+    """Learn from text how a model's KV is coded smallest, and what each rate costs in fidelity.
+
+    A stopped run goes on where it was.
+    """
+    if find_spec("transformers") is None:
+        raise StartupError("calibrating needs transformers: pip install 'kvstore-service[transformers]'")
+    from kvstore_client.engines.transformers.calibrate import ObservedModel
+    from kvstore_service.calibration import Options, plan_passages
+    from kvstore_service.calibration import calibrate as run
+
+    contents = [_read(path) for path in text]
+    _require_folder(out)
+    console = Console()
+    loaded, tokenizer = _load(model, dtype)
+    observed = ObservedModel(loaded, model_id)
+    ids = [_tokens(tokenizer, content) for content in contents]
+    plan = plan_passages(ids, tokens, observed.longest_text)
+    provenance = {
+        "model": observed.spec.model_id,
+        "texts": [
+            {"name": path.name, "blake3": blake3(content.encode()).hexdigest(), "tokens": len(tokens_of)}
+            for path, content, tokens_of in zip(text, contents, ids, strict=True)
+        ],
+    }
+    with _Stages(console) as stages:
+        calibration = run(
+            observed,
+            plan,
+            Options(period_layers=period_layers, rank=rank),
+            stages,
+            state=out / _STATE,
+            provenance=provenance,
+        )
+    path = out / f"{calibration.digest.hex()}.kvcal"
+    _write(path, calibration.to_bytes())
+    console.print(_table(calibration))
+    console.print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+    console.print(
+        f"{out / _STATE} lets another --rank skip the reading; delete it when done.", soft_wrap=True
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"cannot read the text {path}: {error}") from error
+
+
+def _require_folder(out: Path) -> None:
+    """Found out now, not after minutes of work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"cannot make the folder {out}: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise ConfigurationError(f"cannot write to {out}; choose another --out")
+
+
+def _load(model: str, dtype: DType) -> "tuple[PreTrainedModel, Any]":
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from kvstore_service.models import smollm2_folder
+
+    folder = smollm2_folder() if model == _SMOLLM2 else Path(model)
+    if not (folder / "config.json").is_file():
+        raise ConfigurationError(
+            f"{model} is neither {_SMOLLM2} nor a folder with a model in transformers format (config.json)"
+        )
+    logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype.value, local_files_only=True)
+        return loaded, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"cannot load the model in {folder}: {error}") from error
+
+
+def _tokens(tokenizer: Any, content: str) -> Any:
+    """i64 [tokens]. Texts longer than the model's context are cut later, so the tokenizer's warning is not wanted."""
+    import torch
+
+    ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _write(path: Path, data: bytes) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(data)
+    unfinished.replace(path)
+
+
+def _table(calibration: "Calibration") -> Table:
+    table = Table(title="what each rate costs, on text held out", title_justify="left")
+    for column in ("rate", "step", "KL (nats/token)"):
+        table.add_column(column, justify="left" if column == "rate" else "right")
+    measured = calibration.provenance["kl"]
+    for rate, step in calibration.steps.items():
+        table.add_row(rate, f"{step:.4g}", f"{measured[rate]:.4f}")
+    return table
+
+
+class _Stages:
+    """A progress bar for each stage."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "_Stages":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(_STAGES[stage], total=total)
+        self._progress.update(self._tasks[stage], completed=done)
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, soft_wrap=True, markup=False)
