@@ -111,12 +111,19 @@ class ClientSettings(BaseSettings):
     @field_validator("encoding")
     @classmethod
     def _known_encoding(cls, value: str) -> str:
-        Encoding.parse(value)
+        _require_served(value)
         return value
 
     @field_validator("accept")
     @classmethod
     def _known_encodings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            Encoding.parse(name)
+            _require_served(name)
         return value
+
+
+def _require_served(name: str) -> None:
+    if Encoding.parse(name).needs_calibration:
+        raise ValueError(
+            f"{name} needs a calibration, which clients do not fetch yet; use exact-zstd or high-zstd"
+        )

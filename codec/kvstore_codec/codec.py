@@ -20,6 +20,9 @@ from kvstore_codec.payload import PayloadKind, PayloadReader
 from kvstore_codec.quantise import decode_quantised, encode_quantised
 from kvstore_codec.words import decode_words, encode_words, words_of
 
+# A lossy frame with this share of its KV's bytes may be no smaller than an exact one.
+_SUSPICIOUS = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
@@ -85,10 +88,11 @@ def encode_chunk(
                 [token - rows.start for token in rows if token < sinks],
                 encoding.coder,
             )
-            if parts is None:
-                frames.append(_encode_exact(k, v, "zstd"))
-            else:
-                frames.append(b"".join([bytes([PayloadKind.KLT]), *parts]))
+            coded = b"".join([bytes([PayloadKind.KLT]), *parts]) if parts else b""
+            if not coded or len(coded) > _SUSPICIOUS * 2 * k.nbytes:
+                exact = _encode_exact(k, v, "zstd")
+                coded = exact if not coded else min(coded, exact, key=len)
+            frames.append(coded)
     digest = klt.calibration.digest if klt else None
     header, header_data = write_header(spec.digest, chunk_id, encoding, geometry, frames, digest)
     return EncodedChunk(header, [header_data, *frames])

@@ -15,8 +15,8 @@ class Coefficients:
 
     values: torch.Tensor
     """f32 [tokens, columns]"""
-    outside: torch.Tensor
-    """f32 [tokens], squared length of what the basis cannot express"""
+    white: torch.Tensor
+    """f32 [tokens, D], what they are the coefficients of"""
 
 
 class PeriodKLT:
@@ -53,9 +53,11 @@ class PeriodKLT:
     def analyse(self, rows: torch.Tensor, features: torch.Tensor) -> Coefficients:
         residual = (rows - self.predict(features)).view(-1, *self._shape)
         white = torch.einsum("tlchi,lchij->tlchj", residual, self.transform.whitening).flatten(1)
-        coefficients = white @ self.transform.basis
-        outside = white.square().sum(1) - coefficients.square().sum(1)
-        return Coefficients(coefficients, outside.clamp_(min=0))
+        return Coefficients(white @ self.transform.basis, white)
+
+    def error(self, found: Coefficients, coefficients: torch.Tensor) -> float:
+        """Squared error in the metric, over all tokens, if these coefficients stand for what was found."""
+        return float((found.white - coefficients @ self.transform.basis.T).square().sum())
 
     def synthesise(self, integers: torch.Tensor, features: torch.Tensor, step: float) -> torch.Tensor:
         """`integers` is f32 [tokens, columns], of which the last may be left out. Returns f32 [tokens, D]."""

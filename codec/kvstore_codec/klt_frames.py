@@ -82,9 +82,9 @@ def encode_klt_frame(
     found = klt.analyse(klt.gather(keys, values), features)
     if not bool(found.values.isfinite().all()):
         return None
-    lossy = torch.ones(len(found.outside), dtype=torch.bool)
-    lossy[list(exact_tokens)] = False
-    quantised = _guarded(found, lossy, target, klt.transform.values)
+    for tensor in (found.values, found.white):
+        tensor[list(exact_tokens)] = 0
+    quantised = _guarded(klt, found, target.error * (keys.shape[2] - len(exact_tokens)), target.step)
     if quantised is None:
         return None
     step, integers = quantised
@@ -143,23 +143,21 @@ def decode_klt_frame(
 
 
 def _guarded(
-    found: Coefficients, lossy: torch.Tensor, target: Target, values: int
+    klt: PeriodKLT, found: Coefficients, error_per_value: float, step: float
 ) -> tuple[float, torch.Tensor] | None:
-    """A step, at most the target's, that meets the target's error, and the integers that it makes of lossy tokens."""
-    coefficients = found.values * lossy[:, None]
-    lost = float(found.outside[lossy].sum())
-    limit = target.error * int(lossy.sum()) * values
-    step = target.step
+    """A step, at most the one given, with no more than that error, summed over tokens; and the integers it makes."""
+    limit = error_per_value * klt.transform.values
+    lost = klt.error(found, found.values)
     for _ in range(_GUARD_ATTEMPTS):
         step = float(np.float32(step))  # as it will be read
-        integers = (coefficients / step).round_()
-        error = float((coefficients - integers * step).square().sum()) + lost
+        integers = (found.values / step).round_()
+        error = klt.error(found, integers * step)
         if error <= limit:
-            largest = float(integers.abs().max()) if integers.numel() else 0.0
-            return (step, integers) if largest <= _LARGEST_INTEGER else None
+            fits = not integers.numel() or float(integers.abs().max()) <= _LARGEST_INTEGER
+            return (step, integers) if fits else None
         if lost >= limit:
             return None
-        step *= 0.9 * ((limit - lost) / (error - lost)) ** 0.5
+        step *= 0.9 * ((limit - lost) / max(error - lost, limit)) ** 0.5
     return None
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 
+from kvstore_codec.calibration import Calibration, PeriodTransform
+from kvstore_codec.chunk import ChunkHeader
 from kvstore_codec.codec import EncodedChunk, decode_frame, encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import KVDtype, ModelSpec, RopeSpec
 
 CHUNK_ID = ChunkId(ContentId(bytes(range(32))), PrefixId(bytes(range(32, 64))))
@@ -33,8 +39,66 @@ def make_kv(spec: ModelSpec, tokens: int, seed: int = 0) -> tuple[torch.Tensor, 
     return keys, values
 
 
-def encode(spec: ModelSpec, kv: tuple[torch.Tensor, torch.Tensor], encoding: Encoding) -> EncodedChunk:
-    return encode_chunk(*kv, spec=spec, chunk_id=CHUNK_ID, encoding=encoding)
+STEPS = {"high": 0.25, "medium": 0.5, "low": 1.0}
+FEATURES = 6
+
+
+def make_calibration(
+    spec: ModelSpec, period_layers: int = 4, columns: int | None = None, rank: int = 3
+) -> Calibration:
+    """Maps as a calibration has them, though of no text in particular."""
+    generator = torch.Generator().manual_seed(7)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    periods = []
+    for first in range(0, spec.layers, period_layers):
+        layers = min(period_layers, spec.layers - first)
+        size = layers * 2 * spec.kv_heads * spec.head_dim
+        root = randn(layers, 2, spec.kv_heads, spec.head_dim, spec.head_dim) / spec.head_dim
+        basis = torch.linalg.qr(randn(size, size))[0][:, :columns]
+        periods.append(
+            PeriodTransform(
+                mean=randn(size),
+                predictor_in=randn(FEATURES, rank),
+                predictor_out=randn(rank, size),
+                whitening=root @ root.mT + torch.eye(spec.head_dim),
+                basis=basis,
+                variances=torch.linspace(2, 1, basis.shape[1]),
+            )
+        )
+    errors = {rate: step**2 / 12 for rate, step in STEPS.items()}
+    return Calibration(spec.digest, period_layers, 4, STEPS, errors, tuple(periods), {"text": "none"})
+
+
+@functools.cache
+def klt_of(spec: ModelSpec) -> KLT:
+    return KLT(make_calibration(spec))
+
+
+def features_of(tokens: int) -> torch.Tensor:
+    return torch.randn((tokens, FEATURES), generator=torch.Generator().manual_seed(11))
+
+
+def encode(
+    spec: ModelSpec, kv: tuple[torch.Tensor, torch.Tensor], encoding: Encoding, sinks: int = 0
+) -> EncodedChunk:
+    klt, features = (
+        (klt_of(spec), features_of(kv[0].shape[2])) if encoding.needs_calibration else (None, None)
+    )
+    return encode_chunk(
+        *kv, spec=spec, chunk_id=CHUNK_ID, encoding=encoding, klt=klt, features=features, sinks=sinks
+    )
+
+
+def decoder_of(header: ChunkHeader) -> dict[str, Any]:
+    """What `decode_frame` needs besides the bytes."""
+    if not header.encoding.needs_calibration:
+        return {}
+    geometry = header.geometry
+    spec = make_spec(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype)
+    return {"klt": klt_of(spec), "features": features_of(geometry.tokens)}
 
 
 def decode(chunk: EncodedChunk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +110,7 @@ def decode(chunk: EncodedChunk) -> tuple[torch.Tensor, torch.Tensor]:
         period, slot = divmod(frame, geometry.frames_per_period)
         layers, tokens = geometry.layers_of(period), geometry.tokens_of(slot)
         views = [out[layers.start : layers.stop, :, 3 + tokens.start : 3 + tokens.stop] for out in outs]
-        decode_frame(chunk.header, frame, data, *views)
+        decode_frame(chunk.header, frame, data, *views, **decoder_of(chunk.header))
     for out in outs:
         assert (out[:, :, :3] == -1).all(), "wrote in front of the frames"
         assert (out[:, :, 3 + geometry.tokens :] == -1).all(), "wrote behind the frames"

@@ -27,6 +27,7 @@ from tests.codec.chunks import (
     WORD_DTYPES,
     bits,
     decode,
+    decoder_of,
     encode,
     make_kv,
     make_spec,
@@ -237,7 +238,7 @@ def test_tensors_of_any_stride_are_taken_and_filled(encoding: Encoding) -> None:
         outs = [
             torch.zeros((*shape[::-1], 2), dtype=torch.bfloat16)[..., 0].permute(3, 2, 1, 0) for _ in range(2)
         ]
-        decode_frame(chunk.header, frame, data, *outs)
+        decode_frame(chunk.header, frame, data, *outs, **decoder_of(chunk.header))
         assert same_bits((outs[0], outs[1]), (wanted[0][layers, :, rows], wanted[1][layers, :, rows]))
 
 

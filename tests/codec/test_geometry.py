@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import ChunkFormatError, UnknownEncodingError
-from kvstore_codec.geometry import Geometry
+from kvstore_codec.geometry import MAX_FRAMES, Geometry
 from kvstore_codec.model_spec import KVDtype
 from tests.codec.chunks import make_spec
 
@@ -21,6 +21,7 @@ from tests.codec.chunks import make_spec
 def test_frames_tile_the_chunk_period_by_period(
     layers: int, tokens: int, frame_tokens: int, period_layers: int
 ) -> None:
+    assume(-(-layers // period_layers) * -(-tokens // frame_tokens) <= MAX_FRAMES)
     geometry = Geometry(layers, 2, 8, KVDtype.FLOAT16, tokens, frame_tokens, period_layers)
     cells = []
     for frame in range(geometry.frame_count):
