@@ -61,6 +61,7 @@ def test_mutated_streams(stream: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stream", STREAMS)
 def test_100_000_mutated_streams(stream: str) -> None:
     name, shape, prediction, _ = STREAMS[stream]

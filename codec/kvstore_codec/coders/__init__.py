@@ -16,6 +16,8 @@ _CODERS = {
     "pco": "kvstore_codec.coders.pco:PcoCoder",
     "hevc-cpu": "kvstore_codec.coders.hevc.cpu:HevcCpuCoder",
     "hevc-cpu-420": "kvstore_codec.coders.hevc.cpu:HevcCpu420Coder",
+    "hevc-nvdec": "kvstore_codec.coders.hevc.nvidia:NvdecCoder",
+    "hevc-nvenc": "kvstore_codec.coders.hevc.nvidia:NvencCoder",
 }
 
 

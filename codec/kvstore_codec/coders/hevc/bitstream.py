@@ -18,7 +18,8 @@ _NAL_HEADER_BYTES = 2
 # nal_unit_type, table 7-1.
 _TRAIL = (0, 1)
 _IDR = (19, 20)
-_PARAMETER_SETS = VPS, SPS, PPS = 32, 33, 34
+SLICES = _IDR + _TRAIL
+PARAMETER_SETS = _VPS, _SPS, _PPS = 32, 33, 34
 # A coded picture is padded to whole coding blocks, of 64 samples at most; the rest is cropped.
 _LARGEST_BLOCK = 64
 # An SPS up to the bit depths fits easily, even if every ue(v) is as long as it can be.
@@ -67,15 +68,15 @@ def read_clip(data: Data, shape: tuple[int, int, int, int]) -> Clip:
     chroma: Chroma | None = None
     starts: list[int] = []
     for position, unit in enumerate(nal_units(data)):
-        expected = _PARAMETER_SETS[position : position + 1] or (_IDR + _TRAIL if starts else _IDR)
+        expected = PARAMETER_SETS[position : position + 1] or (SLICES if starts else _IDR)
         if (unit.layer, unit.temporal_plus1) != (0, 1) or unit.kind not in expected:
             raise ChunkFormatError(
                 f"HEVC unit {position} is of kind {unit.kind}, layer {unit.layer}, time layer "
                 f"{unit.temporal_plus1 - 1}; a frame is parameter sets and pictures of one layer"
             )
-        if unit.kind == SPS:
+        if unit.kind == _SPS:
             chroma = _read_sps(unit.payload, planes, width, height)
-        elif unit.kind not in _PARAMETER_SETS and _opens_picture(unit):
+        elif unit.kind not in PARAMETER_SETS and _opens_picture(unit):
             starts.append(unit.start)
     if chroma is None or len(starts) != count:
         raise ChunkFormatError(f"an HEVC frame of {len(starts)} pictures instead of {count}")

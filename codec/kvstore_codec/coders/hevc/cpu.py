@@ -13,7 +13,7 @@ import numpy as np
 
 from kvstore_codec.coders.base import Data, Plane
 from kvstore_codec.coders.hevc.base import MONOCHROME_OR_FULL, QUARTER_OR_FULL, HevcCoder, Prediction
-from kvstore_codec.coders.hevc.bitstream import PPS, SPS, VPS, Chroma, nal_units, read_clip
+from kvstore_codec.coders.hevc.bitstream import SLICES, Chroma, nal_units, read_clip
 from kvstore_codec.coders.hevc.pictures import PADDING, Pictures
 from kvstore_codec.errors import ChunkFormatError, CodecError, CoderUnavailableError
 
@@ -156,4 +156,4 @@ def _new_decoder() -> Any:
 
 def _without_parameter_sets(coded: bytes) -> bytes:
     """A picture after the first: those of the first hold for it too."""
-    return coded[next(unit.start for unit in nal_units(coded) if unit.kind not in (VPS, SPS, PPS)) :]
+    return coded[next(unit.start for unit in nal_units(coded) if unit.kind in SLICES) :]
