@@ -9,7 +9,7 @@ import torch
 
 from kvstore_client.engines.transformers.calibrate import ObservedModel
 from kvstore_codec.calibration import Calibration
-from kvstore_service.calibration import RATES, Options, Plan, calibrate, plan_passages
+from kvstore_service.calibration import AIM, RATES, Options, Plan, calibrate, plan_passages
 from tests.client.models import tiny_model
 
 
@@ -69,8 +69,8 @@ def test_every_rate_gets_the_step_of_its_fidelity(family: str) -> None:
     assert [period.layers for period in made.periods] == [2, 2, 1]
     assert made.steps["high"] < made.steps["medium"] < made.steps["low"]
     assert made.errors["high"] < made.errors["medium"] < made.errors["low"]
-    for rate, target in RATES.items():
-        assert made.provenance["kl"][rate] == pytest.approx(target, rel=0.1)
+    for rate, limit in RATES.items():
+        assert made.provenance["kl"][rate] == pytest.approx(AIM * limit, rel=0.1)
     assert made.provenance["texts"] == ["random"]
     assert made.digest == Calibration.from_bytes(made.to_bytes()).digest
     assert log.stages[-1][1] == log.stages[-1][2]
