@@ -136,7 +136,11 @@ def test_a_stopped_cluster_leaves_neither_processes_nor_files(
     again.stop()
     assert {child.pid for child in psutil.Process().children(recursive=True)} <= children
     assert list(scratch.iterdir()) == []
-    assert sorted(entry.name for entry in data_dir.iterdir()) == ["catalogue.json", "catalogue.lock"]
+    assert sorted(entry.name for entry in data_dir.iterdir()) == [
+        "calibrations",
+        "catalogue.json",
+        "catalogue.lock",
+    ]
     # The port, the folder and the process are free for the next one.
     with EmbeddedCluster(memory_bytes=MEMORY, listen=again.address, data_dir=data_dir) as successor:
         assert successor.address == again.address
