@@ -3,6 +3,7 @@
 import io
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,11 +30,17 @@ class Calibrations:
         self._settings = settings
         self._metrics = metrics
         self._folder = settings.cache_dir / "calibrations"
+        self._lock = threading.Lock()
+        self._downloads: set[grpc.Call] = set()
         self._closed = False
 
     def close(self) -> None:
-        """From now on only the cache is read."""
-        self._closed = True
+        """From now on only the cache is read. Downloads under way are broken off."""
+        with self._lock:
+            self._closed = True
+            downloads = list(self._downloads)
+        for call in downloads:
+            call.cancel()
 
     def find(self, model_digest: bytes) -> bytes | None:
         """The digest of the model's newest calibration. None when it has none, or when the registry does not say so
@@ -84,6 +91,10 @@ class Calibrations:
         call = self._view.coordinator().GetCalibration(
             pb.GetCalibrationRequest(digest=digest), timeout=self._settings.calibration_timeout_s
         )
+        with self._lock:
+            self._downloads.add(call)
+            if self._closed:
+                call.cancel()
         data = io.BytesIO()
         try:
             for reply in call:
@@ -92,10 +103,12 @@ class Calibrations:
                     self._failed(digest, "too_large")
                     return None
         except grpc.RpcError as error:
-            self._failed(digest, f"rpc_{error.code().name.lower()}")
+            self._failed(digest, "closed" if self._closed else f"rpc_{error.code().name.lower()}")
             return None
         finally:
             call.cancel()
+            with self._lock:
+                self._downloads.discard(call)
         if blake3(data.getbuffer()).digest() != digest:
             self._failed(digest, "damaged")
             return None

@@ -1,0 +1,132 @@
+"""Calibrations that are ready to code with: got and built behind the engine's back, then kept."""
+
+import atexit
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import torch
+
+from kvstore_client.calibrations import Calibrations
+from kvstore_client.metrics import ClientMetrics
+from kvstore_client.settings import ClientSettings
+from kvstore_codec.calibration import Calibration
+from kvstore_codec.errors import CodecError
+from kvstore_codec.klt_frames import KLT
+
+log = logging.getLogger(__name__)
+
+Loading = Future[KLT | None]
+
+
+class ReadyCalibrations:
+    """Every calibration this client has come across, as a KLT, for as long as the client lives. Thread-safe.
+
+    Nothing here waits: what is not ready is loaded in a thread of its own, one for each calibration, and the caller
+    gets a future or None. A load that fails is counted as `calibration_...` and tried again when it is next asked for,
+    with the pauses of `Calibrations`; bytes that are no calibration never become one, so they are not read again.
+    """
+
+    def __init__(self, calibrations: Calibrations, settings: ClientSettings, metrics: ClientMetrics) -> None:
+        self._calibrations = calibrations
+        self._settings = settings
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._ready: dict[bytes, KLT] = {}
+        self._newest: dict[bytes, bytes] = {}  # model digest -> calibration digest, as last heard
+        self._unusable: set[bytes] = set()
+        self._loading: dict[bytes, Loading] = {}  # by the digest of the calibration, or of the model
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
+        # The interpreter must not end while one of them is inside torch.
+        atexit.register(self.close)
+
+    def klt(self, digest: bytes) -> KLT | None:
+        """The calibration of that digest if it is ready. Otherwise None, and it is loaded for the next who asks."""
+        with self._lock:
+            ready = self._ready.get(digest)
+        if ready is None:
+            self._start(digest, self._load)
+        return ready
+
+    def for_model(self, model_digest: bytes) -> Loading:
+        """The model's newest calibration, or the newest that was heard of before the registry went away. The future
+        gives None when there is none, or none can be had within `lookup_timeout_s` and `calibration_timeout_s`."""
+        return self._start(model_digest, self._load_newest)
+
+    def close(self) -> None:
+        """Break off downloads, and wait for what cannot be broken off, a second or two each."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            threads = list(self._threads)
+        atexit.unregister(self.close)
+        self._calibrations.close()
+        for thread in threads:
+            thread.join(self._settings.close_timeout_s)
+
+    def _start(self, digest: bytes, load: Callable[[bytes], KLT | None]) -> Loading:
+        with self._lock:
+            known = self._loading.get(digest)
+            if known is not None:
+                return known
+            loading: Loading = Future()
+            if self._closed or digest in self._unusable:
+                loading.set_result(None)
+                return loading
+            thread = threading.Thread(
+                target=self._run, args=(digest, load, loading), name="kvstore-calibration", daemon=True
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # no thread left in this process
+                self._metrics.missed("calibration_no_resources")
+                loading.set_result(None)
+                return loading
+            self._loading[digest] = loading
+            self._threads.add(thread)
+            return loading
+
+    def _run(self, digest: bytes, load: Callable[[bytes], KLT | None], loading: Loading) -> None:
+        klt = None
+        try:
+            klt = load(digest)
+        except Exception:  # a mistake of ours must not leave anybody waiting
+            log.exception("loading calibration %s failed", digest.hex()[:12])
+            self._metrics.missed("calibration_internal_error")
+        finally:
+            with self._lock:
+                self._loading.pop(digest, None)
+                self._threads.discard(threading.current_thread())
+            loading.set_result(klt)
+
+    def _load_newest(self, model_digest: bytes) -> KLT | None:
+        digest = self._calibrations.find(model_digest) or self._newest.get(model_digest)
+        if digest is None:
+            return None
+        self._newest[model_digest] = digest
+        with self._lock:
+            ready = self._ready.get(digest)
+        klt = ready or self._start(digest, self._load).result()
+        if klt is not None and klt.calibration.model_digest != model_digest:
+            self._metrics.missed("calibration_foreign")
+            return None
+        return klt
+
+    def _load(self, digest: bytes) -> KLT | None:
+        data = self._calibrations.load(digest)
+        if data is None or self._closed:
+            return None
+        try:
+            klt = KLT(Calibration.from_bytes(data))
+        except (CodecError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # exported without being said
+            log.warning("calibration %s cannot be used: %s", digest.hex()[:12], error)
+            self._metrics.missed("calibration_unusable")
+            with self._lock:
+                self._unusable.add(digest)
+            return None
+        with self._lock:
+            self._ready[digest] = klt
+        return klt
