@@ -2,12 +2,18 @@
 
 import threading
 from collections import Counter as Counts
+from collections.abc import Mapping
 
 from prometheus_client import Counter
 
 _CHUNKS = Counter("kvstore_client_chunks", "Chunks a fetch asked for, by how they ended.", ["result"])
 _MISSES = Counter("kvstore_client_misses", "Reuse that did not happen, by reason.", ["reason"])
 _BYTES = Counter("kvstore_client_bytes", "Bytes of chunks moved, by direction.", ["direction"])
+_GUARDED = Counter(
+    "kvstore_client_guarded_frames",
+    "Frames unlike the calibration's text that were coded with a finer step, or exactly.",
+    ["action"],
+)
 _TOKENS = Counter("kvstore_client_tokens", "Prompt tokens, by where their KV came from.", ["source"])
 
 
@@ -37,6 +43,12 @@ class ClientMetrics:
         _BYTES.labels("out").inc(size_bytes)
         self._add("bytes_out", size_bytes)
         self._add("chunks_stored", chunks)
+
+    def guarded(self, frames: Mapping[str, int]) -> None:
+        """Count frames that the codec's guard treated, by what it did: "finer" or "exact"."""
+        for action, count in frames.items():
+            _GUARDED.labels(action).inc(count)
+            self._add(f"guarded_{action}", count)
 
     def prompt(self, *, reused_tokens: int, computed_tokens: int) -> None:
         _TOKENS.labels("reused").inc(reused_tokens)

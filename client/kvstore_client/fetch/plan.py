@@ -15,13 +15,17 @@ RANGE_BYTES = 1 << 20
 
 
 def plan_reads(chunks: Sequence[StoredChunk]) -> dict[Member, list[ReadTask]]:
-    """The reads that bring `chunks`, per owner, in the order they are needed. Chunks share one geometry."""
+    """The reads that bring `chunks`, per owner, in the order they are needed. Encodings, and with them the layers of a
+    period, may differ from chunk to chunk."""
+    needed = sorted(
+        (chunk.header.geometry.layers_of(period).start, index, period)
+        for index, chunk in enumerate(chunks)
+        for period in range(chunk.header.geometry.periods)
+    )
     reads: dict[Member, list[ReadTask]] = {}
-    if not chunks:
-        return reads
-    for period in range(chunks[0].header.geometry.periods):
-        for index, chunk in enumerate(chunks):
-            reads.setdefault(chunk.member, []).extend(_ranges(index, chunk, period))
+    for _, index, period in needed:
+        chunk = chunks[index]
+        reads.setdefault(chunk.member, []).extend(_ranges(index, chunk, period))
     return reads
 
 
