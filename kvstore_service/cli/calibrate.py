@@ -54,6 +54,9 @@ def calibrate(
     model_id: Annotated[
         str | None, typer.Option(help="The model's name, if workers give it one of their own.")
     ] = None,
+    publish: Annotated[
+        str | None, typer.Option(help="host:port of a running cluster whose workers shall use the result.")
+    ] = None,
 ) -> None:
     """Learn from text how a model's KV is coded smallest, and what each rate costs in fidelity.
 
@@ -64,9 +67,15 @@ def calibrate(
     from kvstore_client.engines.transformers.calibrate import ObservedModel
     from kvstore_service.calibration import Options, plan_passages
     from kvstore_service.calibration import calibrate as run
+    from kvstore_service.calibration.publish import publish_calibration
+    from kvstore_service.cluster_stats import list_calibrations
+    from kvstore_service.listen import Address
 
     contents = [_read(path) for path in text]
     _require_folder(out)
+    if publish is not None:
+        # Found out now, not after minutes of work.
+        list_calibrations(str(Address.parse(publish)))
     console = Console()
     loaded, tokenizer = _load(model, dtype)
     observed = ObservedModel(loaded, model_id)
@@ -92,6 +101,11 @@ def calibrate(
     _write(path, calibration.to_bytes())
     console.print(_table(calibration))
     console.print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+    if publish is not None:
+        publish_calibration(calibration, publish)
+        console.print(
+            f"published at {publish}: workers with KVSTORE_ENCODING=medium-klt-pco use it from now on"
+        )
     console.print(
         f"{out / _STATE} lets another --rank skip the reading; delete it when done.", soft_wrap=True
     )

@@ -1,6 +1,7 @@
 """`kvstore calibrations`."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,9 @@ def calibrations(
     address: Annotated[
         str, typer.Option(envvar="KVSTORE_ADDRESS", help="host:port of the coordinator.")
     ] = DEFAULT_ADDRESS,
+    publish: Annotated[
+        Path | None, typer.Option(help="First add this .kvcal file; it becomes the newest of its model.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the calibrations a running cluster has, oldest first."""
@@ -22,7 +26,12 @@ def calibrations(
     from kvstore_service.cluster_stats import list_calibrations
     from kvstore_service.listen import Address
 
-    found = list_calibrations(str(Address.parse(address)))
+    coordinator = str(Address.parse(address))
+    if publish is not None:
+        from kvstore_service.calibration.publish import publish_calibration, read_calibration
+
+        publish_calibration(read_calibration(publish), coordinator)
+    found = list_calibrations(coordinator)
     if json_output:
         rows = [
             {
