@@ -91,7 +91,7 @@ class KVStoreClient:
         self,
         match: PrefixMatch,
         buffers: KVBuffers,
-        rotary: RotaryTable | None,
+        rotary: tuple[RotaryTable, ...] | None,
         timeline: Timeline | None = None,
     ) -> Fetch:
         """Start bringing a match into `buffers`, whose token axis begins at the prompt's first token.

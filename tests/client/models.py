@@ -2,6 +2,8 @@
 
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -45,6 +47,22 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
     "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 16, "sliding_window": None}),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "sliding_window": 96,
+            "layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention"],
+        },
+    ),
+    "mistral-windows": (MistralConfig, MistralForCausalLM, {"head_dim": 16, "sliding_window": 96}),
+    "qwen2-windows": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 96, "max_window_layers": 2},
+    ),
 }
 
 

@@ -6,6 +6,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvstore_client.engines.transformers.calibrate import ObservedModel
+from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_codec.model_spec import KVDtype
 from tests.client.models import FAMILIES, random_prompt, tiny_model
 
@@ -33,11 +34,16 @@ def test_queries_and_keys_make_the_models_attention(observed: ObservedModel) -> 
     heads = text.queries.shape[1] // observed.spec.kv_heads
     with torch.no_grad():
         attention = observed.model(ids[None], output_attentions=True).attentions
-    cos, sin = observed.model.get_decoder().rotary_emb(text.keys, torch.arange(TOKENS)[None])
-    queries, keys = apply_rotary_pos_emb(text.queries, text.keys.repeat_interleave(heads, 1), cos, sin)
-    scores = queries[:, :, -1:] @ keys.transpose(2, 3) * observed.spec.head_dim**-0.5
-    for layer, expected in enumerate(attention):
-        torch.testing.assert_close(scores[layer].softmax(-1), expected[0, :, -1:], rtol=1e-4, atol=1e-5)
+    tables = rotary_tables(observed.model, TOKENS, torch.float32, "cpu")
+    for layer, (table, expected) in enumerate(zip(tables, attention, strict=True)):
+        queries, keys = apply_rotary_pos_emb(
+            text.queries[None, layer],
+            text.keys[None, layer].repeat_interleave(heads, 1),
+            table.cos[None],
+            table.sin[None],
+        )
+        scores = queries[0, :, -1:] @ keys[0].transpose(1, 2) * observed.spec.head_dim**-0.5
+        torch.testing.assert_close(scores.softmax(-1), expected[0, :, -1:], rtol=1e-4, atol=1e-5)
 
 
 def test_the_output_weight_is_the_error_that_values_make(observed: ObservedModel) -> None:
@@ -47,11 +53,11 @@ def test_the_output_weight_is_the_error_that_values_make(observed: ObservedModel
     group = observed.model.config.num_attention_heads // heads
     weight = observed.model.get_decoder().layers[2].self_attn.o_proj.weight.detach()
     expected = 0.0
-    for query_head in range(group, 2 * group):
+    for query_head in range((heads - 1) * group, heads * group):
         attended = torch.zeros(heads * group, dim)
         attended[query_head] = error
         expected += float((weight @ attended.flatten()).square().sum())
-    assert float(error @ observed.output_weight()[2, 1] @ error) == pytest.approx(expected, rel=1e-4)
+    assert float(error @ observed.output_weight()[2, heads - 1] @ error) == pytest.approx(expected, rel=1e-4)
 
 
 def test_fisher_scalars_are_repeatable_and_those_of_the_gradient(observed: ObservedModel) -> None:

@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from kvstore_client.engines.transformers.cache import empty_cache
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
+from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_codec.rope import RotaryTable, rotate_
 from tests.client.models import FAMILIES, random_prompt, tiny_model
 
@@ -14,10 +15,9 @@ from tests.client.models import FAMILIES, random_prompt, tiny_model
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captured_keys_rotate_to_the_cached_ones(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype)
-    layers, heads = model.config.num_hidden_layers, model.config.num_key_value_heads
-    head_dim = model.model.layers[0].self_attn.head_dim
+    layers = model.config.num_hidden_layers
     hooks = install_hooks(model)
-    capture = KeyCapture(layers, heads, head_dim, first_token=0)
+    capture = KeyCapture(layers, first_token=0)
     cache = empty_cache(capture, layers)
     prompt = random_prompt(300)
     with torch.inference_mode(), capture.active():
@@ -25,9 +25,7 @@ def test_captured_keys_rotate_to_the_cached_ones(family: str, dtype: torch.dtype
         for token in range(170, 173):
             model(prompt[:, token : token + 1], past_key_values=cache)
         model(prompt[:, 173:], past_key_values=cache)
-    cos, sin = model.model.rotary_emb(torch.empty(0, dtype=dtype), torch.arange(300).unsqueeze(0))
-    table = RotaryTable(cos[0], sin[0])
-    for layer in range(layers):
+    for layer, table in enumerate(rotary_tables(model, 300, dtype, "cpu")):
         for begin, end in ((0, 300), (100, 171), (165, 180), (299, 300)):
             keys = capture.keys(layer, begin, end).clone()
             rotate_(keys, table.at(slice(begin, end)))
@@ -41,7 +39,7 @@ def test_only_passes_through_this_cache_are_captured() -> None:
     model = tiny_model()
     install_hooks(model)
     install_hooks(model)
-    capture = KeyCapture(5, 2, 16, first_token=0)
+    capture = KeyCapture(5, first_token=0)
     cache = empty_cache(capture, 5)
     with torch.inference_mode():
         model(random_prompt(8))

@@ -9,7 +9,8 @@ import torch
 from blake3 import blake3
 
 from kvstore_codec.errors import CodecError, InvalidKVError, UnsupportedModelError
-from kvstore_codec.model_spec import KVDtype, ModelSpec, RopeSpec, spec_from_config, weights_digest
+from kvstore_codec.model_config import spec_from_config
+from kvstore_codec.model_spec import KVDtype, ModelSpec, RopeSpec, weights_digest
 
 WEIGHTS = bytes(range(32))
 LLAMA: dict[str, Any] = {
@@ -35,6 +36,22 @@ SPEC = ModelSpec(
     tp_size=2,
     numerics=(("hidden_act", "silu"), ("rms_norm_eps", 1e-5)),
 )
+
+
+GEMMA: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "hidden_size": 1152,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "sliding_window": 512,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
 
 
 def parse(config: dict[str, Any], **changes: Any) -> ModelSpec:
@@ -98,10 +115,17 @@ def test_digest_is_a_known_constant() -> None:
         {"sliding_windows": (4096, None)},
         {"tp_rank": 0},
         {"tp_size": 3},
+        {"sliding_rope": RopeSpec("default", 10000.0, 64)},
     ],
 )
 def test_every_field_changes_the_digest(change: dict[str, Any]) -> None:
     assert dataclasses.replace(SPEC, **change).digest != SPEC.digest
+
+
+def test_which_rope_is_that_of_the_windows_matters() -> None:
+    far, near = RopeSpec("default", 1e6, 64), RopeSpec("default", 1e4, 64)
+    ropes = [(far, near), (near, far), (far, None), (near, None)]
+    assert len({dataclasses.replace(SPEC, rope=a, sliding_rope=b).digest for a, b in ropes}) == 4
 
 
 def test_a_whole_number_is_the_same_factor_as_its_float() -> None:
@@ -118,6 +142,7 @@ def test_a_whole_number_is_the_same_factor_as_its_float() -> None:
         {"sliding_windows": (None,)},
         {"tp_rank": 2},
         {"tp_size": 0},
+        {"sliding_windows": (), "sliding_rope": RopeSpec("default", 10000.0, 64)},
     ],
 )
 def test_impossible_specs_are_refused(change: dict[str, Any]) -> None:
@@ -149,6 +174,23 @@ def test_llama_config() -> None:
     assert parse(LLAMA) == ModelSpec(
         "LlamaForCausalLM", WEIGHTS, 30, 3, 64, KVDtype.BFLOAT16, RopeSpec("default", 100000.0, 64)
     )
+
+
+def test_gemma_config() -> None:
+    spec = parse(GEMMA)
+    assert spec.sliding_windows == (512, 512, 512, 512, 512, None, 512)
+    assert spec.rope == RopeSpec("linear", 1e6, 256, (("factor", 8.0),))
+    assert spec.sliding_rope == RopeSpec("default", 1e4, 256)
+    assert spec.numerics == (("hidden_activation", "gelu_pytorch_tanh"),)
+    assert parse(GEMMA, query_pre_attn_scalar=168).digest != spec.digest
+    kinds = ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"]
+    assert parse(GEMMA, layer_types=kinds) == spec
+    older = {key: value for key, value in GEMMA.items() if key != "rope_parameters"}
+    assert parse(older, rope_scaling={"rope_type": "linear", "factor": 8.0}) == spec
+    named = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6}
+    assert parse(older, rope_scaling={"rope_type": "linear", "factor": 8.0}, **named) == spec
+    assert parse(older, rope_theta=1e4).sliding_rope is None
+    assert parse(GEMMA, sliding_window=None).sliding_rope is None
 
 
 def test_older_configs_give_the_same_spec() -> None:
@@ -235,6 +277,7 @@ def test_sliding_windows(changes: dict[str, Any], windows: tuple[int | None, ...
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "latent"),
         ({"model_type": "qwen3_next", "linear_num_value_heads": 32}, "linear attention"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "cross-attention"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "attend to later ones"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' RoPE change with the seq"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope' RoPE change with the sequence length"),
         ({"rope_scaling": {"type": "dynamic"}, "rope_parameters": None}, "sequence length"),

@@ -9,10 +9,10 @@ from kvstore_codec.rope import RotaryTable
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """The buffers of a fetch, and the rotation that its keys get there (None: keys are stored as cached)."""
+    """The buffers of a fetch, and each layer's rotation that its keys get there (None: keys are stored as cached)."""
 
     buffers: KVBuffers
-    rotary: RotaryTable | None
+    rotary: tuple[RotaryTable, ...] | None
 
 
 @dataclass(frozen=True, slots=True)

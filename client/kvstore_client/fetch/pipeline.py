@@ -39,7 +39,7 @@ class Fetch:
         self,
         match: PrefixMatch,
         buffers: KVBuffers,
-        rotary: RotaryTable | None,
+        rotary: tuple[RotaryTable, ...] | None,
         *,
         view: ClusterView,
         settings: ClientSettings,

@@ -7,4 +7,6 @@ from kvstore_codec.rope import rotate_
 def restore(task: ReadTask, destination: Destination) -> None:
     """Rotate the keys of a decoded range where they lie."""
     if destination.rotary is not None:
-        rotate_(destination.buffers.keys[task.layers, :, task.tokens], destination.rotary.at(task.tokens))
+        for layer in range(task.layers.start, task.layers.stop):
+            table = destination.rotary[layer].at(task.tokens)
+            rotate_(destination.buffers.keys[layer, :, task.tokens], table)

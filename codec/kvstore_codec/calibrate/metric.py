@@ -28,7 +28,8 @@ def error_metric(
     """f64 `[layers, 2, kv_heads, head_dim, head_dim]`, symmetric positive definite.
 
     `query_covariance` and `output_weight` (W_o^T W_o) are `[layers, kv_heads, head_dim, head_dim]`, summed over the
-    query heads of each KV head; `fisher` is `[layers, 2]`; `inverse_frequencies` `[rotary_dim / 2]` in radians a token.
+    query heads of each KV head; `fisher` is `[layers, 2]`; `inverse_frequencies` `[layers, rotary_dim / 2]` in radians
+    a token.
 
     Raises CalibrationError for values that are not finite or a Fisher information of zero everywhere.
     """
@@ -59,17 +60,17 @@ def _seen_through_rope(covariance: torch.Tensor, inverse_frequencies: torch.Tens
     """The mean of R_d C R_d^T over the distances d."""
     exponents = torch.linspace(0, 1, _DISTANCES, dtype=torch.float64)
     distances = torch.unique((_LONGEST_DISTANCE**exponents).round())
-    angles = torch.outer(distances, inverse_frequencies.detach().cpu().double())
-    half = angles.shape[1]
+    angles = distances[:, None, None] * inverse_frequencies.detach().cpu().double()
+    layers, half = inverse_frequencies.shape
     dim = covariance.shape[-1]
     if 2 * half > dim:
         raise CalibrationError(f"RoPE turns {2 * half} channels of heads that have {dim}")
     total = torch.zeros_like(covariance)
     channels = torch.arange(half)
     for angle in angles:
-        rotation = torch.eye(dim, dtype=torch.float64)
-        rotation[channels, channels] = rotation[channels + half, channels + half] = angle.cos()
-        rotation[channels + half, channels] = angle.sin()
-        rotation[channels, channels + half] = -angle.sin()
-        total += rotation @ covariance @ rotation.T
+        rotation = torch.eye(dim, dtype=torch.float64).repeat(layers, 1, 1, 1)
+        rotation[:, 0, channels, channels] = rotation[:, 0, channels + half, channels + half] = angle.cos()
+        rotation[:, 0, channels + half, channels] = angle.sin()
+        rotation[:, 0, channels, channels + half] = -angle.sin()
+        total += rotation @ covariance @ rotation.mT
     return total / len(angles)

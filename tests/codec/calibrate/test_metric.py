@@ -18,7 +18,7 @@ def covariances(seed: int) -> torch.Tensor:
 
 def metric(fisher: torch.Tensor | None = None, frequencies: torch.Tensor = FREQUENCIES) -> torch.Tensor:
     fisher = torch.tensor([[1.0, 2.0], [3.0, 4.0]]) if fisher is None else fisher
-    return error_metric(covariances(0), covariances(1), fisher, frequencies)
+    return error_metric(covariances(0), covariances(1), fisher, frequencies.expand(LAYERS, -1))
 
 
 def test_every_layer_and_kind_weighs_what_its_fisher_scalar_says() -> None:
@@ -48,11 +48,18 @@ def test_keys_are_seen_through_rope() -> None:
     rotate_(turned, RotaryTable(angles.cos(), angles.sin()))
     seen = (turned @ error).square().mean()
     covariance = torch.outer(query, query).expand(1, 1, DIM, DIM)
-    got = error_metric(covariance, torch.eye(DIM).expand(1, 1, DIM, DIM), torch.ones(1, 2), FREQUENCIES)[
-        0, 0, 0
-    ]
+    identity = torch.eye(DIM).expand(1, 1, DIM, DIM)
+    got = error_metric(covariance, identity, torch.ones(1, 2), FREQUENCIES[None])[0, 0, 0]
     scaled = (error @ got @ error - 0.1 * error @ error) / 0.9 * query.square().mean()
     torch.testing.assert_close(scaled, seen)
+
+
+def test_every_layer_is_seen_through_a_rope_of_its_own() -> None:
+    slower = FREQUENCIES / 7
+    both = metric(frequencies=torch.stack((FREQUENCIES, slower)))
+    assert torch.equal(both[0], metric()[0])
+    assert torch.equal(both[1], metric(frequencies=slower)[1])
+    assert not torch.equal(both[1], metric()[1])
 
 
 def test_a_silent_layer_still_has_a_metric() -> None:
@@ -69,7 +76,7 @@ def test_bad_statistics_are_refused() -> None:
     with pytest.raises(CalibrationError, match="does not depend"):
         metric(torch.tensor([[1.0, torch.nan], [1.0, 1.0]]))
     with pytest.raises(CalibrationError, match="not finite"):
-        error_metric(covariances(0) * torch.inf, covariances(1), torch.ones(2, 2), FREQUENCIES)
+        error_metric(covariances(0) * torch.inf, covariances(1), torch.ones(2, 2), FREQUENCIES.expand(2, -1))
     with pytest.raises(CalibrationError, match="RoPE turns"):
         metric(frequencies=torch.ones(DIM))
     with pytest.raises(CalibrationError, match="positive definite"):

@@ -24,7 +24,8 @@ _HARMLESS = frozenset({
 _PLAIN: Mapping[str, tuple[object, ...]] = {
     "num_return_sequences": (None, 1),
     "guidance_scale": (None, 1),
-    "cache_implementation": (None, "dynamic"),
+    # transformers ignores "hybrid", which older configs of models with sliding windows name.
+    "cache_implementation": (None, "dynamic", "hybrid"),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
     "prefill_chunk_size": (None,),

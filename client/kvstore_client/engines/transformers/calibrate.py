@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from kvstore_client.engines.transformers.capture import attention_modules
+from kvstore_client.engines.transformers.capture import attention_modules, watch_heads
+from kvstore_client.engines.transformers.rotary import inverse_frequencies, rotary_tables
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_codec.calibration import token_features
-from kvstore_codec.errors import UnsupportedModelError
 from kvstore_codec.rope import RotaryTable, rotate_
 
 
@@ -75,10 +76,10 @@ class ObservedModel:
         keys, values = (
             [tensor.clone().requires_grad_() for tensor in part] for part in (text.keys, text.values)
         )
-        table = self._rotary(text.keys.shape[2])
+        tables = self._rotary(text.keys.shape[2])
         cache = DynamicCache()
-        for layer, (before_rope, value) in enumerate(zip(keys, values, strict=True)):
-            cache.update(_rotated(before_rope, table)[None], value[None], layer)
+        for layer, table in enumerate(tables):
+            cache.update(_rotated(keys[layer], table)[None], values[layer][None], layer)
         with torch.enable_grad():
             logits = self._continue(cache, continuation)
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
@@ -93,9 +94,8 @@ class ObservedModel:
     ) -> torch.Tensor:
         """What the model predicts at each token of `continuation` `[tokens]` behind this KV (keys before RoPE), f32
         `[tokens, vocabulary]`."""
-        table = self._rotary(keys.shape[2])
         cache = DynamicCache()
-        for layer in range(self.spec.layers):
+        for layer, table in enumerate(self._rotary(keys.shape[2])):
             rotated = keys[layer].clone()
             rotate_(rotated, table)
             cache.update(rotated[None], values[layer][None], layer)
@@ -117,39 +117,29 @@ class ObservedModel:
         return torch.stack(weights)
 
     def inverse_frequencies(self) -> torch.Tensor:
-        """Of RoPE, radians a token, `[rotary_dim / 2]`."""
-        frequencies: torch.Tensor = self.model.get_decoder().rotary_emb.inv_freq
-        return frequencies
+        """Of RoPE, radians a token, `[layers, rotary_dim / 2]`."""
+        return inverse_frequencies(self.model)
 
     def _continue(self, cache: DynamicCache, continuation: torch.Tensor) -> torch.Tensor:
         ids = continuation.unsqueeze(0).to(self.model.device)
         logits: torch.Tensor = self.model(ids, past_key_values=cache, use_cache=True).logits[0]
         return logits.float()
 
-    def _rotary(self, tokens: int) -> RotaryTable:
-        positions = torch.arange(tokens, device=self.model.device).unsqueeze(0)
-        probe = torch.empty(0, device=self.model.device)
-        cos, sin = self.model.get_decoder().rotary_emb(probe, positions)
-        return RotaryTable(cos[0], sin[0])
+    def _rotary(self, tokens: int) -> tuple[RotaryTable, ...]:
+        return rotary_tables(self.model, tokens, torch.float32, self.model.device)
 
     @contextmanager
     def _watching(self, seen: dict[tuple[str, int], torch.Tensor]) -> Iterator[None]:
-        """Note what leaves the query and key projections, or their norms (Qwen3): the last step before RoPE."""
-        dim = self.spec.head_dim
+        """Note the queries and keys of every layer before RoPE, `[heads, tokens, head_dim]`."""
 
-        def watch(kind: str, layer: int, attention: nn.Module) -> torch.utils.hooks.RemovableHandle:
-            def record(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-                seen[kind, layer] = output[0].reshape(output.shape[1], -1, dim).transpose(0, 1)
-
-            name = f"{kind}_norm" if hasattr(attention, f"{kind}_norm") else f"{kind}_proj"
-            if not hasattr(attention, name):
-                raise UnsupportedModelError(f"layer {layer} has no {name}; its queries cannot be seen")
-            return attention.get_submodule(name).register_forward_hook(record)
+        def note(kind: str, layer: int, heads: torch.Tensor) -> None:
+            seen[kind, layer] = heads[0].transpose(0, 1)
 
         hooks = []
         try:
             for layer, attention in enumerate(self._attentions):
-                hooks += [watch(kind, layer, attention) for kind in ("q", "k")]
+                hooks.append(watch_heads(attention, "q", partial(note, "q", layer)))
+                hooks.append(watch_heads(attention, "k", partial(note, "k", layer)))
             yield
         finally:
             for hook in hooks:

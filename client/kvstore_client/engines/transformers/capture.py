@@ -1,14 +1,19 @@
 """Taking keys before RoPE out of a running model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from kvstore_codec.errors import UnsupportedModelError
+
+# Families whose attention norms `[batch, heads, tokens, head_dim]`, by how its class is called.
+_HEADS_BEFORE_TOKENS = ("Gemma",)
 
 _active: ContextVar["KeyCapture | None"] = ContextVar("kvstore_key_capture", default=None)
 
@@ -21,22 +26,21 @@ class KeyCapture:
     leave no trace. Holds references; nothing is copied until `keys` is called.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, first_token: int) -> None:
+    def __init__(self, layers: int, first_token: int) -> None:
         self.first_token = first_token
         """Position of the first captured token: those before it were reused."""
-        self._shape = (kv_heads, head_dim)
         self._latest: list[torch.Tensor | None] = [None] * layers
         self._steps: list[list[torch.Tensor]] = [[] for _ in range(layers)]
 
     def projected(self, layer: int, keys: torch.Tensor) -> None:
-        """A forward pass computed these keys, `[batch, tokens, ...]`."""
+        """A forward pass computed these keys, `[batch, tokens, kv_heads, head_dim]`."""
         self._latest[layer] = keys.detach()
 
     def cached(self, layer: int, tokens: int) -> None:
         """The cache took `tokens` more tokens of this layer: those that were projected just before."""
         latest, self._latest[layer] = self._latest[layer], None
         if latest is not None and tuple(latest.shape[:2]) == (1, tokens):
-            self._steps[layer].append(latest.view(-1, *self._shape))
+            self._steps[layer].append(latest[0])
 
     def reaches(self, tokens: int) -> bool:
         """Whether the keys of every layer end at this position: none is missing, none too many."""
@@ -78,17 +82,38 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def install_hooks(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
-    """Watch what leaves each layer's key projection (or key norm, as in Qwen3), the last step before RoPE."""
-    return [_watch(attention) for attention in attention_modules(model)]
+    """Have each layer's keys before RoPE noted by the KeyCapture that is active in the thread, if any."""
+    return [
+        watch_heads(attention, "k", partial(_note_keys, layer))
+        for layer, attention in enumerate(attention_modules(model))
+    ]
 
 
-def _watch(attention: nn.Module) -> torch.utils.hooks.RemovableHandle:
-    layer = int(attention.layer_idx)  # type: ignore[arg-type]
+def watch_heads(
+    attention: nn.Module, kind: Literal["q", "k"], see: Callable[[torch.Tensor], None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Show `see` the queries or keys of every forward pass before RoPE, `[batch, tokens, heads, head_dim]`.
+
+    They are what leaves the projection, or the norm behind it (Qwen3, Gemma 3). Raises UnsupportedModelError.
+    """
+    name = next((name for name in (f"{kind}_norm", f"{kind}_proj") if hasattr(attention, name)), None)
+    if name is None:
+        raise UnsupportedModelError(
+            f"{type(attention).__name__} has neither {kind}_norm nor {kind}_proj; its heads cannot be seen"
+        )
+    norms_heads_of_tokens = type(attention).__name__.startswith(_HEADS_BEFORE_TOKENS)
+    head_dim = int(attention.head_dim)  # type: ignore[arg-type]
 
     def record(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        capture = _active.get()
-        if capture is not None:
-            capture.projected(layer, output)
+        if name == f"{kind}_norm" and norms_heads_of_tokens:
+            see(output.transpose(1, 2))
+        else:
+            see(output.view(*output.shape[:2], -1, head_dim) if output.dim() == 3 else output)
 
-    name = "k_norm" if hasattr(attention, "k_norm") else "k_proj"
     return attention.get_submodule(name).register_forward_hook(record)
+
+
+def _note_keys(layer: int, keys: torch.Tensor) -> None:
+    capture = _active.get()
+    if capture is not None:
+        capture.projected(layer, keys)

@@ -18,6 +18,7 @@ from kvstore_client.engines.transformers.cache import (
     make_plain,
 )
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
+from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.fetch import Fetch, FetchReport
 from kvstore_client.lookup import PrefixMatch
@@ -44,7 +45,7 @@ class GenerationReport:
 
 
 class CachedModel:
-    """Wraps a causal language model of the Llama, Qwen2, Qwen3 or Mistral family.
+    """Wraps a causal language model of the Llama, Qwen2, Qwen3, Mistral or Gemma 3 (text) family.
 
     `generate` takes what the model's own takes and returns what it returns. Tokens whose KV is stored are fetched
     instead of computed, layer by layer under the computation of the rest; what was computed is stored afterwards in
@@ -164,7 +165,7 @@ class CachedModel:
             return None
 
     def _capture(self, first_token: int) -> KeyCapture:
-        return KeyCapture(self.spec.layers, self.spec.kv_heads, self.spec.head_dim, first_token)
+        return KeyCapture(self.spec.layers, first_token)
 
     def _run(
         self,
@@ -179,11 +180,8 @@ class CachedModel:
         make_plain(cache)
         return output, cache, capture
 
-    def _rotary(self, tokens: int) -> RotaryTable:
-        positions = torch.arange(tokens).unsqueeze(0)
-        probe = torch.empty(0, dtype=self.spec.dtype.torch, device=self.model.device)
-        cos, sin = self.model.get_decoder().rotary_emb(probe, positions.to(self.model.device))
-        return RotaryTable(cos[0].cpu(), sin[0].cpu())
+    def _rotary(self, tokens: int) -> tuple[RotaryTable, ...]:
+        return rotary_tables(self.model, tokens, self.spec.dtype.torch, "cpu")
 
     def _store_new(self, tokens: list[int], cache: DynamicCache, capture: KeyCapture) -> None:
         if not capture.reaches(len(tokens)):

@@ -3,7 +3,8 @@
 from transformers import PreTrainedModel
 
 from kvstore_codec.errors import UnsupportedModelError
-from kvstore_codec.model_spec import KVDtype, ModelSpec, spec_from_config, weights_digest
+from kvstore_codec.model_config import spec_from_config
+from kvstore_codec.model_spec import KVDtype, ModelSpec, weights_digest
 
 
 def spec_of(model: PreTrainedModel, model_id: str | None = None) -> ModelSpec:
@@ -17,11 +18,6 @@ def spec_of(model: PreTrainedModel, model_id: str | None = None) -> ModelSpec:
         dtype=KVDtype.of(model.dtype),
         model_id=model_id,
     )
-    if any(window is not None for window in spec.sliding_windows):
-        raise UnsupportedModelError(
-            f"{spec.model_id} has sliding-window layers, whose cache keeps only the last tokens; "
-            "the transformers adapter reuses full attention only"
-        )
     if spec.rope is None:
         raise UnsupportedModelError(f"{spec.model_id} has no rotary positions; the adapter needs them")
     return spec

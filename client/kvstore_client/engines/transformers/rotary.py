@@ -1,0 +1,34 @@
+"""How the layers of a loaded model turn their keys."""
+
+import torch
+from transformers import PreTrainedModel
+
+from kvstore_codec.rope import RotaryTable
+
+
+def rotary_tables(
+    model: PreTrainedModel, tokens: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[RotaryTable, ...]:
+    """One per layer, for the positions from 0 on, in the model's own `dtype`. Layers that turn alike share one."""
+    rotary = model.get_decoder().rotary_emb
+    probe = torch.empty(0, dtype=dtype, device=model.device)
+    positions = torch.arange(tokens, device=model.device).unsqueeze(0)
+    kinds = _rope_kinds(model)
+    tables = {}
+    for kind in dict.fromkeys(kinds):
+        cos, sin = rotary(probe, positions, *kind)
+        tables[kind] = RotaryTable(cos[0].to(device), sin[0].to(device))
+    return tuple(tables[kind] for kind in kinds)
+
+
+def inverse_frequencies(model: PreTrainedModel) -> torch.Tensor:
+    """Radians a token, `[layers, rotary_dim / 2]`."""
+    rotary = model.get_decoder().rotary_emb
+    return torch.stack([getattr(rotary, "_".join((*kind, "inv_freq"))) for kind in _rope_kinds(model)])
+
+
+def _rope_kinds(model: PreTrainedModel) -> list[tuple[str, ...]]:
+    """What the model's rotary embedding asks of each layer besides positions: nothing or, in Gemma 3, its type."""
+    if hasattr(model.get_decoder().rotary_emb, "layer_types"):
+        return [(layer_type,) for layer_type in model.config.layer_types]
+    return [()] * model.config.num_hidden_layers
