@@ -1,16 +1,19 @@
-"""How the frames of a chunk are coded: a rate, a transform and a coder."""
+"""How the frames of a chunk are coded: a rate, a transform, a coder, and how many tokens a frame holds."""
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
 from kvstore_codec.errors import UnknownEncodingError
+from kvstore_codec.geometry import FRAME_TOKENS, MAX_CHUNK_TOKENS
 
 
 class Rate(StrEnum):
-    """EXACT keeps every bit. The others round to integers and keep those exactly; with a calibration their steps are
-    chosen for a KL divergence of .005, .02 and .06 from what the model says with exact KV."""
+    """EXACT keeps every bit. The others round to integers and keep those exactly; their steps are chosen for a KL
+    divergence of .005, .02 and .06 nats a token from what the model says with exact KV."""
 
     EXACT = "exact"
     HIGH = "high"
@@ -26,33 +29,58 @@ class Transform(StrEnum):
     KLT = "klt"
 
 
+_VIDEO = ("hevc-cpu", "hevc-cpu-420", "hevc-nvenc")
 # EXACT has no video coder: planes of exponents are not pictures.
-_KLT_CODERS = ("pco", "zstd", "hevc-cpu", "raw")
+_EXACT_CODERS = ("zstd", "raw")
 _CODERS = {
-    (Rate.EXACT, Transform.NONE): ("zstd", "raw"),
-    (Rate.HIGH, Transform.NONE): ("zstd", "hevc-cpu", "raw"),
-    (Rate.HIGH, Transform.KLT): _KLT_CODERS,
-    (Rate.MEDIUM, Transform.KLT): _KLT_CODERS,
-    (Rate.LOW, Transform.KLT): _KLT_CODERS,
+    Transform.NONE: ("zstd", "hevc-cpu", "hevc-nvenc", "raw"),  # its pictures are 4:4:4 anyway
+    Transform.KLT: ("pco", "zstd", *_VIDEO, "raw"),
 }
+_NAME = re.compile(
+    r"(?P<rate>exact|high|medium|low|step(?P<step>[0-9.e+-]+?))-(?P<klt>klt-)?(?P<coder>[a-z][a-z0-9-]*)"
+    r"(@(?P<tokens>[1-9][0-9]*))?"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """Raises UnknownEncodingError for a coder that rate and transform do not go with."""
+    """Raises UnknownEncodingError for a coder that rate and transform do not go with, and for a step or a number of
+    tokens that makes no sense."""
 
-    rate: Rate
+    rate: Rate | float
+    """A number is an explicit step: in units of the calibration's metric with KLT, else a share of the residual's rms.
+    No guard refines it."""
     coder: str
     transform: Transform = Transform.NONE
+    frame_tokens: int = FRAME_TOKENS
+    """The resolution: a frame is one picture. More tokens make fewer, larger pictures, slightly smaller together."""
 
     def __post_init__(self) -> None:
-        if self.coder not in _CODERS.get((self.rate, self.transform), ()):
+        exact, coders = self.rate is Rate.EXACT, _CODERS[self.transform]
+        if exact:
+            coders = _EXACT_CODERS if self.transform is Transform.NONE else ()
+        step_fits = isinstance(self.rate, Rate) or (math.isfinite(self.rate) and self.rate > 0)
+        if self.coder not in coders or not step_fits or not 1 <= self.frame_tokens <= MAX_CHUNK_TOKENS:
             raise _unknown(self.name)
 
     @property
     def name(self) -> str:
-        """`<rate>-<coder>` or `<rate>-klt-<coder>`, e.g. "exact-zstd" or "medium-klt-pco"."""
-        return _name(self.rate, self.transform, self.coder)
+        """`<rate>-[klt-]<coder>[@<tokens>]`, e.g. "exact-zstd", "medium-klt-pco" or "step0.004-klt-hevc-cpu@256"."""
+        rate = str(self.rate) if isinstance(self.rate, Rate) else f"step{self.rate!r}"
+        transform = "" if self.transform is Transform.NONE else f"{self.transform}-"
+        tokens = "" if self.frame_tokens == FRAME_TOKENS else f"@{self.frame_tokens}"
+        return f"{rate}-{transform}{self.coder}{tokens}"
+
+    @property
+    def layout(self) -> str:
+        """ "planes" of bytes, KVFetcher's "token_frames", or "klt_frames"."""
+        if self.rate is Rate.EXACT:
+            return "planes"
+        return "klt_frames" if self.transform is Transform.KLT else "token_frames"
+
+    @property
+    def is_video(self) -> bool:
+        return self.coder in _VIDEO
 
     @property
     def needs_calibration(self) -> bool:
@@ -61,25 +89,32 @@ class Encoding:
     @classmethod
     def parse(cls, name: str) -> Encoding:
         """The inverse of `name`. Raises UnknownEncodingError, listing the known names."""
-        if name not in _BY_NAME:
+        found = _NAME.fullmatch(name)
+        if found is None:
             raise _unknown(name)
-        return _BY_NAME[name]
+        try:
+            rate = float(found["step"]) if found["step"] else Rate(found["rate"])
+        except ValueError:
+            raise _unknown(name) from None
+        transform = Transform.KLT if found["klt"] else Transform.NONE
+        encoding = cls(rate, found["coder"], transform, int(found["tokens"] or FRAME_TOKENS))
+        if encoding.name != name:  # one encoding has one name
+            raise _unknown(name)
+        return encoding
 
     @classmethod
     def names(cls) -> list[str]:
-        return list(_BY_NAME)
-
-
-def _name(rate: Rate, transform: Transform, coder: str) -> str:
-    return f"{rate}-{coder}" if transform is Transform.NONE else f"{rate}-{transform}-{coder}"
+        """Of the named rates, in frames of 64 tokens."""
+        return [cls(Rate.EXACT, coder).name for coder in _EXACT_CODERS] + [
+            cls(rate, coder, transform).name
+            for transform, coders in _CODERS.items()
+            for rate in (Rate.HIGH, Rate.MEDIUM, Rate.LOW)
+            for coder in coders
+        ]
 
 
 def _unknown(name: str) -> UnknownEncodingError:
-    return UnknownEncodingError(f"there is no encoding {name!r}; known are {', '.join(Encoding.names())}")
-
-
-_BY_NAME = {
-    _name(rate, transform, coder): Encoding(rate, coder, transform)
-    for (rate, transform), coders in _CODERS.items()
-    for coder in coders
-}
+    return UnknownEncodingError(
+        f"there is no encoding {name!r}; known are {', '.join(Encoding.names())}; step0.004 in place of a rate sets "
+        "the step, and @128 or @256 at the end the tokens of a frame"
+    )

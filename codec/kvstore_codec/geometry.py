@@ -17,6 +17,7 @@ MAX_CHUNK_TOKENS = 65_536
 MAX_FRAMES = 4_096
 MAX_FRAME_VALUES = 1 << 26
 
+FRAME_TOKENS = 64
 PERIOD_LAYERS = 4
 
 
@@ -33,7 +34,7 @@ class Geometry:
     head_dim: int
     dtype: KVDtype
     tokens: int = CHUNK_TOKENS
-    frame_tokens: int = 64
+    frame_tokens: int = FRAME_TOKENS
     period_layers: int = PERIOD_LAYERS
 
     def __post_init__(self) -> None:
@@ -55,8 +56,14 @@ class Geometry:
             )
 
     @classmethod
-    def of(cls, spec: ModelSpec, tokens: int = CHUNK_TOKENS, period_layers: int = PERIOD_LAYERS) -> Geometry:
-        return cls(spec.layers, spec.kv_heads, spec.head_dim, spec.dtype, tokens, period_layers=period_layers)
+    def of(
+        cls,
+        spec: ModelSpec,
+        tokens: int = CHUNK_TOKENS,
+        period_layers: int = PERIOD_LAYERS,
+        frame_tokens: int = FRAME_TOKENS,
+    ) -> Geometry:
+        return cls(spec.layers, spec.kv_heads, spec.head_dim, spec.dtype, tokens, frame_tokens, period_layers)
 
     @property
     def periods(self) -> int:

@@ -19,9 +19,10 @@ import numpy.typing as npt
 import torch
 
 from kvstore_codec.calibration import Calibration
-from kvstore_codec.coders import Plane, coder
+from kvstore_codec.coders import Plane, coder, decoder
+from kvstore_codec.encoding import Rate
 from kvstore_codec.errors import CalibrationError, ChunkFormatError, InvalidKVError
-from kvstore_codec.klt import Coefficients, PeriodKLT
+from kvstore_codec.klt import Coefficients, PeriodKLT, compute_dtype, token_vectors
 from kvstore_codec.payload import PayloadReader
 from kvstore_codec.scratch import ThreadScratch
 from kvstore_codec.words import decode_words, encode_words, words_of
@@ -38,7 +39,7 @@ _LARGEST_INTEGER = 1 << 23  # exact in f32
 _FRAME = struct.Struct("<fHHI")
 _TOKEN_DTYPE, _INDEX_DTYPE, _VALUE_DTYPE = np.dtype("<u2"), np.dtype("<u4"), np.dtype("<i4")
 
-_scratch = ThreadScratch()
+_SAMPLES, _FLOATS = ThreadScratch(), ThreadScratch()
 
 
 class KLT:
@@ -47,13 +48,44 @@ class KLT:
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
         self.periods = [PeriodKLT(period) for period in calibration.periods]
+        predictors = [period.predictor_in for period in calibration.periods]
+        self._predicting = torch.cat(predictors, dim=1).to(compute_dtype())
 
-    def target(self, rate: str) -> Target:
+    def predict(self, features: torch.Tensor) -> Prediction:
+        """What is known of a chunk before a byte of it has come, from its `token_features` [tokens, features].
+
+        Raises InvalidKVError for features of another shape."""
+        if features.ndim != 2 or features.shape[1] != self.calibration.features:
+            raise InvalidKVError(
+                f"this calibration predicts from features [tokens, {self.calibration.features}], got "
+                f"{list(features.shape)}; make them with token_features from the model's input embeddings"
+            )
+        low = features.to(self._predicting) @ self._predicting
+        return Prediction(torch.split(low, [period.rank for period in self.periods], dim=1))
+
+    def target(self, rate: Rate | float) -> Target:
         """Raises CalibrationError for a rate that the calibration found no step for."""
+        if not isinstance(rate, Rate):
+            return Target(rate, float("inf"))
         if rate not in self.calibration.steps:
             known = ", ".join(self.calibration.steps) or "none"
             raise CalibrationError(f"the calibration has no step for rate {rate!r}; it has {known}")
         return Target(self.calibration.steps[rate], GUARD_SLACK * self.calibration.errors[rate])
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Features brought down to the rank of each period's predictor: what encoding and decoding a chunk start from."""
+
+    low: tuple[torch.Tensor, ...]
+    """of each period, [tokens, rank]"""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.low[0])
+
+    def at(self, period: int, tokens: slice) -> torch.Tensor:
+        return self.low[period][tokens]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,26 +97,33 @@ class Target:
     """mean squared error per value in the metric that the guard tolerates; infinity turns the guard off"""
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedFrame:
+    parts: list[bytes]
+    guarded: bool
+    """The step is finer than the rate's."""
+
+
 def encode_klt_frame(
     keys: torch.Tensor,
     values: torch.Tensor,
-    features: torch.Tensor,
+    low: torch.Tensor,
     klt: PeriodKLT,
     target: Target,
     exact_tokens: Sequence[int],
     coder_name: str,
-) -> list[bytes] | None:
-    """`keys` and `values` are [layers, heads, tokens, dim] in host memory, `features` f32 [tokens, features].
+) -> EncodedFrame | None:
+    """`keys` and `values` are [layers, heads, tokens, dim] in host memory, `low` [tokens, rank] of the Prediction.
 
-    Returns the frame's parts, or None for KV that only an exact frame keeps: NaN, infinities, or error that no step
-    brings down.
+    None for KV that only an exact frame keeps: NaN, infinities, or error that no step brings down.
     """
-    found = klt.analyse(klt.gather(keys, values), features)
-    if not bool(found.values.isfinite().all()):
+    found = klt.analyse(token_vectors(keys, values), low)
+    if not bool(found.values.isfinite().all() and found.lost.isfinite().all()):
         return None
-    for tensor in (found.values, found.white):
+    for tensor in (found.values, found.lost):
         tensor[list(exact_tokens)] = 0
-    quantised = _guarded(klt, found, target.error * (keys.shape[2] - len(exact_tokens)), target.step)
+    values_coded = klt.transform.values * (keys.shape[2] - len(exact_tokens))
+    quantised = _guarded(found, target.error * values_coded if values_coded else 0.0, target.step)
     if quantised is None:
         return None
     step, integers = quantised
@@ -107,51 +146,66 @@ def encode_klt_frame(
             parts += encode_words(words_of(tensor.index_select(2, chosen).contiguous()))
     if samples.size:
         parts.append(coder(coder_name).encode(samples))
-    return parts
+    return EncodedFrame(parts, step < float(np.float32(target.step)))
 
 
-def decode_klt_frame(
-    reader: PayloadReader,
-    out_keys: torch.Tensor,
-    out_values: torch.Tensor,
-    features: torch.Tensor,
-    klt: PeriodKLT,
-    coder_name: str,
-) -> None:
-    """The inverse, into [layers, heads, tokens, dim] tensors. Raises ChunkFormatError for bytes that are no frame."""
-    tokens = out_keys.shape[2]
-    step, count, exact, escaped = reader.unpack(_FRAME)
-    if not (0 < step < np.inf) or count > klt.transform.columns or exact > tokens or escaped > count * tokens:
-        raise ChunkFormatError(
-            f"a frame of {count} coefficients, {exact} exact tokens and {escaped} escapes with step {step} is absurd"
-        )
-    exact_tokens = _increasing(reader, _TOKEN_DTYPE, exact, tokens)
-    index = _increasing(reader, _INDEX_DTYPE, escaped, count * tokens)
-    escapes = np.frombuffer(reader.take(escaped * _VALUE_DTYPE.itemsize), _VALUE_DTYPE)
-    if len(escapes) and int(np.abs(escapes.astype(np.int64)).max()) > _LARGEST_INTEGER:
-        raise ChunkFormatError("a frame escapes to integers that no KV has")
-    kept: list[torch.Tensor] = []
-    for out in (out_keys, out_values) if exact else ():
-        tensor = torch.empty((*out.shape[:2], exact, out.shape[3]), dtype=out.dtype)
-        decode_words(reader, words_of(tensor))
-        kept.append(tensor)
-    integers = torch.from_numpy(_integers(reader, coder_name, count, tokens, index, escapes))
-    klt.scatter_(klt.synthesise(integers.T, features, step), out_keys, out_values)
-    chosen = torch.from_numpy(exact_tokens.astype(np.int64))
-    for out, tensor in zip((out_keys, out_values), kept, strict=False):
-        out.index_copy_(2, chosen, tensor)
+class DecodedFrames:
+    """Neighbouring frames of one period on their way back: integers first, then all of them restored at once."""
+
+    def __init__(self, klt: PeriodKLT, tokens: int) -> None:
+        self._klt = klt
+        self._tokens = tokens
+        self._columns = 0
+        self._coefficients: list[tuple[slice, torch.Tensor]] = []
+        self._exact: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def read(self, reader: PayloadReader, like: torch.Tensor, tokens: slice, coder_name: str) -> None:
+        """Takes in the frame of these `tokens`; `like` [layers, heads, its tokens, dim] is where its K will go.
+        Raises ChunkFormatError for bytes that are no frame."""
+        layers, heads, count, dim = like.shape
+        step, rows, exact, escaped = reader.unpack(_FRAME)
+        absurd = rows > self._klt.transform.columns or exact > count or escaped > rows * count
+        if absurd or not 0 < step < np.inf:
+            raise ChunkFormatError(
+                f"a frame of {rows} coefficients, {exact} exact tokens and {escaped} escapes with step {step} is absurd"
+            )
+        exact_tokens = _increasing(reader, _TOKEN_DTYPE, exact, count)
+        index = _increasing(reader, _INDEX_DTYPE, escaped, rows * count)
+        escapes = np.frombuffer(reader.take(escaped * _VALUE_DTYPE.itemsize), _VALUE_DTYPE)
+        if len(escapes) and int(np.abs(escapes.astype(np.int64)).max()) > _LARGEST_INTEGER:
+            raise ChunkFormatError("a frame escapes to integers that no KV has")
+        if exact:
+            kept = [torch.empty((layers, heads, exact, dim), dtype=like.dtype) for _ in range(2)]
+            for tensor in kept:
+                decode_words(reader, words_of(tensor))
+            self._exact.append((torch.from_numpy(exact_tokens.astype(np.int64)) + tokens.start, *kept))
+        if rows:
+            floats = _integers(reader, coder_name, rows, count, index, escapes)
+            floats *= np.float32(step)
+            self._coefficients.append((tokens, torch.from_numpy(floats).to(compute_dtype(), copy=True)))
+            self._columns = max(self._columns, rows)
+
+    def restore_(self, low: torch.Tensor, out_keys: torch.Tensor, out_values: torch.Tensor) -> None:
+        """Into [layers, heads, tokens, dim] tensors, on any device; `low` [tokens, rank] of the Prediction."""
+        device, rank = out_keys.device, self._klt.rank
+        inputs = torch.zeros((self._tokens, rank + self._columns), dtype=compute_dtype())
+        inputs[:, :rank] = low
+        for tokens, coefficients in self._coefficients:
+            inputs[tokens, rank : rank + len(coefficients)] = coefficients.T
+        self._klt.restore_(inputs.to(device), out_keys, out_values)
+        for chosen, keys, values in self._exact:
+            for out, tensor in ((out_keys, keys), (out_values, values)):
+                out.index_copy_(2, chosen.to(device), tensor.to(device))
 
 
-def _guarded(
-    klt: PeriodKLT, found: Coefficients, error_per_value: float, step: float
-) -> tuple[float, torch.Tensor] | None:
-    """A step, at most the one given, with no more than that error, summed over tokens; and the integers it makes."""
-    limit = error_per_value * klt.transform.values
-    lost = klt.error(found, found.values)
+def _guarded(found: Coefficients, limit: float, step: float) -> tuple[float, torch.Tensor] | None:
+    """A step, at most the one given, with no more squared error than that, over all tokens; and the integers it
+    makes. The basis is orthonormal: errors are what they are in its coordinates."""
+    lost = float(found.lost.sum())
     for _ in range(_GUARD_ATTEMPTS):
         step = float(np.float32(step))  # as it will be read
         integers = (found.values / step).round_()
-        error = klt.error(found, integers * step)
+        error = lost + float((found.values - integers * step).square().sum())
         if error <= limit:
             fits = not integers.numel() or float(integers.abs().max()) <= _LARGEST_INTEGER
             return (step, integers) if fits else None
@@ -164,19 +218,18 @@ def _guarded(
 def _integers(
     reader: PayloadReader,
     coder_name: str,
-    count: int,
+    rows: int,
     tokens: int,
     index: npt.NDArray[np.unsignedinteger],
     escapes: npt.NDArray[np.signedinteger],
 ) -> npt.NDArray[np.float32]:
-    """f32 [count, tokens]"""
-    samples = _scratch.array((count, tokens), np.uint8)
-    if samples.size:
-        coder(coder_name).decode(reader.take_rest(), samples)
-    integers: npt.NDArray[np.float32] = samples.astype(np.float32)
-    integers -= _ZERO_SAMPLE
-    integers.reshape(-1)[index] = escapes
-    return integers
+    """f32 [rows, tokens], valid until this thread reads the next frame."""
+    samples = _SAMPLES.array((rows, tokens), np.uint8)
+    decoder(coder_name).decode(reader.take_rest(), samples)
+    floats = _FLOATS.array((rows, tokens), np.float32)
+    np.subtract(samples, _ZERO_SAMPLE, out=floats, dtype=np.float32)
+    floats.reshape(-1)[index] = escapes
+    return floats
 
 
 def _increasing(
@@ -187,14 +240,3 @@ def _increasing(
     if count and (int(index[-1]) >= limit or bool((index[1:] <= index[:-1]).any())):
         raise ChunkFormatError(f"a frame's list of {count} indices below {limit} is not increasing")
     return index
-
-
-def require_features(features: torch.Tensor | None, tokens: int, calibration: Calibration) -> torch.Tensor:
-    """Raises InvalidKVError unless these are the features of `tokens` tokens."""
-    if features is None or tuple(features.shape) != (tokens, calibration.features):
-        shape = None if features is None else list(features.shape)
-        raise InvalidKVError(
-            f"this calibration predicts from features [{tokens}, {calibration.features}], got {shape}; "
-            "make them with token_features from the model's input embeddings"
-        )
-    return features.float()

@@ -1,7 +1,7 @@
-"""The lossy-then-lossless rate: KV rounded to integers of one uniform step, the integers kept exactly.
+"""The lossy-then-lossless rates that need no calibration: KV rounded to integers of one uniform step, and those kept.
 
 For every frame each channel (K or V, layer, head, dimension) gives up its mean over the frame's tokens, and
-every (layer, K or V) has one step, a fixed fraction of the rms of what remains. A value is then
+every (layer, K or V) has one step, the rate's fraction of the rms of what remains. A value is then
 
     x = (sample - 128 + mean) * step        sample 8 bits, mean a whole number of steps
 
@@ -9,7 +9,9 @@ so the integers are added exactly and rounded once, by one f32 product and the c
 decoder gives the same bits. Integers outside 8 bits are listed as escapes, never clipped.
 
     escapes u32 | step f32 [2, layers] | means i16 [2, layers, heads, dims], as words | escape index u32 [n] |
-    escape value i32 [n] | coded plane [2 * layers * heads * tokens, dims]
+    escape value i32 [n] | coded samples
+
+A byte coder sees the samples as one plane [2 * layers * heads * tokens, dims], a video coder as `token_frames`.
 """
 
 from __future__ import annotations
@@ -21,16 +23,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore_codec.coders import Plane, coder
+from kvstore_codec.coders import coder, decoder
+from kvstore_codec.coders.hevc.base import HevcCoder
+from kvstore_codec.encoding import Rate
 from kvstore_codec.errors import ChunkFormatError
+from kvstore_codec.layouts.token_frames import Samples, decode_token_frames, encode_token_frames
 from kvstore_codec.payload import PayloadReader
 from kvstore_codec.scratch import ThreadScratch
 from kvstore_codec.words import decode_words, encode_words
 
-# Step over residual rms. SmolLM2, three passages of 2,048 tokens in fp32, K before RoPE, KL of the next 384 tokens
-# and bits per value with every byte counted: .2 gives .0058 at 4.49, .25 gives .0091 at 4.15, .3 gives .0138 at
-# 3.88 with zstd (hevc-cpu at .25: the same KL at 4.45). The error's variance is step^2 / 12.
-STEP_PER_RMS = 0.25
+# Step over residual rms; the error's variance is step^2 / 12.
+STEP_PER_RMS = {Rate.HIGH: 0.18, Rate.MEDIUM: 0.36, Rate.LOW: 0.62}
 
 _ZERO_SAMPLE = 128
 _LARGEST_MEAN = (1 << 15) - 1 - 2 * _ZERO_SAMPLE
@@ -52,18 +55,21 @@ class _Integers:
 
     steps: npt.NDArray[np.float32]
     means: npt.NDArray[np.int16]
-    samples: Plane
+    samples: Samples
     escape_indices: npt.NDArray[np.uint32]
     escape_values: npt.NDArray[np.int32]
 
 
-def encode_quantised(keys: torch.Tensor, values: torch.Tensor, coder_name: str) -> list[bytes] | None:
+def encode_quantised(
+    keys: torch.Tensor, values: torch.Tensor, coder_name: str, step_per_rms: float
+) -> list[bytes] | None:
     """The frame's bytes, as parts to be joined; `keys` and `values` are [layers, heads, tokens, dims].
 
     None for a frame that integers would damage: values that are not finite, or out of proportion to the
     rest (a channel that is huge but hardly varies, a layer without any variation).
     """
-    found = _integers(torch.stack((keys, values)).float().numpy(), float(torch.finfo(keys.dtype).max))
+    largest = float(torch.finfo(keys.dtype).max)
+    found = _integers(torch.stack((keys, values)).float().numpy(), largest, step_per_rms)
     if found is None:
         return None
     return [
@@ -72,7 +78,7 @@ def encode_quantised(keys: torch.Tensor, values: torch.Tensor, coder_name: str) 
         *encode_words(found.means.view(np.uint16)),
         found.escape_indices.tobytes(),
         found.escape_values.tobytes(),
-        coder(coder_name).encode(found.samples.reshape(-1, keys.shape[-1])),
+        _encode_samples(found.samples, coder_name),
     ]
 
 
@@ -95,13 +101,13 @@ def decode_quantised(
         raise ChunkFormatError(f"a frame of {size} values has an escape at {int(indices.max())}")
     if not _usable(steps) or np.abs(integers, dtype=np.int64).max(initial=0) > _INTEGER_LIMIT + _LARGEST_MEAN:
         raise ChunkFormatError("a frame has steps or escapes that no encoder writes")
-    samples = _SAMPLES.array((size // dims, dims), np.uint8)
-    coder(coder_name).decode(reader.take_rest(), samples)
+    samples = _SAMPLES.array(shape, np.uint8)
+    _decode_samples(reader.take_rest(), samples, coder_name)
 
     offsets = means.view(np.int16)
     offsets -= _ZERO_SAMPLE
     sums = _SUMS.array(shape, np.int16)
-    np.add(samples.reshape(shape), offsets, out=sums, dtype=np.int16)
+    np.add(samples, offsets, out=sums, dtype=np.int16)
     floats = _FLOATS.array(shape, np.float32)
     np.multiply(sums, steps, out=floats, dtype=np.float32)
     if escapes:
@@ -112,13 +118,28 @@ def decode_quantised(
         out.copy_(torch.from_numpy(restored))
 
 
-def _integers(x: npt.NDArray[np.float32], largest: float) -> _Integers | None:
+def _encode_samples(samples: Samples, coder_name: str) -> bytes:
+    chosen = coder(coder_name)
+    if isinstance(chosen, HevcCoder):
+        return encode_token_frames(samples.reshape(-1, *samples.shape[2:]), chosen)
+    return chosen.encode(samples.reshape(-1, samples.shape[-1]))
+
+
+def _decode_samples(data: memoryview, out: Samples, coder_name: str) -> None:
+    chosen = decoder(coder_name)
+    if isinstance(chosen, HevcCoder):
+        decode_token_frames(data, chosen, out.reshape(-1, *out.shape[2:]))
+    else:
+        chosen.decode(data, out.reshape(-1, out.shape[-1]))
+
+
+def _integers(x: npt.NDArray[np.float32], largest: float, step_per_rms: float) -> _Integers | None:
     """`x` is [2, layers, heads, tokens, dims]; `largest` the biggest finite number of the KV's dtype."""
     # Whatever overflows here ends as a number that is not finite, and is looked for.
     with np.errstate(all="ignore"):
         means = x.mean(axis=3, keepdims=True)
         rms = np.sqrt(np.square(x - means).mean(axis=(2, 3, 4), keepdims=True))
-        steps = (STEP_PER_RMS * rms).astype(np.float32)
+        steps = (step_per_rms * rms).astype(np.float32)
         if not _usable(steps):
             return None
         whole = np.rint(x / steps)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from kvstore_client.engines.transformers.calibrate import ObservedModel
-from kvstore_codec.calibrate import token_vectors
 from kvstore_codec.calibration import Calibration
-from kvstore_codec.klt import PeriodKLT
+from kvstore_codec.klt import compute_dtype, token_vectors
+from kvstore_codec.klt_frames import KLT, Prediction
 from kvstore_service.calibration.passages import Passage
 
 
@@ -29,7 +29,7 @@ class _Coded:
     reference: torch.Tensor
     sink_keys: torch.Tensor
     sink_values: torch.Tensor
-    features: torch.Tensor
+    prediction: Prediction
     coefficients: tuple[torch.Tensor, ...]
 
 
@@ -45,7 +45,7 @@ class HeldOut:
     ) -> None:
         self._observed = observed
         self._sinks = calibration.sinks
-        self._klts = [PeriodKLT(period) for period in calibration.periods]
+        self._klt = KLT(calibration)
         self._passages = []
         for passage in passages:
             self._passages.append(self._code(passage))
@@ -58,9 +58,7 @@ class HeldOut:
             predicted = self._observed.log_probabilities(keys, restored_values, coded.continuation)
             kl += float((coded.reference.exp() * (coded.reference - predicted)).sum(-1).mean())
             error += squares  # the basis is whole and orthonormal: the same in its coordinates
-            values += sum(
-                len(c) * klt.transform.values for c, klt in zip(coded.coefficients, self._klts, strict=True)
-            )
+            values += sum(len(c) * c.shape[1] for c in coded.coefficients)
         return Damage(kl / len(self._passages), error / values)
 
     def expected_step(self, kl: float) -> float:
@@ -76,35 +74,37 @@ class HeldOut:
     def _code(self, passage: Passage) -> _Coded:
         text = self._observed.prefill(passage.context)
         reference = self._observed.log_probabilities(text.keys, text.values, passage.continuation)
-        features = text.features[self._sinks :].cpu()
+        prediction = self._klt.predict(text.features[self._sinks :].cpu())
         keys, values = (part[:, :, self._sinks :].cpu() for part in (text.keys, text.values))
         coefficients, first = [], 0
-        for klt in self._klts:
+        for klt, low in zip(self._klt.periods, prediction.low, strict=True):
             layers = slice(first, first + klt.transform.layers)
             first = layers.stop
-            coefficients.append(klt.analyse(token_vectors(keys[layers], values[layers]), features).values)
+            coefficients.append(klt.analyse(token_vectors(keys[layers], values[layers]), low).values)
         sink_keys, sink_values = (part[:, :, : self._sinks].clone() for part in (text.keys, text.values))
         return _Coded(
             passage.continuation,
             reference,
             sink_keys,
             sink_values,
-            features,
+            prediction,
             tuple(coefficients),
         )
 
     def _restore(self, coded: _Coded, step: float) -> tuple[torch.Tensor, torch.Tensor, float]:
         layers, heads, _, dim = coded.sink_keys.shape
-        shape = (layers, heads, self._sinks + len(coded.features), dim)
+        shape = (layers, heads, self._sinks + coded.prediction.tokens, dim)
         keys, values = (coded.sink_keys.new_empty(shape) for _ in range(2))
         keys[:, :, : self._sinks], values[:, :, : self._sinks] = coded.sink_keys, coded.sink_values
         squares, first = 0.0, 0
-        for klt, coefficients in zip(self._klts, coded.coefficients, strict=True):
+        for klt, low, coefficients in zip(
+            self._klt.periods, coded.prediction.low, coded.coefficients, strict=True
+        ):
             chosen = slice(first, first + klt.transform.layers)
             first = chosen.stop
             integers = (coefficients / step).round_()
             squares += float((coefficients - integers * step).double().square().sum())
             used = int(integers.any(0).nonzero().max()) + 1 if bool(integers.any()) else 0
-            rows = klt.synthesise(integers[:, :used], coded.features, step)
-            klt.scatter_(rows, keys[chosen, :, self._sinks :], values[chosen, :, self._sinks :])
+            inputs = torch.cat((low, (integers[:, :used] * step).to(compute_dtype())), dim=1)
+            klt.restore_(inputs, keys[chosen, :, self._sinks :], values[chosen, :, self._sinks :])
         return keys, values, squares

@@ -10,7 +10,7 @@ def codec() -> Finding:
     import torch
 
     from kvstore_codec.chunk import read_header
-    from kvstore_codec.codec import decode_frame, encode_chunk
+    from kvstore_codec.codec import decode_frames, encode_chunk
     from kvstore_codec.encoding import Encoding
     from kvstore_codec.identity import CHUNK_TOKENS, chunk_ids
     from kvstore_codec.model_spec import KVDtype, ModelSpec
@@ -36,7 +36,7 @@ def codec() -> Finding:
         layers, tokens = geometry.layers_of(period), geometry.tokens_of(slot)
         keys, values = decoded[:, layers.start : layers.stop, :, tokens.start : tokens.stop]
         offset, length = header.range_bytes(frame, 1)
-        decode_frame(header, frame, memoryview(chunk)[offset : offset + length], keys, values)
+        decode_frames(header, frame, 1, memoryview(chunk)[offset : offset + length], keys, values)
     if not torch.equal(decoded, kv):
         return missing("a chunk decodes to other values than were encoded", _REINSTALL)
     return present(f"{CHUNK_TOKENS} tokens of KV encoded and decoded bit for bit")

@@ -9,14 +9,15 @@ import torch
 
 from kvstore_codec.calibration import Calibration, PeriodTransform
 from kvstore_codec.chunk import ChunkHeader
-from kvstore_codec.codec import EncodedChunk, decode_frame, encode_chunk
+from kvstore_codec.codec import EncodedChunk, decode_frames, encode_chunk
+from kvstore_codec.coders import availability
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import KVDtype, ModelSpec, RopeSpec
 
 CHUNK_ID = ChunkId(ContentId(bytes(range(32))), PrefixId(bytes(range(32, 64))))
-ALL_ENCODINGS = [Encoding.parse(name) for name in Encoding.names()]
+ALL_ENCODINGS = [e for e in map(Encoding.parse, Encoding.names()) if availability(e.coder) is None]
 WORD_DTYPES = {2: torch.int16, 4: torch.int32}
 
 
@@ -93,12 +94,13 @@ def encode(
 
 
 def decoder_of(header: ChunkHeader) -> dict[str, Any]:
-    """What `decode_frame` needs besides the bytes."""
+    """What `decode_frames` needs besides the bytes."""
     if not header.encoding.needs_calibration:
         return {}
     geometry = header.geometry
     spec = make_spec(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype)
-    return {"klt": klt_of(spec), "features": features_of(geometry.tokens)}
+    klt = klt_of(spec)
+    return {"klt": klt, "prediction": klt.predict(features_of(geometry.tokens))}
 
 
 def decode(chunk: EncodedChunk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +112,7 @@ def decode(chunk: EncodedChunk) -> tuple[torch.Tensor, torch.Tensor]:
         period, slot = divmod(frame, geometry.frames_per_period)
         layers, tokens = geometry.layers_of(period), geometry.tokens_of(slot)
         views = [out[layers.start : layers.stop, :, 3 + tokens.start : 3 + tokens.stop] for out in outs]
-        decode_frame(chunk.header, frame, data, *views, **decoder_of(chunk.header))
+        decode_frames(chunk.header, frame, 1, data, *views, **decoder_of(chunk.header))
     for out in outs:
         assert (out[:, :, :3] == -1).all(), "wrote in front of the frames"
         assert (out[:, :, 3 + geometry.tokens :] == -1).all(), "wrote behind the frames"

@@ -14,7 +14,7 @@ import torch
 import xxhash
 
 from kvstore_codec.chunk import FIXED_PREFIX_BYTES, ChunkHeader, read_header, verify_chunk
-from kvstore_codec.codec import decode_frame
+from kvstore_codec.codec import decode_frames
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ChunkFormatError, CodecError
 from kvstore_codec.model_spec import KVDtype, ModelSpec
@@ -50,9 +50,10 @@ def decode_all(header: ChunkHeader, data: bytes | bytearray) -> KV:
         layers, tokens = geometry.layers_of(period), geometry.tokens_of(slot)
         cut = np.s_[layers.start : layers.stop, :, tokens.start : tokens.stop]
         offset, length = header.range_bytes(frame, 1)
-        decode_frame(
+        decode_frames(
             header,
             frame,
+            1,
             memoryview(data)[offset : offset + length],
             keys[cut],
             values[cut],

@@ -68,12 +68,18 @@ def test_absurd_dimensions_are_refused(dimensions: tuple[int, int, int, int, int
 def test_encoding_names_are_read_back() -> None:
     assert Encoding(Rate.HIGH, "hevc-cpu").name == "high-hevc-cpu"
     assert {"exact-zstd", "high-zstd", "high-hevc-cpu"} <= set(Encoding.names())
-    for name in Encoding.names():
+    for name in [*Encoding.names(), "step0.3-zstd", "step1e-05-klt-pco", "medium-klt-hevc-cpu@256"]:
         assert Encoding.parse(name).name == name
+    assert Encoding.parse("step0.3-zstd@128") == Encoding(0.3, "zstd", frame_tokens=128)
 
 
 @pytest.mark.parametrize(
-    "name", ["", "exact", "exact-", "exact-hevc-cpu", "low-zstd", "zstd-exact", "HIGH-zstd"]
+    "name",
+    [
+        *("", "exact", "exact-", "exact-hevc-cpu", "exact-klt-zstd", "low-pco", "zstd-exact", "HIGH-zstd"),
+        *("high-zstd@64", "high-zstd@0", "high-zstd@9999999"),
+        *("step-zstd", "step0-zstd", "step-1.0-zstd", "stepinf-zstd", "step0.50-zstd"),
+    ],
 )
 def test_unknown_encodings_are_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(UnknownEncodingError, match=r"known are exact-zstd, .*high-hevc-cpu"):

@@ -11,9 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvstore_codec.chunk import read_header
-from kvstore_codec.codec import EncodedChunk, decode_frame, encode_chunk
+from kvstore_codec.codec import EncodedChunk, decode_frames, encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CalibrationError, InvalidKVError
+from kvstore_codec.klt import token_vectors
 from kvstore_codec.klt_frames import GUARD_SLACK, KLT
 from kvstore_codec.model_spec import KVDtype, ModelSpec
 from kvstore_codec.payload import PayloadKind
@@ -39,7 +40,7 @@ def metric_error(spec: ModelSpec, kv: KV, restored: KV, tokens: slice) -> float:
     """Mean squared error per value, in the metric, of the first period's tokens."""
     klt = klt_of(spec).periods[0]
     layers = slice(0, klt.transform.layers)
-    rows = [klt.gather(k[layers, :, tokens], v[layers, :, tokens]) for k, v in (kv, restored)]
+    rows = [token_vectors(k[layers, :, tokens], v[layers, :, tokens]) for k, v in (kv, restored)]
     shape = klt.transform.whitening.shape[:4]
     difference = (rows[0] - rows[1]).view(-1, *shape)
     white = torch.einsum("tlchi,lchij->tlchj", difference, klt.transform.whitening)
@@ -113,7 +114,9 @@ def test_the_guard_refines_the_step_of_a_frame_unlike_the_calibration() -> None:
     )
     assert STEPS["medium"] / 3 < step_of(chunk) < STEPS["medium"] / 1.5
     outs = [torch.empty_like(tensor) for tensor in kv]
-    decode_frame(chunk.header, 0, chunk.parts[1], *outs, klt=KLT(tight), features=features)
+    decode_frames(
+        chunk.header, 0, 1, chunk.parts[1], *outs, klt=KLT(tight), prediction=KLT(tight).predict(features)
+    )
     assert metric_error(spec, kv, (outs[0], outs[1]), slice(None)) <= GUARD_SLACK * tight.errors["medium"]
 
 
@@ -126,7 +129,7 @@ def test_kv_that_the_basis_cannot_express_stays_exact() -> None:
     )
     assert chunk.parts[1][0] == PayloadKind.BYTE_PLANES
     outs = [torch.empty_like(tensor) for tensor in kv]
-    decode_frame(chunk.header, 0, chunk.parts[1], *outs)
+    decode_frames(chunk.header, 0, 1, chunk.parts[1], *outs)
     assert same_bits(kv, (outs[0], outs[1]))
 
 
@@ -152,11 +155,15 @@ def test_a_chunk_names_its_calibration_and_takes_no_other() -> None:
     outs = [torch.empty(4, spec.kv_heads, 64, spec.head_dim, dtype=torch.bfloat16) for _ in range(2)]
     other = KLT(make_calibration(spec, rank=1))
     with pytest.raises(CalibrationError, match="was coded with"):
-        decode_frame(chunk.header, 0, chunk.parts[1], *outs, klt=other, features=features_of(64))
+        decode_frames(
+            chunk.header, 0, 1, chunk.parts[1], *outs, klt=other, prediction=other.predict(features_of(64))
+        )
     with pytest.raises(CalibrationError, match="kvstore calibrate"):
-        decode_frame(chunk.header, 0, chunk.parts[1], *outs)
-    with pytest.raises(InvalidKVError, match="features"):
-        decode_frame(chunk.header, 0, chunk.parts[1], *outs, klt=klt_of(spec), features=features_of(63))
+        decode_frames(chunk.header, 0, 1, chunk.parts[1], *outs)
+    klt = klt_of(spec)
+    for prediction in (None, klt.predict(features_of(63))):
+        with pytest.raises(InvalidKVError, match="features"):
+            decode_frames(chunk.header, 0, 1, chunk.parts[1], *outs, klt=klt, prediction=prediction)
 
 
 def test_encoding_refuses_what_does_not_belong_together() -> None:

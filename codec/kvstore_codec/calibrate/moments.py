@@ -14,14 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvstore_codec.errors import CalibrationError
+from kvstore_codec.klt import token_vectors
 
 _COUNTS = ("tokens", "query_tokens", "fisher_texts")
-
-
-def token_vectors(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """KV of some layers, `[layers, kv_heads, tokens, head_dim]` each, as one vector a token in the order
-    [layer, K/V, head, dim]: f32 `[tokens, layers * 2 * kv_heads * head_dim]`."""
-    return torch.stack((keys, values), 1).permute(3, 0, 1, 2, 4).flatten(1).float()
 
 
 class Moments:

@@ -8,7 +8,7 @@ import importlib
 from kvstore_codec.coders.base import Coder, Plane
 from kvstore_codec.errors import CoderUnavailableError, UnknownEncodingError
 
-__all__ = ["Coder", "Plane", "availability", "coder"]
+__all__ = ["Coder", "Plane", "availability", "coder", "decoder"]
 
 _CODERS = {
     "raw": "kvstore_codec.coders.raw:RawCoder",
@@ -33,6 +33,13 @@ def coder(name: str) -> Coder:
     except ImportError as error:
         raise CoderUnavailableError(f"coder {name!r} cannot run here: {error}") from error
     return found
+
+
+def decoder(name: str) -> Coder:
+    """What reads the bytes of coder `name` on this machine: streams of NVENC are plain HEVC."""
+    if name != "hevc-nvenc":
+        return coder(name)
+    return coder("hevc-cpu" if availability("hevc-nvdec") else "hevc-nvdec")
 
 
 def availability(name: str) -> str | None:

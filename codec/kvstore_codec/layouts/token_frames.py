@@ -3,13 +3,14 @@ neighbouring pictures.
 
 The heads x head_dim integers of one token and layer become a rectangle, the tile: heads in rows and columns, each
 head's dimensions in rows and columns of its own, nothing reordered. Which split is best depends on the model and is
-found by search. Token t stands in picture t % pictures at place t // pictures of its grid, so inter prediction finds
-the token before at the same place. How many tiles a picture has is the resolution: fewer, larger pictures or more,
-smaller ones, with the same integers.
+found by search, once for a model's shape. Token t stands in picture t % pictures at place t // pictures of its grid, so
+inter prediction finds the token before at the same place. How many tiles a picture has is the resolution: fewer, larger
+pictures or more, smaller ones, with the same integers.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -20,12 +21,13 @@ import numpy.typing as npt
 from kvstore_codec.coders.base import Data
 from kvstore_codec.coders.hevc.base import HevcCoder, Prediction
 from kvstore_codec.coders.hevc.pictures import PADDING, Pictures, picture_side
-from kvstore_codec.errors import InvalidKVError
+from kvstore_codec.errors import ChunkFormatError, InvalidKVError
 
 # [layers, kv_heads, tokens, head_dim], any strides.
 Samples = npt.NDArray[np.uint8]
 
-_LAYERS_PER_PICTURE = 3
+LAYERS_PER_PICTURE = 3
+_TILING = struct.Struct("<HH")  # head rows, dimension rows
 
 
 class Resolution(Enum):
@@ -100,10 +102,10 @@ class TokenFrames:
     def pictures_shape(self) -> tuple[int, int, int, int]:
         """[pictures, 3, height, width]: group by group of three layers, in each the pictures in order."""
         rows, cols = self.grid
-        groups = -(-self.shape[0] // _LAYERS_PER_PICTURE)
+        groups = -(-self.shape[0] // LAYERS_PER_PICTURE)
         return (
             groups * self.pictures_per_group,
-            _LAYERS_PER_PICTURE,
+            LAYERS_PER_PICTURE,
             picture_side(rows * self.tiling.height),
             picture_side(cols * self.tiling.width),
         )
@@ -139,8 +141,8 @@ class TokenFrames:
         tiling, per_group, (_, cols) = self.tiling, self.pictures_per_group, self.grid
         heads = tiling.head_rows, tiling.head_cols
         dims = tiling.dim_rows, tiling.dim_cols
-        for group, first_layer in enumerate(range(0, layers, _LAYERS_PER_PICTURE)):
-            of_group = samples[first_layer : first_layer + _LAYERS_PER_PICTURE]
+        for group, first_layer in enumerate(range(0, layers, LAYERS_PER_PICTURE)):
+            of_group = samples[first_layer : first_layer + LAYERS_PER_PICTURE]
             for number, first in enumerate(range(0, tokens, per_group)):
                 part = of_group[:, :, first : first + per_group]
                 planes, _, count, _ = part.shape
@@ -154,6 +156,46 @@ class TokenFrames:
                 ]
                 shape = (count, planes, heads[0], dims[0], heads[1], dims[1])
                 yield place.reshape(shape), tiles
+
+
+def encode_token_frames(samples: Samples, coder: HevcCoder) -> bytes:
+    """`samples` is [layers, kv_heads, tokens, head_dim]; the bytes say how they are tiled.
+
+    All tokens go into one picture if a resolution has room for them. The tiling is searched for with the first samples
+    of their heads and dimensions that this process sees.
+    """
+    shape = _shape(samples)
+    key = shape[1], shape[3]
+    if key not in _found_tilings:
+        few = samples[:LAYERS_PER_PICTURE, :, :_SEARCH_TOKENS]
+        _found_tilings[key] = search_tiling(few, coder)
+    tiling = _found_tilings[key]
+    layout = TokenFrames(shape, tiling, _resolution(shape, tiling))
+    return _TILING.pack(tiling.head_rows, tiling.dim_rows) + layout.encode(samples, coder)
+
+
+def decode_token_frames(data: memoryview, coder: HevcCoder, out: Samples) -> None:
+    """The inverse. Raises ChunkFormatError when `data` cannot be such samples."""
+    shape = _shape(out)
+    if data.nbytes < _TILING.size:
+        raise ChunkFormatError("token frames without a tiling")
+    head_rows, dim_rows = _TILING.unpack_from(data)
+    if not head_rows or not dim_rows or shape[1] % head_rows or shape[3] % dim_rows:
+        raise ChunkFormatError(f"{head_rows} and {dim_rows} rows tile no {shape[1]} heads of {shape[3]}")
+    tiling = Tiling(head_rows, shape[1] // head_rows, dim_rows, shape[3] // dim_rows)
+    TokenFrames(shape, tiling, _resolution(shape, tiling)).decode(data[_TILING.size :], coder, out)
+
+
+_found_tilings: dict[tuple[int, int], Tiling] = {}
+_SEARCH_TOKENS = 32
+
+
+def _resolution(shape: tuple[int, int, int, int], tiling: Tiling) -> Resolution:
+    """The smallest whose picture has room for all tokens, or the largest."""
+    for resolution in Resolution:
+        if TokenFrames(shape, tiling, resolution).pictures_per_group == 1:
+            return resolution
+    return Resolution.P1080
 
 
 def search_tiling(

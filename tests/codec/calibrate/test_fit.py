@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from kvstore_codec.calibrate import Moments, fit_periods, token_vectors
+from kvstore_codec.calibrate import Moments, fit_periods
 from kvstore_codec.calibration import PeriodTransform
 from kvstore_codec.errors import CalibrationError
+from kvstore_codec.klt import token_vectors
 from tests.codec.calibrate.texts import (
     DIM,
     FEATURES,

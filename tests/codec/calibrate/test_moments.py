@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore_codec.calibrate import Moments, token_vectors
+from kvstore_codec.calibrate import Moments
 from kvstore_codec.errors import CalibrationError
+from kvstore_codec.klt import token_vectors
 from tests.codec.calibrate.texts import DIM, FEATURES, HEADS, LAYERS, PERIOD, Text, text
 
 
