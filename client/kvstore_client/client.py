@@ -10,12 +10,14 @@ from pydantic import ValidationError
 from kvstore_client.buffers import BufferPool, KVBuffers
 from kvstore_client.calibrations import Calibrations
 from kvstore_client.cluster_view import ClusterView
-from kvstore_client.fetch import Fetch
+from kvstore_client.fetch import ChunkFeatures, Fetch
 from kvstore_client.lookup import PrefixMatch, find_prefix, release
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
 from kvstore_client.settings import ClientSettings
 from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
+from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
 from kvstore_codec.model_spec import ModelSpec
@@ -53,10 +55,11 @@ class KVStoreClient:
         self.metrics = ClientMetrics()
         self.buffers = BufferPool(settings.pool_bytes)
         self._view = ClusterView(settings)
-        self.store = Store(self._view, settings, self.metrics)
-        """Where new chunks are handed in."""
         self.calibrations = Calibrations(self._view, settings, self.metrics)
         """What is known about models' KV, by digest."""
+        self.ready_calibrations = ReadyCalibrations(self.calibrations, settings, self.metrics)
+        self.store = Store(self._view, self.ready_calibrations, settings, self.metrics)
+        """Where new chunks are handed in."""
         self._lock = threading.Lock()
         self._closed = False
 
@@ -64,6 +67,16 @@ class KVStoreClient:
         """The ids of a text's full chunks, for this client's tenant."""
         salt = self.settings.tenant_salt.get_secret_value().encode()
         return chunk_ids(spec.digest, salt, token_ids, CHUNK_TOKENS)
+
+    def prepare(self, spec: ModelSpec) -> Loading:
+        """Start getting what will be needed for this model's KV, so that not the first prompt finds it missing: its
+        newest calibration, if any accepted encoding needs one. Nobody has to wait for the future."""
+        names = (self.settings.encoding, *self.settings.accept)
+        if any(Encoding.parse(name).needs_calibration for name in names):
+            return self.ready_calibrations.for_model(spec.digest)
+        nothing: Loading = Loading()
+        nothing.set_result(None)
+        return nothing
 
     def match(self, spec: ModelSpec, ids: Sequence[ChunkId], timeline: Timeline | None = None) -> PrefixMatch:
         """The longest stored prefix of a text, leased. Empty when there is none or the service cannot be asked.
@@ -78,7 +91,8 @@ class KVStoreClient:
             return PrefixMatch()
         try:
             with (timeline or Timeline()).span("lookup"):
-                return find_prefix(self._view, self.settings, self.metrics, spec, ids)
+                ready_klt = self.ready_calibrations.klt
+                return find_prefix(self._view, self.settings, self.metrics, ready_klt, spec, ids)
         except NodeUnavailableError:
             self.metrics.missed("unreachable")
             return PrefixMatch()
@@ -93,8 +107,13 @@ class KVStoreClient:
         buffers: KVBuffers,
         rotary: tuple[RotaryTable, ...] | None,
         timeline: Timeline | None = None,
+        features: ChunkFeatures | None = None,
     ) -> Fetch:
         """Start bringing a match into `buffers`, whose token axis begins at the prompt's first token.
+
+        Chunks coded with a calibration are predicted from their tokens: `features(index)` returns the `token_features`
+        of the match's chunk `index`, f32 `[tokens, features]` in host memory, made without the tokens before it. It is
+        called at most once for each such chunk, in a thread of the fetch. Without it these chunks are missing.
 
         Take the buffers from `self.buffers`, and give them back after the fetch has finished and nobody reads them.
         """
@@ -102,6 +121,7 @@ class KVStoreClient:
             match,
             buffers,
             rotary,
+            features,
             view=self._view,
             settings=self.settings,
             metrics=self.metrics,
@@ -115,7 +135,7 @@ class KVStoreClient:
                 return
             self._closed = True
         self.store.close()
-        self.calibrations.close()
+        self.ready_calibrations.close()
         self._view.close()
 
     def __enter__(self) -> Self:

@@ -1,6 +1,6 @@
 """Longest-prefix lookup: which leading chunks of a prompt are stored, and where."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -12,9 +12,10 @@ from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.encoding import Encoding
-from kvstore_codec.errors import CodecError, ForeignChunkError, NodeUnavailableError
-from kvstore_codec.geometry import Geometry
+from kvstore_codec.errors import CalibrationError, CodecError, ForeignChunkError, NodeUnavailableError
+from kvstore_codec.geometry import PERIOD_LAYERS, Geometry
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
+from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
 
 _RELEASE_TIMEOUT_S = 1.0
@@ -31,6 +32,8 @@ class StoredChunk:
     member: Member
     first_token: int
     """Position in the prompt of the chunk's first token."""
+    klt: KLT | None = None
+    """The calibration its header names, if it names one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,70 +52,118 @@ def find_prefix(
     view: ClusterView,
     settings: ClientSettings,
     metrics: ClientMetrics,
+    ready_klt: Callable[[bytes], KLT | None],
     spec: ModelSpec,
     chunk_ids: Sequence[ChunkId],
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> PrefixMatch:
     """Ask each owner once for all its chunks, then keep the run that starts at the first.
 
-    Raises NodeUnavailableError when no owner answered. An owner that does not answer, or answers with a header that
-    is not this chunk's, ends the run: its chunks count as not stored, and the reason is counted.
+    A chunk whose calibration `ready_klt` does not have yet is asked for once more in the accepted encodings that need
+    none. Raises NodeUnavailableError when no owner answered. An owner that does not answer, or answers with a header
+    that is not this chunk's, ends the run: its chunks count as not stored, and the reason is counted.
     """
-    geometry = Geometry.of(spec, chunk_tokens)
-    by_member: dict[Member, list[int]] = {}
-    for index, chunk_id in enumerate(chunk_ids):
-        owner = view.owner(chunk_id.content_id)
-        if not view.is_paused(owner.endpoint):
-            by_member.setdefault(owner, []).append(index)
-    if not by_member:
-        metrics.missed("paused")
-        return PrefixMatch()
-
-    calls = {
-        member: view.storage(member.endpoint).Lookup.future(
-            pb.LookupRequest(
-                chunks=[_ref(chunk_ids[index]) for index in indices],
-                lease_ms=round(settings.lease_s * 1000),
-                with_headers=True,
-                encodings=settings.accept,
-            ),
-            timeout=settings.lookup_timeout_s,
-        )
-        for member, indices in by_member.items()
-    }
-    found: dict[int, StoredChunk] = {}
-    leases: list[tuple[Member, bytes]] = []
-    failures: list[grpc.RpcError] = []
-    for member, call in calls.items():
+    lookup = _Lookup(view, settings, metrics, ready_klt, spec, chunk_ids, chunk_tokens)
+    lookup.ask(range(len(chunk_ids)), settings.accept)
+    plain = [name for name in settings.accept if not Encoding.parse(name).needs_calibration]
+    if lookup.unready and plain:
+        waiting, lookup.unready = lookup.unready, []
         try:
-            reply = call.result()
-        except grpc.RpcError as error:
-            failures.append(error)
-            view.pause(member.endpoint)
-            continue
-        if reply.lease_id:
-            leases.append((member, reply.lease_id))
-        for index, answer in zip(by_member[member], reply.answers, strict=False):
-            if not answer.encoding:
-                continue
-            try:
-                header = _trusted_header(answer, settings.accept, spec, geometry, chunk_ids[index])
-            except CodecError:
-                metrics.missed("bad_header")
-                continue
-            found[index] = StoredChunk(chunk_ids[index], header, member, index * chunk_tokens)
-    if failures:
-        metrics.missed("lookup_failed")
-        view.refresh()
-        if len(failures) == len(calls):
-            raise NodeUnavailableError(
-                f"no owner answered a lookup: {failures[0].code().name}"
-            ) from failures[0]
-
+            lookup.ask(waiting, plain)
+        except NodeUnavailableError:
+            metrics.missed("unreachable")
+        lookup.unready = [index for index in waiting if index not in lookup.found]
+    if lookup.unready:
+        metrics.missed("calibration_loading")
     run: list[StoredChunk] = []
-    while (chunk := found.get(len(run))) is not None:
+    while (chunk := lookup.found.get(len(run))) is not None:
         run.append(chunk)
-    return PrefixMatch(tuple(run), tuple(leases))
+    return PrefixMatch(tuple(run), tuple(lookup.leases))
+
+
+class _Lookup:
+    """What the owners of a prompt's chunks have answered so far."""
+
+    def __init__(
+        self,
+        view: ClusterView,
+        settings: ClientSettings,
+        metrics: ClientMetrics,
+        ready_klt: Callable[[bytes], KLT | None],
+        spec: ModelSpec,
+        chunk_ids: Sequence[ChunkId],
+        chunk_tokens: int,
+    ) -> None:
+        self._view, self._settings, self._metrics = view, settings, metrics
+        self._ready_klt = ready_klt
+        self._spec, self._chunk_ids, self._chunk_tokens = spec, chunk_ids, chunk_tokens
+        self.found: dict[int, StoredChunk] = {}
+        self.leases: list[tuple[Member, bytes]] = []
+        self.unready: list[int] = []
+        """Chunks that are stored, but their calibration is not at hand."""
+
+    def ask(self, indices: Iterable[int], accept: Sequence[str]) -> None:
+        """Raises NodeUnavailableError when no owner answered."""
+        by_member: dict[Member, list[int]] = {}
+        for index in indices:
+            owner = self._view.owner(self._chunk_ids[index].content_id)
+            if not self._view.is_paused(owner.endpoint):
+                by_member.setdefault(owner, []).append(index)
+        if not by_member:
+            self._metrics.missed("paused")
+            return
+        calls = {
+            member: self._view.storage(member.endpoint).Lookup.future(
+                pb.LookupRequest(
+                    chunks=[_ref(self._chunk_ids[index]) for index in owned],
+                    lease_ms=round(self._settings.lease_s * 1000),
+                    with_headers=True,
+                    encodings=accept,
+                ),
+                timeout=self._settings.lookup_timeout_s,
+            )
+            for member, owned in by_member.items()
+        }
+        failures: list[grpc.RpcError] = []
+        for member, call in calls.items():
+            try:
+                reply = call.result()
+            except grpc.RpcError as error:
+                failures.append(error)
+                self._view.pause(member.endpoint)
+                continue
+            if reply.lease_id:
+                self.leases.append((member, reply.lease_id))
+            for index, answer in zip(by_member[member], reply.answers, strict=False):
+                if answer.encoding:
+                    self._take(index, member, answer, accept)
+        if failures:
+            self._metrics.missed("lookup_failed")
+            self._view.refresh()
+            if len(failures) == len(calls):
+                raise NodeUnavailableError(
+                    f"no owner answered a lookup: {failures[0].code().name}"
+                ) from failures[0]
+
+    def _take(self, index: int, member: Member, answer: pb.LookupAnswer, accept: Sequence[str]) -> None:
+        chunk_id = self._chunk_ids[index]
+        try:
+            header = read_header(answer.header)
+            header.require(model_digest=self._spec.digest, chunk_id=chunk_id)
+            klt = None
+            if header.calibration is not None:
+                klt = self._ready_klt(header.calibration)
+                if klt is None:
+                    self.unready.append(index)
+                    return
+                klt.calibration.require(self._spec)
+            _require_expected(header, answer, accept, self._spec, klt, self._chunk_tokens)
+        except CalibrationError:
+            self._metrics.missed("calibration_foreign")
+        except CodecError:
+            self._metrics.missed("bad_header")
+        else:
+            self.found[index] = StoredChunk(chunk_id, header, member, index * self._chunk_tokens, klt)
 
 
 def release(view: ClusterView, match: PrefixMatch) -> None:
@@ -128,26 +179,26 @@ def _ref(chunk_id: ChunkId) -> pb.ChunkRef:
     return pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)
 
 
-def _trusted_header(
+def _require_expected(
+    header: ChunkHeader,
     answer: pb.LookupAnswer,
     accept: Sequence[str],
     spec: ModelSpec,
-    geometry: Geometry,
-    chunk_id: ChunkId,
-) -> ChunkHeader:
-    """The header of an answer. Raises CodecError if it is broken, of another chunk, in an encoding that was not asked
-    for, or unlike this model's KV."""
-    header = read_header(answer.header)
-    header.require(model_digest=spec.digest, chunk_id=chunk_id)
+    klt: KLT | None,
+    chunk_tokens: int,
+) -> None:
+    """Raises ForeignChunkError if the chunk is in an encoding that was not asked for, or unlike this model's KV."""
+    encoding = header.encoding
+    period_layers = PERIOD_LAYERS if klt is None else klt.calibration.period_layers
+    geometry = Geometry.of(spec, chunk_tokens, period_layers, encoding.frame_tokens)
     frame_limit = 2 * geometry.frame_values(0) * spec.dtype.itemsize + _FRAME_OVERHEAD_BYTES
     if answer.encoding not in accept or max(header.frame_lengths) > frame_limit:
         raise ForeignChunkError(
-            f"chunk {chunk_id.short} is offered as {answer.encoding} in frames of up to "
+            f"chunk {header.chunk_id.short} is offered as {answer.encoding} in frames of up to "
             f"{max(header.frame_lengths)} bytes"
         )
-    if header.encoding != Encoding.parse(answer.encoding) or header.geometry != geometry:
+    if encoding.name != answer.encoding or header.geometry != geometry:
         raise ForeignChunkError(
-            f"chunk {chunk_id.short} is announced as {answer.encoding} of {geometry}, "
-            f"but its header says {header.encoding.name} of {header.geometry}"
+            f"chunk {header.chunk_id.short} is announced as {answer.encoding} of {geometry}, "
+            f"but its header says {encoding.name} of {header.geometry}"
         )
-    return header

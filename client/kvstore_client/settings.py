@@ -4,11 +4,13 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_codec.encoding import Encoding
+
+EXACT = "exact-zstd"
 
 
 def default_cache_dir() -> Path:
@@ -32,11 +34,12 @@ class ClientSettings(BaseSettings):
     tenant_salt: SecretStr = SecretStr("")
     """Secret mixed into every content_id: clients with different salts never see each other's chunks."""
 
-    encoding: str = "exact-zstd"
-    """What new chunks are stored as."""
+    encoding: str = EXACT
+    """What new chunks are stored as. One with `klt` in its name needs a calibration of the model in the cluster."""
 
-    accept: Annotated[tuple[str, ...], NoDecode] = ("exact-zstd",)
-    """Encodings a fetch may use, best first; comma-separated in the environment."""
+    accept: Annotated[tuple[str, ...], NoDecode] = Field(default=(), validate_default=True)
+    """Encodings a fetch may use, best first; comma-separated in the environment. When not given: what new chunks are
+    stored as, then `exact-zstd`. Who asks for a lossy encoding with `encoding` has said that it will do."""
 
     lookup_timeout_s: float = Field(default=1.0, gt=0)
     """How long the engine waits for a lookup before it prefills instead."""
@@ -90,8 +93,11 @@ class ClientSettings(BaseSettings):
 
     @field_validator("accept", mode="before")
     @classmethod
-    def _split_names(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+    def _split_names(cls, value: object, info: ValidationInfo) -> object:
+        names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+        if names in ((), [], ("",)) and "encoding" in info.data:
+            return tuple(dict.fromkeys((info.data["encoding"], EXACT)))
+        return names
 
     @field_validator("routes", mode="before")
     @classmethod
@@ -111,19 +117,12 @@ class ClientSettings(BaseSettings):
     @field_validator("encoding")
     @classmethod
     def _known_encoding(cls, value: str) -> str:
-        _require_served(value)
+        Encoding.parse(value)
         return value
 
     @field_validator("accept")
     @classmethod
     def _known_encodings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            _require_served(name)
+            Encoding.parse(name)
         return value
-
-
-def _require_served(name: str) -> None:
-    if Encoding.parse(name).needs_calibration:
-        raise ValueError(
-            f"{name} needs a calibration, which clients do not fetch yet; use exact-zstd or high-zstd"
-        )

@@ -4,10 +4,11 @@ import atexit
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 import grpc
 import torch
@@ -16,11 +17,13 @@ from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.ready_calibrations import ReadyCalibrations
 from kvstore_client.settings import ClientSettings
 from kvstore_codec.codec import EncodedChunk, encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CodecError, NodeUnavailableError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
+from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,11 @@ class NewChunk:
 
     chunk_id: ChunkId
     gather: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    features: Callable[[], torch.Tensor] | None = None
+    """`token_features` of the chunk's tokens, f32 `[tokens, features]` in host memory, called in the background. What
+    an encoding with a calibration needs besides the KV; `Store.needs_features` says whether it will be asked for."""
+    begins_text: bool = False
+    """Whether nothing stands before it: its first tokens are those that everything attends to."""
 
 
 class Store:
@@ -48,21 +56,33 @@ class Store:
     What cannot be stored is counted and dropped: the next worker prefills it again.
     """
 
-    def __init__(self, view: ClusterView, settings: ClientSettings, metrics: ClientMetrics) -> None:
+    def __init__(
+        self,
+        view: ClusterView,
+        ready: ReadyCalibrations,
+        settings: ClientSettings,
+        metrics: ClientMetrics,
+    ) -> None:
         self._view = view
+        self._ready = ready
         self._settings = settings
         self._metrics = metrics
         self._encoding = Encoding.parse(settings.encoding)
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
-        self._stop = threading.Event()
+        self._stop: Future[None] = Future()
+        self._warned = False
         self._calls: set[grpc.Call] = set()
         self._waiting_bytes = 0
         # A daemon, so that a silent node cannot keep the interpreter from exiting; `close` has its own patience.
         self._worker = threading.Thread(target=self._work, name="kvstore-store", daemon=True)
         self._worker.start()
         atexit.register(self.close)
+
+    @property
+    def needs_features(self) -> bool:
+        return self._encoding.needs_calibration
 
     def put(self, spec: ModelSpec, chunks: Sequence[NewChunk]) -> "Future[int]":
         """Store chunks without waiting. The future gives the number of chunks that are stored afterwards.
@@ -99,7 +119,7 @@ class Store:
         _, late = wait([self._reached()], self._settings.close_timeout_s)
         if late:
             self._metrics.missed("store_dropped_at_close")
-        self._stop.set()
+        self._stop.set_result(None)
         with self._lock:
             calls = list(self._calls)
         for call in calls:
@@ -118,17 +138,21 @@ class Store:
             job()
 
     def _store(self, stored: "Future[int]", spec: ModelSpec, chunks: list[NewChunk], size_bytes: int) -> None:
-        count = 0 if self._stop.is_set() else self._put(spec, chunks)
+        count = 0 if self._stop.done() else self._put(spec, chunks)
         with self._lock:
             self._waiting_bytes -= size_bytes
         stored.set_result(count)
 
     def _put(self, spec: ModelSpec, chunks: list[NewChunk]) -> int:
         try:
+            klt = self._calibration(spec) if self._encoding.needs_calibration else None
+            if self._encoding.needs_calibration and klt is None:
+                self._metrics.missed("store_no_calibration")
+                return 0
             by_owner: dict[Member, list[NewChunk]] = {}
             for chunk in chunks:
                 by_owner.setdefault(self._view.owner(chunk.chunk_id.content_id), []).append(chunk)
-            return sum(self._put_to(member, spec, owned) for member, owned in by_owner.items())
+            return sum(self._put_to(member, spec, klt, owned) for member, owned in by_owner.items())
         except NodeUnavailableError:
             self._metrics.missed("store_unreachable")
             return 0
@@ -137,14 +161,30 @@ class Store:
             self._metrics.missed("store_internal_error")
             return 0
 
-    def _put_to(self, member: Member, spec: ModelSpec, chunks: list[NewChunk]) -> int:
-        if self._stop.is_set() or self._view.is_paused(member.endpoint):
+    def _calibration(self, spec: ModelSpec) -> KLT | None:
+        """Waits `calibration_timeout_s` for it, and not longer than `close` lets the store live."""
+        loading = self._ready.for_model(spec.digest)
+        either: tuple[Future[Any], ...] = (loading, self._stop)
+        wait(either, self._settings.calibration_timeout_s, return_when=FIRST_COMPLETED)
+        klt = loading.result() if loading.done() else None
+        if klt is None and not self._stop.done() and not self._warned:
+            self._warned = True
+            log.warning(
+                "KV of %s in %s is not stored as %s: its calibration cannot be had from %s. "
+                "Make one with `kvstore calibrate --dtype %s --publish %s`.",
+                spec.model_id, spec.dtype, self._encoding.name, self._settings.address,
+                spec.dtype, self._settings.address,
+            )  # fmt: skip
+        return klt
+
+    def _put_to(self, member: Member, spec: ModelSpec, klt: KLT | None, chunks: list[NewChunk]) -> int:
+        if self._stop.done() or self._view.is_paused(member.endpoint):
             self._metrics.missed("store_paused")
             return 0
         stored = answered = 0
         sizes: list[int] = []
         call = self._view.storage(member.endpoint).Put(
-            self._requests(spec, chunks, sizes), timeout=self._settings.put_timeout_s
+            self._requests(spec, klt, chunks, sizes), timeout=self._settings.put_timeout_s
         )
         with self._lock:
             self._calls.add(call)
@@ -171,18 +211,26 @@ class Store:
         return stored
 
     def _requests(
-        self, spec: ModelSpec, chunks: list[NewChunk], sizes: list[int]
+        self, spec: ModelSpec, klt: KLT | None, chunks: list[NewChunk], sizes: list[int]
     ) -> Iterator[pb.PutRequest | memoryview]:
         """The stream of one owner; chunks are encoded as the stream takes them, so one is in memory at a time."""
         for chunk in chunks:
             try:
                 keys, values = chunk.gather()
                 encoded = encode_chunk(
-                    keys, values, spec=spec, chunk_id=chunk.chunk_id, encoding=self._encoding
+                    keys,
+                    values,
+                    spec=spec,
+                    chunk_id=chunk.chunk_id,
+                    encoding=self._encoding,
+                    klt=klt,
+                    features=chunk.features() if klt and chunk.features else None,
+                    sinks=klt.calibration.sinks if klt and chunk.begins_text else 0,
                 )
             except CodecError:
                 self._metrics.missed("store_unencodable")
                 continue
+            self._metrics.guarded(encoded.guarded)
             sizes.append(encoded.size_bytes)
             yield from put_requests(encoded)
 

@@ -1,18 +1,60 @@
 """Decode stage: verified frames become KV in the destination, keys not yet rotated."""
 
-from kvstore_client.fetch.base import Destination, ReceivedFrames
-from kvstore_codec.codec import decode_frame
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+
+from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
+from kvstore_client.lookup import StoredChunk
+from kvstore_codec.codec import decode_frames
+from kvstore_codec.errors import CalibrationError
+from kvstore_codec.klt_frames import Prediction
+
+ChunkFeatures = Callable[[int], torch.Tensor]
+"""Index of a chunk in the match -> its `token_features`, f32 `[tokens, features]` in host memory."""
 
 
-def decode(item: ReceivedFrames, destination: Destination) -> None:
+class Predictions:
+    """What the chunks of a fetch are predicted to be: made once, when the first of a chunk's frames is decoded, and
+    dropped after its last. Thread-safe."""
+
+    def __init__(self, chunks: Sequence[StoredChunk], features: ChunkFeatures | None) -> None:
+        self._features = features
+        self._locks = [threading.Lock() for _ in chunks]
+        self._open_frames = [chunk.header.geometry.frame_count for chunk in chunks]
+        self._made: dict[int, Prediction] = {}
+
+    def of(self, task: ReadTask) -> Prediction | None:
+        """None for a chunk that was coded without a calibration. Raises CalibrationError without features."""
+        klt, index = task.chunk.klt, task.chunk_index
+        if klt is None:
+            return None
+        with self._locks[index]:  # not one lock for all: decoders work on several chunks
+            if index not in self._made:
+                if self._features is None:
+                    raise CalibrationError(
+                        f"chunk {task.chunk.chunk_id.short} is coded as {task.chunk.header.encoding.name}: "
+                        "give `fetch` the features of its tokens"
+                    )
+                self._made[index] = klt.predict(self._features(index))
+            prediction = self._made[index]
+            self._open_frames[index] -= task.frame_count
+            if self._open_frames[index] <= 0:
+                del self._made[index]
+            return prediction
+
+
+def decode(item: ReceivedFrames, destination: Destination, predictions: Predictions) -> None:
     """Raises CodecError for a frame that is not what its header says; the destination is then partly written."""
-    task, header = item.task, item.task.chunk.header
-    keys = destination.buffers.keys[task.layers]
-    values = destination.buffers.values[task.layers]
-    begin = header.frame_offset(task.first_frame)
-    for frame in range(task.first_frame, task.first_frame + task.frame_count):
-        offset, length = header.range_bytes(frame, 1)
-        slot = header.geometry.tokens_of(frame % header.geometry.frames_per_period)
-        tokens = slice(task.chunk.first_token + slot.start, task.chunk.first_token + slot.stop)
-        data = item.data[offset - begin : offset - begin + length]
-        decode_frame(header, frame, data, keys[:, :, tokens], values[:, :, tokens])
+    task = item.task
+    decode_frames(
+        task.chunk.header,
+        task.first_frame,
+        task.frame_count,
+        item.data,
+        destination.buffers.keys[task.layers, :, task.tokens],
+        destination.buffers.values[task.layers, :, task.tokens],
+        klt=task.chunk.klt,
+        prediction=predictions.of(task),
+    )

@@ -10,7 +10,7 @@ import torch
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import Destination, ReceivedFrames
-from kvstore_client.fetch.decode import decode
+from kvstore_client.fetch.decode import ChunkFeatures, Predictions, decode
 from kvstore_client.fetch.deliver import Delivery, FetchReport
 from kvstore_client.fetch.plan import plan_reads
 from kvstore_client.fetch.queue import StageQueue
@@ -20,7 +20,7 @@ from kvstore_client.lookup import PrefixMatch, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
 from kvstore_client.timeline import Timeline
-from kvstore_codec.errors import ChecksumError, CodecError
+from kvstore_codec.errors import CalibrationError, ChecksumError, CodecError
 from kvstore_codec.rope import RotaryTable
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class Fetch:
         match: PrefixMatch,
         buffers: KVBuffers,
         rotary: tuple[RotaryTable, ...] | None,
+        features: ChunkFeatures | None,
         *,
         view: ClusterView,
         settings: ClientSettings,
@@ -59,6 +60,7 @@ class Fetch:
             timeline=timeline,
         )
         destination = Destination(buffers, rotary)
+        predictions = Predictions(match.chunks, features)
         # Measured on 2 cores: a second decoder takes more from the engine than it gives (first token 15 % later).
         workers = settings.decode_threads or min(4, max(1, (os.cpu_count() or 1) // 2))
         received = StageQueue[ReceivedFrames](settings.inflight_bytes, producers=len(reads))
@@ -71,7 +73,7 @@ class Fetch:
                 for member, tasks in reads.items()
             ),
             *(
-                self._thread("restore", _restore_received, received, destination, self._delivery)
+                self._thread("restore", _restore_received, received, destination, predictions, self._delivery)
                 for _ in range(workers)
             ),
         ]
@@ -145,17 +147,26 @@ class Fetch:
 
 
 def _restore_received(
-    received: StageQueue[ReceivedFrames], destination: Destination, delivery: Delivery
+    received: StageQueue[ReceivedFrames],
+    destination: Destination,
+    predictions: Predictions,
+    delivery: Delivery,
 ) -> None:
     """Decode, restore and deliver until nothing more is received. One bad frame makes its chunk missing."""
     for item in received:
         task = item.task
         try:
             with delivery.timeline.span("decode", task.label):
-                decode(item, destination)
+                decode(item, destination, predictions)
         except CodecError as error:
-            delivery.fail_chunks([task], "checksum" if isinstance(error, ChecksumError) else "undecodable")
+            delivery.fail_chunks([task], _reason(error))
             continue
         with delivery.timeline.span("restore", task.label):
             restore(task, destination)
         delivery.deliver(task)
+
+
+def _reason(error: CodecError) -> str:
+    if isinstance(error, ChecksumError):
+        return "checksum"
+    return "calibration" if isinstance(error, CalibrationError) else "undecodable"

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from kvstore_client.engines.transformers.cache import (
     make_plain,
 )
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
+from kvstore_client.engines.transformers.features import PromptFeatures, embedded
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.fetch import Fetch, FetchReport
 from kvstore_client.lookup import PrefixMatch
 from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
+from kvstore_codec.calibration import token_features
 from kvstore_codec.errors import CodecError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.model_spec import ModelSpec
@@ -76,6 +79,7 @@ class CachedModel:
         # MKL's first cosine in a process is off by 2e-4 in some threads when several compute it at once (seen in
         # about one start of fifteen), and the model's would be that one. One position takes one thread only.
         self._rotary(1)
+        client.prepare(self.spec)
         client.buffers.reserve(model.config.max_position_embeddings * self.spec.kv_bytes_per_token)
 
     def generate(
@@ -124,13 +128,14 @@ class CachedModel:
             except CodecError:
                 return "model_changed"
             self._weights = state
+            self.client.prepare(self.spec)
         return None
 
     def _generate_reusing(
         self, input_ids: torch.Tensor, ids: list[ChunkId], arguments: dict[str, Any], timeline: Timeline
     ) -> tuple[Any, DynamicCache, KeyCapture, FetchReport | None]:
         match = self.client.match(self.spec, ids, timeline)
-        started = self._start_fetch(match, timeline) if match.chunks else None
+        started = self._start_fetch(match, input_ids[0], timeline) if match.chunks else None
         if started is None:
             self.client.release(match)
             capture = self._capture(0)
@@ -154,11 +159,14 @@ class CachedModel:
             arguments = arguments | {"streamer": _PromptSeen(arguments["streamer"])}
         return *self._run(input_ids, cache, capture, arguments, timeline), report
 
-    def _start_fetch(self, match: PrefixMatch, timeline: Timeline) -> tuple[KVBuffers, Fetch] | None:
+    def _start_fetch(
+        self, match: PrefixMatch, tokens: torch.Tensor, timeline: Timeline
+    ) -> tuple[KVBuffers, Fetch] | None:
         """None when this process has no memory or thread left for it."""
         try:
             buffers = self.client.buffers.take(self.spec, match.tokens)
-            return buffers, self.client.fetch(match, buffers, self._rotary(match.tokens), timeline)
+            rotary, features = self._rotary(match.tokens), PromptFeatures(self.model, tokens)
+            return buffers, self.client.fetch(match, buffers, rotary, timeline, features)
         except (RuntimeError, MemoryError) as error:
             log.warning("cannot fetch %d chunks: %s", len(match.chunks), error)
             self.client.metrics.missed("no_resources", len(match.chunks))
@@ -196,11 +204,17 @@ class CachedModel:
         values = tuple(layer.values[:, :, begin:] for layer in cache.layers)
         if 2 * begin > len(tokens):
             values = tuple(tensor.clone() for tensor in values)
+        starts = range(begin, len(ids) * CHUNK_TOKENS, CHUNK_TOKENS)
+        features: list[partial[torch.Tensor] | None] = [None] * len(starts)
+        if self.client.store.needs_features:
+            # Looked up now: the weights may have changed when the chunks' turn has come.
+            rows = embedded(self.model, torch.tensor(tokens[begin : starts.stop]))
+            features = [partial(token_features, chunk) for chunk in torch.split(rows, CHUNK_TOKENS)]
         self.client.store.put(
             self.spec,
             [
-                NewChunk(ids[index], _Gather(capture, values, index * CHUNK_TOKENS, begin))
-                for index in range(first_new, len(ids))
+                NewChunk(id_, _Gather(capture, values, start, begin), chunk_features, start == 0)
+                for id_, start, chunk_features in zip(ids[first_new:], starts, features, strict=True)
             ],
         )
 
