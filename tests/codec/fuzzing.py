@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import resource
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+
+from kvstore_codec.errors import CodecError
 
 RNG = np.random.default_rng(2024)
 # Far below the gigabytes that the length fields of a mutant may ask for.
@@ -26,6 +29,20 @@ def bounded_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def refused_mutants(read: Callable[[bytearray], object], data: bytes, mutants: int) -> int:
+    """How many of so many mutants of `data` are refused by `read`. What is not a CodecError, or is slow, fails."""
+    refused = 0
+    for _ in range(mutants):
+        mutant = mutate(data)
+        started = time.monotonic()
+        try:
+            read(mutant)
+        except CodecError:
+            refused += 1
+        assert time.monotonic() - started < SLOWEST_MUTANT_S
+    return refused
 
 
 def mutate(data: bytes) -> bytearray:
