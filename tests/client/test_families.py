@@ -190,7 +190,8 @@ def behind(model: PreTrainedModel, layers: list[CacheLayerMixin], continuation: 
     cache = DynamicCache()
     for index, layer in enumerate(layers):
         cache.update(layer.keys[:, :, :512], layer.values[:, :, :512], index)
-    return model(continuation, past_key_values=cache).logits[0].log_softmax(-1)
+    logits: torch.Tensor = model(continuation, past_key_values=cache).logits[0]
+    return logits.log_softmax(-1)
 
 
 def divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
