@@ -28,7 +28,7 @@ class Coefficients:
     values: torch.Tensor
     """f32 [tokens, columns]"""
     lost: torch.Tensor
-    """f32 [tokens], squared error of what the basis cannot express"""
+    """f32 [tokens], squared error of what these columns of the basis do not express"""
 
 
 class PeriodKLT:
@@ -55,18 +55,18 @@ class PeriodKLT:
         """Of the prediction."""
         return self.transform.predictor_in.shape[1]
 
-    def analyse(self, rows: torch.Tensor, low: torch.Tensor) -> Coefficients:
-        """`rows` are `token_vectors`, and `low` [tokens, rank] of the Prediction."""
+    def analyse(self, rows: torch.Tensor, low: torch.Tensor, columns: int) -> Coefficients:
+        """Coefficients of the first `columns` columns of the basis. `rows` are `token_vectors`, and `low`
+        [tokens, rank] of the Prediction."""
         predicted = low.float() @ self._restoring[: self.rank].float()
-        residual = rows - self.transform.mean - predicted
-        found = residual @ self._analysis
-        lost = residual.new_zeros(len(rows))
-        if self.transform.columns < self.transform.values:
-            white = torch.einsum(
-                "tlchi,lchij->tlchj", residual.view(-1, *self._shape), self.transform.whitening
-            )
-            lost = (white.flatten(1) - found @ self.transform.basis.T).square().sum(1)
-        return Coefficients(found, lost)
+        residual = (rows - self.transform.mean - predicted).view(-1, *self._shape)
+        white = torch.einsum("tlchi,lchij->tlchj", residual, self.transform.whitening).flatten(1)
+        found = white @ self.transform.basis[:, :columns]
+        return Coefficients(found, (white.square().sum(1) - found.square().sum(1)).clamp_(min=0))
+
+    def columns_above(self, deviation: float) -> int:
+        """Columns whose coefficients deviate by more than that on the calibration's text: the first ones."""
+        return int((self.transform.variances > deviation**2).sum())
 
     def restore_(self, inputs: torch.Tensor, out_keys: torch.Tensor, out_values: torch.Tensor) -> None:
         """Into [layers, heads, tokens, dim] tensors of any dtype and strides, on the device of `inputs`.
@@ -78,13 +78,6 @@ class PeriodKLT:
         both = rows.view(-1, *self._shape).permute(1, 2, 3, 0, 4)
         torch.add(both[:, 0], mean[:, 0], out=out_keys)
         torch.add(both[:, 1], mean[:, 1], out=out_values)
-
-    @functools.cached_property
-    def _analysis(self) -> torch.Tensor:
-        """f32 [D, columns]: the whitening, then the basis. Made where chunks are encoded."""
-        whitening = self.transform.whitening
-        blocks = self.transform.basis.reshape(*self._shape, -1)
-        return (whitening @ blocks).reshape(self.transform.values, -1)
 
     def _maps_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self._maps:

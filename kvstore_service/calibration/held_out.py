@@ -80,7 +80,9 @@ class HeldOut:
         for klt, low in zip(self._klt.periods, prediction.low, strict=True):
             layers = slice(first, first + klt.transform.layers)
             first = layers.stop
-            coefficients.append(klt.analyse(token_vectors(keys[layers], values[layers]), low).values)
+            coefficients.append(
+                klt.analyse(token_vectors(keys[layers], values[layers]), low, klt.transform.columns).values
+            )
         sink_keys, sink_values = (part[:, :, : self._sinks].clone() for part in (text.keys, text.values))
         return _Coded(
             passage.continuation,

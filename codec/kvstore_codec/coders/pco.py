@@ -5,7 +5,7 @@ few bytes, and rows of one table are much alike. Symbols of .1 bit are coded in 
 planes of SmolLM2 at .4 bits a value it is 1.10 of the entropy, where zstd is 1.54 at level 3 and 1.26 at level 19, and
 decodes 1.7 GB/s of bf16 represented in one thread.
 
-    (length u32 | pcodec stream of i16)...
+    (length u32 | pcodec stream of u8)...
 """
 
 from __future__ import annotations
@@ -14,41 +14,36 @@ import itertools
 import struct
 from collections.abc import Iterator
 
-import numpy as np
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec
 from pcodec.standalone import simple_compress, simple_decompress_into
 
 from kvstore_codec.coders.base import Coder, Data, Plane
 from kvstore_codec.errors import ChunkFormatError
-from kvstore_codec.scratch import ThreadScratch
 
 # First row of each table's rows.
 _EDGES = (0, 16, 48, 96, 160, 256, 384, 640)
 _LENGTH = struct.Struct("<I")
-_CONFIG = ChunkConfig(compression_level=8, delta_spec=DeltaSpec.no_op(), mode_spec=ModeSpec.classic())
-_ZERO_SAMPLE = 128
-
-_scratch = ThreadScratch()
+_CONFIG = ChunkConfig(
+    compression_level=8, delta_spec=DeltaSpec.no_op(), mode_spec=ModeSpec.classic(), enable_8_bit=True
+)
 
 
 class PcoCoder(Coder):
     def encode(self, plane: Plane) -> bytes:
-        numbers = plane.astype(np.int16) - _ZERO_SAMPLE
         parts: list[bytes] = []
         for rows in _tables(len(plane)):
-            coded = simple_compress(numbers[rows].reshape(-1), _CONFIG)
+            coded = simple_compress(plane[rows].reshape(-1), _CONFIG)
             parts += [_LENGTH.pack(len(coded)), coded]
         return b"".join(parts)
 
     def decode(self, data: Data, out: Plane) -> None:
         rest = memoryview(data)
-        numbers = _scratch.array(out.shape, np.int16)
         for rows in _tables(len(out)):
             if rest.nbytes < _LENGTH.size:
                 raise ChunkFormatError("a pcodec plane lacks tables")
             (length,) = _LENGTH.unpack_from(rest)
             coded, rest = rest[_LENGTH.size : _LENGTH.size + length], rest[_LENGTH.size + length :]
-            part = numbers[rows].reshape(-1)
+            part = out[rows].reshape(-1)
             try:
                 progress = simple_decompress_into(bytes(coded), part)
             except (RuntimeError, ValueError, TypeError) as error:
@@ -59,10 +54,6 @@ class PcoCoder(Coder):
                 )
         if rest.nbytes:
             raise ChunkFormatError(f"a pcodec plane has {rest.nbytes} bytes too many")
-        numbers += _ZERO_SAMPLE
-        if bool(((numbers < 0) | (numbers > 255)).any()):
-            raise ChunkFormatError("a pcodec plane holds samples beyond 8 bits")
-        out[...] = numbers
 
 
 def _tables(rows: int) -> Iterator[slice]:
