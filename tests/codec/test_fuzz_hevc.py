@@ -14,17 +14,18 @@ from tests.codec.fuzzing import RNG, bounded_memory, refused_mutants
 
 # Coder, shape [pictures, planes, height, width], prediction, mutants of the quick run.
 STREAMS = {
-    "gray": ("hevc-cpu", (1, 1, 144, 144), Prediction.INTRA, 4_000),
-    "4:2:0": ("hevc-cpu-420", (1, 1, 144, 144), Prediction.INTRA, 4_000),
+    "gray": ("hevc-cpu", (1, 1, 144, 144), Prediction.INTRA, 2_000),
+    "4:2:0": ("hevc-cpu-420", (1, 1, 144, 144), Prediction.INTRA, 2_000),
     "4:4:4 intra": ("hevc-cpu", (2, 3, 144, 144), Prediction.INTRA, 1_000),
-    "4:4:4 inter": ("hevc-cpu", (3, 3, 144, 144), Prediction.INTER, 1_000),
+    "4:4:4 inter": ("hevc-cpu", (2, 3, 144, 144), Prediction.INTER, 1_000),
 }
 
 
 def fuzz(name: str, shape: tuple[int, int, int, int], prediction: Prediction, mutants: int) -> None:
     hevc = coder(name)
     assert isinstance(hevc, HevcCoder)
-    pictures = (128 + RNG.integers(-2, 3, shape) * (RNG.random(shape) < 0.1)).astype(np.uint8)
+    # Sparse, as coefficients are: the time goes into reading samples, and few of them are enough to go wrong.
+    pictures = (128 + RNG.integers(-2, 3, shape) * (RNG.random(shape) < 0.02)).astype(np.uint8)
     stream = hevc.encode_pictures(pictures, prediction)
     # The end of the buffer is not the decoder's to write.
     room = np.full((shape[0] + 1, *shape[1:]), 77, np.uint8)
