@@ -62,6 +62,8 @@ class PeriodKLT:
         residual = (rows - self.transform.mean - predicted).view(-1, *self._shape)
         white = torch.einsum("tlchi,lchij->tlchj", residual, self.transform.whitening).flatten(1)
         found = white @ self.transform.basis[:, :columns]
+        if columns == self.transform.values:  # all is expressed, but for rounding
+            return Coefficients(found, found.new_zeros(len(found)))
         return Coefficients(found, (white.square().sum(1) - found.square().sum(1)).clamp_(min=0))
 
     def columns_above(self, deviation: float) -> int:

@@ -4,8 +4,8 @@
     escape value i32 [m] | K and V of the exact tokens, as words | coded plane [coefficients, tokens]
 
 A sample is 128 + the integer. Integers outside 8 bits are listed as escapes, never clipped. Rows at the end whose few
-ones add next to nothing are not coded: without them there are 1.5 times fewer to decode and to multiply. Every frame says its own step: where text is unlike the calibration's, the guard
-has made it finer.
+ones add next to nothing are not coded: without them there are 1.5 times fewer to decode and to multiply. Every frame
+says its own step: where text is unlike the calibration's, the guard has made it finer.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def encode_klt_frame(
     few = klt.columns_above(target.step * _SELDOM_ROUNDED_UP)
     for columns in (few, klt.transform.columns) if limit < math.inf else (klt.transform.columns,):
         found = klt.analyse(rows, low, columns)
-        if not bool(found.lost.isfinite().all()):
+        if not bool(found.values.isfinite().all()):
             return None
         for tensor in (found.values, found.lost):
             tensor[list(exact_tokens)] = 0
