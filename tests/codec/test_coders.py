@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvstore_codec.coders import availability, coder
 from kvstore_codec.errors import ChunkFormatError, CoderUnavailableError, UnknownEncodingError
 
-NAMES = ["raw", "zstd", "hevc-cpu", "hevc-cpu-420"]
+NAMES = ["raw", "zstd", "pco", "hevc-cpu", "hevc-cpu-420"]
 RNG = np.random.default_rng(0)
 EVERY_BYTE = np.arange(256, dtype=np.uint8)
 PLANES = {
