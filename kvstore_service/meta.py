@@ -15,12 +15,18 @@ _PACKAGES = ("kvstore-service", "torch", "transformers", "ray", "grpcio", "zstan
 def run_meta() -> dict[str, Any]:
     """Command, commit, date, machine and versions of this run."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])]),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system()},
         "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := _version(p))},
     }
+
+
+def _without_folders(argument: str) -> str:
+    """An absolute path says nothing to others but its last part."""
+    option, equals, value = argument.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 
 
 def _commit() -> str | None:

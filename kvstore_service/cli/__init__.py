@@ -5,6 +5,7 @@ import sys
 import typer
 
 from kvstore_codec.errors import KVStoreError
+from kvstore_service.cli.bench import bench
 from kvstore_service.cli.calibrate import calibrate
 from kvstore_service.cli.calibrations import calibrations
 from kvstore_service.cli.demo import demo
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 for command in (serve, status, calibrations, doctor, calibrate, demo):
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -1,0 +1,116 @@
+"""Rate and distortion of every method, as a picture."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+_MARKERS = {"kvstore": "o", "min/max": "s", "CacheGen": "^"}
+_COLOURS = {
+    "klt_frames, pco": "#D62728",
+    "klt_frames, zstd": "#FF9896",
+    "klt_frames, hevc-cpu": "#9467BD",
+    "token_frames, zstd": "#98DF8A",
+    "token_frames, hevc-cpu": "#2CA02C",
+    "min/max, zstd": "#AEC7E8",
+    "min/max, hevc-cpu": "#1F77B4",
+}
+_OTHER_COLOURS = ("#7F7F7F", "#8C564B", "#BCBD22", "#17BECF")
+_CACHEGEN_COLOURS = {256: "#000000", 1024: "#7F7F7F"}
+_TICKS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    label: str
+    method: str
+    points: tuple[tuple[float, float, str], ...]
+    """(bits per value, KL, rate), by falling bits"""
+    colour: str
+    dashed: bool = False
+
+
+def curves(rows: Sequence[Row]) -> list[Curve]:
+    """One per layout and coder, each in its usual size of frames; nothing is drawn of KV that came back exact."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["kl"] > 0 and "@" not in row["name"].removesuffix("@1024"):
+            groups.setdefault((row["method"], _label(row)), []).append(row)
+    return [
+        curve
+        for index, ((method, label), group) in enumerate(groups.items())
+        for curve in _of_group(method, label, group, _OTHER_COLOURS[index % len(_OTHER_COLOURS)])
+    ]
+
+
+def plot_rate_distortion(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Writes a PNG: KL over bits per value, both logarithmic."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(10, 5.6))
+    drawn = curves(rows)
+    for curve in drawn:
+        bits, divergence, rates = zip(*curve.points, strict=True)
+        panel.plot(
+            bits,
+            divergence,
+            marker=_MARKERS[curve.method],
+            markersize=5,
+            linewidth=1.5,
+            linestyle="--" if curve.dashed else "-",
+            color=curve.colour,
+            alpha=0.6 if curve.dashed else 1,
+            label=curve.label,
+        )
+        if curve.label == "klt_frames, pco":
+            for x, y, rate in zip(bits, divergence, rates, strict=True):
+                panel.annotate(
+                    rate, (x, y), (-6, -4), textcoords="offset points", ha="right", va="top", fontsize=9
+                )
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    points = [bits for curve in drawn for bits, _, _ in curve.points]
+    if points:
+        panel.set_xlim(min(points) / 1.4, max(points) * 1.25)
+        ticks = [tick for tick in _TICKS if min(points) / 1.4 <= tick <= max(points) * 1.25]
+        panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set_xticks([], minor=True)
+    panel.set_xlabel("bits per value of K and V, all bytes stored (bf16: 16)")
+    panel.set_ylabel("KL divergence from exact KV, nats a token")
+    panel.set_title(title, loc="left", fontsize=11)
+    panel.grid(visible=True, which="major", alpha=0.3)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    if drawn:
+        panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _label(row: Row) -> str:
+    if row["method"] == "CacheGen":
+        return f"LMCache CacheGen, {row['frame_tokens']:,} tokens a chunk"
+    family = "min/max" if row["method"] == "min/max" else row["layout"]
+    return f"{family}, {row['coder']}"
+
+
+def _of_group(method: str, label: str, group: Sequence[Row], other: str) -> Iterator[Curve]:
+    colour = (
+        _CACHEGEN_COLOURS.get(group[0]["frame_tokens"], other)
+        if method == "CacheGen"
+        else _COLOURS.get(label, other)
+    )
+    yield Curve(label, method, _points(group, "bits_per_value"), colour)
+    if all(row["payload_bits_per_value"] is not None for row in group):
+        without = _points(group, "payload_bits_per_value")
+        yield Curve(f"{label}, without its tables", method, without, colour, dashed=True)
+
+
+def _points(group: Sequence[Row], bits: str) -> tuple[tuple[float, float, str], ...]:
+    return tuple(sorted(((row[bits], row["kl"], row["rate"]) for row in group), reverse=True))
