@@ -1,5 +1,6 @@
 """`kvstore bench`: a command for each thing measured."""
 
+import tempfile
 from collections.abc import Sequence
 from enum import StrEnum
 from importlib.util import find_spec
@@ -117,7 +118,8 @@ def _require_writable(path: Path | None) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise ConfigurationError(f"cannot write {path}: {error.strerror}") from error
 
