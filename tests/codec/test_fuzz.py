@@ -125,20 +125,31 @@ def fuzz_sealed_headers(mutants: int) -> None:
     assert refused > 0.3 * mutants
 
 
-def test_100_000_mutants_of_a_chunk() -> None:
-    fuzz_whole_chunks(100_000)
+def test_mutants_of_a_chunk() -> None:
+    fuzz_whole_chunks(5_000)
 
 
 def test_mutants_with_sealed_headers() -> None:
-    fuzz_sealed_headers(20_000)
+    fuzz_sealed_headers(5_000)
 
 
 @pytest.mark.parametrize("encoding", SEALED)
 def test_mutants_with_sealed_frames(encoding: str) -> None:
-    fuzz_sealed_frames(encoding, *SEALED[encoding], mutants=1_000 if "hevc" in encoding else 5_000)
+    fuzz_sealed_frames(encoding, *SEALED[encoding], mutants=1_000 if "hevc" in encoding else 3_000)
 
 
 @pytest.mark.slow
+def test_100_000_mutants_of_a_chunk() -> None:
+    fuzz_whole_chunks(100_000)
+
+
+@pytest.mark.slow
+def test_100_000_mutants_with_sealed_headers() -> None:
+    fuzz_sealed_headers(100_000)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("encoding", SEALED)
 def test_many_more_mutants_with_sealed_frames(encoding: str) -> None:
     fuzz_sealed_frames(encoding, *SEALED[encoding], mutants=20_000 if "hevc" in encoding else 100_000)
