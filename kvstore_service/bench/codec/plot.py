@@ -16,9 +16,12 @@ _COLOURS = {
     "token_frames, hevc-cpu": "#2CA02C",
     "min/max, zstd": "#AEC7E8",
     "min/max, hevc-cpu": "#1F77B4",
+    "CacheGen, 256-token chunks": "#000000",
+    "CacheGen, 1,024-token chunks": "#7F7F7F",
+    "CacheGen as it comes, 256-token chunks": "#E377C2",
+    "CacheGen as it comes, 1,024-token chunks": "#F7B6D2",
 }
-_OTHER_COLOURS = ("#7F7F7F", "#8C564B", "#BCBD22", "#17BECF")
-_CACHEGEN_COLOURS = {256: "#000000", 1024: "#7F7F7F"}
+_OTHER_COLOURS = ("#8C564B", "#BCBD22", "#17BECF", "#FF7F0E")
 _TICKS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
 
 
@@ -95,21 +98,19 @@ def plot_rate_distortion(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def _label(row: Row) -> str:
     if row["method"] == "CacheGen":
-        return f"LMCache CacheGen, {row['frame_tokens']:,} tokens a chunk"
+        # Its default mixes numbers of bins, so it lies on no curve of single numbers.
+        name = "CacheGen as it comes" if row["rate"] == "default" else "CacheGen"
+        return f"{name}, {row['frame_tokens']:,}-token chunks"
     family = "min/max" if row["method"] == "min/max" else row["layout"]
     return f"{family}, {row['coder']}"
 
 
 def _of_group(method: str, label: str, group: Sequence[Row], other: str) -> Iterator[Curve]:
-    colour = (
-        _CACHEGEN_COLOURS.get(group[0]["frame_tokens"], other)
-        if method == "CacheGen"
-        else _COLOURS.get(label, other)
-    )
+    colour = _COLOURS.get(label, other)
     yield Curve(label, method, _points(group, "bits_per_value"), colour)
-    if all(row["payload_bits_per_value"] is not None for row in group):
+    if len(group) > 1 and all(row["payload_bits_per_value"] is not None for row in group):
         without = _points(group, "payload_bits_per_value")
-        yield Curve(f"{label}, without its tables", method, without, colour, dashed=True)
+        yield Curve(f"{label}, payload alone", method, without, colour, dashed=True)
 
 
 def _points(group: Sequence[Row], bits: str) -> tuple[tuple[float, float, str], ...]:
