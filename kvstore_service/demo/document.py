@@ -10,10 +10,18 @@ FIRST_QUESTION = "In one sentence, what is this document about?"
 SECOND_QUESTION = "What is the difference between mutable and immutable objects? Answer in two sentences."
 
 
+_DOCUMENT = ("objects", "types")
+
+
+def calibration_text() -> str:
+    """The other chapters of the language reference: prose that comes with every Python, and no line of the document."""
+    return "\n\n".join(text for name, text in sorted(topics.items()) if name not in _DOCUMENT)
+
+
 def read_document(path: Path | None) -> str:
     """The text of a file, or the chapter on Python's data model that comes with every Python."""
     if path is None:
-        return "\n\n".join(topics[name] for name in ("objects", "types"))
+        return "\n\n".join(topics[name] for name in _DOCUMENT)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

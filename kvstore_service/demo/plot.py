@@ -1,4 +1,4 @@
-"""The picture of the demo: two timelines on one axis."""
+"""The picture of the demo: one timeline for each path, on one axis."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def plot_timelines(runs: Sequence[Run], bandwidth: str, path: Path) -> None:
         panel.set_title(
             f"full prefill of {run.prompt_tokens} tokens"
             if run.path == "cold"
-            else f"{run.tokens_reused} of {run.prompt_tokens} tokens reused over {bandwidth}",
+            else f"{run.tokens_reused} of {run.prompt_tokens} tokens reused as {run.encoding} over {bandwidth}",
             loc="left",
             fontsize=10,
         )

@@ -32,10 +32,13 @@ def test_the_demo_shows_a_hit_with_the_same_answer(tmp_path: Path) -> None:
     )
     assert "through the service" in run.stdout
     result = json.loads((tmp_path / "demo.json").read_text())
-    cold, hit = result["rows"]
+    cold, hit, lossy = result["rows"]
     assert (cold["path"], cold["tokens_reused"], cold["bytes"]) == ("cold", 0, 0)
-    assert hit["path"] == "hit"
-    assert hit["tokens_reused"] == 2048
+    assert (hit["path"], hit["encoding"]) == ("hit", "exact-zstd")
+    assert (lossy["path"], lossy["encoding"]) == ("hit", "medium-klt-pco")
+    assert lossy["tokens_reused"] == hit["tokens_reused"] == 2048
+    assert lossy["bytes"] < hit["bytes"] / 20
+    assert 0 < lossy["ttft_s"] < cold["ttft_s"]
     assert hit["same_tokens"] is True
     assert 0 < hit["ttft_s"] < cold["ttft_s"]
     # A link of 500 Mbit/s cannot have carried the bytes sooner than this.

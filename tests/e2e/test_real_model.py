@@ -14,8 +14,11 @@ from kvstore_client import connect
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.settings import ClientSettings
+from kvstore_service.calibration.publish import publish_calibration
+from kvstore_service.demo.calibration import demo_calibration
 from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.link import ShapedLink
+from kvstore_service.models import load_smollm2
 from tests.e2e.conftest import document_prompt
 
 pytestmark = pytest.mark.slow
@@ -91,6 +94,32 @@ def test_storage_actor_killed_in_the_middle_of_a_fetch(smollm2: Loaded, ray_clus
             assert cached.last_report.reused_tokens == reused
             client.store.flush()
         cached.close()
+
+
+def test_calibrated_kv_is_small_and_says_what_exact_kv_says(
+    smollm2: Loaded, ray_cluster: EmbeddedCluster
+) -> None:
+    """In float32 a value has 32 bits; `high` keeps the answer."""
+    model, tokenizer = smollm2
+    calibration, _ = demo_calibration(*load_smollm2(torch.float32), print)
+    publish_calibration(calibration, ray_cluster.address)
+    prompt = document_prompt(tokenizer, 1700, "What are mutable objects?")
+    first_logits, bytes_in = {}, {}
+    for encoding in ("exact-zstd", "high-klt-pco"):
+        with connect(ray_cluster.address, encoding=encoding, accept=(encoding,)) as client:
+            cached = CachedModel(model, client)
+            assert (client.prepare(cached.spec).result() is None) == (encoding == "exact-zstd")
+            cached.generate(prompt, **GREEDY)
+            client.store.flush()
+            before = client.metrics.snapshot().get("bytes_in", 0)
+            got = cached.generate(prompt, return_dict_in_generate=True, output_logits=True, **GREEDY)
+            assert cached.last_report.reused_tokens == 1536
+            bytes_in[encoding] = client.metrics.snapshot()["bytes_in"] - before
+            first_logits[encoding] = got.logits[0][0].log_softmax(-1)
+            cached.close()
+    exact, lossy = first_logits["exact-zstd"], first_logits["high-klt-pco"]
+    assert float((exact.exp() * (exact - lossy)).sum()) < 0.05
+    assert bytes_in["high-klt-pco"] < bytes_in["exact-zstd"] / 10
 
 
 def _view(cluster: EmbeddedCluster) -> ClusterView:
