@@ -1,5 +1,7 @@
 """What calibration sees of a model is what the model computes."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -11,6 +13,15 @@ from kvstore_codec.model_spec import KVDtype
 from tests.client.models import FAMILIES, random_prompt, tiny_model
 
 TOKENS, CONTINUED = 40, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only make torch's threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=FAMILIES)
