@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from blake3 import blake3
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_service.cli.stages import Stages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +88,7 @@ def calibrate(
             for path, content, tokens_of in zip(text, contents, ids, strict=True)
         ],
     }
-    with _Stages(console) as stages:
+    with Stages(console, _STAGES) as stages:
         calibration = run(
             observed,
             plan,
@@ -169,32 +169,3 @@ def _table(calibration: "Calibration") -> Table:
     for rate, step in calibration.steps.items():
         table.add_row(rate, f"{step:.4g}", f"{measured[rate]:.4f}")
     return table
-
-
-class _Stages:
-    """A progress bar for each stage."""
-
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> "_Stages":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def advance(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(_STAGES[stage], total=total)
-        self._progress.update(self._tasks[stage], completed=done)
-
-    def note(self, text: str) -> None:
-        self._progress.console.print(text, soft_wrap=True, markup=False)
