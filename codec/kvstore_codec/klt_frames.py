@@ -38,6 +38,9 @@ _GUARD_ATTEMPTS = 6
 _TAIL_SHARE = 0.005
 # Coefficients with this share of the step as their deviation are rounded to zero but for one in thousands.
 _SELDOM_ROUNDED_UP = 1 / 8
+# Frames are restored with a multiple of so many columns: a product of new sizes costs six times one of known ones,
+# because oneDNN compiles a kernel for it.
+_COLUMNS_AT_ONCE = 64
 _ZERO_SAMPLE = 128
 _LARGEST_INTEGER = 1 << 23  # exact in f32
 
@@ -200,7 +203,10 @@ class DecodedFrames:
     def restore_(self, low: torch.Tensor, out_keys: torch.Tensor, out_values: torch.Tensor) -> None:
         """Into [layers, heads, tokens, dim] tensors, on any device; `low` [tokens, rank] of the Prediction."""
         device, rank = out_keys.device, self._klt.rank
-        inputs = torch.zeros((self._tokens, rank + self._columns), dtype=compute_dtype())
+        columns = -(-self._columns // _COLUMNS_AT_ONCE) * _COLUMNS_AT_ONCE
+        inputs = torch.zeros(
+            (self._tokens, rank + min(columns, self._klt.transform.columns)), dtype=compute_dtype()
+        )
         inputs[:, :rank] = low
         for tokens, coefficients in self._coefficients:
             inputs[tokens, rank : rank + len(coefficients)] = coefficients.T
