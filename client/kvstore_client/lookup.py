@@ -11,9 +11,9 @@ from kvstore_client.cluster_view import ClusterView
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
 from kvstore_codec.chunk import ChunkHeader, read_header
+from kvstore_codec.codec import chunk_geometry
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CalibrationError, CodecError, ForeignChunkError, NodeUnavailableError
-from kvstore_codec.geometry import PERIOD_LAYERS, Geometry
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
@@ -189,8 +189,7 @@ def _require_expected(
 ) -> None:
     """Raises ForeignChunkError if the chunk is in an encoding that was not asked for, or unlike this model's KV."""
     encoding = header.encoding
-    period_layers = PERIOD_LAYERS if klt is None else klt.calibration.period_layers
-    geometry = Geometry.of(spec, chunk_tokens, period_layers, encoding.frame_tokens)
+    geometry = chunk_geometry(spec, chunk_tokens, encoding, klt)
     frame_limit = 2 * geometry.frame_values(0) * spec.dtype.itemsize + _FRAME_OVERHEAD_BYTES
     if answer.encoding not in accept or max(header.frame_lengths) > frame_limit:
         raise ForeignChunkError(

@@ -70,8 +70,7 @@ def encode_chunk(
         frames, guarded, geometry = _encode_klt(keys, values, spec, encoding, klt, features, sinks)
     else:
         klt, guarded = None, {}
-        period_layers = LAYERS_PER_PICTURE if encoding.is_video else PERIOD_LAYERS
-        geometry = Geometry.of(spec, tokens, period_layers, encoding.frame_tokens)
+        geometry = chunk_geometry(spec, tokens, encoding)
         frames = [
             _encode_exact(k, v, encoding.coder)
             if encoding.rate is Rate.EXACT
@@ -81,6 +80,15 @@ def encode_chunk(
     digest = klt.calibration.digest if klt else None
     header, header_data = write_header(spec.digest, chunk_id, encoding, geometry, frames, digest)
     return EncodedChunk(header, [header_data, *frames], guarded)
+
+
+def chunk_geometry(spec: ModelSpec, tokens: int, encoding: Encoding, klt: KLT | None = None) -> Geometry:
+    """How a chunk is cut: its encoding and, with a KLT, its calibration say so."""
+    if klt is not None:
+        period_layers = klt.calibration.period_layers
+    else:
+        period_layers = LAYERS_PER_PICTURE if encoding.is_video else PERIOD_LAYERS
+    return Geometry.of(spec, tokens, period_layers, encoding.frame_tokens)
 
 
 def decode_frames(
@@ -169,7 +177,7 @@ def _encode_klt(
     if features is None or len(features) != tokens:
         raise InvalidKVError(f"{encoding.name} needs the token_features of all {tokens} tokens")
     prediction, target = klt.predict(features), klt.target(encoding.rate)
-    geometry = Geometry.of(spec, tokens, klt.calibration.period_layers, encoding.frame_tokens)
+    geometry = chunk_geometry(spec, tokens, encoding, klt)
     frames: list[bytes] = []
     guarded = {"finer": 0, "exact": 0}
     for frame in range(geometry.frame_count):
