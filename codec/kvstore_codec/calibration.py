@@ -30,7 +30,7 @@ from kvstore_codec.geometry import MAX_LAYERS
 from kvstore_codec.model_spec import ModelSpec
 
 MAX_CALIBRATION_BYTES = 1 << 30
-_VERSION = 1
+_VERSION = 2
 # The half-precision matrices are far more exact than the integers they carry; means and metric stay in f32, as
 # keys with a bias may lie a hundred deviations from zero.
 _HALF = ("predictor_in", "predictor_out", "basis")
@@ -111,8 +111,8 @@ class Calibration:
     """First tokens of a text that every rate keeps exact: what all later tokens attend to."""
     steps: Mapping[str, float]
     """rate -> quantiser step, in units of the metric"""
-    errors: Mapping[str, float]
-    """rate -> mean squared error per value in the metric, on text like that of the calibration"""
+    errors: Mapping[str, tuple[float, ...]]
+    """rate -> mean squared error per value in the metric, in each period, on text like that of the calibration"""
     periods: tuple[PeriodTransform, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Texts, tokens, measured KL: for people. JSON."""
@@ -122,10 +122,11 @@ class Calibration:
         if not 1 <= self.period_layers <= MAX_LAYERS or not 0 <= self.sinks <= 64 or not self.periods:
             raise CalibrationError("a calibration needs periods of at least one layer, and 0 to 64 sinks")
         if self.steps.keys() != self.errors.keys():
-            raise CalibrationError("a calibration needs a step and an error for the same rates")
-        for name, number in [*self.steps.items(), *self.errors.items()]:
-            if not (math.isfinite(number) and number > 0):
-                raise CalibrationError(f"a calibration with a step or error of {number} for {name!r}")
+            raise CalibrationError("a calibration needs a step and errors for the same rates")
+        for name, step in self.steps.items():
+            numbers = (step, *self.errors[name])
+            if len(numbers) != 1 + len(self.periods) or not all(math.isfinite(n) and n > 0 for n in numbers):
+                raise CalibrationError(f"a calibration with a step and errors of {numbers} for {name!r}")
         if any(period.layers != self.period_layers for period in self.periods[:-1]):
             raise CalibrationError(f"a calibration with a period of other than {self.period_layers} layers")
         shapes = {(period.whitening.shape[2:], period.features) for period in self.periods}
@@ -166,7 +167,7 @@ class Calibration:
             "period_layers": self.period_layers,
             "sinks": self.sinks,
             "steps": dict(self.steps),
-            "errors": dict(self.errors),
+            "errors": {rate: list(errors) for rate, errors in self.errors.items()},
             "periods": len(self.periods),
             "provenance": dict(self.provenance),
         }
@@ -195,7 +196,7 @@ class Calibration:
                 facts["period_layers"],
                 facts["sinks"],
                 facts["steps"],
-                facts["errors"],
+                {rate: tuple(errors) for rate, errors in facts["errors"].items()},
                 tuple(periods),
                 facts["provenance"],
             )

@@ -176,7 +176,8 @@ def _encode_klt(
     tokens = keys.shape[2]
     if features is None or len(features) != tokens:
         raise InvalidKVError(f"{encoding.name} needs the token_features of all {tokens} tokens")
-    prediction, target = klt.predict(features), klt.target(encoding.rate)
+    prediction = klt.predict(features)
+    targets = [klt.target(encoding.rate, period) for period in range(len(klt.periods))]
     geometry = chunk_geometry(spec, tokens, encoding, klt)
     frames: list[bytes] = []
     guarded = {"finer": 0, "exact": 0}
@@ -189,7 +190,7 @@ def _encode_klt(
             v,
             prediction.at(period, slice(rows.start, rows.stop)),
             klt.periods[period],
-            target,
+            targets[period],
             [token - rows.start for token in rows if token < sinks],
             encoding.coder,
         )

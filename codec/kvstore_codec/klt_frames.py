@@ -23,26 +23,18 @@ from kvstore_codec.calibration import Calibration
 from kvstore_codec.coders import Plane, coder, decoder
 from kvstore_codec.encoding import Rate
 from kvstore_codec.errors import CalibrationError, ChunkFormatError, InvalidKVError
-from kvstore_codec.klt import Coefficients, PeriodKLT, compute_dtype, token_vectors
+from kvstore_codec.guard import LARGEST_INTEGER, Target, at_finer_step, at_step
+from kvstore_codec.klt import PeriodKLT, compute_dtype, token_vectors
 from kvstore_codec.payload import PayloadReader
 from kvstore_codec.scratch import ThreadScratch
 from kvstore_codec.words import decode_words, encode_words, words_of
 
-# A frame may have this much more error than the calibration text has on average; beyond it the step is refined.
-# Frames of ordinary text vary by about as much.
-GUARD_SLACK = 1.25
-# The error grows with the step squared, less where rows are zero already: a few attempts always suffice, or the KV is
-# nothing a calibration foresaw.
-_GUARD_ATTEMPTS = 6
-# Rows at the end are left out as long as that adds no more than this share to the error.
-_TAIL_SHARE = 0.005
 # Coefficients with this share of the step as their deviation are rounded to zero but for one in thousands.
 _SELDOM_ROUNDED_UP = 1 / 8
 # Frames are restored with a multiple of so many columns: a product of new sizes costs six times one of known ones,
 # because oneDNN compiles a kernel for it.
 _COLUMNS_AT_ONCE = 64
 _ZERO_SAMPLE = 128
-_LARGEST_INTEGER = 1 << 23  # exact in f32
 
 _FRAME = struct.Struct("<fHHI")
 _TOKEN_DTYPE, _INDEX_DTYPE, _VALUE_DTYPE = np.dtype("<u2"), np.dtype("<u4"), np.dtype("<i4")
@@ -71,14 +63,14 @@ class KLT:
         low = features.to(self._predicting) @ self._predicting
         return Prediction(torch.split(low, [period.rank for period in self.periods], dim=1))
 
-    def target(self, rate: Rate | float) -> Target:
+    def target(self, rate: Rate | float, period: int) -> Target:
         """Raises CalibrationError for a rate that the calibration found no step for."""
         if not isinstance(rate, Rate):
             return Target(rate, math.inf)
         if rate not in self.calibration.steps:
             known = ", ".join(self.calibration.steps) or "none"
             raise CalibrationError(f"the calibration has no step for rate {rate!r}; it has {known}")
-        return Target(self.calibration.steps[rate], GUARD_SLACK * self.calibration.errors[rate])
+        return Target(self.calibration.steps[rate], self.calibration.errors[rate][period])
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +86,6 @@ class Prediction:
 
     def at(self, period: int, tokens: slice) -> torch.Tensor:
         return self.low[period][tokens]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What a frame is to be coded to."""
-
-    step: float
-    error: float
-    """mean squared error per value in the metric that the guard tolerates; infinity turns the guard off"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,23 +109,24 @@ def encode_klt_frame(
     None for KV that only an exact frame keeps: NaN, infinities, or error that no step brings down.
     """
     rows = token_vectors(keys, values)
-    inexact = len(rows) - len(exact_tokens)
-    limit = target.error * klt.transform.values * inexact if inexact else 0.0
-    quantised = None
-    # Text like the calibration's needs few columns, and a third of the work; what the guard minds gets all of them.
-    few = klt.columns_above(target.step * _SELDOM_ROUNDED_UP)
-    for columns in (few, klt.transform.columns) if limit < math.inf else (klt.transform.columns,):
+    inexact = klt.transform.values * (len(rows) - len(exact_tokens))
+    every = klt.transform.columns
+    # Text like the calibration's needs few columns, and a third of the work; other text needs all of them.
+    few = klt.columns_above(target.step * _SELDOM_ROUNDED_UP) if target.error < math.inf else every
+    rounded = None
+    for columns in dict.fromkeys((few, every)):
         found = klt.analyse(rows, low, columns)
         if not bool(found.values.isfinite().all()):
             return None
         for tensor in (found.values, found.lost):
             tensor[list(exact_tokens)] = 0
-        quantised = _guarded(found, limit, target.step)
-        if quantised is not None and quantised[0] == float(np.float32(target.step)):
+        rounded = at_step(found, target, inexact)
+        if rounded is not None:
             break
-    if quantised is None:
+    rounded = rounded or at_finer_step(found, target, inexact)
+    if rounded is None:
         return None
-    step, integers = quantised
+    step, integers = rounded.step, rounded.integers
     count = integers.shape[1]
     plane = integers.T.contiguous().to(torch.int32).numpy()
     outside = np.flatnonzero((plane < -_ZERO_SAMPLE) | (plane >= _ZERO_SAMPLE))
@@ -161,7 +145,7 @@ def encode_klt_frame(
             parts += encode_words(words_of(tensor.index_select(2, chosen).contiguous()))
     if samples.size:
         parts.append(coder(coder_name).encode(samples))
-    return EncodedFrame(parts, step < float(np.float32(target.step)))
+    return EncodedFrame(parts, step < target.step)
 
 
 class DecodedFrames:
@@ -187,7 +171,7 @@ class DecodedFrames:
         exact_tokens = _increasing(reader, _TOKEN_DTYPE, exact, count)
         index = _increasing(reader, _INDEX_DTYPE, escaped, rows * count)
         escapes = np.frombuffer(reader.take(escaped * _VALUE_DTYPE.itemsize), _VALUE_DTYPE)
-        if len(escapes) and int(np.abs(escapes.astype(np.int64)).max()) > _LARGEST_INTEGER:
+        if len(escapes) and int(np.abs(escapes.astype(np.int64)).max()) > LARGEST_INTEGER:
             raise ChunkFormatError("a frame escapes to integers that no KV has")
         if exact:
             kept = [torch.empty((layers, heads, exact, dim), dtype=like.dtype) for _ in range(2)]
@@ -214,29 +198,6 @@ class DecodedFrames:
         for chosen, keys, values in self._exact:
             for out, tensor in ((out_keys, keys), (out_values, values)):
                 out.index_copy_(2, chosen.to(device), tensor.to(device))
-
-
-def _guarded(found: Coefficients, limit: float, step: float) -> tuple[float, torch.Tensor] | None:
-    """A step, at most the one given, with no more squared error than that, over all tokens; and the integers it
-    makes, without the columns at the end that are not worth coding. The basis is orthonormal: errors are what they are
-    in its coordinates."""
-    lost = float(found.lost.sum())
-    energies = found.values.square().sum(0)
-    for _ in range(_GUARD_ATTEMPTS):
-        step = float(np.float32(step))  # as it will be read
-        integers = (found.values / step).round_()
-        errors = (found.values - integers * step).square().sum(0)
-        error = lost + float(errors.sum())
-        if error <= limit:
-            added = (energies - errors).flip(0).cumsum(0)  # by the last column, the last two, ...
-            count = int((added > min(_TAIL_SHARE * error, limit - error)).sum())
-            integers = integers[:, :count]
-            fits = not count or float(integers.abs().max()) <= _LARGEST_INTEGER
-            return (step, integers) if fits else None
-        if lost >= limit:
-            return None
-        step *= 0.9 * ((limit - lost) / max(error - lost, limit)) ** 0.5
-    return None
 
 
 def _integers(

@@ -19,8 +19,8 @@ class Damage:
 
     kl: float
     """mean KL divergence from the model's own prediction, nats a token"""
-    error: float
-    """mean squared error per value, in the metric"""
+    errors: tuple[float, ...]
+    """mean squared error per value of each period, in the metric"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +52,15 @@ class HeldOut:
             advance()
 
     def measure(self, step: float) -> Damage:
-        kl, error, values = 0.0, 0.0, 0
+        kl = 0.0
+        squares, counts = torch.zeros(2, len(self._klt.periods), dtype=torch.float64)
         for coded in self._passages:
-            keys, restored_values, squares = self._restore(coded, step)
+            keys, restored_values, of_passage = self._restore(coded, step)
             predicted = self._observed.log_probabilities(keys, restored_values, coded.continuation)
             kl += float((coded.reference.exp() * (coded.reference - predicted)).sum(-1).mean())
-            error += squares  # the basis is whole and orthonormal: the same in its coordinates
-            values += sum(len(c) * c.shape[1] for c in coded.coefficients)
-        return Damage(kl / len(self._passages), error / values)
+            squares += torch.tensor(of_passage)
+            counts += torch.tensor([coefficients.numel() for coefficients in coded.coefficients])
+        return Damage(kl / len(self._passages), tuple((squares / counts).tolist()))
 
     def expected_step(self, kl: float) -> float:
         """The step that the metric, a quadratic form of the KL of a whole continuation, predicts for small errors."""
@@ -93,19 +94,22 @@ class HeldOut:
             tuple(coefficients),
         )
 
-    def _restore(self, coded: _Coded, step: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    def _restore(self, coded: _Coded, step: float) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+        """Keys, values, and the squared error of each period."""
         layers, heads, _, dim = coded.sink_keys.shape
         shape = (layers, heads, self._sinks + coded.prediction.tokens, dim)
         keys, values = (coded.sink_keys.new_empty(shape) for _ in range(2))
         keys[:, :, : self._sinks], values[:, :, : self._sinks] = coded.sink_keys, coded.sink_values
-        squares, first = 0.0, 0
+        squares: list[float] = []
+        first = 0
         for klt, low, coefficients in zip(
             self._klt.periods, coded.prediction.low, coded.coefficients, strict=True
         ):
             chosen = slice(first, first + klt.transform.layers)
             first = chosen.stop
             integers = (coefficients / step).round_()
-            squares += float((coefficients - integers * step).double().square().sum())
+            # The basis is whole and orthonormal: errors are what they are in its coordinates.
+            squares.append(float((coefficients - integers * step).double().square().sum()))
             used = int(integers.any(0).nonzero().max()) + 1 if bool(integers.any()) else 0
             inputs = torch.cat((low, (integers[:, :used] * step).to(compute_dtype())), dim=1)
             klt.restore_(inputs, keys[chosen, :, self._sinks :], values[chosen, :, self._sinks :])

@@ -74,7 +74,7 @@ def calibrate(
     return replace(
         fitted,
         steps={rate: step for rate, (step, _) in found.items()},
-        errors={rate: damage.error for rate, (_, damage) in found.items()},
+        errors={rate: damage.errors for rate, (_, damage) in found.items()},
         provenance={
             **(provenance or {}),
             "fitted_tokens": moments.tokens,

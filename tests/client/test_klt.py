@@ -267,7 +267,7 @@ def test_a_service_that_is_away_costs_nobody_anything(new_client: Callable[..., 
 def test_closing_in_the_middle_of_a_load_keeps_its_patience(
     stored: int, cluster: ServedCluster, new_client: Callable[..., KVStoreClient]
 ) -> None:
-    with ShapedLink(cluster.address, bandwidth_bps=1e6) as link:
+    with ShapedLink(cluster.address, bandwidth_bps=1e5) as link:
         client = new_client(link.address, close_timeout_s=0.3)
         cached = CachedModel(sharp_model(), client)
         cached.generate(random_prompt(600, seed=2), **GREEDY)  # now the store waits for the calibration

@@ -69,7 +69,7 @@ def make_calibration(
                 variances=torch.linspace(2, 1, basis.shape[1]),
             )
         )
-    errors = {rate: step**2 / 12 for rate, step in STEPS.items()}
+    errors = {rate: (step**2 / 12,) * len(periods) for rate, step in STEPS.items()}
     return Calibration(spec.digest, period_layers, 4, STEPS, errors, tuple(periods), {"text": "none"})
 
 

@@ -37,7 +37,7 @@ def test_damaged_bytes_are_refused() -> None:
 
 def test_a_later_version_is_refused_by_name() -> None:
     data = make_calibration(SPEC).to_bytes()
-    newer = data.replace(b'\\"version\\": 1', b'\\"version\\": 9')
+    newer = data.replace(b'\\"version\\": 2', b'\\"version\\": 9')
     assert newer != data
     with pytest.raises(CalibrationError, match="version 9"):
         Calibration.from_bytes(newer)
@@ -48,16 +48,19 @@ def test_another_model_is_refused() -> None:
     calibration.require(SPEC)
     with pytest.raises(CalibrationError, match="kvstore calibrate"):
         calibration.require(make_spec(layers=6, head_dim=64))
+    of_one = {rate: errors[:1] for rate, errors in calibration.errors.items()}
     with pytest.raises(CalibrationError, match="shapes"):
-        dataclasses.replace(calibration, periods=calibration.periods[:1]).require(SPEC)
+        dataclasses.replace(calibration, periods=calibration.periods[:1], errors=of_one).require(SPEC)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"steps": {"high": 0.0}, "errors": {"high": 1.0}},
-        {"steps": {"high": float("nan")}, "errors": {"high": 1.0}},
+        {"steps": {"high": 0.0}, "errors": {"high": (1.0, 1.0)}},
+        {"steps": {"high": float("nan")}, "errors": {"high": (1.0, 1.0)}},
         {"steps": {"high": 1.0}, "errors": {}},
+        {"steps": {"high": 1.0}, "errors": {"high": (1.0,)}},
+        {"steps": {"high": 1.0}, "errors": {"high": (1.0, 0.0)}},
         {"periods": ()},
         {"sinks": -1},
         {"period_layers": 3},

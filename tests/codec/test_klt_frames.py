@@ -14,8 +14,9 @@ from kvstore_codec.chunk import read_header
 from kvstore_codec.codec import EncodedChunk, decode_frames, encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CalibrationError, InvalidKVError
+from kvstore_codec.guard import GUARD_SLACK, GUARD_STRICTNESS
 from kvstore_codec.klt import token_vectors
-from kvstore_codec.klt_frames import GUARD_SLACK, KLT
+from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import KVDtype, ModelSpec
 from kvstore_codec.payload import PayloadKind
 from tests.codec.chunks import (
@@ -106,18 +107,24 @@ def test_integers_beyond_eight_bits_are_not_clipped() -> None:
 def test_the_guard_refines_the_step_of_a_frame_unlike_the_calibration() -> None:
     spec = make_spec(layers=4, dtype=KVDtype.FLOAT32)
     calibration = make_calibration(spec)
-    tight = dataclasses.replace(calibration, errors={rate: e / 4 for rate, e in calibration.errors.items()})
+    tight = dataclasses.replace(
+        calibration, errors={rate: (e[0] / 4,) for rate, e in calibration.errors.items()}
+    )
     kv = make_kv(spec, 64)
     features = features_of(64)
     chunk = encode_chunk(
         *kv, spec=spec, chunk_id=CHUNK_ID, encoding=MEDIUM, klt=KLT(tight), features=features
     )
-    assert STEPS["medium"] / 3 < step_of(chunk) < STEPS["medium"] / 1.5
+    assert STEPS["medium"] / 4 < step_of(chunk) < STEPS["medium"] / 2.5
+    assert chunk.guarded == {"finer": 1, "exact": 0}
     outs = [torch.empty_like(tensor) for tensor in kv]
     decode_frames(
         chunk.header, 0, 1, chunk.parts[1], *outs, klt=KLT(tight), prediction=KLT(tight).predict(features)
     )
-    assert metric_error(spec, kv, (outs[0], outs[1]), slice(None)) <= GUARD_SLACK * tight.errors["medium"]
+    assert (
+        metric_error(spec, kv, (outs[0], outs[1]), slice(None))
+        <= GUARD_STRICTNESS * tight.errors["medium"][0]
+    )
 
 
 def test_kv_that_the_basis_cannot_express_stays_exact() -> None:
@@ -180,7 +187,7 @@ def test_encoding_refuses_what_does_not_belong_together() -> None:
                 keys, values, spec=spec, chunk_id=CHUNK_ID, encoding=MEDIUM, klt=klt, features=features
             )
     calibration = make_calibration(spec)
-    only_low = dataclasses.replace(calibration, steps={"low": 0.2}, errors={"low": 0.003})
+    only_low = dataclasses.replace(calibration, steps={"low": 0.2}, errors={"low": (0.003,)})
     with pytest.raises(CalibrationError, match="low"):
         encode_chunk(
             keys,
