@@ -30,7 +30,7 @@ from kvstore_codec.geometry import MAX_LAYERS
 from kvstore_codec.model_spec import ModelSpec
 
 MAX_CALIBRATION_BYTES = 1 << 30
-_VERSION = 2
+VERSION = 2
 # The half-precision matrices are far more exact than the integers they carry; means and metric stay in f32, as
 # keys with a bias may lie a hundred deviations from zero.
 _HALF = ("predictor_in", "predictor_out", "basis")
@@ -162,7 +162,7 @@ class Calibration:
                 tensor = getattr(period, name)
                 tensors[f"{index}.{name}"] = (tensor.half() if name in _HALF else tensor).contiguous()
         facts = {
-            "version": _VERSION,
+            "version": VERSION,
             "model": self.model_digest.hex(),
             "period_layers": self.period_layers,
             "sinks": self.sinks,
@@ -215,9 +215,9 @@ class Calibration:
 
 
 def _require_version(version: object) -> None:
-    if version != _VERSION:
+    if version != VERSION:
         raise CalibrationError(
-            f"the calibration has version {version!r}, this codec reads version {_VERSION}"
+            f"the calibration has version {version!r}, this codec reads version {VERSION}"
         )
 
 

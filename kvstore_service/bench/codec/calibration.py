@@ -12,7 +12,7 @@ import torch
 from kvstore_client.engines.transformers.calibrate import ObservedModel
 from kvstore_client.settings import default_cache_dir
 from kvstore_codec import canonical
-from kvstore_codec.calibration import Calibration
+from kvstore_codec.calibration import VERSION, Calibration
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.bench.codec.texts import Source, tokens_of
 from kvstore_service.calibration import AIM, RATES, Options, Report, calibrate, plan_passages
@@ -54,7 +54,7 @@ def _file(observed: ObservedModel, sources: Sequence[Source], tokens: int) -> Pa
     name = canonical.digest(
         _DOMAIN,
         observed.spec.digest,
-        json.dumps([tokens, asdict(_OPTIONS), RATES, AIM], sort_keys=True).encode(),
+        json.dumps([VERSION, tokens, asdict(_OPTIONS), RATES, AIM], sort_keys=True).encode(),
         *(document.digest.encode() for source in sources for document in source.documents),
     ).hex()[:32]
     return default_cache_dir() / "bench" / f"{name}.kvcal"
