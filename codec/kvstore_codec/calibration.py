@@ -216,9 +216,7 @@ class Calibration:
 
 def _require_version(version: object) -> None:
     if version != VERSION:
-        raise CalibrationError(
-            f"the calibration has version {version!r}, this codec reads version {VERSION}"
-        )
+        raise CalibrationError(f"the calibration has version {version!r}, this codec reads version {VERSION}")
 
 
 def token_features(embeddings: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:

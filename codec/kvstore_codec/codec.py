@@ -145,7 +145,7 @@ def decode_frames(
                 apart.append((kind, reader, frame, tokens))
                 continue
             if together is None:
-                together = DecodedFrames(_require_decoder(header, klt).periods[period], end - begin)
+                together = DecodedFrames(_require_decoder(header, klt).periods[period])
             together.read(reader, keys[:, :, tokens], tokens, coder)
             reader.finish()
     if together is not None:

@@ -14,6 +14,9 @@ import torch
 
 from kvstore_codec.calibration import PeriodTransform
 
+# Rows of the restoring matrix that sum up to the mean.
+_MEANS = 2
+
 
 def token_vectors(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """KV of some layers, `[layers, kv_heads, tokens, head_dim]` each, as one vector a token in the order
@@ -45,8 +48,11 @@ class PeriodKLT:
         inverse = torch.linalg.inv(whitening.double())
         # x = whitening^-1 basis q: [columns, D]
         synthesis = (inverse @ blocks.double()).float().reshape(transform.values, -1).T
-        # What is multiplied by the predicted features stands first, so that columns at the end may be left out.
-        self._restoring = torch.cat((transform.predictor_out, synthesis)).to(compute_dtype())
+        dtype = compute_dtype()
+        coarse = transform.mean.to(dtype).float()
+        mean = torch.stack((coarse, transform.mean - coarse))  # two terms hold what one of bfloat16 cannot
+        # Coefficients stand last, so that some at the end may be left out.
+        self._restoring = torch.cat((mean, transform.predictor_out, synthesis)).to(dtype)
         self._mean = transform.mean.view(layers, pair, heads, 1, dim)
         self._maps: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -58,7 +64,7 @@ class PeriodKLT:
     def analyse(self, rows: torch.Tensor, low: torch.Tensor, columns: int) -> Coefficients:
         """Coefficients of the first `columns` columns of the basis. `rows` are `token_vectors`, and `low`
         [tokens, rank] of the Prediction."""
-        predicted = low.float() @ self._restoring[: self.rank].float()
+        predicted = low.float() @ self._restoring[_MEANS : _MEANS + self.rank].float()
         residual = (rows - self.transform.mean - predicted).view(-1, *self._shape)
         white = torch.einsum("tlchi,lchij->tlchj", residual, self.transform.whitening).flatten(1)
         found = white @ self.transform.basis[:, :columns]
@@ -70,16 +76,28 @@ class PeriodKLT:
         """Columns whose coefficients deviate by more than that on the calibration's text: the first ones."""
         return int((self.transform.variances > deviation**2).sum())
 
-    def restore_(self, inputs: torch.Tensor, out_keys: torch.Tensor, out_values: torch.Tensor) -> None:
-        """Into [layers, heads, tokens, dim] tensors of any dtype and strides, on the device of `inputs`.
+    def inputs(self, low: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `restore_` takes, [tokens, all], in host memory, and the part of it that is to be filled in: integers
+        times step, [tokens, columns], zeros so far. `low` [tokens, rank] is of the Prediction."""
+        known = _MEANS + self.rank
+        inputs = torch.zeros((len(low), known + columns), dtype=compute_dtype())
+        inputs[:, :_MEANS] = 1
+        inputs[:, _MEANS:known] = low
+        return inputs, inputs[:, known:]
 
-        `inputs` [tokens, rank + some columns] of `compute_dtype` is `low` of the Prediction, then integers times step;
-        columns at the end may be left out."""
+    def restore_(self, inputs: torch.Tensor, out_keys: torch.Tensor, out_values: torch.Tensor) -> None:
+        """Into [layers, heads, tokens, dim] tensors of any dtype and strides, on the device of `inputs`; columns at the
+        end of those may be left out."""
         restoring, mean = self._maps_on(inputs.device)
-        rows = inputs @ restoring[: inputs.shape[1]]
+        restoring = restoring[: inputs.shape[1]]
+        apart = out_keys.dtype != restoring.dtype  # a product in bfloat16 would round the mean as well
+        rows = inputs[:, _MEANS:] @ restoring[_MEANS:] if apart else inputs @ restoring
         both = rows.view(-1, *self._shape).permute(1, 2, 3, 0, 4)
-        torch.add(both[:, 0], mean[:, 0], out=out_keys)
-        torch.add(both[:, 1], mean[:, 1], out=out_values)
+        for out, index in ((out_keys, 0), (out_values, 1)):
+            if apart:
+                torch.add(both[:, index], mean[:, index], out=out)
+            else:
+                out.copy_(both[:, index])
 
     def _maps_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self._maps:

@@ -151,9 +151,8 @@ def encode_klt_frame(
 class DecodedFrames:
     """Neighbouring frames of one period on their way back: integers first, then all of them restored at once."""
 
-    def __init__(self, klt: PeriodKLT, tokens: int) -> None:
+    def __init__(self, klt: PeriodKLT) -> None:
         self._klt = klt
-        self._tokens = tokens
         self._columns = 0
         self._coefficients: list[tuple[slice, torch.Tensor]] = []
         self._exact: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -186,14 +185,11 @@ class DecodedFrames:
 
     def restore_(self, low: torch.Tensor, out_keys: torch.Tensor, out_values: torch.Tensor) -> None:
         """Into [layers, heads, tokens, dim] tensors, on any device; `low` [tokens, rank] of the Prediction."""
-        device, rank = out_keys.device, self._klt.rank
+        device = out_keys.device
         columns = -(-self._columns // _COLUMNS_AT_ONCE) * _COLUMNS_AT_ONCE
-        inputs = torch.zeros(
-            (self._tokens, rank + min(columns, self._klt.transform.columns)), dtype=compute_dtype()
-        )
-        inputs[:, :rank] = low
+        inputs, room = self._klt.inputs(low, min(columns, self._klt.transform.columns))
         for tokens, coefficients in self._coefficients:
-            inputs[tokens, rank : rank + len(coefficients)] = coefficients.T
+            room[tokens, : len(coefficients)] = coefficients.T
         self._klt.restore_(inputs.to(device), out_keys, out_values)
         for chosen, keys, values in self._exact:
             for out, tensor in ((out_keys, keys), (out_values, values)):

@@ -8,7 +8,7 @@ import torch
 
 from kvstore_client.engines.transformers.calibrate import ObservedModel
 from kvstore_codec.calibration import Calibration
-from kvstore_codec.klt import compute_dtype, token_vectors
+from kvstore_codec.klt import token_vectors
 from kvstore_codec.klt_frames import KLT, Prediction
 from kvstore_service.calibration.passages import Passage
 
@@ -111,6 +111,7 @@ class HeldOut:
             # The basis is whole and orthonormal: errors are what they are in its coordinates.
             squares.append(float((coefficients - integers * step).double().square().sum()))
             used = int(integers.any(0).nonzero().max()) + 1 if bool(integers.any()) else 0
-            inputs = torch.cat((low, (integers[:, :used] * step).to(compute_dtype())), dim=1)
+            inputs, room = klt.inputs(low, used)
+            room.copy_(integers[:, :used] * step)
             klt.restore_(inputs, keys[chosen, :, self._sinks :], values[chosen, :, self._sinks :])
         return keys, values, squares
