@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(help="Measure this service on this machine.", no_args_is_help=True)
 
+_WIDEST_TABLE = 120
 _STAGES = {
     "read": "calibrating: reading texts",
     "fit": "calibrating: fitting the transforms",
@@ -89,7 +90,7 @@ def codec(
     for path in (json_file, plot):
         _require_writable(path)
     chosen = tuple(filter(None, rows.split(","))) if rows is not None else QUICK_ROWS if quick else ROWS
-    console = Console()
+    console = _console()
     logging.disable_progress_bar()
     with Stages(console, _STAGES) as stages:
         result = run(Options(chosen, tuple(text or ()), calibration, passages, out_of_domain, quick), stages)
@@ -103,6 +104,12 @@ def codec(
     )
     if plot is not None:
         plot_rate_distortion(result.rows, f"{result.meta['model']}: fidelity over size of KV", plot)
+
+
+def _console() -> Console:
+    """In a file or a pipe a table is as wide as it needs to be."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDEST_TABLE)
 
 
 def _require(plot: Path | None) -> None:
