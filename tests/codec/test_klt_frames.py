@@ -155,6 +155,38 @@ def test_kv_that_is_no_number_stays_exact_and_spoils_no_other_frame(bad: float) 
     assert restored[1][:4].isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["medium-klt-pco", "medium-klt-hevc-cpu", "high-klt-zstd@128"])
+def test_any_frames_of_a_period_are_read_from_their_own_bytes_alone(name: str) -> None:
+    spec = make_spec(layers=6, dtype=KVDtype.FLOAT32)
+    keys, values = make_kv(spec, 256)
+    values[4, 0, 130, 5] = float("nan")  # a frame that is not KLT's among the others
+    chunk = encode(spec, (keys, values), Encoding.parse(name), sinks=4)
+    stored, geometry = b"".join(chunk.parts), chunk.header.geometry
+    wanted = decode(chunk)
+    klt = klt_of(spec)
+    prediction = klt.predict(features_of(256))
+    per_period = geometry.frames_per_period
+    for first in range(geometry.frame_count):
+        for count in range(1, per_period - first % per_period + 1):
+            offset, length = chunk.header.range_bytes(first, count)
+            period, slot = divmod(first, per_period)
+            layers = geometry.layers_of(period)
+            tokens = slice(geometry.tokens_of(slot).start, geometry.tokens_of(slot + count - 1).stop)
+            outs = [torch.empty(len(layers), 2, tokens.stop - tokens.start, 32) for _ in range(2)]
+            decode_frames(
+                read_header(chunk.parts[0]),
+                first,
+                count,
+                stored[offset : offset + length],
+                *outs,
+                klt=klt,
+                prediction=prediction,
+            )
+            for out, whole in zip(outs, wanted, strict=True):
+                expected = whole[layers.start : layers.stop, :, tokens]
+                assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def test_a_chunk_names_its_calibration_and_takes_no_other() -> None:
     spec = make_spec(layers=4)
     chunk = encode(spec, make_kv(spec, 64), MEDIUM)
