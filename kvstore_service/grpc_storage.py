@@ -125,7 +125,10 @@ class StorageService:
                             put.write(step)
                     elif kind == "start":
                         (chunk_id,) = _chunk_ids([step.start.chunk], context)
-                        put = self._node.begin_put(chunk_id, step.start.encoding, step.start.size_bytes)
+                        start = step.start
+                        put = self._node.begin_put(
+                            chunk_id, start.encoding, start.size_bytes, start.calibration or None
+                        )
                         if put is None:
                             yield pb.PutReply(status=pb.PUT_STATUS_ALREADY_STORED)
                     elif kind == "data":

@@ -6,8 +6,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-import torch
-
 from kvstore_client.calibrations import Calibrations
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
@@ -121,7 +119,7 @@ class ReadyCalibrations:
             return None
         try:
             klt = KLT(Calibration.from_bytes(data))
-        except (CodecError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]  # exported without being said
+        except CodecError as error:
             log.warning("calibration %s cannot be used: %s", digest.hex()[:12], error)
             self._metrics.missed("calibration_unusable")
             with self._lock:

@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_codec.encoding import Encoding
+from kvstore_codec.errors import UnknownEncodingError
 
 EXACT = "exact-zstd"
 
@@ -117,12 +118,19 @@ class ClientSettings(BaseSettings):
     @field_validator("encoding")
     @classmethod
     def _known_encoding(cls, value: str) -> str:
-        Encoding.parse(value)
+        _require_encoding(value)
         return value
 
     @field_validator("accept")
     @classmethod
     def _known_encodings(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
-            Encoding.parse(name)
+            _require_encoding(name)
         return value
+
+
+def _require_encoding(name: str) -> None:
+    try:
+        Encoding.parse(name)
+    except UnknownEncodingError as error:
+        raise ValueError(str(error)) from error

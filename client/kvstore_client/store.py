@@ -67,7 +67,7 @@ class Store:
         self._ready = ready
         self._settings = settings
         self._metrics = metrics
-        self._encoding = Encoding.parse(settings.encoding)
+        self.encoding = Encoding.parse(settings.encoding)
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
@@ -82,7 +82,7 @@ class Store:
 
     @property
     def needs_features(self) -> bool:
-        return self._encoding.needs_calibration
+        return self.encoding.needs_calibration
 
     def put(self, spec: ModelSpec, chunks: Sequence[NewChunk]) -> "Future[int]":
         """Store chunks without waiting. The future gives the number of chunks that are stored afterwards.
@@ -145,8 +145,8 @@ class Store:
 
     def _put(self, spec: ModelSpec, chunks: list[NewChunk]) -> int:
         try:
-            klt = self._calibration(spec) if self._encoding.needs_calibration else None
-            if self._encoding.needs_calibration and klt is None:
+            klt = self._calibration(spec) if self.encoding.needs_calibration else None
+            if self.encoding.needs_calibration and klt is None:
                 self._metrics.missed("store_no_calibration")
                 return 0
             by_owner: dict[Member, list[NewChunk]] = {}
@@ -172,7 +172,7 @@ class Store:
             log.warning(
                 "KV of %s in %s is not stored as %s: its calibration cannot be had from %s. "
                 "Make one with `kvstore calibrate --dtype %s --publish %s`.",
-                spec.model_id, spec.dtype, self._encoding.name, self._settings.address,
+                spec.model_id, spec.dtype, self.encoding.name, self._settings.address,
                 spec.dtype, self._settings.address,
             )  # fmt: skip
         return klt
@@ -222,7 +222,7 @@ class Store:
                     values,
                     spec=spec,
                     chunk_id=chunk.chunk_id,
-                    encoding=self._encoding,
+                    encoding=self.encoding,
                     klt=klt,
                     features=chunk.features() if klt and chunk.features else None,
                     sinks=klt.calibration.sinks if klt and chunk.begins_text else 0,
@@ -243,6 +243,7 @@ def put_requests(encoded: EncodedChunk) -> Iterator[pb.PutRequest | memoryview]:
             chunk=pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id),
             encoding=encoded.header.encoding.name,
             size_bytes=encoded.size_bytes,
+            calibration=encoded.header.calibration or b"",
         )
     )
     for part in encoded.parts:

@@ -109,8 +109,11 @@ class StorageNode:
             self._counters.misses += len(answers) - len(found)
         return LookupResult(answers, lease_id)
 
-    def begin_put(self, chunk_id: ChunkId, encoding: str, size_bytes: int) -> PendingPut | None:
-        """Reserves memory for a chunk, evicting what nobody uses; None when the chunk is here already.
+    def begin_put(
+        self, chunk_id: ChunkId, encoding: str, size_bytes: int, calibration: bytes | None = None
+    ) -> PendingPut | None:
+        """Reserves memory for a chunk, evicting what nobody uses; None when the chunk is here already. One that was
+        coded with another `calibration` (a digest) is replaced: who puts this could not read that.
 
         The caller must end the put with `commit` or `revoke`. Raises UnknownEncodingError, PutStateError for
         an empty chunk, ChunkTooLargeError, ArenaFullError; then nothing was reserved and nothing evicted.
@@ -119,7 +122,8 @@ class StorageNode:
         with self._lock:
             try:
                 Encoding.parse(encoding)
-                if self._index.get(key) is not None:
+                stored = self._index.get(key)
+                if stored is not None and stored.header.calibration == calibration:
                     self._eviction.touch(key)
                     return None
                 extent = self._reserve(chunk_id, size_bytes)
@@ -262,9 +266,12 @@ class StorageNode:
         with self._lock:
             self._pending.remove(put)
             self._counters.bytes_in += put.written_bytes
-            if self._index.get(entry.key) is not None:
-                self._arena.free(entry.extent)
-                return False
+            stored = self._index.get(entry.key)
+            if stored is not None:
+                if stored.header.calibration == entry.header.calibration:
+                    self._arena.free(entry.extent)
+                    return False
+                self._remove(stored)
             self._index.add(entry)
             self._eviction.add(entry.key)
             self._counters.puts += 1

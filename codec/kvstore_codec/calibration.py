@@ -33,6 +33,7 @@ MAX_CALIBRATION_BYTES = 1 << 30
 VERSION = 2
 # The half-precision matrices are far more exact than the integers they carry; means and metric stay in f32, as
 # keys with a bias may lie a hundred deviations from zero.
+_NOT_ORTHONORMAL = 0.01
 _HALF = ("predictor_in", "predictor_out", "basis")
 _FULL = ("mean", "whitening", "variances")
 
@@ -82,6 +83,10 @@ class PeriodTransform:
                 raise CalibrationError(f"a calibration's {name} holds NaN or infinity")
         if pair != 2 or not 1 <= columns <= values:
             raise CalibrationError(f"a basis of {columns} columns does not fit {values} values")
+        probe = torch.ones(columns, 1).cumsum(0).cos()  # nothing special
+        lengthened = float((self.basis @ probe).norm() / probe.norm())
+        if not abs(lengthened - 1) < _NOT_ORTHONORMAL:
+            raise CalibrationError(f"a calibration's basis is not orthonormal: it scales by {lengthened:.3g}")
 
     @property
     def layers(self) -> int:
@@ -119,6 +124,10 @@ class Calibration:
 
     def __post_init__(self) -> None:
         require_digest("the model digest", self.model_digest)
+        if type(self.period_layers) is not int or type(self.sinks) is not int:
+            raise CalibrationError("a calibration counts layers and sinks in whole numbers")
+        if not isinstance(self.provenance, Mapping):
+            raise CalibrationError("a calibration's provenance is a mapping")
         if not 1 <= self.period_layers <= MAX_LAYERS or not 0 <= self.sinks <= 64 or not self.periods:
             raise CalibrationError("a calibration needs periods of at least one layer, and 0 to 64 sinks")
         if self.steps.keys() != self.errors.keys():
@@ -188,10 +197,10 @@ class Calibration:
             _require_version(facts["version"])
             tensors = safetensors.torch.load(data)
             periods = [
-                PeriodTransform(**{name: tensors[f"{index}.{name}"].float() for name in _FULL + _HALF})
+                PeriodTransform(**{name: _tensor(tensors, index, name) for name in _FULL + _HALF})
                 for index in range(facts["periods"])
             ]
-            return cls(
+            calibration = cls(
                 bytes.fromhex(facts["model"]),
                 facts["period_layers"],
                 facts["sinks"],
@@ -210,8 +219,20 @@ class Calibration:
             TypeError,
             IndexError,
             AttributeError,
+            RecursionError,
+            OverflowError,
         ) as error:
-            raise CalibrationError(f"these bytes are not a calibration: {error!r}") from error
+            raise CalibrationError(f"these bytes are not a calibration: {str(error)[:200]!r}") from error
+        # The name is that of these bytes: another version of safetensors may lay out the same content differently.
+        calibration.__dict__["digest"] = blake3(data).digest()
+        return calibration
+
+
+def _tensor(tensors: Mapping[str, torch.Tensor], period: int, name: str) -> torch.Tensor:
+    tensor, dtype = tensors[f"{period}.{name}"], torch.float16 if name in _HALF else torch.float32
+    if tensor.dtype != dtype:
+        raise CalibrationError(f"a calibration's {name} is {tensor.dtype}, not {dtype}")
+    return tensor.float()
 
 
 def _require_version(version: object) -> None:

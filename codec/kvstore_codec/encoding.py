@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,6 +20,10 @@ class Rate(StrEnum):
     LOW = "low"
 
 
+_FAITHFUL = tuple(Rate)
+"""the most faithful first"""
+
+
 class Transform(StrEnum):
     """NONE works for any model (see `quantise`); KLT needs the model's calibration, and is far smaller
     (see `klt_frames`)."""
@@ -36,10 +39,15 @@ _CODERS = {
     Transform.NONE: ("zstd", "hevc-cpu", "hevc-nvenc", "raw"),  # its pictures are 4:4:4 anyway
     Transform.KLT: ("pco", "zstd", *_VIDEO, "raw"),
 }
+# Names come from foreign bytes: each has one way to match.
 _NAME = re.compile(
-    r"(?P<rate>exact|high|medium|low|step(?P<step>[0-9.e+-]+?))-(?P<klt>klt-)?(?P<coder>[a-z][a-z0-9-]*)"
-    r"(@(?P<tokens>[1-9][0-9]*))?"
+    r"(?P<rate>exact|high|medium|low|step(?P<step>[0-9][0-9.]*(?:e[+-]?[0-9]+)?))-(?P<klt>klt-)?(?P<coder>[a-z][a-z0-9-]*)"
+    r"(?:@(?P<tokens>[1-9][0-9]{0,5}))?",
+    re.ASCII,
 )
+_LONGEST_NAME = 64
+SMALLEST_STEP, LARGEST_STEP = 1e-30, 1e30
+"""Times any integer they are far from the limits of f32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +67,9 @@ class Encoding:
         exact, coders = self.rate is Rate.EXACT, _CODERS[self.transform]
         if exact:
             coders = _EXACT_CODERS if self.transform is Transform.NONE else ()
-        step_fits = isinstance(self.rate, Rate) or (math.isfinite(self.rate) and self.rate > 0)
+        if not isinstance(self.rate, Rate):
+            object.__setattr__(self, "rate", float(self.rate))  # its spelling is part of the name
+        step_fits = isinstance(self.rate, Rate) or SMALLEST_STEP <= self.rate <= LARGEST_STEP
         if self.coder not in coders or not step_fits or not 1 <= self.frame_tokens <= MAX_CHUNK_TOKENS:
             raise _unknown(self.name)
 
@@ -86,10 +96,19 @@ class Encoding:
     def needs_calibration(self) -> bool:
         return self.transform is Transform.KLT
 
+    def may_follow(self, other: Encoding) -> bool:
+        """Whether KV may be stored like this that was computed behind KV which came back from `other`: only if that
+        was no less faithful than this name promises."""
+        if other.rate is Rate.EXACT:
+            return True
+        if isinstance(self.rate, Rate) and isinstance(other.rate, Rate):
+            return _FAITHFUL.index(other.rate) <= _FAITHFUL.index(self.rate)
+        return self.rate == other.rate and self.transform is other.transform
+
     @classmethod
     def parse(cls, name: str) -> Encoding:
         """The inverse of `name`. Raises UnknownEncodingError, listing the known names."""
-        found = _NAME.fullmatch(name)
+        found = _NAME.fullmatch(name) if len(name) <= _LONGEST_NAME else None
         if found is None:
             raise _unknown(name)
         try:
@@ -115,6 +134,7 @@ class Encoding:
 
 def _unknown(name: str) -> UnknownEncodingError:
     return UnknownEncodingError(
-        f"there is no encoding {name!r}; known are {', '.join(Encoding.names())}; step0.004 in place of a rate sets "
-        "the step, and @128 or @256 at the end the tokens of a frame"
+        f"there is no encoding {name[:_LONGEST_NAME]!r}; known are {', '.join(Encoding.names())}; step0.004 (as Python "
+        "writes the number: step2.0, step1e-06) in place of a rate sets the step, @128 or @256 at the end the tokens "
+        "of a frame"
     )

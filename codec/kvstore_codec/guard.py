@@ -74,10 +74,8 @@ def _rounded(found: Coefficients, step: float, limit: float) -> tuple[Rounded | 
     integers = (found.values / step).round_()
     errors = (found.values - integers * step).square().sum(0)
     error = float(found.lost.sum()) + float(errors.sum())
-    if not error <= limit:
+    fits = math.isfinite(error) and (not integers.numel() or float(integers.abs().max()) <= LARGEST_INTEGER)
+    if not (fits and error <= limit):
         return None, error
     added = (found.values.square().sum(0) - errors).flip(0).cumsum(0)  # by the last column, the last two, ...
-    integers = integers[:, : int((added > min(_TAIL_SHARE * error, limit - error)).sum())]
-    if integers.numel() and float(integers.abs().max()) > LARGEST_INTEGER:
-        return None, error
-    return Rounded(step, integers), error
+    return Rounded(step, integers[:, : int((added > min(_TAIL_SHARE * error, limit - error)).sum())]), error

@@ -13,9 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from kvstore_codec.calibration import PeriodTransform
+from kvstore_codec.errors import CalibrationError
 
 # Rows of the restoring matrix that sum up to the mean.
 _MEANS = 2
+# Of the energy: factors and result are rounded to bfloat16 wherever a chunk may be decoded, a variance of 2^-16 / 3
+# each at most. Matters where one value is thousands of times the others.
+_RESTORING_ERROR = 9e-6
+# The most that rounding moves an element of the identity that the whitening and its inverse make.
+_SINGULAR = 1e-3
 
 
 def token_vectors(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -31,13 +37,13 @@ class Coefficients:
     values: torch.Tensor
     """f32 [tokens, columns]"""
     lost: torch.Tensor
-    """f32 [tokens], squared error of what these columns of the basis do not express"""
+    """f32 [tokens], squared error of what these columns of the basis do not express, and of restoring the rest"""
 
 
 class PeriodKLT:
     """The maps of a PeriodTransform, multiplied out for encoding and decoding. Thread-safe, immutable.
 
-    Raises torch's errors for a whitening that is singular."""
+    Raises CalibrationError for a whitening that is singular."""
 
     def __init__(self, transform: PeriodTransform) -> None:
         self.transform = transform
@@ -45,7 +51,13 @@ class PeriodKLT:
         layers, pair, heads, dim, _ = whitening.shape
         self._shape = (layers, pair, heads, dim)
         blocks = transform.basis.reshape(*self._shape, -1)
-        inverse = torch.linalg.inv(whitening.double())
+        try:
+            inverse = torch.linalg.inv(whitening.double())
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # exported without being said
+            raise CalibrationError("a calibration's whitening is singular") from error
+        off = float((whitening.double() @ inverse - torch.eye(dim)).abs().max())
+        if not off < _SINGULAR or not bool(inverse.float().isfinite().all()):
+            raise CalibrationError("a calibration's whitening is singular")
         # x = whitening^-1 basis q: [columns, D]
         synthesis = (inverse @ blocks.double()).float().reshape(transform.values, -1).T
         dtype = compute_dtype()
@@ -68,9 +80,11 @@ class PeriodKLT:
         residual = (rows - self.transform.mean - predicted).view(-1, *self._shape)
         white = torch.einsum("tlchi,lchij->tlchj", residual, self.transform.whitening).flatten(1)
         found = white @ self.transform.basis[:, :columns]
-        if columns == self.transform.values:  # all is expressed, but for rounding
-            return Coefficients(found, found.new_zeros(len(found)))
-        return Coefficients(found, (white.square().sum(1) - found.square().sum(1)).clamp_(min=0))
+        energy = found.square().sum(1)
+        lost = _RESTORING_ERROR * energy
+        if columns < self.transform.values:  # otherwise all is expressed
+            lost += (white.square().sum(1) - energy).clamp_(min=0)
+        return Coefficients(found, lost)
 
     def columns_above(self, deviation: float) -> int:
         """Columns whose coefficients deviate by more than that on the calibration's text: the first ones."""

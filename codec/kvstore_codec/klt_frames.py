@@ -21,7 +21,7 @@ import torch
 
 from kvstore_codec.calibration import Calibration
 from kvstore_codec.coders import Plane, coder, decoder
-from kvstore_codec.encoding import Rate
+from kvstore_codec.encoding import LARGEST_STEP, SMALLEST_STEP, Rate
 from kvstore_codec.errors import CalibrationError, ChunkFormatError, InvalidKVError
 from kvstore_codec.guard import LARGEST_INTEGER, Target, at_finer_step, at_step
 from kvstore_codec.klt import PeriodKLT, compute_dtype, token_vectors
@@ -34,6 +34,8 @@ _SELDOM_ROUNDED_UP = 1 / 8
 # Frames are restored with a multiple of so many columns: a product of new sizes costs six times one of known ones,
 # because oneDNN compiles a kernel for it.
 _COLUMNS_AT_ONCE = 64
+# A product in bfloat16 may round up by 2^-8.
+_CLOSE_TO_INFINITY = 1 - 2**-7
 _ZERO_SAMPLE = 128
 
 _FRAME = struct.Struct("<fHHI")
@@ -106,8 +108,12 @@ def encode_klt_frame(
 ) -> EncodedFrame | None:
     """`keys` and `values` are [layers, heads, tokens, dim] in host memory, `low` [tokens, rank] of the Prediction.
 
-    None for KV that only an exact frame keeps: NaN, infinities, or error that no step brings down.
+    None for KV that only an exact frame keeps: NaN, infinities and what may be rounded up to them, or error that no
+    step brings down.
     """
+    largest = max(float(keys.abs().max()), float(values.abs().max()))
+    if not largest <= _CLOSE_TO_INFINITY * torch.finfo(keys.dtype).max:
+        return None
     rows = token_vectors(keys, values)
     inexact = klt.transform.values * (len(rows) - len(exact_tokens))
     every = klt.transform.columns
@@ -163,7 +169,7 @@ class DecodedFrames:
         layers, heads, count, dim = like.shape
         step, rows, exact, escaped = reader.unpack(_FRAME)
         absurd = rows > self._klt.transform.columns or exact > count or escaped > rows * count
-        if absurd or not 0 < step < np.inf:
+        if absurd or not SMALLEST_STEP <= step <= LARGEST_STEP:
             raise ChunkFormatError(
                 f"a frame of {rows} coefficients, {exact} exact tokens and {escaped} escapes with step {step} is absurd"
             )

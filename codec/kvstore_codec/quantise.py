@@ -45,6 +45,10 @@ _LARGEST_STEP = float(np.finfo(np.float32).max) / (2 * _INTEGER_LIMIT)
 # With more escapes than this the step does not fit the frame and `exact` is not larger.
 _MOST_ESCAPES = 1 / 32
 
+# Values beyond so many rms are outliers, if without them it is less than half.
+_OUTLIER = 6.0
+_OUTLIER_ROUNDS = 4
+
 _COUNT = struct.Struct("<I")
 _MEANS, _SAMPLES, _SUMS, _FLOATS = (ThreadScratch() for _ in range(4))
 
@@ -138,7 +142,7 @@ def _integers(x: npt.NDArray[np.float32], largest: float, step_per_rms: float) -
     # Whatever overflows here ends as a number that is not finite, and is looked for.
     with np.errstate(all="ignore"):
         means = x.mean(axis=3, keepdims=True)
-        rms = np.sqrt(np.square(x - means).mean(axis=(2, 3, 4), keepdims=True))
+        rms = _rms(x - means)
         steps = (step_per_rms * rms).astype(np.float32)
         if not _usable(steps):
             return None
@@ -163,6 +167,17 @@ def _integers(x: npt.NDArray[np.float32], largest: float, step_per_rms: float) -
         escape_indices=escape_indices.astype(np.uint32),
         escape_values=residual.reshape(-1)[escape_indices],
     )
+
+
+def _rms(residual: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """[2, layers, 1, 1, 1]; where a few values make up most of it, that of the others: those few become escapes."""
+    squares = np.square(residual)
+    mean = squares.mean(axis=(2, 3, 4), keepdims=True)
+    for _ in range(_OUTLIER_ROUNDS):  # an outlier shifts its channel's mean, which makes smaller ones
+        without = np.where(squares <= _OUTLIER**2 * mean, squares, 0).mean(axis=(2, 3, 4), keepdims=True)
+        mean = np.where(without < mean / 4, without, mean)
+    rms: npt.NDArray[np.float32] = np.sqrt(mean)
+    return rms
 
 
 def _usable(steps: npt.NDArray[np.float32]) -> bool:

@@ -87,9 +87,17 @@ def codec(
     from kvstore_service.bench import write_results
     from kvstore_service.bench.codec import QUICK_ROWS, ROWS, Options, plot_rate_distortion, run
 
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigurationError(f"{plot} is no picture; name a .png, .svg or .pdf")
     for path in (json_file, plot):
         _require_writable(path)
-    chosen = tuple(filter(None, rows.split(","))) if rows is not None else QUICK_ROWS if quick else ROWS
+    chosen = (
+        tuple(dict.fromkeys(filter(None, rows.split(","))))
+        if rows is not None
+        else QUICK_ROWS
+        if quick
+        else ROWS
+    )
     console = _console()
     logging.disable_progress_bar()
     with Stages(console, _STAGES) as stages:
@@ -123,6 +131,8 @@ def _require_writable(path: Path | None) -> None:
     """Found out now, not after minutes of work."""
     if path is None:
         return
+    if path.is_dir():
+        raise ConfigurationError(f"{path} is a folder; name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -1,5 +1,6 @@
 """KV coded with a calibration goes from one worker to another; whatever becomes of the calibration, answers come."""
 
+import dataclasses
 import logging
 import threading
 import time
@@ -241,6 +242,26 @@ def test_a_calibration_of_another_model_is_not_used(
         assert counted(client, "calibration_foreign") >= 1
         assert counted(client, "store_no_calibration") == 1
     assert cluster.stored_chunks() == 0
+
+
+def test_chunks_of_another_calibration_are_replaced(
+    stored: int, cluster: ServedCluster, calibration: Calibration, new_client: Callable[..., KVStoreClient]
+) -> None:
+    other = dataclasses.replace(calibration, provenance={"texts": ["others"]})
+    publish(cluster.address, other)
+    with new_client(accept=("exact-zstd",)) as writer:  # finds nothing, so it stores the same chunks again
+        CachedModel(sharp_model(), writer).generate(PROMPT, **GREEDY)
+        writer.store.flush()
+    assert cluster.stored_chunks() == 2
+    with new_client() as reader:
+        cached = CachedModel(sharp_model(), reader)
+        wait_for_calibration(cached)
+        match = reader.match(cached.spec, reader.chunk_ids(cached.spec, PROMPT[0].tolist()))
+        assert [chunk.header.calibration for chunk in match.chunks] == [other.digest] * 2
+        reader.release(match)
+        cached.generate(PROMPT, **GREEDY)
+        assert cached.last_report.reused_tokens == 512
+    cluster.check_nothing_is_held()
 
 
 def test_bytes_that_are_no_calibration_are_read_once(

@@ -214,6 +214,21 @@ def test_a_lossy_chunk_is_not_used_unless_accepted(cluster: ServedCluster) -> No
         assert cached.last_report.reused_tokens == 0
 
 
+def test_what_is_computed_behind_lossy_kv_is_not_stored_as_exact(cluster: ServedCluster) -> None:
+    model, prompt = tiny_model(), random_prompt(1100, seed=15)
+    with connect(cluster.address, encoding="low-zstd") as writer:
+        CachedModel(model, writer).generate(prompt[:, :600], **GREEDY)
+        writer.store.flush()
+    for encoding, stored in (("exact-zstd", 0), ("high-zstd", 0), ("low-zstd", 2)):
+        with connect(cluster.address, encoding=encoding, accept=("low-zstd",)) as reader:
+            before = cluster.stored_chunks()
+            cached = CachedModel(model, reader)
+            cached.generate(prompt, **GREEDY)
+            assert cached.last_report.reused_tokens == 512
+            reader.store.flush()
+            assert cluster.stored_chunks() - before == stored
+
+
 def test_generate_may_be_called_like_the_models_own(client: KVStoreClient) -> None:
     model = tiny_model()
     cached = CachedModel(model, client)

@@ -204,6 +204,17 @@ def test_high_neither_overflows_nor_vanishes_at_any_scale(dtype: KVDtype, scale:
         assert error <= 0.1 * residual.square().mean().sqrt()
 
 
+@pytest.mark.parametrize("outlier", [100.0, 1e3, 1e4, 1e5])
+def test_one_outlier_costs_its_layer_nothing(outlier: float) -> None:
+    spec = make_spec(layers=2, kv_heads=2, head_dim=64, dtype=KVDtype.FLOAT32)
+    keys, values = make_kv(spec, 64)
+    keys[0, 0, 3, 3] = outlier
+    restored = decode(encode(spec, (keys, values), HIGH[0]))
+    error = (restored[0] - keys).square().mean().sqrt()
+    assert error < 0.1
+    assert restored[0][0, 0, 3, 3].item() == pytest.approx(outlier, rel=1e-3)
+
+
 def test_high_never_rounds_up_to_infinity() -> None:
     spec = make_spec(layers=1, dtype=KVDtype.FLOAT16)
     generator = torch.Generator().manual_seed(0)

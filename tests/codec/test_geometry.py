@@ -70,6 +70,7 @@ def test_encoding_names_are_read_back() -> None:
     assert {"exact-zstd", "high-zstd", "high-hevc-cpu"} <= set(Encoding.names())
     for name in [*Encoding.names(), "step0.3-zstd", "step1e-05-klt-pco", "medium-klt-hevc-cpu@256"]:
         assert Encoding.parse(name).name == name
+    assert Encoding(2, "raw").name == "step2.0-raw"
     assert Encoding.parse("step0.3-zstd@128") == Encoding(0.3, "zstd", frame_tokens=128)
 
 
@@ -78,9 +79,25 @@ def test_encoding_names_are_read_back() -> None:
     [
         *("", "exact", "exact-", "exact-hevc-cpu", "exact-klt-zstd", "low-pco", "zstd-exact", "HIGH-zstd"),
         *("high-zstd@64", "high-zstd@0", "high-zstd@9999999"),
-        *("step-zstd", "step0-zstd", "step-1.0-zstd", "stepinf-zstd", "step0.50-zstd"),
+        *("step-zstd", "step0-zstd", "step-1.0-zstd", "stepinf-zstd", "step0.50-zstd", "step1e-40-zstd"),
+        *("exact-zstd@" + "1" * 5000, "step" + "e-" * 50_000 + "!", "step1" + "-a" * 50_000),
     ],
 )
 def test_unknown_encodings_are_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(UnknownEncodingError, match=r"known are exact-zstd, .*high-hevc-cpu"):
         Encoding.parse(name)
+
+
+def test_kv_is_stored_only_behind_what_was_as_faithful() -> None:
+    def may(name: str, behind: str) -> bool:
+        return Encoding.parse(name).may_follow(Encoding.parse(behind))
+
+    assert may("exact-zstd", "exact-raw")
+    assert may("medium-klt-pco", "exact-zstd")
+    assert may("medium-klt-pco", "high-zstd")
+    assert may("medium-klt-pco", "medium-klt-hevc-cpu@256")
+    assert not may("exact-zstd", "high-zstd")
+    assert not may("high-klt-pco", "medium-klt-pco")
+    assert may("step0.1-klt-pco", "step0.1-klt-zstd")
+    assert not may("step0.1-klt-pco", "high-klt-pco")
+    assert not may("low-klt-pco", "step0.1-klt-pco")

@@ -155,6 +155,34 @@ def test_kv_that_is_no_number_stays_exact_and_spoils_no_other_frame(bad: float) 
     assert restored[1][:4].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", list(KVDtype))
+@pytest.mark.parametrize("outlier", [300.0, 1e4, 6e4, 65504.0, 1e30])
+def test_an_outlier_damages_neither_itself_nor_its_token(dtype: KVDtype, outlier: float) -> None:
+    spec = make_spec(layers=4, dtype=dtype)
+    keys, values = make_kv(spec, 64)
+    keys[1, 0, 17, 5] = min(outlier, torch.finfo(dtype.torch).max)
+    for name in ("medium-klt-pco", "high-klt-zstd", "step0.5-klt-pco"):
+        restored = decode(encode(spec, (keys, values), Encoding.parse(name)))
+        assert torch.allclose(restored[0][1, 0, 17, 5].float(), keys[1, 0, 17, 5].float(), rtol=0.01, atol=2)
+        if outlier > 300 or not name.startswith("step"):
+            error = metric_error(spec, (keys, values), restored, slice(None))
+            rounding = (torch.finfo(dtype.torch).eps * 20) ** 2
+            promised = STEPS["medium"] ** 2 / 12
+            assert name.startswith("step") or error <= 1.3 * GUARD_SLACK * promised + rounding
+
+
+def test_a_basis_that_is_not_orthonormal_and_a_singular_whitening_are_refused() -> None:
+    period = make_calibration(make_spec(layers=4)).periods[0]
+    for basis in (torch.zeros_like(period.basis), period.basis / 2):
+        with pytest.raises(CalibrationError, match="orthonormal"):
+            dataclasses.replace(period, basis=basis)
+    calibration = make_calibration(make_spec(layers=4))
+    for whitening in (torch.zeros_like(period.whitening), period.whitening * 1e-42):
+        flat = dataclasses.replace(period, whitening=whitening)
+        with pytest.raises(CalibrationError, match="singular"):
+            KLT(dataclasses.replace(calibration, periods=(flat,)))
+
+
 @pytest.mark.parametrize("name", ["medium-klt-pco", "medium-klt-hevc-cpu", "high-klt-zstd@128"])
 def test_any_frames_of_a_period_are_read_from_their_own_bytes_alone(name: str) -> None:
     spec = make_spec(layers=6, dtype=KVDtype.FLOAT32)

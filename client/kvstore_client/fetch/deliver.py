@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.timeline import Timeline
+from kvstore_codec.encoding import Encoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,8 @@ class FetchReport:
     missing: Mapping[int, str] = field(default_factory=dict)
     """Chunk index -> reason."""
     received_bytes: int = 0
+    encodings: frozenset[Encoding] = frozenset()
+    """What the chunks were stored as."""
 
     @property
     def complete(self) -> bool:

@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -109,7 +110,8 @@ class Fetch:
         for thread in self._threads:
             thread.join()
         release(self._view, self._match)
-        report = self._finished = self._delivery.report()
+        encodings = frozenset(chunk.header.encoding for chunk in self._match.chunks)
+        report = self._finished = replace(self._delivery.report(), encodings=encodings)
         self._metrics.received(report.received_bytes)
         self._metrics.delivered(report.delivered)
         for reason in sorted(set(report.missing.values())):

@@ -108,7 +108,7 @@ class CachedModel:
         reused = capture.first_token
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)
         self.last_report = GenerationReport(len(tokens), reused, timeline, fetched)
-        if self.store:
+        if self.store and self._may_store_behind(fetched):
             sequence = output if isinstance(output, torch.Tensor) else output.sequences
             self._store_new(sequence[0, : cache.get_seq_length()].tolist(), cache, capture)
         return output
@@ -190,6 +190,14 @@ class CachedModel:
 
     def _rotary(self, tokens: int) -> tuple[RotaryTable, ...]:
         return rotary_tables(self.model, tokens, self.spec.dtype.torch, "cpu")
+
+    def _may_store_behind(self, fetched: FetchReport | None) -> bool:
+        """Whether what was computed is as faithful as the encoding it would be stored as says."""
+        storing = self.client.store.encoding
+        if fetched is None or not fetched.delivered or all(map(storing.may_follow, fetched.encodings)):
+            return True
+        self.client.metrics.missed("store_behind_lossy")
+        return False
 
     def _store_new(self, tokens: list[int], cache: DynamicCache, capture: KeyCapture) -> None:
         if not capture.reaches(len(tokens)):
