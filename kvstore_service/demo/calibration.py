@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
+
 from kvstore_client.settings import default_cache_dir
 from kvstore_codec.calibration import Calibration
 from kvstore_codec.errors import CodecError, ConfigurationError
@@ -33,26 +35,30 @@ def demo_calibration(
 
     progress("describing the model")
     observed = ObservedModel(model)
-    path = default_cache_dir() / "demo" / f"{observed.spec.digest.hex()[:16]}.kvcal"
-    cached = _cached(path, observed)
+    folder = default_cache_dir() / "demo" / observed.spec.digest.hex()[:16]
+    cached = _cached(folder, observed)
     if cached is not None:
         return cached, "a small calibration is cached"
     started = time.monotonic()
     calibration = _made(observed, tokenizer, progress)
-    _keep(path, calibration)
+    _keep(folder, calibration)
     return (
         calibration,
         f"made a small calibration from {TOKENS:,} tokens in {time.monotonic() - started:.0f} s",
     )
 
 
-def _cached(path: Path, observed: "ObservedModel") -> Calibration | None:
-    try:
-        calibration = Calibration.from_bytes(path.read_bytes())
-        calibration.require(observed.spec)
-    except (OSError, CodecError):  # none, or one of an older version: made again
-        return None
-    return calibration
+def _cached(folder: Path, observed: "ObservedModel") -> Calibration | None:
+    for path in folder.glob("*.kvcal"):
+        try:
+            data = path.read_bytes()
+            if blake3(data).hexdigest() == path.stem:
+                calibration = Calibration.from_bytes(data)
+                calibration.require(observed.spec)
+                return calibration
+        except (OSError, CodecError):  # unreadable, or of an older version: made again
+            continue
+    return None
 
 
 def _made(observed: "ObservedModel", tokenizer: Any, progress: Callable[[str], None]) -> Calibration:
@@ -69,15 +75,16 @@ def _made(observed: "ObservedModel", tokenizer: Any, progress: Callable[[str], N
     )
 
 
-def _keep(path: Path, calibration: Calibration) -> None:
+def _keep(folder: Path, calibration: Calibration) -> None:
+    path = folder / f"{calibration.digest.hex()}.kvcal"
     unfinished = path.with_suffix(".unfinished")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         unfinished.write_bytes(calibration.to_bytes())
         unfinished.replace(path)
     except OSError as error:
         raise ConfigurationError(
-            f"cannot write the calibration to {path.parent}: {error.strerror}; "
+            f"cannot write the calibration to {folder}: {error.strerror}; "
             "set KVSTORE_CACHE_DIR to a writable folder"
         ) from error
 
