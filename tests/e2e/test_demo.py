@@ -11,6 +11,7 @@ KVSTORE = Path(sys.executable).with_name("kvstore")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_demo_shows_a_hit_with_the_same_answer(tmp_path: Path) -> None:
     run = subprocess.run(
         [
@@ -27,7 +28,7 @@ def test_the_demo_shows_a_hit_with_the_same_answer(tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,  # the first time it makes a calibration
         check=True,
     )
     assert "through the service" in run.stdout
