@@ -1,7 +1,5 @@
 """What calibration sees of a model is what the model computes."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from transformers import DynamicCache
@@ -12,16 +10,9 @@ from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_codec.model_spec import KVDtype
 from tests.client.models import FAMILIES, random_prompt, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS, CONTINUED = 40, 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only make torch's threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=FAMILIES)

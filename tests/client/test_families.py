@@ -1,6 +1,5 @@
 """Models that differ in what KV is made of (heads, norms, windows, RoPE) are calibrated, coded and continued alike."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from kvstore_codec.klt_frames import KLT
 from kvstore_service.calibration import Options, calibrate, plan_passages
 from tests.client.conftest import ServedCluster
 from tests.client.models import tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -92,15 +93,6 @@ def decode(chunk: EncodedChunk, klt: KLT, features: torch.Tensor, like: torch.Te
             chunk.header, first, geometry.frames_per_period, data, *outs, klt=klt, prediction=prediction
         )
     return keys, values
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only make torch's threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -22,6 +22,8 @@ from kvstore_service.link import ShapedLink
 from tests.client.conftest import ServedCluster
 from tests.client.models import random_prompt, tiny_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MEDIUM = "medium-klt-pco"
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 PROMPT = random_prompt(600, seed=1)
@@ -41,15 +43,6 @@ def sharp_model() -> PreTrainedModel:
             if parameter.dim() > 1:
                 parameter.mul_(6)
     return model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only make torch's threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

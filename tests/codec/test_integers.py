@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +17,8 @@ from kvstore_codec.model_spec import KVDtype, ModelSpec
 from kvstore_codec.payload import PayloadKind
 from tests.codec.chunks import CHUNK_ID, decode, encode, make_kv, make_spec, same_bits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KLT_CODERS = ["raw", "zstd", "pco", "hevc-cpu", "hevc-cpu-420"]
 PLAIN_CODERS = ["raw", "zstd", "hevc-cpu"]
 FRAME_TOKENS = ["", "@16", "@128", "@256"]
@@ -28,15 +29,6 @@ SMALL_FRAME_BYTES = 1 << 15
 layers, tokens = st.integers(1, 5), st.one_of(st.integers(1, 20), st.integers(1, 300))
 heads = st.integers(1, 16)
 dims = st.one_of(st.sampled_from([32, 64, 80, 96, 128, 256]), st.integers(16, 128).map(lambda half: 2 * half))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only make torch's threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def channel_calibration(spec: ModelSpec, period_layers: int, columns: int) -> Calibration:

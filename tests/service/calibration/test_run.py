@@ -1,6 +1,5 @@
 """A small model is calibrated whole, as `kvstore calibrate` does it."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +11,7 @@ from kvstore_codec.calibration import Calibration
 from kvstore_service.calibration import AIM, RATES, Options, Plan, calibrate, plan_passages
 from tests.client.models import tiny_model
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only make torch's threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Log:
