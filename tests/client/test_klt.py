@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from kvstore_client import ClientSettings, KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.calibrate import ObservedModel
+from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.store import NewChunk
 from kvstore_codec.calibration import Calibration
+from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.calibration import Options, calibrate, plan_passages
 from kvstore_service.link import ShapedLink
 from tests.client.conftest import ServedCluster
@@ -93,6 +95,13 @@ def loads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "kvstore-calibration"]
 
 
+def slow_down(link: ShapedLink, client: KVStoreClient) -> None:
+    """For the calibration alone: who the nodes are is asked before, not behind a download that fills the link."""
+    spec = spec_of(tiny_model())
+    assert not client.match(spec, client.chunk_ids(spec, range(CHUNK_TOKENS))).chunks
+    link.set_bandwidth(2e6)
+
+
 def wait_for_calibration(cached: CachedModel) -> None:
     assert cached.client.prepare(cached.spec).result(20) is not None
 
@@ -143,7 +152,8 @@ def test_the_engine_does_not_wait_for_a_calibration_and_has_it_later(
     stored: int, cluster: ServedCluster, new_client: Callable[..., KVStoreClient]
 ) -> None:
     model = sharp_model()
-    with ShapedLink(cluster.address, bandwidth_bps=2e6) as link, new_client(link.address) as client:
+    with ShapedLink(cluster.address, bandwidth_bps=1e9) as link, new_client(link.address) as client:
+        slow_down(link, client)
         cached = CachedModel(model, client, store=False)
         started = time.monotonic()
         answer = cached.generate(PROMPT, **GREEDY)
@@ -165,7 +175,8 @@ def test_an_exact_copy_is_taken_while_the_calibration_is_not_there(
     with new_client(encoding="exact-zstd") as client:
         CachedModel(model, client).generate(PROMPT, **GREEDY)
         client.store.flush()
-    with ShapedLink(cluster.address, bandwidth_bps=2e6) as link, new_client(link.address) as client:
+    with ShapedLink(cluster.address, bandwidth_bps=1e9) as link, new_client(link.address) as client:
+        slow_down(link, client)
         cached = CachedModel(model, client, store=False)
         assert torch.equal(cached.generate(PROMPT, **GREEDY), model.generate(PROMPT, **GREEDY))
         assert cached.last_report.reused_tokens == 512
