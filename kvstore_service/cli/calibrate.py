@@ -65,7 +65,7 @@ def calibrate(
     if find_spec("transformers") is None:
         raise StartupError("calibrating needs transformers: pip install 'kvstore-service[transformers]'")
     from kvstore_client.engines.transformers.calibrate import ObservedModel
-    from kvstore_service.calibration import Options, plan_passages
+    from kvstore_service.calibration import Options, plan_passages, write_calibration
     from kvstore_service.calibration import calibrate as run
     from kvstore_service.calibration.publish import publish_calibration
     from kvstore_service.cluster_stats import list_calibrations
@@ -98,7 +98,7 @@ def calibrate(
             provenance=provenance,
         )
     path = out / f"{calibration.digest.hex()}.kvcal"
-    _write(path, calibration.to_bytes())
+    write_calibration(calibration, path)
     console.print(_table(calibration))
     console.print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
     if publish is not None:
@@ -153,12 +153,6 @@ def _tokens(tokenizer: Any, content: str) -> Any:
 
     ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids, dtype=torch.int64)
-
-
-def _write(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
 
 
 def _table(calibration: "Calibration") -> Table:

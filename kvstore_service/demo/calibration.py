@@ -76,12 +76,11 @@ def _made(observed: "ObservedModel", tokenizer: Any, progress: Callable[[str], N
 
 
 def _keep(folder: Path, calibration: Calibration) -> None:
-    path = folder / f"{calibration.digest.hex()}.kvcal"
-    unfinished = path.with_suffix(".unfinished")
+    from kvstore_service.calibration import write_calibration
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(calibration.to_bytes())
-        unfinished.replace(path)
+        write_calibration(calibration, folder / f"{calibration.digest.hex()}.kvcal")
     except OSError as error:
         raise ConfigurationError(
             f"cannot write the calibration to {folder}: {error.strerror}; "

@@ -1,7 +1,6 @@
 """The calibration that rates with a KLT are measured with: given, found in the cache, or made."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,15 @@ from kvstore_codec import canonical
 from kvstore_codec.calibration import VERSION, Calibration
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.bench.codec.texts import Source, tokens_of
-from kvstore_service.calibration import AIM, RATES, Options, Report, calibrate, plan_passages
+from kvstore_service.calibration import (
+    AIM,
+    RATES,
+    Options,
+    Report,
+    calibrate,
+    plan_passages,
+    write_calibration,
+)
 
 TOKENS = 24_576
 QUICK_TOKENS = 2_048
@@ -90,9 +97,7 @@ def _make(
             ],
         },
     )
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(calibration.to_bytes())
-    unfinished.replace(path)
+    write_calibration(calibration, path)
     state.unlink(missing_ok=True)
 
 
