@@ -197,16 +197,27 @@ def test_connections_share_the_link() -> None:
 
 
 def test_directions_do_not_share_it() -> None:
-    with (
-        serving(exchange_blobs) as target,
-        ShapedLink(target, bandwidth_bps=20 * MBIT) as link,
-        connect(link.address) as sock,
-    ):
-        started = time.monotonic()
+    received = threading.Semaphore(0)
+
+    def exchange(sock: socket.socket) -> None:
         exchange_blobs(sock)
-        one_way_s = len(BLOB) * 8 / (20 * MBIT)
-        assert time.monotonic() - started < 1.8 * one_way_s
-        assert link.to_target_bytes == link.from_target_bytes == len(BLOB)
+        received.release()
+
+    one_way_s = len(BLOB) * 8 / (20 * MBIT)
+    with serving(exchange) as target:
+        for _ in range(5):  # a shared rate always takes twice the time, a busy machine sometimes
+            with (
+                ShapedLink(target, bandwidth_bps=20 * MBIT) as link,
+                connect(link.address) as sock,
+            ):
+                started = time.monotonic()
+                exchange_blobs(sock)
+                elapsed_s = time.monotonic() - started
+                assert received.acquire(timeout=30), "the target never got the whole blob"
+                assert link.to_target_bytes == link.from_target_bytes == len(BLOB)
+            if elapsed_s < 1.8 * one_way_s:
+                return
+    pytest.fail(f"both directions took {elapsed_s:.2f} s, one takes {one_way_s:.2f} s")
 
 
 def test_end_of_stream_passes_in_one_direction_alone() -> None:
