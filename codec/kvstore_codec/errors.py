@@ -19,6 +19,12 @@ KVStoreError
 │   ├── ChunkTooLargeError
 │   ├── ChunkNotFoundError
 │   ├── FrameRangeError           frames that the stored chunk does not have
+│   ├── OverQuotaError            the tenant's quota is full of what may not be evicted
+│   ├── NotDurableError           durability was asked for that the node cannot promise now
+│   ├── DiskError                 a node's disk tier; the node goes on without it
+│   │   ├── DiskFullError
+│   │   ├── DiskReadOnlyError
+│   │   └── DiskFailedError       reading, writing or syncing failed
 │   └── PutStateError             put verbs out of order, or a size that differs from the announced one
 ├── ClusterError
 │   ├── CatalogueError            the coordinator's durable state cannot be read or written
@@ -96,6 +102,24 @@ class FrameRangeError(StorageError): ...
 
 
 class PutStateError(StorageError): ...
+
+
+class OverQuotaError(StorageError): ...
+
+
+class NotDurableError(StorageError): ...
+
+
+class DiskError(StorageError): ...
+
+
+class DiskFullError(DiskError): ...
+
+
+class DiskReadOnlyError(DiskError): ...
+
+
+class DiskFailedError(DiskError): ...
 
 
 class ClusterError(KVStoreError): ...
