@@ -1,26 +1,32 @@
-"""`kvstore bench`: a command for each thing measured."""
+"""`kvstore bench codec`: asks for the measurement and shows it."""
 
-import tempfile
-from collections.abc import Sequence
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_service.cli.bench.tables import (
+    require_outputs,
+    require_packages,
+    result_console,
+    result_table,
+)
 from kvstore_service.cli.stages import Stages
 
 if TYPE_CHECKING:
     from kvstore_service.bench.codec import Result
 
-bench = typer.Typer(help="Measure this service on this machine.", no_args_is_help=True)
-
-_WIDEST_TABLE = 120
+_DIGITS = {
+    "kl": 4,
+    "kl_max": 4,
+    "ppl": 2,
+    "frame_overhead_percent": 2,
+    "encode_MBps": 0,
+    "decode_MBps": 0,
+    "restore_MBps": 0,
+}
 _STAGES = {
     "read": "calibrating: reading texts",
     "fit": "calibrating: fitting the transforms",
@@ -35,12 +41,6 @@ class Model(StrEnum):
     SMOLLM2 = "smollm2"
 
 
-@bench.callback()
-def _commands() -> None:
-    """Keeps `bench` a group while it has one command."""
-
-
-@bench.command()
 def codec(
     model: Annotated[Model, typer.Option(help="Whose KV is coded.")] = Model.SMOLLM2,
     text: Annotated[
@@ -81,16 +81,13 @@ def codec(
     represented, in one thread. LMCache's CacheGen is among them once `python benchmarks/peers/install.py lmcache` has
     run.
     """
-    _require(plot)
+    require_packages("transformers")
+    require_outputs(json_file, plot)
     from transformers.utils import logging
 
     from kvstore_service.bench import write_results
     from kvstore_service.bench.codec import QUICK_ROWS, ROWS, Options, plot_rate_distortion, run
 
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ConfigurationError(f"{plot} is no picture; name a .png, .svg or .pdf")
-    for path in (json_file, plot):
-        _require_writable(path)
     chosen = (
         tuple(dict.fromkeys(filter(None, rows.split(","))))
         if rows is not None
@@ -98,7 +95,7 @@ def codec(
         if quick
         else ROWS
     )
-    console = _console()
+    console = result_console()
     logging.disable_progress_bar()
     with Stages(console, _STAGES) as stages:
         result = run(Options(chosen, tuple(text or ()), calibration, passages, out_of_domain, quick), stages)
@@ -114,37 +111,10 @@ def codec(
         plot_rate_distortion(result.rows, f"{result.meta['model']}: fidelity over size of KV", plot)
 
 
-def _console() -> Console:
-    """In a file or a pipe a table is as wide as it needs to be."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDEST_TABLE)
-
-
-def _require(plot: Path | None) -> None:
-    needed = ("transformers", "matplotlib") if plot else ("transformers",)
-    missing = [name for name in needed if find_spec(name) is None]
-    if missing:
-        raise StartupError(f"this benchmark needs {', '.join(missing)}: pip install 'kvstore-service[demo]'")
-
-
-def _require_writable(path: Path | None) -> None:
-    """Found out now, not after minutes of work."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise ConfigurationError(f"{path} is a folder; name a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ConfigurationError(f"cannot write {path}: {error.strerror}") from error
-
-
 def _show(console: Console, model: Model, result: "Result") -> None:
     count = len(result.meta["passages"])
     console.print(
-        _table(
+        result_table(
             f"KV of {model}, {count} passage{'s' if count > 1 else ''}",
             {
                 "encoding": "name",
@@ -158,13 +128,14 @@ def _show(console: Console, model: Model, result: "Result") -> None:
                 "restore": "restore_MBps",
             },
             result.rows,
+            _DIGITS,
         )
     )
     console.print("bits per value; nats a token; MB/s of KV, one thread", style="dim")
     if result.frame_overhead:
         columns = {"encoding": "name", "tokens": "frame_tokens", "bytes, %": "frame_overhead_percent"}
         title = "frames against frames of a whole chunk"
-        console.print(_table(title, columns, result.frame_overhead))
+        console.print(result_table(title, columns, result.frame_overhead, _DIGITS))
     if result.out_of_domain:
         columns = {
             "text": "text",
@@ -174,24 +145,4 @@ def _show(console: Console, model: Model, result: "Result") -> None:
             "finer": "guarded_finer",
             "exact": "guarded_exact",
         }
-        console.print(_table("text unlike the calibration's", columns, result.out_of_domain))
-
-
-def _table(title: str, columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading, name in columns.items():
-        table.add_column(heading, justify="left" if name in ("name", "text") else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_cell(name, row[name]) for name in columns.values()))
-    return table
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return "-"
-    if not isinstance(value, float):
-        return str(value)
-    digits = {"kl": 4, "kl_max": 4, "ppl": 2, "frame_overhead_percent": 2}.get(
-        name, 0 if "MBps" in name else 3
-    )
-    return f"{value:.{digits}f}"
+        console.print(result_table("text unlike the calibration's", columns, result.out_of_domain, _DIGITS))

@@ -1,0 +1,18 @@
+"""`kvstore bench`: a command for each thing measured, in a file of its own."""
+
+import typer
+
+from kvstore_service.cli.bench.codec import codec
+
+bench = typer.Typer(help="Measure this service on this machine.", no_args_is_help=True)
+
+
+@bench.callback()
+def _commands() -> None:
+    """Keeps `bench` a group while it has one command."""
+
+
+for command in (codec,):
+    bench.command()(command)
+
+__all__ = ["bench"]
