@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kvstore_cluster.arena import Arena, Extent
-from kvstore_cluster.eviction import EvictionPolicy, LeastRecentlyUsed
+from kvstore_cluster.eviction.keyed import EvictionPolicy, LeastRecentlyUsed
 from kvstore_cluster.index import ChunkIndex, Entry, VariantKey
 from kvstore_cluster.leases import LeaseId, LeaseTable
 from kvstore_cluster.put import PendingPut

@@ -1,0 +1,1 @@
+"""Which chunk goes first when room is needed."""
