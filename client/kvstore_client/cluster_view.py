@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from kvstore_api.bulk import decode_read_reply, encode_put_request
 from kvstore_api.placement import Member, Membership, owners
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.settings import ClientSettings
+from kvstore_client.transport import GrpcTransport, Transport
 from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
 
 _CHANNEL_OPTIONS = [
@@ -25,24 +25,6 @@ _CHANNEL_OPTIONS = [
 
 _LONGEST_PAUSE_S = 30.0
 _MAX_MEMBERS = 4096
-
-
-class StorageStub(rpc.StorageStub):
-    """The generated stub, with the two calls that carry KV bytes freed of its copies."""
-
-    def __init__(self, channel: grpc.Channel) -> None:
-        super().__init__(channel)  # type: ignore[no-untyped-call]  # generated
-        service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
-        self.Read = channel.unary_stream(
-            f"/{service}/Read",
-            request_serializer=pb.ReadRequest.SerializeToString,
-            response_deserializer=decode_read_reply,
-        )
-        self.Put = channel.stream_stream(
-            f"/{service}/Put",
-            request_serializer=encode_put_request,
-            response_deserializer=pb.PutReply.FromString,
-        )
 
 
 class ClusterView:
@@ -121,8 +103,13 @@ class ClusterView:
     def coordinator(self) -> rpc.CoordinatorStub:
         return rpc.CoordinatorStub(self._channel(self._address))
 
-    def storage(self, endpoint: str) -> StorageStub:
-        return StorageStub(self._channel(endpoint))
+    def storage(self, endpoint: str) -> rpc.StorageStub:
+        """The calls that carry no KV bytes."""
+        return rpc.StorageStub(self._channel(endpoint))
+
+    def transport(self, member: Member) -> Transport:
+        """How this member's KV bytes are read and written."""
+        return GrpcTransport(self._channel(member.endpoint))
 
     def finish_later(self, call: grpc.Future) -> None:
         """Nobody waits for this call, except `close`."""

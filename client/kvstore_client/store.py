@@ -10,7 +10,6 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-import grpc
 import torch
 
 from kvstore_api.placement import Member
@@ -19,9 +18,10 @@ from kvstore_client.cluster_view import ClusterView
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.ready_calibrations import ReadyCalibrations
 from kvstore_client.settings import ClientSettings
+from kvstore_client.transport import PutStream
 from kvstore_codec.codec import EncodedChunk, encode_chunk
 from kvstore_codec.encoding import Encoding
-from kvstore_codec.errors import CodecError, NodeUnavailableError
+from kvstore_codec.errors import CodecError, NodeUnavailableError, TransferError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
@@ -73,7 +73,7 @@ class Store:
         self._closed = False
         self._stop: Future[None] = Future()
         self._warned = False
-        self._calls: set[grpc.Call] = set()
+        self._streams: set[PutStream] = set()
         self._waiting_bytes = 0
         # A daemon, so that a silent node cannot keep the interpreter from exiting; `close` has its own patience.
         self._worker = threading.Thread(target=self._work, name="kvstore-store", daemon=True)
@@ -121,9 +121,9 @@ class Store:
             self._metrics.missed("store_dropped_at_close")
         self._stop.set_result(None)
         with self._lock:
-            calls = list(self._calls)
-        for call in calls:
-            call.cancel()
+            streams = list(self._streams)
+        for stream in streams:
+            stream.cancel()
         self._jobs.put(None)
         self._worker.join()
 
@@ -183,13 +183,13 @@ class Store:
             return 0
         stored = answered = 0
         sizes: list[int] = []
-        call = self._view.storage(member.endpoint).Put(
-            self._requests(spec, klt, chunks, sizes), timeout=self._settings.put_timeout_s
+        stream = self._view.transport(member).put(
+            self._requests(spec, klt, chunks, sizes), self._settings.put_timeout_s
         )
         with self._lock:
-            self._calls.add(call)
+            self._streams.add(stream)
         try:
-            for index, reply in zip(range(len(chunks)), call, strict=False):
+            for index, reply in zip(range(len(chunks)), stream, strict=False):
                 if reply.status in (pb.PUT_STATUS_STORED, pb.PUT_STATUS_ALREADY_STORED) and index < len(
                     sizes
                 ):
@@ -200,14 +200,14 @@ class Store:
                 answered += 1
             if answered < len(sizes):
                 self._metrics.missed("store_protocol")
-        except grpc.RpcError as error:
-            self._metrics.missed(f"store_rpc_{error.code().name.lower()}")
+        except TransferError as error:
+            self._metrics.missed(f"store_{error.reason}")
             self._view.pause(member.endpoint)
             self._view.refresh()
         finally:
-            call.cancel()
+            stream.cancel()
             with self._lock:
-                self._calls.discard(call)
+                self._streams.discard(stream)
         return stored
 
     def _requests(

@@ -37,7 +37,8 @@ KVStoreError
 │   ├── AddressInUseError
 │   └── StartupError
 └── FetchError                    never leaves the client: a fetch turns it into a miss with a reason
-    └── NodeUnavailableError
+    ├── NodeUnavailableError
+    └── TransferError             a read or put of KV bytes broke off; `reason` is one word for the metrics
 
 It lives in the codec because every part knows the codec and the codec knows nobody.
 """
@@ -156,3 +157,11 @@ class FetchError(KVStoreError): ...
 
 
 class NodeUnavailableError(FetchError): ...
+
+
+class TransferError(FetchError):
+    """`reason`: timeout, unreachable, cancelled, protocol, or what the other side called it."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason

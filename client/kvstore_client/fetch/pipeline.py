@@ -68,9 +68,7 @@ class Fetch:
         self._delivery.on_end(received.abort)
         self._threads = [
             *(
-                self._thread(
-                    "receive", receive, view.storage(member.endpoint), tasks, self._delivery, received
-                )
+                self._thread("receive", receive, view.transport(member), tasks, self._delivery, received)
                 for member, tasks in reads.items()
             ),
             *(

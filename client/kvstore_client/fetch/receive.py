@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 
-import grpc
-
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_client.cluster_view import StorageStub
 from kvstore_client.fetch.base import ReadTask, ReceivedFrames
 from kvstore_client.fetch.deliver import Delivery
 from kvstore_client.fetch.plan import RANGE_BYTES
 from kvstore_client.fetch.queue import StageQueue
+from kvstore_client.transport import Transport
+from kvstore_codec.errors import TransferError
 
 
 def receive(
-    stub: StorageStub, tasks: Sequence[ReadTask], delivery: Delivery, out: StageQueue[ReceivedFrames]
+    transport: Transport, tasks: Sequence[ReadTask], delivery: Delivery, out: StageQueue[ReceivedFrames]
 ) -> None:
     """Read `tasks` from one owner in one stream and pass each on when it is complete.
 
@@ -21,24 +20,24 @@ def receive(
     chunk it still owed is missing. Returns early when the fetch is over.
     """
     timeline = delivery.timeline
-    call = stub.Read(_request(tasks), timeout=delivery.remaining_s())
-    delivery.on_end(call.cancel)
+    stream = transport.read(_request(tasks), delivery.remaining_s())
+    delivery.on_end(stream.cancel)
     done = 0
     try:
         parts: list[memoryview] = []
         received = 0
         start_s = timeline.now_s()
-        for reply in call:
-            if reply.range != done or (len(reply.data) == 0 and reply.status == pb.READ_STATUS_OK):
+        for piece in stream:
+            if piece.range != done or (len(piece.data) == 0 and piece.status == pb.READ_STATUS_OK):
                 delivery.fail_chunks(tasks[done:], "protocol")
                 return
             task = tasks[done]
-            delivery.progress(len(reply.data))
-            if reply.status != pb.READ_STATUS_OK:
+            delivery.progress(len(piece.data))
+            if piece.status != pb.READ_STATUS_OK:
                 delivery.fail_chunks([task], "gone")
             else:
-                parts.append(reply.data)
-                received += len(reply.data)
+                parts.append(piece.data)
+                received += len(piece.data)
                 if received < task.size_bytes:
                     continue
                 if received > task.size_bytes:
@@ -52,10 +51,10 @@ def receive(
             done += 1
             start_s = timeline.now_s()
         delivery.fail_chunks(tasks[done:], "protocol")
-    except grpc.RpcError as error:
-        delivery.fail_chunks(tasks[done:], _reason(error))
+    except TransferError as error:
+        delivery.fail_chunks(tasks[done:], error.reason)
     finally:
-        call.cancel()
+        stream.cancel()
         out.close()
 
 
@@ -72,12 +71,3 @@ def _request(tasks: Sequence[ReadTask]) -> pb.ReadRequest:
             chunk=positions[task.chunk_index], first_frame=task.first_frame, frame_count=task.frame_count
         )
     return request
-
-
-def _reason(error: grpc.RpcError) -> str:
-    code = error.code()
-    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return "timeout"
-    if code == grpc.StatusCode.UNAVAILABLE:
-        return "unreachable"
-    return f"rpc_{code.name.lower()}"

@@ -1,0 +1,45 @@
+"""What every way to a storage node's KV bytes can do."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from kvstore_api.bulk import ReadPiece
+from kvstore_api.v1 import kvstore_pb2 as pb
+
+
+class ReadStream(Protocol):
+    """The answer to one read, in the order of its ranges; a range comes in one piece or in several.
+
+    A piece's `data` stays as it is for as long as anybody refers to it or to a slice of it; then its memory may be
+    used again for another piece. Iterating raises TransferError, and only that. An answer that is not iterated to its
+    end must be cancelled.
+    """
+
+    def __iter__(self) -> Iterator[ReadPiece]: ...
+
+    def cancel(self) -> None:
+        """End it now; also from another thread, and after the end."""
+
+
+class PutStream(Protocol):
+    """One reply per chunk of a put, in order. The steps are taken, in any thread, while the replies are waited for.
+
+    Iterating raises TransferError, and only that: a `steps` iterator that fails ends the put with the reason
+    `cancelled`, and nothing of the unfinished chunk is stored. Replies that are not iterated to their end must be
+    cancelled.
+    """
+
+    def __iter__(self) -> Iterator[pb.PutReply]: ...
+
+    def cancel(self) -> None:
+        """End it now; also from another thread, and after the end. Chunks that were acknowledged stay stored."""
+
+
+class Transport(Protocol):
+    """One storage node's data path. Thread-safe: several streams may be under way."""
+
+    def read(self, request: pb.ReadRequest, timeout_s: float) -> ReadStream:
+        """Start reading; all of it has to arrive within `timeout_s`."""
+
+    def put(self, steps: Iterator[pb.PutRequest | memoryview], timeout_s: float) -> PutStream:
+        """Start storing chunks. Each goes start, data..., end or revoke; a memoryview is data."""

@@ -1,0 +1,58 @@
+"""KV bytes through the Storage service's own streams: works wherever gRPC does."""
+
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+import grpc
+
+from kvstore_api.bulk import ReadPiece, decode_read_reply, encode_put_request
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_codec.errors import TransferError
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["Storage"].full_name
+_REASONS = {
+    grpc.StatusCode.CANCELLED: "cancelled",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "timeout",
+    grpc.StatusCode.UNAVAILABLE: "unreachable",
+}
+Message = TypeVar("Message", covariant=True)
+
+
+class GrpcTransport:
+    """The two calls that carry KV bytes, freed of the copies that the generated classes make."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._read = channel.unary_stream(
+            f"/{_SERVICE}/Read",
+            request_serializer=pb.ReadRequest.SerializeToString,
+            response_deserializer=decode_read_reply,
+        )
+        self._put = channel.stream_stream(
+            f"/{_SERVICE}/Put",
+            request_serializer=encode_put_request,
+            response_deserializer=pb.PutReply.FromString,
+        )
+
+    def read(self, request: pb.ReadRequest, timeout_s: float) -> "GrpcStream[ReadPiece]":
+        return GrpcStream(self._read(request, timeout=timeout_s))
+
+    def put(self, steps: Iterator[pb.PutRequest | memoryview], timeout_s: float) -> "GrpcStream[pb.PutReply]":
+        return GrpcStream(self._put(steps, timeout=timeout_s))
+
+
+class GrpcStream(Generic[Message]):
+    """A call's answers, with its errors as TransferError."""
+
+    def __init__(self, call: grpc.Call) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[Message]:
+        try:
+            yield from self._call
+        except grpc.RpcError as error:
+            code = error.code()
+            reason = _REASONS.get(code, f"rpc_{code.name.lower()}")
+            raise TransferError(reason, error.details() or code.name) from error
+
+    def cancel(self) -> None:
+        self._call.cancel()
