@@ -2,9 +2,8 @@
 
 Every client and node computes this by itself from the same membership and gets the same answer, so no directory is
 asked. When a member comes or goes, only the chunks it wins or owned move (Thaler and Ravishankar 1998; the
-logarithmic weighting is that of Schindelhauer and Schomaker 2005). Each member's chance is its own, so loads differ
-by chance alone: no virtual nodes are needed, however unequal the weights: 180,000 chunks on 100 nodes put 1.06 times the mean on the
-fullest.
+logarithmic weighting is that of Schindelhauer and Schomaker 2005). Loads differ by chance alone, so no virtual nodes
+are needed, however unequal the weights: of 180,000 chunks on 100 nodes the fullest has 1.06 times its share.
 """
 
 import math
