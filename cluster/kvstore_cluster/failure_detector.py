@@ -1,6 +1,5 @@
 """Notices storage nodes that stop answering, and those that answer again."""
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,9 +7,6 @@ from collections.abc import Callable, Sequence
 from kvstore_api.placement import Member
 from kvstore_cluster.catalogue import NodeRecord
 from kvstore_cluster.coordinator import Coordinator
-from kvstore_codec.errors import CatalogueError
-
-log = logging.getLogger(__name__)
 
 DEFAULT_PERIOD_S = 0.4
 # One unanswered probe may be a busy machine; the second in a row makes a node dead.
@@ -46,7 +42,7 @@ class FailureDetector:
         self._thread.join()
 
     def check(self) -> None:
-        """Probes every known node once. Raises CatalogueError."""
+        """Probes every known node once."""
         nodes = self._coordinator.nodes()
         reasons = self._probe([node.member for node in nodes])
         for node, reason in zip(nodes, reasons, strict=True):
@@ -67,8 +63,4 @@ class FailureDetector:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._period_s):
-            try:
-                self.check()
-            except CatalogueError as error:
-                # The membership stays as it was; the next round tries again.
-                log.warning("cannot keep a membership change: %s", error)
+            self.check()

@@ -28,6 +28,8 @@ KVStoreError
 │   └── PutStateError             put verbs out of order, or a size that differs from the announced one
 ├── ClusterError
 │   ├── CatalogueError            the coordinator's durable state cannot be read or written
+│   ├── UnknownNodeError          the cluster never heard of that storage node
+│   ├── TooManyPinsError
 │   ├── UnknownCalibrationError   the registry has no calibration of that digest
 │   ├── CalibrationSizeError      more or fewer bytes than announced
 │   ├── CalibrationTooLargeError
@@ -127,6 +129,12 @@ class ClusterError(KVStoreError): ...
 
 
 class CatalogueError(ClusterError): ...
+
+
+class UnknownNodeError(ClusterError): ...
+
+
+class TooManyPinsError(ClusterError): ...
 
 
 class UnknownCalibrationError(ClusterError): ...

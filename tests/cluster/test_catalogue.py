@@ -6,6 +6,7 @@ import pytest
 from kvstore_api.placement import Member
 from kvstore_cluster.catalogue import ClusterState, FileCatalogue, NodeRecord
 from kvstore_codec.errors import CatalogueError
+from tests.sample_chunk import sample_chunk
 
 STATE = ClusterState(
     7,
@@ -13,7 +14,31 @@ STATE = ClusterState(
         NodeRecord(Member("node-0", "h:1", 2.5), 11, alive=True),
         NodeRecord(Member("b", "h:2"), 12, alive=False, error="gone"),
     ),
+    pins=frozenset({sample_chunk(1).chunk_id, sample_chunk(2).chunk_id}),
+    quotas={"": 5, "blue": 1 << 60},
+    draining=frozenset({"b", "gone"}),
+    repair_round=3,
+    changes=9,
 )
+
+
+# As release 0.1 wrote it.
+VERSION_1 = """{
+ "format": "kvstore-catalogue",
+ "version": 1,
+ "state": {
+  "epoch": 3,
+  "nodes": [
+   {
+    "member": {"node_id": "node-0", "endpoint": "h:1", "weight": 0.5},
+    "incarnation": 11,
+    "alive": true,
+    "error": ""
+   }
+  ]
+ },
+ "checksum": "f0220bfe2d776f01"
+}"""
 
 
 @pytest.fixture
@@ -69,9 +94,21 @@ def test_any_damage_is_refused_by_name(catalogue: FileCatalogue, tmp_path: Path)
 def test_another_version_is_refused(catalogue: FileCatalogue, tmp_path: Path) -> None:
     catalogue.save(STATE)
     path = tmp_path / "catalogue.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
-    with pytest.raises(CatalogueError, match="version 2; this release reads kvstore-catalogue version 1"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
+    with pytest.raises(
+        CatalogueError, match="version 3; this release reads kvstore-catalogue versions 1 and 2"
+    ):
         catalogue.load()
+
+
+def test_version_1_is_read_and_written_as_version_2(catalogue: FileCatalogue, tmp_path: Path) -> None:
+    path = tmp_path / "catalogue.json"
+    path.write_text(VERSION_1)
+    loaded = catalogue.load()
+    assert loaded == ClusterState(3, (NodeRecord(Member("node-0", "h:1", 0.5), 11, alive=True),))
+    catalogue.save(loaded)
+    assert json.loads(path.read_text())["version"] == 2
+    assert catalogue.load() == loaded
 
 
 def test_a_folder_in_use_is_refused(catalogue: FileCatalogue, tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvstore_api.placement import Member
 from kvstore_cluster.catalogue import FileCatalogue
-from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.coordinator import MAX_PINS, Coordinator
 from kvstore_cluster.failure_detector import FailureDetector
-from kvstore_codec.errors import CatalogueError
+from kvstore_codec.errors import CatalogueError, TooManyPinsError, UnknownNodeError
+from kvstore_codec.identity import ChunkId, ContentId
+from tests.sample_chunk import sample_chunk
 
+FIRST, SECOND = sample_chunk(1).chunk_id, sample_chunk(2).chunk_id
 A, B = Member("a", "host:1"), Member("b", "host:2")
 A_AGAIN = Member("a", "host:3")
 
@@ -90,12 +94,111 @@ def test_a_new_coordinator_goes_on_from_the_epoch_but_trusts_nobody(
     assert (successor.membership().epoch, successor.membership().members) == (3, (A,))
 
 
-def test_a_change_that_cannot_be_kept_does_not_happen(coordinator: Coordinator, tmp_path: Path) -> None:
+def test_membership_goes_on_while_it_cannot_be_kept_and_is_kept_later(
+    coordinator: Coordinator, catalogue: FileCatalogue, tmp_path: Path
+) -> None:
     coordinator.join(A, 1)
     (tmp_path / "catalogue.tmp").mkdir()
-    with pytest.raises(CatalogueError):
-        coordinator.join(B, 1)
-    assert (coordinator.membership().epoch, coordinator.membership().members) == (1, (A,))
+    coordinator.join(B, 1)
+    assert (coordinator.membership().epoch, coordinator.membership().members) == (2, (A, B))
+    assert catalogue.load().epoch == 1
+    coordinator.mark_dead("a", 1, "silent")
+    (tmp_path / "catalogue.tmp").rmdir()
+    wait_for(lambda: catalogue.load().epoch == 3)
+    coordinator.leave("b", 1)
+    wait_for(lambda: catalogue.load().epoch == 4)
+    coordinator.close()
+
+
+def test_a_decision_that_cannot_be_kept_does_not_count(coordinator: Coordinator, tmp_path: Path) -> None:
+    coordinator.join(A, 1)
+    coordinator.pin([FIRST])
+    before = coordinator.directives("a", 0)
+    (tmp_path / "catalogue.tmp").mkdir()
+    for decide in (
+        lambda: coordinator.pin([SECOND]),
+        lambda: coordinator.unpin([FIRST]),
+        lambda: coordinator.set_quota("blue", 100),
+        lambda: coordinator.drain("a"),
+        coordinator.repair,
+    ):
+        with pytest.raises(CatalogueError, match="cannot be written"):
+            decide()
+    assert coordinator.directives("a", 0) == before
+    (tmp_path / "catalogue.tmp").rmdir()
+    assert coordinator.pin([SECOND]) == 2
+
+
+def test_decisions_survive_the_coordinator(coordinator: Coordinator, catalogue: FileCatalogue) -> None:
+    coordinator.join(A, 1)
+    coordinator.join(B, 1)
+    assert coordinator.pin([FIRST, SECOND]) == 2
+    assert coordinator.unpin([SECOND]) == 1
+    coordinator.set_quota("blue", 100)
+    coordinator.set_quota("", 7)
+    coordinator.set_quota("", 0)
+    coordinator.drain("b")
+    assert coordinator.repair() == 1
+    successor = Coordinator(catalogue, replicas=2)
+    successor.join(B, 2)
+    assert successor.pins() == {FIRST}
+    assert successor.quotas() == {"blue": 100}
+    assert successor.membership().members == (replace(B, draining=True),)
+    assert successor.membership().replicas == 2
+    assert successor.repair() == 2
+    successor.cancel_drain("b")
+    assert successor.membership().members == (B,)
+
+
+def test_a_node_hears_of_pins_and_quotas_once(coordinator: Coordinator, catalogue: FileCatalogue) -> None:
+    coordinator.join(A, 1)
+    first = coordinator.directives("a", 0)
+    assert (first.pins, first.quotas, first.repair_round) == (frozenset(), {}, 0)
+    again = coordinator.directives("a", first.version)
+    assert (again.pins, again.quotas, again.version) == (None, None, first.version)
+    coordinator.pin([FIRST])
+    told = coordinator.directives("a", first.version)
+    assert told.pins == {FIRST}
+    # What was decided already is no news.
+    coordinator.pin([FIRST])
+    coordinator.set_quota("blue", 0)
+    assert coordinator.directives("a", told.version).pins is None
+    # Another coordinator may count alike and mean something else.
+    assert Coordinator(catalogue).directives("a", told.version).pins == {FIRST}
+
+
+def test_quotas_are_shared_by_weight_among_those_that_live(coordinator: Coordinator) -> None:
+    coordinator.join(Member("a", "host:1", 1.0), 1)
+    coordinator.join(Member("b", "host:2", 3.0), 1)
+    coordinator.set_quota("blue", 1001)
+    before = coordinator.directives("a", 0)
+    assert before.quotas == {"blue": 251}
+    assert coordinator.directives("b", 0).quotas == {"blue": 751}
+    coordinator.mark_dead("b", 1, "silent")
+    assert coordinator.directives("a", before.version).quotas == {"blue": 1001}
+
+
+def test_draining_is_for_known_nodes(coordinator: Coordinator) -> None:
+    coordinator.join(A, 1)
+    with pytest.raises(UnknownNodeError, match="no node 'z'; known are a"):
+        coordinator.drain("z")
+    with pytest.raises(UnknownNodeError, match="'a' is not draining"):
+        coordinator.cancel_drain("a")
+    coordinator.drain("a")
+    assert coordinator.membership().epoch == 2
+    coordinator.drain("a")
+    assert coordinator.membership().epoch == 2
+    # It is remembered when the node goes, so that a restart does not fill it again.
+    coordinator.leave("a", 1)
+    assert coordinator.join(A_AGAIN, 2).members == (replace(A_AGAIN, draining=True),)
+
+
+def test_pins_have_a_limit(coordinator: Coordinator) -> None:
+    chunks = [ChunkId(ContentId(number.to_bytes(32)), FIRST.prefix_id) for number in range(MAX_PINS)]
+    assert coordinator.pin(chunks) == MAX_PINS
+    with pytest.raises(TooManyPinsError, match="unpin some"):
+        coordinator.pin([FIRST])
+    assert coordinator.unpin(chunks) == 0
 
 
 class Network:
@@ -149,15 +252,3 @@ def test_one_unanswered_probe_kills_nobody(coordinator: Coordinator, network: Ne
         network.silent.clear()
         detector.check()
     assert coordinator.membership().epoch == 1
-
-
-def test_an_unwritable_catalogue_does_not_stop_the_detector(
-    coordinator: Coordinator, network: Network, detector: FailureDetector, tmp_path: Path
-) -> None:
-    coordinator.join(A, 1)
-    (tmp_path / "catalogue.tmp").mkdir()
-    network.silent.add("a")
-    time.sleep(0.1)
-    assert coordinator.membership().members == (A,)
-    (tmp_path / "catalogue.tmp").rmdir()
-    wait_for(lambda: coordinator.membership().members == ())

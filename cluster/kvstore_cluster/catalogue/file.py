@@ -1,38 +1,14 @@
-"""The coordinator's durable state in one small file (the embedded catalogue)."""
+"""The embedded catalogue: one small file."""
 
 import fcntl
-import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import xxhash
-
-from kvstore_api.placement import Member
+from kvstore_cluster.catalogue.base import ClusterState
+from kvstore_cluster.catalogue.document import read_document, unsound, write_document
 from kvstore_cluster.durable import rename_durably
 from kvstore_codec.errors import CatalogueError
-
-_NAME, _VERSION = "kvstore-catalogue", 1
-_FORMAT = f"{_NAME} version {_VERSION}"
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRecord:
-    """A storage node the cluster knows. `incarnation` grows with every restart of the node; `error` says why a
-    node that is not alive is not."""
-
-    member: Member
-    incarnation: int
-    alive: bool
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterState:
-    epoch: int = 0
-    nodes: tuple[NodeRecord, ...] = ()
 
 
 class FileCatalogue:
@@ -69,33 +45,15 @@ class FileCatalogue:
         except FileNotFoundError:
             return ClusterState()
         except (OSError, UnicodeDecodeError) as error:
-            raise _unsound(self._path, str(error)) from error
-        try:
-            document = json.loads(text)
-            found = f"{document['format']} version {document['version']}"
-            sound = document["checksum"] == _checksum(document["state"])
-            state = _parse(document["state"]) if sound and found == _FORMAT else ClusterState()
-        except (ValueError, KeyError, TypeError) as error:
-            raise _unsound(self._path, repr(error)) from error
-        if not sound:
-            raise _unsound(self._path, "its checksum does not match")
-        if found != _FORMAT:
-            raise CatalogueError(f"{self._path} is {found}; this release reads {_FORMAT}")
-        return state
+            raise unsound(str(self._path), str(error)) from error
+        return read_document(text, str(self._path))
 
     def save(self, state: ClusterState) -> None:
         """Returns once the state would survive a power loss. Raises CatalogueError; the old state then stays."""
-        content = asdict(state)
-        document = {
-            "format": _NAME,
-            "version": _VERSION,
-            "state": content,
-            "checksum": _checksum(content),
-        }
         aside = self._path.with_suffix(".tmp")
         try:
             with aside.open("w", encoding="utf-8") as file:
-                json.dump(document, file, indent=1)
+                file.write(write_document(state))
                 file.flush()
                 os.fsync(file.fileno())
             rename_durably(aside, self._path)
@@ -105,25 +63,7 @@ class FileCatalogue:
             raise _unwritable(self._path.parent, error) from error
 
 
-def _checksum(state: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(state, sort_keys=True).encode())
-
-
-def _parse(state: dict[str, Any]) -> ClusterState:
-    nodes = tuple(
-        NodeRecord(Member(**node["member"]), node["incarnation"], node["alive"], node["error"])
-        for node in state["nodes"]
-    )
-    return ClusterState(state["epoch"], nodes)
-
-
 def _unwritable(folder: Path, error: OSError) -> CatalogueError:
     return CatalogueError(
         f"the data folder {folder} cannot be written ({error.strerror}); make it writable or choose another --data-dir"
-    )
-
-
-def _unsound(path: Path, reason: str) -> CatalogueError:
-    return CatalogueError(
-        f"the catalogue {path} is damaged ({reason}); restore it from a copy, or move it away to start a new cluster"
     )

@@ -1,0 +1,86 @@
+"""A ClusterState as text: JSON with a name, a version and a checksum.
+
+Version 2 added pins, quotas, draining nodes and the repair round; version 1 is read as having none.
+"""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import xxhash
+
+from kvstore_api.placement import Member
+from kvstore_cluster.catalogue.base import ClusterState, NodeRecord
+from kvstore_codec.errors import CatalogueError
+from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+
+_NAME, _VERSION = "kvstore-catalogue", 2
+_READABLE = (1, 2)
+_ID_BYTES = 32
+
+
+def write_document(state: ClusterState) -> str:
+    content = {
+        "epoch": state.epoch,
+        "nodes": [asdict(node) for node in state.nodes],
+        "pins": sorted((chunk.content_id + chunk.prefix_id).hex() for chunk in state.pins),
+        "quotas": state.quotas,
+        "draining": sorted(state.draining),
+        "repair_round": state.repair_round,
+        "changes": state.changes,
+    }
+    document = {"format": _NAME, "version": _VERSION, "state": content, "checksum": _checksum(content)}
+    return json.dumps(document, indent=1)
+
+
+def read_document(text: str, name: str) -> ClusterState:
+    """`name` says in errors where the text is from. Raises CatalogueError unless it is sound."""
+    try:
+        document = json.loads(text)
+        kind, version = document["format"], document["version"]
+        sound = document["checksum"] == _checksum(document["state"])
+        readable = kind == _NAME and version in _READABLE
+        state = _parse(document["state"], version) if sound and readable else ClusterState()
+    except (ValueError, KeyError, TypeError) as error:
+        raise unsound(name, repr(error)) from error
+    if not sound:
+        raise unsound(name, "its checksum does not match")
+    if not readable:
+        versions = " and ".join(map(str, _READABLE))
+        raise CatalogueError(
+            f"{name} is {kind} version {version}; this release reads {_NAME} versions {versions}"
+        )
+    return state
+
+
+def unsound(name: str, reason: str) -> CatalogueError:
+    return CatalogueError(
+        f"the catalogue {name} is damaged ({reason}); restore it from a copy, or move it away to start a new cluster"
+    )
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def _parse(content: dict[str, Any], version: int) -> ClusterState:
+    nodes = tuple(
+        NodeRecord(Member(**node["member"]), node["incarnation"], node["alive"], node["error"])
+        for node in content["nodes"]
+    )
+    if version == 1:
+        return ClusterState(content["epoch"], nodes)
+    return ClusterState(
+        content["epoch"],
+        nodes,
+        pins=frozenset(map(_chunk_id, content["pins"])),
+        quotas=dict(content["quotas"]),
+        draining=frozenset(content["draining"]),
+        repair_round=content["repair_round"],
+        changes=content["changes"],
+    )
+
+
+def _chunk_id(pin: str) -> ChunkId:
+    ids = bytes.fromhex(pin)
+    return ChunkId(ContentId(ids[:_ID_BYTES]), PrefixId(ids[_ID_BYTES:]))

@@ -1,0 +1,181 @@
+"""The catalogue in Redis (or Valkey), for clusters whose coordinator may lose its disk.
+
+Three keys, which begin with `<namespace>:catalogue:`
+
+    owner      the token of the one coordinator that may write; it goes by itself _LOCK_S after its last renewal
+    document   the state
+    revision   `<number> <token of who wrote it>`; the number grows with every save
+
+Every write is one script, so owner, document and revision agree whatever happens in between.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from typing import NamedTuple
+
+from kvstore_cluster.catalogue.base import ClusterState
+from kvstore_cluster.catalogue.document import read_document, write_document
+from kvstore_cluster.redis_connection import RedisConnection
+from kvstore_codec.errors import CatalogueError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_NAMESPACE = "kvstore"
+_LOCK_S = 3.0
+_LOCK_MS = int(_LOCK_S * 1000)
+_RENEW_PERIOD_S = 1.0
+
+# ARGV: token, life of the lock, the revision we know, the new revision and its document (both empty: renew only).
+# A lost owner key (expired, or wiped) is taken again. A revision that is behind ours (wiped, or an old snapshot) is
+# overwritten, because nobody else can have written it, and so is one ahead that we wrote without hearing so. Any
+# other is another coordinator's.
+_WRITE = """
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return {'refused', ''} end
+local found = redis.call('GET', KEYS[3]) or ''
+local number = tonumber(string.match(found, '^%d+') or '0')
+local known = tonumber(string.match(ARGV[3], '^%d+') or '0')
+local ours = string.match(found, ' (.*)$') == ARGV[1]
+if not ours and (number > known or (number == known and found ~= ARGV[3])) then return {'refused', found} end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+if ARGV[4] ~= '' then
+  redis.call('SET', KEYS[2], ARGV[5])
+  redis.call('SET', KEYS[3], ARGV[4])
+end
+return {'written', found}
+"""
+_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+
+
+class _Saved(NamedTuple):
+    """What Redis should hold; revision 0: nothing yet."""
+
+    number: int
+    writer: str
+    document: str
+
+    @property
+    def revision(self) -> str:
+        return f"{self.number} {self.writer}" if self.number else ""
+
+
+class RedisCatalogue:
+    """`url` is redis://[user:password@]host[:port][/database], rediss:// with TLS, or unix://; clusters that share a
+    database need different namespaces. Neither messages nor logs show the URL, only the host.
+
+    Holds the namespace from construction until `close`, so that another coordinator cannot have it meanwhile; one
+    that crashed is waited for, about 3 s. A Redis that comes back empty, or as it was some time ago, is given the
+    state again, and the log says so.
+
+    Raises ConfigurationError for a URL that is none; CatalogueError when Redis does not answer or the namespace is in
+    use.
+    """
+
+    def __init__(self, url: str, namespace: str = DEFAULT_NAMESPACE) -> None:
+        self._redis = RedisConnection(url)
+        self._keys = [f"{namespace}:catalogue:{key}" for key in ("owner", "document", "revision")]
+        self._name = f"{self._keys[1]} in {self._redis.name}"
+        self._token = secrets.token_hex(16)
+        self._lock = threading.Lock()  # one conversation at a time: renewals come from another thread
+        self._saved = _Saved(0, "", "")
+        self._usable = True
+        try:
+            self._acquire()
+        except CatalogueError:
+            self._redis.close()
+            raise
+        self._closed = threading.Event()
+        self._renewing = threading.Thread(target=self._renew, name="kvstore-redis-owner", daemon=True)
+        self._renewing.start()
+
+    def load(self) -> ClusterState:
+        """The state last saved. Raises CatalogueError."""
+        with self._lock:
+            with self._redis.client() as client:
+                document, revision = client.mget(self._keys[1:])
+            if document is None or revision is None:
+                log.warning(
+                    "%s is empty: a new cluster begins. If there was one, its pins, quotas and draining nodes are lost",
+                    self._name,
+                )
+                return ClusterState()
+            try:
+                number, _, writer = revision.decode().partition(" ")
+                self._saved = _Saved(int(number), writer, document.decode())
+            except ValueError as error:
+                raise CatalogueError(
+                    f"the catalogue {self._name} is damaged ({error}); restore it"
+                ) from error
+            return read_document(self._saved.document, self._name)
+
+    def save(self, state: ClusterState) -> None:
+        """Returns once Redis has it; what that survives is Redis' configuration (appendfsync). Raises CatalogueError."""
+        with self._lock:
+            new = _Saved(self._saved.number + 1, self._token, write_document(state))
+            self._note_loss(self._write(new))
+            self._saved = new
+
+    def close(self) -> None:
+        """Lets another coordinator have the namespace."""
+        self._closed.set()
+        self._renewing.join()
+        try:
+            with self._redis.client() as client:
+                client.eval(_RELEASE, 1, self._keys[0], self._token)
+        except CatalogueError as error:
+            log.warning("the catalogue is free in %.0f s: %s", _LOCK_S, error)
+        self._redis.close()
+
+    def _acquire(self) -> None:
+        """Waits for a coordinator that crashed to be forgotten, but not for one that lives."""
+        deadline_s = time.monotonic() + 2 * _LOCK_S
+        while True:
+            with self._redis.client() as client:
+                if client.set(self._keys[0], self._token, nx=True, px=_LOCK_MS):
+                    return
+            if time.monotonic() > deadline_s:
+                raise CatalogueError(
+                    f"the catalogue {self._name} is in use by another coordinator; stop it, or choose another namespace"
+                )
+            time.sleep(_LOCK_S / 30)
+
+    def _renew(self) -> None:
+        while not self._closed.wait(_RENEW_PERIOD_S):
+            try:
+                with self._lock:
+                    if self._note_loss(self._write(None)):
+                        self._write(self._saved)
+            except CatalogueError as error:
+                if self._usable:
+                    log.warning("pins, quotas and draining nodes cannot be changed: %s", error)
+                self._usable = False
+            else:
+                if not self._usable:
+                    log.info("%s can be used again", self._name)
+                self._usable = True
+
+    def _write(self, new: _Saved | None) -> str:
+        """Writes `new`, or renews the ownership alone, and returns the revision that was there before."""
+        arguments = (new.revision, new.document) if new is not None else ("", "")
+        with self._redis.client() as client:
+            verdict, found = client.eval(
+                _WRITE, 3, *self._keys, self._token, _LOCK_MS, self._saved.revision, *arguments
+            )
+        if verdict != b"written":
+            raise CatalogueError(f"another coordinator has the catalogue {self._name}; stop one of the two")
+        revision: str = found.decode()
+        return revision
+
+    def _note_loss(self, found: str) -> bool:
+        """Whether Redis had another revision than the one last saved."""
+        if found == self._saved.revision:
+            return False
+        number = found.partition(" ")[0] or "0"
+        if int(number) < self._saved.number:
+            log.error(
+                "%s lost the cluster's state: it had revision %s instead of %d and is given the state in memory",
+                self._name, number, self._saved.number,
+            )  # fmt: skip
+        return True
