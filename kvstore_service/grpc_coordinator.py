@@ -14,6 +14,7 @@ from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.failure_detector import FailureDetector
 from kvstore_codec.errors import AddressInUseError
 from kvstore_service.grpc_calibrations import CalibrationService
+from kvstore_service.grpc_directives import DirectiveService
 from kvstore_service.grpc_server import GrpcServer, unary
 from kvstore_service.listen import Address
 
@@ -75,7 +76,9 @@ class CoordinatorService:
     ) -> pb.MembershipReply:
         membership = self._coordinator.membership()
         return pb.MembershipReply(
-            epoch=membership.epoch, members=[_member(member) for member in membership.members]
+            epoch=membership.epoch,
+            members=[_member(member) for member in membership.members],
+            replicas=membership.replicas,
         )
 
     def cluster_stats(
@@ -105,6 +108,7 @@ class CoordinatorServer:
         service = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
         handlers = (
             CoordinatorService(coordinator, self._probe).handlers()
+            | DirectiveService(coordinator).handlers()
             | CalibrationService(calibrations).handlers()
         )
         try:
@@ -145,4 +149,11 @@ def _status(node: NodeRecord, answer: pb.StatsReply | str) -> pb.NodeStatus:
 
 
 def _member(member: Member) -> pb.Member:
-    return pb.Member(node_id=member.node_id, endpoint=member.endpoint, weight=member.weight)
+    return pb.Member(
+        node_id=member.node_id,
+        endpoint=member.endpoint,
+        weight=member.weight,
+        bulk_endpoint=member.bulk_endpoint,
+        domain=member.domain,
+        draining=member.draining,
+    )

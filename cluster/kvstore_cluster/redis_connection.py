@@ -2,12 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvstore_codec.errors import CatalogueError, ConfigurationError
-
-if TYPE_CHECKING:
-    import redis
 
 _TIMEOUT_S = 1.0
 
@@ -24,7 +21,7 @@ class RedisConnection:
         from redis.retry import Retry
 
         try:
-            self._client: redis.Redis = redis.Redis.from_url(
+            self._client = redis.Redis.from_url(
                 url,
                 socket_timeout=_TIMEOUT_S,
                 socket_connect_timeout=_TIMEOUT_S,

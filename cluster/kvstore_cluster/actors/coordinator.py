@@ -1,22 +1,43 @@
 """The coordinator as a Ray actor."""
 
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from kvstore_api.placement import Member, Membership
 from kvstore_cluster.actors.endpoint import Endpoint
 from kvstore_cluster.calibrations import CalibrationRegistry
-from kvstore_cluster.catalogue import FileCatalogue
-from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
+from kvstore_cluster.coordinator import Coordinator, Directives
+from kvstore_codec.errors import CatalogueError
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 1.0
 
 
 class CoordinatorActor:
     """Made through `ray.remote`. After a crash Ray runs the constructor again: the catalogue gives back epoch and
-    nodes, the folder beside it the calibrations, and `serve` listens on the same address as before. Raises
-    CatalogueError, AddressInUseError."""
+    nodes, the folder beside it the calibrations, and `serve` listens on the same address as before.
 
-    def __init__(self, data_dir: Path, serve: Callable[[Coordinator, CalibrationRegistry], Endpoint]) -> None:
-        self._coordinator = Coordinator(FileCatalogue(data_dir))
+    The catalogue is a file in `data_dir`, or in Redis when `redis_url` is given; Redis is waited for, because Ray does
+    not bring back an actor whose constructor failed. Raises CatalogueError, AddressInUseError.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        serve: Callable[[Coordinator, CalibrationRegistry], Endpoint],
+        *,
+        replicas: int = 1,
+        redis_url: str | None = None,
+    ) -> None:
+        if redis_url is None:
+            self._catalogue: FileCatalogue | RedisCatalogue = FileCatalogue(data_dir)
+            self._coordinator = Coordinator(self._catalogue, replicas=replicas)
+        else:
+            self._catalogue, self._coordinator = _with_redis(redis_url, replicas)
         self._endpoint = serve(self._coordinator, CalibrationRegistry(data_dir / "calibrations"))
 
     def address(self) -> str:
@@ -25,11 +46,29 @@ class CoordinatorActor:
     def membership(self) -> Membership:
         return self._coordinator.membership()
 
-    def join(self, member: Member, incarnation: int) -> None:
+    def join(self, member: Member, incarnation: int, known: int = 0) -> Directives:
+        """`known` is the version of pins and quotas that the node has."""
         self._coordinator.join(member, incarnation)
+        return self._coordinator.directives(member.node_id, known)
 
     def leave(self, node_id: str, incarnation: int) -> None:
         self._coordinator.leave(node_id, incarnation)
 
     def stop(self, grace_s: float) -> None:
         self._endpoint.stop(grace_s)
+        self._coordinator.close()
+        self._catalogue.close()
+
+
+def _with_redis(url: str, replicas: int) -> tuple[RedisCatalogue, Coordinator]:
+    while True:
+        try:
+            catalogue = RedisCatalogue(url)
+            try:
+                return catalogue, Coordinator(catalogue, replicas=replicas)
+            except CatalogueError:
+                catalogue.close()
+                raise
+        except CatalogueError as error:
+            log.warning("the coordinator waits for its catalogue: %s", error)
+            time.sleep(_RETRY_S)

@@ -111,7 +111,7 @@ class RedisCatalogue:
             return read_document(self._saved.document, self._name)
 
     def save(self, state: ClusterState) -> None:
-        """Returns once Redis has it; what that survives is Redis' configuration (appendfsync). Raises CatalogueError."""
+        """Returns once Redis has it; what that survives is for Redis' appendfsync to say. Raises CatalogueError."""
         with self._lock:
             new = _Saved(self._saved.number + 1, self._token, write_document(state))
             self._note_loss(self._write(new))

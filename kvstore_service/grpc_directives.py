@@ -1,0 +1,93 @@
+"""The calls of the Coordinator service that decide what storage nodes shall do: pins, quotas, draining, repair."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.coordinator import Coordinator
+from kvstore_codec.errors import CatalogueError, ClusterError, TooManyPinsError, UnknownNodeError
+from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_service.grpc_server import unary
+
+_ID_BYTES = 32
+_STATUS: dict[type[ClusterError], grpc.StatusCode] = {
+    CatalogueError: grpc.StatusCode.UNAVAILABLE,
+    UnknownNodeError: grpc.StatusCode.NOT_FOUND,
+    TooManyPinsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+
+class DirectiveService:
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        calls: list[tuple[str, Callable[..., Any], type[Any]]] = [
+            ("Pin", self.pin, pb.PinRequest),
+            ("ListPins", self.list_pins, pb.ListPinsRequest),
+            ("SetQuota", self.set_quota, pb.SetQuotaRequest),
+            ("ListQuotas", self.list_quotas, pb.ListQuotasRequest),
+            ("Drain", self.drain, pb.DrainRequest),
+            ("Repair", self.repair, pb.RepairRequest),
+        ]
+        return {name: unary(call, request) for name, call, request in calls}
+
+    def pin(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.PinReply:
+        if any(len(ref.content_id) != _ID_BYTES or len(ref.prefix_id) != _ID_BYTES for ref in request.chunks):
+            context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT, f"content_id and prefix_id have {_ID_BYTES} bytes each"
+            )
+        chunks = [ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id)) for ref in request.chunks]
+        with _reported(context):
+            pins = self._coordinator.unpin(chunks) if request.unpin else self._coordinator.pin(chunks)
+        return pb.PinReply(pins=pins)
+
+    def list_pins(
+        self,
+        request: pb.ListPinsRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.ListPinsReply:
+        pins = sorted((chunk.content_id, chunk.prefix_id) for chunk in self._coordinator.pins())
+        return pb.ListPinsReply(
+            chunks=[pb.ChunkRef(content_id=content, prefix_id=prefix) for content, prefix in pins]
+        )
+
+    def set_quota(self, request: pb.SetQuotaRequest, context: grpc.ServicerContext) -> pb.SetQuotaReply:
+        with _reported(context):
+            self._coordinator.set_quota(request.quota.tenant, request.quota.limit_bytes)
+        return pb.SetQuotaReply()
+
+    def list_quotas(
+        self,
+        request: pb.ListQuotasRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.ListQuotasReply:
+        quotas = sorted(self._coordinator.quotas().items())
+        return pb.ListQuotasReply(
+            quotas=[pb.Quota(tenant=tenant, limit_bytes=limit) for tenant, limit in quotas]
+        )
+
+    def drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainReply:
+        decide = self._coordinator.cancel_drain if request.cancel else self._coordinator.drain
+        with _reported(context):
+            decide(request.node_id)
+        return pb.DrainReply()
+
+    def repair(
+        self,
+        request: pb.RepairRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,
+    ) -> pb.RepairReply:
+        with _reported(context):
+            return pb.RepairReply(round=self._coordinator.repair())
+
+
+@contextmanager
+def _reported(context: grpc.ServicerContext) -> Iterator[None]:
+    try:
+        yield
+    except ClusterError as error:
+        context.abort(_STATUS[type(error)], str(error))
