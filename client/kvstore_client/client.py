@@ -99,7 +99,7 @@ class KVStoreClient:
 
     def release(self, match: PrefixMatch) -> None:
         """Give back a match that will not be fetched."""
-        release(self._view, match)
+        release(self._view, match.leases)
 
     def fetch(
         self,

@@ -3,11 +3,12 @@
 import math
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from kvstore_api.placement import Member, Membership, owners
+from kvstore_api.placement import Member, Membership, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.settings import ClientSettings
@@ -25,6 +26,7 @@ _CHANNEL_OPTIONS = [
 
 _LONGEST_PAUSE_S = 30.0
 _MAX_MEMBERS = 4096
+_MAX_REPLICAS = 16
 
 
 class ClusterView:
@@ -45,6 +47,7 @@ class ClusterView:
         self._lock = threading.Lock()
         self._channels: dict[str, grpc.Channel] = {}
         self._membership: Membership | None = None
+        self._placement = Placement(())  # of that membership
         self._fetched_at_s = 0.0
         self._refreshing = False
         self._unawaited: set[grpc.Future] = set()
@@ -64,14 +67,27 @@ class ClusterView:
             self.refresh()
         return known
 
-    def owner(self, content_id: bytes) -> Member:
-        """The node that holds, or should hold, a chunk. Raises NodeUnavailableError when there is no node."""
-        members = self.membership().members
-        if not members:
-            raise NodeUnavailableError(
-                f"the cluster at {self._address} has no storage node; see `kvstore status --address {self._address}`"
-            )
-        return owners(content_id, members, 1)[0]
+    def readers(self, content_ids: Sequence[bytes]) -> list[tuple[Member, ...]]:
+        """Where each content may be, best first. Raises NodeUnavailableError when there is no node at all."""
+        return self._placed().readers(content_ids)
+
+    def writers(self, content_ids: Sequence[bytes]) -> list[tuple[Member, ...]]:
+        """Where each content is to be stored now: on its owners, and for an owner that is paused on the member that
+        readers try next, if there is one. Empty when all of them are paused. Raises NodeUnavailableError when there
+        is no node at all."""
+        placement = self._placed()
+        owned = placement.owners(content_ids)
+        paused = {member for member in set().union(*owned) if self.is_paused(member.endpoint)}
+        if not paused:
+            return owned
+        return [
+            tuple(
+                member
+                for member in readers
+                if not (member.draining or member in paused or self.is_paused(member.endpoint))
+            )[: len(owners)]
+            for owners, readers in zip(owned, placement.readers(content_ids), strict=True)
+        ]
 
     def refresh(self) -> None:
         """Start asking for the membership, unless that is under way."""
@@ -128,6 +144,14 @@ class ClusterView:
                 channel.close()
             self._channels.clear()
 
+    def _placed(self) -> Placement:
+        if not self.membership().members:
+            raise NodeUnavailableError(
+                f"the cluster at {self._address} has no storage node; see `kvstore status --address {self._address}`"
+            )
+        with self._lock:
+            return self._placement
+
     def _forget(self, call: grpc.Future) -> None:
         with self._lock:
             self._unawaited.discard(call)
@@ -152,11 +176,11 @@ class ClusterView:
             raise NodeUnavailableError(
                 f"the coordinator at {self._address} did not answer: {error.code().name}"
             ) from error
-        usable = (m for m in reply.members[:_MAX_MEMBERS] if m.endpoint and 0 < m.weight < math.inf)
-        membership = Membership(reply.epoch, tuple(Member(m.node_id, m.endpoint, m.weight) for m in usable))
+        membership = _membership(reply)
+        placement = Placement(membership.members, membership.replicas)
         with self._lock:
             # Whatever its epoch: a coordinator that lost its catalogue starts counting anew.
-            self._membership = membership
+            self._membership, self._placement = membership, placement
             self._fetched_at_s = time.monotonic()
         self.recovered(self._address)
         return membership
@@ -167,3 +191,12 @@ class ClusterView:
                 dial = self._settings.routes.get(endpoint, endpoint)
                 self._channels[endpoint] = grpc.insecure_channel(dial, options=_CHANNEL_OPTIONS)
             return self._channels[endpoint]
+
+
+def _membership(reply: pb.MembershipReply) -> Membership:
+    """Without members that nobody could talk to."""
+    usable = (m for m in reply.members[:_MAX_MEMBERS] if m.endpoint and 0 < m.weight < math.inf)
+    members = tuple(
+        Member(m.node_id, m.endpoint, m.weight, m.bulk_endpoint, m.domain, m.draining) for m in usable
+    )
+    return Membership(reply.epoch, members, max(1, min(reply.replicas, _MAX_REPLICAS)))

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import grpc
-
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.replicas import Search
 from kvstore_client.settings import ClientSettings
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.codec import chunk_geometry
@@ -57,11 +56,11 @@ def find_prefix(
     chunk_ids: Sequence[ChunkId],
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> PrefixMatch:
-    """Ask each owner once for all its chunks, then keep the run that starts at the first.
+    """Look for all chunks at once, then keep the run that starts at the first.
 
     A chunk whose calibration `ready_klt` does not have yet is asked for once more in the accepted encodings that need
     none. Raises NodeUnavailableError when no owner answered. An owner that does not answer, or answers with a header
-    that is not this chunk's, ends the run: its chunks count as not stored, and the reason is counted.
+    that is not this chunk's, counts as one that does not have it, and the reason is counted.
     """
     lookup = _Lookup(view, settings, metrics, ready_klt, spec, chunk_ids, chunk_tokens)
     lookup.ask(range(len(chunk_ids)), settings.accept)
@@ -82,7 +81,7 @@ def find_prefix(
 
 
 class _Lookup:
-    """What the owners of a prompt's chunks have answered so far."""
+    """What is known of a prompt's chunks so far."""
 
     def __init__(
         self,
@@ -104,48 +103,22 @@ class _Lookup:
 
     def ask(self, indices: Iterable[int], accept: Sequence[str]) -> None:
         """Raises NodeUnavailableError when no owner answered."""
-        by_member: dict[Member, list[int]] = {}
-        for index in indices:
-            owner = self._view.owner(self._chunk_ids[index].content_id)
-            if not self._view.is_paused(owner.endpoint):
-                by_member.setdefault(owner, []).append(index)
-        if not by_member:
-            self._metrics.missed("paused")
-            return
-        calls = {
-            member: self._view.storage(member.endpoint).Lookup.future(
-                pb.LookupRequest(
-                    chunks=[_ref(self._chunk_ids[index]) for index in owned],
-                    lease_ms=round(self._settings.lease_s * 1000),
-                    with_headers=True,
-                    encodings=accept,
-                ),
-                timeout=self._settings.lookup_timeout_s,
-            )
-            for member, owned in by_member.items()
-        }
-        failures: list[grpc.RpcError] = []
-        for member, call in calls.items():
-            try:
-                reply = call.result()
-            except grpc.RpcError as error:
-                failures.append(error)
-                self._view.pause(member.endpoint)
-                continue
-            if reply.lease_id:
-                self.leases.append((member, reply.lease_id))
-            for index, answer in zip(by_member[member], reply.answers, strict=False):
-                if answer.encoding:
-                    self._take(index, member, answer, accept)
-        if failures:
-            self._metrics.missed("lookup_failed")
-            self._view.refresh()
-            if len(failures) == len(calls):
-                raise NodeUnavailableError(
-                    f"no owner answered a lookup: {failures[0].code().name}"
-                ) from failures[0]
 
-    def _take(self, index: int, member: Member, answer: pb.LookupAnswer, accept: Sequence[str]) -> None:
+        def take(index: int, member: Member, answer: pb.LookupAnswer) -> bool:
+            return self._take(index, member, answer, accept)
+
+        search = Search(self._view, self._settings, self._chunk_ids, accept, take)
+        try:
+            search.run(indices)
+        finally:
+            self.leases += search.leases
+            if search.failures:
+                self._metrics.missed("lookup_failed")
+        if not search.asked:
+            self._metrics.missed("paused")
+
+    def _take(self, index: int, member: Member, answer: pb.LookupAnswer, accept: Sequence[str]) -> bool:
+        """Whether this is the chunk, though its calibration may not be at hand."""
         chunk_id = self._chunk_ids[index]
         try:
             header = read_header(answer.header)
@@ -155,7 +128,7 @@ class _Lookup:
                 klt = self._ready_klt(header.calibration)
                 if klt is None:
                     self.unready.append(index)
-                    return
+                    return True
                 klt.calibration.require(self._spec)
             _require_expected(header, answer, accept, self._spec, klt, self._chunk_tokens)
         except CalibrationError:
@@ -164,19 +137,17 @@ class _Lookup:
             self._metrics.missed("bad_header")
         else:
             self.found[index] = StoredChunk(chunk_id, header, member, index * self._chunk_tokens, klt)
+            return True
+        return False
 
 
-def release(view: ClusterView, match: PrefixMatch) -> None:
-    """Give the leases back, without waiting; a lease that cannot be given back expires by itself."""
-    for member, lease_id in match.leases:
+def release(view: ClusterView, leases: Iterable[tuple[Member, bytes]]) -> None:
+    """Give leases back, without waiting; one that cannot be given back expires by itself."""
+    for member, lease_id in leases:
         request = pb.ReleaseLeaseRequest(lease_id=lease_id)
         view.finish_later(
             view.storage(member.endpoint).ReleaseLease.future(request, timeout=_RELEASE_TIMEOUT_S)
         )
-
-
-def _ref(chunk_id: ChunkId) -> pb.ChunkRef:
-    return pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)
 
 
 def _require_expected(

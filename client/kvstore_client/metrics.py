@@ -9,6 +9,10 @@ from prometheus_client import Counter
 _CHUNKS = Counter("kvstore_client_chunks", "Chunks a fetch asked for, by how they ended.", ["result"])
 _MISSES = Counter("kvstore_client_misses", "Reuse that did not happen, by reason.", ["reason"])
 _BYTES = Counter("kvstore_client_bytes", "Bytes of chunks moved, by direction.", ["direction"])
+_UNDER_REPLICATED = Counter(
+    "kvstore_client_under_replicated_chunks",
+    "Chunks stored on fewer nodes than they should be; the cluster's repair makes up for it.",
+)
 _GUARDED = Counter(
     "kvstore_client_guarded_frames",
     "Frames unlike the calibration's text that were coded with a finer step, or exactly.",
@@ -28,11 +32,11 @@ class ClientMetrics:
         _CHUNKS.labels("delivered").inc(chunks)
         self._add("chunks_delivered", chunks)
 
-    def missed(self, reason: str, chunks: int = 0) -> None:
-        """Count one event of not reusing for `reason`, which cost `chunks` chunks that had been promised."""
-        _MISSES.labels(reason).inc()
+    def missed(self, reason: str, chunks: int = 0, *, events: int = 1) -> None:
+        """Count events of not reusing for `reason`, which cost `chunks` chunks that had been promised."""
+        _MISSES.labels(reason).inc(events)
         _CHUNKS.labels("missing").inc(chunks)
-        self._add(f"miss_{reason}", 1)
+        self._add(f"miss_{reason}", events)
         self._add("chunks_missing", chunks)
 
     def received(self, size_bytes: int) -> None:
@@ -43,6 +47,10 @@ class ClientMetrics:
         _BYTES.labels("out").inc(size_bytes)
         self._add("bytes_out", size_bytes)
         self._add("chunks_stored", chunks)
+
+    def under_replicated(self, chunks: int) -> None:
+        _UNDER_REPLICATED.inc(chunks)
+        self._add("chunks_under_replicated", chunks)
 
     def guarded(self, frames: Mapping[str, int]) -> None:
         """Count frames that the codec's guard treated, by what it did: "finer" or "exact"."""

@@ -1,6 +1,7 @@
 """Settings of a client, from arguments or `KVSTORE_*` environment variables."""
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,16 @@ from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import UnknownEncodingError
 
 EXACT = "exact-zstd"
+
+
+class Durability(StrEnum):
+    """What an acknowledged chunk survives: `default` what its node is configured for, `memory` nothing, `relaxed` the
+    death of the process, `durable` a power loss. A node that cannot promise `durable` refuses the chunk."""
+
+    DEFAULT = "default"
+    MEMORY = "memory"
+    RELAXED = "relaxed"
+    DURABLE = "durable"
 
 
 def default_cache_dir() -> Path:
@@ -45,6 +56,10 @@ class ClientSettings(BaseSettings):
     lookup_timeout_s: float = Field(default=1.0, gt=0)
     """How long the engine waits for a lookup before it prefills instead."""
 
+    failover_s: float = Field(default=0.5, gt=0)
+    """How long a node may be silent before another one that holds the same chunks is asked instead. Longer than a
+    piece of 1 MiB takes on the slowest link."""
+
     fetch_timeout_s: float = Field(default=30.0, gt=0)
     """Deadline of a whole fetch. What has not arrived by then is recomputed."""
 
@@ -53,6 +68,18 @@ class ClientSettings(BaseSettings):
 
     put_timeout_s: float = Field(default=60.0, gt=0)
     """Deadline of storing one batch of chunks; it runs behind the engine's back."""
+
+    put_stall_timeout_s: float = Field(default=5.0, gt=0)
+    """A node that takes nothing and acknowledges nothing for this long is given up; other owners have the chunks."""
+
+    ttl_s: int = Field(default=0, ge=0)
+    """How long new chunks are kept; 0: until they are evicted."""
+
+    durability: Durability = Durability.DEFAULT
+    """What an acknowledged chunk survives."""
+
+    tenant: str = ""
+    """Whose quota new chunks count against."""
 
     close_timeout_s: float = Field(default=10.0, ge=0)
     """How long closing a client waits for chunks that are still to be stored."""

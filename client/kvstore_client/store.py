@@ -3,7 +3,7 @@
 import atexit
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -12,27 +12,27 @@ from typing import Any
 
 import torch
 
-from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.owner_write import OutgoingChunk
 from kvstore_client.ready_calibrations import ReadyCalibrations
-from kvstore_client.settings import ClientSettings
-from kvstore_client.transport import PutStream
+from kvstore_client.replicated_write import ReplicatedWrite
+from kvstore_client.settings import ClientSettings, Durability
 from kvstore_codec.codec import EncodedChunk, encode_chunk
 from kvstore_codec.encoding import Encoding
-from kvstore_codec.errors import CodecError, NodeUnavailableError, TransferError
+from kvstore_codec.errors import CodecError, NodeUnavailableError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-_PIECE_BYTES = 1 << 20
-
-
-_STATUS_REASONS = {
-    value: "store_" + name.removeprefix("PUT_STATUS_").lower() for name, value in pb.PutStatus.items()
+_DURABILITIES = {
+    Durability.DEFAULT: pb.DURABILITY_DEFAULT,
+    Durability.MEMORY: pb.DURABILITY_MEMORY,
+    Durability.RELAXED: pb.DURABILITY_RELAXED,
+    Durability.DURABLE: pb.DURABILITY_DURABLE,
 }
 
 
@@ -48,6 +48,8 @@ class NewChunk:
     an encoding with a calibration needs besides the KV; `Store.needs_features` says whether it will be asked for."""
     begins_text: bool = False
     """Whether nothing stands before it: its first tokens are those that everything attends to."""
+    cost: float = 0.0
+    """Of computing it again, in tokens at the beginning of a text; 0: as much as its tokens."""
 
 
 class Store:
@@ -73,7 +75,7 @@ class Store:
         self._closed = False
         self._stop: Future[None] = Future()
         self._warned = False
-        self._streams: set[PutStream] = set()
+        self._writing: ReplicatedWrite | None = None
         self._waiting_bytes = 0
         # A daemon, so that a silent node cannot keep the interpreter from exiting; `close` has its own patience.
         self._worker = threading.Thread(target=self._work, name="kvstore-store", daemon=True)
@@ -121,9 +123,9 @@ class Store:
             self._metrics.missed("store_dropped_at_close")
         self._stop.set_result(None)
         with self._lock:
-            streams = list(self._streams)
-        for stream in streams:
-            stream.cancel()
+            writing = self._writing
+        if writing is not None:
+            writing.cancel()
         self._jobs.put(None)
         self._worker.join()
 
@@ -149,10 +151,7 @@ class Store:
             if self.encoding.needs_calibration and klt is None:
                 self._metrics.missed("store_no_calibration")
                 return 0
-            by_owner: dict[Member, list[NewChunk]] = {}
-            for chunk in chunks:
-                by_owner.setdefault(self._view.owner(chunk.chunk_id.content_id), []).append(chunk)
-            return sum(self._put_to(member, spec, klt, owned) for member, owned in by_owner.items())
+            return self._write(spec, klt, chunks)
         except NodeUnavailableError:
             self._metrics.missed("store_unreachable")
             return 0
@@ -177,77 +176,63 @@ class Store:
             )  # fmt: skip
         return klt
 
-    def _put_to(self, member: Member, spec: ModelSpec, klt: KLT | None, chunks: list[NewChunk]) -> int:
-        if self._stop.done() or self._view.is_paused(member.endpoint):
-            self._metrics.missed("store_paused")
-            return 0
-        stored = answered = 0
-        sizes: list[int] = []
-        stream = self._view.transport(member).put(
-            self._requests(spec, klt, chunks, sizes), self._settings.put_timeout_s
-        )
+    def _write(self, spec: ModelSpec, klt: KLT | None, chunks: list[NewChunk]) -> int:
+        """Encode each chunk once and send it to all its owners; how many have one copy at least. Raises
+        NodeUnavailableError when there is no node."""
+        placed = self._view.writers([chunk.chunk_id.content_id for chunk in chunks])
+        replicas = self._view.membership().replicas
+        writing = ReplicatedWrite(self._view, self._settings)
         with self._lock:
-            self._streams.add(stream)
+            self._writing = writing
+        sizes: list[int] = []
         try:
-            for index, reply in zip(range(len(chunks)), stream, strict=False):
-                if reply.status in (pb.PUT_STATUS_STORED, pb.PUT_STATUS_ALREADY_STORED) and index < len(
-                    sizes
-                ):
-                    stored += 1
-                    self._metrics.stored(1, sizes[index])
-                else:
-                    self._metrics.missed(_STATUS_REASONS.get(reply.status, "store_protocol"))
-                answered += 1
-            if answered < len(sizes):
-                self._metrics.missed("store_protocol")
-        except TransferError as error:
-            self._metrics.missed(f"store_{error.reason}")
-            self._view.pause(member.endpoint)
-            self._view.refresh()
+            for chunk, owners in zip(chunks, placed, strict=True):
+                if self._stop.done() or not owners:
+                    self._metrics.missed("store_paused")
+                elif (encoded := self._encoded(spec, klt, chunk)) is not None:
+                    sizes.append(encoded.size_bytes)
+                    writing.put(OutgoingChunk.of(encoded, self._keep(chunk)), owners)
+        except BaseException:
+            writing.cancel()
+            raise
         finally:
-            stream.cancel()
+            written = writing.finish()
             with self._lock:
-                self._streams.discard(stream)
-        return stored
+                self._writing = None
+        for reason, times in writing.failures.items():
+            self._metrics.missed(f"store_{reason}", events=times)
+        for outcome, size_bytes in zip(written, sizes, strict=True):
+            for reason in outcome.refusals:
+                self._metrics.missed(f"store_{reason}")
+            if outcome.copies:
+                self._metrics.stored(1, outcome.copies * size_bytes)
+                self._metrics.under_replicated(outcome.copies < replicas)
+        return sum(outcome.copies > 0 for outcome in written)
 
-    def _requests(
-        self, spec: ModelSpec, klt: KLT | None, chunks: list[NewChunk], sizes: list[int]
-    ) -> Iterator[pb.PutRequest | memoryview]:
-        """The stream of one owner; chunks are encoded as the stream takes them, so one is in memory at a time."""
-        for chunk in chunks:
-            try:
-                keys, values = chunk.gather()
-                encoded = encode_chunk(
-                    keys,
-                    values,
-                    spec=spec,
-                    chunk_id=chunk.chunk_id,
-                    encoding=self.encoding,
-                    klt=klt,
-                    features=chunk.features() if klt and chunk.features else None,
-                    sinks=klt.calibration.sinks if klt and chunk.begins_text else 0,
-                )
-            except CodecError:
-                self._metrics.missed("store_unencodable")
-                continue
-            self._metrics.guarded(encoded.guarded)
-            sizes.append(encoded.size_bytes)
-            yield from put_requests(encoded)
-
-
-def put_requests(encoded: EncodedChunk) -> Iterator[pb.PutRequest | memoryview]:
-    """One chunk as the steps of a Put stream; a memoryview is a piece of its bytes."""
-    chunk_id = encoded.header.chunk_id
-    yield pb.PutRequest(
-        start=pb.PutStart(
-            chunk=pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id),
-            encoding=encoded.header.encoding.name,
-            size_bytes=encoded.size_bytes,
-            calibration=encoded.header.calibration or b"",
+    def _keep(self, chunk: NewChunk) -> pb.PutStart:
+        settings = self._settings
+        return pb.PutStart(
+            ttl_s=settings.ttl_s,
+            tenant=settings.tenant,
+            durability=_DURABILITIES[settings.durability],
+            cost=chunk.cost,
         )
-    )
-    for part in encoded.parts:
-        view = memoryview(part)
-        for begin in range(0, len(view), _PIECE_BYTES):
-            yield view[begin : begin + _PIECE_BYTES]
-    yield pb.PutRequest(end=pb.PutEnd())
+
+    def _encoded(self, spec: ModelSpec, klt: KLT | None, chunk: NewChunk) -> EncodedChunk | None:
+        try:
+            keys, values = chunk.gather()
+            encoded = encode_chunk(
+                keys,
+                values,
+                spec=spec,
+                chunk_id=chunk.chunk_id,
+                encoding=self.encoding,
+                klt=klt,
+                features=chunk.features() if klt and chunk.features else None,
+                sinks=klt.calibration.sinks if klt and chunk.begins_text else 0,
+            )
+        except CodecError:
+            self._metrics.missed("store_unencodable")
+            return None
+        self._metrics.guarded(encoded.guarded)
+        return encoded

@@ -59,6 +59,11 @@ class Delivery:
     def remaining_s(self) -> float:
         return max(0.0, self._deadline - time.monotonic())
 
+    @property
+    def is_over(self) -> bool:
+        with self._changed:
+            return self._ended
+
     def progress(self, received_bytes: int) -> None:
         with self._changed:
             self._received_bytes += received_bytes

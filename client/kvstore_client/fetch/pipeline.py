@@ -13,9 +13,10 @@ from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import Destination, ReceivedFrames
 from kvstore_client.fetch.decode import ChunkFeatures, Predictions, decode
 from kvstore_client.fetch.deliver import Delivery, FetchReport
+from kvstore_client.fetch.failover import Failover
 from kvstore_client.fetch.plan import plan_reads
 from kvstore_client.fetch.queue import StageQueue
-from kvstore_client.fetch.receive import receive
+from kvstore_client.fetch.receive import Receiver
 from kvstore_client.fetch.restore import restore
 from kvstore_client.lookup import PrefixMatch, release
 from kvstore_client.metrics import ClientMetrics
@@ -31,9 +32,10 @@ class Fetch:
     """Brings the chunks of a match into buffers. Never raises and never outlives its deadline.
 
     The engine calls `wait_layer(0)`, `wait_layer(1)`, ... as it computes, and `finish` at the end, whatever
-    happened. Threads: one per owner receives; a few take what was received through decode, restore and deliver, one
-    range after the other, because keys that were just decoded are still in the cache when they are rotated (and on
-    two cores every further thread makes the fetch slower). All have ended when `finish` returns.
+    happened. Threads: one per owner receives, and one looks whether any of them waits in vain; a few take what was
+    received through decode, restore and deliver, one range after the other, because keys that were just decoded are
+    still in the cache when they are rotated (and on two cores every further busy thread makes the fetch slower). All
+    have ended when `finish` returns.
     """
 
     def __init__(
@@ -66,11 +68,13 @@ class Fetch:
         workers = settings.decode_threads or min(4, max(1, (os.cpu_count() or 1) // 2))
         received = StageQueue[ReceivedFrames](settings.inflight_bytes, producers=len(reads))
         self._delivery.on_end(received.abort)
+        self._failover = Failover(view, settings, match.chunks)
+        over = threading.Event()
+        self._delivery.on_end(over.set)
+        receiver = Receiver(view, self._failover, self._delivery, received)
         self._threads = [
-            *(
-                self._thread("receive", receive, view.transport(member), tasks, self._delivery, received)
-                for member, tasks in reads.items()
-            ),
+            *(self._thread("receive", receiver.receive, member, tasks) for member, tasks in reads.items()),
+            self._thread("watch", self._failover.watch, over),
             *(
                 self._thread("restore", _restore_received, received, destination, predictions, self._delivery)
                 for _ in range(workers)
@@ -107,7 +111,7 @@ class Fetch:
         self._delivery.end("cancelled")
         for thread in self._threads:
             thread.join()
-        release(self._view, self._match)
+        release(self._view, (*self._match.leases, *self._failover.leases))
         encodings = frozenset(chunk.header.encoding for chunk in self._match.chunks)
         report = self._finished = replace(self._delivery.report(), encodings=encodings)
         self._metrics.received(report.received_bytes)
@@ -122,9 +126,9 @@ class Fetch:
         late = {
             self._match.chunks[index].member.endpoint
             for index, reason in report.missing.items()
-            if reason in ("timeout", "stalled", "unreachable")
+            if reason in ("timeout", "stalled")
         }
-        for endpoint in {chunk.member.endpoint for chunk in self._match.chunks}:
+        for endpoint in {member.endpoint for member in self._failover.members()} - self._failover.failed:
             if endpoint in late:
                 self._view.pause(endpoint)
             elif report.complete:

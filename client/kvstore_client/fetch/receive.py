@@ -1,61 +1,95 @@
-"""Receive stage: frame ranges from one owner, as they come off the wire."""
+"""Receive stage: frame ranges from one owner, or from another in its place, as they come off the wire."""
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import ReadTask, ReceivedFrames
 from kvstore_client.fetch.deliver import Delivery
+from kvstore_client.fetch.failover import Failover, Reading
 from kvstore_client.fetch.plan import RANGE_BYTES
 from kvstore_client.fetch.queue import StageQueue
-from kvstore_client.transport import Transport
 from kvstore_codec.errors import TransferError
 
 
-def receive(
-    transport: Transport, tasks: Sequence[ReadTask], delivery: Delivery, out: StageQueue[ReceivedFrames]
-) -> None:
-    """Read `tasks` from one owner in one stream and pass each on when it is complete.
+@dataclass(frozen=True, slots=True)
+class Receiver:
+    """Receives for one fetch, in a thread per owner."""
 
-    A chunk that the owner no longer has is reported missing and the others go on; when the stream breaks, every
-    chunk it still owed is missing. Returns early when the fetch is over.
-    """
-    timeline = delivery.timeline
-    stream = transport.read(_request(tasks), delivery.remaining_s())
-    delivery.on_end(stream.cancel)
-    done = 0
-    try:
-        parts: list[memoryview] = []
-        received = 0
-        start_s = timeline.now_s()
-        for piece in stream:
-            if piece.range != done or (len(piece.data) == 0 and piece.status == pb.READ_STATUS_OK):
-                delivery.fail_chunks(tasks[done:], "protocol")
-                return
-            task = tasks[done]
-            delivery.progress(len(piece.data))
-            if piece.status != pb.READ_STATUS_OK:
-                delivery.fail_chunks([task], "gone")
-            else:
-                parts.append(piece.data)
-                received += len(piece.data)
-                if received < task.size_bytes:
-                    continue
-                if received > task.size_bytes:
-                    delivery.fail_chunks(tasks[done:], "protocol")
-                    return
-                data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
-                timeline.add("receive", start_s, timeline.now_s(), task.label)
-                if not out.put(ReceivedFrames(task, data), len(data)):
-                    return
-            parts, received = [], 0
-            done += 1
+    view: ClusterView
+    failover: Failover
+    delivery: Delivery
+    out: StageQueue[ReceivedFrames]
+
+    def receive(self, owner: Member, owed: Sequence[ReadTask]) -> None:
+        """Read the tasks that one owner owes in one stream and pass each on when it is complete.
+
+        What the owner no longer has, or still owes when its stream breaks or falls silent, is read from others that
+        have the same bytes; where nobody has, the chunk is missing. Returns early when the fetch is over.
+        """
+        waiting = deque([(owner, owed, self.failover.has_others(owed))])
+        try:
+            while waiting:
+                member, tasks, hurried = waiting.popleft()
+                for reason, unread in self._read(member, tasks, hurried=hurried).items():
+                    if self.delivery.is_over or reason == "timeout":
+                        self.delivery.fail_chunks(unread, reason)
+                        continue
+                    if reason not in ("gone", "silent"):
+                        self.failover.broke(member)
+                    places, nowhere = self.failover.elsewhere(unread)
+                    waiting += [(other, t, self.failover.has_others(t)) for other, t in places.items()]
+                    if nowhere and reason == "silent":
+                        waiting.append((member, nowhere, False))  # it may only be slow
+                    else:
+                        self.delivery.fail_chunks(nowhere, reason)
+        finally:
+            self.out.close()
+
+    def _read(self, member: Member, tasks: Sequence[ReadTask], *, hurried: bool) -> dict[str, list[ReadTask]]:
+        """One stream; what it did not bring, by reason. With `hurried` it is ended when it falls silent."""
+        timeline = self.delivery.timeline
+        stream = self.view.transport(member).read(_request(tasks), self.delivery.remaining_s())
+        self.delivery.on_end(stream.cancel)
+        reading = Reading(stream)
+        unread: dict[str, list[ReadTask]] = {}
+        done = 0
+        try:
+            parts: list[memoryview] = []
+            received = 0
             start_s = timeline.now_s()
-        delivery.fail_chunks(tasks[done:], "protocol")
-    except TransferError as error:
-        delivery.fail_chunks(tasks[done:], error.reason)
-    finally:
-        stream.cancel()
-        out.close()
+            for piece in self.failover.watched(reading) if hurried else reading:
+                if piece.range != done or (len(piece.data) == 0 and piece.status == pb.READ_STATUS_OK):
+                    break
+                task = tasks[done]
+                self.delivery.progress(len(piece.data))
+                if piece.status != pb.READ_STATUS_OK:
+                    unread.setdefault("gone", []).append(task)
+                else:
+                    parts.append(piece.data)
+                    received += len(piece.data)
+                    if received < task.size_bytes:
+                        continue
+                    if received > task.size_bytes:
+                        break
+                    data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
+                    timeline.add("receive", start_s, timeline.now_s(), task.label)
+                    if not self.out.put(ReceivedFrames(task, data), len(data)):
+                        return {}
+                parts, received = [], 0
+                done += 1
+                start_s = timeline.now_s()
+            reason = "protocol"
+        except TransferError as error:
+            reason = "silent" if reading.silent else error.reason
+        finally:
+            stream.cancel()
+        if done < len(tasks):
+            unread[reason] = list(tasks[done:])
+        return unread
 
 
 def _request(tasks: Sequence[ReadTask]) -> pb.ReadRequest:

@@ -1,0 +1,133 @@
+"""Chunks on their way to one of their owners."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.transport import Transport
+from kvstore_codec.codec import EncodedChunk
+from kvstore_codec.errors import TransferError
+
+_PIECE_BYTES = 1 << 20
+_AHEAD_BYTES = 16 << 20
+"""What may wait for a slow owner while the others get theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingChunk:
+    """A chunk to be sent: `parts` are its bytes, `start.size_bytes` of them, and `start` says how it is to be kept."""
+
+    start: pb.PutStart
+    parts: tuple[memoryview, ...]
+
+    @classmethod
+    def of(cls, encoded: EncodedChunk, keep: pb.PutStart) -> "OutgoingChunk":
+        """`keep` holds the lifetime, tenant, durability and cost; what the chunk is, is filled in."""
+        header = encoded.header
+        start = pb.PutStart(
+            chunk=pb.ChunkRef(content_id=header.chunk_id.content_id, prefix_id=header.chunk_id.prefix_id),
+            encoding=header.encoding.name,
+            size_bytes=encoded.size_bytes,
+            calibration=header.calibration or b"",
+        )
+        start.MergeFrom(keep)
+        return cls(start, tuple(memoryview(part) for part in encoded.parts))
+
+    def steps(self) -> Iterator[pb.PutRequest | memoryview]:
+        """The chunk in a Put stream; a memoryview is a piece of its bytes."""
+        yield pb.PutRequest(start=self.start)
+        for view in self.parts:
+            for begin in range(0, len(view), _PIECE_BYTES):
+                yield view[begin : begin + _PIECE_BYTES]
+        yield pb.PutRequest(end=pb.PutEnd())
+
+
+class OwnerWrite:
+    """One Put stream, fed chunk by chunk, and a thread that waits for the owner's answers.
+
+    An owner that neither takes nor answers anything for `stall_s` is given up: it holds the others up no longer than
+    that. `put` and `finish` are for one thread, `cancel` for any.
+    """
+
+    def __init__(self, transport: Transport, *, timeout_s: float, stall_s: float) -> None:
+        self.answers: list[pb.PutReply] = []
+        """The owner's, one per chunk in the order they were put; fewer when it failed."""
+        self.failure: str | None = None
+        self._stall_s = stall_s
+        self._changed = threading.Condition()
+        self._waiting: deque[OutgoingChunk] = deque()
+        self._waiting_bytes = 0
+        self._complete = self._over = False
+        self._moved_at_s = time.monotonic()
+        self._stream = transport.put(self._steps(), timeout_s)
+        self._thread = threading.Thread(target=self._run, name="kvstore-put", daemon=True)
+        self._thread.start()
+
+    def put(self, chunk: OutgoingChunk) -> None:
+        """Hand in a chunk, waiting while too much waits already. Nothing happens when the owner has failed."""
+        size_bytes = chunk.start.size_bytes
+        self._await(lambda: not self._waiting or self._waiting_bytes + size_bytes <= _AHEAD_BYTES)
+        with self._changed:
+            self._waiting.append(chunk)
+            self._waiting_bytes += size_bytes
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Nothing more is put: wait for the last answer."""
+        with self._changed:
+            self._complete = True
+            self._changed.notify_all()
+        self._await(lambda: False)
+        self._thread.join()
+
+    def cancel(self, reason: str) -> None:
+        """End it now. What was acknowledged stays stored."""
+        with self._changed:
+            self.failure = self.failure or reason
+        self._stream.cancel()
+
+    def _await(self, condition: Callable[[], bool]) -> None:
+        """Until the condition holds or the stream is over, which it is once the owner has not moved for `stall_s`."""
+        began_s = time.monotonic()
+        while True:
+            with self._changed:
+                if self._over or condition():
+                    return
+                left_s = max(began_s, self._moved_at_s) + self._stall_s - time.monotonic()
+                if left_s > 0:
+                    self._changed.wait(left_s)
+                    continue
+            self.cancel("stalled")
+            began_s = time.monotonic()
+
+    def _steps(self) -> Iterator[pb.PutRequest | memoryview]:
+        """Taken in whatever thread the transport likes."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._complete or self._over)
+                if self._over or not self._waiting:
+                    return
+                chunk = self._waiting.popleft()
+                self._waiting_bytes -= chunk.start.size_bytes
+                self._changed.notify_all()
+            for step in chunk.steps():
+                self._moved_at_s = time.monotonic()
+                yield step
+
+    def _run(self) -> None:
+        failure: str | None = None
+        try:
+            for answer in self._stream:
+                self.answers.append(answer)
+                self._moved_at_s = time.monotonic()
+        except TransferError as error:
+            failure = error.reason
+        finally:
+            self._stream.cancel()
+            with self._changed:
+                self.failure = self.failure or failure
+                self._over = True
+                self._changed.notify_all()

@@ -1,0 +1,140 @@
+"""Where chunks are: on their best reader, or on another one that has them."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from queue import Empty, SimpleQueue
+
+import grpc
+
+from kvstore_api.placement import Member
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.cluster_view import ClusterView
+from kvstore_client.settings import ClientSettings
+from kvstore_codec.errors import NodeUnavailableError
+from kvstore_codec.identity import ChunkId
+
+Take = Callable[[int, Member, pb.LookupAnswer], bool]
+"""Index of a chunk, who has it, what it is there -> whether to look for it no further."""
+
+
+class Search:
+    """Looks chunks up wherever they may be, within one deadline, `lookup_timeout_s`.
+
+    A chunk is asked for at its best reader. What that one does not have, fails to say, or has not said after
+    `failover_s` is asked for at all its other readers at once: nobody waits for a dead node while another lives, and
+    a text that is stored nowhere costs two rounds. Paused readers are not asked; one that fails now is paused.
+    """
+
+    def __init__(
+        self,
+        view: ClusterView,
+        settings: ClientSettings,
+        chunk_ids: Sequence[ChunkId],
+        encodings: Sequence[str],
+        take: Take,
+    ) -> None:
+        self.leases: list[tuple[Member, bytes]] = []
+        """What nodes promised to keep, also of chunks that were not taken."""
+        self.asked = 0
+        """Calls made."""
+        self.failures: list[str] = []
+        """Why calls failed."""
+        self._view, self._settings = view, settings
+        self._chunk_ids, self._encodings, self._take = chunk_ids, encodings, take
+        self._found: set[int] = set()
+        self._others: dict[int, Sequence[Member]] = {}
+        self._open: dict[grpc.Future, tuple[Member, Sequence[int]]] = {}
+        self._answered: SimpleQueue[grpc.Future] = SimpleQueue()
+        self._deadline_s = 0.0
+
+    def run(self, indices: Iterable[int], tried: Mapping[int, Iterable[Member]] | None = None) -> None:
+        """Look for the chunks at `indices`, except where each was `tried` before. Called once.
+
+        Raises NodeUnavailableError when there is no node, or when none answered.
+        """
+        self._deadline_s = time.monotonic() + self._settings.lookup_timeout_s
+        patience_s = min(self._settings.failover_s, self._settings.lookup_timeout_s / 2)
+        hurry_s = time.monotonic() + patience_s
+        self._ask(self._best(list(indices), tried or {}))
+        hurried = False
+        while self._open and not (hurried and self._is_settled()):
+            until_s = self._deadline_s if hurried else hurry_s
+            try:
+                call = self._answered.get(timeout=max(0.0, until_s - time.monotonic()))
+            except Empty:
+                if hurried:
+                    break
+                hurried = True
+                self._ask(self._next(index for _, asked in self._open.values() for index in asked))
+            else:
+                self._ask(self._next(self._missing(call)))
+        for call, (member, _) in self._open.items():
+            call.cancel()
+            self._fail(member, f"no answer within {self._settings.lookup_timeout_s:g} s")
+        if self.failures:
+            self._view.refresh()
+            if len(self.failures) == self.asked:
+                raise NodeUnavailableError(f"no owner answered a lookup: {self.failures[0]}")
+
+    def _best(self, wanted: Sequence[int], tried: Mapping[int, Iterable[Member]]) -> dict[Member, list[int]]:
+        """The first reader of each chunk; the others are kept for later."""
+        readers = self._view.readers([self._chunk_ids[index].content_id for index in wanted])
+        paused = {member for member in set().union(*readers) if self._view.is_paused(member.endpoint)}
+        best: dict[Member, list[int]] = {}
+        for index, members in zip(wanted, readers, strict=True):
+            if paused or tried:
+                avoided = paused.union(tried.get(index, ()))
+                members = tuple(member for member in members if member not in avoided)
+            if members:
+                best.setdefault(members[0], []).append(index)
+                self._others[index] = members[1:]
+        return best
+
+    def _next(self, indices: Iterable[int]) -> dict[Member, list[int]]:
+        """The readers of these chunks that were not asked yet."""
+        groups: dict[Member, list[int]] = {}
+        for index in indices:
+            for member in self._others.pop(index, ()):
+                groups.setdefault(member, []).append(index)
+        return groups
+
+    def _ask(self, groups: Mapping[Member, Sequence[int]]) -> None:
+        for member, asked in groups.items():
+            request = pb.LookupRequest(
+                chunks=[chunk_ref(self._chunk_ids[index]) for index in asked],
+                lease_ms=round(self._settings.lease_s * 1000),
+                with_headers=True,
+                encodings=self._encodings,
+            )
+            timeout_s = self._deadline_s - time.monotonic()
+            call = self._view.storage(member.endpoint).Lookup.future(request, timeout=timeout_s)
+            self._open[call] = member, asked
+            self.asked += 1
+            call.add_done_callback(self._answered.put)
+
+    def _missing(self, call: grpc.Future) -> list[int]:
+        """Take what came; which of the chunks that were asked for have not been found."""
+        member, asked = self._open.pop(call)
+        try:
+            reply = call.result()
+        except (grpc.RpcError, grpc.FutureCancelledError):
+            self._fail(member, call.code().name)
+        else:
+            if reply.lease_id:
+                self.leases.append((member, reply.lease_id))
+            for index, answer in zip(asked, reply.answers, strict=False):
+                if answer.encoding and index not in self._found and self._take(index, member, answer):
+                    self._found.add(index)
+        return [index for index in asked if index not in self._found]
+
+    def _is_settled(self) -> bool:
+        """Whether everything that an open call could still find was found."""
+        return all(index in self._found for _, asked in self._open.values() for index in asked)
+
+    def _fail(self, member: Member, reason: str) -> None:
+        self.failures.append(reason)
+        self._view.pause(member.endpoint)
+
+
+def chunk_ref(chunk_id: ChunkId) -> pb.ChunkRef:
+    return pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)
