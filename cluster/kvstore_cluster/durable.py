@@ -8,7 +8,12 @@ def rename_durably(aside: Path, target: Path) -> None:
     """Puts `aside`, written and synced in the same folder, in the place of `target`; returns once the rename would
     survive a power loss. Raises OSError."""
     aside.replace(target)
-    folder_fd = os.open(target.parent, os.O_RDONLY)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Returns once the names in `folder` would survive a power loss. Raises OSError."""
+    folder_fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(folder_fd)
     finally:

@@ -1,0 +1,192 @@
+"""Reading and writing one segment file past the page cache."""
+
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvstore_cluster.disk.record import BLOCK_BYTES
+from kvstore_codec.errors import DiskError, DiskFailedError, DiskFullError, DiskReadOnlyError
+
+_SCRATCH_BYTES = 1 << 20
+_MAX_VIEWS = os.sysconf("SC_IOV_MAX")
+_ERRORS = {
+    errno.ENOSPC: DiskFullError,
+    errno.EDQUOT: DiskFullError,
+    errno.EFBIG: DiskFullError,
+    errno.EROFS: DiskReadOnlyError,
+    errno.EACCES: DiskReadOnlyError,
+    errno.EPERM: DiskReadOnlyError,
+}
+_scratch = threading.local()
+
+
+class SegmentFile:
+    """Positional I/O in whole blocks; several threads at once. Every method raises OSError.
+
+    With `direct` (O_DIRECT) bytes go straight between the disk and the caller's views where these are aligned, as
+    those of an arena are, and through a small buffer where not. Without it the page cache is told to forget them.
+    """
+
+    def __init__(self, path: Path, *, create: bool, direct: bool) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC if create else os.O_RDONLY
+        self._fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o644)
+        self._direct = direct
+
+    def size_bytes(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def write(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Writes the views back to back at `offset`, a block's, and zeros up to the end of the last block."""
+        scratch = aligned_scratch()
+        batch: list[memoryview] = []
+        start = used = 0  # of the part of `scratch` that is not in the batch yet
+        for view in views:
+            while view.nbytes:
+                if used % BLOCK_BYTES == 0 and view.nbytes >= BLOCK_BYTES and _is_aligned(view):
+                    whole = view.nbytes - view.nbytes % BLOCK_BYTES
+                    batch += (scratch[start:used], view[:whole]) if used > start else (view[:whole],)
+                    start = used
+                else:
+                    if used == scratch.nbytes:
+                        offset = self._write_all(offset, [*batch, scratch[start:used]])
+                        batch, start, used = [], 0, 0
+                    whole = min(view.nbytes, scratch.nbytes - used)
+                    scratch[used : used + whole] = view[:whole]
+                    used += whole
+                view = view[whole:]
+        padding = -used % BLOCK_BYTES
+        scratch[used : used + padding] = bytes(padding)
+        if used > start:
+            batch.append(scratch[start : used + padding])
+        self._write_all(offset, batch)
+
+    def read(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Fills the views with the bytes from `offset`, which need not be a block's."""
+        scratch = aligned_scratch()
+        batch, rest = _in_place(views) if offset % BLOCK_BYTES == 0 else ([], list(views))
+        position = offset + sum(view.nbytes for view in batch)
+        missing = sum(view.nbytes for view in rest)
+        start = offset
+        while batch or missing:
+            skip = position % BLOCK_BYTES
+            span = min(skip + missing, scratch.nbytes)
+            window = scratch[: span + -span % BLOCK_BYTES]
+            found = self._read_some(start if batch else position - skip, [*batch, window])
+            if found < sum(view.nbytes for view in batch) + span:
+                raise OSError(errno.EIO, f"the file ends before byte {position - skip + span}")
+            batch = []
+            rest = _scatter(window[skip:span], rest)
+            missing -= span - skip
+            position += span - skip
+        self._forget(offset, position - offset)
+
+    def read_some(self, offset: int, view: memoryview) -> int:
+        """Fills an aligned view of whole blocks from a block's offset on; returns how much of it there was."""
+        found = self._read_some(offset, [view])
+        self._forget(offset, found)
+        return found
+
+    def sync(self) -> None:
+        os.fdatasync(self._fd)
+        self._forget(0, 0)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _write_all(self, offset: int, views: Sequence[memoryview]) -> int:
+        for batch in _batches(views):
+            while batch:
+                written = os.pwritev(self._fd, batch, offset)
+                offset += written
+                batch = _without(batch, written)
+        return offset
+
+    def _read_some(self, offset: int, views: Sequence[memoryview]) -> int:
+        found = 0
+        for batch in _batches(views):
+            while batch:
+                count = os.preadv(self._fd, batch, offset + found)
+                if not count:
+                    return found
+                found += count
+                if count % BLOCK_BYTES:  # only the end of the file is not a block's
+                    return found
+                batch = _without(batch, count)
+        return found
+
+    def _forget(self, offset: int, length: int) -> None:
+        if not self._direct:
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+def aligned_buffer(size_bytes: int) -> memoryview:
+    """Fresh zeroed memory that direct I/O can use."""
+    return memoryview(mmap.mmap(-1, max(size_bytes, BLOCK_BYTES)))
+
+
+def aligned_scratch() -> memoryview:
+    """A small buffer of the calling thread's own, for as long as it calls nothing that may use it as well."""
+    if not hasattr(_scratch, "view"):
+        _scratch.view = aligned_buffer(_SCRATCH_BYTES)
+    view: memoryview = _scratch.view
+    return view
+
+
+def disk_error(error: OSError, what: str) -> DiskError:
+    """What an OSError means for who stores chunks. `what` failed, with the path."""
+    reason = error.strerror or str(error)
+    kind = _ERRORS.get(error.errno or 0, DiskFailedError)
+    if kind is DiskFullError:
+        return DiskFullError(f"{what}: {reason}; free space on that disk or lower the node's disk limit")
+    if kind is DiskReadOnlyError:
+        return DiskReadOnlyError(f"{what}: {reason}; make it writable or choose another data folder")
+    return DiskFailedError(f"{what}: {reason}; check that disk")
+
+
+def _is_aligned(view: memoryview) -> bool:
+    address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+    return address % BLOCK_BYTES == 0
+
+
+def _in_place(views: Sequence[memoryview]) -> tuple[list[memoryview], list[memoryview]]:
+    """Which of these neighbouring views whole blocks can go to directly, and what is left after them."""
+    batch: list[memoryview] = []
+    for done, view in enumerate(views):
+        whole = view.nbytes - view.nbytes % BLOCK_BYTES
+        if not whole or not _is_aligned(view):
+            return batch, list(views[done:])
+        batch.append(view[:whole])
+        if whole < view.nbytes:
+            return batch, [view[whole:], *views[done + 1 :]]
+    return batch, []
+
+
+def _scatter(source: memoryview, views: Sequence[memoryview]) -> list[memoryview]:
+    """Fills `views` with `source`, and returns what of them is left."""
+    for done, view in enumerate(views):
+        count = min(view.nbytes, source.nbytes)
+        view[:count] = source[:count]
+        source = source[count:]
+        if count < view.nbytes:
+            return [view[count:], *views[done + 1 :]]
+    return []
+
+
+def _batches(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
+    """As many views as one system call takes."""
+    for first in range(0, len(views), _MAX_VIEWS):
+        yield [view for view in views[first : first + _MAX_VIEWS] if view.nbytes]
+
+
+def _without(views: Sequence[memoryview], count: int) -> list[memoryview]:
+    """The views but for their first `count` bytes."""
+    for done, view in enumerate(views):
+        if count < view.nbytes:
+            return [view[count:], *views[done + 1 :]]
+        count -= view.nbytes
+    return []

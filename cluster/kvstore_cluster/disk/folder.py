@@ -1,0 +1,73 @@
+"""The folder of a store: the names in it, and whose it is."""
+
+import fcntl
+import os
+import re
+from pathlib import Path
+
+from kvstore_cluster.disk.file import disk_error
+from kvstore_cluster.durable import sync_folder
+from kvstore_codec.errors import ConfigurationError
+
+_LOCK_NAME = "store.lock"
+_NAME = re.compile(r"segment-(\d{8,})\.(kvs|index)")
+
+
+class StoreFolder:
+    """Made when missing; belongs to one process until it is closed. Raises ConfigurationError when it is taken, and
+    DiskError when it cannot be written."""
+
+    def __init__(self, path: Path, *, direct: bool) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock_fd = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise disk_error(error, f"opening the disk tier in {path}") from error
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock_fd)
+            raise ConfigurationError(
+                f"{path} is in use by another process; stop it or choose another data folder"
+            ) from error
+        self.direct = direct and self._offers_direct()
+
+    def segment(self, number: int) -> Path:
+        return self.path / f"segment-{number:08d}.kvs"
+
+    def index(self, number: int) -> Path:
+        return self.path / f"segment-{number:08d}.index"
+
+    def numbers(self) -> list[int]:
+        """Of the segments that are there, rising. Indexes without a segment are removed. Raises OSError."""
+        found: dict[str, set[int]] = {"kvs": set(), "index": set()}
+        for path in self.path.iterdir():
+            if match := _NAME.fullmatch(path.name):
+                found[match[2]].add(int(match[1]))
+        for number in found["index"] - found["kvs"]:
+            self.index(number).unlink()
+        return sorted(found["kvs"])
+
+    def remove(self, number: int) -> None:
+        """Removes a segment for good: it does not come back after a power loss. Raises OSError."""
+        self.index(number).unlink(missing_ok=True)
+        self.segment(number).unlink(missing_ok=True)
+        sync_folder(self.path)
+
+    def set_aside(self, number: int) -> Path:
+        """Takes a segment that cannot be read at all out of the store, and says where it is. Raises OSError."""
+        aside = self.segment(number).with_suffix(".damaged")
+        self.segment(number).replace(aside)
+        return aside
+
+    def close(self) -> None:
+        os.close(self._lock_fd)
+
+    def _offers_direct(self) -> bool:
+        """Some file systems, such as those in memory, have no O_DIRECT."""
+        try:
+            os.close(os.open(self.path / _LOCK_NAME, os.O_RDONLY | os.O_DIRECT))
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,123 @@
+"""Opening a store: which records there are, which of them count, and what was lost.
+
+The newest record of a chunk and encoding counts, unless a tombstone deletes it. Records of sealed segments are known
+from the segments' indexes; any other segment is read, each chunk of it verified, what is left of it synced, and an
+index written, so that it is read only once.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from kvstore_cluster.disk.census import Census
+from kvstore_cluster.disk.file import aligned_buffer, disk_error
+from kvstore_cluster.disk.location import Location, block_of, location_of, segment_of
+from kvstore_cluster.disk.log import SegmentLog
+from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordMeta, blocks_of, decode
+from kvstore_cluster.disk.scan import Found, scan
+from kvstore_cluster.disk.segment import Segment
+from kvstore_cluster.disk.segment_format import SegmentIndex, seed_of
+from kvstore_codec.errors import DiskFailedError
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What was found. `records` can be iterated once, before the store is used for anything else; `dropped` says in a
+    line each what was lost."""
+
+    records: Iterator[tuple[RecordMeta, Location]]
+    dropped: tuple[str, ...]
+
+
+def recover(segments: SegmentLog) -> Recovery:
+    """Enters what the folder holds into the empty log. Raises DiskError when it cannot be read or written."""
+    dropped: list[str] = []
+    found: dict[int, Segment] = {}
+    census = Census()
+    try:
+        for number in segments.folder.numbers():
+            opened = _open_segment(segments, number, dropped)
+            if opened is None:
+                continue
+            segment, index = opened
+            found[number] = segment
+            for block, header in index:
+                if census.add(location_of(number, block), header) is Kind.TOMBSTONE:
+                    segment.horizon = max(segment.horizon, decode(header).horizon)
+    except OSError as error:
+        raise disk_error(error, f"recovering the disk tier in {segments.folder.path}") from error
+    for number, records in groupby(census.states(), key=lambda record: segment_of(record[0])):
+        found[number].adopt((block_of(location), blocks, state) for location, blocks, state in records)
+    newest_sequence = census.newest_sequence
+    for segment in found.values():
+        segments.adopt(segment, newest_sequence)
+    return Recovery(_live_records(segments, list(found.values())), tuple(dropped))
+
+
+def _open_segment(
+    segments: SegmentLog, number: int, dropped: list[str]
+) -> tuple[Segment, SegmentIndex] | None:
+    """None when there is nothing in it that could be read."""
+    folder, path = segments.folder, segments.folder.segment(number)
+    size_bytes = path.stat().st_size
+    if size_bytes < BLOCK_BYTES:  # it was begun, but no record was ever promised to be in it
+        folder.remove(number)
+        dropped.append(f"{path.name}: only begun, removed")
+        return None
+    if size_bytes % BLOCK_BYTES:  # direct I/O knows whole blocks only
+        os.truncate(path, blocks_of(size_bytes) * BLOCK_BYTES)
+    file = segments.open_file(path, create=False, direct=folder.direct)
+    block = aligned_buffer(BLOCK_BYTES)
+    file.read(0, [block])
+    seed = seed_of(block, number)
+    if seed is None:
+        file.close()
+        aside = folder.set_aside(number)
+        dropped.append(f"{path.name}: its first block is damaged; all of it is now in {aside.name}")
+        return None
+    segment = Segment(number, file, seed, blocks_of(size_bytes))
+    segment.closed = segment.sealed = True
+    segment.index = None
+    index = SegmentIndex.read(folder.index(number), number, seed, size_bytes)
+    if index is None:
+        index = segment.index = _read_segment(segment, path.name, dropped)
+        file.sync()
+        segments.write_index(segment)
+    else:
+        segment.index_bytes = index.file_bytes
+    return segment, index
+
+
+def _read_segment(segment: Segment, name: str, dropped: list[str]) -> SegmentIndex:
+    """The index of a segment that has none."""
+    index = SegmentIndex(bytearray())
+    for part in scan(segment.file, segment.seed, segment.end_block):
+        if isinstance(part, Found):
+            index.add(part.first_block, part.header)
+        else:
+            dropped.append(
+                f"{name}: {part.blocks * BLOCK_BYTES} bytes at {part.first_block * BLOCK_BYTES}: {part.reason}"
+            )
+    return index
+
+
+def _index_of(segments: SegmentLog, segment: Segment) -> SegmentIndex:
+    if segment.index is not None:
+        return segment.index
+    path = segments.folder.index(segment.number)
+    index = SegmentIndex.read(path, segment.number, segment.seed, segment.file.size_bytes())
+    if index is None:
+        raise DiskFailedError(f"{path} was changed while it was read; check that disk, then start again")
+    return index
+
+
+def _live_records(segments: SegmentLog, found: list[Segment]) -> Iterator[tuple[RecordMeta, Location]]:
+    try:
+        for segment in found:
+            for block, header in _index_of(segments, segment):
+                if segment.blocks_at(block):
+                    yield decode(header).meta, location_of(segment.number, block)
+            segment.index = None
+    except OSError as error:
+        raise disk_error(error, f"recovering the disk tier in {segments.folder.path}") from error

@@ -1,0 +1,112 @@
+"""Reading a segment from end to end: its records with what they hold, a few large reads at a time."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvstore_cluster.disk.file import SegmentFile, aligned_buffer
+from kvstore_cluster.disk.record import (
+    BLOCK_BYTES,
+    Kind,
+    RecordHeader,
+    blocks_of,
+    decode,
+    header_length,
+    is_header,
+)
+from kvstore_codec.chunk import verify_chunk
+from kvstore_codec.errors import ChunkFormatError
+
+log = logging.getLogger(__name__)
+
+_WINDOW_BYTES = 4 << 20
+
+
+class Window:
+    """A file seen through a buffer that reads ahead. Views are valid until the next one is asked for."""
+
+    def __init__(self, file: SegmentFile) -> None:
+        self._file = file
+        self._buffer = aligned_buffer(_WINDOW_BYTES)
+        self._start = self._end = 0
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """`length` bytes from a block's offset on, or as many as the file has. Raises OSError."""
+        if not self._start <= offset <= offset + length <= self._end:
+            if length > self._buffer.nbytes:
+                self._buffer = aligned_buffer(length + -length % BLOCK_BYTES)
+            self._start = self._end = offset
+            try:
+                self._end += self._file.read_some(offset, self._buffer)
+            except OSError:  # perhaps of what was only to be read ahead
+                self._end += self._file.read_some(offset, self._buffer[: length + -length % BLOCK_BYTES])
+        return self._buffer[offset - self._start : min(offset + length, self._end) - self._start]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A sound record: the bytes of its header, and what the header says."""
+
+    first_block: int
+    header: memoryview
+    says: RecordHeader
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Neighbouring blocks without a sound record, and why."""
+
+    first_block: int
+    blocks: int
+    reason: str
+
+
+def chunk_damage(chunk: memoryview, says: RecordHeader) -> str | None:
+    """Why these bytes are not the chunk that the record's header describes; None when they are."""
+    try:
+        found = verify_chunk(chunk, says.meta.size_bytes)
+    except ChunkFormatError as error:
+        return str(error)
+    if (found.chunk_id, found.encoding.name) != (says.meta.chunk_id, says.meta.encoding):
+        return f"chunk {found.chunk_id.short} lies in the place of {says.meta.chunk_id.short}"
+    return None
+
+
+def scan(file: SegmentFile, seed: int, end_block: int) -> Iterator[Found | Lost]:
+    """Every record of a segment, verified, in order, and what lies between them. A damaged chunk is skipped by its
+    length, a damaged header block by block. Views are valid until the next step."""
+    window = Window(file)
+    block = lost_from = 1
+    while block < end_block:
+        header = _readable(window, block * BLOCK_BYTES, BLOCK_BYTES)
+        if not is_header(header, seed):
+            block += 1
+            continue
+        if lost_from < block:
+            yield Lost(lost_from, block - lost_from, "no sound record header")
+        says = decode(header)
+        blocks, damage = 1, None
+        if says.kind is Kind.PUT:
+            blocks += blocks_of(says.meta.size_bytes)
+            if block + blocks > end_block:
+                blocks, damage = end_block - block, "the segment ends within it"
+            else:
+                whole = _readable(window, block * BLOCK_BYTES, BLOCK_BYTES + says.meta.size_bytes)
+                header, damage = whole[:BLOCK_BYTES], chunk_damage(whole[BLOCK_BYTES:], says)
+        if damage is None:
+            yield Found(block, header[: header_length(header)], says)
+        else:
+            yield Lost(block, blocks, f"chunk {says.meta.chunk_id.short} in {says.meta.encoding}: {damage}")
+        block += blocks
+        lost_from = block
+    if lost_from < end_block:
+        yield Lost(lost_from, end_block - lost_from, "no sound record header")
+
+
+def _readable(window: Window, offset: int, length: int) -> memoryview:
+    """Nothing where the disk cannot read all of it."""
+    try:
+        return window.view(offset, length)
+    except OSError as error:
+        log.warning("%d bytes at %d of a segment cannot be read: %s", length, offset, error)
+        return memoryview(b"")

@@ -1,0 +1,152 @@
+"""One segment: its file and the books about its records."""
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
+
+from kvstore_cluster.disk.commit import GroupCommit
+from kvstore_cluster.disk.file import SegmentFile
+from kvstore_cluster.disk.segment_format import SegmentIndex
+from kvstore_codec.errors import StorageError
+
+
+class State(IntEnum):
+    """Of a record. One is `PENDING` until it is written; a tombstone is live as long as it is needed."""
+
+    PENDING = 0
+    LIVE = 1
+    TOMBSTONE = 2
+    DEAD = 3
+
+
+class Segment:
+    """Takes records until it is closed, and is sealed once all of them are synced. The books take 9 bytes a record.
+    Not thread-safe: whoever owns the segment locks; `file` and `commit` need no lock."""
+
+    def __init__(self, number: int, file: SegmentFile, seed: int, end_block: int) -> None:
+        self.number = number
+        self.file = file
+        self.seed = seed
+        self.commit = GroupCommit(file, f"segment {number}")
+        self.end_block = end_block
+        self.index: SegmentIndex | None = SegmentIndex(bytearray())
+        """Headers of what is written; None when the index lies in a file."""
+        self.index_bytes = 0
+        self.writing = 0
+        self.readers = 0
+        self.closed = False
+        self.sealed = False
+        self.given_up = False
+        """Writing or syncing failed: what is in here may not be durable."""
+        self.unreadable = False
+        """Holds live records that cannot be moved."""
+        self.live_blocks = 0
+        self.dead_records = 0
+        self.tombstone_blocks = 0
+        self.horizon = 0
+        """The youngest segment with something that a tombstone in here deletes."""
+        self._first = array("I")
+        self._blocks = array("I")
+        self._state = bytearray()
+
+    def adopt(self, records: Iterable[tuple[int, int, State]]) -> None:
+        """Enters (first block, blocks, state) of records that were found, in the order of their blocks."""
+        for first, blocks, state in records:
+            self._first.append(first)
+            self._blocks.append(blocks)
+            self._state.append(State.PENDING)
+            self._settle(len(self._first) - 1, state)
+
+    def reserve(self, blocks: int) -> int:
+        """Room for a record at the end; returns its first block. `complete` or `abandon` must follow."""
+        first = self.end_block
+        self._first.append(first)
+        self._blocks.append(blocks)
+        self._state.append(State.PENDING)
+        self.end_block += blocks
+        self.writing += 1
+        return first
+
+    def complete(self, first: int, header: bytes, state: State) -> None:
+        """The record was written."""
+        if self.index is not None:
+            self.index.add(first, header)
+        self.writing -= 1
+        self._settle(self._find(first), state)
+
+    def abandon(self, first: int) -> int:
+        """The record was not written, or not wholly; returns how many blocks the segment gets back: none when another
+        record lies behind it."""
+        self.writing -= 1
+        if self._first[-1] != first:
+            self._settle(self._find(first), State.DEAD)
+            return 0
+        self.end_block = self._first.pop()
+        self._state.pop()
+        return self._blocks.pop()
+
+    def bury(self, first: int) -> int:
+        """The record is dead; returns how many live blocks that makes fewer."""
+        ordinal = self._find(first)
+        if ordinal is None or self._state[ordinal] not in (State.LIVE, State.TOMBSTONE):
+            return 0
+        blocks = self._blocks[ordinal]
+        self.live_blocks -= blocks
+        self.tombstone_blocks -= blocks * (self._state[ordinal] == State.TOMBSTONE)
+        self._settle(ordinal, State.DEAD)
+        return blocks
+
+    def blocks_at(self, first: int) -> int:
+        """Blocks of the live record there; 0 when there is none."""
+        ordinal = self._find(first)
+        return 0 if ordinal is None or self._state[ordinal] != State.LIVE else self._blocks[ordinal]
+
+    def is_live(self, first: int) -> bool:
+        """Whether a live record or a tombstone begins there."""
+        ordinal = self._find(first)
+        return ordinal is not None and self._state[ordinal] in (State.LIVE, State.TOMBSTONE)
+
+    def remaining(self) -> list[tuple[int, int, State]]:
+        """(first block, blocks, state) of every live record and tombstone."""
+        return [record for record in self._records() if record[2] in (State.LIVE, State.TOMBSTONE)]
+
+    def check_integrity(self) -> None:
+        """Raises StorageError unless the counts are those of the records, and no two records overlap."""
+        end = 1
+        pending = live = tombstones = dead = 0
+        for first, blocks, state in self._records():
+            if first < end:
+                raise StorageError(f"segment {self.number}: two records lie on block {first}")
+            end = first + blocks
+            pending += state == State.PENDING
+            dead += state == State.DEAD
+            live += blocks * (state in (State.LIVE, State.TOMBSTONE))
+            tombstones += blocks * (state == State.TOMBSTONE)
+        counted = (pending, live, tombstones, dead)
+        if end > self.end_block or counted != (
+            self.writing,
+            self.live_blocks,
+            self.tombstone_blocks,
+            self.dead_records,
+        ):
+            raise StorageError(f"segment {self.number}: its records and its counts disagree")
+
+    def _records(self) -> Iterator[tuple[int, int, State]]:
+        return zip(self._first, self._blocks, map(State, self._state), strict=True)
+
+    def _find(self, first: int) -> int | None:
+        """Which record begins there."""
+        ordinal = bisect_left(self._first, first)
+        return ordinal if ordinal < len(self._first) and self._first[ordinal] == first else None
+
+    def _settle(self, ordinal: int | None, state: State) -> None:
+        if ordinal is None:
+            raise StorageError(f"segment {self.number} has no such record")
+        blocks = self._blocks[ordinal]
+        self._state[ordinal] = state
+        if state in (State.LIVE, State.TOMBSTONE):
+            self.live_blocks += blocks
+            self.tombstone_blocks += blocks * (state == State.TOMBSTONE)
+        elif state == State.DEAD:
+            self.dead_records += 1

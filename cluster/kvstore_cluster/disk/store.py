@@ -1,0 +1,188 @@
+"""The disk tier of a storage node: chunks in append-only segments that survive a crash."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvstore_cluster.disk.compaction import Compactor, Relocate
+from kvstore_cluster.disk.file import SegmentFile, disk_error
+from kvstore_cluster.disk.folder import StoreFolder
+from kvstore_cluster.disk.location import MAX_SEGMENT_BLOCKS, Location, block_of
+from kvstore_cluster.disk.log import OpenFile, SegmentLog
+from kvstore_cluster.disk.record import BLOCK_BYTES, RecordHeader, RecordMeta, decode, is_header
+from kvstore_cluster.disk.recovery import Recovery, recover
+from kvstore_cluster.disk.upkeep import Upkeep
+from kvstore_codec.errors import (
+    ChunkNotFoundError,
+    ChunkTooLargeError,
+    ConfigurationError,
+    DiskFailedError,
+    StorageError,
+)
+
+# A store has at most so many segments, each an open file, and at least so few that compaction has something to choose.
+_MOST_SEGMENTS = 512
+_FEWEST_SEGMENTS = 8
+# Above this share of live bytes compaction would copy more than it frees.
+_LIVE_SHARE = 0.85
+
+
+class SegmentStore:
+    """Thread-safe. `folder` is made when missing and belongs to one process; `limit_bytes` is what all files in it may
+    take. Call `recover` before anything else.
+
+    A chunk is put by `append`, known by its location from then on, and gone after `delete`. Room comes back only by
+    `compact`, so keep `live_bytes` under `capacity_bytes`. What was appended without `sync` is synced within
+    `sync_period_s`.
+
+    Raises ConfigurationError for a folder in use or a limit that is too low, DiskReadOnlyError and other DiskErrors
+    for a folder that cannot be used. After a write or sync has failed, `append` raises that until the disk takes
+    writes again, which is tried every `sync_period_s`; what can be read is read all the while.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        limit_bytes: int,
+        *,
+        segment_bytes: int = 256 << 20,
+        sync_period_s: float = 1.0,
+        direct: bool = True,
+        open_file: OpenFile = SegmentFile,
+    ) -> None:
+        segment_bytes = min(
+            max(segment_bytes, limit_bytes // _MOST_SEGMENTS), limit_bytes // _FEWEST_SEGMENTS
+        )
+        segment_bytes = min(segment_bytes // BLOCK_BYTES, MAX_SEGMENT_BLOCKS) * BLOCK_BYTES
+        if segment_bytes < 4 * BLOCK_BYTES:
+            raise ConfigurationError(
+                f"{limit_bytes} bytes are too few for a disk tier; give it {4 * BLOCK_BYTES * _FEWEST_SEGMENTS} or more"
+            )
+        self.limit_bytes = limit_bytes
+        self._folder = StoreFolder(folder, direct=direct)
+        self._upkeep = Upkeep(sync_period_s)
+        self._log = SegmentLog(self._folder, limit_bytes, segment_bytes, open_file, self._upkeep.wake)
+        self._compactor = Compactor(self._log)
+        self._closed = False
+
+    @property
+    def direct(self) -> bool:
+        """Whether the page cache is bypassed; else it is told to forget what was read and written."""
+        return self._folder.direct
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Live bytes up to which there is always room after enough compaction."""
+        return int(self._log.put_limit_bytes * _LIVE_SHARE)
+
+    @property
+    def live_bytes(self) -> int:
+        """What the live records take on disk: chunks rounded up to whole blocks, and a block more for each."""
+        return self._log.live_blocks * BLOCK_BYTES
+
+    @property
+    def used_bytes(self) -> int:
+        """What all files take."""
+        return self._log.used_blocks * BLOCK_BYTES
+
+    @property
+    def error(self) -> str:
+        """Why nothing can be put; empty when all is well."""
+        return "" if self._log.error is None else str(self._log.error)
+
+    def recover(self) -> Recovery:
+        """Opens what is there. Raises DiskError."""
+        return recover(self._log)
+
+    def append(self, meta: RecordMeta, views: Sequence[memoryview], *, sync: bool) -> Location:
+        """Writes a chunk whose bytes are the views, back to back; with `sync` it returns once a power loss would not
+        lose it.
+
+        Raises DiskFullError, DiskReadOnlyError, DiskFailedError, ChunkTooLargeError, StorageError; then nothing is
+        stored, although after a crash the chunk may be found.
+        """
+        self._require_open()
+        if not 0 < meta.size_bytes == sum(view.nbytes for view in views):
+            raise StorageError(
+                f"chunk {meta.chunk_id.short} was announced with {meta.size_bytes} bytes, "
+                f"but {sum(view.nbytes for view in views)} came"
+            )
+        if meta.size_bytes > self._log.put_limit_bytes - 3 * BLOCK_BYTES:
+            raise ChunkTooLargeError(
+                f"chunk {meta.chunk_id.short} has {meta.size_bytes} bytes, but {self._folder.path} may hold only "
+                f"{self._log.put_limit_bytes}; give the node more disk"
+            )
+        self._upkeep.start(self._log)
+        return self._log.append(meta, views, sync=sync)
+
+    def read(self, location: Location, offset: int, views: Sequence[memoryview]) -> None:
+        """Fills the views with the chunk's bytes from `offset`. Fastest, without a copy, into page-aligned memory from
+        an offset that is a multiple of 4 KiB. What is read is not verified.
+
+        Raises ChunkNotFoundError when the chunk was deleted or moved: ask the index again. DiskFailedError when the
+        disk cannot read it.
+        """
+        self._require_open()
+        end = offset + sum(view.nbytes for view in views)
+        with self._log.reading(location) as found:
+            if found is None:
+                raise ChunkNotFoundError(f"there is no chunk at {location} in {self._folder.path}")
+            segment, blocks = found
+            if not 0 <= offset <= end <= (blocks - 1) * BLOCK_BYTES:
+                raise StorageError(f"bytes [{offset}, {end}) lie outside the chunk at {location}")
+            try:
+                segment.file.read((block_of(location) + 1) * BLOCK_BYTES + offset, views)
+            except OSError as error:
+                raise disk_error(error, f"reading segment {segment.number} in {self._folder.path}") from error
+
+    def delete(self, location: Location, *, forget: bool = False) -> None:
+        """The chunk is dead; it may come back after a restart, unless `forget`: then it does not, nor does an older
+        one of the same id and encoding (after a power loss: not if that was `sync_period_s` ago). Does nothing when it
+        is dead already. Raises DiskError when it could not be forgotten."""
+        self._require_open()
+        header = self._header(location) if forget else None
+        self._log.bury(location)
+        if header is not None:
+            self._log.append_tombstone(header)
+
+    def compact(self, relocate: Relocate) -> bool:
+        """Frees the space of dead chunks in one segment, if that is worth while; True when there may be more to do.
+
+        Calls `relocate(old, new)`, without a lock, for every live chunk that was moved: True when the index has the
+        new location now, False when the chunk is no longer in the index; its old location must then be deleted as
+        usual. Raises DiskError; then nothing was freed, and nothing is lost.
+        """
+        self._require_open()
+        return self._compactor.step(relocate, self._upkeep.stopping)
+
+    def check_integrity(self) -> None:
+        """Raises StorageError unless the books of all segments agree."""
+        self._log.check_integrity()
+
+    def close(self) -> None:
+        """Syncs and seals everything; appends, reads and compactions must have ended or be about to. Raises DiskError
+        when what was appended could not be synced; the store is closed all the same."""
+        if self._closed:
+            return
+        self._closed = True
+        self._upkeep.stop()
+        try:
+            self._log.close()
+        finally:
+            self._folder.close()
+
+    def _header(self, location: Location) -> RecordHeader | None:
+        """None when there is no live record; one that is damaged will not come back either."""
+        with self._log.reading(location) as found:
+            if found is None:
+                return None
+            segment, _ = found
+            block = bytearray(BLOCK_BYTES)
+            try:
+                segment.file.read(block_of(location) * BLOCK_BYTES, [memoryview(block)])
+            except OSError as error:
+                raise disk_error(error, f"reading segment {segment.number} in {self._folder.path}") from error
+            return decode(memoryview(block)) if is_header(memoryview(block), segment.seed) else None
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise DiskFailedError(f"the disk tier in {self._folder.path} is closed")
