@@ -32,17 +32,18 @@ def sample_chunk(
     encoding: str = "exact-zstd",
     frame_bytes: int = 1000,
     geometry: Geometry = GEOMETRY,
+    calibration: bytes | None = None,
 ) -> SampleChunk:
     """The same arguments give the same bytes, another `context` the same content elsewhere."""
     chunk_id = ChunkId(
         ContentId(blake3(b"content %d" % content).digest()),
         PrefixId(blake3(b"content %d context %d" % (content, context)).digest()),
     )
-    generator = random.Random(f"{content} {context} {encoding}")
+    generator = random.Random(f"{content} {context} {encoding} {calibration!r}")
     frames = [
         generator.randbytes(frame_bytes + generator.randrange(frame_bytes))
         for _ in range(geometry.frame_count)
     ]
     parsed = Encoding.parse(encoding)
-    header, header_bytes = write_header(bytes(32), chunk_id, parsed, geometry, frames)
+    header, header_bytes = write_header(bytes(32), chunk_id, parsed, geometry, frames, calibration)
     return SampleChunk(chunk_id, encoding, header, b"".join([header_bytes, *frames]))

@@ -1,0 +1,135 @@
+"""The other storage nodes as repair sees them: over gRPC, at the endpoints that clients use."""
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from kvstore_api.placement import Member
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_client.transport import GrpcTransport
+from kvstore_cluster.node import StorageNode
+from kvstore_cluster.reader import ChunkReader
+from kvstore_cluster.repair import Outcome
+from kvstore_cluster.stored import StoredVariant
+from kvstore_codec.errors import ChunkNotFoundError, KVStoreError, NodeUnavailableError, TransferError
+from kvstore_codec.identity import ChunkId
+
+log = logging.getLogger(__name__)
+
+_CALL_TIMEOUT_S = 5.0
+_PIECE_BYTES = 1 << 20
+_SLOWEST_BYTES_PER_S = 1 << 20
+# Beyond that a node evicts for what comes.
+_ROOMY = 0.9
+_CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+_OUTCOMES = {
+    pb.PUT_STATUS_STORED: Outcome.SENT,
+    pb.PUT_STATUS_ALREADY_STORED: Outcome.NOT_NEEDED,
+    pb.PUT_STATUS_FULL: Outcome.REFUSED,
+    pb.PUT_STATUS_OVER_QUOTA: Outcome.REFUSED,
+    pb.PUT_STATUS_TOO_LARGE: Outcome.REFUSED,
+    pb.PUT_STATUS_INVALID: Outcome.REFUSED,
+}
+
+
+class GrpcPeers:
+    """Implements `PeerNodes` for `node`, which is what copies are read from."""
+
+    def __init__(self, node: StorageNode) -> None:
+        self._node = node
+        self._lock = threading.Lock()
+        self._channels: dict[str, grpc.Channel] = {}
+        self._closed = False
+
+    def lookup(self, member: Member, chunks: Sequence[ChunkId], encoding: str) -> list[bool]:
+        refs = [pb.ChunkRef(content_id=chunk.content_id, prefix_id=chunk.prefix_id) for chunk in chunks]
+        request = pb.LookupRequest(chunks=refs, encodings=[encoding], peek=True)
+        reply = self._call(member, "Lookup", request)
+        if len(reply.answers) != len(chunks):
+            raise NodeUnavailableError(
+                f"{member.node_id} answered a lookup of {len(chunks)} chunks for {len(reply.answers)}"
+            )
+        return [bool(answer.encoding) for answer in reply.answers]
+
+    def has_room(self, member: Member) -> bool:
+        stats = self._call(member, "Stats", pb.StatsRequest())
+        on_disk = stats.gauges.get("disk_bytes_limit", 0)
+        used, limit = (
+            (stats.gauges["disk_bytes_used"], on_disk) if on_disk else (stats.bytes_used, stats.bytes_limit)
+        )
+        return bool(used < _ROOMY * limit)
+
+    def push(self, member: Member, variant: StoredVariant) -> Outcome:
+        try:
+            transport = GrpcTransport(self._channel(member))
+            with self._node.open(variant.chunk_id, variant.encoding) as reader:
+                stream = transport.put(
+                    _steps(reader, variant), _CALL_TIMEOUT_S + variant.size_bytes / _SLOWEST_BYTES_PER_S
+                )
+                try:
+                    reply = next(iter(stream), None)
+                finally:
+                    stream.cancel()
+        except (NodeUnavailableError, TransferError, ValueError) as error:  # ValueError: closed between the two
+            log.info("chunk %s was not copied to %s: %s", variant.chunk_id.short, member.node_id, error)
+            return Outcome.FAILED
+        except ChunkNotFoundError:
+            return Outcome.NOT_NEEDED
+        except KVStoreError as error:
+            log.warning("chunk %s cannot be copied: %s", variant.chunk_id.short, error)
+            return Outcome.FAILED
+        outcome = _OUTCOMES.get(reply.status, Outcome.FAILED) if reply is not None else Outcome.FAILED
+        if reply is not None and outcome in (Outcome.REFUSED, Outcome.FAILED):
+            log.warning("%s refused chunk %s: %s", member.node_id, variant.chunk_id.short, reply.message)
+        return outcome
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for channel in self._channels.values():
+                channel.close()
+            self._channels.clear()
+
+    def _call(self, member: Member, name: str, request: Any) -> Any:
+        try:
+            return getattr(rpc.StorageStub(self._channel(member)), name)(request, timeout=_CALL_TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise NodeUnavailableError(
+                f"{member.node_id} at {member.endpoint} does not answer ({error.code().name}: {error.details()})"
+            ) from error
+        except ValueError as error:  # the channel was closed between the two
+            raise NodeUnavailableError(f"{member.node_id} is not called any more") from error
+
+    def _channel(self, member: Member) -> grpc.Channel:
+        with self._lock:
+            if self._closed:
+                raise NodeUnavailableError(f"{member.node_id} is not called any more")
+            if member.endpoint not in self._channels:
+                self._channels[member.endpoint] = grpc.insecure_channel(member.endpoint, _CHANNEL_OPTIONS)
+            return self._channels[member.endpoint]
+
+
+def _steps(reader: ChunkReader, variant: StoredVariant) -> Iterator[pb.PutRequest | memoryview]:
+    chunk_id = variant.chunk_id
+    yield pb.PutRequest(
+        start=pb.PutStart(
+            chunk=pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id),
+            encoding=variant.encoding,
+            size_bytes=variant.size_bytes,
+            calibration=variant.calibration or b"",
+            ttl_s=variant.ttl_left_s,
+            tenant=variant.tenant,
+            cost=variant.cost,
+        )
+    )
+    for views in reader.pieces(0, 0, _PIECE_BYTES):
+        yield from views
+    yield pb.PutRequest(end=pb.PutEnd())
