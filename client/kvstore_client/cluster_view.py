@@ -23,10 +23,11 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 
-
 _LONGEST_PAUSE_S = 30.0
 _MAX_MEMBERS = 4096
 _MAX_REPLICAS = 16
+_CHANGE_S = 10.0
+"""How long those who owned chunks before a change are still asked for them."""
 
 
 class ClusterView:
@@ -48,6 +49,8 @@ class ClusterView:
         self._channels: dict[str, grpc.Channel] = {}
         self._membership: Membership | None = None
         self._placement = Placement(())  # of that membership
+        self._before: Placement | None = None
+        self._before_until_s = 0.0
         self._fetched_at_s = 0.0
         self._refreshing = False
         self._unawaited: set[grpc.Future] = set()
@@ -68,14 +71,32 @@ class ClusterView:
         return known
 
     def readers(self, content_ids: Sequence[bytes]) -> list[tuple[Member, ...]]:
-        """Where each content may be, best first. Raises NodeUnavailableError when there is no node at all."""
-        return self._placed().readers(content_ids)
+        """Where each content may be, best first, and last who owned it before the membership changed a moment ago:
+        chunks have not followed yet, and a coordinator that was restarted hears of its nodes one by one. Raises
+        NodeUnavailableError when there is no node at all."""
+        membership = self.membership()
+        with self._lock:
+            placement, before = self._placement, self._before
+            if time.monotonic() > self._before_until_s:
+                before = self._before = None
+        if before is None:
+            self._require_members(membership)
+            return placement.readers(content_ids)
+        current = {member.node_id: member for member in membership.members}
+        joined: dict[tuple[tuple[Member, ...], tuple[Member, ...]], tuple[Member, ...]] = {}
+        rows = list(zip(placement.readers(content_ids), before.owners(content_ids), strict=True))
+        for now, once in set(rows):
+            again = (current.get(member.node_id, member) for member in once)
+            joined[now, once] = tuple(dict.fromkeys((*now, *again)))
+        return [joined[row] for row in rows]
 
     def writers(self, content_ids: Sequence[bytes]) -> list[tuple[Member, ...]]:
         """Where each content is to be stored now: on its owners, and for an owner that is paused on the member that
         readers try next, if there is one. Empty when all of them are paused. Raises NodeUnavailableError when there
         is no node at all."""
-        placement = self._placed()
+        self._require_members(self.membership())
+        with self._lock:
+            placement = self._placement
         owned = placement.owners(content_ids)
         paused = {member for member in set().union(*owned) if self.is_paused(member.endpoint)}
         if not paused:
@@ -144,13 +165,11 @@ class ClusterView:
                 channel.close()
             self._channels.clear()
 
-    def _placed(self) -> Placement:
-        if not self.membership().members:
+    def _require_members(self, membership: Membership) -> None:
+        if not membership.members:
             raise NodeUnavailableError(
                 f"the cluster at {self._address} has no storage node; see `kvstore status --address {self._address}`"
             )
-        with self._lock:
-            return self._placement
 
     def _forget(self, call: grpc.Future) -> None:
         with self._lock:
@@ -180,6 +199,10 @@ class ClusterView:
         placement = Placement(membership.members, membership.replicas)
         with self._lock:
             # Whatever its epoch: a coordinator that lost its catalogue starts counting anew.
+            known = self._membership
+            if known is not None and known.members != membership.members and self._before is None:
+                # Of several changes the first counts.
+                self._before, self._before_until_s = self._placement, time.monotonic() + _CHANGE_S
             self._membership, self._placement = membership, placement
             self._fetched_at_s = time.monotonic()
         self.recovered(self._address)

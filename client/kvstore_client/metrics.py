@@ -13,6 +13,11 @@ _UNDER_REPLICATED = Counter(
     "kvstore_client_under_replicated_chunks",
     "Chunks stored on fewer nodes than they should be; the cluster's repair makes up for it.",
 )
+_FAILOVERS = Counter(
+    "kvstore_client_failovers",
+    "Times a fetch went on with another node that holds the same chunks, by what was wrong with the first.",
+    ["reason"],
+)
 _GUARDED = Counter(
     "kvstore_client_guarded_frames",
     "Frames unlike the calibration's text that were coded with a finer step, or exactly.",
@@ -51,6 +56,10 @@ class ClientMetrics:
     def under_replicated(self, chunks: int) -> None:
         _UNDER_REPLICATED.inc(chunks)
         self._add("chunks_under_replicated", chunks)
+
+    def failed_over(self, reason: str) -> None:
+        _FAILOVERS.labels(reason).inc()
+        self._add(f"failover_{reason}", 1)
 
     def guarded(self, frames: Mapping[str, int]) -> None:
         """Count frames that the codec's guard treated, by what it did: "finer" or "exact"."""

@@ -23,6 +23,7 @@ from kvstore_service.listen import Address
 @dataclass
 class ServedCluster:
     coordinator: CoordinatorServer
+    books: Coordinator
     nodes: list[StorageNode]
     servers: list[GrpcServer]
 
@@ -49,15 +50,20 @@ class ServedCluster:
 
 
 @contextmanager
-def served_cluster(folder: Path, nodes: int = 1, memory_bytes: int = 256 << 20) -> Iterator[ServedCluster]:
+def served_cluster(
+    folder: Path, nodes: int = 1, memory_bytes: int = 256 << 20, replicas: int = 1
+) -> Iterator[ServedCluster]:
     plain = [StorageNode(f"node-{i}", Arena(memory_bytes)) for i in range(nodes)]
     servers = [serve_storage(node, host="127.0.0.1") for node in plain]
-    coordinator = Coordinator(FileCatalogue(folder))
+    coordinator = Coordinator(FileCatalogue(folder), replicas=replicas)
     calibrations = CalibrationRegistry(folder / "calibrations")
     for node, server in zip(plain, servers, strict=True):
         coordinator.join(Member(node.node_id, server.address), incarnation=1)
     cluster = ServedCluster(
-        serve_coordinator(coordinator, calibrations, address=Address("127.0.0.1", 0)), plain, servers
+        serve_coordinator(coordinator, calibrations, address=Address("127.0.0.1", 0)),
+        coordinator,
+        plain,
+        servers,
     )
     try:
         yield cluster

@@ -71,7 +71,7 @@ class Fetch:
         self._failover = Failover(view, settings, match.chunks)
         over = threading.Event()
         self._delivery.on_end(over.set)
-        receiver = Receiver(view, self._failover, self._delivery, received)
+        receiver = Receiver(view, self._failover, self._delivery, received, metrics)
         self._threads = [
             *(self._thread("receive", receiver.receive, member, tasks) for member, tasks in reads.items()),
             self._thread("watch", self._failover.watch, over),

@@ -12,6 +12,7 @@ from kvstore_client.fetch.deliver import Delivery
 from kvstore_client.fetch.failover import Failover, Reading
 from kvstore_client.fetch.plan import RANGE_BYTES
 from kvstore_client.fetch.queue import StageQueue
+from kvstore_client.metrics import ClientMetrics
 from kvstore_codec.errors import TransferError
 
 
@@ -23,6 +24,7 @@ class Receiver:
     failover: Failover
     delivery: Delivery
     out: StageQueue[ReceivedFrames]
+    metrics: ClientMetrics
 
     def receive(self, owner: Member, owed: Sequence[ReadTask]) -> None:
         """Read the tasks that one owner owes in one stream and pass each on when it is complete.
@@ -41,6 +43,8 @@ class Receiver:
                     if reason not in ("gone", "silent"):
                         self.failover.broke(member)
                     places, nowhere = self.failover.elsewhere(unread)
+                    if places:
+                        self.metrics.failed_over(reason)
                     waiting += [(other, t, self.failover.has_others(t)) for other, t in places.items()]
                     if nowhere and reason == "silent":
                         waiting.append((member, nowhere, False))  # it may only be slow

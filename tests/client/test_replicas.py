@@ -1,0 +1,236 @@
+"""Two owners for every chunk: whatever happens to one of them, the other one's chunks come, in time."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvstore_api.placement import Placement
+from kvstore_client import KVStoreClient, connect
+from kvstore_client.lookup import PrefixMatch
+from kvstore_client.store import NewChunk
+from kvstore_codec.identity import ChunkId
+from kvstore_service.link import ShapedLink
+from tests.client.chunks import SPEC, ids, random_kv
+from tests.client.conftest import ServedCluster, served_cluster
+
+CHUNKS = 24
+PATIENCE = {
+    "lookup_timeout_s": 1.0,
+    "failover_s": 0.2,
+    "stall_timeout_s": 2.0,
+    "fetch_timeout_s": 8.0,
+    "retry_after_s": 0.5,
+    "membership_ttl_s": 0.1,
+}
+
+
+@dataclass
+class Replicated:
+    """Three nodes behind a link each, two of which hold each of the document's chunks."""
+
+    cluster: ServedCluster
+    client: KVStoreClient
+    links: list[ShapedLink]
+    document: list[ChunkId]
+
+    def match(self) -> PrefixMatch:
+        return self.client.match(SPEC, self.document)
+
+    def fetch(self, match: PrefixMatch, meanwhile: Callable[[], object] = lambda: None) -> None:
+        """Everything comes, and is what was stored."""
+        assert len(match.chunks) == len(self.document)
+        buffers = self.client.buffers.take(SPEC, match.tokens)
+        fetch = self.client.fetch(match, buffers, None)
+        meanwhile()
+        report = fetch.wait()
+        assert report.complete, report
+        for index in range(len(self.document)):
+            keys, values = random_kv(index)
+            tokens = slice(256 * index, 256 * (index + 1))
+            assert torch.equal(buffers.keys[:, :, tokens], keys)
+            assert torch.equal(buffers.values[:, :, tokens], values)
+
+    def counted(self, name: str) -> int:
+        return self.client.metrics.snapshot().get(name, 0)
+
+    def busiest(self, match: PrefixMatch) -> int:
+        """Index of the node that most of the match is on."""
+        names = [chunk.member.node_id for chunk in match.chunks]
+        return int(max(set(names), key=names.count).removeprefix("node-"))
+
+
+def put(client: KVStoreClient, document: list[ChunkId]) -> int:
+    chunks = [NewChunk(id_, lambda i=index: random_kv(i)) for index, id_ in enumerate(document)]  # type: ignore[misc]
+    return client.store.put(SPEC, chunks).result(timeout=30)
+
+
+def on_node(cluster: ServedCluster, index: int, document: list[ChunkId]) -> list[int]:
+    """Which of these chunks a node has."""
+    answers = cluster.nodes[index].lookup(document, ["exact-zstd"]).answers
+    return [number for number, answer in enumerate(answers) if answer.encoding]
+
+
+@pytest.fixture
+def replicated(tmp_path: Path) -> Iterator[Replicated]:
+    document = ids(CHUNKS)
+    with served_cluster(tmp_path, nodes=3, replicas=2) as cluster, ExitStack() as opened:
+        addresses = [server.address for server in cluster.servers]
+        links = [opened.enter_context(ShapedLink(address, bandwidth_bps=10e9)) for address in addresses]
+        routes = {address: link.address for address, link in zip(addresses, links, strict=True)}
+        client = opened.enter_context(connect(cluster.address, routes=routes, **PATIENCE))
+        assert put(client, document) == CHUNKS
+        yield Replicated(cluster, client, links, document)
+
+
+def test_every_chunk_is_on_both_its_owners(replicated: Replicated) -> None:
+    members = replicated.client._view.membership().members
+    owners = Placement(members, 2).owners([id_.content_id for id_ in replicated.document])
+    for index, member in enumerate(members):
+        held = [number for number, owned in enumerate(owners) if member in owned]
+        assert on_node(replicated.cluster, index, replicated.document) == held
+    assert replicated.counted("chunks_stored") == CHUNKS
+    assert replicated.counted("chunks_under_replicated") == 0
+    replicated.fetch(replicated.match())
+    replicated.cluster.check_nothing_is_held()
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_a_dead_node_is_noticed_by_nobody(replicated: Replicated, dead: int) -> None:
+    replicated.cluster.servers[dead].stop(0)
+    started = time.monotonic()
+    replicated.fetch(replicated.match())
+    assert time.monotonic() - started < 1.5
+
+
+def test_a_silent_node_is_not_waited_for(replicated: Replicated) -> None:
+    silent = replicated.busiest(replicated.match())
+    replicated.links[silent].cut()
+    started = time.monotonic()
+    match = replicated.match()
+    assert time.monotonic() - started < PATIENCE["lookup_timeout_s"] - 0.2
+    replicated.fetch(match)
+    assert time.monotonic() - started < 1.5
+    started = time.monotonic()
+    replicated.client.release(replicated.match())
+    assert time.monotonic() - started < 0.2, "it is known to be silent"
+
+
+@pytest.mark.parametrize(("how", "reason"), [("stop", "unreachable"), ("cut", "silent")])
+def test_a_node_that_fails_during_a_fetch_is_replaced(replicated: Replicated, how: str, reason: str) -> None:
+    match = replicated.match()
+    failing = replicated.busiest(match)
+    link = replicated.links[failing]
+    link.set_bandwidth(20e6)
+    before = link.from_target_bytes
+
+    def fail() -> None:
+        patience = time.monotonic() + 5
+        while link.from_target_bytes < before + 100_000 and time.monotonic() < patience:
+            time.sleep(0.002)
+        if how == "stop":
+            replicated.cluster.servers[failing].stop(0)
+            link.close()
+        else:
+            link.cut()
+
+    actor = threading.Thread(target=fail)
+    actor.start()
+    started = time.monotonic()
+    replicated.fetch(match, actor.join)
+    assert time.monotonic() - started < 3
+    assert replicated.counted(f"failover_{reason}") == 1
+    for index in {0, 1, 2} - {failing}:
+        patience = time.monotonic() + 3
+        while time.monotonic() < patience and replicated.cluster.nodes[index].stats().leases:
+            time.sleep(0.01)
+        assert replicated.cluster.nodes[index].stats().leases == 0
+
+
+def test_chunks_that_went_are_read_from_the_other_owner(replicated: Replicated) -> None:
+    match = replicated.match()
+    index = replicated.busiest(match)
+    gone = [chunk.chunk_id for chunk in match.chunks if chunk.member.node_id == f"node-{index}"]
+    replicated.cluster.nodes[index].delete(gone)
+    replicated.fetch(match)
+    assert replicated.counted("failover_gone") == 1
+    replicated.fetch(replicated.match())
+    replicated.cluster.check_nothing_is_held()
+
+
+def test_chunks_that_went_everywhere_are_missing(replicated: Replicated) -> None:
+    match = replicated.match()
+    for node in replicated.cluster.nodes:
+        node.delete(replicated.document[5:6])
+    buffers = replicated.client.buffers.take(SPEC, match.tokens)
+    report = replicated.client.fetch(match, buffers, None).wait()
+    assert (report.delivered, dict(report.missing)) == (5, {5: "gone"})
+    assert len(replicated.match().chunks) == 5
+
+
+def test_other_bytes_of_the_same_chunk_are_not_mixed(replicated: Replicated) -> None:
+    """Two workers computed it at the same time, with different rounding, and each was first at one owner."""
+    match = replicated.match()
+    chunk = match.chunks[0]
+    node = next(n for n in replicated.cluster.nodes if n.node_id == chunk.member.node_id)
+    with connect(replicated.cluster.address) as other:
+        for holder in replicated.cluster.nodes:
+            if holder is not node:
+                holder.delete([chunk.chunk_id])
+        other.store.put(SPEC, [NewChunk(chunk.chunk_id, lambda: random_kv(99))]).result(timeout=10)
+    node.delete([chunk.chunk_id])
+    buffers = replicated.client.buffers.take(SPEC, match.tokens)
+    assert dict(replicated.client.fetch(match, buffers, None).wait().missing) == {0: "gone"}
+
+
+def test_a_slow_node_that_has_the_only_copy_is_waited_for(replicated: Replicated) -> None:
+    match = replicated.match()
+    index = replicated.busiest(match)
+    for other in {0, 1, 2} - {index}:
+        replicated.cluster.nodes[other].delete(on_node_ids(replicated, index))
+    link = replicated.links[index]
+    link.cut()
+    restored = threading.Timer(0.7, link.restore)
+    restored.start()
+    replicated.fetch(match, restored.join)
+
+
+def on_node_ids(replicated: Replicated, index: int) -> list[ChunkId]:
+    return [replicated.document[i] for i in on_node(replicated.cluster, index, replicated.document)]
+
+
+def test_puts_go_on_when_an_owner_is_silent(replicated: Replicated) -> None:
+    document = ids(6, seed=3)
+    replicated.links[0].cut()
+    patient = replicated.client.settings.model_copy(update={"put_stall_timeout_s": 0.5, "retry_after_s": 9.0})
+    with KVStoreClient(patient) as client:
+        assert put(client, document) == 6
+        silent = client.metrics.snapshot()
+        assert 0 < silent["chunks_under_replicated"] < 6
+        assert silent["miss_store_stalled"] == 1
+        # Now it is known: the next in rank stands in for it.
+        again = ids(6, seed=4)
+        started = time.monotonic()
+        assert put(client, again) == 6
+        assert time.monotonic() - started < 0.5
+        assert client.metrics.snapshot()["chunks_under_replicated"] == silent["chunks_under_replicated"]
+        for index in (1, 2):
+            assert on_node(replicated.cluster, index, again) == list(range(6))
+
+
+def test_a_coordinator_that_forgot_its_nodes_stops_no_read(replicated: Replicated) -> None:
+    """It was restarted, and hears of its nodes one by one."""
+    view = replicated.client._view
+    members = view.membership().members
+    for forgotten in range(1, 4):
+        replicated.cluster.books.leave(members[forgotten - 1].node_id, 1)
+        patience = time.monotonic() + 5
+        while len(view.membership().members) > 3 - forgotten and time.monotonic() < patience:
+            time.sleep(0.02)
+        assert len(view.membership().members) == 3 - forgotten
+        replicated.fetch(replicated.match())
