@@ -1,21 +1,29 @@
 """The Storage service: a thin shell around a StorageNode."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
 import grpc
 
 from kvstore_api.bulk import decode_put_request, encode_read_piece
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.durability import Durability
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
-from kvstore_cluster.node import StorageNode
-from kvstore_cluster.put import PendingPut
+from kvstore_cluster.node import MAX_LISTED, StorageNode
+from kvstore_cluster.put import PendingPut, PutOptions
+from kvstore_cluster.scrub import scrub
+from kvstore_cluster.stored import StoredVariant
 from kvstore_codec.errors import (
     ArenaFullError,
     ChunkNotFoundError,
     ChunkTooLargeError,
     FrameRangeError,
+    InvalidKVError,
     KVStoreError,
+    NotDurableError,
+    OverQuotaError,
+    PutStateError,
     StorageError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
@@ -28,12 +36,14 @@ MAX_ENCODINGS = 64
 MAX_HEADER_BYTES = MAX_REPLY_BYTES - (16 << 20)
 MAX_RANGES = 1 << 20
 MAX_PIECE_BYTES = 1 << 20
-_ID_BYTES = 32
 
 
 class StorageService:
-    def __init__(self, node: StorageNode) -> None:
+    """`bulk_endpoint` is the host:port of the same node's bulk port, empty where it has none."""
+
+    def __init__(self, node: StorageNode, bulk_endpoint: str = "") -> None:
         self._node = node
+        self._bulk_endpoint = bulk_endpoint
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Read and Put carry KV bytes and skip the generated message classes (kvstore_api.bulk)."""
@@ -50,11 +60,20 @@ class StorageService:
             "RenewLease": unary(self.renew_lease, pb.RenewLeaseRequest),
             "ReleaseLease": unary(self.release_lease, pb.ReleaseLeaseRequest),
             "Delete": unary(self.delete, pb.DeleteRequest),
+            "Report": unary(self.report, pb.ReportRequest),
+            "List": unary(self.list, pb.ListRequest),
+            "Verify": grpc.unary_stream_rpc_method_handler(
+                self.verify,
+                request_deserializer=pb.VerifyRequest.FromString,
+                response_serializer=pb.VerifyReply.SerializeToString,
+            ),
             "Stats": unary(self.stats, pb.StatsRequest),
         }
 
     def lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> pb.LookupReply:
-        chunks = _chunk_ids(request.chunks, context)
+        # Not as ChunkIds: making a thousand of them takes longer than finding them.
+        chunks = list(request.chunks)
+        _require_few(chunks, context)
         if len(request.encodings) > MAX_ENCODINGS:
             _refuse(context, f"{len(request.encodings)} encodings in one lookup; at most {MAX_ENCODINGS}")
         try:
@@ -64,21 +83,26 @@ class StorageService:
                 list(request.encodings),
                 lease_s=request.lease_ms / 1000,
                 max_header_bytes=MAX_HEADER_BYTES if request.with_headers else None,
+                with_headers=request.with_headers,
+                peek=request.peek,
             )
         except StorageError as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        return pb.LookupReply(
-            answers=[
-                pb.LookupAnswer(
-                    encoding=answer.encoding or "",
-                    size_bytes=answer.size_bytes,
-                    header=answer.header if request.with_headers else b"",
-                    other_contexts=answer.other_contexts,
+        reply = pb.LookupReply(lease_id=result.lease_id or b"", bulk_endpoint=self._bulk_endpoint)
+        for ref, answer in zip(chunks, result.answers, strict=True):
+            # Most fields of most answers are the default, and a thousand are to be made in a millisecond.
+            if answer.encoding is None:
+                added = reply.answers.add()
+                _chunk_id(ref, context)
+            else:
+                added = reply.answers.add(
+                    encoding=answer.encoding, size_bytes=answer.size_bytes, header=answer.header
                 )
-                for answer in result.answers
-            ],
-            lease_id=result.lease_id or b"",
-        )
+            if answer.other_contexts:
+                added.other_contexts = answer.other_contexts
+            if answer.on_disk:
+                added.on_disk = True
+        return reply
 
     def renew_lease(self, request: pb.RenewLeaseRequest, context: grpc.ServicerContext) -> pb.RenewLeaseReply:
         lease_id = _lease_id(request.lease_id, context)
@@ -92,6 +116,41 @@ class StorageService:
     def delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteReply:
         return pb.DeleteReply(deleted=self._node.delete(_chunk_ids(request.chunks, context)))
 
+    def report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.ReportReply:
+        chunks = _chunk_ids(request.chunks, context)
+        scores = list(request.scores)
+        if len(scores) != len(chunks) or not all(0 <= score <= 1 for score in scores):
+            _refuse(context, "a report has one score from 0 to 1 for each chunk")
+        self._node.report(chunks, scores)
+        return pb.ReportReply()
+
+    def list(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListReply:  # noqa: ARG002
+        variants, next_cursor = self._node.list(
+            request.cursor,
+            min(request.limit or MAX_LISTED, MAX_LISTED),
+            content_prefix=request.content_prefix,
+            tenant=request.tenant if request.HasField("tenant") else None,
+        )
+        return pb.ListReply(variants=[_variant(variant) for variant in variants], next_cursor=next_cursor)
+
+    def verify(
+        self,
+        request: pb.VerifyRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,
+    ) -> Iterator[pb.VerifyReply]:
+        for progress in scrub(self._node):
+            if not context.is_active():
+                return
+            yield pb.VerifyReply(
+                checked=progress.checked,
+                bytes=progress.bytes_checked,
+                damaged=[
+                    pb.DamagedVariant(variant=_variant(damage.variant), reason=damage.reason)
+                    for damage in progress.damaged
+                ],
+            )
+        yield pb.VerifyReply(checked=progress.checked, bytes=progress.bytes_checked, done=True)
+
     def stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:  # noqa: ARG002
         stats = self._node.stats()
         return pb.StatsReply(
@@ -101,6 +160,8 @@ class StorageService:
             bytes_limit=stats.bytes_limit,
             leases=stats.leases,
             counters=stats.counters,
+            gauges=stats.gauges,
+            disk_error=stats.disk_error,
         )
 
     def put(
@@ -124,11 +185,10 @@ class StorageService:
                         if put is not None:
                             put.write(step)
                     elif kind == "start":
-                        (chunk_id,) = _chunk_ids([step.start.chunk], context)
-                        start = step.start
-                        put = self._node.begin_put(
-                            chunk_id, start.encoding, start.size_bytes, start.calibration or None
-                        )
+                        try:
+                            put = begin_put(self._node, step.start)
+                        except InvalidKVError as error:
+                            _refuse(context, str(error))
                         if put is None:
                             yield pb.PutReply(status=pb.PUT_STATUS_ALREADY_STORED)
                     elif kind == "data":
@@ -141,7 +201,7 @@ class StorageService:
                     if put is not None:
                         put.revoke()
                         put = None
-                    yield pb.PutReply(status=_put_status(error), message=str(error))
+                    yield pb.PutReply(status=put_status(error), message=str(error))
         finally:
             if put is not None:
                 put.revoke()
@@ -169,11 +229,29 @@ class StorageService:
                 yield _read_failure(index, pb.READ_STATUS_INVALID_RANGE)
 
 
-def serve_storage(node: StorageNode, *, host: str, advertise_host: str | None = None) -> GrpcServer:
+def serve_storage(
+    node: StorageNode, *, host: str, advertise_host: str | None = None, bulk_endpoint: str = ""
+) -> GrpcServer:
     """Starts the node's data endpoint on any free port of `host`. Raises AddressInUseError."""
     service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
     return GrpcServer(
-        Address(host, 0), service, StorageService(node).handlers(), advertise_host=advertise_host
+        Address(host, 0),
+        service,
+        StorageService(node, bulk_endpoint).handlers(),
+        advertise_host=advertise_host,
+    )
+
+
+def begin_put(node: StorageNode, start: pb.PutStart) -> PendingPut | None:
+    """As StorageNode.begin_put. Raises InvalidKVError and PutStateError for a start that makes no sense, too."""
+    if start.durability not in pb.Durability.values() or not 0 <= start.cost < math.inf:
+        raise PutStateError("a put's durability is one of the known ones, and its cost is not negative")
+    return node.begin_put(
+        ChunkId(ContentId(start.chunk.content_id), PrefixId(start.chunk.prefix_id)),
+        start.encoding,
+        start.size_bytes,
+        start.calibration or None,
+        PutOptions(Durability(start.durability), start.ttl_s, start.tenant, start.cost),
     )
 
 
@@ -184,14 +262,33 @@ def _ended(put: PendingPut, *, committed: bool) -> pb.PutReply:
     return pb.PutReply(status=pb.PUT_STATUS_STORED if put.commit() else pb.PUT_STATUS_ALREADY_STORED)
 
 
-def _put_status(error: KVStoreError) -> pb.PutStatus:
+def put_status(error: KVStoreError) -> pb.PutStatus:
     match error:
         case ArenaFullError():
             return pb.PUT_STATUS_FULL
+        case OverQuotaError():
+            return pb.PUT_STATUS_OVER_QUOTA
+        case NotDurableError():
+            return pb.PUT_STATUS_NOT_DURABLE
         case ChunkTooLargeError():
             return pb.PUT_STATUS_TOO_LARGE
         case _:
             return pb.PUT_STATUS_INVALID
+
+
+def _variant(variant: StoredVariant) -> pb.StoredVariant:
+    return pb.StoredVariant(
+        chunk=pb.ChunkRef(content_id=variant.chunk_id.content_id, prefix_id=variant.chunk_id.prefix_id),
+        encoding=variant.encoding,
+        size_bytes=variant.size_bytes,
+        calibration=variant.calibration or b"",
+        in_memory=variant.in_memory,
+        on_disk=variant.on_disk,
+        pinned=variant.pinned,
+        ttl_left_s=variant.ttl_left_s,
+        tenant=variant.tenant,
+        cost=variant.cost,
+    )
 
 
 def _read_failure(index: int, status: pb.ReadStatus) -> bytes:
@@ -201,12 +298,20 @@ def _read_failure(index: int, status: pb.ReadStatus) -> bytes:
 
 def _chunk_ids(chunks: "Iterable[pb.ChunkRef]", context: grpc.ServicerContext) -> list[ChunkId]:
     refs = list(chunks)
+    _require_few(refs, context)
+    return [_chunk_id(ref, context) for ref in refs]
+
+
+def _require_few(refs: Sequence[pb.ChunkRef], context: grpc.ServicerContext) -> None:
     if len(refs) > MAX_CHUNKS:
         _refuse(context, f"{len(refs)} chunks in one request; at most {MAX_CHUNKS}")
-    for ref in refs:
-        if len(ref.content_id) != _ID_BYTES or len(ref.prefix_id) != _ID_BYTES:
-            _refuse(context, f"content_id and prefix_id have {_ID_BYTES} bytes each")
-    return [ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id)) for ref in refs]
+
+
+def _chunk_id(ref: pb.ChunkRef, context: grpc.ServicerContext) -> ChunkId:
+    try:
+        return ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id))
+    except InvalidKVError as error:
+        _refuse(context, str(error))
 
 
 def _lease_id(lease_id: bytes, context: grpc.ServicerContext) -> LeaseId:

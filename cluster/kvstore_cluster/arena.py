@@ -17,6 +17,9 @@ from pathlib import Path
 from kvstore_codec.errors import ArenaFullError, ConfigurationError, StorageError
 
 DEFAULT_BLOCK_BYTES = 64 << 10
+# First touch runs at 1 GB/s, during which no other thread of the process runs.
+_POPULATE_BYTES = 2 << 20
+_MADV_POPULATE_WRITE = 23
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +52,9 @@ class Arena:
             raise ConfigurationError(
                 f"cannot map {memory_bytes} bytes for chunks ({error}); lower --memory"
             ) from error
+        self._mapping = mapping
         self._memory = memoryview(mapping)
+        self._populated_bytes = 0
         self._free_runs: list[tuple[int, int]] = [(0, self._block_count)]
         self._free_blocks = self._block_count
 
@@ -106,6 +111,27 @@ class Arena:
             yield self._memory[begin + offset : begin + stop]
             offset = stop
             run += 1
+
+    def beginning(self, extent: Extent, length: int) -> bytes:
+        """A copy of the first `length` bytes of the extent."""
+        first, count = extent.runs[0]
+        if length > count * self._block_bytes:
+            return b"".join(self.views(extent, 0, length))
+        start = first * self._block_bytes
+        return bytes(self._memory[start : start + length])
+
+    def populate(self) -> bool:
+        """Has the kernel provide the next few pages now, so that no put waits for it; contents stay as they are. False
+        when all are there, or the kernel cannot do it ahead of time."""
+        length = min(_POPULATE_BYTES, self._block_count * self._block_bytes - self._populated_bytes)
+        if length <= 0:
+            return False
+        try:
+            self._mapping.madvise(_MADV_POPULATE_WRITE, self._populated_bytes, length)
+        except OSError:  # before Linux 5.14
+            return False
+        self._populated_bytes += length
+        return True
 
     def check_integrity(self, allocated: Iterable[Extent]) -> None:
         """Raises StorageError unless `allocated` and the free runs together are every block exactly once."""

@@ -1,79 +1,264 @@
-"""What a storage node holds: content -> contexts -> encodings -> entry."""
+"""What a storage node holds: content -> contexts -> variants, each a slot in columns of plain numbers.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+A node indexes millions of chunks, most of them on its disk, so a chunk costs about 250 bytes here and no Python object
+but its content id, its number, and its extent while it is in memory.
+"""
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
 
 from kvstore_cluster.arena import Extent
-from kvstore_codec.chunk import ChunkHeader
+from kvstore_cluster.disk import Location, RecordMeta
+from kvstore_codec.errors import StorageError
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 
+NOWHERE = Location(-1)
+# No model has so much KV in 256 tokens: who announces more is mistaken, or wants the memory.
+MAX_CHUNK_BYTES = (1 << 30) - 1
+_ID_BYTES = 32
+_NOT_WANTED = 1 << 30
+_NO_SLOTS: tuple[int, ...] = ()
 
-class VariantKey(NamedTuple):
-    """Names one stored variant of a chunk."""
-
-    content_id: ContentId
-    prefix_id: PrefixId
-    encoding: str
-
-    @classmethod
-    def of(cls, chunk_id: ChunkId, encoding: str) -> "VariantKey":
-        return cls(chunk_id.content_id, chunk_id.prefix_id, encoding)
+Name = TypeVar("Name")
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """A complete, verified chunk. `readers` counts those whose views of `extent` are still in use."""
+class ChunkName(Protocol):
+    """A ChunkId, or what a client sent in its place: ids of any length, since no other than a ChunkId's are stored."""
 
-    key: VariantKey
-    header: ChunkHeader
-    header_bytes: bytes
-    extent: Extent
-    readers: int = 0
-    visible: bool = True
+    @property
+    def content_id(self) -> bytes: ...
+    @property
+    def prefix_id(self) -> bytes: ...
+
+
+@dataclass(slots=True)
+class _Numbers(Generic[Name]):
+    """Numbers for the few different values of a column that millions of chunks share."""
+
+    what: str
+    names: list[Name] = field(default_factory=list)
+    _numbers: dict[Name, int] = field(default_factory=dict)
+
+    def known(self, name: Name) -> int | None:
+        return self._numbers.get(name)
+
+    def of(self, name: Name) -> int:
+        """Raises StorageError when there are too many."""
+        number = self._numbers.get(name)
+        if number is None:
+            number = len(self.names)
+            if number > np.iinfo(np.uint16).max:
+                raise StorageError(f"a node keeps chunks of at most {number} different {self.what}")
+            self._numbers[name] = number
+            self.names.append(name)
+        return number
 
 
 class ChunkIndex:
-    """Every lookup is a constant number of dictionary look-ups, however many contexts a content has."""
+    """Not thread-safe: used under the storage node's lock. Finding a chunk takes a constant number of dictionary
+    look-ups, however many contexts its content has.
+
+    The columns are indexed by slot. `extent` is where the chunk lies in memory and `location` where on disk; None and
+    NOWHERE say that it does not.
+    """
 
     def __init__(self) -> None:
-        self._contents: dict[ContentId, dict[PrefixId, dict[str, Entry]]] = {}
+        # Nearly every content has one context in one encoding: then there is only its slot.
+        self._contents: dict[bytes, int | dict[bytes, list[int]]] = {}
+        self._ids: list[ContentId] = []
+        self._prefixes = bytearray()
+        self._free: list[int] = []
+        self._listed = bytearray()
         self._count = 0
+        self._encodings = _Numbers[str]("encodings")
+        self._calibrations = _Numbers[bytes | None]("calibrations")
+        self._tenants = _Numbers[str]("tenants")
+        self._encoding, self._calibration, self._tenant = array("H"), array("H"), array("H")
+        self._expires_at_s = array("d")
+        self._cost = array("f")
+        self.size_bytes, self.header_bytes = array("I"), array("I")
+        self.location = array("q")
+        self.extent: list[Extent | None] = []
 
-    def get(self, key: VariantKey) -> Entry | None:
-        return self.encodings(key.content_id, key.prefix_id).get(key.encoding)
-
-    def encodings(self, content_id: ContentId, prefix_id: PrefixId) -> dict[str, Entry]:
-        """The entries of one exact chunk, by encoding. The caller must not change it."""
-        return self._contents.get(content_id, {}).get(prefix_id, {})
-
-    def other_contexts(self, content_id: ContentId, prefix_id: PrefixId) -> int:
-        """How many other contexts hold the same content."""
-        contexts = self._contents.get(content_id, {})
-        return len(contexts) - (prefix_id in contexts)
-
-    def add(self, entry: Entry) -> None:
-        """The key is new."""
-        content_id, prefix_id, encoding = entry.key
-        self._contents.setdefault(content_id, {}).setdefault(prefix_id, {})[encoding] = entry
+    def add(self, meta: RecordMeta, *, extent: Extent | None = None, location: Location = NOWHERE) -> int:
+        """The slot of a new variant. Raises StorageError when it cannot be described."""
+        encoding = self._encodings.of(meta.encoding)
+        calibration = self._calibrations.of(meta.calibration)
+        tenant = self._tenants.of(meta.tenant)
+        slot = self._free.pop() if self._free else self._grow()
+        content_id, prefix_id = meta.chunk_id.content_id, meta.chunk_id.prefix_id
+        self._prefixes[slot * _ID_BYTES : (slot + 1) * _ID_BYTES] = prefix_id
+        self._encoding[slot], self._calibration[slot], self._tenant[slot] = encoding, calibration, tenant
+        self._expires_at_s[slot], self._cost[slot] = meta.expires_at_s, meta.cost
+        self.size_bytes[slot], self.header_bytes[slot] = meta.size_bytes, meta.header_bytes
+        self.location[slot], self.extent[slot] = location, extent
+        found = self._contents.get(content_id)
+        if found is None:
+            self._contents[content_id] = slot
+            self._ids[slot] = content_id
+        else:
+            if isinstance(found, int):
+                found = {self._prefix_id(found): [found]}
+                self._contents[content_id] = found
+            # Not the caller's equal bytes, so that there is one copy of them.
+            self._ids[slot] = self._ids[next(iter(found.values()))[0]]
+            found.setdefault(prefix_id, []).append(slot)
+        self._listed[slot] = True
         self._count += 1
+        return slot
 
-    def remove(self, key: VariantKey) -> Entry:
-        """The key is known."""
-        contexts = self._contents[key.content_id]
-        encodings = contexts[key.prefix_id]
-        entry = encodings.pop(key.encoding)
-        if not encodings:
-            del contexts[key.prefix_id]
-        if not contexts:
-            del self._contents[key.content_id]
+    def unlist(self, slot: int) -> None:
+        """The variant is no longer found; its columns stay until `free`."""
+        content_id = self._ids[slot]
+        found = self._contents[content_id]
+        if isinstance(found, int):
+            del self._contents[content_id]
+        else:
+            prefix_id = self._prefix_id(slot)
+            found[prefix_id].remove(slot)
+            if not found[prefix_id]:
+                del found[prefix_id]
+            if len(found) == 1:
+                (left,) = found.values()
+                if len(left) == 1:
+                    self._contents[content_id] = left[0]
+        self._listed[slot] = False
         self._count -= 1
-        return entry
 
-    def __iter__(self) -> Iterator[Entry]:
-        for contexts in self._contents.values():
-            for encodings in contexts.values():
-                yield from encodings.values()
+    def free(self, slot: int) -> None:
+        """The slot, unlisted, may name another variant from now on."""
+        self._ids[slot] = ContentId(b"")
+        self.extent[slot] = None
+        self.location[slot] = NOWHERE
+        self._expires_at_s[slot] = 0.0
+        self._free.append(slot)
+
+    def variants(self, chunk_id: ChunkId) -> Sequence[int]:
+        """The slots of one exact chunk, one for each encoding. The caller must not change it."""
+        found = self._contents.get(chunk_id.content_id)
+        if found is None:
+            return _NO_SLOTS
+        if isinstance(found, int):
+            return (found,) if self._prefix_id(found) == chunk_id.prefix_id else _NO_SLOTS
+        return found.get(chunk_id.prefix_id, _NO_SLOTS)
+
+    def find(self, chunk_id: ChunkId, encoding: str) -> int | None:
+        """The slot of a variant."""
+        for slot in self.variants(chunk_id):
+            if self.encoding(slot) == encoding:
+                return slot
+        return None
+
+    def preference(self, encodings: Sequence[str]) -> dict[int, int]:
+        """What `best` wants to know of `encodings`, best first."""
+        numbers = (self._encodings.known(name) for name in encodings)
+        return {number: rank for rank, number in reversed([*enumerate(numbers)]) if number is not None}
+
+    def best(self, chunk_id: ChunkName, preference: Mapping[int, int], now_s: float) -> tuple[int, int]:
+        """The slot of the exact chunk in the encoding preferred most, -1 when there is none that has not expired; and
+        how many other contexts hold the same content."""
+        found = self._contents.get(chunk_id.content_id)
+        if found is None:
+            return -1, 0
+        if isinstance(found, int):
+            start = found * _ID_BYTES
+            if self._prefixes[start : start + _ID_BYTES] != chunk_id.prefix_id:
+                return -1, 1
+            others, slots = 0, [found]
+        else:
+            slots = found.get(chunk_id.prefix_id, [])
+            others = len(found) - bool(slots)
+        best, best_rank = -1, _NOT_WANTED
+        for slot in slots:
+            rank = preference.get(self._encoding[slot], _NOT_WANTED)
+            if rank < best_rank and not 0 < self._expires_at_s[slot] <= now_s:
+                best, best_rank = slot, rank
+        return best, others
+
+    def chunk_id(self, slot: int) -> ChunkId:
+        return ChunkId(self._ids[slot], self._prefix_id(slot))
+
+    def content_id(self, slot: int) -> ContentId:
+        return self._ids[slot]
+
+    def encoding(self, slot: int) -> str:
+        return self._encodings.names[self._encoding[slot]]
+
+    def calibration(self, slot: int) -> bytes | None:
+        return self._calibrations.names[self._calibration[slot]]
+
+    def tenant(self, slot: int) -> str:
+        return self._tenants.names[self._tenant[slot]]
+
+    def cost(self, slot: int) -> float:
+        return self._cost[slot]
+
+    def identity(self, slot: int) -> int:
+        """64 bits that name the variant wherever it is stored."""
+        prefix = int.from_bytes(self._prefixes[slot * _ID_BYTES : slot * _ID_BYTES + 8], "little")
+        return prefix ^ self._encoding[slot]
+
+    def expires_at_s(self, slot: int) -> float:
+        """Unix time; 0: never."""
+        return self._expires_at_s[slot]
+
+    def expired(self, now_s: float) -> list[int]:
+        """Every listed slot whose time is over."""
+        if not self._expires_at_s:
+            return []
+        expires_at_s = np.frombuffer(self._expires_at_s, np.float64)
+        listed = np.frombuffer(self._listed, np.bool_)
+        return np.flatnonzero((expires_at_s > 0) & (expires_at_s <= now_s) & listed).tolist()
+
+    def meta(self, slot: int) -> RecordMeta:
+        return RecordMeta(
+            self.chunk_id(slot),
+            self.encoding(slot),
+            self.size_bytes[slot],
+            self.header_bytes[slot],
+            calibration=self.calibration(slot),
+            tenant=self.tenant(slot),
+            cost=self.cost(slot),
+            expires_at_s=self.expires_at_s(slot),
+        )
+
+    def listed(self, slot: int) -> bool:
+        """Whether the variant is still found by its name."""
+        return bool(self._listed[slot])
+
+    @property
+    def slots(self) -> int:
+        """Every slot is below it."""
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[int]:
+        """Every listed slot, in order."""
+        return (slot for slot, listed in enumerate(self._listed) if listed)
 
     def __len__(self) -> int:
         return self._count
+
+    def _grow(self) -> int:
+        self._ids.append(ContentId(b""))
+        self._prefixes.extend(bytes(_ID_BYTES))
+        self._listed.append(False)
+        for column in (
+            self._encoding,
+            self._calibration,
+            self._tenant,
+            self._expires_at_s,
+            self._cost,
+            self.size_bytes,
+            self.header_bytes,
+        ):
+            column.append(0)
+        self.location.append(NOWHERE)
+        self.extent.append(None)
+        return len(self._ids) - 1
+
+    def _prefix_id(self, slot: int) -> PrefixId:
+        return PrefixId(bytes(self._prefixes[slot * _ID_BYTES : (slot + 1) * _ID_BYTES]))

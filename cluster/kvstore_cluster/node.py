@@ -1,36 +1,49 @@
-"""A storage node: chunks in DRAM, found by content, kept by use, protected by leases. No network, no Ray."""
+"""A storage node: chunks in memory and on disk, found by content, kept by worth, protected by leases and pins. No
+network, no Ray."""
 
-import threading
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from kvstore_cluster.arena import Arena, Extent
-from kvstore_cluster.eviction.keyed import EvictionPolicy, LeastRecentlyUsed
-from kvstore_cluster.index import ChunkIndex, Entry, VariantKey
+from kvstore_cluster.arena import Arena
+from kvstore_cluster.disk import RecordMeta, SegmentStore
+from kvstore_cluster.durability import Durability
+from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
+from kvstore_cluster.index import MAX_CHUNK_BYTES, NOWHERE, ChunkName
 from kvstore_cluster.leases import LeaseId, LeaseTable
-from kvstore_cluster.put import PendingPut
+from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_cluster.reader import ChunkReader
 from kvstore_cluster.stats import NodeCounters, NodeStats
+from kvstore_cluster.stored import StoredVariant
+from kvstore_cluster.tiers import FLUSH_PATIENCE_S, Tiers
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import (
-    ArenaFullError,
     ChunkNotFoundError,
     ChunkTooLargeError,
+    DiskError,
+    NotDurableError,
     PutStateError,
     StorageError,
 )
 from kvstore_codec.identity import ChunkId
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class LookupAnswer:
+MAX_LISTED = 4096
+
+
+class LookupAnswer(NamedTuple):
     """`encoding` is None when the exact chunk is not here in an acceptable encoding."""
 
     encoding: str | None
     size_bytes: int
     header: bytes
     other_contexts: int
+    on_disk: bool = False
+    """Not in memory: a read comes from the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +57,8 @@ class LookupResult:
 class StorageNode:
     """Thread-safe. One lock guards the books; bytes are written, verified and read outside it.
 
-    Raises ConfigurationError when the memory cannot be had.
+    With a `store` chunks are kept on disk too, and those that are there already are found again. `durability` is what a
+    put gets that does not say; `policy` makes the eviction policy of each tier. `clock` gives unix time, for TTLs.
     """
 
     def __init__(
@@ -52,110 +66,152 @@ class StorageNode:
         node_id: str,
         arena: Arena,
         *,
-        eviction: EvictionPolicy[VariantKey] | None = None,
-        leases: LeaseTable[VariantKey] | None = None,
+        store: SegmentStore | None = None,
+        durability: Durability = Durability.RELAXED,
+        policy: Callable[[], EvictionPolicy] = POLICIES[DEFAULT_POLICY],
+        leases: LeaseTable[int] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.node_id = node_id
         self._arena = arena
-        self._eviction = LeastRecentlyUsed() if eviction is None else eviction
-        self._leases = LeaseTable() if leases is None else leases
-        self._index = ChunkIndex()
-        self._pending: set[PendingPut] = set()
-        self._leaving: set[Entry] = set()  # no longer visible, but somebody still reads them
+        self._store = store
+        self._durability = durability
+        self._clock = clock
         self._counters = NodeCounters()
-        self._lock = threading.Lock()
+        self._leases = LeaseTable[int]() if leases is None else leases
+        self._tiers = Tiers(node_id, arena, store, policy, self._leases, self._counters)
+        self._index = self._tiers.index
+        self._lock = self._tiers.lock
+        self._pending: set[PendingPut] = set()
+        if store is not None:
+            self._recover(store)
 
     def lookup(
         self,
-        chunks: Sequence[ChunkId],
+        chunks: Sequence[ChunkName],
         encodings: Sequence[str],
         *,
         lease_s: float = 0.0,
         max_header_bytes: int | None = None,
+        with_headers: bool = True,
+        peek: bool = False,
     ) -> LookupResult:
         """Says for each chunk in which of `encodings` (best first) it is here, and how many other contexts
-        hold the same content. Counts as use of what was found, and leases it for `lease_s` when positive.
+        hold the same content. Counts as use of what was found, unless it is a `peek`, and leases it for `lease_s` when
+        positive.
 
         Raises StorageError when the headers of what was found have more than `max_header_bytes` together; then
         nothing is leased.
         """
-        answers = []
-        found = []
+        now_s = self._clock()
+        answers: list[LookupAnswer] = []
+        hits: list[int] = []
+        headers_on_disk: list[tuple[int, int]] = []  # (number of the answer, slot)
+        index, tiers = self._index, self._tiers
         header_bytes = 0
         with self._lock:
-            for chunk_id in chunks:
-                entry = self._best(chunk_id, encodings)
-                others = self._index.other_contexts(chunk_id.content_id, chunk_id.prefix_id)
-                if entry is None:
+            preference = index.preference(encodings)
+            for chunk in chunks:
+                slot, others = index.best(chunk, preference, now_s)
+                if slot < 0:
                     answers.append(LookupAnswer(None, 0, b"", others))
-                else:
-                    header_bytes += len(entry.header_bytes)
-                    if max_header_bytes is not None and header_bytes > max_header_bytes:
-                        raise StorageError(
-                            f"the headers of the first {len(answers) + 1} of {len(chunks)} chunks have more "
-                            f"than {max_header_bytes} bytes; look fewer chunks up at a time"
-                        )
-                    found.append(entry.key)
-                    answers.append(
-                        LookupAnswer(entry.key.encoding, entry.extent.size_bytes, entry.header_bytes, others)
+                    continue
+                hits.append(slot)
+                header_bytes += index.header_bytes[slot]
+                if max_header_bytes is not None and header_bytes > max_header_bytes:
+                    raise StorageError(
+                        f"the headers of the first {len(answers) + 1} of {len(chunks)} chunks have more "
+                        f"than {max_header_bytes} bytes; look fewer chunks up at a time"
                     )
-            # Last chunk first: a later chunk is worth nothing without those before it, so it is older.
-            for key in reversed(found):
-                self._eviction.touch(key)
+                header = tiers.header_in_memory(slot) if with_headers else b""
+                if header is None:
+                    headers_on_disk.append((len(answers), slot))
+                    header = b""
+                on_disk = index.extent[slot] is None
+                answers.append(
+                    LookupAnswer(index.encoding(slot), index.size_bytes[slot], header, others, on_disk)
+                )
             self._leases.expire()
-            lease_id = self._leases.grant(found, lease_s) if found and lease_s > 0 else None
-            self._counters.lookups += 1
-            self._counters.hits += len(found)
-            self._counters.misses += len(answers) - len(found)
+            lease_id = self._leases.grant(hits, lease_s) if hits and lease_s > 0 else None
+            if not peek:
+                # Last chunk first: a later chunk is worth nothing without those before it, so it is older.
+                for slot in reversed(hits):
+                    tiers.touch(slot)
+                self._counters.lookups += 1
+                self._counters.hits += len(hits)
+                self._counters.misses += len(answers) - len(hits)
+            for _, slot in headers_on_disk:
+                tiers.hold(slot)
+        for number, slot in headers_on_disk:
+            answers[number] = self._with_header(answers[number], slot)
         return LookupResult(answers, lease_id)
 
     def begin_put(
-        self, chunk_id: ChunkId, encoding: str, size_bytes: int, calibration: bytes | None = None
+        self,
+        chunk_id: ChunkId,
+        encoding: str,
+        size_bytes: int,
+        calibration: bytes | None = None,
+        options: PutOptions = PutOptions(),  # noqa: B008 (frozen)
     ) -> PendingPut | None:
-        """Reserves memory for a chunk, evicting what nobody uses; None when the chunk is here already. One that was
-        coded with another `calibration` (a digest) is replaced: who puts this could not read that.
+        """Reserves memory for a chunk, evicting what nobody uses; None when the chunk is here already, as durable as
+        was asked for. One that was coded with another `calibration` (a digest) is replaced: who puts this could not
+        read that.
 
         The caller must end the put with `commit` or `revoke`. Raises UnknownEncodingError, PutStateError for
-        an empty chunk, ChunkTooLargeError, ArenaFullError; then nothing was reserved and nothing evicted.
+        an empty chunk, ChunkTooLargeError, ArenaFullError, OverQuotaError, NotDurableError; then nothing was reserved
+        and nothing evicted.
         """
-        key = VariantKey.of(chunk_id, encoding)
-        with self._lock:
+        durable = self._asked(options) is Durability.DURABLE
+        try:
+            Encoding.parse(encoding)
+            self._require_possible(chunk_id, size_bytes, durable=durable)
+            with self._lock:
+                slot = self._alive(self._index.find(chunk_id, encoding), self._clock())
+                if slot is None or self._index.calibration(slot) != calibration:
+                    self._tiers.respect_quota(options.tenant, size_bytes)
+                    extent = self._tiers.reserve(size_bytes, patience_s=FLUSH_PATIENCE_S)
+                    put = PendingPut(
+                        self._arena, extent, chunk_id, encoding, options, accept=self._accept, drop=self._drop
+                    )
+                    self._pending.add(put)
+                    return put
+                self._tiers.touch(slot)
+                self._tiers.hold(slot)
             try:
-                Encoding.parse(encoding)
-                stored = self._index.get(key)
-                if stored is not None and stored.header.calibration == calibration:
-                    self._eviction.touch(key)
-                    return None
-                extent = self._reserve(chunk_id, size_bytes)
-            except Exception:
+                if durable:
+                    self._make_durable(slot)
+            finally:
+                with self._lock:
+                    self._tiers.release(slot)
+        except Exception:
+            with self._lock:
                 self._counters.put_rejected += 1
-                raise
-            put = PendingPut(self._arena, extent, chunk_id, encoding, accept=self._accept, drop=self._drop)
-            self._pending.add(put)
-            return put
+            raise
+        return None
 
     @contextmanager
-    def open(self, chunk_id: ChunkId, encoding: str) -> Iterator[ChunkReader]:
-        """A reader of the chunk's frames. Its views stay valid until the block is left, even when the chunk
-        is deleted meanwhile. Counts as use. Raises ChunkNotFoundError."""
-        key = VariantKey.of(chunk_id, encoding)
+    def open(self, chunk_id: ChunkId, encoding: str, *, peek: bool = False) -> Iterator[ChunkReader]:
+        """A reader of the chunk's frames. Views of what is in memory stay valid until the block is left, even when the
+        chunk is deleted meanwhile. Counts as use, unless it is a `peek`, or the chunk is leased: then its lookup has
+        counted. Raises ChunkNotFoundError."""
         with self._lock:
-            entry = self._index.get(key)
-            if entry is None:
+            slot = self._alive(self._index.find(chunk_id, encoding), self._clock())
+            if slot is None:
                 raise ChunkNotFoundError(
                     f"chunk {chunk_id.short} is not stored as {encoding} on {self.node_id}"
                 )
-            self._eviction.touch(key)
-            entry.readers += 1
-        reader = ChunkReader(self._arena, entry)
+            if not (peek or self._leases.holds(slot)):
+                self._tiers.touch(slot)
+            self._tiers.hold(slot)
+        reader = ChunkReader(self._tiers, slot, self._index.size_bytes[slot])
         try:
             yield reader
         finally:
             with self._lock:
-                entry.readers -= 1
                 self._counters.reads += reader.ranges_read
                 self._counters.bytes_out += reader.bytes_read
-                self._release(entry)
+                self._tiers.release(slot)
 
     def renew_lease(self, lease_id: LeaseId, lease_s: float) -> bool:
         """Lets the lease run `lease_s` from now; False when it has ended."""
@@ -168,20 +224,83 @@ class StorageNode:
             return self._leases.release(lease_id)
 
     def delete(self, chunks: Sequence[ChunkId]) -> int:
-        """Removes every encoding of these chunks, leased or not, and returns how many variants that were.
-        Memory that is being read is given back when the last reader has gone."""
-        deleted = 0
+        """Removes every encoding of these chunks, leased or pinned or not, also from a later start, and returns how
+        many variants that were. Memory that is being read is given back when the last reader has gone."""
+        forgotten: list[RecordMeta] = []
         with self._lock:
             for chunk_id in chunks:
-                for entry in list(self._index.encodings(chunk_id.content_id, chunk_id.prefix_id).values()):
-                    self._remove(entry)
-                    deleted += 1
-            self._counters.deletes += deleted
-        return deleted
+                for slot in list(self._index.variants(chunk_id)):
+                    forgotten.append(self._index.meta(slot))
+                    self._tiers.remove(slot)
+            self._counters.deletes += len(forgotten)
+        if self._store is not None:
+            for meta in forgotten:
+                self._store.forget(meta)
+        return len(forgotten)
+
+    def report(self, chunks: Sequence[ChunkId], scores: Sequence[float]) -> None:
+        """Attention, 0 to 1, that a model paid to these chunks; unknown ones are ignored."""
+        with self._lock:
+            for chunk_id, score in zip(chunks, scores, strict=True):
+                for slot in self._index.variants(chunk_id):
+                    self._tiers.report(slot, score)
+
+    def set_pins(self, pins: Set[ChunkId]) -> None:
+        """These chunks, and no others, are not evicted from now on; they need not be here yet."""
+        with self._lock:
+            self._tiers.set_pins(pins)
+
+    def set_quotas(self, limits: Mapping[str, int]) -> None:
+        """Bytes that each of these tenants may have on this node; others have no limit."""
+        with self._lock:
+            self._tiers.quotas.set_limits(limits)
+
+    def list(
+        self,
+        cursor: int = 0,
+        limit: int = MAX_LISTED,
+        *,
+        content_prefix: bytes = b"",
+        tenant: str | None = None,
+    ) -> tuple[list[StoredVariant], int]:
+        """Up to `limit` stored variants from `cursor` (0 at first) on, and the cursor of the next page, 0 at the end.
+        What comes or goes meanwhile may be missing or appear."""
+        listed: list[StoredVariant] = []
+        while len(listed) < limit:
+            with self._lock:
+                slots = self._index.slots
+                for slot in range(cursor, min(cursor + MAX_LISTED, slots)):
+                    cursor = slot + 1
+                    if (
+                        self._index.listed(slot)
+                        and self._index.content_id(slot).startswith(content_prefix)
+                        and tenant in (None, self._index.tenant(slot))
+                    ):
+                        listed.append(self._variant(slot))
+                        if len(listed) == limit:
+                            break
+            if cursor >= slots:
+                return listed, 0
+        return listed, cursor
+
+    def verify(self, chunk_id: ChunkId, encoding: str) -> str | None:
+        """Reads a variant back, in each tier that it is in, and says why it is damaged, if it is. A damaged copy is
+        dropped, and the chunk with the last one. One that is not here is not damaged."""
+        with self._lock:
+            slot = self._index.find(chunk_id, encoding)
+            if slot is None:
+                return None
+            self._tiers.hold(slot)
+        try:
+            return self._tiers.verify(slot)
+        finally:
+            with self._lock:
+                self._tiers.release(slot)
 
     def stats(self) -> NodeStats:
         with self._lock:
             self._leases.expire()
+            tiers, store = self._tiers, self._store
             return NodeStats(
                 self.node_id,
                 chunks=len(self._index),
@@ -189,93 +308,159 @@ class StorageNode:
                 bytes_limit=self._arena.capacity_bytes,
                 leases=len(self._leases),
                 counters=self._counters.as_dict(),
+                gauges={
+                    "memory_chunks": len(tiers.in_memory),
+                    "disk_chunks": len(tiers.on_disk),
+                    "disk_bytes_used": store.live_bytes if store else 0,
+                    "disk_bytes_limit": store.capacity_bytes if store else 0,
+                    "pinned": len(tiers.pinned),
+                    "dirty": len(tiers.dirty),
+                },
+                disk_error=store.error if store else "",
             )
+
+    def maintain(self) -> bool:
+        """One round of what happens behind the clients' backs: chunks are written back, demoted, expired, and segments
+        compacted. True when there is more to do at once."""
+        self._tiers.expire(self._clock())
+        busy = self._tiers.flush()
+        self._tiers.demote()
+        if self._store is not None:
+            busy |= self._store.compact(self._tiers.relocate)
+        return busy
+
+    def wait_for_work(self, timeout_s: float) -> None:
+        """Returns when something is to be written back, or after the time."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._tiers.dirty, timeout_s)
+
+    def close(self) -> None:
+        """Writes back what is only in memory and closes the disk. No put or read may be under way."""
+        if self._store is not None:
+            while self._tiers.flush():
+                pass
+            self._store.close()
 
     def check_integrity(self) -> None:
         """Raises StorageError unless every block is owned exactly once and the books agree."""
         with self._lock:
-            entries = list(self._index)
-            extents = [entry.extent for entry in (*entries, *self._leaving)]
+            index, tiers = self._index, self._tiers
+            extents = [extent for extent in index.extent if extent is not None]
             self._arena.check_integrity([*extents, *(put.extent for put in self._pending)])
-            if set(self._eviction.victims()) != {entry.key for entry in entries} or len(entries) != len(
-                self._index
-            ):
+            in_memory = {slot for slot in index if index.extent[slot] is not None}
+            on_disk = {slot for slot in index if index.location[slot] != NOWHERE}
+            if (set(tiers.in_memory.victims()), set(tiers.on_disk.victims())) != (in_memory, on_disk):
                 raise StorageError(f"{self.node_id}: index and eviction order name different chunks")
-            if not all(entry.visible and entry.readers >= 0 for entry in entries):
-                raise StorageError(f"{self.node_id}: the index holds an entry that was removed")
-            if not all(entry.readers > 0 and not entry.visible for entry in self._leaving):
-                raise StorageError(f"{self.node_id}: a removed chunk is kept without a reader")
+            if in_memory | on_disk != set(index) or len(set(index)) != len(index):
+                raise StorageError(f"{self.node_id}: the index names a chunk that lies nowhere")
+            if not tiers.dirty.keys() <= in_memory - on_disk:
+                raise StorageError(
+                    f"{self.node_id}: a chunk waits for a disk that it is on, or is not in memory"
+                )
 
-    def _best(self, chunk_id: ChunkId, encodings: Sequence[str]) -> Entry | None:
-        stored = self._index.encodings(chunk_id.content_id, chunk_id.prefix_id)
-        if not stored:
-            return None
-        return next((stored[encoding] for encoding in encodings if encoding in stored), None)
+    def _recover(self, store: SegmentStore) -> None:
+        recovery = store.recover()
+        for line in recovery.dropped:
+            log.warning("%s: %s", self.node_id, line)
+        with self._lock:
+            for meta, location in recovery.records:
+                self._tiers.insert(meta, extent=None, location=location, write_back=False)
 
-    def _reserve(self, chunk_id: ChunkId, size_bytes: int) -> Extent:
+    def _asked(self, options: PutOptions) -> Durability:
+        return self._durability if options.durability is Durability.DEFAULT else options.durability
+
+    def _require_possible(self, chunk_id: ChunkId, size_bytes: int, *, durable: bool) -> None:
         if size_bytes < 1:
             raise PutStateError(f"chunk {chunk_id.short} was announced with {size_bytes} bytes")
+        if size_bytes > MAX_CHUNK_BYTES:
+            raise ChunkTooLargeError(
+                f"chunk {chunk_id.short} has {size_bytes} bytes; a chunk has at most {MAX_CHUNK_BYTES}"
+            )
         if size_bytes > self._arena.capacity_bytes:
             raise ChunkTooLargeError(
                 f"chunk {chunk_id.short} has {size_bytes} bytes, but {self.node_id} holds only "
                 f"{self._arena.capacity_bytes} bytes in all; give the node more memory"
             )
-        self._make_room(self._arena.footprint_bytes(size_bytes))
-        return self._arena.allocate(size_bytes)
-
-    def _make_room(self, needed_bytes: int) -> None:
-        """Evicts until `needed_bytes` are free, or raises ArenaFullError and evicts nothing."""
-        missing_bytes = needed_bytes - (self._arena.capacity_bytes - self._arena.used_bytes)
-        if missing_bytes <= 0:
-            return
-        self._leases.expire()
-        victims: list[Entry] = []
-        for key in self._eviction.victims():
-            entry = self._index.get(key)
-            if entry is None or entry.readers or self._leases.holds(key):
-                continue
-            victims.append(entry)
-            missing_bytes -= self._arena.footprint_bytes(entry.extent.size_bytes)
-            if missing_bytes <= 0:
-                break
-        else:
-            raise ArenaFullError(
-                f"{self.node_id} has no room for {needed_bytes} bytes: all that is stored in its "
-                f"{self._arena.capacity_bytes} bytes is leased, being read or being written; retry later or "
-                "give the node more memory"
+        if durable and self._store is None:
+            raise NotDurableError(
+                f"chunk {chunk_id.short} cannot be kept durably: {self.node_id} has no disk; start it with --disk"
             )
-        for entry in victims:
-            self._remove(entry)
-        self._counters.evictions += len(victims)
 
-    def _remove(self, entry: Entry) -> None:
-        self._index.remove(entry.key)
-        self._eviction.remove(entry.key)
-        entry.visible = False
-        self._leaving.add(entry)
-        self._release(entry)
+    def _alive(self, slot: int | None, now_s: float) -> int | None:
+        """None for a chunk whose time is over, too."""
+        if slot is not None and 0 < self._index.expires_at_s(slot) <= now_s:
+            return None
+        return slot
 
-    def _release(self, entry: Entry) -> None:
-        """Gives the memory back once the entry is neither visible nor read."""
-        if not entry.visible and not entry.readers:
-            self._leaving.remove(entry)
-            self._arena.free(entry.extent)
+    def _with_header(self, answer: LookupAnswer, slot: int) -> LookupAnswer:
+        """Reads the header of a held slot from the disk; the chunk is missing when the disk has lost it."""
+        try:
+            return answer._replace(header=self._tiers.header(slot))
+        except ChunkNotFoundError:
+            return LookupAnswer(None, 0, b"", answer.other_contexts)
+        finally:
+            with self._lock:
+                self._tiers.release(slot)
 
-    def _accept(self, put: PendingPut, entry: Entry) -> bool:
-        """Makes a verified chunk visible; False when another put of the same chunk was first."""
+    def _variant(self, slot: int) -> StoredVariant:
+        index = self._index
+        expires_at_s = index.expires_at_s(slot)
+        return StoredVariant(
+            index.chunk_id(slot),
+            index.encoding(slot),
+            index.size_bytes[slot],
+            index.calibration(slot),
+            in_memory=index.extent[slot] is not None,
+            on_disk=index.location[slot] != NOWHERE,
+            pinned=slot in self._tiers.pinned,
+            ttl_left_s=max(1, round(expires_at_s - self._clock())) if expires_at_s else 0,
+            tenant=index.tenant(slot),
+            cost=index.cost(slot),
+        )
+
+    def _make_durable(self, slot: int) -> None:
+        """A stored, held chunk shall survive a power loss. Raises NotDurableError."""
+        try:
+            self._tiers.make_durable(slot)
+        except DiskError as error:
+            raise NotDurableError(str(error)) from error
+
+    def _accept(self, put: PendingPut, meta: RecordMeta) -> bool:
+        """Makes a verified chunk visible, on disk first if it shall survive; False when another put of the same chunk
+        was first."""
+        asked = self._asked(put.options)
+        if put.options.ttl_s > 0:
+            meta = replace(meta, expires_at_s=self._clock() + put.options.ttl_s)
+        location = NOWHERE
+        write_back = self._store is not None
+        if self._store is not None and asked is not Durability.MEMORY:
+            try:
+                location = self._tiers.write(meta, put.extent, sync=asked is Durability.DURABLE)
+            except DiskError as error:
+                if asked is Durability.DURABLE:
+                    self._drop(put, rejected=True)
+                    raise NotDurableError(str(error)) from error
+                write_back = False
         with self._lock:
             self._pending.remove(put)
             self._counters.bytes_in += put.written_bytes
-            stored = self._index.get(entry.key)
+            self._counters.disk_refused += location == NOWHERE and not write_back and self._store is not None
+            stored = self._index.find(meta.chunk_id, meta.encoding)
+            if stored is not None and not self._replaces(meta, stored):
+                self._arena.free(put.extent)
+                if location != NOWHERE:
+                    self._tiers.written(stored, location)
+                return False
             if stored is not None:
-                if stored.header.calibration == entry.header.calibration:
-                    self._arena.free(entry.extent)
-                    return False
-                self._remove(stored)
-            self._index.add(entry)
-            self._eviction.add(entry.key)
+                self._tiers.remove(stored)
+            self._tiers.insert(meta, extent=put.extent, location=location, write_back=write_back)
             self._counters.puts += 1
             return True
+
+    def _replaces(self, meta: RecordMeta, stored: int) -> bool:
+        return (
+            self._index.calibration(stored) != meta.calibration or self._alive(stored, self._clock()) is None
+        )
 
     def _drop(self, put: PendingPut, *, rejected: bool) -> None:
         """Takes back what a put had reserved."""

@@ -1,16 +1,29 @@
 """A chunk on its way in: start, write, then commit or revoke."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kvstore_cluster.arena import Arena, Extent
-from kvstore_cluster.index import Entry, VariantKey
-from kvstore_codec.chunk import verify_chunk
+from kvstore_cluster.disk import RecordMeta
+from kvstore_cluster.durability import Durability
+from kvstore_codec.chunk import ChunkHeader, verify_chunk
 from kvstore_codec.errors import ForeignChunkError, KVStoreError, PutStateError
 from kvstore_codec.identity import ChunkId
 
 
+@dataclass(frozen=True, slots=True)
+class PutOptions:
+    """What a client may say of a chunk besides its bytes. `ttl_s` 0: stays; `cost` 0: its tokens count."""
+
+    durability: Durability = Durability.DEFAULT
+    ttl_s: float = 0.0
+    tenant: str = ""
+    cost: float = 0.0
+
+
 class Accept(Protocol):
-    def __call__(self, put: "PendingPut", entry: Entry) -> bool: ...
+    def __call__(self, put: "PendingPut", meta: RecordMeta) -> bool: ...
 
 
 class Drop(Protocol):
@@ -22,10 +35,19 @@ class PendingPut:
     `StorageNode.begin_put`. It ends exactly once, through `accept` or `drop`."""
 
     def __init__(
-        self, arena: Arena, extent: Extent, chunk_id: ChunkId, encoding: str, *, accept: Accept, drop: Drop
+        self,
+        arena: Arena,
+        extent: Extent,
+        chunk_id: ChunkId,
+        encoding: str,
+        options: PutOptions,
+        *,
+        accept: Accept,
+        drop: Drop,
     ) -> None:
         self._arena = arena
         self.extent = extent
+        self.options = options
         self._chunk_id = chunk_id
         self._encoding = encoding
         self._accept = accept
@@ -46,27 +68,41 @@ class PendingPut:
             source = source[len(view) :]
         self.written_bytes += len(data)
 
-    def commit(self) -> bool:
-        """Verifies the whole chunk and makes it visible; False when the same chunk was stored meanwhile.
+    def views(self) -> Iterator[memoryview]:
+        """Writable views of all that is still to come, in order, for who receives straight into them and says so with
+        `advance`. Raises PutStateError after the end."""
+        self._require_open()
+        missing_bytes = self.extent.size_bytes - self.written_bytes
+        return self._arena.views(self.extent, self.written_bytes, missing_bytes)
 
-        Raises ChunkFormatError when the bytes are not a sound chunk, or not the one announced, and
-        PutStateError when some are missing; then nothing is stored. Either way the put has ended.
+    def advance(self, size_bytes: int) -> None:
+        """The next `size_bytes` of `views` were filled."""
+        if not 0 <= size_bytes <= self.extent.size_bytes - self.written_bytes:
+            raise PutStateError(f"chunk {self._chunk_id.short} has no {size_bytes} bytes left to come")
+        self.written_bytes += size_bytes
+
+    def commit(self) -> bool:
+        """Verifies the whole chunk and makes it visible; False when the same chunk was stored meanwhile. Returns once
+        it survives what its durability says.
+
+        Raises ChunkFormatError when the bytes are not a sound chunk, or not the one announced, PutStateError when some
+        are missing, and NotDurableError; then nothing is stored. Either way the put has ended.
         """
         self._require_open()
         try:
-            entry = self._verified()
+            meta = self._verified()
         except KVStoreError:
             self._end(rejected=True)
             raise
         self._open = False
-        return self._accept(self, entry)
+        return self._accept(self, meta)
 
     def revoke(self) -> None:
         """Takes the put back. Does nothing when it has ended."""
         if self._open:
             self._end(rejected=False)
 
-    def _verified(self) -> Entry:
+    def _verified(self) -> RecordMeta:
         if self.written_bytes != self.extent.size_bytes:
             raise PutStateError(
                 f"chunk {self._chunk_id.short} was announced with {self.extent.size_bytes} bytes, "
@@ -79,8 +115,8 @@ class PendingPut:
                 f"the bytes announced as chunk {self._chunk_id.short} in {self._encoding} are chunk "
                 f"{header.chunk_id.short} in {header.encoding.name}"
             )
-        header_bytes = b"".join(self._arena.views(self.extent, 0, header.header_bytes))
-        return Entry(VariantKey.of(self._chunk_id, self._encoding), header, header_bytes, self.extent)
+        meta = meta_of(header)
+        return replace(meta, tenant=self.options.tenant, cost=self.options.cost or meta.cost)
 
     def _end(self, *, rejected: bool) -> None:
         self._open = False
@@ -89,3 +125,15 @@ class PendingPut:
     def _require_open(self) -> None:
         if not self._open:
             raise PutStateError(f"the put of chunk {self._chunk_id.short} has ended already")
+
+
+def meta_of(header: ChunkHeader) -> RecordMeta:
+    """What a chunk's own header says of it."""
+    return RecordMeta(
+        header.chunk_id,
+        header.encoding.name,
+        header.size_bytes,
+        header.header_bytes,
+        calibration=header.calibration,
+        cost=float(header.geometry.tokens),
+    )

@@ -1,11 +1,13 @@
 """What a storage node counts about itself."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass(slots=True)
 class NodeCounters:
-    """Only ever grow. `hits` and `misses` count chunks, `lookups` calls, `reads` frame ranges."""
+    """Only ever grow. `hits` and `misses` count chunks, `lookups` calls, `reads` frame ranges; `evictions` are chunks
+    that left the node for room, `demotions` those that left memory alone, `disk_refused` puts that the disk did not
+    take, `damaged` copies that the disk lost."""
 
     lookups: int = 0
     hits: int = 0
@@ -17,6 +19,11 @@ class NodeCounters:
     bytes_out: int = 0
     evictions: int = 0
     deletes: int = 0
+    expired: int = 0
+    promotions: int = 0
+    demotions: int = 0
+    disk_refused: int = 0
+    damaged: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -24,7 +31,8 @@ class NodeCounters:
 
 @dataclass(frozen=True, slots=True)
 class NodeStats:
-    """`chunks` counts stored variants; `bytes_used` are arena bytes taken, whole blocks."""
+    """`chunks` counts stored variants; `bytes_used` are arena bytes taken, whole blocks. `gauges` are figures of now;
+    `disk_error` says why the disk is not used, if it should be."""
 
     node_id: str
     chunks: int
@@ -32,3 +40,5 @@ class NodeStats:
     bytes_limit: int
     leases: int
     counters: dict[str, int]
+    gauges: dict[str, int] = field(default_factory=dict)
+    disk_error: str = ""

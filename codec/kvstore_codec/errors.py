@@ -2,6 +2,7 @@
 
 KVStoreError
 ├── ConfigurationError            a setting is wrong; says which and what would be right
+│   └── FolderInUseError          a data folder that another process has
 ├── CodecError
 │   ├── UnsupportedModelError     the model's KV cannot be described or reused; says why
 │   ├── InvalidKVError            tensors whose shape, dtype or values do not fit the ModelSpec
@@ -51,6 +52,9 @@ class KVStoreError(Exception):
 
 
 class ConfigurationError(KVStoreError): ...
+
+
+class FolderInUseError(ConfigurationError): ...
 
 
 class CodecError(KVStoreError): ...

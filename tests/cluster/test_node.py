@@ -291,6 +291,6 @@ def test_what_is_not_there_cannot_be_read(node: StorageNode) -> None:
         pass
     put(node, chunk)
     frames = chunk.header.geometry.frame_count
-    for first, count in [(-1, 1), (0, 0), (0, frames + 1), (frames, 1), (0, 1 << 40)]:
+    for first, count in [(-1, 1), (1, 0), (0, frames + 1), (frames, 1), (0, 1 << 40)]:
         with pytest.raises(FrameRangeError, match="which has"):
             read(node, chunk, first, count)

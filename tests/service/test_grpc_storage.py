@@ -210,7 +210,7 @@ def test_a_client_that_goes_away_in_a_read_frees_what_it_held(large_storage: Ser
 def test_ranges_that_cannot_be_read_do_not_stop_the_others(storage: ServedNode) -> None:
     chunk, missing = sample_chunk(content=1), sample_chunk(content=2)
     statuses(storage, steps(chunk))
-    ranges = [(1, 0, 1), (0, 0, 99), (0, 0, 0), (0, 1 << 31, 1 << 31), (0, 7, 1)]
+    ranges = [(1, 0, 1), (0, 0, 99), (0, 1, 0), (0, 1 << 31, 1 << 31), (0, 7, 1)]
     assert read(storage, [chunk, missing], ranges) == {
         0: b"READ_STATUS_NOT_FOUND",
         1: b"READ_STATUS_INVALID_RANGE",
@@ -250,6 +250,88 @@ def test_delete_and_stats(storage: ServedNode) -> None:
     assert storage.stub.Stats(pb.StatsRequest()).bytes_used == 0
 
 
+def test_a_whole_chunk_is_read_with_its_header(storage: ServedNode) -> None:
+    chunk = sample_chunk()
+    statuses(storage, steps(chunk))
+    assert read(storage, [chunk], [(0, 0, 0)], piece_bytes=777) == {0: chunk.data}
+
+
+def test_what_a_put_says_of_its_chunk_is_listed(storage: ServedNode) -> None:
+    chunk, other = sample_chunk(), sample_chunk(content=1)
+    first = start(chunk)
+    first.start.tenant, first.start.ttl_s, first.start.cost = "acme", 100, 12.5
+    assert statuses(storage, [first, *data(chunk), END, *steps(other)]) == [pb.PUT_STATUS_STORED] * 2
+    storage.node.set_pins({other.chunk_id})
+    by_tenant = {variant.tenant: variant for variant in storage.stub.List(pb.ListRequest()).variants}
+    listed = by_tenant["acme"]
+    assert (listed.chunk, listed.encoding, listed.size_bytes) == (ref(chunk), "exact-zstd", len(chunk.data))
+    assert (listed.cost, listed.in_memory, listed.on_disk, listed.pinned) == (12.5, True, False, False)
+    assert 90 < listed.ttl_left_s <= 100
+    assert (by_tenant[""].pinned, by_tenant[""].ttl_left_s) == (True, 0)
+    (alone,) = storage.stub.List(pb.ListRequest(tenant="acme")).variants
+    assert alone == listed
+    page = storage.stub.List(pb.ListRequest(limit=1))
+    assert len(page.variants) == 1
+    assert len(storage.stub.List(pb.ListRequest(cursor=page.next_cursor)).variants) == 1
+    prefix = chunk.chunk_id.content_id[:4]
+    assert storage.stub.List(pb.ListRequest(content_prefix=prefix)).variants == [listed]
+
+
+def test_durable_without_a_disk_and_above_a_quota_are_answered_by_name(storage: ServedNode) -> None:
+    chunk = sample_chunk()
+    durable = start(chunk)
+    durable.start.durability = pb.DURABILITY_DURABLE
+    assert statuses(storage, [durable, END]) == [pb.PUT_STATUS_NOT_DURABLE]
+    storage.node.set_quotas({"acme": 100})
+    costly = start(chunk)
+    costly.start.tenant = "acme"
+    assert statuses(storage, [costly, END]) == [pb.PUT_STATUS_OVER_QUOTA]
+    for spoil in ({"durability": 17}, {"cost": -1.0}, {"cost": float("nan")}):
+        odd = start(chunk)
+        for name, value in spoil.items():
+            setattr(odd.start, name, value)
+        assert statuses(storage, [odd, END]) == [pb.PUT_STATUS_INVALID]
+
+
+def test_one_gigabyte_is_no_chunk(storage: ServedNode) -> None:
+    (reply,) = storage.stub.Put(iter([start(sample_chunk(), 1 << 30), END]))
+    assert reply.status == pb.PUT_STATUS_TOO_LARGE
+    assert "at most 1073741823" in reply.message
+
+
+def test_a_peek_is_no_use(storage: ServedNode) -> None:
+    chunk = sample_chunk()
+    statuses(storage, steps(chunk))
+    reply = storage.stub.Lookup(pb.LookupRequest(chunks=[ref(chunk)], encodings=["exact-zstd"], peek=True))
+    assert reply.answers[0].size_bytes == len(chunk.data)
+    assert storage.stub.Stats(pb.StatsRequest()).counters["lookups"] == 0
+
+
+def test_reports_of_attention_are_taken(storage: ServedNode) -> None:
+    chunk = sample_chunk()
+    statuses(storage, steps(chunk))
+    unknown = ref(sample_chunk(content=5))
+    storage.stub.Report(pb.ReportRequest(chunks=[ref(chunk), unknown], scores=[0.5, 1.0]))
+
+
+def test_verify_finds_damage_in_memory_and_removes_it(storage: ServedNode) -> None:
+    chunks = [sample_chunk(content=number) for number in range(5)]
+    statuses(storage, steps(*chunks))
+    assert [(reply.checked, reply.done) for reply in storage.stub.Verify(pb.VerifyRequest())][-1] == (5, True)
+    pending = storage.node.begin_put(sample_chunk(content=9).chunk_id, "exact-zstd", 1000)
+    assert pending is not None
+    views = pending.views()
+    pending.revoke()
+    # The memory of another chunk, written where nothing may be written any more.
+    statuses(storage, steps(sample_chunk(content=9)))
+    next(views)[900] ^= 1
+    replies = list(storage.stub.Verify(pb.VerifyRequest()))
+    (damaged,) = [damage for reply in replies for damage in reply.damaged]
+    assert damaged.variant.chunk == ref(sample_chunk(content=9))
+    assert "damaged" in damaged.reason
+    assert storage.stub.Stats(pb.StatsRequest()).chunks == 5
+
+
 SHORT_ID = pb.ChunkRef(content_id=b"short", prefix_id=bytes(32))
 MANY = [pb.ChunkRef(content_id=bytes(32), prefix_id=bytes(32))] * 65_537
 
@@ -262,6 +344,8 @@ MANY = [pb.ChunkRef(content_id=bytes(32), prefix_id=bytes(32))] * 65_537
         lambda stub: stub.Lookup(pb.LookupRequest(encodings=["exact-zstd"] * 65)),
         lambda stub: stub.Delete(pb.DeleteRequest(chunks=[SHORT_ID])),
         lambda stub: stub.Delete(pb.DeleteRequest(chunks=MANY)),
+        lambda stub: stub.Report(pb.ReportRequest(chunks=MANY[:2], scores=[0.5])),
+        lambda stub: stub.Report(pb.ReportRequest(chunks=MANY[:1], scores=[float("nan")])),
         lambda stub: stub.RenewLease(pb.RenewLeaseRequest(lease_id=b"")),
         lambda stub: stub.ReleaseLease(pb.ReleaseLeaseRequest(lease_id=bytes(17))),
         lambda stub: list(stub.Read(pb.ReadRequest(chunks=[SHORT_ID], encodings=["exact-zstd"]))),

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from kvstore_cluster.disk.file import disk_error
 from kvstore_cluster.durable import sync_folder
-from kvstore_codec.errors import ConfigurationError
+from kvstore_codec.errors import FolderInUseError
 
 _LOCK_NAME = "store.lock"
 _NAME = re.compile(r"segment-(\d{8,})\.(kvs|index)")
 
 
 class StoreFolder:
-    """Made when missing; belongs to one process until it is closed. Raises ConfigurationError when it is taken, and
+    """Made when missing; belongs to one process until it is closed. Raises FolderInUseError when it is taken, and
     DiskError when it cannot be written."""
 
     def __init__(self, path: Path, *, direct: bool) -> None:
@@ -28,7 +28,7 @@ class StoreFolder:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock_fd)
-            raise ConfigurationError(
+            raise FolderInUseError(
                 f"{path} is in use by another process; stop it or choose another data folder"
             ) from error
         self.direct = direct and self._offers_direct()

@@ -54,6 +54,7 @@ class SegmentLog:
         self.error: DiskError | None = None
         self._wake = wake
         self._turn = threading.Lock()
+        self._sealing = threading.Lock()  # taken by upkeep and by compaction, which must not drop a half-written index
         self._written = threading.Condition(self.lock)
         self._active: Segment | None = None
         self._next_number = 1
@@ -79,6 +80,12 @@ class SegmentLog:
                 self.bury(location)
                 raise
         return location
+
+    @property
+    def newest_sequence(self) -> int:
+        """Of all records so far."""
+        with self.lock:
+            return self._next_sequence - 1
 
     def append_tombstone(self, deleted: RecordHeader) -> None:
         """Deletes a record, which is buried already, and the older ones of its chunk and encoding for good. Raises
@@ -157,12 +164,15 @@ class SegmentLog:
         with self._written:
             self._written.wait_for(lambda: not segment.writing)
         self.sync(segment)
-        with self.lock:
-            segment.sealed = True
-        self.write_index(segment)
-        with self.lock:
-            self.used_blocks += blocks_of(segment.index_bytes)
-            segment.index = None
+        with self._sealing:
+            if segment.sealed:
+                return
+            with self.lock:
+                segment.sealed = True
+            self.write_index(segment)
+            with self.lock:
+                self.used_blocks += blocks_of(segment.index_bytes)
+                segment.index = None
 
     def write_index(self, segment: Segment) -> None:
         """Tries to write the segment's index to a file; it stays in memory where that fails."""

@@ -8,7 +8,7 @@ from kvstore_cluster.disk.file import SegmentFile, disk_error
 from kvstore_cluster.disk.folder import StoreFolder
 from kvstore_cluster.disk.location import MAX_SEGMENT_BLOCKS, Location, block_of
 from kvstore_cluster.disk.log import OpenFile, SegmentLog
-from kvstore_cluster.disk.record import BLOCK_BYTES, RecordHeader, RecordMeta, decode, is_header
+from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, RecordMeta, decode, is_header
 from kvstore_cluster.disk.recovery import Recovery, recover
 from kvstore_cluster.disk.upkeep import Upkeep
 from kvstore_codec.errors import (
@@ -143,6 +143,22 @@ class SegmentStore:
         self._log.bury(location)
         if header is not None:
             self._log.append_tombstone(header)
+
+    def forget(self, meta: RecordMeta) -> None:
+        """No record of this id and encoding comes back after a restart, of those that are dead by now. Raises
+        DiskError."""
+        self._require_open()
+        self._log.append_tombstone(RecordHeader(Kind.PUT, self._log.newest_sequence, meta))
+
+    def sync(self) -> None:
+        """Returns once everything that was appended would survive a power loss. Raises DiskError."""
+        self._require_open()
+        self._log.sync_all()
+
+    def meta(self, location: Location) -> RecordMeta | None:
+        """What the record at `location` says; None when there is no live one. Raises DiskError."""
+        header = self._header(location)
+        return header.meta if header is not None else None
 
     def compact(self, relocate: Relocate) -> bool:
         """Frees the space of dead chunks in one segment, if that is worth while; True when there may be more to do.

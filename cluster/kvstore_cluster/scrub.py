@@ -1,0 +1,42 @@
+"""Reading everything back and checking every checksum."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvstore_cluster.node import StorageNode
+from kvstore_cluster.stored import StoredVariant
+
+_PAGE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    variant: StoredVariant
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScrubProgress:
+    """`checked` variants of `bytes_checked` so far; `damaged` since the last progress."""
+
+    checked: int
+    bytes_checked: int
+    damaged: tuple[Damage, ...]
+
+
+def scrub(node: StorageNode) -> Iterator[ScrubProgress]:
+    """Checks every stored variant, in each tier that it is in, page by page. A damaged copy is dropped, the chunk with
+    it when that was the last. What is evicted meanwhile is passed over."""
+    cursor = checked = bytes_checked = 0
+    while True:
+        variants, cursor = node.list(cursor, _PAGE)
+        damaged = []
+        for variant in variants:
+            reason = node.verify(variant.chunk_id, variant.encoding)
+            checked += 1
+            bytes_checked += variant.size_bytes
+            if reason is not None:
+                damaged.append(Damage(variant, reason))
+        yield ScrubProgress(checked, bytes_checked, tuple(damaged))
+        if not cursor:
+            return

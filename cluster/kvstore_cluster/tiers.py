@@ -1,0 +1,516 @@
+"""Where a node's chunks lie: memory above, disk below, and how they move between the two.
+
+A chunk is in memory, on disk, or in both. Puts arrive in memory and are written through to the disk, or back to it
+later; memory that is needed is taken from chunks that are on disk too (they are *demoted*), what is read from the disk
+is *promoted*, and what is in neither tier any more was *evicted*.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Set
+from typing import NoReturn
+
+from cachetools import LRUCache
+
+from kvstore_cluster.arena import Arena, Extent
+from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
+from kvstore_cluster.eviction import EvictionPolicy
+from kvstore_cluster.index import NOWHERE, ChunkIndex
+from kvstore_cluster.leases import LeaseTable
+from kvstore_cluster.quotas import Quotas
+from kvstore_cluster.stats import NodeCounters
+from kvstore_codec.chunk import verify_chunk
+from kvstore_codec.errors import (
+    ArenaFullError,
+    ChunkFormatError,
+    ChunkNotFoundError,
+    DiskError,
+    DiskFullError,
+    ForeignChunkError,
+    OverQuotaError,
+    StorageError,
+)
+from kvstore_codec.identity import ChunkId
+
+log = logging.getLogger(__name__)
+
+# The keeper begins to demote above the high watermark and stops at the low one, so that puts find free memory.
+HIGH_WATERMARK, LOW_WATERMARK = 0.95, 0.90
+# A range of at least this part of a chunk brings the whole chunk into memory, a smaller one is read alone.
+PROMOTE_FROM = 0.5
+# Headers of chunks that are on disk only: what lookups answer with.
+HEADER_CACHE_BYTES = 32 << 20
+FLUSH_PATIENCE_S = 2.0
+
+
+class _LostChunkError(ChunkNotFoundError):
+    """It has gone because its copy on the disk is damaged."""
+
+
+class Tiers:
+    """The books are changed under `lock` only; bytes are written and read outside it, in chunks that are held."""
+
+    def __init__(
+        self,
+        node_id: str,
+        arena: Arena,
+        store: SegmentStore | None,
+        policy: Callable[[], EvictionPolicy],
+        leases: LeaseTable[int],
+        counters: NodeCounters,
+    ) -> None:
+        self.node_id = node_id
+        self.arena = arena
+        self._store = store
+        self.leases = leases
+        self.counters = counters
+        self.index = ChunkIndex()
+        self.quotas = Quotas(self.index)
+        self.in_memory, self.on_disk = policy(), policy()
+        self.pinned: set[int] = set()
+        self.dirty: dict[int, None] = {}
+        """Slots that are in memory and still have to be written to the disk, oldest first."""
+        self.lock = threading.Condition()
+        self._pins: Set[ChunkId] = frozenset()
+        self._readers: Counter[int] = Counter()
+        self._promoting: set[int] = set()
+        self._headers: LRUCache[int, bytes] = LRUCache(HEADER_CACHE_BYTES, len)
+
+    # Books: the caller has the lock.
+
+    def insert(self, meta: RecordMeta, *, extent: Extent | None, location: Location, write_back: bool) -> int:
+        slot = self.index.add(meta, extent=extent, location=location)
+        if extent is not None:
+            self._enter(self.in_memory, slot)
+        if location != NOWHERE:
+            self._enter(self.on_disk, slot)
+        elif write_back:
+            self.dirty[slot] = None
+            self.lock.notify_all()
+        if meta.chunk_id in self._pins:
+            self.pinned.add(slot)
+        self.quotas.add(slot)
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """The chunk is no longer found, although it may come back from the disk after a restart. Its memory is given
+        back when the last reader has gone."""
+        if self.index.extent[slot] is not None:
+            self.in_memory.remove(slot, evicted=False)
+        if self.index.location[slot] != NOWHERE:
+            self._leave_disk(slot, evicted=False)
+        self._unlist(slot)
+
+    def touch(self, slot: int) -> None:
+        if self.index.extent[slot] is not None:
+            self.in_memory.touch(slot)
+        if self.index.location[slot] != NOWHERE:
+            self.on_disk.touch(slot)
+        if self.quotas.limited:
+            self.quotas.touch(slot)
+
+    def report(self, slot: int, score: float) -> None:
+        if self.index.extent[slot] is not None:
+            self.in_memory.report(slot, score)
+        if self.index.location[slot] != NOWHERE:
+            self.on_disk.report(slot, score)
+
+    def hold(self, slot: int) -> None:
+        """The slot's bytes stay where they are until `release`."""
+        self._readers[slot] += 1
+
+    def release(self, slot: int) -> None:
+        self._readers[slot] -= 1
+        if not self._readers[slot]:
+            del self._readers[slot]
+            if not self.index.listed(slot):
+                self._free(slot)
+
+    def set_pins(self, pins: Set[ChunkId]) -> None:
+        self._pins = pins
+        self.pinned = {slot for chunk_id in pins for slot in self.index.variants(chunk_id)}
+
+    def reserve(self, size_bytes: int, *, patience_s: float = 0.0) -> Extent:
+        """Memory for a chunk, demoting or evicting what nobody uses. Raises ArenaFullError, and then nothing was
+        evicted; waits up to `patience_s` for chunks that are being written to the disk."""
+        needed_bytes = self.arena.footprint_bytes(size_bytes)
+        deadline_s = time.monotonic() + patience_s
+        while True:
+            missing_bytes = needed_bytes - (self.arena.capacity_bytes - self.arena.used_bytes)
+            if missing_bytes <= 0 or self._clear_memory(missing_bytes):
+                return self.arena.allocate(size_bytes)
+            patience_s = deadline_s - time.monotonic()
+            if not self.dirty or patience_s <= 0:
+                raise ArenaFullError(
+                    f"{self.node_id} has no room for {needed_bytes} bytes: all that is stored in its "
+                    f"{self.arena.capacity_bytes} bytes is leased, pinned, being read or being written; retry later "
+                    "or give the node more memory"
+                )
+            self.lock.wait(patience_s)
+
+    def respect_quota(self, tenant: str, size_bytes: int) -> None:
+        """Evicts what the tenant has used least lately until it may have `size_bytes` more. Raises OverQuotaError, and
+        then nothing was evicted."""
+        excess_bytes = self.quotas.excess_bytes(tenant, size_bytes)
+        if not excess_bytes:
+            return
+        self.leases.expire()
+        victims = []
+        for slot in self.quotas.slots(tenant):
+            if not self._protected(slot):
+                victims.append(slot)
+                excess_bytes -= self.index.size_bytes[slot]
+                if excess_bytes <= 0:
+                    break
+        else:
+            raise OverQuotaError(
+                f"tenant {tenant!r} may have {self.quotas.limit(tenant)} bytes on {self.node_id} and what it has there "
+                "is leased, pinned or being read; retry later or raise the quota with `kvstore quota`"
+            )
+        for slot in victims:
+            self.remove(slot)
+        self.counters.evictions += len(victims)
+
+    def header_in_memory(self, slot: int) -> bytes | None:
+        """None when it has to be read from the disk."""
+        extent = self.index.extent[slot]
+        if extent is None:
+            return self._headers.get(slot)
+        return self.arena.beginning(extent, self.index.header_bytes[slot])
+
+    # Bytes: the caller holds the slot and does not have the lock.
+
+    def header(self, slot: int) -> bytes:
+        """Raises ChunkNotFoundError when the chunk has gone meanwhile, or its disk has lost it."""
+        with self.lock:
+            header = self.header_in_memory(slot)
+        if header is None:
+            buffer = bytearray(self.index.header_bytes[slot])
+            self._read(slot, 0, [memoryview(buffer)])
+            header = bytes(buffer)
+            with self.lock:
+                if self.index.listed(slot) and len(header) <= HEADER_CACHE_BYTES:
+                    self._headers[slot] = header
+        return header
+
+    def views(self, slot: int, offset: int, length: int) -> Iterator[memoryview]:
+        """These bytes of a chunk: as they lie in memory, where a large range brings the whole chunk, else read from
+        the disk. Raises ChunkNotFoundError as `header` does."""
+        extent = self.index.extent[slot]
+        if extent is None and length >= PROMOTE_FROM * self.index.size_bytes[slot]:
+            extent = self._promote(slot)
+        if extent is not None:
+            return self.arena.views(extent, offset, length)
+        buffer = memoryview(bytearray(length))
+        self._read(slot, offset, [buffer])
+        return iter([buffer])
+
+    def verify(self, slot: int) -> str | None:
+        """Reads the chunk in each tier that it is in; why it is damaged, if it is. A damaged copy is dropped."""
+        extent = self.index.extent[slot]
+        if extent is not None:
+            try:
+                self._require_sound(slot, list(self.arena.views(extent)))
+            except ChunkFormatError as error:
+                with self.lock:
+                    if self.index.listed(slot):
+                        self.remove(slot)
+                        self.counters.damaged += 1
+                return f"in memory: {error}"
+        if self.index.location[slot] == NOWHERE:
+            return None
+        buffer = memoryview(bytearray(self.index.size_bytes[slot]))
+        try:
+            self._read(slot, 0, [buffer])
+            self._verify(slot, [buffer])
+        except _LostChunkError as error:
+            return str(error)
+        except ChunkNotFoundError:  # evicted or deleted meanwhile
+            return None
+        return None
+
+    def write(self, meta: RecordMeta, extent: Extent, *, sync: bool) -> Location:
+        """Appends a chunk to the disk, evicting from it what nobody uses. Raises DiskError."""
+        with self.lock:
+            self._clear_disk(meta.size_bytes)
+        views = list(self.arena.views(extent))
+        while True:
+            try:
+                return self._disk.append(meta, views, sync=sync)
+            except DiskFullError:
+                # What was evicted takes room until its segment is compacted.
+                if not self._disk.compact(self.relocate):
+                    raise
+
+    def make_durable(self, slot: int) -> None:
+        """The chunk shall survive a power loss. Raises DiskError."""
+        with self.lock:
+            meta, extent = self.index.meta(slot), self.index.extent[slot]
+            on_disk = self.index.location[slot] != NOWHERE
+        if on_disk or extent is None:
+            self._disk.sync()
+            return
+        location = self.write(meta, extent, sync=True)
+        with self.lock:
+            self.written(slot, location)
+
+    # Movement behind the clients' backs: called by the keeper, without the lock.
+
+    def flush(self) -> bool:
+        """Writes the oldest dirty chunk to the disk; False when there is none."""
+        with self.lock:
+            if not self.dirty:
+                return False
+            slot = next(iter(self.dirty))
+            self.hold(slot)
+            meta = self.index.meta(slot)
+        location = NOWHERE
+        try:
+            location = self.write(meta, self._extent(slot), sync=False)
+        except DiskError as error:
+            log.warning("%s keeps chunk %s in memory only: %s", self.node_id, meta.chunk_id.short, error)
+        with self.lock:
+            if location != NOWHERE:
+                self.written(slot, location)
+            else:
+                self.dirty.pop(slot, None)
+                self.counters.disk_refused += 1
+            self.release(slot)
+            self.lock.notify_all()
+        return True
+
+    def written(self, slot: int, location: Location) -> None:
+        """The chunk is on disk too now; the caller has the lock. Another copy there, or none in the index any more,
+        makes this one garbage."""
+        self.dirty.pop(slot, None)
+        if self.index.listed(slot) and self.index.location[slot] == NOWHERE:
+            self.index.location[slot] = location
+            self._enter(self.on_disk, slot)
+        else:
+            self._disk.delete(location)
+
+    def demote(self) -> None:
+        """Frees memory down to the low watermark when it is above the high one, as far as chunks are on disk too."""
+        with self.lock:
+            capacity_bytes = self.arena.capacity_bytes
+            if self._store is None or self.arena.used_bytes < HIGH_WATERMARK * capacity_bytes:
+                return
+            excess_bytes = self.arena.used_bytes - LOW_WATERMARK * capacity_bytes
+            for slot in list(
+                self._victims(self.in_memory, excess_bytes, self._footprint, self._on_disk_unread)
+            ):
+                self._leave_memory(slot)
+
+    def expire(self, now_s: float) -> None:
+        """Removes chunks whose time is over, unless somebody reads them or has them leased."""
+        with self.lock:
+            self.leases.expire()
+            for slot in self.index.expired(now_s):
+                if not (self._readers[slot] or self.leases.holds(slot)):
+                    self.remove(slot)
+                    self.counters.expired += 1
+
+    def relocate(self, old: Location, new: Location) -> bool:
+        """A record moved to another segment; False when nobody needs it any more."""
+        meta = self._disk.meta(old)
+        if meta is None:
+            return False
+        with self.lock:
+            slot = self.index.find(meta.chunk_id, meta.encoding)
+            if slot is None or self.index.location[slot] != old:
+                return False
+            self.index.location[slot] = new
+            return True
+
+    # What only this class does.
+
+    @property
+    def _disk(self) -> SegmentStore:
+        """Used only where a chunk is, or may be, on disk."""
+        if self._store is None:
+            raise StorageError(f"{self.node_id} has no disk")
+        return self._store
+
+    def _extent(self, slot: int) -> Extent:
+        """Of a chunk that is in memory."""
+        extent = self.index.extent[slot]
+        if extent is None:
+            raise StorageError(f"{self.node_id} does not have the chunk in slot {slot} in memory")
+        return extent
+
+    def _enter(self, policy: EvictionPolicy, slot: int) -> None:
+        index = self.index
+        policy.add(
+            slot, identity=index.identity(slot), size_bytes=index.size_bytes[slot], cost=index.cost(slot)
+        )
+
+    def _unlist(self, slot: int) -> None:
+        self.quotas.remove(slot)
+        self.index.unlist(slot)
+        self.pinned.discard(slot)
+        self.dirty.pop(slot, None)
+        self._headers.pop(slot, None)
+        if not self._readers[slot]:
+            self._free(slot)
+
+    def _free(self, slot: int) -> None:
+        del self._readers[slot]
+        extent = self.index.extent[slot]
+        if extent is not None:
+            self.arena.free(extent)
+        self.index.free(slot)
+
+    def _leave_memory(self, slot: int) -> None:
+        """The policy proposed it."""
+        self.in_memory.remove(slot, evicted=True)
+        if self.index.location[slot] == NOWHERE:
+            self._unlist(slot)
+            self.counters.evictions += 1
+        else:
+            self.arena.free(self._extent(slot))
+            self.index.extent[slot] = None
+            self.counters.demotions += 1
+
+    def _leave_disk(self, slot: int, *, evicted: bool) -> None:
+        self.on_disk.remove(slot, evicted=evicted)
+        self._disk.delete(Location(self.index.location[slot]))
+        self.index.location[slot] = NOWHERE
+
+    def _clear_memory(self, missing_bytes: int) -> bool:
+        """False when that much cannot be freed; then nothing was."""
+        self.leases.expire()
+        victims = self._victims(self.in_memory, missing_bytes, self._footprint, self._may_leave_memory)
+        if sum(map(self._footprint, victims)) < missing_bytes:
+            return False
+        for slot in victims:
+            self._leave_memory(slot)
+        return True
+
+    def _clear_disk(self, size_bytes: int) -> None:
+        """Raises DiskFullError when what is on disk is all protected; then nothing was evicted."""
+        excess_bytes = self._disk.live_bytes + size_bytes - self._disk.capacity_bytes
+        if excess_bytes <= 0:
+            return
+        self.leases.expire()
+        sizes = self.index.size_bytes
+        victims = self._victims(
+            self.on_disk, excess_bytes, sizes.__getitem__, lambda slot: not self._protected(slot)
+        )
+        if sum(sizes[slot] for slot in victims) < excess_bytes:
+            raise DiskFullError(
+                f"the disk of {self.node_id} has no room for {size_bytes} bytes: all that is stored in its "
+                f"{self._disk.capacity_bytes} bytes is leased, pinned or being read; give the node more disk"
+            )
+        for slot in victims:
+            self._leave_disk(slot, evicted=True)
+            if self.index.extent[slot] is None:
+                self._unlist(slot)
+                self.counters.evictions += 1
+
+    def _victims(
+        self,
+        policy: EvictionPolicy,
+        missing_bytes: float,
+        size_of: Callable[[int], int],
+        may_go: Callable[[int], bool],
+    ) -> list[int]:
+        """The first that may go and together make `missing_bytes`, or all there are. Pinned chunks that were in the
+        way count as used, so that they are not passed every time."""
+        victims: list[int] = []
+        passed: list[int] = []
+        for slot in policy.victims():
+            if may_go(slot):
+                victims.append(slot)
+                missing_bytes -= size_of(slot)
+                if missing_bytes <= 0:
+                    break
+            elif slot in self.pinned:
+                passed.append(slot)
+        for slot in passed:
+            policy.touch(slot)
+        return victims
+
+    def _footprint(self, slot: int) -> int:
+        return self.arena.footprint_bytes(self.index.size_bytes[slot])
+
+    def _may_leave_memory(self, slot: int) -> bool:
+        if self.index.location[slot] != NOWHERE:
+            return self._on_disk_unread(slot)
+        return slot not in self.dirty and not self._protected(slot)
+
+    def _on_disk_unread(self, slot: int) -> bool:
+        return self.index.location[slot] != NOWHERE and slot not in self._readers
+
+    def _protected(self, slot: int) -> bool:
+        return slot in self._readers or slot in self.pinned or self.leases.holds(slot)
+
+    def _promote(self, slot: int) -> Extent | None:
+        """Reads a chunk into memory; None where there is no room. Only one thread does it, the others wait."""
+        with self.lock:
+            self.lock.wait_for(lambda: slot not in self._promoting)
+            if (extent := self.index.extent[slot]) is not None:
+                return extent
+            try:
+                extent = self.reserve(self.index.size_bytes[slot])
+            except ArenaFullError:
+                return None
+            self._promoting.add(slot)
+        try:
+            self._read(slot, 0, list(self.arena.views(extent)))
+            self._verify(slot, list(self.arena.views(extent)))
+        except ChunkNotFoundError:
+            with self.lock:
+                self.arena.free(extent)
+            raise
+        else:
+            with self.lock:
+                self.index.extent[slot] = extent
+                self.counters.promotions += 1
+                if self.index.listed(slot):
+                    self._enter(self.in_memory, slot)
+            return extent
+        finally:
+            with self.lock:
+                self._promoting.discard(slot)
+                self.lock.notify_all()
+
+    def _read(self, slot: int, offset: int, views: list[memoryview]) -> None:
+        """Fills `views` from the disk. Compaction may move the record meanwhile."""
+        location = NOWHERE
+        while True:
+            with self.lock:
+                previous, location = location, Location(self.index.location[slot])
+            if location in (NOWHERE, previous):
+                raise ChunkNotFoundError(f"chunk {self.index.chunk_id(slot).short} has left {self.node_id}")
+            try:
+                return self._disk.read(location, offset, views)
+            except ChunkNotFoundError:
+                continue
+            except DiskError as error:
+                self._lose(slot, str(error))
+
+    def _verify(self, slot: int, views: list[memoryview]) -> None:
+        """What was read from the disk. Raises ChunkNotFoundError."""
+        try:
+            self._require_sound(slot, views)
+        except ChunkFormatError as error:
+            self._lose(slot, str(error))
+
+    def _require_sound(self, slot: int, views: list[memoryview]) -> None:
+        header = verify_chunk(views, self.index.size_bytes[slot])
+        if (header.chunk_id, header.encoding.name) != (self.index.chunk_id(slot), self.index.encoding(slot)):
+            raise ForeignChunkError("another chunk lies in its place")
+
+    def _lose(self, slot: int, reason: str) -> NoReturn:
+        """The disk does not give back what was written: nobody shall ask it again."""
+        short = self.index.chunk_id(slot).short
+        log.error("%s has lost chunk %s: %s", self.node_id, short, reason)
+        with self.lock:
+            if self.index.listed(slot) and self.index.location[slot] != NOWHERE:
+                self._leave_disk(slot, evicted=False)
+                if self.index.extent[slot] is None:
+                    self._unlist(slot)
+                self.counters.damaged += 1
+        raise _LostChunkError(f"chunk {short} was damaged on the disk of {self.node_id}: {reason}")
