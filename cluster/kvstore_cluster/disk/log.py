@@ -54,7 +54,9 @@ class SegmentLog:
         self.error: DiskError | None = None
         self._wake = wake
         self._turn = threading.Lock()
-        self._sealing = threading.Lock()  # taken by upkeep and by compaction, which must not drop a half-written index
+        self._sealing = (
+            threading.Lock()
+        )  # taken by upkeep and by compaction, which must not drop a half-written index
         self._written = threading.Condition(self.lock)
         self._active: Segment | None = None
         self._next_number = 1

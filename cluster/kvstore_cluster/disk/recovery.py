@@ -7,6 +7,7 @@ index written, so that it is read only once.
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -35,18 +36,19 @@ def recover(segments: SegmentLog) -> Recovery:
     dropped: list[str] = []
     found: dict[int, Segment] = {}
     census = Census()
-    try:
-        for number in segments.folder.numbers():
-            opened = _open_segment(segments, number, dropped)
-            if opened is None:
-                continue
-            segment, index = opened
-            found[number] = segment
-            for block, header in index:
-                if census.add(location_of(number, block), header) is Kind.TOMBSTONE:
-                    segment.horizon = max(segment.horizon, decode(header).horizon)
-    except OSError as error:
-        raise disk_error(error, f"recovering the disk tier in {segments.folder.path}") from error
+    with ExitStack() as files:
+        try:
+            for number in segments.folder.numbers():
+                opened = _open_segment(segments, number, files, dropped)
+                if opened is None:
+                    continue
+                found[number], index = opened
+                for block, header in index:
+                    if census.add(location_of(number, block), header) is Kind.TOMBSTONE:
+                        found[number].horizon = max(found[number].horizon, decode(header).horizon)
+        except OSError as error:
+            raise disk_error(error, f"recovering the disk tier in {segments.folder.path}") from error
+        files.pop_all()
     for number, records in groupby(census.states(), key=lambda record: segment_of(record[0])):
         found[number].adopt((block_of(location), blocks, state) for location, blocks, state in records)
     newest_sequence = census.newest_sequence
@@ -56,7 +58,7 @@ def recover(segments: SegmentLog) -> Recovery:
 
 
 def _open_segment(
-    segments: SegmentLog, number: int, dropped: list[str]
+    segments: SegmentLog, number: int, files: ExitStack, dropped: list[str]
 ) -> tuple[Segment, SegmentIndex] | None:
     """None when there is nothing in it that could be read."""
     folder, path = segments.folder, segments.folder.segment(number)
@@ -67,15 +69,16 @@ def _open_segment(
         return None
     if size_bytes % BLOCK_BYTES:  # direct I/O knows whole blocks only
         os.truncate(path, blocks_of(size_bytes) * BLOCK_BYTES)
-    file = segments.open_file(path, create=False, direct=folder.direct)
     block = aligned_buffer(BLOCK_BYTES)
-    file.read(0, [block])
+    with closing(segments.open_file(path, create=False, direct=folder.direct)) as file:
+        file.read(0, [block])
     seed = seed_of(block, number)
     if seed is None:
-        file.close()
         aside = folder.set_aside(number)
         dropped.append(f"{path.name}: its first block is damaged; all of it is now in {aside.name}")
         return None
+    file = segments.open_file(path, create=False, direct=folder.direct)
+    files.callback(file.close)
     segment = Segment(number, file, seed, blocks_of(size_bytes))
     segment.closed = segment.sealed = True
     segment.index = None
