@@ -1,10 +1,11 @@
-"""A whole cluster on this machine: local Ray, one coordinator, storage nodes, an embedded catalogue."""
+"""A whole cluster: one coordinator and storage nodes, on a Ray of their own on this machine or on a Ray cluster."""
 
 import importlib.util
 import logging
 import tempfile
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -12,16 +13,21 @@ from typing import Any, NoReturn, Self
 
 from kvstore_cluster.arena import require_memory
 from kvstore_cluster.catalogue import FileCatalogue
+from kvstore_cluster.durability import Durability
+from kvstore_cluster.eviction import DEFAULT_POLICY
+from kvstore_cluster.storage_options import DEFAULT_REPAIR_BANDWIDTH_BPS, StorageOptions
 from kvstore_codec.errors import ConfigurationError, ServiceError, StartupError
+from kvstore_service.bulk_server import server_tls
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.listen import Address, Reservation
 from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
+from kvstore_service.ray_cluster import existing_ray, on_node, ray_nodes
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MEMORY_BYTES = 1 << 30
 _START_TIMEOUT_S = 60.0
-_STOP_TIMEOUT_S = 3.0
+_STOP_TIMEOUT_S = 10.0
 _GRACE_S = 1.0
 _PID_TIMEOUT_S = 30.0
 # Ray brings a coordinator back within seconds, unless it gave up on it.
@@ -37,8 +43,12 @@ _COORDINATOR_NAME = "kvstore-coordinator"
 class EmbeddedCluster:
     """Context manager; `address` is the coordinator's host:port once started.
 
-    `memory_bytes` is the DRAM of each of the `nodes`; `data_dir` keeps the catalogue, a temporary folder when
-    None. Starting raises ConfigurationError, AddressInUseError and CatalogueError before Ray is touched, and
+    `memory_bytes` and `disk_bytes` are those of each of the `nodes`; `data_dir` keeps the catalogue, unless that is in
+    Redis at `redis_url`, and the nodes' disks: a temporary folder when None. `tls` are the files of the bulk ports'
+    certificate and key. With `ray_address` it runs on that Ray
+    cluster, a storage node on each of its nodes, and `data_dir` is a path on each of them.
+
+    Starting raises ConfigurationError, AddressInUseError and CatalogueError before Ray is touched, and
     StartupError for what goes wrong later.
     """
 
@@ -47,22 +57,49 @@ class EmbeddedCluster:
         *,
         nodes: int = 1,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        disk_bytes: int = 0,
         listen: str = "127.0.0.1:0",
         data_dir: Path | None = None,
+        durability: Durability = Durability.RELAXED,
+        policy: str = DEFAULT_POLICY,
+        replicas: int | None = None,
+        redis_url: str | None = None,
+        ray_address: str | None = None,
+        repair_bandwidth_bps: float = DEFAULT_REPAIR_BANDWIDTH_BPS,
+        tls: tuple[Path, Path] | None = None,
     ) -> None:
         if nodes < 1:
             raise ConfigurationError(f"a cluster has at least one storage node, not {nodes}")
-        require_memory(memory_bytes, nodes=nodes)
+        if disk_bytes and data_dir is None:
+            raise ConfigurationError("a disk needs a data folder: what is on it shall be found again")
+        if tls is not None:
+            server_tls(*tls)
+        require_memory(memory_bytes, nodes=1 if ray_address else nodes)
         self._nodes = nodes
-        self._memory_bytes = memory_bytes
+        self._options = StorageOptions(
+            memory_bytes,
+            disk_bytes,
+            durability=durability,
+            policy=policy,
+            repair_bandwidth_bps=repair_bandwidth_bps,
+        )
+        self._replicas = replicas
+        self._redis_url = redis_url
+        self._ray_address = ray_address
+        self._tls = tls
         self._listen = Address.parse(listen)
         self._data_dir = data_dir
         self._coordinator: Any = None  # Ray's actor handles know the actors' methods only at run time
         self._storage: dict[str, Any] = {}
         self._running = ExitStack()
-        self._ray: RayProcesses  # once started
+        self._ray: RayProcesses | None = None
         self._silent_since_s: float | None = None
         self.address = ""
+
+    @property
+    def size(self) -> int:
+        """How many storage nodes it has."""
+        return len(self._storage)
 
     def start(self) -> None:
         """Returns when every node has joined and clients may come."""
@@ -72,10 +109,14 @@ class EmbeddedCluster:
             started.callback(reservation.release)
             scratch = Path(started.enter_context(_scratch_folder()))
             data_dir = self._data_dir or scratch / "catalogue"
-            _check_catalogue(data_dir)
-            self._ray = started.enter_context(local_ray(scratch / "ray"))
+            if self._redis_url is None:
+                _check_catalogue(data_dir)
+            if self._ray_address is None:
+                self._ray = started.enter_context(local_ray(scratch / "ray"))
+            else:
+                started.enter_context(existing_ray(self._ray_address))
             started.callback(self._stop_actors)
-            self._start_actors(data_dir, reservation.address)
+            self._start_actors(data_dir.absolute(), reservation.address)
             self._running = started.pop_all()
 
     def stop(self) -> None:
@@ -85,7 +126,7 @@ class EmbeddedCluster:
     def check(self) -> None:
         """Raises ServiceError when the cluster is gone for good: a process of Ray's has died, or the coordinator has
         not answered for 30 s. For a caller that asks every few seconds; `stop` remains to be called."""
-        missing = set(ESSENTIAL).difference(self._ray.look())
+        missing = set(ESSENTIAL).difference(self._ray.look()) if self._ray is not None else set()
         if missing:
             self._lost(f"Ray's {' and '.join(sorted(missing))} ended")
         try:
@@ -121,18 +162,32 @@ class EmbeddedCluster:
         from kvstore_cluster.actors.coordinator import CoordinatorActor
         from kvstore_cluster.actors.storage import StorageActor
         from kvstore_service.grpc_coordinator import serve_coordinator
-        from kvstore_service.grpc_storage import serve_storage
+        from kvstore_service.peer_nodes import GrpcPeers
+        from kvstore_service.storage_server import StorageServer
 
-        coordinator = ray.remote(CoordinatorActor).options(name=_COORDINATOR_NAME, **_ACTOR_OPTIONS)
-        self._coordinator = coordinator.remote(
-            data_dir.absolute(), partial(serve_coordinator, address=address)
+        # Without a Ray cluster all are on this machine, and listen where the coordinator does.
+        homes = ray_nodes() if self._ray_address else []
+        placed = [on_node(home) for home in homes] or [{}] * self._nodes
+        host = None if homes else address.host
+        coordinator = ray.remote(CoordinatorActor).options(
+            name=_COORDINATOR_NAME, **_ACTOR_OPTIONS, **placed[0]
         )
-        storage = ray.remote(StorageActor).options(**_ACTOR_OPTIONS)
-        serve = partial(serve_storage, host=address.host)
-        names = [f"node-{number}" for number in range(self._nodes)]
-        self._storage = {
-            name: storage.remote(name, self._memory_bytes, _COORDINATOR_NAME, serve) for name in names
-        }
+        self._coordinator = coordinator.remote(
+            data_dir,
+            partial(serve_coordinator, address=address),
+            replicas=self._replicas or min(2, max(1, len(homes))),
+            redis_url=self._redis_url,
+        )
+        storage = ray.remote(StorageActor)
+        for number, options in enumerate(placed):
+            name = f"node-{number}"
+            self._storage[name] = storage.options(**_ACTOR_OPTIONS, **options).remote(
+                name,
+                replace(self._options, folder=data_dir / "nodes" / name),
+                _COORDINATOR_NAME,
+                partial(StorageServer, host=host, tls=self._tls),
+                GrpcPeers,
+            )
         try:
             self.address = ray.get(self._coordinator.address.remote(), timeout=_START_TIMEOUT_S)
             self.storage_pids()

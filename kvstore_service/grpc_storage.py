@@ -12,6 +12,7 @@ from kvstore_cluster.durability import Durability
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
 from kvstore_cluster.node import MAX_LISTED, StorageNode
 from kvstore_cluster.put import PendingPut, PutOptions
+from kvstore_cluster.repair import RepairWorker
 from kvstore_cluster.scrub import scrub
 from kvstore_cluster.stored import StoredVariant
 from kvstore_codec.errors import (
@@ -39,11 +40,15 @@ MAX_PIECE_BYTES = 1 << 20
 
 
 class StorageService:
-    """`bulk_endpoint` is the host:port of the same node's bulk port, empty where it has none."""
+    """`bulk_endpoint` is the host:port of the same node's bulk port, empty where it has none; `repair` what keeps its
+    chunks on their other owners, if anything does."""
 
-    def __init__(self, node: StorageNode, bulk_endpoint: str = "") -> None:
+    def __init__(
+        self, node: StorageNode, bulk_endpoint: str = "", repair: RepairWorker | None = None
+    ) -> None:
         self._node = node
         self._bulk_endpoint = bulk_endpoint
+        self._repair = repair
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Read and Put carry KV bytes and skip the generated message classes (kvstore_api.bulk)."""
@@ -153,14 +158,18 @@ class StorageService:
 
     def stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:  # noqa: ARG002
         stats = self._node.stats()
+        counters, gauges = stats.counters, stats.gauges
+        if self._repair is not None:
+            counters = counters | self._repair.counters()
+            gauges = gauges | self._repair.gauges(stats.chunks)
         return pb.StatsReply(
             node_id=stats.node_id,
             chunks=stats.chunks,
             bytes_used=stats.bytes_used,
             bytes_limit=stats.bytes_limit,
             leases=stats.leases,
-            counters=stats.counters,
-            gauges=stats.gauges,
+            counters=counters,
+            gauges=gauges,
             disk_error=stats.disk_error,
         )
 
@@ -230,16 +239,17 @@ class StorageService:
 
 
 def serve_storage(
-    node: StorageNode, *, host: str, advertise_host: str | None = None, bulk_endpoint: str = ""
+    node: StorageNode,
+    *,
+    host: str,
+    advertise_host: str | None = None,
+    bulk_endpoint: str = "",
+    repair: RepairWorker | None = None,
 ) -> GrpcServer:
     """Starts the node's data endpoint on any free port of `host`. Raises AddressInUseError."""
     service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
-    return GrpcServer(
-        Address(host, 0),
-        service,
-        StorageService(node, bulk_endpoint).handlers(),
-        advertise_host=advertise_host,
-    )
+    handlers = StorageService(node, bulk_endpoint, repair).handlers()
+    return GrpcServer(Address(host, 0), service, handlers, advertise_host=advertise_host)
 
 
 def begin_put(node: StorageNode, start: pb.PutStart) -> PendingPut | None:

@@ -2,10 +2,10 @@
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -14,6 +14,7 @@ from pydantic_settings import (
 )
 
 from kvstore_api.address import DEFAULT_ADDRESS
+from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.listen import Address
 
@@ -33,10 +34,53 @@ class Settings(BaseSettings):
     """host:port of the coordinator; port 0 takes any free one. Storage nodes take free ports on the same host."""
 
     data_dir: Path | None = None
-    """Where the catalogue lives; a temporary folder when not set."""
+    """Where the catalogue and the disks of storage nodes live; a temporary folder when not set."""
+
+    disk: ByteSize = ByteSize(0)
+    """Disk of each storage node, below `data_dir`; none when 0."""
+
+    durability: Literal["memory", "relaxed", "durable"] = "relaxed"
+    """What a put survives that does not say: `memory` is written to disk later, `relaxed` before it is acknowledged,
+    `durable` also synced. Without disk it is `memory`."""
+
+    policy: str = DEFAULT_POLICY
+    """What is evicted first: `value`, `lru` or `s3-fifo`."""
+
+    replicas: int | None = Field(default=None, ge=1)
+    """Storage nodes that each chunk is put on; 1 when not set, or 2 on a Ray cluster of several nodes."""
+
+    redis: SecretStr | None = None
+    """redis://... of the catalogue; a file in `data_dir` when not set."""
+
+    ray_address: str | None = None
+    """A Ray cluster to run on, a storage node on each of its nodes; an own Ray on this machine when not set."""
+
+    repair_bandwidth: ByteSize = ByteSize(100 << 20)
+    """Bytes a second that each storage node copies to others at most, after a loss or a join."""
+
+    tls_cert: Path | None = None
+    """Certificate chain (PEM) of the bulk ports; they speak plain TCP when not set."""
+
+    tls_key: Path | None = None
+    """Its private key (PEM)."""
 
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Port for Prometheus on the same host; none when not set."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.disk and self.data_dir is None:
+            raise ValueError("disk needs data_dir: what is on disk shall be found again")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key come together")
+        return self
+
+    @field_validator("policy")
+    @classmethod
+    def _is_a_policy(cls, value: str) -> str:
+        if value not in POLICIES:
+            raise ValueError(f"known policies are {', '.join(POLICIES)}")
+        return value
 
     @field_validator("listen")
     @classmethod

@@ -10,3 +10,9 @@ class Endpoint(Protocol):
 
     def stop(self, grace_s: float) -> None:
         """Refuses new calls at once and gives those under way `grace_s`."""
+
+
+class NodeEndpoint(Endpoint, Protocol):
+    """The servers of a storage node; `bulk_address` is the host:port of its bulk port."""
+
+    bulk_address: str

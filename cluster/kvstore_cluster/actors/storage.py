@@ -10,61 +10,116 @@ import ray
 import ray.exceptions
 
 from kvstore_api.placement import Member
-from kvstore_cluster.actors.endpoint import Endpoint
+from kvstore_cluster.actors.endpoint import NodeEndpoint
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.disk import SegmentStore
+from kvstore_cluster.eviction import POLICIES
+from kvstore_cluster.keeper import Keeper
 from kvstore_cluster.node import StorageNode
+from kvstore_cluster.repair import PeerNodes, RepairWorker
+from kvstore_cluster.storage_options import StorageOptions
+from kvstore_codec.errors import FolderInUseError
 
 log = logging.getLogger(__name__)
 
 # How soon a coordinator that lost its state hears of this node again.
 _REGISTER_PERIOD_S = 1.0
 _REGISTER_TIMEOUT_S = 5.0
+# The node's last process may take a while to die after its raylet.
+_PREDECESSOR_PATIENCE_S = 60.0
 
 
 class StorageActor:
     """Made through `ray.remote`; `coordinator` is the name of a CoordinatorActor. After a crash Ray runs the
-    constructor again: the node is then empty, listens on another port and joins as a new incarnation.
+    constructor again: the node then finds on its disk what was there, listens on another port and joins as a new
+    incarnation.
 
-    Raises ConfigurationError when the memory cannot be had, AddressInUseError.
+    Raises ConfigurationError when memory or disk cannot be had, AddressInUseError, DiskError.
     """
 
     def __init__(
         self,
         node_id: str,
-        memory_bytes: int,
+        options: StorageOptions,
         coordinator: str,
-        serve: Callable[[StorageNode], Endpoint],
+        serve: Callable[[StorageNode, RepairWorker], NodeEndpoint],
+        peers: Callable[[StorageNode], PeerNodes],
     ) -> None:
-        self._endpoint = serve(StorageNode(node_id, Arena(memory_bytes)))
-        self._member = Member(node_id, self._endpoint.address, memory_bytes / (1 << 30))
+        arena = Arena(options.memory_bytes)
+        self._node = StorageNode(
+            node_id,
+            arena,
+            store=_open_store(node_id, options),
+            durability=options.durability,
+            policy=POLICIES[options.policy],
+        )
+        self._repair = RepairWorker(
+            self._node, peers(self._node), bytes_per_s=options.repair_bandwidth_bps / 8
+        )
+        self._endpoint = serve(self._node, self._repair)
+        self._member = Member(
+            node_id,
+            self._endpoint.address,
+            weight=(options.memory_bytes + options.disk_bytes) / (1 << 30),
+            bulk_endpoint=self._endpoint.bulk_address,
+            domain=ray.get_runtime_context().get_node_id(),
+        )
         self._incarnation = time.time_ns()
+        self._keeper = Keeper(self._node, arena)
         # By name: Ray cannot restart an actor whose constructor was given a handle that it has forgotten.
         self._coordinator = ray.get_actor(coordinator)
         self._stopping = threading.Event()
         self._registering = threading.Thread(target=self._keep_registered, name="kvstore-join", daemon=True)
-        self._registering.start()
+        for background in (self._keeper, self._repair, self._registering):
+            background.start()
 
     def pid(self) -> int:
         return os.getpid()
 
     def stop(self, grace_s: float) -> None:
-        """Leaves the cluster, then stops the endpoint."""
+        """Leaves the cluster, stops the endpoint, and writes to disk what is only in memory."""
         self._stopping.set()
         self._registering.join()
         ray.get(
             self._coordinator.leave.remote(self._member.node_id, self._incarnation),
             timeout=_REGISTER_TIMEOUT_S,
         )
+        self._repair.stop()
         self._endpoint.stop(grace_s)
+        self._keeper.stop()
+        self._node.close()
 
     def _keep_registered(self) -> None:
-        """Joins, and repeats it: a coordinator that restarted may not know this node."""
+        """Joins, and repeats it: a coordinator that restarted may not know this node, and others have come and gone."""
+        known = 0
         while not self._stopping.is_set():
             try:
-                ray.get(
-                    self._coordinator.join.remote(self._member, self._incarnation),
+                directives = ray.get(
+                    self._coordinator.join.remote(self._member, self._incarnation, known),
                     timeout=_REGISTER_TIMEOUT_S,
                 )
             except ray.exceptions.RayError as error:
                 log.warning("node %s could not register, trying again: %s", self._member.node_id, error)
+            else:
+                known = directives.version
+                if directives.pins is not None:
+                    self._node.set_pins(directives.pins)
+                if directives.quotas is not None:
+                    self._node.set_quotas(directives.quotas)
+                self._repair.update(directives)
             self._stopping.wait(_REGISTER_PERIOD_S)
+
+
+def _open_store(node_id: str, options: StorageOptions) -> SegmentStore | None:
+    """The node's disk, once its last process has let go of it. Raises DiskError."""
+    if not options.disk_bytes or options.folder is None:
+        return None
+    deadline_s = time.monotonic() + _PREDECESSOR_PATIENCE_S
+    while True:
+        try:
+            return SegmentStore(options.folder, options.disk_bytes)
+        except FolderInUseError:
+            if time.monotonic() > deadline_s:
+                raise
+            log.warning("the disk of %s is still in use by its last process, waiting", node_id)
+            time.sleep(0.1)

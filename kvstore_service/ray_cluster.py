@@ -1,0 +1,45 @@
+"""A Ray cluster that somebody else runs: joined, used, and left as it was."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from kvstore_codec.errors import StartupError
+from kvstore_service.local_ray import ENVIRONMENT
+
+_NAMESPACE = "kvstore"
+
+
+@contextmanager
+def existing_ray(address: str) -> Iterator[None]:
+    """Connects this process to the Ray cluster at `address`. Raises StartupError."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", ENVIRONMENT["RAY_USAGE_STATS_ENABLED"])
+    import ray
+
+    if ray.is_initialized():
+        raise StartupError("Ray runs in this process already; a cluster needs a process without it")
+    try:
+        ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level="ERROR")
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise StartupError(f"no Ray cluster can be joined at {address}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def ray_nodes() -> list[str]:
+    """The ids of the live nodes, the one of this process first."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    return sorted(alive, key=lambda node_id: (node_id != here, node_id))
+
+
+def on_node(node_id: str) -> dict[str, Any]:
+    """Actor options: start there, and elsewhere should that node have died."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True)}

@@ -1,0 +1,43 @@
+"""A storage node's endpoints: gRPC for everything, and the bulk port for KV bytes."""
+
+from pathlib import Path
+
+from kvstore_cluster.node import StorageNode
+from kvstore_cluster.repair import RepairWorker
+from kvstore_codec.errors import AddressInUseError
+from kvstore_service.bulk_server import serve_bulk, server_tls
+from kvstore_service.grpc_storage import serve_storage
+
+
+class StorageServer:
+    """Serves from construction until `stop`, on free ports of `host`, or, when None, of the address that Ray knows this
+    machine by. `tls` are the files of the bulk port's certificate and key. Raises ConfigurationError,
+    AddressInUseError."""
+
+    def __init__(
+        self,
+        node: StorageNode,
+        repair: RepairWorker,
+        *,
+        host: str | None,
+        tls: tuple[Path, Path] | None = None,
+    ) -> None:
+        host = host or _ray_address()
+        self._bulk = serve_bulk(node, host=host, tls=server_tls(*tls) if tls else None)
+        self.bulk_address = self._bulk.address
+        try:
+            self._grpc = serve_storage(node, host=host, bulk_endpoint=self.bulk_address, repair=repair)
+        except AddressInUseError:
+            self._bulk.stop(0)
+            raise
+        self.address = self._grpc.address
+
+    def stop(self, grace_s: float = 1.0) -> None:
+        self._grpc.stop(grace_s)
+        self._bulk.stop(grace_s)
+
+
+def _ray_address() -> str:
+    import ray.util
+
+    return str(ray.util.get_node_ip_address())
