@@ -1,31 +1,24 @@
-"""Which chunk goes first when room is needed."""
+"""Which chunk goes first when room is needed.
 
-# Until the policies are here: the least recently used goes first.
-from collections import OrderedDict
-from collections.abc import Iterator
+base      what the tiers ask of a policy
+lru       least recently used
+s3_fifo   two queues and ghosts
+value     cost saved per byte x attention score x frequency, with ageing
+columns, ghosts, half_life    what they are made of: no object per chunk
+"""
 
+from collections.abc import Callable, Mapping
 
-class EvictionPolicy:
-    def __init__(self) -> None:
-        self._order: OrderedDict[int, None] = OrderedDict()
+from kvstore_cluster.eviction.base import EvictionPolicy
+from kvstore_cluster.eviction.lru import LeastRecentlyUsed
+from kvstore_cluster.eviction.s3_fifo import S3Fifo
+from kvstore_cluster.eviction.value import ValueAware
 
-    def add(self, slot: int, *, identity: int, size_bytes: int, cost: float) -> None:
-        self._order[slot] = None
+POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = {
+    "lru": LeastRecentlyUsed,
+    "s3-fifo": S3Fifo,
+    "value": ValueAware,
+}
+DEFAULT_POLICY = "value"
 
-    def touch(self, slot: int) -> None:
-        self._order.move_to_end(slot)
-
-    def report(self, slot: int, score: float) -> None: ...
-
-    def remove(self, slot: int, *, evicted: bool) -> None:
-        del self._order[slot]
-
-    def victims(self) -> Iterator[int]:
-        return iter(self._order)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-
-POLICIES = {"lru": EvictionPolicy}
-DEFAULT_POLICY = "lru"
+__all__ = ["DEFAULT_POLICY", "POLICIES", "EvictionPolicy", "LeastRecentlyUsed", "S3Fifo", "ValueAware"]

@@ -1,0 +1,67 @@
+"""Queues of slots without an object per slot."""
+
+from array import array
+from collections.abc import Iterator
+
+NO_SLOT = -1
+
+
+def grow(column: "array[int]", slot: int) -> None:
+    """Lets `slot` be an index; new places hold 0."""
+    if slot >= len(column):
+        column.frombytes(bytes(column.itemsize * (slot + 1 - len(column))))
+
+
+class Links:
+    """The neighbours of every slot in the one queue that it is in: eight bytes a slot, for all queues together."""
+
+    def __init__(self) -> None:
+        self.older = array("i")
+        self.newer = array("i")
+
+    def grow(self, slot: int) -> None:
+        grow(self.older, slot)
+        grow(self.newer, slot)
+
+
+class SlotQueue:
+    """First in, first out, and out of the middle, each in constant time. A slot is in at most one queue over the
+    same links."""
+
+    __slots__ = ("_links", "_newest", "oldest")
+
+    def __init__(self, links: Links) -> None:
+        self._links = links
+        self.oldest = NO_SLOT
+        self._newest = NO_SLOT
+
+    def push(self, slot: int) -> None:
+        newest = self._newest
+        self._links.older[slot] = newest
+        self._links.newer[slot] = NO_SLOT
+        if newest == NO_SLOT:
+            self.oldest = slot
+        else:
+            self._links.newer[newest] = slot
+        self._newest = slot
+
+    def remove(self, slot: int) -> None:
+        older, newer = self._links.older[slot], self._links.newer[slot]
+        if older == NO_SLOT:
+            self.oldest = newer
+        else:
+            self._links.newer[older] = newer
+        if newer == NO_SLOT:
+            self._newest = older
+        else:
+            self._links.older[newer] = older
+
+    def __bool__(self) -> bool:
+        return self.oldest != NO_SLOT
+
+    def __iter__(self) -> Iterator[int]:
+        """Oldest first. The queue must not change meanwhile."""
+        slot = self.oldest
+        while slot != NO_SLOT:
+            yield slot
+            slot = self._links.newer[slot]

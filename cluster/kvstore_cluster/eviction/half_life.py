@@ -1,0 +1,23 @@
+"""How soon chunks are asked for again."""
+
+
+class HalfLife:
+    """The median interval between the first and the second use of a chunk, followed as they come.
+
+    A stochastic approximation of the median (Robbins and Monro 1951) in relative steps, which shrink to half a percent:
+    it needs one number, and follows a workload that changes over some hundred second uses.
+    """
+
+    _FINEST_STEP = 0.005
+
+    def __init__(self) -> None:
+        self.uses = 1.0
+        self._seen = 0
+
+    def learn(self, interval_uses: int) -> None:
+        self._seen += 1
+        if self._seen == 1:
+            self.uses = float(interval_uses)
+            return
+        step = 1 + max(self._FINEST_STEP, 1 / self._seen)
+        self.uses = self.uses * step if interval_uses > self.uses else max(1.0, self.uses / step)

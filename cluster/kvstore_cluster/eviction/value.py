@@ -1,0 +1,137 @@
+"""What keeping a chunk is worth."""
+
+import heapq
+import math
+from array import array
+from collections.abc import Iterator
+
+from kvstore_cluster.eviction.base import EvictionPolicy
+from kvstore_cluster.eviction.columns import NO_SLOT, Links, SlotQueue, grow
+from kvstore_cluster.eviction.ghosts import GhostTable
+from kvstore_cluster.eviction.half_life import HalfLife
+
+_STEPS = 16  # of the columns, per doubling
+_STEPS_PER_QUEUE = 4
+_WIDEST = 32 * _STEPS
+_MOST_FREQUENCY = 255
+_FULL_SCORE = 255
+_FADE = 2  # half-lives in which the count of past uses halves
+_SAME_USE_SHARE = 32
+
+
+class ValueAware(EvictionPolicy):
+    """Evicts the chunk with the least
+
+        cost / size_bytes  x  (1 + attention score)  x  uses  x  2 ** -(age / half-life)
+
+    of which the first is the computing that a byte saves, the second and third are ContiguousKV's score x frequency
+    (arXiv 2601.13631), and the last two are frequency with ageing (LRFU, Lee et al. 2001). The half-life is learned: it
+    is the median interval between first and second uses, also of chunks that were evicted in between. Time is counted
+    in uses.
+
+    A logarithm turns that into `time of last use + half-life x log2(everything else)`, where only the last term tells
+    one chunk from another at the same time. So there is one queue per quarter of a doubling of it, each in order of
+    use, and the best victim is at the head of one of them: constant work per use, and per victim a look at the queues.
+
+    A use so soon after the last that no order of eviction could have lost the chunk in between (before a 32nd of the
+    tier was used) refreshes it but counts as the same use: a read follows its lookup. About 40 bytes a chunk.
+    """
+
+    def __init__(self) -> None:
+        self._links = Links()
+        self._queues: dict[int, SlotQueue] = {}
+        self._last_uses = array("Q")
+        self._identities = array("Q")
+        self._worths = array("h")  # log2 of cost per byte
+        self._frequencies = array("B")  # log2 of uses
+        self._scores = array("B")
+        self._ghosts = GhostTable()
+        self._half_life = HalfLife()
+        self._now = 0
+        self._count = 0
+
+    @property
+    def half_life_uses(self) -> float:
+        """The learned half-life, in uses of any chunk."""
+        return self._half_life.uses
+
+    def add(self, slot: int, *, identity: int, size_bytes: int, cost: float) -> None:
+        self._links.grow(slot)
+        for column in (self._last_uses, self._identities, self._worths, self._frequencies, self._scores):
+            grow(column, slot)
+        self._ghosts.reserve(len(self._scores))
+        self._now += 1
+        ghost = self._ghosts.take(identity)
+        self._identities[slot] = identity
+        self._worths[slot] = max(-_WIDEST, min(_WIDEST, round(_STEPS * math.log2(cost / size_bytes))))
+        self._frequencies[slot] = 0 if ghost is None else self._used_again(ghost[1], self._now - ghost[0])
+        self._scores[slot] = 0
+        self._count += 1
+        self._enter(slot)
+
+    def touch(self, slot: int) -> None:
+        self._now += 1
+        self._leave(slot)
+        age = self._now - self._last_uses[slot]
+        if age * _SAME_USE_SHARE > self._count:
+            self._frequencies[slot] = self._used_again(self._frequencies[slot], age)
+        self._enter(slot)
+
+    def report(self, slot: int, score: float) -> None:
+        """Half of what is known of a chunk's score is the last report."""
+        self._leave(slot)
+        reported = round(_FULL_SCORE * max(0.0, min(1.0, score)))
+        self._scores[slot] = (self._scores[slot] + reported + 1) // 2
+        self._enter(slot)
+
+    def remove(self, slot: int, *, evicted: bool) -> None:
+        self._leave(slot)
+        self._count -= 1
+        if evicted:
+            self._ghosts.put(self._identities[slot], self._last_uses[slot], self._frequencies[slot])
+
+    def victims(self) -> Iterator[int]:
+        step_uses = self._half_life.uses * _STEPS_PER_QUEUE / _STEPS
+        heads = [
+            (self._last_uses[queue.oldest] + step_uses * level, queue.oldest, level)
+            for level, queue in self._queues.items()
+        ]
+        heapq.heapify(heads)
+        while heads:
+            _, slot, level = heads[0]
+            yield slot
+            following = self._links.newer[slot]
+            if following == NO_SLOT:
+                heapq.heappop(heads)
+            else:
+                heapq.heapreplace(heads, (self._last_uses[following] + step_uses * level, following, level))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def _used_again(self, frequency: int, age_uses: int) -> int:
+        """The new frequency of a chunk that is used after `age_uses`."""
+        if frequency == 0:
+            self._half_life.learn(age_uses)
+        uses = 2.0 ** (frequency / _STEPS - age_uses / (_FADE * self._half_life.uses))
+        return min(_MOST_FREQUENCY, round(_STEPS * math.log2(1 + uses)))
+
+    def _level(self, slot: int) -> int:
+        score = _STEPS * math.log2(1 + self._scores[slot] / _FULL_SCORE)
+        return int(self._worths[slot] + self._frequencies[slot] + score) // _STEPS_PER_QUEUE
+
+    def _enter(self, slot: int) -> None:
+        """As the most recently used of its queue."""
+        self._last_uses[slot] = self._now
+        level = self._level(slot)
+        queue = self._queues.get(level)
+        if queue is None:
+            queue = self._queues[level] = SlotQueue(self._links)
+        queue.push(slot)
+
+    def _leave(self, slot: int) -> None:
+        level = self._level(slot)
+        queue = self._queues[level]
+        queue.remove(slot)
+        if not queue:
+            del self._queues[level]
