@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,11 +18,27 @@ _GAUGES = {
     "bytes_limit": "Bytes of memory for chunks.",
     "leases": "Leases that have not ended.",
 }
+# Those of a node's own gauges that need more words than their name has.
+_TEXTS = {
+    "memory_chunks": "Stored variants that are in memory.",
+    "disk_chunks": "Stored variants that are on disk.",
+    "disk_bytes_used": "Bytes of disk taken by chunks.",
+    "disk_bytes_limit": "Bytes of disk for chunks.",
+    "pinned": "Stored variants that are pinned.",
+    "draining": "Whether the node is draining.",
+    "drain_left": "Stored variants that a draining node has still to give.",
+    "repair_running": "Whether a walk of repair is under way.",
+    "repair_round": "Last round of repair in which every other node answered.",
+    "repair_epoch": "Epoch of the last walk in which every other node answered.",
+    "repair_checked": "Stored variants that the walk of repair has checked.",
+    "repair_total": "Stored variants that the walk of repair checks.",
+    "repair_left": "Stored variants that an owner lacked after the last walk of repair.",
+}
 
 
 class ClusterCollector(Collector):
-    """kvstore_coordinator_up, kvstore_cluster_epoch, and for each node kvstore_node_up, its gauges and its
-    counters. `stats` raises ServiceError when the cluster does not answer."""
+    """kvstore_coordinator_up, kvstore_cluster_epoch, and for each node kvstore_node_up, kvstore_node_disk_ok, its
+    gauges and its counters. `stats` raises ServiceError when the cluster does not answer."""
 
     def __init__(self, stats: Callable[[], pb.ClusterStatsReply]) -> None:
         self._stats = stats
@@ -62,25 +79,32 @@ def metrics_endpoint(address: Address) -> Iterator[CollectorRegistry]:
 
 def _node_metrics(reply: pb.ClusterStatsReply) -> Iterator[Metric]:
     up = GaugeMetricFamily("kvstore_node_up", "Whether the storage node answers.", labels=["node_id"])
-    gauges = {
-        name: GaugeMetricFamily(f"kvstore_node_{name}", text, labels=["node_id"])
-        for name, text in _GAUGES.items()
-    }
-    counters: dict[str, CounterMetricFamily] = {}
+    disk = GaugeMetricFamily(
+        "kvstore_node_disk_ok", "0 when the node does without a disk that it should have.", labels=["node_id"]
+    )
+    gauges: dict[str, Metric] = {}
+    counters: dict[str, Metric] = {}
     for node in reply.nodes:
         label = [node.member.node_id]
         answered = node.HasField("stats")
         up.add_metric(label, int(answered))
         if not answered:
             continue
-        for name, gauge in gauges.items():
-            gauge.add_metric(label, getattr(node.stats, name))
+        disk.add_metric(label, int(not node.stats.disk_error))
+        for name, text in _GAUGES.items():
+            _family(gauges, GaugeMetricFamily, name, text).add_metric(label, getattr(node.stats, name))
+        for name, value in sorted(node.stats.gauges.items()):
+            _family(gauges, GaugeMetricFamily, name, _TEXTS.get(name, name)).add_metric(label, value)
         for name, value in sorted(node.stats.counters.items()):
-            if name not in counters:
-                counters[name] = CounterMetricFamily(
-                    f"kvstore_node_{name}", f"{name} since the node started.", labels=["node_id"]
-                )
-            counters[name].add_metric(label, value)
+            text = f"{name} since the node started."
+            _family(counters, CounterMetricFamily, name, text).add_metric(label, value)
     yield up
+    yield disk
     yield from gauges.values()
     yield from counters.values()
+
+
+def _family(known: dict[str, Any], family: Callable[..., Any], name: str, text: str) -> Any:
+    if name not in known:
+        known[name] = family(f"kvstore_node_{name}", text, labels=["node_id"])
+    return known[name]

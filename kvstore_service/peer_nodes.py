@@ -70,7 +70,7 @@ class GrpcPeers:
     def push(self, member: Member, variant: StoredVariant) -> Outcome:
         try:
             transport = GrpcTransport(self._channel(member))
-            with self._node.open(variant.chunk_id, variant.encoding) as reader:
+            with self._node.open(variant.chunk_id, variant.encoding, peek=True) as reader:
                 stream = transport.put(
                     _steps(reader, variant), _CALL_TIMEOUT_S + variant.size_bytes / _SLOWEST_BYTES_PER_S
                 )
@@ -78,7 +78,11 @@ class GrpcPeers:
                     reply = next(iter(stream), None)
                 finally:
                     stream.cancel()
-        except (NodeUnavailableError, TransferError, ValueError) as error:  # ValueError: closed between the two
+        except (
+            NodeUnavailableError,
+            TransferError,
+            ValueError,
+        ) as error:  # ValueError: closed between the two
             log.info("chunk %s was not copied to %s: %s", variant.chunk_id.short, member.node_id, error)
             return Outcome.FAILED
         except ChunkNotFoundError:

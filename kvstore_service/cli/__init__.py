@@ -10,8 +10,15 @@ from kvstore_service.cli.calibrate import calibrate
 from kvstore_service.cli.calibrations import calibrations
 from kvstore_service.cli.demo import demo
 from kvstore_service.cli.doctor import doctor
+from kvstore_service.cli.drain import drain
+from kvstore_service.cli.evict import evict
+from kvstore_service.cli.ls import ls
+from kvstore_service.cli.pin import pin, unpin
+from kvstore_service.cli.quota import quota
+from kvstore_service.cli.repair import repair
 from kvstore_service.cli.serve import serve
 from kvstore_service.cli.status import status
+from kvstore_service.cli.verify import verify
 
 app = typer.Typer(
     help="A distributed KV cache service for LLM inference.",
@@ -19,7 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve, status, calibrations, doctor, calibrate, demo):
+_SERVICE = (serve, status, ls, pin, unpin, evict, quota, drain, repair, verify)
+for command in (*_SERVICE, calibrations, doctor, calibrate, demo):
     app.command()(command)
 app.add_typer(bench, name="bench")
 

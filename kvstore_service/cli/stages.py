@@ -30,7 +30,7 @@ class Stages:
     def advance(self, stage: str, done: int, total: int) -> None:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(self._labels[stage], total=total)
-        self._progress.update(self._tasks[stage], completed=done)
+        self._progress.update(self._tasks[stage], completed=done, total=total)
 
     def note(self, text: str) -> None:
         self._progress.console.print(text, soft_wrap=True, markup=False)

@@ -1,0 +1,6 @@
+"""What an operator does to a running cluster, from outside: its chunks, pins, quotas, draining and repair."""
+
+from kvstore_service.admin.chunk_names import ChunkPattern
+from kvstore_service.admin.cluster import ClusterAdmin, NodeAdmin
+
+__all__ = ["ChunkPattern", "ClusterAdmin", "NodeAdmin"]

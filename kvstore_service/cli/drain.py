@@ -1,0 +1,87 @@
+"""`kvstore drain`."""
+
+import json
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvstore_api.address import DEFAULT_ADDRESS
+from kvstore_codec.errors import ServiceError
+from kvstore_service.cli import options
+
+if TYPE_CHECKING:
+    from kvstore_api.v1 import kvstore_pb2 as pb
+    from kvstore_service.admin import ClusterAdmin
+
+_PERIOD_S = 0.5
+
+
+def drain(
+    node: Annotated[str, typer.Argument(help="Id of the node, as `kvstore status` shows it.")],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until it has given all it has, and may be removed.")
+    ] = False,
+    cancel: Annotated[bool, typer.Option("--cancel", help="Let it own chunks again.")] = False,
+    address: options.Address = DEFAULT_ADDRESS,
+    json_output: options.Json = False,
+) -> None:
+    """Let a node take no new chunks and give what it has to the others."""
+    from kvstore_service.admin import ClusterAdmin
+    from kvstore_service.listen import Address
+
+    with ClusterAdmin(str(Address.parse(address))) as cluster:
+        cluster.drain(node, cancel=cancel)
+        left = None if cancel else _wait(cluster, node) if wait else _left(cluster, node)
+    if json_output:
+        typer.echo(json.dumps({"node_id": node, "draining": not cancel, "left": left}, indent=2))
+    elif cancel:
+        typer.echo(f"{node} owns chunks again")
+    elif left == 0:
+        typer.echo(f"{node} has given all it has and may be removed")
+    else:
+        typer.echo(f"{node} is draining; `kvstore status` shows what is left, --wait waits for it")
+
+
+def _wait(cluster: "ClusterAdmin", node_id: str) -> int:
+    """Raises ServiceError when the node dies, or is not draining any more."""
+    from rich.console import Console
+
+    from kvstore_service.cli.stages import Stages
+
+    most = 0
+    told = False
+    with Stages(Console(stderr=True), {node_id: f"draining {node_id}"}) as stages:
+        while True:
+            status = _status(cluster, node_id)
+            if not status.member.draining:
+                raise ServiceError(f"{node_id} is not draining any more: somebody has cancelled it")
+            if not status.HasField("stats"):
+                raise ServiceError(
+                    f"{node_id} does not answer ({status.error}); what it had not given is on it alone"
+                )
+            left = _left_of(status)
+            told = told or left is not None
+            if left is not None:
+                most = max(most, left)
+                stages.advance(node_id, most - left, most)
+                if left == 0:
+                    return 0
+            time.sleep(_PERIOD_S)
+
+
+def _left(cluster: "ClusterAdmin", node_id: str) -> int | None:
+    return _left_of(_status(cluster, node_id))
+
+
+def _left_of(status: "pb.NodeStatus") -> int | None:
+    """None while the node has not heard of it."""
+    gauges = status.stats.gauges
+    return int(gauges["drain_left"]) if gauges.get("draining") else None
+
+
+def _status(cluster: "ClusterAdmin", node_id: str) -> "pb.NodeStatus":
+    for status in cluster.stats().nodes:
+        if status.member.node_id == node_id:
+            return status
+    raise ServiceError(f"{node_id} has left the cluster")

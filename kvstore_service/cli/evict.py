@@ -1,0 +1,59 @@
+"""`kvstore evict`."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvstore_api.address import DEFAULT_ADDRESS
+from kvstore_codec.errors import ConfigurationError
+from kvstore_service.cli import options
+
+if TYPE_CHECKING:
+    from kvstore_codec.identity import ChunkId
+    from kvstore_service.admin import NodeAdmin
+
+
+def evict(
+    chunks: options.Chunks = None,
+    from_file: options.ChunkFile = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="All that this tenant stored; '' is the default one.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that is stored.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    address: options.Address = DEFAULT_ADDRESS,
+    json_output: options.Json = False,
+) -> None:
+    """Remove chunks from all nodes, in every encoding, whether they are pinned or not."""
+    from kvstore_service.admin import ClusterAdmin
+    from kvstore_service.cli.chunk_arguments import chunk_patterns
+    from kvstore_service.listen import Address
+
+    patterns = chunk_patterns(chunks, from_file)
+    if bool(patterns) + (tenant is not None) + everything != 1:
+        raise ConfigurationError("say what to evict: chunks, --tenant, or --all")
+    deleted: dict[str, int] = {}
+    with ClusterAdmin(str(Address.parse(address))) as cluster:
+        nodes = cluster.nodes()
+        if patterns:
+            chosen = cluster.find(patterns)
+            stored = {node.node_id: chosen for node in nodes}
+        else:
+            stored = {node.node_id: _stored(node, tenant) for node in nodes}
+            chosen = list({chunk: None for found in stored.values() for chunk in found})
+        if chosen and not yes:
+            typer.confirm(f"Remove {len(chosen)} chunks from {len(nodes)} nodes?", abort=True, err=True)
+        for node in nodes:
+            deleted[node.node_id] = node.delete(stored[node.node_id])
+    if json_output:
+        typer.echo(json.dumps({"chunks": len(chosen), "deleted": deleted}, indent=2))
+    else:
+        where = ", ".join(f"{count} on {node_id}" for node_id, count in deleted.items())
+        typer.echo(f"evicted {len(chosen)} chunks; stored variants removed: {where}")
+
+
+def _stored(node: "NodeAdmin", tenant: str | None) -> "list[ChunkId]":
+    from kvstore_service.admin.cluster import chunk_of
+
+    return list({chunk_of(variant.chunk): None for variant in node.variants(tenant=tenant)})

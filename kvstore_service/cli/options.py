@@ -1,0 +1,19 @@
+"""Options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Address = Annotated[str, typer.Option(envvar="KVSTORE_ADDRESS", help="host:port of the coordinator.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Chunks = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CHUNK...",
+        help="content_id[+prefix_id], as `kvstore ls` shows them; any unique beginning will do.",
+    ),
+]
+ChunkFile = Annotated[
+    Path | None, typer.Option("--from", help="A file with a chunk in each line; - is standard input.")
+]

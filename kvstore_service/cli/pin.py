@@ -1,0 +1,81 @@
+"""`kvstore pin` and `kvstore unpin`."""
+
+import json
+from typing import TYPE_CHECKING
+
+import typer
+
+from kvstore_api.address import DEFAULT_ADDRESS
+from kvstore_service.cli import options
+
+if TYPE_CHECKING:
+    from kvstore_codec.identity import ChunkId
+
+
+def pin(
+    chunks: options.Chunks = None,
+    from_file: options.ChunkFile = None,
+    address: options.Address = DEFAULT_ADDRESS,
+    json_output: options.Json = False,
+) -> None:
+    """Keep chunks from being evicted, wherever they are or come to be. Without chunks, list what is pinned."""
+    from kvstore_service.admin import ClusterAdmin
+    from kvstore_service.cli.chunk_arguments import chunk_patterns
+    from kvstore_service.listen import Address
+
+    patterns = chunk_patterns(chunks, from_file)
+    with ClusterAdmin(str(Address.parse(address))) as cluster:
+        if not patterns:
+            _show_pins(address, cluster.pins(), json_output=json_output)
+            return
+        chosen = cluster.find(patterns)
+        pins = cluster.pin(chosen)
+    _report("pinned", chosen, pins, json_output=json_output)
+
+
+def unpin(
+    chunks: options.Chunks = None,
+    from_file: options.ChunkFile = None,
+    address: options.Address = DEFAULT_ADDRESS,
+    json_output: options.Json = False,
+) -> None:
+    """Let pinned chunks be evicted again."""
+    from kvstore_codec.errors import ConfigurationError
+    from kvstore_service.admin import ClusterAdmin
+    from kvstore_service.cli.chunk_arguments import chunk_patterns
+    from kvstore_service.listen import Address
+
+    patterns = chunk_patterns(chunks, from_file)
+    if not patterns:
+        raise ConfigurationError("no chunks were given; `kvstore pin` lists those that are pinned")
+    with ClusterAdmin(str(Address.parse(address))) as cluster:
+        pinned = cluster.pins()
+        chosen = [chunk for pattern in patterns for chunk in pattern.choose(pinned)]
+        pins = cluster.unpin(chosen)
+    _report("unpinned", chosen, pins, json_output=json_output)
+
+
+def _report(what: str, chunks: "list[ChunkId]", pins: int, *, json_output: bool) -> None:
+    if json_output:
+        typer.echo(json.dumps({what: _names(chunks), "pins": pins}, indent=2))
+    else:
+        typer.echo(f"{what} {len(chunks)} {'chunk' if len(chunks) == 1 else 'chunks'}; {pins} are pinned now")
+
+
+def _show_pins(address: str, pins: "list[ChunkId]", *, json_output: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if json_output:
+        typer.echo(json.dumps({"pinned": _names(pins), "pins": len(pins)}, indent=2))
+        return
+    table = Table("content_id", "prefix_id", title=f"pinned at {address}")
+    for chunk in pins:
+        table.add_row(chunk.content_id.hex()[:32], chunk.prefix_id.hex()[:32])
+    Console().print(table)
+
+
+def _names(chunks: "list[ChunkId]") -> list[str]:
+    from kvstore_service.admin.chunk_names import name
+
+    return [name(chunk) for chunk in chunks]

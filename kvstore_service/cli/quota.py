@@ -1,0 +1,52 @@
+"""`kvstore quota`."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from kvstore_api.address import DEFAULT_ADDRESS
+from kvstore_codec.errors import ConfigurationError
+from kvstore_service.cli import options
+
+
+def quota(
+    tenant: Annotated[str | None, typer.Argument(help="'' is the default tenant.")] = None,
+    size: Annotated[str | None, typer.Argument(help="Such as 20GiB; 0 takes the quota away.")] = None,
+    address: options.Address = DEFAULT_ADDRESS,
+    json_output: options.Json = False,
+) -> None:
+    """Say how much a tenant may keep in the whole cluster, replicas counted. Without arguments, list the quotas."""
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    from kvstore_service.admin import ClusterAdmin
+    from kvstore_service.listen import Address
+
+    if tenant is not None and size is None:
+        raise ConfigurationError(f"how much may tenant {tenant!r} keep? Write a size, such as 20GiB")
+    with ClusterAdmin(str(Address.parse(address))) as cluster:
+        if tenant is not None and size is not None:
+            cluster.set_quota(tenant, _size(size))
+        quotas = cluster.quotas()
+    if json_output:
+        rows = [{"tenant": found.tenant, "limit_bytes": found.limit_bytes} for found in quotas]
+        typer.echo(json.dumps({"quotas": rows}, indent=2))
+        return
+    table = Table("tenant", "limit", title=f"quotas at {address}")
+    for found in quotas:
+        table.add_row(found.tenant or "(default)", decimal(found.limit_bytes))
+    Console().print(table)
+
+
+def _size(text: str) -> int:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        size_bytes = int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise ConfigurationError(f"{text!r} is not a size; write bytes, or such as 20GiB") from error
+    if not 0 <= size_bytes < 1 << 64:
+        raise ConfigurationError(f"{text!r} is not a size a quota can have")
+    return size_bytes
