@@ -114,6 +114,9 @@ class ClientSettings(BaseSettings):
     routes: Annotated[dict[str, str], NoDecode] = Field(default_factory=dict)
     """Addresses to dial instead of the advertised ones (port forwarding, link shaping): `advertised=dial,...`."""
 
+    tls_ca: Path | None = None
+    """PEM file of the authority behind the nodes' bulk ports. When given, KV bytes travel over TLS or not at all."""
+
     @field_validator("cache_dir", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:

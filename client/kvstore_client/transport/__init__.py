@@ -1,6 +1,19 @@
 """How KV bytes of one storage node are read and written."""
 
 from kvstore_client.transport.base import PutStream, ReadStream, Transport
+from kvstore_client.transport.bulk import BulkTransport
+from kvstore_client.transport.connections import Connections
 from kvstore_client.transport.grpc import GrpcTransport
+from kvstore_client.transport.memory import ReceiveMemory
+from kvstore_client.transport.transports import Transports
 
-__all__ = ["GrpcTransport", "PutStream", "ReadStream", "Transport"]
+__all__ = [
+    "BulkTransport",
+    "Connections",
+    "GrpcTransport",
+    "PutStream",
+    "ReadStream",
+    "ReceiveMemory",
+    "Transport",
+    "Transports",
+]

@@ -1,0 +1,130 @@
+"""A TCP connection that moves whole buffers: received in place, sent without being joined."""
+
+import os
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Sequence
+
+_MOST_VIEWS = os.sysconf("SC_IOV_MAX")
+_TLS_PIECE_BYTES = 256 << 10
+# What is under way between two processes of one machine then stays in the processor's cache, and so does the memory
+# that the kernel carries it in. Measured on two cores: 4 MiB at 7.4 GB/s, and with the kernel's own choice at 2.4.
+_LOCAL_SEND_BUFFER_BYTES = 64 << 10
+_PROBE_AFTER_S, _PROBES, _PROBE_PERIOD_S = 10, 3, 5
+
+
+class ByteStream:
+    """Plain or TLS. One thread uses it at a time, except for `abort`.
+
+    Every method raises OSError: TimeoutError when it took longer than `timeout_s`, ConnectionError when the other side
+    has gone or `abort` was called. After any of them the stream can only be closed.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._tls = isinstance(connected, ssl.SSLSocket)
+        connected.settimeout(None)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_AFTER_S)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_PERIOD_S)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+        self.is_local = connected.getsockname()[0] == connected.getpeername()[0]
+        """Whether both ends are on this machine."""
+        if self.is_local:
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_SEND_BUFFER_BYTES)
+
+    def handshake(self, timeout_s: float) -> None:
+        """Agree on TLS, where there is to be any. Raises ssl.SSLError, an OSError, when that fails."""
+        if isinstance(self._socket, ssl.SSLSocket):
+            self._socket.settimeout(timeout_s)
+            self._socket.do_handshake()
+
+    def receive_into(self, views: Sequence[memoryview | bytearray], timeout_s: float) -> None:
+        """Fill all of `views`, one after the other."""
+        until = time.monotonic() + timeout_s
+        left = _behind([memoryview(view) for view in views], 0)
+        while left:
+            if self._tls:
+                self._socket.settimeout(_remaining_s(until))
+                received = self._socket.recv_into(left[0])
+            else:
+                self._limit(socket.SO_RCVTIMEO, until)
+                try:
+                    # Waits in the kernel until all is there, or the time is over.
+                    received = self._socket.recvmsg_into(left[:_MOST_VIEWS], 0, socket.MSG_WAITALL)[0]
+                except BlockingIOError as error:
+                    raise TimeoutError("nothing came in time") from error
+            if not received:
+                raise ConnectionResetError("the other side closed the connection")
+            left = _behind(left, received)
+
+    def send(self, views: Sequence[memoryview | bytes], timeout_s: float) -> None:
+        """Send all of `views`, one after the other."""
+        until = time.monotonic() + timeout_s
+        left = _behind([memoryview(view) for view in views], 0)
+        while left:
+            if self._tls:
+                self._socket.settimeout(_remaining_s(until))
+                sent = self._socket.send(left[0][:_TLS_PIECE_BYTES])
+            else:
+                self._limit(socket.SO_SNDTIMEO, until)
+                try:
+                    sent = self._socket.sendmsg(left[:_MOST_VIEWS])
+                except BlockingIOError as error:
+                    raise TimeoutError("the other side does not take what is sent") from error
+            left = _behind(left, sent)
+
+    def has_ended(self) -> bool:
+        """Whether an idle stream is of no more use. Does not wait; with TLS it does not always see it."""
+        try:
+            # Not the TLS socket's own method, which knows no flags.
+            waiting = socket.socket.recv(self._socket, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return not (waiting and self._tls)  # nobody speaks out of turn, except TLS itself
+
+    def processor(self) -> int:
+        """The one that the other side last sent from, where it is local."""
+        return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
+
+    def abort(self) -> None:
+        """Have whoever uses the stream fail now; from any thread."""
+        try:
+            # Not the TLS socket's own method, which would have its other methods go on without TLS.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        except OSError:
+            return  # it has ended already
+
+    def end_sending(self) -> None:
+        """What was sent is the last; the other side still gets it."""
+        socket.socket.shutdown(self._socket, socket.SHUT_WR)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _limit(self, option: int, until: float) -> None:
+        """Have the kernel keep the time: Python's way makes two calls of each and wakes for every packet."""
+        seconds, fraction = divmod(_remaining_s(until), 1)
+        limit = struct.pack("@ll", int(seconds), int(fraction * 1e6) + 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+def _remaining_s(until: float) -> float:
+    remaining_s = until - time.monotonic()
+    if remaining_s <= 0:
+        raise TimeoutError("it took too long")
+    return remaining_s
+
+
+def _behind(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of `views`, the first not empty, without their first `count` bytes."""
+    for index, view in enumerate(views):
+        if count < view.nbytes:
+            return [view[count:], *views[index + 1 :]] if count else views[index:]
+        count -= view.nbytes
+    return []

@@ -1,0 +1,110 @@
+"""KV bytes through the bulk port: the fast way (kvstore_api.frames says what goes over the wire)."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+
+from kvstore_api.bulk import ReadPiece
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.transport.base import Transport
+from kvstore_client.transport.connections import Connections
+from kvstore_client.transport.exchange import Exchange, UnreachableError
+from kvstore_client.transport.memory import ReceiveMemory
+from kvstore_client.transport.put import put_chunks
+from kvstore_client.transport.read import read_ranges
+
+log = logging.getLogger(__name__)
+
+_FALLBACK_S = 10.0
+Message = TypeVar("Message", covariant=True)
+
+
+class Stream(Protocol[Message]):
+    def __iter__(self) -> Iterator[Message]: ...
+
+    def cancel(self) -> None: ...
+
+
+class BulkTransport:
+    """A pool of connections to one node. While nobody answers there, `fallback` is used instead, if there is one, and
+    the port is tried again every now and then."""
+
+    def __init__(
+        self, connections: Connections, memory: ReceiveMemory, fallback: Transport | None = None
+    ) -> None:
+        self._connections = connections
+        self._memory = memory
+        self._fallback = fallback
+        self._fallback_until_s = 0.0
+
+    def read(self, request: pb.ReadRequest, timeout_s: float) -> Stream[ReadPiece]:
+        fallback = self._fallback
+        if fallback is not None and self._is_avoided():
+            return fallback.read(request, timeout_s)
+        return BulkStream(
+            Exchange(self._connections, timeout_s),
+            partial(read_ranges, request=request, memory=self._memory),
+            partial(fallback.read, request) if fallback is not None else None,
+            self._avoid,
+        )
+
+    def put(self, steps: Iterator[pb.PutRequest | memoryview], timeout_s: float) -> Stream[pb.PutReply]:
+        fallback = self._fallback
+        if fallback is not None and self._is_avoided():
+            return fallback.put(steps, timeout_s)
+        return BulkStream(
+            Exchange(self._connections, timeout_s),
+            partial(put_chunks, steps=steps),
+            partial(fallback.put, steps) if fallback is not None else None,
+            self._avoid,
+        )
+
+    def close(self) -> None:
+        self._connections.close()
+
+    def _is_avoided(self) -> bool:
+        return time.monotonic() < self._fallback_until_s
+
+    def _avoid(self, error: UnreachableError) -> None:
+        log.warning("%s; gRPC is used for %g s", error, _FALLBACK_S)
+        self._fallback_until_s = time.monotonic() + _FALLBACK_S
+
+
+class BulkStream(Generic[Message]):
+    """What comes back from one exchange, or from the call that is made instead when there is no bulk port."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        talk: Callable[[Exchange], Iterator[Message]],
+        instead: Callable[[float], Stream[Message]] | None,
+        avoid: Callable[[UnreachableError], None],
+    ) -> None:
+        self._exchange = exchange
+        self._talk = talk
+        self._instead = instead
+        self._avoid = avoid
+        self._other: Stream[Message] | None = None
+
+    def __iter__(self) -> Iterator[Message]:
+        with self._exchange.errors():
+            try:
+                self._exchange.open()
+            except UnreachableError as error:
+                if self._instead is None or not self._exchange.remaining_s():
+                    raise
+                self._avoid(error)
+                self._other = self._instead(self._exchange.remaining_s())
+            else:
+                yield from self._talk(self._exchange)
+        if self._other is not None:
+            if self._exchange.is_cancelled:
+                self._other.cancel()
+            yield from self._other
+
+    def cancel(self) -> None:
+        self._exchange.cancel()
+        if self._other is not None:
+            self._other.cancel()

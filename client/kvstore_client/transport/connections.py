@@ -1,0 +1,71 @@
+"""Connections to one node's bulk port, kept for the next request."""
+
+import socket
+import ssl
+import threading
+from collections import deque
+
+from kvstore_api.byte_stream import ByteStream
+from kvstore_api.frames import PREFACE
+
+_IDLE_CONNECTIONS = 8
+
+
+class Connections:
+    """Thread-safe. A stream that was taken belongs to the taker, who keeps it, closes it or gives it back."""
+
+    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, name: str) -> None:
+        """`name` is who the certificate must speak for."""
+        self._address = (host, port)
+        self._tls = tls
+        self.name = name
+        self._lock = threading.Lock()
+        self._idle: deque[ByteStream] = deque()
+        self._closed = False
+
+    def kept(self) -> ByteStream | None:
+        """An idle connection that seems alive, the one used last."""
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                stream = self._idle.pop()
+            if not stream.has_ended():
+                return stream
+            stream.close()
+
+    def connect(self, timeout_s: float) -> ByteStream:
+        """A new one. Raises OSError."""
+        connected = socket.create_connection(self._address, timeout_s)
+        try:
+            if self._tls is not None:
+                connected = self._tls.wrap_socket(
+                    connected, server_hostname=self.name, do_handshake_on_connect=False
+                )
+            stream = ByteStream(connected)
+            stream.handshake(timeout_s)
+            stream.send([PREFACE], timeout_s)
+        except BaseException:
+            connected.close()
+            raise
+        return stream
+
+    def give_back(self, stream: ByteStream) -> None:
+        """Nothing of the last answer is still to come."""
+        with self._lock:
+            if not self._closed and len(self._idle) < _IDLE_CONNECTIONS:
+                self._idle.append(stream)
+                return
+        stream.close()
+
+    def drop_idle(self) -> None:
+        """The node was restarted: none of them is of use."""
+        with self._lock:
+            idle, self._idle = self._idle, deque()
+        for stream in idle:
+            stream.close()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        self.drop_idle()

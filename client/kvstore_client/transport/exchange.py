@@ -1,0 +1,148 @@
+"""One request to the bulk port: the connection it has, the time it has left, and how it ends."""
+
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from kvstore_api import frames
+from kvstore_api.byte_stream import ByteStream
+from kvstore_api.frames import FrameHeader, FrameKind, unpack_header
+from kvstore_client.transport.connections import Connections
+from kvstore_codec.errors import TransferError
+
+CONNECT_TIMEOUT_S = 1.0
+
+
+class UnreachableError(Exception):
+    """Nobody answers at the bulk port; nothing was sent yet."""
+
+
+class Exchange:
+    """Used by one thread, except for `cancel`. Ends with `complete` or `break_off`."""
+
+    def __init__(self, connections: Connections, timeout_s: float) -> None:
+        self._connections = connections
+        self._until = time.monotonic() + timeout_s
+        self._lock = threading.Lock()
+        self._stream: ByteStream | None = None
+        self._resting = True
+        self._cancelled = False
+        self._header = bytearray(frames.HEADER_BYTES)
+        self.is_unproven = False
+        """Whether the connection is left from another request and may have ended since, unnoticed."""
+
+    @property
+    def is_open(self) -> bool:
+        return self._stream is not None
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._cancelled
+
+    def remaining_s(self) -> float:
+        return max(0.0, self._until - time.monotonic())
+
+    def open(self, *, fresh: bool = False) -> None:
+        """Get a connection. Raises UnreachableError."""
+        stream = None if fresh else self._connections.kept()
+        self.is_unproven = stream is not None
+        if stream is None:
+            try:
+                stream = self._connections.connect(min(CONNECT_TIMEOUT_S, self.remaining_s() + 1e-3))
+            except ssl.SSLError as error:
+                raise TransferError("tls", f"no TLS with {self._connections.name}: {error}") from error
+            except OSError as error:
+                raise UnreachableError(
+                    f"the bulk port of {self._connections.name} is not there: {error}"
+                ) from error
+        with self._lock:
+            self._stream = stream
+            if self._cancelled:
+                stream.abort()
+
+    def open_again(self) -> None:
+        """What was kept has ended: the node was restarted, so the others have ended too. Raises UnreachableError."""
+        self.break_off()
+        self._connections.drop_idle()
+        self.open(fresh=True)
+
+    def proven(self) -> None:
+        self.is_unproven = False
+
+    def send(self, views: Sequence[memoryview | bytes]) -> None:
+        self._connected().send(views, self.remaining_s())
+
+    def receive_into(self, view: memoryview | bytearray) -> None:
+        self._connected().receive_into([view], self.remaining_s())
+
+    def receive_header(self, kind: FrameKind) -> FrameHeader:
+        """Of the next answer. Raises TransferError when it is of another kind."""
+        self.receive_into(self._header)
+        header = unpack_header(self._header)
+        if header.kind == FrameKind.REFUSED:
+            text = self.receive_message(header)
+            raise TransferError(
+                "refused", f"{self._connections.name} refused: {text.decode(errors='replace')}"
+            )
+        if header.kind != kind:
+            raise self.misunderstood(f"an answer of kind {header.kind} instead of {kind.name}")
+        return header
+
+    def receive_message(self, header: FrameHeader) -> bytes:
+        if header.length > frames.MAX_TEXT_BYTES:
+            raise self.misunderstood(f"a message of {header.length} bytes")
+        message = bytearray(header.length)
+        self.receive_into(message)
+        return bytes(message)
+
+    def misunderstood(self, what: str) -> TransferError:
+        return TransferError("protocol", f"{self._connections.name} sent {what}")
+
+    def rest(self, *, resting: bool) -> None:
+        """While it rests nothing is under way, and `cancel` leaves the connection to others."""
+        with self._lock:
+            self._resting = resting
+
+    def complete(self) -> None:
+        """All of the answer has come."""
+        with self._lock:
+            stream, self._stream = self._stream, None
+        if stream is not None:
+            self._connections.give_back(stream)
+
+    def break_off(self) -> None:
+        with self._lock:
+            stream, self._stream = self._stream, None
+            if stream is not None:
+                stream.abort()
+                stream.close()
+
+    def cancel(self) -> None:
+        """From any thread: whoever waits for this exchange fails."""
+        with self._lock:
+            self._cancelled = True
+            resting = self._resting
+            if self._stream is not None and not resting:
+                self._stream.abort()
+        if resting:
+            self.complete()
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """What goes wrong breaks the exchange off, and becomes a TransferError."""
+        try:
+            yield
+        except (OSError, UnreachableError) as error:
+            timeout = isinstance(error, TimeoutError) or not self.remaining_s()
+            reason = "cancelled" if self._cancelled else "timeout" if timeout else "unreachable"
+            raise TransferError(reason, f"{self._connections.name}: {error}") from error
+        finally:
+            self.break_off()
+
+    def _connected(self) -> ByteStream:
+        stream = self._stream
+        if stream is None:
+            raise ConnectionAbortedError("the exchange has ended")
+        return stream

@@ -1,0 +1,85 @@
+"""Storing over the bulk port."""
+
+from collections.abc import Iterator, Sequence
+
+from kvstore_api.frames import FrameKind, pack_header
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.transport.exchange import Exchange
+from kvstore_codec.errors import TransferError
+
+# Chunks that may be unanswered while the next one is encoded.
+_MOST_UNANSWERED = 8
+Step = pb.PutRequest | memoryview
+
+
+def put_chunks(exchange: Exchange, steps: Iterator[Step]) -> Iterator[pb.PutReply]:
+    """Sends every step before it asks for the next, so data has to be there no longer than that.
+
+    A chunk that is revoked, or has another size than announced, costs the connection: that is how the node learns
+    that it must not be stored.
+    """
+    unanswered = 0
+    for start in steps:
+        exchange.rest(resting=False)
+        fate = _send_chunk(exchange, start, steps)
+        unanswered += fate is None
+        while unanswered > (0 if fate else _MOST_UNANSWERED - 1):
+            unanswered -= 1
+            yield _reply(exchange, last=not unanswered)
+        if fate is not None:
+            exchange.break_off()
+            yield fate
+    while unanswered:
+        unanswered -= 1
+        yield _reply(exchange, last=not unanswered)
+    exchange.complete()
+
+
+def _send_chunk(exchange: Exchange, first: Step, steps: Iterator[Step]) -> pb.PutReply | None:
+    """Takes a chunk's steps. Returns None when it was sent, or else what became of it instead."""
+    if isinstance(first, memoryview) or first.WhichOneof("step") != "start":
+        raise TransferError("protocol", "a put begins with its start")
+    message: bytes = first.start.SerializeToString()
+    before = [pack_header(FrameKind.PUT, len(message)), message]
+    left = first.start.size_bytes
+    for step in steps:
+        kind = "data" if isinstance(step, memoryview) else step.WhichOneof("step")
+        if kind == "data":
+            data = step if isinstance(step, memoryview) else memoryview(step.data)
+            if 0 < data.nbytes <= left:
+                _send(exchange, [*before, data])
+                before = []
+            left -= data.nbytes
+        elif kind == "end" and not left:
+            if before:  # there were no bytes at all
+                _send(exchange, before)
+            return None
+        elif kind == "end":
+            came = first.start.size_bytes - left
+            reason = f"the chunk was announced with {first.start.size_bytes} bytes, but {came} came"
+            return pb.PutReply(status=pb.PUT_STATUS_INVALID, message=reason)
+        elif kind == "revoke":
+            return pb.PutReply(status=pb.PUT_STATUS_REVOKED)
+        else:
+            break
+    raise TransferError("protocol", "a put goes start, data..., end or revoke; this one breaks off")
+
+
+def _send(exchange: Exchange, views: Sequence[memoryview | bytes]) -> None:
+    """Once more, if the connection had ended unnoticed since the last request."""
+    if not exchange.is_open:
+        exchange.open()
+    try:
+        exchange.send(views)
+    except ConnectionError:
+        if not exchange.is_unproven:
+            raise
+        exchange.open_again()
+        exchange.send(views)
+    exchange.proven()
+
+
+def _reply(exchange: Exchange, *, last: bool) -> pb.PutReply:
+    reply = pb.PutReply.FromString(exchange.receive_message(exchange.receive_header(FrameKind.PUT_REPLY)))
+    exchange.rest(resting=last)
+    return reply

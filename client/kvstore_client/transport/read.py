@@ -1,0 +1,58 @@
+"""Reading over the bulk port."""
+
+from collections.abc import Iterator
+
+from kvstore_api.bulk import ReadPiece
+from kvstore_api.frames import FrameHeader, FrameKind, pack_header
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.transport.exchange import Exchange
+from kvstore_client.transport.memory import LARGEST_BYTES, ReceiveMemory
+
+
+def read_ranges(exchange: Exchange, request: pb.ReadRequest, memory: ReceiveMemory) -> Iterator[ReadPiece]:
+    """Each range in one piece, or in several where it has more than LARGEST_BYTES. Not asking for more is what slows
+    the node down: it sends as fast as this is iterated."""
+    count = len(request.ranges)
+    if not count:
+        exchange.complete()
+        return
+    exchange.rest(resting=False)
+    header = _ask(exchange, request)
+    for index in range(count):
+        if index:
+            header = exchange.receive_header(FrameKind.RANGE)
+        if header.range_index != index:
+            raise exchange.misunderstood(f"range {header.range_index} instead of {index}")
+        last = index == count - 1
+        if header.status != pb.READ_STATUS_OK:
+            if header.length or header.status not in pb.ReadStatus.values():
+                raise exchange.misunderstood(f"a range of status {header.status} and {header.length} bytes")
+            if last:
+                exchange.complete()
+            yield ReadPiece(index, memoryview(b""), pb.ReadStatus(header.status))
+            continue
+        left = header.length
+        while left:
+            # Whatever length is announced, no more memory is taken than comes to be filled.
+            data = memory.take(min(left, LARGEST_BYTES))
+            exchange.receive_into(data)
+            left -= len(data)
+            if last and not left:
+                exchange.complete()
+            yield ReadPiece(index, data)
+            del data
+
+
+def _ask(exchange: Exchange, request: pb.ReadRequest) -> FrameHeader:
+    """Send the request and wait for the first answer; once more, if the connection had ended unnoticed."""
+    message = request.SerializeToString()
+    question = [pack_header(FrameKind.READ, len(message)), message]
+    try:
+        exchange.send(question)
+        return exchange.receive_header(FrameKind.RANGE)
+    except ConnectionError:
+        if not exchange.is_unproven:
+            raise
+    exchange.open_again()
+    exchange.send(question)
+    return exchange.receive_header(FrameKind.RANGE)

@@ -1,0 +1,75 @@
+"""Which transport goes to which storage node."""
+
+import ssl
+import threading
+
+import grpc
+
+from kvstore_api.placement import Member
+from kvstore_client.settings import ClientSettings
+from kvstore_client.transport.base import Transport
+from kvstore_client.transport.bulk import BulkTransport
+from kvstore_client.transport.connections import Connections
+from kvstore_client.transport.grpc import GrpcTransport
+from kvstore_client.transport.memory import ReceiveMemory
+from kvstore_codec.errors import ConfigurationError
+
+
+class Transports:
+    """The bulk port of a member that has one, and gRPC for the others or while the port cannot be reached. Thread-safe.
+
+    With `tls_ca` nothing but TLS is spoken: KV bytes of a member without a bulk port cannot be had then.
+    """
+
+    def __init__(self, settings: ClientSettings) -> None:
+        self._settings = settings
+        self._tls = _client_tls(settings)
+        self._memory = ReceiveMemory()
+        self._lock = threading.Lock()
+        self._bulk: dict[str, tuple[Member, BulkTransport]] = {}  # by node_id
+
+    def to(self, member: Member, channel: grpc.Channel) -> Transport:
+        """`channel` leads to the member's gRPC endpoint."""
+        if self._tls is None and not self._reaches_bulk(member):
+            return GrpcTransport(channel)
+        with self._lock:
+            known, transport = self._bulk.get(member.node_id, (None, None))
+            if transport is None or known != member:
+                if transport is not None:  # the node was started anew, elsewhere
+                    transport.close()
+                transport = self._connect(member, channel)
+                self._bulk[member.node_id] = member, transport
+            return transport
+
+    def _reaches_bulk(self, member: Member) -> bool:
+        """Who routes a member's gRPC endpoint elsewhere means all of its bytes."""
+        routes = self._settings.routes
+        return bool(member.bulk_endpoint) and (
+            member.endpoint not in routes or member.bulk_endpoint in routes
+        )
+
+    def _connect(self, member: Member, channel: grpc.Channel) -> BulkTransport:
+        dial = self._settings.routes.get(member.bulk_endpoint, member.bulk_endpoint)
+        host, _, port = dial.rpartition(":")
+        name = member.bulk_endpoint.rpartition(":")[0].strip("[]")
+        connections = Connections(host.strip("[]"), int(port or 0), self._tls, name or member.node_id)
+        return BulkTransport(connections, self._memory, None if self._tls else GrpcTransport(channel))
+
+    def close(self) -> None:
+        """Idle connections; those in use are closed by their users."""
+        with self._lock:
+            transports = list(self._bulk.values())
+            self._bulk.clear()
+        for _, transport in transports:
+            transport.close()
+
+
+def _client_tls(settings: ClientSettings) -> ssl.SSLContext | None:
+    if settings.tls_ca is None:
+        return None
+    try:
+        return ssl.create_default_context(cafile=settings.tls_ca)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(
+            f"tls_ca: {settings.tls_ca} is not a PEM file with certificates ({error})"
+        ) from error

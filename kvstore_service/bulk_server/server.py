@@ -1,0 +1,147 @@
+"""Accepting connections to the bulk port: how many, for how long, and how they end."""
+
+import contextlib
+import logging
+import socket
+import ssl
+import threading
+import time
+
+from kvstore_api.byte_stream import ByteStream
+from kvstore_cluster.node import StorageNode
+from kvstore_service.bulk_server.session import RefusedError, Session
+from kvstore_service.listen import Address, address_error
+
+log = logging.getLogger(__name__)
+
+MAX_CONNECTIONS = 256
+"""Each has a thread, and at most one chunk that is being read or written."""
+PATIENCE_S = 20.0
+"""For 4 MiB to a client, or 256 KiB from it: whoever is slower is disconnected, and what it held is given back."""
+IDLE_S = 600.0
+"""A connection without a request for so long is closed; clients connect again."""
+_RETRY_ACCEPT_S = 0.1
+
+
+class BulkServer:
+    """Serves a node from construction until `stop`. Raises AddressInUseError."""
+
+    def __init__(
+        self,
+        node: StorageNode,
+        address: Address,
+        *,
+        advertise_host: str | None = None,
+        tls: ssl.SSLContext | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+        patience_s: float = PATIENCE_S,
+        idle_s: float = IDLE_S,
+    ) -> None:
+        self._node = node
+        self._tls = tls
+        self._max_connections = max_connections
+        self._patience_s = patience_s
+        self._idle_s = idle_s
+        try:
+            self._listener = socket.create_server(
+                (address.host, address.port),
+                family=socket.AF_INET6 if ":" in address.host else socket.AF_INET,
+                backlog=128,
+            )
+        except OSError as error:
+            raise address_error(address, error.strerror or str(error)) from error
+        host = advertise_host or address.reachable_host
+        self.address = str(Address(host, self._listener.getsockname()[1]))
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._connections: dict[ByteStream, threading.Thread] = {}
+        self._idle: set[ByteStream] = set()
+        self._acceptor = threading.Thread(target=self._accept, name="kvstore-bulk-accept", daemon=True)
+        self._acceptor.start()
+
+    def stop(self, grace_s: float = 1.0) -> None:
+        """Refuses new connections and closes idle ones at once; requests under way get `grace_s`."""
+        until = time.monotonic() + grace_s
+        with self._lock:
+            self._stopping = True
+            connections = dict(self._connections)
+            for stream in self._idle:
+                stream.abort()
+        with contextlib.suppress(OSError):  # not connected, says the kernel, but the acceptor wakes
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in connections.values():
+            thread.join(max(0.0, until - time.monotonic()))
+        for stream, thread in connections.items():
+            stream.abort()
+            thread.join()
+        self._acceptor.join()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connected, peer = self._listener.accept()
+            except OSError as error:
+                if self._stopping:
+                    return
+                log.warning("the bulk port of %s cannot accept: %s", self._node.node_id, error)
+                time.sleep(_RETRY_ACCEPT_S)  # out of file descriptors, most likely; somebody may return one
+                continue
+            try:
+                self._begin(connected, peer[0])
+            except (OSError, RuntimeError) as error:  # gone already, or no more threads
+                log.warning("a bulk connection from %s was not served: %s", peer[0], error)
+                connected.close()
+
+    def _begin(self, connected: socket.socket, peer: str) -> None:
+        if self._tls is not None:
+            connected = self._tls.wrap_socket(connected, server_side=True, do_handshake_on_connect=False)
+        stream = ByteStream(connected)
+        thread = threading.Thread(target=self._serve, args=(stream, peer), name="kvstore-bulk", daemon=True)
+        with self._lock:
+            if self._stopping or len(self._connections) >= self._max_connections:
+                stream.close()
+                return
+            self._connections[stream] = thread
+            thread.start()
+
+    def _serve(self, stream: ByteStream, peer: str) -> None:
+        try:
+            self._converse(stream)
+        except TimeoutError as error:
+            log.info("bulk connection from %s closed: %s", peer, error)
+        except OSError as error:
+            log.debug("bulk connection from %s ended: %s", peer, error)
+        except Exception:
+            log.exception("bulk connection from %s failed", peer)
+        finally:
+            with self._lock:
+                del self._connections[stream]
+                self._idle.discard(stream)
+                stream.close()
+
+    def _converse(self, stream: ByteStream) -> None:
+        session = Session(self._node, stream, patience_s=self._patience_s, idle_s=self._idle_s)
+        try:
+            stream.handshake(self._patience_s)
+            session.greet()
+            while self._rest(stream):
+                session.wait()
+                with self._lock:
+                    self._idle.discard(stream)
+                session.serve()
+        except RefusedError as refusal:
+            session.refuse(str(refusal))
+
+    def _rest(self, stream: ByteStream) -> bool:
+        """False when there is to be no other request."""
+        with self._lock:
+            self._idle.add(stream)
+            return not self._stopping
+
+
+def serve_bulk(
+    node: StorageNode, *, host: str, advertise_host: str | None = None, tls: ssl.SSLContext | None = None
+) -> BulkServer:
+    """Starts the node's bulk port on any free port of `host`. Raises AddressInUseError."""
+    return BulkServer(node, Address(host, 0), advertise_host=advertise_host, tls=tls)

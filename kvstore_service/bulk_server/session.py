@@ -1,0 +1,195 @@
+"""One connection to the bulk port: requests, and the node's answers to them."""
+
+import os
+import time
+from collections.abc import Sized
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError
+
+from kvstore_api import frames
+from kvstore_api.byte_stream import ByteStream
+from kvstore_api.frames import FrameKind, pack_header, unpack_header
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.node import StorageNode
+from kvstore_cluster.put import PendingPut
+from kvstore_codec.errors import ChunkNotFoundError, FrameRangeError, InvalidKVError, KVStoreError
+from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES, begin_put, put_status
+
+# A piece is sent or received within the session's patience. Less than that in a piece, and the calls begin to count.
+_SEND_BYTES = 4 << 20
+# Small enough to be still in the processor's cache when it is verified or dropped.
+_RECEIVE_BYTES = 256 << 10
+
+_PROCESSORS = os.sched_getaffinity(0)
+Request = TypeVar("Request", pb.ReadRequest, pb.PutStart)
+
+
+class RefusedError(Exception):
+    """What the client asks for is not served; the message says why, and the connection ends."""
+
+
+class Session:
+    """Serves requests one after the other, in one thread."""
+
+    def __init__(self, node: StorageNode, stream: ByteStream, *, patience_s: float, idle_s: float) -> None:
+        self._node = node
+        self._stream = stream
+        self._patience_s = patience_s
+        self._idle_s = idle_s
+        self._header = bytearray(frames.HEADER_BYTES)
+        self._processor = -1
+
+    def greet(self) -> None:
+        """Raises RefusedError for a client that speaks something else."""
+        preface = bytearray(len(frames.PREFACE))
+        self._stream.receive_into([preface], self._patience_s)
+        if preface != frames.PREFACE:
+            raise RefusedError(
+                f"this is the bulk port of a storage node, version {frames.VERSION}; "
+                "update whichever side is older, or use its gRPC port"
+            )
+
+    def wait(self) -> None:
+        """Until a request begins. Raises OSError when the client has gone, or has had none for long."""
+        self._stream.receive_into([self._header], self._idle_s)
+
+    def serve(self) -> None:
+        """Answer the request that began. Raises RefusedError, or OSError when the client has gone or is too slow."""
+        self._follow_client()
+        header = unpack_header(self._header)
+        if header.kind == FrameKind.READ:
+            self._read(_parsed(pb.ReadRequest(), self._message(header.length, frames.MAX_READ_REQUEST_BYTES)))
+        elif header.kind == FrameKind.PUT:
+            self._put(_parsed(pb.PutStart(), self._message(header.length, frames.MAX_PUT_START_BYTES)))
+        else:
+            raise RefusedError(f"a request begins with READ or PUT, not with {header.kind}")
+
+    def refuse(self, reason: str) -> None:
+        """Say why this is the end, and make sure that it is read: to close would take back what was sent."""
+        text = reason.encode()[: frames.MAX_TEXT_BYTES]
+        self._stream.send([pack_header(FrameKind.REFUSED, len(text)), text], self._patience_s)
+        self._stream.end_sending()
+        scratch = bytearray(_RECEIVE_BYTES)
+        until = time.monotonic() + self._patience_s
+        while time.monotonic() < until:
+            self._stream.receive_into([scratch], self._patience_s)
+
+    def _message(self, length: int, limit_bytes: int) -> bytearray:
+        if length > limit_bytes:
+            raise RefusedError(f"a request of {length} bytes; at most {limit_bytes}")
+        message = bytearray(length)
+        self._stream.receive_into([message], self._patience_s)
+        return message
+
+    # ---- reads
+
+    def _read(self, request: pb.ReadRequest) -> None:
+        _require_at_most(MAX_CHUNKS, "chunks", request.chunks)
+        _require_at_most(MAX_RANGES, "ranges", request.ranges)
+        chunks = [_chunk_id(chunk) for chunk in request.chunks]
+        encodings = list(request.encodings)
+        if len(encodings) != len(chunks):
+            raise RefusedError(f"{len(chunks)} chunks with {len(encodings)} encodings; give one for each")
+        for index, wanted in enumerate(request.ranges):
+            if wanted.chunk >= len(chunks):
+                raise RefusedError(f"a range names a chunk beyond the {len(chunks)} given")
+            self._send_range(index, chunks[wanted.chunk], encodings[wanted.chunk], wanted)
+
+    def _send_range(self, index: int, chunk_id: ChunkId, encoding: str, wanted: pb.ReadRange) -> None:
+        """What is sent stays in memory until the kernel has all of it."""
+        began = False
+        try:
+            with self._node.open(chunk_id, encoding) as reader:
+                first, count = wanted.first_frame, wanted.frame_count
+                header = pack_header(FrameKind.RANGE, reader.range_bytes(first, count), range_index=index)
+                for views in reader.pieces(first, count, _SEND_BYTES):
+                    self._stream.send(views if began else [header, *views], self._patience_s)
+                    began = True
+        except ChunkNotFoundError as error:
+            if began:  # and the rest was announced
+                raise ConnectionAbortedError(str(error)) from error
+            self._send_failure(index, pb.READ_STATUS_NOT_FOUND)
+        except FrameRangeError:
+            self._send_failure(index, pb.READ_STATUS_INVALID_RANGE)
+
+    def _send_failure(self, index: int, status: pb.ReadStatus) -> None:
+        self._stream.send(
+            [pack_header(FrameKind.RANGE, 0, status=status, range_index=index)], self._patience_s
+        )
+
+    # ---- puts
+
+    def _put(self, start: pb.PutStart) -> None:
+        try:
+            put = begin_put(self._node, start)
+        except InvalidKVError as error:
+            raise RefusedError(str(error)) from error
+        except KVStoreError as error:
+            self._skip(start.size_bytes)
+            self._reply(put_status(error), str(error))
+            return
+        if put is None:
+            self._skip(start.size_bytes)
+            self._reply(pb.PUT_STATUS_ALREADY_STORED)
+            return
+        try:
+            self._receive(put)
+            stored = put.commit()
+        except KVStoreError as error:
+            self._reply(put_status(error), str(error))
+        else:
+            self._reply(pb.PUT_STATUS_STORED if stored else pb.PUT_STATUS_ALREADY_STORED)
+        finally:
+            put.revoke()  # has no effect when it was committed
+
+    def _receive(self, put: PendingPut) -> None:
+        """Straight into the memory that was reserved."""
+        for view in put.views():
+            for begin in range(0, len(view), _RECEIVE_BYTES):
+                piece = view[begin : begin + _RECEIVE_BYTES]
+                self._stream.receive_into([piece], self._patience_s)
+                put.advance(len(piece))
+
+    def _skip(self, size_bytes: int) -> None:
+        """Take the bytes of a chunk that will not be stored: the next request lies behind them."""
+        scratch = memoryview(bytearray(min(size_bytes, _RECEIVE_BYTES)))
+        while size_bytes:
+            piece = scratch[: min(size_bytes, len(scratch))]
+            self._stream.receive_into([piece], self._patience_s)
+            size_bytes -= len(piece)
+
+    def _reply(self, status: pb.PutStatus, message: str = "") -> None:
+        text = message.encode()[: frames.MAX_TEXT_BYTES // 2].decode(errors="ignore")
+        reply = pb.PutReply(status=status, message=text).SerializeToString()
+        self._stream.send([pack_header(FrameKind.PUT_REPLY, len(reply)), reply], self._patience_s)
+
+    def _follow_client(self) -> None:
+        """Run where a client on this machine runs: it waits for us, and what it gets is still in that processor's
+        cache. Measured on two cores: 64 KiB at 4.7 GB/s, and from the other processor at 1.0."""
+        if self._stream.is_local:
+            processor = self._stream.processor()
+            if processor != self._processor and processor in _PROCESSORS:
+                os.sched_setaffinity(0, {processor})  # of this thread
+                self._processor = processor
+
+
+def _parsed(message: Request, data: bytearray) -> Request:
+    try:
+        message.ParseFromString(bytes(data))
+    except DecodeError as error:
+        raise RefusedError(f"not a {type(message).__name__}") from error
+    return message
+
+
+def _require_at_most(limit: int, what: str, items: Sized) -> None:
+    if len(items) > limit:
+        raise RefusedError(f"{len(items)} {what} in one read; at most {limit}")
+
+
+def _chunk_id(ref: pb.ChunkRef) -> ChunkId:
+    try:
+        return ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id))
+    except InvalidKVError as error:
+        raise RefusedError(str(error)) from error
