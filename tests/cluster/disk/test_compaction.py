@@ -1,0 +1,302 @@
+"""Space comes back, nothing that lives is lost, nothing that was forgotten returns."""
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kvstore_cluster.disk import Location, SegmentStore
+from kvstore_codec.errors import ChunkNotFoundError
+from tests.cluster.disk.chunks import append, by_key, contents, read, tiny
+from tests.sample_chunk import SampleChunk
+
+LIMIT = 4 << 20
+SEGMENT = 128 << 10  # 15 tiny chunks
+BLOCK = 4096
+
+
+class Index:
+    """Where chunks are, as a storage node knows it. Thread-safe."""
+
+    def __init__(self, store: SegmentStore) -> None:
+        self.store = store
+        self.where: dict[int, tuple[Location, SampleChunk]] = {}
+        self._lock = threading.Lock()
+
+    def put(self, content: int, version: int = 0, *, sync: bool = False) -> None:
+        chunk = tiny(content, version)
+        location = append(self.store, chunk, sync=sync)
+        with self._lock:
+            replaced = self.where.get(content)
+            self.where[content] = (location, chunk)
+        if replaced is not None:
+            self.store.delete(replaced[0])
+
+    def delete(self, content: int, *, forget: bool = False) -> None:
+        with self._lock:
+            location, _ = self.where.pop(content)
+        self.store.delete(location, forget=forget)
+
+    def relocate(self, old: Location, new: Location) -> bool:
+        with self._lock:
+            for content, (location, chunk) in self.where.items():
+                if location == old:
+                    self.where[content] = (new, chunk)
+                    return True
+            return False
+
+    def read(self, content: int) -> bytes:
+        while True:
+            with self._lock:
+                location, chunk = self.where[content]
+            try:
+                return read(self.store, location, len(chunk.data))
+            except ChunkNotFoundError:
+                continue
+
+    def check(self) -> None:
+        for content, (_, chunk) in list(self.where.items()):
+            assert self.read(content) == chunk.data
+        assert self.store.live_bytes >= len(self.where) * 2 * BLOCK
+        self.store.check_integrity()
+
+    @property
+    def chunks(self) -> list[SampleChunk]:
+        return [chunk for _, chunk in self.where.values()]
+
+
+def opened(folder: Path) -> SegmentStore:
+    return SegmentStore(folder, LIMIT, segment_bytes=SEGMENT, sync_period_s=0.05)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[Index]:
+    store = opened(tmp_path / "store")
+    store.recover()
+    index = Index(store)
+    yield index
+    index.check()
+    store.close()
+
+
+def compact(index: Index) -> None:
+    while index.store.compact(index.relocate):
+        pass
+
+
+def after_restart(index: Index, tmp_path: Path) -> dict[tuple[bytes, str], bytes]:
+    """What a process that was killed now would find."""
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(tmp_path / "store", copy)
+    store = opened(copy)
+    found = contents(store)
+    store.check_integrity()
+    store.close()
+    return found
+
+
+def segments(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "store").glob("*.kvs"))
+
+
+def test_space_comes_back(index: Index, tmp_path: Path) -> None:
+    for content in range(150):
+        index.put(content)
+    used_bytes = index.store.used_bytes
+    for content in range(150):
+        if content % 5:
+            index.delete(content)
+    compact(index)
+    assert index.store.used_bytes < used_bytes / 2
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "store").iterdir())
+    assert on_disk <= index.store.used_bytes
+    index.check()
+    assert after_restart(index, tmp_path).items() >= by_key(index.chunks).items()
+
+
+def test_segments_that_live_are_left_alone(index: Index, tmp_path: Path) -> None:
+    for content in range(60):
+        index.put(content)
+    before = segments(tmp_path)
+    index.delete(3)
+    compact(index)
+    assert segments(tmp_path) == before
+
+
+def test_a_dead_segment_goes_without_copying(index: Index, tmp_path: Path) -> None:
+    for content in range(45):
+        index.put(content)
+    for content in range(15):
+        index.delete(content)
+    compact(index)
+    assert "segment-00000001.kvs" not in segments(tmp_path)
+    assert not (tmp_path / "store" / "segment-00000001.index").exists()
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_crash_in_the_middle(index: Index, tmp_path: Path, at: int) -> None:
+    for content in range(15):
+        index.put(content)
+    index.put(99)
+    for content in range(9):
+        index.delete(content, forget=True)
+    found = []
+
+    def relocate(old: Location, new: Location) -> bool:
+        if len(found) <= at:
+            found.append(after_restart(index, tmp_path))
+        return index.relocate(old, new)
+
+    index.store.compact(relocate)
+    assert found
+    assert all(state == by_key(index.chunks) for state in found)
+
+
+def test_copies_do_not_overrule_newer_puts(index: Index, tmp_path: Path) -> None:
+    for content in range(15):
+        index.put(content)
+    index.put(50)
+    for content in range(10):
+        index.delete(content)
+
+    def relocate(old: Location, new: Location) -> bool:
+        moved = index.relocate(old, new)
+        if index.where[12][0] == new:
+            index.put(12, version=1)
+        return moved
+
+    index.store.compact(relocate)
+    assert index.where[12][1] == tiny(12, version=1)
+    assert after_restart(index, tmp_path)[tiny(12).chunk_id.content_id, tiny(12).encoding] == index.read(12)
+
+
+def test_a_chunk_deleted_while_it_is_copied_stays_deleted(index: Index, tmp_path: Path) -> None:
+    for content in range(15):
+        index.put(content)
+    for content in range(10):
+        index.delete(content)
+    late: list[Location] = []
+
+    def relocate(old: Location, new: Location) -> bool:
+        if not late:  # its owner has just taken it out of the index and will come to delete it
+            (content,) = (content for content, (where, _) in index.where.items() if where == old)
+            index.where.pop(content)
+            late.append(old)
+        return index.relocate(old, new)
+
+    index.put(99)  # so that the segment is not the active one
+    index.store.compact(relocate)
+    index.store.delete(late[0], forget=True)
+    compact(index)
+    assert len(index.where) == 5
+    assert after_restart(index, tmp_path).items() >= by_key(index.chunks).items()
+    assert (tiny(10).chunk_id.content_id, tiny(10).encoding) not in after_restart(index, tmp_path)
+
+
+def test_tombstones_stay_while_they_are_needed(index: Index, tmp_path: Path) -> None:
+    """The segment with the tombstone is compacted, that with the dead chunk is not."""
+    for content in range(14):
+        index.put(content)
+    index.put(77)  # lies dead among the living
+    index.put(20)
+    index.delete(77, forget=True)
+    for content in range(21, 36):
+        index.put(content)
+    for content in range(20, 35):
+        index.delete(content)
+    compact(index)
+    assert "segment-00000001.kvs" in segments(tmp_path)
+    assert "segment-00000002.kvs" not in segments(tmp_path)
+    assert (tiny(77).chunk_id.content_id, tiny(77).encoding) not in after_restart(index, tmp_path)
+
+
+def test_tombstones_go_when_they_are_not_needed(index: Index, tmp_path: Path) -> None:
+    for round_ in range(12):
+        for content in range(30):
+            index.put(content, round_)
+        for content in range(30):
+            index.delete(content, forget=True)
+        compact(index)
+    assert index.store.used_bytes < 4 * SEGMENT
+    assert after_restart(index, tmp_path) == {}
+
+
+def test_restarts_drop_tombstones_that_delete_nothing(tmp_path: Path) -> None:
+    for _ in range(5):
+        store = opened(tmp_path / "store")
+        index = Index(store)
+        store.recover()
+        for content in range(20):
+            index.put(content)
+            index.delete(content, forget=True)
+        compact(index)
+        store.check_integrity()
+        store.close()
+    store = opened(tmp_path / "store")
+    store.recover()
+    compact(Index(store))
+    assert store.live_bytes <= 20 * BLOCK
+    store.close()
+
+
+def test_a_damaged_chunk_is_not_moved_and_keeps_its_segment(index: Index, tmp_path: Path) -> None:
+    for content in range(15):
+        index.put(content)
+    index.put(99)
+    location, chunk = index.where[3]
+    with (tmp_path / "store" / "segment-00000001.kvs").open("r+b") as file:
+        file.seek(location % (1 << 24) * BLOCK + BLOCK + len(chunk.data) - 1)
+        file.write(bytes([chunk.data[-1] ^ 1]))
+    for content in range(4, 15):
+        index.delete(content)
+    compact(index)
+    assert "segment-00000001.kvs" in segments(tmp_path)
+    assert index.where[3][0] == location
+    index.delete(3)
+    compact(index)
+    assert "segment-00000001.kvs" not in segments(tmp_path)
+
+
+def test_readers_of_a_dropped_segment_are_told(index: Index) -> None:
+    for content in range(16):
+        index.put(content)
+    old = [location for location, _ in index.where.values()]
+    for content in range(9):
+        index.delete(content)
+    compact(index)
+    with pytest.raises(ChunkNotFoundError):
+        read(index.store, old[12], 10)
+
+
+def test_puts_reads_deletions_and_compaction_at_once(index: Index, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def work(thread: int) -> None:
+        for round_ in range(6):
+            mine = range(thread * 100, thread * 100 + 25)
+            for content in mine:
+                index.put(content, round_, sync=content % 8 == 0)
+            for content in mine:
+                assert index.read(content) == tiny(content, round_).data
+            for content in mine:
+                if content % 3 and round_ < 5:
+                    index.delete(content, forget=content % 2 == 0)
+
+    def until_stopped(step: Callable[[], object]) -> None:
+        while not stop.is_set():
+            step()
+
+    with ThreadPoolExecutor(5) as executor:
+        compacting = executor.submit(until_stopped, lambda: index.store.compact(index.relocate))
+        try:
+            list(executor.map(work, range(4)))
+        finally:
+            stop.set()
+        compacting.result()
+    assert len(index.where) == 100
+    compact(index)
+    assert after_restart(index, tmp_path).items() >= by_key(index.chunks).items()
