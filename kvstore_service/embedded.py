@@ -21,7 +21,7 @@ from kvstore_service.bulk_server import server_tls
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.listen import Address, Reservation
 from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
-from kvstore_service.ray_cluster import existing_ray, on_node, ray_nodes
+from kvstore_service.ray_cluster import existing_ray, on_node, on_this_node, ray_nodes
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _PID_TIMEOUT_S = 30.0
 _SILENCE_S = 30.0
 _LONGEST_SCRATCH_PARENT = 30
 
-_ACTOR_OPTIONS = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
+_ACTOR_OPTIONS = {"max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
 # Of the extra `cluster`; imported where they are used, because an inference worker does without.
 _PACKAGES = ("grpc_reflection", "psutil", "ray")
 _COORDINATOR_NAME = "kvstore-coordinator"
@@ -167,10 +167,10 @@ class EmbeddedCluster:
 
         # Without a Ray cluster all are on this machine, and listen where the coordinator does.
         homes = ray_nodes() if self._ray_address else []
-        placed = [on_node(home) for home in homes] or [{}] * self._nodes
+        placed = [on_node(home) for home in homes] or [{"num_cpus": 0}] * self._nodes
         host = None if homes else address.host
         coordinator = ray.remote(CoordinatorActor).options(
-            name=_COORDINATOR_NAME, **_ACTOR_OPTIONS, **placed[0]
+            name=_COORDINATOR_NAME, **_ACTOR_OPTIONS, **(on_this_node() if homes else {"num_cpus": 0})
         )
         self._coordinator = coordinator.remote(
             data_dir,

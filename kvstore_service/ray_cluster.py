@@ -9,6 +9,7 @@ from kvstore_codec.errors import StartupError
 from kvstore_service.local_ray import ENVIRONMENT
 
 _NAMESPACE = "kvstore"
+_SOME_CPU = 0.01
 
 
 @contextmanager
@@ -30,16 +31,35 @@ def existing_ray(address: str) -> Iterator[None]:
 
 
 def ray_nodes() -> list[str]:
-    """The ids of the live nodes, the one of this process first."""
+    """The ids of the live nodes that run anything, the one of this process first. Raises StartupError."""
     import ray
 
-    here = ray.get_runtime_context().get_node_id()
-    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-    return sorted(alive, key=lambda node_id: (node_id != here, node_id))
+    here = _here()
+    found = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    if not found:
+        raise StartupError("no node of the Ray cluster offers a CPU: nothing can run there")
+    return sorted(found, key=lambda node_id: (node_id != here, node_id))
 
 
 def on_node(node_id: str) -> dict[str, Any]:
     """Actor options: start there, and elsewhere should that node have died."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True)}
+    # Ray puts an actor that asks for nothing anywhere.
+    return {"num_cpus": _SOME_CPU, "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True)}
+
+
+def on_this_node() -> dict[str, Any]:
+    """Actor options: start where this process is, whether or not anything else runs there."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = _here()
+    if here in ray_nodes():
+        return on_node(here)
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+
+
+def _here() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
