@@ -4,10 +4,11 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from kvstore_api.placement import Member, Membership
 from kvstore_cluster.actors.endpoint import Endpoint
-from kvstore_cluster.calibrations import CalibrationRegistry
+from kvstore_cluster.calibrations import CalibrationRegistry, RedisMirror
 from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
 from kvstore_cluster.coordinator import Coordinator, Directives
 from kvstore_codec.errors import CatalogueError
@@ -15,14 +16,17 @@ from kvstore_codec.errors import CatalogueError
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+Made = TypeVar("Made")
 
 
 class CoordinatorActor:
     """Made through `ray.remote`. After a crash Ray runs the constructor again: the catalogue gives back epoch and
     nodes, the folder beside it the calibrations, and `serve` listens on the same address as before.
 
-    The catalogue is a file in `data_dir`, or in Redis when `redis_url` is given; Redis is waited for, because Ray does
-    not bring back an actor whose constructor failed. Raises CatalogueError, AddressInUseError.
+    The catalogue is a file in `data_dir`, or in Redis when `redis_url` is given, with copies of the calibrations. Redis
+    is waited for, because Ray does not bring back an actor whose constructor failed.
+
+    Raises ConfigurationError, CatalogueError, AddressInUseError.
     """
 
     def __init__(
@@ -33,12 +37,17 @@ class CoordinatorActor:
         replicas: int = 1,
         redis_url: str | None = None,
     ) -> None:
+        folder = data_dir / "calibrations"
         if redis_url is None:
             self._catalogue: FileCatalogue | RedisCatalogue = FileCatalogue(data_dir)
             self._coordinator = Coordinator(self._catalogue, replicas=replicas)
+            calibrations = CalibrationRegistry(folder)
         else:
-            self._catalogue, self._coordinator = _with_redis(redis_url, replicas)
-        self._endpoint = serve(self._coordinator, CalibrationRegistry(data_dir / "calibrations"))
+            self._catalogue = _waited_for(lambda: RedisCatalogue(redis_url))
+            self._coordinator = _waited_for(lambda: Coordinator(self._catalogue, replicas=replicas))
+            mirror = RedisMirror(redis_url)
+            calibrations = _waited_for(lambda: CalibrationRegistry(folder, mirror))
+        self._endpoint = serve(self._coordinator, calibrations)
 
     def address(self) -> str:
         return self._endpoint.address
@@ -60,15 +69,10 @@ class CoordinatorActor:
         self._catalogue.close()
 
 
-def _with_redis(url: str, replicas: int) -> tuple[RedisCatalogue, Coordinator]:
+def _waited_for(make: Callable[[], Made]) -> Made:
     while True:
         try:
-            catalogue = RedisCatalogue(url)
-            try:
-                return catalogue, Coordinator(catalogue, replicas=replicas)
-            except CatalogueError:
-                catalogue.close()
-                raise
+            return make()
         except CatalogueError as error:
-            log.warning("the coordinator waits for its catalogue: %s", error)
+            log.warning("the coordinator waits: %s", error)
             time.sleep(_RETRY_S)

@@ -1,4 +1,4 @@
-"""The calibration registry: opaque artefacts, named by the blake3 digest of their bytes, on the coordinator's disk.
+"""The calibration registry on the coordinator's disk.
 
 Each is one file, `<sequence>-<model digest>-<digest>.kvcal`. The names are the whole index, so there is nothing beside
 the files that could disagree with them; the highest sequence number of a model is its newest calibration.
@@ -10,13 +10,13 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from blake3 import blake3
 
 from kvstore_api.calibrations import MAX_CALIBRATION_BYTES, MAX_PIECE_BYTES
+from kvstore_cluster.calibrations.base import CalibrationMirror, CalibrationRecord
 from kvstore_cluster.durable import rename_durably
 from kvstore_codec.errors import (
     CalibrationSizeError,
@@ -32,21 +32,19 @@ _NAME = re.compile(r"(\d{8,})-([0-9a-f]{64})-([0-9a-f]{64})\.kvcal")
 _UNFINISHED = ".unfinished-"
 
 
-@dataclass(frozen=True, slots=True)
-class CalibrationRecord:
-    """A calibration the registry has, or is about to be given. Digests have 32 bytes."""
-
-    digest: bytes
-    model_digest: bytes
-    size_bytes: int
-
-
 class CalibrationRegistry:
     """Thread-safe. Keeps its files in `folder`, which is made when missing and belongs to one process at a time: the
-    one that holds the catalogue beside it. Raises CatalogueError when the folder cannot be read or written."""
+    one that holds the catalogue beside it.
 
-    def __init__(self, folder: Path) -> None:
+    With a `mirror` every calibration is there too. At the start either side gets what only the other one has, in the
+    mirror's order; later clients are served from the folder, whether the mirror can be reached or not.
+
+    Raises CatalogueError when folder or mirror cannot be used.
+    """
+
+    def __init__(self, folder: Path, mirror: CalibrationMirror | None = None) -> None:
         self._folder = folder
+        self._mirror = mirror
         self._lock = threading.Lock()
         self._stored: dict[int, CalibrationRecord] = {}  # by sequence number, in rising order
         try:
@@ -62,32 +60,17 @@ class CalibrationRegistry:
             raise self._unusable(error) from error
         for sequence, digest, model_digest, size_bytes in found:
             self._stored[sequence] = CalibrationRecord(digest, model_digest, size_bytes)
+        if mirror is not None:
+            self._synchronise(mirror)
 
     def put(self, record: CalibrationRecord, pieces: Iterable[bytes]) -> None:
         """Stores the bytes in `pieces` and makes them the newest calibration of their model. Returns once that would
         survive a power loss; whatever is raised, also by `pieces`, nothing is stored.
 
         Raises CalibrationTooLargeError before a byte is taken, CalibrationSizeError as soon as the size cannot come out
-        as announced, DamagedCalibrationError for another digest, and CatalogueError when the disk does not take it.
+        as announced, DamagedCalibrationError for another digest, and CatalogueError when disk or mirror do not take it.
         """
-        if record.size_bytes > MAX_CALIBRATION_BYTES:
-            raise CalibrationTooLargeError(
-                f"calibration {_short(record.digest)} has {record.size_bytes} bytes; "
-                f"at most {MAX_CALIBRATION_BYTES} are taken"
-            )
-        try:
-            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=_UNFINISHED, delete=False) as file:
-                unfinished = Path(file.name)
-                try:
-                    for piece in _verified(record, pieces):
-                        file.write(piece)
-                    file.flush()
-                    os.fsync(file.fileno())
-                    self._publish(record, unfinished)
-                finally:
-                    unfinished.unlink(missing_ok=True)  # it has another name once it was published
-        except OSError as error:
-            raise self._unusable(error) from error
+        self._store(record, pieces, self._mirror)
 
     def pieces(self, digest: bytes) -> Iterator[bytes]:
         """The bytes of a calibration, at most 1 MiB at a time. Raises UnknownCalibrationError, CatalogueError when the
@@ -118,6 +101,46 @@ class CalibrationRegistry:
         """Everything stored, oldest first."""
         with self._lock:
             return tuple(self._stored.values())
+
+    def _synchronise(self, mirror: CalibrationMirror) -> None:
+        copies = mirror.records()
+        known = {(copy.model_digest, copy.digest) for copy in copies}
+        for sequence, record in self._stored.items():
+            if (record.model_digest, record.digest) not in known:
+                log.error("calibration %s was not in the mirror and is copied again", _short(record.digest))
+                mirror.keep(record, self._path(sequence, record))
+                copies.append(record)
+        if list(self._stored.values()) == copies:
+            return
+        for record in copies:
+            try:
+                self._store(record, mirror.pieces(record), None)
+            except (DamagedCalibrationError, CalibrationSizeError) as error:
+                log.warning("calibration %s cannot be had from the mirror: %s", _short(record.digest), error)
+
+    def _store(
+        self, record: CalibrationRecord, pieces: Iterable[bytes], mirror: CalibrationMirror | None
+    ) -> None:
+        if record.size_bytes > MAX_CALIBRATION_BYTES:
+            raise CalibrationTooLargeError(
+                f"calibration {_short(record.digest)} has {record.size_bytes} bytes; "
+                f"at most {MAX_CALIBRATION_BYTES} are taken"
+            )
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=_UNFINISHED, delete=False) as file:
+                unfinished = Path(file.name)
+                try:
+                    for piece in _verified(record, pieces):
+                        file.write(piece)
+                    file.flush()
+                    os.fsync(file.fileno())
+                    if mirror is not None:
+                        mirror.keep(record, unfinished)
+                    self._publish(record, unfinished)
+                finally:
+                    unfinished.unlink(missing_ok=True)  # it has another name once it was published
+        except OSError as error:
+            raise self._unusable(error) from error
 
     def _open(self, digest: bytes) -> BinaryIO:
         with self._lock:  # until it is open: when it is stored anew, the file takes another name

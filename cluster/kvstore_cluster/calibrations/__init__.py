@@ -1,0 +1,7 @@
+"""The calibration registry: opaque artefacts, named by the blake3 digest of their bytes."""
+
+from kvstore_cluster.calibrations.base import CalibrationMirror, CalibrationRecord
+from kvstore_cluster.calibrations.redis import RedisMirror
+from kvstore_cluster.calibrations.registry import CalibrationRegistry
+
+__all__ = ["CalibrationMirror", "CalibrationRecord", "CalibrationRegistry", "RedisMirror"]
