@@ -12,7 +12,7 @@ from kvstore_api.placement import Member, Membership, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.settings import ClientSettings
-from kvstore_client.transport import GrpcTransport, Transport
+from kvstore_client.transport import Transport, Transports
 from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
 
 _CHANNEL_OPTIONS = [
@@ -47,6 +47,7 @@ class ClusterView:
         self._address = settings.address
         self._lock = threading.Lock()
         self._channels: dict[str, grpc.Channel] = {}
+        self._transports = Transports(settings)
         self._membership: Membership | None = None
         self._placement = Placement(())  # of that membership
         self._before: Placement | None = None
@@ -146,7 +147,7 @@ class ClusterView:
 
     def transport(self, member: Member) -> Transport:
         """How this member's KV bytes are read and written."""
-        return GrpcTransport(self._channel(member.endpoint))
+        return self._transports.to(member, self._channel(member.endpoint))
 
     def finish_later(self, call: grpc.Future) -> None:
         """Nobody waits for this call, except `close`."""
@@ -160,6 +161,7 @@ class ClusterView:
             unawaited = list(self._unawaited)
         for call in unawaited:
             call.exception()
+        self._transports.close()
         with self._lock:
             for channel in self._channels.values():
                 channel.close()

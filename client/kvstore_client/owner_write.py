@@ -60,7 +60,7 @@ class OwnerWrite:
         self._changed = threading.Condition()
         self._waiting: deque[OutgoingChunk] = deque()
         self._waiting_bytes = 0
-        self._complete = self._over = False
+        self._complete = self._cancelled = self._over = False
         self._moved_at_s = time.monotonic()
         self._stream = transport.put(self._steps(), timeout_s)
         self._thread = threading.Thread(target=self._run, name="kvstore-put", daemon=True)
@@ -87,6 +87,8 @@ class OwnerWrite:
         """End it now. What was acknowledged stays stored."""
         with self._changed:
             self.failure = self.failure or reason
+            self._cancelled = True
+            self._changed.notify_all()
         self._stream.cancel()
 
     def _await(self, condition: Callable[[], bool]) -> None:
@@ -107,8 +109,10 @@ class OwnerWrite:
         """Taken in whatever thread the transport likes."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._complete or self._over)
-                if self._over or not self._waiting:
+                self._changed.wait_for(
+                    lambda: self._waiting or self._complete or self._cancelled or self._over
+                )
+                if self._cancelled or self._over or not self._waiting:
                     return
                 chunk = self._waiting.popleft()
                 self._waiting_bytes -= chunk.start.size_bytes
