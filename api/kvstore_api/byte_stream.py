@@ -109,9 +109,8 @@ class ByteStream:
 
     def _limit(self, option: int, until: float) -> None:
         """Have the kernel keep the time: Python's way makes two calls of each and wakes for every packet."""
-        seconds, fraction = divmod(_remaining_s(until), 1)
-        limit = struct.pack("@ll", int(seconds), int(fraction * 1e6) + 1)
-        self._socket.setsockopt(socket.SOL_SOCKET, option, limit)
+        seconds, microseconds = divmod(int(_remaining_s(until) * 1e6) + 1, 1_000_000)  # 0 would be for ever
+        self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", seconds, microseconds))
 
 
 def _remaining_s(until: float) -> float:

@@ -108,9 +108,9 @@ class BulkServer:
     def _serve(self, stream: ByteStream, peer: str) -> None:
         try:
             self._converse(stream)
-        except TimeoutError as error:
+        except (TimeoutError, ssl.SSLError) as error:
             log.info("bulk connection from %s closed: %s", peer, error)
-        except OSError as error:
+        except ConnectionError as error:
             log.debug("bulk connection from %s ended: %s", peer, error)
         except Exception:
             log.exception("bulk connection from %s failed", peer)

@@ -19,8 +19,8 @@ from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES, begin_put, put_
 
 # A piece is sent or received within the session's patience. Less than that in a piece, and the calls begin to count.
 _SEND_BYTES = 4 << 20
-# Small enough to be still in the processor's cache when it is verified or dropped.
-_RECEIVE_BYTES = 256 << 10
+# Large enough that the calls do not count.
+_RECEIVE_BYTES = 1 << 20
 
 _PROCESSORS = os.sched_getaffinity(0)
 Request = TypeVar("Request", pb.ReadRequest, pb.PutStart)

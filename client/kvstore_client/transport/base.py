@@ -42,4 +42,5 @@ class Transport(Protocol):
         """Start reading; all of it has to arrive within `timeout_s`."""
 
     def put(self, steps: Iterator[pb.PutRequest | memoryview], timeout_s: float) -> PutStream:
-        """Start storing chunks. Each goes start, data..., end or revoke; a memoryview is data."""
+        """Start storing chunks. Each goes start, data..., end or revoke; a memoryview is data, and what it shows must
+        stay until its chunk's end was taken."""

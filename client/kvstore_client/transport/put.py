@@ -9,11 +9,13 @@ from kvstore_codec.errors import TransferError
 
 # Chunks that may be unanswered while the next one is encoded.
 _MOST_UNANSWERED = 8
+# Sent at once where the steps come in smaller pieces.
+_SEND_BYTES = 4 << 20
 Step = pb.PutRequest | memoryview
 
 
 def put_chunks(exchange: Exchange, steps: Iterator[Step]) -> Iterator[pb.PutReply]:
-    """Sends every step before it asks for the next, so data has to be there no longer than that.
+    """Sends up to _SEND_BYTES at once, and everything of a chunk before it asks for more than the chunk's end.
 
     A chunk that is revoked, or has another size than announced, costs the connection: that is how the node learns
     that it must not be stored.
@@ -40,19 +42,24 @@ def _send_chunk(exchange: Exchange, first: Step, steps: Iterator[Step]) -> pb.Pu
     if isinstance(first, memoryview) or first.WhichOneof("step") != "start":
         raise TransferError("protocol", "a put begins with its start")
     message: bytes = first.start.SerializeToString()
-    before = [pack_header(FrameKind.PUT, len(message)), message]
+    waiting: list[memoryview | bytes] = [pack_header(FrameKind.PUT, len(message)), message]
+    waiting_bytes = 0
     left = first.start.size_bytes
     for step in steps:
         kind = "data" if isinstance(step, memoryview) else step.WhichOneof("step")
         if kind == "data":
             data = step if isinstance(step, memoryview) else memoryview(step.data)
-            if 0 < data.nbytes <= left:
-                _send(exchange, [*before, data])
-                before = []
             left -= data.nbytes
+            if left < 0:
+                continue
+            waiting.append(data)
+            waiting_bytes += data.nbytes
+            if waiting_bytes >= _SEND_BYTES:
+                _send(exchange, waiting)
+                waiting, waiting_bytes = [], 0
         elif kind == "end" and not left:
-            if before:  # there were no bytes at all
-                _send(exchange, before)
+            if waiting:
+                _send(exchange, waiting)
             return None
         elif kind == "end":
             came = first.start.size_bytes - left
