@@ -23,7 +23,7 @@ _STATUS: dict[type[ClusterError], grpc.StatusCode] = {
     CalibrationSizeError: grpc.StatusCode.INVALID_ARGUMENT,
     CalibrationTooLargeError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DamagedCalibrationError: grpc.StatusCode.DATA_LOSS,
-    CatalogueError: grpc.StatusCode.INTERNAL,
+    CatalogueError: grpc.StatusCode.UNAVAILABLE,
 }
 
 

@@ -32,6 +32,16 @@ class Findings:
     unclear: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Role:
+    """What this node does for contents of these owners. `before` would send rather than it; `asked` are all others
+    whose having matters."""
+
+    owners: tuple[Member, ...]
+    before: tuple[Member, ...]
+    asked: tuple[Member, ...]
+
+
 class Survey:
     """Asks the other nodes about pages of variants, in one membership. Who did not answer is not asked again."""
 
@@ -42,54 +52,61 @@ class Survey:
         self._silent: set[str] = set()
 
     def page(self, variants: Sequence[StoredVariant]) -> Findings:
-        contents = [variant.chunk_id.content_id for variant in variants]
-        owned = self._placement.owners(contents)
-        ranked = [
-            self._before(owners, readers)
-            for owners, readers in zip(owned, self._placement.readers(contents), strict=True)
-        ]
-        asked = [
-            tuple(dict.fromkeys((*before, *owners))) for owners, before in zip(owned, ranked, strict=True)
-        ]
-        having = self._having(variants, asked)
+        roles = self._roles([variant.chunk_id.content_id for variant in variants])
+        having = self._having(variants, roles)
         findings = Findings()
-        for index, variant in enumerate(variants):
-            others = [member for member in asked[index] if member.node_id != self._node_id]
-            if any(member.node_id in self._silent for member in others):
+        for variant, role, has in zip(variants, roles, having, strict=True):
+            if len(has) == len(role.asked):
+                continue  # everybody has it
+            if self._silent and not self._silent.isdisjoint(member.node_id for member in role.asked):
                 findings.unclear += 1
                 continue
-            has = having[index]
             lacking = tuple(
-                owner for owner in owned[index] if owner.node_id not in has and owner.node_id != self._node_id
+                owner for owner in role.owners if owner.node_id not in has and owner.node_id != self._node_id
             )
             findings.lacking += bool(lacking)
-            if lacking and not any(member.node_id in has for member in ranked[index]):
+            if lacking and not any(member.node_id in has for member in role.before):
                 findings.needs.append(Need(variant, lacking))
         return findings
 
-    def _before(self, owners: tuple[Member, ...], readers: tuple[Member, ...]) -> tuple[Member, ...]:
-        """Who would send rather than this node."""
+    def _roles(self, contents: Sequence[bytes]) -> list[_Role]:
+        owned, read = self._placement.owners(contents), self._placement.readers(contents)
+        # Equal answers are the same tuples, and there are few of them: hashing them for each content would take longer
+        # than all the rest.
+        known: dict[tuple[int, int], _Role] = {}
+        roles: list[_Role] = []
+        for owners, readers in zip(owned, read, strict=True):
+            role = known.get((id(owners), id(readers)))
+            if role is None:
+                role = known[id(owners), id(readers)] = self._role(owners, readers)
+            roles.append(role)
+        return roles
+
+    def _role(self, owners: tuple[Member, ...], readers: tuple[Member, ...]) -> _Role:
         order = tuple(dict.fromkeys((*owners, *readers)))
         names = [member.node_id for member in order]
-        return order[: names.index(self._node_id)] if self._node_id in names else order
+        before = order[: names.index(self._node_id)] if self._node_id in names else order
+        asked = tuple(
+            member for member in dict.fromkeys((*before, *owners)) if member.node_id != self._node_id
+        )
+        return _Role(owners, before, asked)
 
-    def _having(
-        self, variants: Sequence[StoredVariant], asked: Sequence[tuple[Member, ...]]
-    ) -> list[set[str]]:
+    def _having(self, variants: Sequence[StoredVariant], roles: Sequence[_Role]) -> list[set[str]]:
         """For each variant the ids of the asked nodes that have it."""
+        same: dict[tuple[int, str], list[int]] = defaultdict(list)  # variants of one role and one encoding
+        for index, (variant, role) in enumerate(zip(variants, roles, strict=True)):
+            same[id(role), variant.encoding].append(index)
         questions: dict[tuple[Member, str], list[int]] = defaultdict(list)
-        for index, (variant, members) in enumerate(zip(variants, asked, strict=True)):
-            for member in members:
-                if member.node_id != self._node_id:
-                    questions[member, variant.encoding].append(index)
+        for (_, encoding), indices in same.items():
+            for member in roles[indices[0]].asked:
+                questions[member, encoding] += indices
         having: list[set[str]] = [set() for _ in variants]
         for (member, encoding), indices in questions.items():
             if member.node_id in self._silent:
                 continue
             try:
-                answers = self._peers.lookup(
-                    member, [variants[index].chunk_id for index in indices], encoding
-                )
+                chunks = [variants[index].chunk_id for index in indices]
+                answers = self._peers.lookup(member, chunks, encoding)
             except NodeUnavailableError:
                 self._silent.add(member.node_id)
                 continue
