@@ -15,6 +15,8 @@ def grow(column: "array[int]", slot: int) -> None:
 class Links:
     """The neighbours of every slot in the one queue that it is in: eight bytes a slot, for all queues together."""
 
+    __slots__ = ("newer", "older")
+
     def __init__(self) -> None:
         self.older = array("i")
         self.newer = array("i")
@@ -36,28 +38,26 @@ class SlotQueue:
         self._newest = NO_SLOT
 
     def push(self, slot: int) -> None:
-        newest = self._newest
-        self._links.older[slot] = newest
-        self._links.newer[slot] = NO_SLOT
+        links, newest = self._links, self._newest
+        links.older[slot] = newest
+        links.newer[slot] = NO_SLOT
         if newest == NO_SLOT:
             self.oldest = slot
         else:
-            self._links.newer[newest] = slot
+            links.newer[newest] = slot
         self._newest = slot
 
     def remove(self, slot: int) -> None:
-        older, newer = self._links.older[slot], self._links.newer[slot]
+        links = self._links
+        older, newer = links.older[slot], links.newer[slot]
         if older == NO_SLOT:
             self.oldest = newer
         else:
-            self._links.newer[older] = newer
+            links.newer[older] = newer
         if newer == NO_SLOT:
             self._newest = older
         else:
-            self._links.older[newer] = older
-
-    def __bool__(self) -> bool:
-        return self.oldest != NO_SLOT
+            links.older[newer] = older
 
     def __iter__(self) -> Iterator[int]:
         """Oldest first. The queue must not change meanwhile."""

@@ -25,8 +25,8 @@ class GhostTable:
     def put(self, identity: int, stamp: int, note: int) -> None:
         """Remembers `stamp`, which grows from put to put, and `note` (0 to 255)."""
         first = self._bucket(identity)
-        ways = range(first, first + _WAYS)
-        place = min(ways, key=self._stamps.__getitem__)
+        ways = self._stamps[first : first + _WAYS]
+        place = first + ways.index(min(ways))
         self._tags[place] = identity >> 32
         self._stamps[place] = stamp + 1  # 0 says that the place is free
         self._notes[place] = note
@@ -35,9 +35,8 @@ class GhostTable:
         """Stamp and note of the last put with this identity, once."""
         first = self._bucket(identity)
         tag = identity >> 32
-        for place in range(first, first + _WAYS):
-            stamp = self._stamps[place]
-            if stamp and self._tags[place] == tag:
+        for place, held in enumerate(self._tags[first : first + _WAYS], first):
+            if held == tag and (stamp := self._stamps[place]):
                 self._stamps[place] = 0
                 return stamp - 1, self._notes[place]
         return None

@@ -17,6 +17,19 @@ _MOST_FREQUENCY = 255
 _FULL_SCORE = 255
 _FADE = 2  # half-lives in which the count of past uses halves
 _SAME_USE_SHARE = 32
+_GHOSTS_PER_SLOT = 0.75
+
+
+def _steps(value: float) -> int:
+    return round(_STEPS * math.log2(value))
+
+
+# Below the first entry, one use more makes no difference to one use.
+_FADED = -6 * _STEPS
+_ONE_MORE = [
+    min(_MOST_FREQUENCY, _steps(1 + 2 ** (faded / _STEPS))) for faded in range(_FADED, _MOST_FREQUENCY + 1)
+]
+_SCORE_STEPS = [_steps(1 + score / _FULL_SCORE) for score in range(_FULL_SCORE + 1)]
 
 
 class ValueAware(EvictionPolicy):
@@ -42,7 +55,7 @@ class ValueAware(EvictionPolicy):
         self._queues: dict[int, SlotQueue] = {}
         self._last_uses = array("Q")
         self._identities = array("Q")
-        self._worths = array("h")  # log2 of cost per byte
+        self._merits = array("h")  # log2 of cost per byte x (1 + score)
         self._frequencies = array("B")  # log2 of uses
         self._scores = array("B")
         self._ghosts = GhostTable()
@@ -56,36 +69,40 @@ class ValueAware(EvictionPolicy):
         return self._half_life.uses
 
     def add(self, slot: int, *, identity: int, size_bytes: int, cost: float) -> None:
-        self._links.grow(slot)
-        for column in (self._last_uses, self._identities, self._worths, self._frequencies, self._scores):
-            grow(column, slot)
-        self._ghosts.reserve(len(self._scores))
+        if slot >= len(self._scores):
+            self._grow(slot)
         self._now += 1
         ghost = self._ghosts.take(identity)
         self._identities[slot] = identity
-        self._worths[slot] = max(-_WIDEST, min(_WIDEST, round(_STEPS * math.log2(cost / size_bytes))))
-        self._frequencies[slot] = 0 if ghost is None else self._used_again(ghost[1], self._now - ghost[0])
+        self._merits[slot] = max(-_WIDEST, min(_WIDEST, _steps(cost / size_bytes)))
         self._scores[slot] = 0
+        self._frequencies[slot] = 0 if ghost is None else self._used_again(ghost[1], self._now - ghost[0])
+        self._last_uses[slot] = self._now
         self._count += 1
-        self._enter(slot)
+        self._queue(slot).push(slot)
 
     def touch(self, slot: int) -> None:
-        self._now += 1
-        self._leave(slot)
-        age = self._now - self._last_uses[slot]
-        if age * _SAME_USE_SHARE > self._count:
-            self._frequencies[slot] = self._used_again(self._frequencies[slot], age)
-        self._enter(slot)
+        self._now = now = self._now + 1
+        queue = self._queue(slot)
+        queue.remove(slot)
+        age_uses = now - self._last_uses[slot]
+        self._last_uses[slot] = now
+        if age_uses * _SAME_USE_SHARE > self._count:
+            self._frequencies[slot] = self._used_again(self._frequencies[slot], age_uses)
+            queue = self._queue(slot)
+        queue.push(slot)
 
     def report(self, slot: int, score: float) -> None:
         """Half of what is known of a chunk's score is the last report."""
-        self._leave(slot)
-        reported = round(_FULL_SCORE * max(0.0, min(1.0, score)))
-        self._scores[slot] = (self._scores[slot] + reported + 1) // 2
-        self._enter(slot)
+        self._queue(slot).remove(slot)
+        known = self._scores[slot]
+        self._scores[slot] = score_now = (known + round(_FULL_SCORE * max(0.0, min(1.0, score))) + 1) // 2
+        self._merits[slot] += _SCORE_STEPS[score_now] - _SCORE_STEPS[known]
+        self._last_uses[slot] = self._now  # it was: a queue stays in order of use
+        self._queue(slot).push(slot)
 
     def remove(self, slot: int, *, evicted: bool) -> None:
-        self._leave(slot)
+        self._queue(slot).remove(slot)
         self._count -= 1
         if evicted:
             self._ghosts.put(self._identities[slot], self._last_uses[slot], self._frequencies[slot])
@@ -95,6 +112,7 @@ class ValueAware(EvictionPolicy):
         heads = [
             (self._last_uses[queue.oldest] + step_uses * level, queue.oldest, level)
             for level, queue in self._queues.items()
+            if queue.oldest != NO_SLOT
         ]
         heapq.heapify(heads)
         while heads:
@@ -109,29 +127,23 @@ class ValueAware(EvictionPolicy):
     def __len__(self) -> int:
         return self._count
 
+    def _grow(self, slot: int) -> None:
+        self._links.grow(slot)
+        for column in (self._last_uses, self._identities, self._merits, self._frequencies, self._scores):
+            grow(column, slot)
+        self._ghosts.reserve(int(_GHOSTS_PER_SLOT * len(self._scores)))
+
     def _used_again(self, frequency: int, age_uses: int) -> int:
         """The new frequency of a chunk that is used after `age_uses`."""
         if frequency == 0:
             self._half_life.learn(age_uses)
-        uses = 2.0 ** (frequency / _STEPS - age_uses / (_FADE * self._half_life.uses))
-        return min(_MOST_FREQUENCY, round(_STEPS * math.log2(1 + uses)))
+        faded = frequency - int(age_uses / self._half_life.uses * (_STEPS / _FADE))
+        return _ONE_MORE[max(faded, _FADED) - _FADED]
 
-    def _level(self, slot: int) -> int:
-        score = _STEPS * math.log2(1 + self._scores[slot] / _FULL_SCORE)
-        return int(self._worths[slot] + self._frequencies[slot] + score) // _STEPS_PER_QUEUE
-
-    def _enter(self, slot: int) -> None:
-        """As the most recently used of its queue."""
-        self._last_uses[slot] = self._now
-        level = self._level(slot)
+    def _queue(self, slot: int) -> SlotQueue:
+        """Where the slot belongs. Queues that have become empty are few, and soon used again."""
+        level = (self._merits[slot] + self._frequencies[slot]) // _STEPS_PER_QUEUE
         queue = self._queues.get(level)
         if queue is None:
             queue = self._queues[level] = SlotQueue(self._links)
-        queue.push(slot)
-
-    def _leave(self, slot: int) -> None:
-        level = self._level(slot)
-        queue = self._queues[level]
-        queue.remove(slot)
-        if not queue:
-            del self._queues[level]
+        return queue
