@@ -1,0 +1,56 @@
+"""What is stored: KV that follows from a number, so that any wrong byte of it is found."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvstore_client.store import NewChunk
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
+from kvstore_codec.model_spec import KVDtype, ModelSpec
+
+ENCODING = "exact-raw"
+SPEC = ModelSpec(
+    model_id="kvstore bench faults",
+    weights_digest=bytes(32),
+    layers=2,
+    kv_heads=1,
+    head_dim=16,
+    dtype=KVDtype.BFLOAT16,
+    rope=None,
+)
+CHUNKS = 4
+"""Of a document; 32 KiB of KV each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text that begins like no other, and its KV."""
+
+    number: int
+
+    def ids(self) -> list[ChunkId]:
+        tokens = CHUNKS * CHUNK_TOKENS
+        return chunk_ids(SPEC.digest, b"", range(self.number * tokens, (self.number + 1) * tokens))
+
+    def chunks(self) -> list[NewChunk]:
+        return [NewChunk(id_, lambda i=index: self.kv(i)) for index, id_ in enumerate(self.ids())]  # type: ignore[misc]
+
+    def kv(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a chunk, `[layers, kv_heads, tokens, head_dim]` each: any 16 bits, NaNs among them."""
+        generator = torch.Generator().manual_seed(self.number * CHUNKS + index)
+        shape = (2, SPEC.layers, SPEC.kv_heads, CHUNK_TOKENS, SPEC.head_dim)
+        words = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
+        keys, values = words.view(torch.bfloat16)
+        return keys, values
+
+    def wrong_bytes(self, keys: torch.Tensor, values: torch.Tensor, delivered: int) -> int:
+        """How many bytes of the first `delivered` chunks differ; tensors `[layers, kv_heads, tokens, head_dim]`."""
+        wrong = 0
+        for index in range(delivered):
+            tokens = slice(index * CHUNK_TOKENS, (index + 1) * CHUNK_TOKENS)
+            for found, expected in zip((keys, values), self.kv(index), strict=True):
+                same = found[:, :, tokens].contiguous().view(torch.uint8) == expected.contiguous().view(
+                    torch.uint8
+                )
+                wrong += int((~same).sum())
+        return wrong
