@@ -1,15 +1,18 @@
 """A Ray cluster that somebody else runs: joined, used, and left as it was."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from kvstore_codec.errors import StartupError
+from kvstore_service.listen import Address
 from kvstore_service.local_ray import ENVIRONMENT
 
 _NAMESPACE = "kvstore"
 _SOME_CPU = 0.01
+_CONNECT_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -20,6 +23,7 @@ def existing_ray(address: str) -> Iterator[None]:
 
     if ray.is_initialized():
         raise StartupError("Ray runs in this process already; a cluster needs a process without it")
+    _require_answer(address)
     try:
         ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -57,6 +61,19 @@ def on_this_node() -> dict[str, Any]:
     if here in ray_nodes():
         return on_node(here)
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+
+
+def _require_answer(address: str) -> None:
+    """Ray itself tries for minutes."""
+    if ":" not in address:  # "auto"
+        return
+    where = Address.parse(address)
+    try:
+        socket.create_connection((where.host, where.port), _CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise StartupError(
+            f"no Ray cluster can be joined at {address} ({error}); start one with `ray start --head --port ...`"
+        ) from error
 
 
 def _here() -> str:

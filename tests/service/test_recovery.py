@@ -1,0 +1,90 @@
+"""Chunks that were acknowledged survive the process, and the Ray node, that acknowledged them."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_service.cluster_stats import cluster_stats
+from kvstore_service.embedded import EmbeddedCluster
+from kvstore_service.local_ray import ENVIRONMENT
+from tests.sample_chunk import sample_chunk
+from tests.service.test_embedded import found, members, put, wait_until
+
+MEMORY, DISK = 2 << 20, 64 << 20
+CHUNKS = [sample_chunk(content=number, frame_bytes=20_000) for number in range(30)]  # 7 MB
+
+
+def test_a_killed_node_comes_back_with_what_is_on_its_disk(tmp_path: Path) -> None:
+    with EmbeddedCluster(memory_bytes=MEMORY, disk_bytes=DISK, data_dir=tmp_path) as cluster:
+        before = members(cluster)["node-0"]
+        assert {put(before.endpoint, chunk) for chunk in CHUNKS} == {pb.PUT_STATUS_STORED}
+        os.kill(cluster.storage_pids()["node-0"], signal.SIGKILL)
+        wait_until(lambda: members(cluster).get("node-0", before) != before, patience_s=30)
+        after = members(cluster)["node-0"]
+        assert all(found(after.endpoint, chunk) for chunk in CHUNKS)
+        (node,) = cluster_stats(cluster.address).nodes
+        assert node.stats.gauges["disk_chunks"] == len(CHUNKS)
+    with EmbeddedCluster(memory_bytes=MEMORY, disk_bytes=DISK, data_dir=tmp_path) as cluster:
+        again = members(cluster)["node-0"]
+        assert all(found(again.endpoint, chunk) for chunk in CHUNKS)
+
+
+def test_a_disk_needs_a_folder() -> None:
+    with pytest.raises(ConfigurationError, match="data folder"):
+        EmbeddedCluster(disk_bytes=DISK)
+
+
+@pytest.fixture
+def three_ray_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator["object"]:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    from ray.cluster_utils import Cluster
+
+    options = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    quick = {
+        "health_check_initial_delay_ms": 0,
+        "health_check_period_ms": 300,
+        "health_check_timeout_ms": 300,
+        "health_check_failure_threshold": 2,
+    }
+    cluster = Cluster(initialize_head=True, head_node_args=options | {"_system_config": quick})
+    try:
+        for _ in range(2):
+            cluster.add_node(**options)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's test cluster keeps its processes' pipes
+def test_nodes_are_spread_over_a_ray_cluster_and_survive_the_loss_of_a_ray_node(
+    three_ray_nodes, tmp_path: Path
+) -> None:
+    with EmbeddedCluster(
+        ray_address=three_ray_nodes.address, memory_bytes=MEMORY, disk_bytes=DISK, data_dir=tmp_path
+    ) as cluster:
+        nodes = cluster_stats(cluster.address).nodes
+        assert len({node.member.domain for node in nodes}) == cluster.size == 3
+        lost = three_ray_nodes.list_all_nodes()[-1]
+        (victim,) = (node.member for node in nodes if node.member.domain == lost.node_id)
+        assert {put(victim.endpoint, chunk) for chunk in CHUNKS} == {pb.PUT_STATUS_STORED}
+        three_ray_nodes.remove_node(lost, allow_graceful=False)
+
+        def moved() -> bool:
+            member = members(cluster).get(victim.node_id)
+            return member is not None and member.endpoint != victim.endpoint
+
+        wait_until(moved, patience_s=60)
+        assert all(found(members(cluster)[victim.node_id].endpoint, chunk) for chunk in CHUNKS)
+
+
+def test_no_ray_cluster_is_an_error_that_says_so() -> None:
+    cluster = EmbeddedCluster(ray_address="127.0.0.1:9", memory_bytes=MEMORY)
+    with pytest.raises(StartupError, match=r"no Ray cluster can be joined at 127\.0\.0\.1:9 "):
+        cluster.start()
