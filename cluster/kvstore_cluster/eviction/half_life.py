@@ -20,4 +20,7 @@ class HalfLife:
             self.uses = float(interval_uses)
             return
         step = 1 + max(self._FINEST_STEP, 1 / self._seen)
-        self.uses = self.uses * step if interval_uses > self.uses else max(1.0, self.uses / step)
+        if interval_uses > self.uses:
+            self.uses *= step
+        elif interval_uses < self.uses:
+            self.uses = max(1.0, self.uses / step)
