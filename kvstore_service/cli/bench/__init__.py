@@ -3,6 +3,7 @@
 import typer
 
 from kvstore_service.cli.bench.codec import codec
+from kvstore_service.cli.bench.faults import faults
 
 bench = typer.Typer(help="Measure this service on this machine.", no_args_is_help=True)
 
@@ -12,7 +13,7 @@ def _commands() -> None:
     """Keeps `bench` a group while it has one command."""
 
 
-for command in (codec,):
+for command in (codec, faults):
     bench.command()(command)
 
 __all__ = ["bench"]
