@@ -12,7 +12,6 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.transport import GrpcTransport
 from kvstore_cluster.node import StorageNode
-from kvstore_cluster.reader import ChunkReader
 from kvstore_cluster.repair import Outcome
 from kvstore_cluster.stored import StoredVariant
 from kvstore_codec.errors import ChunkNotFoundError, KVStoreError, NodeUnavailableError, TransferError
@@ -33,6 +32,7 @@ _CHANNEL_OPTIONS = [
 _OUTCOMES = {
     pb.PUT_STATUS_STORED: Outcome.SENT,
     pb.PUT_STATUS_ALREADY_STORED: Outcome.NOT_NEEDED,
+    pb.PUT_STATUS_REVOKED: Outcome.NOT_NEEDED,  # by us: it cannot be read any more
     pb.PUT_STATUS_FULL: Outcome.REFUSED,
     pb.PUT_STATUS_OVER_QUOTA: Outcome.REFUSED,
     pb.PUT_STATUS_TOO_LARGE: Outcome.REFUSED,
@@ -67,33 +67,52 @@ class GrpcPeers:
         )
         return bool(used < _ROOMY * limit)
 
-    def push(self, member: Member, variant: StoredVariant) -> Outcome:
+    def push(self, member: Member, variants: Sequence[StoredVariant]) -> list[Outcome]:
+        outcomes = [Outcome.FAILED] * len(variants)
+        started: list[int] = []  # indices, in the order of the replies
+        size_bytes = sum(variant.size_bytes for variant in variants)
         try:
-            transport = GrpcTransport(self._channel(member))
-            with self._node.open(variant.chunk_id, variant.encoding, peek=True) as reader:
-                stream = transport.put(
-                    _steps(reader, variant), _CALL_TIMEOUT_S + variant.size_bytes / _SLOWEST_BYTES_PER_S
-                )
-                try:
-                    reply = next(iter(stream), None)
-                finally:
-                    stream.cancel()
+            stream = GrpcTransport(self._channel(member)).put(
+                self._steps(variants, outcomes, started), _CALL_TIMEOUT_S + size_bytes / _SLOWEST_BYTES_PER_S
+            )
+            try:
+                for number, reply in enumerate(stream):
+                    outcome = _OUTCOMES.get(reply.status, Outcome.FAILED)
+                    outcomes[started[number]] = outcome
+                    if outcome in (Outcome.REFUSED, Outcome.FAILED):
+                        chunk_id = variants[started[number]].chunk_id
+                        log.warning("%s refused chunk %s: %s", member.node_id, chunk_id.short, reply.message)
+            finally:
+                stream.cancel()
         except (
             NodeUnavailableError,
             TransferError,
             ValueError,
         ) as error:  # ValueError: closed between the two
-            log.info("chunk %s was not copied to %s: %s", variant.chunk_id.short, member.node_id, error)
-            return Outcome.FAILED
-        except ChunkNotFoundError:
-            return Outcome.NOT_NEEDED
-        except KVStoreError as error:
-            log.warning("chunk %s cannot be copied: %s", variant.chunk_id.short, error)
-            return Outcome.FAILED
-        outcome = _OUTCOMES.get(reply.status, Outcome.FAILED) if reply is not None else Outcome.FAILED
-        if reply is not None and outcome in (Outcome.REFUSED, Outcome.FAILED):
-            log.warning("%s refused chunk %s: %s", member.node_id, variant.chunk_id.short, reply.message)
-        return outcome
+            log.info("%d chunks were not all copied to %s: %s", len(variants), member.node_id, error)
+        return outcomes
+
+    def _steps(
+        self, variants: Sequence[StoredVariant], outcomes: list[Outcome], started: list[int]
+    ) -> Iterator[pb.PutRequest | memoryview]:
+        for index, variant in enumerate(variants):
+            inside = False
+            try:
+                with self._node.open(variant.chunk_id, variant.encoding, peek=True) as reader:
+                    started.append(index)
+                    inside = True
+                    yield _start(variant)
+                    for views in reader.pieces(0, 0, _PIECE_BYTES):
+                        yield from views
+                    yield pb.PutRequest(end=pb.PutEnd())
+            except ChunkNotFoundError:
+                outcomes[index] = Outcome.NOT_NEEDED
+                if inside:
+                    yield pb.PutRequest(revoke=pb.PutRevoke())
+            except KVStoreError as error:
+                log.warning("chunk %s cannot be copied: %s", variant.chunk_id.short, error)
+                if inside:
+                    yield pb.PutRequest(revoke=pb.PutRevoke())
 
     def close(self) -> None:
         with self._lock:
@@ -121,9 +140,9 @@ class GrpcPeers:
             return self._channels[member.endpoint]
 
 
-def _steps(reader: ChunkReader, variant: StoredVariant) -> Iterator[pb.PutRequest | memoryview]:
+def _start(variant: StoredVariant) -> pb.PutRequest:
     chunk_id = variant.chunk_id
-    yield pb.PutRequest(
+    return pb.PutRequest(
         start=pb.PutStart(
             chunk=pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id),
             encoding=variant.encoding,
@@ -134,6 +153,3 @@ def _steps(reader: ChunkReader, variant: StoredVariant) -> Iterator[pb.PutReques
             cost=variant.cost,
         )
     )
-    for views in reader.pieces(0, 0, _PIECE_BYTES):
-        yield from views
-    yield pb.PutRequest(end=pb.PutEnd())

@@ -18,6 +18,7 @@ from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.node import StorageNode
+from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import AddressInUseError, ServiceError
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.grpc_coordinator import CoordinatorServer, serve_coordinator
@@ -25,12 +26,15 @@ from kvstore_service.grpc_server import GrpcServer
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.listen import Address, Reservation
 from kvstore_service.metrics import ClusterCollector, metrics_endpoint
+from kvstore_service.peer_nodes import GrpcPeers
 
 ANY = Address("127.0.0.1", 0)
 
 
 def storage(node_id: str) -> GrpcServer:
-    return serve_storage(StorageNode(node_id, Arena(1 << 20)), host="127.0.0.1")
+    node = StorageNode(node_id, Arena(1 << 20))
+    repair = RepairWorker(node, GrpcPeers(node), bytes_per_s=1e6)
+    return serve_storage(node, host="127.0.0.1", repair=repair)
 
 
 @pytest.fixture
@@ -171,6 +175,11 @@ def test_metrics(
         assert samples["kvstore_node_up", "node-1"] == 0
         assert samples["kvstore_node_bytes_limit", "node-0"] == 1 << 20
         assert samples["kvstore_node_hits_total", "node-0"] == 0
+        assert samples["kvstore_node_pinned", "node-0"] == 0
+        assert samples["kvstore_node_disk_bytes_limit", "node-0"] == 0
+        assert samples["kvstore_node_disk_ok", "node-0"] == 1
+        assert samples["kvstore_node_repair_sent_total", "node-0"] == 0
+        assert samples["kvstore_node_drain_left", "node-0"] == 0
         assert ("kvstore_node_bytes_limit", "node-1") not in samples
         server.stop(0)
         assert scrape(unused_port) == {("kvstore_coordinator_up", ""): 0}

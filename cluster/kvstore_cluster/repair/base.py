@@ -39,8 +39,8 @@ class PeerNodes(Protocol):
     def has_room(self, member: Member) -> bool:
         """Whether `member` could take more without evicting. Raises NodeUnavailableError."""
 
-    def push(self, member: Member, variant: StoredVariant) -> Outcome:
-        """Sends a copy of the variant, which is no use of it either. Never raises."""
+    def push(self, member: Member, variants: Sequence[StoredVariant]) -> list[Outcome]:
+        """Sends copies, which is no use of the variants either; one outcome for each. Never raises."""
 
     def close(self) -> None:
         """Ends what is under way; calls fail from then on."""

@@ -3,21 +3,26 @@
 import logging
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvstore_api.placement import Membership, Placement
+from kvstore_api.placement import Member, Membership, Placement
 from kvstore_cluster.coordinator import Directives
 from kvstore_cluster.repair.base import Outcome, PeerNodes, Stock
 from kvstore_cluster.repair.pace import Pace
 from kvstore_cluster.repair.walk import Need, Survey
+from kvstore_cluster.stored import StoredVariant
 from kvstore_codec.errors import KVStoreError, NodeUnavailableError
 
 log = logging.getLogger(__name__)
 
 DEFAULT_PERIOD_S = 300.0
-# Nodes that come or go seldom do so alone.
+# Nodes that come seldom do so alone, and most that go come back with their disks.
 _SETTLE_S = 0.5
+_SETTLE_LOST_S = 3.0
 _RETRY_S = 5.0
+_DRAIN_PERIOD_S = 1.0
 _PAGE = 1024
 
 
@@ -28,6 +33,14 @@ class _Walk:
     membership: Membership
     repair_round: int
     gentle: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Variants of which an owner is `short` still, and copies that `failed`."""
+
+    short: int
+    failed: int
 
 
 @dataclass(slots=True)
@@ -83,8 +96,9 @@ class RepairWorker:
         """What the coordinator says now; called every second or so."""
         with self._changed:
             if directives.membership != self._membership:
+                lost = _names(self._membership) - _names(directives.membership)
                 self._membership = directives.membership
-                self._due_s = time.monotonic() + _SETTLE_S
+                self._due_s = time.monotonic() + (_SETTLE_LOST_S if lost else _SETTLE_S)
             elif directives.repair_round != self._repair_round:
                 self._due_s = time.monotonic()
             self._repair_round = directives.repair_round
@@ -130,8 +144,8 @@ class RepairWorker:
                 if complete:
                     self._complete = walk
                 if self._repair_round == walk.repair_round:
-                    again_s = self._period_s if complete and not self._is_draining() else _RETRY_S
-                    self._due_s = time.monotonic() + min(again_s, self._period_s)
+                    again_s = self._period_s if complete else min(_RETRY_S, self._period_s)
+                    self._due_s = time.monotonic() + (_DRAIN_PERIOD_S if self._is_draining() else again_s)
 
     def _next(self) -> _Walk | None:
         """Waits until a walk is due; None when stopped."""
@@ -168,12 +182,11 @@ class RepairWorker:
             unclear += findings.unclear
             left += findings.lacking + findings.unclear
             took_s = time.monotonic() - began_s
-            for need in findings.needs:
-                outcomes = self._send(walk, need, room)
-                if outcomes is None:
-                    return False
-                unclear += Outcome.FAILED in outcomes
-                left -= all(outcome in (Outcome.SENT, Outcome.NOT_NEEDED) for outcome in outcomes)
+            given = self._give(walk, findings.needs, room)
+            if given is None:
+                return False
+            unclear += given.failed
+            left -= len(findings.needs) - given.short
             with self._changed:
                 self._checked += len(variants)
                 if not cursor:
@@ -183,40 +196,51 @@ class RepairWorker:
             if not self._wait(walk, took_s):
                 return False
 
-    def _send(self, walk: _Walk, need: Need, room: dict[str, bool]) -> list[Outcome] | None:
-        """One outcome for each owner that lacks the variant; None when the walk is given up."""
-        outcomes: list[Outcome] = []
-        for owner in need.owners:
-            try:
-                if walk.gentle and owner.node_id not in room:
-                    room[owner.node_id] = self._peers.has_room(owner)
-            except NodeUnavailableError:
-                outcomes.append(Outcome.FAILED)
+    def _give(self, walk: _Walk, needs: Sequence[Need], room: dict[str, bool]) -> _Given | None:
+        """None when the walk is given up."""
+        wanting: dict[Member, list[StoredVariant]] = defaultdict(list)
+        for need in needs:
+            for owner in need.owners:
+                wanting[owner].append(need.variant)
+        short: set[int] = set()  # variants that an owner still lacks
+        failed = 0
+        for owner, variants in wanting.items():
+            if walk.gentle and not self._has_room(owner, room):
                 continue
-            if walk.gentle and not room[owner.node_id]:
-                outcomes.append(Outcome.NOT_NEEDED)
-                continue
-            if not self._wait(walk, self._pace.wait_s(time.monotonic())):
-                return None
-            outcome = self._peers.push(owner, need.variant)
-            self._count(outcome, need.variant.size_bytes)
-            outcomes.append(outcome)
-        return outcomes
+            for burst in self._pace.bursts(variants):
+                if not self._wait(walk, self._pace.wait_s(time.monotonic())):
+                    return None
+                outcomes = self._peers.push(owner, burst)
+                self._count(burst, outcomes)
+                failed += outcomes.count(Outcome.FAILED)
+                short.update(
+                    id(variant)
+                    for variant, outcome in zip(burst, outcomes, strict=True)
+                    if outcome in (Outcome.REFUSED, Outcome.FAILED)
+                )
+        return _Given(len(short), failed)
 
-    def _count(self, outcome: Outcome, size_bytes: int) -> None:
-        if outcome is Outcome.SENT:
-            self._pace.sent(size_bytes, time.monotonic())
+    def _has_room(self, owner: Member, room: dict[str, bool]) -> bool:
+        """Asked once in a walk. A node that does not answer is for the next walk."""
+        if owner.node_id not in room:
+            try:
+                room[owner.node_id] = self._peers.has_room(owner)
+            except NodeUnavailableError:
+                room[owner.node_id] = False
+        return room[owner.node_id]
+
+    def _count(self, variants: Sequence[StoredVariant], outcomes: Sequence[Outcome]) -> None:
+        sent_bytes = sum(
+            variant.size_bytes
+            for variant, outcome in zip(variants, outcomes, strict=True)
+            if outcome is Outcome.SENT
+        )
+        self._pace.sent(sent_bytes, time.monotonic())
         with self._changed:
-            match outcome:
-                case Outcome.SENT:
-                    self._counters.repair_sent += 1
-                    self._counters.repair_sent_bytes += size_bytes
-                case Outcome.REFUSED:
-                    self._counters.repair_refused += 1
-                case Outcome.FAILED:
-                    self._counters.repair_failed += 1
-                case Outcome.NOT_NEEDED:
-                    pass
+            self._counters.repair_sent += outcomes.count(Outcome.SENT)
+            self._counters.repair_sent_bytes += sent_bytes
+            self._counters.repair_refused += outcomes.count(Outcome.REFUSED)
+            self._counters.repair_failed += outcomes.count(Outcome.FAILED)
 
     def _wait(self, walk: _Walk, wait_s: float) -> bool:
         """False as soon as the walk is to be given up."""
@@ -229,3 +253,7 @@ class RepairWorker:
     def _is_draining(self) -> bool:
         members = self._membership.members if self._membership is not None else ()
         return any(member.node_id == self._node.node_id and member.draining for member in members)
+
+
+def _names(membership: Membership | None) -> set[str]:
+    return {member.node_id for member in membership.members} if membership is not None else set()
