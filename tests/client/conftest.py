@@ -14,6 +14,7 @@ from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.node import StorageNode
+from kvstore_service.bulk_server import BulkServer, serve_bulk
 from kvstore_service.grpc_coordinator import CoordinatorServer, serve_coordinator
 from kvstore_service.grpc_server import GrpcServer
 from kvstore_service.grpc_storage import serve_storage
@@ -26,15 +27,23 @@ class ServedCluster:
     books: Coordinator
     nodes: list[StorageNode]
     servers: list[GrpcServer]
+    bulk: list[BulkServer]
+    """The nodes' bulk ports, if they have any."""
 
     @property
     def address(self) -> str:
         return self.coordinator.address
 
     def stop_storage(self) -> None:
-        for server in self.servers:
+        for server in (*self.servers, *self.bulk):
             server.stop(0)
         self.servers.clear()
+        self.bulk.clear()
+
+    def stop_node(self, index: int) -> None:
+        self.servers[index].stop(0)
+        for port in self.bulk[index : index + 1]:
+            port.stop(0)
 
     def stored_chunks(self) -> int:
         return sum(node.stats().chunks for node in self.nodes)
@@ -51,19 +60,22 @@ class ServedCluster:
 
 @contextmanager
 def served_cluster(
-    folder: Path, nodes: int = 1, memory_bytes: int = 256 << 20, replicas: int = 1
+    folder: Path, nodes: int = 1, memory_bytes: int = 256 << 20, replicas: int = 1, *, bulk: bool = False
 ) -> Iterator[ServedCluster]:
     plain = [StorageNode(f"node-{i}", Arena(memory_bytes)) for i in range(nodes)]
     servers = [serve_storage(node, host="127.0.0.1") for node in plain]
+    ports = [serve_bulk(node, host="127.0.0.1") for node in plain] if bulk else []
     coordinator = Coordinator(FileCatalogue(folder), replicas=replicas)
     calibrations = CalibrationRegistry(folder / "calibrations")
-    for node, server in zip(plain, servers, strict=True):
-        coordinator.join(Member(node.node_id, server.address), incarnation=1)
+    for index, (node, server) in enumerate(zip(plain, servers, strict=True)):
+        port = ports[index].address if ports else ""
+        coordinator.join(Member(node.node_id, server.address, bulk_endpoint=port), incarnation=1)
     cluster = ServedCluster(
         serve_coordinator(coordinator, calibrations, address=Address("127.0.0.1", 0)),
         coordinator,
         plain,
         servers,
+        ports,
     )
     try:
         yield cluster

@@ -31,12 +31,39 @@ PATIENCE = {
 
 
 @dataclass
+class Cable:
+    """What leads to one node: a link to its gRPC endpoint, and one to its bulk port if it has one."""
+
+    links: list[ShapedLink]
+
+    def cut(self) -> None:
+        for link in self.links:
+            link.cut()
+
+    def restore(self) -> None:
+        for link in self.links:
+            link.restore()
+
+    def close(self) -> None:
+        for link in self.links:
+            link.close()
+
+    def set_bandwidth(self, bandwidth_bps: float) -> None:
+        for link in self.links:
+            link.set_bandwidth(bandwidth_bps)
+
+    @property
+    def from_target_bytes(self) -> int:
+        return sum(link.from_target_bytes for link in self.links)
+
+
+@dataclass
 class Replicated:
-    """Three nodes behind a link each, two of which hold each of the document's chunks."""
+    """Three nodes behind a cable each, two of which hold each of the document's chunks."""
 
     cluster: ServedCluster
     client: KVStoreClient
-    links: list[ShapedLink]
+    cables: list[Cable]
     document: list[ChunkId]
 
     def match(self) -> PrefixMatch:
@@ -76,16 +103,20 @@ def on_node(cluster: ServedCluster, index: int, document: list[ChunkId]) -> list
     return [number for number, answer in enumerate(answers) if answer.encoding]
 
 
-@pytest.fixture
-def replicated(tmp_path: Path) -> Iterator[Replicated]:
+@pytest.fixture(params=["grpc", "bulk"])
+def replicated(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Replicated]:
     document = ids(CHUNKS)
-    with served_cluster(tmp_path, nodes=3, replicas=2) as cluster, ExitStack() as opened:
-        addresses = [server.address for server in cluster.servers]
-        links = [opened.enter_context(ShapedLink(address, bandwidth_bps=10e9)) for address in addresses]
-        routes = {address: link.address for address, link in zip(addresses, links, strict=True)}
+    bulk = request.param == "bulk"
+    with served_cluster(tmp_path, nodes=3, replicas=2, bulk=bulk) as cluster, ExitStack() as opened:
+        cables, routes = [], {}
+        for index in range(3):
+            addresses = [server[index].address for server in (cluster.servers, cluster.bulk) if server]
+            links = [opened.enter_context(ShapedLink(address, bandwidth_bps=10e9)) for address in addresses]
+            routes |= {address: link.address for address, link in zip(addresses, links, strict=True)}
+            cables.append(Cable(links))
         client = opened.enter_context(connect(cluster.address, routes=routes, **PATIENCE))
         assert put(client, document) == CHUNKS
-        yield Replicated(cluster, client, links, document)
+        yield Replicated(cluster, client, cables, document)
 
 
 def test_every_chunk_is_on_both_its_owners(replicated: Replicated) -> None:
@@ -102,7 +133,7 @@ def test_every_chunk_is_on_both_its_owners(replicated: Replicated) -> None:
 
 @pytest.mark.parametrize("dead", [0, 1, 2])
 def test_a_dead_node_is_noticed_by_nobody(replicated: Replicated, dead: int) -> None:
-    replicated.cluster.servers[dead].stop(0)
+    replicated.cluster.stop_node(dead)
     started = time.monotonic()
     replicated.fetch(replicated.match())
     assert time.monotonic() - started < 1.5
@@ -110,7 +141,7 @@ def test_a_dead_node_is_noticed_by_nobody(replicated: Replicated, dead: int) -> 
 
 def test_a_silent_node_is_not_waited_for(replicated: Replicated) -> None:
     silent = replicated.busiest(replicated.match())
-    replicated.links[silent].cut()
+    replicated.cables[silent].cut()
     started = time.monotonic()
     match = replicated.match()
     assert time.monotonic() - started < PATIENCE["lookup_timeout_s"] - 0.2
@@ -125,19 +156,19 @@ def test_a_silent_node_is_not_waited_for(replicated: Replicated) -> None:
 def test_a_node_that_fails_during_a_fetch_is_replaced(replicated: Replicated, how: str, reason: str) -> None:
     match = replicated.match()
     failing = replicated.busiest(match)
-    link = replicated.links[failing]
-    link.set_bandwidth(20e6)
-    before = link.from_target_bytes
+    cable = replicated.cables[failing]
+    cable.set_bandwidth(20e6)
+    before = cable.from_target_bytes
 
     def fail() -> None:
         patience = time.monotonic() + 5
-        while link.from_target_bytes < before + 100_000 and time.monotonic() < patience:
+        while cable.from_target_bytes < before + 100_000 and time.monotonic() < patience:
             time.sleep(0.002)
         if how == "stop":
-            replicated.cluster.servers[failing].stop(0)
-            link.close()
+            replicated.cluster.stop_node(failing)
+            cable.close()
         else:
-            link.cut()
+            cable.cut()
 
     actor = threading.Thread(target=fail)
     actor.start()
@@ -191,22 +222,19 @@ def test_other_bytes_of_the_same_chunk_are_not_mixed(replicated: Replicated) -> 
 def test_a_slow_node_that_has_the_only_copy_is_waited_for(replicated: Replicated) -> None:
     match = replicated.match()
     index = replicated.busiest(match)
+    only = [replicated.document[number] for number in on_node(replicated.cluster, index, replicated.document)]
     for other in {0, 1, 2} - {index}:
-        replicated.cluster.nodes[other].delete(on_node_ids(replicated, index))
-    link = replicated.links[index]
-    link.cut()
-    restored = threading.Timer(0.7, link.restore)
+        replicated.cluster.nodes[other].delete(only)
+    cable = replicated.cables[index]
+    cable.cut()
+    restored = threading.Timer(0.7, cable.restore)
     restored.start()
     replicated.fetch(match, restored.join)
 
 
-def on_node_ids(replicated: Replicated, index: int) -> list[ChunkId]:
-    return [replicated.document[i] for i in on_node(replicated.cluster, index, replicated.document)]
-
-
 def test_puts_go_on_when_an_owner_is_silent(replicated: Replicated) -> None:
     document = ids(6, seed=3)
-    replicated.links[0].cut()
+    replicated.cables[0].cut()
     patient = replicated.client.settings.model_copy(update={"put_stall_timeout_s": 0.5, "retry_after_s": 9.0})
     with KVStoreClient(patient) as client:
         assert put(client, document) == 6
