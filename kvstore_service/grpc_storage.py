@@ -19,6 +19,7 @@ from kvstore_codec.errors import (
     ArenaFullError,
     ChunkNotFoundError,
     ChunkTooLargeError,
+    DiskError,
     FrameRangeError,
     InvalidKVError,
     KVStoreError,
@@ -119,7 +120,11 @@ class StorageService:
         return pb.ReleaseLeaseReply(released=self._node.release_lease(_lease_id(request.lease_id, context)))
 
     def delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteReply:
-        return pb.DeleteReply(deleted=self._node.delete(_chunk_ids(request.chunks, context)))
+        try:
+            deleted = self._node.delete(_chunk_ids(request.chunks, context))
+        except DiskError as error:
+            context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        return pb.DeleteReply(deleted=deleted)
 
     def report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.ReportReply:
         chunks = _chunk_ids(request.chunks, context)
