@@ -79,6 +79,8 @@ class ByteStream:
 
     def has_ended(self) -> bool:
         """Whether an idle stream is of no more use. Does not wait; with TLS it does not always see it."""
+        if self._tls:
+            self._socket.settimeout(0)  # or Python would wait, whatever the flags say
         try:
             # Not the TLS socket's own method, which knows no flags.
             waiting = socket.socket.recv(self._socket, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)

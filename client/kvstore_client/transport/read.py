@@ -1,6 +1,7 @@
 """Reading over the bulk port."""
 
 from collections.abc import Iterator
+from typing import cast
 
 from kvstore_api.bulk import ReadPiece
 from kvstore_api.frames import FrameHeader, FrameKind, pack_header
@@ -29,7 +30,7 @@ def read_ranges(exchange: Exchange, request: pb.ReadRequest, memory: ReceiveMemo
                 raise exchange.misunderstood(f"a range of status {header.status} and {header.length} bytes")
             if last:
                 exchange.complete()
-            yield ReadPiece(index, memoryview(b""), pb.ReadStatus(header.status))
+            yield ReadPiece(index, memoryview(b""), cast("pb.ReadStatus", header.status))
             continue
         left = header.length
         while left:
