@@ -1,0 +1,10 @@
+"""`kvstore bench trace`: what a recorded workload would have hit, in virtual time, through the real eviction and
+placement code.
+
+trace | workloads -> replay (policies) and optimum (Belady) -> placement (balance, movement) -> rows -> plot
+"""
+
+from kvstore_service.bench.trace.plot import plot_hit_rates
+from kvstore_service.bench.trace.run import Options, Result, run
+
+__all__ = ["Options", "Result", "plot_hit_rates", "run"]

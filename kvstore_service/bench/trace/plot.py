@@ -1,0 +1,45 @@
+"""Hit rate over capacity, as a picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+
+_COLOURS = {"lru": "#1F77B4", "s3-fifo": "#2CA02C", "value": "#D62728"}
+
+
+def plot_hit_rates(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Writes a picture: a line per policy, the optimum above them."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(8, 4.6))
+    optimal = {row["capacity_fraction"]: row["optimal_hit_rate"] for row in rows}
+    _draw(panel, optimal, "optimal (knows the future)", "#7F7F7F", "--")
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        rates = {row["capacity_fraction"]: row["prefix_hit_rate"] for row in rows if row["policy"] == policy}
+        _draw(panel, rates, policy, _COLOURS.get(policy), "-")
+    fractions = sorted(optimal)
+    panel.set_xscale("log")
+    panel.set_xticks(fractions, [f"{100 * fraction:g} %" for fraction in fractions])
+    panel.set_xticks([], minor=True)
+    panel.set_ylim(bottom=0)
+    panel.set_xlabel("capacity, of the trace's different blocks")
+    panel.set_ylabel("blocks reused behind an unbroken prefix")
+    panel.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+    panel.set_title(title, loc="left", fontsize=11)
+    panel.grid(visible=True, which="major", alpha=0.3)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    panel.legend(frameon=False, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _draw(panel: Any, rates: Mapping[float, float], label: str, colour: str | None, style: str) -> None:
+    points = sorted(rates.items())
+    panel.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=colour, label=label)

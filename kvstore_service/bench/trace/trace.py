@@ -1,0 +1,66 @@
+"""Traces as the Mooncake project publishes them: JSON lines of a timestamp in ms, lengths in tokens and the prompt's
+block hashes (`hash_ids`), one per 512 tokens, of which each stands for the block and all before it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from kvstore_codec.errors import ConfigurationError
+
+Blocks = tuple[int, ...]
+"""The different blocks of one prompt, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Prompts in order of time."""
+
+    name: str
+    requests: tuple[Blocks, ...]
+
+    @property
+    def references(self) -> int:
+        return sum(map(len, self.requests))
+
+    def footprint(self) -> frozenset[int]:
+        """All different blocks."""
+        return frozenset(chain.from_iterable(self.requests))
+
+
+def read_trace(path: Path) -> Trace:
+    """Raises ConfigurationError that names the first line which is not as it should be."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            timed = list(_requests(path.name, lines))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the trace {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path} is no text: {error.reason} at byte {error.start}") from error
+    if not any(blocks for _, blocks in timed):
+        raise ConfigurationError(f"the trace {path} has no blocks")
+    timed.sort(key=lambda request: request[0])
+    return Trace(path.stem, tuple(blocks for _, blocks in timed))
+
+
+def _requests(name: str, lines: Iterator[str]) -> Iterator[tuple[float, Blocks]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            request = json.loads(line)
+        except ValueError as error:
+            raise ConfigurationError(f"{name}, line {number}: no JSON: {error}") from error
+        if not isinstance(request, dict):
+            raise ConfigurationError(f"{name}, line {number}: not an object but {line.strip()[:40]}")
+        for field in ("timestamp", "hash_ids"):
+            if field not in request:
+                raise ConfigurationError(f"{name}, line {number}: no {field!r}")
+        timestamp, blocks = request["timestamp"], request["hash_ids"]
+        if isinstance(timestamp, bool) or not isinstance(timestamp, int | float):
+            raise ConfigurationError(f"{name}, line {number}: 'timestamp' is no number but {timestamp!r}")
+        # `type`, for True is an int.
+        if not isinstance(blocks, list) or not all(type(block) is int and block >= 0 for block in blocks):
+            raise ConfigurationError(f"{name}, line {number}: 'hash_ids' is no list of whole numbers from 0")
+        yield timestamp, tuple(dict.fromkeys(blocks))
