@@ -101,7 +101,7 @@ def _hit_rates(
 
     for trace in traces:
         blocks = trace.footprint()
-        identities = {block: int.from_bytes(_content_id(block)[:8], "little") for block in blocks}
+        identities = {block: int.from_bytes(content_id(block)[:8], "little") for block in blocks}
         for fraction in capacities:
             chunks = max(1, int(fraction * len(blocks)))
             optimal = optimal_hit_rate(trace.requests, chunks)
@@ -123,7 +123,7 @@ def _hit_rates(
 
 
 def _placed(trace: Trace, nodes: Sequence[int], progress: Progress) -> dict[str, Rows]:
-    content_ids = {block: _content_id(block) for block in sorted(trace.footprint())}
+    content_ids = {block: content_id(block) for block in sorted(trace.footprint())}
     uses = Counter(chain.from_iterable(trace.requests))
     balance: Rows = []
     movement: Rows = []
@@ -134,6 +134,6 @@ def _placed(trace: Trace, nodes: Sequence[int], progress: Progress) -> dict[str,
     return {"balance": balance, "movement": movement}
 
 
-def _content_id(block: int) -> bytes:
+def content_id(block: int) -> bytes:
     """As good as the id of a chunk: 32 evenly spread bytes."""
     return blake3(block.to_bytes(8, "little")).digest()
