@@ -3,7 +3,7 @@
 import threading
 
 from kvstore_cluster.disk.file import SegmentFile, disk_error
-from kvstore_codec.errors import DiskError
+from kvstore_codec.errors import DiskError, DiskFailedError
 
 
 class GroupCommit:
@@ -53,15 +53,14 @@ class GroupCommit:
         self._begun += 1
         self._unsynced = False
         self._changed.release()
-        failure = None
+        failure: DiskError | None = DiskFailedError(f"syncing {self._name} was interrupted")
         try:
             self._file.sync()
+            failure = None
         except OSError as error:
             failure = disk_error(error, f"syncing {self._name}")
         finally:
             self._changed.acquire()
-        if failure is None:
-            self._ended = self._begun
-        else:
+            self._ended = self._begun if failure is None else self._ended
             self.failure = self.failure or failure
-        self._changed.notify_all()
+            self._changed.notify_all()

@@ -6,16 +6,16 @@ import pytest
 
 from tests.cluster.disk.image import Image, make_image
 
-_MEMORY = Path("/dev/shm")  # noqa: S108
+MEMORY = Path("/dev/shm")  # noqa: S108
 
 
 @pytest.fixture
 def memory_folder(tmp_path: Path) -> Iterator[Path]:
     """A folder in memory where there is one, for tests that open a store thousands of times."""
-    if not _MEMORY.is_dir():
+    if not MEMORY.is_dir():
         yield tmp_path
         return
-    with tempfile.TemporaryDirectory(dir=_MEMORY) as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         yield Path(folder)
 
 

@@ -1,6 +1,5 @@
 """Space comes back, nothing that lives is lost, nothing that was forgotten returns."""
 
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,68 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_cluster.disk import Location, SegmentStore
+from kvstore_cluster.disk import Location
 from kvstore_codec.errors import ChunkNotFoundError
-from tests.cluster.disk.chunks import append, by_key, contents, read, tiny
-from tests.sample_chunk import SampleChunk
-
-LIMIT = 4 << 20
-SEGMENT = 128 << 10  # 15 tiny chunks
-BLOCK = 4096
-
-
-class Index:
-    """Where chunks are, as a storage node knows it. Thread-safe."""
-
-    def __init__(self, store: SegmentStore) -> None:
-        self.store = store
-        self.where: dict[int, tuple[Location, SampleChunk]] = {}
-        self._lock = threading.Lock()
-
-    def put(self, content: int, version: int = 0, *, sync: bool = False) -> None:
-        chunk = tiny(content, version)
-        location = append(self.store, chunk, sync=sync)
-        with self._lock:
-            replaced = self.where.get(content)
-            self.where[content] = (location, chunk)
-        if replaced is not None:
-            self.store.delete(replaced[0])
-
-    def delete(self, content: int, *, forget: bool = False) -> None:
-        with self._lock:
-            location, _ = self.where.pop(content)
-        self.store.delete(location, forget=forget)
-
-    def relocate(self, old: Location, new: Location) -> bool:
-        with self._lock:
-            for content, (location, chunk) in self.where.items():
-                if location == old:
-                    self.where[content] = (new, chunk)
-                    return True
-            return False
-
-    def read(self, content: int) -> bytes:
-        while True:
-            with self._lock:
-                location, chunk = self.where[content]
-            try:
-                return read(self.store, location, len(chunk.data))
-            except ChunkNotFoundError:
-                continue
-
-    def check(self) -> None:
-        for content, (_, chunk) in list(self.where.items()):
-            assert self.read(content) == chunk.data
-        assert self.store.live_bytes >= len(self.where) * 2 * BLOCK
-        self.store.check_integrity()
-
-    @property
-    def chunks(self) -> list[SampleChunk]:
-        return [chunk for _, chunk in self.where.values()]
-
-
-def opened(folder: Path) -> SegmentStore:
-    return SegmentStore(folder, LIMIT, segment_bytes=SEGMENT, sync_period_s=0.05)
+from tests.cluster.disk.chunks import by_key, read, tiny
+from tests.cluster.disk.index import BLOCK, SEGMENT, Index, after_restart, compact, opened, segments
 
 
 @pytest.fixture
@@ -80,27 +21,6 @@ def index(tmp_path: Path) -> Iterator[Index]:
     yield index
     index.check()
     store.close()
-
-
-def compact(index: Index) -> None:
-    while index.store.compact(index.relocate):
-        pass
-
-
-def after_restart(index: Index, tmp_path: Path) -> dict[tuple[bytes, str], bytes]:
-    """What a process that was killed now would find."""
-    copy = tmp_path / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(tmp_path / "store", copy)
-    store = opened(copy)
-    found = contents(store)
-    store.check_integrity()
-    store.close()
-    return found
-
-
-def segments(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "store").glob("*.kvs"))
 
 
 def test_space_comes_back(index: Index, tmp_path: Path) -> None:
