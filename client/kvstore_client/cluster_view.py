@@ -92,24 +92,16 @@ class ClusterView:
         return [joined[row] for row in rows]
 
     def writers(self, content_ids: Sequence[bytes]) -> list[tuple[Member, ...]]:
-        """Where each content is to be stored now: on its owners, and for an owner that is paused on the member that
-        readers try next, if there is one. Empty when all of them are paused. Raises NodeUnavailableError when there
-        is no node at all."""
-        self._require_members(self.membership())
+        """Where each content is to be stored now: on its owners, and in place of one that is paused or not heard of on
+        the next that readers try. Fewer than there are replicas when there are not enough such members. Raises
+        NodeUnavailableError when there is no node at all."""
+        rows = self.readers(content_ids)
         with self._lock:
-            placement = self._placement
-        owned = placement.owners(content_ids)
-        paused = {member for member in set().union(*owned) if self.is_paused(member.endpoint)}
-        if not paused:
-            return owned
-        return [
-            tuple(
-                member
-                for member in readers
-                if not (member.draining or member in paused or self.is_paused(member.endpoint))
-            )[: len(owners)]
-            for owners, readers in zip(owned, placement.readers(content_ids), strict=True)
-        ]
+            replicas = self._membership.replicas if self._membership is not None else 1
+        unlike = {id(row): row for row in rows}
+        closed = {m for row in unlike.values() for m in row if m.draining or self.is_paused(m.endpoint)}
+        chosen = {key: tuple(m for m in row if m not in closed)[:replicas] for key, row in unlike.items()}
+        return [chosen[id(row)] for row in rows]
 
     def refresh(self) -> None:
         """Start asking for the membership, unless that is under way."""

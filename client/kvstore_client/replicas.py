@@ -15,6 +15,8 @@ from kvstore_codec.identity import ChunkId
 
 Take = Callable[[int, Member, pb.LookupAnswer], bool]
 """Index of a chunk, who has it, what it is there -> whether to look for it no further."""
+Groups = dict[str, tuple[Member, list[int]]]
+"""Whom to ask for which chunks, by node_id."""
 
 
 class Search:
@@ -76,30 +78,33 @@ class Search:
             if len(self.failures) == self.asked:
                 raise NodeUnavailableError(f"no owner answered a lookup: {self.failures[0]}")
 
-    def _best(self, wanted: Sequence[int], tried: Mapping[int, Iterable[Member]]) -> dict[Member, list[int]]:
+    def _best(self, wanted: Sequence[int], tried: Mapping[int, Iterable[Member]]) -> Groups:
         """The first reader of each chunk; the others are kept for later."""
-        readers = self._view.readers([self._chunk_ids[index].content_id for index in wanted])
-        paused = {member for member in set().union(*readers) if self._view.is_paused(member.endpoint)}
-        best: dict[Member, list[int]] = {}
-        for index, members in zip(wanted, readers, strict=True):
-            if paused or tried:
-                avoided = paused.union(tried.get(index, ()))
-                members = tuple(member for member in members if member not in avoided)
+        rows = self._view.readers([self._chunk_ids[index].content_id for index in wanted])
+        # Rows that are alike are one object, and few: thousands of chunks are sorted without comparing members.
+        unlike = {id(row): row for row in rows}
+        paused = {m for row in unlike.values() for m in row if self._view.is_paused(m.endpoint)}
+        usable = {key: [m for m in row if m not in paused] for key, row in unlike.items()}
+        best: Groups = {}
+        for index, row in zip(wanted, rows, strict=True):
+            members = usable[id(row)]
+            if index in tried:
+                members = [member for member in members if member not in tried[index]]
             if members:
-                best.setdefault(members[0], []).append(index)
+                best.setdefault(members[0].node_id, (members[0], []))[1].append(index)
                 self._others[index] = members[1:]
         return best
 
-    def _next(self, indices: Iterable[int]) -> dict[Member, list[int]]:
+    def _next(self, indices: Iterable[int]) -> Groups:
         """The readers of these chunks that were not asked yet."""
-        groups: dict[Member, list[int]] = {}
+        groups: Groups = {}
         for index in indices:
             for member in self._others.pop(index, ()):
-                groups.setdefault(member, []).append(index)
+                groups.setdefault(member.node_id, (member, []))[1].append(index)
         return groups
 
-    def _ask(self, groups: Mapping[Member, Sequence[int]]) -> None:
-        for member, asked in groups.items():
+    def _ask(self, groups: Groups) -> None:
+        for member, asked in groups.values():
             request = pb.LookupRequest(
                 chunks=[chunk_ref(self._chunk_ids[index]) for index in asked],
                 lease_ms=round(self._settings.lease_s * 1000),

@@ -31,10 +31,11 @@ class Audit:
 
 
 def audit(address: str, documents: Sequence[Document], patience_s: float) -> Audit:
-    """Waits for the repair, then reads every copy. Raises grpc.RpcError, TransferError."""
+    """Asks for a round of repair and waits for it, then reads every copy. Raises grpc.RpcError, TransferError."""
     ids = [chunk_id for document in documents for chunk_id in document.ids()]
     began_s = time.monotonic()
     with Copies(address) as copies:
+        copies.repair()
         while True:
             members = copies.members()
             missing = _missing(copies, members, ids)

@@ -36,6 +36,10 @@ class Copies:
             for m in reply.members
         ]
 
+    def repair(self) -> None:
+        """Have the nodes look now for what their chunks' other owners lack."""
+        rpc.CoordinatorStub(self._channel(self._address)).Repair(pb.RepairRequest(), timeout=_TIMEOUT_S)
+
     def held(self, member: Member, chunk_ids: Sequence[ChunkId]) -> list[bool]:
         """Whether the node has each of these chunks."""
         stub = rpc.StorageStub(self._channel(member.endpoint))

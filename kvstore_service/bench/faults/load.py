@@ -1,6 +1,6 @@
 """The steady load: a process that puts new documents and gets old ones until its input is closed.
 
-    python -m kvstore_service.bench.faults.load ADDRESS SEED PUTS_PER_S GETTERS GETS_PER_S
+    python -m kvstore_service.bench.faults.load ADDRESS SEED PUTS_PER_S GETS_PER_S
 
 Puts and gets go through the client that engines use. Each writes an `Event` to standard output.
 """
@@ -20,6 +20,8 @@ from kvstore_service.bench.faults.copies import Copies
 from kvstore_service.bench.faults.documents import CHUNKS, ENCODING, SPEC, Document
 from kvstore_service.bench.faults.events import Event
 
+_PUTTERS = 2
+_GETTERS = 2
 _HOLDERS_PATIENCE_S = 10.0
 _HOLDERS_PAUSE_S = 0.2
 
@@ -37,9 +39,9 @@ class Load:
     def stop(self) -> None:
         self._stopped.set()
 
-    def put(self, per_s: float) -> None:
+    def put(self, per_s: float, number: int) -> None:
         """Store documents, one after the other."""
-        numbers = iter(range(1 << 20))
+        numbers = iter(range(number, 1 << 20, _PUTTERS))
 
         def step(client: KVStoreClient, _: random.Random) -> Event:
             document = Document(next(numbers))
@@ -51,11 +53,11 @@ class Load:
                     self._acknowledged.append(document)
             return Event("put", document.number, begin_s, end_s, stored)
 
-        self._repeat(step, per_s, self._seed)
+        self._repeat(step, per_s, self._seed + _GETTERS + number)
 
     def get(self, per_s: float, number: int) -> None:
         """Fetch documents that were acknowledged, in random order."""
-        self._repeat(self._get, per_s, self._seed + 1 + number)
+        self._repeat(self._get, per_s, self._seed + number)
 
     def _repeat(
         self, step: Callable[[KVStoreClient, random.Random], Event | None], per_s: float, seed: int
@@ -121,11 +123,11 @@ def _last_reason(client: KVStoreClient) -> str:
 
 
 def main() -> None:
-    address, seed, puts_per_s, getters, gets_per_s = sys.argv[1:]
+    address, seed, puts_per_s, gets_per_s = sys.argv[1:]
     load = Load(address, int(seed))
-    threads = [threading.Thread(target=load.put, args=(float(puts_per_s),))]
-    each_per_s = float(gets_per_s) / int(getters)
-    threads += [threading.Thread(target=load.get, args=(each_per_s, n)) for n in range(int(getters))]
+    jobs = [(load.put, float(puts_per_s) / _PUTTERS, number) for number in range(_PUTTERS)]
+    jobs += [(load.get, float(gets_per_s) / _GETTERS, number) for number in range(_GETTERS)]
+    threads = [threading.Thread(target=job, args=arguments) for job, *arguments in jobs]
     for thread in threads:
         thread.start()
     sys.stdin.read()

@@ -24,7 +24,6 @@ from kvstore_service.calibration import Report
 _CALM_S = (1.0, 3.0)
 """Between the end of a failover and the next fault, besides `AFTERWARDS_S`."""
 _WARM_UP_S = 3.0
-_GETTERS = 2
 _STOP_TIMEOUT_S = 90.0
 _REPAIR_PATIENCE_S = 120.0
 _SLOWEST_PUTS_PER_S = 4
@@ -36,7 +35,7 @@ class Options:
     """Chunks to be acknowledged at least."""
     kills: int = 20
     seed: int = 0
-    puts_per_s: float = 60.0
+    puts_per_s: float = 120.0
     """Chunks."""
     gets_per_s: float = 20.0
     """Documents."""
@@ -105,7 +104,7 @@ def _storm(options: Options, cluster: Testbed, events: list[Event], report: Repo
 @contextmanager
 def _load(address: str, options: Options) -> Iterator[list[Event]]:
     """Runs the load in a process of its own; what it tells is appended to the list as it comes."""
-    rates = [options.puts_per_s / CHUNKS, _GETTERS, options.gets_per_s]
+    rates = [options.puts_per_s / CHUNKS, options.gets_per_s]
     process = subprocess.Popen(
         [
             sys.executable,
