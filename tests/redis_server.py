@@ -1,6 +1,7 @@
 """A real Redis (or Valkey) in a process of its own."""
 
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -42,6 +43,12 @@ class RedisServer:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def hang(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
 
     def client(self) -> redis.Redis:
         return redis.Redis.from_url(self.url)

@@ -264,8 +264,8 @@ class Coordinator:
             with self._lock:
                 if self._state is self._kept:
                     self._retrying = None
-                    break
-        log.info("the membership is kept again")
+                    log.info("the membership is kept again")
+                    return
 
     def _membership(self) -> Membership:
         alive = tuple(self._marked(node.member) for node in self._state.nodes if node.alive)

@@ -179,6 +179,28 @@ def test_the_cluster_goes_on_while_redis_is_away(
     assert "secret" not in caplog.text
 
 
+def test_nobody_waits_for_a_redis_that_hangs(server: RedisServer, catalogue: RedisCatalogue) -> None:
+    coordinator = Coordinator(catalogue)
+    coordinator.join(A, 1)
+    coordinator.join(B, 1)
+    server.hang()
+    noticing = threading.Thread(target=coordinator.mark_dead, args=("a", 1, "silent"))
+    began_s = time.monotonic()
+    noticing.start()
+    wait_for(lambda: coordinator.membership().members == (B,), patience_s=0.5)
+    noticing.join()
+    # From then on it is known to be away.
+    coordinator.mark_alive("a", 1)
+    assert coordinator.join(B, 2).members == (A, B)
+    assert time.monotonic() - began_s < 10
+    with pytest.raises(CatalogueError, match="cannot be used"):
+        coordinator.pin([FIRST])
+    server.go_on()
+    wait_for(lambda: coordinator.pin([FIRST]) == 1)
+    wait_for(lambda: catalogue.load().epoch == coordinator.membership().epoch)
+    coordinator.close()
+
+
 def test_the_password_is_in_no_message(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     host = f"127.0.0.1:{server.port}"
