@@ -3,7 +3,7 @@
 from array import array
 
 _WAYS = 4
-_FEWEST = 1 << 16
+_FEWEST = 1 << 18
 _SLACK = 1.125
 
 
@@ -11,11 +11,12 @@ class GhostTable:
     """A set-associative table of 13 bytes an entry: a full bucket forgets its oldest. It tells entries apart by 32 bits
     beside the bucket, so in a table of a million one stranger in a billion is taken for an acquaintance.
 
-    It never has fewer than 65,536 entries (0.8 MiB): a small store has most to learn from what it could not keep.
+    It has 262,144 entries (3.3 MiB) at least, for a small store has most to learn from what it could not keep; where it
+    forgets, prompts are remembered with holes.
     """
 
-    def __init__(self) -> None:
-        self._resize(_FEWEST)
+    def __init__(self, entries: int = _FEWEST) -> None:
+        self._resize(entries)
 
     def reserve(self, entries: int) -> None:
         """Room for that many. Growing forgets everything, which is nothing as long as the store has never been full."""

@@ -17,7 +17,7 @@ _MOST_FREQUENCY = 255
 _FULL_SCORE = 255
 _FADE = 2  # half-lives in which the count of past uses halves
 _SAME_USE_SHARE = 32
-_GHOSTS_PER_SLOT = 0.75
+_GHOSTS_PER_SLOT = 2 / 3
 
 
 def _steps(value: float) -> int:

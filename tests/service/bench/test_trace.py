@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from itertools import product
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +98,26 @@ def test_no_policy_beats_the_optimum_and_all_meet_it_with_room_for_everything(
             assert rate.blocks == optimal
 
 
-@given(references=st.lists(st.integers(0, 3), min_size=1, max_size=7), capacity=st.integers(1, 3))
+@given(
+    requests=st.lists(
+        st.lists(st.integers(0, 3), min_size=1, max_size=3, unique=True).map(tuple), min_size=1, max_size=6
+    ),
+    capacity=st.integers(1, 3),
+)
 @settings(max_examples=60, deadline=None)
-def test_the_optimum_is_the_best_of_all_choices(references: list[int], capacity: int) -> None:
+def test_the_optimum_is_the_best_of_all_choices(requests: list[Blocks], capacity: int) -> None:
+    @cache
     def best(kept: frozenset[int], time: int) -> int:
-        if time == len(references):
+        if time == len(requests):
             return 0
-        block = references[time]
-        now = kept | {block}
-        choices = [now] if len(now) <= capacity else [now - {victim} for victim in now]
-        return (block in kept) + max(best(choice, time + 1) for choice in choices)
+        there = kept.union(requests[time])
+        choices = combinations(there, min(capacity, len(there)))
+        return len(kept.intersection(requests[time])) + max(
+            best(frozenset(choice), time + 1) for choice in choices
+        )
 
-    expected = best(frozenset(), 0) / len(references)
-    assert optimal_hit_rate([(block,) for block in references], capacity) == pytest.approx(expected)
+    expected = best(frozenset(), 0) / sum(map(len, requests))
+    assert optimal_hit_rate(requests, capacity) == pytest.approx(expected)
 
 
 def test_load_follows_weights_and_the_most_wanted_chunk_bounds_it() -> None:
