@@ -5,11 +5,12 @@ from array import array
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 
-from kvstore_cluster.disk.location import Location
-from kvstore_cluster.disk.record import Kind, summary
-from kvstore_cluster.disk.segment import State
+from kvstore_cluster.disk.location import BLOCK_BITS, MAX_SEGMENT_BLOCKS, Location
+from kvstore_cluster.disk.record import Kind, record_blocks, summary
+from kvstore_cluster.disk.segment import Column, State
+
+_LOW = (1 << 64) - 1
 
 
 class Census:
@@ -24,23 +25,24 @@ class Census:
         self._locations = array("q")
         self._blocks = array("I")
 
-    def add(self, location: Location, header: memoryview) -> Kind:
-        """Counts a record with a sound header, and returns its kind."""
-        found = summary(header, self._key_seed)
-        self._high.append(found.key >> 64)
-        self._low.append(found.key & (1 << 64) - 1)
-        self._sequences.append(found.sequence)
-        self._tombstones.append(found.kind is Kind.TOMBSTONE)
+    def add(self, location: Location, header: memoryview) -> bool:
+        """Counts a record with a sound header; whether it is a tombstone."""
+        kind, sequence, size_bytes, key = summary(header, self._key_seed)
+        tombstone = kind == Kind.TOMBSTONE
+        self._high.append(key >> 64)
+        self._low.append(key & _LOW)
+        self._sequences.append(sequence)
+        self._tombstones.append(tombstone)
         self._locations.append(location)
-        self._blocks.append(found.blocks)
-        return found.kind
+        self._blocks.append(record_blocks(kind, size_bytes))
+        return tombstone
 
     @property
     def newest_sequence(self) -> int:
         return max(self._sequences, default=0)
 
-    def states(self) -> Iterator[tuple[Location, int, State]]:
-        """(location, blocks, state) of every record, in the order of the locations.
+    def books(self) -> Iterator[tuple[int, Column, Column, Column]]:
+        """(number, first blocks, blocks, states) of every segment with records, in the order of the blocks.
 
         The last record of a key, in the order of the sequence numbers, counts when it is a put. A tombstone comes
         after the put whose number it bears; the last one is kept as long as there is a put before it.
@@ -59,8 +61,12 @@ class Census:
         puts_before = puts_before - puts_before[starts][group]
         last_tombstones = np.flatnonzero(tombstones)
         last_tombstones = last_tombstones[np.diff(group[last_tombstones], append=len(order)) > 0]
-        states: npt.NDArray[np.uint8] = np.full(len(order), State.DEAD, np.uint8)
+        states: Column = np.full(len(order), State.DEAD, np.uint8)
         states[order[ends & ~tombstones]] = State.LIVE
         states[order[last_tombstones[puts_before[last_tombstones] > 0]]] = State.TOMBSTONE
-        for at in np.argsort(locations, kind="stable").tolist():
-            yield Location(self._locations[at]), self._blocks[at], State(states[at])
+        by_location = np.argsort(locations)
+        blocks, numbers = np.array(self._blocks), locations >> BLOCK_BITS
+        for records in np.split(by_location, np.flatnonzero(np.diff(numbers[by_location])) + 1):
+            if len(records):
+                first_blocks = locations[records] & (MAX_SEGMENT_BLOCKS - 1)
+                yield int(numbers[records[0]]), first_blocks, blocks[records], states[records]

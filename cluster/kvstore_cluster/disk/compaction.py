@@ -13,6 +13,7 @@ from kvstore_cluster.disk.log import SegmentLog
 from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, decode, is_header
 from kvstore_cluster.disk.scan import Window, chunk_damage
 from kvstore_cluster.disk.segment import Segment, State
+from kvstore_cluster.disk.table import SegmentTable
 from kvstore_codec.errors import ChunkNotFoundError
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ _SHORT_SEGMENTS = 3
 class Compactor:
     """One step at a time, from any thread."""
 
-    def __init__(self, segments: SegmentLog) -> None:
-        self._segments = segments
+    def __init__(self, table: SegmentTable, segment_log: SegmentLog) -> None:
+        self._table = table
+        self._log = segment_log
         self._turn = threading.Lock()
 
     def step(self, relocate: Relocate, stopping: threading.Event) -> bool:
@@ -40,23 +42,22 @@ class Compactor:
             if victim is None:
                 return False
             if not victim.closed:
-                self._segments.close_active()
+                self._log.close_active()
             if not (victim.sealed or victim.given_up):
-                self._segments.seal(victim)
+                self._log.seal(victim)
             if not self._move_records(victim, relocate, stopping):
                 return False
             # Not only the copies: a record may be dead because of a newer one that is not synced yet.
-            self._segments.sync_all()
-            self._segments.drop(victim)
+            self._log.sync_all()
+            self._table.drop(victim)
             return True
 
     def _victim(self) -> Segment | None:
-        segments = self._segments
-        with segments.lock:
-            free_bytes = segments.put_limit_bytes - segments.used_blocks * BLOCK_BYTES
-            short = free_bytes < _SHORT_SEGMENTS * segments.segment_bytes
+        with self._table.lock:
+            free_bytes = self._log.put_limit_bytes - self._table.used_blocks * BLOCK_BYTES
+            short = free_bytes < _SHORT_SEGMENTS * self._log.segment_bytes
             best, best_share = None, _DEAD_SHARE_SHORT if short else _DEAD_SHARE
-            for segment in segments.segments.values():
+            for segment in self._table.segments.values():
                 if segment.closed or short:
                     share = self._dead_share(segment)
                     if share > best_share:
@@ -79,13 +80,13 @@ class Compactor:
         be, because dead records are never copied."""
         return any(
             other.dead_records and other.number <= horizon
-            for other in self._segments.segments.values()
+            for other in self._table.segments.values()
             if other is not segment
         )
 
     def _move_records(self, victim: Segment, relocate: Relocate, stopping: threading.Event) -> bool:
         """Whether nothing in the segment is needed any more."""
-        with self._segments.lock:
+        with self._table.lock:
             remaining = victim.remaining()
         window = Window(victim.file)
         for first, blocks, state in remaining:
@@ -95,7 +96,7 @@ class Compactor:
                 self._move_tombstone(victim, first, window)
             else:
                 self._move_chunk(victim, first, blocks, window, relocate)
-        with self._segments.lock:
+        with self._table.lock:
             return not victim.live_blocks
 
     def _move_chunk(
@@ -107,14 +108,14 @@ class Compactor:
             return
         header, chunk = record
         try:
-            new = self._segments.copy(old, header, (chunk,))
+            new = self._log.copy(old, header, (chunk,))
         except ChunkNotFoundError:
             return
         if relocate(old, new):
-            self._segments.bury(old)
+            self._table.bury(old)
         else:
             # Its owner has let go of the old one and is about to bury it, perhaps with a tombstone: it stays till then.
-            self._segments.bury(new)
+            self._table.bury(new)
 
     def _move_tombstone(self, victim: Segment, first: int, window: Window) -> None:
         record = self._read(victim, first, 1, window)
@@ -122,11 +123,11 @@ class Compactor:
             return
         header, _ = record
         old = location_of(victim.number, first)
-        with self._segments.lock:
+        with self._table.lock:
             needed = self._needs_tombstones(victim, header.horizon)
         if needed:
-            self._segments.copy(old, header, ())
-        self._segments.bury(old)
+            self._log.copy(old, header, ())
+        self._table.bury(old)
 
     def _read(
         self, victim: Segment, first: int, blocks: int, window: Window

@@ -4,8 +4,9 @@ import fcntl
 import os
 import re
 from pathlib import Path
+from typing import Protocol
 
-from kvstore_cluster.disk.file import disk_error
+from kvstore_cluster.disk.file import SegmentFile, disk_error
 from kvstore_cluster.durable import sync_folder
 from kvstore_codec.errors import FolderInUseError
 
@@ -13,12 +14,17 @@ _LOCK_NAME = "store.lock"
 _NAME = re.compile(r"segment-(\d{8,})\.(kvs|index)")
 
 
+class OpenFile(Protocol):
+    def __call__(self, path: Path, *, create: bool, direct: bool) -> SegmentFile: ...
+
+
 class StoreFolder:
     """Made when missing; belongs to one process until it is closed. Raises FolderInUseError when it is taken, and
     DiskError when it cannot be written."""
 
-    def __init__(self, path: Path, *, direct: bool) -> None:
+    def __init__(self, path: Path, *, direct: bool, open_file: OpenFile) -> None:
         self.path = path
+        self._open_file = open_file
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock_fd = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
@@ -35,6 +41,10 @@ class StoreFolder:
 
     def segment(self, number: int) -> Path:
         return self.path / f"segment-{number:08d}.kvs"
+
+    def open_segment(self, number: int, *, create: bool) -> SegmentFile:
+        """Raises OSError."""
+        return self._open_file(self.segment(number), create=create, direct=self.direct)
 
     def index(self, number: int) -> Path:
         return self.path / f"segment-{number:08d}.index"

@@ -9,8 +9,8 @@ I/O; the chunk is padded with zeros to whole blocks. The checksum is xxh3_64 ove
 the segment's secret number: what it fits was written by this store as a record of that segment, and is no part of a
 chunk that only looks like one. The chunk is not covered: its own checksums do that.
 
-A tombstone is a header alone. It bears the sequence number of the record it deletes, and deletes every record of the
-same chunk and encoding up to that number: not one that is put while the deletion is under way.
+A tombstone is a header alone. It bears the number of the newest record of all, and deletes every record of its chunk
+and encoding up to that number.
 """
 
 import struct
@@ -34,6 +34,7 @@ _FIELDS_START = _OPENING.size + _CHECKSUM.size
 _NAMES_START = _FIELDS_START + _FIELDS.size
 _IDS_START = _NAMES_START - 64
 _ENCODING_LENGTH = _IDS_START - 4
+_KIND = 5
 _SUMMARY = struct.Struct("<B10xQQ")  # from `kind` on: kind, sequence, size
 _MAX_NAME_BYTES = 255
 
@@ -97,24 +98,14 @@ class RecordHeader:
         return b"".join((opening, _CHECKSUM.pack(_checksum(opening, signed, seed)), signed))
 
 
-@dataclass(frozen=True, slots=True)
-class RecordSummary:
-    """What tells which record of a chunk is the newest. `key`: 128 bits of its ids and encoding."""
-
-    kind: Kind
-    sequence: int
-    size_bytes: int
-    key: int
-
-    @property
-    def blocks(self) -> int:
-        """Of the whole record."""
-        return 1 + blocks_of(self.size_bytes) if self.kind is Kind.PUT else 1
-
-
 def blocks_of(size_bytes: int) -> int:
     """How many blocks `size_bytes` take."""
     return -(-size_bytes // BLOCK_BYTES)
+
+
+def record_blocks(kind: int, size_bytes: int) -> int:
+    """Blocks of a whole record of a chunk of that size; a tombstone is its header alone."""
+    return 1 + blocks_of(size_bytes) if kind == Kind.PUT else 1
 
 
 def is_header(block: memoryview, seed: int) -> bool:
@@ -133,13 +124,15 @@ def header_length(header: memoryview) -> int:
     return int(_OPENING.unpack_from(header)[3])
 
 
-def summary(header: memoryview, key_seed: int) -> RecordSummary:
-    """Of a sound header. The keys of one comparison are made with one seed that nobody can guess, so that nobody can
-    make two chunks with the same key."""
-    kind, sequence, size_bytes = _SUMMARY.unpack_from(header, 5)
+def summary(header: memoryview, key_seed: int) -> tuple[int, int, int, int]:
+    """(kind, sequence, size in bytes, key) of a sound header: what tells which record of a chunk is the newest.
+
+    `key` is 128 bits of its ids and encoding. The keys of one comparison are made with one seed that nobody can guess,
+    so that nobody can make two chunks with the same key.
+    """
+    kind, sequence, size_bytes = _SUMMARY.unpack_from(header, _KIND)
     ids_end = _NAMES_START + header[_ENCODING_LENGTH]
-    key = xxhash.xxh3_128_intdigest(header[_IDS_START:ids_end], key_seed)
-    return RecordSummary(Kind(kind), sequence, size_bytes, key)
+    return kind, sequence, size_bytes, xxhash.xxh3_128_intdigest(header[_IDS_START:ids_end], key_seed)
 
 
 def decode(header: memoryview) -> RecordHeader:
@@ -169,7 +162,7 @@ def decode(header: memoryview) -> RecordHeader:
         cost,
         expires_at_s,
     )
-    return RecordHeader(Kind(header[5]), sequence, meta, horizon)
+    return RecordHeader(Kind(header[_KIND]), sequence, meta, horizon)
 
 
 def _checksum(opening: Buffer, signed: Buffer, seed: int) -> int:

@@ -9,16 +9,17 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import groupby
 
 from kvstore_cluster.disk.census import Census
 from kvstore_cluster.disk.file import aligned_buffer, disk_error
-from kvstore_cluster.disk.location import Location, block_of, location_of, segment_of
+from kvstore_cluster.disk.folder import StoreFolder
+from kvstore_cluster.disk.location import Location, location_of
 from kvstore_cluster.disk.log import SegmentLog
-from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordMeta, blocks_of, decode
+from kvstore_cluster.disk.record import BLOCK_BYTES, RecordMeta, blocks_of, decode
 from kvstore_cluster.disk.scan import Found, scan
 from kvstore_cluster.disk.segment import Segment
 from kvstore_cluster.disk.segment_format import SegmentIndex, seed_of
+from kvstore_cluster.disk.table import SegmentTable
 from kvstore_codec.errors import DiskFailedError
 
 
@@ -31,37 +32,37 @@ class Recovery:
     dropped: tuple[str, ...]
 
 
-def recover(segments: SegmentLog) -> Recovery:
-    """Enters what the folder holds into the empty log. Raises DiskError when it cannot be read or written."""
+def recover(table: SegmentTable, segment_log: SegmentLog) -> Recovery:
+    """Enters what the folder holds into the empty table and log. Raises DiskError when it cannot be read or written."""
     dropped: list[str] = []
     found: dict[int, Segment] = {}
     census = Census()
     with ExitStack() as files:
         try:
-            for number in segments.folder.numbers():
-                opened = _open_segment(segments, number, files, dropped)
+            for number in table.folder.numbers():
+                opened = _open_segment(table.folder, number, files, dropped)
                 if opened is None:
                     continue
                 found[number], index = opened
                 for block, header in index:
-                    if census.add(location_of(number, block), header) is Kind.TOMBSTONE:
+                    if census.add(location_of(number, block), header):
                         found[number].horizon = max(found[number].horizon, decode(header).horizon)
         except OSError as error:
-            raise disk_error(error, f"recovering the disk tier in {segments.folder.path}") from error
+            raise disk_error(error, f"recovering the disk tier in {table.folder.path}") from error
         files.pop_all()
-    for number, records in groupby(census.states(), key=lambda record: segment_of(record[0])):
-        found[number].adopt((block_of(location), blocks, state) for location, blocks, state in records)
-    newest_sequence = census.newest_sequence
+    for number, first_blocks, blocks, states in census.books():
+        found[number].adopt(first_blocks, blocks, states)
     for segment in found.values():
-        segments.adopt(segment, newest_sequence)
-    return Recovery(_live_records(segments, list(found.values())), tuple(dropped))
+        table.add(segment)
+    segment_log.continue_after(census.newest_sequence)
+    return Recovery(_live_records(table.folder, list(found.values())), tuple(dropped))
 
 
 def _open_segment(
-    segments: SegmentLog, number: int, files: ExitStack, dropped: list[str]
+    folder: StoreFolder, number: int, files: ExitStack, dropped: list[str]
 ) -> tuple[Segment, SegmentIndex] | None:
     """None when there is nothing in it that could be read."""
-    folder, path = segments.folder, segments.folder.segment(number)
+    path = folder.segment(number)
     size_bytes = path.stat().st_size
     if size_bytes < BLOCK_BYTES:  # it was begun, but no record was ever promised to be in it
         folder.remove(number)
@@ -70,14 +71,14 @@ def _open_segment(
     if size_bytes % BLOCK_BYTES:  # direct I/O knows whole blocks only
         os.truncate(path, blocks_of(size_bytes) * BLOCK_BYTES)
     block = aligned_buffer(BLOCK_BYTES)
-    with closing(segments.open_file(path, create=False, direct=folder.direct)) as file:
+    with closing(folder.open_segment(number, create=False)) as file:
         file.read(0, [block])
     seed = seed_of(block, number)
     if seed is None:
         aside = folder.set_aside(number)
         dropped.append(f"{path.name}: its first block is damaged; all of it is now in {aside.name}")
         return None
-    file = segments.open_file(path, create=False, direct=folder.direct)
+    file = folder.open_segment(number, create=False)
     files.callback(file.close)
     segment = Segment(number, file, seed, blocks_of(size_bytes))
     segment.closed = segment.sealed = True
@@ -86,7 +87,7 @@ def _open_segment(
     if index is None:
         index = segment.index = _read_segment(segment, path.name, dropped)
         file.sync()
-        segments.write_index(segment)
+        segment.write_index(folder.index(number))
     else:
         segment.index_bytes = index.file_bytes
     return segment, index
@@ -105,22 +106,22 @@ def _read_segment(segment: Segment, name: str, dropped: list[str]) -> SegmentInd
     return index
 
 
-def _index_of(segments: SegmentLog, segment: Segment) -> SegmentIndex:
+def _index_of(folder: StoreFolder, segment: Segment) -> SegmentIndex:
     if segment.index is not None:
         return segment.index
-    path = segments.folder.index(segment.number)
+    path = folder.index(segment.number)
     index = SegmentIndex.read(path, segment.number, segment.seed, segment.file.size_bytes())
     if index is None:
         raise DiskFailedError(f"{path} was changed while it was read; check that disk, then start again")
     return index
 
 
-def _live_records(segments: SegmentLog, found: list[Segment]) -> Iterator[tuple[RecordMeta, Location]]:
+def _live_records(folder: StoreFolder, found: list[Segment]) -> Iterator[tuple[RecordMeta, Location]]:
     try:
         for segment in found:
-            for block, header in _index_of(segments, segment):
+            for block, header in _index_of(folder, segment):
                 if segment.blocks_at(block):
                     yield decode(header).meta, location_of(segment.number, block)
             segment.index = None
     except OSError as error:
-        raise disk_error(error, f"recovering the disk tier in {segments.folder.path}") from error
+        raise disk_error(error, f"recovering the disk tier in {folder.path}") from error

@@ -1,14 +1,24 @@
 """One segment: its file and the books about its records."""
 
+import logging
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from kvstore_cluster.disk.commit import GroupCommit
 from kvstore_cluster.disk.file import SegmentFile
 from kvstore_cluster.disk.segment_format import SegmentIndex
 from kvstore_codec.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+Column = npt.NDArray[np.integer[Any]]
 
 
 class State(IntEnum):
@@ -50,13 +60,26 @@ class Segment:
         self._blocks = array("I")
         self._state = bytearray()
 
-    def adopt(self, records: Iterable[tuple[int, int, State]]) -> None:
-        """Enters (first block, blocks, state) of records that were found, in the order of their blocks."""
-        for first, blocks, state in records:
-            self._first.append(first)
-            self._blocks.append(blocks)
-            self._state.append(State.PENDING)
-            self._settle(len(self._first) - 1, state)
+    def adopt(self, first: Column, blocks: Column, states: Column) -> None:
+        """Enters the records that were found: first block, blocks and state of each, in the order of the blocks."""
+        self._first.frombytes(first.astype(np.uint32).tobytes())
+        self._blocks.frombytes(blocks.astype(np.uint32).tobytes())
+        self._state += states.astype(np.uint8).tobytes()
+        tombstones = states == State.TOMBSTONE
+        self.live_blocks = int(blocks[tombstones | (states == State.LIVE)].sum())
+        self.tombstone_blocks = int(blocks[tombstones].sum())
+        self.dead_records = int((states == State.DEAD).sum())
+
+    def write_index(self, path: Path) -> None:
+        """Tries to write the index, unless that is done, to a file; it stays in memory where that fails."""
+        if self.index is None:
+            return
+        try:
+            self.index.write(path, self.number, self.seed, self.file.size_bytes())
+        except OSError as error:
+            log.warning("%s cannot be written, the next start reads all of the segment: %s", path, error)
+            return
+        self.index_bytes, self.index = self.index.file_bytes, None
 
     def reserve(self, blocks: int) -> int:
         """Room for a record at the end; returns its first block. `complete` or `abandon` must follow."""

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from kvstore_cluster.disk.compaction import Compactor, Relocate
 from kvstore_cluster.disk.file import SegmentFile, disk_error
-from kvstore_cluster.disk.folder import StoreFolder
+from kvstore_cluster.disk.folder import OpenFile, StoreFolder
 from kvstore_cluster.disk.location import MAX_SEGMENT_BLOCKS, Location, block_of
-from kvstore_cluster.disk.log import OpenFile, SegmentLog
-from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, RecordMeta, decode, is_header
+from kvstore_cluster.disk.log import SegmentLog
+from kvstore_cluster.disk.record import BLOCK_BYTES, RecordHeader, RecordMeta, decode, is_header
 from kvstore_cluster.disk.recovery import Recovery, recover
+from kvstore_cluster.disk.table import SegmentTable
 from kvstore_cluster.disk.upkeep import Upkeep
 from kvstore_codec.errors import (
     ChunkNotFoundError,
@@ -58,10 +59,11 @@ class SegmentStore:
                 f"{limit_bytes} bytes are too few for a disk tier; give it {4 * BLOCK_BYTES * _FEWEST_SEGMENTS} or more"
             )
         self.limit_bytes = limit_bytes
-        self._folder = StoreFolder(folder, direct=direct)
+        self._folder = StoreFolder(folder, direct=direct, open_file=open_file)
+        self._table = SegmentTable(self._folder)
         self._upkeep = Upkeep(sync_period_s)
-        self._log = SegmentLog(self._folder, limit_bytes, segment_bytes, open_file, self._upkeep.wake)
-        self._compactor = Compactor(self._log)
+        self._log = SegmentLog(self._table, limit_bytes, segment_bytes, self._upkeep.wake)
+        self._compactor = Compactor(self._table, self._log)
         self._closed = False
 
     @property
@@ -77,12 +79,12 @@ class SegmentStore:
     @property
     def live_bytes(self) -> int:
         """What the live records take on disk: chunks rounded up to whole blocks, and a block more for each."""
-        return self._log.live_blocks * BLOCK_BYTES
+        return self._table.live_blocks * BLOCK_BYTES
 
     @property
     def used_bytes(self) -> int:
         """What all files take."""
-        return self._log.used_blocks * BLOCK_BYTES
+        return self._table.used_blocks * BLOCK_BYTES
 
     @property
     def error(self) -> str:
@@ -91,7 +93,7 @@ class SegmentStore:
 
     def recover(self) -> Recovery:
         """Opens what is there. Raises DiskError."""
-        return recover(self._log)
+        return recover(self._table, self._log)
 
     def append(self, meta: RecordMeta, views: Sequence[memoryview], *, sync: bool) -> Location:
         """Writes a chunk whose bytes are the views, back to back; with `sync` it returns once a power loss would not
@@ -123,7 +125,7 @@ class SegmentStore:
         """
         self._require_open()
         end = offset + sum(view.nbytes for view in views)
-        with self._log.reading(location) as found:
+        with self._table.reading(location) as found:
             if found is None:
                 raise ChunkNotFoundError(f"there is no chunk at {location} in {self._folder.path}")
             segment, blocks = found
@@ -134,21 +136,18 @@ class SegmentStore:
             except OSError as error:
                 raise disk_error(error, f"reading segment {segment.number} in {self._folder.path}") from error
 
-    def delete(self, location: Location, *, forget: bool = False) -> None:
-        """The chunk is dead; it may come back after a restart, unless `forget`: then it does not, nor does an older
-        one of the same id and encoding (after a power loss: not if that was `sync_period_s` ago). Does nothing when it
-        is dead already. Raises DiskError when it could not be forgotten."""
+    def delete(self, location: Location) -> None:
+        """The chunk is dead; it may come back after a restart. Does nothing when it is dead already."""
         self._require_open()
-        header = self._header(location) if forget else None
-        self._log.bury(location)
-        if header is not None:
-            self._log.append_tombstone(header)
+        self._table.bury(location)
 
     def forget(self, meta: RecordMeta) -> None:
-        """No record of this id and encoding comes back after a restart, of those that are dead by now. Raises
-        DiskError."""
+        """No record of this id and encoding that was appended before, and deleted, comes back after a restart (after a
+        power loss: unless that was less than `sync_period_s` ago). An append that overlaps with this may be forgotten
+        as well. Raises DiskError."""
         self._require_open()
-        self._log.append_tombstone(RecordHeader(Kind.PUT, self._log.newest_sequence, meta))
+        self._upkeep.start(self._log)
+        self._log.append_tombstone(meta)
 
     def sync(self) -> None:
         """Returns once everything that was appended would survive a power loss. Raises DiskError."""
@@ -172,7 +171,7 @@ class SegmentStore:
 
     def check_integrity(self) -> None:
         """Raises StorageError unless the books of all segments agree."""
-        self._log.check_integrity()
+        self._table.check_integrity()
 
     def close(self) -> None:
         """Syncs and seals everything; appends, reads and compactions must have ended or be about to. Raises DiskError
@@ -182,13 +181,15 @@ class SegmentStore:
         self._closed = True
         self._upkeep.stop()
         try:
-            self._log.close()
+            self._log.close_active()
+            self._log.seal_closed()
         finally:
+            self._table.close()
             self._folder.close()
 
     def _header(self, location: Location) -> RecordHeader | None:
         """None when there is no live record; one that is damaged will not come back either."""
-        with self._log.reading(location) as found:
+        with self._table.reading(location) as found:
             if found is None:
                 return None
             segment, _ = found

@@ -51,4 +51,4 @@ class Upkeep:
                 try:
                     task()
                 except DiskError as error:
-                    log.warning("the disk tier in %s: %s", segments.folder.path, error)
+                    log.warning("%s", error)

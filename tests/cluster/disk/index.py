@@ -6,9 +6,9 @@ from pathlib import Path
 
 from kvstore_cluster.disk import Location, SegmentStore
 from kvstore_cluster.disk.file import SegmentFile
-from kvstore_cluster.disk.log import OpenFile
+from kvstore_cluster.disk.folder import OpenFile
 from kvstore_codec.errors import ChunkNotFoundError
-from tests.cluster.disk.chunks import append, contents, read, tiny
+from tests.cluster.disk.chunks import append, contents, meta_of, read, tiny
 from tests.sample_chunk import SampleChunk
 
 LIMIT = 4 << 20
@@ -35,8 +35,10 @@ class Index:
 
     def delete(self, content: int, *, forget: bool = False) -> None:
         with self._lock:
-            location, _ = self.where.pop(content)
-        self.store.delete(location, forget=forget)
+            location, chunk = self.where.pop(content)
+        self.store.delete(location)
+        if forget:
+            self.store.forget(meta_of(chunk))
 
     def relocate(self, old: Location, new: Location) -> bool:
         with self._lock:

@@ -9,7 +9,7 @@ import pytest
 
 from kvstore_cluster.disk import Location
 from kvstore_codec.errors import ChunkNotFoundError
-from tests.cluster.disk.chunks import by_key, read, tiny
+from tests.cluster.disk.chunks import by_key, meta_of, read, tiny
 from tests.cluster.disk.index import BLOCK, SEGMENT, Index, after_restart, compact, opened, segments
 
 
@@ -110,7 +110,8 @@ def test_a_chunk_deleted_while_it_is_copied_stays_deleted(index: Index, tmp_path
 
     index.put(99)  # so that the segment is not the active one
     index.store.compact(relocate)
-    index.store.delete(late[0], forget=True)
+    index.store.delete(late[0])
+    index.store.forget(meta_of(tiny(10)))
     compact(index)
     assert len(index.where) == 5
     assert after_restart(index, tmp_path).items() >= by_key(index.chunks).items()

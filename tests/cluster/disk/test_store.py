@@ -15,6 +15,7 @@ from kvstore_codec.errors import (
     ConfigurationError,
     DiskError,
     DiskFullError,
+    FolderInUseError,
     StorageError,
 )
 from tests.cluster.disk.chunks import append, by_key, contents, meta_of, read, tiny
@@ -141,7 +142,8 @@ def test_a_forgotten_chunk_stays_away_and_an_evicted_one_may_come_back(
     append(store, kept)
     store.delete(append(store, evicted))
     append(store, tiny(3, version=1))
-    store.delete(append(store, forgotten), forget=True)
+    store.delete(append(store, forgotten))
+    store.forget(meta_of(forgotten))
     again = reopened(store, tmp_path)
     found = contents(again)
     assert found == by_key([kept, evicted])
@@ -157,13 +159,29 @@ def test_the_newest_put_wins(store: SegmentStore, tmp_path: Path) -> None:
     again.close()
 
 
-def test_a_put_behind_a_deletion_under_way_is_kept(store: SegmentStore, tmp_path: Path) -> None:
-    old = append(store, tiny(1))
+def test_a_put_after_a_deletion_is_kept(store: SegmentStore, tmp_path: Path) -> None:
+    store.delete(append(store, tiny(1)))
+    store.forget(meta_of(tiny(1)))
     append(store, tiny(1, version=1))
-    store.delete(old, forget=True)
     again = reopened(store, tmp_path)
     assert contents(again) == by_key([tiny(1, version=1)])
     again.close()
+
+
+def test_a_chunk_that_is_gone_already_can_be_forgotten(store: SegmentStore, tmp_path: Path) -> None:
+    store.forget(meta_of(tiny(7)))
+    store.delete(append(store, tiny(1)))
+    store.forget(meta_of(tiny(1)))
+    again = reopened(store, tmp_path)
+    assert contents(again) == {}
+    again.close()
+
+
+def test_a_location_tells_what_lies_there(store: SegmentStore) -> None:
+    location = append(store, tiny(1))
+    assert store.meta(location) == meta_of(tiny(1))
+    store.delete(location)
+    assert store.meta(location) is None
 
 
 def test_ten_thousand_tiny_chunks(store: SegmentStore, tmp_path: Path) -> None:
@@ -225,7 +243,7 @@ def test_sizes_that_do_not_fit_are_refused(store: SegmentStore) -> None:
 
 
 def test_a_folder_belongs_to_one_store(store: SegmentStore, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="in use"):
+    with pytest.raises(FolderInUseError, match="in use"):
         SegmentStore(tmp_path / "store", LIMIT)
 
 
