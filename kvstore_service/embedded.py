@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from kvstore_cluster.arena import require_memory
-from kvstore_cluster.catalogue import FileCatalogue
+from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY
 from kvstore_cluster.storage_options import DEFAULT_REPAIR_BANDWIDTH_BPS, StorageOptions
@@ -109,8 +109,7 @@ class EmbeddedCluster:
             started.callback(reservation.release)
             scratch = Path(started.enter_context(_scratch_folder()))
             data_dir = self._data_dir or scratch / "catalogue"
-            if self._redis_url is None:
-                _check_catalogue(data_dir)
+            _check_catalogue(data_dir, self._redis_url)
             if self._ray_address is None:
                 self._ray = started.enter_context(local_ray(scratch / "ray"))
             else:
@@ -248,8 +247,8 @@ def _require_packages() -> None:
         raise StartupError(f"a cluster needs {', '.join(missing)}: pip install 'kvstore-service[cluster]'")
 
 
-def _check_catalogue(data_dir: Path) -> None:
-    catalogue = FileCatalogue(data_dir)
+def _check_catalogue(data_dir: Path, redis_url: str | None) -> None:
+    catalogue = FileCatalogue(data_dir) if redis_url is None else RedisCatalogue(redis_url)
     try:
         catalogue.load()
     finally:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NewType
+from typing import TYPE_CHECKING, NewType, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from blake3 import blake3
 
 from kvstore_codec import canonical
 from kvstore_codec.errors import InvalidTokensError
 
+if TYPE_CHECKING:  # storage nodes name chunks too, and start a second sooner without it
+    import torch
+
 ContentId = NewType("ContentId", bytes)
 PrefixId = NewType("PrefixId", bytes)
-TokenIds = Sequence[int] | npt.NDArray[np.integer] | torch.Tensor
+TokenIds: TypeAlias = "Sequence[int] | npt.NDArray[np.integer] | torch.Tensor"
 
 CHUNK_TOKENS = 256
 # What stands before the first chunk of a text.
@@ -85,7 +87,7 @@ def chunk_ids(
 
 
 def _as_int32(token_ids: TokenIds) -> npt.NDArray[np.int32]:
-    if isinstance(token_ids, torch.Tensor):
+    if not isinstance(token_ids, np.ndarray | Sequence):
         token_ids = token_ids.detach().cpu().numpy()
     tokens = np.asarray(token_ids) if len(token_ids) else np.empty(0, np.int32)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":

@@ -6,8 +6,8 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
 from blake3 import blake3
 
 from kvstore_codec import canonical
@@ -16,8 +16,12 @@ from kvstore_codec.errors import InvalidKVError, UnsupportedModelError
 _SPEC_DOMAIN = b"kvstore.ModelSpec.v1"
 _WEIGHTS_DOMAIN = b"kvstore.weights.v1"
 
-# `KVDtype.torch` hides the module's name inside its class.
-TorchDtype = torch.dtype
+if TYPE_CHECKING:  # storage nodes read chunk headers too, and start a second sooner without it
+    import torch
+
+    # `KVDtype.torch` hides the module's name inside its class.
+    TorchDtype: TypeAlias = torch.dtype
+
 Scalar = float | int | str | bool
 
 
@@ -31,26 +35,22 @@ class KVDtype(StrEnum):
     @property
     def itemsize(self) -> int:
         """Bytes per value."""
-        return self.torch.itemsize
+        return 4 if self is KVDtype.FLOAT32 else 2
 
     @property
     def torch(self) -> TorchDtype:
-        return _TORCH_DTYPES[self]
+        import torch
+
+        found: TorchDtype = getattr(torch, self.value)
+        return found
 
     @classmethod
     def of(cls, dtype: TorchDtype) -> KVDtype:
         """Raises InvalidKVError for a dtype that a KV cache cannot be stored in."""
-        for known, torch_dtype in _TORCH_DTYPES.items():
-            if torch_dtype == dtype:
+        for known in cls:
+            if known.torch == dtype:
                 return known
         raise InvalidKVError(f"KV of {dtype} cannot be stored; use one of {', '.join(cls)}")
-
-
-_TORCH_DTYPES = {
-    KVDtype.BFLOAT16: torch.bfloat16,
-    KVDtype.FLOAT16: torch.float16,
-    KVDtype.FLOAT32: torch.float32,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +162,8 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
     Takes e.g. `model.state_dict().items()`; tensors may live on any device. At most one tensor at a time is
     copied, and only if it is not contiguous or not in host memory. Hashes on all cores.
     """
+    import torch
+
     named = sorted(tensors, key=lambda item: item[0])
     hasher = blake3(canonical.length_prefixed(_WEIGHTS_DOMAIN), max_threads=blake3.AUTO)
     for name, tensor in named:
