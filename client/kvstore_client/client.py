@@ -1,7 +1,7 @@
 """The client: match a prompt, fetch what matches, store what does not."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from kvstore_client.fetch import ChunkFeatures, Fetch
 from kvstore_client.lookup import PrefixMatch, find_prefix, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
+from kvstore_client.scores import report_scores
 from kvstore_client.settings import ClientSettings
 from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
@@ -127,6 +128,16 @@ class KVStoreClient:
             metrics=self.metrics,
             timeline=timeline or Timeline(),
         )
+
+    def report(self, scores: Mapping[ChunkId, float]) -> None:
+        """Tell the owners of chunks how much a model attended to them: each one's share of the attention mass, 0 to 1.
+        Value-aware nodes keep what matters longer. Nobody waits for it, and a node that cannot be told is not."""
+        if not scores or self._closed:
+            return
+        try:
+            report_scores(self._view, scores)
+        except NodeUnavailableError:
+            self.metrics.missed("unreachable")
 
     def close(self) -> None:
         """Finish storing what was handed in, then disconnect."""

@@ -262,3 +262,35 @@ def test_a_coordinator_that_forgot_its_nodes_stops_no_read(replicated: Replicate
             time.sleep(0.02)
         assert len(view.membership().members) == 3 - forgotten
         replicated.fetch(replicated.match())
+
+
+def test_nodes_are_told_how_chunks_are_to_be_kept(tmp_path: Path) -> None:
+    with (
+        served_cluster(tmp_path) as cluster,
+        connect(cluster.address, tenant="alice", ttl_s=100, durability="memory") as client,
+    ):
+        chunks = [NewChunk(id_, lambda: random_kv(0), cost=300.0) for id_ in ids(2)]
+        assert client.store.put(SPEC, chunks).result(timeout=10) == 2
+        stored, _ = cluster.nodes[0].list()
+        assert [(s.tenant, s.cost) for s in stored] == [("alice", 300.0)] * 2
+        assert all(90 < s.ttl_left_s <= 100 for s in stored)
+
+
+def test_a_put_that_cannot_be_durable_is_refused(tmp_path: Path) -> None:
+    with served_cluster(tmp_path) as cluster, connect(cluster.address, durability="durable") as client:
+        assert client.store.put(SPEC, [NewChunk(ids(1)[0], lambda: random_kv(0))]).result(timeout=10) == 0
+        assert client.metrics.snapshot()["miss_store_not_durable"] == 1
+
+
+def test_nodes_keep_what_models_attended_to(tmp_path: Path) -> None:
+    document = ids(8)
+    with served_cluster(tmp_path, memory_bytes=2 << 20) as cluster, connect(cluster.address) as client:
+        assert put(client, document[:4]) == 4
+        client.report({chunk_id: float(index == 0) for index, chunk_id in enumerate(document[:4])})
+        client.report({})
+        time.sleep(0.3)  # nobody waits for a report
+        assert put(client, document[4:]) == 4
+        kept = on_node(cluster, 0, document)
+    assert 4 <= len(kept) < 8
+    assert 0 in kept
+    assert 1 not in kept
