@@ -1,6 +1,18 @@
 """The SDK of the KV cache service, for use inside an inference worker."""
 
-from kvstore_client.client import KVStoreClient, connect
-from kvstore_client.settings import ClientSettings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvstore_client.client import KVStoreClient, connect
+    from kvstore_client.settings import ClientSettings
 
 __all__ = ["ClientSettings", "KVStoreClient", "connect"]
+
+
+def __getattr__(name: str) -> object:
+    """Imported when used: storage nodes send chunks to each other with `kvstore_client.transport`, without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from kvstore_client import client, settings
+
+    return getattr(settings if name == "ClientSettings" else client, name)
