@@ -12,6 +12,7 @@ _TLS_PIECE_BYTES = 256 << 10
 # What is under way between two processes of one machine then stays in the processor's cache, and so does the memory
 # that the kernel carries it in. Measured on two cores: 4 MiB at 7.4 GB/s, and with the kernel's own choice at 2.4.
 _LOCAL_SEND_BUFFER_BYTES = 64 << 10
+_PROCESSORS = os.sched_getaffinity(0)
 _PROBE_AFTER_S, _PROBES, _PROBE_PERIOD_S = 10, 3, 5
 
 
@@ -31,9 +32,9 @@ class ByteStream:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_AFTER_S)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_PERIOD_S)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
-        self.is_local = connected.getsockname()[0] == connected.getpeername()[0]
-        """Whether both ends are on this machine."""
-        if self.is_local:
+        self._is_local = connected.getsockname()[0] == connected.getpeername()[0]
+        self._processor = -1
+        if self._is_local:
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_SEND_BUFFER_BYTES)
 
     def handshake(self, timeout_s: float) -> None:
@@ -90,9 +91,16 @@ class ByteStream:
             return True
         return not (waiting and self._tls)  # nobody speaks out of turn, except TLS itself
 
-    def processor(self) -> int:
-        """The one that the other side last sent from, where it is local."""
-        return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
+    def run_beside_peer(self) -> None:
+        """Have this thread run where the other side runs, if that is on this machine: it waits for us, and what is
+        sent is still in that processor's cache. Measured on two cores: 64 KiB at 4.7 GB/s, and from the other core at
+        1.0."""
+        if not self._is_local:
+            return
+        processor = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
+        if processor != self._processor and processor in _PROCESSORS:
+            os.sched_setaffinity(0, {processor})
+            self._processor = processor
 
     def abort(self) -> None:
         """Have whoever uses the stream fail now; from any thread."""

@@ -1,0 +1,133 @@
+"""Mooncake's store over TCP, for `kvstore bench store`: its master, a process that lends memory, and clients that read
+into and write from registered buffers, which is its fastest documented way.
+
+    .venv/bin/python store.py serve             prints the master's address, runs until stdin ends
+    .venv/bin/python store.py client ADDRESS    the loop of kvstore_service/bench/store/loop.py
+"""
+
+import ctypes
+import mmap
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "kvstore_service" / "bench" / "store"))
+import loop
+from mooncake.store import MooncakeDistributedStore
+
+SEGMENT_BYTES = 1 << 30
+BUFFER_BYTES = 64 << 20
+START_S = 20
+RECEIVED = -1
+
+
+def main() -> None:
+    if sys.argv[1] == "client":
+        store = Mooncake(sys.argv[2])
+        print("ready", file=sys.stderr)
+        loop.serve(store)
+        # Its destructors wait for peers that may be gone already.
+        os._exit(0)
+    master_port, metrics_port = free_port(), free_port()
+    binary = Path(sys.executable).parent / "mooncake_master"
+    options = [f"--rpc_port={master_port}", f"--metrics_port={metrics_port}"]
+    master = subprocess.Popen([str(binary), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(master_port)
+        address = f"127.0.0.1:{master_port}"
+        lender = connect(address, SEGMENT_BYTES)
+        print(address, flush=True)
+        sys.stdin.read()
+        del lender
+    finally:
+        master.terminate()
+        master.wait()
+    os._exit(0)
+
+
+def connect(master: str, segment_bytes: int) -> MooncakeDistributedStore:
+    """A client without a segment keeps nothing itself: every byte crosses TCP, as with the other systems."""
+    store = MooncakeDistributedStore()
+    code = store.setup("127.0.0.1", "P2PHANDSHAKE", segment_bytes, BUFFER_BYTES, "tcp", "", master)
+    if code:
+        sys.exit(f"Mooncake's setup failed with {code}")
+    return store
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for(port: int) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    sys.exit("Mooncake's master does not answer")
+
+
+class Buffer:
+    """Registered memory."""
+
+    def __init__(self, store: MooncakeDistributedStore, size_bytes: int) -> None:
+        self._memory = mmap.mmap(-1, size_bytes)
+        self.view = memoryview(self._memory)
+        self.view[:] = bytes(size_bytes)
+        self.pointer = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        if store.register_buffer(self.pointer, size_bytes):
+            raise RuntimeError("register_buffer failed")
+
+
+class Mooncake:
+    def __init__(self, master: str) -> None:
+        self._store = connect(master, 0)
+        self._buffers: dict[int, Buffer] = {}
+
+    def value(self, key: int, size_bytes: int, noise: random.Random) -> Buffer:
+        self._buffer(RECEIVED, size_bytes)
+        buffer = self._buffer(key, size_bytes)
+        buffer.view[:] = noise.randbytes(size_bytes)
+        return buffer
+
+    def content(self, value: Buffer) -> bytes:
+        return bytes(value.view)
+
+    def put(self, key: int, value: Buffer) -> None:
+        code = self._store.put_from(f"chunk:{key}", value.pointer, len(value.view))
+        if code:
+            raise RuntimeError(f"put_from failed with {code}")
+
+    def get(self, key: int, size_bytes: int) -> memoryview:
+        received = self._buffers[RECEIVED]
+        count = self._store.get_into(f"chunk:{key}", received.pointer, size_bytes)
+        if count != size_bytes:
+            raise RuntimeError(f"get_into returned {count}")
+        return received.view
+
+    def delete(self, key: int) -> None:
+        code = self._store.remove(f"chunk:{key}", True)
+        if code:
+            raise RuntimeError(f"remove failed with {code}")
+
+    def _buffer(self, key: int, size_bytes: int) -> Buffer:
+        buffer = self._buffers.get(key)
+        if buffer is None or len(buffer.view) != size_bytes:
+            if buffer is not None:
+                self._store.unregister_buffer(buffer.pointer)
+            buffer = self._buffers[key] = Buffer(self._store, size_bytes)
+        return buffer
+
+
+if __name__ == "__main__":
+    main()
