@@ -52,17 +52,24 @@ class Compactor:
             self._table.drop(victim)
             return True
 
+    def finish(self) -> None:
+        """Returns once no step is under way."""
+        with self._turn:
+            return
+
     def _victim(self) -> Segment | None:
         with self._table.lock:
             free_bytes = self._log.put_limit_bytes - self._table.used_blocks * BLOCK_BYTES
             short = free_bytes < _SHORT_SEGMENTS * self._log.segment_bytes
-            best, best_share = None, _DEAD_SHARE_SHORT if short else _DEAD_SHARE
-            for segment in self._table.segments.values():
-                if segment.closed or short:
-                    share = self._dead_share(segment)
-                    if share > best_share:
-                        best, best_share = segment, share
-            return best
+            least_share = _DEAD_SHARE_SHORT if short else _DEAD_SHARE
+            shares = {number: self._dead_share(segment) for number, segment in self._table.segments.items()}
+            worth_while = [
+                segment for number, segment in self._table.segments.items() if shares[number] > least_share
+            ]
+            closed = [segment for segment in worth_while if segment.closed]
+            # The one that takes records now is closed for it only where nothing else gives room.
+            choice = closed or (worth_while if short else [])
+            return max(choice, key=lambda segment: shares[segment.number], default=None)
 
     def _dead_share(self, segment: Segment) -> float:
         """Of its blocks those that need no copying; 2 where none may stay, 0 where none may go."""
@@ -114,7 +121,7 @@ class Compactor:
         if relocate(old, new):
             self._table.bury(old)
         else:
-            # Its owner has let go of the old one and is about to bury it, perhaps with a tombstone: it stays till then.
+            # Its owner has let go of the old one, or does not know it yet: it stays until the owner buries it.
             self._table.bury(new)
 
     def _move_tombstone(self, victim: Segment, first: int, window: Window) -> None:

@@ -64,6 +64,7 @@ class SegmentStore:
         self._upkeep = Upkeep(sync_period_s)
         self._log = SegmentLog(self._table, limit_bytes, segment_bytes, self._upkeep.wake)
         self._compactor = Compactor(self._table, self._log)
+        self._recovered = False
         self._closed = False
 
     @property
@@ -93,7 +94,9 @@ class SegmentStore:
 
     def recover(self) -> Recovery:
         """Opens what is there. Raises DiskError."""
-        return recover(self._table, self._log)
+        recovery = recover(self._table, self._log)
+        self._recovered = True
+        return recovery
 
     def append(self, meta: RecordMeta, views: Sequence[memoryview], *, sync: bool) -> Location:
         """Writes a chunk whose bytes are the views, back to back; with `sync` it returns once a power loss would not
@@ -156,6 +159,7 @@ class SegmentStore:
 
     def meta(self, location: Location) -> RecordMeta | None:
         """What the record at `location` says; None when there is no live one. Raises DiskError."""
+        self._require_open()
         header = self._header(location)
         return header.meta if header is not None else None
 
@@ -163,8 +167,8 @@ class SegmentStore:
         """Frees the space of dead chunks in one segment, if that is worth while; True when there may be more to do.
 
         Calls `relocate(old, new)`, without a lock, for every live chunk that was moved: True when the index has the
-        new location now, False when the chunk is no longer in the index; its old location must then be deleted as
-        usual. Raises DiskError; then nothing was freed, and nothing is lost.
+        new location now, False when the old one is not in the index; that one stays valid until it is deleted.
+        Raises DiskError; then nothing was freed, and nothing is lost.
         """
         self._require_open()
         return self._compactor.step(relocate, self._upkeep.stopping)
@@ -174,12 +178,13 @@ class SegmentStore:
         self._table.check_integrity()
 
     def close(self) -> None:
-        """Syncs and seals everything; appends, reads and compactions must have ended or be about to. Raises DiskError
-        when what was appended could not be synced; the store is closed all the same."""
+        """Syncs and seals everything, after a compaction under way has stopped; appends must have ended. Raises
+        DiskError when what was appended could not be synced; the store is closed all the same."""
         if self._closed:
             return
         self._closed = True
         self._upkeep.stop()
+        self._compactor.finish()
         try:
             self._log.close_active()
             self._log.seal_closed()
@@ -201,5 +206,7 @@ class SegmentStore:
             return decode(memoryview(block)) if is_header(memoryview(block), segment.seed) else None
 
     def _require_open(self) -> None:
-        if self._closed:
-            raise DiskFailedError(f"the disk tier in {self._folder.path} is closed")
+        if self._closed or not self._recovered:
+            raise DiskFailedError(
+                f"the disk tier in {self._folder.path} is {'closed' if self._closed else 'not recovered yet'}"
+            )

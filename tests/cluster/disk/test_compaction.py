@@ -1,6 +1,7 @@
 """Space comes back, nothing that lives is lost, nothing that was forgotten returns."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,6 +192,30 @@ def test_readers_of_a_dropped_segment_are_told(index: Index) -> None:
     compact(index)
     with pytest.raises(ChunkNotFoundError):
         read(index.store, old[12], 10)
+
+
+def test_closing_waits_for_a_compaction_that_stops(index: Index, tmp_path: Path) -> None:
+    for content in range(16):
+        index.put(content)
+    for content in range(8):
+        index.delete(content)
+    begun = threading.Event()
+    moved = []
+
+    def relocate(old: Location, new: Location) -> bool:
+        begun.set()
+        time.sleep(0.05)
+        moved.append(new)
+        return index.relocate(old, new)
+
+    with ThreadPoolExecutor(1) as executor:
+        compacting = executor.submit(index.store.compact, relocate)
+        begun.wait(timeout=10)
+        index.store.close()
+        assert len(moved) == 1
+        assert compacting.result() is False
+    assert after_restart(index, tmp_path).items() >= by_key(index.chunks).items()
+    index.where.clear()
 
 
 def test_puts_reads_deletions_and_compaction_at_once(index: Index, tmp_path: Path) -> None:

@@ -259,6 +259,14 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
         read(store, location, 1)
 
 
+def test_a_store_that_was_not_recovered_says_so(tmp_path: Path) -> None:
+    """It would write over what it does not know."""
+    store = SegmentStore(tmp_path, LIMIT)
+    with pytest.raises(DiskError, match="not recovered"):
+        append(store, tiny(1))
+    store.close()
+
+
 def test_a_limit_too_low_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="too few"):
         SegmentStore(tmp_path, 64 << 10)
