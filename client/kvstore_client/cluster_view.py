@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import grpc
 
@@ -24,10 +25,21 @@ _CHANNEL_OPTIONS = [
 ]
 
 _LONGEST_PAUSE_S = 30.0
+_PROBE_TIMEOUT_S = 0.25
+_UNREST_S = 10.0
+_UNREST_TTL_S = 0.5
+"""While something fails, the membership is refreshed this often for `_UNREST_S`."""
 _MAX_MEMBERS = 4096
 _MAX_REPLICAS = 16
 _CHANGE_S = 10.0
 """How long those who owned chunks before a change are still asked for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pause:
+    until_s: float
+    length_s: float
+    until_it_answers: bool
 
 
 class ClusterView:
@@ -55,14 +67,18 @@ class ClusterView:
         self._fetched_at_s = 0.0
         self._refreshing = False
         self._unawaited: set[grpc.Future] = set()
-        self._pauses: dict[str, tuple[float, float]] = {}  # endpoint -> (until, length), in seconds
+        self._pauses: dict[str, _Pause] = {}  # by endpoint
+        self._unrest_until_s = 0.0
         self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvstore-membership")
 
     def membership(self) -> Membership:
         """The members as last heard. Raises NodeUnavailableError when none were ever heard of in time."""
         with self._lock:
             known = self._membership
-            stale = time.monotonic() - self._fetched_at_s > self._settings.membership_ttl_s
+            ttl_s = self._settings.membership_ttl_s
+            if time.monotonic() < self._unrest_until_s:
+                ttl_s = min(ttl_s, _UNREST_TTL_S)
+            stale = time.monotonic() - self._fetched_at_s > ttl_s
         if known is None:
             if self.is_paused(self._address):
                 raise NodeUnavailableError(f"the coordinator at {self._address} did not answer a moment ago")
@@ -114,16 +130,21 @@ class ClusterView:
         except RuntimeError:  # closed meanwhile
             self._refreshing = False
 
-    def pause(self, endpoint: str) -> None:
-        """Leave an address that failed alone for a while, twice as long each time it fails again."""
+    def pause(self, endpoint: str, *, until_it_answers: bool = False) -> None:
+        """Leave an address that failed alone for a while, twice as long each time it fails again. With
+        `until_it_answers` no longer than until it does: it was out of reach, rather than slow or wrong."""
+        now_s = time.monotonic()
         with self._lock:
-            pause_s = min(2 * self._pauses.get(endpoint, (0.0, 0.0))[1], _LONGEST_PAUSE_S)
-            pause_s = max(pause_s, self._settings.retry_after_s)
-            self._pauses[endpoint] = (time.monotonic() + pause_s, pause_s)
+            known = self._pauses.get(endpoint)
+            length_s = min(2 * known.length_s if known else 0.0, _LONGEST_PAUSE_S)
+            length_s = max(length_s, self._settings.retry_after_s)
+            self._pauses[endpoint] = _Pause(now_s + length_s, length_s, until_it_answers)
+            self._unrest_until_s = now_s + _UNREST_S
 
     def is_paused(self, endpoint: str) -> bool:
         with self._lock:
-            return time.monotonic() < self._pauses.get(endpoint, (0.0, 0.0))[0]
+            known = self._pauses.get(endpoint)
+            return known is not None and time.monotonic() < known.until_s
 
     def recovered(self, endpoint: str) -> None:
         """The address works again: its next failure pauses it briefly."""
@@ -171,6 +192,7 @@ class ClusterView:
 
     def _refresh(self) -> None:
         try:
+            self._probe()
             self._ask()
         except NodeUnavailableError:
             with self._lock:  # keep the old membership, and try again a whole interval later
@@ -178,6 +200,24 @@ class ClusterView:
         finally:
             with self._lock:
                 self._refreshing = False
+
+    def _probe(self) -> None:
+        """Find out which of the paused nodes answer again."""
+        with self._lock:
+            members = self._membership.members if self._membership is not None else ()
+            now_s = time.monotonic()
+            paused = {
+                e for e, pause in self._pauses.items() if pause.until_it_answers and now_s < pause.until_s
+            }
+        nothing = pb.LookupRequest(peek=True)
+        calls = [
+            (member.endpoint, self.storage(member.endpoint).Lookup.future(nothing, timeout=_PROBE_TIMEOUT_S))
+            for member in members
+            if member.endpoint in paused
+        ]
+        for endpoint, call in calls:
+            if call.exception() is None:
+                self.recovered(endpoint)
 
     def _ask(self) -> Membership:
         try:

@@ -138,7 +138,7 @@ class Search:
 
     def _fail(self, member: Member, reason: str) -> None:
         self.failures.append(reason)
-        self._view.pause(member.endpoint)
+        self._view.pause(member.endpoint, until_it_answers=True)
 
 
 def chunk_ref(chunk_id: ChunkId) -> pb.ChunkRef:

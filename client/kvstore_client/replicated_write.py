@@ -63,7 +63,7 @@ class ReplicatedWrite:
                 failure = "protocol"
             if failure is not None:
                 self.failures[failure] += 1
-                self._view.pause(owner.endpoint)
+                self._view.pause(owner.endpoint, until_it_answers=failure == "unreachable")
                 self._view.refresh()
             else:
                 self._view.recovered(owner.endpoint)

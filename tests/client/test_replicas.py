@@ -294,3 +294,27 @@ def test_nodes_keep_what_models_attended_to(tmp_path: Path) -> None:
     assert 4 <= len(kept) < 8
     assert 0 in kept
     assert 1 not in kept
+
+
+def test_a_node_that_answers_again_is_asked_again(replicated: Replicated) -> None:
+    """However long it was away: the other owner may be the next to go."""
+    patient = replicated.client.settings.model_copy(update={"retry_after_s": 60.0, "membership_ttl_s": 60.0})
+    with KVStoreClient(patient) as client:
+        match = client.match(SPEC, replicated.document)
+        client.release(match)
+        away = replicated.busiest(match)
+        replicated.cables[away].cut()
+        client.release(client.match(SPEC, replicated.document))
+        endpoint = replicated.cluster.servers[away].address
+        assert client._view.is_paused(endpoint)
+        replicated.cables[away].restore()
+        patience = time.monotonic() + 5
+        while client._view.is_paused(endpoint) and time.monotonic() < patience:
+            client.release(client.match(SPEC, replicated.document))
+            time.sleep(0.05)
+        for index in {0, 1, 2} - {away}:
+            replicated.cluster.stop_node(index)
+        mine = [
+            replicated.document[number] for number in on_node(replicated.cluster, away, replicated.document)
+        ]
+        assert len(client.match(SPEC, mine[:1]).chunks) == 1

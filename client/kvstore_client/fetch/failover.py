@@ -103,10 +103,10 @@ class Failover:
                 found.setdefault(places[task.chunk_index], []).append(task)
         return found, [task for task in tasks if task.chunk_index not in places]
 
-    def broke(self, member: Member) -> None:
+    def broke(self, member: Member, reason: str) -> None:
         """Have others leave this member alone for a while."""
         self.failed.add(member.endpoint)
-        self._view.pause(member.endpoint)
+        self._view.pause(member.endpoint, until_it_answers=reason == "unreachable")
         self._view.refresh()
 
     def watched(self, reading: Reading) -> Iterator[ReadPiece]:

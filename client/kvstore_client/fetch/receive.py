@@ -41,7 +41,7 @@ class Receiver:
                         self.delivery.fail_chunks(unread, reason)
                         continue
                     if reason not in ("gone", "silent"):
-                        self.failover.broke(member)
+                        self.failover.broke(member, reason)
                     places, nowhere = self.failover.elsewhere(unread)
                     if places:
                         self.metrics.failed_over(reason)
