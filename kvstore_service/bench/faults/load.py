@@ -5,6 +5,7 @@
 Puts and gets go through the client that engines use. Each writes an `Event` to standard output.
 """
 
+import logging
 import random
 import sys
 import threading
@@ -123,6 +124,7 @@ def _last_reason(client: KVStoreClient) -> str:
 
 
 def main() -> None:
+    logging.getLogger("kvstore_client").setLevel(logging.ERROR)  # that nodes go away is the point
     address, seed, puts_per_s, gets_per_s = sys.argv[1:]
     load = Load(address, int(seed))
     jobs = [(load.put, float(puts_per_s) / _PUTTERS, number) for number in range(_PUTTERS)]
