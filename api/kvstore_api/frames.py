@@ -52,4 +52,4 @@ def pack_header(kind: FrameKind, length: int, *, status: int = 0, range_index: i
 
 
 def unpack_header(data: bytearray) -> FrameHeader:
-    return FrameHeader._make(_HEADER.unpack(data))
+    return FrameHeader(*_HEADER.unpack(data))

@@ -41,7 +41,7 @@ class Session:
     def greet(self) -> None:
         """Raises RefusedError for a client that speaks something else."""
         preface = bytearray(len(frames.PREFACE))
-        self._stream.receive_into([preface], self._patience_s)
+        self._stream.receive_into(preface, self._patience_s)
         if preface != frames.PREFACE:
             raise RefusedError(
                 f"this is the bulk port of a storage node, version {frames.VERSION}; "
@@ -50,7 +50,7 @@ class Session:
 
     def wait(self) -> None:
         """Until a request begins. Raises OSError when the client has gone, or has had none for long."""
-        self._stream.receive_into([self._header], self._idle_s)
+        self._stream.receive_into(self._header, self._idle_s)
 
     def serve(self) -> None:
         """Answer the request that began. Raises RefusedError, or OSError when the client has gone or is too slow."""
@@ -71,13 +71,13 @@ class Session:
         scratch = bytearray(_RECEIVE_BYTES)
         until = time.monotonic() + self._patience_s
         while time.monotonic() < until:
-            self._stream.receive_into([scratch], self._patience_s)
+            self._stream.receive_into(scratch, self._patience_s)
 
     def _message(self, length: int, limit_bytes: int) -> bytearray:
         if length > limit_bytes:
             raise RefusedError(f"a request of {length} bytes; at most {limit_bytes}")
         message = bytearray(length)
-        self._stream.receive_into([message], self._patience_s)
+        self._stream.receive_into(message, self._patience_s)
         return message
 
     # ---- reads
@@ -146,7 +146,7 @@ class Session:
         for view in put.views():
             for begin in range(0, len(view), _RECEIVE_BYTES):
                 piece = view[begin : begin + _RECEIVE_BYTES]
-                self._stream.receive_into([piece], self._patience_s)
+                self._stream.receive_into(piece, self._patience_s)
                 put.advance(len(piece))
 
     def _skip(self, size_bytes: int) -> None:
@@ -154,7 +154,7 @@ class Session:
         scratch = memoryview(bytearray(min(size_bytes, _RECEIVE_BYTES)))
         while size_bytes:
             piece = scratch[: min(size_bytes, len(scratch))]
-            self._stream.receive_into([piece], self._patience_s)
+            self._stream.receive_into(piece, self._patience_s)
             size_bytes -= len(piece)
 
     def _reply(self, status: pb.PutStatus, message: str = "") -> None:

@@ -75,7 +75,7 @@ class Exchange:
         self._connected().send(views, self.remaining_s())
 
     def receive_into(self, view: memoryview | bytearray) -> None:
-        self._connected().receive_into([view], self.remaining_s())
+        self._connected().receive_into(view, self.remaining_s())
 
     def receive_header(self, kind: FrameKind) -> FrameHeader:
         """Of the next answer. Raises TransferError when it is of another kind."""

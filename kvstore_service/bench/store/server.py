@@ -40,7 +40,7 @@ def serve_raw(stream: ByteStream) -> None:
     request = bytearray(REQUEST.size)
     while True:
         try:
-            stream.receive_into([request], 3600)
+            stream.receive_into(request, 3600)
         except ConnectionError:
             stream.close()
             return
@@ -49,7 +49,7 @@ def serve_raw(stream: ByteStream) -> None:
         if len(values.get(key, b"")) != size_bytes:
             values[key] = memoryview(bytearray(size_bytes))
         if is_put:
-            stream.receive_into([values[key]], PATIENCE_S)
+            stream.receive_into(values[key], PATIENCE_S)
             stream.send([request], PATIENCE_S)
         else:
             stream.send([values[key]], PATIENCE_S)
