@@ -1,5 +1,8 @@
 """Chunks for tests: random KV of a made-up model."""
 
+import ctypes
+
+import numpy as np
 import torch
 
 from kvstore_api.placement import Member
@@ -42,3 +45,9 @@ def stored_chunks(count: int) -> list[StoredChunk]:
         StoredChunk(chunk_id, encoded_chunk(chunk_id, index).header, MEMBER, 256 * index)
         for index, chunk_id in enumerate(ids(count))
     ]
+
+
+def flip_bit(view: memoryview) -> None:
+    """Turn over a bit in the middle of read-only memory, as failing hardware would."""
+    address = np.frombuffer(view, np.uint8).ctypes.data + len(view) // 2
+    ctypes.c_ubyte.from_address(address).value ^= 0x10

@@ -1,6 +1,5 @@
 """Whatever happens to the service, the answer is the same, in time, without an exception, and a counter says why."""
 
-import ctypes
 import threading
 import time
 import traceback
@@ -9,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,6 +19,7 @@ from kvstore_codec.errors import ConfigurationError
 from kvstore_service.grpc_server import GrpcServer, unary
 from kvstore_service.link import ShapedLink
 from kvstore_service.listen import Address
+from tests.client.chunks import flip_bit
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
 
@@ -28,12 +27,6 @@ GREEDY = {"do_sample": False, "max_new_tokens": 4}
 PATIENCE = {"lookup_timeout_s": 0.5, "stall_timeout_s": 0.5, "fetch_timeout_s": 5.0, "retry_after_s": 0.0}
 LONG_DOCUMENT = pytest.mark.parametrize("worker", [16], indirect=True)
 """5.3 MB of KV: more than the sockets on the way can hold, so that a fetch is really cut short."""
-
-
-def flip_bit(view: memoryview) -> None:
-    """Turn over a bit in the middle of read-only memory, as failing hardware would."""
-    address = np.frombuffer(view, np.uint8).ctypes.data + len(view) // 2
-    ctypes.c_ubyte.from_address(address).value ^= 0x10
 
 
 @dataclass

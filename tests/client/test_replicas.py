@@ -16,7 +16,7 @@ from kvstore_client.lookup import PrefixMatch
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import ChunkId
 from kvstore_service.link import ShapedLink
-from tests.client.chunks import SPEC, ids, random_kv
+from tests.client.chunks import SPEC, flip_bit, ids, random_kv
 from tests.client.conftest import ServedCluster, served_cluster
 
 CHUNKS = 24
@@ -191,6 +191,17 @@ def test_chunks_that_went_are_read_from_the_other_owner(replicated: Replicated) 
     replicated.fetch(match)
     assert replicated.counted("failover_gone") == 1
     replicated.fetch(replicated.match())
+    replicated.cluster.check_nothing_is_held()
+
+
+def test_damaged_frames_are_read_from_the_other_owner(replicated: Replicated) -> None:
+    match = replicated.match()
+    for chunk in match.chunks[3], match.chunks[7]:
+        node = next(n for n in replicated.cluster.nodes if n.node_id == chunk.member.node_id)
+        with node.open(chunk.chunk_id, "exact-zstd") as reader:
+            flip_bit(next(reader.pieces(2, 1, 1 << 20))[0])
+    replicated.fetch(match)
+    assert replicated.counted("failover_checksum") == 2
     replicated.cluster.check_nothing_is_held()
 
 

@@ -76,7 +76,7 @@ class Fetch:
             *(self._thread("receive", receiver.receive, member, tasks) for member, tasks in reads.items()),
             self._thread("watch", self._failover.watch, over),
             *(
-                self._thread("restore", _restore_received, received, destination, predictions, self._delivery)
+                self._thread("restore", _restore_received, receiver, destination, predictions)
                 for _ in range(workers)
             ),
         ]
@@ -150,20 +150,26 @@ class Fetch:
         return threading.Thread(target=run, name=f"kvstore-{stage}", daemon=True)
 
 
-def _restore_received(
-    received: StageQueue[ReceivedFrames],
-    destination: Destination,
-    predictions: Predictions,
-    delivery: Delivery,
-) -> None:
-    """Decode, restore and deliver until nothing more is received. One bad frame makes its chunk missing."""
-    for item in received:
-        task = item.task
-        try:
-            with delivery.timeline.span("decode", task.label):
-                decode(item, destination, predictions)
-        except CodecError as error:
-            delivery.fail_chunks([task], _reason(error))
+def _restore_received(receiver: Receiver, destination: Destination, predictions: Predictions) -> None:
+    """Decode, restore and deliver until nothing more is received. A frame that is bad wherever it is read makes its
+    chunk missing."""
+    delivery = receiver.delivery
+    for received in receiver.out:
+        item: ReceivedFrames | None = received
+        task, reason = received.task, ""
+        while item is not None:
+            try:
+                with delivery.timeline.span("decode", task.label):
+                    decode(item, destination, predictions)
+                break
+            except CodecError as error:
+                reason = _reason(error)
+                # Bytes that are not what the header says may be so elsewhere, where the same header is.
+                item = receiver.read_again(task) if reason == "checksum" else None
+                if item is not None:
+                    receiver.metrics.failed_over(reason)
+        if item is None:
+            delivery.fail_chunks([task], reason)
             continue
         with delivery.timeline.span("restore", task.label):
             restore(task, destination)

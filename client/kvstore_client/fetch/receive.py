@@ -1,7 +1,7 @@
 """Receive stage: frame ranges from one owner, or from another in its place, as they come off the wire."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvstore_api.placement import Member
@@ -36,7 +36,7 @@ class Receiver:
         try:
             while waiting:
                 member, tasks, hurried = waiting.popleft()
-                for reason, unread in self._read(member, tasks, hurried=hurried).items():
+                for reason, unread in self._read(member, tasks, self._pass_on, hurried=hurried).items():
                     if self.delivery.is_over or reason == "timeout":
                         self.delivery.fail_chunks(unread, reason)
                         continue
@@ -53,8 +53,35 @@ class Receiver:
         finally:
             self.out.close()
 
-    def _read(self, member: Member, tasks: Sequence[ReadTask], *, hurried: bool) -> dict[str, list[ReadTask]]:
-        """One stream; what it did not bring, by reason. With `hurried` it is ended when it falls silent."""
+    def read_again(self, damaged: ReadTask) -> ReceivedFrames | None:
+        """The same frames from another member; None when there is nobody left who has them."""
+        received: list[ReceivedFrames] = []
+
+        def keep(item: ReceivedFrames) -> bool:
+            received.append(item)
+            return True
+
+        while not self.delivery.is_over and not received:
+            places, _ = self.failover.elsewhere([damaged])
+            if not places:
+                return None
+            for member, tasks in places.items():
+                self._read(member, tasks, keep, hurried=False)
+        return received[0] if received else None
+
+    def _pass_on(self, item: ReceivedFrames) -> bool:
+        return self.out.put(item, len(item.data))
+
+    def _read(
+        self,
+        member: Member,
+        tasks: Sequence[ReadTask],
+        take: Callable[[ReceivedFrames], bool],
+        *,
+        hurried: bool,
+    ) -> dict[str, list[ReadTask]]:
+        """One stream, until `take` is False; what it did not bring, by reason. With `hurried` it is ended when it falls
+        silent."""
         timeline = self.delivery.timeline
         stream = self.view.transport(member).read(_request(tasks), self.delivery.remaining_s())
         self.delivery.on_end(stream.cancel)
@@ -81,7 +108,7 @@ class Receiver:
                         break
                     data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
                     timeline.add("receive", start_s, timeline.now_s(), task.label)
-                    if not self.out.put(ReceivedFrames(task, data), len(data)):
+                    if not take(ReceivedFrames(task, data)):
                         return {}
                 parts, received = [], 0
                 done += 1
