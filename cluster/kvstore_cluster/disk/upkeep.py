@@ -44,6 +44,7 @@ class Upkeep:
             self._thread.join()
 
     def _run(self, segments: SegmentLog) -> None:
+        reported = ""
         while not self._stopping.is_set():
             self._due.wait(self._period_s)
             self._due.clear()
@@ -51,4 +52,6 @@ class Upkeep:
                 try:
                     task()
                 except DiskError as error:
-                    log.warning("%s", error)
+                    if str(error) != reported:  # once, and not every period
+                        log.warning("%s", error)
+                    reported = str(error)
