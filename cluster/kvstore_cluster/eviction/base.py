@@ -15,7 +15,8 @@ class EvictionPolicy(ABC):
     @abstractmethod
     def add(self, slot: int, *, identity: int, size_bytes: int, cost: float) -> None:
         """A chunk came into the tier. `identity`: 64 bits that are the same when it comes again after its eviction,
-        evenly spread; `cost` of computing it again, > 0, in any unit that all chunks share."""
+        evenly spread; `cost` of computing it again, > 0, in any unit that all chunks share. It should not grow along a
+        prompt, although the computing does: what comes late is worth nothing without what comes before it."""
 
     @abstractmethod
     def touch(self, slot: int) -> None:

@@ -48,6 +48,9 @@ class ValueAware(EvictionPolicy):
 
     A use so soon after the last that no order of eviction could have lost the chunk in between (before a 32nd of the
     tier was used) refreshes it but counts as the same use: a read follows its lookup. About 40 bytes a chunk.
+
+    A chunk is worth nothing without those before it in its prompt, so chunks of a prompt must not leave in the order of
+    what they happen to measure after compression: costs per byte within a factor of two count as the same.
     """
 
     def __init__(self) -> None:
@@ -58,6 +61,7 @@ class ValueAware(EvictionPolicy):
         self._merits = array("h")  # log2 of cost per byte x (1 + score)
         self._frequencies = array("B")  # log2 of uses
         self._scores = array("B")
+        self._known_savings: list[int] = []
         self._ghosts = GhostTable()
         self._half_life = HalfLife()
         self._now = 0
@@ -74,7 +78,7 @@ class ValueAware(EvictionPolicy):
         self._now += 1
         ghost = self._ghosts.take(identity)
         self._identities[slot] = identity
-        self._merits[slot] = max(-_WIDEST, min(_WIDEST, _steps(cost / size_bytes)))
+        self._merits[slot] = self._savings(max(-_WIDEST, min(_WIDEST, _steps(cost / size_bytes))))
         self._scores[slot] = 0
         self._frequencies[slot] = 0 if ghost is None else self._used_again(ghost[1], self._now - ghost[0])
         self._last_uses[slot] = self._now
@@ -132,6 +136,14 @@ class ValueAware(EvictionPolicy):
         for column in (self._last_uses, self._identities, self._merits, self._frequencies, self._scores):
             grow(column, slot)
         self._ghosts.reserve(int(_GHOSTS_PER_SLOT * len(self._scores)))
+
+    def _savings(self, steps: int) -> int:
+        """A known value that is at most a doubling away, or this one, known from now on."""
+        nearest = min(self._known_savings, key=lambda known: abs(known - steps), default=None)
+        if nearest is not None and abs(nearest - steps) <= _STEPS:
+            return nearest
+        self._known_savings.append(steps)  # at most one per doubling between the widest
+        return steps
 
     def _used_again(self, frequency: int, age_uses: int) -> int:
         """The new frequency of a chunk that is used after `age_uses`."""

@@ -203,9 +203,14 @@ class ValueModel:
         self.now = 0
         self.steps: dict[int, int] = {}
         self.used: dict[int, int] = {}
+        self.savings: dict[int, int] = {}
 
     def use(self, chunk: int, present: int, cost: float) -> None:
         self.now += 1
+        if not present:
+            exact = round(16 * math.log2(cost / _size(chunk)))
+            nearest = min(self.savings.values(), key=lambda known: abs(known - exact), default=exact)
+            self.savings[chunk] = nearest if abs(nearest - exact) <= 16 else exact
         if chunk not in self.used:
             self.steps[chunk] = 0
         else:
@@ -215,8 +220,8 @@ class ValueModel:
                 self.steps[chunk] = round(16 * math.log2(1 + 2 ** (max(faded, -96) / 16)))
         self.used[chunk] = self.now
 
-    def rank(self, chunk: int, cost: float) -> float:
-        level = (round(16 * math.log2(cost / _size(chunk))) + self.steps[chunk]) // 4
+    def rank(self, chunk: int) -> float:
+        level = (self.savings[chunk] + self.steps[chunk]) // 4
         return self.used[chunk] + self.policy.half_life_uses / 4 * level
 
 
@@ -230,7 +235,7 @@ def test_the_value_aware_order_is_its_formula(chunks: list[int]) -> None:
         present = len(store.slots) if chunk in store.slots else 0
         store.use(chunk, _size(chunk), cost)
         model.use(chunk, present, cost)
-        ranks = [model.rank(known, 1.0 + known % 5) for known in store.order()]
+        ranks = [model.rank(known) for known in store.order()]
         assert ranks == pytest.approx(sorted(ranks))
 
 

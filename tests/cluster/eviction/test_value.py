@@ -57,6 +57,12 @@ def test_what_saves_more_computing_per_byte_stays_longer() -> None:
     assert next(policy.victims()) == 95
 
 
+def test_chunks_of_like_size_go_in_order_of_use() -> None:
+    policy = _filled(100, size_bytes=lambda slot: MIB + slot * 7919 % 50 * (MIB // 100))
+    _touch_all_seldom(policy, 100)
+    assert list(policy.victims()) == list(range(100))
+
+
 def test_attention_keeps_a_chunk() -> None:
     policy = _filled(100)
     _touch_all_seldom(policy, 100)
