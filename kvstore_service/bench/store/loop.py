@@ -46,7 +46,7 @@ def serve(store: Store) -> None:
             answer = worker.run(name, **arguments)
         except Exception as error:  # whatever a system raises is the benchmark's to show
             answer = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(answer), flush=True)  # noqa: T201
 
 
 class _Worker:
@@ -67,7 +67,7 @@ class _Worker:
     def resident(self, size_bytes: int, keys: list[int]) -> None:
         self._size_bytes = size_bytes
         for key in keys:
-            self._values[key] = value = self._store.value(key, size_bytes, random.Random(key))
+            self._values[key] = value = self._store.value(key, size_bytes, random.Random(key))  # noqa: S311
             self._store.put(key, value)
         self.check()
 

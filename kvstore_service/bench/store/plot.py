@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_STYLES = {"raw-tcp": {"color": "0.6", "linestyle": "--"}, "kvstore": {"color": "C3", "linewidth": 2.5}}
+_STYLES: dict[str, dict[str, Any]] = {
+    "raw-tcp": {"color": "0.6", "linestyle": "--"},
+    "kvstore": {"color": "C3", "linewidth": 2.5},
+}
 
 
 def plot_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -5,7 +5,7 @@ import select
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from kvstore_codec.errors import StartupError
 
@@ -26,14 +26,15 @@ class Process:
         except OSError as error:
             self._said.close()
             raise StartupError(f"{name} cannot be started: {error}") from error
+        self._stdin = cast("IO[bytes]", self._process.stdin)
+        self._stdout = cast("IO[bytes]", self._process.stdout)
         self._unread = b""
 
     def line(self, timeout_s: float = _START_S) -> str:
         """The next one it prints. Raises StartupError when it does not, or ends."""
-        assert self._process.stdout is not None
         while b"\n" not in self._unread:
-            ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
-            data = self._process.stdout.read(1 << 20) if ready else b""
+            ready, _, _ = select.select([self._stdout], [], [], timeout_s)
+            data = self._stdout.read(1 << 20) if ready else b""
             if not data:
                 raise self._failed("does not answer" if not ready else "ended")
             self._unread += data
@@ -41,9 +42,8 @@ class Process:
         return line.decode()
 
     def tell(self, command: str, **arguments: Any) -> None:
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps([command, arguments]).encode() + b"\n")
+            self._stdin.write(json.dumps([command, arguments]).encode() + b"\n")
         except BrokenPipeError as error:
             raise self._failed("ended") from error
 
@@ -55,15 +55,13 @@ class Process:
         return answer
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
+        self._stdin.close()
         try:
             self._process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._stdout.close()
         self._said.close()
 
     def _failed(self, what: str) -> StartupError:

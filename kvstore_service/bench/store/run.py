@@ -2,7 +2,7 @@
 
 import contextlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +141,7 @@ class _Bench:
         return process
 
     @contextlib.contextmanager
-    def _failure_of(self, group: Group):  # type: ignore[no-untyped-def]
+    def _failure_of(self, group: Group) -> Iterator[None]:
         """A peer that fails is left out from then on; what is our own must not fail."""
         try:
             yield

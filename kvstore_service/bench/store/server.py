@@ -22,7 +22,7 @@ def main() -> None:
     if sys.argv[1] == "raw-tcp":
         listener = socket.create_server((HOST, 0))
         threading.Thread(target=accept, args=(listener,), daemon=True).start()
-        print(f"{HOST}:{listener.getsockname()[1]}", flush=True)
+        print(f"{HOST}:{listener.getsockname()[1]}", flush=True)  # noqa: T201
         sys.stdin.read()
     else:
         serve_kvstore()
@@ -79,7 +79,7 @@ def serve_kvstore() -> None:
         books.join(Member(node.node_id, storage.address, bulk_endpoint=bulk.address), incarnation=1)
         registry = CalibrationRegistry(Path(folder, "calibrations"))
         coordinator = serve_coordinator(books, registry, address=Address(HOST, 0))
-        print(f"{storage.address},{bulk.address},{coordinator.address}", flush=True)
+        print(f"{storage.address},{bulk.address},{coordinator.address}", flush=True)  # noqa: T201
         sys.stdin.read()
         for server in (bulk, storage, coordinator):
             server.stop(0)

@@ -1,0 +1,26 @@
+"""The peers' `store.py`: what `kvstore bench store` relies on."""
+
+import pytest
+
+from kvstore_service.bench.store.processes import Process
+from kvstore_service.bench.store.systems import SYSTEMS, System
+
+PEERS = [system for system in SYSTEMS if system.install]
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_a_peer_keeps_what_is_put_and_is_timed(peer: System) -> None:
+    if not peer.is_installed:
+        pytest.skip(f"not installed; run: {peer.install}")
+    server = Process(peer.name, peer.group.server)
+    client = Process(peer.name, [*peer.group.client, server.line()])
+    client.tell("resident", size_bytes=64 << 10, keys=[0, 1, 2])
+    for method in peer.methods.values():
+        client.tell("time", method=method, seconds=0.1)
+    for command in ("check", "forget"):
+        client.tell(command)
+    answers = [client.answer(60) for _ in range(5)]
+    client.close()
+    server.close()
+    assert answers[0] is answers[3] is answers[4] is None
+    assert all(min(times) > 0 for times in answers[1:3])
