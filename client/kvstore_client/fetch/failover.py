@@ -65,9 +65,11 @@ class Failover:
         return set().union(*self._tried)
 
     def has_others(self, tasks: Iterable[ReadTask]) -> bool:
-        """Whether another member may have any of these chunks."""
+        """Whether another member should have any of these chunks."""
         indices = list({task.chunk_index for task in tasks})
         try:
+            if self._view.membership().replicas == 1:
+                return False
             readers = self._view.readers([self._chunks[index].chunk_id.content_id for index in indices])
         except NodeUnavailableError:
             return False
