@@ -23,6 +23,8 @@ _SETTLE_S = 0.5
 _SETTLE_LOST_S = 3.0
 _RETRY_S = 5.0
 _DRAIN_PERIOD_S = 1.0
+# Clients with the membership of before go on putting for a while after a change.
+_LATE_PUTS_S = 10.0
 _PAGE = 1024
 
 
@@ -144,8 +146,15 @@ class RepairWorker:
                 if complete:
                     self._complete = walk
                 if self._repair_round == walk.repair_round:
-                    again_s = self._period_s if complete else min(_RETRY_S, self._period_s)
-                    self._due_s = time.monotonic() + (_DRAIN_PERIOD_S if self._is_draining() else again_s)
+                    self._due_s = time.monotonic() + self._pause_s(walk, complete=complete)
+
+    def _pause_s(self, walk: _Walk, *, complete: bool) -> float:
+        """Until the next walk."""
+        if self._is_draining():
+            return _DRAIN_PERIOD_S
+        if not complete:
+            return min(_RETRY_S, self._period_s)
+        return self._period_s if walk.gentle else min(_LATE_PUTS_S, self._period_s)
 
     def _next(self) -> _Walk | None:
         """Waits until a walk is due; None when stopped."""
