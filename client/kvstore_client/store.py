@@ -49,7 +49,8 @@ class NewChunk:
     begins_text: bool = False
     """Whether nothing stands before it: its first tokens are those that everything attends to."""
     cost: float = 0.0
-    """Of computing it again, in tokens at the beginning of a text; 0: as much as its tokens."""
+    """Of computing it again; 0: as much as its tokens. It should not grow along a text, although the computing does:
+    the end is worth nothing without the beginning, and would outlive it."""
 
 
 class Store:

@@ -135,8 +135,7 @@ class StorageNode:
             lease_id = self._leases.grant(hits, lease_s) if hits and lease_s > 0 else None
             if not peek:
                 # Last chunk first: a later chunk is worth nothing without those before it, so it is older.
-                for slot in reversed(hits):
-                    tiers.touch(slot)
+                tiers.touch(reversed(hits))
                 self._counters.lookups += 1
                 self._counters.hits += len(hits)
                 self._counters.misses += len(answers) - len(hits)
@@ -176,7 +175,7 @@ class StorageNode:
                     )
                     self._pending.add(put)
                     return put
-                self._tiers.touch(slot)
+                self._tiers.touch([slot])
                 self._tiers.hold(slot)
             try:
                 if durable:
@@ -202,7 +201,7 @@ class StorageNode:
                     f"chunk {chunk_id.short} is not stored as {encoding} on {self.node_id}"
                 )
             if not (peek or self._leases.holds(slot)):
-                self._tiers.touch(slot)
+                self._tiers.touch([slot])
             self._tiers.hold(slot)
         reader = ChunkReader(self._tiers, slot, self._index.size_bytes[slot])
         try:
@@ -322,6 +321,8 @@ class StorageNode:
     def maintain(self) -> bool:
         """One round of what happens behind the clients' backs: chunks are written back, demoted, expired, and segments
         compacted. True when there is more to do at once."""
+        with self._lock:
+            self._tiers.settle()
         self._tiers.expire(self._clock())
         busy = self._tiers.flush()
         self._tiers.demote()

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import NoReturn
 
 from cachetools import LRUCache
@@ -43,6 +43,7 @@ PROMOTE_FROM = 0.5
 # Headers of chunks that are on disk only: what lookups answer with.
 HEADER_CACHE_BYTES = 32 << 20
 FLUSH_PATIENCE_S = 2.0
+_MOST_TOUCHED = 1 << 16
 
 
 class _LostChunkError(ChunkNotFoundError):
@@ -76,11 +77,13 @@ class Tiers:
         self._pins: Set[ChunkId] = frozenset()
         self._readers: Counter[int] = Counter()
         self._promoting: set[int] = set()
+        self._touched: list[int] = []
         self._headers: LRUCache[int, bytes] = LRUCache(HEADER_CACHE_BYTES, len)
 
     # Books: the caller has the lock.
 
     def insert(self, meta: RecordMeta, *, extent: Extent | None, location: Location, write_back: bool) -> int:
+        self.settle()
         slot = self.index.add(meta, extent=extent, location=location)
         if extent is not None:
             self._enter(self.in_memory, slot)
@@ -97,19 +100,25 @@ class Tiers:
     def remove(self, slot: int) -> None:
         """The chunk is no longer found, although it may come back from the disk after a restart. Its memory is given
         back when the last reader has gone."""
+        self.settle()
         if self.index.extent[slot] is not None:
             self.in_memory.remove(slot, evicted=False)
         if self.index.location[slot] != NOWHERE:
             self._leave_disk(slot, evicted=False)
         self._unlist(slot)
 
-    def touch(self, slot: int) -> None:
-        if self.index.extent[slot] is not None:
-            self.in_memory.touch(slot)
-        if self.index.location[slot] != NOWHERE:
-            self.on_disk.touch(slot)
-        if self.quotas.limited:
-            self.quotas.touch(slot)
+    def touch(self, slots: Iterable[int]) -> None:
+        """They were used, in this order. The policies hear of it before they are next asked for anything, or from the
+        keeper: a lookup of a thousand chunks need not wait for that."""
+        self._touched.extend(slots)
+        if len(self._touched) > _MOST_TOUCHED:
+            self.settle()
+
+    def settle(self) -> None:
+        """Tells the policies what was used."""
+        touched, self._touched = self._touched, []
+        for slot in touched:
+            self._touch(slot)
 
     def report(self, slot: int, score: float) -> None:
         if self.index.extent[slot] is not None:
@@ -157,6 +166,7 @@ class Tiers:
         if not excess_bytes:
             return
         self.leases.expire()
+        self.settle()
         victims = []
         for slot in self.quotas.slots(tenant):
             if not self._protected(slot):
@@ -312,11 +322,8 @@ class Tiers:
                     self.remove(slot)
                     self.counters.expired += 1
 
-    def relocate(self, old: Location, new: Location) -> bool:
+    def relocate(self, meta: RecordMeta, old: Location, new: Location) -> bool:
         """A record moved to another segment; False when nobody needs it any more."""
-        meta = self._disk.meta(old)
-        if meta is None:
-            return False
         with self.lock:
             slot = self.index.find(meta.chunk_id, meta.encoding)
             if slot is None or self.index.location[slot] != old:
@@ -339,6 +346,14 @@ class Tiers:
         if extent is None:
             raise StorageError(f"{self.node_id} does not have the chunk in slot {slot} in memory")
         return extent
+
+    def _touch(self, slot: int) -> None:
+        if self.index.extent[slot] is not None:
+            self.in_memory.touch(slot)
+        if self.index.location[slot] != NOWHERE:
+            self.on_disk.touch(slot)
+        if self.quotas.limited:
+            self.quotas.touch(slot)
 
     def _enter(self, policy: EvictionPolicy, slot: int) -> None:
         index = self.index
@@ -374,6 +389,7 @@ class Tiers:
             self.counters.demotions += 1
 
     def _leave_disk(self, slot: int, *, evicted: bool) -> None:
+        self.settle()
         self.on_disk.remove(slot, evicted=evicted)
         self._disk.delete(Location(self.index.location[slot]))
         self.index.location[slot] = NOWHERE
@@ -418,6 +434,7 @@ class Tiers:
     ) -> list[int]:
         """The first that may go and together make `missing_bytes`, or all there are. Pinned chunks that were in the
         way count as used, so that they are not passed every time."""
+        self.settle()
         victims: list[int] = []
         passed: list[int] = []
         for slot in policy.victims():

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from kvstore_cluster.disk.location import Location, location_of
 from kvstore_cluster.disk.log import SegmentLog
-from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, decode, is_header
+from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, RecordMeta, decode, is_header
 from kvstore_cluster.disk.scan import Window, chunk_damage
 from kvstore_cluster.disk.segment import Segment, State
 from kvstore_cluster.disk.table import SegmentTable
@@ -18,7 +18,7 @@ from kvstore_codec.errors import ChunkNotFoundError
 
 log = logging.getLogger(__name__)
 
-Relocate = Callable[[Location, Location], bool]
+Relocate = Callable[[RecordMeta, Location, Location], bool]
 
 # A segment is worth its copying when this share of it is dead, and this one when space is short.
 _DEAD_SHARE = 0.5
@@ -118,7 +118,7 @@ class Compactor:
             new = self._log.copy(old, header, (chunk,))
         except ChunkNotFoundError:
             return
-        if relocate(old, new):
+        if relocate(header.meta, old, new):
             self._table.bury(old)
         else:
             # Its owner has let go of the old one, or does not know it yet: it stays until the owner buries it.

@@ -157,17 +157,11 @@ class SegmentStore:
         self._require_open()
         self._log.sync_all()
 
-    def meta(self, location: Location) -> RecordMeta | None:
-        """What the record at `location` says; None when there is no live one. Raises DiskError."""
-        self._require_open()
-        header = self._header(location)
-        return header.meta if header is not None else None
-
     def compact(self, relocate: Relocate) -> bool:
         """Frees the space of dead chunks in one segment, if that is worth while; True when there may be more to do.
 
-        Calls `relocate(old, new)`, without a lock, for every live chunk that was moved: True when the index has the
-        new location now, False when the old one is not in the index; that one stays valid until it is deleted.
+        Calls `relocate(meta, old, new)`, without a lock, for every live chunk that was moved: True when the index has
+        the new location now, False when the old one is not in the index; that one stays valid until it is deleted.
         Raises DiskError; then nothing was freed, and nothing is lost.
         """
         self._require_open()

@@ -4,7 +4,7 @@ import shutil
 import threading
 from pathlib import Path
 
-from kvstore_cluster.disk import Location, SegmentStore
+from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
 from kvstore_cluster.disk.file import SegmentFile
 from kvstore_cluster.disk.folder import OpenFile
 from kvstore_codec.errors import ChunkNotFoundError
@@ -40,7 +40,7 @@ class Index:
         if forget:
             self.store.forget(meta_of(chunk))
 
-    def relocate(self, old: Location, new: Location) -> bool:
+    def relocate(self, meta: RecordMeta, old: Location, new: Location) -> bool:
         with self._lock:
             for content, (location, chunk) in self.where.items():
                 if location == old:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_cluster.disk import Location
+from kvstore_cluster.disk import Location, RecordMeta
 from kvstore_codec.errors import ChunkNotFoundError
 from tests.cluster.disk.chunks import by_key, meta_of, read, tiny
 from tests.cluster.disk.index import BLOCK, SEGMENT, Index, after_restart, compact, opened, segments
@@ -67,10 +67,10 @@ def test_a_crash_in_the_middle(index: Index, tmp_path: Path, at: int) -> None:
         index.delete(content, forget=True)
     found = []
 
-    def relocate(old: Location, new: Location) -> bool:
+    def relocate(meta: RecordMeta, old: Location, new: Location) -> bool:
         if len(found) <= at:
             found.append(after_restart(index, tmp_path))
-        return index.relocate(old, new)
+        return index.relocate(meta, old, new)
 
     index.store.compact(relocate)
     assert found
@@ -84,8 +84,8 @@ def test_copies_do_not_overrule_newer_puts(index: Index, tmp_path: Path) -> None
     for content in range(10):
         index.delete(content)
 
-    def relocate(old: Location, new: Location) -> bool:
-        moved = index.relocate(old, new)
+    def relocate(meta: RecordMeta, old: Location, new: Location) -> bool:
+        moved = index.relocate(meta, old, new)
         if index.where[12][0] == new:
             index.put(12, version=1)
         return moved
@@ -102,12 +102,12 @@ def test_a_chunk_deleted_while_it_is_copied_stays_deleted(index: Index, tmp_path
         index.delete(content)
     late: list[Location] = []
 
-    def relocate(old: Location, new: Location) -> bool:
+    def relocate(meta: RecordMeta, old: Location, new: Location) -> bool:
         if not late:  # its owner has just taken it out of the index and will come to delete it
             (content,) = (content for content, (where, _) in index.where.items() if where == old)
             index.where.pop(content)
             late.append(old)
-        return index.relocate(old, new)
+        return index.relocate(meta, old, new)
 
     index.put(99)  # so that the segment is not the active one
     index.store.compact(relocate)
@@ -202,11 +202,11 @@ def test_closing_waits_for_a_compaction_that_stops(index: Index, tmp_path: Path)
     begun = threading.Event()
     moved = []
 
-    def relocate(old: Location, new: Location) -> bool:
+    def relocate(meta: RecordMeta, old: Location, new: Location) -> bool:
         begun.set()
         time.sleep(0.05)
         moved.append(new)
-        return index.relocate(old, new)
+        return index.relocate(meta, old, new)
 
     with ThreadPoolExecutor(1) as executor:
         compacting = executor.submit(index.store.compact, relocate)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_cluster.disk import Location, SegmentStore
+from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
 from kvstore_cluster.disk.file import SegmentFile
 from kvstore_codec.errors import DiskError, DiskFailedError, DiskFullError, DiskReadOnlyError
 from tests.cluster.disk.chunks import append, by_key, contents, read, tiny
@@ -135,9 +135,9 @@ def test_a_failed_segment_is_emptied_before_anything_is_removed(faults: Faults, 
     for content in range(9):
         index.delete(content)
 
-    def relocate(old: Location, new: Location) -> bool:
+    def relocate(meta: RecordMeta, old: Location, new: Location) -> bool:
         faults.syncing = errno.EIO
-        return index.relocate(old, new)
+        return index.relocate(meta, old, new)
 
     with pytest.raises(DiskFailedError):
         store.compact(relocate)

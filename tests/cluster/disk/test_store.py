@@ -177,13 +177,6 @@ def test_a_chunk_that_is_gone_already_can_be_forgotten(store: SegmentStore, tmp_
     again.close()
 
 
-def test_a_location_tells_what_lies_there(store: SegmentStore) -> None:
-    location = append(store, tiny(1))
-    assert store.meta(location) == meta_of(tiny(1))
-    store.delete(location)
-    assert store.meta(location) is None
-
-
 def test_ten_thousand_tiny_chunks(store: SegmentStore, tmp_path: Path) -> None:
     again = SegmentStore(tmp_path / "many", 1 << 30, direct=store.direct)
     again.recover()

@@ -221,22 +221,10 @@ class CachedModel:
         self.client.store.put(
             self.spec,
             [
-                NewChunk(
-                    id_,
-                    _Gather(capture, values, start, begin),
-                    chunk_features,
-                    begins_text=start == 0,
-                    cost=self._cost(start),
-                )
+                NewChunk(id_, _Gather(capture, values, start, begin), chunk_features, begins_text=start == 0)
                 for id_, start, chunk_features in zip(ids[first_new:], starts, features, strict=True)
             ],
         )
-
-    def _cost(self, first_token: int) -> float:
-        """Of prefilling a chunk, in tokens at the beginning of a text. A layer of width d takes about 24 d^2 operations
-        for a token, and 4 d p more to attend to p tokens before it."""
-        width = getattr(self.model.config.get_text_config(), "hidden_size", None)
-        return CHUNK_TOKENS * (1 + first_token / (6 * width)) if width else 0.0
 
 
 def _weights_state(model: PreTrainedModel) -> tuple[object, ...]:
