@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-WARM_UP = 2
+SETTLE_S = 0.002
 
 
 class Store(Protocol):
@@ -84,33 +84,33 @@ class _Worker:
 
     def time(self, method: str, seconds: float) -> list[float]:
         call = getattr(self._store, method)
-        operate = self._put_with(call) if method.startswith("put") else self._get_with(call)
-        keys = list(self._values)
-        for key in keys[:WARM_UP]:
-            operate(key)
+        cycle = self._put_all if method.startswith("put") else self._get_all
+        cycle(call)  # to warm up
         times: list[float] = []
         end = time.perf_counter() + seconds
         while not times or time.perf_counter() < end:
-            times.append(operate(keys[len(times) % len(keys)]))
+            times += cycle(call)
         return times
 
-    def _get_with(self, get: Callable[[int, int], Any]) -> Callable[[int], float]:
-        def operate(key: int) -> float:
+    def _get_all(self, get: Callable[[int, int], Any]) -> list[float]:
+        times = []
+        for key in self._values:
             begin = time.perf_counter()
             value = get(key, self._size_bytes)
-            took_s = time.perf_counter() - begin
+            times.append(time.perf_counter() - begin)
             if len(value) != self._size_bytes:
                 raise ValueError(f"key {key} has {len(value)} bytes instead of {self._size_bytes}")
-            return took_s
+            del value  # its buffer, where there is one, is free for the next
+        return times
 
-        return operate
-
-    def _put_with(self, put: Callable[[int, Any], None]) -> Callable[[int], float]:
-        def operate(key: int) -> float:
+    def _put_all(self, put: Callable[[int, Any], None]) -> list[float]:
+        for key in self._values:
             self._store.delete(key)
-            value = self._values[key]
+        # What a server does behind its last answer shall not be charged to the first put.
+        time.sleep(SETTLE_S)
+        times = []
+        for key, value in self._values.items():
             begin = time.perf_counter()
             put(key, value)
-            return time.perf_counter() - begin
-
-        return operate
+            times.append(time.perf_counter() - begin)
+        return times
