@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
     from kvstore_api.v1 import kvstore_pb2 as pb
 
+_COLUMNS = (
+    "node", "state", "chunks", "memory", "disk", "pinned", "hits", "misses", "evicted", "in", "out", "repair",
+)  # fmt: skip
+_RARE = ("disk", "pinned", "evicted", "repair")
 _TEXT_COLUMNS = ("node", "state", "repair")
 
 
@@ -54,44 +58,61 @@ def _row(node: "pb.NodeStatus") -> dict[str, Any]:
 
 
 def _table(address: str, reply: "pb.ClusterStatsReply") -> "Table":
-    from rich.filesize import decimal
+    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"cluster at {address}, epoch {reply.epoch}")
-    columns = ("chunks", "memory", "disk", "pinned", "hits", "misses", "evicted", "in", "out", "repair")
-    for column in ("node", "state", *columns):
-        table.add_column(column, justify="left" if column in _TEXT_COLUMNS else "right", no_wrap=True)
+    rows = [_cells(node) for node in reply.nodes]
     notes: list[str] = []
     for node in reply.nodes:
         name = node.member.node_id
         if not node.alive or node.error:
             notes.append(f"{name} at {node.member.endpoint}: {escape(node.error)}")
-            table.add_row(name, "[red]down[/red]")
-            continue
-        stats, counters, gauges = node.stats, node.stats.counters, node.stats.gauges
-        if stats.disk_error:
-            notes.append(f"{name} does without its disk: {escape(stats.disk_error)}")
-        table.add_row(
-            name,
-            "[yellow]draining[/yellow]" if node.member.draining else "up",
-            str(stats.chunks),
-            _filled(stats.bytes_used, stats.bytes_limit),
-            _filled(gauges.get("disk_bytes_used", 0), gauges.get("disk_bytes_limit", 0)),
-            str(gauges.get("pinned", 0)),
-            *(str(counters.get(count, 0)) for count in ("hits", "misses", "evictions")),
-            *(decimal(counters.get(count, 0)) for count in ("bytes_in", "bytes_out")),
-            _repair(node.member, gauges),
-        )
-    if notes:
-        table.caption = "\n".join(notes)
+        elif node.stats.disk_error:
+            notes.append(f"{name} does without its disk: {escape(node.stats.disk_error)}")
+    table = Table(
+        title=f"cluster at {address}, epoch {reply.epoch}",
+        caption="\n".join(notes) or None,
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    # What is nowhere to be seen takes no room: a table of everything would not fit a terminal.
+    shown = [name for name in _COLUMNS if name not in _RARE or any(row.get(name) for row in rows)]
+    for name in shown:
+        table.add_column(name, justify="left" if name in _TEXT_COLUMNS else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row.get(name, "") for name in shown))
     return table
+
+
+def _cells(node: "pb.NodeStatus") -> dict[str, str]:
+    from rich.filesize import decimal
+
+    name, stats = node.member.node_id, node.stats
+    if not node.alive or node.error:
+        return {"node": name, "state": "[red]down[/red]"}
+    counters, gauges = stats.counters, stats.gauges
+    return {
+        "node": name,
+        "state": "[yellow]draining[/yellow]" if node.member.draining else "up",
+        "chunks": str(stats.chunks),
+        "memory": _filled(stats.bytes_used, stats.bytes_limit),
+        "disk": _filled(gauges.get("disk_bytes_used", 0), gauges.get("disk_bytes_limit", 0)),
+        "pinned": str(gauges.get("pinned", 0) or ""),
+        "hits": str(counters.get("hits", 0)),
+        "misses": str(counters.get("misses", 0)),
+        "evicted": str(counters.get("evictions", 0) or ""),
+        "in": decimal(counters.get("bytes_in", 0)),
+        "out": decimal(counters.get("bytes_out", 0)),
+        "repair": _repair(node.member, gauges),
+    }
 
 
 def _filled(used_bytes: int, limit_bytes: int) -> str:
     from rich.filesize import decimal
 
-    return f"{100 * used_bytes / limit_bytes:.0f} % of {decimal(limit_bytes)}" if limit_bytes else ""
+    return f"{100 * used_bytes / limit_bytes:.0f}% of {decimal(limit_bytes, precision=0)}" if limit_bytes else ""
 
 
 def _repair(member: "pb.Member", gauges: Any) -> str:
