@@ -84,7 +84,7 @@ def test_serve_status_and_sigterm(tmp_path: Path, scratch: Path) -> None:
         ]
         assert report["nodes"][0]["counters"]["hits"] == 0
         table = run("status", KVSTORE_ADDRESS=address, COLUMNS="160").stdout
-        assert all(text in table for text in (address, "node-0", "node-1", "16.8 MB", "hits"))
+        assert all(text in table for text in (address, "node-0", "node-1", "of 17 MB", "hits"))
         taken = refused(run("serve", "--listen", address))
         assert f"cannot listen on {address}" in taken
         in_use = refused(run("serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path / "data")))
