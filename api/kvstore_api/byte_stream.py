@@ -1,11 +1,13 @@
 """A TCP connection that moves whole buffers: received in place, sent without being joined."""
 
+import ctypes
 import os
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 _MOST_VIEWS = os.sysconf("SC_IOV_MAX")
 _TLS_PIECE_BYTES = 256 << 10
@@ -14,6 +16,7 @@ _TLS_PIECE_BYTES = 256 << 10
 _LOCAL_SEND_BUFFER_BYTES = 64 << 10
 _WAIT_FOR_ALL = int(socket.MSG_WAITALL)
 _LOOK_ONLY = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
+_current_processor = ctypes.CDLL(None).sched_getcpu
 _PROCESSORS = os.sched_getaffinity(0)
 # One limit of the kernel's serves all calls that may take longer.
 _LONGEST_WAIT_S = 1.0
@@ -96,16 +99,33 @@ class ByteStream:
             return True
         return not (waiting and self._tls)  # nobody speaks out of turn, except TLS itself
 
+    # Two processes on one machine pass bytes on fastest on one processor: the bytes stay in its cache, and nobody has
+    # to be woken elsewhere. The scheduler moves whoever wakes to an idle processor, so the client stays where it is for
+    # as long as it waits, and the server comes there. Measured on two idle cores: 4 MiB at 8.2 GB/s, otherwise at 1.5.
+
     def run_beside_peer(self) -> None:
-        """Have this thread run where the other side runs, if that is on this machine: it waits for us, and what is
-        sent is still in that processor's cache. Measured on two cores: 64 KiB at 4.7 GB/s, and from the other core at
-        1.0."""
+        """For a server: run this thread where the request came from, if that is this machine."""
+        if self._is_local:
+            processor = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
+            if processor != self._processor and processor in _PROCESSORS:
+                os.sched_setaffinity(0, {processor})
+                self._processor = processor
+
+    @contextmanager
+    def staying(self, *, anew: bool) -> Iterator[None]:
+        """For a client: stay on the processor that this thread is on, or was on when it last asked `anew`. Not for
+        longer than a call: threads that are started meanwhile would stay there for ever."""
         if not self._is_local:
+            yield
             return
-        processor = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
-        if processor != self._processor and processor in _PROCESSORS:
-            os.sched_setaffinity(0, {processor})
-            self._processor = processor
+        allowed = os.sched_getaffinity(0)
+        if anew or self._processor not in allowed:
+            self._processor = _current_processor()
+        os.sched_setaffinity(0, {self._processor})
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, allowed)
 
     def abort(self) -> None:
         """Have whoever uses the stream fail now; from any thread."""

@@ -72,10 +72,14 @@ class Exchange:
         self.is_unproven = False
 
     def send(self, views: Sequence[memoryview | bytes]) -> None:
-        self._connected().send(views, self.remaining_s())
+        stream = self._connected()
+        with stream.staying(anew=True):
+            stream.send(views, self.remaining_s())
 
     def receive_into(self, view: memoryview | bytearray) -> None:
-        self._connected().receive_into(view, self.remaining_s())
+        stream = self._connected()
+        with stream.staying(anew=False):
+            stream.receive_into(view, self.remaining_s())
 
     def receive_header(self, kind: FrameKind) -> FrameHeader:
         """Of the next answer. Raises TransferError when it is of another kind."""

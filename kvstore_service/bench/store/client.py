@@ -38,12 +38,14 @@ class RawTcp:
         return value
 
     def put(self, key: int, value: bytes) -> None:
-        self._stream.send([REQUEST.pack(1, key, len(value)), value], PATIENCE_S)
-        self._stream.receive_into(self._reply, PATIENCE_S)
+        with self._stream.staying(anew=True):
+            self._stream.send([REQUEST.pack(1, key, len(value)), value], PATIENCE_S)
+            self._stream.receive_into(self._reply, PATIENCE_S)
 
     def get(self, key: int, size_bytes: int) -> memoryview:
-        self._stream.send([REQUEST.pack(0, key, size_bytes)], PATIENCE_S)
-        self._stream.receive_into(self._received, PATIENCE_S)
+        with self._stream.staying(anew=True):
+            self._stream.send([REQUEST.pack(0, key, size_bytes)], PATIENCE_S)
+            self._stream.receive_into(self._received, PATIENCE_S)
         return self._received
 
     def delete(self, key: int) -> None:
