@@ -4,7 +4,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from kvstore_api import frames
 from kvstore_api.byte_stream import ByteStream
@@ -71,15 +71,15 @@ class Exchange:
     def proven(self) -> None:
         self.is_unproven = False
 
+    def staying(self, *, anew: bool) -> AbstractContextManager[None]:
+        """Around what is sent and received; see ByteStream.staying."""
+        return self._connected().staying(anew=anew)
+
     def send(self, views: Sequence[memoryview | bytes]) -> None:
-        stream = self._connected()
-        with stream.staying(anew=True):
-            stream.send(views, self.remaining_s())
+        self._connected().send(views, self.remaining_s())
 
     def receive_into(self, view: memoryview | bytearray) -> None:
-        stream = self._connected()
-        with stream.staying(anew=False):
-            stream.receive_into(view, self.remaining_s())
+        self._connected().receive_into(view, self.remaining_s())
 
     def receive_header(self, kind: FrameKind) -> FrameHeader:
         """Of the next answer. Raises TransferError when it is of another kind."""

@@ -77,16 +77,20 @@ def _send(exchange: Exchange, views: Sequence[memoryview | bytes]) -> None:
     if not exchange.is_open:
         exchange.open()
     try:
-        exchange.send(views)
+        with exchange.staying(anew=True):
+            exchange.send(views)
     except ConnectionError:
         if not exchange.is_unproven:
             raise
         exchange.open_again()
-        exchange.send(views)
+        with exchange.staying(anew=True):
+            exchange.send(views)
     exchange.proven()
 
 
 def _reply(exchange: Exchange, *, last: bool) -> pb.PutReply:
-    reply = pb.PutReply.FromString(exchange.receive_message(exchange.receive_header(FrameKind.PUT_REPLY)))
+    with exchange.staying(anew=False):
+        message = exchange.receive_message(exchange.receive_header(FrameKind.PUT_REPLY))
+    reply = pb.PutReply.FromString(message)
     exchange.rest(resting=last)
     return reply

@@ -21,7 +21,8 @@ def read_ranges(exchange: Exchange, request: pb.ReadRequest, memory: ReceiveMemo
     header = _ask(exchange, request)
     for index in range(count):
         if index:
-            header = exchange.receive_header(FrameKind.RANGE)
+            with exchange.staying(anew=False):
+                header = exchange.receive_header(FrameKind.RANGE)
         if header.range_index != index:
             raise exchange.misunderstood(f"range {header.range_index} instead of {index}")
         last = index == count - 1
@@ -36,7 +37,8 @@ def read_ranges(exchange: Exchange, request: pb.ReadRequest, memory: ReceiveMemo
         while left:
             # Whatever length is announced, no more memory is taken than comes to be filled.
             data = memory.take(min(left, LARGEST_BYTES))
-            exchange.receive_into(data)
+            with exchange.staying(anew=False):
+                exchange.receive_into(data)
             left -= len(data)
             if last and not left:
                 exchange.complete()
@@ -49,11 +51,13 @@ def _ask(exchange: Exchange, request: pb.ReadRequest) -> FrameHeader:
     message = request.SerializeToString()
     question = [pack_header(FrameKind.READ, len(message)), message]
     try:
-        exchange.send(question)
-        return exchange.receive_header(FrameKind.RANGE)
+        with exchange.staying(anew=True):
+            exchange.send(question)
+            return exchange.receive_header(FrameKind.RANGE)
     except ConnectionError:
         if not exchange.is_unproven:
             raise
     exchange.open_again()
-    exchange.send(question)
-    return exchange.receive_header(FrameKind.RANGE)
+    with exchange.staying(anew=True):
+        exchange.send(question)
+        return exchange.receive_header(FrameKind.RANGE)
