@@ -111,6 +111,12 @@ class ByteStream:
                 os.sched_setaffinity(0, {processor})
                 self._processor = processor
 
+    def run_anywhere(self) -> None:
+        """Takes `run_beside_peer` back: before anything that might start a thread, which would inherit it."""
+        if self._processor in _PROCESSORS:
+            os.sched_setaffinity(0, _PROCESSORS)
+            self._processor = -1
+
     @contextmanager
     def staying(self, *, anew: bool) -> Iterator[None]:
         """For a client: stay on the processor that this thread is on, or was on when it last asked `anew`. Not for

@@ -1,6 +1,7 @@
 """The bulk port against clients that are malformed, hostile, slow or gone."""
 
 import contextlib
+import os
 import socket
 import struct
 import threading
@@ -279,3 +280,21 @@ def test_a_reset_connection_frees_what_it_held(port: Port) -> None:
         wait_until(lambda: port.node.stats().bytes_used > 0)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     wait_until(lambda: port.node.stats().bytes_used == 0)
+
+
+def test_threads_that_a_put_starts_may_run_anywhere(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed: list[set[int]] = []
+    begin_put = port.node.begin_put
+
+    def begin_and_look(*arguments: object) -> object:
+        thread = threading.Thread(target=lambda: allowed.append(os.sched_getaffinity(0)))
+        thread.start()
+        thread.join()
+        return begin_put(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(port.node, "begin_put", begin_and_look)
+    with port.connected() as connected:
+        for _ in range(2):
+            connected.sendall(put_frame() + CHUNK.data)
+            reply(connected)
+    assert allowed == [os.sched_getaffinity(0)] * 2
