@@ -13,6 +13,7 @@ from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.codec import chunk_geometry
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CalibrationError, CodecError, ForeignChunkError, NodeUnavailableError
+from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
@@ -96,6 +97,7 @@ class _Lookup:
         self._view, self._settings, self._metrics = view, settings, metrics
         self._ready_klt = ready_klt
         self._spec, self._chunk_ids, self._chunk_tokens = spec, chunk_ids, chunk_tokens
+        self._known: dict[tuple[Encoding, bytes], tuple[Geometry, int]] = {}
         self.found: dict[int, StoredChunk] = {}
         self.leases: list[tuple[Member, bytes]] = []
         self.unready: list[int] = []
@@ -130,7 +132,7 @@ class _Lookup:
                     self.unready.append(index)
                     return True
                 klt.calibration.require(self._spec)
-            _require_expected(header, answer, accept, self._spec, klt, self._chunk_tokens)
+            self._require_expected(header, answer, accept, klt)
         except CalibrationError:
             self._metrics.missed("calibration_foreign")
         except CodecError:
@@ -140,6 +142,31 @@ class _Lookup:
             return True
         return False
 
+    def _require_expected(
+        self, header: ChunkHeader, answer: pb.LookupAnswer, accept: Sequence[str], klt: KLT | None
+    ) -> None:
+        """Raises ForeignChunkError if the chunk is in an encoding that was not asked for, or unlike this model's KV."""
+        geometry, frame_limit = self._expected(header.encoding, klt)
+        if answer.encoding not in accept or max(header.frame_lengths) > frame_limit:
+            raise ForeignChunkError(
+                f"chunk {header.chunk_id.short} is offered as {answer.encoding} in frames of up to "
+                f"{max(header.frame_lengths)} bytes"
+            )
+        if header.encoding.name != answer.encoding or header.geometry != geometry:
+            raise ForeignChunkError(
+                f"chunk {header.chunk_id.short} is announced as {answer.encoding} of {geometry}, "
+                f"but its header says {header.encoding.name} of {header.geometry}"
+            )
+
+    def _expected(self, encoding: Encoding, klt: KLT | None) -> tuple[Geometry, int]:
+        """How this model's chunks are cut, and what a frame has at most, in bytes. A long prompt's are alike."""
+        digest = klt.calibration.digest if klt is not None else b""
+        if (encoding, digest) not in self._known:
+            geometry = chunk_geometry(self._spec, self._chunk_tokens, encoding, klt)
+            frame_limit = 2 * geometry.frame_values(0) * self._spec.dtype.itemsize + _FRAME_OVERHEAD_BYTES
+            self._known[encoding, digest] = geometry, frame_limit
+        return self._known[encoding, digest]
+
 
 def release(view: ClusterView, leases: Iterable[tuple[Member, bytes]]) -> None:
     """Give leases back, without waiting; one that cannot be given back expires by itself."""
@@ -147,28 +174,4 @@ def release(view: ClusterView, leases: Iterable[tuple[Member, bytes]]) -> None:
         request = pb.ReleaseLeaseRequest(lease_id=lease_id)
         view.finish_later(
             view.storage(member.endpoint).ReleaseLease.future(request, timeout=_RELEASE_TIMEOUT_S)
-        )
-
-
-def _require_expected(
-    header: ChunkHeader,
-    answer: pb.LookupAnswer,
-    accept: Sequence[str],
-    spec: ModelSpec,
-    klt: KLT | None,
-    chunk_tokens: int,
-) -> None:
-    """Raises ForeignChunkError if the chunk is in an encoding that was not asked for, or unlike this model's KV."""
-    encoding = header.encoding
-    geometry = chunk_geometry(spec, chunk_tokens, encoding, klt)
-    frame_limit = 2 * geometry.frame_values(0) * spec.dtype.itemsize + _FRAME_OVERHEAD_BYTES
-    if answer.encoding not in accept or max(header.frame_lengths) > frame_limit:
-        raise ForeignChunkError(
-            f"chunk {header.chunk_id.short} is offered as {answer.encoding} in frames of up to "
-            f"{max(header.frame_lengths)} bytes"
-        )
-    if encoding.name != answer.encoding or header.geometry != geometry:
-        raise ForeignChunkError(
-            f"chunk {header.chunk_id.short} is announced as {answer.encoding} of {geometry}, "
-            f"but its header says {encoding.name} of {header.geometry}"
         )

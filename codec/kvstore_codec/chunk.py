@@ -16,6 +16,7 @@ import itertools
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, cast
 
 import msgpack  # type: ignore[import-untyped]
@@ -246,8 +247,7 @@ def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
     dimensions = fields["geometry"]
     if len(dimensions) != _GEOMETRY_FIELDS:
         raise ChunkFormatError(f"a chunk's geometry has {_GEOMETRY_FIELDS} fields, not {len(dimensions)}")
-    layers, kv_heads, head_dim, dtype, tokens, frame_tokens, period_layers = dimensions
-    geometry = Geometry(layers, kv_heads, head_dim, KVDtype(dtype), tokens, frame_tokens, period_layers)
+    geometry = _geometry(*dimensions)
     lengths = np.frombuffer(fields["lengths"], _LENGTH_DTYPE)
     checksums = np.frombuffer(fields["checksums"], _CHECKSUM_DTYPE)
     if not len(lengths) == len(checksums) == geometry.frame_count:
@@ -273,6 +273,13 @@ def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
         header_bytes,
         calibration,
     )
+
+
+@lru_cache(maxsize=256, typed=True)  # the chunks of a model have one
+def _geometry(
+    layers: int, kv_heads: int, head_dim: int, dtype: str, tokens: int, frame_tokens: int, period_layers: int
+) -> Geometry:
+    return Geometry(layers, kv_heads, head_dim, KVDtype(dtype), tokens, frame_tokens, period_layers)
 
 
 def _bytes_view(data: Buffer) -> memoryview:

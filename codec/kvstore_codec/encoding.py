@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 from kvstore_codec.errors import UnknownEncodingError
 from kvstore_codec.geometry import FRAME_TOKENS, MAX_CHUNK_TOKENS
@@ -106,6 +107,7 @@ class Encoding:
         return self.rate == other.rate and self.transform is other.transform
 
     @classmethod
+    @lru_cache(maxsize=1024)  # every header of every chunk has one, and they are few
     def parse(cls, name: str) -> Encoding:
         """The inverse of `name`. Raises UnknownEncodingError, listing the known names."""
         found = _NAME.fullmatch(name) if len(name) <= _LONGEST_NAME else None
