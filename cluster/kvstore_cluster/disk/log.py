@@ -66,11 +66,15 @@ class SegmentLog:
                 raise
         return location
 
-    def append_tombstone(self, meta: RecordMeta) -> None:
-        """Deletes all records of a chunk and encoding that were appended so far. Raises DiskError."""
+    @property
+    def newest_sequence(self) -> int:
+        """The number that was given last."""
         with self._table.lock:
-            header = RecordHeader(Kind.TOMBSTONE, self._next_sequence - 1, meta)
-        self._write(header, (), self._limit_bytes)
+            return self._next_sequence - 1
+
+    def append_tombstone(self, meta: RecordMeta, sequence: int) -> None:
+        """Deletes all records of a chunk and encoding up to that number. Raises DiskError."""
+        self._write(RecordHeader(Kind.TOMBSTONE, sequence, meta), (), self._limit_bytes)
 
     def copy(self, original: Location, header: RecordHeader, views: Sequence[memoryview]) -> Location:
         """Writes a record once more. Raises ChunkNotFoundError when it is dead by now, DiskError."""

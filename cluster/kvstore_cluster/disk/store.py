@@ -144,13 +144,17 @@ class SegmentStore:
         self._require_open()
         self._table.bury(location)
 
-    def forget(self, meta: RecordMeta) -> None:
-        """No record of this id and encoding that was appended before, and deleted, comes back after a restart (after a
-        power loss: unless that was less than `sync_period_s` ago). An append that overlaps with this may be forgotten
-        as well. Raises DiskError."""
+    @property
+    def newest_sequence(self) -> int:
+        """The number of the newest append; those that begin later have higher ones."""
+        return self._log.newest_sequence
+
+    def forget(self, meta: RecordMeta, sequence: int | None = None) -> None:
+        """No record of this id and encoding up to number `sequence` (default: the newest) that was deleted comes back
+        after a restart (after a power loss: unless that was less than `sync_period_s` ago). Raises DiskError."""
         self._require_open()
         self._upkeep.start(self._log)
-        self._log.append_tombstone(meta)
+        self._log.append_tombstone(meta, self.newest_sequence if sequence is None else sequence)
 
     def sync(self) -> None:
         """Returns once everything that was appended would survive a power loss. Raises DiskError."""

@@ -168,6 +168,16 @@ def test_a_put_after_a_deletion_is_kept(store: SegmentStore, tmp_path: Path) -> 
     again.close()
 
 
+def test_a_put_before_the_tombstone_of_an_older_deletion_is_kept(store: SegmentStore, tmp_path: Path) -> None:
+    store.delete(append(store, tiny(1)))
+    deleted_up_to = store.newest_sequence
+    append(store, tiny(1, version=1))
+    store.forget(meta_of(tiny(1)), deleted_up_to)
+    again = reopened(store, tmp_path)
+    assert contents(again) == by_key([tiny(1, version=1)])
+    again.close()
+
+
 def test_a_chunk_that_is_gone_already_can_be_forgotten(store: SegmentStore, tmp_path: Path) -> None:
     store.forget(meta_of(tiny(7)))
     store.delete(append(store, tiny(1)))
