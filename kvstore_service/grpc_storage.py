@@ -15,8 +15,10 @@ from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_cluster.repair import RepairWorker
 from kvstore_cluster.scrub import scrub
 from kvstore_cluster.stored import StoredVariant
+from kvstore_codec.canonical import DIGEST_BYTES
 from kvstore_codec.errors import (
     ArenaFullError,
+    ChunkFormatError,
     ChunkNotFoundError,
     ChunkTooLargeError,
     DiskError,
@@ -99,7 +101,10 @@ class StorageService:
             # Most fields of most answers are the default, and a thousand are to be made in a millisecond.
             if answer.encoding is None:
                 added = reply.answers.add()
-                _chunk_id(ref, context)
+                if not len(ref.content_id) == len(ref.prefix_id) == DIGEST_BYTES:
+                    if result.lease_id is not None:
+                        self._node.release_lease(result.lease_id)
+                    _chunk_id(ref, context)
             else:
                 added = reply.answers.add(
                     encoding=answer.encoding, size_bytes=answer.size_bytes, header=answer.header
@@ -237,7 +242,7 @@ class StorageService:
                 with self._node.open(chunks[wanted.chunk], request.encodings[wanted.chunk]) as reader:
                     for views in reader.pieces(wanted.first_frame, wanted.frame_count, piece_bytes):
                         yield encode_read_piece(index, views)
-            except ChunkNotFoundError:
+            except (ChunkNotFoundError, ChunkFormatError):
                 yield _read_failure(index, pb.READ_STATUS_NOT_FOUND)
             except FrameRangeError:
                 yield _read_failure(index, pb.READ_STATUS_INVALID_RANGE)

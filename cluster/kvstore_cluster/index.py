@@ -111,6 +111,12 @@ class ChunkIndex:
         self._count += 1
         return slot
 
+    def admit(self, meta: RecordMeta) -> None:
+        """Makes sure that `add` will not fail. Raises StorageError when the variant cannot be described."""
+        self._encodings.of(meta.encoding)
+        self._calibrations.of(meta.calibration)
+        self._tenants.of(meta.tenant)
+
     def unlist(self, slot: int) -> None:
         """The variant is no longer found; its columns stay until `free`."""
         content_id = self._ids[slot]

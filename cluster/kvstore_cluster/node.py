@@ -3,13 +3,14 @@ network, no Ray."""
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kvstore_cluster.arena import Arena
-from kvstore_cluster.disk import RecordMeta, SegmentStore
+from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
 from kvstore_cluster.index import MAX_CHUNK_BYTES, NOWHERE, ChunkName
@@ -25,6 +26,7 @@ from kvstore_codec.errors import (
     ChunkTooLargeError,
     DiskError,
     NotDurableError,
+    OverQuotaError,
     PutStateError,
     StorageError,
 )
@@ -33,6 +35,7 @@ from kvstore_codec.identity import ChunkId
 log = logging.getLogger(__name__)
 
 MAX_LISTED = 4096
+MAX_TENANT_BYTES = 255
 
 
 class LookupAnswer(NamedTuple):
@@ -83,6 +86,7 @@ class StorageNode:
         self._index = self._tiers.index
         self._lock = self._tiers.lock
         self._pending: set[PendingPut] = set()
+        self._unforgotten: deque[tuple[RecordMeta, int]] = deque()
         if store is not None:
             self._recover(store)
 
@@ -155,8 +159,8 @@ class StorageNode:
         options: PutOptions = PutOptions(),  # noqa: B008 (frozen)
     ) -> PendingPut | None:
         """Reserves memory for a chunk, evicting what nobody uses; None when the chunk is here already, as durable as
-        was asked for. One that was coded with another `calibration` (a digest) is replaced: who puts this could not
-        read that.
+        was asked for and for about as long. One that was coded with another `calibration` (a digest) is replaced: who
+        puts this could not read that.
 
         The caller must end the put with `commit` or `revoke`. Raises UnknownEncodingError, PutStateError for
         an empty chunk, ChunkTooLargeError, ArenaFullError, OverQuotaError, NotDurableError; then nothing was reserved
@@ -165,17 +169,15 @@ class StorageNode:
         durable = self._asked(options) is Durability.DURABLE
         try:
             Encoding.parse(encoding)
-            self._require_possible(chunk_id, size_bytes, durable=durable)
+            self._require_possible(chunk_id, size_bytes, options.tenant, durable=durable)
             with self._lock:
                 slot = self._alive(self._index.find(chunk_id, encoding), self._clock())
-                if slot is None or self._index.calibration(slot) != calibration:
-                    self._tiers.respect_quota(options.tenant, size_bytes)
-                    extent = self._tiers.reserve(size_bytes, patience_s=FLUSH_PATIENCE_S)
-                    put = PendingPut(
-                        self._arena, extent, chunk_id, encoding, options, accept=self._accept, drop=self._drop
-                    )
-                    self._pending.add(put)
-                    return put
+                if (
+                    slot is None
+                    or self._index.calibration(slot) != calibration
+                    or self._ends_much_sooner(slot, options.ttl_s)
+                ):
+                    return self._reserve(chunk_id, encoding, size_bytes, options)
                 self._tiers.touch([slot])
                 self._tiers.hold(slot)
             try:
@@ -226,17 +228,18 @@ class StorageNode:
     def delete(self, chunks: Sequence[ChunkId]) -> int:
         """Removes every encoding of these chunks, leased or pinned or not, also from a later start, and returns how
         many variants that were. Memory that is being read is given back when the last reader has gone."""
-        forgotten: list[RecordMeta] = []
         with self._lock:
+            deleted = 0
+            sequence = self._store.newest_sequence if self._store is not None else 0
             for chunk_id in chunks:
                 for slot in list(self._index.variants(chunk_id)):
-                    forgotten.append(self._index.meta(slot))
+                    if self._store is not None:
+                        self._unforgotten.append((self._index.meta(slot), sequence))
                     self._tiers.remove(slot)
-            self._counters.deletes += len(forgotten)
-        if self._store is not None:
-            for meta in forgotten:
-                self._store.forget(meta)
-        return len(forgotten)
+                    deleted += 1
+            self._counters.deletes += deleted
+        self._forget_again()
+        return deleted
 
     def report(self, chunks: Sequence[ChunkId], scores: Sequence[float]) -> None:
         """Attention, 0 to 1, that a model paid to these chunks; unknown ones are ignored."""
@@ -327,8 +330,13 @@ class StorageNode:
         self._tiers.expire(self._clock())
         busy = self._tiers.flush()
         self._tiers.demote()
+        self._forget_again()
         if self._store is not None:
-            busy |= self._store.compact(self._tiers.relocate)
+            try:
+                busy |= self._store.compact(self._tiers.relocate)
+            except DiskError:
+                if not busy:  # what is to be written back does not wait for it
+                    raise
         return busy
 
     def wait_for_work(self, timeout_s: float) -> None:
@@ -347,7 +355,7 @@ class StorageNode:
         """Raises StorageError unless every block is owned exactly once and the books agree."""
         with self._lock:
             index, tiers = self._index, self._tiers
-            extents = [extent for extent in index.extent if extent is not None]
+            extents = [extent for extent in index.extent if extent is not None] + tiers.dropped_extents()
             self._arena.check_integrity([*extents, *(put.extent for put in self._pending)])
             in_memory = {slot for slot in index if index.extent[slot] is not None}
             on_disk = {slot for slot in index if index.location[slot] != NOWHERE}
@@ -360,6 +368,20 @@ class StorageNode:
                     f"{self.node_id}: a chunk waits for a disk that it is on, or is not in memory"
                 )
 
+    def _forget_again(self) -> None:
+        """Tells the disk what was deleted. Raises DiskError; what it was not told is kept for the next time."""
+        while self._store is not None:
+            with self._lock:
+                if not self._unforgotten:
+                    return
+                meta, sequence = self._unforgotten.popleft()
+            try:
+                self._store.forget(meta, sequence)
+            except DiskError:
+                with self._lock:
+                    self._unforgotten.appendleft((meta, sequence))
+                raise
+
     def _recover(self, store: SegmentStore) -> None:
         recovery = store.recover()
         for line in recovery.dropped:
@@ -371,9 +393,44 @@ class StorageNode:
     def _asked(self, options: PutOptions) -> Durability:
         return self._durability if options.durability is Durability.DEFAULT else options.durability
 
-    def _require_possible(self, chunk_id: ChunkId, size_bytes: int, *, durable: bool) -> None:
+    def _reserve(self, chunk_id: ChunkId, encoding: str, size_bytes: int, options: PutOptions) -> PendingPut:
+        """The caller has the lock."""
+        tiers, tenant = self._tiers, options.tenant
+        tiers.over_quota(tenant, size_bytes)  # before anything is evicted
+        extent = tiers.reserve(size_bytes, patience_s=FLUSH_PATIENCE_S)
+        try:
+            victims = tiers.over_quota(tenant, size_bytes)  # other puts may have come while it waited
+        except OverQuotaError:
+            self._arena.free(extent)
+            raise
+        for slot in victims:
+            tiers.remove(slot)
+        self._counters.evictions += len(victims)
+        put = PendingPut(
+            self._arena, extent, chunk_id, encoding, options, accept=self._accept, drop=self._drop
+        )
+        self._pending.add(put)
+        tiers.quotas.reserve(tenant, size_bytes)
+        return put
+
+    def _end(self, put: PendingPut) -> None:
+        """The put is no longer under way; the caller has the lock."""
+        self._pending.remove(put)
+        self._tiers.quotas.reserve(put.options.tenant, -put.extent.size_bytes)
+        self._counters.bytes_in += put.written_bytes
+
+    def _ends_much_sooner(self, slot: int, ttl_s: float) -> bool:
+        """Whether a stored chunk would be forgotten long before one that is put now."""
+        expires_at_s = self._index.expires_at_s(slot)
+        return expires_at_s > 0 and (ttl_s == 0 or expires_at_s - self._clock() < ttl_s / 2)
+
+    def _require_possible(self, chunk_id: ChunkId, size_bytes: int, tenant: str, *, durable: bool) -> None:
         if size_bytes < 1:
             raise PutStateError(f"chunk {chunk_id.short} was announced with {size_bytes} bytes")
+        if len(tenant.encode()) > MAX_TENANT_BYTES:
+            raise PutStateError(
+                f"the tenant of chunk {chunk_id.short} has a name of more than {MAX_TENANT_BYTES} bytes"
+            )
         if size_bytes > MAX_CHUNK_BYTES:
             raise ChunkTooLargeError(
                 f"chunk {chunk_id.short} has {size_bytes} bytes; a chunk has at most {MAX_CHUNK_BYTES}"
@@ -429,45 +486,63 @@ class StorageNode:
 
     def _accept(self, put: PendingPut, meta: RecordMeta) -> bool:
         """Makes a verified chunk visible, on disk first if it shall survive; False when another put of the same chunk
-        was first."""
-        asked = self._asked(put.options)
+        was first. When that raises, the put is taken back."""
         if put.options.ttl_s > 0:
             meta = replace(meta, expires_at_s=self._clock() + put.options.ttl_s)
-        location = NOWHERE
-        write_back = self._store is not None
-        if self._store is not None and asked is not Durability.MEMORY:
-            try:
-                location = self._tiers.write(meta, put.extent, sync=asked is Durability.DURABLE)
-            except DiskError as error:
-                if asked is Durability.DURABLE:
-                    self._drop(put, rejected=True)
-                    raise NotDurableError(str(error)) from error
-                write_back = False
+        try:
+            with self._lock:
+                self._index.admit(meta)
+            location = self._write_through(put, meta)
+        except BaseException:
+            self._drop(put, rejected=True)
+            raise
         with self._lock:
-            self._pending.remove(put)
-            self._counters.bytes_in += put.written_bytes
-            self._counters.disk_refused += location == NOWHERE and not write_back and self._store is not None
+            self._end(put)
             stored = self._index.find(meta.chunk_id, meta.encoding)
-            if stored is not None and not self._replaces(meta, stored):
+            if stored is not None and not self._replaces(meta, location, stored, put.options.ttl_s):
                 self._arena.free(put.extent)
-                if location != NOWHERE:
-                    self._tiers.written(stored, location)
+                if self._store is not None and location != NOWHERE:
+                    self._store.delete(location)
                 return False
             if stored is not None:
                 self._tiers.remove(stored)
-            self._tiers.insert(meta, extent=put.extent, location=location, write_back=write_back)
+            refused = location == NOWHERE and self._asked(put.options) is not Durability.MEMORY
+            self._tiers.insert(
+                meta,
+                extent=put.extent,
+                location=location,
+                write_back=self._store is not None and location == NOWHERE and not refused,
+            )
+            self._counters.disk_refused += refused and self._store is not None
             self._counters.puts += 1
             return True
 
-    def _replaces(self, meta: RecordMeta, stored: int) -> bool:
+    def _write_through(self, put: PendingPut, meta: RecordMeta) -> Location:
+        """Where the chunk is on disk now; NOWHERE when it is to be there later, or the disk refused it and it need not
+        survive. Raises NotDurableError."""
+        asked = self._asked(put.options)
+        if self._store is None or asked is Durability.MEMORY:
+            return NOWHERE
+        try:
+            return self._tiers.write(meta, put.extent, sync=asked is Durability.DURABLE)
+        except DiskError as error:
+            if asked is Durability.DURABLE:
+                raise NotDurableError(str(error)) from error
+            return NOWHERE
+
+    def _replaces(self, meta: RecordMeta, location: Location, stored: int, ttl_s: float) -> bool:
+        """Whether a chunk that was put takes the place of the stored one: nobody could read that, it ends sooner, or it
+        would not survive and this one does. The bytes of two workers may differ, so it is one or the other."""
         return (
-            self._index.calibration(stored) != meta.calibration or self._alive(stored, self._clock()) is None
+            self._index.calibration(stored) != meta.calibration
+            or self._alive(stored, self._clock()) is None
+            or self._ends_much_sooner(stored, ttl_s)
+            or (location != NOWHERE and self._index.location[stored] == NOWHERE)
         )
 
     def _drop(self, put: PendingPut, *, rejected: bool) -> None:
         """Takes back what a put had reserved."""
         with self._lock:
-            self._pending.remove(put)
+            self._end(put)
             self._arena.free(put.extent)
-            self._counters.bytes_in += put.written_bytes
             self._counters.put_rejected += rejected

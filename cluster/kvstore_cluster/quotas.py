@@ -13,6 +13,7 @@ class Quotas:
         self._index = index
         self._limits: dict[str, int] = {}
         self._used: Counter[str] = Counter()
+        self._coming: Counter[str] = Counter()
         self._oldest_first: dict[str, OrderedDict[int, None]] = {}
 
     def set_limits(self, limits: Mapping[str, int]) -> None:
@@ -27,7 +28,13 @@ class Quotas:
     def excess_bytes(self, tenant: str, size_bytes: int) -> int:
         """By how much the tenant would be above its limit with `size_bytes` more."""
         limit = self._limits.get(tenant)
-        return 0 if limit is None else max(0, self._used[tenant] + size_bytes - limit)
+        return 0 if limit is None else max(0, self._used[tenant] + self._coming[tenant] + size_bytes - limit)
+
+    def reserve(self, tenant: str, size_bytes: int) -> None:
+        """A put of so many bytes has begun, or, when negative, ended."""
+        self._coming[tenant] += size_bytes
+        if not self._coming[tenant]:
+            del self._coming[tenant]
 
     @property
     def limited(self) -> bool:

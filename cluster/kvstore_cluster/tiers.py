@@ -8,6 +8,7 @@ is *promoted*, and what is in neither tier any more was *evicted*.
 import logging
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
 from typing import NoReturn
@@ -15,13 +16,13 @@ from typing import NoReturn
 from cachetools import LRUCache
 
 from kvstore_cluster.arena import Arena, Extent
-from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
+from kvstore_cluster.disk import Location, RecordMeta, SegmentStore, record_bytes
 from kvstore_cluster.eviction import EvictionPolicy
 from kvstore_cluster.index import NOWHERE, ChunkIndex
 from kvstore_cluster.leases import LeaseTable
 from kvstore_cluster.quotas import Quotas
 from kvstore_cluster.stats import NodeCounters
-from kvstore_codec.chunk import verify_chunk
+from kvstore_codec.chunk import read_header, verify_chunk
 from kvstore_codec.errors import (
     ArenaFullError,
     ChunkFormatError,
@@ -77,10 +78,26 @@ class Tiers:
         self._pins: Set[ChunkId] = frozenset()
         self._readers: Counter[int] = Counter()
         self._promoting: set[int] = set()
+        self._dropped: dict[
+            int, list[Extent]
+        ] = {}  # of chunks that stay, while somebody still reads this copy
+        self._resting: list[
+            int
+        ] = []  # free slots that a lease still names: the next chunk there would profit
         self._touched: list[int] = []
         self._headers: LRUCache[int, bytes] = LRUCache(HEADER_CACHE_BYTES, len)
 
     # Books: the caller has the lock.
+
+    def dropped_extents(self) -> list[Extent]:
+        return [extent for extents in self._dropped.values() for extent in extents]
+
+    def drop_from_memory(self, slot: int) -> None:
+        """The copy in memory of a held chunk that is on disk too."""
+        self.settle()
+        self.in_memory.remove(slot, evicted=False)
+        self._dropped.setdefault(slot, []).append(self._extent(slot))
+        self.index.extent[slot] = None
 
     def insert(self, meta: RecordMeta, *, extent: Extent | None, location: Location, write_back: bool) -> int:
         self.settle()
@@ -134,6 +151,8 @@ class Tiers:
         self._readers[slot] -= 1
         if not self._readers[slot]:
             del self._readers[slot]
+            for extent in self._dropped.pop(slot, ()):
+                self.arena.free(extent)
             if not self.index.listed(slot):
                 self._free(slot)
 
@@ -159,12 +178,12 @@ class Tiers:
                 )
             self.lock.wait(patience_s)
 
-    def respect_quota(self, tenant: str, size_bytes: int) -> None:
-        """Evicts what the tenant has used least lately until it may have `size_bytes` more. Raises OverQuotaError, and
-        then nothing was evicted."""
+    def over_quota(self, tenant: str, size_bytes: int) -> list[int]:
+        """What has to go so that the tenant may have `size_bytes` more: what it used least lately. Raises
+        OverQuotaError."""
         excess_bytes = self.quotas.excess_bytes(tenant, size_bytes)
         if not excess_bytes:
-            return
+            return []
         self.leases.expire()
         self.settle()
         victims = []
@@ -179,9 +198,7 @@ class Tiers:
                 f"tenant {tenant!r} may have {self.quotas.limit(tenant)} bytes on {self.node_id} and what it has there "
                 "is leased, pinned or being read; retry later or raise the quota with `kvstore quota`"
             )
-        for slot in victims:
-            self.remove(slot)
-        self.counters.evictions += len(victims)
+        return victims
 
     def header_in_memory(self, slot: int) -> bytes | None:
         """None when it has to be read from the disk."""
@@ -200,6 +217,10 @@ class Tiers:
             buffer = bytearray(self.index.header_bytes[slot])
             self._read(slot, 0, [memoryview(buffer)])
             header = bytes(buffer)
+            try:
+                read_header(header)
+            except ChunkFormatError as error:
+                self._lose(slot, str(error))
             with self.lock:
                 if self.index.listed(slot) and len(header) <= HEADER_CACHE_BYTES:
                     self._headers[slot] = header
@@ -215,6 +236,7 @@ class Tiers:
             return self.arena.views(extent, offset, length)
         buffer = memoryview(bytearray(length))
         self._read(slot, offset, [buffer])
+        self._verify_range(slot, offset, buffer)
         return iter([buffer])
 
     def verify(self, slot: int) -> str | None:
@@ -226,8 +248,11 @@ class Tiers:
             except ChunkFormatError as error:
                 with self.lock:
                     if self.index.listed(slot):
-                        self.remove(slot)
                         self.counters.damaged += 1
+                        if self.index.location[slot] == NOWHERE:
+                            self.remove(slot)
+                        else:
+                            self.drop_from_memory(slot)
                 return f"in memory: {error}"
         if self.index.location[slot] == NOWHERE:
             return None
@@ -246,13 +271,15 @@ class Tiers:
         with self.lock:
             self._clear_disk(meta.size_bytes)
         views = list(self.arena.views(extent))
+        more = True
         while True:
             try:
                 return self._disk.append(meta, views, sync=sync)
             except DiskFullError:
-                # What was evicted takes room until its segment is compacted.
-                if not self._disk.compact(self.relocate):
+                if not more:
                     raise
+                # What was evicted takes room until its segment is compacted; maybe the keeper has just done it.
+                more = self._disk.compact(self.relocate)
 
     def make_durable(self, slot: int) -> None:
         """The chunk shall survive a power loss. Raises DiskError."""
@@ -279,16 +306,17 @@ class Tiers:
         location = NOWHERE
         try:
             location = self.write(meta, self._extent(slot), sync=False)
-        except DiskError as error:
+        except StorageError as error:
             log.warning("%s keeps chunk %s in memory only: %s", self.node_id, meta.chunk_id.short, error)
-        with self.lock:
-            if location != NOWHERE:
-                self.written(slot, location)
-            else:
-                self.dirty.pop(slot, None)
-                self.counters.disk_refused += 1
-            self.release(slot)
-            self.lock.notify_all()
+        finally:
+            with self.lock:
+                if location != NOWHERE:
+                    self.written(slot, location)
+                else:
+                    self.dirty.pop(slot, None)
+                    self.counters.disk_refused += 1
+                self.release(slot)
+                self.lock.notify_all()
         return True
 
     def written(self, slot: int, location: Location) -> None:
@@ -317,6 +345,9 @@ class Tiers:
         """Removes chunks whose time is over, unless somebody reads them or has them leased."""
         with self.lock:
             self.leases.expire()
+            resting, self._resting = self._resting, []
+            for slot in resting:
+                self._rest_or_free(slot)
             for slot in self.index.expired(now_s):
                 if not (self._readers[slot] or self.leases.holds(slot)):
                     self.remove(slot)
@@ -372,10 +403,16 @@ class Tiers:
 
     def _free(self, slot: int) -> None:
         del self._readers[slot]
-        extent = self.index.extent[slot]
+        extent, self.index.extent[slot] = self.index.extent[slot], None
         if extent is not None:
             self.arena.free(extent)
-        self.index.free(slot)
+        self._rest_or_free(slot)
+
+    def _rest_or_free(self, slot: int) -> None:
+        if self.leases.holds(slot):
+            self._resting.append(slot)
+        else:
+            self.index.free(slot)
 
     def _leave_memory(self, slot: int) -> None:
         """The policy proposed it."""
@@ -406,15 +443,14 @@ class Tiers:
 
     def _clear_disk(self, size_bytes: int) -> None:
         """Raises DiskFullError when what is on disk is all protected; then nothing was evicted."""
-        excess_bytes = self._disk.live_bytes + size_bytes - self._disk.capacity_bytes
+        excess_bytes = self._disk.live_bytes + record_bytes(size_bytes) - self._disk.capacity_bytes
         if excess_bytes <= 0:
             return
         self.leases.expire()
-        sizes = self.index.size_bytes
         victims = self._victims(
-            self.on_disk, excess_bytes, sizes.__getitem__, lambda slot: not self._protected(slot)
+            self.on_disk, excess_bytes, self._record_bytes, lambda slot: not self._protected(slot)
         )
-        if sum(sizes[slot] for slot in victims) < excess_bytes:
+        if sum(map(self._record_bytes, victims)) < excess_bytes:
             raise DiskFullError(
                 f"the disk of {self.node_id} has no room for {size_bytes} bytes: all that is stored in its "
                 f"{self._disk.capacity_bytes} bytes is leased, pinned or being read; give the node more disk"
@@ -449,6 +485,9 @@ class Tiers:
             policy.touch(slot)
         return victims
 
+    def _record_bytes(self, slot: int) -> int:
+        return record_bytes(self.index.size_bytes[slot])
+
     def _footprint(self, slot: int) -> int:
         return self.arena.footprint_bytes(self.index.size_bytes[slot])
 
@@ -477,7 +516,7 @@ class Tiers:
         try:
             self._read(slot, 0, list(self.arena.views(extent)))
             self._verify(slot, list(self.arena.views(extent)))
-        except ChunkNotFoundError:
+        except BaseException:
             with self.lock:
                 self.arena.free(extent)
             raise
@@ -515,6 +554,22 @@ class Tiers:
         except ChunkFormatError as error:
             self._lose(slot, str(error))
 
+    def _verify_range(self, slot: int, offset: int, data: memoryview) -> None:
+        """Part of a chunk, whole frames or all of it, that was read from the disk. Raises ChunkNotFoundError."""
+        if offset == 0:
+            self._verify(slot, [data])
+            return
+        header = read_header(self.header(slot))
+        first = bisect_left(range(len(header.frame_lengths)), offset, key=header.frame_offset)
+        position = 0
+        try:
+            while position < data.nbytes:
+                end = position + header.frame_lengths[first]
+                header.verify_frame(first, data[position:end])
+                first, position = first + 1, end
+        except ChunkFormatError as error:
+            self._lose(slot, str(error))
+
     def _require_sound(self, slot: int, views: list[memoryview]) -> None:
         header = verify_chunk(views, self.index.size_bytes[slot])
         if (header.chunk_id, header.encoding.name) != (self.index.chunk_id(slot), self.index.encoding(slot)):
@@ -529,5 +584,7 @@ class Tiers:
                 self._leave_disk(slot, evicted=False)
                 if self.index.extent[slot] is None:
                     self._unlist(slot)
+                else:  # the copy in memory is sound, or nobody knows: written again, once it has been read
+                    self.dirty[slot] = None
                 self.counters.damaged += 1
         raise _LostChunkError(f"chunk {short} was damaged on the disk of {self.node_id}: {reason}")

@@ -12,7 +12,13 @@ from kvstore_api.frames import FrameKind, pack_header, unpack_header
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PendingPut
-from kvstore_codec.errors import ChunkNotFoundError, FrameRangeError, InvalidKVError, KVStoreError
+from kvstore_codec.errors import (
+    ChunkFormatError,
+    ChunkNotFoundError,
+    FrameRangeError,
+    InvalidKVError,
+    KVStoreError,
+)
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES, begin_put, put_status
 
@@ -104,7 +110,7 @@ class Session:
                 for views in reader.pieces(first, count, _SEND_BYTES):
                     self._stream.send(views if began else [header, *views], self._patience_s)
                     began = True
-        except ChunkNotFoundError as error:
+        except (ChunkNotFoundError, ChunkFormatError) as error:
             if began:  # and the rest was announced
                 raise ConnectionAbortedError(str(error)) from error
             self._send_failure(index, pb.READ_STATUS_NOT_FOUND)

@@ -13,7 +13,14 @@ from kvstore_cluster.leases import LeaseTable
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_cluster.scrub import scrub
-from kvstore_codec.errors import ArenaFullError, ChunkNotFoundError, NotDurableError, OverQuotaError
+from kvstore_codec.chunk import write_header
+from kvstore_codec.errors import (
+    ArenaFullError,
+    ChunkNotFoundError,
+    NotDurableError,
+    OverQuotaError,
+    PutStateError,
+)
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 MEMORY = 1 << 20
@@ -332,3 +339,161 @@ def test_pages_of_a_listing_cover_everything(opened: Opener) -> None:
     wanted = chunks[3].chunk_id.content_id
     (found,), _ = node.list(content_prefix=wanted[:8])
     assert found.chunk_id == chunks[3].chunk_id
+
+
+def variant_of(chunk: SampleChunk, frame_bytes: int) -> SampleChunk:
+    """Another worker's KV of the same text: never bit-equal."""
+    frames = [bytes([number]) * frame_bytes for number in range(chunk.header.geometry.frame_count)]
+    header, data = write_header(
+        bytes(32), chunk.chunk_id, chunk.header.encoding, chunk.header.geometry, frames
+    )
+    return SampleChunk(chunk.chunk_id, chunk.encoding, header, b"".join([data, *frames]))
+
+
+@pytest.mark.parametrize("frame_bytes", [3000, 15000])
+def test_of_two_workers_bytes_one_is_kept_whole(opened: Opener, frame_bytes: int) -> None:
+    node = opened()
+    first = chunk_of(0)
+    second = variant_of(first, frame_bytes)
+    slow = node.begin_put(second.chunk_id, second.encoding, len(second.data))
+    assert slow is not None
+    slow.write(second.data)
+    put(node, first, durability=Durability.MEMORY)
+    assert slow.commit()  # it survives, the other one did not
+    for number in range(1, 30):
+        put(node, chunk_of(number))
+    assert read(node, first) == second.data
+    node.check_integrity()
+    assert read(opened(), first) == second.data
+
+
+def test_what_is_put_while_a_deletion_is_written_stays(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = opened()
+    chunk = chunk_of(0)
+    put(node, chunk)
+    forget = SegmentStore.forget
+
+    def late(store: SegmentStore, meta: object, sequence: int) -> None:
+        assert put(node, chunk, durability=Durability.DURABLE)
+        forget(store, meta, sequence)
+
+    monkeypatch.setattr(SegmentStore, "forget", late)
+    assert node.delete([chunk.chunk_id]) == 1
+    monkeypatch.undo()
+    assert read(opened(), chunk) == chunk.data
+
+
+def test_damage_in_memory_leaves_the_copy_on_disk(opened: Opener) -> None:
+    node = opened()
+    chunk = chunk_of(0)
+    pending = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data))
+    assert pending is not None
+    views = list(pending.views())
+    pending.write(chunk.data)
+    pending.commit()
+    views[-1][len(views[-1]) - 1] ^= 1
+    assert "in memory" in (node.verify(chunk.chunk_id, chunk.encoding) or "")
+    assert read(node, chunk) == chunk.data
+    assert node.verify(chunk.chunk_id, chunk.encoding) is None
+    node.check_integrity()
+
+
+def damage(folder: Path, data: bytes) -> None:
+    for segment in folder.glob("*.kvs"):
+        content = bytearray(segment.read_bytes())
+        if (position := content.find(data)) >= 0:
+            content[position + len(data) // 2] ^= 1
+            segment.write_bytes(content)
+            return
+    raise AssertionError("it is on no disk")
+
+
+def test_damage_on_disk_is_written_anew_from_memory(opened: Opener, tmp_path: Path) -> None:
+    node = opened()
+    chunk = chunk_of(0)
+    put(node, chunk)
+    damage(tmp_path / "disk", chunk.data[5000:5100])
+    assert "damaged" in (node.verify(chunk.chunk_id, chunk.encoding) or "")
+    while node.maintain():
+        pass
+    assert read(opened(), chunk) == chunk.data
+
+
+@pytest.mark.parametrize("where", [slice(40, 60), slice(20_000, 20_100)], ids=["header", "frame"])
+def test_damage_is_noticed_by_small_reads_and_can_be_put_right(
+    opened: Opener, tmp_path: Path, where: slice
+) -> None:
+    node = opened()
+    chunk = chunk_of(0)
+    put(node, chunk)
+    node = opened()
+    damage(tmp_path / "disk", chunk.data[where])
+    frames = range(chunk.header.geometry.frame_count)
+    with pytest.raises(ChunkNotFoundError, match="damaged"):
+        b"".join(read(node, chunk, frame, 1) for frame in frames)
+    assert not stored(node, chunk)
+    assert put(node, chunk)
+    assert read(node, chunk) == chunk.data
+
+
+def test_a_tenants_name_has_a_limit(opened: Opener) -> None:
+    node = opened()
+    with pytest.raises(PutStateError, match="more than 255 bytes"):
+        put(node, chunk_of(0), tenant="x" * 256)
+    assert put(node, chunk_of(0), tenant="x" * 255)
+    assert node.stats().counters["put_rejected"] == 1
+
+
+def test_tiny_chunks_make_room_for_a_large_one(opened: Opener) -> None:
+    node = opened(disk_bytes=4 << 20)
+    for number in range(800):
+        put(node, sample_chunk(content=number, frame_bytes=10))
+    large = sample_chunk(content=9999, frame_bytes=60_000)
+    assert put(node, large, durability=Durability.DURABLE)
+    assert read(node, large) == large.data
+
+
+def test_a_chunk_put_to_stay_outlives_the_ttl_of_before(opened: Opener, clock: Clock) -> None:
+    node = opened()
+    chunk = chunk_of(0)
+    put(node, chunk, ttl_s=5.0)
+    assert not put(node, chunk, ttl_s=6.0)  # about as long
+    assert put(node, chunk)
+    clock.now_s += 100
+    assert stored(node, chunk)
+
+
+def test_puts_under_way_count_against_a_quota_and_a_refused_put_evicts_nothing(opened: Opener) -> None:
+    node = opened()
+    chunks = [chunk_of(number) for number in range(5)]
+    node.set_quotas({"acme": 3 * 100_000})
+    options = PutOptions(tenant="acme")
+    pending = [
+        node.begin_put(chunk.chunk_id, chunk.encoding, 100_000, options=options) for chunk in chunks[:3]
+    ]
+    with pytest.raises(OverQuotaError):
+        node.begin_put(chunks[3].chunk_id, chunks[3].encoding, 100_000, options=options)
+    for put_ in pending:
+        assert put_ is not None
+        put_.revoke()
+    assert put(node, chunks[0], tenant="acme")
+    with pytest.raises(OverQuotaError):
+        node.begin_put(chunks[1].chunk_id, chunks[1].encoding, 400_000, options=options)
+    assert stored(node, chunks[0])
+
+
+def test_a_lease_ends_with_its_chunk(opened: Opener) -> None:
+    node = opened()
+    chunk = chunk_of(0)
+    put(node, chunk)
+    lease = node.lookup([chunk.chunk_id], [chunk.encoding], lease_s=60.0)
+    node.delete([chunk.chunk_id])
+    node.set_quotas({"acme": 100_000})
+    put(node, chunk_of(1), tenant="acme")
+    assert put(node, chunk_of(2), tenant="acme")  # evicts the other: nobody has it leased
+    assert lease.lease_id is not None
+    assert node.release_lease(lease.lease_id)
+    node.maintain()
+    node.check_integrity()

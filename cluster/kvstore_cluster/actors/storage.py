@@ -80,10 +80,13 @@ class StorageActor:
         """Leaves the cluster, stops the endpoint, and writes to disk what is only in memory."""
         self._stopping.set()
         self._registering.join()
-        ray.get(
-            self._coordinator.leave.remote(self._member.node_id, self._incarnation),
-            timeout=_REGISTER_TIMEOUT_S,
-        )
+        try:
+            ray.get(
+                self._coordinator.leave.remote(self._member.node_id, self._incarnation),
+                timeout=_REGISTER_TIMEOUT_S,
+            )
+        except ray.exceptions.RayError as error:
+            log.warning("node %s could not say that it goes: %s", self._member.node_id, error)
         self._repair.stop()
         self._endpoint.stop(grace_s)
         self._keeper.stop()

@@ -5,8 +5,8 @@
 """
 
 from kvstore_cluster.disk.location import Location
-from kvstore_cluster.disk.record import RecordMeta
+from kvstore_cluster.disk.record import RecordMeta, record_bytes
 from kvstore_cluster.disk.recovery import Recovery
 from kvstore_cluster.disk.store import SegmentStore
 
-__all__ = ["Location", "RecordMeta", "Recovery", "SegmentStore"]
+__all__ = ["Location", "RecordMeta", "Recovery", "SegmentStore", "record_bytes"]

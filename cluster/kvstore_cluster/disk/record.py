@@ -108,6 +108,11 @@ def record_blocks(kind: int, size_bytes: int) -> int:
     return 1 + blocks_of(size_bytes) if kind == Kind.PUT else 1
 
 
+def record_bytes(size_bytes: int) -> int:
+    """What a chunk of `size_bytes` takes on disk."""
+    return (1 + blocks_of(size_bytes)) * BLOCK_BYTES
+
+
 def is_header(block: memoryview, seed: int) -> bool:
     """Whether a sound header of a record of the segment with that seed begins here."""
     if block.nbytes < _NAMES_START:
