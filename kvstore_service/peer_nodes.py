@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 5.0
 _PIECE_BYTES = 1 << 20
 _SLOWEST_BYTES_PER_S = 1 << 20
+# A disk that is full, failing or none is not asked for each chunk.
+_WITHOUT_PROMISE_S = 60.0
 # Beyond that a node evicts for what comes.
 _ROOMY = 0.9
 _CHANNEL_OPTIONS = [
@@ -37,6 +40,7 @@ _OUTCOMES = {
     pb.PUT_STATUS_OVER_QUOTA: Outcome.REFUSED,
     pb.PUT_STATUS_TOO_LARGE: Outcome.REFUSED,
     pb.PUT_STATUS_INVALID: Outcome.REFUSED,
+    pb.PUT_STATUS_NOT_DURABLE: Outcome.REFUSED,
 }
 
 
@@ -47,6 +51,7 @@ class GrpcPeers:
         self._node = node
         self._lock = threading.Lock()
         self._channels: dict[str, grpc.Channel] = {}
+        self._promises_again_s: dict[str, float] = {}  # by endpoint, of those that could not
         self._closed = False
 
     def lookup(self, member: Member, chunks: Sequence[ChunkId], encoding: str) -> list[bool]:
@@ -59,27 +64,45 @@ class GrpcPeers:
             )
         return [bool(answer.encoding) for answer in reply.answers]
 
-    def has_room(self, member: Member) -> bool:
+    def room_bytes(self, member: Member) -> int:
         stats = self._call(member, "Stats", pb.StatsRequest())
         on_disk = stats.gauges.get("disk_bytes_limit", 0)
         used, limit = (
             (stats.gauges["disk_bytes_used"], on_disk) if on_disk else (stats.bytes_used, stats.bytes_limit)
         )
-        return bool(used < _ROOMY * limit)
+        return max(0, int(_ROOMY * limit) - used)
 
     def push(self, member: Member, variants: Sequence[StoredVariant]) -> list[Outcome]:
+        """What is on this node's disk shall be as durable there; who cannot promise that keeps it as it can."""
+        durably = time.monotonic() >= self._promises_again_s.get(member.endpoint, 0.0)
+        outcomes, not_durable = self._send(member, variants, durably=durably)
+        if durably and not_durable:
+            self._promises_again_s[member.endpoint] = time.monotonic() + _WITHOUT_PROMISE_S
+            others, _ = self._send(member, [variants[index] for index in not_durable], durably=False)
+            for index, outcome in zip(not_durable, others, strict=True):
+                outcomes[index] = outcome
+        return outcomes
+
+    def _send(
+        self, member: Member, variants: Sequence[StoredVariant], *, durably: bool
+    ) -> tuple[list[Outcome], list[int]]:
+        """What became of each, and the indices of those that could not be kept durably."""
         outcomes = [Outcome.FAILED] * len(variants)
+        not_durable: list[int] = []
         started: list[int] = []  # indices, in the order of the replies
         size_bytes = sum(variant.size_bytes for variant in variants)
         try:
             stream = GrpcTransport(self._channel(member)).put(
-                self._steps(variants, outcomes, started), _CALL_TIMEOUT_S + size_bytes / _SLOWEST_BYTES_PER_S
+                self._steps(variants, outcomes, started, durably=durably),
+                _CALL_TIMEOUT_S + size_bytes / _SLOWEST_BYTES_PER_S,
             )
             try:
                 for number, reply in enumerate(stream):
                     outcome = _OUTCOMES.get(reply.status, Outcome.FAILED)
                     outcomes[started[number]] = outcome
-                    if outcome in (Outcome.REFUSED, Outcome.FAILED):
+                    if reply.status == pb.PUT_STATUS_NOT_DURABLE:
+                        not_durable.append(started[number])
+                    elif outcome in (Outcome.REFUSED, Outcome.FAILED):
                         chunk_id = variants[started[number]].chunk_id
                         log.warning("%s refused chunk %s: %s", member.node_id, chunk_id.short, reply.message)
             finally:
@@ -90,10 +113,15 @@ class GrpcPeers:
             ValueError,
         ) as error:  # ValueError: closed between the two
             log.info("%d chunks were not all copied to %s: %s", len(variants), member.node_id, error)
-        return outcomes
+        return outcomes, not_durable
 
     def _steps(
-        self, variants: Sequence[StoredVariant], outcomes: list[Outcome], started: list[int]
+        self,
+        variants: Sequence[StoredVariant],
+        outcomes: list[Outcome],
+        started: list[int],
+        *,
+        durably: bool,
     ) -> Iterator[pb.PutRequest | memoryview]:
         for index, variant in enumerate(variants):
             inside = False
@@ -101,7 +129,7 @@ class GrpcPeers:
                 with self._node.open(variant.chunk_id, variant.encoding, peek=True) as reader:
                     started.append(index)
                     inside = True
-                    yield _start(variant)
+                    yield _start(variant, durable=durably and variant.on_disk)
                     for views in reader.pieces(0, 0, _PIECE_BYTES):
                         yield from views
                     yield pb.PutRequest(end=pb.PutEnd())
@@ -140,7 +168,7 @@ class GrpcPeers:
             return self._channels[member.endpoint]
 
 
-def _start(variant: StoredVariant) -> pb.PutRequest:
+def _start(variant: StoredVariant, *, durable: bool) -> pb.PutRequest:
     chunk_id = variant.chunk_id
     return pb.PutRequest(
         start=pb.PutStart(
@@ -150,6 +178,7 @@ def _start(variant: StoredVariant) -> pb.PutRequest:
             calibration=variant.calibration or b"",
             ttl_s=variant.ttl_left_s,
             tenant=variant.tenant,
+            durability=pb.DURABILITY_DURABLE if durable else pb.DURABILITY_DEFAULT,
             cost=variant.cost,
         )
     )

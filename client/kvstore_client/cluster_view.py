@@ -146,6 +146,12 @@ class ClusterView:
             known = self._pauses.get(endpoint)
             return known is not None and time.monotonic() < known.until_s
 
+    def is_out_of_reach(self, endpoint: str) -> bool:
+        """Whether it is paused until it answers again, rather than for being slow or wrong."""
+        with self._lock:
+            known = self._pauses.get(endpoint)
+            return known is not None and known.until_it_answers and time.monotonic() < known.until_s
+
     def recovered(self, endpoint: str) -> None:
         """The address works again: its next failure pauses it briefly."""
         with self._lock:

@@ -1,8 +1,10 @@
 """Where chunks are: on their best reader, or on another one that has them."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 import grpc
 
@@ -19,12 +21,21 @@ Groups = dict[str, tuple[Member, list[int]]]
 """Whom to ask for which chunks, by node_id."""
 
 
+class _Question(NamedTuple):
+    """A call that was made, for which chunks and when."""
+
+    member: Member
+    asked: Sequence[int]
+    asked_at_s: float
+
+
 class Search:
     """Looks chunks up wherever they may be, within one deadline, `lookup_timeout_s`.
 
     A chunk is asked for at its best reader. What that one does not have, fails to say, or has not said after
     `failover_s` is asked for at all its other readers at once: nobody waits for a dead node while another lives, and
-    a text that is stored nowhere costs two rounds. Paused readers are not asked; one that fails now is paused.
+    a text that is stored nowhere costs two rounds. Paused readers are not asked, unless another one is out of reach:
+    then one that was paused for being slow may have the only copy. A reader that fails now is paused.
     """
 
     def __init__(
@@ -45,61 +56,86 @@ class Search:
         self._chunk_ids, self._encodings, self._take = chunk_ids, encodings, take
         self._found: set[int] = set()
         self._others: dict[int, Sequence[Member]] = {}
-        self._open: dict[grpc.Future, tuple[Member, Sequence[int]]] = {}
-        self._answered: SimpleQueue[grpc.Future] = SimpleQueue()
+        self._slow: dict[int, Sequence[Member]] = {}
+        self._open: dict[grpc.Future, _Question] = {}
+        self._answered: SimpleQueue[grpc.Future | None] = SimpleQueue()
+        self._any_answer = False
+        self._patience_s = min(settings.failover_s, settings.lookup_timeout_s / 2)
         self._deadline_s = 0.0
 
-    def run(self, indices: Iterable[int], tried: Mapping[int, Iterable[Member]] | None = None) -> None:
-        """Look for the chunks at `indices`, except where each was `tried` before. Called once.
+    def run(
+        self,
+        indices: Iterable[int],
+        tried: Mapping[int, Iterable[Member]] | None = None,
+        timeout_s: float = math.inf,
+    ) -> None:
+        """Look for the chunks at `indices`, except where each was `tried` before, for `timeout_s` at most. Called once.
 
         Raises NodeUnavailableError when there is no node, or when none answered.
         """
-        self._deadline_s = time.monotonic() + self._settings.lookup_timeout_s
-        patience_s = min(self._settings.failover_s, self._settings.lookup_timeout_s / 2)
-        hurry_s = time.monotonic() + patience_s
+        began_s = time.monotonic()
+        self._deadline_s = began_s + min(self._settings.lookup_timeout_s, timeout_s)
+        hurry_s = began_s + self._patience_s
         self._ask(self._best(list(indices), tried or {}))
         hurried = False
         while self._open and not (hurried and self._is_settled()):
-            until_s = self._deadline_s if hurried else hurry_s
+            until_s = self._deadline_s if hurried else min(hurry_s, self._deadline_s)
             try:
                 call = self._answered.get(timeout=max(0.0, until_s - time.monotonic()))
             except Empty:
-                if hurried:
+                if time.monotonic() >= self._deadline_s:
                     break
                 hurried = True
-                self._ask(self._next(index for _, asked in self._open.values() for index in asked))
+                waiting = [index for question in self._open.values() for index in question.asked]
+                self._ask(self._next(waiting, failing=True))
             else:
-                self._ask(self._next(self._missing(call)))
-        for call, (member, _) in self._open.items():
+                if call is None:
+                    break
+                missing, failing = self._missing(call)
+                self._ask(self._next(missing, failing=failing))
+        for call, question in self._open.items():
             call.cancel()
-            self._fail(member, f"no answer within {self._settings.lookup_timeout_s:g} s")
+            self._fail(question, f"no answer within {self._settings.lookup_timeout_s:g} s")
         if self.failures:
             self._view.refresh()
-            if len(self.failures) == self.asked:
+            if not self._any_answer:
                 raise NodeUnavailableError(f"no owner answered a lookup: {self.failures[0]}")
 
+    def cancel(self) -> None:
+        """From any thread: nobody waits for it any more."""
+        self._answered.put(None)
+
     def _best(self, wanted: Sequence[int], tried: Mapping[int, Iterable[Member]]) -> Groups:
-        """The first reader of each chunk; the others are kept for later."""
+        """The first reader of each chunk that is not paused; the others are kept for later."""
         rows = self._view.readers([self._chunk_ids[index].content_id for index in wanted])
         # Rows that are alike are one object, and few: thousands of chunks are sorted without comparing members.
         unlike = {id(row): row for row in rows}
         paused = {m for row in unlike.values() for m in row if self._view.is_paused(m.endpoint)}
+        away = {member for member in paused if self._view.is_out_of_reach(member.endpoint)}
+        slow = {key: [m for m in row if m in paused and m not in away] for key, row in unlike.items()}
         usable = {key: [m for m in row if m not in paused] for key, row in unlike.items()}
+        for key, row in unlike.items():
+            if not away.isdisjoint(row):
+                usable[key] += slow.pop(key)
         best: Groups = {}
         for index, row in zip(wanted, rows, strict=True):
-            members = usable[id(row)]
+            members, reserve = usable[id(row)], slow.get(id(row), ())
             if index in tried:
                 members = [member for member in members if member not in tried[index]]
+                reserve = [member for member in reserve if member not in tried[index]]
+            if reserve:
+                self._slow[index] = reserve
             if members:
                 best.setdefault(members[0].node_id, (members[0], []))[1].append(index)
                 self._others[index] = members[1:]
         return best
 
-    def _next(self, indices: Iterable[int]) -> Groups:
-        """The readers of these chunks that were not asked yet."""
+    def _next(self, indices: Iterable[int], *, failing: bool) -> Groups:
+        """The readers of these chunks that were not asked yet, also the slow ones after one that failed."""
         groups: Groups = {}
         for index in indices:
-            for member in self._others.pop(index, ()):
+            slow = self._slow.pop(index, ()) if failing else ()
+            for member in (*self._others.pop(index, ()), *slow):
                 groups.setdefault(member.node_id, (member, []))[1].append(index)
         return groups
 
@@ -111,34 +147,43 @@ class Search:
                 with_headers=True,
                 encodings=self._encodings,
             )
-            timeout_s = self._deadline_s - time.monotonic()
-            call = self._view.storage(member.endpoint).Lookup.future(request, timeout=timeout_s)
-            self._open[call] = member, asked
+            now_s = time.monotonic()
+            call = self._view.storage(member.endpoint).Lookup.future(
+                request, timeout=self._deadline_s - now_s
+            )
+            self._open[call] = _Question(member, asked, now_s)
             self.asked += 1
             call.add_done_callback(self._answered.put)
 
-    def _missing(self, call: grpc.Future) -> list[int]:
-        """Take what came; which of the chunks that were asked for have not been found."""
-        member, asked = self._open.pop(call)
+    def _missing(self, call: grpc.Future) -> tuple[list[int], bool]:
+        """Take what came; which of the chunks that were asked for have not been found, and whether the call failed."""
+        question = self._open.pop(call)
+        member, asked = question.member, question.asked
+        failing = False
         try:
             reply = call.result()
         except (grpc.RpcError, grpc.FutureCancelledError):
-            self._fail(member, call.code().name)
+            failing = True
+            self._fail(question, call.code().name, late=call.code() == grpc.StatusCode.DEADLINE_EXCEEDED)
         else:
+            self._any_answer = True
             if reply.lease_id:
                 self.leases.append((member, reply.lease_id))
             for index, answer in zip(asked, reply.answers, strict=False):
                 if answer.encoding and index not in self._found and self._take(index, member, answer):
                     self._found.add(index)
-        return [index for index in asked if index not in self._found]
+        return [index for index in asked if index not in self._found], failing
 
     def _is_settled(self) -> bool:
         """Whether everything that an open call could still find was found."""
-        return all(index in self._found for _, asked in self._open.values() for index in asked)
+        return all(index in self._found for question in self._open.values() for index in question.asked)
 
-    def _fail(self, member: Member, reason: str) -> None:
+    def _fail(self, question: _Question, reason: str, *, late: bool = True) -> None:
+        """Pause who failed. Who is `late` only because the search ends sooner than it could answer has not failed."""
+        if late and time.monotonic() - question.asked_at_s < self._patience_s:
+            return
         self.failures.append(reason)
-        self._view.pause(member.endpoint, until_it_answers=True)
+        self._view.pause(question.member.endpoint, until_it_answers=True)
 
 
 def chunk_ref(chunk_id: ChunkId) -> pb.ChunkRef:

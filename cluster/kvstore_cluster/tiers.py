@@ -45,6 +45,7 @@ PROMOTE_FROM = 0.5
 HEADER_CACHE_BYTES = 32 << 20
 FLUSH_PATIENCE_S = 2.0
 _MOST_TOUCHED = 1 << 16
+_DISK_TRIES = 3
 
 
 class _LostChunkError(ChunkNotFoundError):
@@ -268,18 +269,20 @@ class Tiers:
 
     def write(self, meta: RecordMeta, extent: Extent, *, sync: bool) -> Location:
         """Appends a chunk to the disk, evicting from it what nobody uses. Raises DiskError."""
-        with self.lock:
-            self._clear_disk(meta.size_bytes)
         views = list(self.arena.views(extent))
-        more = True
+        tries = _DISK_TRIES
         while True:
+            with self.lock:
+                self._clear_disk(meta.size_bytes)
             try:
                 return self._disk.append(meta, views, sync=sync)
             except DiskFullError:
-                if not more:
+                # What was evicted takes room until its segment is compacted. Where there is nothing to compact, the
+                # keeper or another put has just done it, and maybe taken the room.
+                if not self._disk.compact(self.relocate):
+                    tries -= 1
+                if not tries:
                     raise
-                # What was evicted takes room until its segment is compacted; maybe the keeper has just done it.
-                more = self._disk.compact(self.relocate)
 
     def make_durable(self, slot: int) -> None:
         """The chunk shall survive a power loss. Raises DiskError."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kvstore_service.admin import ClusterAdmin
 
 _PERIOD_S = 0.5
+# Leases end and nodes come back; what nobody has taken for longer, nobody will.
+_STUCK_S = 5.0
 
 
 def drain(
@@ -44,13 +46,13 @@ def drain(
 
 
 def _wait(cluster: "ClusterAdmin", node_id: str) -> int:
-    """Raises ServiceError when the node dies, or is not draining any more."""
+    """Raises ServiceError when the node dies, is not draining any more, or has nobody to give the rest to."""
     from rich.console import Console
 
     from kvstore_service.cli.stages import Stages
 
     most = 0
-    told = False
+    moved_s = time.monotonic()
     with Stages(Console(stderr=True), {node_id: f"draining {node_id}"}) as stages:
         while True:
             status = _status(cluster, node_id)
@@ -61,7 +63,14 @@ def _wait(cluster: "ClusterAdmin", node_id: str) -> int:
                     f"{node_id} does not answer ({status.error}); what it had not given is on it alone"
                 )
             left = _left_of(status)
-            told = told or left is not None
+            if left is None or left > status.stats.gauges.get("drain_stuck", 0):
+                moved_s = time.monotonic()
+            elif left and time.monotonic() - moved_s > _STUCK_S:
+                raise ServiceError(
+                    f"{node_id} has {left} chunks that no other node takes: none has room, or none is there that does "
+                    "not drain. Add one or `kvstore evict` something; the node goes on trying until "
+                    f"`kvstore drain {node_id} --cancel`"
+                )
             if left is not None:
                 most = max(most, left)
                 stages.advance(node_id, most - left, most)

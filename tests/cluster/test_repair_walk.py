@@ -32,8 +32,8 @@ class Network:
             raise NodeUnavailableError(member.node_id)
         return [(chunk, encoding) in self.held[member.node_id] for chunk in chunks]
 
-    def has_room(self, member: Member) -> bool:
-        return True
+    def room_bytes(self, member: Member) -> int:
+        raise AssertionError("a survey sends nothing")
 
     def push(self, member: Member, variants: Sequence[StoredVariant]) -> list[Outcome]:
         raise AssertionError("a survey sends nothing")

@@ -10,6 +10,7 @@ from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import ReadTask
+from kvstore_client.fetch.deliver import Delivery
 from kvstore_client.lookup import StoredChunk
 from kvstore_client.replicas import Search
 from kvstore_client.settings import ClientSettings
@@ -23,8 +24,10 @@ _CHECKS_PER_LIMIT = 5
 class Reading:
     """A stream that is being read, and since when the next piece of it is waited for."""
 
-    def __init__(self, stream: ReadStream) -> None:
+    def __init__(self, stream: ReadStream, *, hurried: bool) -> None:
+        """`hurried`: it is given up when it falls silent."""
         self._stream = stream
+        self._hurried = hurried
         self._waiting_since_s = math.inf
         self.silent = False
         """Whether it was given up because nothing came."""
@@ -40,8 +43,14 @@ class Reading:
         finally:
             self._waiting_since_s = math.inf
 
+    @property
+    def moved_at_s(self) -> float:
+        """When bytes last came, as far as is known, or when they began to be waited for."""
+        return max(self._waiting_since_s, self._stream.moved_at_s)
+
     def end_if_silent(self, limit_s: float) -> None:
-        if time.monotonic() - self._waiting_since_s > limit_s:
+        """`moved_at_s` is this long ago."""
+        if self._hurried and time.monotonic() - self.moved_at_s > limit_s:
             self.silent = True
             self._stream.cancel()
 
@@ -50,8 +59,10 @@ class Failover:
     """Knows for the chunks of one fetch who else has them, and ends streams that fell silent. Thread-safe, as long as
     the tasks of one chunk are in one thread."""
 
-    def __init__(self, view: ClusterView, settings: ClientSettings, chunks: Sequence[StoredChunk]) -> None:
-        self._view, self._settings, self._chunks = view, settings, chunks
+    def __init__(
+        self, view: ClusterView, settings: ClientSettings, chunks: Sequence[StoredChunk], delivery: Delivery
+    ) -> None:
+        self._view, self._settings, self._chunks, self._delivery = view, settings, chunks, delivery
         self._tried = [{chunk.member} for chunk in chunks]
         self._lock = threading.Lock()
         self._readings: set[Reading] = set()
@@ -94,7 +105,9 @@ class Failover:
         encodings = sorted({self._chunks[index].header.encoding.name for index in indices})
         search = Search(self._view, self._settings, ids, encodings, take)
         try:
-            search.run(indices, {index: self._tried[index] for index in indices})
+            self._delivery.on_end(search.cancel)
+            tried = {index: self._tried[index] for index in indices}
+            search.run(indices, tried, self._delivery.remaining_s())
         except NodeUnavailableError:
             return {}, list(tasks)
         finally:
@@ -112,7 +125,8 @@ class Failover:
         self._view.refresh()
 
     def watched(self, reading: Reading) -> Iterator[ReadPiece]:
-        """The pieces of a stream, which ends when nothing comes for `failover_s`. Raises TransferError."""
+        """The pieces of a stream, which ends when it is hurried and nothing comes for `failover_s`. Raises
+        TransferError."""
         with self._lock:
             self._readings.add(reading)
         try:
@@ -128,4 +142,5 @@ class Failover:
             with self._lock:
                 readings = list(self._readings)
             for reading in readings:
+                self._delivery.moved(reading.moved_at_s)
                 reading.end_if_silent(limit_s)

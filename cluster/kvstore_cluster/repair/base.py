@@ -36,8 +36,8 @@ class PeerNodes(Protocol):
         """For each chunk whether `member` has it in `encoding`, coded with whatever calibration; that is no use of
         it. Raises NodeUnavailableError."""
 
-    def has_room(self, member: Member) -> bool:
-        """Whether `member` could take more without evicting. Raises NodeUnavailableError."""
+    def room_bytes(self, member: Member) -> int:
+        """How much `member` could take without evicting. Raises NodeUnavailableError."""
 
     def push(self, member: Member, variants: Sequence[StoredVariant]) -> list[Outcome]:
         """Sends copies, which is no use of the variants either; one outcome for each. Never raises."""

@@ -25,11 +25,13 @@ class Need:
 
 @dataclass(slots=True)
 class Findings:
-    """`lacking` counts variants that an owner lacks, `unclear` those of which that could not be asked."""
+    """`lacking` counts variants that an owner lacks, `unclear` those of which that could not be asked, and `homeless`
+    those of the lacking that have no owner: every node is draining."""
 
     needs: list[Need] = field(default_factory=list)
     lacking: int = 0
     unclear: int = 0
+    homeless: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,10 @@ class Survey:
         having = self._having(variants, roles)
         findings = Findings()
         for variant, role, has in zip(variants, roles, having, strict=True):
+            if not role.owners:
+                findings.lacking += 1
+                findings.homeless += 1
+                continue
             if len(has) == len(role.asked):
                 continue  # everybody has it
             if self._silent and not self._silent.isdisjoint(member.node_id for member in role.asked):

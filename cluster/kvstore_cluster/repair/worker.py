@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from kvstore_api.placement import Member, Membership, Placement
 from kvstore_cluster.coordinator import Directives
@@ -30,18 +31,21 @@ _PAGE = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """`gentle`: nothing has happened, so what a full node lacks it has evicted, and does not get again."""
+    """`gentle`: a full node gets nothing. Where nothing has happened, it has evicted what it lacks and would do so
+    again; and what a draining node gives shall stay where it is given."""
 
     membership: Membership
     repair_round: int
+    draining: bool
     gentle: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """Variants of which an owner is `short` still, and copies that `failed`."""
+    """Variants of which an owner is `short` still, those of them that it was `denied`, and copies that `failed`."""
 
     short: int
+    denied: int
     failed: int
 
 
@@ -79,7 +83,8 @@ class RepairWorker:
         self._finished: _Walk | None = None  # the last one that was not given up
         self._complete: _Walk | None = None  # the last one in which every node answered
         self._checked = 0
-        self._left = 0  # variants that an owner lacked after the last walk
+        self._left = 0  # variants that an owner lacked after the last walk; before it, while draining
+        self._stuck = 0  # those of them that nobody took
         self._counters = RepairCounters()
         self._thread = threading.Thread(target=self._run, name="kvstore-repair", daemon=True)
 
@@ -108,8 +113,8 @@ class RepairWorker:
 
     def gauges(self, chunks: int) -> dict[str, int]:
         """`chunks` is how many variants the node has. `repair_round` and `repair_epoch` are those of the last walk in
-        which every other node answered. A draining node has `draining` 1, and `drain_left` variants that an owner still
-        lacks, as far as it knows: at 0 it may go."""
+        which every other node answered. A draining node has `draining` 1, and `drain_left` variants that an owner
+        lacked when it looked last: at 0 it may go. `drain_stuck` of them no other node takes."""
         with self._changed:
             draining = self._is_draining()
             known = self._finished is not None and self._finished.membership == self._membership
@@ -122,6 +127,7 @@ class RepairWorker:
                 "repair_left": self._left,
                 "draining": int(draining),
                 "drain_left": (self._left if known else chunks) if draining else 0,
+                "drain_stuck": self._stuck if draining and known else 0,
             }
 
     def counters(self) -> dict[str, int]:
@@ -142,7 +148,6 @@ class RepairWorker:
                 self._walk = None
                 if self._is_old(walk):
                     continue
-                self._finished = walk
                 if complete:
                     self._complete = walk
                 if self._repair_round == walk.repair_round:
@@ -165,25 +170,23 @@ class RepairWorker:
                     left_s = self._due_s - time.monotonic()
                     if left_s <= 0:
                         self._checked = 0
-                        self._walk = _Walk(self._membership, self._repair_round, self._nothing_happened())
+                        draining = self._is_draining()
+                        gentle = draining or self._nothing_happened()
+                        self._walk = _Walk(self._membership, self._repair_round, draining, gentle)
                         return self._walk
                 self._changed.wait(left_s)
             return None
 
     def _nothing_happened(self) -> bool:
         last = self._complete
-        return (
-            last is not None
-            and (last.membership, last.repair_round) == (self._membership, self._repair_round)
-            and not (self._is_draining() and self._left)
-        )
+        now = (self._membership, self._repair_round)
+        return last is not None and (last.membership, last.repair_round) == now
 
     def _look_through(self, walk: _Walk) -> bool:
         """True when every node that was asked answered; False as well when the walk was given up."""
         placement = Placement(walk.membership.members, walk.membership.replicas)
         survey = Survey(self._node.node_id, placement, self._peers)
-        room: dict[str, bool] = {}
-        cursor = left = unclear = 0
+        cursor = left = stuck = unclear = 0
         while True:
             began_s = time.monotonic()
             variants, cursor = self._node.list(cursor, _PAGE)
@@ -191,52 +194,56 @@ class RepairWorker:
             unclear += findings.unclear
             left += findings.lacking + findings.unclear
             took_s = time.monotonic() - began_s
-            given = self._give(walk, findings.needs, room)
+            given = self._give(walk, findings.needs)
             if given is None:
                 return False
             unclear += given.failed
-            left -= len(findings.needs) - given.short
+            stuck += findings.homeless + given.denied
+            if not walk.draining:  # else the next walk sees whether it is still where it was given
+                left -= len(findings.needs) - given.short
             with self._changed:
                 self._checked += len(variants)
                 if not cursor:
-                    self._left = left
+                    self._finished, self._left, self._stuck = walk, left, stuck
                     return not unclear
             # The node answers clients with the other half of the time.
             if not self._wait(walk, took_s):
                 return False
 
-    def _give(self, walk: _Walk, needs: Sequence[Need], room: dict[str, bool]) -> _Given | None:
+    def _give(self, walk: _Walk, needs: Sequence[Need]) -> _Given | None:
         """None when the walk is given up."""
         wanting: dict[Member, list[StoredVariant]] = defaultdict(list)
         for need in needs:
             for owner in need.owners:
                 wanting[owner].append(need.variant)
         short: set[int] = set()  # variants that an owner still lacks
+        denied: set[int] = set()
         failed = 0
-        for owner, variants in wanting.items():
-            if walk.gentle and not self._has_room(owner, room):
-                continue
+        for owner, wanted in wanting.items():
+            fitting = self._fitting(owner, wanted) if walk.gentle else len(wanted)
+            variants = wanted[:fitting]
+            denied.update(id(variant) for variant in wanted[fitting:])
             for burst in self._pace.bursts(variants):
                 if not self._wait(walk, self._pace.wait_s(time.monotonic())):
                     return None
                 outcomes = self._peers.push(owner, burst)
                 self._count(burst, outcomes)
                 failed += outcomes.count(Outcome.FAILED)
-                short.update(
-                    id(variant)
-                    for variant, outcome in zip(burst, outcomes, strict=True)
-                    if outcome in (Outcome.REFUSED, Outcome.FAILED)
-                )
-        return _Given(len(short), failed)
+                for variant, outcome in zip(burst, outcomes, strict=True):
+                    if outcome is Outcome.REFUSED:
+                        denied.add(id(variant))
+                    elif outcome is Outcome.FAILED:
+                        short.add(id(variant))
+        return _Given(len(short | denied), len(denied), failed)
 
-    def _has_room(self, owner: Member, room: dict[str, bool]) -> bool:
-        """Asked once in a walk. A node that does not answer is for the next walk."""
-        if owner.node_id not in room:
-            try:
-                room[owner.node_id] = self._peers.has_room(owner)
-            except NodeUnavailableError:
-                room[owner.node_id] = False
-        return room[owner.node_id]
+    def _fitting(self, owner: Member, variants: Sequence[StoredVariant]) -> int:
+        """How many of these the owner has room for, from the first on. All for one that does not answer: then they
+        fail."""
+        try:
+            room_bytes = self._peers.room_bytes(owner)
+        except NodeUnavailableError:
+            return len(variants)
+        return sum(end <= room_bytes for end in accumulate(variant.size_bytes for variant in variants))
 
     def _count(self, variants: Sequence[StoredVariant], outcomes: Sequence[Outcome]) -> None:
         sent_bytes = sum(
