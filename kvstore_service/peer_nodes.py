@@ -70,7 +70,7 @@ class GrpcPeers:
         used, limit = (
             (stats.gauges["disk_bytes_used"], on_disk) if on_disk else (stats.bytes_used, stats.bytes_limit)
         )
-        return max(0, int(_ROOMY * limit) - used)
+        return max(0, int(_ROOMY * limit - used))
 
     def push(self, member: Member, variants: Sequence[StoredVariant]) -> list[Outcome]:
         """What is on this node's disk shall be as durable there; who cannot promise that keeps it as it can."""

@@ -14,6 +14,8 @@ from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.disk import SegmentStore
+from kvstore_cluster.durability import Durability
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import ChunkNotFoundError
@@ -33,10 +35,13 @@ class Cell:
         node_id: str,
         *,
         memory_bytes: int = 16 << 20,
+        disk: Path | None = None,
+        durability: Durability = Durability.RELAXED,
         bytes_per_s: float = FAST_BYTES_PER_S,
         period_s: float = 300,
     ) -> None:
-        self.node = StorageNode(node_id, Arena(memory_bytes, 4 << 10))
+        store = SegmentStore(disk, 64 << 20, segment_bytes=4 << 20) if disk is not None else None
+        self.node = StorageNode(node_id, Arena(memory_bytes, 4 << 10), store=store, durability=durability)
         self.server = serve_storage(self.node, host="127.0.0.1")
         self.member = Member(node_id, self.server.address)
         self.worker = RepairWorker(
@@ -72,6 +77,7 @@ class Cell:
         self.worker.stop()
         self.server.stop(0)
         self.node.check_integrity()
+        self.node.close()
 
 
 class Cluster:
@@ -82,7 +88,7 @@ class Cluster:
         self.cells: dict[str, Cell] = {}
         self._incarnations = 0
 
-    def add(self, node_id: str, **options: float) -> Cell:
+    def add(self, node_id: str, **options: object) -> Cell:
         cell = self.cells[node_id] = Cell(node_id, **options)  # type: ignore[arg-type]
         self._incarnations += 1
         self.coordinator.join(cell.member, self._incarnations)
@@ -253,6 +259,7 @@ def test_a_drain_that_cannot_end_says_what_is_left(make_cluster: Callable[[int],
     others = [sample_chunk(number) for number in range(100, 140)]
     for chunk in others:
         full.put(chunk)
+    evicted = full.node.stats().counters["evictions"]
     lease = full.node.lookup([chunk.chunk_id for chunk in others], ["exact-zstd"], lease_s=60).lease_id
     assert lease is not None
     cluster.tick()
@@ -260,9 +267,42 @@ def test_a_drain_that_cannot_end_says_what_is_left(make_cluster: Callable[[int],
     gauges = cluster.cells["a"].gauges
     assert gauges["drain_left"] == gauges["drain_stuck"] == len(chunks)
     full.node.release_lease(lease)
+    cluster.coordinator.drain("b")  # it has no room, so others take what it would own
     cluster.add("c")
     cluster.tick()
-    wait_for(lambda: cluster.cells["a"].gauges["drain_left"] == gauges["drain_left"] - 1)
+    wait_for(lambda: cluster.cells["a"].gauges["drain_left"] == 0)
+    assert cluster.whole(chunks)
+    assert full.node.stats().counters["evictions"] == evicted
+
+
+def test_the_only_copy_is_not_given_to_nobody(make_cluster: Callable[[int], Cluster]) -> None:
+    cluster = make_cluster(1)
+    for name in ("a", "b"):
+        cluster.add(name)
+    chunks = samples(20)
+    cluster.store(chunks)
+    for name in ("a", "b"):
+        cluster.coordinator.drain(name)
+    cluster.settle()
+    for cell in cluster.cells.values():
+        held = cell.node.stats().chunks
+        assert held
+        assert (cell.gauges["drain_left"], cell.gauges["drain_stuck"]) == (held, held)
+
+
+def test_what_a_draining_node_gives_pushes_nothing_out(make_cluster: Callable[[int], Cluster]) -> None:
+    cluster = make_cluster(1)
+    cluster.add("a")
+    chunks = samples(60, frame_bytes=4000)
+    cluster.store(chunks)
+    small = cluster.add("b", memory_bytes=1 << 20)
+    cluster.coordinator.drain("a")
+    cluster.settle()
+    wait_for(lambda: cluster.cells["a"].gauges["drain_left"] == cluster.cells["a"].gauges["drain_stuck"])
+    given = small.node.stats().chunks
+    assert 0 < given < len(chunks)
+    assert cluster.cells["a"].gauges["drain_left"] == len(chunks) - given
+    assert small.node.stats().counters["evictions"] == 0
 
 
 def test_a_change_of_the_membership_ends_the_walk(make_cluster: Callable[[int], Cluster]) -> None:
@@ -389,3 +429,41 @@ def test_copies_keep_what_was_said_of_the_original(make_cluster: Callable[[int],
     assert (copy.chunk_id, copy.encoding, cursor) == (chunk.chunk_id, chunk.encoding, 0)
     assert (copy.tenant, copy.cost) == ("blue", 7.5)
     assert 900 < copy.ttl_left_s <= 1000
+
+
+def test_copies_of_what_is_on_disk_are_on_disk(
+    make_cluster: Callable[[int], Cluster], tmp_path: Path
+) -> None:
+    cluster = make_cluster(2)
+    cluster.add("a", disk=tmp_path / "a")
+    chunks = samples(5)
+    cluster.store(chunks)
+    receiver = cluster.add("b", disk=tmp_path / "b", durability=Durability.MEMORY)
+    cluster.settle()
+    variants, _ = receiver.node.list(0, 10)
+    assert [variant.on_disk for variant in variants] == [True] * len(chunks)
+
+
+def test_a_node_without_disk_takes_copies_of_what_is_on_disk(
+    make_cluster: Callable[[int], Cluster], tmp_path: Path
+) -> None:
+    cluster = make_cluster(2)
+    cluster.add("a", disk=tmp_path / "a")
+    chunks = samples(5)
+    cluster.store(chunks)
+    cluster.add("b")
+    cluster.settle()
+    assert cluster.whole(chunks)
+    assert cluster.cells["a"].gauges["repair_left"] == 0
+
+
+def test_a_node_that_refuses_copies_does_not_keep_repair_from_ending(
+    make_cluster: Callable[[int], Cluster],
+) -> None:
+    cluster = make_cluster(2)
+    sender = cluster.add("a")
+    chunks = samples(5)
+    cluster.store(chunks)
+    cluster.add("b", durability=Durability.DURABLE)  # and no disk
+    cluster.settle()
+    assert sender.gauges["repair_left"] == len(chunks)
