@@ -6,19 +6,21 @@ copies, and whatever else made its records dead, are synced; until then a crash 
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from kvstore_cluster.disk.location import Location, location_of
 from kvstore_cluster.disk.log import SegmentLog
 from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, RecordMeta, decode, is_header
 from kvstore_cluster.disk.scan import Window, chunk_damage
 from kvstore_cluster.disk.segment import Segment, State
+from kvstore_cluster.disk.segment_format import SegmentIndex
 from kvstore_cluster.disk.table import SegmentTable
-from kvstore_codec.errors import ChunkNotFoundError
+from kvstore_codec.errors import ChunkNotFoundError, DiskFullError
 
 log = logging.getLogger(__name__)
 
 Relocate = Callable[[RecordMeta, Location, Location], bool]
+Lost = Callable[[RecordMeta, Location], None]
 
 # A segment is worth its copying when this share of it is dead, and this one when space is short.
 _DEAD_SHARE = 0.5
@@ -35,41 +37,62 @@ class Compactor:
         self._log = segment_log
         self._turn = threading.Lock()
 
-    def step(self, relocate: Relocate, stopping: threading.Event) -> bool:
+    def step(self, relocate: Relocate, lost: Lost | None, stopping: threading.Event) -> bool:
         """Compacts the segment that gives most; True when there may be more to do. Raises DiskError."""
+        full: DiskFullError | None = None
         with self._turn:
-            victim = self._victim()
-            if victim is None:
-                return False
-            if not victim.closed:
-                self._log.close_active()
-            if not (victim.sealed or victim.given_up):
-                self._log.seal(victim)
-            if not self._move_records(victim, relocate, stopping):
-                return False
-            # Not only the copies: a record may be dead because of a newer one that is not synced yet.
-            self._log.sync_all()
-            self._table.drop(victim)
-            return True
+            for victim in self._victims():
+                if stopping.is_set():
+                    return False
+                if full is not None and victim.live_blocks:
+                    continue
+                try:
+                    if self._compact(victim, relocate, lost, stopping):
+                        return True
+                except DiskFullError as error:  # what needs no copies may go all the same
+                    full = error
+        if full is not None:
+            raise full
+        return False
+
+    def _compact(
+        self, victim: Segment, relocate: Relocate, lost: Lost | None, stopping: threading.Event
+    ) -> bool:
+        """Whether the segment could go."""
+        if not victim.closed:
+            self._log.close_active()
+        if not (victim.sealed or victim.given_up):
+            self._log.seal(victim)
+        if not self._move_records(victim, relocate, lost, stopping):
+            return False
+        # Not only the copies: a record may be dead because of a newer one that is not synced yet.
+        self._log.sync_all()
+        self._table.drop(victim)
+        return True
 
     def finish(self) -> None:
         """Returns once no step is under way."""
         with self._turn:
             return
 
-    def _victim(self) -> Segment | None:
+    def _victims(self) -> list[Segment]:
+        """What is worth compacting, best first."""
         with self._table.lock:
             free_bytes = self._log.put_limit_bytes - self._table.used_blocks * BLOCK_BYTES
             short = free_bytes < _SHORT_SEGMENTS * self._log.segment_bytes
             least_share = _DEAD_SHARE_SHORT if short else _DEAD_SHARE
             shares = {number: self._dead_share(segment) for number, segment in self._table.segments.items()}
-            worth_while = [
-                segment for number, segment in self._table.segments.items() if shares[number] > least_share
-            ]
-            closed = [segment for segment in worth_while if segment.closed]
-            # The one that takes records now is closed for it only where nothing else gives room.
-            choice = closed or (worth_while if short else [])
-            return max(choice, key=lambda segment: shares[segment.number], default=None)
+            # The one that takes records now is closed for it only where nothing else gives room. A failed segment
+            # with live records comes before one without: until they have left it nothing can be removed.
+            return sorted(
+                (
+                    segment
+                    for number, segment in self._table.segments.items()
+                    if shares[number] > least_share and (segment.closed or short)
+                ),
+                key=lambda segment: (segment.closed, shares[segment.number], segment.live_blocks > 0),
+                reverse=True,
+            )
 
     def _dead_share(self, segment: Segment) -> float:
         """Of its blocks those that need no copying; 2 where none may stay, 0 where none may go."""
@@ -91,7 +114,9 @@ class Compactor:
             if other is not segment
         )
 
-    def _move_records(self, victim: Segment, relocate: Relocate, stopping: threading.Event) -> bool:
+    def _move_records(
+        self, victim: Segment, relocate: Relocate, lost: Lost | None, stopping: threading.Event
+    ) -> bool:
         """Whether nothing in the segment is needed any more."""
         with self._table.lock:
             remaining = victim.remaining()
@@ -99,37 +124,35 @@ class Compactor:
         for first, blocks, state in remaining:
             if stopping.is_set():
                 return False
-            if state is State.TOMBSTONE:
-                self._move_tombstone(victim, first, window)
+            header, chunk, damage = self._read(victim, first, blocks, window)
+            old = location_of(victim.number, first)
+            if header is not None and state is State.TOMBSTONE:
+                self._move_tombstone(victim, old, header)
+            elif header is not None and damage is None:
+                self._move_chunk(old, header, chunk, relocate)
             else:
-                self._move_chunk(victim, first, blocks, window, relocate)
+                log.error("the record at block %d of segment %d is lost: %s", first, victim.number, damage)
+                if header is not None and lost is not None:
+                    lost(header.meta, old)
+                with self._table.lock:
+                    victim.unreadable |= self._table.is_live(old)
         with self._table.lock:
             return not victim.live_blocks
 
-    def _move_chunk(
-        self, victim: Segment, first: int, blocks: int, window: Window, relocate: Relocate
-    ) -> None:
-        old = location_of(victim.number, first)
-        record = self._read(victim, first, blocks, window)
-        if record is None:
-            return
-        header, chunk = record
+    def _move_chunk(self, old: Location, header: RecordHeader, chunk: memoryview, relocate: Relocate) -> None:
         try:
             new = self._log.copy(old, header, (chunk,))
         except ChunkNotFoundError:
             return
-        if relocate(header.meta, old, new):
-            self._table.bury(old)
-        else:
-            # Its owner has let go of the old one, or does not know it yet: it stays until the owner buries it.
-            self._table.bury(new)
+        moved = False
+        try:
+            moved = relocate(header.meta, old, new)
+        finally:
+            # When not moved, its owner has let go of the old one, or does not know it yet: that one stays until the
+            # owner buries it.
+            self._table.bury(old if moved else new)
 
-    def _move_tombstone(self, victim: Segment, first: int, window: Window) -> None:
-        record = self._read(victim, first, 1, window)
-        if record is None:
-            return
-        header, _ = record
-        old = location_of(victim.number, first)
+    def _move_tombstone(self, victim: Segment, old: Location, header: RecordHeader) -> None:
         with self._table.lock:
             needed = self._needs_tombstones(victim, header.horizon)
         if needed:
@@ -138,19 +161,32 @@ class Compactor:
 
     def _read(
         self, victim: Segment, first: int, blocks: int, window: Window
-    ) -> tuple[RecordHeader, memoryview] | None:
-        """A record; None when it is damaged, and then the segment stays until the record is deleted."""
+    ) -> tuple[RecordHeader | None, memoryview, str | None]:
+        """(header, chunk, why the chunk is damaged) of a record; a damaged header is taken from the index."""
+        record, damage = memoryview(b""), None
+        header: RecordHeader | None
         try:
             record = window.view(first * BLOCK_BYTES, blocks * BLOCK_BYTES)
-            damage = None if is_header(record[:BLOCK_BYTES], victim.seed) else "its header is damaged"
         except OSError as error:
             damage = str(error)
-        if damage is None:
+        if is_header(record[:BLOCK_BYTES], victim.seed):
             header = decode(record)
-            chunk = record[BLOCK_BYTES : BLOCK_BYTES + header.meta.size_bytes]
-            damage = chunk_damage(chunk, header) if header.kind is Kind.PUT else None
-            if damage is None:
-                return header, chunk
-        log.error("the record at block %d of segment %d cannot be moved: %s", first, victim.number, damage)
-        victim.unreadable = True
-        return None
+        else:
+            indexed = self._index_of(victim)
+            header = next((decode(entry) for block, entry in indexed if block == first), None)
+        if header is None:
+            return None, record, damage or "its header is damaged"
+        chunk = record[BLOCK_BYTES : BLOCK_BYTES + header.meta.size_bytes]
+        if damage is None and header.kind is Kind.PUT:
+            damage = chunk_damage(chunk, header)
+        return header, chunk, damage
+
+    def _index_of(self, victim: Segment) -> Iterable[tuple[int, memoryview]]:
+        if victim.index is not None:
+            return victim.index
+        path = self._table.folder.index(victim.number)
+        try:
+            return SegmentIndex.read(path, victim.number, victim.seed, victim.file.size_bytes()) or ()
+        except OSError as error:
+            log.warning("%s cannot be read: %s", path, error)
+            return ()

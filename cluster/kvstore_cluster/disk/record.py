@@ -9,8 +9,8 @@ I/O; the chunk is padded with zeros to whole blocks. The checksum is xxh3_64 ove
 the segment's secret number: what it fits was written by this store as a record of that segment, and is no part of a
 chunk that only looks like one. The chunk is not covered: its own checksums do that.
 
-A tombstone is a header alone. It bears the number of the newest record there was when its chunk was deleted, and deletes
-every record of that chunk and encoding up to that number.
+A tombstone is a header alone. It bears the number of the newest record there was when its chunk was deleted, and
+deletes every record of that chunk and encoding up to that number.
 """
 
 import struct

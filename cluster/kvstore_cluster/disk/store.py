@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvstore_cluster.disk.compaction import Compactor, Relocate
+from kvstore_cluster.disk.compaction import Compactor, Lost, Relocate
 from kvstore_cluster.disk.file import SegmentFile, disk_error
 from kvstore_cluster.disk.folder import OpenFile, StoreFolder
 from kvstore_cluster.disk.location import MAX_SEGMENT_BLOCKS, Location, block_of
@@ -161,15 +161,16 @@ class SegmentStore:
         self._require_open()
         self._log.sync_all()
 
-    def compact(self, relocate: Relocate) -> bool:
+    def compact(self, relocate: Relocate, lost: Lost | None = None) -> bool:
         """Frees the space of dead chunks in one segment, if that is worth while; True when there may be more to do.
 
         Calls `relocate(meta, old, new)`, without a lock, for every live chunk that was moved: True when the index has
         the new location now, False when the old one is not in the index; that one stays valid until it is deleted.
-        Raises DiskError; then nothing was freed, and nothing is lost.
+        Calls `lost(meta, location)`, without a lock, for every live chunk that is damaged: its room comes back once
+        it is deleted. Raises DiskError; then nothing was freed, and nothing is lost.
         """
         self._require_open()
-        return self._compactor.step(relocate, self._upkeep.stopping)
+        return self._compactor.step(relocate, lost, self._upkeep.stopping)
 
     def check_integrity(self) -> None:
         """Raises StorageError unless the books of all segments agree."""

@@ -155,6 +155,28 @@ def test_a_failed_segment_is_emptied_before_anything_is_removed(faults: Faults, 
     store.close()
 
 
+def test_a_failed_segment_without_live_records_does_not_stop_one_with_some(
+    faults: Faults, tmp_path: Path
+) -> None:
+    store = opened(tmp_path / "store", faults.open_file)
+    store.recover()
+    index = Index(store)
+    for first in (0, 100):
+        for content in range(first, first + 5):
+            index.put(content, sync=True)
+        faults.syncing = errno.EIO
+        with pytest.raises(DiskFailedError):
+            index.put(first + 99, sync=True)
+        faults.syncing = None
+        wait_until_well(store)
+    for content in range(5):
+        index.delete(content)
+    compact(index)
+    assert segments(tmp_path)[0] > "segment-00000002.kvs"
+    assert after_restart(index, tmp_path) == by_key(index.chunks)
+    store.close()
+
+
 def test_unsynced_puts_are_synced_within_the_period(store: SegmentStore, faults: Faults) -> None:
     append(store, tiny(1), sync=False)
     begun = faults.syncs
