@@ -29,6 +29,8 @@ class Directives:
     pins: frozenset[ChunkId] | None
     quotas: dict[str, int] | None
     repair_round: int
+    draining: bool
+    """The node itself."""
 
 
 class Coordinator:
@@ -57,7 +59,7 @@ class Coordinator:
         )
         # Nodes may know versions of a coordinator that could not keep them.
         self._life = secrets.randbits(32)
-        self._retrying: threading.Thread | None = None
+        self._keeping: threading.Thread | None = None
         self._closed = threading.Event()
 
     def join(self, member: Member, incarnation: int) -> Membership:
@@ -91,14 +93,14 @@ class Coordinator:
 
     def mark_dead(self, node_id: str, incarnation: int, reason: str) -> None:
         """The node does not answer: no member until it joins anew or is marked alive. Ignored when it has
-        restarted meanwhile."""
+        restarted meanwhile. Does not wait for the catalogue: there are other nodes to watch."""
         with self._lock:
             known = self._find(node_id)
             if known is None or not known.alive or known.incarnation != incarnation:
                 return
             log.warning("node %s at %s is dead: %s", node_id, known.member.endpoint, reason)
             self._put(replace(known, alive=False, error=reason))
-        self._keep()
+        self._keep_soon()
 
     def mark_alive(self, node_id: str, incarnation: int) -> None:
         """The node answers again. Ignored when it has restarted meanwhile."""
@@ -108,7 +110,7 @@ class Coordinator:
                 return
             log.info("node %s at %s is back", node_id, known.member.endpoint)
             self._put(replace(known, alive=True, error=""))
-        self._keep()
+        self._keep_soon()
 
     def membership(self) -> Membership:
         """The live nodes, by node id."""
@@ -124,12 +126,13 @@ class Coordinator:
         """What `node_id` shall do. `known` is the version it has, 0 for none."""
         with self._lock:
             state, membership = self._state, self._membership()
+            draining = node_id in state.draining
             # The shares depend on the membership.
             version = (self._life << 64) + state.epoch + state.changes + 1
             if known == version:
-                return Directives(membership, version, None, None, state.repair_round)
+                return Directives(membership, version, None, None, state.repair_round, draining)
             quotas = {tenant: self._share(node_id, limit) for tenant, limit in state.quotas.items()}
-            return Directives(membership, version, state.pins, quotas, state.repair_round)
+            return Directives(membership, version, state.pins, quotas, state.repair_round, draining)
 
     def pin(self, chunks: Sequence[ChunkId]) -> int:
         """No node evicts these, wherever they are or come to be. Returns how many chunks are pinned now. Raises
@@ -186,9 +189,9 @@ class Coordinator:
         """Gives up what could not be written. The catalogue is left open."""
         self._closed.set()
         with self._lock:
-            retrying = self._retrying
-        if retrying is not None:
-            retrying.join()
+            keeping = self._keeping
+        if keeping is not None:
+            keeping.join()
 
     def _set_pins(self, change: Callable[[frozenset[ChunkId]], frozenset[ChunkId]]) -> int:
         def changed(state: ClusterState) -> ClusterState:
@@ -232,40 +235,51 @@ class Coordinator:
     def _keep(self) -> None:
         """Writes the state, unless somebody tries that already. After a failure it is tried until it works."""
         with self._lock:
-            if self._retrying is not None:
+            if self._keeping is not None:
                 return
-        if self._kept_now():
-            return
-        with self._lock:
-            if self._retrying is None and not self._closed.is_set():
-                self._retrying = threading.Thread(target=self._retry, name="kvstore-catalogue", daemon=True)
-                self._retrying.start()
+        try:
+            self._keep_now()
+        except CatalogueError:
+            self._keep_soon()  # which says why, if that is still so
 
-    def _kept_now(self) -> bool:
+    def _keep_soon(self) -> None:
+        """Has a thread write the state, which tries until that works."""
+        with self._lock:
+            if self._keeping is None and self._state is not self._kept and not self._closed.is_set():
+                self._keeping = threading.Thread(
+                    target=self._keep_until, name="kvstore-catalogue", daemon=True
+                )
+                self._keeping.start()
+
+    def _keep_now(self) -> None:
+        """Raises CatalogueError."""
         with self._writing:
             with self._lock:
                 state = self._state
                 if state is self._kept:
-                    return True
-            try:
-                self._catalogue.save(state)
-            except CatalogueError as error:
-                if self._retrying is None:
-                    log.warning("the membership is not kept, and will be once that is possible: %s", error)
-                return False
+                    return
+            self._catalogue.save(state)
             with self._lock:
                 self._kept = state
-            return True
 
-    def _retry(self) -> None:
-        while not self._closed.wait(_RETRY_PERIOD_S):
-            if not self._kept_now():
+    def _keep_until(self) -> None:
+        failed = False
+        while True:
+            try:
+                self._keep_now()
+            except CatalogueError as error:
+                if not failed:
+                    log.warning("the membership is not kept, and will be once that is possible: %s", error)
+                failed = True
+                if self._closed.wait(_RETRY_PERIOD_S):
+                    return
                 continue
             with self._lock:
                 if self._state is self._kept:
-                    self._retrying = None
-                    log.info("the membership is kept again")
-                    return
+                    self._keeping = None
+                    break
+        if failed:
+            log.info("the membership is kept again")
 
     def _membership(self) -> Membership:
         alive = tuple(self._marked(node.member) for node in self._state.nodes if node.alive)
@@ -275,8 +289,12 @@ class Coordinator:
         return replace(member, draining=True) if member.node_id in self._state.draining else member
 
     def _share(self, node_id: str, limit_bytes: int) -> int:
-        """What is left of a quota for one node: as much as its weight is of all weights."""
-        weights = {node.member.node_id: node.member.weight for node in self._state.nodes if node.alive}
+        """What is left of a quota for one node: as much as its weight is of the weights of all that own something."""
+        weights = {
+            node.member.node_id: node.member.weight
+            for node in self._state.nodes
+            if node.alive and node.member.node_id not in self._state.draining
+        }
         node = self._find(node_id)
         own = node.member.weight if node is not None else 0.0
         weights[node_id] = own

@@ -1,12 +1,14 @@
+import contextlib
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvstore_api.placement import Member
-from kvstore_cluster.catalogue import FileCatalogue
+from kvstore_cluster.catalogue import ClusterState, FileCatalogue
 from kvstore_cluster.coordinator import MAX_PINS, Coordinator
 from kvstore_cluster.failure_detector import FailureDetector
 from kvstore_codec.errors import CatalogueError, TooManyPinsError, UnknownNodeError
@@ -26,8 +28,10 @@ def catalogue(tmp_path: Path):
 
 
 @pytest.fixture
-def coordinator(catalogue: FileCatalogue) -> Coordinator:
-    return Coordinator(catalogue)
+def coordinator(catalogue: FileCatalogue) -> Iterator[Coordinator]:
+    coordinator = Coordinator(catalogue)
+    yield coordinator
+    coordinator.close()
 
 
 def test_the_epoch_grows_with_every_change_and_only_then(coordinator: Coordinator) -> None:
@@ -110,6 +114,26 @@ def test_membership_goes_on_while_it_cannot_be_kept_and_is_kept_later(
     coordinator.close()
 
 
+def test_a_death_does_not_wait_for_a_catalogue_that_hangs(tmp_path: Path) -> None:
+    class Hanging(FileCatalogue):
+        def save(self, state: ClusterState) -> None:
+            assert answers.wait(10)
+            super().save(state)
+
+    answers = threading.Event()
+    answers.set()
+    with contextlib.closing(Hanging(tmp_path)) as catalogue:
+        coordinator = Coordinator(catalogue)
+        coordinator.join(A, 1)
+        answers.clear()
+        coordinator.mark_dead("a", 1, "silent")
+        assert coordinator.membership().members == ()
+        assert catalogue.load().epoch == 1
+        answers.set()
+        wait_for(lambda: catalogue.load().epoch == 2)
+        coordinator.close()
+
+
 def test_a_decision_that_cannot_be_kept_does_not_count(coordinator: Coordinator, tmp_path: Path) -> None:
     coordinator.join(A, 1)
     coordinator.pin([FIRST])
@@ -176,6 +200,16 @@ def test_quotas_are_shared_by_weight_among_those_that_live(coordinator: Coordina
     assert coordinator.directives("b", 0).quotas == {"blue": 751}
     coordinator.mark_dead("b", 1, "silent")
     assert coordinator.directives("a", before.version).quotas == {"blue": 1001}
+
+
+def test_what_a_draining_node_might_have_of_a_quota_is_for_the_others(coordinator: Coordinator) -> None:
+    coordinator.join(A, 1)
+    coordinator.join(B, 1)
+    coordinator.set_quota("blue", 1000)
+    coordinator.drain("a")
+    assert coordinator.directives("a", 0).draining
+    told = coordinator.directives("b", 0)
+    assert (told.draining, told.quotas) == (False, {"blue": 1000})
 
 
 def test_draining_is_for_known_nodes(coordinator: Coordinator) -> None:
