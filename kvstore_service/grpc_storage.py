@@ -25,6 +25,7 @@ from kvstore_codec.errors import (
     FrameRangeError,
     InvalidKVError,
     KVStoreError,
+    NodeDrainingError,
     NotDurableError,
     OverQuotaError,
     PutStateError,
@@ -284,7 +285,7 @@ def _ended(put: PendingPut, *, committed: bool) -> pb.PutReply:
 
 def put_status(error: KVStoreError) -> pb.PutStatus:
     match error:
-        case ArenaFullError():
+        case ArenaFullError() | NodeDrainingError():
             return pb.PUT_STATUS_FULL
         case OverQuotaError():
             return pb.PUT_STATUS_OVER_QUOTA

@@ -25,6 +25,7 @@ from kvstore_codec.errors import (
     ChunkNotFoundError,
     ChunkTooLargeError,
     DiskError,
+    NodeDrainingError,
     NotDurableError,
     OverQuotaError,
     PutStateError,
@@ -86,6 +87,7 @@ class StorageNode:
         self._index = self._tiers.index
         self._lock = self._tiers.lock
         self._pending: set[PendingPut] = set()
+        self._draining = False
         self._unforgotten: deque[tuple[RecordMeta, int]] = deque()
         if store is not None:
             self._recover(store)
@@ -163,8 +165,8 @@ class StorageNode:
         puts this could not read that.
 
         The caller must end the put with `commit` or `revoke`. Raises UnknownEncodingError, PutStateError for
-        an empty chunk, ChunkTooLargeError, ArenaFullError, OverQuotaError, NotDurableError; then nothing was reserved
-        and nothing evicted.
+        an empty chunk, ChunkTooLargeError, ArenaFullError, OverQuotaError, NotDurableError, NodeDrainingError; then
+        nothing was reserved and nothing evicted.
         """
         durable = self._asked(options) is Durability.DURABLE
         try:
@@ -257,6 +259,11 @@ class StorageNode:
         """Bytes that each of these tenants may have on this node; others have no limit."""
         with self._lock:
             self._tiers.quotas.set_limits(limits)
+
+    def set_draining(self, draining: bool) -> None:
+        """While it is set, nothing new is stored: who counts what there is to give away has all of it."""
+        with self._lock:
+            self._draining = draining
 
     def list(
         self,
@@ -395,6 +402,7 @@ class StorageNode:
 
     def _reserve(self, chunk_id: ChunkId, encoding: str, size_bytes: int, options: PutOptions) -> PendingPut:
         """The caller has the lock."""
+        self._require_open(chunk_id)
         tiers, tenant = self._tiers, options.tenant
         tiers.over_quota(tenant, size_bytes)  # before anything is evicted
         extent = tiers.reserve(size_bytes, patience_s=FLUSH_PATIENCE_S)
@@ -412,6 +420,12 @@ class StorageNode:
         self._pending.add(put)
         tiers.quotas.reserve(tenant, size_bytes)
         return put
+
+    def _require_open(self, chunk_id: ChunkId) -> None:
+        if self._draining:
+            raise NodeDrainingError(
+                f"chunk {chunk_id.short} is not stored: {self.node_id} is draining; its owners are other nodes now"
+            )
 
     def _end(self, put: PendingPut) -> None:
         """The put is no longer under way; the caller has the lock."""
@@ -491,6 +505,7 @@ class StorageNode:
             meta = replace(meta, expires_at_s=self._clock() + put.options.ttl_s)
         try:
             with self._lock:
+                self._require_open(meta.chunk_id)
                 self._index.admit(meta)
             location = self._write_through(put, meta)
         except BaseException:

@@ -18,7 +18,7 @@ from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
-from kvstore_codec.errors import ChunkNotFoundError
+from kvstore_codec.errors import ChunkNotFoundError, NodeDrainingError
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.peer_nodes import GrpcPeers
 from tests.sample_chunk import SampleChunk, sample_chunk
@@ -101,7 +101,9 @@ class Cluster:
 
     def tick(self) -> None:
         for node_id, cell in self.cells.items():
-            cell.worker.update(self.coordinator.directives(node_id, 0))
+            directives = self.coordinator.directives(node_id, 0)
+            cell.node.set_draining(directives.draining)
+            cell.worker.update(directives)
 
     def placement(self) -> Placement:
         membership = self.coordinator.membership()
@@ -142,7 +144,9 @@ def make_cluster(tmp_path: Path) -> Iterator[Callable[[int], Cluster]]:
         def make(replicas: int) -> Cluster:
             catalogue = FileCatalogue(tmp_path)
             stack.callback(catalogue.close)
-            cluster = Cluster(Coordinator(catalogue, replicas=replicas))
+            coordinator = Coordinator(catalogue, replicas=replicas)
+            stack.callback(coordinator.close)
+            cluster = Cluster(coordinator)
             stack.callback(lambda: [cell.stop() for cell in cluster.cells.values()])
             return cluster
 
@@ -234,6 +238,10 @@ def test_a_draining_node_gives_all_it_has_and_says_when(make_cluster: Callable[[
     cluster.settle()
     held = cluster.cells["a"].node.stats().chunks
     assert held > 5
+    late = sample_chunk(1001)
+    begun = cluster.cells["a"].node.begin_put(late.chunk_id, late.encoding, len(late.data))
+    assert begun is not None
+    begun.write(late.data)
     cluster.coordinator.drain("a")
     cluster.tick()
     gauges = cluster.cells["a"].gauges
@@ -241,6 +249,11 @@ def test_a_draining_node_gives_all_it_has_and_says_when(make_cluster: Callable[[
     wait_for(lambda: cluster.cells["a"].gauges["drain_left"] == 0)
     assert cluster.whole(chunks)
     assert all(owners[0].node_id != "a" for owners in cluster.owners(chunks))
+    # Clients of an older membership cannot add to it, not even with what was under way,
+    with pytest.raises(NodeDrainingError, match="a is draining"):
+        cluster.cells["a"].put(sample_chunk(1000))
+    with pytest.raises(NodeDrainingError):
+        begun.commit()
     # It still has what it gave, for readers of an older membership, and may go.
     assert cluster.cells["a"].node.stats().chunks == held
     cluster.lose("a")

@@ -109,6 +109,7 @@ class StorageActor:
                     self._node.set_pins(directives.pins)
                 if directives.quotas is not None:
                     self._node.set_quotas(directives.quotas)
+                self._node.set_draining(directives.draining)
                 self._repair.update(directives)
             self._stopping.wait(_REGISTER_PERIOD_S)
 
