@@ -15,7 +15,8 @@ from kvstore_service.listen import Address, address_error
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256
-"""Each has a thread, and at most one chunk that is being read or written."""
+"""Each has a thread, and at most one chunk that is being read or written. Beyond that the one that has been idle longest
+is closed, or the new one where none is idle."""
 PATIENCE_S = 20.0
 """For 4 MiB to a client, or 256 KiB from it: whoever is slower is disconnected, and what it held is given back."""
 IDLE_S = 600.0
@@ -55,7 +56,8 @@ class BulkServer:
         self._lock = threading.Lock()
         self._stopping = False
         self._connections: dict[ByteStream, threading.Thread] = {}
-        self._idle: set[ByteStream] = set()
+        self._idle: dict[ByteStream, None] = {}  # longest first
+        self._leaving: set[ByteStream] = set()  # closed by us, their threads about to notice
         self._acceptor = threading.Thread(target=self._accept, name="kvstore-bulk-accept", daemon=True)
         self._acceptor.start()
 
@@ -99,7 +101,8 @@ class BulkServer:
         stream = ByteStream(connected)
         thread = threading.Thread(target=self._serve, args=(stream, peer), name="kvstore-bulk", daemon=True)
         with self._lock:
-            if self._stopping or len(self._connections) >= self._max_connections:
+            full = len(self._connections) - len(self._leaving) >= self._max_connections
+            if self._stopping or (full and not self._dismiss_idle()):
                 stream.close()
                 return
             self._connections[stream] = thread
@@ -117,7 +120,8 @@ class BulkServer:
         finally:
             with self._lock:
                 del self._connections[stream]
-                self._idle.discard(stream)
+                self._idle.pop(stream, None)
+                self._leaving.discard(stream)
                 stream.close()
 
     def _converse(self, stream: ByteStream) -> None:
@@ -128,7 +132,7 @@ class BulkServer:
             while self._rest(stream):
                 session.wait()
                 with self._lock:
-                    self._idle.discard(stream)
+                    self._idle.pop(stream, None)
                 session.serve()
         except RefusedError as refusal:
             session.refuse(str(refusal))
@@ -136,8 +140,19 @@ class BulkServer:
     def _rest(self, stream: ByteStream) -> bool:
         """False when there is to be no other request."""
         with self._lock:
-            self._idle.add(stream)
+            self._idle[stream] = None
             return not self._stopping
+
+    def _dismiss_idle(self) -> bool:
+        """Closes the connection that has waited longest for a request, if any does; its client connects again. The
+        caller has the lock."""
+        stream = next(iter(self._idle), None)
+        if stream is None:
+            return False
+        del self._idle[stream]
+        self._leaving.add(stream)
+        stream.abort()
+        return True
 
 
 def serve_bulk(

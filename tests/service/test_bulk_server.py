@@ -235,15 +235,31 @@ def test_a_client_that_says_nothing_is_not_waited_for() -> None:
         assert connected.recv(1) == b""
 
 
-def test_connections_beyond_the_limit_are_closed_and_the_others_served() -> None:
+def test_beyond_the_limit_the_connection_that_is_idle_longest_is_closed() -> None:
     with served(max_connections=2) as port, port.connected() as first, port.connected() as second:
-        for connected in (first, second):
+        for connected in (second, first):
             connected.sendall(put_frame() + CHUNK.data)
             reply(connected)
+            wait_until(lambda: len(port.server._idle) == 2)
+        for _ in range(3):
+            with port.connected() as third:
+                third.sendall(read_frame())
+                assert answer(third) == (FrameKind.RANGE, CHUNK.data)
+            assert second.recv(1) == b""
+            first.sendall(read_frame())
+            assert answer(first) == (FrameKind.RANGE, CHUNK.data)
+
+
+def test_connections_in_service_are_not_closed_for_new_ones() -> None:
+    with served(max_connections=2) as port, port.connected() as first, port.connected() as second:
+        for connected in (first, second):
+            connected.sendall(put_frame() + CHUNK.data[:1])
+        wait_until(lambda: len(port.server._connections) == 2 and not port.server._idle)
         with port.connected() as third, contextlib.suppress(ConnectionError):
             assert third.recv(1) == b""
-        first.sendall(read_frame())
-        assert answer(first) == (FrameKind.RANGE, CHUNK.data)
+        for connected in (first, second):
+            connected.sendall(CHUNK.data[1:])
+            assert reply(connected).status in (pb.PUT_STATUS_STORED, pb.PUT_STATUS_ALREADY_STORED)
 
 
 def test_stopping_is_prompt_and_gives_requests_under_way_their_time(port: Port) -> None:
