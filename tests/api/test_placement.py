@@ -150,3 +150,12 @@ def test_a_hundred_nodes_are_loaded_evenly(heaviest: int) -> None:
     moved = [new for old, new in zip(before, after, strict=True) if new != old]
     assert all(new[0].node_id == "joined" for new in moved)
     assert len(moved) / len(contents) <= 1.1 / 101
+
+
+@pytest.mark.parametrize("domains", [0, 3])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_two_that_join_together_hide_nothing(replicas: int, domains: int) -> None:
+    members = [replace(m, domain=f"rack-{i % domains}" if domains else "") for i, m in enumerate(nodes(6))]
+    before = Placement(members[:4], replicas).owners(CONTENTS)
+    for owned, row in zip(before, Placement(members, replicas).readers(CONTENTS), strict=True):
+        assert not set(owned).isdisjoint(row)
