@@ -1,6 +1,7 @@
 """A TCP connection that moves whole buffers: received in place, sent without being joined."""
 
 import ctypes
+import math
 import os
 import socket
 import ssl
@@ -18,8 +19,9 @@ _WAIT_FOR_ALL = int(socket.MSG_WAITALL)
 _LOOK_ONLY = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _current_processor = ctypes.CDLL(None).sched_getcpu
 _PROCESSORS = os.sched_getaffinity(0)
-# One limit of the kernel's serves all calls that may take longer.
-_LONGEST_WAIT_S = 1.0
+# One limit of the kernel's serves all calls that may take longer. On a slow link it is also how often one learns that
+# bytes come.
+_LONGEST_WAIT_S = 0.1
 _PROBE_AFTER_S, _PROBES, _PROBE_PERIOD_S = 10, 3, 5
 
 
@@ -41,6 +43,8 @@ class ByteStream:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
         self._is_local = connected.getsockname()[0] == connected.getpeername()[0]
         self._processor = -1
+        self.received_at_s = -math.inf
+        """When bytes last came, in monotonic time."""
         self._limits_s: dict[int, float] = {}
         if self._is_local:
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_SEND_BUFFER_BYTES)
@@ -68,6 +72,7 @@ class ByteStream:
                     continue
             if not received:
                 raise ConnectionResetError("the other side closed the connection")
+            self.received_at_s = time.monotonic()
             left = left[received:]
 
     def send(self, views: Sequence[memoryview | bytes | bytearray], timeout_s: float) -> None:
