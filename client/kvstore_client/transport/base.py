@@ -15,6 +15,11 @@ class ReadStream(Protocol):
     end must be cancelled.
     """
 
+    @property
+    def moved_at_s(self) -> float:
+        """When bytes last came, in monotonic time, also those of a piece that is not complete; -inf where a transport
+        sees pieces only."""
+
     def __iter__(self) -> Iterator[ReadPiece]: ...
 
     def cancel(self) -> None:
@@ -28,6 +33,10 @@ class PutStream(Protocol):
     `cancelled`, and nothing of the unfinished chunk is stored. Replies that are not iterated to their end must be
     cancelled.
     """
+
+    @property
+    def moved_at_s(self) -> float:
+        """As a ReadStream's."""
 
     def __iter__(self) -> Iterator[pb.PutReply]: ...
 
@@ -43,4 +52,4 @@ class Transport(Protocol):
 
     def put(self, steps: Iterator[pb.PutRequest | memoryview], timeout_s: float) -> PutStream:
         """Start storing chunks. Each goes start, data..., end or revoke; a memoryview is data, and what it shows must
-        stay until its chunk's end was taken."""
+        stay until its chunk was answered."""

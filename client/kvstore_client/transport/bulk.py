@@ -12,7 +12,7 @@ from kvstore_client.transport.base import Transport
 from kvstore_client.transport.connections import Connections
 from kvstore_client.transport.exchange import Exchange, UnreachableError
 from kvstore_client.transport.memory import ReceiveMemory
-from kvstore_client.transport.put import put_chunks
+from kvstore_client.transport.put import Steps, put_chunks
 from kvstore_client.transport.read import read_ranges
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,9 @@ Message = TypeVar("Message", covariant=True)
 
 
 class Stream(Protocol[Message]):
+    @property
+    def moved_at_s(self) -> float: ...
+
     def __iter__(self) -> Iterator[Message]: ...
 
     def cancel(self) -> None: ...
@@ -54,10 +57,11 @@ class BulkTransport:
         fallback = self._fallback
         if fallback is not None and self._is_avoided():
             return fallback.put(steps, timeout_s)
+        kept = Steps(steps)
         return BulkStream(
             Exchange(self._connections, timeout_s),
-            partial(put_chunks, steps=steps),
-            partial(fallback.put, steps) if fallback is not None else None,
+            partial(put_chunks, steps=kept),
+            (lambda left_s: fallback.put(kept.again(), left_s)) if fallback is not None else None,
             self._avoid,
         )
 
@@ -92,17 +96,20 @@ class BulkStream(Generic[Message]):
         with self._exchange.errors():
             try:
                 self._exchange.open()
+                yield from self._talk(self._exchange)
             except UnreachableError as error:
-                if self._instead is None or not self._exchange.remaining_s():
+                if self._instead is None or self._exchange.is_cancelled or not self._exchange.remaining_s():
                     raise
                 self._avoid(error)
                 self._other = self._instead(self._exchange.remaining_s())
-            else:
-                yield from self._talk(self._exchange)
         if self._other is not None:
             if self._exchange.is_cancelled:
                 self._other.cancel()
             yield from self._other
+
+    @property
+    def moved_at_s(self) -> float:
+        return self._exchange.moved_at_s if self._other is None else self._other.moved_at_s
 
     def cancel(self) -> None:
         self._exchange.cancel()

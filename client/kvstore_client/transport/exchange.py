@@ -1,5 +1,6 @@
 """One request to the bulk port: the connection it has, the time it has left, and how it ends."""
 
+import math
 import ssl
 import threading
 import time
@@ -16,7 +17,7 @@ CONNECT_TIMEOUT_S = 1.0
 
 
 class UnreachableError(Exception):
-    """Nobody answers at the bulk port; nothing was sent yet."""
+    """Nobody answers at the bulk port: there is no connection, or a new one has ended before its first answer."""
 
 
 class Exchange:
@@ -32,10 +33,18 @@ class Exchange:
         self._header = bytearray(frames.HEADER_BYTES)
         self.is_unproven = False
         """Whether the connection is left from another request and may have ended since, unnoticed."""
+        self._is_new = False
+        self._is_answered = False
 
     @property
     def is_open(self) -> bool:
         return self._stream is not None
+
+    @property
+    def moved_at_s(self) -> float:
+        """When bytes last came, in monotonic time."""
+        stream = self._stream
+        return stream.received_at_s if stream is not None else -math.inf
 
     @property
     def is_cancelled(self) -> bool:
@@ -48,6 +57,7 @@ class Exchange:
         """Get a connection. Raises UnreachableError."""
         stream = None if fresh else self._connections.kept()
         self.is_unproven = stream is not None
+        self._is_new = stream is None
         if stream is None:
             try:
                 stream = self._connections.connect(min(CONNECT_TIMEOUT_S, self.remaining_s() + 1e-3))
@@ -84,6 +94,7 @@ class Exchange:
     def receive_header(self, kind: FrameKind) -> FrameHeader:
         """Of the next answer. Raises TransferError when it is of another kind."""
         self.receive_into(self._header)
+        self._is_answered = True
         header = unpack_header(self._header)
         if header.kind == FrameKind.REFUSED:
             text = self.receive_message(header)
@@ -127,11 +138,27 @@ class Exchange:
         """From any thread: whoever waits for this exchange fails."""
         with self._lock:
             self._cancelled = True
-            resting = self._resting
-            if self._stream is not None and not resting:
-                self._stream.abort()
-        if resting:
-            self.complete()
+            stream = self._stream
+            if stream is None:
+                return
+            if not self._resting:
+                stream.abort()
+                return
+            self._stream = None
+        self._connections.give_back(stream)
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Around what may be the first answer: raises UnreachableError when a new connection ends before it. So does
+        one to a port that speaks TLS, or that has too many connections already."""
+        try:
+            yield
+        except ConnectionError as error:
+            if not self._is_new or self._is_answered or self._cancelled:
+                raise
+            raise UnreachableError(
+                f"the bulk port of {self._connections.name} ended a new connection: {error}"
+            ) from error
 
     @contextmanager
     def errors(self) -> Iterator[None]:

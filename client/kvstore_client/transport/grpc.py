@@ -1,5 +1,6 @@
 """KV bytes through the Storage service's own streams: works wherever gRPC does."""
 
+import math
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
@@ -42,6 +43,8 @@ class GrpcTransport:
 
 class GrpcStream(Generic[Message]):
     """A call's answers, with its errors as TransferError."""
+
+    moved_at_s = -math.inf
 
     def __init__(self, call: grpc.Call) -> None:
         self._call = call

@@ -1,6 +1,7 @@
 """Storing over the bulk port."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from kvstore_api.frames import FrameKind, pack_header
 from kvstore_api.v1 import kvstore_pb2 as pb
@@ -14,7 +15,31 @@ _SEND_BYTES = 4 << 20
 Step = pb.PutRequest | memoryview
 
 
-def put_chunks(exchange: Exchange, steps: Iterator[Step]) -> Iterator[pb.PutReply]:
+class Steps:
+    """The steps of a put. What was taken is kept until a chunk is answered, so that they can begin `again`."""
+
+    def __init__(self, steps: Iterator[Step]) -> None:
+        self._steps = steps
+        self._taken: list[Step] | None = []
+
+    def __iter__(self) -> Iterator[Step]:
+        return self
+
+    def __next__(self) -> Step:
+        step = next(self._steps)
+        if self._taken is not None:
+            self._taken.append(step)
+        return step
+
+    def answered(self) -> None:
+        self._taken = None
+
+    def again(self) -> Iterator[Step]:
+        taken, self._taken = self._taken, None
+        return chain(taken or (), self._steps)
+
+
+def put_chunks(exchange: Exchange, steps: Steps) -> Iterator[pb.PutReply]:
     """Sends up to _SEND_BYTES at once, and everything of a chunk before it asks for more than the chunk's end.
 
     A chunk that is revoked, or has another size than announced, costs the connection: that is how the node learns
@@ -27,13 +52,14 @@ def put_chunks(exchange: Exchange, steps: Iterator[Step]) -> Iterator[pb.PutRepl
         unanswered += fate is None
         while unanswered > (0 if fate else _MOST_UNANSWERED - 1):
             unanswered -= 1
-            yield _reply(exchange, last=not unanswered)
+            yield _reply(exchange, steps, last=not unanswered)
         if fate is not None:
             exchange.break_off()
+            steps.answered()
             yield fate
     while unanswered:
         unanswered -= 1
-        yield _reply(exchange, last=not unanswered)
+        yield _reply(exchange, steps, last=not unanswered)
     exchange.complete()
 
 
@@ -77,20 +103,21 @@ def _send(exchange: Exchange, views: Sequence[memoryview | bytes]) -> None:
     if not exchange.is_open:
         exchange.open()
     try:
-        with exchange.staying(anew=True):
+        with exchange.staying(anew=True), exchange.beginning():
             exchange.send(views)
     except ConnectionError:
         if not exchange.is_unproven:
             raise
         exchange.open_again()
-        with exchange.staying(anew=True):
+        with exchange.staying(anew=True), exchange.beginning():
             exchange.send(views)
     exchange.proven()
 
 
-def _reply(exchange: Exchange, *, last: bool) -> pb.PutReply:
-    with exchange.staying(anew=False):
+def _reply(exchange: Exchange, steps: Steps, *, last: bool) -> pb.PutReply:
+    with exchange.staying(anew=False), exchange.beginning():
         message = exchange.receive_message(exchange.receive_header(FrameKind.PUT_REPLY))
+    steps.answered()
     reply = pb.PutReply.FromString(message)
     exchange.rest(resting=last)
     return reply

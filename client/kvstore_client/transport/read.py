@@ -51,13 +51,13 @@ def _ask(exchange: Exchange, request: pb.ReadRequest) -> FrameHeader:
     message = request.SerializeToString()
     question = [pack_header(FrameKind.READ, len(message)), message]
     try:
-        with exchange.staying(anew=True):
+        with exchange.staying(anew=True), exchange.beginning():
             exchange.send(question)
             return exchange.receive_header(FrameKind.RANGE)
     except ConnectionError:
         if not exchange.is_unproven:
             raise
     exchange.open_again()
-    with exchange.staying(anew=True):
+    with exchange.staying(anew=True), exchange.beginning():
         exchange.send(question)
         return exchange.receive_header(FrameKind.RANGE)

@@ -44,15 +44,15 @@ class Transports:
     def _reaches_bulk(self, member: Member) -> bool:
         """Who routes a member's gRPC endpoint elsewhere means all of its bytes."""
         routes = self._settings.routes
-        return bool(member.bulk_endpoint) and (
+        return bool(_port(member.bulk_endpoint)) and (
             member.endpoint not in routes or member.bulk_endpoint in routes
         )
 
     def _connect(self, member: Member, channel: grpc.Channel) -> BulkTransport:
         dial = self._settings.routes.get(member.bulk_endpoint, member.bulk_endpoint)
-        host, _, port = dial.rpartition(":")
+        host = dial.rpartition(":")[0]
         name = member.bulk_endpoint.rpartition(":")[0].strip("[]")
-        connections = Connections(host.strip("[]"), int(port or 0), self._tls, name or member.node_id)
+        connections = Connections(host.strip("[]"), _port(dial), self._tls, name or member.node_id)
         return BulkTransport(connections, self._memory, None if self._tls else GrpcTransport(channel))
 
     def close(self) -> None:
@@ -62,6 +62,12 @@ class Transports:
             self._bulk.clear()
         for _, transport in transports:
             transport.close()
+
+
+def _port(address: str) -> int:
+    """0 for an address that names none."""
+    port = address.rpartition(":")[2]
+    return int(port) if port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 1 << 16 else 0
 
 
 def _client_tls(settings: ClientSettings) -> ssl.SSLContext | None:

@@ -2,13 +2,15 @@
 
 import gc
 import itertools
+import socket
+import threading
 import time
 
 import numpy as np
 import pytest
 
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_client.transport import BulkTransport, Connections, ReceiveMemory
+from kvstore_client.transport import BulkTransport, Connections, ReceiveMemory, Transport
 from kvstore_client.transport.memory import LARGEST_BYTES
 from kvstore_codec.errors import TransferError
 from tests.client.transport.conftest import HOST, Files, Served, read_request, steps
@@ -17,11 +19,11 @@ from tests.sample_chunk import sample_chunk
 CHUNK = sample_chunk(frame_bytes=100_000)
 
 
-def whole(transport: BulkTransport) -> bytes:
+def whole(transport: Transport) -> bytes:
     return b"".join(piece.data for piece in transport.read(read_request([CHUNK], [(0, 0, 0)]), 5))
 
 
-def stored(transport: BulkTransport) -> list[int]:
+def stored(transport: Transport) -> list[int]:
     return [reply.status for reply in transport.put(steps(CHUNK), 5)]
 
 
@@ -160,3 +162,50 @@ def test_what_is_not_read_is_not_sent(served: Served) -> None:
     time.sleep(0.2)
     assert served.node.stats().counters["bytes_out"] < 10 * len(CHUNK.data)
     assert sum(1 for _ in itertools.islice(stream, 99)) == 99
+
+
+@pytest.mark.parametrize("first", ["read", "put"])
+def test_a_port_that_ends_connections_is_none(served: Served, first: str) -> None:
+    """It has too many already, or something else listens there."""
+    stored(served.over_grpc())
+    with socket.create_server((HOST, 0)) as listener:
+
+        def refuse() -> None:
+            connected, _ = listener.accept()
+            connected.close()
+
+        thread = threading.Thread(target=refuse)
+        thread.start()
+        address = f"{HOST}:{listener.getsockname()[1]}"
+        transport = served.over_bulk(fallback=served.over_grpc(), address=address)
+        if first == "read":
+            assert whole(transport) == CHUNK.data
+        else:
+            assert stored(transport) == [pb.PUT_STATUS_ALREADY_STORED]
+        thread.join()
+
+
+@pytest.mark.parametrize("first", ["read", "put"])
+def test_a_port_that_speaks_tls_is_none_for_a_client_that_does_not(tls_files: Files, first: str) -> None:
+    secret = Served(tls_files)
+    transport = BulkTransport(
+        Connections(HOST, int(secret.bulk.address.rpartition(":")[2]), None, HOST),
+        ReceiveMemory(),
+        secret.over_grpc(),
+    )
+    expected = pb.PUT_STATUS_STORED
+    if first == "read":
+        stored(secret.over_grpc())
+        assert whole(transport) == CHUNK.data
+        expected = pb.PUT_STATUS_ALREADY_STORED
+    assert stored(transport) == [expected]
+    transport.close()
+    secret.close()
+
+
+def test_with_tls_nothing_else_is_spoken_where_connections_end(served: Served, tls_files: Files) -> None:
+    secret = Served(tls_files)
+    with pytest.raises(TransferError):
+        stored(secret.over_bulk(address=served.bulk.address))
+    assert served.node.stats().chunks == secret.node.stats().chunks == 0
+    secret.close()
