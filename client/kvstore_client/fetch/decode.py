@@ -22,7 +22,7 @@ class Predictions:
     def __init__(self, chunks: Sequence[StoredChunk], features: ChunkFeatures | None) -> None:
         self._features = features
         self._locks = [threading.Lock() for _ in chunks]
-        self._open_frames = [chunk.header.geometry.frame_count for chunk in chunks]
+        self._undecoded_frames = [chunk.header.geometry.frame_count for chunk in chunks]
         self._made: dict[int, Prediction] = {}
 
     def of(self, task: ReadTask) -> Prediction | None:
@@ -38,11 +38,15 @@ class Predictions:
                         "give `fetch` the features of its tokens"
                     )
                 self._made[index] = klt.predict(self._features(index))
-            prediction = self._made[index]
-            self._open_frames[index] -= task.frame_count
-            if self._open_frames[index] <= 0:
-                del self._made[index]
-            return prediction
+            return self._made[index]
+
+    def decoded(self, task: ReadTask) -> None:
+        """These frames will not be decoded again."""
+        index = task.chunk_index
+        with self._locks[index]:
+            self._undecoded_frames[index] -= task.frame_count
+            if not self._undecoded_frames[index]:
+                self._made.pop(index, None)
 
 
 def decode(item: ReceivedFrames, destination: Destination, predictions: Predictions) -> None:
@@ -58,3 +62,4 @@ def decode(item: ReceivedFrames, destination: Destination, predictions: Predicti
         klt=task.chunk.klt,
         prediction=predictions.of(task),
     )
+    predictions.decoded(task)

@@ -69,6 +69,11 @@ class Delivery:
             self._received_bytes += received_bytes
             self._last_progress = time.monotonic()
 
+    def moved(self, at_s: float) -> None:
+        """Bytes came at this time, of a piece that is not complete."""
+        with self._changed:
+            self._last_progress = max(self._last_progress, at_s)
+
     def deliver(self, task: ReadTask) -> None:
         with self._changed:
             self._last_progress = time.monotonic()

@@ -45,12 +45,12 @@ class Reading:
 
     @property
     def moved_at_s(self) -> float:
-        """When bytes last came, as far as is known, or when they began to be waited for."""
-        return max(self._waiting_since_s, self._stream.moved_at_s)
+        """When bytes last came, as far as the transport knows."""
+        return self._stream.moved_at_s
 
     def end_if_silent(self, limit_s: float) -> None:
-        """`moved_at_s` is this long ago."""
-        if self._hurried and time.monotonic() - self.moved_at_s > limit_s:
+        silent_since_s = max(self._waiting_since_s, self.moved_at_s)
+        if self._hurried and time.monotonic() - silent_since_s > limit_s:
             self.silent = True
             self._stream.cancel()
 

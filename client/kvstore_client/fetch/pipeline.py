@@ -68,7 +68,7 @@ class Fetch:
         workers = settings.decode_threads or min(4, max(1, (os.cpu_count() or 1) // 2))
         received = StageQueue[ReceivedFrames](settings.inflight_bytes, producers=len(reads))
         self._delivery.on_end(received.abort)
-        self._failover = Failover(view, settings, match.chunks)
+        self._failover = Failover(view, settings, match.chunks, self._delivery)
         over = threading.Event()
         self._delivery.on_end(over.set)
         receiver = Receiver(view, self._failover, self._delivery, received, metrics)

@@ -17,6 +17,16 @@ from kvstore_codec.errors import TransferError
 
 
 @dataclass(frozen=True, slots=True)
+class _Errand:
+    """What is to be read from a member, perhaps because another one fell silent."""
+
+    member: Member
+    tasks: Sequence[ReadTask]
+    hurried: bool
+    instead_of: Member | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Receiver:
     """Receives for one fetch, in a thread per owner."""
 
@@ -32,11 +42,15 @@ class Receiver:
         What the owner no longer has, or still owes when its stream breaks or falls silent, is read from others that
         have the same bytes; where nobody has, the chunk is missing. Returns early when the fetch is over.
         """
-        waiting = deque([(owner, owed, self.failover.has_others(owed))])
+        waiting = deque([_Errand(owner, owed, hurried=self.failover.has_others(owed))])
         try:
             while waiting:
-                member, tasks, hurried = waiting.popleft()
-                for reason, unread in self._read(member, tasks, self._pass_on, hurried=hurried).items():
+                errand = waiting.popleft()
+                member = errand.member
+                failed = self._read(member, errand.tasks, self._pass_on, hurried=errand.hurried)
+                if errand.instead_of is not None and not failed:
+                    self.failover.broke(errand.instead_of, "silent")
+                for reason, unread in failed.items():
                     if self.delivery.is_over or reason == "timeout":
                         self.delivery.fail_chunks(unread, reason)
                         continue
@@ -45,9 +59,13 @@ class Receiver:
                     places, nowhere = self.failover.elsewhere(unread)
                     if places:
                         self.metrics.failed_over(reason)
-                    waiting += [(other, t, self.failover.has_others(t)) for other, t in places.items()]
+                    silent = member if reason == "silent" else None
+                    waiting += [
+                        _Errand(other, tasks, hurried=self.failover.has_others(tasks), instead_of=silent)
+                        for other, tasks in places.items()
+                    ]
                     if nowhere and reason == "silent":
-                        waiting.append((member, nowhere, False))  # it may only be slow
+                        waiting.append(_Errand(member, nowhere, hurried=False))  # it may only be slow
                     else:
                         self.delivery.fail_chunks(nowhere, reason)
         finally:
@@ -85,15 +103,19 @@ class Receiver:
         timeline = self.delivery.timeline
         stream = self.view.transport(member).read(_request(tasks), self.delivery.remaining_s())
         self.delivery.on_end(stream.cancel)
-        reading = Reading(stream)
+        reading = Reading(stream, hurried=hurried)
         unread: dict[str, list[ReadTask]] = {}
         done = 0
         try:
             parts: list[memoryview] = []
             received = 0
             start_s = timeline.now_s()
-            for piece in self.failover.watched(reading) if hurried else reading:
-                if piece.range != done or (len(piece.data) == 0 and piece.status == pb.READ_STATUS_OK):
+            for piece in self.failover.watched(reading):
+                if (
+                    done == len(tasks)
+                    or piece.range != done
+                    or (len(piece.data) == 0 and piece.status == pb.READ_STATUS_OK)
+                ):
                     break
                 task = tasks[done]
                 self.delivery.progress(len(piece.data))
@@ -109,7 +131,7 @@ class Receiver:
                     data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
                     timeline.add("receive", start_s, timeline.now_s(), task.label)
                     if not take(ReceivedFrames(task, data)):
-                        return {}
+                        return {"cancelled": list(tasks[done:])}
                 parts, received = [], 0
                 done += 1
                 start_s = timeline.now_s()
