@@ -49,7 +49,7 @@ class OwnerWrite:
     """One Put stream, fed chunk by chunk, and a thread that waits for the owner's answers.
 
     An owner that neither takes nor answers anything for `stall_s` is given up: it holds the others up no longer than
-    that. `put` and `finish` are for one thread, `cancel` for any.
+    that. `put`, `complete` and `finish` are for one thread, `cancel` for any.
     """
 
     def __init__(self, transport: Transport, *, timeout_s: float, stall_s: float) -> None:
@@ -69,18 +69,26 @@ class OwnerWrite:
     def put(self, chunk: OutgoingChunk) -> None:
         """Hand in a chunk, waiting while too much waits already. Nothing happens when the owner has failed."""
         size_bytes = chunk.start.size_bytes
-        self._await(lambda: not self._waiting or self._waiting_bytes + size_bytes <= _AHEAD_BYTES)
+        self._await(
+            lambda: not self._waiting or self._waiting_bytes + size_bytes <= _AHEAD_BYTES, time.monotonic()
+        )
         with self._changed:
+            if self._over or self._cancelled:
+                return
             self._waiting.append(chunk)
             self._waiting_bytes += size_bytes
             self._changed.notify_all()
 
-    def finish(self) -> None:
-        """Nothing more is put: wait for the last answer."""
+    def complete(self) -> None:
+        """Nothing more is put."""
         with self._changed:
             self._complete = True
+            self._moved_at_s = time.monotonic()
             self._changed.notify_all()
-        self._await(lambda: False)
+
+    def finish(self) -> None:
+        """Wait for the last answer, after `complete`."""
+        self._await(lambda: False, began_s=self._moved_at_s)
         self._thread.join()
 
     def cancel(self, reason: str) -> None:
@@ -88,12 +96,12 @@ class OwnerWrite:
         with self._changed:
             self.failure = self.failure or reason
             self._cancelled = True
+            self._waiting.clear()
             self._changed.notify_all()
         self._stream.cancel()
 
-    def _await(self, condition: Callable[[], bool]) -> None:
+    def _await(self, condition: Callable[[], bool], began_s: float) -> None:
         """Until the condition holds or the stream is over, which it is once the owner has not moved for `stall_s`."""
-        began_s = time.monotonic()
         while True:
             with self._changed:
                 if self._over or condition():
@@ -134,4 +142,5 @@ class OwnerWrite:
             with self._changed:
                 self.failure = self.failure or failure
                 self._over = True
+                self._waiting.clear()
                 self._changed.notify_all()

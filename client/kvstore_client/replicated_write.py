@@ -51,6 +51,8 @@ class ReplicatedWrite:
 
     def finish(self) -> list[Written]:
         """Wait until every owner has answered or failed. What became of each chunk, in order."""
+        for write, _ in self._writes.values():
+            write.complete()
         for owner, (write, chunks) in self._writes.items():
             write.finish()
             for written, answer in zip(chunks, write.answers, strict=False):
