@@ -71,10 +71,15 @@ class ClusterAdmin:
         return cluster_stats(self._address)
 
     def nodes(self, only: str | None = None) -> list[NodeAdmin]:
-        """The nodes that live, or just the one called `only`."""
+        """The nodes that live, or just the one called `only`. At least one."""
         members = [node.member for node in self.stats().nodes if node.alive]
+        if not members:
+            raise ServiceError(
+                "no storage node is alive; what is on their disks is there again when they are back. "
+                "`kvstore status` says what is known of them"
+            )
         if only is not None:
-            names = ", ".join(member.node_id for member in members) or "none"
+            names = ", ".join(member.node_id for member in members)
             members = [member for member in members if member.node_id == only]
             if not members:
                 raise ServiceError(f"there is no live node {only!r}; those that live: {names}")
@@ -83,11 +88,12 @@ class ClusterAdmin:
     def find(self, patterns: Sequence[ChunkPattern]) -> list[ChunkId]:
         """The chunks that are meant, as far as names are not whole among what is stored."""
         found: list[ChunkId] = []
-        nodes = self.nodes()
+        nodes: list[NodeAdmin] = []
         for pattern in patterns:
             if (whole := pattern.chunk_id) is not None:
                 found.append(whole)
                 continue
+            nodes = nodes or self.nodes()
             stored = (chunk_of(v.chunk) for node in nodes for v in node.variants(pattern.content_prefix))
             found += pattern.choose(stored)
         return list(unique(found))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kvstore_api.v1 import kvstore_pb2 as pb
 
 _PAGE = 1024
+_MOST = 1 << 30
 
 
 def ls(
@@ -22,13 +23,14 @@ def ls(
         str | None, typer.Option(help="Only what this tenant stored; '' is the default one.")
     ] = None,
     prefix: Annotated[str, typer.Option(help="Only contents whose id begins with these digits.")] = "",
-    limit: Annotated[int, typer.Option(min=0, help="Lines to show; 0 shows all.")] = 100,
+    limit: Annotated[int, typer.Option(min=0, max=_MOST, help="Lines to show; 0 shows all.")] = 100,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
     """List the chunks that are stored, node by node."""
     from rich.console import Console
     from rich.filesize import decimal
+    from rich.markup import escape
     from rich.table import Table
 
     from kvstore_service.admin import ClusterAdmin
@@ -48,19 +50,19 @@ def ls(
     if json_output:
         typer.echo(json.dumps({"chunks": rows, "more": more}, indent=2))
         return
-    table = Table(title=f"chunks at {address}")
+    table = Table(title=escape(f"chunks at {address}"))
     for column in ("chunk", "encoding", "size", "node", "tier", "tenant", "pinned", "ends in"):
         table.add_column(column, justify="right" if column in ("size", "ends in") else "left", no_wrap=True)
     for row in rows:
         table.add_row(
             f"{row['content_id'][:16]}+{row['prefix_id'][:16]}",
-            row["encoding"],
+            escape(row["encoding"]),
             decimal(row["size_bytes"]),
-            row["node_id"],
+            escape(row["node_id"]),
             "+".join(
                 tier for tier, there in (("memory", row["in_memory"]), ("disk", row["on_disk"])) if there
             ),
-            row["tenant"],
+            escape(row["tenant"]),
             "yes" if row["pinned"] else "",
             f"{row['ttl_left_s']} s" if row["ttl_left_s"] else "",
         )

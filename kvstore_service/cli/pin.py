@@ -42,6 +42,7 @@ def unpin(
     """Let pinned chunks be evicted again."""
     from kvstore_codec.errors import ConfigurationError
     from kvstore_service.admin import ClusterAdmin
+    from kvstore_service.admin.chunk_names import unique
     from kvstore_service.cli.chunk_arguments import chunk_patterns
     from kvstore_service.listen import Address
 
@@ -50,7 +51,7 @@ def unpin(
         raise ConfigurationError("no chunks were given; `kvstore pin` lists those that are pinned")
     with ClusterAdmin(str(Address.parse(address))) as cluster:
         pinned = cluster.pins()
-        chosen = [chunk for pattern in patterns for chunk in pattern.choose(pinned)]
+        chosen = list(unique(chunk for pattern in patterns for chunk in pattern.choose(pinned)))
         pins = cluster.unpin(chosen)
     _report("unpinned", chosen, pins, json_output=json_output)
 
@@ -64,12 +65,13 @@ def _report(what: str, chunks: "list[ChunkId]", pins: int, *, json_output: bool)
 
 def _show_pins(address: str, pins: "list[ChunkId]", *, json_output: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     if json_output:
         typer.echo(json.dumps({"pinned": _names(pins), "pins": len(pins)}, indent=2))
         return
-    table = Table("content_id", "prefix_id", title=f"pinned at {address}")
+    table = Table("content_id", "prefix_id", title=escape(f"pinned at {address}"))
     for chunk in pins:
         table.add_row(chunk.content_id.hex()[:32], chunk.prefix_id.hex()[:32])
     Console().print(table)

@@ -19,6 +19,7 @@ def quota(
     """Say how much a tenant may keep in the whole cluster, replicas counted. Without arguments, list the quotas."""
     from rich.console import Console
     from rich.filesize import decimal
+    from rich.markup import escape
     from rich.table import Table
 
     from kvstore_service.admin import ClusterAdmin
@@ -34,9 +35,9 @@ def quota(
         rows = [{"tenant": found.tenant, "limit_bytes": found.limit_bytes} for found in quotas]
         typer.echo(json.dumps({"quotas": rows}, indent=2))
         return
-    table = Table("tenant", "limit", title=f"quotas at {address}")
+    table = Table("tenant", "limit", title=escape(f"quotas at {address}"))
     for found in quotas:
-        table.add_row(found.tenant or "(default)", decimal(found.limit_bytes))
+        table.add_row(escape(found.tenant) or "(default)", decimal(found.limit_bytes))
     Console().print(table)
 
 

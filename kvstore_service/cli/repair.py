@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstore_api.address import DEFAULT_ADDRESS
+from kvstore_codec.errors import ServiceError
 from kvstore_service.cli import options
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def repair(
 
 
 def _wait(cluster: "ClusterAdmin", number: int) -> dict[str, int]:
-    """How many chunks each node has checked."""
+    """How many chunks each node has checked. Raises ServiceError when there is no node."""
     from rich.console import Console
 
     from kvstore_service.cli.stages import Stages
@@ -63,6 +64,8 @@ def _wait(cluster: "ClusterAdmin", number: int) -> dict[str, int]:
                 waiting += not done
                 total += gauges.get("repair_total", 0)
                 checked[node.member.node_id] = gauges.get("repair_checked", 0)
+            if not checked:
+                raise ServiceError("no storage node answers, so nothing is repaired; see `kvstore status`")
             stages.advance("repair", sum(checked.values()), total)
             if not waiting:
                 return checked

@@ -12,7 +12,7 @@ class Stages:
     def __init__(self, console: Console, labels: Mapping[str, str]) -> None:
         self._labels = labels
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -65,13 +65,13 @@ def _table(address: str, reply: "pb.ClusterStatsReply") -> "Table":
     rows = [_cells(node) for node in reply.nodes]
     notes: list[str] = []
     for node in reply.nodes:
-        name = node.member.node_id
+        name = escape(node.member.node_id)
         if not node.alive or node.error:
             notes.append(f"{name} at {node.member.endpoint}: {escape(node.error)}")
         elif node.stats.disk_error:
             notes.append(f"{name} does without its disk: {escape(node.stats.disk_error)}")
     table = Table(
-        title=f"cluster at {address}, epoch {reply.epoch}",
+        title=escape(f"cluster at {address}, epoch {reply.epoch}"),
         caption="\n".join(notes) or None,
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -88,8 +88,9 @@ def _table(address: str, reply: "pb.ClusterStatsReply") -> "Table":
 
 def _cells(node: "pb.NodeStatus") -> dict[str, str]:
     from rich.filesize import decimal
+    from rich.markup import escape
 
-    name, stats = node.member.node_id, node.stats
+    name, stats = escape(node.member.node_id), node.stats
     if not node.alive or node.error:
         return {"node": name, "state": "[red]down[/red]"}
     counters, gauges = stats.counters, stats.gauges
@@ -112,7 +113,9 @@ def _cells(node: "pb.NodeStatus") -> dict[str, str]:
 def _filled(used_bytes: int, limit_bytes: int) -> str:
     from rich.filesize import decimal
 
-    return f"{100 * used_bytes / limit_bytes:.0f}% of {decimal(limit_bytes, precision=0)}" if limit_bytes else ""
+    return (
+        f"{100 * used_bytes / limit_bytes:.0f}% of {decimal(limit_bytes, precision=0)}" if limit_bytes else ""
+    )
 
 
 def _repair(member: "pb.Member", gauges: Any) -> str:

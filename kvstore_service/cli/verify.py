@@ -20,6 +20,7 @@ def verify(
     """Read everything back and check every checksum; what is damaged is removed. Exit status 1 when something was."""
     from rich.console import Console
     from rich.filesize import decimal
+    from rich.markup import escape
     from rich.table import Table
 
     from kvstore_service.admin import ClusterAdmin
@@ -46,7 +47,7 @@ def verify(
             table = Table("chunk", "encoding", "node", "reason", title="damaged and removed")
             for row in damaged:
                 name = f"{row['content_id'][:16]}+{row['prefix_id'][:16]}"
-                table.add_row(name, row["encoding"], row["node_id"], row["reason"])
+                table.add_row(name, *(escape(row[column]) for column in ("encoding", "node_id", "reason")))
             Console().print(table)
         count = sum(count for count, _ in checked.values())
         size = decimal(sum(size for _, size in checked.values()))

@@ -1,6 +1,7 @@
 """The commands that look after a running cluster, against real servers in this process."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -106,6 +107,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
                 directives = coordinator.directives(name, 0)
                 assert directives.pins is not None
                 cell.node.set_pins(directives.pins)
+                cell.node.set_draining(directives.draining)
                 cell.worker.update(directives)
 
     informing = threading.Thread(target=keep_informed)
@@ -119,6 +121,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         cell.node.check_integrity()
         cell.node.close()
     cluster.server.stop(0)
+    coordinator.close()
     catalogue.close()
 
 
@@ -286,6 +289,47 @@ def test_quota(cluster: Cluster) -> None:
     assert len(cluster.kvstore("quota", "", "1000")["quotas"]) == 2
     assert all(part in cluster.text("quota") for part in ("(default)", "1.0 kB", "21.5 GB"))
     assert cluster.kvstore("quota", "", "0")["quotas"] == [{"tenant": "blue", "limit_bytes": 20 << 30}]
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(cluster: Cluster) -> None:
+    tenant = "[bold]blue[/x]"
+    cluster.kvstore("quota", tenant, "20GiB")
+    assert tenant in cluster.text("quota")
+    chunk = sample_chunk(900)
+    node = cluster.cells["node-0"].node
+    put = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data), options=PutOptions(tenant=tenant))
+    assert put is not None
+    put.write(chunk.data)
+    put.commit()
+    assert tenant in cluster.text("ls", "--tenant", tenant)
+
+
+def test_limits_and_repeated_names(cluster: Cluster) -> None:
+    assert "Invalid value" in cluster.text("ls", "--limit", "9" * 20, status=2)
+    assert len(cluster.kvstore("ls", "--limit", str(1 << 30))["chunks"]) == 20
+    name = names(cluster.chunks[:1]).pop()
+    cluster.kvstore("pin", name)
+    assert cluster.kvstore("unpin", name, name) == {"unpinned": [name], "pins": 0}
+
+
+def test_without_nodes_nothing_is_called_well(cluster: Cluster) -> None:
+    for record in cluster.coordinator.nodes():
+        cluster.coordinator.leave(record.member.node_id, record.incarnation)
+    for arguments in (("ls",), ("verify",), ("evict", "--all", "--yes"), ("repair", "--wait")):
+        with pytest.raises(KVStoreError, match="no storage node"):
+            cluster.text(*arguments)
+    # What has a whole name may be pinned all the same.
+    assert cluster.kvstore("pin", names(cluster.chunks[:1]).pop())["pins"] == 1
+
+
+def test_draining_the_last_node_ends_with_the_reason(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["kvstore_service.cli.drain"], "_STUCK_S", 0.5)
+    cluster.kvstore("drain", "node-0", "--wait")
+    with pytest.raises(KVStoreError, match="20 chunks that no other node takes"):
+        cluster.text("drain", "node-1", "--wait")
+    assert "may be removed" not in cluster.text("drain", "node-1")
 
 
 def test_status_shows_both_tiers(cluster: Cluster) -> None:
