@@ -15,8 +15,8 @@ from kvstore_service.listen import Address, address_error
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256
-"""Each has a thread, and at most one chunk that is being read or written. Beyond that the one that has been idle longest
-is closed, or the new one where none is idle."""
+"""Each has a thread, and at most one chunk that is being read or written. For one more the one that has been idle
+longest is closed, or the new one where none is idle."""
 PATIENCE_S = 20.0
 """For 4 MiB to a client, or 256 KiB from it: whoever is slower is disconnected, and what it held is given back."""
 IDLE_S = 600.0

@@ -27,6 +27,11 @@ _SEND_BYTES = 4 << 20
 # Large enough that the calls do not count.
 _RECEIVE_BYTES = 1 << 20
 
+# Of a message: parsed whatever is in it, and the fields that a larger one may have.
+_FEW_BYTES = 1 << 20
+_MAX_FIELDS = 2 * MAX_CHUNKS + (1 << 18)
+_VARINT, _LENGTH_DELIMITED = 0, 2
+
 Request = TypeVar("Request", pb.ReadRequest, pb.PutStart)
 
 
@@ -174,11 +179,34 @@ class Session:
 
 
 def _parsed(message: Request, data: bytearray) -> Request:
+    if len(data) > _FEW_BYTES:
+        _require_few_fields(data)
     try:
         message.ParseFromString(bytes(data))
     except DecodeError as error:
         raise RefusedError(f"not a {type(message).__name__}") from error
     return message
+
+
+def _require_few_fields(data: bytearray) -> None:
+    """Millions of empty fields would take 20 times the memory that they came in."""
+    at = count = 0
+    while at < len(data):
+        count += 1
+        if count > _MAX_FIELDS:
+            raise RefusedError(f"more than {_MAX_FIELDS} ranges, chunks and encodings in one read")
+        tag, at = data[at], at + 1
+        if tag >= 0x80 or tag & 7 not in (_VARINT, _LENGTH_DELIMITED):  # no field of ours
+            raise RefusedError("not a ReadRequest")
+        value = shift = 0
+        while at < len(data):
+            byte, at = data[at], at + 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        if tag & 7 == _LENGTH_DELIMITED:
+            at += value
 
 
 def _require_at_most(limit: int, what: str, items: Sized) -> None:

@@ -116,6 +116,8 @@ def test_requests_may_follow_each_other_without_waiting(port: Port) -> None:
         (pack_header(FrameKind.READ, 3) + b"\xff\xff\xff", "not a ReadRequest"),
         (pack_header(FrameKind.PUT, 3) + b"\xff\xff\xff", "not a PutStart"),
         (pack_header(FrameKind.PUT, 0), "32 bytes"),
+        (pack_header(FrameKind.READ, 8 << 20) + b"\x0a\x00" * (4 << 20), "more than 393216"),
+        (pack_header(FrameKind.READ, 2 << 20) + b"\x82\xff\xff\x7f" * (1 << 19), "not a ReadRequest"),
         (read_frame(encodings=["another"]), "one for each"),
         (read_frame(ranges=[pb.ReadRange(chunk=1)]), "beyond"),
     ],
