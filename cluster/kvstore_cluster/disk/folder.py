@@ -71,6 +71,11 @@ class StoreFolder:
         self.segment(number).replace(aside)
         return aside
 
+    def free_bytes(self) -> int | None:
+        """What the disk has left; None where the file system does not say. Raises OSError."""
+        space = os.statvfs(self.path)
+        return space.f_bavail * space.f_frsize if space.f_blocks else None
+
     def close(self) -> None:
         os.close(self._lock_fd)
 

@@ -18,6 +18,9 @@ from kvstore_codec.errors import ChunkNotFoundError, DiskError, DiskFullError
 
 log = logging.getLogger(__name__)
 
+# A store has at least so many segments that compaction has something to choose.
+FEWEST_SEGMENTS = 8
+
 
 class SegmentLog:
     """Thread-safe. `_turn` is held by who makes room for a record, and while a new segment begins; `_sealing` until an
@@ -25,6 +28,9 @@ class SegmentLog:
 
     `error` is why nothing can be appended: a write or a sync failed. A segment in which that happened is closed for
     good; `revive` clears the error once another one could be begun and synced.
+
+    All files may take `room_bytes`: the limit, or what the disk has where that is less. Puts leave a part of that for
+    deletions and copies.
     """
 
     def __init__(
@@ -35,8 +41,10 @@ class SegmentLog:
         wake: Callable[[], None],
     ) -> None:
         self.segment_bytes = segment_bytes
-        self.put_limit_bytes = limit_bytes - segment_bytes
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = self.room_bytes = limit_bytes
+        self.fitting_bytes = limit_bytes
+        """Live bytes for which the disk has had room; the limit unless a write has just found it full."""
+        self._copy_limit_bytes = limit_bytes + segment_bytes
         self._table = table
         self._folder = table.folder
         self.error: DiskError | None = None
@@ -52,6 +60,28 @@ class SegmentLog:
         """New records and segments get higher numbers than those that were found."""
         self._next_sequence = newest_sequence + 1
         self._next_number = max(self._table.segments, default=0) + 1
+        # Deletions and, where the limit was lowered, what was found may fill the room that puts leave: copies of one
+        # segment more come before anything can be removed.
+        largest_blocks = max((segment.end_block for segment in self._table.segments.values()), default=0)
+        self._copy_limit_bytes = max(self.limit_bytes, self._table.used_blocks * BLOCK_BYTES) + max(
+            self.segment_bytes, largest_blocks * BLOCK_BYTES
+        )
+
+    @property
+    def put_limit_bytes(self) -> int:
+        """What all files may take after a put."""
+        return self.room_bytes - self._spare(self.room_bytes)
+
+    def measure(self) -> None:
+        """Sees how much room there is; what others write to the same disk takes some. Raises DiskError."""
+        used_bytes = self._table.used_blocks * BLOCK_BYTES
+        try:
+            free_bytes = self._folder.free_bytes()
+        except OSError as error:
+            raise disk_error(error, f"measuring {self._folder.path}") from error
+        self.room_bytes = self.fitting_bytes = self.limit_bytes
+        if free_bytes is not None:
+            self.room_bytes = min(self.limit_bytes, used_bytes + free_bytes)
 
     def append(self, meta: RecordMeta, views: Sequence[memoryview], *, sync: bool) -> Location:
         """Writes a new record; with `sync`, returns once it would survive a power loss. Raises DiskError, and
@@ -74,11 +104,11 @@ class SegmentLog:
 
     def append_tombstone(self, meta: RecordMeta, sequence: int) -> None:
         """Deletes all records of a chunk and encoding up to that number. Raises DiskError."""
-        self._write(RecordHeader(Kind.TOMBSTONE, sequence, meta), (), self._limit_bytes)
+        self._write(RecordHeader(Kind.TOMBSTONE, sequence, meta), (), self.room_bytes)
 
     def copy(self, original: Location, header: RecordHeader, views: Sequence[memoryview]) -> Location:
         """Writes a record once more. Raises ChunkNotFoundError when it is dead by now, DiskError."""
-        _, location = self._write(header, views, self._limit_bytes, original)
+        _, location = self._write(header, views, self._copy_limit_bytes, original)
         return location
 
     def sync(self, segment: Segment) -> None:
@@ -175,7 +205,9 @@ class SegmentLog:
             if not isinstance(error, OSError):
                 raise
             failure = disk_error(error, f"writing segment {segment.number} in {self._folder.path}")
-            if not isinstance(failure, DiskFullError):
+            if isinstance(failure, DiskFullError):
+                self._found_full()
+            else:
                 self._fail(segment, failure)
             raise failure from error
         segment.commit.wrote()
@@ -198,13 +230,14 @@ class SegmentLog:
             raise type(self.error)(str(self.error))
         active = self._active
         begin = active is None or (
-            active.end_block > 1 and (active.end_block + blocks) * BLOCK_BYTES > self.segment_bytes
+            active.end_block > 1 and (active.end_block + blocks) * BLOCK_BYTES > self._spare(self.room_bytes)
         )
         if (self._table.used_blocks + blocks + begin) * BLOCK_BYTES > limit_bytes:
+            advice = "; free space on that disk" if self.room_bytes < self.limit_bytes else ""
             raise DiskFullError(
                 f"{blocks * BLOCK_BYTES} bytes do not fit on disk: {self._table.used_blocks * BLOCK_BYTES} of the "
                 f"{limit_bytes} bytes that chunks may take in {self._folder.path} are used, "
-                f"{self._table.live_blocks * BLOCK_BYTES} of them by live chunks"
+                f"{self._table.live_blocks * BLOCK_BYTES} of them by live chunks{advice}"
             )
         if active is None or begin:
             self._close_active()
@@ -227,7 +260,9 @@ class SegmentLog:
                 raise
         except OSError as error:
             failure = disk_error(error, f"beginning segment {number} in {self._folder.path}")
-            if not isinstance(failure, DiskFullError):
+            if isinstance(failure, DiskFullError):
+                self._found_full()
+            else:
                 self.error = failure
             raise failure from error
         segment = Segment(number, file, seed, end_block=1)
@@ -235,6 +270,15 @@ class SegmentLog:
         self._table.add(segment)
         self._active = segment
         return segment
+
+    def _found_full(self) -> None:
+        """The disk took less than its free space promised, because of a quota or of others: something has to go."""
+        live_bytes = self._table.live_blocks * BLOCK_BYTES
+        self.fitting_bytes = min(self.fitting_bytes, live_bytes - self._spare(live_bytes))
+
+    def _spare(self, size_bytes: int) -> int:
+        """The part of a room that is left for what makes room: a segment, or less where the room is small."""
+        return min(self.segment_bytes, size_bytes // FEWEST_SEGMENTS)
 
     def _close_active(self) -> None:
         if self._active is not None:

@@ -55,6 +55,7 @@ def recover(table: SegmentTable, segment_log: SegmentLog) -> Recovery:
     for segment in found.values():
         table.add(segment)
     segment_log.continue_after(census.newest_sequence)
+    segment_log.measure()
     return Recovery(_live_records(table.folder, list(found.values())), tuple(dropped))
 
 

@@ -7,7 +7,7 @@ from kvstore_cluster.disk.compaction import Compactor, Lost, Relocate
 from kvstore_cluster.disk.file import SegmentFile, disk_error
 from kvstore_cluster.disk.folder import OpenFile, StoreFolder
 from kvstore_cluster.disk.location import MAX_SEGMENT_BLOCKS, Location, block_of
-from kvstore_cluster.disk.log import SegmentLog
+from kvstore_cluster.disk.log import FEWEST_SEGMENTS, SegmentLog
 from kvstore_cluster.disk.record import BLOCK_BYTES, RecordHeader, RecordMeta, decode, is_header
 from kvstore_cluster.disk.recovery import Recovery, recover
 from kvstore_cluster.disk.table import SegmentTable
@@ -20,16 +20,15 @@ from kvstore_codec.errors import (
     StorageError,
 )
 
-# A store has at most so many segments, each an open file, and at least so few that compaction has something to choose.
+# A store has at most so many segments, each an open file.
 _MOST_SEGMENTS = 512
-_FEWEST_SEGMENTS = 8
 # Above this share of live bytes compaction would copy more than it frees.
 _LIVE_SHARE = 0.85
 
 
 class SegmentStore:
     """Thread-safe. `folder` is made when missing and belongs to one process; `limit_bytes` is what all files in it may
-    take. Call `recover` before anything else.
+    take (and a segment more for a moment, where only copying makes room). Call `recover` before anything else.
 
     A chunk is put by `append`, known by its location from then on, and gone after `delete`. Room comes back only by
     `compact`, so keep `live_bytes` under `capacity_bytes`. What was appended without `sync` is synced within
@@ -50,13 +49,11 @@ class SegmentStore:
         direct: bool = True,
         open_file: OpenFile = SegmentFile,
     ) -> None:
-        segment_bytes = min(
-            max(segment_bytes, limit_bytes // _MOST_SEGMENTS), limit_bytes // _FEWEST_SEGMENTS
-        )
+        segment_bytes = min(max(segment_bytes, limit_bytes // _MOST_SEGMENTS), limit_bytes // FEWEST_SEGMENTS)
         segment_bytes = min(segment_bytes // BLOCK_BYTES, MAX_SEGMENT_BLOCKS) * BLOCK_BYTES
         if segment_bytes < 4 * BLOCK_BYTES:
             raise ConfigurationError(
-                f"{limit_bytes} bytes are too few for a disk tier; give it {4 * BLOCK_BYTES * _FEWEST_SEGMENTS} or more"
+                f"{limit_bytes} bytes are too few for a disk tier; give it {4 * BLOCK_BYTES * FEWEST_SEGMENTS} or more"
             )
         self.limit_bytes = limit_bytes
         self._folder = StoreFolder(folder, direct=direct, open_file=open_file)
@@ -74,8 +71,9 @@ class SegmentStore:
 
     @property
     def capacity_bytes(self) -> int:
-        """Live bytes up to which there is always room after enough compaction."""
-        return int(self._log.put_limit_bytes * _LIVE_SHARE)
+        """Live bytes up to which there is always room after enough compaction: less than the limit allows while the
+        disk itself is full."""
+        return min(int(self._log.put_limit_bytes * _LIVE_SHARE), self._log.fitting_bytes)
 
     @property
     def live_bytes(self) -> int:
@@ -111,10 +109,11 @@ class SegmentStore:
                 f"chunk {meta.chunk_id.short} was announced with {meta.size_bytes} bytes, "
                 f"but {sum(view.nbytes for view in views)} came"
             )
-        if meta.size_bytes > self._log.put_limit_bytes - 3 * BLOCK_BYTES:
+        most_bytes = self.limit_bytes - self._log.segment_bytes
+        if meta.size_bytes > most_bytes - 3 * BLOCK_BYTES:
             raise ChunkTooLargeError(
                 f"chunk {meta.chunk_id.short} has {meta.size_bytes} bytes, but {self._folder.path} may hold only "
-                f"{self._log.put_limit_bytes}; give the node more disk"
+                f"{most_bytes}; give the node more disk"
             )
         self._upkeep.start(self._log)
         return self._log.append(meta, views, sync=sync)
@@ -149,12 +148,13 @@ class SegmentStore:
         """The number of the newest append; those that begin later have higher ones."""
         return self._log.newest_sequence
 
-    def forget(self, meta: RecordMeta, sequence: int | None = None) -> None:
-        """No record of this id and encoding up to number `sequence` (default: the newest) that was deleted comes back
-        after a restart (after a power loss: unless that was less than `sync_period_s` ago). Raises DiskError."""
+    def forget(self, meta: RecordMeta, sequence: int) -> None:
+        """No record of this id and encoding up to number `sequence` that was deleted comes back after a restart (after
+        a power loss: unless that was less than `sync_period_s` ago). Take `newest_sequence` when the chunk is deleted:
+        later appends are not touched, one that overlaps with that may be forgotten as well. Raises DiskError."""
         self._require_open()
         self._upkeep.start(self._log)
-        self._log.append_tombstone(meta, self.newest_sequence if sequence is None else sequence)
+        self._log.append_tombstone(meta, sequence)
 
     def sync(self) -> None:
         """Returns once everything that was appended would survive a power loss. Raises DiskError."""

@@ -1,4 +1,4 @@
-"""What the log needs now and then: syncs, seals, and a look whether a failed disk is well again."""
+"""What the log needs now and then: syncs, seals, a look how much room there is and whether a failed disk is well."""
 
 import logging
 import threading
@@ -48,7 +48,7 @@ class Upkeep:
         while not self._stopping.is_set():
             self._due.wait(self._period_s)
             self._due.clear()
-            for task in (segments.revive, segments.seal_closed, segments.sync_written):
+            for task in (segments.measure, segments.revive, segments.seal_closed, segments.sync_written):
                 try:
                     task()
                 except DiskError as error:

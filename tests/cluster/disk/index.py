@@ -38,7 +38,7 @@ class Index:
             location, chunk = self.where.pop(content)
         self.store.delete(location)
         if forget:
-            self.store.forget(meta_of(chunk))
+            self.store.forget(meta_of(chunk), self.store.newest_sequence)
 
     def relocate(self, meta: RecordMeta, old: Location, new: Location) -> bool:
         with self._lock:

@@ -2,13 +2,10 @@
 
 import errno
 import os
-import resource
-import subprocess
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,6 @@ from kvstore_cluster.disk.file import SegmentFile
 from kvstore_codec.errors import DiskError, DiskFailedError, DiskFullError, DiskReadOnlyError
 from tests.cluster.disk.chunks import append, by_key, contents, read, tiny
 from tests.cluster.disk.index import Index, after_restart, compact, opened, segments
-from tests.sample_chunk import sample_chunk
 
 LIMIT = 64 << 20
 PERIOD_S = 0.02
@@ -236,83 +232,3 @@ def test_a_failed_write_leaves_no_trace(store: SegmentStore, faults: Faults) -> 
     faults.writing = None
     location = append(store, tiny(2))
     assert read(store, location, len(tiny(2).data)) == tiny(2).data
-
-
-@contextmanager
-def mounted(folder: Path, kind: str, options: str) -> Iterator[Path]:
-    """A file system of its own, where the tests may make one."""
-    folder.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", kind, "-o", options, kind, str(folder)],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mount.returncode:
-        pytest.skip(f"no {kind} can be mounted here: {mount.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)  # noqa: S607
-
-
-def test_a_really_full_disk(tmp_path: Path) -> None:
-    with mounted(tmp_path / "small", "tmpfs", "size=6m") as folder:
-        store = SegmentStore(folder / "store", LIMIT, segment_bytes=1 << 20, sync_period_s=PERIOD_S)
-        store.recover()
-        chunks = []
-
-        def fill() -> None:
-            while True:
-                chunk = sample_chunk(len(chunks), frame_bytes=20_000)
-                locations.append(append(store, chunk))
-                chunks.append(chunk)
-
-        locations: list[int] = []
-        with pytest.raises(DiskFullError, match="free space"):
-            fill()
-        assert store.error == ""
-        assert len(chunks) > 5
-        store.check_integrity()
-        store.close()
-        again = SegmentStore(folder / "store", LIMIT)
-        assert contents(again) == by_key(chunks)
-        with pytest.raises(DiskFullError):
-            append(again, sample_chunk(1000, frame_bytes=200_000))
-        again.check_integrity()
-        again.close()
-
-
-def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
-    store = SegmentStore(tmp_path, LIMIT)
-    store.recover()
-    location = append(store, tiny(1))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))
-    try:
-        with pytest.raises(DiskFullError):
-            append(store, sample_chunk(2, frame_bytes=20_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert read(store, location, 10) == tiny(1).data[:10]
-    append(store, sample_chunk(2, frame_bytes=20_000))
-    store.check_integrity()
-    store.close()
-
-
-def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
-    with (
-        mounted(tmp_path / "fixed", "tmpfs", "ro,size=1m") as folder,
-        pytest.raises(DiskReadOnlyError, match="Read-only"),
-    ):
-        SegmentStore(folder, LIMIT)
-
-
-def test_a_file_system_without_direct_io(tmp_path: Path) -> None:
-    with mounted(tmp_path / "ram", "ramfs", "mode=755") as folder:
-        store = SegmentStore(folder, LIMIT)
-        store.recover()
-        assert not store.direct
-        location = append(store, tiny(1))
-        assert read(store, location, len(tiny(1).data)) == tiny(1).data
-        store.close()

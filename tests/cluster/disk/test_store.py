@@ -143,7 +143,7 @@ def test_a_forgotten_chunk_stays_away_and_an_evicted_one_may_come_back(
     store.delete(append(store, evicted))
     append(store, tiny(3, version=1))
     store.delete(append(store, forgotten))
-    store.forget(meta_of(forgotten))
+    store.forget(meta_of(forgotten), store.newest_sequence)
     again = reopened(store, tmp_path)
     found = contents(again)
     assert found == by_key([kept, evicted])
@@ -161,7 +161,7 @@ def test_the_newest_put_wins(store: SegmentStore, tmp_path: Path) -> None:
 
 def test_a_put_after_a_deletion_is_kept(store: SegmentStore, tmp_path: Path) -> None:
     store.delete(append(store, tiny(1)))
-    store.forget(meta_of(tiny(1)))
+    store.forget(meta_of(tiny(1)), store.newest_sequence)
     append(store, tiny(1, version=1))
     again = reopened(store, tmp_path)
     assert contents(again) == by_key([tiny(1, version=1)])
@@ -179,9 +179,9 @@ def test_a_put_before_the_tombstone_of_an_older_deletion_is_kept(store: SegmentS
 
 
 def test_a_chunk_that_is_gone_already_can_be_forgotten(store: SegmentStore, tmp_path: Path) -> None:
-    store.forget(meta_of(tiny(7)))
+    store.forget(meta_of(tiny(7)), store.newest_sequence)
     store.delete(append(store, tiny(1)))
-    store.forget(meta_of(tiny(1)))
+    store.forget(meta_of(tiny(1)), store.newest_sequence)
     again = reopened(store, tmp_path)
     assert contents(again) == {}
     again.close()
