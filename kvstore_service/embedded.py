@@ -17,7 +17,6 @@ from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY
 from kvstore_cluster.storage_options import DEFAULT_REPAIR_BANDWIDTH_BPS, StorageOptions
 from kvstore_codec.errors import ConfigurationError, ServiceError, StartupError
-from kvstore_service.bulk_server import server_tls
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.listen import Address, Reservation
 from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
@@ -73,6 +72,8 @@ class EmbeddedCluster:
         if disk_bytes and data_dir is None:
             raise ConfigurationError("a disk needs a data folder: what is on it shall be found again")
         if tls is not None:
+            from kvstore_service.bulk_server import server_tls  # needs packages that may be missing
+
             server_tls(*tls)
         require_memory(memory_bytes, nodes=1 if ray_address else nodes)
         self._nodes = nodes
