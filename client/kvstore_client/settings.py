@@ -57,8 +57,8 @@ class ClientSettings(BaseSettings):
     """How long the engine waits for a lookup before it prefills instead."""
 
     failover_s: float = Field(default=0.5, gt=0)
-    """How long a node may be silent before another one that holds the same chunks is asked instead. Longer than a
-    piece of 1 MiB takes on the slowest link."""
+    """How long a node may be silent before another one that holds the same chunks is asked instead. Through the bulk
+    port any byte breaks the silence; through gRPC a piece of 1 MiB does: longer than that takes on the slowest link."""
 
     fetch_timeout_s: float = Field(default=30.0, gt=0)
     """Deadline of a whole fetch. What has not arrived by then is recomputed."""

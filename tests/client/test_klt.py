@@ -15,13 +15,15 @@ from transformers import PreTrainedModel
 from kvstore_client import ClientSettings, KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.calibrate import ObservedModel
+from kvstore_client.engines.transformers.features import PromptFeatures
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.store import NewChunk
 from kvstore_codec.calibration import Calibration
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.calibration import Options, calibrate, plan_passages
 from kvstore_service.link import ShapedLink
-from tests.client.conftest import ServedCluster
+from tests.client.chunks import flip_bit
+from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -315,6 +317,35 @@ def test_a_fetch_without_features_misses_its_chunks(
         assert len(match.chunks) == 2
         report = client.fetch(match, client.buffers.take(cached.spec, 512), None).wait()
         assert report.missing == {0: "calibration", 1: "calibration"}
+
+
+def test_features_are_asked_for_once_though_a_frame_is_read_again(
+    tmp_path: Path, calibration: Calibration, new_client: Callable[..., KVStoreClient]
+) -> None:
+    with served_cluster(tmp_path / "two", nodes=2, replicas=2) as cluster:
+        publish(cluster.address, calibration)
+        with new_client(cluster.address, decode_threads=1) as client:
+            model = sharp_model()
+            cached = CachedModel(model, client)
+            cached.generate(PROMPT, **GREEDY)
+            client.store.flush()
+            match = client.match(cached.spec, client.chunk_ids(cached.spec, PROMPT[0].tolist()))
+            chunk = match.chunks[0]
+            node = next(node for node in cluster.nodes if node.node_id == chunk.member.node_id)
+            with node.open(chunk.chunk_id, MEDIUM) as reader:
+                flip_bit(next(reader.pieces(0, 1, 1 << 20))[0])
+            asked: list[int] = []
+            of_prompt = PromptFeatures(model, PROMPT[0])
+
+            def features(index: int) -> torch.Tensor:
+                asked.append(index)
+                return of_prompt(index)
+
+            buffers = client.buffers.take(cached.spec, match.tokens)
+            rotary = cached._rotary(match.tokens)
+            assert client.fetch(match, buffers, rotary, features=features).wait().complete
+            assert client.metrics.snapshot()["failover_checksum"] == 1
+            assert sorted(asked) == [0, 1]
 
 
 def test_chunks_stored_without_features_are_dropped(
