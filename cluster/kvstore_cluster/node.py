@@ -340,7 +340,7 @@ class StorageNode:
         self._forget_again()
         if self._store is not None:
             try:
-                busy |= self._store.compact(self._tiers.relocate)
+                busy |= self._tiers.compact()
             except DiskError:
                 if not busy:  # what is to be written back does not wait for it
                     raise

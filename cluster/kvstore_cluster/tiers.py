@@ -279,7 +279,7 @@ class Tiers:
             except DiskFullError:
                 # What was evicted takes room until its segment is compacted. Where there is nothing to compact, the
                 # keeper or another put has just done it, and maybe taken the room.
-                if not self._disk.compact(self.relocate):
+                if not self.compact():
                     tries -= 1
                 if not tries:
                     raise
@@ -364,6 +364,17 @@ class Tiers:
                 return False
             self.index.location[slot] = new
             return True
+
+    def lost(self, meta: RecordMeta, location: Location) -> None:
+        """Compaction found a record damaged."""
+        with self.lock:
+            slot = self.index.find(meta.chunk_id, meta.encoding)
+            if slot is not None and self.index.location[slot] == location:
+                self._give_up_on_disk(slot)
+
+    def compact(self) -> bool:
+        """One step; True when there may be more to do. Raises DiskError."""
+        return self._disk.compact(self.relocate, self.lost)
 
     # What only this class does.
 
@@ -583,11 +594,14 @@ class Tiers:
         short = self.index.chunk_id(slot).short
         log.error("%s has lost chunk %s: %s", self.node_id, short, reason)
         with self.lock:
-            if self.index.listed(slot) and self.index.location[slot] != NOWHERE:
-                self._leave_disk(slot, evicted=False)
-                if self.index.extent[slot] is None:
-                    self._unlist(slot)
-                else:  # the copy in memory is sound, or nobody knows: written again, once it has been read
-                    self.dirty[slot] = None
-                self.counters.damaged += 1
+            self._give_up_on_disk(slot)
         raise _LostChunkError(f"chunk {short} was damaged on the disk of {self.node_id}: {reason}")
+
+    def _give_up_on_disk(self, slot: int) -> None:
+        if self.index.listed(slot) and self.index.location[slot] != NOWHERE:
+            self._leave_disk(slot, evicted=False)
+            if self.index.extent[slot] is None:
+                self._unlist(slot)
+            else:  # the copy in memory is sound, or nobody knows: written again, once it has been read
+                self.dirty[slot] = None
+            self.counters.damaged += 1

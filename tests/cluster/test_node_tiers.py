@@ -497,3 +497,19 @@ def test_a_lease_ends_with_its_chunk(opened: Opener) -> None:
     assert node.release_lease(lease.lease_id)
     node.maintain()
     node.check_integrity()
+
+
+def test_damage_that_compaction_finds_is_dropped(opened: Opener, tmp_path: Path) -> None:
+    node = opened()
+    chunks = [chunk_of(number) for number in range(60)]
+    for chunk in chunks:
+        put(node, chunk)
+    node = opened()
+    damage(tmp_path / "disk", chunks[0].data[5000:5100])
+    for chunk in chunks[1:50]:
+        node.delete([chunk.chunk_id])
+    while node.maintain():
+        pass
+    assert not stored(node, chunks[0])
+    assert node.stats().counters["damaged"] == 1
+    assert all(read(node, chunk) == chunk.data for chunk in chunks[50:])
