@@ -115,7 +115,7 @@ def test_a_failed_owner_keeps_no_chunks() -> None:
         for _ in range(20):
             data = np.zeros(1 << 20, np.uint8)
             kept.append(weakref.ref(data))
-            write.put(OutgoingChunk(pb.PutStart(size_bytes=len(data)), (memoryview(data),)))
+            write.put(OutgoingChunk(pb.PutStart(size_bytes=len(data)), (data.data,)))
             del data
         write.complete()
         write.finish()
@@ -161,9 +161,9 @@ def test_a_slow_link_is_not_a_silent_one(tmp_path: Path, replicas: int) -> None:
             chunk = NewChunk(document[0], lambda: random_kv(1, spec))
             assert writer.store.put(spec, [chunk]).result(timeout=10) == 1
         routes = {}
-        for server in (*cluster.servers, *cluster.bulk):
-            link = opened.enter_context(ShapedLink(server.address, bandwidth_bps=16e6))
-            routes[server.address] = link.address
+        for address in [s.address for s in cluster.servers] + [s.address for s in cluster.bulk]:
+            link = opened.enter_context(ShapedLink(address, bandwidth_bps=16e6))
+            routes[address] = link.address
         client = opened.enter_context(connect(cluster.address, routes=routes, **patience))
         match = client.match(spec, document)
         report = client.fetch(match, client.buffers.take(spec, match.tokens), None).wait()
