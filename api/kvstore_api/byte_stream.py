@@ -109,18 +109,13 @@ class ByteStream:
     # as long as it waits, and the server comes there. Measured on two idle cores: 4 MiB at 8.2 GB/s, otherwise at 1.5.
 
     def run_beside_peer(self) -> None:
-        """For a server: run this thread where the request came from, if that is this machine."""
+        """For a server: run this thread where the request came from, if that is this machine. From then on it must not
+        start threads: they would inherit it."""
         if self._is_local:
             processor = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
             if processor != self._processor and processor in _PROCESSORS:
                 os.sched_setaffinity(0, {processor})
                 self._processor = processor
-
-    def run_anywhere(self) -> None:
-        """Takes `run_beside_peer` back: before anything that might start a thread, which would inherit it."""
-        if self._processor in _PROCESSORS:
-            os.sched_setaffinity(0, _PROCESSORS)
-            self._processor = -1
 
     @contextmanager
     def staying(self, *, anew: bool) -> Iterator[None]:

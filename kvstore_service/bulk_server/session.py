@@ -130,7 +130,6 @@ class Session:
     # ---- puts
 
     def _put(self, start: pb.PutStart) -> None:
-        self._stream.run_anywhere()
         try:
             put = begin_put(self._node, start)
         except InvalidKVError as error:
@@ -144,9 +143,7 @@ class Session:
             self._reply(pb.PUT_STATUS_ALREADY_STORED)
             return
         try:
-            self._stream.run_beside_peer()
             self._receive(put)
-            self._stream.run_anywhere()
             stored = put.commit()
         except KVStoreError as error:
             self._reply(put_status(error), str(error))
@@ -174,7 +171,6 @@ class Session:
     def _reply(self, status: pb.PutStatus, message: str = "") -> None:
         text = message.encode()[: frames.MAX_TEXT_BYTES // 2].decode(errors="ignore")
         reply = pb.PutReply(status=status, message=text).SerializeToString()
-        self._stream.run_beside_peer()
         self._stream.send([pack_header(FrameKind.PUT_REPLY, len(reply)), reply], self._patience_s)
 
 

@@ -1,7 +1,6 @@
 """The bulk port against clients that are malformed, hostile, slow or gone."""
 
 import contextlib
-import os
 import socket
 import struct
 import threading
@@ -300,19 +299,13 @@ def test_a_reset_connection_frees_what_it_held(port: Port) -> None:
     wait_until(lambda: port.node.stats().bytes_used == 0)
 
 
-def test_threads_that_a_put_starts_may_run_anywhere(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
-    allowed: list[set[int]] = []
-    begin_put = port.node.begin_put
-
-    def begin_and_look(*arguments: object) -> object:
-        thread = threading.Thread(target=lambda: allowed.append(os.sched_getaffinity(0)))
-        thread.start()
-        thread.join()
-        return begin_put(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(port.node, "begin_put", begin_and_look)
+def test_no_request_starts_a_thread(port: Port) -> None:
+    """It would be tied to the processor of that request's client."""
     with port.connected() as connected:
-        for _ in range(2):
-            connected.sendall(put_frame() + CHUNK.data)
-            reply(connected)
-    assert allowed == [os.sched_getaffinity(0)] * 2
+        connected.sendall(put_frame() + CHUNK.data)
+        reply(connected)
+        before = set(threading.enumerate())
+        port.node.delete([CHUNK.chunk_id])
+        connected.sendall(put_frame() + CHUNK.data)
+        reply(connected)
+        assert set(threading.enumerate()) <= before

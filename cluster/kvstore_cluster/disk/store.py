@@ -93,6 +93,8 @@ class SegmentStore:
     def recover(self) -> Recovery:
         """Opens what is there. Raises DiskError."""
         recovery = recover(self._table, self._log)
+        # Not with the first append: whoever that comes from may have tied its thread to a processor.
+        self._upkeep.start(self._log)
         self._recovered = True
         return recovery
 
@@ -115,7 +117,6 @@ class SegmentStore:
                 f"chunk {meta.chunk_id.short} has {meta.size_bytes} bytes, but {self._folder.path} may hold only "
                 f"{most_bytes}; give the node more disk"
             )
-        self._upkeep.start(self._log)
         return self._log.append(meta, views, sync=sync)
 
     def read(self, location: Location, offset: int, views: Sequence[memoryview]) -> None:
@@ -153,7 +154,6 @@ class SegmentStore:
         a power loss: unless that was less than `sync_period_s` ago). Take `newest_sequence` when the chunk is deleted:
         later appends are not touched, one that overlaps with that may be forgotten as well. Raises DiskError."""
         self._require_open()
-        self._upkeep.start(self._log)
         self._log.append_tombstone(meta, sequence)
 
     def sync(self) -> None:
