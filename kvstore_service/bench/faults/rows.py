@@ -55,6 +55,28 @@ def totals(faults: Sequence[Fault], events: Sequence[Event], audit: Audit) -> Ro
     }
 
 
+def failures(faults: Sequence[Fault], events: Sequence[Event]) -> list[Row]:
+    """Each read that failed although a copy lived: what it said, who had the chunk, and the last fault before it."""
+    found: list[Row] = []
+    for get in events:
+        if get.operation != "get" or not is_failure(get, faults):
+            continue
+        before = [fault for fault in faults if fault.at_s < get.end_s]
+        found.append(
+            {
+                "missing": get.missing,
+                "chunks_delivered": get.chunks,
+                "took_s": get.seconds,
+                "holders_afterwards": list(get.holders),
+                "fault": before[-1].kind.value if before else None,
+                "fault_nodes": list(before[-1].nodes) if before else [],
+                "after_fault_s": get.begin_s - before[-1].at_s if before else None,
+                "after_back_s": get.begin_s - before[-1].back_s if before else None,
+            }
+        )
+    return found
+
+
 def is_failure(get: Event, faults: Sequence[Fault]) -> bool:
     """Whether a get did not deliver what a node had that was there all the time."""
     if get.chunks == CHUNKS:

@@ -48,14 +48,20 @@ def faults(
     require_packages("ray", "psutil")
     require_outputs(json_file, plot)
     from kvstore_service.bench import write_results
-    from kvstore_service.bench.faults import Options, plot_faults, run
+    from kvstore_service.bench.faults import Options, failures, plot_faults, run
 
     options = Options(_QUICK_PUTS if quick else puts, _QUICK_KILLS if quick else kills, seed)
     console = result_console()
     with Stages(console, _STAGES) as stages:
         outcome = run(options, stages)
     _show(console, outcome)
-    write_results(outcome.rows, json_file, outcome.meta, total=[outcome.total])
+    write_results(
+        outcome.rows,
+        json_file,
+        outcome.meta,
+        total=[outcome.total],
+        failed_reads=failures(outcome.faults, outcome.events),
+    )
     if plot is not None:
         total = outcome.total
         title = (

@@ -12,7 +12,7 @@ from kvstore_service.bench.faults.audit import Audit
 from kvstore_service.bench.faults.documents import CHUNKS, Document
 from kvstore_service.bench.faults.events import Event
 from kvstore_service.bench.faults.inflict import Fault, Kind
-from kvstore_service.bench.faults.rows import fault_rows, is_failure, totals
+from kvstore_service.bench.faults.rows import failures, fault_rows, is_failure, totals
 
 KVSTORE = str(Path(sys.executable).with_name("kvstore"))
 KILL = Fault(Kind.STORAGE, ("node-0",), at_s=100.0, back_s=103.0)
@@ -53,6 +53,14 @@ def test_totals() -> None:
     assert total["acknowledged_puts"] == 5 * CHUNKS + 5 * (CHUNKS - 1)
     assert (total["kills"], total["partitions"]) == (1, 1)
     assert (total["wrong_bytes"], total["failed_reads"], total["reads_without_replica"]) == (5, 1, 0)
+
+
+def test_failed_reads_are_told_one_by_one() -> None:
+    events = [get(101.0), get(101.0, 2), get(104.0, 2, ("node-0",)), Event("put", 1, 104.0, 104.1, 0)]
+    (row,) = failures([KILL, PARTITION], events)
+    assert (row["chunks_delivered"], row["holders_afterwards"]) == (2, ["node-0"])
+    assert (row["fault"], row["fault_nodes"]) == ("storage actor", ["node-0"])
+    assert (row["after_fault_s"], row["after_back_s"]) == (4.0, 1.0)
 
 
 def test_any_wrong_byte_of_a_document_is_found() -> None:
