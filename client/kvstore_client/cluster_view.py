@@ -28,6 +28,7 @@ _LONGEST_PAUSE_S = 30.0
 _PROBE_TIMEOUT_S = 0.25
 _UNREST_S = 10.0
 _UNREST_TTL_S = 0.5
+_RENEW_TIMEOUT_S = 0.2
 """While something fails, the membership is refreshed this often for `_UNREST_S`."""
 _MAX_MEMBERS = 4096
 _MAX_REPLICAS = 16
@@ -82,7 +83,7 @@ class ClusterView:
         if known is None:
             if self.is_paused(self._address):
                 raise NodeUnavailableError(f"the coordinator at {self._address} did not answer a moment ago")
-            return self._ask()
+            return self._ask(self._settings.lookup_timeout_s)
         if stale:
             self.refresh()
         return known
@@ -129,6 +130,19 @@ class ClusterView:
             self._refresher.submit(self._refresh)
         except RuntimeError:  # closed meanwhile
             self._refreshing = False
+
+    def renew(self, timeout_s: float) -> bool:
+        """Whether the members have changed: asks the coordinator now, while something fails, for who has lost every
+        reader and has nothing else to wait for."""
+        with self._lock:
+            known, unrest = self._membership, time.monotonic() < self._unrest_until_s
+        if timeout_s <= 0 or not unrest or self.is_paused(self._address):
+            return False
+        try:
+            renewed = self._ask(min(timeout_s, _RENEW_TIMEOUT_S))
+        except NodeUnavailableError:
+            return False
+        return known is None or renewed.members != known.members
 
     def pause(self, endpoint: str, *, until_it_answers: bool = False) -> None:
         """Leave an address that failed alone for a while, twice as long each time it fails again. With
@@ -198,11 +212,13 @@ class ClusterView:
 
     def _refresh(self) -> None:
         try:
-            self._probe()
-            self._ask()
+            # Before the probe: a node that came back elsewhere is not to be waited for where it was.
+            self._ask(self._settings.lookup_timeout_s)
         except NodeUnavailableError:
             with self._lock:  # keep the old membership, and try again a whole interval later
                 self._fetched_at_s = time.monotonic()
+        try:
+            self._probe()
         finally:
             with self._lock:
                 self._refreshing = False
@@ -225,11 +241,9 @@ class ClusterView:
             if call.exception() is None:
                 self.recovered(endpoint)
 
-    def _ask(self) -> Membership:
+    def _ask(self, timeout_s: float) -> Membership:
         try:
-            reply = self.coordinator().Membership(
-                pb.MembershipRequest(), timeout=self._settings.lookup_timeout_s
-            )
+            reply = self.coordinator().Membership(pb.MembershipRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
             self.pause(self._address)
             raise NodeUnavailableError(

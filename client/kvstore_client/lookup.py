@@ -1,5 +1,7 @@
 """Longest-prefix lookup: which leading chunks of a prompt are stored, and where."""
 
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -105,13 +107,30 @@ class _Lookup:
 
     def ask(self, indices: Iterable[int], accept: Sequence[str]) -> None:
         """Raises NodeUnavailableError when no owner answered."""
+        deadline_s, wanted = time.monotonic() + self._settings.lookup_timeout_s, list(indices)
+        failure: NodeUnavailableError | None = None
+        try:
+            self._search(wanted, accept)
+        except NodeUnavailableError as error:
+            failure = error
+        # All that had a chunk may have died together and be back elsewhere: that is heard of only by asking.
+        missing = [index for index in wanted if index not in self.found and index not in self.unready]
+        if missing and self._view.renew(deadline_s - time.monotonic()):
+            try:
+                self._search(missing, accept, deadline_s - time.monotonic())
+                failure = None
+            except NodeUnavailableError as error:
+                failure = failure and error
+        if failure is not None:
+            raise failure
 
+    def _search(self, wanted: Sequence[int], accept: Sequence[str], timeout_s: float = math.inf) -> None:
         def take(index: int, member: Member, answer: pb.LookupAnswer) -> bool:
             return self._take(index, member, answer, accept)
 
         search = Search(self._view, self._settings, self._chunk_ids, accept, take)
         try:
-            search.run(indices)
+            search.run(wanted, timeout_s=timeout_s)
         finally:
             self.leases += search.leases
             if search.failures:

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore_api.placement import Placement
+from kvstore_api.placement import Member, Placement
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.lookup import PrefixMatch
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import ChunkId
+from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.link import ShapedLink
 from tests.client.chunks import SPEC, flip_bit, ids, random_kv
 from tests.client.conftest import ServedCluster, served_cluster
@@ -329,3 +330,21 @@ def test_a_node_that_answers_again_is_asked_again(replicated: Replicated) -> Non
             replicated.document[number] for number in on_node(replicated.cluster, away, replicated.document)
         ]
         assert len(client.match(SPEC, mine[:1]).chunks) == 1
+
+
+def test_nodes_that_died_together_are_found_as_soon_as_they_are_back(tmp_path: Path) -> None:
+    document = ids(4)
+    with (
+        served_cluster(tmp_path, nodes=2, replicas=2) as cluster,
+        connect(cluster.address, **PATIENCE | {"membership_ttl_s": 60.0}) as client,
+    ):
+        assert put(client, document) == len(document)
+        for server in cluster.servers:
+            server.stop(0)
+        assert not client.match(SPEC, document).chunks
+        for index, node in enumerate(cluster.nodes):
+            cluster.servers[index] = serve_storage(node, host="127.0.0.1")
+            cluster.books.join(Member(node.node_id, cluster.servers[index].address), incarnation=2)
+        match = client.match(SPEC, document)
+        assert len(match.chunks) == len(document)
+        client.release(match)
