@@ -249,6 +249,7 @@ def test_beyond_the_limit_the_connection_that_is_idle_longest_is_closed() -> Non
             assert second.recv(1) == b""
             first.sendall(read_frame())
             assert answer(first) == (FrameKind.RANGE, CHUNK.data)
+            wait_until(lambda: len(port.server._connections) == len(port.server._idle) == 1)
 
 
 def test_connections_in_service_are_not_closed_for_new_ones() -> None:
