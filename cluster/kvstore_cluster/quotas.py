@@ -48,10 +48,6 @@ class Quotas:
         """What a tenant with a limit has, longest unused first."""
         return iter(self._oldest_first[tenant])
 
-    def used(self) -> dict[str, int]:
-        """Bytes by tenant."""
-        return dict(self._used)
-
     def add(self, slot: int) -> None:
         self._used[self._index.tenant(slot)] += self._index.size_bytes[slot]
         if (order := self._order(slot)) is not None:

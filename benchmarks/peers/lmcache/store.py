@@ -13,12 +13,12 @@ import random
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "kvstore_service" / "bench" / "store"))
 os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")
 import loop
+import ports
 import torch
 from lmcache.utils import CacheEngineKey
 from lmcache.v1.config import LMCacheEngineConfig
@@ -34,30 +34,16 @@ def main() -> None:
     if sys.argv[1] == "client":
         loop.serve(LMCache(sys.argv[2]))
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = ports.free_port()
     command = [sys.executable, "-m", "lmcache.v1.server", "127.0.0.1", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(port)
+        ports.wait_for(port, "LMCache's server", START_S)
         print(f"127.0.0.1:{port}", flush=True)
         sys.stdin.read()
     finally:
         server.kill()
         server.wait()
-
-
-def wait_for(port: int) -> None:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    sys.exit("LMCache's server does not answer")
 
 
 class WarmMemory:

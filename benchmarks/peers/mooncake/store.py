@@ -9,14 +9,13 @@ import ctypes
 import mmap
 import os
 import random
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "kvstore_service" / "bench" / "store"))
 import loop
+import ports
 from mooncake.store import MooncakeDistributedStore
 
 SEGMENT_BYTES = 1 << 30
@@ -32,12 +31,12 @@ def main() -> None:
         loop.serve(store)
         # Its destructors wait for peers that may be gone already.
         os._exit(0)
-    master_port, metrics_port = free_port(), free_port()
+    master_port, metrics_port = ports.free_port(), ports.free_port()
     binary = Path(sys.executable).parent / "mooncake_master"
     options = [f"--rpc_port={master_port}", f"--metrics_port={metrics_port}"]
     master = subprocess.Popen([str(binary), *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(master_port)
+        ports.wait_for(master_port, "Mooncake's master", START_S)
         address = f"127.0.0.1:{master_port}"
         lender = connect(address, SEGMENT_BYTES)
         print(address, flush=True)
@@ -56,25 +55,6 @@ def connect(master: str, segment_bytes: int) -> MooncakeDistributedStore:
     if code:
         sys.exit(f"Mooncake's setup failed with {code}")
     return store
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def wait_for(port: int) -> None:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    sys.exit("Mooncake's master does not answer")
 
 
 class Buffer:

@@ -6,7 +6,6 @@
 
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "kvstore_service" / "bench" / "store"))
 import loop
+import ports
 import redis
 
 
@@ -31,9 +31,7 @@ def main() -> None:
     if sys.argv[1] == "client":
         loop.serve(Redis(sys.argv[2]))
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = ports.free_port()
     with tempfile.TemporaryDirectory() as folder:
         # In memory only, as a cache runs: no snapshots, no log.
         options = [

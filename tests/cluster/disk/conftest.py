@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.disk.image import Image, make_image
+from tests.cluster.disk.index import Index, opened
 
 MEMORY = Path("/dev/shm")  # noqa: S108
 
@@ -17,6 +18,16 @@ def memory_folder(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[Index]:
+    store = opened(tmp_path / "store")
+    store.recover()
+    index = Index(store)
+    yield index
+    index.check()
+    store.close()
 
 
 @pytest.fixture(scope="session")

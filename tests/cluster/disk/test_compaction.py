@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,16 +12,6 @@ from kvstore_cluster.disk import Location, RecordMeta
 from kvstore_codec.errors import ChunkNotFoundError
 from tests.cluster.disk.chunks import by_key, meta_of, read, tiny
 from tests.cluster.disk.index import BLOCK, SEGMENT, Index, after_restart, compact, opened, segments
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[Index]:
-    store = opened(tmp_path / "store")
-    store.recover()
-    index = Index(store)
-    yield index
-    index.check()
-    store.close()
 
 
 def test_space_comes_back(index: Index, tmp_path: Path) -> None:

@@ -1,23 +1,12 @@
 """What compaction does with records that are damaged, or that their owner does not take."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvstore_cluster.disk import Location, RecordMeta
 from tests.cluster.disk.chunks import meta_of
-from tests.cluster.disk.index import BLOCK, Index, compact, opened, segments
-
-
-@pytest.fixture
-def index(tmp_path: Path) -> Iterator[Index]:
-    store = opened(tmp_path / "store")
-    store.recover()
-    index = Index(store)
-    yield index
-    index.check()
-    store.close()
+from tests.cluster.disk.index import BLOCK, Index, compact, segments
 
 
 def test_a_damaged_chunk_is_not_moved_and_keeps_its_segment(index: Index, tmp_path: Path) -> None:
