@@ -526,7 +526,8 @@ class StorageNode:
                 meta,
                 extent=put.extent,
                 location=location,
-                write_back=self._store is not None and location == NOWHERE and not refused,
+                write_back=self._store
+                is not None,  # also what the disk has refused: once more, by the keeper
             )
             self._counters.disk_refused += refused and self._store is not None
             self._counters.puts += 1
