@@ -73,10 +73,9 @@ class Search:
 
         Raises NodeUnavailableError when there is no node, or when none answered.
         """
-        began_s = time.monotonic()
-        self._deadline_s = began_s + min(self._settings.lookup_timeout_s, timeout_s)
-        hurry_s = began_s + self._patience_s
+        self._deadline_s = time.monotonic() + min(self._settings.lookup_timeout_s, timeout_s)
         self._ask(self._best(list(indices), tried or {}))
+        hurry_s = time.monotonic() + self._patience_s  # for all that were asked, so that who is silent is paused
         hurried = False
         while self._open and not (hurried and self._is_settled()):
             until_s = self._deadline_s if hurried else min(hurry_s, self._deadline_s)
