@@ -26,16 +26,32 @@ _FRAME_OVERHEAD_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
+class Variant:
+    """One of the encodings that a chunk is stored in."""
+
+    header: ChunkHeader
+    klt: KLT | None = None
+    """The calibration its header names, if it names one."""
+
+
+@dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """A chunk of the prompt that is stored: what its header says, and who holds it."""
+    """A chunk of the prompt that is stored: what its headers say, and who holds it."""
 
     chunk_id: ChunkId
-    header: ChunkHeader
+    variants: tuple[Variant, ...]
+    """One at least, best first."""
     member: Member
     first_token: int
     """Position in the prompt of the chunk's first token."""
-    klt: KLT | None = None
-    """The calibration its header names, if it names one."""
+
+    @property
+    def header(self) -> ChunkHeader:
+        return self.variants[0].header
+
+    @property
+    def klt(self) -> KLT | None:
+        return self.variants[0].klt
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +173,7 @@ class _Lookup:
         except CodecError:
             self._metrics.missed("bad_header")
         else:
-            self.found[index] = StoredChunk(chunk_id, header, member, index * self._chunk_tokens, klt)
+            self.found[index] = StoredChunk(chunk_id, (Variant(header, klt),), member, index * self._chunk_tokens)
             return True
         return False
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kvstore_api.placement import Member
-from kvstore_client.lookup import StoredChunk
+from kvstore_client.lookup import StoredChunk, Variant
 from kvstore_codec.codec import EncodedChunk, encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.identity import ChunkId, chunk_ids
@@ -42,7 +42,7 @@ def encoded_chunk(chunk_id: ChunkId, seed: int = 0) -> EncodedChunk:
 
 def stored_chunks(count: int) -> list[StoredChunk]:
     return [
-        StoredChunk(chunk_id, encoded_chunk(chunk_id, index).header, MEMBER, 256 * index)
+        StoredChunk(chunk_id, (Variant(encoded_chunk(chunk_id, index).header),), MEMBER, 256 * index)
         for index, chunk_id in enumerate(ids(count))
     ]
 
