@@ -4,7 +4,9 @@ import threading
 from collections import Counter as Counts
 from collections.abc import Mapping
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge, Histogram
+
+from kvstore_client.timeline import STAGES, Timeline
 
 _CHUNKS = Counter("kvstore_client_chunks", "Chunks a fetch asked for, by how they ended.", ["result"])
 _MISSES = Counter("kvstore_client_misses", "Reuse that did not happen, by reason.", ["reason"])
@@ -24,6 +26,17 @@ _GUARDED = Counter(
     ["action"],
 )
 _TOKENS = Counter("kvstore_client_tokens", "Prompt tokens, by where their KV came from.", ["source"])
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_FETCH_S = Histogram("kvstore_client_fetch_seconds", "How long a fetch took, start to end.", buckets=_SECONDS)
+_STAGE_S = Histogram(
+    "kvstore_client_stage_seconds",
+    "How much of a fetch a stage worked, in any of its threads.",
+    ["stage"],
+    buckets=_SECONDS,
+)
+_REPLANS = Counter("kvstore_client_replans", "Times a fetch was planned again while it ran.")
+_PLANNED = Counter("kvstore_client_planned_chunks", "Matched chunks, by what was decided.", ["decision"])
+_WAITING = Gauge("kvstore_client_waiting_for_kv", "Requests that wait until their KV is here.")
 
 
 class ClientMetrics:
@@ -60,6 +73,30 @@ class ClientMetrics:
     def failed_over(self, reason: str) -> None:
         _FAILOVERS.labels(reason).inc()
         self._add(f"failover_{reason}", 1)
+
+    def fetched(self, timeline: Timeline, fetch_s: float) -> None:
+        """A fetch that took `fetch_s` has ended. Counted for each stage is what has been recorded by now."""
+        _FETCH_S.observe(fetch_s)
+        for stage in STAGES:
+            if busy_s := timeline.busy_s(stage):
+                _STAGE_S.labels(stage).observe(busy_s)
+        self._add("fetches", 1)
+
+    def planned(self, *, fetched: int, computed: int) -> None:
+        """Count matched chunks by what was decided for them at last."""
+        _PLANNED.labels("fetch").inc(fetched)
+        _PLANNED.labels("compute").inc(computed)
+        self._add("chunks_planned_fetch", fetched)
+        self._add("chunks_planned_compute", computed)
+
+    def replanned(self) -> None:
+        _REPLANS.inc()
+        self._add("replans", 1)
+
+    def waiting_for_kv(self, change: int) -> None:
+        """That many requests more, or fewer, wait for their KV."""
+        _WAITING.inc(change)
+        self._add("waiting_for_kv", change)
 
     def guarded(self, frames: Mapping[str, int]) -> None:
         """Count frames that the codec's guard treated, by what it did: "finer" or "exact"."""

@@ -1,13 +1,16 @@
-"""When each stage of a fetch worked: spans for pictures and tables."""
+"""When each stage of a request worked, and what was decided meanwhile: spans and marks for traces, tables, pictures."""
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
-Stage = Literal["lookup", "receive", "decode", "restore", "compute", "wait"]
+Stage = Literal["lookup", "plan", "receive", "decode", "restore", "compute", "wait"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+Fact = str | float | None
+"""What JSON can say in one word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,34 +19,117 @@ class Span:
     start_s: float
     """Seconds since the timeline began."""
     end_s: float
-    label: str
+    label: str = ""
+    chunk: int | None = None
+    """Index in the prompt of the chunk that was worked on."""
+    encoding: str | None = None
+    """What that chunk is stored as."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Something that happened at one instant, with the facts that explain it."""
+
+    name: str
+    at_s: float
+    label: str = ""
+    facts: dict[str, Fact] = field(default_factory=dict)
 
 
 class Timeline:
-    """Spans of one request, recorded from any thread."""
+    """Spans and marks of one request, recorded from any thread. It can be sent to another process.
+
+    Recording is one append to a list, which needs no lock in CPython; objects are made when somebody reads.
+    """
 
     def __init__(self) -> None:
         self._origin = time.perf_counter()
-        self._lock = threading.Lock()
-        self._spans: list[Span] = []
+        self._spans: list[tuple[Stage, float, float, str, int | None, str | None]] = []
+        self._marks: list[tuple[str, float, str, dict[str, Fact]]] = []
 
     def now_s(self) -> float:
         return time.perf_counter() - self._origin
 
-    def add(self, stage: Stage, start_s: float, end_s: float, label: str = "") -> None:
-        with self._lock:
-            self._spans.append(Span(stage, start_s, end_s, label))
+    def add(
+        self,
+        stage: Stage,
+        start_s: float,
+        end_s: float,
+        label: str = "",
+        *,
+        chunk: int | None = None,
+        encoding: str | None = None,
+    ) -> None:
+        self._spans.append((stage, start_s, end_s, label, chunk, encoding))
 
     @contextmanager
-    def span(self, stage: Stage, label: str = "") -> Iterator[None]:
+    def span(
+        self, stage: Stage, label: str = "", *, chunk: int | None = None, encoding: str | None = None
+    ) -> Iterator[None]:
         start_s = self.now_s()
         try:
             yield
         finally:
-            self.add(stage, start_s, self.now_s(), label)
+            self.add(stage, start_s, self.now_s(), label, chunk=chunk, encoding=encoding)
+
+    def mark(self, name: str, label: str = "", **facts: Fact) -> None:
+        """Record what happens now, such as "replan"."""
+        self._marks.append((name, self.now_s(), label, facts))
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """All spans so far, by start."""
-        with self._lock:
-            return tuple(sorted(self._spans, key=lambda span: span.start_s))
+        return tuple(Span(*record) for record in sorted(self._spans, key=lambda record: record[1]))
+
+    @property
+    def marks(self) -> tuple[Mark, ...]:
+        """All marks so far, by time."""
+        return tuple(Mark(*record) for record in sorted(self._marks, key=lambda record: record[1]))
+
+    def busy(self, stage: Stage, until_s: float = float("inf")) -> list[tuple[float, float]]:
+        """When a stage worked, as intervals `(start_s, end_s)` that do not touch: the union of its spans, up to
+        `until_s`. The engine computes when it does not wait for a layer, so "compute" is without the waits in it."""
+        busy = self._union(stage, until_s)
+        return _without(busy, self._union("wait", until_s)) if stage == "compute" else busy
+
+    def busy_s(self, stage: Stage, until_s: float = float("inf")) -> float:
+        """Seconds in which a stage worked, however many of its threads did."""
+        return sum(end_s - start_s for start_s, end_s in self.busy(stage, until_s))
+
+    def chrome_trace(self) -> dict[str, Any]:
+        """The Chrome trace of this request, for `json.dump`; see `kvstore_client.trace`."""
+        from kvstore_client.trace import chrome_trace  # it knows what a timeline is
+
+        return chrome_trace({"request": self})
+
+    def _union(self, stage: Stage, until_s: float) -> list[tuple[float, float]]:
+        union: list[tuple[float, float]] = []
+        spans = (
+            (start_s, min(end_s, until_s)) for of, start_s, end_s, *_ in tuple(self._spans) if of == stage
+        )
+        for start_s, end_s in sorted(spans):
+            if end_s <= start_s:
+                continue
+            if union and start_s <= union[-1][1]:
+                union[-1] = (union[-1][0], max(union[-1][1], end_s))
+            else:
+                union.append((start_s, end_s))
+        return union
+
+
+def _without(busy: list[tuple[float, float]], holes: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Both are in order and do not overlap themselves."""
+    pieces: list[tuple[float, float]] = []
+    next_hole = 0
+    for start_s, end_s in busy:
+        while next_hole < len(holes) and holes[next_hole][1] <= start_s:
+            next_hole += 1
+        hole = next_hole
+        while hole < len(holes) and holes[hole][0] < end_s:
+            if start_s < holes[hole][0]:
+                pieces.append((start_s, holes[hole][0]))
+            start_s = max(start_s, holes[hole][1])
+            hole += 1
+        if start_s < end_s:
+            pieces.append((start_s, end_s))
+    return pieces
