@@ -91,9 +91,10 @@ class StorageService:
                 # As a list: the message would make new strings, without a hash, for every chunk.
                 list(request.encodings),
                 lease_s=request.lease_ms / 1000,
-                max_header_bytes=MAX_HEADER_BYTES if request.with_headers else None,
+                max_header_bytes=MAX_HEADER_BYTES,
                 with_headers=request.with_headers,
                 peek=request.peek,
+                all_encodings=request.all_encodings,
             )
         except StorageError as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
@@ -114,6 +115,13 @@ class StorageService:
                 added.other_contexts = answer.other_contexts
             if answer.on_disk:
                 added.on_disk = True
+            for other in answer.others:
+                added.others.add(
+                    encoding=other.encoding,
+                    size_bytes=other.size_bytes,
+                    header=other.header,
+                    on_disk=other.on_disk,
+                )
         return reply
 
     def renew_lease(self, request: pb.RenewLeaseRequest, context: grpc.ServicerContext) -> pb.RenewLeaseReply:

@@ -159,8 +159,13 @@ class ChunkIndex:
                 return slot
         return None
 
+    @property
+    def encodings(self) -> Sequence[str]:
+        """Every encoding that something was stored in."""
+        return self._encodings.names
+
     def preference(self, encodings: Sequence[str]) -> dict[int, int]:
-        """What `best` wants to know of `encodings`, best first."""
+        """What `best` and `others` want to know of `encodings`, best first."""
         numbers = (self._encodings.known(name) for name in encodings)
         return {number: rank for rank, number in reversed([*enumerate(numbers)]) if number is not None}
 
@@ -184,6 +189,22 @@ class ChunkIndex:
             if rank < best_rank and not 0 < self._expires_at_s[slot] <= now_s:
                 best, best_rank = slot, rank
         return best, others
+
+    def others(
+        self, chunk_id: ChunkName, best: int, preference: Mapping[int, int], now_s: float
+    ) -> Sequence[int]:
+        """The slots of the exact chunk, but for the `best`, in the preferred encodings, in their order."""
+        found = self._contents.get(chunk_id.content_id)
+        if not isinstance(found, dict):
+            return _NO_SLOTS
+        others = [
+            slot
+            for slot in found.get(PrefixId(chunk_id.prefix_id), _NO_SLOTS)
+            if slot != best
+            and self._encoding[slot] in preference
+            and not 0 < self._expires_at_s[slot] <= now_s
+        ]
+        return sorted(others, key=lambda slot: preference[self._encoding[slot]])
 
     def chunk_id(self, slot: int) -> ChunkId:
         return ChunkId(self._ids[slot], self._prefix_id(slot))

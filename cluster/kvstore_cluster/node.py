@@ -39,6 +39,19 @@ MAX_LISTED = 4096
 MAX_TENANT_BYTES = 255
 
 
+# What a reply says of a further encoding, besides its header.
+_OTHER_ENCODING_BYTES = 128
+
+
+class FoundVariant(NamedTuple):
+    """One encoding that a chunk is here in."""
+
+    encoding: str
+    size_bytes: int
+    header: bytes
+    on_disk: bool
+
+
 class LookupAnswer(NamedTuple):
     """`encoding` is None when the exact chunk is not here in an acceptable encoding."""
 
@@ -48,6 +61,8 @@ class LookupAnswer(NamedTuple):
     other_contexts: int
     on_disk: bool = False
     """Not in memory: a read comes from the disk."""
+    others: Sequence[FoundVariant] = ()
+    """The exact chunk in further encodings, if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +116,11 @@ class StorageNode:
         max_header_bytes: int | None = None,
         with_headers: bool = True,
         peek: bool = False,
+        all_encodings: bool = False,
     ) -> LookupResult:
         """Says for each chunk in which of `encodings` (best first) it is here, and how many other contexts
-        hold the same content. Counts as use of what was found, unless it is a `peek`, and leases it for `lease_s` when
-        positive.
+        hold the same content; with `all_encodings` also in which others of them, or of any when there are none.
+        Counts as one use of what was found, unless it is a `peek`, and leases it for `lease_s` when positive.
 
         Raises StorageError when the headers of what was found have more than `max_header_bytes` together; then
         nothing is leased.
@@ -112,44 +128,61 @@ class StorageNode:
         now_s = self._clock()
         answers: list[LookupAnswer] = []
         hits: list[int] = []
-        headers_on_disk: list[tuple[int, int]] = []  # (number of the answer, slot)
+        missed = 0
+        headers_on_disk: list[tuple[int, int, int]] = []  # (number of the answer, place in it, slot)
         tiers = self._tiers
         # A thousand chunks are to be found in a millisecond: what the loop needs is looked up once.
         best, encoding_of, extents = self._index.best, self._index.encoding, self._index.extent
         sizes, header_sizes = self._index.size_bytes, self._index.header_bytes
         header_bytes = 0
         with self._lock:
-            preference = self._index.preference(encodings)
+            wanted = encodings or self._index.encodings if all_encodings else encodings
+            preference = self._index.preference(wanted)
             for chunk in chunks:
-                slot, others = best(chunk, preference, now_s)
+                slot, contexts = best(chunk, preference, now_s)
                 if slot < 0:
-                    answers.append(LookupAnswer(None, 0, b"", others))
+                    missed += 1
+                    answers.append(LookupAnswer(None, 0, b"", contexts))
                     continue
                 hits.append(slot)
-                header_bytes += header_sizes[slot]
+                header_bytes += header_sizes[slot] if with_headers else 0
+                header = tiers.header_in_memory(slot) if with_headers else b""
+                if header is None:
+                    headers_on_disk.append((len(answers), 0, slot))
+                    header = b""
+                others: list[FoundVariant] = []
+                if all_encodings:
+                    for place, other in enumerate(self._index.others(chunk, slot, preference, now_s), 1):
+                        hits.append(other)
+                        header_bytes += _OTHER_ENCODING_BYTES + (header_sizes[other] if with_headers else 0)
+                        head = tiers.header_in_memory(other) if with_headers else b""
+                        if head is None:
+                            headers_on_disk.append((len(answers), place, other))
+                        on_disk = extents[other] is None
+                        others.append(FoundVariant(encoding_of(other), sizes[other], head or b"", on_disk))
                 if max_header_bytes is not None and header_bytes > max_header_bytes:
                     raise StorageError(
                         f"the headers of the first {len(answers) + 1} of {len(chunks)} chunks have more "
                         f"than {max_header_bytes} bytes; look fewer chunks up at a time"
                     )
-                header = tiers.header_in_memory(slot) if with_headers else b""
-                if header is None:
-                    headers_on_disk.append((len(answers), slot))
-                    header = b""
                 on_disk = extents[slot] is None
-                answers.append(LookupAnswer(encoding_of(slot), sizes[slot], header, others, on_disk))
+                answers.append(
+                    LookupAnswer(encoding_of(slot), sizes[slot], header, contexts, on_disk, others)
+                )
             self._leases.expire()
             lease_id = self._leases.grant(hits, lease_s) if hits and lease_s > 0 else None
             if not peek:
-                # Last chunk first: a later chunk is worth nothing without those before it, so it is older.
+                # Last chunk first: a later chunk is worth nothing without those before it, so it is older. All that a
+                # chunk is stored as is used alike: what of it will be read is not known yet.
                 tiers.touch(reversed(hits))
                 self._counters.lookups += 1
-                self._counters.hits += len(hits)
-                self._counters.misses += len(answers) - len(hits)
-            for _, slot in headers_on_disk:
+                self._counters.hits += len(answers) - missed
+                self._counters.misses += missed
+            for _, _, slot in headers_on_disk:
                 tiers.hold(slot)
-        for number, slot in headers_on_disk:
-            answers[number] = self._with_header(answers[number], slot)
+        # From the back, so that what the disk has lost can be left out of its answer.
+        for number, place, slot in reversed(headers_on_disk):
+            answers[number] = self._with_header(answers[number], place, slot)
         return LookupResult(answers, lease_id)
 
     def begin_put(
@@ -465,15 +498,29 @@ class StorageNode:
             return None
         return slot
 
-    def _with_header(self, answer: LookupAnswer, slot: int) -> LookupAnswer:
-        """Reads the header of a held slot from the disk; the chunk is missing when the disk has lost it."""
+    def _with_header(self, answer: LookupAnswer, place: int, slot: int) -> LookupAnswer:
+        """Reads the header of a held slot from the disk: the one that the answer names, or of the others the one at
+        `place`, counted from 1. What the disk has lost is missing; then the first other one takes its place."""
+        others = list(answer.others)
         try:
-            return answer._replace(header=self._tiers.header(slot))
+            header = self._tiers.header(slot)
         except ChunkNotFoundError:
-            return LookupAnswer(None, 0, b"", answer.other_contexts)
+            if place:
+                del others[place - 1]
+                return answer._replace(others=others)
+            if not others:
+                return LookupAnswer(None, 0, b"", answer.other_contexts)
+            first = others.pop(0)
+            return LookupAnswer(
+                first.encoding, first.size_bytes, first.header, answer.other_contexts, first.on_disk, others
+            )
         finally:
             with self._lock:
                 self._tiers.release(slot)
+        if not place:
+            return answer._replace(header=header)
+        others[place - 1] = others[place - 1]._replace(header=header)
+        return answer._replace(others=others)
 
     def _variant(self, slot: int) -> StoredVariant:
         index = self._index

@@ -97,6 +97,35 @@ def test_put_lookup_and_read(storage: ServedNode) -> None:
     assert parts == {0: second.frames(0, frames), 1: first.frames(2, 1), 2: second.frames(3, 2)}
 
 
+def test_all_encodings_come_when_asked_for(storage: ServedNode) -> None:
+    variants = [sample_chunk(encoding=name) for name in ("exact-zstd", "high-zstd", "medium-raw")]
+    statuses(storage, steps(*variants))
+
+    def lookup(*encodings: str, with_headers: bool = True) -> pb.LookupAnswer:
+        (answer,) = storage.stub.Lookup(
+            pb.LookupRequest(
+                chunks=[ref(variants[0])],
+                encodings=encodings,
+                with_headers=with_headers,
+                all_encodings=True,
+                lease_ms=60_000,
+            )
+        ).answers
+        return answer
+
+    answer = lookup("medium-raw", "low-raw", "exact-zstd")
+    assert answer.encoding == "medium-raw"
+    (other,) = answer.others
+    assert (other.encoding, other.size_bytes) == ("exact-zstd", len(variants[0].data))
+    assert other.header == variants[0].data[: variants[0].header.header_bytes]
+    assert not other.on_disk
+    anything = lookup(with_headers=False)
+    assert len(anything.others) == 2
+    assert not any(other.header for other in anything.others)
+    assert lookup("low-raw") == pb.LookupAnswer()
+    assert storage.node.stats().leases == 2
+
+
 def test_headers_only_come_when_asked_for(storage: ServedNode) -> None:
     statuses(storage, steps(sample_chunk()))
     reply = storage.stub.Lookup(pb.LookupRequest(chunks=[ref(sample_chunk())], encodings=["exact-zstd"]))
