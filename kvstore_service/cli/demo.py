@@ -1,5 +1,6 @@
 """`kvstore demo`."""
 
+import json
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -44,17 +45,18 @@ def demo(
             help="float32 gives the same answer on every exact path; bfloat16 rounds cold and hit differently."
         ),
     ] = DType.FLOAT32,
-    out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path(),
+    out: Annotated[Path, typer.Option(help="Folder for demo.json, demo.png and demo.trace.json.")] = Path(),
 ) -> None:
     """Two workers, one document: prefilled by A, reused by B over a slow link."""
     _require_extra()
+    from kvstore_client.trace import chrome_trace
     from kvstore_service.bench import write_results
     from kvstore_service.demo.document import read_document
-    from kvstore_service.demo.plot import plot_timelines
     from kvstore_service.demo.worker import Job, Run
     from kvstore_service.embedded import EmbeddedCluster
     from kvstore_service.link import ShapedLink, parse_bandwidth
     from kvstore_service.models import smollm2_folder
+    from kvstore_service.timeline_plot import TracedRun, plot_timelines
 
     bandwidth_bps = parse_bandwidth(bandwidth)
     read_document(document)
@@ -88,13 +90,20 @@ def demo(
     cold = runs[0]
     rows = [_row(run, cold) for run in runs]
     write_results(rows, out / "demo.json", _meta(bandwidth_bps, slow))
-    plot_timelines(runs, bandwidth, out / "demo.png")
+    plot_timelines(
+        [TracedRun(_what(run, bandwidth), run.timeline, run.ttft_s) for run in runs], "", out / "demo.png"
+    )
+    trace = chrome_trace({_path(run.encoding): run.timeline for run in runs})
+    (out / "demo.trace.json").write_text(json.dumps(trace))
     console.print(_table(rows))
     for run in runs:
         if run is cold or run.tokens != cold.tokens:
             console.print(f"[bold]answer[/bold] ({_path(run.encoding)})  {escape(run.text.strip())}")
     sooner = ", ".join(f"{cold.ttft_s / run.ttft_s:.1f}x with {run.encoding}" for run in runs[1:])
     console.print(f"first token sooner: {sooner}; see {out / 'demo.png'} and {out / 'demo.json'}")
+    console.print(
+        f"when each stage worked on which chunk: open {out / 'demo.trace.json'} in https://ui.perfetto.dev"
+    )
     console.print(
         "medium-klt-pco is lossy, and this calibration small: `kvstore calibrate` makes one from your own text."
     )
@@ -147,6 +156,12 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 def _path(encoding: str | None) -> str:
     return "full prefill" if encoding is None else f"through the service, {encoding}"
+
+
+def _what(run: "Run", bandwidth: str) -> str:
+    if run.encoding is None:
+        return f"full prefill of {run.prompt_tokens} tokens"
+    return f"{run.tokens_reused} of {run.prompt_tokens} tokens reused as {run.encoding} over {bandwidth}"
 
 
 def _meta(bandwidth_bps: float, job: "Job") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvstore_client.timeline import Span
+from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.first_token import FirstTokenTimer
@@ -45,7 +45,7 @@ class Run:
     tokens: tuple[int, ...]
     """The answer."""
     text: str
-    spans: tuple[Span, ...]
+    timeline: Timeline
 
 
 Progress = Callable[[str], None]
@@ -145,9 +145,10 @@ class _Session:
     def cold(self, prompt: list[int]) -> Run:
         first = FirstTokenTimer()
         output = self._model.generate(self._batch(prompt), streamer=first, **self._decoding)
-        span = Span("compute", 0.0, first.ttft_s, "full prefill")
+        timeline = Timeline()
+        timeline.add("compute", 0.0, first.ttft_s, "full prefill")
         answer, text = self._answer(prompt, output)
-        return Run("cold", None, len(prompt), first.ttft_s, 0, 0, answer, text, (span,))
+        return Run("cold", None, len(prompt), first.ttft_s, 0, 0, answer, text, timeline)
 
     def reusing(self, cached: "CachedModel", prompt: list[int]) -> Run:
         first = FirstTokenTimer()
@@ -163,7 +164,7 @@ class _Session:
             report.fetch.received_bytes if report.fetch else 0,
             answer,
             text,
-            report.timeline.spans,
+            report.timeline,
         )
 
     @property

@@ -45,6 +45,12 @@ def test_the_demo_shows_a_hit_with_the_same_answer(tmp_path: Path) -> None:
     # A link of 500 Mbit/s cannot have carried the bytes sooner than this.
     assert hit["ttft_s"] > hit["bytes"] * 8 / 500e6 * 0.9
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert "demo.trace.json" in run.stdout
+    events = json.loads((tmp_path / "demo.trace.json").read_text())["traceEvents"]
+    worked = {(event["pid"], event["cat"]) for event in events if event["ph"] == "X"}
+    assert worked >= {(1, "compute")} | {(run, "receive") for run in (2, 3)} | {
+        (run, "decode") for run in (2, 3)
+    }
 
 
 @pytest.mark.parametrize(
