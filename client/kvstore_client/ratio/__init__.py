@@ -1,0 +1,27 @@
+"""Ratio control: how much of a prompt is fetched, in which encodings, and how much is computed instead."""
+
+from kvstore_client.ratio.base import COMPUTE, Bound, ChunkWork, Option, Order, Plan, Planner, Work
+from kvstore_client.ratio.costs import Costs
+from kvstore_client.ratio.fixed import FixedPlanner
+from kvstore_client.ratio.links import DEFAULT_BANDWIDTH_Bps, Links
+from kvstore_client.ratio.profile import CodecCost, PrefillCost, Profile, ProfileStore, profile_key
+
+__all__ = [
+    "COMPUTE",
+    "Bound",
+    "ChunkWork",
+    "CodecCost",
+    "Costs",
+    "DEFAULT_BANDWIDTH_Bps",
+    "FixedPlanner",
+    "Links",
+    "Option",
+    "Order",
+    "Plan",
+    "Planner",
+    "PrefillCost",
+    "Profile",
+    "ProfileStore",
+    "Work",
+    "profile_key",
+]

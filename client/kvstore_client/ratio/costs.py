@@ -1,0 +1,62 @@
+"""The costs of a model as they are now: a profile, corrected by what every fetch sees."""
+
+import math
+import threading
+from dataclasses import replace
+
+from kvstore_client.ratio.profile import CodecCost, PrefillCost, Profile
+
+_MEMORY_TOKENS = 2048.0
+"""An observation of this many tokens moves an estimate by 63 %: a busy machine shows within a fetch or two."""
+
+
+class Costs:
+    """Of one model in one process. Thread-safe.
+
+    Observations are exponentially weighted by the tokens they cover. What is observed should be undisturbed: the
+    planner adds the interference of decoding and computing itself.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self._lock = threading.Lock()
+        self._profile = profile
+        self._codecs = dict(profile.codecs)
+        self._prefill_scale = 1.0
+
+    def observe_decode(self, encoding: str, token_layers: float, decode_s: float, restore_s: float) -> None:
+        """`token_layers`: tokens * layers decoded / layers of the model. Nothing is learned from 0 of them."""
+        if token_layers <= 0:
+            return
+        seen = CodecCost(decode_s / token_layers, restore_s / token_layers)
+        with self._lock:
+            known = self._codecs.get(encoding)
+            # A guess after a similar encoding is worth nothing beside the first thing seen.
+            share = 1.0 if known is None else _share(token_layers)
+            known = known or seen
+            self._codecs[encoding] = CodecCost(
+                known.decode_s + share * (seen.decode_s - known.decode_s),
+                known.restore_s + share * (seen.restore_s - known.restore_s),
+            )
+
+    def observe_prefill(self, first_token: int, tokens: int, seconds: float) -> None:
+        """Of one forward pass. One factor for all three costs: what changes is the speed of the machine."""
+        predicted_s = self._profile.prefill.seconds(first_token, tokens)
+        if predicted_s <= 0:
+            return
+        with self._lock:
+            self._prefill_scale += _share(tokens) * (seconds / predicted_s - self._prefill_scale)
+
+    def snapshot(self) -> Profile:
+        with self._lock:
+            prefill, scale = self._profile.prefill, self._prefill_scale
+            return replace(
+                self._profile,
+                codecs=dict(self._codecs),
+                prefill=PrefillCost(
+                    prefill.fixed_s * scale, prefill.per_token_s * scale, prefill.per_pair_s * scale
+                ),
+            )
+
+
+def _share(tokens: float) -> float:
+    return 1.0 - math.exp(-tokens / _MEMORY_TOKENS)

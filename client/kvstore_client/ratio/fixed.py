@@ -1,0 +1,12 @@
+"""Every chunk as it was stored first: what there is without a controller, and what it is measured against."""
+
+from kvstore_client.ratio.base import COMPUTE, Plan, Work
+from kvstore_client.ratio.predict import predict
+
+
+class FixedPlanner:
+    """The first option of each chunk, or the one under way; computes only what cannot be fetched."""
+
+    def plan(self, work: Work) -> Plan:
+        choices = {chunk.index: (chunk.chosen or 0) if chunk.options else COMPUTE for chunk in work.chunks}
+        return predict(work, choices, "layers")

@@ -1,0 +1,139 @@
+"""How long a plan takes: the one time model that planners search and that plans quote.
+
+Three things go on at once. Bytes come through the endpoints' links, each for itself. Decoding threads turn them into
+KV. The engine computes: the *front* (chunks with nothing unfinished before them) needs nothing that is fetched; what
+comes *behind* fetched chunks waits for them, in the order "layers" layer by layer, in the order "back" as a whole.
+Decoding and computing share the processor, as far as `interference` says.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore_client.ratio.base import COMPUTE, Bound, ChunkWork, Order, Plan, Work
+from kvstore_client.ratio.links import DEFAULT_BANDWIDTH_Bps
+from kvstore_client.ratio.profile import PrefillCost
+
+PASS_TOKENS = 1024
+"""The front is computed in forward passes of up to this many tokens: what is computed by then need not be fetched."""
+
+_STEPS = 8
+"""Pieces in which the layers arrive, about: a stage begins when the one before it has done its first, and ends one
+piece after it."""
+
+_SLOWEST_Bps = 1.0
+"""Of a link whose estimate is nothing: its time must stay a number."""
+
+Seconds = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a plan asks of each stage, in seconds: of one plan (arrays of no dimension), or of many at once."""
+
+    receive: Seconds
+    """Until the last byte, with the latency."""
+    latency: Seconds
+    work: Seconds
+    """Decoding and restoring, by all threads."""
+    pieces: Seconds
+    """Chunks that are fetched."""
+    front: Seconds
+    behind: Seconds
+    """The first forward pass that needs what is fetched."""
+    rest: Seconds
+    """The passes after that one."""
+
+
+def bandwidth_of(work: Work, endpoint: str) -> float:
+    return max(work.bandwidths_Bps.get(endpoint, DEFAULT_BANDWIDTH_Bps), _SLOWEST_Bps)
+
+
+def finish_s(load: Load, order: Order, interference: float) -> Seconds:
+    """Seconds to the end of the last forward pass. Elementwise."""
+    pieces = np.maximum(load.pieces, 1.0) if order == "back" else np.full_like(load.pieces, _STEPS)
+    fetching = load.pieces > 0
+    transfer = np.maximum(load.receive - load.latency, 0.0)
+    first = np.where(fetching, load.latency + transfer / pieces, 0.0)
+    idle = np.maximum(first - load.front, 0.0)
+    if order == "back":
+        received = load.receive + load.work / pieces
+        decoded = first + load.work
+        computed = idle + _together(load.work, load.front, interference)
+        return np.maximum(np.maximum(received, decoded), computed) + load.behind + load.rest
+    last_layer = load.behind / pieces
+    received = load.receive + load.work / pieces + last_layer
+    decoded = first + load.work + last_layer
+    computed = np.maximum(load.front, first + load.work / pieces) + load.behind
+    shared = idle + _together(load.work, load.front + load.behind, interference)
+    return np.maximum(np.maximum(received, decoded), np.maximum(computed, shared)) + load.rest
+
+
+def _together(one: Seconds, other: Seconds, interference: float) -> Seconds:
+    return np.maximum(one, other) + interference * np.minimum(one, other)
+
+
+def predict(work: Work, choices: Mapping[int, int], order: Order) -> Plan:
+    """The plan of these choices. They must be ones that the chunks offer."""
+    received_s: dict[str, float] = {}
+    work_s, fetched = 0.0, 0
+    for chunk in work.chunks:
+        choice = choices[chunk.index]
+        if choice != COMPUTE:
+            option = chunk.options[choice]
+            seconds = option.size_bytes / bandwidth_of(work, chunk.endpoint)
+            received_s[chunk.endpoint] = received_s.get(chunk.endpoint, 0.0) + seconds
+            work_s += option.work_s
+            fetched += 1
+    latencies = {endpoint: work.latencies_s.get(endpoint, 0.0) for endpoint in received_s}
+    receive = max((latencies[endpoint] + seconds for endpoint, seconds in received_s.items()), default=0.0)
+    front, behind, rest = _passes(work, choices)
+    work_s /= work.decode_threads
+    latency = max(latencies.values(), default=0.0)
+    load = Load(
+        *(np.asarray(value, np.float64) for value in (receive, latency, work_s, fetched, front, behind, rest))
+    )
+    stages: dict[Bound, float] = {"receive": receive, "decode": work_s, "compute": front + behind + rest}
+    return Plan(
+        choices=dict(choices),
+        order=order,
+        predicted_s=float(finish_s(load, order, work.interference)),
+        bound_by=max(stages, key=lambda stage: stages[stage]),
+    )
+
+
+def _passes(work: Work, choices: Mapping[int, int]) -> tuple[float, float, float]:
+    """Seconds of the front, of the first forward pass behind fetched chunks, and of those after it."""
+    leading = 0
+    while leading < len(work.chunks) and choices[work.chunks[leading].index] == COMPUTE:
+        leading += 1
+    front = work.engine_busy_s + sum(
+        run_s(work.prefill, first, tokens) for first, tokens in runs(work.chunks[:leading])
+    )
+    behind = runs(chunk for chunk in work.chunks[leading:] if choices[chunk.index] == COMPUTE)
+    if behind and sum(behind[-1]) == work.suffix_first:
+        first, tokens = behind.pop()
+        behind.append((first, tokens + work.suffix_tokens))
+    elif work.suffix_tokens:
+        behind.append((work.suffix_first, work.suffix_tokens))
+    seconds = [work.prefill.seconds(first, tokens) for first, tokens in behind]
+    return front, sum(seconds[:1]), sum(seconds[1:])
+
+
+def runs(chunks: Iterable[ChunkWork]) -> list[tuple[int, int]]:
+    """First token and tokens of each stretch of neighbouring chunks."""
+    found: list[tuple[int, int]] = []
+    for chunk in chunks:
+        if found and sum(found[-1]) == chunk.first_token:
+            found[-1] = found[-1][0], found[-1][1] + chunk.tokens
+        else:
+            found.append((chunk.first_token, chunk.tokens))
+    return found
+
+
+def run_s(prefill: PrefillCost, first_token: int, tokens: int) -> float:
+    """Of a stretch computed in passes of up to PASS_TOKENS."""
+    passes = -(-tokens // PASS_TOKENS)
+    return prefill.seconds(first_token, tokens) + max(passes - 1, 0) * prefill.fixed_s
