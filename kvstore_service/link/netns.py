@@ -1,0 +1,164 @@
+"""A slow link with root: a network namespace behind a pair of virtual interfaces that the kernel shapes.
+
+What `ShapedLink` does in user space, done by `tc tbf` at both ends: nothing of it runs in a process of ours, and
+whatever is started inside the namespace has no other way out.
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+from types import TracebackType
+from typing import Self
+
+from kvstore_codec.errors import ConfigurationError, StartupError
+
+_PREFIX = "kvlink"
+_LATENCY = "20ms"
+# A bucket holds what comes due while the kernel is busy elsewhere; smaller than a packet and nothing would pass.
+_BURST_S, _LEAST_BURST_BYTES = 0.002, 16 << 10
+_TIMEOUT_S = 10.0
+_numbers = itertools.count()
+
+
+class NetworkNamespace:
+    """Context manager. A server that listens on `host_address` is reached from inside, and a command that begins with
+    `command` runs inside.
+
+    Both ways have `bandwidth_bps` each. What a run leaves behind that was killed is removed by the next one. Entering
+    raises StartupError where this cannot be had, and says why.
+    """
+
+    def __init__(self, bandwidth_bps: float) -> None:
+        self._bandwidth_bps = bandwidth_bps
+        number = next(_numbers)
+        self.name = f"{_PREFIX}-{os.getpid()}-{number}"
+        # An interface's name has 15 bytes at most.
+        self._outer = f"kv{os.getpid():x}o{number:x}"
+        self._inner = f"kv{os.getpid():x}i{number:x}"
+        self.host_address = ""
+        self.command = ("ip", "netns", "exec", self.name)
+
+    def set_bandwidth(self, bandwidth_bps: float) -> None:
+        """Of both directions, while they carry bytes. Takes about 10 ms. Raises ConfigurationError, StartupError."""
+        self._shape("change", bandwidth_bps)
+
+    def __enter__(self) -> Self:
+        _require_permission()
+        remove_leftovers()
+        network = _free_network()
+        self.host_address, inside = f"{network}.1", f"{network}.2"
+        try:
+            _run("ip", "netns", "add", self.name)
+            _run("ip", "link", "add", self._outer, "type", "veth", "peer", "name", self._inner)
+            _run("ip", "link", "set", self._inner, "netns", self.name)
+            _run("ip", "address", "add", f"{self.host_address}/24", "dev", self._outer)
+            _run("ip", "link", "set", self._outer, "up")
+            _run("ip", "-n", self.name, "address", "add", f"{inside}/24", "dev", self._inner)
+            _run("ip", "-n", self.name, "link", "set", self._inner, "up")
+            _run("ip", "-n", self.name, "link", "set", "lo", "up")
+            self._shape("add", self._bandwidth_bps)
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove()
+
+    def _shape(self, verb: str, bandwidth_bps: float) -> None:
+        if not 0 < bandwidth_bps < float("inf"):
+            raise ConfigurationError(f"a link needs a bandwidth above 0 bit/s, not {bandwidth_bps}")
+        burst_bytes = max(_LEAST_BURST_BYTES, int(bandwidth_bps * _BURST_S / 8))
+        bucket = ("rate", f"{bandwidth_bps:.0f}bit", "burst", str(burst_bytes), "latency", _LATENCY)
+        _run("tc", "qdisc", verb, "dev", self._outer, "root", "tbf", *bucket)
+        _run("tc", "-n", self.name, "qdisc", verb, "dev", self._inner, "root", "tbf", *bucket)
+
+    def _remove(self) -> None:
+        # An interface goes with its other end, but only when the last process in the namespace has gone.
+        _try("ip", "link", "delete", self._outer)
+        _try("ip", "netns", "delete", self.name)
+
+
+def unavailable() -> str | None:
+    """Why there are no network namespaces for us; None where there are."""
+    try:
+        _require_permission()
+    except StartupError as error:
+        return str(error)
+    return None
+
+
+def remove_leftovers() -> list[str]:
+    """Of runs whose process has ended. Returns the names of the namespaces."""
+    removed = []
+    for line in _run("ip", "netns", "list").splitlines():
+        name = line.split()[0] if line.strip() else ""
+        prefix, _, rest = name.partition("-")
+        pid, _, number = rest.partition("-")
+        if prefix == _PREFIX and pid.isdigit() and number.isdigit() and not _is_alive(int(pid)):
+            _try("ip", "link", "delete", f"kv{int(pid):x}o{int(number):x}")
+            _try("ip", "netns", "delete", name)
+            removed.append(name)
+    return removed
+
+
+def _require_permission() -> None:
+    missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
+    if missing:
+        raise StartupError(
+            f"no network namespaces without {' and '.join(missing)}: install iproute2, or shape in user space"
+        )
+    if os.geteuid() != 0:
+        raise StartupError(
+            "network namespaces are made by root, and this is not root: use sudo, or shape in user space"
+        )
+    probe = f"{_PREFIX}-{os.getpid()}-{next(_numbers)}"
+    try:
+        _run("ip", "netns", "add", probe)
+    except StartupError as error:
+        raise StartupError(
+            f"root may not make network namespaces here (a container without CAP_SYS_ADMIN?): {error}; "
+            "shape in user space instead"
+        ) from error
+    finally:
+        _try("ip", "netns", "delete", probe)
+
+
+def _free_network() -> str:
+    """The first three numbers of one that nobody here uses. Raises StartupError."""
+    taken = _run("ip", "-4", "route", "show", "table", "all") + _run("ip", "-4", "-o", "address", "show")
+    for second, third in itertools.product(range(213, 223), range(256)):
+        network = f"10.{second}.{third}"
+        if f"{network}." not in taken:
+            return network
+    raise StartupError("every network from 10.213.0.0 to 10.222.255.0 is in use")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except subprocess.CalledProcessError as error:
+        raise StartupError(f"`{' '.join(command)}` failed: {error.stderr.strip()}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StartupError(f"`{' '.join(command)}` failed: {error}") from error
+    return done.stdout
+
+
+def _try(*command: str) -> None:
+    """What is to be removed may not be there."""
+    with contextlib.suppress(StartupError):
+        _run(*command)
