@@ -72,7 +72,7 @@ class KVStoreClient:
     def prepare(self, spec: ModelSpec) -> Loading:
         """Start getting what will be needed for this model's KV, so that not the first prompt finds it missing: its
         newest calibration, if any accepted encoding needs one. Nobody has to wait for the future."""
-        names = (self.settings.encoding, *self.settings.accept)
+        names = (*self.settings.encodings, *self.settings.accept)
         if any(Encoding.parse(name).needs_calibration for name in names):
             return self.ready_calibrations.for_model(spec.digest)
         nothing: Loading = Loading()

@@ -10,10 +10,10 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.replicas import Search
-from kvstore_client.settings import ClientSettings
+from kvstore_client.settings import EXACT, ClientSettings
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.codec import chunk_geometry
-from kvstore_codec.encoding import Encoding
+from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import CalibrationError, CodecError, ForeignChunkError, NodeUnavailableError
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
@@ -40,7 +40,8 @@ class StoredChunk:
 
     chunk_id: ChunkId
     variants: tuple[Variant, ...]
-    """One at least, best first."""
+    """Those that can be used now, one at least: the most faithful first, and of equally faithful ones in the order of
+    `ClientSettings.accept`."""
     member: Member
     first_token: int
     """Position in the prompt of the chunk's first token."""
@@ -77,20 +78,12 @@ def find_prefix(
 ) -> PrefixMatch:
     """Look for all chunks at once, then keep the run that starts at the first.
 
-    A chunk whose calibration `ready_klt` does not have yet is asked for once more in the accepted encodings that need
-    none. Raises NodeUnavailableError when no owner answered. An owner that does not answer, or answers with a header
-    that is not this chunk's, counts as one that does not have it, and the reason is counted.
+    A variant whose calibration `ready_klt` does not have yet is left out: one that needs none will do. Raises
+    NodeUnavailableError when no owner answered. An owner that does not answer, or answers with headers that are not
+    this chunk's, counts as one that does not have it, and the reason is counted.
     """
     lookup = _Lookup(view, settings, metrics, ready_klt, spec, chunk_ids, chunk_tokens)
-    lookup.ask(range(len(chunk_ids)), settings.accept)
-    plain = [name for name in settings.accept if not Encoding.parse(name).needs_calibration]
-    if lookup.unready and plain:
-        waiting, lookup.unready = lookup.unready, []
-        try:
-            lookup.ask(waiting, plain)
-        except NodeUnavailableError:
-            metrics.missed("unreachable")
-        lookup.unready = [index for index in waiting if index not in lookup.found]
+    lookup.ask()
     if lookup.unready:
         metrics.missed("calibration_loading")
     run: list[StoredChunk] = []
@@ -115,36 +108,45 @@ class _Lookup:
         self._view, self._settings, self._metrics = view, settings, metrics
         self._ready_klt = ready_klt
         self._spec, self._chunk_ids, self._chunk_tokens = spec, chunk_ids, chunk_tokens
+        # A floor allows more names than can be listed: nodes name all they have.
+        self._encodings = settings.accept if settings.floor is None else ()
+        self._all_encodings = len(self._encodings) != 1
+        self._plain = any(not Encoding.parse(name).needs_calibration for name in self._encodings or [EXACT])
         self._known: dict[tuple[Encoding, bytes], tuple[Geometry, int]] = {}
+        self._ranks: dict[str, tuple[int, int, str] | None] = {}
         self.found: dict[int, StoredChunk] = {}
         self.leases: list[tuple[Member, bytes]] = []
-        self.unready: list[int] = []
-        """Chunks that are stored, but their calibration is not at hand."""
+        self.unready: set[int] = set()
+        """Chunks that are stored, but only with a calibration that is not at hand."""
 
-    def ask(self, indices: Iterable[int], accept: Sequence[str]) -> None:
+    def ask(self) -> None:
         """Raises NodeUnavailableError when no owner answered."""
-        deadline_s, wanted = time.monotonic() + self._settings.lookup_timeout_s, list(indices)
+        deadline_s, wanted = time.monotonic() + self._settings.lookup_timeout_s, range(len(self._chunk_ids))
         failure: NodeUnavailableError | None = None
         try:
-            self._search(wanted, accept)
+            self._search(wanted)
         except NodeUnavailableError as error:
             failure = error
         # All that had a chunk may have died together and be back elsewhere: that is heard of only by asking.
         missing = [index for index in wanted if index not in self.found and index not in self.unready]
         if missing and self._view.renew(deadline_s - time.monotonic()):
             try:
-                self._search(missing, accept, deadline_s - time.monotonic())
+                self._search(missing, deadline_s - time.monotonic())
                 failure = None
             except NodeUnavailableError as error:
                 failure = failure and error
         if failure is not None:
             raise failure
 
-    def _search(self, wanted: Sequence[int], accept: Sequence[str], timeout_s: float = math.inf) -> None:
-        def take(index: int, member: Member, answer: pb.LookupAnswer) -> bool:
-            return self._take(index, member, answer, accept)
-
-        search = Search(self._view, self._settings, self._chunk_ids, accept, take)
+    def _search(self, wanted: Sequence[int], timeout_s: float = math.inf) -> None:
+        search = Search(
+            self._view,
+            self._settings,
+            self._chunk_ids,
+            self._encodings,
+            self._take,
+            all_encodings=self._all_encodings,
+        )
         try:
             search.run(wanted, timeout_s=timeout_s)
         finally:
@@ -154,42 +156,76 @@ class _Lookup:
         if not search.asked:
             self._metrics.missed("paused")
 
-    def _take(self, index: int, member: Member, answer: pb.LookupAnswer, accept: Sequence[str]) -> bool:
-        """Whether this is the chunk, though its calibration may not be at hand."""
+    def _take(self, index: int, member: Member, answer: pb.LookupAnswer) -> bool:
+        """Whether this is the chunk, and nobody else needs to be asked for another variant of it."""
         chunk_id = self._chunk_ids[index]
-        try:
-            header = read_header(answer.header)
-            header.require(model_digest=self._spec.digest, chunk_id=chunk_id)
-            klt = None
-            if header.calibration is not None:
-                klt = self._ready_klt(header.calibration)
-                if klt is None:
-                    self.unready.append(index)
-                    return True
-                klt.calibration.require(self._spec)
-            self._require_expected(header, answer, accept, klt)
-        except CalibrationError:
-            self._metrics.missed("calibration_foreign")
-        except CodecError:
-            self._metrics.missed("bad_header")
-        else:
-            self.found[index] = StoredChunk(chunk_id, (Variant(header, klt),), member, index * self._chunk_tokens)
+        variants: dict[str, Variant] = {}
+        unready = False
+        offers: list[pb.LookupAnswer | pb.OtherEncoding] = [answer]
+        if self._all_encodings:
+            offers += answer.others
+        for offer in offers:
+            if self._rank(offer.encoding) is None and self._settings.floor is not None:
+                continue
+            try:
+                variant = self._variant(chunk_id, offer)
+            except CalibrationError:
+                self._metrics.missed("calibration_foreign")
+            except CodecError:
+                self._metrics.missed("bad_header")
+            else:
+                if variant is None:
+                    unready = True
+                else:
+                    variants[offer.encoding] = variant
+        if variants:
+            names = sorted(variants, key=self._rank) if len(variants) > 1 else variants  # type: ignore[arg-type]
+            ordered = tuple(variants[name] for name in names)
+            self.found[index] = StoredChunk(chunk_id, ordered, member, index * self._chunk_tokens)
+            self.unready.discard(index)
             return True
-        return False
+        if unready:
+            self.unready.add(index)
+        return unready and not self._plain
 
-    def _require_expected(
-        self, header: ChunkHeader, answer: pb.LookupAnswer, accept: Sequence[str], klt: KLT | None
-    ) -> None:
+    def _variant(self, chunk_id: ChunkId, offer: pb.LookupAnswer | pb.OtherEncoding) -> Variant | None:
+        """None when its calibration is not at hand. Raises CodecError for what is not this chunk or was not asked for,
+        CalibrationError for a calibration of another model."""
+        header = read_header(offer.header)
+        header.require(model_digest=self._spec.digest, chunk_id=chunk_id)
+        klt = None
+        if header.calibration is not None:
+            klt = self._ready_klt(header.calibration)
+            if klt is None:
+                return None
+            klt.calibration.require(self._spec)
+        self._require_expected(header, offer.encoding, klt)
+        return Variant(header, klt)
+
+    def _rank(self, name: str) -> tuple[int, int, str] | None:
+        """Where an encoding comes in the order of variants; None for one that may not be used."""
+        if name not in self._ranks:
+            accept = self._settings.accept
+            rank = None
+            if self._settings.accepts(name):
+                rate = Encoding.parse(name).rate
+                # How faithful an explicit step is, nobody knows.
+                faithful = rate.rank if isinstance(rate, Rate) else len(Rate)
+                rank = faithful, accept.index(name) if name in accept else len(accept), name
+            self._ranks[name] = rank
+        return self._ranks[name]
+
+    def _require_expected(self, header: ChunkHeader, encoding: str, klt: KLT | None) -> None:
         """Raises ForeignChunkError if the chunk is in an encoding that was not asked for, or unlike this model's KV."""
         geometry, frame_limit = self._expected(header.encoding, klt)
-        if answer.encoding not in accept or max(header.frame_lengths) > frame_limit:
+        if self._rank(encoding) is None or max(header.frame_lengths) > frame_limit:
             raise ForeignChunkError(
-                f"chunk {header.chunk_id.short} is offered as {answer.encoding} in frames of up to "
+                f"chunk {header.chunk_id.short} is offered as {encoding} in frames of up to "
                 f"{max(header.frame_lengths)} bytes"
             )
-        if header.encoding.name != answer.encoding or header.geometry != geometry:
+        if header.encoding.name != encoding or header.geometry != geometry:
             raise ForeignChunkError(
-                f"chunk {header.chunk_id.short} is announced as {answer.encoding} of {geometry}, "
+                f"chunk {header.chunk_id.short} is announced as {encoding} of {geometry}, "
                 f"but its header says {header.encoding.name} of {header.geometry}"
             )
 

@@ -45,7 +45,10 @@ class Search:
         chunk_ids: Sequence[ChunkId],
         encodings: Sequence[str],
         take: Take,
+        *,
+        all_encodings: bool = False,
     ) -> None:
+        """With `all_encodings` answers name every stored one of `encodings`, or any when there are none."""
         self.leases: list[tuple[Member, bytes]] = []
         """What nodes promised to keep, also of chunks that were not taken."""
         self.asked = 0
@@ -54,6 +57,7 @@ class Search:
         """Why calls failed."""
         self._view, self._settings = view, settings
         self._chunk_ids, self._encodings, self._take = chunk_ids, encodings, take
+        self._all_encodings = all_encodings
         self._found: set[int] = set()
         self._others: dict[int, Sequence[Member]] = {}
         self._slow: dict[int, Sequence[Member]] = {}
@@ -75,7 +79,9 @@ class Search:
         """
         self._deadline_s = time.monotonic() + min(self._settings.lookup_timeout_s, timeout_s)
         self._ask(self._best(list(indices), tried or {}))
-        hurry_s = time.monotonic() + self._patience_s  # for all that were asked, so that who is silent is paused
+        hurry_s = (
+            time.monotonic() + self._patience_s
+        )  # for all that were asked, so that who is silent is paused
         hurried = False
         while self._open and not (hurried and self._is_settled()):
             until_s = self._deadline_s if hurried else min(hurry_s, self._deadline_s)
@@ -145,6 +151,7 @@ class Search:
                 lease_ms=round(self._settings.lease_s * 1000),
                 with_headers=True,
                 encodings=self._encodings,
+                all_encodings=self._all_encodings,
             )
             now_s = time.monotonic()
             call = self._view.storage(member.endpoint).Lookup.future(

@@ -9,7 +9,7 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kvstore_api.address import DEFAULT_ADDRESS
-from kvstore_codec.encoding import Encoding
+from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import UnknownEncodingError
 
 EXACT = "exact-zstd"
@@ -47,11 +47,17 @@ class ClientSettings(BaseSettings):
     """Secret mixed into every content_id: clients with different salts never see each other's chunks."""
 
     encoding: str = EXACT
-    """What new chunks are stored as. One with `klt` in its name needs a calibration of the model in the cluster."""
+    """What new chunks are stored as; several, comma-separated, are stored side by side, and a fetch takes what suits
+    the link. One with `klt` in its name needs a calibration of the model in the cluster."""
 
     accept: Annotated[tuple[str, ...], NoDecode] = Field(default=(), validate_default=True)
-    """Encodings a fetch may use, best first; comma-separated in the environment. When not given: what new chunks are
-    stored as, then `exact-zstd`. Who asks for a lossy encoding with `encoding` has said that it will do."""
+    """Encodings a fetch may use, of equally faithful ones the best first; comma-separated in the environment. When not
+    given: what new chunks are stored as, then `exact-zstd`. Who asks for a lossy encoding with `encoding` has said that
+    it will do."""
+
+    floor: Rate | None = None
+    """The least faithful rate that a fetch may use: exact, high, medium or low. When given, it decides in place of
+    `accept`, which then only adds encodings of an explicit step."""
 
     lookup_timeout_s: float = Field(default=1.0, gt=0)
     """How long the engine waits for a lookup before it prefills instead."""
@@ -117,17 +123,39 @@ class ClientSettings(BaseSettings):
     tls_ca: Path | None = None
     """PEM file of the authority behind the nodes' bulk ports. When given, KV bytes travel over TLS or not at all."""
 
+    @property
+    def encodings(self) -> tuple[str, ...]:
+        """Every encoding that new chunks are stored in."""
+        return _names(self.encoding)
+
+    def accepts(self, name: str) -> bool:
+        """Whether a fetch may use chunks in this encoding; False also for a name that means nothing."""
+        if self.floor is None:
+            return name in self.accept
+        try:
+            encoding = Encoding.parse(name)
+        except UnknownEncodingError:
+            return False
+        if isinstance(encoding.rate, Rate):
+            return encoding.rate.is_at_least(self.floor)
+        return name in self.accept
+
     @field_validator("cache_dir", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         return value or default_cache_dir()
 
+    @field_validator("floor", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return value or None
+
     @field_validator("accept", mode="before")
     @classmethod
     def _split_names(cls, value: object, info: ValidationInfo) -> object:
-        names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
-        if names in ((), [], ("",)) and "encoding" in info.data:
-            return tuple(dict.fromkeys((info.data["encoding"], EXACT)))
+        names = _names(value) if isinstance(value, str) else value
+        if names in ((), []) and "encoding" in info.data:
+            return tuple(dict.fromkeys((*_names(info.data["encoding"]), EXACT)))
         return names
 
     @field_validator("routes", mode="before")
@@ -148,8 +176,12 @@ class ClientSettings(BaseSettings):
     @field_validator("encoding")
     @classmethod
     def _known_encoding(cls, value: str) -> str:
-        _require_encoding(value)
-        return value
+        names = _names(value)
+        if not names:
+            raise ValueError("new chunks need an encoding to be stored in")
+        for name in names:
+            _require_encoding(name)
+        return ",".join(names)
 
     @field_validator("accept")
     @classmethod
@@ -157,6 +189,10 @@ class ClientSettings(BaseSettings):
         for name in value:
             _require_encoding(name)
         return value
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in value.split(",") if part.strip()))
 
 
 def _require_encoding(name: str) -> None:

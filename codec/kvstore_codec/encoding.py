@@ -20,6 +20,15 @@ class Rate(StrEnum):
     MEDIUM = "medium"
     LOW = "low"
 
+    @property
+    def rank(self) -> int:
+        """0 for the most faithful."""
+        return _FAITHFUL.index(self)
+
+    def is_at_least(self, other: Rate) -> bool:
+        """Whether it is as faithful as the other one."""
+        return self.rank <= other.rank
+
 
 _FAITHFUL = tuple(Rate)
 """the most faithful first"""
@@ -103,7 +112,7 @@ class Encoding:
         if other.rate is Rate.EXACT:
             return True
         if isinstance(self.rate, Rate) and isinstance(other.rate, Rate):
-            return _FAITHFUL.index(other.rate) <= _FAITHFUL.index(self.rate)
+            return other.rate.is_at_least(self.rate)
         return self.rate == other.rate and self.transform is other.transform
 
     @classmethod

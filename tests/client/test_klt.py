@@ -183,13 +183,12 @@ def test_an_exact_copy_is_taken_while_the_calibration_is_not_there(
         assert torch.equal(cached.generate(PROMPT, **GREEDY), model.generate(PROMPT, **GREEDY))
         assert cached.last_report.reused_tokens == 512
         assert counted(client, "calibration_loading") == 0
-        exact_bytes = client.metrics.snapshot()["bytes_in"]
         link.set_bandwidth(1e9)
         wait_for_calibration(cached)
-        before = client.metrics.snapshot()["bytes_in"]
-        cached.generate(PROMPT, **GREEDY)
-        assert cached.last_report.reused_tokens == 512
-        assert client.metrics.snapshot()["bytes_in"] - before < exact_bytes / 4
+        match = client.match(cached.spec, client.chunk_ids(cached.spec, PROMPT[0].tolist()))
+        client.release(match)
+        offered = [[variant.header.encoding.name for variant in chunk.variants] for chunk in match.chunks]
+        assert offered == [["exact-zstd", MEDIUM]] * 2
     cluster.check_nothing_is_held()
 
 

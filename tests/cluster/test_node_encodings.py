@@ -54,10 +54,11 @@ def test_every_stored_encoding_that_was_asked_for_is_named_in_that_order(
             assert named == [name for name in asked if name in mine]
         else:
             assert sorted(named) == sorted(mine)
-        for variant in (answer, *answer.others) if answer.encoding else ():
-            chunk = mine[variant.encoding]
-            assert variant.header == chunk.data[: chunk.header.header_bytes]
-            assert variant.size_bytes == len(chunk.data)
+        found = [(answer.encoding, answer.header, answer.size_bytes)] if answer.encoding else []
+        for name, header, size_bytes in found + [(o.encoding, o.header, o.size_bytes) for o in answer.others]:
+            chunk = mine[name]
+            assert header == chunk.data[: chunk.header.header_bytes]
+            assert size_bytes == len(chunk.data)
     first_only = node.lookup(ids, asked).answers
     assert not any(answer.others for answer in first_only)
     if asked:

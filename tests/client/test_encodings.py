@@ -1,0 +1,164 @@
+"""Chunks that are stored in several encodings: which of them a client finds, and in which order."""
+
+import ctypes
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from kvstore_client.client import KVStoreClient, connect
+from kvstore_client.lookup import PrefixMatch
+from kvstore_client.settings import ClientSettings
+from kvstore_client.store import NewChunk
+from kvstore_cluster.node import StorageNode
+from kvstore_codec.encoding import Encoding, Rate
+from kvstore_codec.identity import ChunkId
+from tests.client.chunks import SPEC, ids, random_kv
+from tests.client.conftest import ServedCluster, served_cluster
+
+NAMES = ["exact-zstd", "exact-raw", "high-zstd", "high-raw@128", "medium-raw", "low-zstd", "step0.5-zstd"]
+
+
+def store(address: str, encoding: str, document: list[ChunkId], folder: Path) -> None:
+    with connect(address, encoding=encoding, cache_dir=folder) as client:
+        assert put(client, document) == len(document)
+
+
+def put(client: KVStoreClient, document: list[ChunkId], **arguments: Any) -> int:
+    new = [NewChunk(chunk_id, partial(random_kv, index)) for index, chunk_id in enumerate(document)]
+    return client.store.put(SPEC, new, **arguments).result(20)
+
+
+def offered(match: PrefixMatch) -> list[list[str]]:
+    return [[variant.header.encoding.name for variant in chunk.variants] for chunk in match.chunks]
+
+
+def found(address: str, document: list[ChunkId], **settings: Any) -> list[list[str]]:
+    with connect(address, **settings) as client:
+        match = client.match(SPEC, document)
+        client.release(match)
+        return offered(match)
+
+
+def damage(node: StorageNode, chunk_id: ChunkId, encoding: str) -> None:
+    """Turn over a bit in the header, as failing memory would."""
+    with node.open(chunk_id, encoding) as reader:
+        (view,) = next(iter(reader.pieces(0, 0, 64)))
+        address = np.frombuffer(view, np.uint8).ctypes.data + 40
+        ctypes.c_ubyte.from_address(address).value ^= 1
+
+
+def test_all_accepted_encodings_are_found_most_faithful_first(cluster: ServedCluster, tmp_path: Path) -> None:
+    document = ids(2)
+    for name in reversed(NAMES):
+        store(cluster.address, name, document, tmp_path)
+    asked = ("step0.5-zstd", "medium-raw", "exact-raw", "exact-zstd")
+    assert (
+        found(cluster.address, document, accept=asked)
+        == [["exact-raw", "exact-zstd", "medium-raw", "step0.5-zstd"]] * 2
+    )
+    assert found(cluster.address, document, accept=("medium-raw",)) == [["medium-raw"]] * 2
+    assert (
+        found(cluster.address, document, floor="high")
+        == [["exact-zstd", "exact-raw", "high-raw@128", "high-zstd"]] * 2
+    )
+    assert (
+        found(cluster.address, document, floor="low", accept=("step0.5-zstd",))
+        == [
+            ["exact-raw", "exact-zstd", "high-raw@128", "high-zstd", "medium-raw", "low-zstd", "step0.5-zstd"]
+        ]
+        * 2
+    )
+    cluster.check_nothing_is_held()
+
+
+def test_a_chunk_need_not_be_stored_in_all_encodings(cluster: ServedCluster, tmp_path: Path) -> None:
+    document = ids(3)
+    store(cluster.address, "exact-zstd", document[:2], tmp_path)
+    store(cluster.address, "medium-raw", document[1:], tmp_path)
+    both = {"accept": ("exact-zstd", "medium-raw")}
+    assert found(cluster.address, document, **both) == [
+        ["exact-zstd"],
+        ["exact-zstd", "medium-raw"],
+        ["medium-raw"],
+    ]
+    assert found(cluster.address, document, accept=("exact-zstd",)) == [["exact-zstd"]] * 2
+
+
+def test_chunks_below_the_floor_are_not_there(cluster: ServedCluster, tmp_path: Path) -> None:
+    document = ids(1)
+    store(cluster.address, "low-zstd", document, tmp_path)
+    assert found(cluster.address, document, floor="medium") == []
+    assert found(cluster.address, document, floor="low") == [["low-zstd"]]
+
+
+def test_a_damaged_variant_is_counted_and_another_one_used(cluster: ServedCluster, tmp_path: Path) -> None:
+    document = ids(1)
+    store(cluster.address, "exact-zstd", document, tmp_path)
+    store(cluster.address, "medium-raw", document, tmp_path)
+    damage(cluster.nodes[0], document[0], "medium-raw")
+    with connect(cluster.address, accept=("medium-raw", "exact-zstd")) as client:
+        match = client.match(SPEC, document)
+        client.release(match)
+        assert offered(match) == [["exact-zstd"]]
+        assert client.metrics.snapshot()["miss_bad_header"] == 1
+
+
+@given(st.lists(st.sampled_from(NAMES), unique=True, min_size=1), st.sampled_from([None, *Rate]))
+def test_a_floor_decides_for_named_rates_and_accept_for_the_others(
+    accept: list[str], floor: Rate | None
+) -> None:
+    settings = ClientSettings(accept=tuple(accept), floor=floor)
+    for name in NAMES:
+        rate = Encoding.parse(name).rate
+        if floor is None or not isinstance(rate, Rate):
+            assert settings.accepts(name) == (name in accept)
+        else:
+            assert settings.accepts(name) == (list(Rate).index(rate) <= list(Rate).index(floor))
+    assert not settings.accepts("nonsense")
+
+
+def test_several_encodings_are_one_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ClientSettings(encoding="medium-raw, exact-zstd,medium-raw")
+    assert settings.encoding == "medium-raw,exact-zstd"
+    assert settings.encodings == ("medium-raw", "exact-zstd")
+    assert settings.accept == ("medium-raw", "exact-zstd")
+    assert ClientSettings(encoding="low-zstd,high-zstd").accept == ("low-zstd", "high-zstd", "exact-zstd")
+    monkeypatch.setenv("KVSTORE_FLOOR", "medium")
+    monkeypatch.setenv("KVSTORE_ENCODING", "exact-zstd,medium-raw")
+    assert ClientSettings().floor is Rate.MEDIUM
+    assert ClientSettings().encodings == ("exact-zstd", "medium-raw")
+    monkeypatch.setenv("KVSTORE_FLOOR", "")
+    assert ClientSettings().floor is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"encoding": "exact-zstd,medum-raw"}, "no encoding 'medum-raw'"),
+        ({"encoding": " , "}, "need an encoding"),
+        ({"accept": "exact-zstd,medum-raw"}, "no encoding 'medum-raw'"),
+        ({"floor": "fine"}, "'exact', 'high', 'medium' or 'low'"),
+    ],
+)
+def test_unknown_names_are_named(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        ClientSettings(**settings)  # type: ignore[arg-type]
+
+
+def test_the_owner_that_has_more_is_not_asked_when_the_first_has_some(tmp_path: Path) -> None:
+    """Whoever answers with something usable is the one that is read; nobody waits for a better offer."""
+    document = ids(2)
+    with served_cluster(tmp_path, nodes=2, replicas=2) as cluster:
+        store(cluster.address, "exact-zstd", document, tmp_path)
+        store(cluster.address, "medium-raw", document, tmp_path)
+        with connect(cluster.address, accept=("exact-zstd", "medium-raw")) as client:
+            match = client.match(SPEC, document)
+            client.release(match)
+            assert offered(match) == [["exact-zstd", "medium-raw"]] * 2
+            assert sum(node.stats().counters["lookups"] for node in cluster.nodes) == len(match.leases)
