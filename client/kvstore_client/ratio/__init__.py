@@ -1,5 +1,6 @@
 """Ratio control: how much of a prompt is fetched, in which encodings, and how much is computed instead."""
 
+from kvstore_client.ratio.adaptive import RatioController
 from kvstore_client.ratio.base import COMPUTE, Bound, ChunkWork, Option, Order, Plan, Planner, Work
 from kvstore_client.ratio.costs import Costs
 from kvstore_client.ratio.fixed import FixedPlanner
@@ -22,6 +23,7 @@ __all__ = [
     "PrefillCost",
     "Profile",
     "ProfileStore",
+    "RatioController",
     "Work",
     "profile_key",
 ]

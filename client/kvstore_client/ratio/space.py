@@ -1,0 +1,171 @@
+"""The plans there are for a fetch, as arrays: what each asks of every stage is a difference of two running sums."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore_client.ratio.base import Option, Order, Work
+from kvstore_client.ratio.predict import PASS_TOKENS, Load, bandwidth_of, finish_s
+from kvstore_codec.encoding import Encoding
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """How many chunks are computed at the front and at the end of the match: arrays of one shape."""
+
+    front: Indices
+    tail: Indices
+
+
+class Space:
+    """Chunks are fetched in one block; before it and behind it they are computed.
+
+    A *cost* is what one chunk adds to the stages: seconds of each endpoint's link, of the decoding threads, of forward
+    passes in the middle (for chunks that cannot be fetched), then 1 if it is fetched, then its loss: tokens * how many
+    more faithful rates there are. Costs add up, so `[..., costs]` arrays of sums stand for whole plans.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.chunks = work.chunks
+        self.count = len(work.chunks)
+        self._endpoints = sorted({chunk.endpoint for chunk in work.chunks})
+        self._latencies = np.array([work.latencies_s.get(name, 0.0) for name in self._endpoints])
+        self.link = np.array([self._endpoints.index(chunk.endpoint) for chunk in work.chunks], np.intp)
+        most = max((len(chunk.options) for chunk in work.chunks), default=0)
+        self.receive = np.full((self.count, max(most, 1)), np.inf)
+        self.decode = np.full_like(self.receive, np.inf)
+        self.loss = np.zeros_like(self.receive)
+        bandwidths = [bandwidth_of(work, name) for name in self._endpoints]
+        losses: dict[tuple[str, ...], list[int]] = {}
+        for row, chunk in enumerate(work.chunks):
+            bandwidth = bandwidths[self.link[row]]
+            names = tuple(option.encoding for option in chunk.options)
+            if names not in losses:
+                losses[names] = _losses(chunk.options)
+            for column, option in enumerate(chunk.options):
+                if chunk.chosen in (None, column):
+                    self.receive[row, column] = option.size_bytes / bandwidth
+                    self.decode[row, column] = option.work_s / work.decode_threads
+                    self.loss[row, column] = chunk.tokens * losses[names][column]
+        self.fetchable = np.isfinite(self.receive).any(axis=1)
+        self._holes = self._hole_seconds()
+        self._front, self._tail = self._front_seconds(), self._tail_seconds()
+
+    def assignments(self) -> list[Indices]:
+        """Options of all chunks: from the fewest seconds of decoding to the fewest of the links, along the lower hull.
+        Neighbours in this list may be mixed."""
+        found: list[Indices] = []
+        for weight in (0.0, *(1 / (1 + 4.0**power) for power in range(3, -4, -1)), 1.0):
+            options = np.argmin(_weighted(self.receive, weight) + _weighted(self.decode, 1 - weight), axis=1)
+            if not found or not np.array_equal(options, found[-1]):
+                found.append(options)
+        return found
+
+    def uniform(self) -> list[Indices]:
+        """All chunks in one encoding, where they have it, else in their quickest: one for every encoding."""
+        quickest = np.argmin(np.maximum(self.receive, self.decode), axis=1)
+        found: list[Indices] = []
+        for name in dict.fromkeys(option.encoding for chunk in self.chunks for option in chunk.options):
+            options = quickest.copy()
+            for row, chunk in enumerate(self.chunks):
+                for column, option in enumerate(chunk.options):
+                    if option.encoding == name and chunk.chosen in (None, column):
+                        options[row] = column
+            found.append(options)
+        return found
+
+    def costs(self, options: Indices) -> Floats:
+        """`[chunks, costs]` of these options."""
+        rows = np.arange(self.count)
+        costs = np.zeros((self.count, len(self._endpoints) + 4))
+        fetched = self.fetchable
+        costs[rows[fetched], self.link[fetched]] = self.receive[rows, options][fetched]
+        costs[fetched, -4] = self.decode[rows, options][fetched]
+        costs[:, -3] = self._holes
+        costs[fetched, -2] = 1.0
+        costs[fetched, -1] = self.loss[rows, options][fetched]
+        return costs
+
+    def all_ends(self, front: Sequence[int], tail: Sequence[int]) -> Ends:
+        """Those of `front` x `tail` that are possible: what cannot be computed is between them, what cannot be fetched
+        is not at the block's edge."""
+        fronts, tails = np.meshgrid(np.asarray(front, np.intp), np.asarray(tail, np.intp), indexing="ij")
+        fits = fronts + tails <= self.count
+        fits &= np.isfinite(self._front[np.clip(fronts, 0, self.count)])
+        fits &= np.isfinite(self._tail[np.clip(tails, 0, self.count)])
+        return Ends(fronts[fits], tails[fits])
+
+    def finish_s(self, sums: Floats, ends: Ends, order: Order) -> Floats:
+        """Of plans that fetch what costs `sums` `[..., costs]`."""
+        links = sums[..., :-4]
+        latencies = np.where(links > 0, self._latencies, 0.0)
+        holes, last = sums[..., -3], np.broadcast_to(self._tail[ends.tail], sums.shape[:-1])
+        load = Load(
+            receive=(links + latencies).max(axis=-1, initial=0.0),
+            latency=latencies.max(axis=-1, initial=0.0),
+            work=sums[..., -4],
+            pieces=sums[..., -2],
+            front=np.broadcast_to(self._front[ends.front], last.shape),
+            behind=np.where(holes > 0, holes, last),
+            rest=np.where(holes > 0, last, 0.0),
+        )
+        return finish_s(load, order, self.work.interference)
+
+    def _front_seconds(self) -> Floats:
+        """By the number of chunks computed there; inf where that is not possible."""
+        prefill, seconds = self.work.prefill, np.full(self.count + 1, np.inf)
+        spent = self.work.engine_busy_s
+        pass_tokens, end = PASS_TOKENS, -1
+        for number, chunk in enumerate(self.chunks):
+            if self.fetchable[number]:  # a chunk that cannot be fetched is computed with those before it
+                seconds[number] = spent
+            if not (chunk.computable or not chunk.options):
+                return seconds
+            pass_tokens += chunk.tokens
+            if pass_tokens > PASS_TOKENS or chunk.first_token != end:
+                spent, pass_tokens = spent + prefill.fixed_s, chunk.tokens
+            spent += prefill.seconds(chunk.first_token, chunk.tokens) - prefill.fixed_s
+            end = chunk.first_token + chunk.tokens
+        seconds[self.count] = spent
+        return seconds
+
+    def _tail_seconds(self) -> Floats:
+        """Of the last forward pass, by the number of chunks that are computed in it; inf where not possible."""
+        work, seconds = self.work, np.full(self.count + 1, np.inf)
+        first, tokens = work.suffix_first, work.suffix_tokens
+        for number, chunk in enumerate(reversed(self.chunks)):
+            joins = chunk.first_token + chunk.tokens == first
+            if self.fetchable[-1 - number] or not joins or not number:
+                seconds[number] = work.prefill.seconds(first, tokens)
+            if not joins or not (chunk.computable or not chunk.options):
+                return seconds
+            first, tokens = chunk.first_token, tokens + chunk.tokens
+        seconds[self.count] = work.prefill.seconds(first, tokens)
+        return seconds
+
+    def _hole_seconds(self) -> Floats:
+        """Of forward passes in the middle, by chunk."""
+        seconds, end = np.zeros(self.count), -1
+        for row in np.flatnonzero(~self.fetchable):
+            chunk = self.chunks[row]
+            seconds[row] = self.work.prefill.seconds(chunk.first_token, chunk.tokens)
+            if chunk.first_token == end:  # one pass with the one before it
+                seconds[row] -= self.work.prefill.fixed_s
+            end = chunk.first_token + chunk.tokens
+        return seconds
+
+
+def _weighted(seconds: Floats, weight: float) -> Floats:
+    return np.where(np.isfinite(seconds), seconds * weight if weight else 0.0, np.inf)
+
+
+def _losses(options: Sequence[Option]) -> list[int]:
+    """How many more faithful rates each option's chunk is stored in, besides its own."""
+    rates = list(dict.fromkeys(Encoding.parse(option.encoding).rate for option in options))
+    return [rates.index(Encoding.parse(option.encoding).rate) for option in options]
