@@ -21,6 +21,7 @@ from kvstore_codec.errors import (
     ChunkFormatError,
     ChunkNotFoundError,
     ChunkTooLargeError,
+    ConfigurationError,
     DiskError,
     FrameRangeError,
     InvalidKVError,
@@ -34,6 +35,7 @@ from kvstore_codec.errors import (
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_service.grpc_server import MAX_REPLY_BYTES, GrpcServer, unary
 from kvstore_service.listen import Address
+from kvstore_service.throttle import Throttle
 
 MAX_CHUNKS = 65_536
 MAX_ENCODINGS = 64
@@ -45,12 +47,17 @@ MAX_PIECE_BYTES = 1 << 20
 
 class StorageService:
     """`bulk_endpoint` is the host:port of the same node's bulk port, empty where it has none; `repair` what keeps its
-    chunks on their other owners, if anything does."""
+    chunks on their other owners, if anything does; `throttle` what limits the node's sending, on both its ports."""
 
     def __init__(
-        self, node: StorageNode, bulk_endpoint: str = "", repair: RepairWorker | None = None
+        self,
+        node: StorageNode,
+        bulk_endpoint: str = "",
+        repair: RepairWorker | None = None,
+        throttle: Throttle | None = None,
     ) -> None:
         self._node = node
+        self._throttle = throttle or Throttle()
         self._bulk_endpoint = bulk_endpoint
         self._repair = repair
 
@@ -77,6 +84,7 @@ class StorageService:
                 response_serializer=pb.VerifyReply.SerializeToString,
             ),
             "Stats": unary(self.stats, pb.StatsRequest),
+            "Throttle": unary(self.throttle, pb.ThrottleRequest),
         }
 
     def lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> pb.LookupReply:
@@ -181,6 +189,8 @@ class StorageService:
         if self._repair is not None:
             counters = counters | self._repair.counters()
             gauges = gauges | self._repair.gauges(stats.chunks)
+        if self._throttle.bandwidth_bps is not None:
+            gauges = gauges | {"throttle_bps": int(self._throttle.bandwidth_bps)}
         return pb.StatsReply(
             node_id=stats.node_id,
             chunks=stats.chunks,
@@ -191,6 +201,13 @@ class StorageService:
             gauges=gauges,
             disk_error=stats.disk_error,
         )
+
+    def throttle(self, request: pb.ThrottleRequest, context: grpc.ServicerContext) -> pb.ThrottleReply:
+        try:
+            self._throttle.set(request.bandwidth_bps or None)
+        except ConfigurationError as error:
+            _refuse(context, str(error))
+        return pb.ThrottleReply()
 
     def put(
         self, steps: Iterable[pb.PutRequest | memoryview], context: grpc.ServicerContext
@@ -249,7 +266,9 @@ class StorageService:
         for index, wanted in enumerate(request.ranges):
             try:
                 with self._node.open(chunks[wanted.chunk], request.encodings[wanted.chunk]) as reader:
-                    for views in reader.pieces(wanted.first_frame, wanted.frame_count, piece_bytes):
+                    piece = self._throttle.piece_bytes(piece_bytes)
+                    for views in reader.pieces(wanted.first_frame, wanted.frame_count, piece):
+                        self._throttle.wait(sum(view.nbytes for view in views))
                         yield encode_read_piece(index, views)
             except (ChunkNotFoundError, ChunkFormatError):
                 yield _read_failure(index, pb.READ_STATUS_NOT_FOUND)
@@ -264,10 +283,11 @@ def serve_storage(
     advertise_host: str | None = None,
     bulk_endpoint: str = "",
     repair: RepairWorker | None = None,
+    throttle: Throttle | None = None,
 ) -> GrpcServer:
     """Starts the node's data endpoint on any free port of `host`. Raises AddressInUseError."""
     service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
-    handlers = StorageService(node, bulk_endpoint, repair).handlers()
+    handlers = StorageService(node, bulk_endpoint, repair, throttle).handlers()
     return GrpcServer(Address(host, 0), service, handlers, advertise_host=advertise_host)
 
 

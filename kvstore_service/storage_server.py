@@ -7,6 +7,7 @@ from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import AddressInUseError
 from kvstore_service.bulk_server import serve_bulk, server_tls
 from kvstore_service.grpc_storage import serve_storage
+from kvstore_service.throttle import Throttle
 
 
 class StorageServer:
@@ -23,16 +24,26 @@ class StorageServer:
         tls: tuple[Path, Path] | None = None,
     ) -> None:
         host = host or _ray_address()
-        self._bulk = serve_bulk(node, host=host, tls=server_tls(*tls) if tls else None)
+        self._throttle = Throttle()
+        self._bulk = serve_bulk(
+            node, host=host, tls=server_tls(*tls) if tls else None, throttle=self._throttle
+        )
         self.bulk_address = self._bulk.address
         try:
-            self._grpc = serve_storage(node, host=host, bulk_endpoint=self.bulk_address, repair=repair)
+            self._grpc = serve_storage(
+                node,
+                host=host,
+                bulk_endpoint=self.bulk_address,
+                repair=repair,
+                throttle=self._throttle,
+            )
         except AddressInUseError:
             self._bulk.stop(0)
             raise
         self.address = self._grpc.address
 
     def stop(self, grace_s: float = 1.0) -> None:
+        self._throttle.set(None)  # or whoever waits under it would outlast the grace
         self._grpc.stop(grace_s)
         self._bulk.stop(grace_s)
 

@@ -50,6 +50,11 @@ class NodeAdmin:
                 deleted += self._stub.Delete(request, timeout=_TIMEOUT_S).deleted
         return deleted
 
+    def throttle(self, bandwidth_bps: float | None) -> None:
+        """Limit what it sends to readers; None: no limit."""
+        with _clear(self._name):
+            self._stub.Throttle(pb.ThrottleRequest(bandwidth_bps=bandwidth_bps or 0), timeout=_TIMEOUT_S)
+
     def verify(self) -> Iterator[pb.VerifyReply]:
         """Progress until the last reply, which says `done`."""
         with _clear(self._name):

@@ -11,6 +11,7 @@ from kvstore_api.byte_stream import ByteStream
 from kvstore_cluster.node import StorageNode
 from kvstore_service.bulk_server.session import RefusedError, Session
 from kvstore_service.listen import Address, address_error
+from kvstore_service.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,14 @@ class BulkServer:
         *,
         advertise_host: str | None = None,
         tls: ssl.SSLContext | None = None,
+        throttle: Throttle | None = None,
         max_connections: int = MAX_CONNECTIONS,
         patience_s: float = PATIENCE_S,
         idle_s: float = IDLE_S,
     ) -> None:
         self._node = node
         self._tls = tls
+        self._throttle = throttle or Throttle()
         self._max_connections = max_connections
         self._patience_s = patience_s
         self._idle_s = idle_s
@@ -125,7 +128,9 @@ class BulkServer:
                 stream.close()
 
     def _converse(self, stream: ByteStream) -> None:
-        session = Session(self._node, stream, patience_s=self._patience_s, idle_s=self._idle_s)
+        session = Session(
+            self._node, stream, self._throttle, patience_s=self._patience_s, idle_s=self._idle_s
+        )
         try:
             stream.handshake(self._patience_s)
             session.greet()
@@ -156,7 +161,12 @@ class BulkServer:
 
 
 def serve_bulk(
-    node: StorageNode, *, host: str, advertise_host: str | None = None, tls: ssl.SSLContext | None = None
+    node: StorageNode,
+    *,
+    host: str,
+    advertise_host: str | None = None,
+    tls: ssl.SSLContext | None = None,
+    throttle: Throttle | None = None,
 ) -> BulkServer:
     """Starts the node's bulk port on any free port of `host`. Raises AddressInUseError."""
-    return BulkServer(node, Address(host, 0), advertise_host=advertise_host, tls=tls)
+    return BulkServer(node, Address(host, 0), advertise_host=advertise_host, tls=tls, throttle=throttle)

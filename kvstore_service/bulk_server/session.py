@@ -21,6 +21,7 @@ from kvstore_codec.errors import (
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES, begin_put, put_status
+from kvstore_service.throttle import Throttle
 
 # A piece is sent or received within the session's patience. Less than that in a piece, and the calls begin to count.
 _SEND_BYTES = 4 << 20
@@ -42,9 +43,18 @@ class RefusedError(Exception):
 class Session:
     """Serves requests one after the other, in one thread."""
 
-    def __init__(self, node: StorageNode, stream: ByteStream, *, patience_s: float, idle_s: float) -> None:
+    def __init__(
+        self,
+        node: StorageNode,
+        stream: ByteStream,
+        throttle: Throttle,
+        *,
+        patience_s: float,
+        idle_s: float,
+    ) -> None:
         self._node = node
         self._stream = stream
+        self._throttle = throttle
         self._patience_s = patience_s
         self._idle_s = idle_s
         self._header = bytearray(frames.HEADER_BYTES)
@@ -112,7 +122,8 @@ class Session:
             with self._node.open(chunk_id, encoding) as reader:
                 first, count = wanted.first_frame, wanted.frame_count
                 header = pack_header(FrameKind.RANGE, reader.range_bytes(first, count), range_index=index)
-                for views in reader.pieces(first, count, _SEND_BYTES):
+                for views in reader.pieces(first, count, self._throttle.piece_bytes(_SEND_BYTES)):
+                    self._throttle.wait(sum(view.nbytes for view in views))
                     self._stream.send(views if began else [header, *views], self._patience_s)
                     began = True
         except (ChunkNotFoundError, ChunkFormatError) as error:

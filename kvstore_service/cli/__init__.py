@@ -18,6 +18,7 @@ from kvstore_service.cli.quota import quota
 from kvstore_service.cli.repair import repair
 from kvstore_service.cli.serve import serve
 from kvstore_service.cli.status import status
+from kvstore_service.cli.throttle import throttle
 from kvstore_service.cli.verify import verify
 
 app = typer.Typer(
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_SERVICE = (serve, status, ls, pin, unpin, evict, quota, drain, repair, verify)
+_SERVICE = (serve, status, ls, pin, unpin, evict, quota, drain, repair, verify, throttle)
 for command in (*_SERVICE, calibrations, doctor, calibrate, demo):
     app.command()(command)
 app.add_typer(bench, name="bench")

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from kvstore_api.v1 import kvstore_pb2 as pb
 
 _COLUMNS = (
-    "node", "state", "chunks", "memory", "disk", "pinned", "hits", "misses", "evicted", "in", "out", "repair",
+    "node", "state", "chunks", "memory", "disk", "pinned", "hits", "misses", "evicted", "in", "out", "limit", "repair",
 )  # fmt: skip
-_RARE = ("disk", "pinned", "evicted", "repair")
+_RARE = ("disk", "pinned", "evicted", "limit", "repair")
 _TEXT_COLUMNS = ("node", "state", "repair")
 
 
@@ -90,6 +90,8 @@ def _cells(node: "pb.NodeStatus") -> dict[str, str]:
     from rich.filesize import decimal
     from rich.markup import escape
 
+    from kvstore_service.link import format_bandwidth
+
     name, stats = escape(node.member.node_id), node.stats
     if not node.alive or node.error:
         return {"node": name, "state": "[red]down[/red]"}
@@ -106,6 +108,7 @@ def _cells(node: "pb.NodeStatus") -> dict[str, str]:
         "evicted": str(counters.get("evictions", 0) or ""),
         "in": decimal(counters.get("bytes_in", 0)),
         "out": decimal(counters.get("bytes_out", 0)),
+        "limit": format_bandwidth(gauges["throttle_bps"]) if "throttle_bps" in gauges else "",
         "repair": _repair(node.member, gauges),
     }
 

@@ -4,7 +4,7 @@ Used by the demo, the benchmarks and the fault tests. Connect to `ShapedLink.add
 everything else stays real: sockets, back-pressure, half-close, resets.
 """
 
-from kvstore_service.link.bandwidth import parse_bandwidth
+from kvstore_service.link.bandwidth import format_bandwidth, parse_bandwidth
 from kvstore_service.link.shaped_link import ShapedLink
 
-__all__ = ["ShapedLink", "parse_bandwidth"]
+__all__ = ["ShapedLink", "format_bandwidth", "parse_bandwidth"]

@@ -24,6 +24,12 @@ def parse_bandwidth(text: str) -> float:
     return bandwidth_bps
 
 
+def format_bandwidth(bandwidth_bps: float) -> str:
+    """As `parse_bandwidth` reads it, in the largest unit of which it is a whole one."""
+    unit = next((u for u in ("g", "m", "k") if bandwidth_bps >= _BITS[u]), "")
+    return f"{bandwidth_bps / _BITS[unit]:g}{unit}bit"
+
+
 class TokenBucket:
     """The schedule of one direction: who may send which bytes when. Shared by all its connections.
 

@@ -1,0 +1,57 @@
+"""A limit on what a storage node sends to readers, for experiments with slow links."""
+
+import threading
+import time
+
+from kvstore_codec.errors import ConfigurationError
+from kvstore_service.link.bandwidth import TokenBucket
+
+SLOWEST_BPS = 100e3
+"""Below it one piece takes longer than readers have patience."""
+_BURST_BYTES = 16 << 10
+
+
+class Throttle:
+    """One for all connections of a node; they share the bandwidth in turns. Off at first, and then it costs the
+    reading of a field. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._limit: _Limit | None = None
+
+    @property
+    def bandwidth_bps(self) -> float | None:
+        """None: no limit."""
+        limit = self._limit
+        return None if limit is None else limit.bucket.rate_bps
+
+    def set(self, bandwidth_bps: float | None) -> None:
+        """From now on; whoever waits for a piece under another limit goes on at once. Raises ConfigurationError."""
+        if bandwidth_bps is not None and not SLOWEST_BPS <= bandwidth_bps < float("inf"):
+            raise ConfigurationError(
+                f"a node can be limited to {SLOWEST_BPS / 1e3:.0f} kbit/s or more, not to {bandwidth_bps:g} bit/s"
+            )
+        # Two at once: the one that is not seen any more has nobody waiting for long.
+        before, self._limit = self._limit, None if bandwidth_bps is None else _Limit(bandwidth_bps)
+        if before is not None:
+            before.over.set()
+
+    def piece_bytes(self, most: int) -> int:
+        """How much to send at once, `most` without a limit: pieces of 2 ms, so that all have their turn."""
+        limit = self._limit
+        return most if limit is None else min(most, limit.bucket.piece_bytes)
+
+    def wait(self, size_bytes: int) -> None:
+        """Returns when so many bytes may have left; to be called before they are sent."""
+        limit = self._limit
+        if limit is not None:
+            limit.wait(size_bytes)
+
+
+class _Limit:
+    def __init__(self, bandwidth_bps: float) -> None:
+        self.bucket = TokenBucket(bandwidth_bps, _BURST_BYTES)
+        self.over = threading.Event()
+
+    def wait(self, size_bytes: int) -> None:
+        departs_at_s = self.bucket.reserve(size_bytes, time.monotonic())
+        self.over.wait(departs_at_s - time.monotonic())

@@ -1,0 +1,175 @@
+"""`kvstore throttle` against real servers: what both ports of a node send, together."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from typer.testing import CliRunner
+
+from kvstore_api.frames import HEADER_BYTES, PREFACE, FrameKind, pack_header, unpack_header
+from kvstore_api.placement import Member
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_cluster.arena import Arena
+from kvstore_cluster.calibrations import CalibrationRegistry
+from kvstore_cluster.catalogue import FileCatalogue
+from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.node import StorageNode
+from kvstore_cluster.repair import RepairWorker
+from kvstore_codec.errors import ConfigurationError, KVStoreError
+from kvstore_service.cli import app
+from kvstore_service.grpc_coordinator import serve_coordinator
+from kvstore_service.listen import Address
+from kvstore_service.peer_nodes import GrpcPeers
+from kvstore_service.storage_server import StorageServer
+from kvstore_service.throttle import Throttle
+from tests.sample_chunk import sample_chunk
+
+CHUNK = sample_chunk(frame_bytes=24_000)
+REQUEST = pb.ReadRequest(
+    chunks=[pb.ChunkRef(content_id=CHUNK.chunk_id.content_id, prefix_id=CHUNK.chunk_id.prefix_id)],
+    encodings=[CHUNK.encoding],
+    ranges=[pb.ReadRange()],
+)
+BURST_BYTES = 16 << 10
+
+
+@dataclass
+class Cluster:
+    address: str
+    servers: dict[str, StorageServer]
+
+    def kvstore(self, *arguments: str) -> Any:
+        result = CliRunner().invoke(app, [*arguments, "--address", self.address, "--json"])
+        if isinstance(result.exception, KVStoreError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    def text(self, *arguments: str) -> str:
+        return CliRunner().invoke(app, [*arguments, "--address", self.address], env={"COLUMNS": "200"}).output
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Two nodes with both ports, and the chunk on each of them."""
+    catalogue = FileCatalogue(tmp_path)
+    coordinator = Coordinator(catalogue)
+    registry = CalibrationRegistry(tmp_path / "calibrations")
+    front = serve_coordinator(coordinator, registry, address=Address("127.0.0.1", 0))
+    nodes, servers = [], {}
+    for number in range(2):
+        node = StorageNode(f"node-{number}", Arena(4 << 20, 4 << 10))
+        put = node.begin_put(CHUNK.chunk_id, CHUNK.encoding, len(CHUNK.data))
+        assert put is not None
+        put.write(CHUNK.data)
+        assert put.commit()
+        worker = RepairWorker(node, GrpcPeers(node), bytes_per_s=1e9)
+        worker.start()
+        server = StorageServer(node, worker, host="127.0.0.1")
+        coordinator.join(Member(node.node_id, server.address, bulk_endpoint=server.bulk_address), number + 1)
+        nodes.append((node, worker))
+        servers[node.node_id] = server
+    yield Cluster(front.address, servers)
+    for server in servers.values():
+        server.stop(0)
+    for node, worker in nodes:
+        worker.stop()
+        node.check_integrity()
+        node.close()
+    front.stop(0)
+    coordinator.close()
+    catalogue.close()
+
+
+def read_grpc(server: StorageServer) -> bytes:
+    with grpc.insecure_channel(server.address) as channel:
+        return b"".join(reply.data for reply in rpc.StorageStub(channel).Read(REQUEST))
+
+
+def read_bulk(server: StorageServer) -> bytes:
+    host, _, port = server.bulk_address.rpartition(":")
+    with socket.create_connection((host, int(port)), 10) as connected, connected.makefile("rb") as stream:
+        message = REQUEST.SerializeToString()
+        connected.sendall(PREFACE + pack_header(FrameKind.READ, len(message)) + message)
+        return stream.read(unpack_header(bytearray(stream.read(HEADER_BYTES))).length)
+
+
+READERS: list[Callable[[StorageServer], bytes]] = [read_bulk, read_grpc]
+
+
+def seconds(read: Callable[[], object]) -> float:
+    began_s = time.monotonic()
+    read()
+    return time.monotonic() - began_s
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_limit_holds_and_is_taken_away(cluster: Cluster, read: Callable[[StorageServer], bytes]) -> None:
+    server = cluster.servers["node-0"]
+    cluster.kvstore("throttle", "8mbit")
+    least_s = (len(CHUNK.data) - BURST_BYTES) / 1e6
+    assert least_s > 0.2
+    assert seconds(lambda: read(server)) >= least_s
+    assert read(server) == CHUNK.data
+    cluster.kvstore("throttle", "off")
+    assert seconds(lambda: read(server)) < least_s
+    assert read(server) == CHUNK.data
+
+
+def test_all_connections_of_a_node_share_it(cluster: Cluster) -> None:
+    server = cluster.servers["node-0"]
+    cluster.kvstore("throttle", "16mbit")
+    readers = [threading.Thread(target=read, args=(server,)) for read in READERS]
+    began_s = time.monotonic()
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert time.monotonic() - began_s >= (2 * len(CHUNK.data) - BURST_BYTES) / 2e6
+
+
+def test_one_node_alone_and_what_is_shown(cluster: Cluster) -> None:
+    assert "limit" not in cluster.text("status")
+    shown = cluster.kvstore("throttle", "50mbit", "--node", "node-1")
+    expected = [{"node_id": "node-0", "bandwidth_bps": None}, {"node_id": "node-1", "bandwidth_bps": 50e6}]
+    assert shown["nodes"] == expected
+    assert cluster.kvstore("throttle")["nodes"] == expected
+    assert "50mbit" in cluster.text("status")
+    assert "50mbit" in cluster.text("throttle")
+    assert [node["gauges"].get("throttle_bps") for node in cluster.kvstore("status")["nodes"]] == [None, 50e6]
+
+
+def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:
+    for arguments, reason in (
+        (("throttle", "fast"), "no bandwidth"),
+        (("throttle", "1kbit"), "100 kbit/s or more"),
+        (("throttle", "1mbit", "--node", "node-7"), "no live node"),
+        (("throttle", "--node", "node-1"), "how fast"),
+    ):
+        with pytest.raises(KVStoreError, match=reason):
+            cluster.kvstore(*arguments)
+    assert all(node["bandwidth_bps"] is None for node in cluster.kvstore("throttle")["nodes"])
+
+
+def test_whoever_waits_goes_on_when_the_limit_is_lifted() -> None:
+    throttle = Throttle()
+    throttle.set(1e6)
+    throttle.wait(BURST_BYTES)
+    waiter = threading.Thread(target=throttle.wait, args=(10_000_000,))
+    waiter.start()
+    time.sleep(0.05)
+    assert waiter.is_alive()
+    throttle.set(None)
+    waiter.join(5)
+    assert not waiter.is_alive()
+    assert throttle.piece_bytes(1 << 20) == 1 << 20
+    with pytest.raises(ConfigurationError):
+        throttle.set(0.0)
