@@ -1,9 +1,9 @@
-"""Storing chunks behind the engine's back: encode, then stream to the owners."""
+"""Storing chunks behind the engine's back: encode in every wanted encoding, then stream to the owners."""
 
 import atexit
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from functools import partial
@@ -70,7 +70,8 @@ class Store:
         self._ready = ready
         self._settings = settings
         self._metrics = metrics
-        self.encoding = Encoding.parse(settings.encoding)
+        self.encodings = tuple(map(Encoding.parse, settings.encodings))
+        """What new chunks are stored in, unless a `put` says otherwise."""
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
@@ -84,11 +85,24 @@ class Store:
         atexit.register(self.close)
 
     @property
-    def needs_features(self) -> bool:
-        return self.encoding.needs_calibration
+    def encoding(self) -> Encoding:
+        """The first of its encodings."""
+        return self.encodings[0]
 
-    def put(self, spec: ModelSpec, chunks: Sequence[NewChunk]) -> "Future[int]":
-        """Store chunks without waiting. The future gives the number of chunks that are stored afterwards.
+    @property
+    def needs_features(self) -> bool:
+        return any(encoding.needs_calibration for encoding in self.encodings)
+
+    def encodings_behind(self, fetched: Collection[Encoding]) -> tuple[Encoding, ...]:
+        """Those of its encodings in which KV may be stored that was computed behind KV fetched in these: an encoding
+        that is more faithful than what its KV was computed from would promise too much."""
+        return tuple(mine for mine in self.encodings if all(map(mine.may_follow, fetched)))
+
+    def put(
+        self, spec: ModelSpec, chunks: Sequence[NewChunk], encodings: Sequence[Encoding] | None = None
+    ) -> "Future[int]":
+        """Store chunks without waiting, each in all of `encodings` (when not given, the store's). The future gives the
+        number of chunks that are stored afterwards, in one of them at least: a fetch can use those.
 
         When `store_backlog_bytes` of KV wait already, or the client was closed, new ones are dropped and counted.
         """
@@ -101,7 +115,8 @@ class Store:
             reason = "store_closed" if self._closed else "store_backlog" if full else None
             if reason is None:
                 self._waiting_bytes += size_bytes
-                self._jobs.put(partial(self._store, stored, spec, list(chunks), size_bytes))
+                wanted = self.encodings if encodings is None else tuple(encodings)
+                self._jobs.put(partial(self._store, stored, spec, list(chunks), wanted, size_bytes))
         if reason is not None:
             self._metrics.missed(reason)
             stored.set_result(0)
@@ -140,19 +155,28 @@ class Store:
         while (job := self._jobs.get()) is not None:
             job()
 
-    def _store(self, stored: "Future[int]", spec: ModelSpec, chunks: list[NewChunk], size_bytes: int) -> None:
-        count = 0 if self._stop.done() else self._put(spec, chunks)
+    def _store(
+        self,
+        stored: "Future[int]",
+        spec: ModelSpec,
+        chunks: list[NewChunk],
+        encodings: tuple[Encoding, ...],
+        size_bytes: int,
+    ) -> None:
+        count = 0 if self._stop.done() else self._put(spec, chunks, encodings)
         with self._lock:
             self._waiting_bytes -= size_bytes
         stored.set_result(count)
 
-    def _put(self, spec: ModelSpec, chunks: list[NewChunk]) -> int:
+    def _put(self, spec: ModelSpec, chunks: list[NewChunk], encodings: tuple[Encoding, ...]) -> int:
         try:
-            klt = self._calibration(spec) if self.encoding.needs_calibration else None
-            if self.encoding.needs_calibration and klt is None:
-                self._metrics.missed("store_no_calibration")
-                return 0
-            return self._write(spec, klt, chunks)
+            klt, calibrated = None, [encoding for encoding in encodings if encoding.needs_calibration]
+            if calibrated:
+                klt = self._calibration(spec, calibrated)
+                if klt is None:
+                    self._metrics.missed("store_no_calibration")
+                    encodings = tuple(encoding for encoding in encodings if encoding not in calibrated)
+            return self._write(spec, klt, chunks, encodings) if encodings else 0
         except NodeUnavailableError:
             self._metrics.missed("store_unreachable")
             return 0
@@ -161,7 +185,7 @@ class Store:
             self._metrics.missed("store_internal_error")
             return 0
 
-    def _calibration(self, spec: ModelSpec) -> KLT | None:
+    def _calibration(self, spec: ModelSpec, encodings: Sequence[Encoding]) -> KLT | None:
         """Waits `calibration_timeout_s` for it, and not longer than `close` lets the store live."""
         loading = self._ready.for_model(spec.digest)
         either: tuple[Future[Any], ...] = (loading, self._stop)
@@ -172,26 +196,29 @@ class Store:
             log.warning(
                 "KV of %s in %s is not stored as %s: its calibration cannot be had from %s. "
                 "Make one with `kvstore calibrate --dtype %s --publish %s`.",
-                spec.model_id, spec.dtype, self.encoding.name, self._settings.address,
+                spec.model_id, spec.dtype, ", ".join(encoding.name for encoding in encodings), self._settings.address,
                 spec.dtype, self._settings.address,
             )  # fmt: skip
         return klt
 
-    def _write(self, spec: ModelSpec, klt: KLT | None, chunks: list[NewChunk]) -> int:
-        """Encode each chunk once and send it to all its owners; how many have one copy at least. Raises
-        NodeUnavailableError when there is no node."""
+    def _write(
+        self, spec: ModelSpec, klt: KLT | None, chunks: list[NewChunk], encodings: tuple[Encoding, ...]
+    ) -> int:
+        """Encode each chunk once in each encoding and send it to all its owners; how many chunks have one copy at
+        least in one of them. Raises NodeUnavailableError when there is no node."""
         placed = self._view.writers([chunk.chunk_id.content_id for chunk in chunks])
         replicas = self._view.membership().replicas
         writing = ReplicatedWrite(self._view, self._settings)
         with self._lock:
             self._writing = writing
-        sizes: list[int] = []
+        sent: list[tuple[int, int]] = []  # (number of the chunk, bytes)
         try:
-            for chunk, owners in zip(chunks, placed, strict=True):
+            for number, (chunk, owners) in enumerate(zip(chunks, placed, strict=True)):
                 if self._stop.done() or not owners:
                     self._metrics.missed("store_paused")
-                elif (encoded := self._encoded(spec, klt, chunk)) is not None:
-                    sizes.append(encoded.size_bytes)
+                    continue
+                for encoded in self._encoded(spec, klt, chunk, encodings):
+                    sent.append((number, encoded.size_bytes))
                     writing.put(OutgoingChunk.of(encoded, self._keep(chunk)), owners)
         except BaseException:
             writing.cancel()
@@ -202,13 +229,18 @@ class Store:
                 self._writing = None
         for reason, times in writing.failures.items():
             self._metrics.missed(f"store_{reason}", events=times)
-        for outcome, size_bytes in zip(written, sizes, strict=True):
+        stored: set[int] = set()
+        sparse: set[int] = set()
+        for outcome, (number, size_bytes) in zip(written, sent, strict=True):
             for reason in outcome.refusals:
                 self._metrics.missed(f"store_{reason}")
             if outcome.copies:
-                self._metrics.stored(1, outcome.copies * size_bytes)
-                self._metrics.under_replicated(outcome.copies < replicas)
-        return sum(outcome.copies > 0 for outcome in written)
+                self._metrics.stored(int(number not in stored), outcome.copies * size_bytes)
+                stored.add(number)
+                if outcome.copies < replicas:
+                    sparse.add(number)
+        self._metrics.under_replicated(len(sparse))
+        return len(stored)
 
     def _keep(self, chunk: NewChunk) -> pb.PutStart:
         settings = self._settings
@@ -219,21 +251,31 @@ class Store:
             cost=chunk.cost,
         )
 
-    def _encoded(self, spec: ModelSpec, klt: KLT | None, chunk: NewChunk) -> EncodedChunk | None:
+    def _encoded(
+        self, spec: ModelSpec, klt: KLT | None, chunk: NewChunk, encodings: tuple[Encoding, ...]
+    ) -> Iterator[EncodedChunk]:
+        """The chunk in each encoding that it can be coded in, one after the other: the first is on its way already
+        while the next is coded."""
         try:
             keys, values = chunk.gather()
-            encoded = encode_chunk(
-                keys,
-                values,
-                spec=spec,
-                chunk_id=chunk.chunk_id,
-                encoding=self.encoding,
-                klt=klt,
-                features=chunk.features() if klt and chunk.features else None,
-                sinks=klt.calibration.sinks if klt and chunk.begins_text else 0,
-            )
+            features = chunk.features() if klt and chunk.features else None
         except CodecError:
             self._metrics.missed("store_unencodable")
-            return None
-        self._metrics.guarded(encoded.guarded)
-        return encoded
+            return
+        for encoding in encodings:
+            try:
+                encoded = encode_chunk(
+                    keys,
+                    values,
+                    spec=spec,
+                    chunk_id=chunk.chunk_id,
+                    encoding=encoding,
+                    klt=klt,
+                    features=features,
+                    sinks=klt.calibration.sinks if klt and chunk.begins_text else 0,
+                )
+            except CodecError:
+                self._metrics.missed("store_unencodable")
+                continue
+            self._metrics.guarded(encoded.guarded)
+            yield encoded

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -149,6 +150,68 @@ def test_several_encodings_are_one_setting(monkeypatch: pytest.MonkeyPatch) -> N
 def test_unknown_names_are_named(settings: dict[str, str], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ClientSettings(**settings)  # type: ignore[arg-type]
+
+
+def test_chunks_are_stored_in_every_encoding(cluster: ServedCluster) -> None:
+    document = ids(3)
+    gathered: list[int] = []
+
+    def gather(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        gathered.append(index)
+        return random_kv(index)
+
+    with connect(cluster.address, encoding="medium-raw,exact-zstd,low-zstd") as client:
+        new = [NewChunk(chunk_id, partial(gather, index)) for index, chunk_id in enumerate(document)]
+        assert client.store.put(SPEC, new).result(20) == 3
+        assert gathered == [0, 1, 2]
+        assert client.metrics.snapshot()["chunks_stored"] == 3
+        match = client.match(SPEC, document)
+        client.release(match)
+        assert offered(match) == [["exact-zstd", "medium-raw", "low-zstd"]] * 3
+        assert client.metrics.snapshot()["bytes_out"] == sum(
+            variant.header.size_bytes for chunk in match.chunks for variant in chunk.variants
+        )
+    assert cluster.stored_chunks() == 9
+    cluster.check_nothing_is_held()
+
+
+def test_what_was_computed_behind_lossy_kv_is_not_stored_as_more_faithful(cluster: ServedCluster) -> None:
+    document = ids(2)
+    with connect(cluster.address, encoding="exact-zstd,high-zstd,low-raw", floor="low") as client:
+        store = client.store
+        assert store.encodings_behind([]) == store.encodings
+        assert store.encodings_behind([Encoding.parse("exact-raw")]) == store.encodings
+        behind = store.encodings_behind({Encoding.parse("exact-zstd"), Encoding.parse("medium-zstd")})
+        assert [encoding.name for encoding in behind] == ["low-raw"]
+        assert put(client, document, encodings=behind) == 2
+        assert put(client, document, encodings=()) == 0
+        match = client.match(SPEC, document)
+        client.release(match)
+        assert offered(match) == [["low-raw"]] * 2
+
+
+def test_an_encoding_without_its_calibration_stops_no_other(cluster: ServedCluster, tmp_path: Path) -> None:
+    document = ids(2)
+    encoding = "medium-klt-pco,exact-zstd"
+    with connect(cluster.address, encoding=encoding, cache_dir=tmp_path) as client:
+        assert client.store.needs_features
+        assert put(client, document) == 2
+        assert client.metrics.snapshot()["miss_store_no_calibration"] == 1
+        match = client.match(SPEC, document)
+        client.release(match)
+        assert offered(match) == [["exact-zstd"]] * 2
+
+
+def test_chunks_stored_in_fewer_encodings_than_wanted_are_stored(tmp_path: Path) -> None:
+    """A node that is too small for one of them."""
+    document = ids(1)
+    with (
+        served_cluster(tmp_path, memory_bytes=128 << 10) as small,
+        connect(small.address, encoding="exact-raw,low-zstd") as client,
+    ):
+        assert put(client, document) == 1
+        assert client.metrics.snapshot()["miss_store_too_large"] == 1
+        assert client.metrics.snapshot()["chunks_stored"] == 1
 
 
 def test_the_owner_that_has_more_is_not_asked_when_the_first_has_some(tmp_path: Path) -> None:

@@ -192,6 +192,27 @@ def test_an_exact_copy_is_taken_while_the_calibration_is_not_there(
     cluster.check_nothing_is_held()
 
 
+def test_exact_and_coded_are_stored_side_by_side(
+    cluster: ServedCluster, calibration: Calibration, new_client: Callable[..., KVStoreClient]
+) -> None:
+    publish(cluster.address, calibration)
+    with new_client(encoding=f"exact-zstd,{MEDIUM}") as client:
+        cached = CachedModel(sharp_model(), client)
+        cached.generate(PROMPT, **GREEDY)
+        client.store.flush()
+        assert client.metrics.snapshot()["chunks_stored"] == 2
+        match = client.match(cached.spec, client.chunk_ids(cached.spec, PROMPT[0].tolist()))
+        client.release(match)
+        for chunk in match.chunks:
+            exact, medium = chunk.variants
+            assert (exact.header.encoding.name, exact.klt) == ("exact-zstd", None)
+            assert medium.header.encoding.name == MEDIUM
+            assert medium.klt is not None
+            assert medium.header.size_bytes < exact.header.size_bytes / 4
+    assert cluster.stored_chunks() == 4
+    cluster.check_nothing_is_held()
+
+
 def test_without_a_calibration_nothing_is_stored_and_the_log_says_once_what_to_do(
     cluster: ServedCluster, new_client: Callable[..., KVStoreClient], caplog: pytest.LogCaptureFixture
 ) -> None:
