@@ -150,16 +150,16 @@ class StorageNode:
                 if header is None:
                     headers_on_disk.append((len(answers), 0, slot))
                     header = b""
-                others: list[FoundVariant] = []
+                others: Sequence[FoundVariant] = ()
                 if all_encodings:
-                    for place, other in enumerate(self._index.others(chunk, slot, preference, now_s), 1):
-                        hits.append(other)
-                        header_bytes += _OTHER_ENCODING_BYTES + (header_sizes[other] if with_headers else 0)
-                        head = tiers.header_in_memory(other) if with_headers else b""
-                        if head is None:
+                    slots = self._index.others(chunk, slot, preference, now_s)
+                    others = [self._found(other, with_headers=with_headers) for other in slots]
+                    hits += slots
+                    for place, other in enumerate(slots, 1):
+                        header_bytes += _OTHER_ENCODING_BYTES + len(others[place - 1].header)
+                        if with_headers and not others[place - 1].header:
+                            header_bytes += header_sizes[other]
                             headers_on_disk.append((len(answers), place, other))
-                        on_disk = extents[other] is None
-                        others.append(FoundVariant(encoding_of(other), sizes[other], head or b"", on_disk))
                 if max_header_bytes is not None and header_bytes > max_header_bytes:
                     raise StorageError(
                         f"the headers of the first {len(answers) + 1} of {len(chunks)} chunks have more "
@@ -497,6 +497,12 @@ class StorageNode:
         if slot is not None and 0 < self._index.expires_at_s(slot) <= now_s:
             return None
         return slot
+
+    def _found(self, slot: int, *, with_headers: bool) -> FoundVariant:
+        """Without its header where that has to be read from the disk; the caller has the lock."""
+        header = self._tiers.header_in_memory(slot) if with_headers else None
+        on_disk = self._index.extent[slot] is None
+        return FoundVariant(self._index.encoding(slot), self._index.size_bytes[slot], header or b"", on_disk)
 
     def _with_header(self, answer: LookupAnswer, place: int, slot: int) -> LookupAnswer:
         """Reads the header of a held slot from the disk: the one that the answer names, or of the others the one at

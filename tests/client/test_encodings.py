@@ -1,6 +1,7 @@
 """Chunks that are stored in several encodings: which of them a client finds, and in which order."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from kvstore_client.lookup import PrefixMatch
 from kvstore_client.settings import ClientSettings
 from kvstore_client.store import NewChunk
 from kvstore_cluster.node import StorageNode
+from kvstore_codec.chunk import ChunkHeader, write_header
+from kvstore_codec.codec import chunk_geometry
 from kvstore_codec.encoding import Encoding, Rate
-from kvstore_codec.identity import ChunkId
-from tests.client.chunks import SPEC, ids, random_kv
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
+from tests.client.chunks import SPEC, encoded_chunk, ids, random_kv
 from tests.client.conftest import ServedCluster, served_cluster
 
 NAMES = ["exact-zstd", "exact-raw", "high-zstd", "high-raw@128", "medium-raw", "low-zstd", "step0.5-zstd"]
@@ -225,3 +228,37 @@ def test_the_owner_that_has_more_is_not_asked_when_the_first_has_some(tmp_path: 
             client.release(match)
             assert offered(match) == [["exact-zstd", "medium-raw"]] * 2
             assert sum(node.stats().counters["lookups"] for node in cluster.nodes) == len(match.leases)
+
+
+def put_on(node: StorageNode, header: ChunkHeader, parts: Sequence[bytes]) -> None:
+    pending = node.begin_put(header.chunk_id, header.encoding.name, header.size_bytes, header.calibration)
+    assert pending is not None
+    for part in parts:
+        pending.write(memoryview(part))
+    assert pending.commit()
+
+
+@pytest.mark.parametrize("has_exact", [0, 1])
+def test_another_owner_is_asked_when_the_first_has_only_what_cannot_be_decoded_yet(
+    tmp_path: Path, has_exact: int
+) -> None:
+    (chunk_id,) = ids(1)
+    klt = Encoding.parse("medium-klt-pco")
+    geometry = chunk_geometry(SPEC, CHUNK_TOKENS, klt)
+    frames = [b"frame"] * geometry.frame_count
+    coded, coded_header = write_header(SPEC.digest, chunk_id, klt, geometry, frames, bytes(32))
+    exact = encoded_chunk(chunk_id)
+    with served_cluster(tmp_path, nodes=2, replicas=2) as cluster:
+        for node in cluster.nodes:
+            put_on(node, coded, [coded_header, *frames])
+        settings: dict[str, Any] = {"encoding": klt.name, "cache_dir": tmp_path}
+        with connect(cluster.address, **settings) as client:
+            assert client.match(SPEC, [chunk_id]).chunks == ()
+            assert client.metrics.snapshot()["miss_calibration_loading"] == 1
+        put_on(cluster.nodes[has_exact], exact.header, [bytes(part) for part in exact.parts])
+        with connect(cluster.address, **settings) as client:
+            match = client.match(SPEC, [chunk_id])
+            client.release(match)
+            assert offered(match) == [["exact-zstd"]]
+            assert match.chunks[0].member.node_id == f"node-{has_exact}"
+            assert "miss_calibration_loading" not in client.metrics.snapshot()

@@ -324,6 +324,35 @@ def test_a_damaged_chunk_is_never_given_out(opened: Opener, tmp_path: Path) -> N
     assert read(node, chunk) == chunk.data
 
 
+@pytest.mark.parametrize("damaged", [(), (0,), (1,), (0, 2), (1, 2), (0, 1, 2)])
+def test_encodings_that_the_disk_has_lost_are_left_out_of_an_answer(
+    opened: Opener, tmp_path: Path, damaged: tuple[int, ...]
+) -> None:
+    node = opened()
+    variants = [chunk_of(0, name) for name in ("exact-zstd", "medium-raw", "low-zstd")]
+    for variant in variants:
+        put(node, variant)
+    node = opened()
+    for segment in (tmp_path / "disk").glob("*.kvs"):
+        data = bytearray(segment.read_bytes())
+        for number in damaged:
+            header = variants[number].data[: variants[number].header.header_bytes]
+            position = data.find(header)
+            if position >= 0:
+                data[position + len(header) - 1] ^= 1
+        segment.write_bytes(data)
+    names = [variant.encoding for variant in variants]
+    (answer,) = node.lookup([variants[0].chunk_id], names, all_encodings=True).answers
+    found = [(answer.encoding, answer.header, answer.size_bytes)] if answer.encoding else []
+    found += [(other.encoding, other.header, other.size_bytes) for other in answer.others]
+    assert found == [
+        (variant.encoding, variant.data[: variant.header.header_bytes], len(variant.data))
+        for number, variant in enumerate(variants)
+        if number not in damaged
+    ]
+    assert node.stats().counters["damaged"] == len(damaged)
+
+
 def test_pages_of_a_listing_cover_everything(opened: Opener) -> None:
     node = opened()
     chunks = [chunk_of(number) for number in range(25)]
