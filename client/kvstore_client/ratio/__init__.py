@@ -4,6 +4,7 @@ from kvstore_client.ratio.adaptive import RatioController
 from kvstore_client.ratio.base import COMPUTE, Bound, ChunkWork, Option, Order, Plan, Planner, Work
 from kvstore_client.ratio.costs import Costs
 from kvstore_client.ratio.fixed import FixedPlanner
+from kvstore_client.ratio.kvfetcher import KVFetcherPlanner
 from kvstore_client.ratio.links import DEFAULT_BANDWIDTH_Bps, Links
 from kvstore_client.ratio.profile import CodecCost, PrefillCost, Profile, ProfileStore, profile_key
 
@@ -15,6 +16,7 @@ __all__ = [
     "Costs",
     "DEFAULT_BANDWIDTH_Bps",
     "FixedPlanner",
+    "KVFetcherPlanner",
     "Links",
     "Option",
     "Order",

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from kvstore_client.ratio.base import COMPUTE, Plan, Work
+from kvstore_client.ratio.base import COMPUTE, Order, Plan, Work
 from kvstore_client.ratio.predict import predict
 from kvstore_client.ratio.space import Ends, Floats, Indices, Space
 
@@ -31,28 +31,40 @@ class RatioController:
             return predict(work, {}, "layers")
         space = Space(work)
         block = _search(space)
-        options = _more_faithful(space, block)
-        fetched = space.fetchable.copy()
-        fetched[: block.front] = False
-        fetched[space.count - block.tail :] = False
-        choices = {
-            chunk.index: int(options[row]) if fetched[row] else COMPUTE
-            for row, chunk in enumerate(work.chunks)
-        }
-        layers, back = predict(work, choices, "layers"), predict(work, choices, "back")
-        # Where the engine computes towards what arrives, the place where they meet may still be moved.
-        return back if block.front and fetched.any() and back.predicted_s <= block.limit_s else layers
+        if (
+            block.front
+        ):  # where the engine computes towards what arrives, the place where they meet may still be moved
+            back = _plan(space, block, "back")
+            if back.predicted_s <= block.limit_s:
+                return back
+        return _plan(space, block, "layers")
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """The chunks that are fetched: all but `front` and `tail`; and how."""
+    """The chunks that are fetched: all but `front` and `tail`."""
 
     front: int
     tail: int
-    options: Indices
+    small: Indices
+    """Options, by chunk."""
+    large: Indices
+    """Options that take less decoding and more receiving. The block is a mixture of these two."""
     limit_s: float
     """Whatever takes no longer than this ties with the quickest."""
+
+
+def _plan(space: Space, block: _Block, order: Order) -> Plan:
+    """Of a mixture, what is small comes first: there is something to decode while the rest arrives (Johnson's rule)."""
+    ends = (block.small, block.large) if order == "layers" else (block.large, block.small)
+    options = _more_faithful(space, block, _split(space, *ends, block), order)
+    choices = {
+        chunk.index: int(options[row])
+        if space.fetchable[row] and block.front <= row < space.count - block.tail
+        else COMPUTE
+        for row, chunk in enumerate(space.chunks)
+    }
+    return predict(space.work, choices, order)
 
 
 def _search(space: Space) -> _Block:
@@ -77,8 +89,8 @@ def _search(space: Space) -> _Block:
         row, place = divmod(int(best), len(ends.front))
         front, tail = int(ends.front[place]), int(ends.tail[place])
         if stride == 1:
-            options = _split(space, *pairs[row], front, tail)
-            return _Block(front, tail, options, limit_s)
+            large, small = pairs[row]
+            return _Block(front, tail, small, large, limit_s)
         near, stride = stride, max(1, stride // 8)
         fronts = _places(max(front - near, 0), min(front + near, space.count), stride)
         tails = _places(max(tail - near, 0), min(tail + near, space.count), stride)
@@ -95,36 +107,36 @@ def _running_sums(costs: Floats) -> Floats:
     return sums
 
 
-def _split(space: Space, one: Indices, other: Indices, front: int, tail: int) -> Indices:
+def _split(space: Space, one: Indices, other: Indices, block: _Block) -> Indices:
     """The first chunks of the block as in `one`, the rest as in `other`: split where that is quickest."""
-    if one is other:
-        return one
-    splits, seconds = _split_seconds(space, one, other, front, tail)
+    splits, seconds = _split_seconds(space, one, other, block)
     return np.where(np.arange(space.count) < splits[np.argmin(seconds)], one, other)
 
 
-def _split_seconds(
-    space: Space, one: Indices, other: Indices, front: int, tail: int
-) -> tuple[Indices, Floats]:
+def _split_seconds(space: Space, one: Indices, other: Indices, block: _Block) -> tuple[Indices, Floats]:
     """Places to split the block at, and the seconds of each."""
-    end = space.count - tail
+    front, end = block.front, space.count - block.tail
     splits = np.unique(np.linspace(front, end, min(_SPLITS, end - front) + 1).astype(np.intp))
     ones, others = _running_sums(space.costs(one)), _running_sums(space.costs(other))
     sums = ones[splits] - ones[front] + others[end] - others[splits]
-    ends = Ends(np.full_like(splits, front), np.full_like(splits, tail))
+    ends = Ends(np.full_like(splits, front), np.full_like(splits, block.tail))
     return splits, space.finish_s(sums, ends, "layers")
 
 
-def _more_faithful(space: Space, block: _Block) -> Indices:
-    """As many chunks as the tie has room for in more faithful options, from the first on: those are attended most."""
-    options = block.options
+def _more_faithful(space: Space, block: _Block, options: Indices, order: Order) -> Indices:
+    """As many chunks as the tie has room for in more faithful options; from the end that arrives last, as above."""
     rows = np.arange(space.count)
     seconds = np.maximum(space.receive, space.decode)
     for loss in np.unique(space.loss):
         offered = np.where(space.loss <= loss, seconds, np.inf)
         better = np.where(np.isfinite(offered).any(axis=1), np.argmin(offered, axis=1), options)
         better = np.where(space.loss[rows, better] < space.loss[rows, options], better, options)
-        splits, finish_s = _split_seconds(space, better, options, block.front, block.tail)
-        fits = np.flatnonzero(finish_s <= block.limit_s)
-        options = np.where(rows < splits[fits.max(initial=0)], better, options)
+        if order == "layers":
+            splits, finish_s = _split_seconds(space, options, better, block)
+            split = splits[finish_s <= block.limit_s].min(initial=space.count)
+            options = np.where(rows < split, options, better)
+        else:
+            splits, finish_s = _split_seconds(space, better, options, block)
+            split = splits[finish_s <= block.limit_s].max(initial=0)
+            options = np.where(rows < split, better, options)
     return options

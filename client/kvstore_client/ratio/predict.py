@@ -19,9 +19,8 @@ from kvstore_client.ratio.profile import PrefillCost
 PASS_TOKENS = 1024
 """The front is computed in forward passes of up to this many tokens: what is computed by then need not be fetched."""
 
-_STEPS = 8
-"""Pieces in which the layers arrive, about: a stage begins when the one before it has done its first, and ends one
-piece after it."""
+_PERIODS = 8
+"""Of a model, about: a chunk is read in so many pieces, and the engine goes on with each."""
 
 _SLOWEST_Bps = 1.0
 """Of a link whose estimate is nothing: its time must stay a number."""
@@ -51,24 +50,29 @@ def bandwidth_of(work: Work, endpoint: str) -> float:
     return max(work.bandwidths_Bps.get(endpoint, DEFAULT_BANDWIDTH_Bps), _SLOWEST_Bps)
 
 
-def finish_s(load: Load, order: Order, interference: float) -> Seconds:
-    """Seconds to the end of the last forward pass. Elementwise."""
-    pieces = np.maximum(load.pieces, 1.0) if order == "back" else np.full_like(load.pieces, _STEPS)
+def finish_s(load: Load, order: Order, work: Work) -> Seconds:
+    """Seconds to the end of the last forward pass, elementwise. A stage can begin when the one before it has done its
+    first piece, and ends one piece after it; none ends before it has done all its own."""
     fetching = load.pieces > 0
+    reads = np.maximum(load.pieces, 1.0) * _PERIODS
     transfer = np.maximum(load.receive - load.latency, 0.0)
-    first = np.where(fetching, load.latency + transfer / pieces, 0.0)
-    idle = np.maximum(first - load.front, 0.0)
+    read_work = load.work * work.decode_threads / reads  # by the one thread that has the last read
+    first_read = np.where(fetching, load.latency + transfer / reads, 0.0)
+    received, decoded = load.receive + read_work, first_read + load.work
+    idle = np.maximum(first_read - load.front, 0.0)
     if order == "back":
-        received = load.receive + load.work / pieces
-        decoded = first + load.work
-        computed = idle + _together(load.work, load.front, interference)
-        return np.maximum(np.maximum(received, decoded), computed) + load.behind + load.rest
-    last_layer = load.behind / pieces
-    received = load.receive + load.work / pieces + last_layer
-    decoded = first + load.work + last_layer
-    computed = np.maximum(load.front, first + load.work / pieces) + load.behind
-    shared = idle + _together(load.work, load.front + load.behind, interference)
-    return np.maximum(np.maximum(received, decoded), np.maximum(computed, shared)) + load.rest
+        shared = idle + _together(load.work, load.front, work.interference)
+        return np.maximum(np.maximum(received, decoded), shared) + load.behind + load.rest
+    first_period = np.maximum(
+        np.where(fetching, load.latency + transfer / _PERIODS + read_work, 0.0),
+        first_read + load.work / _PERIODS,
+    )
+    last_period = load.behind / _PERIODS
+    computed = np.maximum(load.front, first_period) + load.behind
+    idle = np.maximum(idle, first_period - load.front - load.work / _PERIODS)
+    shared = idle + _together(load.work, load.front + load.behind, work.interference)
+    arrived = np.maximum(received, decoded) + last_period
+    return np.maximum(arrived, np.maximum(computed, shared)) + load.rest
 
 
 def _together(one: Seconds, other: Seconds, interference: float) -> Seconds:
@@ -99,16 +103,16 @@ def predict(work: Work, choices: Mapping[int, int], order: Order) -> Plan:
     return Plan(
         choices=dict(choices),
         order=order,
-        predicted_s=float(finish_s(load, order, work.interference)),
+        predicted_s=float(finish_s(load, order, work)),
         bound_by=max(stages, key=lambda stage: stages[stage]),
     )
 
 
 def _passes(work: Work, choices: Mapping[int, int]) -> tuple[float, float, float]:
-    """Seconds of the front, of the first forward pass behind fetched chunks, and of those after it."""
-    leading = 0
-    while leading < len(work.chunks) and choices[work.chunks[leading].index] == COMPUTE:
-        leading += 1
+    """Seconds of the front, of the first forward pass behind fetched chunks, and of those after it. Where nothing is
+    fetched nothing is in front: the engine computes it all at once."""
+    computed = [choices[chunk.index] == COMPUTE for chunk in work.chunks]
+    leading = 0 if all(computed) else computed.index(False)
     front = work.engine_busy_s + sum(
         run_s(work.prefill, first, tokens) for first, tokens in runs(work.chunks[:leading])
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvstore_codec import canonical
 from kvstore_codec.encoding import Encoding
+from kvstore_codec.errors import UnknownEncodingError
 
 if TYPE_CHECKING:
     from kvstore_codec.model_spec import ModelSpec
@@ -104,7 +105,7 @@ class ProfileStore:
             return _from_json(json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, UnknownEncodingError) as error:
             _log.warning("profile %s cannot be used and is measured anew: %r", path, error)
             return None
 
@@ -130,7 +131,7 @@ class ProfileStore:
 
 
 def _from_json(data: dict[str, Any]) -> Profile:
-    """Raises ValueError, TypeError or KeyError for what is not a profile."""
+    """Raises ValueError, TypeError, KeyError, AttributeError or UnknownEncodingError for what is not a profile."""
     if data["format"] != _FORMAT:
         raise ValueError(f"format {data['format']!r} is not {_FORMAT}")
     for name in data["codecs"]:

@@ -115,7 +115,7 @@ class Space:
             behind=np.where(holes > 0, holes, last),
             rest=np.where(holes > 0, last, 0.0),
         )
-        return finish_s(load, order, self.work.interference)
+        return finish_s(load, order, self.work)
 
     def _front_seconds(self) -> Floats:
         """By the number of chunks computed there; inf where that is not possible."""

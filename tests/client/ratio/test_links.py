@@ -1,0 +1,107 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore_client.ratio import Links
+
+
+class _Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class _Wire:
+    """Receives at a rate, in pieces, in virtual time."""
+
+    def __init__(self) -> None:
+        self.clock = _Clock()
+        self.links = Links(self.clock)
+
+    def receive(self, endpoint: str, rate: float, seconds: float, piece_bytes: int = 128 << 10) -> None:
+        end_s = self.clock.now_s + seconds
+        piece_bytes = max(piece_bytes, int(rate * seconds / 1000))
+        while self.clock.now_s < end_s:
+            took_s = piece_bytes / rate
+            self.clock.now_s += took_s
+            self.links.observe(endpoint, piece_bytes, took_s)
+
+
+def test_nothing_is_known_of_what_was_never_heard_of() -> None:
+    links = Links()
+    assert links.bandwidth_Bps("a") is None
+    assert links.latency_s("a") == 0.0
+    links.observe("a", 10 << 20, 0.1)
+    assert links.bandwidth_Bps("a") == pytest.approx(100 * (1 << 20))
+    assert links.bandwidth_Bps("b") == links.bandwidth_Bps("a")
+
+
+def test_an_unknown_endpoint_is_like_the_one_heard_of_last() -> None:
+    wire = _Wire()
+    wire.receive("a", 1e6, 0.3)
+    wire.receive("b", 1e8, 0.3)
+    assert wire.links.bandwidth_Bps("new") == wire.links.bandwidth_Bps("b")
+    wire.receive("a", 1e6, 0.3)
+    assert wire.links.bandwidth_Bps("new") == wire.links.bandwidth_Bps("a")
+    # Asked once, nothing received yet: its latency is known, its bandwidth is not.
+    wire.links.first_byte("new", 0.02)
+    assert wire.links.latency_s("new") == 0.02
+    assert wire.links.bandwidth_Bps("new") == wire.links.bandwidth_Bps("a")
+
+
+@given(st.floats(6.0, 9.7), st.floats(6.0, 9.7), st.sampled_from([4 << 10, 64 << 10, 128 << 10]))
+def test_a_step_is_followed_within_200_ms(before: float, after: float, piece_bytes: int) -> None:
+    wire = _Wire()
+    wire.receive("a", 10**before, 0.3, piece_bytes)
+    assert wire.links.bandwidth_Bps("a") == pytest.approx(10**before, rel=0.01)
+    wire.receive("a", 10**after, 0.2, piece_bytes)
+    assert wire.links.bandwidth_Bps("a") == pytest.approx(10**after, rel=0.25)
+
+
+def test_a_saw_is_followed_with_little_delay() -> None:
+    wire = _Wire()
+    for tenth in range(100):
+        rate = (10 + 90 * abs(tenth % 40 - 20) / 20) * 1e6  # 10 to 100 MB/s and back in 4 s
+        wire.receive("a", rate, 0.1, 64 << 10)
+        assert wire.links.bandwidth_Bps("a") == pytest.approx(rate, rel=0.25)
+
+
+def test_a_little_noise_is_averaged() -> None:
+    wire = _Wire()
+    for turn in range(400):
+        wire.receive("a", 5e7 if turn % 2 else 2e8, 1e-4, 128 << 10)
+    assert wire.links.bandwidth_Bps("a") == pytest.approx(8e7, rel=0.1)
+
+
+def test_a_clock_tick_is_no_sample() -> None:
+    links = Links()
+    links.observe("a", 1000, 0.0)
+    assert links.bandwidth_Bps("a") is None
+    links.observe("a", 499_000, 0.01)
+    assert links.bandwidth_Bps("a") == pytest.approx(5e7)
+
+
+def test_nothing_received_for_a_while_shows() -> None:
+    wire = _Wire()
+    wire.receive("a", 1e8, 0.3)
+    wire.clock.now_s += 0.5
+    wire.links.observe("a", 0, 0.5)
+    assert wire.links.bandwidth_Bps("a") == pytest.approx(0.0, abs=1e7)
+
+
+def test_after_a_silence_the_first_sample_replaces_the_estimate() -> None:
+    wire = _Wire()
+    wire.receive("a", 1e6, 0.5, 16 << 10)
+    wire.clock.now_s += 60
+    assert wire.links.bandwidth_Bps("a") == pytest.approx(1e6, rel=0.01)  # kept until there is better
+    wire.links.observe("a", 1 << 20, 0.01)
+    assert wire.links.bandwidth_Bps("a") == pytest.approx((1 << 20) / 0.01)
+
+
+def test_latency_is_the_smoothed_first_byte() -> None:
+    links = Links()
+    links.first_byte("a", 0.01)
+    links.first_byte("a", 0.03)
+    assert 0.01 < links.latency_s("a") < 0.02
+    assert links.latency_s("b") == 0.0
