@@ -159,16 +159,17 @@ class _Lookup:
     def _take(self, index: int, member: Member, answer: pb.LookupAnswer) -> bool:
         """Whether this is the chunk, and nobody else needs to be asked for another variant of it."""
         chunk_id = self._chunk_ids[index]
-        variants: dict[str, Variant] = {}
+        variants: list[Variant] = []
         unready = False
         offers: list[pb.LookupAnswer | pb.OtherEncoding] = [answer]
         if self._all_encodings:
             offers += answer.others
         for offer in offers:
-            if self._rank(offer.encoding) is None and self._settings.floor is not None:
-                continue
+            encoding = offer.encoding
+            if self._rank(encoding) is None and self._settings.floor is not None:
+                continue  # the node names all it has
             try:
-                variant = self._variant(chunk_id, offer)
+                variant = self._variant(chunk_id, encoding, offer.header)
             except CalibrationError:
                 self._metrics.missed("calibration_foreign")
             except CodecError:
@@ -177,21 +178,21 @@ class _Lookup:
                 if variant is None:
                     unready = True
                 else:
-                    variants[offer.encoding] = variant
+                    variants.append(variant)
         if variants:
-            names = sorted(variants, key=self._rank) if len(variants) > 1 else variants  # type: ignore[arg-type]
-            ordered = tuple(variants[name] for name in names)
-            self.found[index] = StoredChunk(chunk_id, ordered, member, index * self._chunk_tokens)
+            if len(variants) > 1:
+                variants.sort(key=lambda variant: self._ranks[variant.header.encoding.name])  # type: ignore[arg-type, return-value]
+            self.found[index] = StoredChunk(chunk_id, tuple(variants), member, index * self._chunk_tokens)
             self.unready.discard(index)
             return True
         if unready:
             self.unready.add(index)
         return unready and not self._plain
 
-    def _variant(self, chunk_id: ChunkId, offer: pb.LookupAnswer | pb.OtherEncoding) -> Variant | None:
+    def _variant(self, chunk_id: ChunkId, encoding: str, data: bytes) -> Variant | None:
         """None when its calibration is not at hand. Raises CodecError for what is not this chunk or was not asked for,
         CalibrationError for a calibration of another model."""
-        header = read_header(offer.header)
+        header = read_header(data)
         header.require(model_digest=self._spec.digest, chunk_id=chunk_id)
         klt = None
         if header.calibration is not None:
@@ -199,7 +200,7 @@ class _Lookup:
             if klt is None:
                 return None
             klt.calibration.require(self._spec)
-        self._require_expected(header, offer.encoding, klt)
+        self._require_expected(header, encoding, klt)
         return Variant(header, klt)
 
     def _rank(self, name: str) -> tuple[int, int, str] | None:
