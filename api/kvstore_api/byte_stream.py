@@ -8,7 +8,7 @@ import ssl
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _MOST_VIEWS = os.sysconf("SC_IOV_MAX")
 _TLS_PIECE_BYTES = 256 << 10
@@ -146,6 +146,16 @@ class ByteStream:
         socket.socket.shutdown(self._socket, socket.SHUT_WR)
 
     def close(self) -> None:
+        self._socket.close()
+
+    def reset(self) -> None:
+        """Close, and have the other side know at once that what it sends is not wanted. After a mere `close` one that
+        waits for room in the connection finds out seconds later, when its kernel asks for room again."""
+        with suppress(OSError):  # it has ended already
+            # Not the TLS socket's own methods: this is no time for good manners.
+            socket.socket.setsockopt(
+                self._socket, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0)
+            )
         self._socket.close()
 
     def _limit(self, option: int, until: float) -> None:

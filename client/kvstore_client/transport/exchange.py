@@ -131,8 +131,7 @@ class Exchange:
         with self._lock:
             stream, self._stream = self._stream, None
             if stream is not None:
-                stream.abort()
-                stream.close()
+                stream.reset()
 
     def cancel(self) -> None:
         """From any thread: whoever waits for this exchange fails."""
