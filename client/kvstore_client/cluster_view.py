@@ -26,6 +26,8 @@ _CHANNEL_OPTIONS = [
 
 _LONGEST_PAUSE_S = 30.0
 _PROBE_TIMEOUT_S = 0.25
+_LAST_CALLS_S = 1.0
+"""How long `close` waits for calls that nobody else waits for."""
 _UNREST_S = 10.0
 _UNREST_TTL_S = 0.5
 _RENEW_TIMEOUT_S = 0.2
@@ -192,8 +194,12 @@ class ClusterView:
         self._refresher.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             unawaited = list(self._unawaited)
+        until_s = time.monotonic() + _LAST_CALLS_S
         for call in unawaited:
-            call.exception()
+            try:
+                call.exception(max(0.0, until_s - time.monotonic()))
+            except grpc.FutureTimeoutError:
+                call.cancel()
         self._transports.close()
         with self._lock:
             for channel in self._channels.values():
