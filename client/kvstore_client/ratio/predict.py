@@ -62,7 +62,8 @@ def finish_s(load: Load, order: Order, work: Work) -> Seconds:
     idle = np.maximum(first_read - load.front, 0.0)
     if order == "back":
         shared = idle + _together(load.work, load.front, work.interference)
-        return np.maximum(np.maximum(received, decoded), shared) + load.behind + load.rest
+        there: Seconds = np.maximum(np.maximum(received, decoded), shared)
+        return there + load.behind + load.rest
     first_period = np.maximum(
         np.where(fetching, load.latency + transfer / _PERIODS + read_work, 0.0),
         first_read + load.work / _PERIODS,
@@ -72,7 +73,8 @@ def finish_s(load: Load, order: Order, work: Work) -> Seconds:
     idle = np.maximum(idle, first_period - load.front - load.work / _PERIODS)
     shared = idle + _together(load.work, load.front + load.behind, work.interference)
     arrived = np.maximum(received, decoded) + last_period
-    return np.maximum(arrived, np.maximum(computed, shared)) + load.rest
+    first_pass: Seconds = np.maximum(arrived, np.maximum(computed, shared))
+    return first_pass + load.rest
 
 
 def _together(one: Seconds, other: Seconds, interference: float) -> Seconds:

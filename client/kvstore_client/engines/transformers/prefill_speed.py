@@ -1,0 +1,102 @@
+"""How long a model's forward passes take."""
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from kvstore_client.ratio.profile import PrefillCost
+
+LONG_TOKENS = 1024
+_PATIENCE_S = 5.0
+"""A pass over LONG_TOKENS that takes longer is not waited for: a quarter of it says enough."""
+
+_ROUNDS = 3
+_ENOUGH_S = 2.0
+"""After so long another round is not worth its time."""
+
+_WORDS = 4096
+"""In a sample text: the first ids of a vocabulary are the frequent ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """A forward pass that was timed."""
+
+    first_token: int
+    tokens: int
+    seconds: float
+
+
+class PrefillSpeed:
+    """Runs and times the forward passes of `model` over a sample text. To be used in inference mode."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model, self._decoder = model, model.get_decoder()
+        config = model.config.get_text_config()
+        longest = int(config.max_position_embeddings)
+        self.text = sample_text(min(2 * LONG_TOKENS, longest), int(config.vocab_size)).to(model.device)
+        few = min(64, longest // 2)
+        self.timed(DynamicCache(), few)  # the first pass allocates and compiles
+        warm = self.timed(DynamicCache(), few)
+        patient = warm.seconds * LONG_TOKENS / few < _PATIENCE_S
+        self.long_tokens = min(LONG_TOKENS if patient else LONG_TOKENS // 4, longest // 2)
+
+    def timed(self, cache: DynamicCache, tokens: int) -> Pass:
+        """The next `tokens` tokens of the text, behind those in `cache`."""
+        first = cache.get_seq_length()
+        begin_s = time.perf_counter()
+        self._decoder(self.text[None, first : first + tokens], past_key_values=cache, use_cache=True)
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+        return Pass(first, tokens, time.perf_counter() - begin_s)
+
+    def measure(self) -> PrefillCost:
+        """From passes of three lengths, with and without others before them, the quickest of each."""
+        lengths = (max(1, self.long_tokens // 32), max(1, self.long_tokens // 4), self.long_tokens)
+        found: dict[tuple[int, int], Pass] = {}
+        begin_s = time.perf_counter()
+        for number in range(_ROUNDS):
+            if number and time.perf_counter() - begin_s > _ENOUGH_S:
+                break
+            passes = []
+            for tokens in lengths:
+                cache = DynamicCache()
+                passes.append(self.timed(cache, tokens))
+            for tokens in lengths[:2]:
+                passes.append(self.timed(cache, tokens))
+                cache.crop(-tokens)
+            for one in passes:
+                place = one.first_token, one.tokens
+                found[place] = min(one, found.get(place, one), key=lambda other: other.seconds)
+        return fit(list(found.values()))
+
+
+def fit(passes: Sequence[Pass]) -> PrefillCost:
+    """The three costs, none of them negative, with the least relative error."""
+    rows = np.array([(1.0, one.tokens, one.tokens * (one.first_token + one.tokens / 2)) for one in passes])
+    weighted = rows / np.array([[one.seconds] for one in passes])
+    best, least = np.zeros(3), np.inf
+    for some in itertools.chain.from_iterable(itertools.combinations(range(3), many) for many in (1, 2, 3)):
+        costs = np.zeros(3)
+        costs[list(some)] = np.linalg.lstsq(weighted[:, some], np.ones(len(passes)), rcond=None)[0]
+        error = float(np.square(weighted @ costs - 1).sum())
+        if costs.min() >= 0 and error < least:
+            best, least = costs, error
+    return PrefillCost(*(float(cost) for cost in best))
+
+
+def sample_text(tokens: int, vocabulary: int) -> torch.Tensor:
+    """i64 `[tokens]` with what text has and noise has not: few words are frequent (Zipf), and phrases come again."""
+    random = np.random.default_rng(0)
+    words = min(_WORDS, vocabulary)
+    frequent = random.permutation(words)
+    ids = frequent[np.minimum(random.zipf(1.3, tokens), words) - 1]
+    for begin in range(64, tokens - 8, 24):
+        again = int(random.integers(0, begin - 8))
+        ids[begin : begin + 8] = ids[again : again + 8]
+    return torch.from_numpy(ids.astype(np.int64))

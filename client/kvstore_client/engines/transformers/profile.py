@@ -1,0 +1,127 @@
+"""What this machine needs for a model, measured once and kept."""
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from kvstore_client.engines.transformers.decode_speed import EncodedSample, SampleChunk, measure_interference
+from kvstore_client.engines.transformers.prefill_speed import PrefillSpeed
+from kvstore_client.ratio.profile import CodecCost, Profile, ProfileStore, profile_key
+from kvstore_codec.encoding import Encoding
+from kvstore_codec.errors import CodecError
+from kvstore_codec.klt_frames import KLT
+from kvstore_codec.model_spec import ModelSpec
+
+_LIBRARIES = ("kvstore-service", "torch", "transformers", "av", "pcodec", "zstandard")
+_CPUINFO = Path("/proc/cpuinfo")
+
+log = logging.getLogger(__name__)
+
+
+def machine_of(model: PreTrainedModel) -> dict[str, str | int]:
+    """What the speed of `model` in this process depends on, besides the model."""
+    device = model.device
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch_threads": torch.get_num_threads(),
+        "attention": str(model.config._attn_implementation),
+        **{name: version(name) for name in _LIBRARIES},
+    }
+
+
+def profile_of(
+    model: PreTrainedModel,
+    spec: ModelSpec,
+    encodings: Sequence[str],
+    klt: KLT | None,
+    store: ProfileStore,
+    *,
+    decode_threads: int,
+) -> Profile:
+    """The kept profile, with what is missing of `encodings` measured and added; takes seconds the first time. Those
+    that cannot be measured here (no calibration, no coder) are left out.
+
+    Raises OSError when it cannot be kept."""
+    key = profile_key(spec, machine_of(model))
+    known = store.load(key)
+    missing = [name for name in encodings if known is None or name not in known.codecs]
+    if known is not None and not any(_measurable(name, klt) for name in missing):
+        return replace(known, decode_threads=decode_threads)
+    profile = measure_profile(model, spec, missing, klt, decode_threads=decode_threads, known=known)
+    store.save(key, profile)
+    return profile
+
+
+@torch.inference_mode()
+def measure_profile(
+    model: PreTrainedModel,
+    spec: ModelSpec,
+    encodings: Sequence[str],
+    klt: KLT | None = None,
+    *,
+    decode_threads: int,
+    known: Profile | None = None,
+) -> Profile:
+    """Measure forward passes, decoding and restoring in each of `encodings`, and how both slow each other. What `known`
+    says of other encodings is taken over. Nothing else should compute meanwhile."""
+    begin_s = time.perf_counter()
+    speed = PrefillSpeed(model)
+    prefill = speed.measure()
+    log.info(
+        "profile of %s: %.0f tokens/s prefill", spec.model_id, 1 / max(prefill.seconds(0, 1024) / 1024, 1e-9)
+    )
+    sample = SampleChunk(model, spec, speed)
+    codecs: dict[str, CodecCost] = dict(known.codecs) if known is not None else {}
+    slowest: tuple[float, EncodedSample] | None = None
+    for name in encodings:
+        if not _measurable(name, klt):
+            continue
+        try:
+            encoded = sample.encode(Encoding.parse(name), klt)
+            cost = encoded.measure()
+        except CodecError as error:
+            log.warning("profile of %s: %s cannot be measured: %s", spec.model_id, name, error)
+            continue
+        codecs[name] = cost
+        sample_s = (cost.decode_s + cost.restore_s) * sample.tokens
+        log.info("profile of %s: %s decodes %.0f tokens/s", spec.model_id, name, sample.tokens / sample_s)
+        if slowest is None or sample_s > slowest[0]:
+            slowest = sample_s, encoded
+    interference = known.interference if known is not None else 1.0
+    if slowest is not None:
+        interference = measure_interference(
+            slowest[1], slowest[0], lambda: speed.timed(DynamicCache(), speed.long_tokens // 2).seconds
+        )
+    seconds = time.perf_counter() - begin_s
+    log.info("profile of %s: measured in %.1f s", spec.model_id, seconds)
+    provenance = {
+        "model": spec.model_id,
+        "dtype": str(spec.dtype),
+        "kv_bytes_per_token": spec.kv_bytes_per_token,
+        "machine": machine_of(model),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "took_s": round(seconds, 1),
+    }
+    return Profile(codecs, prefill, interference, decode_threads, provenance)
+
+
+def _measurable(name: str, klt: KLT | None) -> bool:
+    return klt is not None or not Encoding.parse(name).needs_calibration
+
+
+def _processor() -> str:
+    for line in _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
