@@ -9,7 +9,9 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from kvstore_codec.errors import StartupError
@@ -53,43 +55,54 @@ class CacheGen:
         }
 
     def code(self, passages: Sequence[Passage]) -> Iterator[Coded]:
-        with tempfile.TemporaryDirectory(prefix="kvstore-cachegen-") as scratch:
-            given, returned, sizes = (Path(scratch, name) for name in ("in", "out", "sizes.json"))
-            given.mkdir()
-            names = [f"{index:04d}.safetensors" for index in range(len(passages))]
-            for name, passage in zip(names, passages, strict=True):
-                keys = passage.keys.float()
-                for layer, table in zip(keys, self._rotary, strict=True):
-                    rotate_(layer, table)
-                save_file(
-                    {"keys": keys.to(passage.keys.dtype), "values": passage.values.contiguous()}, given / name
-                )
-            self._run(given, returned, sizes)
-            rows = {row["file"]: row for row in json.loads(sizes.read_text())["files"]}
-            for name, row in ((name, rows[name]) for name in names):
-                restored = load_file(returned / name)
-                keys = restored["keys"].float()
-                for layer, table in zip(keys, self._rotary, strict=True):
-                    rotate_(layer, RotaryTable(table.cos, -table.sin))
-                yield Coded(
-                    keys,
-                    restored["values"],
-                    row["total_bytes"],
-                    [row["kv_bytes"]],
-                    [row["encode_s"]],
-                    [row["decode_s"]],
-                    payload_bytes=row["payload_bytes"],
-                )
-
-    def _run(self, given: Path, returned: Path, sizes: Path) -> None:
-        command = [_PEER / ".venv" / "bin" / "python", _PEER / "cachegen.py", given, returned]
-        options = ["--bins", self._bins, "--chunk-tokens", str(self._chunk_tokens), "--json", str(sizes)]
-        try:
-            subprocess.run(
-                [*map(str, command), *options], check=True, capture_output=True, text=True, timeout=_LIMIT_S
+        given = []
+        for passage in passages:
+            keys = passage.keys.float()
+            for layer, table in zip(keys, self._rotary, strict=True):
+                rotate_(layer, table)
+            given.append((keys.to(passage.keys.dtype), passage.values))
+        for keys, values, row in round_trip(given, self._bins, self._chunk_tokens):
+            keys = keys.float()
+            for layer, table in zip(keys, self._rotary, strict=True):
+                rotate_(layer, RotaryTable(table.cos, -table.sin))
+            yield Coded(
+                keys,
+                values,
+                row["total_bytes"],
+                [row["kv_bytes"]],
+                [row["encode_s"]],
+                [row["decode_s"]],
+                payload_bytes=row["payload_bytes"],
             )
-        except (OSError, subprocess.SubprocessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
-            raise StartupError(
-                f"{self.name}: LMCache's CacheGen failed; {INSTALL} sets it up again:\n{said[-2000:]}"
-            ) from error
+
+
+def round_trip(
+    given: Sequence[tuple[torch.Tensor, torch.Tensor]], bins: str, chunk_tokens: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    """Keys, as an engine caches them after RoPE, and values `[layers, kv_heads, tokens, head_dim]` as CacheGen gives
+    them back, and its row of sizes and times for each. Raises StartupError."""
+    with tempfile.TemporaryDirectory(prefix="kvstore-cachegen-") as scratch:
+        sent, returned, sizes = (Path(scratch, name) for name in ("in", "out", "sizes.json"))
+        sent.mkdir()
+        names = [f"{index:04d}.safetensors" for index in range(len(given))]
+        for name, (keys, values) in zip(names, given, strict=True):
+            save_file({"keys": keys.contiguous(), "values": values.contiguous()}, sent / name)
+        _run(sent, returned, sizes, bins, chunk_tokens)
+        rows = {row["file"]: row for row in json.loads(sizes.read_text())["files"]}
+        for name in names:
+            restored = load_file(returned / name)
+            yield restored["keys"], restored["values"], rows[name]
+
+
+def _run(given: Path, returned: Path, sizes: Path, bins: str, chunk_tokens: int) -> None:
+    command = [_PEER / ".venv" / "bin" / "python", _PEER / "cachegen.py", given, returned]
+    options = ["--bins", bins, "--chunk-tokens", str(chunk_tokens), "--json", str(sizes)]
+    try:
+        subprocess.run(
+            [*map(str, command), *options], check=True, capture_output=True, text=True, timeout=_LIMIT_S
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise StartupError(
+            f"LMCache's CacheGen with {bins} bins failed; {INSTALL} sets it up again:\n{said[-2000:]}"
+        ) from error

