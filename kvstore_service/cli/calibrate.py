@@ -1,7 +1,6 @@
 """`kvstore calibrate`."""
 
 import os
-from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,26 +12,17 @@ from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service.cli.stages import Stages
+from kvstore_service.models import DType, load_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from kvstore_codec.calibration import Calibration
 
-_SMOLLM2 = "smollm2"
 _STATE = "calibration.state"
 _STAGES = {
     "read": "reading texts with the model",
     "fit": "fitting the transforms",
     "measure": "measuring steps on held-out text",
 }
-
-
-class DType(StrEnum):
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
 
 
 def calibrate(
@@ -77,7 +67,7 @@ def calibrate(
         # Found out now, not after minutes of work.
         list_calibrations(str(Address.parse(publish)))
     console = Console()
-    loaded, tokenizer = _load(model, dtype)
+    loaded, tokenizer = load_model(model, dtype)
     observed = ObservedModel(loaded, model_id)
     ids = [_tokens(tokenizer, content) for content in contents]
     plan = plan_passages(ids, tokens, observed.longest_text)
@@ -126,25 +116,6 @@ def _require_folder(out: Path) -> None:
         raise ConfigurationError(f"cannot make the folder {out}: {error.strerror}") from error
     if not os.access(out, os.W_OK):
         raise ConfigurationError(f"cannot write to {out}; choose another --out")
-
-
-def _load(model: str, dtype: DType) -> "tuple[PreTrainedModel, Any]":
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    from kvstore_service.models import smollm2_folder
-
-    folder = smollm2_folder() if model == _SMOLLM2 else Path(model)
-    if not (folder / "config.json").is_file():
-        raise ConfigurationError(
-            f"{model} is neither {_SMOLLM2} nor a folder with a model in transformers format (config.json)"
-        )
-    logging.disable_progress_bar()
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype.value, local_files_only=True)
-        return loaded, AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"cannot load the model in {folder}: {error}") from error
 
 
 def _tokens(tokenizer: Any, content: str) -> Any:

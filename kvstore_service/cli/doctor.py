@@ -2,23 +2,45 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kvstore_codec.errors import ConfigurationError
 from kvstore_service.doctor import Check, examine
+from kvstore_service.models import DType
+
+if TYPE_CHECKING:
+    from kvstore_service.doctor.profiles import ProfileRow
 
 
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show what was measured of models on this machine.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="With --profile: measure this model now; a folder in transformers format, or smollm2."
+        ),
+    ] = None,
+    dtype: Annotated[
+        DType, typer.Option(help="What workers run the model in; auto: as it was saved.")
+    ] = DType.AUTO,
 ) -> None:
     """Say what this machine can do and, for what is missing, why and what to do.
 
     Exits with 1 when something essential is broken, with 0 otherwise.
     """
+    if profile:
+        _profile(model, dtype, json_output=json_output)
+        return
+    if model is not None:
+        raise ConfigurationError("--model needs --profile: only profiles are measured of a model")
     with Console(stderr=True).status("Examining this machine ..."):
         checks = examine()
     sound = all(check.available for check in checks if check.essential)
@@ -28,6 +50,58 @@ def doctor(
         Console().print(_table(checks))
     if not sound:
         raise typer.Exit(1)
+
+
+def _profile(model: str | None, dtype: DType, *, json_output: bool) -> None:
+    from kvstore_service.doctor.profiles import cached_profiles, measure
+
+    if model is not None:
+        with Console(stderr=True).status(f"Measuring {model}: computing, then decoding ..."):
+            rows = [measure(model, dtype)]
+    else:
+        rows = cached_profiles()
+    if json_output:
+        typer.echo(json.dumps({"profiles": [asdict(row) for row in rows]}, indent=2))
+    elif rows:
+        Console().print(_profiles(rows))
+    else:
+        typer.echo(
+            "No model was measured on this machine yet: a worker does it on first use, "
+            "and so does --profile --model smollm2."
+        )
+
+
+def _profiles(rows: "list[ProfileRow]") -> Table:
+    table = Table(
+        title="What models cost on this machine (decoding: one thread, MB/s of KV)", title_justify="left"
+    )
+    for column in ("model", "machine", "measured"):
+        table.add_column(column, overflow="fold")
+    for column in ("prefill tokens/s", "at 4,096", "interference"):
+        table.add_column(column, justify="right")
+    table.add_column("encoding", no_wrap=True)
+    table.add_column("decode", justify="right")
+    table.add_column("restore", justify="right")
+    for row in rows:
+        machine = ", ".join(
+            str(row.machine[name])
+            for name in ("processor", "device")
+            if row.machine.get(name, "cpu") != "cpu"
+        )
+        threads = f"{row.machine.get('torch_threads', '?')} threads"
+        table.add_row(
+            escape(f"{row.model} {row.dtype}"),
+            escape(f"{machine}, {threads}"),
+            escape(row.measured),
+            f"{row.prefill_tokens_per_s:,.0f}",
+            f"{row.prefill_tokens_per_s_at_4096:,.0f}",
+            f"{row.interference:.2f}",
+            "\n".join(cost.encoding for cost in row.encodings),
+            "\n".join(f"{cost.decode_mb_per_s:,.0f}" for cost in row.encodings),
+            "\n".join(f"{cost.restore_mb_per_s:,.0f}" for cost in row.encodings),
+            end_section=True,
+        )
+    return table
 
 
 def _table(checks: list[Check]) -> Table:

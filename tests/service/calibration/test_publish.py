@@ -7,8 +7,9 @@ import pytest
 
 from kvstore_codec.errors import CalibrationError, ConfigurationError, PublishError, ServiceError
 from kvstore_service.calibration.publish import publish_calibration
-from kvstore_service.cli.calibrate import DType, calibrate
+from kvstore_service.cli.calibrate import calibrate
 from kvstore_service.cli.calibrations import calibrations
+from kvstore_service.models import DType
 from tests.client.conftest import served_cluster
 from tests.codec.chunks import make_calibration, make_spec
 
