@@ -17,6 +17,7 @@ _OTHERS = ("C0", "C2", "C5", "C6", "C8", "C9", "C7")
 def plot_link(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Between the quartiles is shaded."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     panels = list(dict.fromkeys((row["tokens"], row["jitter"]) for row in rows))
     names = list(dict.fromkeys(row["policy"] for row in rows))
@@ -43,6 +44,10 @@ def plot_link(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 alpha=0.12,
                 color=styles[name]["color"],
             )
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("Mbit/s")
     drawn[0].set_ylabel("seconds to the first token")
     handles, labels = drawn[0].get_legend_handles_labels()
