@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,16 +10,17 @@ import torch
 from typing_extensions import Buffer
 
 from kvstore_codec.chunk import ChunkHeader, write_header
+from kvstore_codec.decoding import FramesTogether, require_klt, require_kv
 from kvstore_codec.encoding import Encoding, Rate
-from kvstore_codec.errors import CalibrationError, ChunkFormatError, CodecError, InvalidKVError
+from kvstore_codec.errors import InvalidKVError
 from kvstore_codec.geometry import PERIOD_LAYERS, Geometry
 from kvstore_codec.identity import ChunkId
-from kvstore_codec.klt_frames import KLT, DecodedFrames, Prediction, encode_klt_frame
+from kvstore_codec.klt_frames import KLT, Prediction, encode_klt_frame
 from kvstore_codec.layouts.token_frames import LAYERS_PER_PICTURE
-from kvstore_codec.model_spec import KVDtype, ModelSpec
-from kvstore_codec.payload import PayloadKind, PayloadReader
-from kvstore_codec.quantise import STEP_PER_RMS, decode_quantised, encode_quantised
-from kvstore_codec.words import decode_words, encode_words, words_of
+from kvstore_codec.model_spec import ModelSpec
+from kvstore_codec.payload import PayloadKind
+from kvstore_codec.quantise import STEP_PER_RMS, encode_quantised
+from kvstore_codec.words import encode_words, words_of
 
 # A lossy frame with this share of its KV's bytes may be no smaller than an exact one.
 _SUSPICIOUS = 0.5
@@ -64,8 +64,8 @@ def encode_chunk(
     if keys.ndim != 4 or not keys.numel():
         raise InvalidKVError(f"keys of shape {list(keys.shape)} are not [layers, kv_heads, tokens, head_dim]")
     tokens = keys.shape[2]
-    _require_kv("keys", keys, (spec.layers, spec.kv_heads, tokens, spec.head_dim), spec.dtype)
-    _require_kv("values", values, tuple(keys.shape), spec.dtype)
+    require_kv("keys", keys, (spec.layers, spec.kv_heads, tokens, spec.head_dim), spec.dtype)
+    require_kv("values", values, tuple(keys.shape), spec.dtype)
     if encoding.needs_calibration:
         frames, guarded, geometry = _encode_klt(keys, values, spec, encoding, klt, features, sinks)
     else:
@@ -113,52 +113,11 @@ def decode_frames(
     InvalidKVError for tensors of another shape, dtype or device, CalibrationError for a calibration other than the
     one the chunk names.
     """
-    geometry = header.geometry
-    period, slot = divmod(first_frame, geometry.frames_per_period)
-    inside = 0 <= first_frame < first_frame + frame_count <= geometry.frame_count
-    if not inside or slot + frame_count > geometry.frames_per_period:
-        raise ChunkFormatError(
-            f"chunk {header.chunk_id.short} has no {frame_count} frames of one period from {first_frame} on"
-        )
-    begin, end = geometry.tokens_of(slot).start, geometry.tokens_of(slot + frame_count - 1).stop
-    shape = len(geometry.layers_of(period)), geometry.kv_heads, end - begin, geometry.head_dim
-    _require_kv("out_keys", out_keys, shape, geometry.dtype)
-    _require_kv("out_values", out_values, shape, geometry.dtype)
-    if out_keys.device != out_values.device:
-        raise InvalidKVError(
-            f"keys go to {out_keys.device}, values to {out_values.device}: one device is needed"
-        )
-    keys, values = out_keys.detach(), out_values.detach()
-    view, offset, coder = memoryview(data).cast("B"), 0, header.encoding.coder
-    together: DecodedFrames | None = None
-    apart: list[tuple[PayloadKind, PayloadReader, int, slice]] = []
-    for frame in range(first_frame, first_frame + frame_count):
-        length = header.frame_lengths[frame]
-        payload, offset = view[offset : offset + length], offset + length
-        header.verify_frame(frame, payload)
-        with _naming(header, frame):
-            reader = PayloadReader(payload)
-            kind = reader.kind()
-            rows = geometry.tokens_of(frame % geometry.frames_per_period)
-            tokens = slice(rows.start - begin, rows.stop - begin)
-            if kind is not PayloadKind.KLT:
-                apart.append((kind, reader, frame, tokens))
-                continue
-            if together is None:
-                together = DecodedFrames(_require_decoder(header, klt).periods[period])
-            together.read(reader, keys[:, :, tokens], tokens, coder)
-            reader.finish()
-    if together is not None:
-        low = _require_prediction(header, prediction).at(period, slice(begin, end))
-        together.restore_(low, keys, values)
-    for kind, reader, frame, tokens in apart:
-        if not keys.is_cpu:
-            raise InvalidKVError(f"{header.encoding.name} is decoded into host memory, not {keys.device}")
-        with _naming(header, frame):
-            _DECODERS[kind](reader, keys[:, :, tokens], values[:, :, tokens], coder)
-            reader.finish()
-    if offset != view.nbytes:
-        raise ChunkFormatError(f"{view.nbytes - offset} bytes too many for {frame_count} frames")
+    together = FramesTogether()
+    together.read(
+        header, first_frame, frame_count, data, out_keys, out_values, klt=klt, prediction=prediction
+    )
+    together.restore_()
 
 
 def _encode_klt(
@@ -171,7 +130,7 @@ def _encode_klt(
     sinks: int,
 ) -> tuple[list[bytes], dict[str, int], Geometry]:
     """Frames, what the guard did to them, and how the chunk is cut."""
-    klt = _require_klt(klt, encoding)
+    klt = require_klt(klt, encoding)
     klt.calibration.require(spec)
     tokens = keys.shape[2]
     if features is None or len(features) != tokens:
@@ -232,76 +191,3 @@ def _encode_quantised(keys: torch.Tensor, values: torch.Tensor, encoding: Encodi
     if parts is None:
         return _encode_exact(keys, values, "zstd")
     return b"".join([bytes([PayloadKind.QUANTISED]), *parts])
-
-
-def _decode_verbatim(reader: PayloadReader, keys: torch.Tensor, values: torch.Tensor, _coder: str) -> None:
-    for out in (keys, values):
-        words = words_of(out)
-        words[...] = np.frombuffer(reader.take(words.nbytes), words.dtype).reshape(words.shape)
-
-
-def _decode_byte_planes(reader: PayloadReader, keys: torch.Tensor, values: torch.Tensor, _coder: str) -> None:
-    for out in (keys, values):
-        decode_words(reader, words_of(out))
-
-
-def _require_klt(klt: KLT | None, encoding: Encoding) -> KLT:
-    if klt is None:
-        raise CalibrationError(
-            f"{encoding.name} needs the model's calibration; make one with `kvstore calibrate`"
-        )
-    return klt
-
-
-def _require_decoder(header: ChunkHeader, klt: KLT | None) -> KLT:
-    if header.calibration is None:
-        raise ChunkFormatError(f"a frame of KLT coefficients in a chunk coded as {header.encoding.name}")
-    klt = _require_klt(klt, header.encoding)
-    if klt.calibration.digest != header.calibration:
-        raise CalibrationError(
-            f"chunk {header.chunk_id.short} was coded with calibration {header.calibration.hex()[:16]}, "
-            f"not with {klt.calibration.digest.hex()[:16]}"
-        )
-    geometry, shape = header.geometry, klt.calibration.periods[0].whitening.shape
-    fits = (len(klt.periods), klt.calibration.period_layers, shape[2], shape[3]) == (
-        geometry.periods,
-        geometry.period_layers,
-        geometry.kv_heads,
-        geometry.head_dim,
-    )
-    if not fits or sum(period.layers for period in klt.calibration.periods) != geometry.layers:
-        raise ChunkFormatError(f"chunk {header.chunk_id.short} is not of the shape of its calibration")
-    return klt
-
-
-def _require_prediction(header: ChunkHeader, prediction: Prediction | None) -> Prediction:
-    if prediction is None or prediction.tokens != header.geometry.tokens:
-        raise InvalidKVError(
-            f"chunk {header.chunk_id.short} ({header.encoding.name}) needs what its calibration predicts for all its "
-            f"{header.geometry.tokens} tokens: KLT.predict of their token_features"
-        )
-    return prediction
-
-
-@contextmanager
-def _naming(header: ChunkHeader, frame: int) -> Iterator[None]:
-    """An error in a frame says which one."""
-    try:
-        yield
-    except CodecError as error:
-        error.add_note(f"in frame {frame} of chunk {header.chunk_id.short} ({header.encoding.name})")
-        raise
-
-
-def _require_kv(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: KVDtype) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype.torch:
-        raise InvalidKVError(
-            f"{name} must be {dtype} of shape {list(shape)}, got {tensor.dtype} of shape {list(tensor.shape)}"
-        )
-
-
-_DECODERS: dict[PayloadKind, Callable[[PayloadReader, torch.Tensor, torch.Tensor, str], None]] = {
-    PayloadKind.VERBATIM: _decode_verbatim,
-    PayloadKind.BYTE_PLANES: _decode_byte_planes,
-    PayloadKind.QUANTISED: decode_quantised,
-}

@@ -102,16 +102,25 @@ class PeriodKLT:
     def restore_(self, inputs: torch.Tensor, out_keys: torch.Tensor, out_values: torch.Tensor) -> None:
         """Into [layers, heads, tokens, dim] tensors of any dtype and strides, on the device of `inputs`; columns at the
         end of those may be left out."""
-        restoring, mean = self._maps_on(inputs.device)
+        self.place_(self.product(inputs, out_keys.dtype), out_keys, out_values)
+
+    def product(self, inputs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What `place_` takes, [tokens, values], for KV of that dtype. Many tokens at once cost less each: the matrix
+        is rearranged for every product."""
+        restoring, _ = self._maps_on(inputs.device)
         restoring = restoring[: inputs.shape[1]]
-        apart = out_keys.dtype != restoring.dtype  # a product in bfloat16 would round the mean as well
-        rows = inputs[:, _MEANS:] @ restoring[_MEANS:] if apart else inputs @ restoring
+        if dtype != restoring.dtype:
+            return inputs[:, _MEANS:] @ restoring[_MEANS:]
+        return inputs @ restoring
+
+    def place_(self, rows: torch.Tensor, out_keys: torch.Tensor, out_values: torch.Tensor) -> None:
+        """Some rows of a `product` into [layers, heads, tokens, dim] tensors of the dtype that it was made for."""
+        _, mean = self._maps_on(rows.device)
         both = rows.view(-1, *self._shape).permute(1, 2, 3, 0, 4)
         for out, index in ((out_keys, 0), (out_values, 1)):
-            if apart:
-                torch.add(both[:, index], mean[:, index], out=out)
-            else:
-                out.copy_(both[:, index])
+            out.copy_(both[:, index])
+            if out.dtype != rows.dtype:  # a product in bfloat16 would have rounded the mean as well
+                out.add_(mean[:, index])
 
     def _maps_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if device not in self._maps:

@@ -29,6 +29,9 @@ from kvstore_codec.payload import PayloadReader
 from kvstore_codec.scratch import ThreadScratch
 from kvstore_codec.words import decode_words, encode_words, words_of
 
+# Restored in one product: 256 take a third more time a token, because the matrix is rearranged for each product; more
+# than 1,024 gain little.
+TOKENS_AT_ONCE = 1024
 # Coefficients with this share of the step as their deviation are rounded to zero but for one in thousands.
 _SELDOM_ROUNDED_UP = 1 / 8
 # Frames are restored with a multiple of so many columns: a product of new sizes costs six times one of known ones,
@@ -41,7 +44,7 @@ _ZERO_SAMPLE = 128
 _FRAME = struct.Struct("<fHHI")
 _TOKEN_DTYPE, _INDEX_DTYPE, _VALUE_DTYPE = np.dtype("<u2"), np.dtype("<u4"), np.dtype("<i4")
 
-_SAMPLES, _FLOATS = ThreadScratch(), ThreadScratch()
+_SAMPLES = ThreadScratch()
 
 
 class KLT:
@@ -154,69 +157,129 @@ def encode_klt_frame(
     return EncodedFrame(parts, step < target.step)
 
 
-class DecodedFrames:
-    """Neighbouring frames of one period on their way back: integers first, then all of them restored at once."""
+@dataclass(frozen=True, slots=True)
+class DecodedFrame:
+    """A frame's integers and what it kept exactly: small, and independent of all other frames."""
 
-    def __init__(self, klt: PeriodKLT) -> None:
-        self._klt = klt
-        self._columns = 0
-        self._coefficients: list[tuple[slice, torch.Tensor]] = []
-        self._exact: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    step: float
+    samples: torch.Tensor
+    """i8 [tokens, coefficients]"""
+    escaped: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    """token, coefficient and value of integers that are no sample"""
+    exact: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    """tokens, and their K and V [layers, heads, exact tokens, dim]"""
 
-    def read(self, reader: PayloadReader, like: torch.Tensor, tokens: slice, coder_name: str) -> None:
-        """Takes in the frame of these `tokens`; `like` [layers, heads, its tokens, dim] is where its K will go.
-        Raises ChunkFormatError for bytes that are no frame."""
-        layers, heads, count, dim = like.shape
-        step, rows, exact, escaped = reader.unpack(_FRAME)
-        absurd = rows > self._klt.transform.columns or exact > count or escaped > rows * count
-        if absurd or not SMALLEST_STEP <= step <= LARGEST_STEP:
-            raise ChunkFormatError(
-                f"a frame of {rows} coefficients, {exact} exact tokens and {escaped} escapes with step {step} is absurd"
-            )
-        exact_tokens = _increasing(reader, _TOKEN_DTYPE, exact, count)
-        index = _increasing(reader, _INDEX_DTYPE, escaped, rows * count)
-        escapes = np.frombuffer(reader.take(escaped * _VALUE_DTYPE.itemsize), _VALUE_DTYPE)
-        if len(escapes) and int(np.abs(escapes.astype(np.int64)).max()) > LARGEST_INTEGER:
-            raise ChunkFormatError("a frame escapes to integers that no KV has")
-        if exact:
-            kept = [torch.empty((layers, heads, exact, dim), dtype=like.dtype) for _ in range(2)]
-            for tensor in kept:
-                decode_words(reader, words_of(tensor))
-            self._exact.append((torch.from_numpy(exact_tokens.astype(np.int64)) + tokens.start, *kept))
-        if rows:
-            floats = _integers(reader, coder_name, rows, count, index, escapes)
-            floats *= np.float32(step)
-            self._coefficients.append((tokens, torch.from_numpy(floats).to(compute_dtype(), copy=True)))
-            self._columns = max(self._columns, rows)
+    @property
+    def tokens(self) -> int:
+        return len(self.samples)
 
-    def restore_(self, low: torch.Tensor, out_keys: torch.Tensor, out_values: torch.Tensor) -> None:
-        """Into [layers, heads, tokens, dim] tensors, on any device; `low` [tokens, rank] of the Prediction."""
-        device = out_keys.device
-        columns = -(-self._columns // _COLUMNS_AT_ONCE) * _COLUMNS_AT_ONCE
-        inputs, room = self._klt.inputs(low, min(columns, self._klt.transform.columns))
-        for tokens, coefficients in self._coefficients:
-            room[tokens, : len(coefficients)] = coefficients.T
-        self._klt.restore_(inputs.to(device), out_keys, out_values)
-        for chosen, keys, values in self._exact:
-            for out, tensor in ((out_keys, keys), (out_values, values)):
-                out.index_copy_(2, chosen.to(device), tensor.to(device))
+    @property
+    def columns(self) -> int:
+        return self.samples.shape[1]
 
 
-def _integers(
-    reader: PayloadReader,
-    coder_name: str,
-    rows: int,
-    tokens: int,
-    index: npt.NDArray[np.unsignedinteger],
-    escapes: npt.NDArray[np.signedinteger],
-) -> npt.NDArray[np.float32]:
-    """f32 [rows, tokens], valid until this thread reads the next frame."""
-    samples = _SAMPLES.array((rows, tokens), np.uint8)
-    decoder(coder_name).decode(reader.take_rest(), samples)
-    floats = _FLOATS.array((rows, tokens), np.float32)
-    np.subtract(samples, _ZERO_SAMPLE, out=floats, dtype=np.float32)
-    floats.reshape(-1)[index] = escapes
-    return floats
+@dataclass(frozen=True, slots=True)
+class Restoration:
+    """Neighbouring frames of a chunk and where their KV goes."""
+
+    frames: Sequence[DecodedFrame]
+    low: torch.Tensor
+    """[tokens of these frames, rank] of the Prediction"""
+    out_keys: torch.Tensor
+    """[layers, heads, tokens of these frames, dim], of any strides, and the values likewise"""
+    out_values: torch.Tensor
+
+    @property
+    def tokens(self) -> int:
+        return len(self.low)
+
+
+def decode_klt_frame(
+    reader: PayloadReader, klt: PeriodKLT, like: torch.Tensor, coder_name: str
+) -> DecodedFrame:
+    """`like` [layers, heads, tokens, dim] is where the frame's K will go. Raises ChunkFormatError for bytes that are no
+    frame."""
+    layers, heads, tokens, dim = like.shape
+    step, rows, exact, escaped = reader.unpack(_FRAME)
+    absurd = rows > klt.transform.columns or exact > tokens or escaped > rows * tokens
+    if absurd or not SMALLEST_STEP <= step <= LARGEST_STEP:
+        raise ChunkFormatError(
+            f"a frame of {rows} coefficients, {exact} exact tokens and {escaped} escapes with step {step} is absurd"
+        )
+    exact_tokens = _increasing(reader, _TOKEN_DTYPE, exact, tokens)
+    index = _increasing(reader, _INDEX_DTYPE, escaped, rows * tokens)
+    escapes = np.frombuffer(reader.take(escaped * _VALUE_DTYPE.itemsize), _VALUE_DTYPE)
+    if len(escapes) and int(np.abs(escapes.astype(np.int64)).max()) > LARGEST_INTEGER:
+        raise ChunkFormatError("a frame escapes to integers that no KV has")
+    kept = None
+    if exact:
+        keys, values = (torch.empty((layers, heads, exact, dim), dtype=like.dtype) for _ in range(2))
+        for tensor in (keys, values):
+            decode_words(reader, words_of(tensor))
+        kept = torch.from_numpy(exact_tokens.astype(np.int64)), keys, values
+    samples = np.empty((tokens, rows), np.int8)
+    if rows:
+        plane = _SAMPLES.array((rows, tokens), np.uint8)
+        decoder(coder_name).decode(reader.take_rest(), plane)
+        plane ^= np.uint8(_ZERO_SAMPLE)  # less 128, as i8
+        samples[...] = plane.view(np.int8).T
+    beyond = None
+    if escaped:
+        coefficient, token = (torch.from_numpy(part) for part in np.divmod(index.astype(np.int64), tokens))
+        beyond = token, coefficient, torch.from_numpy(escapes.astype(np.float32))
+    return DecodedFrame(step, torch.from_numpy(samples), beyond, kept)
+
+
+def restore_together_(klt: PeriodKLT, pieces: Sequence[Restoration]) -> None:
+    """KV of frames of one period, of as many chunks as there are, on one device and of one dtype: one product for up to
+    TOKENS_AT_ONCE tokens, which bounds the memory it needs to two matrices of so many rows."""
+    batch: list[Restoration] = []
+    tokens = 0
+    for piece in pieces:
+        if batch and tokens + piece.tokens > TOKENS_AT_ONCE:
+            _restore_batch_(klt, batch)
+            batch, tokens = [], 0
+        batch.append(piece)
+        tokens += piece.tokens
+    if batch:
+        _restore_batch_(klt, batch)
+
+
+def _restore_batch_(klt: PeriodKLT, batch: Sequence[Restoration]) -> None:
+    device, dtype = batch[0].out_keys.device, batch[0].out_keys.dtype
+    columns = max(frame.columns for piece in batch for frame in piece.frames)
+    columns = min(-(-columns // _COLUMNS_AT_ONCE) * _COLUMNS_AT_ONCE, klt.transform.columns)
+    low = batch[0].low if len(batch) == 1 else torch.cat([piece.low for piece in batch])
+    inputs, room = klt.inputs(low, columns)
+    first = 0
+    for frame in (frame for piece in batch for frame in piece.frames):
+        _dequantise(frame, room[first : first + frame.tokens])
+        first += frame.tokens
+    rows = klt.product(inputs.to(device), dtype)
+    first = 0
+    for piece in batch:
+        klt.place_(rows[first : first + piece.tokens], piece.out_keys, piece.out_values)
+        first += piece.tokens
+        _place_exact_(piece)
+
+
+def _place_exact_(piece: Restoration) -> None:
+    device, first = piece.out_keys.device, 0
+    for frame in piece.frames:
+        if frame.exact:
+            tokens, keys, values = (tensor.to(device) for tensor in frame.exact)
+            piece.out_keys.index_copy_(2, tokens + first, keys)
+            piece.out_values.index_copy_(2, tokens + first, values)
+        first += frame.tokens
+
+
+def _dequantise(frame: DecodedFrame, room: torch.Tensor) -> None:
+    """Into [tokens, at least the frame's columns]."""
+    # Eight bits are exact in bfloat16, and its product with a number is that in f32, rounded once.
+    room[:, : frame.columns].copy_(frame.samples).mul_(frame.step)
+    if frame.escaped:
+        token, coefficient, value = frame.escaped
+        room[token, coefficient] = (value * frame.step).to(room.dtype)
 
 
 def _increasing(
