@@ -63,7 +63,7 @@ def _profile(model: str | None, dtype: DType, *, json_output: bool) -> None:
     if json_output:
         typer.echo(json.dumps({"profiles": [asdict(row) for row in rows]}, indent=2))
     elif rows:
-        Console().print(_profiles(rows))
+        Console().print(*map(_profile_table, rows))
     else:
         typer.echo(
             "No model was measured on this machine yet: a worker does it on first use, "
@@ -71,36 +71,24 @@ def _profile(model: str | None, dtype: DType, *, json_output: bool) -> None:
         )
 
 
-def _profiles(rows: "list[ProfileRow]") -> Table:
-    table = Table(
-        title="What models cost on this machine (decoding: one thread, MB/s of KV)", title_justify="left"
+def _profile_table(row: "ProfileRow") -> Table:
+    machine = ", ".join(
+        str(row.machine[name]) for name in ("processor", "device") if row.machine.get(name, "cpu") != "cpu"
     )
-    for column in ("model", "machine", "measured"):
-        table.add_column(column, overflow="fold")
-    for column in ("prefill tokens/s", "at 4,096", "interference"):
-        table.add_column(column, justify="right")
+    table = Table(
+        title=escape(
+            f"{row.model} {row.dtype} on {machine}, {row.machine.get('torch_threads', '?')} threads\n"
+            f"prefill {row.prefill_tokens_per_s:,.0f} tokens/s, behind 4,096 tokens "
+            f"{row.prefill_tokens_per_s_at_4096:,.0f}\n"
+            f"interference of decoding and computing {row.interference:.2f}, measured {row.measured}"
+        ),
+        title_justify="left",
+    )
     table.add_column("encoding", no_wrap=True)
-    table.add_column("decode", justify="right")
-    table.add_column("restore", justify="right")
-    for row in rows:
-        machine = ", ".join(
-            str(row.machine[name])
-            for name in ("processor", "device")
-            if row.machine.get(name, "cpu") != "cpu"
-        )
-        threads = f"{row.machine.get('torch_threads', '?')} threads"
-        table.add_row(
-            escape(f"{row.model} {row.dtype}"),
-            escape(f"{machine}, {threads}"),
-            escape(row.measured),
-            f"{row.prefill_tokens_per_s:,.0f}",
-            f"{row.prefill_tokens_per_s_at_4096:,.0f}",
-            f"{row.interference:.2f}",
-            "\n".join(cost.encoding for cost in row.encodings),
-            "\n".join(f"{cost.decode_mb_per_s:,.0f}" for cost in row.encodings),
-            "\n".join(f"{cost.restore_mb_per_s:,.0f}" for cost in row.encodings),
-            end_section=True,
-        )
+    table.add_column("decode, MB/s of KV", justify="right")
+    table.add_column("restore, MB/s of KV", justify="right")
+    for cost in row.encodings:
+        table.add_row(cost.encoding, f"{cost.decode_mb_per_s:,.0f}", f"{cost.restore_mb_per_s:,.0f}")
     return table
 
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 FAR_TOKENS = 4096
 _PASS_TOKENS = 1024
+_PATIENCE_S = 120.0
+"""Of who asks for it: a worker's first request does not wait so long."""
+
 _PLAIN = ("exact-zstd", "medium-zstd", "medium-hevc-cpu")
 _CALIBRATED = ("exact-zstd", "high-klt-pco", "medium-klt-pco", "low-klt-pco", "medium-klt-hevc-cpu")
 
@@ -65,7 +68,9 @@ def measure(model_name: str, dtype: DType) -> ProfileRow:
     klt = _cached_klt(spec)
     encodings = dict.fromkeys((*settings.accept, *(_PLAIN if klt is None else _CALIBRATED)))
     threads = settings.decode_threads or min(4, max(1, (os.cpu_count() or 1) // 2))
-    profile = measure_profile(model, spec, tuple(encodings), klt, decode_threads=threads)
+    profile = measure_profile(
+        model, spec, tuple(encodings), klt, decode_threads=threads, budget_s=_PATIENCE_S
+    )
     key = profile_key(spec, machine_of(model))
     try:
         ProfileStore(settings.cache_dir).save(key, profile)

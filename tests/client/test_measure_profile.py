@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import os
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ def test_a_measured_profile_has_costs_of_everything(family: str) -> None:
     model = tiny_model(family, torch.bfloat16)
     spec = spec_of(model)
     encodings = ("exact-zstd", "exact-raw", "medium-zstd", "low-hevc-cpu")
-    profile = measure_profile(model, spec, encodings, decode_threads=3)
+    profile = measure_profile(model, spec, encodings, decode_threads=3, budget_s=math.inf)
     assert tuple(profile.codecs) == encodings
     for cost in profile.codecs.values():
         assert 0 < cost.decode_s < 0.1
@@ -57,9 +59,34 @@ def test_the_first_use_measures_and_the_next_reads(tmp_path: Path, caplog: pytes
     assert store.load(profile_key(spec, machine_of(model))) == more
 
 
+def test_what_there_was_no_time_for_costs_what_is_similar() -> None:
+    model = tiny_model()
+    encodings = ("exact-zstd", "exact-raw")
+    profile = measure_profile(model, spec_of(model), encodings, decode_threads=1, budget_s=0.0)
+    assert set(profile.codecs) == {"exact-zstd"}
+    assert profile.codec("exact-raw") == profile.codecs["exact-zstd"]
+
+
+def test_what_was_measured_on_a_busy_machine_is_measured_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    spec, store = spec_of(model), ProfileStore(tmp_path)
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.0 * cores, 0.0, 0.0))
+    busy = profile_of(model, spec, ["exact-zstd"], None, store, decode_threads=1)
+    assert profile_of(model, spec, ["exact-zstd"], None, store, decode_threads=1) == busy
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    quiet = profile_of(model, spec, ["exact-zstd"], None, store, decode_threads=1)
+    assert quiet.provenance["load_per_core"] == 0.0
+    assert profile_of(model, spec, ["exact-zstd"], None, store, decode_threads=1) == quiet
+
+
 def test_an_encoding_that_this_machine_cannot_make_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model()
-    profile = measure_profile(model, spec_of(model), ["high-hevc-nvenc", "exact-raw"], decode_threads=1)
+    profile = measure_profile(
+        model, spec_of(model), ["high-hevc-nvenc", "exact-raw"], decode_threads=1, budget_s=math.inf
+    )
     if "high-hevc-nvenc" not in profile.codecs:
         assert "high-hevc-nvenc cannot be measured" in caplog.text
     assert "exact-raw" in profile.codecs

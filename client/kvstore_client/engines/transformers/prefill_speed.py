@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,8 @@ _PATIENCE_S = 5.0
 """A pass over LONG_TOKENS that takes longer is not waited for: a quarter of it says enough."""
 
 _ROUNDS = 3
-_ENOUGH_S = 2.0
-"""After so long another round is not worth its time."""
+_ENOUGH_PASSES, _ENOUGH_S = 3, 3.0
+"""After so many different ones, and so long, another pass is not worth its time."""
 
 _WORDS = 4096
 """In a sample text: the first ids of a vocabulary are the frequent ones."""
@@ -60,20 +60,23 @@ class PrefillSpeed:
         lengths = (max(1, self.long_tokens // 32), max(1, self.long_tokens // 4), self.long_tokens)
         found: dict[tuple[int, int], Pass] = {}
         begin_s = time.perf_counter()
-        for number in range(_ROUNDS):
-            if number and time.perf_counter() - begin_s > _ENOUGH_S:
+        for one in self._rounds(lengths):
+            place = one.first_token, one.tokens
+            found[place] = min(one, found.get(place, one), key=lambda other: other.seconds)
+            if len(found) >= _ENOUGH_PASSES and time.perf_counter() - begin_s > _ENOUGH_S:
                 break
-            passes = []
-            for tokens in lengths:
-                cache = DynamicCache()
-                passes.append(self.timed(cache, tokens))
-            for tokens in lengths[:2]:
-                passes.append(self.timed(cache, tokens))
-                cache.crop(-tokens)
-            for one in passes:
-                place = one.first_token, one.tokens
-                found[place] = min(one, found.get(place, one), key=lambda other: other.seconds)
         return fit(list(found.values()))
+
+    def _rounds(self, lengths: tuple[int, int, int]) -> Iterator[Pass]:
+        few, short, long = lengths
+        for _ in range(_ROUNDS):
+            yield self.timed(DynamicCache(), short)
+            cache = DynamicCache()
+            yield self.timed(cache, long)
+            yield self.timed(cache, short)
+            cache.crop(-short)
+            yield self.timed(cache, few)
+            yield self.timed(DynamicCache(), few)
 
 
 def fit(passes: Sequence[Pass]) -> PrefillCost:

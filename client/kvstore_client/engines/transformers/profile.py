@@ -22,6 +22,12 @@ from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
 
 _LIBRARIES = ("kvstore-service", "torch", "transformers", "av", "pcodec", "zstandard")
+_BUDGET_S = 8.0
+"""What a worker's first use may spend, about."""
+
+_BUSY, _QUIET = 1.5, 0.75
+"""Processes that want to run, a core. What was measured on a busy machine is measured anew on a quiet one."""
+
 _CPUINFO = Path("/proc/cpuinfo")
 
 log = logging.getLogger(__name__)
@@ -32,7 +38,7 @@ def machine_of(model: PreTrainedModel) -> dict[str, str | int]:
     device = model.device
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": _cores(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch_threads": torch.get_num_threads(),
         "attention": str(model.config._attn_implementation),
@@ -55,6 +61,8 @@ def profile_of(
     Raises OSError when it cannot be kept."""
     key = profile_key(spec, machine_of(model))
     known = store.load(key)
+    if known is not None and known.provenance.get("load_per_core", 0.0) > _BUSY and _load_per_core() < _QUIET:
+        known = None
     missing = [name for name in encodings if known is None or name not in known.codecs]
     if known is not None and not any(_measurable(name, klt) for name in missing):
         return replace(known, decode_threads=decode_threads)
@@ -72,10 +80,13 @@ def measure_profile(
     *,
     decode_threads: int,
     known: Profile | None = None,
+    budget_s: float = _BUDGET_S,
 ) -> Profile:
     """Measure forward passes, decoding and restoring in each of `encodings`, and how both slow each other. What `known`
-    says of other encodings is taken over. Nothing else should compute meanwhile."""
-    begin_s = time.perf_counter()
+    says of other encodings is taken over. Nothing else should compute meanwhile.
+
+    After `budget_s` no further encoding is begun: those left out cost what similar ones do until they are measured."""
+    begin_s, load = time.perf_counter(), _load_per_core()
     speed = PrefillSpeed(model)
     prefill = speed.measure()
     log.info(
@@ -86,6 +97,9 @@ def measure_profile(
     slowest: tuple[float, EncodedSample] | None = None
     for name in encodings:
         if not _measurable(name, klt):
+            continue
+        if slowest is not None and time.perf_counter() - begin_s > budget_s:
+            log.warning("profile of %s: no time left to measure %s", spec.model_id, name)
             continue
         try:
             encoded = sample.encode(Encoding.parse(name), klt)
@@ -99,7 +113,7 @@ def measure_profile(
         if slowest is None or sample_s > slowest[0]:
             slowest = sample_s, encoded
     interference = known.interference if known is not None else 1.0
-    if slowest is not None:
+    if slowest is not None and time.perf_counter() - begin_s <= budget_s:
         interference = measure_interference(
             slowest[1], slowest[0], lambda: speed.timed(DynamicCache(), speed.long_tokens // 2).seconds
         )
@@ -112,8 +126,17 @@ def measure_profile(
         "machine": machine_of(model),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "took_s": round(seconds, 1),
+        "load_per_core": round(load, 2),
     }
     return Profile(codecs, prefill, interference, decode_threads, provenance)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _load_per_core() -> float:
+    return os.getloadavg()[0] / _cores() if hasattr(os, "getloadavg") else 0.0
 
 
 def _measurable(name: str, klt: KLT | None) -> bool:
