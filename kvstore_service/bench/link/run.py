@@ -1,5 +1,6 @@
 """The benchmark: one question after the other, every policy in turn, behind links of every bandwidth."""
 
+import math
 import sys
 import tempfile
 import time
@@ -29,9 +30,10 @@ _MEMORY_BYTES = 2 << 30
 _STORE_S, _ANSWER_S = 1800.0, 900.0
 _SETTLE_S = 0.05
 """Between two questions: what the first one had asked for and no longer wants has left the link."""
-# How often a policy without a choice is asked again, by how much longer than a full prefill its first answer took:
-# nobody would use it there, and it would take most of the time.
-_MUCH_SLOWER, _SLOWER, _REPEATS_OF_SLOWER = 4.0, 1.5, 3
+# A policy without a choice is asked less often where its first answer took so many times as long as a full prefill, and
+# that many seconds: nobody would use it there, and it would take most of the time.
+_SLOWER, _SLOWER_S, _REPEATS_OF_SLOWER = 2.0, 5.0, 3
+_MUCH_SLOWER, _MUCH_SLOWER_S = 4.0, 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class _Bench:
         rounds = self._options.repeats + 1
         for index, cell in enumerate(cells):
             samples: dict[str, list[dict[str, Any]]] = {policy.name: [] for policy in self._policies}
-            wanted = {policy.name: rounds for policy in self._policies}
+            wanted: dict[str, float] = {policy.name: rounds for policy in self._policies}
             for number in range(rounds):
                 self._report.advance("questions", index * rounds + number, len(cells) * rounds)
                 self._round(cell, number, wanted, samples)
@@ -159,7 +161,7 @@ class _Bench:
         self,
         cell: Cell,
         number: int,
-        wanted: dict[str, int],
+        wanted: dict[str, float],
         samples: dict[str, list[dict[str, Any]]],
     ) -> None:
         """Each policy once, beginning with another one each time; the first round warms up, but what is far too slow
@@ -174,13 +176,8 @@ class _Bench:
             samples[name].append(sample)
             if "kl" in sample:
                 self._judged[name, cell.tokens] = sample
-            if number:
-                continue
-            cold_s = samples["cold"][0]["ttft_s"]
-            if not policy.chooses and sample["ttft_s"] > _MUCH_SLOWER * cold_s:
-                wanted[name] = 1
-            elif not policy.chooses and sample["ttft_s"] > _SLOWER * cold_s:
-                wanted[name] = min(wanted[name], _REPEATS_OF_SLOWER + 1)
+            if number == 0 and not policy.chooses:
+                wanted[name] = min(wanted[name], _rounds_for(sample["ttft_s"], samples["cold"][0]["ttft_s"]))
 
     def _ask(self, policy: Policy, tokens: int, *, judge: bool) -> dict[str, Any]:
         time.sleep(_SETTLE_S)
@@ -188,6 +185,13 @@ class _Bench:
             self._engine, self._report, _ANSWER_S, "measure", policy=policy.name, tokens=tokens, judge=judge
         )
         return said
+
+
+def _rounds_for(ttft_s: float, cold_s: float) -> float:
+    """At most, the first one counted, for a policy that took so long in it."""
+    if ttft_s > max(_MUCH_SLOWER * cold_s, _MUCH_SLOWER_S):
+        return 1
+    return 1 + _REPEATS_OF_SLOWER if ttft_s > max(_SLOWER * cold_s, _SLOWER_S) else math.inf
 
 
 def _possible(options: Options, report: Report) -> tuple[tuple[Policy, ...], list[str]]:
