@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstore_client.engines.transformers.calibrate import ObservedModel
 from kvstore_client.engines.transformers.prefill_speed import Pass, fit, sample_text
 from kvstore_client.engines.transformers.profile import machine_of, measure_profile, profile_of
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.ratio import PrefillCost, ProfileStore, profile_key
-from tests.client.models import tiny_model
+from kvstore_codec.klt_frames import KLT
+from kvstore_service.calibration import Options, calibrate, plan_passages
+from tests.client.models import random_prompt, tiny_model
+from tests.client.test_klt import Silent, sharp_model
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -57,6 +61,18 @@ def test_the_first_use_measures_and_the_next_reads(tmp_path: Path, caplog: pytes
     assert set(more.codecs) == {"exact-zstd", "exact-raw"}
     assert more.codecs["exact-zstd"] == first.codecs["exact-zstd"]
     assert store.load(profile_key(spec, machine_of(model))) == more
+
+
+def test_with_a_calibration_its_encodings_are_measured_too() -> None:
+    observed = ObservedModel(sharp_model())
+    plan = plan_passages([random_prompt(2400, seed=9)[0]], 10**6, 8192)
+    klt = KLT(calibrate(observed, plan, Options(period_layers=2, rank=8), Silent()))
+    encodings = ["medium-klt-pco", "low-klt-zstd@128"]
+    profile = measure_profile(
+        observed.model, observed.spec, encodings, klt, decode_threads=1, budget_s=math.inf
+    )
+    assert set(profile.codecs) == set(encodings)
+    assert min(cost.decode_s for cost in profile.codecs.values()) > 0
 
 
 def test_what_there_was_no_time_for_costs_what_is_similar() -> None:

@@ -31,9 +31,8 @@ class RatioController:
             return predict(work, {}, "layers")
         space = Space(work)
         block = _search(space)
-        if (
-            block.front
-        ):  # where the engine computes towards what arrives, the place where they meet may still be moved
+        if block.front:
+            # The engine computes towards what arrives: with whole chunks, the place where they meet may still be moved.
             back = _plan(space, block, "back")
             if back.predicted_s <= block.limit_s:
                 return back
@@ -78,7 +77,8 @@ def _search(space: Space) -> _Block:
     ]
     sums = _running_sums(np.stack(costs + mixed))
     stride = max(1, -(-space.count // _GRID))
-    fronts = tails = _places(0, space.count, stride)
+    fronts = _places(0, space.count, stride, space.least_front)
+    tails = _places(0, space.count, stride, 0)
     while True:
         ends = space.all_ends(fronts, tails)
         seconds = space.finish_s(sums[:, space.count - ends.tail] - sums[:, ends.front], ends, "layers")
@@ -92,12 +92,12 @@ def _search(space: Space) -> _Block:
             large, small = pairs[row]
             return _Block(front, tail, small, large, limit_s)
         near, stride = stride, max(1, stride // 8)
-        fronts = _places(max(front - near, 0), min(front + near, space.count), stride)
-        tails = _places(max(tail - near, 0), min(tail + near, space.count), stride)
+        fronts = _places(max(front - near, 0), min(front + near, space.count), stride, front)
+        tails = _places(max(tail - near, 0), min(tail + near, space.count), stride, tail)
 
 
-def _places(first: int, last: int, stride: int) -> list[int]:
-    return sorted({*range(first, last + 1, stride), last})
+def _places(first: int, last: int, stride: int, possible: int) -> list[int]:
+    return sorted({*range(first, last + 1, stride), last, possible})
 
 
 def _running_sums(costs: Floats) -> Floats:

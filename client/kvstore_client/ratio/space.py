@@ -57,6 +57,11 @@ class Space:
         self._holes = self._hole_seconds()
         self._front, self._tail = self._front_seconds(), self._tail_seconds()
 
+    @property
+    def least_front(self) -> int:
+        """Chunks computed at the front at least: those that cannot be fetched."""
+        return int(np.isfinite(self._front).argmax())
+
     def assignments(self) -> list[Indices]:
         """Options of all chunks: from the fewest seconds of decoding to the fewest of the links, along the lower hull.
         Neighbours in this list may be mixed."""

@@ -43,7 +43,7 @@ def _works(draw: st.DrawFn) -> Work:
     )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(_works())
 def test_no_fixed_choice_is_quicker(fetch: Work) -> None:
     plan = _CONTROLLER.plan(fetch)
@@ -171,6 +171,13 @@ def test_a_hole_in_the_middle_is_computed_where_it_is() -> None:
     assert _shape(plan) == "00000c0000000000"
     whole = _CONTROLLER.plan(replace(fetch, chunks=tuple(chunk(index, *_LOSSY) for index in range(16))))
     assert plan.predicted_s > whole.predicted_s + 0.9 * fetch.prefill.seconds(5 * 256, 256)
+
+
+@pytest.mark.parametrize("gone", [1, 3])
+def test_of_a_long_prompt_only_the_gone_beginning_may_be_computed(gone: int) -> None:
+    under_way = [chunk(index, *_LOSSY, computable=False, chosen=1) for index in range(gone, 200)]
+    plan = _CONTROLLER.plan(work([*(chunk(index) for index in range(gone)), *under_way]))
+    assert _shape(plan) == "c" * gone + "1" * (200 - gone)
 
 
 def test_what_the_engine_still_does_comes_first() -> None:
