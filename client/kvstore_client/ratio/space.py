@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvstore_client.ratio.base import Option, Order, Work
+from kvstore_client.ratio.base import Order, Work
 from kvstore_client.ratio.predict import PASS_TOKENS, Load, bandwidth_of, finish_s
 from kvstore_codec.encoding import Encoding
 
@@ -43,16 +43,19 @@ class Space:
         self.loss = np.zeros_like(self.receive)
         bandwidths = [bandwidth_of(work, name) for name in self._endpoints]
         losses: dict[tuple[str, ...], list[int]] = {}
+        alike: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
         for row, chunk in enumerate(work.chunks):
             bandwidth = bandwidths[self.link[row]]
             names = tuple(option.encoding for option in chunk.options)
             if names not in losses:
-                losses[names] = _losses(chunk.options)
+                losses[names] = _losses(names)
+            alike.setdefault((names, chunk.chosen), []).append(row)
             for column, option in enumerate(chunk.options):
                 if chunk.chosen in (None, column):
                     self.receive[row, column] = option.size_bytes / bandwidth
                     self.decode[row, column] = option.work_s / work.decode_threads
                     self.loss[row, column] = chunk.tokens * losses[names][column]
+        self._alike = {offer: np.array(rows, np.intp) for offer, rows in alike.items()}
         self.fetchable = np.isfinite(self.receive).any(axis=1)
         self._holes = self._hole_seconds()
         self._front, self._tail = self._front_seconds(), self._tail_seconds()
@@ -76,12 +79,11 @@ class Space:
         """All chunks in one encoding, where they have it, else in their quickest: one for every encoding."""
         quickest = np.argmin(np.maximum(self.receive, self.decode), axis=1)
         found: list[Indices] = []
-        for name in dict.fromkeys(option.encoding for chunk in self.chunks for option in chunk.options):
+        for name in dict.fromkeys(name for names, _ in self._alike for name in names):
             options = quickest.copy()
-            for row, chunk in enumerate(self.chunks):
-                for column, option in enumerate(chunk.options):
-                    if option.encoding == name and chunk.chosen in (None, column):
-                        options[row] = column
+            for (names, chosen), rows in self._alike.items():
+                if name in names and chosen in (None, names.index(name)):
+                    options[rows] = names.index(name)
             found.append(options)
         return found
 
@@ -170,7 +172,8 @@ def _weighted(seconds: Floats, weight: float) -> Floats:
     return np.where(np.isfinite(seconds), seconds * weight if weight else 0.0, np.inf)
 
 
-def _losses(options: Sequence[Option]) -> list[int]:
-    """How many more faithful rates each option's chunk is stored in, besides its own."""
-    rates = list(dict.fromkeys(Encoding.parse(option.encoding).rate for option in options))
-    return [rates.index(Encoding.parse(option.encoding).rate) for option in options]
+def _losses(encodings: Sequence[str]) -> list[int]:
+    """Of each, how many more faithful rates there are among them; the most faithful come first."""
+    rates = [Encoding.parse(name).rate for name in encodings]
+    order = list(dict.fromkeys(rates))
+    return [order.index(rate) for rate in rates]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kvstore_client.ratio import COMPUTE, ChunkWork, Work
 
-PERIODS = 6
+PERIODS = 8
 PASS_TOKENS = 1024
 
 
