@@ -24,7 +24,6 @@ from kvstore_codec.klt_frames import (
 from kvstore_codec.model_spec import KVDtype
 from kvstore_codec.payload import PayloadKind, PayloadReader
 from kvstore_codec.quantise import decode_quantised
-from kvstore_codec.threads import in_this_thread_alone
 from kvstore_codec.words import decode_words, words_of
 
 
@@ -106,29 +105,28 @@ class FramesTogether:
                 pieces.append(Restoration([*neighbours], low, keys[:, :, tokens], values[:, :, tokens]))
                 neighbours.clear()
 
-        with in_this_thread_alone():
-            for frame in range(first_frame, first_frame + frame_count):
-                length = header.frame_lengths[frame]
-                payload, offset = view[offset : offset + length], offset + length
-                header.verify_frame(frame, payload)
-                with _naming(header, frame):
-                    reader = PayloadReader(payload)
-                    kind = reader.kind()
-                    rows = geometry.tokens_of(frame % geometry.frames_per_period)
-                    tokens = slice(rows.start - begin, rows.stop - begin)
-                    k, v = keys[:, :, tokens], values[:, :, tokens]
-                    if kind is PayloadKind.KLT:
-                        transform = transform or _require_decoder(header, klt).periods[period]
-                        neighbours.append(decode_klt_frame(reader, transform, k, coder))
-                    elif keys.is_cpu:
-                        wait(tokens.start)
-                        _DECODERS[kind](reader, k, v, coder)
-                    else:
-                        raise InvalidKVError(
-                            f"{header.encoding.name} is decoded into host memory, not {keys.device}"
-                        )
-                    reader.finish()
-            wait(end - begin)
+        for frame in range(first_frame, first_frame + frame_count):
+            length = header.frame_lengths[frame]
+            payload, offset = view[offset : offset + length], offset + length
+            header.verify_frame(frame, payload)
+            with _naming(header, frame):
+                reader = PayloadReader(payload)
+                kind = reader.kind()
+                rows = geometry.tokens_of(frame % geometry.frames_per_period)
+                tokens = slice(rows.start - begin, rows.stop - begin)
+                k, v = keys[:, :, tokens], values[:, :, tokens]
+                if kind is PayloadKind.KLT:
+                    transform = transform or _require_decoder(header, klt).periods[period]
+                    neighbours.append(decode_klt_frame(reader, transform, k, coder))
+                elif keys.is_cpu:
+                    wait(tokens.start)
+                    _DECODERS[kind](reader, k, v, coder)
+                else:
+                    raise InvalidKVError(
+                        f"{header.encoding.name} is decoded into host memory, not {keys.device}"
+                    )
+                reader.finish()
+        wait(end - begin)
         if offset != view.nbytes:
             raise ChunkFormatError(f"{view.nbytes - offset} bytes too many for {frame_count} frames")
         if pieces:
@@ -139,8 +137,7 @@ class FramesTogether:
         """All that was read is in its tensors after this, and other frames may be read."""
         pieces, self._pieces = self._pieces, []
         if pieces and self._klt is not None:
-            with in_this_thread_alone():
-                restore_together_(self._klt.periods[self._period], pieces)
+            restore_together_(self._klt.periods[self._period], pieces)
 
 
 def require_kv(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: KVDtype) -> None:
