@@ -45,6 +45,7 @@ class ByteStream:
         self._processor = -1
         self.received_at_s = -math.inf
         """When bytes last came, in monotonic time."""
+        self.received_bytes = 0
         self._limits_s: dict[int, float] = {}
         if self._is_local:
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_SEND_BUFFER_BYTES)
@@ -73,6 +74,7 @@ class ByteStream:
             if not received:
                 raise ConnectionResetError("the other side closed the connection")
             self.received_at_s = time.monotonic()
+            self.received_bytes += received
             left = left[received:]
 
     def send(self, views: Sequence[memoryview | bytes | bytearray], timeout_s: float) -> None:

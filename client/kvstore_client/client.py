@@ -1,7 +1,7 @@
 """The client: match a prompt, fetch what matches, store what does not."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,12 +10,13 @@ from pydantic import ValidationError
 from kvstore_client.buffers import BufferPool, KVBuffers
 from kvstore_client.calibrations import Calibrations
 from kvstore_client.cluster_view import ClusterView
-from kvstore_client.fetch import ChunkFeatures, Fetch
+from kvstore_client.fetch import ChunkFeatures, Computing, Fetch
 from kvstore_client.lookup import PrefixMatch, find_prefix, release
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.ratio import FixedPlanner, KVFetcherPlanner, Links, Planner, RatioController
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
 from kvstore_client.scores import report_scores
-from kvstore_client.settings import ClientSettings
+from kvstore_client.settings import ClientSettings, Policy
 from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
 from kvstore_codec.encoding import Encoding
@@ -23,6 +24,12 @@ from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
+
+_PLANNERS: dict[Policy, Callable[[], Planner]] = {
+    Policy.ADAPTIVE: RatioController,
+    Policy.KVFETCHER: KVFetcherPlanner,
+    Policy.FIXED: FixedPlanner,
+}
 
 
 def connect(address: str | None = None, **settings: Any) -> "KVStoreClient":
@@ -55,6 +62,8 @@ class KVStoreClient:
         self.settings = settings
         self.metrics = ClientMetrics()
         self.buffers = BufferPool(settings.pool_bytes)
+        self.links = Links()
+        """How fast each node's bytes came lately."""
         self._view = ClusterView(settings)
         self.calibrations = Calibrations(self._view, settings, self.metrics)
         """What is known about models' KV, by digest."""
@@ -109,12 +118,16 @@ class KVStoreClient:
         rotary: tuple[RotaryTable, ...] | None,
         timeline: Timeline | None = None,
         features: ChunkFeatures | None = None,
+        computing: Computing | None = None,
     ) -> Fetch:
         """Start bringing a match into `buffers`, whose token axis begins at the prompt's first token.
 
         Chunks coded with a calibration are predicted from their tokens: `features(index)` returns the `token_features`
         of the match's chunk `index`, f32 `[tokens, features]` in host memory, made without the tokens before it. It is
         called at most once for each such chunk, in a thread of the fetch. Without it these chunks are missing.
+
+        With the engine's `computing` the fetch is planned as the setting `policy` says, and may leave chunks to the
+        engine (`Fetch.next_to_compute`) where that is sooner; without, every chunk is read in its first variant.
 
         Take the buffers from `self.buffers`, and give them back after the fetch has finished and nobody reads them.
         """
@@ -124,9 +137,12 @@ class KVStoreClient:
             rotary,
             features,
             view=self._view,
+            links=self.links,
             settings=self.settings,
             metrics=self.metrics,
             timeline=timeline or Timeline(),
+            planner=_PLANNERS[self.settings.policy](),
+            computing=computing,
         )
 
     def report(self, scores: Mapping[ChunkId, float]) -> None:

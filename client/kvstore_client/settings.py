@@ -25,6 +25,16 @@ class Durability(StrEnum):
     DURABLE = "durable"
 
 
+class Policy(StrEnum):
+    """How a fetch is planned: `adaptive` by what the link, the decoder and the engine can do, each chunk in the
+    encoding that serves best, or computed where that is sooner; `fixed` every chunk in the best encoding that is
+    accepted; `kvfetcher` in one precision, of which the resolution is chosen (KVFetcher, arXiv 2602.09725)."""
+
+    ADAPTIVE = "adaptive"
+    FIXED = "fixed"
+    KVFETCHER = "kvfetcher"
+
+
 def default_cache_dir() -> Path:
     """Where this machine keeps what it can get again: `KVSTORE_CACHE_DIR`, else `$XDG_CACHE_HOME/kvstore`, else
     `~/.cache/kvstore`."""
@@ -62,9 +72,19 @@ class ClientSettings(BaseSettings):
     lookup_timeout_s: float = Field(default=1.0, gt=0)
     """How long the engine waits for a lookup before it prefills instead."""
 
-    failover_s: float = Field(default=0.5, gt=0)
+    policy: Policy = Policy.ADAPTIVE
+    """How a fetch is planned."""
+
+    replan: bool = True
+    """Whether a plan is made anew while the fetch runs, when the link's bandwidth has moved."""
+
+    pipelined: bool = True
+    """Whether a fetch receives, decodes and restores at the same time. Switched off to measure what that buys: then
+    plans are not made anew either."""
+
+    failover_s: float = Field(default=0.25, gt=0)
     """How long a node may be silent before another one that holds the same chunks is asked instead. Through the bulk
-    port any byte breaks the silence; through gRPC a piece of 1 MiB does: longer than that takes on the slowest link."""
+    port any byte breaks the silence, through gRPC a whole piece of a range (about 50 ms of the link)."""
 
     fetch_timeout_s: float = Field(default=30.0, gt=0)
     """Deadline of a whole fetch. What has not arrived by then is recomputed."""
@@ -110,6 +130,11 @@ class ClientSettings(BaseSettings):
 
     decode_threads: int = Field(default=0, ge=0)
     """Threads that decode one fetch; 0 takes half the cores, at most four: the engine computes meanwhile."""
+
+    @property
+    def decoders(self) -> int:
+        """Threads that decode one fetch. Measured on 2 cores: a second one takes more from the engine than it gives."""
+        return self.decode_threads or min(4, max(1, (os.cpu_count() or 1) // 2))
 
     inflight_bytes: int = Field(default=64 << 20, gt=0)
     """Received bytes that may wait for decoding; beyond it the sender is slowed down."""

@@ -85,11 +85,6 @@ class Store:
         atexit.register(self.close)
 
     @property
-    def encoding(self) -> Encoding:
-        """The first of its encodings."""
-        return self.encodings[0]
-
-    @property
     def needs_features(self) -> bool:
         return any(encoding.needs_calibration for encoding in self.encodings)
 

@@ -180,7 +180,7 @@ def test_flipped_bits_are_found_and_recomputed(worker: Worker, position: float) 
         frames = reader.header.geometry.frame_count
         flip_bit(next(reader.pieces(int(position * frames), 1, 1 << 20))[0])
     assert torch.equal(worker.answer(), worker.expected)
-    assert worker.cached.last_report.reused_tokens == 256 * 2
+    assert worker.cached.last_report.reused_tokens == 256 * 4
     assert worker.counted("checksum") == 1
     worker.cluster.check_nothing_is_held()
 

@@ -1,7 +1,8 @@
 """The fetch pipeline: plan -> receive -> decode -> restore -> deliver, one module per stage."""
 
 from kvstore_client.fetch.decode import ChunkFeatures
-from kvstore_client.fetch.deliver import FetchReport
 from kvstore_client.fetch.pipeline import Fetch
+from kvstore_client.fetch.progress import FetchReport
+from kvstore_client.fetch.steer import Computing
 
-__all__ = ["ChunkFeatures", "Fetch", "FetchReport"]
+__all__ = ["ChunkFeatures", "Computing", "Fetch", "FetchReport"]

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from kvstore_client.buffers import KVBuffers
-from kvstore_client.lookup import StoredChunk
+from kvstore_client.lookup import StoredChunk, Variant
+from kvstore_codec.encoding import Encoding
 from kvstore_codec.rope import RotaryTable
 
 
@@ -17,10 +18,11 @@ class Destination:
 
 @dataclass(frozen=True, slots=True)
 class ReadTask:
-    """The piece of work that travels through the stages: neighbouring frames of one chunk and one period."""
+    """The piece of work that travels through the stages: neighbouring frames of one period of a chunk's variant."""
 
     chunk_index: int
     chunk: StoredChunk
+    variant: Variant
     first_frame: int
     frame_count: int
     layers: slice
@@ -29,7 +31,11 @@ class ReadTask:
 
     @property
     def size_bytes(self) -> int:
-        return self.chunk.header.range_bytes(self.first_frame, self.frame_count)[1]
+        return self.variant.header.range_bytes(self.first_frame, self.frame_count)[1]
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.variant.header.encoding
 
     @property
     def label(self) -> str:

@@ -4,55 +4,110 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 from kvstore_api.bulk import ReadPiece
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import ReadTask
-from kvstore_client.fetch.deliver import Delivery
+from kvstore_client.fetch.progress import Progress
 from kvstore_client.lookup import StoredChunk
+from kvstore_client.ratio import Links
 from kvstore_client.replicas import Search
 from kvstore_client.settings import ClientSettings
 from kvstore_client.transport import ReadStream
-from kvstore_codec.chunk import read_header
+from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.errors import CodecError, NodeUnavailableError
 
 _CHECKS_PER_LIMIT = 5
+_LOOK_EVERY_S = 0.05
+AHEAD_S = 0.1
+"""Where the plan may change, so much is asked for at once: what was asked for cannot be planned anew."""
+_TOO_LONG_S = 3 * AHEAD_S
 
 
 class Reading:
-    """A stream that is being read, and since when the next piece of it is waited for."""
+    """A stream that is being read: since when the next piece of it is waited for, and how fast it comes."""
 
-    def __init__(self, stream: ReadStream, *, hurried: bool) -> None:
-        """`hurried`: it is given up when it falls silent."""
+    def __init__(
+        self, stream: ReadStream, links: Links, endpoint: str, *, hurried: bool, size_bytes: int
+    ) -> None:
+        """`hurried`: it is given up when it falls silent. `links` are told how fast its bytes come."""
         self._stream = stream
+        self._links, self._endpoint = links, endpoint
         self._hurried = hurried
+        self._left_bytes = size_bytes
+        self._lock = threading.Lock()
         self._waiting_since_s = math.inf
-        self.silent = False
-        """Whether it was given up because nothing came."""
+        self._seen_at_s = math.inf
+        self._seen_bytes = 0
+        """Of the piece that is waited for, those that the links were told of, and when."""
+        self.ended: Literal["silent", "slow"] | None = None
+        """Why it was given up, if it was."""
 
     def __iter__(self) -> Iterator[ReadPiece]:
         """Raises TransferError."""
+        first = True
         try:
-            self._waiting_since_s = time.monotonic()
+            self._wait()
             for piece in self._stream:
-                self._waiting_since_s = math.inf  # whatever the reader does now is not the sender's silence
-                yield piece
-                self._waiting_since_s = time.monotonic()
+                self._arrived(len(piece.data), first=first)
+                first = False
+                yield piece  # whatever the reader does now is not the sender's silence
+                self._wait()
         finally:
-            self._waiting_since_s = math.inf
+            with self._lock:
+                self._waiting_since_s = self._seen_at_s = math.inf
 
     @property
     def moved_at_s(self) -> float:
         """When bytes last came, as far as the transport knows."""
         return self._stream.moved_at_s
 
+    def look(self) -> None:
+        """Observe what has come of an incomplete piece."""
+        with self._lock:
+            now_s, incomplete_bytes = time.monotonic(), self._stream.incomplete_bytes
+            if now_s > self._seen_at_s and incomplete_bytes > self._seen_bytes:
+                self._links.observe(
+                    self._endpoint, incomplete_bytes - self._seen_bytes, now_s - self._seen_at_s
+                )
+                self._left_bytes -= incomplete_bytes - self._seen_bytes
+                self._seen_at_s, self._seen_bytes = now_s, incomplete_bytes
+
     def end_if_silent(self, limit_s: float) -> None:
         silent_since_s = max(self._waiting_since_s, self.moved_at_s)
         if self._hurried and time.monotonic() - silent_since_s > limit_s:
-            self.silent = True
-            self._stream.cancel()
+            self._end("silent")
+
+    def end_if_slow(self, bandwidth_Bps: float | None, limit_s: float) -> None:  # noqa: N803
+        """Give it up when what is left of it would take longer than `limit_s`."""
+        if bandwidth_Bps is not None and self._left_bytes > limit_s * bandwidth_Bps:
+            self._end("slow")
+
+    def _end(self, reason: Literal["silent", "slow"]) -> None:
+        self.ended = reason
+        self._stream.cancel()
+
+    def _wait(self) -> None:
+        with self._lock:
+            self._waiting_since_s = self._seen_at_s = time.monotonic()
+            self._seen_bytes = 0
+
+    def _arrived(self, size_bytes: int, *, first: bool) -> None:
+        with self._lock:
+            seconds = time.monotonic() - self._seen_at_s
+            if first and not self._seen_bytes:
+                # The first piece also took the way there and back, which is not the link's bandwidth.
+                bandwidth_Bps = self._links.bandwidth_Bps(self._endpoint)  # noqa: N806
+                if bandwidth_Bps is not None:
+                    self._links.first_byte(self._endpoint, max(0.0, seconds - size_bytes / bandwidth_Bps))
+                seconds = max(seconds - self._links.latency_s(self._endpoint), seconds / 2)
+            self._links.observe(self._endpoint, size_bytes - self._seen_bytes, seconds)
+            self._left_bytes -= size_bytes - self._seen_bytes
+            self._waiting_since_s = self._seen_at_s = math.inf
 
 
 class Failover:
@@ -60,12 +115,21 @@ class Failover:
     the tasks of one chunk are in one thread."""
 
     def __init__(
-        self, view: ClusterView, settings: ClientSettings, chunks: Sequence[StoredChunk], delivery: Delivery
+        self,
+        view: ClusterView,
+        links: Links,
+        settings: ClientSettings,
+        chunks: Sequence[StoredChunk],
+        progress: Progress,
+        *,
+        replans: bool,
     ) -> None:
-        self._view, self._settings, self._chunks, self._delivery = view, settings, chunks, delivery
+        self.links = links
+        self._replans = replans
+        self._view, self._settings, self._chunks, self._progress = view, settings, chunks, progress
         self._tried = [{chunk.member} for chunk in chunks]
         self._lock = threading.Lock()
-        self._readings: set[Reading] = set()
+        self._readings: set[tuple[Member, Reading]] = set()
         self.leases: list[tuple[Member, bytes]] = []
         """What was leased on the way."""
         self.failed: set[str] = set()
@@ -89,25 +153,29 @@ class Failover:
     def elsewhere(self, tasks: Sequence[ReadTask]) -> tuple[dict[Member, list[ReadTask]], list[ReadTask]]:
         """Who has the very same chunks besides those that were tried, and the tasks for which there is nobody."""
         places: dict[int, Member] = {}
+        wanted: dict[int, set[ChunkHeader]] = {}
+        for task in tasks:
+            wanted.setdefault(task.chunk_index, set()).add(task.variant.header)
+        encodings = sorted({task.encoding.name for task in tasks})
 
         def take(index: int, member: Member, answer: pb.LookupAnswer) -> bool:
             try:
-                same = read_header(answer.header) == self._chunks[index].header
+                headers = [read_header(data) for data in (answer.header, *(o.header for o in answer.others))]
             except CodecError:
                 return False
+            same = wanted[index].issubset(headers)
             if same:
                 places[index] = member
                 self._tried[index].add(member)
             return same
 
-        indices = sorted({task.chunk_index for task in tasks})
+        indices = sorted(wanted)
         ids = [chunk.chunk_id for chunk in self._chunks]
-        encodings = sorted({self._chunks[index].header.encoding.name for index in indices})
-        search = Search(self._view, self._settings, ids, encodings, take)
+        search = Search(self._view, self._settings, ids, encodings, take, all_encodings=len(encodings) > 1)
         try:
-            self._delivery.on_end(search.cancel)
+            self._progress.on_end(search.cancel)
             tried = {index: self._tried[index] for index in indices}
-            search.run(indices, tried, self._delivery.remaining_s())
+            search.run(indices, tried, self._progress.remaining_s())
         except NodeUnavailableError:
             return {}, list(tasks)
         finally:
@@ -124,23 +192,27 @@ class Failover:
         self._view.pause(member.endpoint, until_it_answers=reason == "unreachable")
         self._view.refresh()
 
-    def watched(self, reading: Reading) -> Iterator[ReadPiece]:
-        """The pieces of a stream, which ends when it is hurried and nothing comes for `failover_s`. Raises
-        TransferError."""
+    @contextmanager
+    def watched(self, member: Member, reading: Reading) -> Iterator[Reading]:
+        """Meanwhile the stream ends when it is hurried and nothing comes for `failover_s`, or when it has become so
+        slow that the rest had better be planned anew."""
         with self._lock:
-            self._readings.add(reading)
+            self._readings.add((member, reading))
         try:
-            yield from reading
+            yield reading
         finally:
             with self._lock:
-                self._readings.discard(reading)
+                self._readings.discard((member, reading))
 
     def watch(self, over: threading.Event) -> None:
         """The loop of the thread that watches, until the fetch is over."""
         limit_s = self._settings.failover_s
-        while not over.wait(limit_s / _CHECKS_PER_LIMIT):
+        while not over.wait(min(limit_s / _CHECKS_PER_LIMIT, _LOOK_EVERY_S)):
             with self._lock:
                 readings = list(self._readings)
-            for reading in readings:
-                self._delivery.moved(reading.moved_at_s)
+            for member, reading in readings:
+                reading.look()
+                self._progress.moved(reading.moved_at_s)
                 reading.end_if_silent(limit_s)
+                if self._replans:
+                    reading.end_if_slow(self.links.bandwidth_Bps(member.endpoint), _TOO_LONG_S)

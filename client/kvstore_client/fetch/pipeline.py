@@ -1,28 +1,27 @@
 """A fetch: the stages of one prefix, running beside the engine."""
 
 import logging
-import os
+import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import Destination, ReceivedFrames
-from kvstore_client.fetch.decode import ChunkFeatures, Predictions, decode
-from kvstore_client.fetch.deliver import Delivery, FetchReport
+from kvstore_client.fetch.decode import ChunkFeatures, Predictions
 from kvstore_client.fetch.failover import Failover
-from kvstore_client.fetch.plan import plan_reads
+from kvstore_client.fetch.progress import FetchReport, Progress
 from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.fetch.receive import Receiver
-from kvstore_client.fetch.restore import restore
+from kvstore_client.fetch.restore import Restorer
+from kvstore_client.fetch.steer import Computing, Steering
 from kvstore_client.lookup import PrefixMatch, release
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.ratio import Links, Planner
 from kvstore_client.settings import ClientSettings
 from kvstore_client.timeline import Timeline
-from kvstore_codec.errors import CalibrationError, ChecksumError, CodecError
 from kvstore_codec.rope import RotaryTable
 
 log = logging.getLogger(__name__)
@@ -46,37 +45,52 @@ class Fetch:
         features: ChunkFeatures | None,
         *,
         view: ClusterView,
+        links: Links,
         settings: ClientSettings,
         metrics: ClientMetrics,
         timeline: Timeline,
+        planner: Planner | None = None,
+        computing: Computing | None = None,
     ) -> None:
+        """Without a `planner` every chunk is read in its first variant."""
         self._match = match
         self._view = view
         self._metrics = metrics
+        self._timeline = timeline
+        self._began_s = timeline.now_s()
+        self._computing = computing
         self._finished: FetchReport | None = None
-        reads = plan_reads(match.chunks)
-        self._delivery = Delivery(
-            (task for tasks in reads.values() for task in tasks),
+        steering = None
+        if planner is not None and computing is not None:
+            steering = Steering(
+                planner, links, computing, timeline, metrics, replan=settings.replan and settings.pipelined
+            )
+        self._progress = Progress(
+            match.chunks,
             layers=buffers.keys.shape[0],
             deadline_s=settings.fetch_timeout_s,
             stall_s=settings.stall_timeout_s,
             timeline=timeline,
+            steering=steering,
         )
         destination = Destination(buffers, rotary)
         predictions = Predictions(match.chunks, features)
-        # Measured on 2 cores: a second decoder takes more from the engine than it gives (first token 15 % later).
-        workers = settings.decode_threads or min(4, max(1, (os.cpu_count() or 1) // 2))
-        received = StageQueue[ReceivedFrames](settings.inflight_bytes, producers=len(reads))
-        self._delivery.on_end(received.abort)
-        self._failover = Failover(view, settings, match.chunks, self._delivery)
+        workers = settings.decoders
+        members = self._progress.members
+        waiting_bytes = settings.inflight_bytes if settings.pipelined else sys.maxsize
+        received = StageQueue[ReceivedFrames](waiting_bytes, producers=len(members))
+        self._progress.on_end(received.abort)
+        replans = steering is not None and steering.replan
+        self._failover = Failover(view, links, settings, match.chunks, self._progress, replans=replans)
         over = threading.Event()
-        self._delivery.on_end(over.set)
-        receiver = Receiver(view, self._failover, self._delivery, received, metrics)
+        self._progress.on_end(over.set)
+        receiver = Receiver(view, self._failover, self._progress, received, metrics, ahead=replans)
+        restorer = Restorer(receiver, destination, predictions, computing.costs if computing else None)
         self._threads = [
-            *(self._thread("receive", receiver.receive, member, tasks) for member, tasks in reads.items()),
+            *(self._thread("receive", receiver.receive, member) for member in members),
             self._thread("watch", self._failover.watch, over),
             *(
-                self._thread("restore", _restore_received, receiver, destination, predictions)
+                self._thread("restore", restorer.run if settings.pipelined else restorer.run_apart)
                 for _ in range(workers)
             ),
         ]
@@ -86,18 +100,42 @@ class Fetch:
                 thread.start()
                 started.append(thread)
         except RuntimeError:  # no thread left in this process
-            self._delivery.end("no_resources")
+            self._progress.end("no_resources")
             for thread in started:
                 thread.join()
             raise
 
+    def next_to_compute(self) -> tuple[int, int] | None:
+        """The next run of chunks `[first, end)` that the engine is to compute before its last pass, because that is
+        sooner than fetching them, or because they are missing. Waits until all before the run is in the buffers, and
+        wants the run's keys (rotated) and values there when `computed` is called. None: begin the last pass."""
+        return self._progress.next_to_compute()
+
+    def computed(self, first: int, end: int) -> None:
+        """The engine has put these chunks into the buffers."""
+        self._progress.computed(first, end)
+
+    @property
+    def reusable_tokens(self) -> int:
+        """Where the last pass begins: all before it is there or will come. To be asked after `next_to_compute`."""
+        return self._progress.reusable_tokens
+
     def wait_layer(self, layer: int) -> bool:
-        """Wait until `layer` is in the buffers for every chunk. False when that will not happen: stop reusing."""
-        return self._delivery.wait_layer(layer)
+        """Wait until `layer` is in the buffers for every chunk. False when that will not happen: break off, and ask
+        `next_to_compute` again."""
+        return self._progress.wait_layer(layer)
+
+    def on_ready(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once, in any thread: when the engine would not have to wait for this fetch any more."""
+        self._progress.on_ready(callback)
+
+    def planned_s(self) -> float:
+        """Until the engine's last pass ends, as planned; 0 when there is no plan."""
+        return self._progress.planned_s()
 
     def wait(self) -> FetchReport:
         """Wait until every chunk is delivered or known to be missing, and finish."""
-        self._delivery.wait()
+        self._progress.wait()
         return self.finish()
 
     def cancel(self) -> FetchReport:
@@ -108,14 +146,14 @@ class Fetch:
         """End the fetch, free everything it held and say how it went. Safe to call more than once."""
         if self._finished is not None:
             return self._finished
-        self._delivery.end("cancelled")
+        self._progress.end("cancelled")
         for thread in self._threads:
             thread.join()
         release(self._view, (*self._match.leases, *self._failover.leases))
-        encodings = frozenset(chunk.header.encoding for chunk in self._match.chunks)
-        report = self._finished = replace(self._delivery.report(), encodings=encodings)
+        report = self._finished = self._progress.report()
         self._metrics.received(report.received_bytes)
-        self._metrics.delivered(report.delivered)
+        self._metrics.delivered(report.fetched)
+        self._metrics.fetched(self._timeline, self._timeline.now_s() - self._began_s)
         for reason in sorted(set(report.missing.values())):
             self._metrics.missed(reason, sum(1 for r in report.missing.values() if r == reason))
         self._judge_owners(report)
@@ -145,38 +183,6 @@ class Fetch:
             except Exception:
                 # A mistake of ours must not leave the engine waiting: the fetch is over, what is missing is computed.
                 log.exception("the %s stage of a fetch failed", stage)
-                self._delivery.end("internal_error")
+                self._progress.end("internal_error")
 
         return threading.Thread(target=run, name=f"kvstore-{stage}", daemon=True)
-
-
-def _restore_received(receiver: Receiver, destination: Destination, predictions: Predictions) -> None:
-    """Decode, restore and deliver until nothing more is received. A frame that is bad wherever it is read makes its
-    chunk missing."""
-    delivery = receiver.delivery
-    for received in receiver.out:
-        item: ReceivedFrames | None = received
-        task, reason = received.task, ""
-        while item is not None:
-            try:
-                with delivery.timeline.span("decode", task.label):
-                    decode(item, destination, predictions)
-                break
-            except CodecError as error:
-                reason = _reason(error)
-                # Bytes that are not what the header says may be so elsewhere, where the same header is.
-                item = receiver.read_again(task) if reason == "checksum" else None
-                if item is not None:
-                    receiver.metrics.failed_over(reason)
-        if item is None:
-            delivery.fail_chunks([task], reason)
-            continue
-        with delivery.timeline.span("restore", task.label):
-            restore(task, destination)
-        delivery.deliver(task)
-
-
-def _reason(error: CodecError) -> str:
-    if isinstance(error, ChecksumError):
-        return "checksum"
-    return "calibration" if isinstance(error, CalibrationError) else "undecodable"

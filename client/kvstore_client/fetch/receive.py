@@ -1,19 +1,26 @@
 """Receive stage: frame ranges from one owner, or from another in its place, as they come off the wire."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import ReadTask, ReceivedFrames
-from kvstore_client.fetch.deliver import Delivery
-from kvstore_client.fetch.failover import Failover, Reading
-from kvstore_client.fetch.plan import RANGE_BYTES
+from kvstore_client.fetch.cut import RANGE_BYTES
+from kvstore_client.fetch.failover import AHEAD_S, Failover, Reading
+from kvstore_client.fetch.progress import Progress
 from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.ratio import DEFAULT_BANDWIDTH_Bps
 from kvstore_codec.errors import TransferError
+
+# Asked for at once where the plan may change: less is not worth a request; and where nothing is known of the link.
+_LEAST_BYTES, _UNKNOWN_BYTES = 128 << 10, 256 << 10
+_PIECE_S, _LEAST_PIECE_BYTES = 0.05, 32 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,44 +39,60 @@ class Receiver:
 
     view: ClusterView
     failover: Failover
-    delivery: Delivery
+    progress: Progress
     out: StageQueue[ReceivedFrames]
     metrics: ClientMetrics
+    ahead: bool
+    """Whether the plan may change, so that no more is asked for than what the link brings soon."""
 
-    def receive(self, owner: Member, owed: Sequence[ReadTask]) -> None:
-        """Read the tasks that one owner owes in one stream and pass each on when it is complete.
+    def receive(self, owner: Member) -> None:
+        """Ask one owner for what is to come from it, as long as the plan has something, and pass it on.
 
         What the owner no longer has, or still owes when its stream breaks or falls silent, is read from others that
         have the same bytes; where nobody has, the chunk is missing. Returns early when the fetch is over.
         """
-        waiting = deque([_Errand(owner, owed, hurried=self.failover.has_others(owed))])
         try:
-            while waiting:
-                errand = waiting.popleft()
-                member = errand.member
-                failed = self._read(member, errand.tasks, self._pass_on, hurried=errand.hurried)
-                if errand.instead_of is not None and not failed:
-                    self.failover.broke(errand.instead_of, "silent")
-                for reason, unread in failed.items():
-                    if self.delivery.is_over or reason == "timeout":
-                        self.delivery.fail_chunks(unread, reason)
-                        continue
-                    if reason not in ("gone", "silent"):
-                        self.failover.broke(member, reason)
-                    places, nowhere = self.failover.elsewhere(unread)
-                    if places:
-                        self.metrics.failed_over(reason)
-                    silent = member if reason == "silent" else None
-                    waiting += [
-                        _Errand(other, tasks, hurried=self.failover.has_others(tasks), instead_of=silent)
-                        for other, tasks in places.items()
-                    ]
-                    if nowhere and reason == "silent":
-                        waiting.append(_Errand(member, nowhere, hurried=False))  # it may only be slow
-                    else:
-                        self.delivery.fail_chunks(nowhere, reason)
+            while tasks := self.progress.next_reads(owner, self._ahead_bytes(owner)):
+                self._bring(owner, tasks)
         finally:
             self.out.close()
+
+    def _bring(self, owner: Member, owed: Sequence[ReadTask]) -> None:
+        waiting = deque([_Errand(owner, owed, hurried=self.failover.has_others(owed))])
+        while waiting:
+            errand = waiting.popleft()
+            member = errand.member
+            failed = self._read(member, errand.tasks, self._pass_on, hurried=errand.hurried)
+            if errand.instead_of is not None and not failed:
+                self.failover.broke(errand.instead_of, "silent")
+            for reason, unread in failed.items():
+                if reason == "slow" and member == owner:
+                    self.progress.give_back(unread)
+                    continue
+                if self.progress.is_over or reason == "timeout":
+                    self.progress.fail_chunks(unread, reason)
+                    continue
+                if reason not in ("gone", "silent", "slow"):
+                    self.failover.broke(member, reason)
+                places, nowhere = self.failover.elsewhere(unread)
+                if places:
+                    self.metrics.failed_over(reason)
+                silent = member if reason == "silent" else None
+                waiting += [
+                    _Errand(other, tasks, hurried=self.failover.has_others(tasks), instead_of=silent)
+                    for other, tasks in places.items()
+                ]
+                if nowhere and reason in ("silent", "slow"):
+                    waiting.append(_Errand(member, nowhere, hurried=False))  # it may only be slow
+                else:
+                    self.progress.fail_chunks(nowhere, reason)
+
+    def _ahead_bytes(self, owner: Member) -> float:
+        """What to ask for at once."""
+        if not self.ahead:
+            return math.inf
+        bandwidth_Bps = self.failover.links.bandwidth_Bps(owner.endpoint)  # noqa: N806
+        return _UNKNOWN_BYTES if bandwidth_Bps is None else max(_LEAST_BYTES, AHEAD_S * bandwidth_Bps)
 
     def read_again(self, damaged: ReadTask) -> ReceivedFrames | None:
         """The same frames from another member; None when there is nobody left who has them."""
@@ -79,13 +102,18 @@ class Receiver:
             received.append(item)
             return True
 
-        while not self.delivery.is_over and not received:
+        while not self.progress.is_over and not received:
             places, _ = self.failover.elsewhere([damaged])
             if not places:
                 return None
             for member, tasks in places.items():
                 self._read(member, tasks, keep, hurried=False)
         return received[0] if received else None
+
+    def _piece_bytes(self, member: Member) -> int:
+        """Through gRPC nothing is seen of a piece before all of it has come: on a slow link that is soon."""
+        bandwidth_Bps = self.failover.links.bandwidth_Bps(member.endpoint) or DEFAULT_BANDWIDTH_Bps  # noqa: N806
+        return int(min(max(_PIECE_S * bandwidth_Bps, _LEAST_PIECE_BYTES), RANGE_BYTES))
 
     def _pass_on(self, item: ReceivedFrames) -> bool:
         return self.out.put(item, len(item.data))
@@ -100,17 +128,26 @@ class Receiver:
     ) -> dict[str, list[ReadTask]]:
         """One stream, until `take` is False; what it did not bring, by reason. With `hurried` it is ended when it falls
         silent."""
-        timeline = self.delivery.timeline
-        stream = self.view.transport(member).read(_request(tasks), self.delivery.remaining_s())
-        self.delivery.on_end(stream.cancel)
-        reading = Reading(stream, hurried=hurried)
+        timeline = self.progress.timeline
+        stream = self.view.transport(member).read(
+            _request(tasks, self._piece_bytes(member)), self.progress.remaining_s()
+        )
+        self.progress.on_end(stream.cancel)
+        reading = Reading(
+            stream,
+            self.failover.links,
+            member.endpoint,
+            hurried=hurried,
+            size_bytes=sum(task.size_bytes for task in tasks),
+        )
         unread: dict[str, list[ReadTask]] = {}
         done = 0
+        watching = ExitStack()
         try:
             parts: list[memoryview] = []
             received = 0
             start_s = timeline.now_s()
-            for piece in self.failover.watched(reading):
+            for piece in watching.enter_context(self.failover.watched(member, reading)):
                 if (
                     done == len(tasks)
                     or piece.range != done
@@ -118,7 +155,7 @@ class Receiver:
                 ):
                     break
                 task = tasks[done]
-                self.delivery.progress(len(piece.data))
+                self.progress.progress(len(piece.data))
                 if piece.status != pb.READ_STATUS_OK:
                     unread.setdefault("gone", []).append(task)
                 else:
@@ -129,7 +166,14 @@ class Receiver:
                     if received > task.size_bytes:
                         break
                     data = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
-                    timeline.add("receive", start_s, timeline.now_s(), task.label)
+                    timeline.add(
+                        "receive",
+                        start_s,
+                        timeline.now_s(),
+                        task.label,
+                        chunk=task.chunk_index,
+                        encoding=task.encoding.name,
+                    )
                     if not take(ReceivedFrames(task, data)):
                         return {"cancelled": list(tasks[done:])}
                 parts, received = [], 0
@@ -137,24 +181,24 @@ class Receiver:
                 start_s = timeline.now_s()
             reason = "protocol"
         except TransferError as error:
-            reason = "silent" if reading.silent else error.reason
+            reason = reading.ended or error.reason
         finally:
+            watching.close()
             stream.cancel()
         if done < len(tasks):
             unread[reason] = list(tasks[done:])
         return unread
 
 
-def _request(tasks: Sequence[ReadTask]) -> pb.ReadRequest:
-    request = pb.ReadRequest(piece_bytes=RANGE_BYTES)
-    positions: dict[int, int] = {}
+def _request(tasks: Sequence[ReadTask], piece_bytes: int) -> pb.ReadRequest:
+    request = pb.ReadRequest(piece_bytes=piece_bytes)
+    positions: dict[tuple[int, str], int] = {}
     for task in tasks:
-        if task.chunk_index not in positions:
-            positions[task.chunk_index] = len(positions)
+        key = task.chunk_index, task.encoding.name
+        if key not in positions:
+            positions[key] = len(positions)
             chunk_id = task.chunk.chunk_id
             request.chunks.add(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)
-            request.encodings.append(task.chunk.header.encoding.name)
-        request.ranges.add(
-            chunk=positions[task.chunk_index], first_frame=task.first_frame, frame_count=task.frame_count
-        )
+            request.encodings.append(task.encoding.name)
+        request.ranges.add(chunk=positions[key], first_frame=task.first_frame, frame_count=task.frame_count)
     return request

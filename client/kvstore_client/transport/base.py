@@ -20,6 +20,10 @@ class ReadStream(Protocol):
         """When bytes last came, in monotonic time, also those of a piece that is not complete; -inf where a transport
         sees pieces only."""
 
+    @property
+    def incomplete_bytes(self) -> int:
+        """What has come of the piece that is waited for; 0 where a transport sees pieces only."""
+
     def __iter__(self) -> Iterator[ReadPiece]: ...
 
     def cancel(self) -> None:
@@ -36,6 +40,10 @@ class PutStream(Protocol):
 
     @property
     def moved_at_s(self) -> float:
+        """As a ReadStream's."""
+
+    @property
+    def incomplete_bytes(self) -> int:
         """As a ReadStream's."""
 
     def __iter__(self) -> Iterator[pb.PutReply]: ...

@@ -25,6 +25,9 @@ class Stream(Protocol[Message]):
     @property
     def moved_at_s(self) -> float: ...
 
+    @property
+    def incomplete_bytes(self) -> int: ...
+
     def __iter__(self) -> Iterator[Message]: ...
 
     def cancel(self) -> None: ...
@@ -106,6 +109,10 @@ class BulkStream(Generic[Message]):
             if self._exchange.is_cancelled:
                 self._other.cancel()
             yield from self._other
+
+    @property
+    def incomplete_bytes(self) -> int:
+        return self._exchange.incomplete_bytes if self._other is None else self._other.incomplete_bytes
 
     @property
     def moved_at_s(self) -> float:

@@ -35,6 +35,8 @@ class Exchange:
         """Whether the connection is left from another request and may have ended since, unnoticed."""
         self._is_new = False
         self._is_answered = False
+        self._received_bytes = 0
+        """By the connection, before what is received now."""
 
     @property
     def is_open(self) -> bool:
@@ -45,6 +47,12 @@ class Exchange:
         """When bytes last came, in monotonic time."""
         stream = self._stream
         return stream.received_at_s if stream is not None else -math.inf
+
+    @property
+    def incomplete_bytes(self) -> int:
+        """What has come since `receive_into` last returned."""
+        stream = self._stream
+        return stream.received_bytes - self._received_bytes if stream is not None else 0
 
     @property
     def is_cancelled(self) -> bool:
@@ -68,6 +76,7 @@ class Exchange:
                     f"the bulk port of {self._connections.name} is not there: {error}"
                 ) from error
         with self._lock:
+            self._received_bytes = stream.received_bytes
             self._stream = stream
             if self._cancelled:
                 stream.abort()
@@ -89,7 +98,10 @@ class Exchange:
         self._connected().send(views, self.remaining_s())
 
     def receive_into(self, view: memoryview | bytearray) -> None:
-        self._connected().receive_into(view, self.remaining_s())
+        stream = self._connected()
+        self._received_bytes = stream.received_bytes
+        stream.receive_into(view, self.remaining_s())
+        self._received_bytes = stream.received_bytes
 
     def receive_header(self, kind: FrameKind) -> FrameHeader:
         """Of the next answer. Raises TransferError when it is of another kind."""

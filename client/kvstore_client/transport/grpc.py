@@ -45,6 +45,7 @@ class GrpcStream(Generic[Message]):
     """A call's answers, with its errors as TransferError."""
 
     moved_at_s = -math.inf
+    incomplete_bytes = 0
 
     def __init__(self, call: grpc.Call) -> None:
         self._call = call

@@ -69,6 +69,31 @@ class ArrivingLayer(CapturedLayer):
             self.device = device
 
 
+class PlacedLayer(CapturedLayer):
+    """One layer behind reused KV that lies in buffers: what the model computes is put into its place there."""
+
+    def __init__(self, layer: int, capture: KeyCapture, buffers: KVBuffers) -> None:
+        super().__init__(layer, capture)
+        self._layer_keys, self._layer_values = (b[layer].unsqueeze(0) for b in (buffers.keys, buffers.values))
+        self._show(capture.first_token)
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: object, **_kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._capture.cached(self._layer, key_states.shape[-2])
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        self._layer_keys[:, :, begin:end].copy_(key_states)
+        self._layer_values[:, :, begin:end].copy_(value_states)
+        self._show(end)
+        return self.keys.to(key_states.device), self.values.to(value_states.device)
+
+    def _show(self, tokens: int) -> None:
+        self.keys, self.values = self._layer_keys[:, :, :tokens], self._layer_values[:, :, :tokens]
+
+
 def empty_cache(capture: KeyCapture, layers: int) -> DynamicCache:
     """A cache for a prompt of which nothing is reused."""
     return _cache([CapturedLayer(layer, capture) for layer in range(layers)])
@@ -85,17 +110,9 @@ def arriving_cache(buffers: KVBuffers, capture: KeyCapture, fetch: Fetch, timeli
     )
 
 
-def filled_cache(buffers: KVBuffers, capture: KeyCapture, device: torch.device) -> DynamicCache:
-    """A cache with a copy of the tokens before the captured ones, which have been delivered."""
-    cache = empty_cache(capture, buffers.keys.shape[0])
-    tokens = capture.first_token
-    if tokens:
-        for layer in range(buffers.keys.shape[0]):
-            keys, values = (
-                b[layer, :, :tokens].unsqueeze(0).to(device) for b in (buffers.keys, buffers.values)
-            )
-            cache.update(keys, values, layer)
-    return cache
+def placed_cache(buffers: KVBuffers, capture: KeyCapture) -> DynamicCache:
+    """A cache whose tokens before the captured ones are in the buffers, and that puts the captured ones there."""
+    return _cache([PlacedLayer(layer, capture, buffers) for layer in range(buffers.keys.shape[0])])
 
 
 def make_plain(cache: DynamicCache) -> None:

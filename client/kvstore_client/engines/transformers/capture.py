@@ -1,5 +1,6 @@
 """Taking keys before RoPE out of a running model."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +32,9 @@ class KeyCapture:
         """Position of the first captured token: those before it were reused."""
         self._latest: list[torch.Tensor | None] = [None] * layers
         self._steps: list[list[torch.Tensor]] = [[] for _ in range(layers)]
+        self._began_s = time.perf_counter()
+        self.first_pass_s = 0.0
+        """How long the first forward pass took, about: seen when its last layer begins."""
 
     def projected(self, layer: int, keys: torch.Tensor) -> None:
         """A forward pass computed these keys, `[batch, tokens, kv_heads, head_dim]`."""
@@ -41,6 +45,9 @@ class KeyCapture:
         latest, self._latest[layer] = self._latest[layer], None
         if latest is not None and tuple(latest.shape[:2]) == (1, tokens):
             self._steps[layer].append(latest[0])
+        layers = len(self._latest)
+        if not self.first_pass_s and layer == layers - 1:
+            self.first_pass_s = (time.perf_counter() - self._began_s) * layers / max(1, layers - 1)
 
     def reaches(self, tokens: int) -> bool:
         """Whether the keys of every layer end at this position: none is missing, none too many."""

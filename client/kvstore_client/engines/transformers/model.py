@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,20 +14,20 @@ from kvstore_client.engines.transformers.cache import (
     FetchIncompleteError,
     arriving_cache,
     empty_cache,
-    filled_cache,
     make_plain,
+    placed_cache,
 )
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
-from kvstore_client.engines.transformers.features import PromptFeatures, embedded
+from kvstore_client.engines.transformers.costs import costs_of
+from kvstore_client.engines.transformers.features import PromptFeatures
+from kvstore_client.engines.transformers.generated import Begun, ComputedRun, Generated, new_chunks
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import spec_of
-from kvstore_client.fetch import Fetch, FetchReport
+from kvstore_client.fetch import Computing, Fetch, FetchReport
 from kvstore_client.lookup import PrefixMatch
-from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
-from kvstore_codec.calibration import token_features
 from kvstore_codec.errors import CodecError
-from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
+from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
 
@@ -73,6 +72,8 @@ class CachedModel:
         self.spec: ModelSpec = spec_of(model, model_id)
         """What names this model's chunks; made anew when the weights have changed."""
         self._weights = _weights_state(model)
+        self._costs = costs_of(model, self.spec, client)
+        """What planning goes by; None when nothing is planned."""
         self.last_report = GenerationReport(0, 0, Timeline())
         """What the latest `generate` reused; empty before the first."""
         self._hooks = install_hooks(model)
@@ -93,25 +94,50 @@ class CachedModel:
             input_ids = arguments.pop("inputs", None)
         if generation_config is not None:
             arguments["generation_config"] = generation_config
+        return self.finish(self.begin(input_ids, **arguments))
+
+    def begin(self, input_ids: torch.Tensor | None, **arguments: Any) -> Begun:
+        """The first half of `generate`: what is stored of the prompt is looked up, and begins to come. Nothing is
+        computed and nothing waited for but the lookup, so a prompt whose KV is on its way need not hold up another
+        (`Begun.on_ready`). Hand it to `finish`, or to `cancel`."""
+        timeline = Timeline()
         reason = bypass_reason(self.model, input_ids, arguments) or self._renew_spec()
         if reason is not None or input_ids is None:
-            self.client.metrics.missed(f"bypass_{reason}")
-            self.last_report = GenerationReport(
-                0 if input_ids is None else input_ids.numel(), 0, Timeline(), bypassed=reason
-            )
-            return self.model.generate(input_ids, **arguments)
-
-        timeline = Timeline()
+            return Begun(input_ids, arguments, timeline, bypassed=reason)
         tokens: list[int] = input_ids[0].tolist()
         ids = self.client.chunk_ids(self.spec, tokens)
-        output, cache, capture, fetched = self._generate_reusing(input_ids, ids, arguments, timeline)
-        reused = capture.first_token
-        self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)
-        self.last_report = GenerationReport(len(tokens), reused, timeline, fetched)
-        if self.store and self._may_store_behind(fetched):
+        match = self.client.match(self.spec, ids, timeline)
+        started = self._start_fetch(match, input_ids[0], timeline) if match.chunks else None
+        if started is None:
+            self.client.release(match)
+            return Begun(input_ids, arguments, timeline, match)
+        return Begun(input_ids, arguments, timeline, match, *started)
+
+    def finish(self, begun: Begun) -> Any:
+        """The second half of `generate`, with its result."""
+        input_ids, timeline = begun.input_ids, begun.timeline
+        if begun.bypassed is not None or input_ids is None:
+            self.client.metrics.missed(f"bypass_{begun.bypassed}")
+            self.last_report = GenerationReport(
+                0 if input_ids is None else input_ids.numel(), 0, timeline, bypassed=begun.bypassed
+            )
+            return self.model.generate(input_ids, **begun.arguments)
+        generated = self._generate(begun, input_ids)
+        output, total = generated.output, input_ids.shape[1]
+        reused = generated.capture.first_token - generated.computed_chunks * CHUNK_TOKENS
+        self.client.metrics.prompt(reused_tokens=reused, computed_tokens=total - reused)
+        self.last_report = GenerationReport(total, reused, timeline, generated.report)
+        if self.store:
             sequence = output if isinstance(output, torch.Tensor) else output.sequences
-            self._store_new(sequence[0, : cache.get_seq_length()].tolist(), cache, capture)
+            self._store_new(begun, sequence[0, : generated.cache.get_seq_length()].tolist(), generated)
         return output
+
+    def cancel(self, begun: Begun) -> None:
+        """Nobody will finish it."""
+        if begun.fetch is not None:
+            begun.fetch.cancel()
+        if begun.buffers is not None:
+            self.client.buffers.give_back(begun.buffers)
 
     def close(self) -> None:
         """Take the hooks off the model. The client stays open."""
@@ -131,33 +157,57 @@ class CachedModel:
             self.client.prepare(self.spec)
         return None
 
-    def _generate_reusing(
-        self, input_ids: torch.Tensor, ids: list[ChunkId], arguments: dict[str, Any], timeline: Timeline
-    ) -> tuple[Any, DynamicCache, KeyCapture, FetchReport | None]:
-        match = self.client.match(self.spec, ids, timeline)
-        started = self._start_fetch(match, input_ids[0], timeline) if match.chunks else None
-        if started is None:
-            self.client.release(match)
+    def _generate(self, begun: Begun, input_ids: torch.Tensor) -> Generated:
+        if begun.fetch is None or begun.buffers is None:
             capture = self._capture(0)
-            cache = empty_cache(capture, self.spec.layers)
-            return *self._run(input_ids, cache, capture, arguments, timeline), None
-
-        buffers, fetch = started
+            output, cache = self._run(begun, input_ids, empty_cache(capture, self.spec.layers), capture)
+            self._learn(capture, input_ids.shape[1])
+            return Generated(output, cache, capture)
+        fetch, buffers = begun.fetch, begun.buffers
+        runs: list[ComputedRun] = []
         try:
-            # At least one token must pass through the model: its logits are what comes next.
-            capture = self._capture(min(match.tokens, input_ids.shape[1] - 1))
-            cache = arriving_cache(buffers, capture, fetch, timeline)
-            return *self._run(input_ids, cache, capture, arguments, timeline), fetch.finish()
-        except FetchIncompleteError:
-            report = fetch.wait()
-            capture = self._capture(min(report.delivered * CHUNK_TOKENS, input_ids.shape[1] - 1))
-            cache = filled_cache(buffers, capture, input_ids.device)
+            while True:
+                while (run := fetch.next_to_compute()) is not None:
+                    runs.append(self._compute(begun, input_ids, run))
+                    fetch.computed(*run)
+                # At least one token must pass through the model: its logits are what comes next.
+                capture = self._capture(min(fetch.reusable_tokens, input_ids.shape[1] - 1))
+                if not capture.first_token:
+                    fetch.finish()
+                    cache = empty_cache(capture, self.spec.layers)
+                else:
+                    cache = arriving_cache(buffers, capture, fetch, begun.timeline)
+                try:
+                    output, cache = self._run(begun, input_ids, cache, capture)
+                except FetchIncompleteError:
+                    continue
+                report = fetch.finish()
+                computed = [
+                    run.keep(buffers) for run in runs if not report.missing.keys().isdisjoint(run.chunks)
+                ]
+                return Generated(
+                    output, cache, capture, report, computed, sum(len(run.chunks) for run in runs)
+                )
         finally:
             fetch.finish()
             self.client.buffers.give_back(buffers)
-        if arguments.get("streamer") is not None:
-            arguments = arguments | {"streamer": _PromptSeen(arguments["streamer"])}
-        return *self._run(input_ids, cache, capture, arguments, timeline), report
+
+    def _compute(self, begun: Begun, input_ids: torch.Tensor, run: tuple[int, int]) -> ComputedRun:
+        """Put the KV of a run of chunks into the buffers, where all before them lies."""
+        first, end = run
+        capture = self._capture(first * CHUNK_TOKENS)
+        buffers, tokens = begun.buffers, slice(first * CHUNK_TOKENS, end * CHUNK_TOKENS)
+        if buffers is None:
+            raise RuntimeError("nothing is fetched, so nothing is computed in its place")
+        with (
+            begun.timeline.span("compute", f"chunks {first}-{end - 1}"),
+            capture.active(),
+            torch.inference_mode(),
+        ):
+            self.model.get_decoder()(
+                input_ids=input_ids[:, tokens], past_key_values=placed_cache(buffers, capture), use_cache=True
+            )
+        return ComputedRun(range(first, end), capture)
 
     def _start_fetch(
         self, match: PrefixMatch, tokens: torch.Tensor, timeline: Timeline
@@ -166,7 +216,10 @@ class CachedModel:
         try:
             buffers = self.client.buffers.take(self.spec, match.tokens)
             rotary, features = self._rotary(match.tokens), PromptFeatures(self.model, tokens)
-            return buffers, self.client.fetch(match, buffers, rotary, timeline, features)
+            computing = None
+            if self._costs is not None:
+                computing = Computing(self._costs, match.tokens, len(tokens) - match.tokens)
+            return buffers, self.client.fetch(match, buffers, rotary, timeline, features, computing)
         except (RuntimeError, MemoryError) as error:
             log.warning("cannot fetch %d chunks: %s", len(match.chunks), error)
             self.client.metrics.missed("no_resources", len(match.chunks))
@@ -176,55 +229,39 @@ class CachedModel:
         return KeyCapture(self.spec.layers, first_token)
 
     def _run(
-        self,
-        input_ids: torch.Tensor,
-        cache: DynamicCache,
-        capture: KeyCapture,
-        arguments: dict[str, Any],
-        timeline: Timeline,
-    ) -> tuple[Any, DynamicCache, KeyCapture]:
-        with timeline.span("compute"), capture.active():
-            output = self.model.generate(input_ids, past_key_values=cache, **arguments)
+        self, begun: Begun, input_ids: torch.Tensor, cache: DynamicCache, capture: KeyCapture
+    ) -> tuple[Any, DynamicCache]:
+        with begun.timeline.span("compute"), capture.active():
+            output = self.model.generate(input_ids, past_key_values=cache, **begun.next_arguments())
         make_plain(cache)
-        return output, cache, capture
+        return output, cache
+
+    def _learn(self, capture: KeyCapture, tokens: int) -> None:
+        """How long a prompt took that was computed alone. On other devices the call returns before the work is done."""
+        if self._costs is not None and self.model.device.type == "cpu" and capture.first_pass_s:
+            self._costs.observe_prefill(0, tokens, capture.first_pass_s)
 
     def _rotary(self, tokens: int) -> tuple[RotaryTable, ...]:
         return rotary_tables(self.model, tokens, self.spec.dtype.torch, "cpu")
 
-    def _may_store_behind(self, fetched: FetchReport | None) -> bool:
-        """Whether what was computed is as faithful as the encoding it would be stored as says."""
-        storing = self.client.store.encoding
-        if fetched is None or not fetched.delivered or all(map(storing.may_follow, fetched.encodings)):
-            return True
-        self.client.metrics.missed("store_behind_lossy")
-        return False
-
-    def _store_new(self, tokens: list[int], cache: DynamicCache, capture: KeyCapture) -> None:
-        if not capture.reaches(len(tokens)):
+    def _store_new(self, begun: Begun, tokens: list[int], generated: Generated) -> None:
+        report = generated.report
+        encodings = self.client.store.encodings_behind(report.encodings if report is not None else ())
+        if not encodings:
+            self.client.metrics.missed("store_behind_lossy")
+            return
+        if not generated.capture.reaches(len(tokens)):
             self.client.metrics.missed("store_unaligned")
             return
         ids = self.client.chunk_ids(self.spec, tokens)
-        first_new = -(-capture.first_token // CHUNK_TOKENS)
-        if first_new >= len(ids):
-            return
-        # Waiting chunks must not keep a long reused prefix alive.
-        begin = first_new * CHUNK_TOKENS
-        values = tuple(layer.values[:, :, begin:] for layer in cache.layers)
-        if 2 * begin > len(tokens):
-            values = tuple(tensor.clone() for tensor in values)
-        starts = range(begin, len(ids) * CHUNK_TOKENS, CHUNK_TOKENS)
-        features: list[partial[torch.Tensor] | None] = [None] * len(starts)
-        if self.client.store.needs_features:
-            # Looked up now: the weights may have changed when the chunks' turn has come.
-            rows = embedded(self.model, torch.tensor(tokens[begin : starts.stop]))
-            features = [partial(token_features, chunk) for chunk in torch.split(rows, CHUNK_TOKENS)]
-        self.client.store.put(
-            self.spec,
-            [
-                NewChunk(id_, _Gather(capture, values, start, begin), chunk_features, begins_text=start == 0)
-                for id_, start, chunk_features in zip(ids[first_new:], starts, features, strict=True)
-            ],
+        stored = set(range(len(begun.match.chunks)))
+        if report is not None:
+            stored.difference_update(report.missing)
+        chunks = new_chunks(
+            self.model, tokens, ids, stored, generated, features=self.client.store.needs_features
         )
+        if chunks:
+            self.client.store.put(self.spec, chunks, encodings)
 
 
 def _weights_state(model: PreTrainedModel) -> tuple[object, ...]:
@@ -239,36 +276,3 @@ def _weights_state(model: PreTrainedModel) -> tuple[object, ...]:
         *((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters),
         *samples.tolist(),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Gather:
-    """Brings one chunk of computed KV together, when its turn to be stored has come."""
-
-    capture: KeyCapture
-    values: tuple[torch.Tensor, ...]
-    """Per layer `[1, kv_heads, tokens, head_dim]`, from position `values_begin` on."""
-    begin: int
-    values_begin: int
-
-    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        end = self.begin + CHUNK_TOKENS
-        keys = torch.stack([self.capture.keys(i, self.begin, end) for i in range(len(self.values))])
-        span = slice(self.begin - self.values_begin, end - self.values_begin)
-        return keys, torch.stack([values[0, :, span] for values in self.values])
-
-
-class _PromptSeen:
-    """A streamer for a second attempt: the prompt was announced to it by the first."""
-
-    def __init__(self, streamer: Any) -> None:
-        self._streamer = streamer
-        self._prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._prompt_seen:
-            self._streamer.put(value)
-        self._prompt_seen = True
-
-    def end(self) -> None:
-        self._streamer.end()

@@ -1,0 +1,42 @@
+"""What a model costs on this machine: measured when it is first used, and kept."""
+
+import logging
+
+from transformers import PreTrainedModel
+
+from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.transformers.profile import profile_of
+from kvstore_client.ratio import Costs, ProfileStore
+from kvstore_client.settings import ClientSettings, Policy
+from kvstore_codec.encoding import Encoding, Rate
+from kvstore_codec.model_spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+def costs_of(model: PreTrainedModel, spec: ModelSpec, client: KVStoreClient) -> Costs | None:
+    """None when the client's policy is fixed, and when nothing can be measured. Takes seconds once on a machine."""
+    settings = client.settings
+    if settings.policy is Policy.FIXED:
+        return None
+    names = _likely(settings)
+    klt = None
+    if any(Encoding.parse(name).needs_calibration for name in names):
+        klt = client.prepare(spec).result()  # bounded by the settings' timeouts
+    try:
+        store = ProfileStore(settings.cache_dir)
+        return Costs(profile_of(model, spec, names, klt, store, decode_threads=settings.decoders))
+    except OSError as error:
+        log.warning(
+            "fetches of %s are not planned: its profile cannot be kept in %s: %s",
+            spec.model_id, settings.cache_dir, error,
+        )  # fmt: skip
+        return None
+
+
+def _likely(settings: ClientSettings) -> list[str]:
+    """Encodings that fetches will meet. What others cost is guessed after them, and learned."""
+    names = [*settings.encodings, *settings.accept]
+    if settings.floor is not None:
+        names += [f"{rate}-klt-pco" for rate in Rate if rate is not Rate.EXACT]
+    return [name for name in dict.fromkeys(names) if settings.accepts(name)]

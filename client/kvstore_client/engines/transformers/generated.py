@@ -1,0 +1,169 @@
+"""One `generate` call, from what was looked up for it to the chunks that it leaves to be stored."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from kvstore_client.buffers import KVBuffers
+from kvstore_client.engines.transformers.capture import KeyCapture
+from kvstore_client.engines.transformers.features import embedded
+from kvstore_client.fetch import Fetch, FetchReport
+from kvstore_client.lookup import PrefixMatch
+from kvstore_client.store import NewChunk
+from kvstore_client.timeline import Timeline
+from kvstore_codec.calibration import token_features
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
+
+
+@dataclass(slots=True)
+class Begun:
+    """A call whose reusable KV is on its way."""
+
+    input_ids: torch.Tensor | None
+    arguments: dict[str, Any]
+    """Of `generate`."""
+    timeline: Timeline
+    match: PrefixMatch = field(default_factory=PrefixMatch)
+    buffers: KVBuffers | None = None
+    fetch: Fetch | None = None
+    bypassed: str | None = None
+    """Why nothing is reused, if the call is not one that can."""
+
+    def __post_init__(self) -> None:
+        if self.arguments.get("streamer") is not None:
+            self.arguments = self.arguments | {"streamer": _PromptOnce(self.arguments["streamer"])}
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What it holds while its KV is on its way."""
+        return self.buffers.memory.numel() if self.buffers is not None else 0
+
+    def on_ready(self, callback: Callable[[], object]) -> None:
+        """Call `callback` once, in any thread, when the engine would not have to wait."""
+        if self.fetch is None:
+            callback()
+        else:
+            self.fetch.on_ready(callback)
+
+    def next_arguments(self) -> dict[str, Any]:
+        """For another pass of the whole prompt."""
+        streamer = self.arguments.get("streamer")
+        if streamer is not None:
+            streamer.expect_prompt()
+        return self.arguments
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedRun:
+    """Chunks that the engine computed before its last pass."""
+
+    chunks: range
+    capture: KeyCapture
+    values: torch.Tensor | None = None
+    """`[layers, kv_heads, tokens, head_dim]`, of these chunks alone."""
+
+    def keep(self, buffers: KVBuffers) -> "ComputedRun":
+        """With values of its own: the buffers are given back."""
+        tokens = slice(self.chunks.start * CHUNK_TOKENS, self.chunks.stop * CHUNK_TOKENS)
+        return ComputedRun(self.chunks, self.capture, buffers.values[:, :, tokens].clone())
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """How a call ended."""
+
+    output: Any
+    cache: DynamicCache
+    capture: KeyCapture
+    """Of the last pass."""
+    report: FetchReport | None = None
+    missing: Sequence[ComputedRun] = ()
+    """Computed because something of them had been missing."""
+    computed_chunks: int = 0
+    """All that were computed before the last pass."""
+
+
+def new_chunks(
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    ids: Sequence[ChunkId],
+    stored: Collection[int],
+    generated: Generated,
+    *,
+    features: bool,
+) -> list[NewChunk]:
+    """The full chunks that were computed and are not `stored`, by index, in prompt order."""
+    return [
+        NewChunk(
+            ids[index], gather, _features(model, tokens, index) if features else None, begins_text=index == 0
+        )
+        for index, gather in sorted(_gathers(len(ids), stored, generated), key=lambda pair: pair[0])
+    ]
+
+
+def _gathers(chunks: int, stored: Collection[int], generated: Generated) -> Iterator[tuple[int, "_Gather"]]:
+    for run in generated.missing:
+        if run.values is not None:
+            for index in run.chunks:
+                if index not in stored:
+                    begin = run.chunks.start * CHUNK_TOKENS
+                    yield index, _Gather(run.capture, tuple(run.values), index * CHUNK_TOKENS, begin)
+    new = [i for i in range(-(-generated.capture.first_token // CHUNK_TOKENS), chunks) if i not in stored]
+    if not new:
+        return
+    # Waiting chunks must not keep a long reused prefix alive.
+    begin = new[0] * CHUNK_TOKENS
+    values = tuple(layer.values[0, :, begin:] for layer in generated.cache.layers)
+    if 2 * begin > chunks * CHUNK_TOKENS:
+        values = tuple(tensor.clone() for tensor in values)
+    for index in new:
+        yield index, _Gather(generated.capture, values, index * CHUNK_TOKENS, begin)
+
+
+def _features(model: PreTrainedModel, tokens: Sequence[int], index: int) -> partial[torch.Tensor]:
+    """Looked up now: the weights may have changed when the chunk's turn has come."""
+    begin = index * CHUNK_TOKENS
+    return partial(token_features, embedded(model, torch.tensor(tokens[begin : begin + CHUNK_TOKENS])))
+
+
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """Brings one chunk of computed KV together, when its turn to be stored has come."""
+
+    capture: KeyCapture
+    values: tuple[torch.Tensor, ...]
+    """Per layer `[kv_heads, tokens, head_dim]`, from position `values_begin` on."""
+    begin: int
+    values_begin: int
+
+    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        end = self.begin + CHUNK_TOKENS
+        keys = torch.stack([self.capture.keys(i, self.begin, end) for i in range(len(self.values))])
+        span = slice(self.begin - self.values_begin, end - self.values_begin)
+        return keys, torch.stack([values[:, span] for values in self.values])
+
+
+class _PromptOnce:
+    """A streamer to which the prompt is announced by the first pass only."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+        self._announced = False
+        self._prompt_comes = True
+
+    def expect_prompt(self) -> None:
+        self._prompt_comes = True
+
+    def put(self, value: torch.Tensor) -> None:
+        comes, self._prompt_comes = self._prompt_comes, False
+        if comes and self._announced:
+            return
+        self._announced = True
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()

@@ -1,0 +1,202 @@
+"""The plan of one fetch: made before it starts, and again while it runs and things move."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kvstore_client.fetch.state import ChunkState
+from kvstore_client.metrics import ClientMetrics
+from kvstore_client.ratio import (
+    COMPUTE,
+    ChunkWork,
+    Costs,
+    DEFAULT_BANDWIDTH_Bps,
+    Links,
+    Option,
+    Order,
+    Plan,
+    Planner,
+    Work,
+)
+from kvstore_client.ratio.predict import predict
+from kvstore_client.timeline import Timeline
+
+# A new plan must be so much better than the old one, because what was begun has been paid for.
+_WORTH_A_CHANGE = 0.9
+# The link has moved when its bandwidth is so many times what the plan reckoned with, or the inverse of it.
+_MOVED = 1.25
+_SHORTEST_INTERVAL_S = 0.02
+# Planning for thousands of chunks takes a while, and holds up the fetch.
+_MOST_PLANNING = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Computing:
+    """What the engine would have to do without the service, and with it in any case."""
+
+    costs: Costs
+    """Of its model."""
+    suffix_first: int
+    """Position of the first token behind the match."""
+    suffix_tokens: int
+    """To be computed in any case."""
+
+
+class Steering:
+    """Asks the planner, and has the chunks come as it says. Used with the fetch's lock held."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        links: Links,
+        computing: Computing,
+        timeline: Timeline,
+        metrics: ClientMetrics,
+        *,
+        replan: bool,
+    ) -> None:
+        self._planner, self._links, self._computing = planner, links, computing
+        self._timeline, self._metrics = timeline, metrics
+        self.replan = replan
+        self._reckoned_Bps: dict[str, float] = {}
+        self._rest_until_s = 0.0
+        self._ends_at_s = 0.0
+        self._busy_until_s = 0.0
+        self.order: Order = "layers"
+        self.replans = 0
+
+    def begin(self, states: Sequence[ChunkState]) -> None:
+        """The first plan."""
+        with self._timeline.span("plan"):
+            work, variants = self._work(states)
+            self._adopt(self._planner.plan(work), states, variants)
+        computed = sum(state.is_computed for state in states)
+        self._metrics.planned(fetched=len(states) - computed, computed=computed)
+        self._mark("plan", states)
+
+    def adjust(self, states: Sequence[ChunkState], *, idle: bool = False) -> bool:
+        """Plan again if the link has moved, or at once when somebody would be `idle`; whether anything changed."""
+        if not self.replan or time.monotonic() < self._rest_until_s:
+            return False
+        if not (idle or self._has_moved()):
+            return False
+        open_states = [state for state in states if _is_open(state)]
+        if not open_states:
+            return False
+        began_s = time.monotonic()
+        with self._timeline.span("plan", "again"):
+            work, variants = self._work(open_states)
+            kept = predict(work, _choices(open_states, variants), self.order)
+            plan = self._planner.plan(work)
+            better = plan.predicted_s < _WORTH_A_CHANGE * kept.predicted_s
+            changed = self._adopt(plan if better else kept, open_states, variants)
+        took_s = time.monotonic() - began_s
+        self._rest_until_s = time.monotonic() + max(_SHORTEST_INTERVAL_S, took_s / _MOST_PLANNING)
+        if changed:
+            self.replans += 1
+            self._metrics.replanned()
+            self._mark("replan", states)
+        return changed
+
+    def engine_began(self, first_token: int, tokens: int) -> None:
+        prefill = self._computing.costs.snapshot().prefill
+        self._busy_until_s = time.monotonic() + prefill.seconds(first_token, tokens)
+
+    def engine_ended(self) -> None:
+        self._busy_until_s = 0.0
+
+    @property
+    def is_engine_busy(self) -> bool:
+        return self._busy_until_s > 0
+
+    def remaining_s(self) -> float:
+        """Until the engine's last forward pass ends, as planned."""
+        return max(0.0, self._ends_at_s - time.monotonic())
+
+    def _has_moved(self) -> bool:
+        for endpoint, reckoned_Bps in self._reckoned_Bps.items():  # noqa: N806
+            now_Bps = self._links.bandwidth_Bps(endpoint)  # noqa: N806
+            if now_Bps is not None and not 1 / _MOVED < now_Bps / reckoned_Bps < _MOVED:
+                return True
+        return False
+
+    def _work(self, states: Sequence[ChunkState]) -> tuple[Work, dict[int, list[int]]]:
+        """What is left to do, and which variant each option of a chunk is."""
+        profile = self._computing.costs.snapshot()
+        endpoints = {state.chunk.member.endpoint for state in states}
+        bandwidths = {e: self._links.bandwidth_Bps(e) for e in endpoints}
+        chunks: list[ChunkWork] = []
+        variants: dict[int, list[int]] = {}
+        for state in states:
+            tokens_left = state.left_share() * state.tokens
+            options, variants[state.index] = [], []
+            for number, variant in enumerate(state.chunk.variants):
+                left_bytes = None if state.is_lost else state.left_bytes(number)
+                if left_bytes is None:
+                    continue
+                name = variant.header.encoding.name
+                cost = profile.codec(name)
+                options.append(
+                    Option(name, left_bytes, cost.decode_s * tokens_left, cost.restore_s * tokens_left)
+                )
+                variants[state.index].append(number)
+            chunks.append(
+                ChunkWork(
+                    state.index,
+                    state.chunk.first_token,
+                    state.tokens,
+                    state.chunk.member.endpoint,
+                    tuple(options),
+                )
+            )
+        work = Work(
+            tuple(chunks),
+            self._computing.suffix_first,
+            self._computing.suffix_tokens,
+            {e: b for e, b in bandwidths.items() if b is not None},
+            {e: self._links.latency_s(e) for e in endpoints},
+            profile.prefill,
+            profile.interference,
+            profile.decode_threads,
+            max(0.0, self._busy_until_s - time.monotonic()),
+        )
+        return work, variants
+
+    def _adopt(self, plan: Plan, states: Sequence[ChunkState], variants: dict[int, list[int]]) -> bool:
+        changed = plan.order != self.order
+        for state in states:
+            option = plan.choices[state.index]
+            choice = COMPUTE if option == COMPUTE else variants[state.index][option]
+            changed |= choice != state.choice
+            state.choose(choice)
+        self.order = plan.order
+        self._ends_at_s = time.monotonic() + plan.predicted_s
+        endpoints = {state.chunk.member.endpoint for state in states}
+        self._reckoned_Bps = {e: self._links.bandwidth_Bps(e) or DEFAULT_BANDWIDTH_Bps for e in endpoints}
+        return changed
+
+    def _mark(self, name: str, states: Sequence[ChunkState]) -> None:
+        how = [
+            "computed" if s.is_computed else s.chunk.variants[s.choice].header.encoding.name for s in states
+        ]
+        bandwidth_Bps = min(self._reckoned_Bps.values(), default=0.0)  # noqa: N806
+        self._timeline.mark(
+            name,
+            ", ".join(f"{how.count(what)} {what}" for what in dict.fromkeys(how)),
+            bandwidth_Bps=bandwidth_Bps,
+            order=self.order,
+            predicted_s=self.remaining_s(),
+            computed=how.count("computed"),
+        )
+
+
+def _choices(states: Sequence[ChunkState], variants: Mapping[int, list[int]]) -> dict[int, int]:
+    """How the chunks come now, as a plan would say it."""
+    return {s.index: COMPUTE if s.is_computed else variants[s.index].index(s.choice) for s in states}
+
+
+def _is_open(state: ChunkState) -> bool:
+    """Whether it may still come in another way."""
+    if state.is_engines or state.is_lost:
+        return False
+    return state.is_computed or bool(state.unread)
