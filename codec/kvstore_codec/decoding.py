@@ -29,7 +29,7 @@ from kvstore_codec.words import decode_words, words_of
 
 class FramesTogether:
     """Frames of one period, of as many chunks as there are: each range is decoded when it is read, and frames of KLT
-    coefficients are restored together, at a third less time than one chunk after the other. Not thread-safe.
+    coefficients are restored together, in a fifth less time than one chunk after the other. Not thread-safe.
 
         together = FramesTogether()
         for each range: together.read(...)      # raises for this range only
