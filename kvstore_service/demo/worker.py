@@ -123,7 +123,11 @@ class _Session:
         from kvstore_client.engines.transformers import CachedModel
 
         with connect(
-            self._job.address, routes=self._job.routes, encoding=encoding, accept=(encoding,)
+            self._job.address,
+            routes=self._job.routes,
+            encoding=encoding,
+            accept=(encoding,),
+            policy="fixed",  # it is this encoding that is shown
         ) as client:
             cached = CachedModel(self._model, client)
             try:

@@ -153,6 +153,7 @@ class Fetch:
         report = self._finished = self._progress.report()
         self._metrics.received(report.received_bytes)
         self._metrics.delivered(report.fetched)
+        self._metrics.planned(fetched=report.chunks - report.computed, computed=report.computed)
         self._metrics.fetched(self._timeline, self._timeline.now_s() - self._began_s)
         for reason in sorted(set(report.missing.values())):
             self._metrics.missed(reason, sum(1 for r in report.missing.values() if r == reason))

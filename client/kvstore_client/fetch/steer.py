@@ -70,8 +70,6 @@ class Steering:
         with self._timeline.span("plan"):
             work, variants = self._work(states)
             self._adopt(self._planner.plan(work), states, variants)
-        computed = sum(state.is_computed for state in states)
-        self._metrics.planned(fetched=len(states) - computed, computed=computed)
         self._mark("plan", states)
 
     def adjust(self, states: Sequence[ChunkState], *, idle: bool = False) -> bool:

@@ -23,6 +23,10 @@ _SAMPLE_S, _SAMPLE_BYTES = 0.005, 256 << 10
 _STALE_S = 2.0
 """After so long a silence the next sample replaces all before it. Until then they are the best there is."""
 
+_HOPE_S = 30.0
+"""An estimate that nobody has seen confirmed doubles in this time, up to the default: a link too slow to be worth a
+fetch would otherwise never be tried again."""
+
 _MOST_SAMPLES = 1024
 """From memory, a window has more of them than tell anything."""
 _SHORTEST_S = 1e-6
@@ -61,9 +65,14 @@ class _Link:
             self.size_bytes -= old_bytes
             self.seconds -= old_s
 
-    @property
-    def bandwidth_Bps(self) -> float | None:  # noqa: N802
-        return self.size_bytes / max(self.seconds, _SHORTEST_S) if self.samples else None
+    def bandwidth_Bps(self, now_s: float) -> float | None:  # noqa: N802
+        if not self.samples:
+            return None
+        seen_Bps = self.size_bytes / max(self.seconds, _SHORTEST_S)  # noqa: N806
+        unseen_s = now_s - self.seen_s - _STALE_S
+        if unseen_s <= 0 or seen_Bps >= DEFAULT_BANDWIDTH_Bps:
+            return seen_Bps
+        return min(DEFAULT_BANDWIDTH_Bps, seen_Bps * 2.0 ** min(unseen_s / _HOPE_S, 64.0))
 
 
 class Links:
@@ -93,7 +102,7 @@ class Links:
             link = self._links.get(endpoint)
             if link is None or not link.samples:
                 link = max(self._links.values(), key=lambda other: other.seen_s, default=None)
-            return link.bandwidth_Bps if link is not None else None
+            return link.bandwidth_Bps(self._clock()) if link is not None else None
 
     def latency_s(self, endpoint: str) -> float:
         """0 for an endpoint that was never asked."""

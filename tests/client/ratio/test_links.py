@@ -99,6 +99,23 @@ def test_after_a_silence_the_first_sample_replaces_the_estimate() -> None:
     assert wire.links.bandwidth_Bps("a") == pytest.approx((1 << 20) / 0.01)
 
 
+def test_an_estimate_that_is_not_confirmed_becomes_hopeful() -> None:
+    """Otherwise a link that was slow once would never be tried again."""
+    wire = _Wire()
+    wire.receive("slow", 1e6, 1.0)
+    wire.receive("fast", 1e9, 1.0)
+    hopes = []
+    for _ in range(5):
+        hopes.append(wire.links.bandwidth_Bps("slow"))
+        wire.clock.now_s += 30
+    assert hopes == sorted(hopes)
+    assert hopes[0] == pytest.approx(1e6, rel=0.05)
+    assert hopes[2] == pytest.approx(4e6, rel=0.1)
+    wire.clock.now_s += 3600
+    assert wire.links.bandwidth_Bps("slow") == 125e6
+    assert wire.links.bandwidth_Bps("fast") == pytest.approx(1e9, rel=0.05)
+
+
 def test_latency_is_the_smoothed_first_byte() -> None:
     links = Links()
     links.first_byte("a", 0.01)
