@@ -68,11 +68,12 @@ class _Link:
     def bandwidth_Bps(self, now_s: float) -> float | None:  # noqa: N802
         if not self.samples:
             return None
-        seen_Bps = self.size_bytes / max(self.seconds, _SHORTEST_S)  # noqa: N806
+        seen_Bps: float = self.size_bytes / max(self.seconds, _SHORTEST_S)  # noqa: N806
         unseen_s = now_s - self.seen_s - _STALE_S
         if unseen_s <= 0 or seen_Bps >= DEFAULT_BANDWIDTH_Bps:
             return seen_Bps
-        return min(DEFAULT_BANDWIDTH_Bps, seen_Bps * 2.0 ** min(unseen_s / _HOPE_S, 64.0))
+        hope: float = 2.0 ** min(unseen_s / _HOPE_S, 64.0)
+        return min(DEFAULT_BANDWIDTH_Bps, seen_Bps * hope)
 
 
 class Links:

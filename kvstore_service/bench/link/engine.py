@@ -14,7 +14,6 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from kvstore_client import KVStoreClient, connect
-from kvstore_client.buffers import BufferPool
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.timeline import STAGES, Timeline
 from kvstore_codec.encoding import Rate
@@ -40,6 +39,7 @@ class _Answered:
     reused_tokens: int
     received_bytes: int
     encodings: tuple[str, ...] = ()
+    replans: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class _Engine:
 
     def __init__(self) -> None:
         self._prompts: dict[int, Prompt] = {}
-        self._clients: dict[str, KVStoreClient] = {}
+        self._models: dict[str, CachedModel] = {}
         self._policies: dict[str, Policy] = {}
         self._references: dict[int, _Reference] = {}
         self._decoded: dict[int, dict[str, torch.Tensor]] = {}
@@ -80,27 +80,25 @@ class _Engine:
         self._prompts = prompts(sources()[0], tokenizer, tokens)
         rate = Rate(floor) if floor else None
         self._policies = {policy.name: policy for policy in policies_named(policies, rate, adaptive)}
-        pool: BufferPool | None = None
         for name, policy in self._policies.items():
             if policy.settings:
-                client = connect(
-                    address,
-                    routes=routes,
-                    **policy.settings,
-                )
-                # They run one after the other, and one process would not have so many pools.
-                client.buffers = pool = pool or client.buffers
-                self._clients[name] = client
-        if self._clients:
-            self._cached = CachedModel(self._model, next(iter(self._clients.values())), store=False)
-            for client in self._clients.values():
-                client.prepare(self._cached.spec).result()
+                self._models[name] = self._connected(connect(address, routes=routes, **policy.settings))
         if cachegen_folder is not None:
             self._decoded = {length: load_file(cachegen_file(cachegen_folder, length)) for length in tokens}
             self._sizes = dict(zip(tokens, cachegen_bytes, strict=True))
             self._stream = ByteStream(source)
         for prompt in self._prompts.values():  # the first forward passes of a process are slow
             self._cold(prompt.ids.flip(1), 1)
+
+    def _connected(self, client: KVStoreClient) -> CachedModel:
+        """The model behind a client. They are asked one after the other, so they share buffers, and the hooks of the
+        last one, which serve whichever is computing: a second set would note every key twice."""
+        for other in self._models.values():
+            client.buffers = other.client.buffers
+            other.close()
+        cached = CachedModel(self._model, client, store=False)
+        client.prepare(cached.spec).result()
+        return cached
 
     def measure(self, policy: str, tokens: int, judge: bool) -> dict[str, Any]:
         """Ask the question. With `judge` also how faithful what the policy delivers is; not part of the time."""
@@ -111,7 +109,7 @@ class _Engine:
         elif kind == "cachegen":
             answered = self._behind_cachegen(tokens, new_tokens)
         else:
-            answered = self._fetching(self._clients[policy], prompt.ids, new_tokens)
+            answered = self._fetching(self._models[policy], prompt.ids, new_tokens)
         self._last[policy] = TracedRun(policy, answered.timeline, answered.ttft_s)
         timeline, until_s = answered.timeline, answered.ttft_s
         said: dict[str, Any] = {
@@ -120,7 +118,7 @@ class _Engine:
             "reused_tokens": answered.reused_tokens,
             "computed_tokens": prompt.ids.shape[1] - answered.reused_tokens,
             "stage_s": {stage: timeline.busy_s(stage, until_s) for stage in STAGES},
-            "replans": sum(mark.name == "replan" and mark.at_s <= until_s for mark in timeline.marks),
+            "replans": answered.replans,
             "encodings": sorted(answered.encodings),
         }
         return said | (self._judged(tokens, answered) if judge else {})
@@ -139,11 +137,10 @@ class _Engine:
             output = self._model.generate(ids, streamer=first, **_decoding(new_tokens))
         return _Answered(output, timeline, first.ttft_s, 0, 0)
 
-    def _fetching(self, client: KVStoreClient, ids: torch.Tensor, new_tokens: int) -> _Answered:
-        self._cached.client = client
+    def _fetching(self, cached: CachedModel, ids: torch.Tensor, new_tokens: int) -> _Answered:
         first = FirstTokenTimer()
-        output = self._cached.generate(ids, streamer=first, **_decoding(new_tokens))
-        report = self._cached.last_report
+        output = cached.generate(ids, streamer=first, **_decoding(new_tokens))
+        report = cached.last_report
         fetch = report.fetch
         return _Answered(
             output,
@@ -152,6 +149,7 @@ class _Engine:
             report.reused_tokens,
             fetch.received_bytes if fetch else 0,
             tuple(encoding.name for encoding in fetch.encodings) if fetch else (),
+            fetch.replans if fetch else 0,
         )
 
     def _behind_cachegen(self, tokens: int, new_tokens: int) -> _Answered:
@@ -188,8 +186,9 @@ class _Engine:
         return said
 
     def close(self) -> None:
-        for client in self._clients.values():
-            client.close()
+        for cached in self._models.values():
+            cached.close()
+            cached.client.close()
 
 
 def _decoding(new_tokens: int) -> dict[str, Any]:

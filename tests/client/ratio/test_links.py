@@ -94,7 +94,6 @@ def test_after_a_silence_the_first_sample_replaces_the_estimate() -> None:
     wire = _Wire()
     wire.receive("a", 1e6, 0.5, 16 << 10)
     wire.clock.now_s += 60
-    assert wire.links.bandwidth_Bps("a") == pytest.approx(1e6, rel=0.01)  # kept until there is better
     wire.links.observe("a", 1 << 20, 0.01)
     assert wire.links.bandwidth_Bps("a") == pytest.approx((1 << 20) / 0.01)
 
