@@ -86,7 +86,7 @@ class _Engine:
         if cachegen_folder is not None:
             self._decoded = {length: load_file(cachegen_file(cachegen_folder, length)) for length in tokens}
             self._sizes = dict(zip(tokens, cachegen_bytes, strict=True))
-            self._stream = ByteStream(source)
+            self._stream = ByteStream(routes.get(source, source))
         for prompt in self._prompts.values():  # the first forward passes of a process are slow
             self._cold(prompt.ids.flip(1), 1)
 
