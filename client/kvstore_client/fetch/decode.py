@@ -7,7 +7,7 @@ import torch
 
 from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
 from kvstore_client.lookup import StoredChunk
-from kvstore_codec.codec import decode_frames
+from kvstore_codec.decoding import FramesTogether
 from kvstore_codec.errors import CalibrationError
 from kvstore_codec.klt_frames import KLT, Prediction
 
@@ -46,10 +46,13 @@ class Predictions:
             self._made[index] = None
 
 
-def decode(item: ReceivedFrames, destination: Destination, predictions: Predictions) -> None:
-    """Raises CodecError for a frame that is not what its header says; the destination is then partly written."""
+def decode(
+    item: ReceivedFrames, destination: Destination, predictions: Predictions, together: FramesTogether
+) -> None:
+    """Raises CodecError for a frame that is not what its header says; the destination is then partly written. What
+    `together` restores is there only after that."""
     task = item.task
-    decode_frames(
+    together.read(
         task.variant.header,
         task.first_frame,
         task.frame_count,

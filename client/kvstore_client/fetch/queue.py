@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -50,6 +50,16 @@ class StageQueue(Generic[Item]):
                 self._weight -= weight
                 self._changed.notify_all()
             yield item
+
+    def next_if(self, wanted: Callable[[Item], bool]) -> Item | None:
+        """The next item, if there is one already and it is wanted."""
+        with self._changed:
+            if self._aborted or not self._items or not wanted(self._items[0][0]):
+                return None
+            item, weight = self._items.popleft()
+            self._weight -= weight
+            self._changed.notify_all()
+            return item
 
     def close(self) -> None:
         """Called once by each producer when it is done."""

@@ -1,13 +1,16 @@
 """Restore stage: what was received becomes keys and values in their place, keys rotated to their position."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
 from kvstore_client.fetch.decode import Predictions, decode
 from kvstore_client.fetch.receive import Receiver
 from kvstore_client.ratio import Costs
+from kvstore_codec.decoding import FramesTogether
 from kvstore_codec.errors import CalibrationError, ChecksumError, CodecError
+from kvstore_codec.klt_frames import TOKENS_AT_ONCE
 from kvstore_codec.rope import rotate_
 
 
@@ -17,6 +20,12 @@ def restore(task: ReadTask, destination: Destination) -> None:
         for layer in range(task.layers.start, task.layers.stop):
             table = destination.rotary[layer].at(task.tokens)
             rotate_(destination.buffers.keys[layer, :, task.tokens], table)
+
+
+@dataclass(slots=True)
+class _Decoded:
+    task: ReadTask
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,48 +38,73 @@ class Restorer:
     costs: Costs | None
 
     def run(self) -> None:
-        """One range after the other, until nothing more is received."""
-        for item in self.receiver.out:
-            if (decode_s := self._decode(item)) is not None:
-                self._restore(item.task, decode_s)
+        """One range after the other, until nothing more is received. Ranges that are waiting and can be restored in
+        one product are."""
+        for first in self.receiver.out:
+            together = FramesTogether()
+            decoded: list[_Decoded] = []
+            item: ReceivedFrames | None = first
+            while item is not None:
+                self._decode(item, together, decoded)
+                item = self.receiver.out.next_if(partial(_joins, together))
+            self._place(together, decoded)
 
     def run_apart(self) -> None:
         """The stages one after the other, for measuring what the pipeline buys: receive, decode, restore all."""
-        decoded = [(item.task, self._decode(item)) for item in list(self.receiver.out)]
-        for task, decode_s in decoded:
-            if decode_s is not None:
-                self._restore(task, decode_s)
+        batches: list[list[_Decoded]] = []
+        for item in list(self.receiver.out):
+            together = FramesTogether()
+            batches.append([])
+            self._decode(item, together, batches[-1])
+            self._finish(together, batches[-1])
+        for batch in batches:
+            for decoded in batch:
+                self._restore(decoded)
 
-    def _decode(self, received: ReceivedFrames) -> float | None:
-        """How long it took; None when it is not wanted any more, or bad wherever it is read: its chunk is missing."""
+    def _decode(self, received: ReceivedFrames, together: FramesTogether, decoded: "list[_Decoded]") -> None:
+        """If it is wanted and good. A frame that is bad wherever it is read makes its chunk missing."""
         progress, task = self.receiver.progress, received.task
         if not progress.begin_decode(task):
-            return None
+            return
         item: ReceivedFrames | None = received
         reason = ""
         while item is not None:
             start_s = progress.timeline.now_s()
             try:
-                decode(item, self.destination, self.predictions)
+                decode(item, self.destination, self.predictions, together)
             except CodecError as error:
                 reason = _reason(error)
             else:
-                return self._note("decode", start_s, task)
+                decoded.append(_Decoded(task, self._note("decode", start_s, task)))
+                return
             # Bytes that are not what the header says may be so elsewhere, where the same header is.
             item = self.receiver.read_again(task) if reason == "checksum" else None
             if item is not None:
                 self.receiver.metrics.failed_over(reason)
         progress.fail(task, reason)
-        return None
 
-    def _restore(self, task: ReadTask, decode_s: float) -> None:
+    def _place(self, together: FramesTogether, batch: "list[_Decoded]") -> None:
+        self._finish(together, batch)
+        for decoded in batch:
+            self._restore(decoded)
+
+    def _finish(self, together: FramesTogether, batch: "list[_Decoded]") -> None:
+        if together.tokens:
+            start_s = self.receiver.progress.timeline.now_s()
+            together.restore_()
+            share_s = self._note("decode", start_s, batch[0].task) / len(batch)
+            for decoded in batch:
+                decoded.seconds += share_s
+
+    def _restore(self, decoded: "_Decoded") -> None:
         progress, layers = self.receiver.progress, self.destination.buffers.keys.shape[0]
+        task = decoded.task
         start_s = progress.timeline.now_s()
         restore(task, self.destination)
         restore_s = self._note("restore", start_s, task)
         if self.costs is not None and not progress.is_engine_busy:
             token_layers = (task.tokens.stop - task.tokens.start) * (task.layers.stop - task.layers.start)
-            self.costs.observe_decode(task.encoding.name, token_layers / layers, decode_s, restore_s)
+            self.costs.observe_decode(task.encoding.name, token_layers / layers, decoded.seconds, restore_s)
         if progress.deliver(task):
             self.predictions.drop(task.chunk_index)
 
@@ -79,6 +113,15 @@ class Restorer:
         end_s = timeline.now_s()
         timeline.add(stage, start_s, end_s, task.label, chunk=task.chunk_index, encoding=task.encoding.name)
         return end_s - start_s
+
+
+def _joins(together: FramesTogether, item: ReceivedFrames) -> bool:
+    variant = item.task.variant
+    return (
+        0 < together.tokens < TOKENS_AT_ONCE
+        and variant.klt is not None
+        and together.takes(variant.header, item.task.first_frame, variant.klt)
+    )
 
 
 def _reason(error: CodecError) -> str:
