@@ -28,6 +28,12 @@ from tests.client.conftest import ServedCluster, served_cluster
 NAMES = ["exact-zstd", "exact-raw", "high-zstd", "high-raw@128", "medium-raw", "low-zstd", "step0.5-zstd"]
 
 
+@pytest.fixture(autouse=True)
+def _chosen_among(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fixed policy takes encodings in the order of `accept`; the others see the most faithful first."""
+    monkeypatch.setenv("KVSTORE_POLICY", "adaptive")
+
+
 def store(address: str, encoding: str, document: list[ChunkId], folder: Path) -> None:
     with connect(address, encoding=encoding, cache_dir=folder) as client:
         assert put(client, document) == len(document)
@@ -174,6 +180,10 @@ def test_chunks_are_stored_in_every_encoding(cluster: ServedCluster) -> None:
         assert client.metrics.snapshot()["bytes_out"] == sum(
             variant.header.size_bytes for chunk in match.chunks for variant in chunk.variants
         )
+    with connect(cluster.address, policy="fixed", accept=("low-zstd", "exact-zstd")) as client:
+        match = client.match(SPEC, document)
+        client.release(match)
+        assert offered(match) == [["low-zstd", "exact-zstd"]] * 3
     assert cluster.stored_chunks() == 9
     cluster.check_nothing_is_held()
 
