@@ -1,0 +1,116 @@
+"""Several requests for one model: who waits for KV does not hold up who does not."""
+
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kvstore_client.admission import AdmissionQueue
+from kvstore_client.engines.transformers.bypass import bypass_reason
+from kvstore_client.engines.transformers.generated import Begun
+from kvstore_client.engines.transformers.model import CachedModel
+
+
+@dataclass(slots=True, eq=False)
+class _Question:
+    input_ids: torch.Tensor
+    arguments: dict[str, Any]
+    answer: "Future[Any]" = field(default_factory=Future)
+    begun: Begun | None = None
+    """Its fetch, once that has begun."""
+
+
+class _Reuse:
+    """The Arrival of a question of which `tokens` tokens are stored."""
+
+    def __init__(self, cached: CachedModel, question: _Question, tokens: int) -> None:
+        self._cached, self._question = cached, question
+        self.size_bytes = tokens * cached.spec.kv_bytes_per_token
+
+    def start(self) -> None:
+        self._question.begun = self._cached.begin(self._question.input_ids, **self._question.arguments)
+
+    def on_ready(self, callback: Callable[[], object]) -> None:
+        self._begun.on_ready(callback)
+
+    def remaining_s(self) -> float:
+        fetch = self._begun.fetch
+        return 0.0 if fetch is None else fetch.planned_s() or math.inf
+
+    def cancel(self) -> None:
+        self._cached.cancel(self._begun)
+
+    @property
+    def _begun(self) -> Begun:
+        if self._question.begun is None:
+            raise RuntimeError("the fetch was not started")
+        return self._question.begun
+
+
+class RequestQueue:
+    """Answers requests one after the other in a thread of its own, each when its KV is there: in order, except that who
+    waits for KV is passed by who does not. Thread-safe.
+
+    At most `fetches` requests fetch at a time, into buffers of at most `buffer_bytes` (default: the client's
+    `pool_bytes`). While there is nothing else to do, a request is taken `early_s` before its KV is expected, and
+    computes behind the rest as it arrives.
+    """
+
+    def __init__(
+        self, cached: CachedModel, *, fetches: int = 4, buffer_bytes: int | None = None, early_s: float = 0.05
+    ) -> None:
+        client = cached.client
+        limit_bytes = client.settings.pool_bytes if buffer_bytes is None else buffer_bytes
+        self._cached = cached
+        self._queue = AdmissionQueue[_Question](
+            client.metrics, fetches=fetches, buffer_bytes=limit_bytes, early_s=early_s
+        )
+        self._engine = threading.Thread(target=self._answer, name="kvstore-engine", daemon=True)
+        self._engine.start()
+
+    def submit(self, input_ids: torch.Tensor, **arguments: Any) -> "Future[Any]":
+        """What `CachedModel.generate` would return. The future's `cancel` ends what has not reached the model yet.
+
+        Looks up in the caller's thread what is stored: about 2 ms, at most `lookup_timeout_s`. Raises ValueError after
+        `close`.
+        """
+        question = _Question(input_ids, arguments)
+        tokens = self._stored_tokens(input_ids, arguments)
+        self._queue.submit(question, _Reuse(self._cached, question, tokens) if tokens else None)
+        question.answer.add_done_callback(lambda answer: answer.cancelled() and self._queue.cancel(question))
+        return question.answer
+
+    def close(self) -> None:
+        """Cancel what has not reached the model, and wait for the answer that is being given."""
+        for question in self._queue.close():
+            question.answer.cancel()
+        self._engine.join()
+
+    def _stored_tokens(self, input_ids: torch.Tensor, arguments: dict[str, Any]) -> int:
+        cached, client = self._cached, self._cached.client
+        if bypass_reason(cached.model, input_ids, arguments) is not None:
+            return 0
+        match = client.match(cached.spec, client.chunk_ids(cached.spec, input_ids[0].tolist()))
+        client.release(match)  # it may be long until it is this request's turn to fetch
+        return match.tokens
+
+    def _answer(self) -> None:
+        while (question := self._queue.next_ready(threading.TIMEOUT_MAX)) is not None:
+            try:
+                if question.answer.set_running_or_notify_cancel():
+                    question.answer.set_result(self._result(question))
+                elif question.begun is not None:
+                    self._cached.cancel(question.begun)
+            except BaseException as error:  # the asker's to handle, whatever it is
+                question.answer.set_exception(error)
+            finally:
+                self._queue.finished(question)
+
+    def _result(self, question: _Question) -> Any:
+        if question.begun is None:
+            return self._cached.generate(question.input_ids, **question.arguments)
+        return self._cached.finish(question.begun)
