@@ -137,7 +137,9 @@ class ClientSettings(BaseSettings):
         return self.decode_threads or min(4, max(1, (os.cpu_count() or 1) // 2))
 
     inflight_bytes: int = Field(default=64 << 20, gt=0)
-    """Received bytes that may wait for decoding; beyond it the sender is slowed down."""
+    """Received bytes that may wait for decoding; beyond it the sender is slowed down. Besides, a fetch holds what is
+    being received and decoded (a MiB or so for each owner and decoder), and the client keeps 64 MiB of receive memory
+    warm: with the default a fetch's buffers stay below 256 MB, its destination apart."""
 
     pool_bytes: int = Field(default=256 << 20, ge=0)
     """Memory kept between fetches for the KV they bring; larger fetches allocate theirs anew."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 LARGEST_BYTES = 32 << 20
 _SMALLEST_BYTES = 64 << 10
 _KEPT_BYTES = 64 << 20
-"""Of each size: what a fetch may have waiting for its decoder."""
+"""In all: what a fetch may have waiting for its decoder."""
 
 
 class ReceiveMemory:
@@ -21,11 +21,11 @@ class ReceiveMemory:
 
     def __init__(self) -> None:
         # Memory may come back in the middle of anything, whenever an object is collected: appending to a deque and
-        # popping from it take no lock, and a full one drops what is oldest.
+        # popping from it take no lock.
         self._free: dict[int, deque[NDArray[np.uint8]]] = {}
         size_bytes = _SMALLEST_BYTES
         while size_bytes <= LARGEST_BYTES:
-            self._free[size_bytes] = deque(maxlen=_KEPT_BYTES // size_bytes)
+            self._free[size_bytes] = deque()
             size_bytes *= 2
 
     def take(self, size_bytes: int) -> memoryview:
@@ -33,11 +33,16 @@ class ReceiveMemory:
         exists."""
         if size_bytes < _SMALLEST_BYTES // 2:
             return memoryview(bytearray(size_bytes))
-        free = self._free[max(_SMALLEST_BYTES, 1 << (size_bytes - 1).bit_length())]
+        whole_bytes = max(_SMALLEST_BYTES, 1 << (size_bytes - 1).bit_length())
         try:
-            memory = free.pop()
+            memory = self._free[whole_bytes].pop()
         except IndexError:
-            memory = np.empty(max(_SMALLEST_BYTES, 1 << (size_bytes - 1).bit_length()), np.uint8)
+            memory = np.empty(whole_bytes, np.uint8)
         lent = memory[:size_bytes]
-        weakref.finalize(lent, free.append, memory).atexit = False
+        weakref.finalize(lent, self._keep, memory).atexit = False
         return lent.data
+
+    def _keep(self, memory: NDArray[np.uint8]) -> None:
+        kept_bytes = sum(len(free) * size_bytes for size_bytes, free in self._free.items())
+        if kept_bytes + memory.nbytes <= _KEPT_BYTES:
+            self._free[memory.nbytes].append(memory)
