@@ -19,7 +19,7 @@ from kvstore_client.scores import report_scores
 from kvstore_client.settings import ClientSettings, Policy
 from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
-from kvstore_codec.encoding import Encoding
+from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
 from kvstore_codec.model_spec import ModelSpec
@@ -81,8 +81,9 @@ class KVStoreClient:
     def prepare(self, spec: ModelSpec) -> Loading:
         """Start getting what will be needed for this model's KV, so that not the first prompt finds it missing: its
         newest calibration, if any accepted encoding needs one. Nobody has to wait for the future."""
-        names = (*self.settings.encodings, *self.settings.accept)
-        if any(Encoding.parse(name).needs_calibration for name in names):
+        settings = self.settings
+        lossy = settings.floor not in (None, Rate.EXACT)
+        if lossy or any(Encoding.parse(n).needs_calibration for n in (*settings.encodings, *settings.accept)):
             return self.ready_calibrations.for_model(spec.digest)
         nothing: Loading = Loading()
         nothing.set_result(None)
