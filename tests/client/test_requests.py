@@ -54,9 +54,7 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
         endpoint, bulk = cluster.servers[0].address, cluster.bulk[0].address
         with (
             ShapedLink(bulk, bandwidth_bps=FAST_BPS) as link,
-            connect(
-                cluster.address, routes={endpoint: endpoint, bulk: link.address}, fetch_timeout_s=4.0
-            ) as client,
+            connect(cluster.address, routes={endpoint: endpoint, bulk: link.address}) as client,
         ):
             cached = CachedModel(tiny_model(), client, store=False)
             queue = RequestQueue(cached)

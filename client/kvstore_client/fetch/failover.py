@@ -208,6 +208,7 @@ class Failover:
         """The loop of the thread that watches, until the fetch is over."""
         limit_s = self._settings.failover_s
         while not over.wait(min(limit_s / _CHECKS_PER_LIMIT, _LOOK_EVERY_S)):
+            self._progress.check_patience()
             with self._lock:
                 readings = list(self._readings)
             for member, reading in readings:

@@ -59,6 +59,7 @@ class Fetch:
         self._timeline = timeline
         self._began_s = timeline.now_s()
         self._computing = computing
+        self._finishing = threading.Lock()
         self._finished: FetchReport | None = None
         steering = None
         if planner is not None and computing is not None:
@@ -144,8 +145,10 @@ class Fetch:
 
     def finish(self) -> FetchReport:
         """End the fetch, free everything it held and say how it went. Safe to call more than once."""
-        if self._finished is not None:
-            return self._finished
+        with self._finishing:
+            return self._finished or self._finish()
+
+    def _finish(self) -> FetchReport:
         self._progress.end("cancelled")
         for thread in self._threads:
             thread.join()

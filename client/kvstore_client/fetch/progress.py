@@ -146,6 +146,13 @@ class Progress:
         with self._changed:
             self._last_progress = max(self._last_progress, at_s)
 
+    def check_patience(self) -> None:
+        """Called now and then: gives up what is too late, also when no engine waits for it."""
+        with self._changed:
+            if self._open_chunks and not self._ended and self._patience_s() <= 0:
+                self._lose_patience()
+        self._tell_if_ready()
+
     def begin_decode(self, task: ReadTask) -> bool:
         """Whether this read is still wanted. If so its place is the decoder's until `deliver` or `fail`."""
         with self._changed:
@@ -391,12 +398,17 @@ class Progress:
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         while not (condition() or self._ended):
-            now = time.monotonic()
-            patience_s = min(self._deadline, self._last_progress + self._stall_s) - now
+            patience_s = self._patience_s()
             if patience_s <= 0:
-                self._give_up("timeout" if now >= self._deadline else "stalled")
+                self._lose_patience()
                 return
             self._changed.wait(patience_s)
+
+    def _patience_s(self) -> float:
+        return min(self._deadline, self._last_progress + self._stall_s) - time.monotonic()
+
+    def _lose_patience(self) -> None:
+        self._give_up("timeout" if time.monotonic() >= self._deadline else "stalled")
 
 
 def _by_layers(task: ReadTask) -> tuple[int, int, int]:

@@ -30,26 +30,51 @@ class CapturedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not 
         return keys, values
 
 
-class ArrivingLayer(CapturedLayer):
-    """One layer of reused KV. The first `update` waits for it; afterwards it is an ordinary layer."""
+class PlacedLayer(CapturedLayer):
+    """One layer behind reused KV that lies in buffers: what the model computes is put behind it while there is room,
+    and nothing is copied. Afterwards it is an ordinary layer."""
+
+    def __init__(self, layer: int, capture: KeyCapture, buffers: KVBuffers) -> None:
+        super().__init__(layer, capture)
+        self._all_keys, self._all_values = (b[layer].unsqueeze(0) for b in (buffers.keys, buffers.values))
+        self.is_in_buffers = True
+        """Whether its tensors are views of buffers that will be given back."""
+        self._show(capture.first_token)
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        begin = self.get_seq_length()
+        end = begin + key_states.shape[-2]
+        if not self.is_in_buffers or end > self._all_keys.shape[-2]:
+            self.is_in_buffers = False
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._capture.cached(self._layer, key_states.shape[-2])
+        self._all_keys[:, :, begin:end].copy_(key_states)
+        self._all_values[:, :, begin:end].copy_(value_states)
+        self._show(end)
+        return self.keys.to(key_states.device), self.values.to(value_states.device)
+
+    def _show(self, tokens: int) -> None:
+        self.keys, self.values = self._all_keys[:, :, :tokens], self._all_values[:, :, :tokens]
+
+
+class ArrivingLayer(PlacedLayer):
+    """One layer of reused KV. The first `update` waits for it."""
 
     def __init__(
         self,
         layer: int,
         capture: KeyCapture,
         buffers: KVBuffers,
-        tokens: int,
         fetch: Fetch,
         timeline: Timeline,
     ) -> None:
-        super().__init__(layer, capture)
+        super().__init__(layer, capture, buffers)  # views: their length is known before their content is
         self._fetch, self._timeline = fetch, timeline
         self._arrived = False
-        # Views: their length is known before their content is.
-        self.keys = buffers.keys[layer, :, :tokens].unsqueeze(0)
-        self.values = buffers.values[layer, :, :tokens].unsqueeze(0)
-        self.dtype, self.device = self.keys.dtype, self.keys.device
-        self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -67,31 +92,7 @@ class ArrivingLayer(CapturedLayer):
         if device != self.device:
             self.keys, self.values = self.keys.to(device), self.values.to(device)
             self.device = device
-
-
-class PlacedLayer(CapturedLayer):
-    """One layer behind reused KV that lies in buffers: what the model computes is put into its place there."""
-
-    def __init__(self, layer: int, capture: KeyCapture, buffers: KVBuffers) -> None:
-        super().__init__(layer, capture)
-        self._layer_keys, self._layer_values = (b[layer].unsqueeze(0) for b in (buffers.keys, buffers.values))
-        self._show(capture.first_token)
-        self.dtype, self.device = self.keys.dtype, self.keys.device
-        self.is_initialized = True
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: object, **_kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._capture.cached(self._layer, key_states.shape[-2])
-        begin = self.get_seq_length()
-        end = begin + key_states.shape[-2]
-        self._layer_keys[:, :, begin:end].copy_(key_states)
-        self._layer_values[:, :, begin:end].copy_(value_states)
-        self._show(end)
-        return self.keys.to(key_states.device), self.values.to(value_states.device)
-
-    def _show(self, tokens: int) -> None:
-        self.keys, self.values = self._layer_keys[:, :, :tokens], self._layer_values[:, :, :tokens]
+            self.is_in_buffers = False
 
 
 def empty_cache(capture: KeyCapture, layers: int) -> DynamicCache:
@@ -101,13 +102,8 @@ def empty_cache(capture: KeyCapture, layers: int) -> DynamicCache:
 
 def arriving_cache(buffers: KVBuffers, capture: KeyCapture, fetch: Fetch, timeline: Timeline) -> DynamicCache:
     """A cache that holds the tokens before the captured ones as soon as `fetch` has delivered them."""
-    tokens = capture.first_token
-    return _cache(
-        [
-            ArrivingLayer(layer, capture, buffers, tokens, fetch, timeline)
-            for layer in range(buffers.keys.shape[0])
-        ]
-    )
+    layers = range(buffers.keys.shape[0])
+    return _cache([ArrivingLayer(layer, capture, buffers, fetch, timeline) for layer in layers])
 
 
 def placed_cache(buffers: KVBuffers, capture: KeyCapture) -> DynamicCache:
@@ -121,7 +117,8 @@ def make_plain(cache: DynamicCache) -> None:
         plain = DynamicLayer()
         if layer.is_initialized:
             plain.lazy_initialization(layer.keys, layer.values)
-            plain.keys, plain.values = layer.keys, layer.values
+            lent = isinstance(layer, PlacedLayer) and layer.is_in_buffers
+            plain.keys, plain.values = (t.clone() if lent else t for t in (layer.keys, layer.values))
         cache.layers[index] = plain
 
 

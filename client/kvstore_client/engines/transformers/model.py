@@ -214,7 +214,7 @@ class CachedModel:
     ) -> tuple[KVBuffers, Fetch] | None:
         """None when this process has no memory or thread left for it."""
         try:
-            buffers = self.client.buffers.take(self.spec, match.tokens)
+            buffers = self.client.buffers.take(self.spec, len(tokens))  # what is computed goes behind it
             rotary, features = self._rotary(match.tokens), PromptFeatures(self.model, tokens)
             computing = None
             if self._costs is not None:
