@@ -122,8 +122,8 @@ class StorageNode:
         hold the same content; with `all_encodings` also in which others of them, or of any when there are none.
         Counts as one use of what was found, unless it is a `peek`, and leases it for `lease_s` when positive.
 
-        Raises StorageError when the headers of what was found have more than `max_header_bytes` together; then
-        nothing is leased.
+        Further encodings of later chunks are left out where their headers would not fit into `max_header_bytes`.
+        Raises StorageError when those of one encoding of each chunk have more together; then nothing is leased.
         """
         now_s = self._clock()
         answers: list[LookupAnswer] = []
@@ -153,6 +153,15 @@ class StorageNode:
                 others: Sequence[FoundVariant] = ()
                 if all_encodings:
                     slots = self._index.others(chunk, slot, preference, now_s)
+                    if max_header_bytes is not None and slots:
+                        # Every chunk behind this one has to be named before any is named twice.
+                        behind = len(chunks) - len(answers) - 1
+                        own = [header_sizes[other] if with_headers else 0 for other in (slot, *slots)]
+                        needed = (
+                            header_bytes + behind * own[0] + sum(own[1:]) + len(slots) * _OTHER_ENCODING_BYTES
+                        )
+                        if needed > max_header_bytes:
+                            slots = []
                     others = [self._found(other, with_headers=with_headers) for other in slots]
                     hits += slots
                     for place, other in enumerate(slots, 1):

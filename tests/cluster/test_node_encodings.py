@@ -1,5 +1,6 @@
 """Lookups that name every encoding a chunk is stored in."""
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -96,13 +97,18 @@ def test_all_encodings_are_used_unless_it_is_a_peek(node: StorageNode, peek: boo
     assert (len(answer.others) == 2) is survives
 
 
-def test_headers_of_all_encodings_count_against_the_limit(node: StorageNode) -> None:
-    variants = [sample_chunk(encoding=name) for name in NAMES[:2]]
-    for chunk in variants:
+def test_further_encodings_are_left_out_where_their_headers_do_not_fit(node: StorageNode) -> None:
+    stored = [[sample_chunk(content, encoding=name) for name in NAMES[:3]] for content in range(4)]
+    for chunk in itertools.chain(*stored):
         put(node, chunk)
-    limit = sum(chunk.header.header_bytes for chunk in variants)
-    ids = [variants[0].chunk_id]
-    assert node.lookup(ids, NAMES, max_header_bytes=limit, lease_s=60.0).lease_id is not None
+    ids = [variants[0].chunk_id for variants in stored]
+    own = sum(variants[0].header.header_bytes for variants in stored)
+    room = 2 * sum(
+        chunk.header.header_bytes + 128 for chunk in stored[0][1:]
+    )  # for those of two chunks, about
+    result = node.lookup(ids, NAMES, max_header_bytes=own + room, lease_s=60.0, all_encodings=True)
+    assert [len(answer.others) for answer in result.answers] == [2, 2, 0, 0]
+    assert [answer.encoding for answer in result.answers] == [NAMES[0]] * 4
     with pytest.raises(StorageError, match="look fewer chunks up"):
-        node.lookup(ids, NAMES, max_header_bytes=limit, lease_s=60.0, all_encodings=True)
+        node.lookup(ids, NAMES, max_header_bytes=own - 1, lease_s=60.0, all_encodings=True)
     assert node.stats().leases == 1
