@@ -195,6 +195,7 @@ class AdmissionQueue(Generic[Request]):
                 elif started:
                     entry.state = "fetching"
                 else:
+                    entry.kv = _NothingToFetch()  # what never began cannot be cancelled
                     self._arrived(entry)
             if cancelled and started:
                 entry.kv.cancel()

@@ -163,6 +163,16 @@ def test_a_fetch_that_cannot_start_makes_its_request_ready(
     assert all(load.started.wait(SOON_S) for load in loads)
 
 
+def test_a_fetch_that_never_began_is_not_cancelled(queue: Queue) -> None:
+    load = Load(fails=True)
+    queue.submit(A, load)
+    assert load.started.wait(SOON_S)
+    while queue.waiting:
+        time.sleep(0.001)
+    assert queue.cancel(A)
+    assert not load.cancelled.is_set()
+
+
 def test_cancelled_requests_never_come_and_make_room(queue: Queue) -> None:
     loads = [Load(), Load(), Load()]
     for request, load in zip((A, B, C), loads, strict=True):
