@@ -19,7 +19,7 @@ def parse_bandwidth(text: str) -> float:
     """Bits per second from `50mbit`, `1gbit`, `2.5gbit`, `500kbit` (decimal units, as `tc` writes them)."""
     match = _BANDWIDTH.fullmatch(text.strip())
     bandwidth_bps = float(match[1]) * _BITS[match[2].lower()] if match else 0.0
-    if bandwidth_bps <= 0:
+    if not 0 < bandwidth_bps < float("inf"):
         raise ConfigurationError(f"{text!r} is no bandwidth; write for example 500kbit, 50mbit or 1gbit")
     return bandwidth_bps
 
