@@ -266,10 +266,9 @@ class StorageService:
         for index, wanted in enumerate(request.ranges):
             try:
                 with self._node.open(chunks[wanted.chunk], request.encodings[wanted.chunk]) as reader:
-                    piece = self._throttle.piece_bytes(piece_bytes)
-                    for views in reader.pieces(wanted.first_frame, wanted.frame_count, piece):
-                        self._throttle.wait(sum(view.nbytes for view in views))
-                        yield encode_read_piece(index, views)
+                    for piece in reader.pieces(wanted.first_frame, wanted.frame_count, piece_bytes):
+                        for views in self._throttle.paced(piece):
+                            yield encode_read_piece(index, views)
             except (ChunkNotFoundError, ChunkFormatError):
                 yield _read_failure(index, pb.READ_STATUS_NOT_FOUND)
             except FrameRangeError:

@@ -2,12 +2,15 @@
 
 import threading
 import time
+from collections.abc import Iterator, Sequence
 
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.link.bandwidth import TokenBucket
 
 SLOWEST_BPS = 100e3
 """Below it one piece takes longer than readers have patience."""
+FASTEST_BPS = 1e12
+"""Beyond all links; what a node says of itself are integers of 64 bits."""
 _BURST_BYTES = 16 << 10
 
 
@@ -26,25 +29,31 @@ class Throttle:
 
     def set(self, bandwidth_bps: float | None) -> None:
         """From now on; whoever waits for a piece under another limit goes on at once. Raises ConfigurationError."""
-        if bandwidth_bps is not None and not SLOWEST_BPS <= bandwidth_bps < float("inf"):
+        if bandwidth_bps is not None and not SLOWEST_BPS <= bandwidth_bps <= FASTEST_BPS:
             raise ConfigurationError(
-                f"a node can be limited to {SLOWEST_BPS / 1e3:.0f} kbit/s or more, not to {bandwidth_bps:g} bit/s"
+                f"a node can be limited to {SLOWEST_BPS / 1e3:.0f} kbit/s or more, up to {FASTEST_BPS / 1e9:.0f} "
+                f"Gbit/s, not to {bandwidth_bps:g} bit/s"
             )
         # Two at once: the one that is not seen any more has nobody waiting for long.
         before, self._limit = self._limit, None if bandwidth_bps is None else _Limit(bandwidth_bps)
         if before is not None:
             before.over.set()
 
-    def piece_bytes(self, most: int) -> int:
-        """How much to send at once, `most` without a limit: pieces of 2 ms, so that all have their turn."""
-        limit = self._limit
-        return most if limit is None else min(most, limit.bucket.piece_bytes)
-
-    def wait(self, size_bytes: int) -> None:
-        """Returns when so many bytes may have left; to be called before they are sent."""
-        limit = self._limit
-        if limit is not None:
-            limit.wait(size_bytes)
+    def paced(self, views: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
+        """These bytes, each piece of them when it may leave: all at once without a limit, else pieces of 2 ms, so that
+        all connections have their turn and a limit that changes in between is kept."""
+        if self._limit is None:
+            yield views
+            return
+        for view in views:
+            rest = view
+            while rest.nbytes:
+                limit = self._limit
+                size = rest.nbytes if limit is None else min(rest.nbytes, limit.bucket.piece_bytes)
+                if limit is not None:
+                    limit.wait(size)
+                yield [rest[:size]]
+                rest = rest[size:]
 
 
 class _Limit:

@@ -122,10 +122,10 @@ class Session:
             with self._node.open(chunk_id, encoding) as reader:
                 first, count = wanted.first_frame, wanted.frame_count
                 header = pack_header(FrameKind.RANGE, reader.range_bytes(first, count), range_index=index)
-                for views in reader.pieces(first, count, self._throttle.piece_bytes(_SEND_BYTES)):
-                    self._throttle.wait(sum(view.nbytes for view in views))
-                    self._stream.send(views if began else [header, *views], self._patience_s)
-                    began = True
+                for piece in reader.pieces(first, count, _SEND_BYTES):
+                    for views in self._throttle.paced(piece):
+                        self._stream.send(views if began else [header, *views], self._patience_s)
+                        began = True
         except (ChunkNotFoundError, ChunkFormatError) as error:
             if began:  # and the rest was announced
                 raise ConnectionAbortedError(str(error)) from error

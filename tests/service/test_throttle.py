@@ -26,6 +26,7 @@ from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import ConfigurationError, KVStoreError
 from kvstore_service.cli import app
 from kvstore_service.grpc_coordinator import serve_coordinator
+from kvstore_service.link.bandwidth import MIN_PIECE_BYTES
 from kvstore_service.listen import Address
 from kvstore_service.peer_nodes import GrpcPeers
 from kvstore_service.storage_server import StorageServer
@@ -151,6 +152,7 @@ def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:
     for arguments, reason in (
         (("throttle", "fast"), "no bandwidth"),
         (("throttle", "1kbit"), "100 kbit/s or more"),
+        (("throttle", "30000000000gbit"), "up to 1000 Gbit/s"),
         (("throttle", "1mbit", "--node", "node-7"), "no live node"),
         (("throttle", "--node", "node-1"), "how fast"),
     ):
@@ -159,17 +161,32 @@ def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:
     assert all(node["bandwidth_bps"] is None for node in cluster.kvstore("throttle")["nodes"])
 
 
+def taken(throttle: Throttle, size_bytes: int) -> Iterator[int]:
+    """Sizes of the pieces in which so many bytes may leave."""
+    return (sum(view.nbytes for view in views) for views in throttle.paced([memoryview(bytes(size_bytes))]))
+
+
 def test_whoever_waits_goes_on_when_the_limit_is_lifted() -> None:
     throttle = Throttle()
-    throttle.set(1e6)
-    throttle.wait(BURST_BYTES)
-    waiter = threading.Thread(target=throttle.wait, args=(10_000_000,))
+    assert list(taken(throttle, 1 << 20)) == [1 << 20]
+    throttle.set(100e3)
+    sizes: list[int] = []
+    waiter = threading.Thread(target=lambda: sizes.extend(taken(throttle, 10_000_000)))
     waiter.start()
     time.sleep(0.05)
     assert waiter.is_alive()
     throttle.set(None)
     waiter.join(5)
     assert not waiter.is_alive()
-    assert throttle.piece_bytes(1 << 20) == 1 << 20
+    assert sum(sizes) == 10_000_000
     with pytest.raises(ConfigurationError):
         throttle.set(0.0)
+
+
+def test_what_is_under_way_keeps_to_a_slower_limit() -> None:
+    throttle = Throttle()
+    throttle.set(1e9)
+    pieces = taken(throttle, 1 << 20)
+    assert next(pieces) == 250_000
+    throttle.set(1e6)
+    assert next(pieces) <= MIN_PIECE_BYTES  # not a second's worth of the new limit
