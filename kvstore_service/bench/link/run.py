@@ -197,6 +197,8 @@ def _rounds_for(ttft_s: float, cold_s: float) -> float:
 def _possible(options: Options, report: Report) -> tuple[tuple[Policy, ...], list[str]]:
     """Without a peer that is not installed, and why."""
     policies = policies_named(options.policies, options.floor, options.adaptive)
+    if (options.trace or options.timeline) and not any(policy.chooses for policy in policies):
+        raise ConfigurationError("--trace and --timeline show what adaptive did: name it with --policy, too")
     if cachegen.installed() or not any(policy.kind == "cachegen" for policy in policies):
         return policies, []
     left_out = [f"without LMCache's CacheGen; to have it: {cachegen.INSTALL}"]

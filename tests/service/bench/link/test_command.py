@@ -24,6 +24,7 @@ KVSTORE = str(Path(sys.executable).with_name("kvstore"))
         (("--tokens", "many"), "whole numbers"),
         (("--tokens", "1000"), "multiples of 256"),
         (("--plot", "picture.txt"), "png"),
+        (("--policy", "raw", "--trace", "trace.json"), "show what adaptive did"),
     ],
 )
 def test_what_cannot_be_measured_is_found_out_at_once(arguments: tuple[str, ...], reason: str) -> None:
