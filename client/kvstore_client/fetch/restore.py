@@ -1,5 +1,7 @@
 """Restore stage: what was received becomes keys and values in their place, keys rotated to their position."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -25,7 +27,8 @@ def restore(task: ReadTask, destination: Destination) -> None:
 @dataclass(slots=True)
 class _Decoded:
     task: ReadTask
-    seconds: float
+    seconds: float = 0.0
+    is_in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +47,29 @@ class Restorer:
             together = FramesTogether()
             decoded: list[_Decoded] = []
             item: ReceivedFrames | None = first
-            while item is not None:
-                self._decode(item, together, decoded)
-                item = self.receiver.out.next_if(partial(_joins, together))
-            self._place(together, decoded)
+            with self._leaving(decoded):
+                while item is not None:
+                    self._decode(item, together, decoded)
+                    item = self.receiver.out.next_if(partial(_joins, together))
+                self._finish(together, decoded)
+                self._restore(decoded)
 
     def run_apart(self) -> None:
         """The stages one after the other, for measuring what the pipeline buys: receive, decode, restore all."""
-        batches: list[list[_Decoded]] = []
-        for item in list(self.receiver.out):
-            together = FramesTogether()
-            batches.append([])
-            self._decode(item, together, batches[-1])
-            self._finish(together, batches[-1])
-        for batch in batches:
-            for decoded in batch:
-                self._restore(decoded)
+        decoded: list[_Decoded] = []
+        with self._leaving(decoded):
+            for item in list(self.receiver.out):
+                together, batch = FramesTogether(), len(decoded)
+                self._decode(item, together, decoded)
+                self._finish(together, decoded[batch:])
+            self._restore(decoded)
 
     def _decode(self, received: ReceivedFrames, together: FramesTogether, decoded: "list[_Decoded]") -> None:
         """If it is wanted and good. A frame that is bad wherever it is read makes its chunk missing."""
         progress, task = self.receiver.progress, received.task
         if not progress.begin_decode(task):
             return
+        decoded.append(_Decoded(task))
         item: ReceivedFrames | None = received
         reason = ""
         while item is not None:
@@ -75,18 +79,25 @@ class Restorer:
             except CodecError as error:
                 reason = _reason(error)
             else:
-                decoded.append(_Decoded(task, self._note("decode", start_s, task)))
+                decoded[-1].seconds = self._note("decode", start_s, task)
                 return
             # Bytes that are not what the header says may be so elsewhere, where the same header is.
             item = self.receiver.read_again(task) if reason == "checksum" else None
             if item is not None:
                 self.receiver.metrics.failed_over(reason)
+        decoded.pop()
         progress.fail(task, reason)
 
-    def _place(self, together: FramesTogether, batch: "list[_Decoded]") -> None:
-        self._finish(together, batch)
-        for decoded in batch:
-            self._restore(decoded)
+    @contextmanager
+    def _leaving(self, batch: "list[_Decoded]") -> Iterator[None]:
+        """Whatever goes wrong (a mistake, no memory), nobody waits for ever for places that are written no more."""
+        try:
+            yield
+        except BaseException:
+            for decoded in batch:
+                if not decoded.is_in_place:
+                    self.receiver.progress.fail(decoded.task, "internal_error")
+            raise
 
     def _finish(self, together: FramesTogether, batch: "list[_Decoded]") -> None:
         if together.tokens:
@@ -96,17 +107,21 @@ class Restorer:
             for decoded in batch:
                 decoded.seconds += share_s
 
-    def _restore(self, decoded: "_Decoded") -> None:
+    def _restore(self, batch: "list[_Decoded]") -> None:
         progress, layers = self.receiver.progress, self.destination.buffers.keys.shape[0]
-        task = decoded.task
-        start_s = progress.timeline.now_s()
-        restore(task, self.destination)
-        restore_s = self._note("restore", start_s, task)
-        if self.costs is not None and not progress.is_engine_busy:
-            token_layers = (task.tokens.stop - task.tokens.start) * (task.layers.stop - task.layers.start)
-            self.costs.observe_decode(task.encoding.name, token_layers / layers, decoded.seconds, restore_s)
-        if progress.deliver(task):
-            self.predictions.drop(task.chunk_index)
+        for decoded in batch:
+            task = decoded.task
+            start_s = progress.timeline.now_s()
+            restore(task, self.destination)
+            restore_s = self._note("restore", start_s, task)
+            if self.costs is not None and not progress.is_engine_busy:
+                token_layers = (task.tokens.stop - task.tokens.start) * (task.layers.stop - task.layers.start)
+                self.costs.observe_decode(
+                    task.encoding.name, token_layers / layers, decoded.seconds, restore_s
+                )
+            decoded.is_in_place = True
+            if progress.deliver(task):
+                self.predictions.drop(task.chunk_index)
 
     def _note(self, stage: Literal["decode", "restore"], start_s: float, task: ReadTask) -> float:
         timeline = self.receiver.progress.timeline
