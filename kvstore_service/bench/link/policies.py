@@ -77,14 +77,20 @@ DEFAULT_POLICIES = (
 
 
 def policy_named(name: str, floor: Rate | None, adaptive: Mapping[str, Any]) -> Policy:
-    """`adaptive` are further settings of the adaptive ones. Raises ConfigurationError."""
+    """`adaptive` are further settings of the adaptive ones. A floor that the environment has counts for none of them.
+    Raises ConfigurationError."""
     if name in ("cold", "cachegen"):
         return Policy(name, name)  # type: ignore[arg-type]
     if name == "kvfetcher":
-        settings = {"policy": "kvfetcher", "accept": KVFETCHER, "fetch_timeout_s": _PATIENCE_S}
+        settings: dict[str, Any] = {
+            "policy": "kvfetcher",
+            "accept": KVFETCHER,
+            "floor": None,
+            "fetch_timeout_s": _PATIENCE_S,
+        }
         return Policy(name, "kvfetcher", settings, KVFETCHER)
     if name in _ADAPTIVE:
-        chosen = {"floor": floor.value} if floor else {"accept": STORED}
+        chosen: dict[str, Any] = {"floor": floor.value} if floor else {"accept": STORED, "floor": None}
         return Policy(
             name, "adaptive", {"policy": "adaptive"} | chosen | dict(adaptive) | _ADAPTIVE[name], STORED
         )
@@ -93,7 +99,7 @@ def policy_named(name: str, floor: Rate | None, adaptive: Mapping[str, Any]) -> 
         Encoding.parse(encoding)
     except UnknownEncodingError as error:
         raise _unknown(name) from error
-    settings = {"policy": "fixed", "accept": (encoding,), "fetch_timeout_s": _PATIENCE_S}
+    settings = {"policy": "fixed", "accept": (encoding,), "floor": None, "fetch_timeout_s": _PATIENCE_S}
     return Policy(name, "fixed", settings, (encoding,))
 
 

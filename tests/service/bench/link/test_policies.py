@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvstore_client import ClientSettings
 from kvstore_codec.encoding import Rate
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.bench.link.policies import (
@@ -21,6 +22,15 @@ def test_cold_is_always_first_and_each_comes_once() -> None:
 
 def test_raw_is_the_uncompressed_exact_encoding() -> None:
     assert policy_named("raw", None, {}).settings["accept"] == ("exact-raw",)
+
+
+@pytest.mark.parametrize("name", ["raw", "medium-klt-pco", "kvfetcher", "adaptive"])
+def test_the_environment_allows_no_other_encodings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVSTORE_FLOOR", "exact")
+    policy = policy_named(name, None, {})
+    settings = ClientSettings(**policy.settings)
+    some = {"exact-raw", "exact-zstd", *policy.encodings}
+    assert {encoding for encoding in some if settings.accepts(encoding)} == set(policy.encodings)
 
 
 def test_adaptive_ones_differ_in_one_setting_each() -> None:
