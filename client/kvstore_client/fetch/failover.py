@@ -3,9 +3,10 @@
 import math
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from itertools import accumulate
 
 from kvstore_api.bulk import ReadPiece
 from kvstore_api.placement import Member
@@ -32,20 +33,24 @@ class Reading:
     """A stream that is being read: since when the next piece of it is waited for, and how fast it comes."""
 
     def __init__(
-        self, stream: ReadStream, links: Links, endpoint: str, *, hurried: bool, size_bytes: int
+        self, stream: ReadStream, links: Links, endpoint: str, sizes_bytes: Sequence[int], *, hurried: bool
     ) -> None:
-        """`hurried`: it is given up when it falls silent. `links` are told how fast its bytes come."""
+        """`sizes_bytes` are those of the reads it brings. `hurried`: it is given up when it falls silent. `links` are
+        told how fast its bytes come."""
         self._stream = stream
         self._links, self._endpoint = links, endpoint
         self._hurried = hurried
-        self._left_bytes = size_bytes
+        self._ends_bytes = list(accumulate(sizes_bytes))
+        self._received_bytes = 0
         self._lock = threading.Lock()
         self._waiting_since_s = math.inf
         self._seen_at_s = math.inf
         self._seen_bytes = 0
         """Of the piece that is waited for, those that the links were told of, and when."""
-        self.ended: Literal["silent", "slow"] | None = None
-        """Why it was given up, if it was."""
+        self.is_silent = False
+        """Whether it was given up because nothing came."""
+        self.is_slow = False
+        """Whether it had better be given up after the read that is under way: what is behind that comes too late."""
 
     def __iter__(self) -> Iterator[ReadPiece]:
         """Raises TransferError."""
@@ -74,22 +79,22 @@ class Reading:
                 self._links.observe(
                     self._endpoint, incomplete_bytes - self._seen_bytes, now_s - self._seen_at_s
                 )
-                self._left_bytes -= incomplete_bytes - self._seen_bytes
+                self._received_bytes += incomplete_bytes - self._seen_bytes
                 self._seen_at_s, self._seen_bytes = now_s, incomplete_bytes
 
     def end_if_silent(self, limit_s: float) -> None:
         silent_since_s = max(self._waiting_since_s, self.moved_at_s)
         if self._hurried and time.monotonic() - silent_since_s > limit_s:
-            self._end("silent")
+            self.is_silent = True
+            self._stream.cancel()
 
-    def end_if_slow(self, bandwidth_Bps: float | None, limit_s: float) -> None:  # noqa: N803
-        """Give it up when what is left of it would take longer than `limit_s`."""
-        if bandwidth_Bps is not None and self._left_bytes > limit_s * bandwidth_Bps:
-            self._end("slow")
-
-    def _end(self, reason: Literal["silent", "slow"]) -> None:
-        self.ended = reason
-        self._stream.cancel()
+    def check_speed(self, bandwidth_Bps: float | None, limit_s: float) -> None:  # noqa: N803
+        """It is slow when what is behind the read under way would take longer than `limit_s`. That read itself is
+        brought to its end, however long it takes: otherwise a link could be too slow for any."""
+        under_way = bisect_right(self._ends_bytes, self._received_bytes)
+        if bandwidth_Bps is not None and under_way < len(self._ends_bytes):
+            behind_bytes = self._ends_bytes[-1] - self._ends_bytes[under_way]
+            self.is_slow |= behind_bytes > limit_s * bandwidth_Bps
 
     def _wait(self) -> None:
         with self._lock:
@@ -102,11 +107,12 @@ class Reading:
             if first and not self._seen_bytes:
                 # The first piece also took the way there and back, which is not the link's bandwidth.
                 bandwidth_Bps = self._links.bandwidth_Bps(self._endpoint)  # noqa: N806
-                if bandwidth_Bps is not None:
+                if bandwidth_Bps:
                     self._links.first_byte(self._endpoint, max(0.0, seconds - size_bytes / bandwidth_Bps))
                 seconds = max(seconds - self._links.latency_s(self._endpoint), seconds / 2)
-            self._links.observe(self._endpoint, size_bytes - self._seen_bytes, seconds)
-            self._left_bytes -= size_bytes - self._seen_bytes
+            if size_bytes:  # otherwise it is the news that a chunk has gone
+                self._links.observe(self._endpoint, size_bytes - self._seen_bytes, seconds)
+            self._received_bytes += size_bytes - self._seen_bytes
             self._waiting_since_s = self._seen_at_s = math.inf
 
 
@@ -216,4 +222,4 @@ class Failover:
                 self._progress.moved(reading.moved_at_s)
                 reading.end_if_silent(limit_s)
                 if self._replans:
-                    reading.end_if_slow(self.links.bandwidth_Bps(member.endpoint), _TOO_LONG_S)
+                    reading.check_speed(self.links.bandwidth_Bps(member.endpoint), _TOO_LONG_S)

@@ -26,6 +26,9 @@ from kvstore_codec.rope import RotaryTable
 
 log = logging.getLogger(__name__)
 
+_PROMPT_S = 0.05
+"""An engine that comes later than this had something else to do."""
+
 
 class Fetch:
     """Brings the chunks of a match into buffers. Never raises and never outlives its deadline.
@@ -61,11 +64,12 @@ class Fetch:
         self._computing = computing
         self._finishing = threading.Lock()
         self._finished: FetchReport | None = None
-        steering = None
+        steering: Steering | None = None
         if planner is not None and computing is not None:
             steering = Steering(
                 planner, links, computing, timeline, metrics, replan=settings.replan and settings.pipelined
             )
+        self._steering = steering
         self._progress = Progress(
             match.chunks,
             layers=buffers.keys.shape[0],
@@ -142,6 +146,22 @@ class Fetch:
     def cancel(self) -> FetchReport:
         """Stop now. What was not delivered is missing."""
         return self.finish()
+
+    def learn(self, began_s: float, ended_s: float) -> None:
+        """The engine's last pass began and ended at these times of the timeline: the next plan knows better. Only what
+        went as planned, and was not kept waiting by the engine, teaches anything."""
+        report, steering = self.finish(), self._steering
+        as_planned = report.complete and not report.computed and not report.replans
+        if (
+            self._computing is None
+            or steering is None
+            or not as_planned
+            or began_s - self._began_s > _PROMPT_S
+        ):
+            return
+        self._computing.costs.observe_fetch(
+            report.received_bytes, steering.predicted_s, ended_s - self._began_s
+        )
 
     def finish(self) -> FetchReport:
         """End the fetch, free everything it held and say how it went. Safe to call more than once."""

@@ -70,9 +70,7 @@ class Progress:
         for state in self._states:
             self._by_member.setdefault(state.chunk.member, []).append(state)
         self._steering = steering
-        if steering is not None:
-            steering.begin(self._states)
-        else:
+        if steering is None or not steering.begin(self._states):
             for state in self._states:
                 state.choose(0)
         self._version = 0
@@ -227,19 +225,19 @@ class Progress:
             while True:
                 last_read = self._last_read()
                 first = next((s.index for s in self._states if s.is_computed and not s.is_engines), None)
+                tail = self._states[last_read + 1 :]
                 if first is None or first > last_read:
-                    for state in self._states[last_read + 1 :]:
-                        state.is_engines = True
-                    self._recount()
-                    return None
-                if all(state.is_settled for state in self._states[:first]):
+                    # What a decoder still writes must not be written over what the last pass puts there.
+                    if not any(state.decoding for state in tail):
+                        for state in tail:
+                            state.is_engines = True
+                        self._recount()
+                        return None
+                elif all(state.is_settled for state in self._states[:first]):
                     end = self._take_run(first)
                     if end is not None:
                         return first, end
-                version = self._version
-                if self._ended:
-                    self._changed.wait_for(lambda v=version: self._version != v)  # type: ignore[misc]
-                self._wait_for(lambda v=version: self._version != v)  # type: ignore[misc]
+                self._wait_for_news()
 
     def computed(self, first: int, end: int) -> None:
         """The engine has put these chunks in their place."""
@@ -403,6 +401,13 @@ class Progress:
                 self._lose_patience()
                 return
             self._changed.wait(patience_s)
+
+    def _wait_for_news(self) -> None:
+        version = self._version
+        if self._ended or not self._open_chunks:  # only decoders are in the way: they end, or fail
+            self._changed.wait_for(lambda: self._version != version)
+        else:
+            self._wait_for(lambda: self._version != version)
 
     def _patience_s(self) -> float:
         return min(self._deadline, self._last_progress + self._stall_s) - time.monotonic()

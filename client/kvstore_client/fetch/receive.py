@@ -62,17 +62,23 @@ class Receiver:
         while waiting:
             errand = waiting.popleft()
             member = errand.member
-            failed = self._read(member, errand.tasks, self._pass_on, hurried=errand.hurried)
+            failed = self._read(
+                member,
+                errand.tasks,
+                self._pass_on,
+                hurried=errand.hurried,
+                may_stop=self.ahead and member == owner,
+            )
             if errand.instead_of is not None and not failed:
                 self.failover.broke(errand.instead_of, "silent")
             for reason, unread in failed.items():
-                if reason == "slow" and member == owner:
+                if reason == "slow":
                     self.progress.give_back(unread)
                     continue
                 if self.progress.is_over or reason == "timeout":
                     self.progress.fail_chunks(unread, reason)
                     continue
-                if reason not in ("gone", "silent", "slow"):
+                if reason not in ("gone", "silent"):
                     self.failover.broke(member, reason)
                 places, nowhere = self.failover.elsewhere(unread)
                 if places:
@@ -82,7 +88,7 @@ class Receiver:
                     _Errand(other, tasks, hurried=self.failover.has_others(tasks), instead_of=silent)
                     for other, tasks in places.items()
                 ]
-                if nowhere and reason in ("silent", "slow"):
+                if nowhere and reason == "silent":
                     waiting.append(_Errand(member, nowhere, hurried=False))  # it may only be slow
                 else:
                     self.progress.fail_chunks(nowhere, reason)
@@ -125,9 +131,10 @@ class Receiver:
         take: Callable[[ReceivedFrames], bool],
         *,
         hurried: bool,
+        may_stop: bool = False,
     ) -> dict[str, list[ReadTask]]:
         """One stream, until `take` is False; what it did not bring, by reason. With `hurried` it is ended when it falls
-        silent."""
+        silent, with `may_stop` between two reads when it has become slow."""
         timeline = self.progress.timeline
         stream = self.view.transport(member).read(
             _request(tasks, self._piece_bytes(member)), self.progress.remaining_s()
@@ -137,11 +144,12 @@ class Receiver:
             stream,
             self.failover.links,
             member.endpoint,
+            [task.size_bytes for task in tasks],
             hurried=hurried,
-            size_bytes=sum(task.size_bytes for task in tasks),
         )
         unread: dict[str, list[ReadTask]] = {}
         done = 0
+        reason = "protocol"
         watching = ExitStack()
         try:
             parts: list[memoryview] = []
@@ -179,9 +187,11 @@ class Receiver:
                 parts, received = [], 0
                 done += 1
                 start_s = timeline.now_s()
-            reason = "protocol"
+                if may_stop and reading.is_slow and done < len(tasks):
+                    reason = "slow"
+                    break
         except TransferError as error:
-            reason = reading.ended or error.reason
+            reason = "silent" if reading.is_silent else error.reason
         finally:
             watching.close()
             stream.cancel()

@@ -1,5 +1,6 @@
 """The plan of one fetch: made before it starts, and again while it runs and things move."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from kvstore_client.ratio import (
 )
 from kvstore_client.ratio.predict import predict
 from kvstore_client.timeline import Timeline
+
+log = logging.getLogger(__name__)
 
 # A new plan must be so much better than the old one, because what was begun has been paid for.
 _WORTH_A_CHANGE = 0.9
@@ -63,14 +66,23 @@ class Steering:
         self._ends_at_s = 0.0
         self._busy_until_s = 0.0
         self.order: Order = "layers"
+        self.predicted_s = 0.0
+        """Of the first plan, from its making to the end of the engine's last pass."""
         self.replans = 0
 
-    def begin(self, states: Sequence[ChunkState]) -> None:
-        """The first plan."""
-        with self._timeline.span("plan"):
-            work, variants = self._work(states)
-            self._adopt(self._planner.plan(work), states, variants)
+    def begin(self, states: Sequence[ChunkState]) -> bool:
+        """The first plan; False when there is none to be had."""
+        try:
+            with self._timeline.span("plan"):
+                work, variants = self._work(states)
+                self._adopt(self._planner.plan(work), states, variants)
+        except Exception:  # a mistake of ours must not reach the engine
+            log.exception("a fetch could not be planned")
+            self.replan = False
+            return False
+        self.predicted_s = self.remaining_s()
         self._mark("plan", states)
+        return True
 
     def adjust(self, states: Sequence[ChunkState], *, idle: bool = False) -> bool:
         """Plan again if the link has moved, or at once when somebody would be `idle`; whether anything changed."""
@@ -82,12 +94,17 @@ class Steering:
         if not open_states:
             return False
         began_s = time.monotonic()
-        with self._timeline.span("plan", "again"):
-            work, variants = self._work(open_states)
-            kept = predict(work, _choices(open_states, variants), self.order)
-            plan = self._planner.plan(work)
-            better = plan.predicted_s < _WORTH_A_CHANGE * kept.predicted_s
-            changed = self._adopt(plan if better else kept, open_states, variants)
+        try:
+            with self._timeline.span("plan", "again"):
+                work, variants = self._work(open_states)
+                kept = predict(work, _choices(open_states, variants), self.order)
+                plan = self._planner.plan(work)
+                better = plan.predicted_s < _WORTH_A_CHANGE * kept.predicted_s
+                changed = self._adopt(plan if better else kept, open_states, variants)
+        except Exception:  # a mistake of ours must not reach the engine
+            log.exception("a fetch could not be planned anew")
+            self.replan = False
+            return False
         took_s = time.monotonic() - began_s
         self._rest_until_s = time.monotonic() + max(_SHORTEST_INTERVAL_S, took_s / _MOST_PLANNING)
         if changed:
@@ -134,9 +151,8 @@ class Steering:
                     continue
                 name = variant.header.encoding.name
                 cost = profile.codec(name)
-                options.append(
-                    Option(name, left_bytes, cost.decode_s * tokens_left, cost.restore_s * tokens_left)
-                )
+                decode_s = cost.decode_s * tokens_left + profile.receive_s_per_byte * left_bytes
+                options.append(Option(name, left_bytes, decode_s, cost.restore_s * tokens_left))
                 variants[state.index].append(number)
             chunks.append(
                 ChunkWork(

@@ -10,6 +10,11 @@ _MEMORY_TOKENS = 2048.0
 """An observation of this many tokens moves an estimate by 63 %: a busy machine shows within a fetch or two."""
 
 
+_LARGE_BYTES = 4 << 20
+"""Smaller fetches say nothing about what a byte costs."""
+_LEARNING, _FORGETTING = 0.5, 0.98
+
+
 class Costs:
     """Of one model in one process. Thread-safe.
 
@@ -22,6 +27,8 @@ class Costs:
         self._profile = profile
         self._codecs = dict(profile.codecs)
         self._prefill_scale = 1.0
+        self._overhead_s = 0.0
+        self._receive_s_per_byte = profile.receive_s_per_byte
 
     def observe_decode(self, encoding: str, token_layers: float, decode_s: float, restore_s: float) -> None:
         """`token_layers`: tokens * layers decoded / layers of the model. Nothing is learned from 0 of them."""
@@ -46,12 +53,26 @@ class Costs:
         with self._lock:
             self._prefill_scale += _share(tokens) * (seconds / predicted_s - self._prefill_scale)
 
+    def observe_fetch(self, size_bytes: int, predicted_s: float, actual_s: float) -> None:
+        """How long it took to the end of the engine's last pass, of a fetch that went as planned, and how long was
+        predicted. What all fetches take longer is something else than what large ones do."""
+        excess_s = actual_s - predicted_s
+        with self._lock:
+            if size_bytes < _LARGE_BYTES:
+                self._overhead_s += _LEARNING * (max(excess_s, 0.0) - self._overhead_s)
+                self._receive_s_per_byte *= _FORGETTING  # or it would never be tried again
+                return
+            # Already within the prediction: what was learned so far.
+            correction = (excess_s - self._overhead_s) / size_bytes
+            self._receive_s_per_byte = max(0.0, self._receive_s_per_byte + _LEARNING * correction)
+
     def snapshot(self) -> Profile:
         with self._lock:
             prefill, scale = self._profile.prefill, self._prefill_scale
             return replace(
                 self._profile,
                 codecs=dict(self._codecs),
+                receive_s_per_byte=self._receive_s_per_byte,
                 prefill=PrefillCost(
                     prefill.fixed_s * scale, prefill.per_token_s * scale, prefill.per_pair_s * scale
                 ),

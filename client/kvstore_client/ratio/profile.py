@@ -71,6 +71,9 @@ class Profile:
     decode_threads: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """Which model, machine and versions, and when: for people."""
+    receive_s_per_byte: float = 0.0
+    """What receiving takes from decoding and computing. Not measured but learned, because it is not the client's alone:
+    the processor, memory, and whatever else sends or forwards on this machine."""
 
     def codec(self, encoding: str) -> CodecCost:
         """The measured cost, else that of the most similar encoding that was measured."""

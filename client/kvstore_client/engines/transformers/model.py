@@ -177,11 +177,14 @@ class CachedModel:
                     cache = empty_cache(capture, self.spec.layers)
                 else:
                     cache = arriving_cache(buffers, capture, fetch, begun.timeline)
+                began_s = begun.timeline.now_s()
                 try:
                     output, cache = self._run(begun, input_ids, cache, capture)
                 except FetchIncompleteError:
                     continue
                 report = fetch.finish()
+                if self.model.device.type == "cpu" and capture.first_token:
+                    fetch.learn(began_s, began_s + capture.first_pass_s)
                 computed = [
                     run.keep(buffers) for run in runs if not report.missing.keys().isdisjoint(run.chunks)
                 ]
