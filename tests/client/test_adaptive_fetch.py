@@ -157,3 +157,17 @@ def test_the_stages_may_work_one_after_the_other(setup: Setup) -> None:
         ends = {stage: max(s.end_s for s in spans if s.stage == stage) for stage in ("receive", "decode")}
         assert min(s.start_s for s in spans if s.stage == "decode") >= ends["receive"]
         assert min(s.start_s for s in spans if s.stage == "restore") >= ends["decode"]
+
+
+def test_a_link_too_slow_for_one_read_brings_it_all_the_same(setup: Setup) -> None:
+    """A read is never broken off because it takes long, or it would be asked for again and again."""
+    setup.set_prefill(10.0)
+    setup.link.set_bandwidth(1e6)  # 110 KB a read: .9 s
+    with connect(**setup.settings | {"encoding": "exact-raw"}, accept=("exact-raw",)) as client:
+        cached = CachedModel(tiny_model(), client, store=False)
+        prompt = setup.prompt[:, : 256 + 20]
+        assert torch.equal(cached.generate(prompt, **GREEDY), tiny_model().generate(prompt, **GREEDY))
+        report = cached.last_report.fetch
+        assert report is not None
+        assert report.complete
+        assert report.received_bytes < 500_000

@@ -144,3 +144,50 @@ def test_everything_delivered_is_complete_even_when_ended_afterwards() -> None:
     progress.end("cancelled")
     assert progress.report().complete
     assert progress.report().missing == {}
+
+
+def test_the_last_pass_waits_until_nobody_writes_where_it_will() -> None:
+    progress, tasks = progress_of(2)
+    for task in tasks:
+        if task.chunk_index == 0:
+            deliver(progress, task)
+    writing = next(task for task in tasks if task.chunk_index == 1)
+    assert progress.begin_decode(writing)
+    progress.fail_chunks([writing], "gone")
+    passes: list[object] = []
+    engine = threading.Thread(target=lambda: passes.append(progress.next_to_compute()))
+    engine.start()
+    engine.join(0.1)
+    assert not passes
+    progress.deliver(writing)
+    engine.join(2)
+    assert passes == [None]
+    assert progress.reusable_tokens == 256
+
+
+def test_an_engine_whose_patience_ends_lets_the_decoder_come_to_its_end() -> None:
+    progress, tasks = progress_of(2, deadline_s=0.1)
+    for task in tasks:
+        if task.chunk_index == 1:
+            deliver(progress, task)
+    assert progress.begin_decode(tasks[0])
+    runs: list[object] = []
+    engine = threading.Thread(target=lambda: runs.append(progress.next_to_compute()))
+    engine.start()
+    time.sleep(0.3)
+    assert not runs
+    progress.deliver(tasks[0])
+    engine.join(2)
+    assert runs == [(0, 1)]
+
+
+def test_a_fetch_that_nobody_waits_for_loses_patience_too() -> None:
+    progress, _ = progress_of(1, stall_s=0.1)
+    told: list[str] = []
+    progress.on_ready(lambda: told.append("ready"))
+    progress.check_patience()
+    assert not told
+    time.sleep(0.15)
+    progress.check_patience()
+    assert told == ["ready"]
+    assert progress.report().missing == {0: "stalled"}
