@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 # A new plan must be so much better than the old one, because what was begun has been paid for.
 _WORTH_A_CHANGE = 0.9
 # The link has moved when its bandwidth is so many times what the plan reckoned with, or the inverse of it.
-_MOVED = 1.25
+_MOVED = 1.5
 _SHORTEST_INTERVAL_S = 0.02
 # Planning for thousands of chunks takes a while, and holds up the fetch.
 _MOST_PLANNING = 0.1
@@ -66,8 +66,6 @@ class Steering:
         self._ends_at_s = 0.0
         self._busy_until_s = 0.0
         self.order: Order = "layers"
-        self.predicted_s = 0.0
-        """Of the first plan, from its making to the end of the engine's last pass."""
         self.replans = 0
 
     def begin(self, states: Sequence[ChunkState]) -> bool:
@@ -80,7 +78,6 @@ class Steering:
             log.exception("a fetch could not be planned")
             self.replan = False
             return False
-        self.predicted_s = self.remaining_s()
         self._mark("plan", states)
         return True
 
@@ -124,6 +121,11 @@ class Steering:
     def is_engine_busy(self) -> bool:
         return self._busy_until_s > 0
 
+    def learn(self, size_bytes: int, ended_s_ago: float) -> None:
+        """So many bytes were read and nothing was computed before the engine's last pass, which ended then."""
+        late_s = time.monotonic() - ended_s_ago - self._ends_at_s
+        self._computing.costs.observe_fetch(size_bytes, late_s)
+
     def remaining_s(self) -> float:
         """Until the engine's last forward pass ends, as planned."""
         return max(0.0, self._ends_at_s - time.monotonic())
@@ -152,8 +154,11 @@ class Steering:
                 name = variant.header.encoding.name
                 cost = profile.codec(name)
                 decode_s = cost.decode_s * tokens_left + profile.receive_s_per_byte * left_bytes
-                options.append(Option(name, left_bytes, decode_s, cost.restore_s * tokens_left))
-                variants[state.index].append(number)
+                option = Option(name, left_bytes, decode_s, cost.restore_s * tokens_left)
+                # One that is no more faithful, no smaller and no quicker only makes the search longer.
+                if number == state.choice or not any(_is_better(other, option) for other in options):
+                    options.append(option)
+                    variants[state.index].append(number)
             chunks.append(
                 ChunkWork(
                     state.index,
@@ -207,6 +212,10 @@ class Steering:
 def _choices(states: Sequence[ChunkState], variants: Mapping[int, list[int]]) -> dict[int, int]:
     """How the chunks come now, as a plan would say it."""
     return {s.index: COMPUTE if s.is_computed else variants[s.index].index(s.choice) for s in states}
+
+
+def _is_better(more_faithful: Option, option: Option) -> bool:
+    return more_faithful.size_bytes <= option.size_bytes and more_faithful.work_s <= option.work_s
 
 
 def _is_open(state: ChunkState) -> bool:
