@@ -166,10 +166,11 @@ def test_the_last_pass_waits_until_nobody_writes_where_it_will() -> None:
 
 
 def test_an_engine_whose_patience_ends_lets_the_decoder_come_to_its_end() -> None:
-    progress, tasks = progress_of(2, deadline_s=0.1)
+    progress, tasks = progress_of(3, deadline_s=0.1)
     for task in tasks:
-        if task.chunk_index == 1:
+        if task.chunk_index == 2:
             deliver(progress, task)
+    progress.fail_chunks([tasks[1]], "gone")
     assert progress.begin_decode(tasks[0])
     runs: list[object] = []
     engine = threading.Thread(target=lambda: runs.append(progress.next_to_compute()))
@@ -178,7 +179,7 @@ def test_an_engine_whose_patience_ends_lets_the_decoder_come_to_its_end() -> Non
     assert not runs
     progress.deliver(tasks[0])
     engine.join(2)
-    assert runs == [(0, 1)]
+    assert runs == [(0, 2)]
 
 
 def test_a_fetch_that_nobody_waits_for_loses_patience_too() -> None:

@@ -61,7 +61,6 @@ class Fetch:
         self._metrics = metrics
         self._timeline = timeline
         self._began_s = timeline.now_s()
-        self._computing = computing
         self._finishing = threading.Lock()
         self._finished: FetchReport | None = None
         steering: Steering | None = None
@@ -149,19 +148,10 @@ class Fetch:
 
     def learn(self, began_s: float, ended_s: float) -> None:
         """The engine's last pass began and ended at these times of the timeline: the next plan knows better. Only what
-        went as planned, and was not kept waiting by the engine, teaches anything."""
+        came whole, and was not kept waiting by the engine, teaches anything."""
         report, steering = self.finish(), self._steering
-        as_planned = report.complete and not report.computed and not report.replans
-        if (
-            self._computing is None
-            or steering is None
-            or not as_planned
-            or began_s - self._began_s > _PROMPT_S
-        ):
-            return
-        self._computing.costs.observe_fetch(
-            report.received_bytes, steering.predicted_s, ended_s - self._began_s
-        )
+        if steering is not None and report.fetched == report.chunks and began_s - self._began_s < _PROMPT_S:
+            steering.learn(report.received_bytes, self._timeline.now_s() - ended_s)
 
     def finish(self) -> FetchReport:
         """End the fetch, free everything it held and say how it went. Safe to call more than once."""

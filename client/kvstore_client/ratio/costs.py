@@ -53,17 +53,16 @@ class Costs:
         with self._lock:
             self._prefill_scale += _share(tokens) * (seconds / predicted_s - self._prefill_scale)
 
-    def observe_fetch(self, size_bytes: int, predicted_s: float, actual_s: float) -> None:
-        """How long it took to the end of the engine's last pass, of a fetch that went as planned, and how long was
-        predicted. What all fetches take longer is something else than what large ones do."""
-        excess_s = actual_s - predicted_s
+    def observe_fetch(self, size_bytes: int, late_s: float) -> None:
+        """How much later than predicted the engine's last pass ended, of a fetch of which everything was read. What all
+        fetches take longer is something else than what large ones do."""
         with self._lock:
             if size_bytes < _LARGE_BYTES:
-                self._overhead_s += _LEARNING * (max(excess_s, 0.0) - self._overhead_s)
+                self._overhead_s += _LEARNING * (max(late_s, 0.0) - self._overhead_s)
                 self._receive_s_per_byte *= _FORGETTING  # or it would never be tried again
                 return
             # Already within the prediction: what was learned so far.
-            correction = (excess_s - self._overhead_s) / size_bytes
+            correction = (late_s - self._overhead_s) / size_bytes
             self._receive_s_per_byte = max(0.0, self._receive_s_per_byte + _LEARNING * correction)
 
     def snapshot(self) -> Profile:
