@@ -146,7 +146,8 @@ class Steering:
         variants: dict[int, list[int]] = {}
         for state in states:
             tokens_left = state.left_share() * state.tokens
-            options, variants[state.index] = [], []
+            options: list[Option] = []
+            variants[state.index] = []
             for number, variant in enumerate(state.chunk.variants):
                 left_bytes = None if state.is_lost else state.left_bytes(number)
                 if left_bytes is None:
