@@ -41,7 +41,7 @@ def main(
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         cluster = stack.enter_context(EmbeddedCluster(memory_bytes=4 << 30))
-        client = stack.enter_context(connect(cluster.address, policy="fixed"))
+        client = stack.enter_context(connect(cluster.address, fetch_policy="fixed"))
         for dtype in dtypes.split(","):
             model, tokenizer = load_smollm2(getattr(torch, dtype))
             text = tokenizer(read_document(None), add_special_tokens=False, return_tensors="pt").input_ids

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 # Models as small as in most tests compute sooner than anything can be fetched. Also for the processes they start.
-os.environ.setdefault("KVSTORE_POLICY", "fixed")
+os.environ.setdefault("KVSTORE_FETCH_POLICY", "fixed")
 
 # See CachedModel.__init__: the first cosine of a process must not be computed by several threads at once.
 torch.ones(1).cos()

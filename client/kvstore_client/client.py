@@ -16,7 +16,7 @@ from kvstore_client.metrics import ClientMetrics
 from kvstore_client.ratio import FixedPlanner, KVFetcherPlanner, Links, Planner, RatioController
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
 from kvstore_client.scores import report_scores
-from kvstore_client.settings import ClientSettings, Policy
+from kvstore_client.settings import ClientSettings, FetchPolicy
 from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
 from kvstore_codec.encoding import Encoding, Rate
@@ -25,10 +25,10 @@ from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
 
-_PLANNERS: dict[Policy, Callable[[], Planner]] = {
-    Policy.ADAPTIVE: RatioController,
-    Policy.KVFETCHER: KVFetcherPlanner,
-    Policy.FIXED: FixedPlanner,
+_PLANNERS: dict[FetchPolicy, Callable[[], Planner]] = {
+    FetchPolicy.ADAPTIVE: RatioController,
+    FetchPolicy.KVFETCHER: KVFetcherPlanner,
+    FetchPolicy.FIXED: FixedPlanner,
 }
 
 
@@ -127,8 +127,8 @@ class KVStoreClient:
         of the match's chunk `index`, f32 `[tokens, features]` in host memory, made without the tokens before it. It is
         called at most once for each such chunk, in a thread of the fetch. Without it these chunks are missing.
 
-        With the engine's `computing` the fetch is planned as the setting `policy` says, and may leave chunks to the
-        engine (`Fetch.next_to_compute`) where that is sooner; without, every chunk is read in its first variant.
+        With the engine's `computing` the fetch is planned as the setting `fetch_policy` says, and may leave chunks to
+        the engine (`Fetch.next_to_compute`) where that is sooner; without, every chunk is read in its first variant.
 
         Take the buffers from `self.buffers`, and give them back after the fetch has finished and nobody reads them.
         """
@@ -142,7 +142,7 @@ class KVStoreClient:
             settings=self.settings,
             metrics=self.metrics,
             timeline=timeline or Timeline(),
-            planner=_PLANNERS[self.settings.policy](),
+            planner=_PLANNERS[self.settings.fetch_policy](),
             computing=computing,
         )
 

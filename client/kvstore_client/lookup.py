@@ -10,7 +10,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.replicas import Search
-from kvstore_client.settings import EXACT, ClientSettings, Policy
+from kvstore_client.settings import EXACT, ClientSettings, FetchPolicy
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.codec import chunk_geometry
 from kvstore_codec.encoding import Encoding, Rate
@@ -212,7 +212,7 @@ class _Lookup:
                 rate = Encoding.parse(name).rate
                 # How faithful an explicit step is, nobody knows.
                 faithful = rate.rank if isinstance(rate, Rate) else len(Rate)
-                if self._settings.policy is Policy.FIXED and self._settings.floor is None:
+                if self._settings.fetch_policy is FetchPolicy.FIXED and self._settings.floor is None:
                     faithful = 0  # as the user ordered them
                 rank = faithful, accept.index(name) if name in accept else len(accept), name
             self._ranks[name] = rank

@@ -25,7 +25,7 @@ class Durability(StrEnum):
     DURABLE = "durable"
 
 
-class Policy(StrEnum):
+class FetchPolicy(StrEnum):
     """How a fetch is planned: `adaptive` by what the link, the decoder and the engine can do, each chunk in the
     encoding that serves best, or computed where that is sooner; `fixed` every chunk in the best encoding that is
     accepted; `kvfetcher` in one precision, of which the resolution is chosen (KVFetcher, arXiv 2602.09725)."""
@@ -72,7 +72,7 @@ class ClientSettings(BaseSettings):
     lookup_timeout_s: float = Field(default=1.0, gt=0)
     """How long the engine waits for a lookup before it prefills instead."""
 
-    policy: Policy = Policy.ADAPTIVE
+    fetch_policy: FetchPolicy = FetchPolicy.ADAPTIVE
     """How a fetch is planned."""
 
     replan: bool = True

@@ -127,7 +127,7 @@ class _Session:
             routes=self._job.routes,
             encoding=encoding,
             accept=(encoding,),
-            policy="fixed",  # it is this encoding that is shown
+            fetch_policy="fixed",  # it is this encoding that is shown
         ) as client:
             cached = CachedModel(self._model, client)
             try:

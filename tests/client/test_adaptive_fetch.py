@@ -58,7 +58,7 @@ def setup(tmp_path: Path, one_thread: None) -> Iterator[Setup]:
         settings = {
             "address": cluster.address,
             "routes": {cluster.bulk[0].address: link.address},
-            "policy": "adaptive",
+            "fetch_policy": "adaptive",
             "encoding": STORED,
             "cache_dir": tmp_path / "cache",
         }
@@ -142,7 +142,7 @@ def test_a_link_that_slows_down_has_the_rest_computed(setup: Setup) -> None:
 @pytest.mark.parametrize("policy", ["kvfetcher", "fixed"])
 def test_other_policies_compute_nothing(setup: Setup, policy: str) -> None:
     setup.set_prefill(1e-6)
-    with connect(**setup.settings | {"policy": policy}) as client:
+    with connect(**setup.settings | {"fetch_policy": policy}) as client:
         cached = CachedModel(tiny_model(), client)
         setup.answered_alike(cached)
         assert cached.last_report.reused_tokens == CHUNKS * 256

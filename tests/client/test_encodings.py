@@ -31,7 +31,7 @@ NAMES = ["exact-zstd", "exact-raw", "high-zstd", "high-raw@128", "medium-raw", "
 @pytest.fixture(autouse=True)
 def _chosen_among(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fixed policy takes encodings in the order of `accept`; the others see the most faithful first."""
-    monkeypatch.setenv("KVSTORE_POLICY", "adaptive")
+    monkeypatch.setenv("KVSTORE_FETCH_POLICY", "adaptive")
 
 
 def store(address: str, encoding: str, document: list[ChunkId], folder: Path) -> None:
@@ -180,7 +180,7 @@ def test_chunks_are_stored_in_every_encoding(cluster: ServedCluster) -> None:
         assert client.metrics.snapshot()["bytes_out"] == sum(
             variant.header.size_bytes for chunk in match.chunks for variant in chunk.variants
         )
-    with connect(cluster.address, policy="fixed", accept=("low-zstd", "exact-zstd")) as client:
+    with connect(cluster.address, fetch_policy="fixed", accept=("low-zstd", "exact-zstd")) as client:
         match = client.match(SPEC, document)
         client.release(match)
         assert offered(match) == [["low-zstd", "exact-zstd"]] * 3

@@ -83,7 +83,7 @@ def policy_named(name: str, floor: Rate | None, adaptive: Mapping[str, Any]) -> 
         return Policy(name, name)  # type: ignore[arg-type]
     if name == "kvfetcher":
         settings: dict[str, Any] = {
-            "policy": "kvfetcher",
+            "fetch_policy": "kvfetcher",
             "accept": KVFETCHER,
             "floor": None,
             "fetch_timeout_s": _PATIENCE_S,
@@ -92,14 +92,14 @@ def policy_named(name: str, floor: Rate | None, adaptive: Mapping[str, Any]) -> 
     if name in _ADAPTIVE:
         chosen: dict[str, Any] = {"floor": floor.value} if floor else {"accept": STORED, "floor": None}
         return Policy(
-            name, "adaptive", {"policy": "adaptive"} | chosen | dict(adaptive) | _ADAPTIVE[name], STORED
+            name, "adaptive", {"fetch_policy": "adaptive"} | chosen | dict(adaptive) | _ADAPTIVE[name], STORED
         )
     encoding = "exact-raw" if name == "raw" else name
     try:
         Encoding.parse(encoding)
     except UnknownEncodingError as error:
         raise _unknown(name) from error
-    settings = {"policy": "fixed", "accept": (encoding,), "floor": None, "fetch_timeout_s": _PATIENCE_S}
+    settings = {"fetch_policy": "fixed", "accept": (encoding,), "floor": None, "fetch_timeout_s": _PATIENCE_S}
     return Policy(name, "fixed", settings, (encoding,))
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.profile import profile_of
 from kvstore_client.ratio import Costs, ProfileStore
-from kvstore_client.settings import ClientSettings, Policy
+from kvstore_client.settings import ClientSettings, FetchPolicy
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.model_spec import ModelSpec
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def costs_of(model: PreTrainedModel, spec: ModelSpec, client: KVStoreClient) -> Costs | None:
     """None when the client's policy is fixed, and when nothing can be measured. Takes seconds once on a machine."""
     settings = client.settings
-    if settings.policy is Policy.FIXED:
+    if settings.fetch_policy is FetchPolicy.FIXED:
         return None
     names = _likely(settings)
     klt = None

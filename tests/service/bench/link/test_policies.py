@@ -39,7 +39,7 @@ def test_adaptive_ones_differ_in_one_setting_each() -> None:
         policy_named(name, Rate.LOW, given).settings
         for name in ("adaptive", "adaptive-kept", "adaptive-serial")
     )
-    assert adaptive == {"policy": "adaptive", "floor": "low"} | given
+    assert adaptive == {"fetch_policy": "adaptive", "floor": "low"} | given
     assert kept == adaptive | {"replan": False}
     assert serial == adaptive | {"pipelined": False}
 
