@@ -1,6 +1,5 @@
 """What this machine has measured of models: how fast they compute, and how fast their KV is decoded instead."""
 
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -67,9 +66,8 @@ def measure(model_name: str, dtype: DType) -> ProfileRow:
     spec = spec_of(model.eval())
     klt = _cached_klt(spec)
     encodings = dict.fromkeys((*settings.accept, *(_PLAIN if klt is None else _CALIBRATED)))
-    threads = settings.decode_threads or min(4, max(1, (os.cpu_count() or 1) // 2))
     profile = measure_profile(
-        model, spec, tuple(encodings), klt, decode_threads=threads, budget_s=_PATIENCE_S
+        model, spec, tuple(encodings), klt, decode_threads=settings.decoders, budget_s=_PATIENCE_S
     )
     key = profile_key(spec, machine_of(model))
     try:
