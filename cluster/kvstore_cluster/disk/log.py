@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from kvstore_cluster.disk.file import disk_error
 from kvstore_cluster.disk.location import Location, location_of
-from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, RecordMeta, blocks_of, record_blocks
+from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, RecordMeta, record_blocks
 from kvstore_cluster.disk.segment import Segment, State
 from kvstore_cluster.disk.segment_format import first_block
 from kvstore_cluster.disk.table import SegmentTable
@@ -74,14 +74,13 @@ class SegmentLog:
 
     def measure(self) -> None:
         """Sees how much room there is; what others write to the same disk takes some. Raises DiskError."""
-        used_bytes = self._table.used_blocks * BLOCK_BYTES
         try:
-            free_bytes = self._folder.free_bytes()
+            used_blocks, free_bytes = self._table.measure()
         except OSError as error:
             raise disk_error(error, f"measuring {self._folder.path}") from error
         self.room_bytes = self.fitting_bytes = self.limit_bytes
         if free_bytes is not None:
-            self.room_bytes = min(self.limit_bytes, used_bytes + free_bytes)
+            self.room_bytes = min(self.limit_bytes, used_blocks * BLOCK_BYTES + free_bytes)
 
     def append(self, meta: RecordMeta, views: Sequence[memoryview], *, sync: bool) -> Location:
         """Writes a new record; with `sync`, returns once it would survive a power loss. Raises DiskError, and
@@ -158,7 +157,6 @@ class SegmentLog:
                 return
             segment.write_index(self._folder.index(segment.number))
             with self._table.lock:
-                self._table.used_blocks += blocks_of(segment.index_bytes)
                 segment.index = None
                 segment.sealed = True
 
@@ -212,7 +210,9 @@ class SegmentLog:
             raise failure from error
         segment.commit.wrote()
         with self._written:
+            before = segment.used_blocks
             segment.complete(first, opening, State.LIVE if put else State.TOMBSTONE)
+            self._table.used_blocks += segment.used_blocks - before
             segment.horizon = max(segment.horizon, header.horizon)
             self._table.live_blocks += blocks
             self._written.notify_all()
@@ -232,7 +232,8 @@ class SegmentLog:
         begin = active is None or (
             active.end_block > 1 and (active.end_block + blocks) * BLOCK_BYTES > self._spare(self.room_bytes)
         )
-        if (self._table.used_blocks + blocks + begin) * BLOCK_BYTES > limit_bytes:
+        # A new segment takes two blocks more, one of them in its index.
+        if (self._table.used_blocks + blocks + 2 * begin) * BLOCK_BYTES > limit_bytes:
             advice = "; free space on that disk" if self.room_bytes < self.limit_bytes else ""
             raise DiskFullError(
                 f"{blocks * BLOCK_BYTES} bytes do not fit on disk: {self._table.used_blocks * BLOCK_BYTES} of the "

@@ -89,8 +89,7 @@ def _open_segment(
         index = segment.index = _read_segment(segment, path.name, dropped)
         file.sync()
         segment.write_index(folder.index(number))
-    else:
-        segment.index_bytes = index.file_bytes
+    segment.index_bytes = index.file_bytes
     return segment, index
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kvstore_cluster.disk.commit import GroupCommit
 from kvstore_cluster.disk.file import SegmentFile
+from kvstore_cluster.disk.record import blocks_of
 from kvstore_cluster.disk.segment_format import SegmentIndex
 from kvstore_codec.errors import StorageError
 
@@ -42,7 +43,8 @@ class Segment:
         self.end_block = end_block
         self.index: SegmentIndex | None = SegmentIndex(bytearray())
         """Headers of what is written; None when the index lies in a file."""
-        self.index_bytes = 0
+        self.index_bytes = self.index.file_bytes
+        """What that file takes, or will take."""
         self.writing = 0
         self.readers = 0
         self.closed = False
@@ -70,6 +72,15 @@ class Segment:
         self.tombstone_blocks = int(blocks[tombstones].sum())
         self.dead_records = int((states == State.DEAD).sum())
 
+    @property
+    def index_blocks(self) -> int:
+        return blocks_of(self.index_bytes)
+
+    @property
+    def used_blocks(self) -> int:
+        """Of both files. The index has its room from the beginning: it is written later, when nobody asks for any."""
+        return self.end_block + self.index_blocks
+
     def write_index(self, path: Path) -> None:
         """Tries to write the index, unless that is done, to a file; it stays in memory where that fails."""
         if self.index is None:
@@ -79,7 +90,7 @@ class Segment:
         except OSError as error:
             log.warning("%s cannot be written, the next start reads all of the segment: %s", path, error)
             return
-        self.index_bytes, self.index = self.index.file_bytes, None
+        self.index = None
 
     def reserve(self, blocks: int) -> int:
         """Room for a record at the end; returns its first block. `complete` or `abandon` must follow."""
@@ -95,6 +106,7 @@ class Segment:
         """The record was written."""
         if self.index is not None:
             self.index.add(first, header)
+            self.index_bytes = self.index.file_bytes
         self.writing -= 1
         self._settle(self._find(first), state)
 

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from kvstore_cluster.disk.file import disk_error
 from kvstore_cluster.disk.folder import StoreFolder
 from kvstore_cluster.disk.location import Location, block_of, segment_of
-from kvstore_cluster.disk.record import blocks_of
 from kvstore_cluster.disk.segment import Segment
 from kvstore_codec.errors import StorageError
+
+# How often the disk is asked how much it has left while records are being written.
+_MEASUREMENTS = 3
 
 
 class SegmentTable:
@@ -18,6 +20,8 @@ class SegmentTable:
     def __init__(self, folder: StoreFolder) -> None:
         self.folder = folder
         self.lock = threading.Lock()
+        # Until the disk has the room of a segment back that the books do not count any more.
+        self._removing = threading.Lock()
         self.segments: dict[int, Segment] = {}
         self.used_blocks = 0
         self.live_blocks = 0
@@ -25,8 +29,20 @@ class SegmentTable:
     def add(self, segment: Segment) -> None:
         with self.lock:
             self.segments[segment.number] = segment
-            self.used_blocks += _used_blocks(segment)
+            self.used_blocks += segment.used_blocks
             self.live_blocks += segment.live_blocks
+
+    def measure(self) -> tuple[int, int | None]:
+        """(blocks written, bytes the disk has left at that time; None where the file system does not say). Raises
+        OSError."""
+        with self._removing:
+            for _ in range(_MEASUREMENTS):
+                before = self._written_blocks()
+                free_bytes = self.folder.free_bytes()
+                after = self._written_blocks()
+                if before == after:
+                    break
+            return min(before, after), free_bytes
 
     def is_live(self, location: Location) -> bool:
         """Whether a live record or a tombstone lies there. To be called with the lock held."""
@@ -61,17 +77,25 @@ class SegmentTable:
 
     def drop(self, segment: Segment) -> None:
         """Removes a sealed or failed segment with its file. Raises DiskError."""
-        try:
-            self.folder.remove(segment.number)
-        except OSError as error:
-            raise disk_error(error, f"removing segment {segment.number} in {self.folder.path}") from error
+        with self._removing:
+            try:
+                self.folder.remove(segment.number)
+            except OSError as error:
+                raise disk_error(error, f"removing segment {segment.number} in {self.folder.path}") from error
+            with self.lock:
+                del self.segments[segment.number]
+                self.used_blocks -= segment.used_blocks
+                self.live_blocks -= segment.live_blocks
+                unread = not segment.readers
+            if unread:
+                segment.file.close()
+
+    def _written_blocks(self) -> int:
+        """As `used_blocks`, without the room of indices that are not written yet."""
         with self.lock:
-            del self.segments[segment.number]
-            self.used_blocks -= _used_blocks(segment)
-            self.live_blocks -= segment.live_blocks
-            unread = not segment.readers
-        if unread:
-            segment.file.close()
+            return self.used_blocks - sum(
+                segment.index_blocks for segment in self.segments.values() if not segment.sealed
+            )
 
     def close(self) -> None:
         """Forgets all segments and closes their files, those that are being read once they are not."""
@@ -89,13 +113,9 @@ class SegmentTable:
             for segment in self.segments.values():
                 segment.check_integrity()
             live_blocks = sum(segment.live_blocks for segment in self.segments.values())
-            used_blocks = sum(map(_used_blocks, self.segments.values()))
+            used_blocks = sum(segment.used_blocks for segment in self.segments.values())
             if (live_blocks, used_blocks) != (self.live_blocks, self.used_blocks):
                 raise StorageError(
                     f"{self.folder.path}: {live_blocks} live and {used_blocks} used blocks in the segments, "
                     f"{self.live_blocks} and {self.used_blocks} in the books"
                 )
-
-
-def _used_blocks(segment: Segment) -> int:
-    return segment.end_block + blocks_of(segment.index_bytes)

@@ -198,7 +198,7 @@ def test_ten_thousand_tiny_chunks(store: SegmentStore, tmp_path: Path) -> None:
     for number in range(10_000):
         meta = metas[number % 100]
         again.append(meta, [memoryview(bytes(meta.size_bytes))], sync=False)
-    assert again.used_bytes < 10_050 * 8192
+    assert again.used_bytes < 10_000 * (8192 + 150)  # an index of 140 bytes a record
     assert again.live_bytes == 10_000 * 8192
     again.close()
 
