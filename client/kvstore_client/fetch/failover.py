@@ -33,12 +33,19 @@ class Reading:
     """A stream that is being read: since when the next piece of it is waited for, and how fast it comes."""
 
     def __init__(
-        self, stream: ReadStream, links: Links, endpoint: str, sizes_bytes: Sequence[int], *, hurried: bool
+        self,
+        stream: ReadStream,
+        links: Links,
+        endpoint: str,
+        sizes_bytes: Sequence[int],
+        *,
+        request: object,
+        hurried: bool,
     ) -> None:
         """`sizes_bytes` are those of the reads it brings. `hurried`: it is given up when it falls silent. `links` are
-        told how fast its bytes come."""
+        told how fast its bytes come, for what `request`."""
         self._stream = stream
-        self._links, self._endpoint = links, endpoint
+        self._links, self._endpoint, self._request = links, endpoint, request
         self._hurried = hurried
         self._ends_bytes = list(accumulate(sizes_bytes))
         self._received_bytes = 0
@@ -76,9 +83,7 @@ class Reading:
         with self._lock:
             now_s, incomplete_bytes = time.monotonic(), self._stream.incomplete_bytes
             if now_s > self._seen_at_s and incomplete_bytes > self._seen_bytes:
-                self._links.observe(
-                    self._endpoint, incomplete_bytes - self._seen_bytes, now_s - self._seen_at_s
-                )
+                self._observe(incomplete_bytes - self._seen_bytes, now_s - self._seen_at_s)
                 self._received_bytes += incomplete_bytes - self._seen_bytes
                 self._seen_at_s, self._seen_bytes = now_s, incomplete_bytes
 
@@ -111,9 +116,12 @@ class Reading:
                     self._links.first_byte(self._endpoint, max(0.0, seconds - size_bytes / bandwidth_Bps))
                 seconds = max(seconds - self._links.latency_s(self._endpoint), seconds / 2)
             if size_bytes:  # otherwise it is the news that a chunk has gone
-                self._links.observe(self._endpoint, size_bytes - self._seen_bytes, seconds)
+                self._observe(size_bytes - self._seen_bytes, seconds)
             self._received_bytes += size_bytes - self._seen_bytes
             self._waiting_since_s = self._seen_at_s = math.inf
+
+    def _observe(self, size_bytes: int, seconds: float) -> None:
+        self._links.observe(self._endpoint, size_bytes, seconds, request=self._request)
 
 
 class Failover:

@@ -145,6 +145,7 @@ class Receiver:
             self.failover.links,
             member.endpoint,
             [task.size_bytes for task in tasks],
+            request=timeline,
             hurried=hurried,
         )
         unread: dict[str, list[ReadTask]] = {}

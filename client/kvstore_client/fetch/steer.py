@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from kvstore_client.fetch.state import ChunkState
 from kvstore_client.metrics import ClientMetrics
@@ -73,6 +73,10 @@ class Steering:
         try:
             with self._timeline.span("plan"):
                 work, variants = self._work(states)
+                if self.replan and len(work.bandwidths_Bps) < len(work.latencies_s):
+                    # The engine stands back until something is known of the link: it would be in the way.
+                    chunks = tuple(replace(chunk, computable=False) for chunk in work.chunks)
+                    work = replace(work, chunks=chunks)
                 self._adopt(self._planner.plan(work), states, variants)
         except Exception:  # a mistake of ours must not reach the engine
             log.exception("a fetch could not be planned")
@@ -179,8 +183,14 @@ class Steering:
             profile.interference,
             profile.decode_threads,
             max(0.0, self._busy_until_s - time.monotonic()),
+            self._busy_share(bandwidths.values()),
         )
         return work, variants
+
+    def _busy_share(self, bandwidths_Bps: Iterable[float | None]) -> float:  # noqa: N803
+        busy_Bps = self._links.busy_Bps  # noqa: N806
+        together_Bps = sum(bandwidth_Bps or DEFAULT_BANDWIDTH_Bps for bandwidth_Bps in bandwidths_Bps)  # noqa: N806
+        return 1.0 if busy_Bps is None else min(1.0, busy_Bps / together_Bps)
 
     def _adopt(self, plan: Plan, states: Sequence[ChunkState], variants: dict[int, list[int]]) -> bool:
         changed = plan.order != self.order

@@ -17,6 +17,13 @@ from kvstore_client.ratio.space import Ends, Floats, Indices, Space
 TIE = 1.02
 """Of plans this close to the quickest the more faithful is taken: a prediction is not more exact than that."""
 
+WORTH_BOTH = 0.85
+"""Fetching some and computing the rest must take so much less than either alone: where it does not, what the plan does
+not know (who else needs the processor, how the link will move) decides, and that is on the side of the simple plan."""
+
+_SLOWER = 0.75
+"""What is more faithful must tie as well when the links bring no more than this share of what is expected."""
+
 _MIXES = (0.25, 0.5, 0.75)
 _GRID = 40
 """Chunks at each end that are tried one by one; of longer prompts so many places, then those between the best."""
@@ -76,24 +83,41 @@ def _search(space: Space) -> _Block:
         share * one + (1 - share) * other for one, other in pairwise(costs[: len(hull)]) for share in _MIXES
     ]
     sums = _running_sums(np.stack(costs + mixed))
-    stride = max(1, -(-space.count // _GRID))
+    stride = widest = max(1, -(-space.count // _GRID))
     fronts = _places(0, space.count, stride, space.least_front)
     tails = _places(0, space.count, stride, 0)
     while True:
         ends = space.all_ends(fronts, tails)
-        seconds = space.finish_s(sums[:, space.count - ends.tail] - sums[:, ends.front], ends, "layers")
-        loss = sums[:, space.count - ends.tail, -1] - sums[:, ends.front, -1]
+        if stride == widest:
+            ends = _worth_both(space, sums, ends)
+        asked = sums[:, space.count - ends.tail] - sums[:, ends.front]
+        seconds, slower = _finish_s(space, asked, ends)
         limit_s = TIE * float(seconds.min())
-        tied = np.flatnonzero(seconds <= limit_s)
-        best = tied[np.lexsort((seconds.flat[tied], loss.flat[tied]))[0]]
+        tied = np.flatnonzero((seconds <= limit_s) & (slower <= TIE * slower.flat[seconds.argmin()]))
+        best = tied[np.lexsort((seconds.flat[tied], asked[..., -1].flat[tied]))[0]]
         row, place = divmod(int(best), len(ends.front))
         front, tail = int(ends.front[place]), int(ends.tail[place])
-        if stride == 1:
+        if stride == 1 or len(ends.front) <= 2:
             large, small = pairs[row]
             return _Block(front, tail, small, large, limit_s)
         near, stride = stride, max(1, stride // 8)
         fronts = _places(max(front - near, 0), min(front + near, space.count), stride, front)
         tails = _places(max(tail - near, 0), min(tail + near, space.count), stride, tail)
+
+
+def _worth_both(space: Space, sums: Floats, ends: Ends) -> Ends:
+    """All of them, or those that fetch as much as possible or nothing."""
+    computed = ends.front + ends.tail
+    either = (computed == computed.min()) | (computed == space.count)
+    seconds = space.finish_s(sums[:, space.count - ends.tail] - sums[:, ends.front], ends, "layers")
+    if seconds.min() <= WORTH_BOTH * seconds[:, either].min():
+        return ends
+    return Ends(ends.front[either], ends.tail[either])
+
+
+def _finish_s(space: Space, sums: Floats, ends: Ends) -> tuple[Floats, Floats]:
+    """As expected, and with slower links."""
+    return space.finish_s(sums, ends, "layers"), space.finish_s(sums, ends, "layers", link_share=_SLOWER)
 
 
 def _places(first: int, last: int, stride: int, possible: int) -> list[int]:
@@ -109,18 +133,20 @@ def _running_sums(costs: Floats) -> Floats:
 
 def _split(space: Space, one: Indices, other: Indices, block: _Block) -> Indices:
     """The first chunks of the block as in `one`, the rest as in `other`: split where that is quickest."""
-    splits, seconds = _split_seconds(space, one, other, block)
+    splits, seconds, _ = _split_seconds(space, one, other, block)
     return np.where(np.arange(space.count) < splits[np.argmin(seconds)], one, other)
 
 
-def _split_seconds(space: Space, one: Indices, other: Indices, block: _Block) -> tuple[Indices, Floats]:
-    """Places to split the block at, and the seconds of each."""
+def _split_seconds(
+    space: Space, one: Indices, other: Indices, block: _Block
+) -> tuple[Indices, Floats, Floats]:
+    """Places to split the block at, and the seconds of each: as expected, and with slower links."""
     front, end = block.front, space.count - block.tail
     splits = np.unique(np.linspace(front, end, min(_SPLITS, end - front) + 1).astype(np.intp))
     ones, others = _running_sums(space.costs(one)), _running_sums(space.costs(other))
     sums = ones[splits] - ones[front] + others[end] - others[splits]
     ends = Ends(np.full_like(splits, front), np.full_like(splits, block.tail))
-    return splits, space.finish_s(sums, ends, "layers")
+    return splits, *_finish_s(space, sums, ends)
 
 
 def _more_faithful(space: Space, block: _Block, options: Indices, order: Order) -> Indices:
@@ -132,11 +158,13 @@ def _more_faithful(space: Space, block: _Block, options: Indices, order: Order) 
         better = np.where(np.isfinite(offered).any(axis=1), np.argmin(offered, axis=1), options)
         better = np.where(space.loss[rows, better] < space.loss[rows, options], better, options)
         if order == "layers":
-            splits, finish_s = _split_seconds(space, options, better, block)
-            split = splits[finish_s <= block.limit_s].min(initial=space.count)
+            splits, finish_s, slower_s = _split_seconds(space, options, better, block)
+            ties = (finish_s <= block.limit_s) & (slower_s <= TIE * slower_s[-1])
+            split = splits[ties].min(initial=space.count)
             options = np.where(rows < split, options, better)
         else:
-            splits, finish_s = _split_seconds(space, better, options, block)
-            split = splits[finish_s <= block.limit_s].max(initial=0)
+            splits, finish_s, slower_s = _split_seconds(space, better, options, block)
+            ties = (finish_s <= block.limit_s) & (slower_s <= TIE * slower_s[0])
+            split = splits[ties].max(initial=0)
             options = np.where(rows < split, better, options)
     return options

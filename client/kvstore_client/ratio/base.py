@@ -69,6 +69,8 @@ class Work:
     decode_threads: int
     engine_busy_s: float = 0.0
     """What the engine still has to do of a forward pass that it has begun."""
+    busy_share: float = 1.0
+    """Of the links' bandwidth what comes while the engine computes chunks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 DEFAULT_BANDWIDTH_Bps = 125e6
@@ -34,8 +35,17 @@ _SHORTEST_S = 1e-6
 _LATENCY_SHARE = 0.25
 
 
+_BUSY_Bps = 40e6
+"""What comes at least while the engine computes, unless it is the link that is slow: as long as nothing is known."""
+_BUSY_SHARE = 0.33
+"""What is less than this share of it is the link's doing."""
+_LEARNING = 0.25
+
+
 @dataclass(slots=True)
-class _Link:
+class _Window:
+    """The last tenth of a second of receiving."""
+
     samples: deque[tuple[int, float]] = field(default_factory=deque)
     size_bytes: int = 0
     seconds: float = 0.0
@@ -45,13 +55,13 @@ class _Link:
     """Too little for a sample yet."""
     seen_s: float = -math.inf
     """When the last sample came."""
-    latency_s: float | None = None
 
-    def add(self, size_bytes: int, seconds: float, now_s: float) -> None:
+    def add(self, size_bytes: int, seconds: float, now_s: float) -> bool:
+        """Whether there is one sample more."""
         self.pending_bytes += size_bytes
         self.pending_s += seconds
         if self.pending_s < _SAMPLE_S and self.pending_bytes < _SAMPLE_BYTES:
-            return
+            return False
         if now_s - self.seen_s > _STALE_S:
             self.samples.clear()
             self.size_bytes, self.seconds = 0, 0.0
@@ -64,11 +74,33 @@ class _Link:
             old_bytes, old_s = self.samples.popleft()
             self.size_bytes -= old_bytes
             self.seconds -= old_s
+        return True
 
-    def bandwidth_Bps(self, now_s: float) -> float | None:  # noqa: N802
-        if not self.samples:
+    @property
+    def rate_Bps(self) -> float:  # noqa: N802
+        return self.size_bytes / max(self.seconds, _SHORTEST_S)
+
+
+@dataclass(slots=True)
+class _Link:
+    quiet: _Window = field(default_factory=_Window)
+    busy: _Window = field(default_factory=_Window)
+    """While the engine computes: it, the receiver and, on one machine, the sender are in each other's way."""
+    latency_s: float | None = None
+
+    @property
+    def seen_s(self) -> float:
+        return max(self.quiet.seen_s, self.busy.seen_s)
+
+    def bandwidth_Bps(self, now_s: float, busy_Bps: float) -> float | None:  # noqa: N802, N803
+        """`busy_Bps`: what the process takes in while its engine computes, from a link that is fast enough."""
+        if not self.seen_s > -math.inf:
             return None
-        seen_Bps: float = self.size_bytes / max(self.seconds, _SHORTEST_S)  # noqa: N806
+        seen_Bps = self.quiet.rate_Bps  # noqa: N806
+        if self.busy.seen_s > self.quiet.seen_s:
+            slower_Bps = self.busy.rate_Bps  # noqa: N806
+            if not self.quiet.samples or slower_Bps > seen_Bps or slower_Bps < _BUSY_SHARE * busy_Bps:
+                seen_Bps = slower_Bps  # noqa: N806
         unseen_s = now_s - self.seen_s - _STALE_S
         if unseen_s <= 0 or seen_Bps >= DEFAULT_BANDWIDTH_Bps:
             return seen_Bps
@@ -76,19 +108,57 @@ class _Link:
         return min(DEFAULT_BANDWIDTH_Bps, seen_Bps * hope)
 
 
+@dataclass(slots=True, eq=False)
+class _Pass:
+    request: object
+    ended_s: float = math.inf
+
+
 class Links:
-    """Of one client, shared by its fetches. Thread-safe."""
+    """Of one client, shared by its fetches. Thread-safe.
+
+    As BBR (ACM Queue 14:5, 2016) does not let what a sender had no data for lower its estimate of the link, what comes
+    while the engine computes does not lower this one, unless it is less than computing explains.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._links: dict[str, _Link] = {}
+        self._passes: list[_Pass] = []
+        self._busy_Bps: float | None = None
 
-    def observe(self, endpoint: str, size_bytes: int, seconds: float) -> None:
+    @contextmanager
+    def computing(self, *, request: object = None) -> Iterator[None]:
+        """The engine computes meanwhile. What comes for `request` is what it waits for, and tells of the link."""
+        one = _Pass(request)
+        with self._lock:
+            self._passes.append(one)
+        try:
+            yield
+        finally:
+            with self._lock:
+                one.ended_s = self._clock()
+                self._passes = [p for p in self._passes if p.ended_s > one.ended_s - _STALE_S]
+
+    def observe(self, endpoint: str, size_bytes: int, seconds: float, *, request: object = None) -> None:
         """A reader has received `size_bytes`, and `seconds` is the time it waited for them and took them in: without
         the time in which it had no room for more."""
         with self._lock:
-            self._links.setdefault(endpoint, _Link()).add(size_bytes, seconds, self._clock())
+            link = self._links.setdefault(endpoint, _Link())
+            now_s = self._clock()
+            busy = any(
+                p.ended_s > now_s - seconds and (p.request is None or p.request is not request)
+                for p in self._passes
+            )
+            window = link.busy if busy else link.quiet
+            if window.add(size_bytes, seconds, now_s) and busy and window.seconds >= WINDOW_S:
+                self._learn_busy(window.rate_Bps, link.quiet)
+
+    @property
+    def busy_Bps(self) -> float | None:  # noqa: N802
+        """What comes at most while the engine computes; None when nothing ever showed it."""
+        return self._busy_Bps
 
     def first_byte(self, endpoint: str, seconds: float) -> None:
         """It took `seconds` from a request to the first byte of its answer."""
@@ -101,12 +171,23 @@ class Links:
         """Of an endpoint not heard of yet: that of the one heard of last. None when nothing was ever received."""
         with self._lock:
             link = self._links.get(endpoint)
-            if link is None or not link.samples:
+            if link is None or not link.seen_s > -math.inf:
                 link = max(self._links.values(), key=lambda other: other.seen_s, default=None)
-            return link.bandwidth_Bps(self._clock()) if link is not None else None
+            return link.bandwidth_Bps(self._clock(), self._least_busy_Bps()) if link is not None else None
 
     def latency_s(self, endpoint: str) -> float:
         """0 for an endpoint that was never asked."""
         with self._lock:
             link = self._links.get(endpoint)
             return (link.latency_s or 0.0) if link is not None else 0.0
+
+    def _least_busy_Bps(self) -> float:  # noqa: N802
+        return _BUSY_Bps if self._busy_Bps is None else self._busy_Bps
+
+    def _learn_busy(self, seen_Bps: float, quiet: _Window) -> None:  # noqa: N803
+        """A link that brings more at other times shows how much can be taken in, and any link how much at least."""
+        known_Bps = self._least_busy_Bps()  # noqa: N806
+        if seen_Bps > known_Bps:
+            self._busy_Bps = seen_Bps
+        elif quiet.samples and _BUSY_SHARE * known_Bps <= seen_Bps < quiet.rate_Bps:
+            self._busy_Bps = known_Bps + _LEARNING * (seen_Bps - known_Bps)

@@ -7,7 +7,7 @@ Decoding and computing share the processor, as far as `interference` says.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,11 @@ def bandwidth_of(work: Work, endpoint: str) -> float:
 def finish_s(load: Load, order: Order, work: Work) -> Seconds:
     """Seconds to the end of the last forward pass, elementwise. A stage can begin when the one before it has done its
     first piece, and ends one piece after it; none ends before it has done all its own."""
+    # What comes more slowly while the engine computes chunks; the suffix waits for what comes, and is in nobody's way.
+    suffix_s = work.prefill.seconds(work.suffix_first, work.suffix_tokens)
+    computing = np.maximum(load.front + load.behind + load.rest - suffix_s, 0.0)
+    disturbed = np.minimum(computing, load.receive / work.busy_share)
+    load = replace(load, receive=load.receive + (1.0 - work.busy_share) * disturbed)
     fetching = load.pieces > 0
     reads = np.maximum(load.pieces, 1.0) * _PERIODS
     transfer = np.maximum(load.receive - load.latency, 0.0)

@@ -108,9 +108,9 @@ class Space:
         fits &= np.isfinite(self._tail[np.clip(tails, 0, self.count)])
         return Ends(fronts[fits], tails[fits])
 
-    def finish_s(self, sums: Floats, ends: Ends, order: Order) -> Floats:
-        """Of plans that fetch what costs `sums` `[..., costs]`."""
-        links = sums[..., :-4]
+    def finish_s(self, sums: Floats, ends: Ends, order: Order, *, link_share: float = 1.0) -> Floats:
+        """Of plans that fetch what costs `sums` `[..., costs]`, when the links have this share of their bandwidth."""
+        links = sums[..., :-4] / link_share
         latencies = np.where(links > 0, self._latencies, 0.0)
         holes, last = sums[..., -3], np.broadcast_to(self._tail[ends.tail], sums.shape[:-1])
         load = Load(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore_client.ratio import COMPUTE, FixedPlanner, Plan, PrefillCost, RatioController, Work
+from kvstore_client.ratio.predict import predict
 from tests.client.ratio.simulation import computed, simulate, uniform_choices
 from tests.client.ratio.works import SHAPES, chunk, work
 
@@ -96,6 +97,29 @@ def _require_one_block(plan: Plan, gone: set[int]) -> None:
     if fetched:
         inside = {index for index in plan.choices if fetched[0] <= index <= fetched[-1]}
         assert inside - set(fetched) <= gone
+
+
+@settings(max_examples=100, deadline=None)
+@given(_works())
+def test_a_mixed_plan_is_worth_it(fetch: Work) -> None:
+    plan = _CONTROLLER.plan(fetch)
+    mixed = {choice == COMPUTE for choice in plan.choices.values()} == {True, False}
+    if mixed:
+        cold = predict(fetch, computed(fetch.chunks), "layers")
+        names = [option.encoding for option in fetch.chunks[0].options]
+        alone = [predict(fetch, uniform_choices(fetch, name), "layers") for name in names]
+        assert plan.predicted_s <= 0.9 * min(one.predicted_s for one in (cold, *alone))
+
+
+def test_computing_that_holds_up_the_link_is_not_mixed_in() -> None:
+    chunks = [chunk(index, "exact-zstd") for index in range(16)]
+    free = work(chunks, 3e7)
+    assert "c" in _shape(_CONTROLLER.plan(free))
+    assert "0" in _shape(_CONTROLLER.plan(free))
+    held_up = replace(free, busy_share=0.05)
+    plan = _CONTROLLER.plan(held_up)
+    assert len(set(_shape(plan))) == 1
+    assert plan.predicted_s > _CONTROLLER.plan(free).predicted_s
 
 
 def test_a_dead_link_is_not_waited_for() -> None:

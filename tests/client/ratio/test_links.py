@@ -121,3 +121,57 @@ def test_latency_is_the_smoothed_first_byte() -> None:
     links.first_byte("a", 0.03)
     assert 0.01 < links.latency_s("a") < 0.02
     assert links.latency_s("b") == 0.0
+
+
+def test_what_comes_while_the_engine_computes_does_not_lower_the_estimate() -> None:
+    wire = _Wire()
+    wire.receive("a", 2e8, 0.3)
+    with wire.links.computing():
+        wire.receive("a", 5e7, 0.5)
+        assert wire.links.bandwidth_Bps("a") == pytest.approx(2e8)
+    assert wire.links.busy_Bps == pytest.approx(5e7)
+    wire.receive("a", 1e8, 0.3)
+    assert wire.links.bandwidth_Bps("a") == pytest.approx(1e8), "the engine has ended"
+
+
+def test_what_comes_while_the_engine_computes_may_raise_the_estimate() -> None:
+    wire = _Wire()
+    wire.receive("a", 5e7, 0.3)
+    with wire.links.computing():
+        wire.receive("a", 1e8, 0.3)
+        assert wire.links.bandwidth_Bps("a") == pytest.approx(1e8)
+
+
+def test_a_link_that_drops_by_more_than_computing_explains_is_seen() -> None:
+    wire = _Wire()
+    wire.receive("a", 2e8, 0.3)
+    with wire.links.computing():
+        wire.receive("a", 6e7, 0.3)
+        wire.receive("a", 6e6, 0.3)
+        assert wire.links.bandwidth_Bps("a") == pytest.approx(6e6, rel=0.25)
+        assert wire.links.busy_Bps == pytest.approx(6e7, rel=0.25), "that was not the engine's doing"
+
+
+def test_while_nothing_else_is_known_what_comes_beside_the_engine_counts() -> None:
+    wire = _Wire()
+    with wire.links.computing():
+        wire.receive("a", 3e7, 0.3)
+        assert wire.links.bandwidth_Bps("a") == pytest.approx(3e7)
+
+
+def test_a_request_that_waits_for_its_own_bytes_is_not_in_their_way() -> None:
+    clock = _Clock()
+    links = Links(clock)
+    own, other = object(), object()
+    with links.computing(request=own):
+        for _ in range(30):
+            clock.now_s += 0.01
+            links.observe("a", 1_000_000, 0.01, request=own)
+        assert links.bandwidth_Bps("a") == pytest.approx(1e8)
+        for _ in range(30):
+            clock.now_s += 0.01
+            links.observe("a", 300_000, 0.01, request=other)
+        assert links.bandwidth_Bps("a") == pytest.approx(1e8)
+    clock.now_s += 0.01
+    links.observe("a", 300_000, 0.02, request=other)
+    assert links.bandwidth_Bps("a") == pytest.approx(1e8), "the engine computed while that began to come"

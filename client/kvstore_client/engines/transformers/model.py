@@ -205,6 +205,7 @@ class CachedModel:
         with (
             begun.timeline.span("compute", f"chunks {first}-{end - 1}"),
             capture.active(),
+            self.client.links.computing(),
             torch.inference_mode(),
         ):
             self.model.get_decoder()(
@@ -234,7 +235,10 @@ class CachedModel:
     def _run(
         self, begun: Begun, input_ids: torch.Tensor, cache: DynamicCache, capture: KeyCapture
     ) -> tuple[Any, DynamicCache]:
-        with begun.timeline.span("compute"), capture.active():
+        # A few tokens wait for what is fetched; more of them keep the processor from those who bring it.
+        waits = input_ids.shape[1] - capture.first_token < CHUNK_TOKENS
+        computing = self.client.links.computing(request=begun.timeline if waits else None)
+        with begun.timeline.span("compute"), capture.active(), computing:
             output = self.model.generate(input_ids, past_key_values=cache, **begun.next_arguments())
         make_plain(cache)
         return output, cache
