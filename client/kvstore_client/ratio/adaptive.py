@@ -88,8 +88,8 @@ def _search(space: Space) -> _Block:
     tails = _places(0, space.count, stride, 0)
     while True:
         ends = space.all_ends(fronts, tails)
-        if stride == widest:
-            ends = _worth_both(space, sums, ends)
+        if stride == widest and (either := _either(space, sums, ends)):
+            ends, stride = either, 1
         asked = sums[:, space.count - ends.tail] - sums[:, ends.front]
         seconds, slower = _finish_s(space, asked, ends)
         limit_s = TIE * float(seconds.min())
@@ -97,7 +97,7 @@ def _search(space: Space) -> _Block:
         best = tied[np.lexsort((seconds.flat[tied], asked[..., -1].flat[tied]))[0]]
         row, place = divmod(int(best), len(ends.front))
         front, tail = int(ends.front[place]), int(ends.tail[place])
-        if stride == 1 or len(ends.front) <= 2:
+        if stride == 1:
             large, small = pairs[row]
             return _Block(front, tail, small, large, limit_s)
         near, stride = stride, max(1, stride // 8)
@@ -105,13 +105,13 @@ def _search(space: Space) -> _Block:
         tails = _places(max(tail - near, 0), min(tail + near, space.count), stride, tail)
 
 
-def _worth_both(space: Space, sums: Floats, ends: Ends) -> Ends:
-    """All of them, or those that fetch as much as possible or nothing."""
+def _either(space: Space, sums: Floats, ends: Ends) -> Ends | None:
+    """Those that fetch as much as possible or nothing; None when doing both is worth it."""
     computed = ends.front + ends.tail
     either = (computed == computed.min()) | (computed == space.count)
     seconds = space.finish_s(sums[:, space.count - ends.tail] - sums[:, ends.front], ends, "layers")
     if seconds.min() <= WORTH_BOTH * seconds[:, either].min():
-        return ends
+        return None
     return Ends(ends.front[either], ends.tail[either])
 
 
