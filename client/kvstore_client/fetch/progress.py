@@ -82,6 +82,7 @@ class Progress:
         """Those that the engine is to compute and has not taken."""
         with self._changed:
             self._recount()
+        self._engine_waits = False
         self._received_bytes = 0
         self._encodings: set[Encoding] = set()
         self._ended = False
@@ -94,9 +95,9 @@ class Progress:
         return list(self._by_member)
 
     @property
-    def is_engine_busy(self) -> bool:
-        """Whether the engine computes chunks before its last pass."""
-        return self._steering is not None and self._steering.is_engine_busy
+    def is_engine_waiting(self) -> bool:
+        """Whether the engine does nothing but wait for this fetch."""
+        return self._engine_waits
 
     # ---- called by the stages
 
@@ -117,7 +118,8 @@ class Progress:
                     self._adjust(idle=idle)
                     if tasks := self._next_reads(self._by_member[member], limit_bytes):
                         return tasks
-                if self._steering is None or not self._steering.replan:
+                # An end sooner than the fetch's lets the stages' threads go, whose idling costs the engine.
+                if self._steering is None or not self._steering.replan or not self._may_read(member):
                     return []
                 self._changed.wait()
             return []
@@ -303,6 +305,10 @@ class Progress:
 
     # ---- with the lock held
 
+    def _may_read(self, member: Member) -> bool:
+        """Whether a plan may still want what is not wanted now."""
+        return any(s.is_computed and not (s.is_engines or s.is_lost) for s in self._by_member[member])
+
     def _next_reads(self, states: Sequence[ChunkState], limit_bytes: float) -> list[ReadTask]:
         """In the order of the plan."""
         if self._steering is not None and self._steering.order == "back":
@@ -395,12 +401,16 @@ class Progress:
             callback()
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
-        while not (condition() or self._ended):
-            patience_s = self._patience_s()
-            if patience_s <= 0:
-                self._lose_patience()
-                return
-            self._changed.wait(patience_s)
+        self._engine_waits = True
+        try:
+            while not (condition() or self._ended):
+                patience_s = self._patience_s()
+                if patience_s <= 0:
+                    self._lose_patience()
+                    return
+                self._changed.wait(patience_s)
+        finally:
+            self._engine_waits = False
 
     def _wait_for_news(self) -> None:
         version = self._version

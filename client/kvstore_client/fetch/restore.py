@@ -27,6 +27,8 @@ def restore(task: ReadTask, destination: Destination) -> None:
 @dataclass(slots=True)
 class _Decoded:
     task: ReadTask
+    undisturbed: bool
+    """The engine was waiting when this began: what it takes is what decoding costs."""
     seconds: float = 0.0
     is_in_place: bool = False
 
@@ -69,7 +71,7 @@ class Restorer:
         progress, task = self.receiver.progress, received.task
         if not progress.begin_decode(task):
             return
-        decoded.append(_Decoded(task))
+        decoded.append(_Decoded(task, progress.is_engine_waiting))
         item: ReceivedFrames | None = received
         reason = ""
         while item is not None:
@@ -114,7 +116,7 @@ class Restorer:
             start_s = progress.timeline.now_s()
             restore(task, self.destination)
             restore_s = self._note("restore", start_s, task)
-            if self.costs is not None and not progress.is_engine_busy:
+            if self.costs is not None and decoded.undisturbed and progress.is_engine_waiting:
                 token_layers = (task.tokens.stop - task.tokens.start) * (task.layers.stop - task.layers.start)
                 self.costs.observe_decode(
                     task.encoding.name, token_layers / layers, decoded.seconds, restore_s

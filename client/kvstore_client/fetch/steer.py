@@ -121,10 +121,6 @@ class Steering:
     def engine_ended(self) -> None:
         self._busy_until_s = 0.0
 
-    @property
-    def is_engine_busy(self) -> bool:
-        return self._busy_until_s > 0
-
     def learn(self, size_bytes: int, ended_s_ago: float) -> None:
         """So many bytes were read and nothing was computed before the engine's last pass, which ended then."""
         late_s = time.monotonic() - ended_s_ago - self._ends_at_s
