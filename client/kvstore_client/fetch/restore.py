@@ -27,8 +27,7 @@ def restore(task: ReadTask, destination: Destination) -> None:
 @dataclass(slots=True)
 class _Decoded:
     task: ReadTask
-    undisturbed: bool
-    """The engine was waiting when this began: what it takes is what decoding costs."""
+    began_disturbed: bool
     seconds: float = 0.0
     is_in_place: bool = False
 
@@ -71,7 +70,7 @@ class Restorer:
         progress, task = self.receiver.progress, received.task
         if not progress.begin_decode(task):
             return
-        decoded.append(_Decoded(task, progress.is_engine_waiting))
+        decoded.append(_Decoded(task, self._is_disturbed))
         item: ReceivedFrames | None = received
         reason = ""
         while item is not None:
@@ -116,14 +115,23 @@ class Restorer:
             start_s = progress.timeline.now_s()
             restore(task, self.destination)
             restore_s = self._note("restore", start_s, task)
-            if self.costs is not None and decoded.undisturbed and progress.is_engine_waiting:
+            if self.costs is not None:
                 token_layers = (task.tokens.stop - task.tokens.start) * (task.layers.stop - task.layers.start)
                 self.costs.observe_decode(
-                    task.encoding.name, token_layers / layers, decoded.seconds, restore_s
+                    task.encoding.name,
+                    token_layers / layers,
+                    decoded.seconds,
+                    restore_s,
+                    disturbed=(decoded.began_disturbed + self._is_disturbed) / 2,
                 )
             decoded.is_in_place = True
             if progress.deliver(task):
                 self.predictions.drop(task.chunk_index)
+
+    @property
+    def _is_disturbed(self) -> bool:
+        """Whether the engine computes rather than waits for this."""
+        return self.receiver.failover.links.is_computing and not self.receiver.progress.is_engine_waiting
 
     def _note(self, stage: Literal["decode", "restore"], start_s: float, task: ReadTask) -> float:
         timeline = self.receiver.progress.timeline

@@ -17,9 +17,10 @@ from kvstore_client.ratio.space import Ends, Floats, Indices, Space
 TIE = 1.02
 """Of plans this close to the quickest the more faithful is taken: a prediction is not more exact than that."""
 
-WORTH_BOTH = 0.85
-"""Fetching some and computing the rest must take so much less than either alone: where it does not, what the plan does
-not know (who else needs the processor, how the link will move) decides, and that is on the side of the simple plan."""
+WORTH_MIXING = 1.15
+"""Fetching some and computing the rest must be so many times quicker than either alone, two encodings than one: where
+they are not, what the plan does not know decides (who else needs the processor, how the link will move, what is
+restored in one product), and that is on the side of the simple plan."""
 
 _SLOWER = 0.75
 """What is more faithful must tie as well when the links bring no more than this share of what is expected."""
@@ -31,7 +32,8 @@ _SPLITS = 64
 
 
 class RatioController:
-    """Minimises the predicted time; among plans within 2 % of the least takes the most faithful. Stateless."""
+    """Minimises the predicted time, with a handicap for plans that mix; among plans within 2 % of the least takes the
+    most faithful. Stateless."""
 
     def plan(self, work: Work) -> Plan:
         if not work.chunks:
@@ -83,36 +85,32 @@ def _search(space: Space) -> _Block:
         share * one + (1 - share) * other for one, other in pairwise(costs[: len(hull)]) for share in _MIXES
     ]
     sums = _running_sums(np.stack(costs + mixed))
-    stride = widest = max(1, -(-space.count // _GRID))
+    mixes = np.arange(len(pairs)) >= len(whole)
+    least: int | None = None
+    stride = max(1, -(-space.count // _GRID))
     fronts = _places(0, space.count, stride, space.least_front)
     tails = _places(0, space.count, stride, 0)
     while True:
         ends = space.all_ends(fronts, tails)
-        if stride == widest and (either := _either(space, sums, ends)):
-            ends, stride = either, 1
+        computed = ends.front + ends.tail
+        least = int(computed.min()) if least is None else least
+        both = (computed > least) & (computed < space.count)
+        handicap = np.where(mixes[:, None] | both, WORTH_MIXING, 1.0)
         asked = sums[:, space.count - ends.tail] - sums[:, ends.front]
         seconds, slower = _finish_s(space, asked, ends)
-        limit_s = TIE * float(seconds.min())
-        tied = np.flatnonzero((seconds <= limit_s) & (slower <= TIE * slower.flat[seconds.argmin()]))
-        best = tied[np.lexsort((seconds.flat[tied], asked[..., -1].flat[tied]))[0]]
+        judged, judged_slower = seconds * handicap, slower * handicap
+        quickest = np.argmin(judged)
+        limit, limit_slower = TIE * judged.flat[quickest], TIE * judged_slower.flat[quickest]
+        tied = np.flatnonzero((judged <= limit) & (judged_slower <= limit_slower))
+        best = tied[np.lexsort((judged.flat[tied], asked[..., -1].flat[tied]))[0]]
         row, place = divmod(int(best), len(ends.front))
         front, tail = int(ends.front[place]), int(ends.tail[place])
         if stride == 1:
             large, small = pairs[row]
-            return _Block(front, tail, small, large, limit_s)
+            return _Block(front, tail, small, large, float(limit / handicap.flat[best]))
         near, stride = stride, max(1, stride // 8)
         fronts = _places(max(front - near, 0), min(front + near, space.count), stride, front)
         tails = _places(max(tail - near, 0), min(tail + near, space.count), stride, tail)
-
-
-def _either(space: Space, sums: Floats, ends: Ends) -> Ends | None:
-    """Those that fetch as much as possible or nothing; None when doing both is worth it."""
-    computed = ends.front + ends.tail
-    either = (computed == computed.min()) | (computed == space.count)
-    seconds = space.finish_s(sums[:, space.count - ends.tail] - sums[:, ends.front], ends, "layers")
-    if seconds.min() <= WORTH_BOTH * seconds[:, either].min():
-        return None
-    return Ends(ends.front[either], ends.tail[either])
 
 
 def _finish_s(space: Space, sums: Floats, ends: Ends) -> tuple[Floats, Floats]:
@@ -150,9 +148,11 @@ def _split_seconds(
 
 
 def _more_faithful(space: Space, block: _Block, options: Indices, order: Order) -> Indices:
-    """As many chunks as the tie has room for in more faithful options; from the end that arrives last, as above."""
+    """As many chunks as the tie has room for in more faithful options; from the end that arrives last, as above. All or
+    none where the block is no mixture."""
     rows = np.arange(space.count)
     seconds = np.maximum(space.receive, space.decode)
+    mixes = not np.array_equal(block.small, block.large)
     for loss in np.unique(space.loss):
         offered = np.where(space.loss <= loss, seconds, np.inf)
         better = np.where(np.isfinite(offered).any(axis=1), np.argmin(offered, axis=1), options)
@@ -160,11 +160,13 @@ def _more_faithful(space: Space, block: _Block, options: Indices, order: Order) 
         if order == "layers":
             splits, finish_s, slower_s = _split_seconds(space, options, better, block)
             ties = (finish_s <= block.limit_s) & (slower_s <= TIE * slower_s[-1])
+            ties[1:] &= mixes
             split = splits[ties].min(initial=space.count)
             options = np.where(rows < split, options, better)
         else:
             splits, finish_s, slower_s = _split_seconds(space, better, options, block)
             ties = (finish_s <= block.limit_s) & (slower_s <= TIE * slower_s[0])
+            ties[:-1] &= mixes
             split = splits[ties].max(initial=0)
             options = np.where(rows < split, better, options)
     return options

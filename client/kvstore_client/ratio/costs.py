@@ -18,8 +18,8 @@ _LEARNING, _FORGETTING = 0.5, 0.98
 class Costs:
     """Of one model in one process. Thread-safe.
 
-    Observations are exponentially weighted by the tokens they cover. What is observed should be undisturbed: the
-    planner adds the interference of decoding and computing itself.
+    Observations are exponentially weighted by the tokens they cover. The costs are undisturbed ones: the planner adds
+    the interference of decoding and computing itself.
     """
 
     def __init__(self, profile: Profile) -> None:
@@ -30,11 +30,15 @@ class Costs:
         self._overhead_s = 0.0
         self._receive_s_per_byte = profile.receive_s_per_byte
 
-    def observe_decode(self, encoding: str, token_layers: float, decode_s: float, restore_s: float) -> None:
-        """`token_layers`: tokens * layers decoded / layers of the model. Nothing is learned from 0 of them."""
+    def observe_decode(
+        self, encoding: str, token_layers: float, decode_s: float, restore_s: float, *, disturbed: float = 0.0
+    ) -> None:
+        """`token_layers`: tokens * layers decoded / layers of the model. Nothing is learned from 0 of them.
+        `disturbed`: the share of the time in which the engine computed."""
         if token_layers <= 0:
             return
-        seen = CodecCost(decode_s / token_layers, restore_s / token_layers)
+        taken = token_layers * (1.0 + self._profile.interference * disturbed)
+        seen = CodecCost(decode_s / taken, restore_s / taken)
         with self._lock:
             known = self._codecs.get(encoding)
             # A guess after a similar encoding is worth nothing beside the first thing seen.

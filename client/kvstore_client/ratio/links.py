@@ -156,6 +156,11 @@ class Links:
                 self._learn_busy(window.rate_Bps, link.quiet)
 
     @property
+    def is_computing(self) -> bool:
+        with self._lock:
+            return any(one.ended_s == math.inf for one in self._passes)
+
+    @property
     def busy_Bps(self) -> float | None:  # noqa: N802
         """What comes at most while the engine computes; None when nothing ever showed it."""
         return self._busy_Bps
