@@ -62,6 +62,7 @@ class Steering:
         self._timeline, self._metrics = timeline, metrics
         self.replan = replan
         self._reckoned_Bps: dict[str, float] = {}
+        self._began_s = time.monotonic()
         self._rest_until_s = 0.0
         self._ends_at_s = 0.0
         self._busy_until_s = 0.0
@@ -130,9 +131,12 @@ class Steering:
         """Until the engine's last forward pass ends, as planned."""
         return max(0.0, self._ends_at_s - time.monotonic())
 
+    def _bandwidth_Bps(self, endpoint: str) -> float | None:  # noqa: N802
+        return self._links.bandwidth_Bps(endpoint, since_s=self._began_s)
+
     def _has_moved(self) -> bool:
         for endpoint, reckoned_Bps in self._reckoned_Bps.items():  # noqa: N806
-            now_Bps = self._links.bandwidth_Bps(endpoint)  # noqa: N806
+            now_Bps = self._bandwidth_Bps(endpoint)  # noqa: N806
             if now_Bps is not None and not 1 / _MOVED < now_Bps / reckoned_Bps < _MOVED:
                 return True
         return False
@@ -141,7 +145,7 @@ class Steering:
         """What is left to do, and which variant each option of a chunk is."""
         profile = self._computing.costs.snapshot()
         endpoints = {state.chunk.member.endpoint for state in states}
-        bandwidths = {e: self._links.bandwidth_Bps(e) for e in endpoints}
+        bandwidths = {e: self._bandwidth_Bps(e) for e in endpoints}
         chunks: list[ChunkWork] = []
         variants: dict[int, list[int]] = {}
         for state in states:
@@ -198,7 +202,7 @@ class Steering:
         self.order = plan.order
         self._ends_at_s = time.monotonic() + plan.predicted_s
         endpoints = {state.chunk.member.endpoint for state in states}
-        self._reckoned_Bps = {e: self._links.bandwidth_Bps(e) or DEFAULT_BANDWIDTH_Bps for e in endpoints}
+        self._reckoned_Bps = {e: self._bandwidth_Bps(e) or DEFAULT_BANDWIDTH_Bps for e in endpoints}
         return changed
 
     def _mark(self, name: str, states: Sequence[ChunkState]) -> None:

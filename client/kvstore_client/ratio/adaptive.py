@@ -17,7 +17,7 @@ from kvstore_client.ratio.space import Ends, Floats, Indices, Space
 TIE = 1.02
 """Of plans this close to the quickest the more faithful is taken: a prediction is not more exact than that."""
 
-WORTH_MIXING = 1.15
+WORTH_MIXING = 1.3
 """Fetching some and computing the rest must be so many times quicker than either alone, two encodings than one: where
 they are not, what the plan does not know decides (who else needs the processor, how the link will move, what is
 restored in one product), and that is on the side of the simple plan."""

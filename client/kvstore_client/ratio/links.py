@@ -28,6 +28,9 @@ _HOPE_S = 30.0
 """An estimate that nobody has seen confirmed doubles in this time, up to the default: a link too slow to be worth a
 fetch would otherwise never be tried again."""
 
+_MEAN_S = 2.0
+"""Receiving time of which a mean remembers 63 %."""
+
 _MOST_SAMPLES = 1024
 """From memory, a window has more of them than tell anything."""
 _SHORTEST_S = 1e-6
@@ -46,7 +49,8 @@ _LEARNING = 0.25
 class _Window:
     """The last tenth of a second of receiving."""
 
-    samples: deque[tuple[int, float]] = field(default_factory=deque)
+    samples: deque[tuple[int, float, float]] = field(default_factory=deque)
+    """(bytes, seconds of receiving, when)."""
     size_bytes: int = 0
     seconds: float = 0.0
     """Sums over the samples."""
@@ -55,6 +59,9 @@ class _Window:
     """Too little for a sample yet."""
     seen_s: float = -math.inf
     """When the last sample came."""
+    mean_bytes: float = 0.0
+    mean_s: float = 0.0
+    """Sums over all samples, of which older ones count for less and less."""
 
     def add(self, size_bytes: int, seconds: float, now_s: float) -> bool:
         """Whether there is one sample more."""
@@ -62,16 +69,20 @@ class _Window:
         self.pending_s += seconds
         if self.pending_s < _SAMPLE_S and self.pending_bytes < _SAMPLE_BYTES:
             return False
-        if now_s - self.seen_s > _STALE_S:
+        silent_s = now_s - self.seen_s
+        if silent_s > _STALE_S:
             self.samples.clear()
             self.size_bytes, self.seconds = 0, 0.0
+        fading = math.exp(-self.pending_s / _MEAN_S - max(silent_s, 0.0) / _HOPE_S)
+        self.mean_bytes = fading * self.mean_bytes + self.pending_bytes
+        self.mean_s = fading * self.mean_s + self.pending_s
         self.seen_s = now_s
-        self.samples.append((self.pending_bytes, self.pending_s))
+        self.samples.append((self.pending_bytes, self.pending_s, now_s))
         self.size_bytes += self.pending_bytes
         self.seconds += self.pending_s
         self.pending_bytes, self.pending_s = 0, 0.0
         while self.seconds - self.samples[0][1] >= WINDOW_S or len(self.samples) > _MOST_SAMPLES:
-            old_bytes, old_s = self.samples.popleft()
+            old_bytes, old_s, _ = self.samples.popleft()
             self.size_bytes -= old_bytes
             self.seconds -= old_s
         return True
@@ -79,6 +90,17 @@ class _Window:
     @property
     def rate_Bps(self) -> float:  # noqa: N802
         return self.size_bytes / max(self.seconds, _SHORTEST_S)
+
+    def rate_since_Bps(self, since_s: float) -> float:  # noqa: N802
+        """Of the last tenth of a second, as far as that was after `since_s`; for the rest of it, the mean."""
+        size_bytes, seconds = 0.0, 0.0
+        for sample_bytes, sample_s, at_s in reversed(self.samples):
+            if at_s < since_s:
+                break
+            size_bytes, seconds = size_bytes + sample_bytes, seconds + sample_s
+        older_s = max(WINDOW_S - seconds, 0.0)
+        size_bytes += older_s * self.mean_bytes / max(self.mean_s, _SHORTEST_S)
+        return size_bytes / max(seconds + older_s, _SHORTEST_S)
 
 
 @dataclass(slots=True)
@@ -92,11 +114,16 @@ class _Link:
     def seen_s(self) -> float:
         return max(self.quiet.seen_s, self.busy.seen_s)
 
-    def bandwidth_Bps(self, now_s: float, busy_Bps: float) -> float | None:  # noqa: N802, N803
+    def bandwidth_Bps(  # noqa: N802
+        self,
+        now_s: float,
+        since_s: float | None,
+        busy_Bps: float,  # noqa: N803
+    ) -> float | None:
         """`busy_Bps`: what the process takes in while its engine computes, from a link that is fast enough."""
         if not self.seen_s > -math.inf:
             return None
-        seen_Bps = self.quiet.rate_Bps  # noqa: N806
+        seen_Bps = self.quiet.rate_Bps if since_s is None else self.quiet.rate_since_Bps(since_s)  # noqa: N806
         if self.busy.seen_s > self.quiet.seen_s:
             slower_Bps = self.busy.rate_Bps  # noqa: N806
             if not self.quiet.samples or slower_Bps > seen_Bps or slower_Bps < _BUSY_SHARE * busy_Bps:
@@ -172,13 +199,18 @@ class Links:
             known_s = seconds if link.latency_s is None else link.latency_s
             link.latency_s = known_s + _LATENCY_SHARE * (seconds - known_s)
 
-    def bandwidth_Bps(self, endpoint: str) -> float | None:  # noqa: N802
-        """Of an endpoint not heard of yet: that of the one heard of last. None when nothing was ever received."""
+    def bandwidth_Bps(self, endpoint: str, *, since_s: float | None = None) -> float | None:  # noqa: N802
+        """Of the last tenth of a second; with `since_s` (of the clock), for what came before that, the mean of the
+        last seconds: how the last fetch ended says little about the next one on a link that goes up and down.
+
+        Of an endpoint not heard of yet: that of the one heard of last. None when nothing was ever received."""
         with self._lock:
             link = self._links.get(endpoint)
             if link is None or not link.seen_s > -math.inf:
                 link = max(self._links.values(), key=lambda other: other.seen_s, default=None)
-            return link.bandwidth_Bps(self._clock(), self._least_busy_Bps()) if link is not None else None
+            if link is None:
+                return None
+            return link.bandwidth_Bps(self._clock(), since_s, self._least_busy_Bps())
 
     def latency_s(self, endpoint: str) -> float:
         """0 for an endpoint that was never asked."""

@@ -175,3 +175,24 @@ def test_a_request_that_waits_for_its_own_bytes_is_not_in_their_way() -> None:
     clock.now_s += 0.01
     links.observe("a", 300_000, 0.02, request=other)
     assert links.bandwidth_Bps("a") == pytest.approx(1e8), "the engine computed while that began to come"
+
+
+def test_a_fetch_begins_with_the_mean_of_the_last_seconds() -> None:
+    wire = _Wire()
+    for _ in range(20):  # up and down, and down in the end
+        wire.receive("a", 1e8, 0.2)
+        wire.receive("a", 1e7, 0.2)
+    assert wire.links.bandwidth_Bps("a") == pytest.approx(1e7, rel=0.01)
+    began_s = wire.clock.now_s
+    assert wire.links.bandwidth_Bps("a", since_s=began_s) == pytest.approx(5.5e7, rel=0.15)
+    wire.receive("a", 2e7, 0.05)
+    assert 2.5e7 < (wire.links.bandwidth_Bps("a", since_s=began_s) or 0.0) < 5e7
+    wire.receive("a", 2e7, 0.1)
+    assert wire.links.bandwidth_Bps("a", since_s=began_s) == pytest.approx(2e7, rel=0.1)
+
+
+def test_the_mean_forgets_a_link_that_has_changed_for_good() -> None:
+    wire = _Wire()
+    wire.receive("a", 1e8, 10.0)
+    wire.receive("a", 1e7, 10.0)
+    assert wire.links.bandwidth_Bps("a", since_s=wire.clock.now_s) == pytest.approx(1e7, rel=0.1)
