@@ -95,7 +95,7 @@ class _Window:
         """Of the last tenth of a second, as far as that was after `since_s`; for the rest of it, the mean."""
         size_bytes, seconds = 0.0, 0.0
         for sample_bytes, sample_s, at_s in reversed(self.samples):
-            if at_s < since_s:
+            if at_s <= since_s:
                 break
             size_bytes, seconds = size_bytes + sample_bytes, seconds + sample_s
         older_s = max(WINDOW_S - seconds, 0.0)
