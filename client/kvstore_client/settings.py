@@ -72,7 +72,7 @@ class ClientSettings(BaseSettings):
     lookup_timeout_s: float = Field(default=1.0, gt=0)
     """How long the engine waits for a lookup before it prefills instead."""
 
-    fetch_policy: FetchPolicy = FetchPolicy.FIXED
+    fetch_policy: FetchPolicy = FetchPolicy.ADAPTIVE
     """How a fetch is planned."""
 
     replan: bool = True
