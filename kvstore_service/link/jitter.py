@@ -48,6 +48,11 @@ class Schedule:
         within_s = at_s % self.period_s if self.period_s < math.inf else at_s
         return self.bandwidths_bps[bisect.bisect_right(self.starts_s, within_s) - 1]
 
+    @property
+    def settles(self) -> bool:
+        """Whether it changes, and then no more: before the first change the link has been as it is."""
+        return len(self.starts_s) > 1 and self.period_s == math.inf
+
     def changes(self) -> Iterator[tuple[float, float]]:
         """(seconds since the beginning, bit/s), from 0 s on; endless where it starts over."""
         round_s = 0.0

@@ -12,6 +12,7 @@ from kvstore_client.ratio import (
     ChunkWork,
     Costs,
     DEFAULT_BANDWIDTH_Bps,
+    LEAST_BUSY_Bps,
     Links,
     Option,
     Order,
@@ -183,14 +184,16 @@ class Steering:
             profile.interference,
             profile.decode_threads,
             max(0.0, self._busy_until_s - time.monotonic()),
-            self._busy_share(bandwidths.values()),
+            self._busy_share(bandwidths.values(), profile.interference),
         )
         return work, variants
 
-    def _busy_share(self, bandwidths_Bps: Iterable[float | None]) -> float:  # noqa: N803
-        busy_Bps = self._links.busy_Bps  # noqa: N806
+    def _busy_share(self, bandwidths_Bps: Iterable[float | None], interference: float) -> float:  # noqa: N803
         together_Bps = sum(bandwidth_Bps or DEFAULT_BANDWIDTH_Bps for bandwidth_Bps in bandwidths_Bps)  # noqa: N806
-        return 1.0 if busy_Bps is None else min(1.0, busy_Bps / together_Bps)
+        busy_Bps = self._links.busy_Bps  # noqa: N806
+        if busy_Bps is None:  # until that is seen: as much as decoding
+            busy_Bps = max(LEAST_BUSY_Bps, together_Bps / (1.0 + interference))  # noqa: N806
+        return min(1.0, busy_Bps / together_Bps)
 
     def _adopt(self, plan: Plan, states: Sequence[ChunkState], variants: dict[int, list[int]]) -> bool:
         changed = plan.order != self.order

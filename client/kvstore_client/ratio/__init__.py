@@ -5,7 +5,7 @@ from kvstore_client.ratio.base import COMPUTE, Bound, ChunkWork, Option, Order, 
 from kvstore_client.ratio.costs import Costs
 from kvstore_client.ratio.fixed import FixedPlanner
 from kvstore_client.ratio.kvfetcher import KVFetcherPlanner
-from kvstore_client.ratio.links import DEFAULT_BANDWIDTH_Bps, Links
+from kvstore_client.ratio.links import DEFAULT_BANDWIDTH_Bps, LEAST_BUSY_Bps, Links
 from kvstore_client.ratio.profile import CodecCost, PrefillCost, Profile, ProfileStore, profile_key
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "DEFAULT_BANDWIDTH_Bps",
     "FixedPlanner",
     "KVFetcherPlanner",
+    "LEAST_BUSY_Bps",
     "Links",
     "Option",
     "Order",

@@ -38,7 +38,7 @@ _SHORTEST_S = 1e-6
 _LATENCY_SHARE = 0.25
 
 
-_BUSY_Bps = 40e6
+LEAST_BUSY_Bps = 40e6
 """What comes at least while the engine computes, unless it is the link that is slow: as long as nothing is known."""
 _BUSY_SHARE = 0.33
 """What is less than this share of it is the link's doing."""
@@ -219,7 +219,7 @@ class Links:
             return (link.latency_s or 0.0) if link is not None else 0.0
 
     def _least_busy_Bps(self) -> float:  # noqa: N802
-        return _BUSY_Bps if self._busy_Bps is None else self._busy_Bps
+        return LEAST_BUSY_Bps if self._busy_Bps is None else self._busy_Bps
 
     def _learn_busy(self, seen_Bps: float, quiet: _Window) -> None:  # noqa: N803
         """A link that brings more at other times shows how much can be taken in, and any link how much at least."""
