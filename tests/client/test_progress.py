@@ -1,10 +1,15 @@
 """What a waiting engine is told, and when."""
 
+import math
 import threading
 import time
 
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.progress import Progress
+from kvstore_client.fetch.state import ChunkState
+from kvstore_client.fetch.steer import Computing, Steering
+from kvstore_client.metrics import ClientMetrics
+from kvstore_client.ratio import CodecCost, Costs, Links, PrefillCost, Profile, RatioController
 from kvstore_client.timeline import Timeline
 from tests.client.chunks import MEMBER, SPEC, stored_chunks
 
@@ -192,3 +197,47 @@ def test_a_fetch_that_nobody_waits_for_loses_patience_too() -> None:
     progress.check_patience()
     assert told == ["ready"]
     assert progress.report().missing == {0: "stalled"}
+
+
+def test_what_nobody_will_read_any_more_is_computed_after_a_failure() -> None:
+    """The last pass has the tail, so the reader leaves; then a chunk fails, and the link has become fast."""
+    chunks, links = stored_chunks(12), Links()
+    (header,) = {variant.header.encoding.name for variant in chunks[0].variants}
+    size_bytes = ChunkState(0, chunks[0], SPEC.layers).left_bytes(0) or 0
+
+    def bring(bandwidth_Bps: float) -> None:  # noqa: N803
+        for _ in range(60):
+            links.observe(MEMBER.endpoint, int(bandwidth_Bps * 0.005), 0.005)
+
+    bring(size_bytes / 0.15)
+    profile = Profile({header: CodecCost(1e-7, 1e-8)}, PrefillCost(0.2, 0.4e-3, 0.0), 0.0, 1)
+    steering = Steering(
+        RatioController(),
+        links,
+        Computing(Costs(profile), 12 * 256, 20),
+        Timeline(),
+        ClientMetrics(),
+        replan=True,
+    )
+    progress = Progress(
+        chunks, layers=SPEC.layers, deadline_s=30, stall_s=2, timeline=Timeline(), steering=steering
+    )
+    tasks = progress.next_reads(MEMBER, math.inf)
+    assert progress.next_to_compute() is None
+    while more := progress.next_reads(MEMBER, math.inf):
+        tasks += more
+    assert len({task.chunk_index for task in tasks}) < 12, "the tail is computed"
+    for task in tasks:
+        assert progress.begin_decode(task)
+    for task in tasks[:-1]:
+        progress.deliver(task)
+    bring(1e9)
+    time.sleep(0.05)  # plans are not made more often
+    progress.fail(tasks[-1], "checksum")
+    assert not progress.wait_layer(SPEC.layers - 1)
+    began_s = time.monotonic()
+    while (run := progress.next_to_compute()) is not None:
+        progress.computed(*run)
+    assert progress.wait_layer(SPEC.layers - 1)
+    assert time.monotonic() - began_s < 1
+    assert set(progress.report().missing.values()) == {"checksum"}

@@ -4,7 +4,7 @@ import math
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -40,12 +40,14 @@ class Reading:
         sizes_bytes: Sequence[int],
         *,
         request: object,
+        is_waited_for: Callable[[], bool],
         hurried: bool,
     ) -> None:
         """`sizes_bytes` are those of the reads it brings. `hurried`: it is given up when it falls silent. `links` are
-        told how fast its bytes come, for what `request`."""
+        told how fast its bytes come, for what `request`, and whether that keeps the engine waiting."""
         self._stream = stream
         self._links, self._endpoint, self._request = links, endpoint, request
+        self._is_waited_for = is_waited_for
         self._hurried = hurried
         self._ends_bytes = list(accumulate(sizes_bytes))
         self._received_bytes = 0
@@ -121,7 +123,9 @@ class Reading:
             self._waiting_since_s = self._seen_at_s = math.inf
 
     def _observe(self, size_bytes: int, seconds: float) -> None:
-        self._links.observe(self._endpoint, size_bytes, seconds, request=self._request)
+        self._links.observe(
+            self._endpoint, size_bytes, seconds, request=self._request, waited_for=self._is_waited_for()
+        )
 
 
 class Failover:

@@ -119,7 +119,11 @@ class Progress:
                     if tasks := self._next_reads(self._by_member[member], limit_bytes):
                         return tasks
                 # An end sooner than the fetch's lets the stages' threads go, whose idling costs the engine.
-                if self._steering is None or not self._steering.replan or not self._may_read(member):
+                if self._steering is None or not self._steering.replan:
+                    return []
+                if not self._may_read(member):
+                    for state in self._by_member[member]:  # nobody will be there to read what is computed now
+                        state.is_lost |= state.is_computed
                     return []
                 self._changed.wait()
             return []

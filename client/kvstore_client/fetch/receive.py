@@ -146,6 +146,7 @@ class Receiver:
             member.endpoint,
             [task.size_bytes for task in tasks],
             request=timeline,
+            is_waited_for=lambda: self.progress.is_engine_waiting,
             hurried=hurried,
         )
         unread: dict[str, list[ReadTask]] = {}

@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from kvstore_client.fetch.state import ChunkState
 from kvstore_client.metrics import ClientMetrics
@@ -30,6 +30,8 @@ _WORTH_A_CHANGE = 0.9
 # The link has moved when its bandwidth is so many times what the plan reckoned with, or the inverse of it.
 _MOVED = 1.5
 _SHORTEST_INTERVAL_S = 0.02
+# A computing engine does not stop a link.
+_LEAST_BUSY_SHARE = 0.1
 # Planning for thousands of chunks takes a while, and holds up the fetch.
 _MOST_PLANNING = 0.1
 
@@ -75,10 +77,6 @@ class Steering:
         try:
             with self._timeline.span("plan"):
                 work, variants = self._work(states)
-                if self.replan and len(work.bandwidths_Bps) < len(work.latencies_s):
-                    # The engine stands back until something is known of the link: it would be in the way.
-                    chunks = tuple(replace(chunk, computable=False) for chunk in work.chunks)
-                    work = replace(work, chunks=chunks)
                 self._adopt(self._planner.plan(work), states, variants)
         except Exception:  # a mistake of ours must not reach the engine
             log.exception("a fetch could not be planned")
@@ -147,6 +145,8 @@ class Steering:
         profile = self._computing.costs.snapshot()
         endpoints = {state.chunk.member.endpoint for state in states}
         bandwidths = {e: self._bandwidth_Bps(e) for e in endpoints}
+        # The engine stands back until something is known of the links: it would be in the way.
+        computable = not self.replan or None not in bandwidths.values()
         chunks: list[ChunkWork] = []
         variants: dict[int, list[int]] = {}
         for state in states:
@@ -172,6 +172,7 @@ class Steering:
                     state.tokens,
                     state.chunk.member.endpoint,
                     tuple(options),
+                    computable,
                 )
             )
         work = Work(
@@ -184,16 +185,20 @@ class Steering:
             profile.interference,
             profile.decode_threads,
             max(0.0, self._busy_until_s - time.monotonic()),
-            self._busy_share(bandwidths.values(), profile.interference),
+            self._busy_share(bandwidths, profile.interference),
         )
         return work, variants
 
-    def _busy_share(self, bandwidths_Bps: Iterable[float | None], interference: float) -> float:  # noqa: N803
-        together_Bps = sum(bandwidth_Bps or DEFAULT_BANDWIDTH_Bps for bandwidth_Bps in bandwidths_Bps)  # noqa: N806
-        busy_Bps = self._links.busy_Bps  # noqa: N806
-        if busy_Bps is None:  # until that is seen: as much as decoding
-            busy_Bps = max(LEAST_BUSY_Bps, together_Bps / (1.0 + interference))  # noqa: N806
-        return min(1.0, busy_Bps / together_Bps)
+    def _busy_share(self, bandwidths_Bps: Mapping[str, float | None], interference: float) -> float:  # noqa: N803
+        together_Bps = busy_together_Bps = 1.0  # noqa: N806
+        for endpoint, known_Bps in bandwidths_Bps.items():  # noqa: N806
+            bandwidth_Bps = known_Bps or DEFAULT_BANDWIDTH_Bps  # noqa: N806
+            busy_Bps = self._links.busy_Bps(endpoint)  # noqa: N806
+            if busy_Bps is None:  # until that is seen: as much as decoding
+                busy_Bps = max(LEAST_BUSY_Bps, bandwidth_Bps / (1.0 + interference))  # noqa: N806
+            together_Bps += bandwidth_Bps  # noqa: N806
+            busy_together_Bps += min(busy_Bps, bandwidth_Bps)  # noqa: N806
+        return max(busy_together_Bps / together_Bps, _LEAST_BUSY_SHARE)
 
     def _adopt(self, plan: Plan, states: Sequence[ChunkState], variants: dict[int, list[int]]) -> bool:
         changed = plan.order != self.order

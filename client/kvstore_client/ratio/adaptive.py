@@ -86,15 +86,14 @@ def _search(space: Space) -> _Block:
     ]
     sums = _running_sums(np.stack(costs + mixed))
     mixes = np.arange(len(pairs)) >= len(whole)
-    least: int | None = None
+    fetchable = np.concatenate(([0], np.cumsum(space.fetchable)))
     stride = max(1, -(-space.count // _GRID))
     fronts = _places(0, space.count, stride, space.least_front)
     tails = _places(0, space.count, stride, 0)
     while True:
         ends = space.all_ends(fronts, tails)
-        computed = ends.front + ends.tail
-        least = int(computed.min()) if least is None else least
-        both = (computed > least) & (computed < space.count)
+        fetched = fetchable[space.count - ends.tail] - fetchable[ends.front]
+        both = (fetched > 0) & (fetched < fetchable[-1])
         handicap = np.where(mixes[:, None] | both, WORTH_MIXING, 1.0)
         asked = sums[:, space.count - ends.tail] - sums[:, ends.front]
         seconds, slower = _finish_s(space, asked, ends)

@@ -42,7 +42,11 @@ LEAST_BUSY_Bps = 40e6
 """What comes at least while the engine computes, unless it is the link that is slow: as long as nothing is known."""
 _BUSY_SHARE = 0.33
 """What is less than this share of it is the link's doing."""
+_CLEARLY = 0.7
 _LEARNING = 0.25
+
+_DOUBT_S = 5.0
+"""While nothing but what comes beside the engine is seen, the difference to what came before it halves in this time."""
 
 
 @dataclass(slots=True)
@@ -108,6 +112,8 @@ class _Link:
     quiet: _Window = field(default_factory=_Window)
     busy: _Window = field(default_factory=_Window)
     """While the engine computes: it, the receiver and, on one machine, the sender are in each other's way."""
+    busy_Bps: float | None = None  # noqa: N815  (bytes, not bits)
+    """What was taken in meanwhile, as far as that was not the link's doing."""
     latency_s: float | None = None
 
     @property
@@ -118,26 +124,58 @@ class _Link:
         self,
         now_s: float,
         since_s: float | None,
-        busy_Bps: float,  # noqa: N803
     ) -> float | None:
-        """`busy_Bps`: what the process takes in while its engine computes, from a link that is fast enough."""
         if not self.seen_s > -math.inf:
             return None
         seen_Bps = self.quiet.rate_Bps if since_s is None else self.quiet.rate_since_Bps(since_s)  # noqa: N806
         if self.busy.seen_s > self.quiet.seen_s:
             slower_Bps = self.busy.rate_Bps  # noqa: N806
-            if not self.quiet.samples or slower_Bps > seen_Bps or slower_Bps < _BUSY_SHARE * busy_Bps:
+            if not self.quiet.samples or slower_Bps > seen_Bps or self._is_links_doing(slower_Bps):
                 seen_Bps = slower_Bps  # noqa: N806
+            else:  # the longer the engine computes, the less is known of what would come if it did not
+                doubt = max(self.busy.seen_s - self.quiet.seen_s - _STALE_S, 0.0) / _DOUBT_S
+                seen_Bps = slower_Bps + (seen_Bps - slower_Bps) * 2.0**-doubt  # noqa: N806
         unseen_s = now_s - self.seen_s - _STALE_S
         if unseen_s <= 0 or seen_Bps >= DEFAULT_BANDWIDTH_Bps:
             return seen_Bps
         hope: float = 2.0 ** min(unseen_s / _HOPE_S, 64.0)
         return min(DEFAULT_BANDWIDTH_Bps, seen_Bps * hope)
 
+    def learn(self, *, busy: bool) -> None:
+        """What computing explains, once a window is full."""
+        seen_Bps, quiet_Bps = self.busy.rate_Bps, self.quiet.rate_Bps  # noqa: N806
+        if busy and self.busy.seconds >= WINDOW_S:
+            if seen_Bps > self._explained_Bps:
+                self.busy_Bps = seen_Bps
+            elif (
+                self.quiet.samples and seen_Bps < _CLEARLY * quiet_Bps and not self._is_links_doing(seen_Bps)
+            ):
+                self.busy_Bps = self._explained_Bps + _LEARNING * (seen_Bps - self._explained_Bps)
+        elif (
+            not busy
+            and self.busy.samples
+            and self.quiet.seconds >= WINDOW_S
+            and self.quiet.samples[0][2] > self.busy.seen_s
+            and self.quiet.seen_s - self.busy.seen_s < _STALE_S
+            and seen_Bps < _CLEARLY * quiet_Bps
+            and self._is_links_doing(seen_Bps)
+        ):
+            # As soon as the engine has ended the link is fast again: so it was not the link.
+            self.busy_Bps = seen_Bps
+
+    @property
+    def _explained_Bps(self) -> float:  # noqa: N802
+        return LEAST_BUSY_Bps if self.busy_Bps is None else self.busy_Bps
+
+    def _is_links_doing(self, busy_Bps: float) -> bool:  # noqa: N803
+        """Whether that little comes beside the engine because the link is slow."""
+        return busy_Bps < _BUSY_SHARE * self._explained_Bps
+
 
 @dataclass(slots=True, eq=False)
 class _Pass:
     request: object
+    waits: bool
     ended_s: float = math.inf
 
 
@@ -153,12 +191,12 @@ class Links:
         self._lock = threading.Lock()
         self._links: dict[str, _Link] = {}
         self._passes: list[_Pass] = []
-        self._busy_Bps: float | None = None
 
     @contextmanager
-    def computing(self, *, request: object = None) -> Iterator[None]:
-        """The engine computes meanwhile. What comes for `request` is what it waits for, and tells of the link."""
-        one = _Pass(request)
+    def computing(self, *, request: object = None, waits: bool = False) -> Iterator[None]:
+        """The engine computes meanwhile, for this request; `waits`: little, and most of the time it waits for what is
+        fetched for that request."""
+        one = _Pass(request, waits)
         with self._lock:
             self._passes.append(one)
         try:
@@ -168,29 +206,39 @@ class Links:
                 one.ended_s = self._clock()
                 self._passes = [p for p in self._passes if p.ended_s > one.ended_s - _STALE_S]
 
-    def observe(self, endpoint: str, size_bytes: int, seconds: float, *, request: object = None) -> None:
+    def observe(
+        self,
+        endpoint: str,
+        size_bytes: int,
+        seconds: float,
+        *,
+        request: object = None,
+        waited_for: bool = False,
+    ) -> None:
         """A reader has received `size_bytes`, and `seconds` is the time it waited for them and took them in: without
-        the time in which it had no room for more."""
+        the time in which it had no room for more. `waited_for`: the engine does nothing but wait for this request."""
         with self._lock:
             link = self._links.setdefault(endpoint, _Link())
             now_s = self._clock()
             busy = any(
-                p.ended_s > now_s - seconds and (p.request is None or p.request is not request)
+                p.ended_s > now_s - seconds
+                and not (p.request is request and request is not None and (p.waits or waited_for))
                 for p in self._passes
             )
             window = link.busy if busy else link.quiet
-            if window.add(size_bytes, seconds, now_s) and busy and window.seconds >= WINDOW_S:
-                self._learn_busy(window.rate_Bps, link.quiet)
+            if window.add(size_bytes, seconds, now_s):
+                link.learn(busy=busy)
 
     @property
     def is_computing(self) -> bool:
         with self._lock:
             return any(one.ended_s == math.inf for one in self._passes)
 
-    @property
-    def busy_Bps(self) -> float | None:  # noqa: N802
-        """What comes at most while the engine computes; None when nothing ever showed it."""
-        return self._busy_Bps
+    def busy_Bps(self, endpoint: str) -> float | None:  # noqa: N802
+        """What comes from there at most while the engine computes; None when nothing ever showed it."""
+        with self._lock:
+            link = self._links.get(endpoint)
+            return link.busy_Bps if link is not None else None
 
     def first_byte(self, endpoint: str, seconds: float) -> None:
         """It took `seconds` from a request to the first byte of its answer."""
@@ -210,21 +258,10 @@ class Links:
                 link = max(self._links.values(), key=lambda other: other.seen_s, default=None)
             if link is None:
                 return None
-            return link.bandwidth_Bps(self._clock(), since_s, self._least_busy_Bps())
+            return link.bandwidth_Bps(self._clock(), since_s)
 
     def latency_s(self, endpoint: str) -> float:
         """0 for an endpoint that was never asked."""
         with self._lock:
             link = self._links.get(endpoint)
             return (link.latency_s or 0.0) if link is not None else 0.0
-
-    def _least_busy_Bps(self) -> float:  # noqa: N802
-        return LEAST_BUSY_Bps if self._busy_Bps is None else self._busy_Bps
-
-    def _learn_busy(self, seen_Bps: float, quiet: _Window) -> None:  # noqa: N803
-        """A link that brings more at other times shows how much can be taken in, and any link how much at least."""
-        known_Bps = self._least_busy_Bps()  # noqa: N806
-        if seen_Bps > known_Bps:
-            self._busy_Bps = seen_Bps
-        elif quiet.samples and _BUSY_SHARE * known_Bps <= seen_Bps < quiet.rate_Bps:
-            self._busy_Bps = known_Bps + _LEARNING * (seen_Bps - known_Bps)

@@ -75,9 +75,12 @@ class SegmentLog:
     def measure(self) -> None:
         """Sees how much room there is; what others write to the same disk takes some. Raises DiskError."""
         try:
-            used_blocks, free_bytes = self._table.measure()
+            measured = self._table.measure()
         except OSError as error:
             raise disk_error(error, f"measuring {self._folder.path}") from error
+        if measured is None:
+            return
+        used_blocks, free_bytes = measured
         self.room_bytes = self.fitting_bytes = self.limit_bytes
         if free_bytes is not None:
             self.room_bytes = min(self.limit_bytes, used_blocks * BLOCK_BYTES + free_bytes)

@@ -102,6 +102,17 @@ class Segment:
         self.writing += 1
         return first
 
+    @property
+    def pending_blocks(self) -> int:
+        """Of records that are being written. They are among the last."""
+        found = found_blocks = 0
+        for state, blocks in zip(reversed(self._state), reversed(self._blocks), strict=True):
+            if found == self.writing:
+                break
+            if state == State.PENDING:
+                found, found_blocks = found + 1, found_blocks + blocks
+        return found_blocks
+
     def complete(self, first: int, header: bytes, state: State) -> None:
         """The record was written."""
         if self.index is not None:

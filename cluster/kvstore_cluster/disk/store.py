@@ -112,7 +112,7 @@ class SegmentStore:
                 f"but {sum(view.nbytes for view in views)} came"
             )
         most_bytes = self.limit_bytes - self._log.segment_bytes
-        if meta.size_bytes > most_bytes - 3 * BLOCK_BYTES:
+        if meta.size_bytes > most_bytes - 4 * BLOCK_BYTES:
             raise ChunkTooLargeError(
                 f"chunk {meta.chunk_id.short} has {meta.size_bytes} bytes, but {self._folder.path} may hold only "
                 f"{most_bytes}; give the node more disk"

@@ -32,10 +32,12 @@ class SegmentTable:
             self.used_blocks += segment.used_blocks
             self.live_blocks += segment.live_blocks
 
-    def measure(self) -> tuple[int, int | None]:
-        """(blocks written, bytes the disk has left at that time; None where the file system does not say). Raises
-        OSError."""
-        with self._removing:
+    def measure(self) -> tuple[int, int | None] | None:
+        """(blocks written, bytes the disk has left at that time; None where the file system does not say). None while
+        a segment is being removed. Raises OSError."""
+        if not self._removing.acquire(blocking=False):  # that may take a while, and others wait to be synced
+            return None
+        try:
             for _ in range(_MEASUREMENTS):
                 before = self._written_blocks()
                 free_bytes = self.folder.free_bytes()
@@ -43,6 +45,8 @@ class SegmentTable:
                 if before == after:
                     break
             return min(before, after), free_bytes
+        finally:
+            self._removing.release()
 
     def is_live(self, location: Location) -> bool:
         """Whether a live record or a tombstone lies there. To be called with the lock held."""
@@ -91,10 +95,12 @@ class SegmentTable:
                 segment.file.close()
 
     def _written_blocks(self) -> int:
-        """As `used_blocks`, without the room of indices that are not written yet."""
+        """As `used_blocks`, without the room of what is not written yet: indices, and records under way."""
         with self.lock:
             return self.used_blocks - sum(
-                segment.index_blocks for segment in self.segments.values() if not segment.sealed
+                segment.index_blocks + segment.pending_blocks
+                for segment in self.segments.values()
+                if not segment.sealed
             )
 
     def close(self) -> None:

@@ -129,7 +129,7 @@ def test_what_comes_while_the_engine_computes_does_not_lower_the_estimate() -> N
     with wire.links.computing():
         wire.receive("a", 5e7, 0.5)
         assert wire.links.bandwidth_Bps("a") == pytest.approx(2e8)
-    assert wire.links.busy_Bps == pytest.approx(5e7)
+    assert wire.links.busy_Bps("a") == pytest.approx(5e7)
     wire.receive("a", 1e8, 0.3)
     assert wire.links.bandwidth_Bps("a") == pytest.approx(1e8), "the engine has ended"
 
@@ -149,7 +149,7 @@ def test_a_link_that_drops_by_more_than_computing_explains_is_seen() -> None:
         wire.receive("a", 6e7, 0.3)
         wire.receive("a", 6e6, 0.3)
         assert wire.links.bandwidth_Bps("a") == pytest.approx(6e6, rel=0.25)
-        assert wire.links.busy_Bps == pytest.approx(6e7, rel=0.25), "that was not the engine's doing"
+        assert wire.links.busy_Bps("a") == pytest.approx(6e7, rel=0.25), "that was not the engine's doing"
 
 
 def test_while_nothing_else_is_known_what_comes_beside_the_engine_counts() -> None:
@@ -163,7 +163,7 @@ def test_a_request_that_waits_for_its_own_bytes_is_not_in_their_way() -> None:
     clock = _Clock()
     links = Links(clock)
     own, other = object(), object()
-    with links.computing(request=own):
+    with links.computing(request=own, waits=True):
         for _ in range(30):
             clock.now_s += 0.01
             links.observe("a", 1_000_000, 0.01, request=own)
@@ -196,3 +196,45 @@ def test_the_mean_forgets_a_link_that_has_changed_for_good() -> None:
     wire.receive("a", 1e8, 10.0)
     wire.receive("a", 1e7, 10.0)
     assert wire.links.bandwidth_Bps("a", since_s=wire.clock.now_s) == pytest.approx(1e7, rel=0.1)
+
+
+def test_how_much_computing_explains_is_unlearned_when_the_link_is_fast_as_soon_as_it_ends() -> None:
+    wire = _Wire()
+    wire.receive("a", 3e9, 0.3)
+    with wire.links.computing():
+        wire.receive("a", 3e9, 0.3)
+    for _ in range(3):
+        wire.receive("a", 3e9, 0.3)
+        with wire.links.computing():
+            wire.receive("a", 3e8, 0.3)
+    assert wire.links.busy_Bps("a") == pytest.approx(3e8, rel=0.1)
+    assert wire.links.bandwidth_Bps("a") == pytest.approx(3e9, rel=0.1)
+
+
+def test_a_slow_link_teaches_nothing_about_computing() -> None:
+    wire = _Wire()
+    wire.receive("a", 1.5e7, 0.3)
+    with wire.links.computing():
+        wire.receive("a", 1.45e7, 0.5)
+    assert wire.links.busy_Bps("a") is None
+
+
+def test_an_engine_that_always_computes_does_not_keep_an_old_estimate_alive() -> None:
+    wire = _Wire()
+    wire.receive("a", 1e9, 0.3)
+    with wire.links.computing():
+        wire.receive("a", 5e7, 60.0)
+    assert wire.links.bandwidth_Bps("a") == pytest.approx(5e7, rel=0.1)
+
+
+def test_a_long_question_waits_for_its_bytes_too() -> None:
+    clock, request = _Clock(), object()
+    links = Links(clock)
+    with links.computing(request=request):
+        for _ in range(30):
+            clock.now_s += 0.01
+            links.observe("a", 1_000_000, 0.01, request=request, waited_for=True)
+        for _ in range(5):
+            clock.now_s += 0.01
+            links.observe("a", 300_000, 0.01, request=request)
+    assert links.bandwidth_Bps("a") == pytest.approx(1e8)

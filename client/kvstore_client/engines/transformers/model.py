@@ -237,7 +237,7 @@ class CachedModel:
     ) -> tuple[Any, DynamicCache]:
         # A few tokens wait for what is fetched; more of them keep the processor from those who bring it.
         waits = input_ids.shape[1] - capture.first_token < CHUNK_TOKENS
-        computing = self.client.links.computing(request=begun.timeline if waits else None)
+        computing = self.client.links.computing(request=begun.timeline, waits=waits)
         with begun.timeline.span("compute"), capture.active(), computing:
             output = self.model.generate(input_ids, past_key_values=cache, **begun.next_arguments())
         make_plain(cache)
