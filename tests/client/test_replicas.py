@@ -26,7 +26,7 @@ PATIENCE = {
     "failover_s": 0.2,
     "stall_timeout_s": 2.0,
     "fetch_timeout_s": 8.0,
-    "retry_after_s": 0.5,
+    "retry_after_s": 5.0,  # longer than any of these tests takes, on a slow machine too
     "membership_ttl_s": 0.1,
 }
 
@@ -148,14 +148,9 @@ def test_a_silent_node_is_not_waited_for(replicated: Replicated) -> None:
     assert time.monotonic() - started < PATIENCE["lookup_timeout_s"] - 0.2
     replicated.fetch(match)
     assert time.monotonic() - started < 1.5
-
-    def looks_up_quickly() -> bool:
-        started = time.monotonic()
-        replicated.client.release(replicated.match())
-        return time.monotonic() - started < PATIENCE["failover_s"]
-
-    # On a slow machine it may be asked again by now; once more it is not.
-    assert any(looks_up_quickly() for _ in range(5)), "it is known to be silent"
+    started = time.monotonic()
+    replicated.client.release(replicated.match())
+    assert time.monotonic() - started < 0.2, "it is known to be silent"
 
 
 @pytest.mark.parametrize(("how", "reason"), [("stop", "unreachable"), ("cut", "silent")])
