@@ -118,9 +118,9 @@ class Progress:
                     self._adjust(idle=idle)
                     if tasks := self._next_reads(self._by_member[member], limit_bytes):
                         return tasks
-                # An end sooner than the fetch's lets the stages' threads go, whose idling costs the engine.
                 if self._steering is None or not self._steering.replan:
                     return []
+                # An end sooner than the fetch's lets the stages' threads go, whose idling costs the engine.
                 if not self._may_read(member):
                     for state in self._by_member[member]:  # nobody will be there to read what is computed now
                         state.is_lost |= state.is_computed

@@ -29,9 +29,9 @@ from kvstore_service.link.jitter import parse_jitter, playing
 _MEMORY_BYTES = 2 << 30
 _STORE_S, _ANSWER_S = 1800.0, 900.0
 _SETTLE_S = 0.05
-# What knows the link knows it as it has been, and not as the last question left it.
-_QUESTIONS_BEFORE = 3
 """Between two questions: what the first one had asked for and no longer wants has left the link."""
+_QUESTIONS_BEFORE = 3
+"""Before a step, of a policy that plans: it knows the link as it has been, and not as the last question left it."""
 # A policy without a choice is asked less often where its first answer took so many times as long as a full prefill, and
 # that many seconds: nobody would use it there, and it would take most of the time.
 _SLOWER, _SLOWER_S, _REPEATS_OF_SLOWER = 2.0, 5.0, 3

@@ -19,13 +19,22 @@ class _Wire:
         self.clock = _Clock()
         self.links = Links(self.clock)
 
-    def receive(self, endpoint: str, rate: float, seconds: float, piece_bytes: int = 128 << 10) -> None:
+    def receive(
+        self,
+        endpoint: str,
+        rate: float,
+        seconds: float,
+        piece_bytes: int = 128 << 10,
+        *,
+        request: object = None,
+        waited_for: bool = False,
+    ) -> None:
         end_s = self.clock.now_s + seconds
         piece_bytes = max(piece_bytes, int(rate * seconds / 1000))
         while self.clock.now_s < end_s:
             took_s = piece_bytes / rate
             self.clock.now_s += took_s
-            self.links.observe(endpoint, piece_bytes, took_s)
+            self.links.observe(endpoint, piece_bytes, took_s, request=request, waited_for=waited_for)
 
 
 def test_nothing_is_known_of_what_was_never_heard_of() -> None:
@@ -160,21 +169,16 @@ def test_while_nothing_else_is_known_what_comes_beside_the_engine_counts() -> No
 
 
 def test_a_request_that_waits_for_its_own_bytes_is_not_in_their_way() -> None:
-    clock = _Clock()
-    links = Links(clock)
+    wire = _Wire()
     own, other = object(), object()
-    with links.computing(request=own, waits=True):
-        for _ in range(30):
-            clock.now_s += 0.01
-            links.observe("a", 1_000_000, 0.01, request=own)
-        assert links.bandwidth_Bps("a") == pytest.approx(1e8)
-        for _ in range(30):
-            clock.now_s += 0.01
-            links.observe("a", 300_000, 0.01, request=other)
-        assert links.bandwidth_Bps("a") == pytest.approx(1e8)
-    clock.now_s += 0.01
-    links.observe("a", 300_000, 0.02, request=other)
-    assert links.bandwidth_Bps("a") == pytest.approx(1e8), "the engine computed while that began to come"
+    with wire.links.computing(request=own, waits=True):
+        wire.receive("a", 1e8, 0.3, request=own)
+        assert wire.links.bandwidth_Bps("a") == pytest.approx(1e8)
+        wire.receive("a", 3e7, 0.3, request=other)
+        assert wire.links.bandwidth_Bps("a") == pytest.approx(1e8)
+    wire.clock.now_s += 0.01
+    wire.links.observe("a", 300_000, 0.02, request=other)
+    assert wire.links.bandwidth_Bps("a") == pytest.approx(1e8), "the engine computed while that began to come"
 
 
 def test_a_fetch_begins_with_the_mean_of_the_last_seconds() -> None:
@@ -228,13 +232,8 @@ def test_an_engine_that_always_computes_does_not_keep_an_old_estimate_alive() ->
 
 
 def test_a_long_question_waits_for_its_bytes_too() -> None:
-    clock, request = _Clock(), object()
-    links = Links(clock)
-    with links.computing(request=request):
-        for _ in range(30):
-            clock.now_s += 0.01
-            links.observe("a", 1_000_000, 0.01, request=request, waited_for=True)
-        for _ in range(5):
-            clock.now_s += 0.01
-            links.observe("a", 300_000, 0.01, request=request)
-    assert links.bandwidth_Bps("a") == pytest.approx(1e8)
+    wire, request = _Wire(), object()
+    with wire.links.computing(request=request):
+        wire.receive("a", 1e8, 0.3, request=request, waited_for=True)
+        wire.receive("a", 3e7, 0.05, request=request)
+    assert wire.links.bandwidth_Bps("a") == pytest.approx(1e8)
