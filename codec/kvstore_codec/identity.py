@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NewType, TypeAlias
@@ -26,6 +27,7 @@ ROOT_PREFIX = PrefixId(bytes(canonical.DIGEST_BYTES))
 
 _CONTENT_DOMAIN = b"kvstore.content.v1"
 _PREFIX_DOMAIN = b"kvstore.prefix.v1"
+_BEHIND_APPROXIMATE_DOMAIN = b"kvstore.behind-approximate.v1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,16 @@ class ChunkId:
         return f"{self.content_id.hex()[:8]}+{self.prefix_id.hex()[:8]}"
 
 
+@dataclass(frozen=True, slots=True)
+class PlacedChunk:
+    """A chunk of a prompt: its name there, the `prefix_id` of what stands before it, and where it begins."""
+
+    chunk_id: ChunkId
+    parent: PrefixId
+    first_token: int
+    """Position in the prompt."""
+
+
 def content_id(spec_digest: bytes, tenant_salt: bytes, token_ids: TokenIds) -> ContentId:
     """blake3 over (domain, spec digest, tenant salt, token ids as i32 LE), each length-prefixed.
 
@@ -59,6 +71,17 @@ def prefix_id(parent: PrefixId, content: ContentId) -> PrefixId:
     return PrefixId(canonical.digest(_PREFIX_DOMAIN, parent, content))
 
 
+def behind_approximate(parent: PrefixId) -> PrefixId:
+    """What stands for `parent` once KV before it was only approximate: KV computed behind that is not what the exact
+    text gives, so it is named after a context that no exact text has."""
+    return PrefixId(canonical.digest(_BEHIND_APPROXIMATE_DOMAIN, parent))
+
+
+def begins_text(chunk_id: ChunkId) -> bool:
+    """Whether nothing stood before the chunk."""
+    return chunk_id.prefix_id == prefix_id(ROOT_PREFIX, chunk_id.content_id)
+
+
 def chunk_ids(
     spec_digest: bytes, tenant_salt: bytes, token_ids: TokenIds, chunk_tokens: int = CHUNK_TOKENS
 ) -> list[ChunkId]:
@@ -66,24 +89,57 @@ def chunk_ids(
 
     Raises InvalidTokensError for ids outside 32 bits.
     """
+    whole = segment_chunks(spec_digest, tenant_salt, token_ids, [len(token_ids)], chunk_tokens)
+    return [placed.chunk_id for placed in whole]
+
+
+def segment_chunks(
+    spec_digest: bytes,
+    tenant_salt: bytes,
+    token_ids: TokenIds,
+    segments: Sequence[int],
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> list[PlacedChunk]:
+    """The full chunks of a prompt made of neighbouring parts, `segments` tokens long each, in order of position.
+
+    Each segment is cut from its own start, so that the same document has the same `content_id`s wherever it stands.
+    What is left at the end of a segment is no chunk, but part of the context of all that follows. One segment gives
+    what `chunk_ids` gives.
+
+    Raises InvalidTokensError for ids outside 32 bits, and unless lengths are 0 or more and sum to the tokens.
+    """
     if chunk_tokens < 1:
         raise InvalidTokensError(f"a chunk holds at least one token, not {chunk_tokens}")
     tokens = _as_int32(token_ids)
-    full = len(tokens) // chunk_tokens
-    data = memoryview(tokens[: full * chunk_tokens].tobytes())
+    lengths = [operator.index(length) for length in segments]
+    if min(lengths, default=0) < 0 or sum(lengths) != len(tokens):
+        raise InvalidTokensError(
+            f"{len(lengths)} segments of {sum(lengths)} tokens together do not make a prompt of {len(tokens)}; "
+            "their lengths are 0 or more and sum to it"
+        )
+    data = memoryview(tokens.tobytes())
     chunk_bytes = chunk_tokens * tokens.itemsize
     # Everything before the tokens is the same for all chunks: hashed once.
     before_tokens = blake3(
         canonical.length_prefixed(_CONTENT_DOMAIN, spec_digest, tenant_salt)
         + chunk_bytes.to_bytes(8, "little")
     )
-    ids: list[ChunkId] = []
-    parent = ROOT_PREFIX
-    for start in range(0, len(data), chunk_bytes):
-        content = ContentId(before_tokens.copy().update(data[start : start + chunk_bytes]).digest())
-        parent = prefix_id(parent, content)
-        ids.append(ChunkId(content, parent))
-    return ids
+    placed: list[PlacedChunk] = []
+    parent, first = ROOT_PREFIX, 0
+    for length in lengths:
+        end = first + length
+        while first < end:
+            after = min(first + chunk_tokens, end)
+            if after - first == chunk_tokens:
+                piece = data[first * tokens.itemsize : after * tokens.itemsize]
+                content = ContentId(before_tokens.copy().update(piece).digest())
+            else:
+                content = content_id(spec_digest, tenant_salt, tokens[first:after])
+            context = prefix_id(parent, content)
+            if after - first == chunk_tokens:
+                placed.append(PlacedChunk(ChunkId(content, context), parent, first))
+            parent, first = context, after
+    return placed
 
 
 def _as_int32(token_ids: TokenIds) -> npt.NDArray[np.int32]:

@@ -17,10 +17,14 @@ from kvstore_codec.identity import (
     ROOT_PREFIX,
     ChunkId,
     ContentId,
+    PlacedChunk,
     PrefixId,
+    begins_text,
+    behind_approximate,
     chunk_ids,
     content_id,
     prefix_id,
+    segment_chunks,
 )
 
 SPEC_DIGEST = bytes(range(32))
@@ -142,3 +146,107 @@ def test_chunks_of_no_tokens_are_refused() -> None:
 def test_chunk_ids_hold_32_bytes() -> None:
     with pytest.raises(InvalidKVError, match="prefix_id"):
         ChunkId(ContentId(bytes(32)), PrefixId(bytes(31)))
+
+
+# ---- prompts in segments
+
+documents = st.lists(tokens_lists, max_size=6)
+
+
+def segments_of(parts: list[list[int]]) -> tuple[list[int], list[int]]:
+    return [token for part in parts for token in part], [len(part) for part in parts]
+
+
+@settings(deadline=None)
+@given(parts=documents, chunk_tokens=st.integers(1, 9), salt=st.binary(max_size=8))
+def test_segments_are_cut_from_their_own_start_and_chained_with_their_tails(
+    parts: list[list[int]], chunk_tokens: int, salt: bytes
+) -> None:
+    wanted: list[PlacedChunk] = []
+    parent, first = ROOT_PREFIX, 0
+    for part in parts:
+        for start in range(0, len(part), chunk_tokens):
+            piece = part[start : start + chunk_tokens]
+            content = content_id(SPEC_DIGEST, salt, piece)
+            context = prefix_id(parent, content)
+            if len(piece) == chunk_tokens:
+                wanted.append(PlacedChunk(ChunkId(content, context), parent, first + start))
+            parent = context
+        first += len(part)
+    assert segment_chunks(SPEC_DIGEST, salt, *segments_of(parts), chunk_tokens) == wanted
+
+
+@settings(deadline=None)
+@given(tokens=tokens_lists, chunk_tokens=st.integers(1, 9))
+def test_one_segment_is_a_text(tokens: list[int], chunk_tokens: int) -> None:
+    placed = segment_chunks(SPEC_DIGEST, b"", tokens, [len(tokens)], chunk_tokens)
+    assert [chunk.chunk_id for chunk in placed] == chunk_ids(SPEC_DIGEST, b"", tokens, chunk_tokens)
+    assert [chunk.first_token for chunk in placed] == [
+        chunk_tokens * index for index in range(len(tokens) // chunk_tokens)
+    ]
+
+
+@settings(deadline=None)
+@given(parts=documents, document=tokens_lists, data=st.data(), chunk_tokens=st.integers(1, 9))
+def test_a_document_has_the_same_contents_wherever_it_stands(
+    parts: list[list[int]], document: list[int], data: st.DataObject, chunk_tokens: int
+) -> None:
+    place = data.draw(st.integers(0, len(parts)))
+    together = [*parts[:place], document, *parts[place:]]
+    first = sum(map(len, parts[:place]))
+    there = [
+        chunk
+        for chunk in segment_chunks(SPEC_DIGEST, b"", *segments_of(together), chunk_tokens)
+        if first <= chunk.first_token < first + len(document)
+    ]
+    alone = chunk_ids(SPEC_DIGEST, b"", document, chunk_tokens)
+    assert [chunk.chunk_id.content_id for chunk in there] == [chunk.content_id for chunk in alone]
+    assert [chunk.first_token - first for chunk in there] == [chunk_tokens * i for i in range(len(alone))]
+    if not first:
+        assert [chunk.chunk_id for chunk in there] == alone
+
+
+@settings(deadline=None)
+@given(parts=documents, place=st.integers(0, 6), chunk_tokens=st.integers(1, 9))
+def test_empty_segments_change_nothing(parts: list[list[int]], place: int, chunk_tokens: int) -> None:
+    with_empty = [*parts[:place], [], *parts[place:]]
+    assert segment_chunks(SPEC_DIGEST, b"", *segments_of(with_empty), chunk_tokens) == segment_chunks(
+        SPEC_DIGEST, b"", *segments_of(parts), chunk_tokens
+    )
+
+
+@settings(deadline=None)
+@given(tail=st.lists(st.integers(0, 9), max_size=3), other=st.lists(st.integers(0, 9), max_size=3))
+def test_a_tail_is_part_of_the_context_of_what_follows(tail: list[int], other: list[int]) -> None:
+    document = [1, 2, 3, 4]
+    behind = [segment_chunks(SPEC_DIGEST, b"", [*t, *document], [len(t), 4], 4)[0] for t in (tail, other)]
+    assert behind[0].chunk_id.content_id == behind[1].chunk_id.content_id
+    assert (behind[0].chunk_id.prefix_id == behind[1].chunk_id.prefix_id) == (tail == other)
+    assert begins_text(behind[0].chunk_id) == (not tail)
+
+
+def test_other_salts_and_models_have_other_contents() -> None:
+    prompt, segments = list(range(12)), [5, 7]
+    named = [
+        segment_chunks(spec, salt, prompt, segments, 2)
+        for spec, salt in ((SPEC_DIGEST, b""), (SPEC_DIGEST, b"other"), (bytes(32), b""))
+    ]
+    contents = [chunk.chunk_id.content_id for chunks in named for chunk in chunks]
+    assert len(contents) == len(set(contents)) == 15
+
+
+@pytest.mark.parametrize("segments", [[], [3], [5], [2, 3], [-1, 5], [5, -1], [4, -4, 4, 1]])
+def test_segments_that_are_not_the_prompt_are_refused(segments: list[int]) -> None:
+    with pytest.raises(InvalidTokensError, match="segments"):
+        segment_chunks(SPEC_DIGEST, b"", [1, 2, 3, 4], segments, 2)
+
+
+def test_what_is_behind_approximate_kv_is_behind_no_exact_text() -> None:
+    chunk, follower = chunk_ids(SPEC_DIGEST, b"", range(8), 4)
+    approximate = behind_approximate(chunk.prefix_id)
+    hashed = field(b"kvstore.behind-approximate.v1") + field(chunk.prefix_id)
+    assert approximate == blake3(hashed).digest()
+    assert len({approximate, chunk.prefix_id, follower.prefix_id, behind_approximate(approximate)}) == 4
+    assert begins_text(chunk)
+    assert not begins_text(follower)
+    assert not begins_text(ChunkId(chunk.content_id, prefix_id(approximate, chunk.content_id)))
