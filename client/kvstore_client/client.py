@@ -11,7 +11,7 @@ from kvstore_client.buffers import BufferPool, KVBuffers
 from kvstore_client.calibrations import Calibrations
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch import ChunkFeatures, Computing, Fetch
-from kvstore_client.lookup import PrefixMatch, find_prefix, release
+from kvstore_client.lookup import Match, find_prefix, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.ratio import FixedPlanner, KVFetcherPlanner, Links, Planner, RatioController
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
@@ -89,32 +89,32 @@ class KVStoreClient:
         nothing.set_result(None)
         return nothing
 
-    def match(self, spec: ModelSpec, ids: Sequence[ChunkId], timeline: Timeline | None = None) -> PrefixMatch:
+    def match(self, spec: ModelSpec, ids: Sequence[ChunkId], timeline: Timeline | None = None) -> Match:
         """The longest stored prefix of a text, leased. Empty when there is none or the service cannot be asked.
 
         Takes at most `lookup_timeout_s` for each of membership and lookup; a node that failed is left alone for
         `retry_after_s`, and longer each time it fails again. Hand the match to `fetch`, or to `release`.
         """
         if not ids:
-            return PrefixMatch()
+            return Match()
         if self._closed:
             self.metrics.missed("closed")
-            return PrefixMatch()
+            return Match()
         try:
             with (timeline or Timeline()).span("lookup"):
                 ready_klt = self.ready_calibrations.klt
                 return find_prefix(self._view, self.settings, self.metrics, ready_klt, spec, ids)
         except NodeUnavailableError:
             self.metrics.missed("unreachable")
-            return PrefixMatch()
+            return Match()
 
-    def release(self, match: PrefixMatch) -> None:
+    def release(self, match: Match) -> None:
         """Give back a match that will not be fetched."""
         release(self._view, match.leases)
 
     def fetch(
         self,
-        match: PrefixMatch,
+        match: Match,
         buffers: KVBuffers,
         rotary: tuple[RotaryTable, ...] | None,
         timeline: Timeline | None = None,

@@ -56,7 +56,7 @@ class StoredChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixMatch:
+class Match:
     """The longest run of stored chunks at the beginning of a prompt, leased until released."""
 
     chunks: tuple[StoredChunk, ...] = ()
@@ -75,7 +75,7 @@ def find_prefix(
     spec: ModelSpec,
     chunk_ids: Sequence[ChunkId],
     chunk_tokens: int = CHUNK_TOKENS,
-) -> PrefixMatch:
+) -> Match:
     """Look for all chunks at once, then keep the run that starts at the first.
 
     A variant whose calibration `ready_klt` does not have yet is left out: one that needs none will do. Raises
@@ -89,7 +89,7 @@ def find_prefix(
     run: list[StoredChunk] = []
     while (chunk := lookup.found.get(len(run))) is not None:
         run.append(chunk)
-    return PrefixMatch(tuple(run), tuple(lookup.leases))
+    return Match(tuple(run), tuple(lookup.leases))
 
 
 class _Lookup:

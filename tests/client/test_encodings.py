@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kvstore_client.client import KVStoreClient, connect
-from kvstore_client.lookup import PrefixMatch
+from kvstore_client.lookup import Match
 from kvstore_client.settings import ClientSettings
 from kvstore_client.store import NewChunk
 from kvstore_cluster.node import StorageNode
@@ -44,7 +44,7 @@ def put(client: KVStoreClient, document: list[ChunkId], **arguments: Any) -> int
     return client.store.put(SPEC, new, **arguments).result(20)
 
 
-def offered(match: PrefixMatch) -> list[list[str]]:
+def offered(match: Match) -> list[list[str]]:
     return [[variant.header.encoding.name for variant in chunk.variants] for chunk in match.chunks]
 
 

@@ -12,7 +12,7 @@ import torch
 
 from kvstore_api.placement import Member, Placement
 from kvstore_client import KVStoreClient, connect
-from kvstore_client.lookup import PrefixMatch
+from kvstore_client.lookup import Match
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import ChunkId
 from kvstore_service.grpc_storage import serve_storage
@@ -67,10 +67,10 @@ class Replicated:
     cables: list[Cable]
     document: list[ChunkId]
 
-    def match(self) -> PrefixMatch:
+    def match(self) -> Match:
         return self.client.match(SPEC, self.document)
 
-    def fetch(self, match: PrefixMatch, meanwhile: Callable[[], object] = lambda: None) -> None:
+    def fetch(self, match: Match, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Everything comes, and is what was stored."""
         assert len(match.chunks) == len(self.document)
         buffers = self.client.buffers.take(SPEC, match.tokens)
@@ -87,7 +87,7 @@ class Replicated:
     def counted(self, name: str) -> int:
         return self.client.metrics.snapshot().get(name, 0)
 
-    def busiest(self, match: PrefixMatch) -> int:
+    def busiest(self, match: Match) -> int:
         """Index of the node that most of the match is on."""
         names = [chunk.member.node_id for chunk in match.chunks]
         return int(max(set(names), key=names.count).removeprefix("node-"))

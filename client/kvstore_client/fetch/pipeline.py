@@ -17,7 +17,7 @@ from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.fetch.receive import Receiver
 from kvstore_client.fetch.restore import Restorer
 from kvstore_client.fetch.steer import Computing, Steering
-from kvstore_client.lookup import PrefixMatch, release
+from kvstore_client.lookup import Match, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.ratio import Links, Planner
 from kvstore_client.settings import ClientSettings
@@ -42,7 +42,7 @@ class Fetch:
 
     def __init__(
         self,
-        match: PrefixMatch,
+        match: Match,
         buffers: KVBuffers,
         rotary: tuple[RotaryTable, ...] | None,
         features: ChunkFeatures | None,

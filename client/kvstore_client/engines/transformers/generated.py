@@ -12,7 +12,7 @@ from kvstore_client.buffers import KVBuffers
 from kvstore_client.engines.transformers.capture import KeyCapture
 from kvstore_client.engines.transformers.features import embedded
 from kvstore_client.fetch import Fetch, FetchReport
-from kvstore_client.lookup import PrefixMatch
+from kvstore_client.lookup import Match
 from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
 from kvstore_codec.calibration import token_features
@@ -27,7 +27,7 @@ class Begun:
     arguments: dict[str, Any]
     """Of `generate`."""
     timeline: Timeline
-    match: PrefixMatch = field(default_factory=PrefixMatch)
+    match: Match = field(default_factory=Match)
     buffers: KVBuffers | None = None
     fetch: Fetch | None = None
     bypassed: str | None = None

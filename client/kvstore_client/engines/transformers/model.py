@@ -24,7 +24,7 @@ from kvstore_client.engines.transformers.generated import Begun, ComputedRun, Ge
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.fetch import Computing, Fetch, FetchReport
-from kvstore_client.lookup import PrefixMatch
+from kvstore_client.lookup import Match
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import CodecError
 from kvstore_codec.identity import CHUNK_TOKENS
@@ -214,7 +214,7 @@ class CachedModel:
         return ComputedRun(range(first, end), capture)
 
     def _start_fetch(
-        self, match: PrefixMatch, tokens: torch.Tensor, timeline: Timeline
+        self, match: Match, tokens: torch.Tensor, timeline: Timeline
     ) -> tuple[KVBuffers, Fetch] | None:
         """None when this process has no memory or thread left for it."""
         try:
