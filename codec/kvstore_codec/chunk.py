@@ -37,6 +37,7 @@ from kvstore_codec.errors import (
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_codec.model_spec import KVDtype
+from kvstore_codec.token_order import TokenOrder
 
 MAGIC = b"KVC\0"
 VERSION = 1
@@ -63,6 +64,8 @@ class ChunkHeader:
     header_bytes: int
     calibration: bytes | None = None
     """Digest of the calibration that its frames were coded with, if any was needed."""
+    token_order: TokenOrder | None = None
+    """Which of its tokens matter most, where whoever stored it said so."""
     _offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -125,8 +128,11 @@ def write_header(
     geometry: Geometry,
     frames: Sequence[Buffer],
     calibration: bytes | None = None,
+    token_order: TokenOrder | None = None,
 ) -> tuple[ChunkHeader, bytes]:
-    """The header of a chunk with these encoded `frames`, parsed and as bytes."""
+    """The header of a chunk with these encoded `frames`, parsed and as bytes.
+
+    Raises ChunkFormatError for frames or a `token_order` that are not of a chunk of this geometry."""
     lengths = [memoryview(frame).nbytes for frame in frames]
     if len(lengths) != geometry.frame_count or max(lengths) > MAX_FRAME_BYTES:
         raise ChunkFormatError(
@@ -153,6 +159,8 @@ def write_header(
     }
     if calibration is not None:
         fields["calibration"] = calibration
+    if token_order is not None:
+        fields["token_order"] = token_order.pack(geometry.tokens)
     body: bytes = msgpack.packb(fields)
     signed = _FIXED_PREFIX.pack(MAGIC, VERSION, len(body)) + body
     data = signed + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(signed))
@@ -165,6 +173,7 @@ def write_header(
         tuple(checksums),
         len(data),
         calibration,
+        token_order,
     )
     return header, data
 
@@ -263,6 +272,7 @@ def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
         )
     if calibration is not None:
         require_digest("the calibration's digest", calibration)
+    packed = fields.get("token_order")
     return ChunkHeader(
         fields["model"],
         ChunkId(ContentId(fields["content"]), PrefixId(fields["prefix"])),
@@ -272,6 +282,7 @@ def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
         tuple(checksums.tolist()),
         header_bytes,
         calibration,
+        None if packed is None else TokenOrder.unpack(packed, geometry.tokens),
     )
 
 

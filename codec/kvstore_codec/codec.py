@@ -20,6 +20,7 @@ from kvstore_codec.layouts.token_frames import LAYERS_PER_PICTURE
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.payload import PayloadKind
 from kvstore_codec.quantise import STEP_PER_RMS, encode_quantised
+from kvstore_codec.token_order import TokenOrder
 from kvstore_codec.words import encode_words, words_of
 
 # A lossy frame with this share of its KV's bytes may be no smaller than an exact one.
@@ -50,12 +51,14 @@ def encode_chunk(
     klt: KLT | None = None,
     features: torch.Tensor | None = None,
     sinks: int = 0,
+    token_order: TokenOrder | None = None,
 ) -> EncodedChunk:
     """Encodes `keys` (before RoPE) and `values`, both [layers, kv_heads, tokens, head_dim] with any strides,
     on any device, of the dtype of `spec`.
 
     An encoding with the transform "klt" needs the model's calibration, ready for use, and the chunk's `token_features`
     [tokens, features]; its first `sinks` tokens are kept exact (`Calibration.sinks` where a chunk begins a text).
+    A `token_order` is told in the chunk's header.
 
     Besides the result it needs scratch memory for one frame at a time: about 4 bytes per value of a frame for
     `exact`, 24 for the lossy rates. Raises InvalidKVError for tensors that do not fit `spec`, CalibrationError for
@@ -78,7 +81,7 @@ def encode_chunk(
             for k, v in (_cut(keys, values, geometry, frame) for frame in range(geometry.frame_count))
         ]
     digest = klt.calibration.digest if klt else None
-    header, header_data = write_header(spec.digest, chunk_id, encoding, geometry, frames, digest)
+    header, header_data = write_header(spec.digest, chunk_id, encoding, geometry, frames, digest, token_order)
     return EncodedChunk(header, [header_data, *frames], guarded)
 
 

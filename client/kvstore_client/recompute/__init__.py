@@ -1,0 +1,1 @@
+"""Selective recompute: of KV that was computed in another context, which tokens are worth computing again."""

@@ -1,0 +1,68 @@
+"""What selective recompute is about: chunks reused behind another text than theirs, and which of their tokens are worth
+computing again."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kvstore_codec.token_order import TokenOrder
+
+
+@dataclass(frozen=True, slots=True)
+class ReusedChunk:
+    """A stored chunk in a prompt."""
+
+    tokens: range
+    """Its positions in the prompt."""
+    exact: bool
+    """Stored behind the very text that stands before it now: nothing of it is computed again."""
+    begins_text: bool = False
+    """Nothing stood before it when it was stored: its first tokens took the attention that goes to a beginning."""
+    order: TokenOrder | None = None
+    """Which of its tokens matter most, if that was stored with it."""
+    content_id: bytes = b""
+    """Of its tokens, wherever they stand."""
+
+
+class Probe(Protocol):
+    """What a selector may ask the engine for. Computed when asked for; asking costs time."""
+
+    def question_attention(self, see: Callable[[torch.Tensor], None]) -> None:
+        """Calls `see(weights)` layer by layer, first layer first: the softmax attention of the question's tokens over
+        the whole prompt, f32 `[heads, question_tokens, prompt_tokens]`. Valid during the call only."""
+
+    def fresh_kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K (before RoPE) and V of all reused tokens at `layer`, computed anew from layer 0 on in full, each
+        `[kv_heads, tokens, head_dim]`, tokens in order of position."""
+
+    def stored_kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same tokens' K (before RoPE) and V as they are stored, in the same shape."""
+
+
+class Selector(Protocol):
+    """Says how much computing a token again is worth. Without state that a caller could see; thread-safe."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def per_chunk(self) -> bool:
+        """True: each chunk gets the same share of its tokens computed. False: the best of all chunks together."""
+
+    @property
+    def needs_kv(self) -> bool:
+        """True: it asks the probe, so everything must have arrived first. False: it knows its tokens beforehand, and
+        these need not travel."""
+
+    def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:
+        """f32 `[prompt_tokens]`, higher is more worth computing; what it says of tokens outside `chunks` and inside
+        exact ones is not used. `chunks` do not overlap and are in order of position; `probe` is given where
+        `needs_kv`."""
+
+
+def positions_of(chunks: Sequence[ReusedChunk]) -> torch.Tensor:
+    """i64 `[tokens]`: the positions of all their tokens, one chunk after the other."""
+    ranges = [torch.arange(chunk.tokens.start, chunk.tokens.stop) for chunk in chunks]
+    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
