@@ -35,6 +35,26 @@ class FetchPolicy(StrEnum):
     KVFETCHER = "kvfetcher"
 
 
+class SelectorName(StrEnum):
+    """Which reused tokens are computed again where their text stands in another context (`kvstore_client.recompute`):
+    `focus` and `query` by what the question attends to, `hkvd` as CacheBlend (arXiv 2405.16444), `frequency` as
+    CacheTune (arXiv 2605.24022), and `frequency-high` by the other end of the spectrum, `first_k` as EPIC
+    (arXiv 2410.15332), `random` to compare with."""
+
+    FOCUS = "focus"
+    QUERY = "query"
+    HKVD = "hkvd"
+    FREQUENCY = "frequency"
+    FREQUENCY_HIGH = "frequency-high"
+    FIRST_K = "first_k"
+    RANDOM = "random"
+
+    @property
+    def needs_order(self) -> bool:
+        """Whether it goes by an order of tokens that is stored with each chunk."""
+        return self in (SelectorName.FREQUENCY, SelectorName.FREQUENCY_HIGH)
+
+
 def default_cache_dir() -> Path:
     """Where this machine keeps what it can get again: `KVSTORE_CACHE_DIR`, else `$XDG_CACHE_HOME/kvstore`, else
     `~/.cache/kvstore`."""
@@ -68,6 +88,20 @@ class ClientSettings(BaseSettings):
     floor: Rate | None = None
     """The least faithful rate that a fetch may use: exact, high, medium or low. When given, it decides in place of
     `accept`, which then only adds encodings of an explicit step."""
+
+    recompute_selector: SelectorName = SelectorName.FOCUS
+    """Which tokens of text reused in another context are computed again. Chunks are stored with an order of their
+    tokens where the selector goes by one."""
+
+    recompute_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Share of such text's tokens that is computed again. When not given: what `kvstore calibrate --ratio` found to be
+    fastest for where the text is stored, else `recompute_floor`."""
+
+    recompute_floor: float = Field(default=0.15, ge=0, le=1)
+    """The least share that a ratio chosen for speed may have: with less, answers suffer."""
+
+    recompute_drift: bool = True
+    """Whether what computing shows at the computed tokens is spread to their neighbours."""
 
     lookup_timeout_s: float = Field(default=1.0, gt=0)
     """How long the engine waits for a lookup before it prefills instead."""
@@ -172,7 +206,7 @@ class ClientSettings(BaseSettings):
     def _empty_is_unset(cls, value: object) -> object:
         return value or default_cache_dir()
 
-    @field_validator("floor", mode="before")
+    @field_validator("floor", "recompute_ratio", mode="before")
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return value or None

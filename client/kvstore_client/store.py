@@ -17,6 +17,7 @@ from kvstore_client.cluster_view import ClusterView
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.owner_write import OutgoingChunk
 from kvstore_client.ready_calibrations import ReadyCalibrations
+from kvstore_client.recompute.frequency import token_order
 from kvstore_client.replicated_write import ReplicatedWrite
 from kvstore_client.settings import ClientSettings, Durability
 from kvstore_codec.codec import EncodedChunk, encode_chunk
@@ -246,6 +247,10 @@ class Store:
             cost=chunk.cost,
         )
 
+    def _writes_order(self, spec: ModelSpec) -> bool:
+        """Not under tensor parallelism: all ranks have to choose the same tokens, and one sees but its own heads."""
+        return self._settings.recompute_selector.needs_order and spec.tp_size == 1
+
     def _encoded(
         self, spec: ModelSpec, klt: KLT | None, chunk: NewChunk, encodings: tuple[Encoding, ...]
     ) -> Iterator[EncodedChunk]:
@@ -254,6 +259,7 @@ class Store:
         try:
             keys, values = chunk.gather()
             features = chunk.features() if klt and chunk.features else None
+            order = token_order(keys, values) if self._writes_order(spec) else None
         except CodecError:
             self._metrics.missed("store_unencodable")
             return
@@ -268,6 +274,7 @@ class Store:
                     klt=klt,
                     features=features,
                     sinks=klt.calibration.sinks if klt and chunk.begins_text else 0,
+                    token_order=order,
                 )
             except CodecError:
                 self._metrics.missed("store_unencodable")

@@ -1,1 +1,44 @@
 """Selective recompute: of KV that was computed in another context, which tokens are worth computing again."""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+
+from kvstore_client.recompute.base import Probe, ReusedChunk, Selector
+from kvstore_client.recompute.first_k import FirstK
+from kvstore_client.recompute.frequency import Frequency, token_order
+from kvstore_client.recompute.hkvd import HKVD
+from kvstore_client.recompute.query import Query
+from kvstore_client.recompute.random import Random
+from kvstore_client.recompute.select import FORCED_TOKENS, select
+from kvstore_client.settings import SelectorName
+from kvstore_codec.errors import ConfigurationError
+
+_SELECTORS: Mapping[str, Callable[[], Selector]] = {
+    SelectorName.QUERY: Query,
+    SelectorName.HKVD: HKVD,
+    SelectorName.FREQUENCY: partial(Frequency, "low"),
+    SelectorName.FREQUENCY_HIGH: partial(Frequency, "high"),
+    SelectorName.FIRST_K: FirstK,
+    SelectorName.RANDOM: Random,
+}
+
+
+@lru_cache(maxsize=len(_SELECTORS))  # each says only once what it has to complain about
+def selector(name: str) -> Selector:
+    """Raises ConfigurationError for a name that no selector has."""
+    try:
+        return _SELECTORS[name]()
+    except KeyError:
+        known = ", ".join(_SELECTORS)
+        raise ConfigurationError(f"there is no selector {name!r}; known are {known}") from None
+
+
+__all__ = [
+    "FORCED_TOKENS",
+    "Probe",
+    "ReusedChunk",
+    "Selector",
+    "select",
+    "selector",
+    "token_order",
+]

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.token_order import TokenOrder
 
 
@@ -66,3 +67,10 @@ def positions_of(chunks: Sequence[ReusedChunk]) -> torch.Tensor:
     """i64 `[tokens]`: the positions of all their tokens, one chunk after the other."""
     ranges = [torch.arange(chunk.tokens.start, chunk.tokens.stop) for chunk in chunks]
     return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
+
+
+def require_probe(selector: Selector, probe: Probe | None) -> Probe:
+    """Raises ConfigurationError where there is none: a mistake of the engine that asks."""
+    if probe is None:
+        raise ConfigurationError(f"selector {selector.name!r} needs the KV that was fetched to choose by")
+    return probe

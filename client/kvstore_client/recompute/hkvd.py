@@ -1,0 +1,27 @@
+"""CacheBlend (arXiv 2405.16444): the tokens whose KV another context changes most, seen at an early layer."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvstore_client.recompute.base import Probe, ReusedChunk, positions_of, require_probe
+
+_LAYER = 1
+"""At layer 0 nothing has looked at the context yet."""
+
+
+class HKVD:
+    """High KV deviation: the squared difference of V, computed anew and stored, at layer 1. As the authors' code does,
+    it compares V alone: K's larger numbers would drown it."""
+
+    name = "hkvd"
+    per_chunk = False
+    needs_kv = True
+
+    def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:
+        probe = require_probe(self, probe)
+        _, fresh = probe.fresh_kv(_LAYER)
+        _, stored = probe.stored_kv(_LAYER)
+        scores = torch.zeros(prompt_tokens)
+        scores[positions_of(chunks)] = (fresh.float() - stored.float()).square().sum((0, 2)).cpu()
+        return scores

@@ -1,0 +1,29 @@
+"""Any tokens: what a selector has to be better than."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvstore_client.recompute.base import Probe, ReusedChunk
+from kvstore_codec import canonical
+
+_DOMAIN = b"kvstore.recompute.random.v1"
+
+
+class Random:
+    """The same tokens of the same text, wherever and whenever it is reused."""
+
+    name = "random"
+    per_chunk = False
+    needs_kv = False
+
+    def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:
+        del probe
+        scores = torch.zeros(prompt_tokens)
+        for chunk in chunks:
+            digest = canonical.digest(_DOMAIN, chunk.content_id, canonical.integer(len(chunk.tokens)))
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            scores[chunk.tokens.start : chunk.tokens.stop] = torch.rand(
+                len(chunk.tokens), generator=generator
+            )
+        return scores
