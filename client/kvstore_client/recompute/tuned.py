@@ -1,0 +1,89 @@
+"""Ratios that were tuned on this machine, kept between runs: `<cache_dir>/ratios/<model digest>.json`.
+
+One for each storage tier that KV may come from: "dram", "disk", or how else the place was called when it was measured.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvstore_client.recompute.tuning import Measurement, Tuned
+
+_FORMAT = 1
+
+_log = logging.getLogger(__name__)
+
+
+class TunedRatios:
+    """Processes may share the folder; of two that save for the same model at once, one is forgotten."""
+
+    def __init__(self, cache_dir: Path) -> None:
+        self._folder = cache_dir / "ratios"
+
+    def load(self, model_digest: bytes) -> Mapping[str, Tuned]:
+        """By tier; empty when nothing was tuned, and, with a warning, when the file cannot be used."""
+        path = self._path(model_digest)
+        try:
+            return _from_json(json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            _log.warning(
+                "tuned ratios %s cannot be used; `kvstore calibrate --ratio` makes them anew: %r", path, error
+            )
+            return {}
+
+    def ratio(self, model_digest: bytes, tier: str) -> float | None:
+        """None where that was not tuned."""
+        tuned = self.load(model_digest).get(tier)
+        return tuned.ratio if tuned is not None else None
+
+    def save(self, model_digest: bytes, tier: str, tuned: Tuned) -> None:
+        """Beside those of the model's other tiers. Raises OSError when it cannot be written."""
+        tiers = {**self.load(model_digest), tier: tuned}
+        data = {
+            "format": _FORMAT,
+            "tiers": {
+                name: {"ratio": one.ratio, "measurements": [list(pair) for pair in one.measurements]}
+                for name, one in tiers.items()
+            },
+        }
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=self._folder, prefix=".unfinished-", delete=False, encoding="utf-8"
+        ) as file:
+            try:
+                json.dump(data, file, indent=2)
+                file.flush()
+                os.replace(file.name, self._path(model_digest))  # noqa: PTH105
+            except OSError:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+
+    def _path(self, model_digest: bytes) -> Path:
+        return self._folder / f"{model_digest.hex()}.json"
+
+
+def _from_json(data: dict[str, Any]) -> dict[str, Tuned]:
+    """Raises ValueError, TypeError, KeyError or AttributeError for what is none."""
+    if data["format"] != _FORMAT:
+        raise ValueError(f"format {data['format']!r} is not {_FORMAT}")
+    return {str(tier): _tuned(fields) for tier, fields in data["tiers"].items()}
+
+
+def _tuned(fields: dict[str, Any]) -> Tuned:
+    measurements = tuple(Measurement(_number(r), _number(s)) for r, s in fields["measurements"])
+    ratio = _number(fields["ratio"])
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"{ratio} is not a ratio")
+    return Tuned(ratio, measurements)
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)

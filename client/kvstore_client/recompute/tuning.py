@@ -1,0 +1,101 @@
+"""Which share of the tokens to recompute so that the first new token comes soonest: Algorithm 1 of CacheTune
+(arXiv 2605.24022). Where a request waits for the slower of computing r*N tokens and fetching the others,
+
+    T(r) = max(r * N * compute_s, (1 - r) * N * transfer_s)
+
+is least where both take equally long. Measurements, not this model, decide.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvstore_codec.errors import ConfigurationError
+
+LEAST_RATIO = 0.15
+"""Of the paper: with less, the answers suffer."""
+TOLERANCE = 0.01
+
+_GOLDEN = (3 - math.sqrt(5)) / 2
+"""Of a section, the part behind which to measure next: .38."""
+
+
+class Measurement(NamedTuple):
+    ratio: float
+    ttft_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """`ratio` is the fastest that was measured; `measurements` are all, in the order in which they were made."""
+
+    ratio: float
+    measurements: tuple[Measurement, ...]
+
+
+def balance(compute_s: float, transfer_s: float) -> float:
+    """The ratio at which T(r) is least, 0 to 1; seconds of computing a token and of fetching it."""
+    both_s = compute_s + transfer_s
+    return transfer_s / both_s if both_s > 0 else 0.0
+
+
+def initial_ratio(
+    compute_s: float, transfer_s: float, most: float = 1.0, least: float = LEAST_RATIO
+) -> float:
+    """Where the search begins: `balance` within the bounds. Raises ConfigurationError for bounds that are none."""
+    require_bounds(least, most)
+    return min(max(balance(compute_s, transfer_s), least), most)
+
+
+def golden_section(
+    measure: Callable[[float], float],
+    first: float,
+    low: float = LEAST_RATIO,
+    high: float = 1.0,
+    tolerance: float = TOLERANCE,
+) -> Tuned:
+    """Narrows [low, high] down to `tolerance` around the ratio with the least `measure(ratio)`, a mean TTFT in seconds,
+    beginning at `first`. No ratio is measured twice; a bound that the search ends beside is measured itself.
+
+    Right where the true curve has one valley. Where measurements are noisy, what comes out was never measured slower
+    than `first`. Raises ConfigurationError for bounds or a `first` that are none.
+    """
+    require_bounds(low, high)
+    if not low <= first <= high or not tolerance > 0:
+        raise ConfigurationError(
+            f"a search between {low} and {high} cannot begin at {first} with a tolerance of {tolerance}"
+        )
+    measured: dict[float, float] = {}
+
+    def at(ratio: float) -> float:
+        if ratio not in measured:
+            measured[ratio] = measure(ratio)
+        return measured[ratio]
+
+    left, best, right = low, first, high
+    at(best)
+    while right - left > tolerance:
+        if right - best > best - left:
+            probe = best + _GOLDEN * (right - best)
+            if at(probe) < at(best):
+                left, best = best, probe
+            else:
+                right = probe
+        else:
+            probe = best - _GOLDEN * (best - left)
+            if at(probe) < at(best):
+                best, right = probe, best
+            else:
+                left = probe
+    for bound in (left, right):
+        if bound in (low, high):
+            at(bound)
+    ratio = min(measured, key=lambda ratio: measured[ratio])
+    return Tuned(ratio, tuple(Measurement(*pair) for pair in measured.items()))
+
+
+def require_bounds(least: float, most: float) -> None:
+    """Raises ConfigurationError unless 0 <= least <= most <= 1."""
+    if not 0 <= least <= most <= 1:
+        raise ConfigurationError(f"there is no recompute ratio between {least} and {most}")
