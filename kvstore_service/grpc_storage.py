@@ -103,22 +103,26 @@ class StorageService:
                 with_headers=request.with_headers,
                 peek=request.peek,
                 all_encodings=request.all_encodings,
+                any_context=request.any_context,
             )
         except StorageError as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         reply = pb.LookupReply(lease_id=result.lease_id or b"", bulk_endpoint=self._bulk_endpoint)
         for ref, answer in zip(chunks, result.answers, strict=True):
             # Most fields of most answers are the default, and a thousand are to be made in a millisecond.
+            is_exact = answer.encoding is not None and not answer.prefix_id  # then its id is sound
+            if not (is_exact or len(ref.content_id) == len(ref.prefix_id) == DIGEST_BYTES):
+                if result.lease_id is not None:
+                    self._node.release_lease(result.lease_id)
+                _chunk_id(ref, context)
             if answer.encoding is None:
                 added = reply.answers.add()
-                if not len(ref.content_id) == len(ref.prefix_id) == DIGEST_BYTES:
-                    if result.lease_id is not None:
-                        self._node.release_lease(result.lease_id)
-                    _chunk_id(ref, context)
             else:
                 added = reply.answers.add(
                     encoding=answer.encoding, size_bytes=answer.size_bytes, header=answer.header
                 )
+            if answer.prefix_id:
+                added.prefix_id = answer.prefix_id
             if answer.other_contexts:
                 added.other_contexts = answer.other_contexts
             if answer.on_disk:

@@ -33,11 +33,12 @@ def sample_chunk(
     frame_bytes: int = 1000,
     geometry: Geometry = GEOMETRY,
     calibration: bytes | None = None,
+    prefix_id: PrefixId | None = None,
 ) -> SampleChunk:
-    """The same arguments give the same bytes, another `context` the same content elsewhere."""
+    """The same arguments give the same bytes, another `context` or `prefix_id` the same content elsewhere."""
     chunk_id = ChunkId(
         ContentId(blake3(b"content %d" % content).digest()),
-        PrefixId(blake3(b"content %d context %d" % (content, context)).digest()),
+        prefix_id or PrefixId(blake3(b"content %d context %d" % (content, context)).digest()),
     )
     generator = random.Random(f"{content} {context} {encoding} {calibration!r}")
     frames = [

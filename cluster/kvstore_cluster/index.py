@@ -7,6 +7,7 @@ but its content id, its number, and its extent while it is in memory.
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -14,13 +15,15 @@ import numpy as np
 from kvstore_cluster.arena import Extent
 from kvstore_cluster.disk import Location, RecordMeta
 from kvstore_codec.errors import StorageError
-from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_codec.identity import ROOT_PREFIX, ChunkId, ContentId, PrefixId, prefix_id
 
 NOWHERE = Location(-1)
 # No model has so much KV in 256 tokens: who announces more is mistaken, or wants the memory.
 MAX_CHUNK_BYTES = (1 << 30) - 1
 _ID_BYTES = 32
 _NOT_WANTED = 1 << 30
+# Contexts of one content among which another one is chosen: a text that everybody quotes has thousands.
+_MOST_CONTEXTS = 64
 _NO_SLOTS: tuple[int, ...] = ()
 
 Name = TypeVar("Name")
@@ -67,7 +70,8 @@ class ChunkIndex:
     """
 
     def __init__(self) -> None:
-        # Nearly every content has one context in one encoding: then there is only its slot.
+        # Nearly every content has one context in one encoding: then there is only its slot. Several contexts are in
+        # the order of their last use.
         self._contents: dict[bytes, int | dict[bytes, list[int]]] = {}
         self._ids: list[ContentId] = []
         self._prefixes = bytearray()
@@ -105,7 +109,7 @@ class ChunkIndex:
                 found = {self._prefix_id(found): [found]}
                 self._contents[content_id] = found
             # Not the caller's equal bytes, so that there is one copy of them.
-            self._ids[slot] = self._ids[next(iter(found.values()))[0]]
+            self._ids[slot] = self._ids[next(reversed(found.values()))[0]]
             found.setdefault(prefix_id, []).append(slot)
         self._listed[slot] = True
         self._count += 1
@@ -165,7 +169,7 @@ class ChunkIndex:
         return self._encodings.names
 
     def preference(self, encodings: Sequence[str]) -> dict[int, int]:
-        """What `best` and `others` want to know of `encodings`, best first."""
+        """What `best` and its like want to know of `encodings`, best first."""
         numbers = (self._encodings.known(name) for name in encodings)
         return {number: rank for rank, number in reversed([*enumerate(numbers)]) if number is not None}
 
@@ -183,12 +187,33 @@ class ChunkIndex:
         else:
             slots = found.get(chunk_id.prefix_id, [])
             others = len(found) - bool(slots)
+        return self._preferred(slots, preference, now_s), others
+
+    def another_context(self, chunk_id: ChunkName, preference: Mapping[int, int], now_s: float) -> int:
+        """As `best`, of another context of the same content: one that does not begin its text, if there is any; of
+        those one in memory; of those the one used last."""
+        found = self._contents.get(chunk_id.content_id)
+        if found is None:
+            return -1
+        if isinstance(found, int):
+            return self._preferred((found,), preference, now_s)
+        begins_text = prefix_id(ROOT_PREFIX, ContentId(chunk_id.content_id))
         best, best_rank = -1, _NOT_WANTED
-        for slot in slots:
-            rank = preference.get(self._encoding[slot], _NOT_WANTED)
-            if rank < best_rank and not 0 < self._expires_at_s[slot] <= now_s:
+        for context, slots in islice(reversed(found.items()), _MOST_CONTEXTS):
+            slot = self._preferred(slots, preference, now_s)
+            rank = 2 * (context == begins_text) + (self.extent[slot] is None)
+            if slot >= 0 and rank < best_rank:
                 best, best_rank = slot, rank
-        return best, others
+            if best_rank == 0:
+                break
+        return best
+
+    def used(self, slot: int) -> None:
+        """Its context is the one of its content that was used last."""
+        found = self._contents[self._ids[slot]]
+        if not isinstance(found, int):
+            context = self._prefix_id(slot)
+            found[context] = found.pop(context)
 
     def others(
         self, chunk_id: ChunkName, best: int, preference: Mapping[int, int], now_s: float
@@ -268,6 +293,14 @@ class ChunkIndex:
 
     def __len__(self) -> int:
         return self._count
+
+    def _preferred(self, slots: Sequence[int], preference: Mapping[int, int], now_s: float) -> int:
+        best, best_rank = -1, _NOT_WANTED
+        for slot in slots:
+            rank = preference.get(self._encoding[slot], _NOT_WANTED)
+            if rank < best_rank and not 0 < self._expires_at_s[slot] <= now_s:
+                best, best_rank = slot, rank
+        return best
 
     def _grow(self) -> int:
         self._ids.append(ContentId(b""))

@@ -53,7 +53,8 @@ class FoundVariant(NamedTuple):
 
 
 class LookupAnswer(NamedTuple):
-    """`encoding` is None when the exact chunk is not here in an acceptable encoding."""
+    """`encoding` is None when the chunk is not here in an acceptable encoding: the exact one, unless `prefix_id` says
+    otherwise."""
 
     encoding: str | None
     size_bytes: int
@@ -62,7 +63,9 @@ class LookupAnswer(NamedTuple):
     on_disk: bool = False
     """Not in memory: a read comes from the disk."""
     others: Sequence[FoundVariant] = ()
-    """The exact chunk in further encodings, if they were asked for."""
+    """The same chunk in further encodings, if they were asked for."""
+    prefix_id: bytes = b""
+    """The context that all this is about, where it is another than the one that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +120,13 @@ class StorageNode:
         with_headers: bool = True,
         peek: bool = False,
         all_encodings: bool = False,
+        any_context: bool = False,
     ) -> LookupResult:
         """Says for each chunk in which of `encodings` (best first) it is here, and how many other contexts
         hold the same content; with `all_encodings` also in which others of them, or of any when there are none.
-        Counts as one use of what was found, unless it is a `peek`, and leases it for `lease_s` when positive.
+        With `any_context` a chunk that is not here in its own context is answered with another one of its content: one
+        that does not begin its text if there is any, of those one in memory, of those the one used last. Counts as one
+        use of what was found, unless it is a `peek`, and leases it for `lease_s` when positive.
 
         Further encodings of later chunks are left out where their headers would not fit into `max_header_bytes`.
         Raises StorageError when those of one encoding of each chunk have more together; then nothing is leased.
@@ -128,7 +134,7 @@ class StorageNode:
         now_s = self._clock()
         answers: list[LookupAnswer] = []
         hits: list[int] = []
-        missed = 0
+        missed = approximate = 0
         headers_on_disk: list[tuple[int, int, int]] = []  # (number of the answer, place in it, slot)
         tiers = self._tiers
         # A thousand chunks are to be found in a millisecond: what the loop needs is looked up once.
@@ -140,6 +146,14 @@ class StorageNode:
             preference = self._index.preference(wanted)
             for chunk in chunks:
                 slot, contexts = best(chunk, preference, now_s)
+                other_context = b""
+                if slot < 0 and any_context and contexts:
+                    tiers.settle()  # which of them was used last counts
+                    slot = self._index.another_context(chunk, preference, now_s)
+                    if slot >= 0:
+                        chunk = self._index.chunk_id(slot)
+                        other_context = chunk.prefix_id
+                        approximate += 1
                 if slot < 0:
                     missed += 1
                     answers.append(LookupAnswer(None, 0, b"", contexts))
@@ -176,7 +190,9 @@ class StorageNode:
                     )
                 on_disk = extents[slot] is None
                 answers.append(
-                    LookupAnswer(encoding_of(slot), sizes[slot], header, contexts, on_disk, others)
+                    LookupAnswer(
+                        encoding_of(slot), sizes[slot], header, contexts, on_disk, others, other_context
+                    )
                 )
             self._leases.expire()
             lease_id = self._leases.grant(hits, lease_s) if hits and lease_s > 0 else None
@@ -186,6 +202,7 @@ class StorageNode:
                 tiers.touch(reversed(hits))
                 self._counters.lookups += 1
                 self._counters.hits += len(answers) - missed
+                self._counters.approximate_hits += approximate
                 self._counters.misses += missed
             for _, _, slot in headers_on_disk:
                 tiers.hold(slot)
@@ -526,8 +543,12 @@ class StorageNode:
             if not others:
                 return LookupAnswer(None, 0, b"", answer.other_contexts)
             first = others.pop(0)
-            return LookupAnswer(
-                first.encoding, first.size_bytes, first.header, answer.other_contexts, first.on_disk, others
+            return answer._replace(
+                encoding=first.encoding,
+                size_bytes=first.size_bytes,
+                header=first.header,
+                on_disk=first.on_disk,
+                others=others,
             )
         finally:
             with self._lock:

@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(slots=True)
 class NodeCounters:
-    """Only ever grow. `hits` and `misses` count chunks, `lookups` calls, `reads` frame ranges; `evictions` are chunks
-    that left the node for room, `demotions` those that left memory alone, `disk_refused` puts that the disk did not
-    take, `damaged` copies that the disk lost."""
+    """Only ever grow. `hits` and `misses` count chunks, `approximate_hits` those of the hits that were found in another
+    context than the one asked for, `lookups` calls, `reads` frame ranges; `evictions` are chunks that left the node for
+    room, `demotions` those that left memory alone, `disk_refused` puts that the disk did not take, `damaged` copies
+    that the disk lost."""
 
     lookups: int = 0
     hits: int = 0
+    approximate_hits: int = 0
     misses: int = 0
     puts: int = 0
     put_rejected: int = 0

@@ -393,6 +393,7 @@ class Tiers:
         return extent
 
     def _touch(self, slot: int) -> None:
+        self.index.used(slot)
         if self.index.extent[slot] is not None:
             self.in_memory.touch(slot)
         if self.index.location[slot] != NOWHERE:

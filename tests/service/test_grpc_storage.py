@@ -492,3 +492,39 @@ def test_many_clients_at_once(large_storage: ServedNode) -> None:
     assert not failures
     large_storage.node.check_integrity()
     assert large_storage.node.stats().chunks == 24
+
+
+def test_another_context_comes_when_it_is_asked_for(storage: ServedNode) -> None:
+    stored, wanted = sample_chunk(context=1), sample_chunk(context=2)
+    statuses(storage, steps(stored))
+
+    def lookup(**options: bool) -> pb.LookupReply:
+        request = pb.LookupRequest(
+            chunks=[ref(wanted), ref(stored), ref(sample_chunk(content=9))],
+            encodings=["exact-zstd"],
+            with_headers=True,
+            **options,
+        )
+        return storage.stub.Lookup(request)
+
+    assert [answer.encoding for answer in lookup().answers] == ["", "exact-zstd", ""]
+    other, exact, missing = lookup(any_context=True).answers
+    assert (other.encoding, other.prefix_id) == ("exact-zstd", stored.chunk_id.prefix_id)
+    assert other.header == exact.header == stored.data[: stored.header.header_bytes]
+    assert (exact.prefix_id, missing.prefix_id, missing.encoding) == (b"", b"", "")
+    assert storage.stub.Stats(pb.StatsRequest()).counters["approximate_hits"] == 1
+
+
+def test_a_name_that_is_no_name_is_refused_in_any_context(storage: ServedNode) -> None:
+    stored = sample_chunk()
+    statuses(storage, steps(stored))
+    request = pb.LookupRequest(
+        chunks=[pb.ChunkRef(content_id=stored.chunk_id.content_id, prefix_id=b"short")],
+        encodings=["exact-zstd"],
+        lease_ms=60_000,
+        any_context=True,
+    )
+    with pytest.raises(grpc.RpcError) as caught:
+        storage.stub.Lookup(request)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert storage.stub.Stats(pb.StatsRequest()).leases == 0
