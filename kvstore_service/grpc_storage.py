@@ -208,7 +208,11 @@ class StorageService:
 
     def throttle(self, request: pb.ThrottleRequest, context: grpc.ServicerContext) -> pb.ThrottleReply:
         try:
-            self._throttle.set(request.bandwidth_bps or None)
+            if request.HasField("disk_read_Bps"):
+                self._node.limit_disk(request.disk_read_Bps or None)
+            # Who knows no other limit leaves this one out to take it away.
+            if request.HasField("bandwidth_bps") or not request.HasField("disk_read_Bps"):
+                self._throttle.set(request.bandwidth_bps or None)
         except ConfigurationError as error:
             _refuse(context, str(error))
         return pb.ThrottleReply()

@@ -24,6 +24,7 @@ from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import (
     ChunkNotFoundError,
     ChunkTooLargeError,
+    ConfigurationError,
     DiskError,
     NodeDrainingError,
     NotDurableError,
@@ -324,6 +325,16 @@ class StorageNode:
         with self._lock:
             self._draining = draining
 
+    def limit_disk(self, read_bytes_per_s: float | None) -> None:
+        """Makes reads from the disk as slow as on another one, for experiments; None: as fast as they are. Under a
+        limit what is on disk is only there: memory that also has it is given back, at once or within a second of a put,
+        and nothing is promoted. Raises ConfigurationError."""
+        if self._store is not None:
+            self._store.read_speed.set(read_bytes_per_s)
+            self._tiers.demote()
+        elif read_bytes_per_s is not None:
+            raise ConfigurationError(f"{self.node_id} has no disk that could be slow; start it with --disk")
+
     def list(
         self,
         cursor: int = 0,
@@ -370,6 +381,7 @@ class StorageNode:
         with self._lock:
             self._leases.expire()
             tiers, store = self._tiers, self._store
+            disk_limit = store.read_speed.limit_bytes_per_s if store else None
             return NodeStats(
                 self.node_id,
                 chunks=len(self._index),
@@ -384,7 +396,8 @@ class StorageNode:
                     "disk_bytes_limit": store.capacity_bytes if store else 0,
                     "pinned": len(tiers.pinned),
                     "dirty": len(tiers.dirty),
-                },
+                }
+                | ({} if disk_limit is None else {"disk_throttle_Bps": int(disk_limit)}),
                 disk_error=store.error if store else "",
             )
 

@@ -2,7 +2,8 @@
 
 A chunk is in memory, on disk, or in both. Puts arrive in memory and are written through to the disk, or back to it
 later; memory that is needed is taken from chunks that are on disk too (they are *demoted*), what is read from the disk
-is *promoted*, and what is in neither tier any more was *evicted*.
+is *promoted*, and what is in neither tier any more was *evicted*. While the disk is made slow for an experiment, what
+is on it is only there: nothing is promoted, and all memory that may be demoted is.
 """
 
 import logging
@@ -231,7 +232,8 @@ class Tiers:
         """These bytes of a chunk: as they lie in memory, where a large range brings the whole chunk, else read from
         the disk. Raises ChunkNotFoundError as `header` does."""
         extent = self.index.extent[slot]
-        if extent is None and length >= PROMOTE_FROM * self.index.size_bytes[slot]:
+        large = length >= PROMOTE_FROM * self.index.size_bytes[slot]
+        if extent is None and large and not self._disk_is_slow:
             extent = self._promote(slot)
         if extent is not None:
             return self.arena.views(extent, offset, length)
@@ -333,12 +335,14 @@ class Tiers:
             self._disk.delete(location)
 
     def demote(self) -> None:
-        """Frees memory down to the low watermark when it is above the high one, as far as chunks are on disk too."""
+        """Frees memory down to the low watermark when it is above the high one, as far as chunks are on disk too; all
+        of it while the disk is made slow."""
         with self.lock:
+            high, low = (0.0, 0.0) if self._disk_is_slow else (HIGH_WATERMARK, LOW_WATERMARK)
             capacity_bytes = self.arena.capacity_bytes
-            if self._store is None or self.arena.used_bytes < HIGH_WATERMARK * capacity_bytes:
+            if self._store is None or self.arena.used_bytes < high * capacity_bytes:
                 return
-            excess_bytes = self.arena.used_bytes - LOW_WATERMARK * capacity_bytes
+            excess_bytes = self.arena.used_bytes - low * capacity_bytes
             for slot in list(
                 self._victims(self.in_memory, excess_bytes, self._footprint, self._on_disk_unread)
             ):
@@ -384,6 +388,10 @@ class Tiers:
         if self._store is None:
             raise StorageError(f"{self.node_id} has no disk")
         return self._store
+
+    @property
+    def _disk_is_slow(self) -> bool:
+        return self._store is not None and self._store.read_speed.limit_bytes_per_s is not None
 
     def _extent(self, slot: int) -> Extent:
         """Of a chunk that is in memory."""

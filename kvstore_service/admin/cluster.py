@@ -55,6 +55,11 @@ class NodeAdmin:
         with _clear(self._name):
             self._stub.Throttle(pb.ThrottleRequest(bandwidth_bps=bandwidth_bps or 0), timeout=_TIMEOUT_S)
 
+    def throttle_disk(self, read_bytes_per_s: float | None) -> None:
+        """Have it read from its disk as slowly, and keep what is on disk there alone; None: no limit."""
+        with _clear(self._name):
+            self._stub.Throttle(pb.ThrottleRequest(disk_read_Bps=read_bytes_per_s or 0), timeout=_TIMEOUT_S)
+
     def verify(self) -> Iterator[pb.VerifyReply]:
         """Progress until the last reply, which says `done`."""
         with _clear(self._name):

@@ -90,8 +90,6 @@ def _cells(node: "pb.NodeStatus") -> dict[str, str]:
     from rich.filesize import decimal
     from rich.markup import escape
 
-    from kvstore_service.link import format_bandwidth
-
     name, stats = escape(node.member.node_id), node.stats
     if not node.alive or node.error:
         return {"node": name, "state": "[red]down[/red]"}
@@ -108,7 +106,7 @@ def _cells(node: "pb.NodeStatus") -> dict[str, str]:
         "evicted": str(counters.get("evictions", 0) or ""),
         "in": decimal(counters.get("bytes_in", 0)),
         "out": decimal(counters.get("bytes_out", 0)),
-        "limit": format_bandwidth(gauges["throttle_bps"]) if "throttle_bps" in gauges else "",
+        "limit": _limits(gauges),
         "repair": _repair(node.member, gauges),
     }
 
@@ -119,6 +117,19 @@ def _filled(used_bytes: int, limit_bytes: int) -> str:
     return (
         f"{100 * used_bytes / limit_bytes:.0f}% of {decimal(limit_bytes, precision=0)}" if limit_bytes else ""
     )
+
+
+def _limits(gauges: Any) -> str:
+    from rich.filesize import decimal
+
+    from kvstore_service.link import format_bandwidth
+
+    limits = []
+    if "throttle_bps" in gauges:
+        limits.append(format_bandwidth(gauges["throttle_bps"]))
+    if "disk_throttle_Bps" in gauges:
+        limits.append(f"disk {decimal(gauges['disk_throttle_Bps'], precision=0)}/s")
+    return ", ".join(limits)
 
 
 def _repair(member: "pb.Member", gauges: Any) -> str:

@@ -15,7 +15,10 @@ _OFF = "off"
 def throttle(
     bandwidth: Annotated[
         str | None,
-        typer.Argument(help="Such as 50mbit or 1gbit, from 100kbit on; `off` takes the limit away."),
+        typer.Argument(help="Such as 50mbit or 1gbit, from 100kbit on; `off` takes all limits away."),
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(help="Such as 160MB/s, from 1MB/s on; `off` takes this limit away.")
     ] = None,
     node: Annotated[
         str | None, typer.Option(help="Id of one node, as `kvstore status` shows it; default: each of them.")
@@ -23,12 +26,14 @@ def throttle(
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """Limit how fast storage nodes send to readers, for experiments. Without arguments, list the limits.
+    """Limit how fast storage nodes send to readers and read from their disks, for experiments. Without arguments, list
+    the limits.
 
-    Each node has the whole bandwidth, and all its connections share it. Nothing is remembered: a node that restarts has
-    no limit.
+    Each node has the whole bandwidth, and all its connections share it. While its disk is limited, what is on disk is
+    only there: nothing of it is kept in memory. Nothing is remembered: a node that restarts has no limit.
     """
     from rich.console import Console
+    from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
 
@@ -36,20 +41,48 @@ def throttle(
     from kvstore_service.link import format_bandwidth, parse_bandwidth
     from kvstore_service.listen import Address
 
-    if node is not None and bandwidth is None:
-        raise ConfigurationError(f"how fast may {node} send? Write a bandwidth, such as 50mbit, or off")
+    if node is not None and bandwidth is None and disk is None:
+        raise ConfigurationError(
+            f"how fast may {node} be? Write a bandwidth, such as 50mbit, --disk 160MB/s, or off"
+        )
     limit_bps = None if bandwidth in (None, _OFF) else parse_bandwidth(str(bandwidth))
+    disk = _OFF if bandwidth == _OFF and disk is None else disk
+    disk_limit = None if disk in (None, _OFF) else _parse_disk_speed(str(disk))
     with ClusterAdmin(str(Address.parse(address))) as cluster:
-        if bandwidth is not None:
-            for chosen in cluster.nodes(node):
+        for chosen in cluster.nodes(node) if bandwidth or disk else ():
+            if bandwidth is not None:
                 chosen.throttle(limit_bps)
+            if disk is not None:
+                chosen.throttle_disk(disk_limit)
         nodes = [found for found in cluster.stats().nodes if found.alive]
-    limits = {found.member.node_id: found.stats.gauges.get("throttle_bps") for found in nodes}
+    gauges = {found.member.node_id: found.stats.gauges for found in nodes}
     if json_output:
-        rows = [{"node_id": name, "bandwidth_bps": limit} for name, limit in limits.items()]
+        rows = [
+            {
+                "node_id": name,
+                "bandwidth_bps": found.get("throttle_bps"),
+                "disk_read_Bps": found.get("disk_throttle_Bps"),
+            }
+            for name, found in gauges.items()
+        ]
         typer.echo(json.dumps({"nodes": rows}, indent=2))
         return
-    table = Table("node", "limit", title=escape(f"sending at {address}"))
-    for name, limit in limits.items():
-        table.add_row(escape(name), format_bandwidth(limit) if limit else "none")
+    table = Table("node", "sending", "reading from disk", title=escape(f"limits at {address}"))
+    for name, found in gauges.items():
+        bps, disk_read = found.get("throttle_bps"), found.get("disk_throttle_Bps")
+        table.add_row(
+            escape(name),
+            format_bandwidth(bps) if bps else "none",
+            f"{decimal(disk_read)}/s" if disk_read else "none",
+        )
     Console().print(table)
+
+
+def _parse_disk_speed(text: str) -> float:
+    """Bytes per second from `160MB/s`."""
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return float(TypeAdapter(ByteSize).validate_python(text.removesuffix("/s")))
+    except ValidationError as error:
+        raise ConfigurationError(f"{text!r} is no speed of a disk; write for example 160MB/s") from error

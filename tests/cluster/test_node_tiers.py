@@ -17,6 +17,7 @@ from kvstore_codec.chunk import write_header
 from kvstore_codec.errors import (
     ArenaFullError,
     ChunkNotFoundError,
+    ConfigurationError,
     NotDurableError,
     OverQuotaError,
     PutStateError,
@@ -133,6 +134,40 @@ def test_a_read_of_most_of_a_chunk_brings_it_into_memory_a_small_one_does_not(op
     assert node.stats().counters["promotions"] == 1
     (answer,) = node.lookup([first.chunk_id], [first.encoding]).answers
     assert not answer.on_disk
+
+
+def test_what_is_on_a_slow_disk_is_only_there(opened: Opener) -> None:
+    node = opened()
+    first, second, memory_only = chunk_of(0), chunk_of(1), chunk_of(2)
+    put(node, first)
+    put(node, memory_only, durability=Durability.MEMORY)
+    with node.open(first.chunk_id, first.encoding) as reader:
+        node.limit_disk(100e6)
+        assert node.stats().gauges["memory_chunks"] == 2  # it is being read
+        assert b"".join(view for piece in reader.pieces(0, 0, 10_000) for view in piece) == first.data
+    put(node, second)
+    while node.maintain():
+        pass
+    assert node.stats().gauges["memory_chunks"] == 0
+    for _ in range(2):
+        for chunk in (first, second, memory_only):
+            assert read(node, chunk) == chunk.data
+            assert node.lookup([chunk.chunk_id], [chunk.encoding], peek=True).answers[0].on_disk
+    assert node.stats().counters["promotions"] == 0
+    assert node.stats().gauges["disk_throttle_Bps"] == 100_000_000
+    node.check_integrity()
+
+    node.limit_disk(None)
+    assert read(node, first) == first.data
+    assert node.stats().counters["promotions"] == 1
+    assert "disk_throttle_Bps" not in node.stats().gauges
+
+
+def test_a_node_without_a_disk_has_no_slow_one() -> None:
+    node = StorageNode("node-0", Arena(MEMORY, BLOCK))
+    node.limit_disk(None)
+    with pytest.raises(ConfigurationError, match="node-0 has no disk"):
+        node.limit_disk(100e6)
 
 
 def test_everything_written_through_is_there_after_a_restart(opened: Opener) -> None:

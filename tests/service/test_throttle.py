@@ -21,6 +21,7 @@ from kvstore_cluster.arena import Arena
 from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import ConfigurationError, KVStoreError
@@ -60,14 +61,15 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
-    """Two nodes with both ports, and the chunk on each of them."""
+    """Two nodes with disks and both ports, and the chunk on each of them."""
     catalogue = FileCatalogue(tmp_path)
     coordinator = Coordinator(catalogue)
     registry = CalibrationRegistry(tmp_path / "calibrations")
     front = serve_coordinator(coordinator, registry, address=Address("127.0.0.1", 0))
     nodes, servers = [], {}
     for number in range(2):
-        node = StorageNode(f"node-{number}", Arena(4 << 20, 4 << 10))
+        store = SegmentStore(tmp_path / f"disk-{number}", 64 << 20)
+        node = StorageNode(f"node-{number}", Arena(4 << 20, 4 << 10), store=store)
         put = node.begin_put(CHUNK.chunk_id, CHUNK.encoding, len(CHUNK.data))
         assert put is not None
         put.write(CHUNK.data)
@@ -140,12 +142,52 @@ def test_all_connections_of_a_node_share_it(cluster: Cluster) -> None:
 def test_one_node_alone_and_what_is_shown(cluster: Cluster) -> None:
     assert "limit" not in cluster.text("status")
     shown = cluster.kvstore("throttle", "50mbit", "--node", "node-1")
-    expected = [{"node_id": "node-0", "bandwidth_bps": None}, {"node_id": "node-1", "bandwidth_bps": 50e6}]
+    expected = [
+        {"node_id": "node-0", "bandwidth_bps": None, "disk_read_Bps": None},
+        {"node_id": "node-1", "bandwidth_bps": 50e6, "disk_read_Bps": None},
+    ]
     assert shown["nodes"] == expected
     assert cluster.kvstore("throttle")["nodes"] == expected
     assert "50mbit" in cluster.text("status")
     assert "50mbit" in cluster.text("throttle")
     assert [node["gauges"].get("throttle_bps") for node in cluster.kvstore("status")["nodes"]] == [None, 50e6]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_slow_disk_is_read_every_time(cluster: Cluster, read: Callable[[StorageServer], bytes]) -> None:
+    server = cluster.servers["node-0"]
+    cluster.kvstore("throttle", "--disk", "2MB/s", "--node", "node-0")
+    least_s = len(CHUNK.data) / 2e6
+    for _ in range(2):
+        assert seconds(lambda: read(server)) >= least_s > 0.1
+    assert seconds(lambda: read(cluster.servers["node-1"])) < least_s
+    cluster.kvstore("throttle", "off")
+    assert seconds(lambda: read(server)) < least_s
+    assert read(server) == CHUNK.data
+
+
+def test_each_limit_leaves_the_other_alone(cluster: Cluster) -> None:
+    cluster.kvstore("throttle", "50mbit", "--node", "node-0")
+    shown = cluster.kvstore("throttle", "--disk", "160MB/s", "--node", "node-0")
+    both = {"node_id": "node-0", "bandwidth_bps": 50e6, "disk_read_Bps": 160e6}
+    neither = {"node_id": "node-1", "bandwidth_bps": None, "disk_read_Bps": None}
+    assert shown["nodes"] == [both, neither]
+    assert "50mbit, disk 160 MB/s" in cluster.text("status")
+    assert "160.0 MB/s" in cluster.text("throttle")
+    assert cluster.kvstore("throttle", "20mbit", "--node", "node-0")["nodes"][0]["disk_read_Bps"] == 160e6
+    assert cluster.kvstore("throttle", "--disk", "off")["nodes"][0] == both | {
+        "bandwidth_bps": 20e6,
+        "disk_read_Bps": None,
+    }
+    cluster.kvstore("throttle", "--disk", "160MB/s")
+    assert cluster.kvstore("throttle", "off")["nodes"] == [neither | {"node_id": "node-0"}, neither]
+
+
+def test_a_client_of_before_takes_its_limit_away(cluster: Cluster) -> None:
+    cluster.kvstore("throttle", "50mbit")
+    with grpc.insecure_channel(cluster.servers["node-0"].address) as channel:
+        rpc.StorageStub(channel).Throttle(pb.ThrottleRequest())  # a limit of 0, as it was written then
+    assert [node["bandwidth_bps"] for node in cluster.kvstore("throttle")["nodes"]] == [None, 50e6]
 
 
 def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:
@@ -155,10 +197,15 @@ def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:
         (("throttle", "30000000000gbit"), "up to 1000 Gbit/s"),
         (("throttle", "1mbit", "--node", "node-7"), "no live node"),
         (("throttle", "--node", "node-1"), "how fast"),
+        (("throttle", "--disk", "fast"), "no speed of a disk"),
+        (("throttle", "--disk", "1kB/s"), "1 MB/s or more"),
     ):
         with pytest.raises(KVStoreError, match=reason):
             cluster.kvstore(*arguments)
-    assert all(node["bandwidth_bps"] is None for node in cluster.kvstore("throttle")["nodes"])
+    assert all(
+        node["bandwidth_bps"] is node["disk_read_Bps"] is None
+        for node in cluster.kvstore("throttle")["nodes"]
+    )
 
 
 def taken(throttle: Throttle, size_bytes: int) -> Iterator[int]:

@@ -10,6 +10,7 @@ from kvstore_cluster.disk.location import MAX_SEGMENT_BLOCKS, Location, block_of
 from kvstore_cluster.disk.log import FEWEST_SEGMENTS, SegmentLog
 from kvstore_cluster.disk.record import BLOCK_BYTES, RecordHeader, RecordMeta, decode, is_header
 from kvstore_cluster.disk.recovery import Recovery, recover
+from kvstore_cluster.disk.speed import ReadSpeed
 from kvstore_cluster.disk.table import SegmentTable
 from kvstore_cluster.disk.upkeep import Upkeep
 from kvstore_codec.errors import (
@@ -56,6 +57,7 @@ class SegmentStore:
                 f"{limit_bytes} bytes are too few for a disk tier; give it {4 * BLOCK_BYTES * FEWEST_SEGMENTS} or more"
             )
         self.limit_bytes = limit_bytes
+        self.read_speed = ReadSpeed()
         self._folder = StoreFolder(folder, direct=direct, open_file=open_file)
         self._table = SegmentTable(self._folder)
         self._upkeep = Upkeep(sync_period_s)
@@ -121,23 +123,27 @@ class SegmentStore:
 
     def read(self, location: Location, offset: int, views: Sequence[memoryview]) -> None:
         """Fills the views with the chunk's bytes from `offset`. Fastest, without a copy, into page-aligned memory from
-        an offset that is a multiple of 4 KiB. What is read is not verified.
+        an offset that is a multiple of 4 KiB. What is read is not verified. Takes as long as `read_speed` says.
 
         Raises ChunkNotFoundError when the chunk was deleted or moved: ask the index again. DiskFailedError when the
         disk cannot read it.
         """
         self._require_open()
-        end = offset + sum(view.nbytes for view in views)
+        size_bytes = sum(view.nbytes for view in views)
+        end = offset + size_bytes
         with self._table.reading(location) as found:
             if found is None:
                 raise ChunkNotFoundError(f"there is no chunk at {location} in {self._folder.path}")
             segment, blocks = found
             if not 0 <= offset <= end <= (blocks - 1) * BLOCK_BYTES:
                 raise StorageError(f"bytes [{offset}, {end}) lie outside the chunk at {location}")
+            reading = self.read_speed.begin(size_bytes)
             try:
                 segment.file.read((block_of(location) + 1) * BLOCK_BYTES + offset, views)
             except OSError as error:
                 raise disk_error(error, f"reading segment {segment.number} in {self._folder.path}") from error
+        if reading is not None:
+            reading.finish()
 
     def delete(self, location: Location) -> None:
         """The chunk is dead; it may come back after a restart. Does nothing when it is dead already."""
