@@ -11,7 +11,7 @@ from kvstore_client.buffers import BufferPool, KVBuffers
 from kvstore_client.calibrations import Calibrations
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch import ChunkFeatures, Computing, Fetch
-from kvstore_client.lookup import Match, find_prefix, release
+from kvstore_client.lookup import Match, find_prefix, find_segments, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.ratio import FixedPlanner, KVFetcherPlanner, Links, Planner, RatioController
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
@@ -21,7 +21,7 @@ from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
-from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PlacedChunk, chunk_ids, segment_chunks
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
 
@@ -75,8 +75,15 @@ class KVStoreClient:
 
     def chunk_ids(self, spec: ModelSpec, token_ids: Sequence[int]) -> list[ChunkId]:
         """The ids of a text's full chunks, for this client's tenant."""
-        salt = self.settings.tenant_salt.get_secret_value().encode()
-        return chunk_ids(spec.digest, salt, token_ids, CHUNK_TOKENS)
+        return chunk_ids(spec.digest, self._salt, token_ids, CHUNK_TOKENS)
+
+    def segment_chunks(
+        self, spec: ModelSpec, token_ids: Sequence[int], segments: Sequence[int]
+    ) -> list[PlacedChunk]:
+        """The full chunks of a prompt made of neighbouring parts (system prefix, documents, question) of `segments`
+        tokens, for this client's tenant. Each part is cut from its own start, so that a document is found again
+        wherever it stands. Raises InvalidTokensError unless the lengths sum to the tokens."""
+        return segment_chunks(spec.digest, self._salt, token_ids, segments, CHUNK_TOKENS)
 
     def prepare(self, spec: ModelSpec) -> Loading:
         """Start getting what will be needed for this model's KV, so that not the first prompt finds it missing: its
@@ -95,18 +102,15 @@ class KVStoreClient:
         Takes at most `lookup_timeout_s` for each of membership and lookup; a node that failed is left alone for
         `retry_after_s`, and longer each time it fails again. Hand the match to `fetch`, or to `release`.
         """
-        if not ids:
-            return Match()
-        if self._closed:
-            self.metrics.missed("closed")
-            return Match()
-        try:
-            with (timeline or Timeline()).span("lookup"):
-                ready_klt = self.ready_calibrations.klt
-                return find_prefix(self._view, self.settings, self.metrics, ready_klt, spec, ids)
-        except NodeUnavailableError:
-            self.metrics.missed("unreachable")
-            return Match()
+        return self._matched(find_prefix, spec, ids, timeline)
+
+    def match_segments(
+        self, spec: ModelSpec, placed: Sequence[PlacedChunk], timeline: Timeline | None = None
+    ) -> Match:
+        """All chunks of a prompt in segments that are stored, as `segment_chunks` named them, in order of position and
+        with gaps: exact ones, and in place of those that are not stored in their own context approximate ones, which
+        are of the same content in another. Otherwise as `match`."""
+        return self._matched(find_segments, spec, placed, timeline)
 
     def release(self, match: Match) -> None:
         """Give back a match that will not be fetched."""
@@ -120,6 +124,7 @@ class KVStoreClient:
         timeline: Timeline | None = None,
         features: ChunkFeatures | None = None,
         computing: Computing | None = None,
+        computed: Sequence[range] = (),
     ) -> Fetch:
         """Start bringing a match into `buffers`, whose token axis begins at the prompt's first token.
 
@@ -129,6 +134,9 @@ class KVStoreClient:
 
         With the engine's `computing` the fetch is planned as the setting `fetch_policy` says, and may leave chunks to
         the engine (`Fetch.next_to_compute`) where that is sooner; without, every chunk is read in its first variant.
+
+        `computed` are ranges of positions whose KV the engine computes itself (not together with `computing`): frames
+        that lie wholly inside are not read, and what is there in the buffers stays as it is; they count as delivered.
 
         Take the buffers from `self.buffers`, and give them back after the fetch has finished and nobody reads them.
         """
@@ -144,6 +152,7 @@ class KVStoreClient:
             timeline=timeline or Timeline(),
             planner=_PLANNERS[self.settings.fetch_policy](),
             computing=computing,
+            computed=computed,
         )
 
     def report(self, scores: Mapping[ChunkId, float]) -> None:
@@ -165,6 +174,29 @@ class KVStoreClient:
         self.store.close()
         self.ready_calibrations.close()
         self._view.close()
+
+    @property
+    def _salt(self) -> bytes:
+        return self.settings.tenant_salt.get_secret_value().encode()
+
+    def _matched(
+        self, find: Callable[..., Match], spec: ModelSpec, chunks: Sequence[object], timeline: Timeline | None
+    ) -> Match:
+        if not chunks:
+            return Match()
+        if self._closed:
+            self.metrics.missed("closed")
+            return Match()
+        try:
+            with (timeline or Timeline()).span("lookup"):
+                ready_klt = self.ready_calibrations.klt
+                match = find(self._view, self.settings, self.metrics, ready_klt, spec, chunks)
+        except NodeUnavailableError:
+            self.metrics.missed("unreachable")
+            return Match()
+        exact = sum(chunk.exact for chunk in match.chunks)
+        self.metrics.matched(exact=exact, approximate=len(match.chunks) - exact)
+        return match
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Longest-prefix lookup: which leading chunks of a prompt are stored, and where."""
+"""Lookup: which chunks of a prompt are stored, and where."""
 
 import math
 import time
@@ -16,7 +16,7 @@ from kvstore_codec.codec import chunk_geometry
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import CalibrationError, CodecError, ForeignChunkError, NodeUnavailableError
 from kvstore_codec.geometry import Geometry
-from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PlacedChunk, PrefixId
 from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
 
@@ -39,12 +39,16 @@ class StoredChunk:
     """A chunk of the prompt that is stored: what its headers say, and who holds it."""
 
     chunk_id: ChunkId
+    """As it is stored, which is how it is read."""
     variants: tuple[Variant, ...]
     """Those that can be used now, one at least: the most faithful first, and of equally faithful ones in the order of
     `ClientSettings.accept`."""
     member: Member
     first_token: int
     """Position in the prompt of the chunk's first token."""
+    exact: bool = True
+    """Whether it is stored in the context that it has in the prompt. Otherwise the KV is that of the same tokens behind
+    another text, and only approximately what the prompt's would be."""
 
     @property
     def header(self) -> ChunkHeader:
@@ -57,13 +61,14 @@ class StoredChunk:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest run of stored chunks at the beginning of a prompt, leased until released."""
+    """The chunks of a prompt that are to be reused, in order of position, leased until released."""
 
     chunks: tuple[StoredChunk, ...] = ()
     leases: tuple[tuple[Member, bytes], ...] = ()
 
     @property
     def tokens(self) -> int:
+        """Those of its chunks together."""
         return sum(chunk.header.geometry.tokens for chunk in self.chunks)
 
 
@@ -76,20 +81,39 @@ def find_prefix(
     chunk_ids: Sequence[ChunkId],
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> Match:
-    """Look for all chunks at once, then keep the run that starts at the first.
+    """The longest run of stored chunks at the beginning of a text. All are looked for at once.
 
     A variant whose calibration `ready_klt` does not have yet is left out: one that needs none will do. Raises
     NodeUnavailableError when no owner answered. An owner that does not answer, or answers with headers that are not
     this chunk's, counts as one that does not have it, and the reason is counted.
     """
-    lookup = _Lookup(view, settings, metrics, ready_klt, spec, chunk_ids, chunk_tokens)
+    first_tokens = range(0, len(chunk_ids) * chunk_tokens, chunk_tokens)
+    lookup = _Lookup(view, settings, metrics, ready_klt, spec, chunk_ids, first_tokens, chunk_tokens)
     lookup.ask()
-    if lookup.unready:
-        metrics.missed("calibration_loading")
     run: list[StoredChunk] = []
     while (chunk := lookup.found.get(len(run))) is not None:
         run.append(chunk)
     return Match(tuple(run), tuple(lookup.leases))
+
+
+def find_segments(
+    view: ClusterView,
+    settings: ClientSettings,
+    metrics: ClientMetrics,
+    ready_klt: Callable[[bytes], KLT | None],
+    spec: ModelSpec,
+    placed: Sequence[PlacedChunk],
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Match:
+    """All stored chunks of a prompt in segments, with gaps where one is stored nowhere: in their own context or else in
+    another one of their content. `placed` are in order of position. Otherwise as `find_prefix`."""
+    ids = [chunk.chunk_id for chunk in placed]
+    first_tokens = [chunk.first_token for chunk in placed]
+    lookup = _Lookup(
+        view, settings, metrics, ready_klt, spec, ids, first_tokens, chunk_tokens, any_context=True
+    )
+    lookup.ask()
+    return Match(tuple(lookup.found[index] for index in sorted(lookup.found)), tuple(lookup.leases))
 
 
 class _Lookup:
@@ -103,11 +127,15 @@ class _Lookup:
         ready_klt: Callable[[bytes], KLT | None],
         spec: ModelSpec,
         chunk_ids: Sequence[ChunkId],
+        first_tokens: Sequence[int],
         chunk_tokens: int,
+        *,
+        any_context: bool = False,
     ) -> None:
         self._view, self._settings, self._metrics = view, settings, metrics
         self._ready_klt = ready_klt
         self._spec, self._chunk_ids, self._chunk_tokens = spec, chunk_ids, chunk_tokens
+        self._first_tokens, self._any_context = first_tokens, any_context
         # A floor allows more names than can be listed: nodes name all they have.
         self._encodings = settings.accept if settings.floor is None else ()
         self._all_encodings = len(self._encodings) != 1
@@ -137,6 +165,8 @@ class _Lookup:
                 failure = failure and error
         if failure is not None:
             raise failure
+        if self.unready:
+            self._metrics.missed("calibration_loading")
 
     def _search(self, wanted: Sequence[int], timeout_s: float = math.inf) -> None:
         search = Search(
@@ -146,6 +176,7 @@ class _Lookup:
             self._encodings,
             self._take,
             all_encodings=self._all_encodings,
+            any_context=self._any_context,
         )
         try:
             search.run(wanted, timeout_s=timeout_s)
@@ -158,7 +189,16 @@ class _Lookup:
 
     def _take(self, index: int, member: Member, answer: pb.LookupAnswer) -> bool:
         """Whether this is the chunk, and nobody else needs to be asked for another variant of it."""
-        chunk_id = self._chunk_ids[index]
+        asked = self._chunk_ids[index]
+        chunk_id = asked
+        if self._any_context and answer.prefix_id:
+            if index in self.found:
+                return True
+            try:
+                chunk_id = ChunkId(asked.content_id, PrefixId(answer.prefix_id))
+            except CodecError:
+                self._metrics.missed("bad_header")
+                return False
         variants: list[Variant] = []
         unready = False
         offers: list[pb.LookupAnswer | pb.OtherEncoding] = [answer]
@@ -182,7 +222,10 @@ class _Lookup:
         if variants:
             if len(variants) > 1:
                 variants.sort(key=lambda variant: self._ranks[variant.header.encoding.name])  # type: ignore[arg-type, return-value]
-            self.found[index] = StoredChunk(chunk_id, tuple(variants), member, index * self._chunk_tokens)
+            first_token = self._first_tokens[index]
+            self.found[index] = StoredChunk(
+                chunk_id, tuple(variants), member, first_token, exact=chunk_id == asked
+            )
             self.unready.discard(index)
             return True
         if unready:

@@ -9,6 +9,11 @@ from prometheus_client import Counter, Gauge, Histogram
 from kvstore_client.timeline import STAGES, Timeline
 
 _CHUNKS = Counter("kvstore_client_chunks", "Chunks a fetch asked for, by how they ended.", ["result"])
+_MATCHED = Counter(
+    "kvstore_client_matched_chunks",
+    "Chunks of prompts that were found stored: in their own context, or in another one of the same content.",
+    ["kind"],
+)
 _MISSES = Counter("kvstore_client_misses", "Reuse that did not happen, by reason.", ["reason"])
 _BYTES = Counter("kvstore_client_bytes", "Bytes of chunks moved, by direction.", ["direction"])
 _UNDER_REPLICATED = Counter(
@@ -45,6 +50,13 @@ class ClientMetrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counts[str] = Counts()
+
+    def matched(self, *, exact: int, approximate: int) -> None:
+        """Count chunks that a lookup found, by whether in their own context."""
+        _MATCHED.labels("exact").inc(exact)
+        _MATCHED.labels("approximate").inc(approximate)
+        self._add("chunks_matched_exact", exact)
+        self._add("chunks_matched_approximate", approximate)
 
     def delivered(self, chunks: int) -> None:
         _CHUNKS.labels("delivered").inc(chunks)

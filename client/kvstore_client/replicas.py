@@ -36,6 +36,9 @@ class Search:
     `failover_s` is asked for at all its other readers at once: nobody waits for a dead node while another lives, and
     a text that is stored nowhere costs two rounds. Paused readers are not asked, unless another one is out of reach:
     then one that was paused for being slow may have the only copy. A reader that fails now is paused.
+
+    What was found in another context only is asked for in its own at its other readers, as what was not found is; one
+    that is silent is not waited for then.
     """
 
     def __init__(
@@ -47,8 +50,10 @@ class Search:
         take: Take,
         *,
         all_encodings: bool = False,
+        any_context: bool = False,
     ) -> None:
-        """With `all_encodings` answers name every stored one of `encodings`, or any when there are none."""
+        """With `all_encodings` answers name every stored one of `encodings`, or any when there are none. With
+        `any_context` they may be about another context of a chunk's content."""
         self.leases: list[tuple[Member, bytes]] = []
         """What nodes promised to keep, also of chunks that were not taken."""
         self.asked = 0
@@ -57,8 +62,10 @@ class Search:
         """Why calls failed."""
         self._view, self._settings = view, settings
         self._chunk_ids, self._encodings, self._take = chunk_ids, encodings, take
-        self._all_encodings = all_encodings
+        self._all_encodings, self._any_context = all_encodings, any_context
         self._found: set[int] = set()
+        self._found_elsewhere: set[int] = set()
+        """In another context only."""
         self._others: dict[int, Sequence[Member]] = {}
         self._slow: dict[int, Sequence[Member]] = {}
         self._open: dict[grpc.Future, _Question] = {}
@@ -146,20 +153,27 @@ class Search:
 
     def _ask(self, groups: Groups) -> None:
         for member, asked in groups.values():
-            request = pb.LookupRequest(
-                chunks=[chunk_ref(self._chunk_ids[index]) for index in asked],
-                lease_ms=round(self._settings.lease_s * 1000),
-                with_headers=True,
-                encodings=self._encodings,
-                all_encodings=self._all_encodings,
-            )
-            now_s = time.monotonic()
-            call = self._view.storage(member.endpoint).Lookup.future(
-                request, timeout=self._deadline_s - now_s
-            )
-            self._open[call] = _Question(member, asked, now_s)
-            self.asked += 1
-            call.add_done_callback(self._answered.put)
+            nowhere = [index for index in asked if index not in self._found_elsewhere]
+            if nowhere:
+                self._call(member, nowhere, any_context=self._any_context)
+            if len(nowhere) < len(asked):
+                elsewhere = [index for index in asked if index in self._found_elsewhere]
+                self._call(member, elsewhere, any_context=False)
+
+    def _call(self, member: Member, asked: Sequence[int], *, any_context: bool) -> None:
+        request = pb.LookupRequest(
+            chunks=[chunk_ref(self._chunk_ids[index]) for index in asked],
+            lease_ms=round(self._settings.lease_s * 1000),
+            with_headers=True,
+            encodings=self._encodings,
+            all_encodings=self._all_encodings,
+            any_context=any_context,
+        )
+        now_s = time.monotonic()
+        call = self._view.storage(member.endpoint).Lookup.future(request, timeout=self._deadline_s - now_s)
+        self._open[call] = _Question(member, asked, now_s)
+        self.asked += 1
+        call.add_done_callback(self._answered.put)
 
     def _missing(self, call: grpc.Future) -> tuple[list[int], bool]:
         """Take what came; which of the chunks that were asked for have not been found, and whether the call failed."""
@@ -177,12 +191,16 @@ class Search:
                 self.leases.append((member, reply.lease_id))
             for index, answer in zip(asked, reply.answers, strict=False):
                 if answer.encoding and index not in self._found and self._take(index, member, answer):
-                    self._found.add(index)
+                    (self._found_elsewhere if answer.prefix_id else self._found).add(index)
         return [index for index in asked if index not in self._found], failing
 
     def _is_settled(self) -> bool:
         """Whether everything that an open call could still find was found."""
-        return all(index in self._found for question in self._open.values() for index in question.asked)
+        return all(
+            index in self._found or index in self._found_elsewhere
+            for question in self._open.values()
+            for index in question.asked
+        )
 
     def _fail(self, question: _Question, reason: str, *, late: bool = True) -> None:
         """Pause who failed. Who is `late` only because the search ends sooner than it could answer has not failed."""

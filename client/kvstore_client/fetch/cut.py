@@ -1,6 +1,8 @@
 """Cutting a chunk into reads: neighbouring frames of one period, the first layers first."""
 
+from bisect import bisect_right
 from collections import deque
+from collections.abc import Iterable, Sequence
 
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.lookup import StoredChunk, Variant
@@ -9,13 +11,41 @@ RANGE_BYTES = 1 << 20
 """Neighbouring frames are asked for together up to this size: a range then arrives as one message, unsplit."""
 
 
-def cut(index: int, chunk: StoredChunk, variant: Variant, first_layer: int = 0) -> deque[ReadTask]:
-    """The reads that bring a chunk's layers from `first_layer` on, with which one of the variant's periods begins."""
+def cut(
+    index: int, chunk: StoredChunk, variant: Variant, first_layer: int = 0, slots: Sequence[int] | None = None
+) -> deque[ReadTask]:
+    """The reads that bring a chunk's layers from `first_layer` on, with which one of the variant's periods begins: all
+    frames of them, or only those in `slots`."""
     geometry = variant.header.geometry
+    runs = _runs(range(geometry.frames_per_period) if slots is None else slots)
     tasks: deque[ReadTask] = deque()
     for period in range(first_layer // geometry.period_layers, geometry.periods):
-        tasks += _ranges(index, chunk, variant, period)
+        for run in runs:
+            tasks += _ranges(index, chunk, variant, period, run)
     return tasks
+
+
+def joined(ranges: Iterable[range]) -> list[range]:
+    """The same positions, in order, as few ranges as there can be."""
+    found: list[range] = []
+    for piece in sorted((piece for piece in ranges if piece), key=_start):
+        if found and piece.start <= found[-1].stop:
+            found[-1] = range(found[-1].start, max(found[-1].stop, piece.stop))
+        else:
+            found.append(piece)
+    return found
+
+
+def slots_outside(chunk: StoredChunk, variant: Variant, computed: Sequence[range]) -> list[int]:
+    """The slots of a variant that do not lie wholly inside one of `computed`, which are `joined`."""
+    geometry = variant.header.geometry
+    outside: list[int] = []
+    for slot in range(geometry.frames_per_period):
+        tokens = geometry.tokens_of(slot)
+        before = bisect_right(computed, chunk.first_token + tokens.start, key=_start) - 1
+        if before < 0 or computed[before].stop < chunk.first_token + tokens.stop:
+            outside.append(slot)
+    return outside
 
 
 def bytes_from(variant: Variant, first_layer: int) -> int | None:
@@ -29,18 +59,26 @@ def bytes_from(variant: Variant, first_layer: int) -> int | None:
     return header.range_bytes(first, geometry.frame_count - first)[1]
 
 
-def _ranges(index: int, chunk: StoredChunk, variant: Variant, period: int) -> list[ReadTask]:
+def _start(piece: range) -> int:
+    return piece.start
+
+
+def _runs(slots: Sequence[int]) -> list[range]:
+    """Neighbours together."""
+    return joined(map(range, slots, (slot + 1 for slot in slots)))
+
+
+def _ranges(index: int, chunk: StoredChunk, variant: Variant, period: int, slots: range) -> list[ReadTask]:
     header = variant.header
     geometry = header.geometry
     first_of_period = period * geometry.frames_per_period
     layers = geometry.layers_of(period)
     tasks: list[ReadTask] = []
-    slot = 0
-    while slot < geometry.frames_per_period:
+    slot = slots.start
+    while slot < slots.stop:
         end = slot + 1
         while (
-            end < geometry.frames_per_period
-            and header.range_bytes(first_of_period + slot, end + 1 - slot)[1] <= RANGE_BYTES
+            end < slots.stop and header.range_bytes(first_of_period + slot, end + 1 - slot)[1] <= RANGE_BYTES
         ):
             end += 1
         tasks.append(

@@ -1,15 +1,16 @@
-"""A fetch: the stages of one prefix, running beside the engine."""
+"""A fetch: the stages of one match, running beside the engine."""
 
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import Destination, ReceivedFrames
+from kvstore_client.fetch.cut import joined
 from kvstore_client.fetch.decode import ChunkFeatures, Predictions
 from kvstore_client.fetch.failover import Failover
 from kvstore_client.fetch.progress import FetchReport, Progress
@@ -22,6 +23,7 @@ from kvstore_client.metrics import ClientMetrics
 from kvstore_client.ratio import Links, Planner
 from kvstore_client.settings import ClientSettings
 from kvstore_client.timeline import Timeline
+from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.rope import RotaryTable
 
 log = logging.getLogger(__name__)
@@ -54,8 +56,16 @@ class Fetch:
         timeline: Timeline,
         planner: Planner | None = None,
         computing: Computing | None = None,
+        computed: Sequence[range] = (),
     ) -> None:
-        """Without a `planner` every chunk is read in its first variant."""
+        """Without a `planner` every chunk is read in its first variant. Frames that lie wholly inside one of the
+        `computed` ranges of positions are not read, and count as delivered. Raises ConfigurationError when a plan is
+        asked for, too: it knows of whole chunks only."""
+        if computing is not None and computed:
+            raise ConfigurationError(
+                "a fetch either leaves out what the engine computes (`computed`), or plans what the engine had better "
+                "compute (`computing`)"
+            )
         self._match = match
         self._view = view
         self._metrics = metrics
@@ -76,6 +86,7 @@ class Fetch:
             stall_s=settings.stall_timeout_s,
             timeline=timeline,
             steering=steering,
+            computed=joined(computed),
         )
         destination = Destination(buffers, rotary)
         predictions = Predictions(match.chunks, features)

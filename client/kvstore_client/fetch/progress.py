@@ -59,13 +59,15 @@ class Progress:
         stall_s: float,
         timeline: Timeline,
         steering: Steering | None = None,
+        computed: Sequence[range] = (),
     ) -> None:
+        """`computed` are positions that are not read, because the engine computes them; not with a `steering`."""
         self.timeline = timeline
         self._deadline = time.monotonic() + deadline_s
         self._stall_s = stall_s
         self._last_progress = time.monotonic()
         self._changed = threading.Condition()
-        self._states = [ChunkState(index, chunk, layers) for index, chunk in enumerate(chunks)]
+        self._states = [ChunkState(index, chunk, layers, computed) for index, chunk in enumerate(chunks)]
         self._by_member: dict[Member, list[ChunkState]] = {}
         for state in self._states:
             self._by_member.setdefault(state.chunk.member, []).append(state)

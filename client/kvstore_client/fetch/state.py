@@ -1,10 +1,11 @@
 """What a fetch knows of each chunk: how it comes, and what of it is still to come."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvstore_client.fetch.base import ReadTask
-from kvstore_client.fetch.cut import bytes_from, cut
+from kvstore_client.fetch.cut import bytes_from, cut, slots_outside
 from kvstore_client.lookup import StoredChunk
 from kvstore_client.ratio import COMPUTE
 
@@ -16,6 +17,8 @@ class ChunkState:
     index: int
     chunk: StoredChunk
     layers: int
+    computed: Sequence[range] = ()
+    """Positions that the engine computes in any case, `joined`. Only for chunks whose variant is chosen once."""
     choice: int = COMPUTE
     """Index into the chunk's variants, or COMPUTE."""
     unread: deque[ReadTask] = field(default_factory=deque)
@@ -81,6 +84,13 @@ class ChunkState:
             self.unread.clear()
             self.open_tokens = [self.tokens] * self.layers
             self.open_token_layers = self.tokens * self.layers
+        elif self.computed:
+            variant = self.chunk.variants[choice]
+            slots = slots_outside(self.chunk, variant, self.computed)
+            self.unread = cut(self.index, self.chunk, variant, slots=slots)
+            tokens = sum(len(variant.header.geometry.tokens_of(slot)) for slot in slots)
+            self.open_tokens = [tokens] * self.layers
+            self.open_token_layers = tokens * self.layers
         else:
             begun, next_layer = self._begun(), 0 if self.is_computed else self._next_layer()
             self.unread = deque(begun)
