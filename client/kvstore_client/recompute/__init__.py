@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 
 from kvstore_client.recompute.base import Probe, ReusedChunk, Selector
+from kvstore_client.recompute.drift import Drift
 from kvstore_client.recompute.first_k import FirstK
+from kvstore_client.recompute.focus import Focus
 from kvstore_client.recompute.frequency import Frequency, token_order
 from kvstore_client.recompute.hkvd import HKVD
+from kvstore_client.recompute.options import Recompute
 from kvstore_client.recompute.query import Query
 from kvstore_client.recompute.random import Random
 from kvstore_client.recompute.select import FORCED_TOKENS, select
@@ -14,6 +17,7 @@ from kvstore_client.settings import SelectorName
 from kvstore_codec.errors import ConfigurationError
 
 _SELECTORS: Mapping[str, Callable[[], Selector]] = {
+    SelectorName.FOCUS: Focus,
     SelectorName.QUERY: Query,
     SelectorName.HKVD: HKVD,
     SelectorName.FREQUENCY: partial(Frequency, "low"),
@@ -35,7 +39,9 @@ def selector(name: str) -> Selector:
 
 __all__ = [
     "FORCED_TOKENS",
+    "Drift",
     "Probe",
+    "Recompute",
     "ReusedChunk",
     "Selector",
     "select",

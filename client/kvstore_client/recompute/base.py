@@ -30,9 +30,10 @@ class ReusedChunk:
 class Probe(Protocol):
     """What a selector may ask the engine for. Computed when asked for; asking costs time."""
 
-    def question_attention(self, see: Callable[[torch.Tensor], None]) -> None:
-        """Calls `see(weights)` layer by layer, first layer first: the softmax attention of the question's tokens over
-        the whole prompt, f32 `[heads, question_tokens, prompt_tokens]`. Valid during the call only."""
+    def question_attention(self, see: Callable[[torch.Tensor], None], every: int = 1) -> None:
+        """Calls `see(weights)` for one layer of `every` (the last of them), first layer first: the softmax attention of
+        the question's tokens, if it is long of its last ones, over the whole prompt, f32
+        `[heads, question_tokens, prompt_tokens]`. Valid during the call only."""
 
     def fresh_kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K (before RoPE) and V of all reused tokens at `layer`, computed anew from layer 0 on in full, each

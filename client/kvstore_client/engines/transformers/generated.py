@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -17,6 +17,9 @@ from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
 from kvstore_codec.calibration import token_features
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
+
+if TYPE_CHECKING:
+    from kvstore_client.engines.transformers.blend import SegmentFetch, SegmentPlan
 
 
 @dataclass(slots=True)
@@ -32,6 +35,10 @@ class Begun:
     fetch: Fetch | None = None
     bypassed: str | None = None
     """Why nothing is reused, if the call is not one that can."""
+    segments: "SegmentPlan | None" = None
+    """What is stored of a prompt that was given in segments."""
+    coming: "SegmentFetch | None" = None
+    """What of that is on its way."""
 
     def __post_init__(self) -> None:
         if self.arguments.get("streamer") is not None:
@@ -40,14 +47,16 @@ class Begun:
     @property
     def buffer_bytes(self) -> int:
         """What it holds while its KV is on its way."""
-        return self.buffers.memory.numel() if self.buffers is not None else 0
+        buffers = self.coming.buffers if self.coming is not None else self.buffers
+        return buffers.memory.numel() if buffers is not None else 0
 
     def on_ready(self, callback: Callable[[], object]) -> None:
         """Call `callback` once, in any thread, when the engine would not have to wait."""
-        if self.fetch is None:
+        fetch = self.coming.fetch if self.coming is not None else self.fetch
+        if fetch is None:
             callback()
         else:
-            self.fetch.on_ready(callback)
+            fetch.on_ready(callback)
 
     def next_arguments(self) -> dict[str, Any]:
         """For another pass of the whole prompt."""
@@ -99,19 +108,22 @@ def new_chunks(
     """The full chunks that were computed and are not `stored`, by index, in prompt order."""
     return [
         NewChunk(
-            ids[index], gather, _features(model, tokens, index) if features else None, begins_text=index == 0
+            ids[index],
+            gather,
+            features_of(model, tokens, index * CHUNK_TOKENS) if features else None,
+            begins_text=index == 0,
         )
         for index, gather in sorted(_gathers(len(ids), stored, generated), key=lambda pair: pair[0])
     ]
 
 
-def _gathers(chunks: int, stored: Collection[int], generated: Generated) -> Iterator[tuple[int, "_Gather"]]:
+def _gathers(chunks: int, stored: Collection[int], generated: Generated) -> Iterator[tuple[int, "Gather"]]:
     for run in generated.missing:
         if run.values is not None:
             for index in run.chunks:
                 if index not in stored:
                     begin = run.chunks.start * CHUNK_TOKENS
-                    yield index, _Gather(run.capture, tuple(run.values), index * CHUNK_TOKENS, begin)
+                    yield index, Gather(run.capture, tuple(run.values), index * CHUNK_TOKENS, begin)
     new = [i for i in range(-(-generated.capture.first_token // CHUNK_TOKENS), chunks) if i not in stored]
     if not new:
         return
@@ -121,17 +133,16 @@ def _gathers(chunks: int, stored: Collection[int], generated: Generated) -> Iter
     if 2 * begin > chunks * CHUNK_TOKENS:
         values = tuple(tensor.clone() for tensor in values)
     for index in new:
-        yield index, _Gather(generated.capture, values, index * CHUNK_TOKENS, begin)
+        yield index, Gather(generated.capture, values, index * CHUNK_TOKENS, begin)
 
 
-def _features(model: PreTrainedModel, tokens: Sequence[int], index: int) -> partial[torch.Tensor]:
-    """Looked up now: the weights may have changed when the chunk's turn has come."""
-    begin = index * CHUNK_TOKENS
+def features_of(model: PreTrainedModel, tokens: Sequence[int], begin: int) -> partial[torch.Tensor]:
+    """Of the chunk at position `begin`. Looked up now: the weights may have changed when its turn has come."""
     return partial(token_features, embedded(model, torch.tensor(tokens[begin : begin + CHUNK_TOKENS])))
 
 
 @dataclass(frozen=True, slots=True)
-class _Gather:
+class Gather:
     """Brings one chunk of computed KV together, when its turn to be stored has come."""
 
     capture: KeyCapture

@@ -1,6 +1,7 @@
 """`CachedModel`: a transformers model that reuses KV which any worker has computed before."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.transformers.blend import (
+    Blended,
+    SegmentPlan,
+    SegmentReuse,
+    blended_chunks,
+    prefilled_chunks,
+)
 from kvstore_client.engines.transformers.bypass import bypass_reason
 from kvstore_client.engines.transformers.cache import (
     FetchIncompleteError,
@@ -25,8 +33,10 @@ from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.fetch import Computing, Fetch, FetchReport
 from kvstore_client.lookup import Match
+from kvstore_client.ratio import Costs
+from kvstore_client.recompute import Recompute
 from kvstore_client.timeline import Timeline
-from kvstore_codec.errors import CodecError
+from kvstore_codec.errors import CodecError, FetchError, UnsupportedModelError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
@@ -44,6 +54,15 @@ class GenerationReport:
     fetch: FetchReport | None = None
     bypassed: str | None = None
     """Why the call was passed through without reuse."""
+    approximate_tokens: int = 0
+    """Of text that was stored in another context; some of it was computed again."""
+    recomputed_tokens: int = 0
+    """These; `reused_tokens` does not count them."""
+
+    @property
+    def exact_tokens(self) -> int:
+        """Reused in the very context that they were computed in."""
+        return self.reused_tokens - (self.approximate_tokens - self.recomputed_tokens)
 
 
 class CachedModel:
@@ -74,6 +93,7 @@ class CachedModel:
         self._weights = _weights_state(model)
         self._costs = costs_of(model, self.spec, client)
         """What planning goes by; None when nothing is planned."""
+        self._segments = _segment_reuse(model, client, self._costs)
         self.last_report = GenerationReport(0, 0, Timeline())
         """What the latest `generate` reused; empty before the first."""
         self._hooks = install_hooks(model)
@@ -84,19 +104,37 @@ class CachedModel:
         client.buffers.reserve(model.config.max_position_embeddings * self.spec.kv_bytes_per_token)
 
     def generate(
-        self, input_ids: torch.Tensor | None = None, generation_config: Any = None, **arguments: Any
+        self,
+        input_ids: torch.Tensor | None = None,
+        generation_config: Any = None,
+        *,
+        segments: Sequence[int] | None = None,
+        recompute: Recompute | None = None,
+        **arguments: Any,
     ) -> Any:
         """Like the model's own `generate`; reuses for `input_ids` of `[1, tokens]` and plain decoding or sampling.
 
         Other calls are passed on as they are, and `last_report.bypassed` says why.
+
+        `segments` are the lengths of neighbouring parts of the prompt, which sum to its tokens: a beginning that all
+        prompts share, documents, and last the question. Then a document is found again wherever it stands, and what is
+        reused in another context than its own is repaired as `recompute` says (the client's settings, when not given).
+        Raises InvalidTokensError for segments that do not make the prompt.
         """
         if input_ids is None:
             input_ids = arguments.pop("inputs", None)
         if generation_config is not None:
             arguments["generation_config"] = generation_config
-        return self.finish(self.begin(input_ids, **arguments))
+        return self.finish(self.begin(input_ids, segments=segments, recompute=recompute, **arguments))
 
-    def begin(self, input_ids: torch.Tensor | None, **arguments: Any) -> Begun:
+    def begin(
+        self,
+        input_ids: torch.Tensor | None,
+        *,
+        segments: Sequence[int] | None = None,
+        recompute: Recompute | None = None,
+        **arguments: Any,
+    ) -> Begun:
         """The first half of `generate`: what is stored of the prompt is looked up, and begins to come. Nothing is
         computed and nothing waited for but the lookup, so a prompt whose KV is on its way need not hold up another
         (`Begun.on_ready`). Hand it to `finish`, or to `cancel`."""
@@ -104,6 +142,18 @@ class CachedModel:
         reason = bypass_reason(self.model, input_ids, arguments) or self._renew_spec()
         if reason is not None or input_ids is None:
             return Begun(input_ids, arguments, timeline, bypassed=reason)
+        if segments is not None and len(segments) > 1 and self._segments is not None:
+            plan = self._segments.plan(
+                self.spec, input_ids[0].tolist(), segments, recompute or self._recompute(), timeline
+            )
+            begun = Begun(input_ids, arguments, timeline, plan.match, segments=plan)
+            better = self._segments.worth(plan, input_ids.shape[1])
+            if better is not None:
+                rotary = self._rotary(input_ids.shape[1])
+                begun.coming = self._segments.start(better, self.spec, input_ids[0], rotary, timeline)
+            if begun.coming is None:
+                self.client.release(plan.match)
+            return begun
         tokens: list[int] = input_ids[0].tolist()
         ids = self.client.chunk_ids(self.spec, tokens)
         match = self.client.match(self.spec, ids, timeline)
@@ -122,6 +172,8 @@ class CachedModel:
                 0 if input_ids is None else input_ids.numel(), 0, timeline, bypassed=begun.bypassed
             )
             return self.model.generate(input_ids, **begun.arguments)
+        if begun.segments is not None:
+            return self._finish_segments(begun, begun.segments, input_ids)
         generated = self._generate(begun, input_ids)
         output, total = generated.output, input_ids.shape[1]
         reused = generated.capture.first_token - generated.computed_chunks * CHUNK_TOKENS
@@ -134,10 +186,39 @@ class CachedModel:
 
     def cancel(self, begun: Begun) -> None:
         """Nobody will finish it."""
-        if begun.fetch is not None:
-            begun.fetch.cancel()
-        if begun.buffers is not None:
-            self.client.buffers.give_back(begun.buffers)
+        coming = begun.coming
+        fetch, buffers = (begun.fetch, begun.buffers) if coming is None else (coming.fetch, coming.buffers)
+        if fetch is not None:
+            fetch.cancel()
+        if buffers is not None:
+            self.client.buffers.give_back(buffers)
+
+    @torch.inference_mode()
+    def question_log_probabilities(
+        self, input_ids: torch.Tensor, *, segments: Sequence[int], recompute: Recompute | None = None
+    ) -> torch.Tensor:
+        """What the model says at each token of the last segment, f32 `[tokens, vocabulary]`, when the rest is reused as
+        `generate` would, however much of it has to be computed: for measuring what reuse does to the answer. Raises
+        UnsupportedModelError where segments cannot be reused, and FetchError when what is stored does not come."""
+        if self._segments is None:
+            raise UnsupportedModelError(f"segments of {self.spec.model_id} cannot be reused")
+        timeline, tokens = Timeline(), input_ids[0]
+        plan = self._segments.plan(
+            self.spec, tokens.tolist(), segments, recompute or self._recompute(), timeline
+        )
+        coming = self._segments.start(plan, self.spec, tokens, self._rotary(len(tokens)), timeline)
+        if coming is None:
+            self.client.release(plan.match)
+            raise FetchError("there is no memory or thread left to fetch with")
+        begun = Begun(input_ids, {}, timeline, plan.match, segments=plan, coming=coming)
+        try:
+            blended = self._segments.blend(coming, timeline, question=True)
+            if blended is None:
+                raise FetchError(f"of {len(plan.match.chunks)} stored chunks too few came to reuse them")
+            self.last_report = self._report(blended, len(tokens), timeline)
+            return self._segments.decoder.log_probabilities(blended.question)
+        finally:
+            self.cancel(begun)
 
     def close(self) -> None:
         """Take the hooks off the model. The client stays open."""
@@ -156,6 +237,57 @@ class CachedModel:
             self._weights = state
             self.client.prepare(self.spec)
         return None
+
+    def _recompute(self) -> Recompute:
+        settings = self.client.settings
+        ratio = settings.recompute_floor if settings.recompute_ratio is None else settings.recompute_ratio
+        return Recompute(settings.recompute_selector, ratio, settings.recompute_drift)
+
+    def _finish_segments(self, begun: Begun, plan: SegmentPlan, input_ids: torch.Tensor) -> Any:
+        tokens, features = input_ids[0].tolist(), self.client.store.needs_features
+        blended = None
+        try:
+            if begun.coming is not None and self._segments is not None:
+                computing = self.client.links.computing(request=begun.timeline, waits=True)
+                with computing, torch.inference_mode():
+                    blended = self._segments.blend(begun.coming, begun.timeline)
+            if blended is None:
+                capture = self._capture(0)
+                cache = empty_cache(capture, self.spec.layers)
+            else:
+                capture = self._capture(len(tokens) - 1)
+                cache = placed_cache(blended.blend.kv, capture)
+            output, cache = self._run(begun, input_ids, cache, capture)
+            if blended is None:
+                self._learn(capture, len(tokens))
+                new = prefilled_chunks(
+                    self.model, tokens, plan, Generated(output, cache, capture), features=features
+                )
+            else:
+                new = blended_chunks(self.model, tokens, blended, features=features)
+        finally:
+            self.cancel(begun)
+        self.last_report = self._report(blended, len(tokens), begun.timeline)
+        reused = self.last_report.reused_tokens
+        self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)
+        report = self.last_report.fetch
+        encodings = self.client.store.encodings_behind(report.encodings if report is not None else ())
+        if new and encodings and self.store:
+            self.client.store.put(self.spec, new, encodings)
+        return output
+
+    def _report(self, blended: Blended | None, total: int, timeline: Timeline) -> GenerationReport:
+        if blended is None:
+            return GenerationReport(total, 0, timeline)
+        chunks = blended.plan.chunks
+        return GenerationReport(
+            total,
+            sum(len(chunk.tokens) for chunk in chunks) - blended.recomputed,
+            timeline,
+            blended.report,
+            approximate_tokens=sum(len(chunk.tokens) for chunk in chunks if not chunk.exact),
+            recomputed_tokens=blended.recomputed,
+        )
 
     def _generate(self, begun: Begun, input_ids: torch.Tensor) -> Generated:
         if begun.fetch is None or begun.buffers is None:
@@ -269,6 +401,15 @@ class CachedModel:
         )
         if chunks:
             self.client.store.put(self.spec, chunks, encodings)
+
+
+def _segment_reuse(model: PreTrainedModel, client: KVStoreClient, costs: Costs | None) -> SegmentReuse | None:
+    """None for a model of which only the beginning of a prompt can be reused."""
+    try:
+        return SegmentReuse(model, client, costs)
+    except UnsupportedModelError as error:
+        log.info("%s", error)
+        return None
 
 
 def _weights_state(model: PreTrainedModel) -> tuple[object, ...]:

@@ -1,0 +1,118 @@
+"""The layers of a Llama-family model, cut open where keys and values are made and where they are attended to."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import rms_norm
+from transformers import PreTrainedModel
+
+from kvstore_codec.errors import UnsupportedModelError
+from kvstore_codec.rope import RotaryTable
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """What a layer makes of its tokens, `[heads, tokens, head_dim]` each; queries and keys are rotated."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    unrotated_keys: torch.Tensor
+
+
+class Decoder:
+    """A loaded model's layers. They are the model's own modules: nothing of its weights is copied.
+
+    Hidden states are `[1, tokens, hidden]`, in the model's dtype and on its device. Raises UnsupportedModelError for a
+    model of another family than FAMILIES.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config
+        if config.model_type not in FAMILIES:
+            raise UnsupportedModelError(
+                f"tokens of {config.model_type} models cannot be recomputed selectively; those of "
+                f"{', '.join(FAMILIES)} can"
+            )
+        self._model = model
+        self._decoder: Any = model.get_decoder()
+        self._layers: list[Any] = list(self._decoder.layers)
+        self.layers = len(self._layers)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._model.dtype
+        return dtype
+
+    def scale(self, layer: int) -> float:
+        """Of the products of queries and keys."""
+        return float(self._layers[layer].self_attn.scaling)
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens back, itself included, a token of this layer sees; None: all."""
+        window = getattr(self._layers[layer].self_attn, "sliding_window", None)
+        if window is None and self._model.config.model_type == "mistral":
+            window = self._model.config.sliding_window
+        return None if window is None else int(window)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Hidden states that enter layer 0, of `tokens`, i64 `[tokens]`."""
+        hidden: torch.Tensor = self._decoder.embed_tokens(tokens[None])
+        return hidden
+
+    def project(self, layer: int, hidden: torch.Tensor, rotary: RotaryTable) -> Projected:
+        """Queries, keys and values of `hidden`, at the positions of `rotary`."""
+        module = self._layers[layer]
+        attention, normed = module.self_attn, _normed(module.input_layernorm, hidden)
+        queries, keys = (
+            _heads(attention, name, project(normed))
+            for name, project in (("q_norm", attention.q_proj), ("k_norm", attention.k_proj))
+        )
+        values = _heads(attention, "", attention.v_proj(normed))
+        return Projected(rotated(queries, rotary), rotated(keys, rotary), values, keys)
+
+    def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """What leaves the layer, of what its attention gave, `[heads, tokens, head_dim]`."""
+        module = self._layers[layer]
+        joined = attended.transpose(0, 1).reshape(1, hidden.shape[1], -1)
+        hidden = hidden + module.self_attn.o_proj(joined)
+        output: torch.Tensor = hidden + module.mlp(_normed(module.post_attention_layernorm, hidden))
+        return output
+
+    def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
+        """f32 `[tokens, vocabulary]` of what left the last layer."""
+        head: Any = self._model.get_output_embeddings()
+        logits: torch.Tensor = head(_normed(self._decoder.norm, hidden[0]))
+        return logits.float().log_softmax(-1)
+
+
+def rotated(heads: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
+    """`[..., tokens, head_dim]` turned to their positions (RoFormer, eq. 34), rounded as transformers does it."""
+    half = rotary.cos.shape[-1] // 2
+    turned = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
+    return heads * rotary.cos + turned * rotary.sin
+
+
+def turned_back(heads: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
+    """The inverse of `rotated`, to rounding."""
+    return rotated(heads, RotaryTable(rotary.cos, -rotary.sin))
+
+
+def _heads(attention: Any, norm: str, projected: torch.Tensor) -> torch.Tensor:
+    heads = projected.view(*projected.shape[:2], -1, int(attention.head_dim))
+    if hasattr(attention, norm):
+        heads = getattr(attention, norm)(heads)
+    return heads[0].transpose(0, 1)
+
+
+def _normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    # One pass over the memory instead of five; bit-equal to the module on f32, and where seen on bf16.
+    return rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)

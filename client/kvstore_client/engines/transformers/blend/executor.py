@@ -1,0 +1,204 @@
+"""Recomputing some tokens of a prompt, layer by layer, into the KV that was reused for the others."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from kvstore_client.buffers import KVBuffers
+from kvstore_client.engines.transformers.blend.attention import CausalBlocks
+from kvstore_client.engines.transformers.blend.decoder import Decoder, Projected, rotated, turned_back
+from kvstore_client.engines.transformers.blend.layers import layers_on
+from kvstore_client.recompute import Drift, ReusedChunk, Selector, select
+from kvstore_client.recompute.base import positions_of
+from kvstore_codec.rope import RotaryTable
+
+SCORED_TOKENS = 128
+"""Of the question, its last: what they attend to chooses the tokens."""
+
+_Look = Callable[[int, Projected, torch.Tensor], None]
+"""Sees a layer's number, what it made of its tokens, and all its keys."""
+
+
+class Blend:
+    """One prompt whose reused KV lies, or comes to lie, in `buffers`, keys rotated to their positions.
+
+    `chunks` are the reused ones, in order of position; every other token is computed. `question` is the position of the
+    question's first token. `arrived(layer)` waits until a layer's reused KV is in the buffers, and raises when it will
+    not be: the pass ends there. Nothing waits for layers behind the one that is computed, so the others come meanwhile.
+    `rotary` turns keys to positions 0 to the prompt's last; `keep` are positions whose keys will be wanted before RoPE.
+
+    To be used in inference mode, by one thread. Is the `Probe` of selectors.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokens: torch.Tensor,
+        chunks: Sequence[ReusedChunk],
+        question: int,
+        buffers: KVBuffers,
+        rotary: RotaryTable,
+        arrived: Callable[[int], None],
+        keep: Sequence[range] = (),
+    ) -> None:
+        device = decoder.device
+        self._decoder, self._tokens, self._chunks = decoder, tokens.to(device), chunks
+        self._question, self._total = question, len(tokens)
+        self._layers = layers_on(device, buffers, arrived)
+        self._rotary = RotaryTable(rotary.cos.to(device), rotary.sin.to(device))
+        self._reused = torch.zeros(self._total, dtype=torch.bool, device=device)
+        self._reused[positions_of(chunks).to(device)] = True
+        approximate = [chunk for chunk in chunks if not chunk.exact]
+        self._lead = approximate[0].tokens.start if approximate else question
+        """All before it is as it should be once it is computed, whatever is chosen later."""
+        self._lead_is_there = False
+        self._slots = torch.full((self._total,), -1, dtype=torch.int64, device=device)
+        kept = torch.cat([torch.arange(part.start, part.stop) for part in (*keep, range(0))]).to(device)
+        self._slots[kept] = torch.arange(len(kept), device=device)
+        layers, kv_heads, _, head_dim = buffers.keys.shape
+        self._kept_keys = torch.empty(
+            layers, kv_heads, len(kept), head_dim, dtype=decoder.dtype, device=device
+        )
+
+    @property
+    def kv(self) -> KVBuffers:
+        """Where the prompt's KV is, on the model's device."""
+        return self._layers.kv
+
+    def choose(self, selector: Selector, ratio: float) -> torch.Tensor:
+        """The positions of the reused tokens to compute again, i64, ascending."""
+        chosen = select(selector, self._chunks, self._total, ratio, self if selector.needs_kv else None)
+        return chosen.to(self._tokens.device)
+
+    def compute(self, selected: torch.Tensor, *, drift: bool, question: bool) -> torch.Tensor:
+        """Compute the `selected` tokens and all that are not reused, but for the prompt's last; with `drift` the others
+        move as the selected show. Where the `question` is asked for, that last token, too, and what left the last layer
+        for the question's tokens is returned, `[1, tokens, hidden]`."""
+        wanted = ~self._reused
+        if self._lead_is_there:
+            wanted[: self._lead] = False
+        wanted[selected] = True
+        wanted[-1] = question
+        positions = wanted.nonzero().flatten()
+        moving = Drift(self._chunks, selected, positions, self._decoder.dtype) if drift else None
+        return self._pass(positions, drift=moving, last_from=self._question if question else self._total)
+
+    def unrotated_keys(self, tokens: range) -> torch.Tensor:
+        """Of positions that were to be kept, `[layers, kv_heads, tokens, head_dim]`."""
+        slots = self._slots[tokens.start : tokens.stop]
+        return self._kept_keys[:, :, slots]
+
+    def question_attention(self, see: Callable[[torch.Tensor], None], every: int = 1) -> None:
+        """See `Probe`. Computes the prompt's beginning for good, and the question over what is reused; whatever else is
+        to be computed is hidden from it."""
+        before = (~self._reused[: self._lead]).nonzero().flatten()
+        question = torch.arange(self._question, self._total, device=before.device)
+        positions = torch.cat([before, question])
+        hidden = ~self._reused
+        hidden[positions] = False
+        asked = question[-SCORED_TOKENS:]
+        masks: dict[int | None, CausalBlocks] = {}
+
+        def look(layer: int, made: Projected, keys: torch.Tensor) -> None:
+            if layer % every == every - 1:
+                window = self._decoder.window(layer)
+                if window not in masks:
+                    masks[window] = CausalBlocks(asked, keys.dtype, window=window, hidden=hidden)
+                queries = made.queries[:, -len(asked) :]
+                see(masks[window].weights(queries, keys, self._decoder.scale(layer)))
+
+        self._pass(positions, hidden=hidden, look=look, last_from=self._total)
+        self._lead_is_there = True
+
+    def fresh_kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Probe`. Exact chunks are what they are, and are not computed. Below `layer` what was computed is
+        put into the buffers, where it is better than what is there."""
+        exact = positions_of([chunk for chunk in self._chunks if chunk.exact]).to(self._tokens.device)
+        wanted = torch.ones_like(self._reused)
+        wanted[self._question :] = False
+        wanted[exact] = False
+        positions = wanted.nonzero().flatten()
+        found: list[Projected] = []
+
+        def look(at: int, made: Projected, _keys: torch.Tensor) -> None:
+            if at == layer:
+                found.append(made)
+
+        stored_keys, stored_values = self.stored_kv(layer)
+        self._pass(positions, look=look, layers=layer + 1, put_layers=layer, last_from=self._total)
+        return tuple(  # type: ignore[return-value]
+            self._over(stored, positions, new)
+            for stored, new in ((stored_keys, found[0].unrotated_keys), (stored_values, found[0].values))
+        )
+
+    def stored_kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Probe`."""
+        reused = self._reused.nonzero().flatten()
+        keys, values = (tensor[:, reused] for tensor in self._layers[layer])
+        return turned_back(keys, self._rotary_at(reused)), values
+
+    def _over(self, stored: torch.Tensor, positions: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        whole = stored.new_zeros(stored.shape[0], self._total, stored.shape[2])
+        whole[:, self._reused] = stored
+        whole[:, positions] = new
+        return whole[:, self._reused]
+
+    def _pass(
+        self,
+        positions: torch.Tensor,
+        *,
+        last_from: int,
+        hidden: torch.Tensor | None = None,
+        drift: Drift | None = None,
+        look: _Look | None = None,
+        layers: int | None = None,
+        put_layers: int | None = None,
+    ) -> torch.Tensor:
+        """Take the tokens at `positions` through the first `layers` layers (None: all of them); in the first
+        `put_layers`, put their keys and values where they belong. In the last one only the tokens from position
+        `last_from` on are attended for, and what left it for them is returned: of the others nobody needs more than
+        keys and values."""
+        decoder, count = self._decoder, self._decoder.layers if layers is None else layers
+        states, rotary = decoder.embed(self._tokens[positions]), self._rotary_at(positions)
+        masks: dict[int | None, CausalBlocks] = {}
+        for layer in range(count):
+            keys, values = self._layers[layer]
+            made = decoder.project(layer, states, rotary)
+            if drift is not None and not drift.is_empty:
+                self._move(drift, made, keys, values)
+            if put_layers is None or layer < put_layers:
+                keys.index_copy_(1, positions, made.keys)
+                values.index_copy_(1, positions, made.values)
+                self._keep_keys(layer, positions, made.unrotated_keys)
+            if look is not None:
+                look(layer, made, keys)
+            queries, window = made.queries, decoder.window(layer)
+            if layer == count - 1:
+                rest = int(torch.searchsorted(positions, last_from))
+                positions, queries, states = positions[rest:], queries[:, rest:], states[:, rest:]
+                masks.clear()
+            if not len(positions):
+                break
+            if window not in masks:
+                masks[window] = CausalBlocks(positions, keys.dtype, window=window, hidden=hidden)
+            attended = masks[window].attend(queries, keys, values, decoder.scale(layer))
+            states = decoder.finish(layer, states, attended)
+        return states
+
+    def _move(self, drift: Drift, made: Projected, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Drift is measured, and spread, in keys before RoPE: what it turns them by has nothing to do with it."""
+        seen, places = self._rotary_at(drift.seen), drift.places.flatten()
+        shift = turned_back(made.keys[:, drift.rows] - keys[:, drift.seen], seen)
+        moved = rotated(drift.spread(shift), self._rotary_at(drift.places))
+        keys.index_add_(1, places, moved.flatten(1, 2))
+        shift = made.values[:, drift.rows] - values[:, drift.seen]
+        values.index_add_(1, places, drift.spread(shift).flatten(1, 2))
+
+    def _keep_keys(self, layer: int, positions: torch.Tensor, keys: torch.Tensor) -> None:
+        if self._kept_keys.shape[2]:
+            slots = self._slots[positions]
+            kept = slots >= 0
+            self._kept_keys[layer, :, slots[kept]] = keys[:, kept]
+
+    def _rotary_at(self, positions: torch.Tensor) -> RotaryTable:
+        return RotaryTable(self._rotary.cos[positions], self._rotary.sin[positions])

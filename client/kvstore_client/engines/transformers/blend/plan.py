@@ -1,0 +1,67 @@
+"""How a prompt in segments is answered: what of it is reused."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from kvstore_client.lookup import Match, StoredChunk
+from kvstore_client.recompute import Recompute, ReusedChunk
+from kvstore_codec.identity import CHUNK_TOKENS, PlacedChunk, begins_text
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """Of one prompt."""
+
+    placed: tuple[PlacedChunk, ...]
+    """The full chunks of all segments but the question."""
+    question: int
+    """Position of the question's first token."""
+    recompute: Recompute
+    match: Match = field(default_factory=Match)
+    """What is reused."""
+    stored: frozenset[int] = frozenset()
+    """First tokens of the chunks that are stored, in whatever context."""
+
+    @property
+    def unstored(self) -> list[PlacedChunk]:
+        return [chunk for chunk in self.placed if chunk.first_token not in self.stored]
+
+    @property
+    def chunks(self) -> list[ReusedChunk]:
+        return [reused_chunk(chunk) for chunk in self.match.chunks]
+
+
+def chunk_tokens(chunk: PlacedChunk) -> range:
+    """Its positions in the prompt."""
+    return range(chunk.first_token, chunk.first_token + CHUNK_TOKENS)
+
+
+def documents_of(
+    placed: Sequence[PlacedChunk], segments: Sequence[int]
+) -> tuple[tuple[PlacedChunk, ...], int]:
+    """The chunks that may be reused, and where the question begins: the last segment, or if that is empty the last
+    token, which always passes through the model."""
+    total = sum(segments)
+    question = min(total - segments[-1], total - 1)
+    return tuple(chunk for chunk in placed if chunk.first_token + CHUNK_TOKENS <= question), question
+
+
+def reused_chunk(stored: StoredChunk) -> ReusedChunk:
+    first = stored.first_token
+    return ReusedChunk(
+        range(first, first + stored.header.geometry.tokens),
+        exact=stored.exact,
+        begins_text=begins_text(stored.chunk_id),
+        order=stored.header.token_order,
+        content_id=stored.chunk_id.content_id,
+    )
+
+
+def skipped(selected: torch.Tensor) -> list[range]:
+    """Runs of neighbouring positions: what is computed anyway need not travel."""
+    if not len(selected):
+        return []
+    breaks = (selected.diff() != 1).nonzero().flatten() + 1
+    return [range(int(run[0]), int(run[-1]) + 1) for run in selected.tensor_split(breaks)]

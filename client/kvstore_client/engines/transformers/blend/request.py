@@ -1,0 +1,161 @@
+"""One prompt in segments, from what is stored of it to the KV of all its tokens but the last."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from kvstore_client.buffers import KVBuffers
+from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.transformers.blend.decoder import Decoder
+from kvstore_client.engines.transformers.blend.executor import Blend
+from kvstore_client.engines.transformers.blend.plan import SegmentPlan, chunk_tokens, documents_of, skipped
+from kvstore_client.engines.transformers.blend.worth import worth_reusing
+from kvstore_client.engines.transformers.cache import FetchIncompleteError
+from kvstore_client.engines.transformers.features import PromptFeatures
+from kvstore_client.fetch import Fetch, FetchReport
+from kvstore_client.lookup import Match
+from kvstore_client.ratio import Costs
+from kvstore_client.recompute import Recompute, select, selector
+from kvstore_client.timeline import Timeline
+from kvstore_codec.model_spec import ModelSpec
+from kvstore_codec.rope import RotaryTable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class SegmentFetch:
+    """Reused KV on its way."""
+
+    plan: SegmentPlan
+    tokens: torch.Tensor
+    buffers: KVBuffers
+    fetch: Fetch
+    rotary: RotaryTable
+    selected: torch.Tensor | None
+    """What is computed again, where that is known beforehand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blended:
+    """The KV of a prompt, some of it reused."""
+
+    plan: SegmentPlan
+    blend: Blend
+    report: FetchReport | None
+    recomputed: int
+    """Reused tokens that were computed again."""
+    question: torch.Tensor
+    """What left the last layer for the question's tokens, `[1, tokens, hidden]`; empty unless it was asked for."""
+    is_whole: bool
+    """Whether all that was to be reused came."""
+
+
+class SegmentReuse:
+    """Looks up, fetches and blends prompts for one model. Raises UnsupportedModelError for one of another family than
+    `Decoder` knows."""
+
+    def __init__(self, model: PreTrainedModel, client: KVStoreClient, costs: Costs | None) -> None:
+        self.decoder = Decoder(model)
+        self._model, self._client, self._costs = model, client, costs
+
+    def plan(
+        self,
+        spec: ModelSpec,
+        tokens: Sequence[int],
+        segments: Sequence[int],
+        recompute: Recompute,
+        timeline: Timeline,
+    ) -> SegmentPlan:
+        """Looks up what is stored. Raises InvalidTokensError for segments that do not make the prompt."""
+        placed, question = documents_of(self._client.segment_chunks(spec, tokens, segments), segments)
+        match = self._client.match_segments(spec, placed, timeline)
+        stored = frozenset(chunk.first_token for chunk in match.chunks)
+        return SegmentPlan(placed, question, recompute, match, stored)
+
+    def worth(self, plan: SegmentPlan, total: int) -> SegmentPlan | None:
+        """The plan as it is best carried out; None when the prompt is better prefilled."""
+        profile = self._costs.snapshot() if self._costs is not None else None
+        return worth_reusing(plan, total, profile, self._client.links, self._client.settings.decoders)
+
+    def start(
+        self,
+        plan: SegmentPlan,
+        spec: ModelSpec,
+        tokens: torch.Tensor,
+        rotary: tuple[RotaryTable, ...],
+        timeline: Timeline,
+    ) -> SegmentFetch | None:
+        """Have what is reused of `tokens`, i64 `[tokens]`, come. None when this process has no memory or thread
+        left for it; the match is then still to be released."""
+        chosen, recompute = None, plan.recompute
+        choose = selector(recompute.selector)
+        if not choose.needs_kv:
+            chosen = select(choose, plan.chunks, len(tokens), recompute.ratio)
+        # What drift is measured by has to come, too.
+        computed = skipped(chosen) if chosen is not None and not recompute.drift else []
+        try:
+            buffers = self._client.buffers.take(spec, len(tokens))
+            features = PromptFeatures(self._model, tokens, [c.first_token for c in plan.match.chunks])
+            fetch = self._client.fetch(plan.match, buffers, rotary, timeline, features, computed=computed)
+        except (RuntimeError, MemoryError) as error:
+            log.warning("cannot fetch %d chunks: %s", len(plan.match.chunks), error)
+            self._client.metrics.missed("no_resources", len(plan.match.chunks))
+            return None
+        return SegmentFetch(plan, tokens, buffers, fetch, rotary[0], chosen)
+
+    def blend(self, coming: SegmentFetch, timeline: Timeline, *, question: bool = False) -> Blended | None:
+        """Compute what is to be computed as the rest arrives. None when too little of it came, or too late to choose
+        anew: the prompt is then to be prefilled. With `question` the question's last token is computed, too."""
+        try:
+            return self._blend(coming, coming.plan, coming.selected, timeline, question=question)
+        except _ChoiceFailedError:
+            report = coming.fetch.wait()
+        except FetchIncompleteError:
+            return None
+        came = tuple(c for i, c in enumerate(coming.plan.match.chunks) if i not in report.missing)
+        plan = replace(coming.plan, match=Match(came))
+        if self.worth(plan, len(coming.tokens)) is None:
+            return None
+        return self._blend(coming, plan, None, timeline, question=question)
+
+    def _blend(
+        self,
+        coming: SegmentFetch,
+        plan: SegmentPlan,
+        selected: torch.Tensor | None,
+        timeline: Timeline,
+        *,
+        question: bool,
+    ) -> Blended:
+        is_whole = plan is coming.plan
+
+        def arrived(layer: int) -> None:
+            if not is_whole:
+                return  # what did not come was waited for
+            with timeline.span("wait", f"layer {layer}"):
+                there = coming.fetch.wait_layer(layer)
+            if not there:
+                raise FetchIncompleteError(f"layer {layer} will not arrive whole")
+
+        blend = Blend(
+            self.decoder, coming.tokens, plan.chunks, plan.question, coming.buffers, coming.rotary, arrived,
+            keep=[chunk_tokens(chunk) for chunk in plan.unstored],
+        )  # fmt: skip
+        recompute = plan.recompute
+        if selected is None:
+            try:
+                with timeline.span("compute", "choosing tokens"):
+                    selected = blend.choose(selector(recompute.selector), recompute.ratio)
+            except FetchIncompleteError as error:
+                raise _ChoiceFailedError(str(error)) from error
+        with timeline.span("compute", f"{len(selected)} tokens again"):
+            hidden = blend.compute(selected, drift=recompute.drift, question=question)
+        return Blended(plan, blend, coming.fetch.finish(), len(selected), hidden, is_whole)
+
+
+class _ChoiceFailedError(FetchIncompleteError):
+    """Nothing of what was reused has been written over yet."""

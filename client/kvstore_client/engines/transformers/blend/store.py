@@ -1,0 +1,61 @@
+"""What a prompt in segments leaves to be stored: the chunks of its documents that were stored nowhere."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from kvstore_client.engines.transformers.blend.plan import SegmentPlan, chunk_tokens
+from kvstore_client.engines.transformers.blend.request import Blended
+from kvstore_client.engines.transformers.generated import Gather, Generated, features_of
+from kvstore_client.store import NewChunk
+from kvstore_codec.identity import ChunkId, PlacedChunk, behind_approximate, prefix_id
+
+
+def prefilled_chunks(
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    plan: SegmentPlan,
+    generated: Generated,
+    *,
+    features: bool,
+) -> list[NewChunk]:
+    """Of a prompt that was computed whole."""
+    values = tuple(layer.values[0] for layer in generated.cache.layers)
+    return [
+        NewChunk(
+            chunk.chunk_id,
+            Gather(generated.capture, values, chunk.first_token, 0),
+            features_of(model, tokens, chunk.first_token) if features else None,
+            begins_text=not chunk.first_token,
+        )
+        for chunk in plan.unstored
+    ]
+
+
+def blended_chunks(
+    model: PreTrainedModel, tokens: Sequence[int], blended: Blended, *, features: bool
+) -> list[NewChunk]:
+    """Of a prompt that was computed in part. Behind the first chunk that was reused in another context than its own,
+    KV is not what the text gives, and must not be taken for it."""
+    approximate = [chunk.first_token for chunk in blended.plan.match.chunks if not chunk.exact]
+    new: list[NewChunk] = []
+    for chunk in blended.plan.unstored:
+        place = chunk_tokens(chunk)
+        keys = blended.blend.unrotated_keys(place).cpu()
+        values = blended.blend.kv.values[:, :, place.start : place.stop].to("cpu", copy=True)
+        new.append(
+            NewChunk(
+                _approximate_id(chunk)
+                if min(approximate, default=place.stop) < place.start
+                else chunk.chunk_id,
+                lambda keys=keys, values=values: (keys, values),  # type: ignore[misc]
+                features_of(model, tokens, place.start) if features else None,
+                begins_text=not place.start,
+            )
+        )
+    return new
+
+
+def _approximate_id(chunk: PlacedChunk) -> ChunkId:
+    content = chunk.chunk_id.content_id
+    return ChunkId(content, prefix_id(behind_approximate(chunk.parent), content))

@@ -1,0 +1,103 @@
+"""Whether reusing a prompt's segments is sooner than prefilling it, and in which encoding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kvstore_client.engines.transformers.blend.plan import SegmentPlan
+from kvstore_client.lookup import StoredChunk
+from kvstore_client.ratio import DEFAULT_BANDWIDTH_Bps, Links, Profile
+from kvstore_client.recompute import selector
+
+MOST_COMPUTED = 0.6
+"""Of a prompt's tokens. Beyond it reuse saves less than looking at the reused costs, and the prompt is prefilled."""
+
+_SCATTERED = 1.5
+"""How much longer attention takes for tokens that are not neighbours: it cannot leave out as much as a causal pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What reuse leaves to the model."""
+
+    total: int
+    question: int
+    """Tokens of it."""
+    computed: int
+    """Tokens that are not reused, the question's among them."""
+    recomputed: int
+    """Reused ones that are computed again."""
+    looks: bool
+    """Whether the question passes through the model twice."""
+
+    @classmethod
+    def of(cls, plan: SegmentPlan, total: int) -> "Work":
+        approximate = sum(chunk.header.geometry.tokens for chunk in plan.match.chunks if not chunk.exact)
+        return cls(
+            total,
+            total - plan.question,
+            total - plan.match.tokens,
+            int(plan.recompute.ratio * approximate),
+            looks=bool(approximate) and selector(plan.recompute.selector).needs_kv,
+        )
+
+    @property
+    def passed(self) -> int:
+        """Tokens that pass through the model, those that do so twice counted twice."""
+        return self.computed + self.recomputed + (self.question if self.looks else 0)
+
+
+def worth_reusing(
+    plan: SegmentPlan, total: int, profile: Profile | None, links: Links, decode_threads: int
+) -> SegmentPlan | None:
+    """The plan with each chunk in the encoding that is there soonest, of those that may be used; None when prefilling
+    the prompt is sooner. Without a `profile` of what computing takes, chunks come in their first encoding."""
+    work = Work.of(plan, total)
+    if not plan.match.chunks or work.passed > MOST_COMPUTED * total:
+        return None
+    if profile is None:
+        return plan
+    prefill = profile.prefill
+    computing_s = (
+        prefill.fixed_s * (2 + work.looks)
+        + prefill.per_token_s * work.passed
+        + _SCATTERED * prefill.per_pair_s * (work.computed + work.recomputed) * total / 2
+        + prefill.per_pair_s * work.question * total * work.looks
+    )
+    names = [{variant.header.encoding.name for variant in chunk.variants} for chunk in plan.match.chunks]
+    best: tuple[float, tuple[StoredChunk, ...]] | None = None
+    for name in dict.fromkeys(
+        variant.header.encoding.name for c in plan.match.chunks for variant in c.variants
+    ):
+        if all(name in available for available in names):
+            chunks = tuple(_only(chunk, name) for chunk in plan.match.chunks)
+            seconds = _fetch_s(chunks, profile, links, decode_threads)
+            # The most faithful come first: a later one has to be clearly sooner.
+            if best is None or seconds + computing_s < 0.8 * (best[0] + computing_s):
+                best = seconds, chunks
+    fetch_s, chunks = best or (_fetch_s(plan.match.chunks, profile, links, decode_threads), plan.match.chunks)
+    if fetch_s + computing_s > prefill.seconds(0, total):
+        return None
+    return replace(plan, match=replace(plan.match, chunks=chunks))
+
+
+def _only(chunk: StoredChunk, name: str) -> StoredChunk:
+    variants = tuple(variant for variant in chunk.variants if variant.header.encoding.name == name)
+    return replace(chunk, variants=variants)
+
+
+def _fetch_s(chunks: Sequence[StoredChunk], profile: Profile, links: Links, decode_threads: int) -> float:
+    """Until all chunks are there, each in its first variant: receiving from each endpoint, and decoding, at once."""
+    sizes: dict[str, int] = {}
+    decode_s = 0.0
+    for chunk in chunks:
+        header = chunk.header
+        sizes[chunk.member.endpoint] = (
+            sizes.get(chunk.member.endpoint, 0) + header.size_bytes - header.header_bytes
+        )
+        cost = profile.codec(header.encoding.name)
+        decode_s += header.geometry.tokens * (cost.decode_s + cost.restore_s)
+    receive_s = max(
+        links.latency_s(endpoint) + size / (links.bandwidth_Bps(endpoint) or DEFAULT_BANDWIDTH_Bps)
+        for endpoint, size in sizes.items()
+    )
+    return max(receive_s, decode_s / max(1, decode_threads))

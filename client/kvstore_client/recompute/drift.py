@@ -1,0 +1,69 @@
+"""`drift`: tokens that are not computed again move the way those did that were."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvstore_client.recompute.base import ReusedChunk
+
+_REACH_TOKENS = 16.0
+_FAR = 0.02
+"""Weight of the chunk's tokens out of reach: what moves all of a chunk alike."""
+_SHARE = 0.7
+"""Of what neighbours show. Measured: 1 closes less of the gap, and .5 not much less."""
+
+
+class Drift:
+    """What another context does to a chunk's KV is much the same for tokens that stand near each other. Tokens that are
+    computed again show it, new minus stored; each other token of their chunk takes .7 of its neighbours' mean, weighted
+    exp(-distance / 16) + .02.
+
+    Measured on SmolLM2, 15 % of the tokens computed again: closes 80 % of the gap in KL instead of 50 (one text) and 70
+    (documents). What moves the keys matters most: it says how much of the attention goes to each document.
+
+    `selected` are the positions computed again, i64, ascending, of a pass over `computed`, which has them all. Chunks
+    with fewer than two of them, and exact ones, stay as they are.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[ReusedChunk],
+        selected: torch.Tensor,
+        computed: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        moved = [
+            (chunk.tokens, inside)
+            for chunk in chunks
+            if not chunk.exact and 2 <= len(inside := _inside(selected, chunk.tokens)) < len(chunk.tokens)
+        ]
+        self.is_empty = not moved
+        device = selected.device
+        most = max((len(inside) for _, inside in moved), default=0)
+        tokens = max((len(place) for place, _ in moved), default=0)
+        self.seen = torch.zeros(len(moved), most, dtype=torch.int64, device=device)
+        """Positions of each chunk's computed tokens, i64 `[chunks, seen]`, padded with some of them."""
+        self.places = torch.zeros(len(moved), tokens, dtype=torch.int64, device=device)
+        """Positions of each chunk's tokens, i64 `[chunks, tokens]`."""
+        weights = torch.zeros(len(moved), tokens, most, device=device)
+        for row, (place, inside) in enumerate(moved):
+            self.seen[row] = inside[torch.arange(most, device=device) % len(inside)]
+            at = torch.arange(place.start, place.stop, device=device)
+            self.places[row] = at[torch.arange(tokens, device=device).clamp(max=len(at) - 1)]
+            near = torch.exp((at[:, None] - inside).abs() / -_REACH_TOKENS) + _FAR
+            weights[row, : len(at), : len(inside)] = _SHARE * near / near.sum(1, keepdim=True)
+        self.rows = torch.searchsorted(computed, self.seen)
+        """Where the pass over `computed` has the seen ones."""
+        self._weights = weights.to(dtype)
+
+    def spread(self, shift: torch.Tensor) -> torch.Tensor:
+        """`shift` is what the seen tokens show, `[kv_heads, chunks, seen, head_dim]`; gives what is to be added at
+        `places`, `[kv_heads, chunks, tokens, head_dim]`."""
+        return torch.matmul(self._weights, shift)
+
+
+def _inside(positions: torch.Tensor, tokens: range) -> torch.Tensor:
+    first, end = torch.searchsorted(
+        positions, torch.tensor([tokens.start, tokens.stop], device=positions.device)
+    )
+    return positions[first:end]

@@ -1,0 +1,32 @@
+"""`focus`: what single tokens of the question look at closely, our default."""
+
+from collections.abc import Sequence
+
+import torch
+
+from kvstore_client.recompute.base import Probe, ReusedChunk, require_probe
+
+_EVERY = 3
+"""Layers apart whose attention is looked at; of SmolLM2's 30, ten tell what all tell."""
+
+
+class Focus:
+    """The question's attention over the reused KV, squared, summed over its tokens and the heads of every third layer.
+
+    Like `query`, but squared: a head that looks at one token with all it has says more than many that glance at it.
+    What it saves the KL is what the square of an error costs.
+    """
+
+    name = "focus"
+    per_chunk = False
+    needs_kv = True
+
+    def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:
+        del chunks
+        total = torch.zeros(prompt_tokens)
+
+        def add(weights: torch.Tensor) -> None:
+            total.add_(weights.square().sum((0, 1)).cpu())
+
+        require_probe(self, probe).question_attention(add, every=_EVERY)
+        return total
