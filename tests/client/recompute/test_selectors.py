@@ -91,12 +91,12 @@ def test_random_goes_by_the_text_alone() -> None:
     assert (first - 12).tolist() == [0, 1, 2, 6], "the same in every process"
 
 
-@pytest.mark.parametrize("name", sorted(set(SelectorName) - {SelectorName.FOCUS}))
+@pytest.mark.parametrize("name", SelectorName)
 def test_registry(name: str) -> None:
     one: Selector = selector(name)
     assert one.name == name
     assert selector(name) is one
-    assert one.needs_kv == (name in ("hkvd", "query"))
+    assert one.needs_kv == (name in ("focus", "hkvd", "query"))
     assert one.per_chunk == (name in ("first_k", "frequency", "frequency-high"))
 
 
@@ -105,7 +105,7 @@ def test_a_selector_that_does_not_exist() -> None:
         selector("magic")
 
 
-@pytest.mark.parametrize("name", ["hkvd", "query"])
+@pytest.mark.parametrize("name", ["focus", "hkvd", "query"])
 def test_who_needs_a_probe_says_so(name: str) -> None:
     with pytest.raises(ConfigurationError, match=name):
         select(selector(name), CHUNKS, PROMPT, 0.5)
