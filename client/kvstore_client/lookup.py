@@ -32,6 +32,8 @@ class Variant:
     header: ChunkHeader
     klt: KLT | None = None
     """The calibration its header names, if it names one."""
+    on_disk: bool = False
+    """Whether its node has it on disk only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,15 @@ class StoredChunk:
     @property
     def klt(self) -> KLT | None:
         return self.variants[0].klt
+
+    @property
+    def on_disk(self) -> bool:
+        return self.variants[0].on_disk
+
+    @property
+    def body_bytes(self) -> int:
+        """What a read of all of it brings."""
+        return self.header.size_bytes - self.header.header_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +220,7 @@ class _Lookup:
             if self._rank(encoding) is None and self._settings.floor is not None:
                 continue  # the node names all it has
             try:
-                variant = self._variant(chunk_id, encoding, offer.header)
+                variant = self._variant(chunk_id, encoding, offer.header, on_disk=offer.on_disk)
             except CalibrationError:
                 self._metrics.missed("calibration_foreign")
             except CodecError:
@@ -232,7 +243,7 @@ class _Lookup:
             self.unready.add(index)
         return unready and not self._plain
 
-    def _variant(self, chunk_id: ChunkId, encoding: str, data: bytes) -> Variant | None:
+    def _variant(self, chunk_id: ChunkId, encoding: str, data: bytes, *, on_disk: bool) -> Variant | None:
         """None when its calibration is not at hand. Raises CodecError for what is not this chunk or was not asked for,
         CalibrationError for a calibration of another model."""
         header = read_header(data)
@@ -244,7 +255,7 @@ class _Lookup:
                 return None
             klt.calibration.require(self._spec)
         self._require_expected(header, encoding, klt)
-        return Variant(header, klt)
+        return Variant(header, klt, on_disk)
 
     def _rank(self, name: str) -> tuple[int, int, str] | None:
         """Where an encoding comes in the order of variants; None for one that may not be used."""

@@ -97,6 +97,10 @@ class ClientSettings(BaseSettings):
     """Share of such text's tokens that is computed again. When not given: what `kvstore calibrate --ratio` found to be
     fastest for where the text is stored, else `recompute_floor`."""
 
+    disk_tier: str | None = None
+    """Name of the tier that `kvstore calibrate --ratio` tuned for disks like those of the nodes: disk, ssd or hdd, for
+    text that is stored on one. When not given: disk, or ssd where only that was tuned."""
+
     recompute_floor: float = Field(default=0.15, ge=0, le=1)
     """The least share that a ratio chosen for speed may have: with less, answers suffer."""
 
@@ -206,10 +210,10 @@ class ClientSettings(BaseSettings):
     def _empty_is_unset(cls, value: object) -> object:
         return value or default_cache_dir()
 
-    @field_validator("floor", "recompute_ratio", mode="before")
+    @field_validator("floor", "recompute_ratio", "disk_tier", mode="before")
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
-        return value or None
+        return None if value == "" else value
 
     @field_validator("accept", mode="before")
     @classmethod

@@ -13,6 +13,7 @@ from kvstore_cluster.arena import Arena
 from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.disk.store import SegmentStore
 from kvstore_cluster.node import StorageNode
 from kvstore_service.bulk_server import BulkServer, serve_bulk
 from kvstore_service.grpc_coordinator import CoordinatorServer, serve_coordinator
@@ -60,9 +61,16 @@ class ServedCluster:
 
 @contextmanager
 def served_cluster(
-    folder: Path, nodes: int = 1, memory_bytes: int = 256 << 20, replicas: int = 1, *, bulk: bool = False
+    folder: Path,
+    nodes: int = 1,
+    memory_bytes: int = 256 << 20,
+    replicas: int = 1,
+    *,
+    bulk: bool = False,
+    disk_bytes: int = 0,
 ) -> Iterator[ServedCluster]:
-    plain = [StorageNode(f"node-{i}", Arena(memory_bytes)) for i in range(nodes)]
+    stores = [SegmentStore(folder / f"disk-{i}", disk_bytes) if disk_bytes else None for i in range(nodes)]
+    plain = [StorageNode(f"node-{i}", Arena(memory_bytes), store=store) for i, store in enumerate(stores)]
     servers = [serve_storage(node, host="127.0.0.1") for node in plain]
     ports = [serve_bulk(node, host="127.0.0.1") for node in plain] if bulk else []
     coordinator = Coordinator(FileCatalogue(folder), replicas=replicas)
@@ -82,6 +90,9 @@ def served_cluster(
     finally:
         cluster.stop_storage()
         cluster.coordinator.stop(0)
+        for store in stores:
+            if store is not None:
+                store.close()
 
 
 @pytest.fixture

@@ -69,7 +69,15 @@ def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (settings.recompute_ratio, settings.recompute_floor) == (0.3, 0.05)
     assert not settings.recompute_drift
     monkeypatch.setenv("KVSTORE_RECOMPUTE_RATIO", "")
-    assert ClientSettings().recompute_ratio is None
+    monkeypatch.setenv("KVSTORE_DISK_TIER", "")
+    assert (ClientSettings().recompute_ratio, ClientSettings().disk_tier) == (None, None)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, "0"])
+def test_a_ratio_of_nothing_is_a_ratio(monkeypatch: pytest.MonkeyPatch, zero: object) -> None:
+    assert ClientSettings(recompute_ratio=zero).recompute_ratio == 0  # type: ignore[arg-type]
+    monkeypatch.setenv("KVSTORE_RECOMPUTE_RATIO", "0")
+    assert ClientSettings().recompute_ratio == 0
 
 
 @pytest.mark.parametrize(

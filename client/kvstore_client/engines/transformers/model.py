@@ -118,7 +118,8 @@ class CachedModel:
 
         `segments` are the lengths of neighbouring parts of the prompt, which sum to its tokens: a beginning that all
         prompts share, documents, and last the question. Then a document is found again wherever it stands, and what is
-        reused in another context than its own is repaired as `recompute` says (the client's settings, when not given).
+        reused in another context than its own is repaired as `recompute` says (when not given: as the client's settings
+        say, with the share of tokens that was tuned for where it is stored).
         Raises InvalidTokensError for segments that do not make the prompt.
         """
         if input_ids is None:
@@ -143,9 +144,7 @@ class CachedModel:
         if reason is not None or input_ids is None:
             return Begun(input_ids, arguments, timeline, bypassed=reason)
         if segments is not None and len(segments) > 1 and self._segments is not None:
-            plan = self._segments.plan(
-                self.spec, input_ids[0].tolist(), segments, recompute or self._recompute(), timeline
-            )
+            plan = self._segments.plan(self.spec, input_ids[0].tolist(), segments, recompute, timeline)
             begun = Begun(input_ids, arguments, timeline, plan.match, segments=plan)
             better = self._segments.worth(plan, input_ids.shape[1])
             if better is not None:
@@ -203,9 +202,7 @@ class CachedModel:
         if self._segments is None:
             raise UnsupportedModelError(f"segments of {self.spec.model_id} cannot be reused")
         timeline, tokens = Timeline(), input_ids[0]
-        plan = self._segments.plan(
-            self.spec, tokens.tolist(), segments, recompute or self._recompute(), timeline
-        )
+        plan = self._segments.plan(self.spec, tokens.tolist(), segments, recompute, timeline)
         coming = self._segments.start(plan, self.spec, tokens, self._rotary(len(tokens)), timeline)
         if coming is None:
             self.client.release(plan.match)
@@ -237,11 +234,6 @@ class CachedModel:
             self._weights = state
             self.client.prepare(self.spec)
         return None
-
-    def _recompute(self) -> Recompute:
-        settings = self.client.settings
-        ratio = settings.recompute_floor if settings.recompute_ratio is None else settings.recompute_ratio
-        return Recompute(settings.recompute_selector, ratio, settings.recompute_drift)
 
     def _finish_segments(self, begun: Begun, plan: SegmentPlan, input_ids: torch.Tensor) -> Any:
         tokens, features = input_ids[0].tolist(), self.client.store.needs_features

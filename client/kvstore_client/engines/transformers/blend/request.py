@@ -12,6 +12,7 @@ from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.blend.decoder import Decoder
 from kvstore_client.engines.transformers.blend.executor import Blend
 from kvstore_client.engines.transformers.blend.plan import SegmentPlan, chunk_tokens, documents_of, skipped
+from kvstore_client.engines.transformers.blend.ratio import Ratios
 from kvstore_client.engines.transformers.blend.worth import worth_reusing
 from kvstore_client.engines.transformers.cache import FetchIncompleteError
 from kvstore_client.engines.transformers.features import PromptFeatures
@@ -61,20 +62,24 @@ class SegmentReuse:
     def __init__(self, model: PreTrainedModel, client: KVStoreClient, costs: Costs | None) -> None:
         self.decoder = Decoder(model)
         self._model, self._client, self._costs = model, client, costs
+        self._ratios = Ratios(client.settings, client.links)
 
     def plan(
         self,
         spec: ModelSpec,
         tokens: Sequence[int],
         segments: Sequence[int],
-        recompute: Recompute,
+        recompute: Recompute | None,
         timeline: Timeline,
     ) -> SegmentPlan:
-        """Looks up what is stored. Raises InvalidTokensError for segments that do not make the prompt."""
+        """Looks up what is stored. Without `recompute`, how it is repaired follows from where it is stored. Raises
+        InvalidTokensError for segments that do not make the prompt."""
         placed, question = documents_of(self._client.segment_chunks(spec, tokens, segments), segments)
         match = self._client.match_segments(spec, placed, timeline)
         stored = frozenset(chunk.first_token for chunk in match.chunks)
-        return SegmentPlan(placed, question, recompute, match, stored)
+        return SegmentPlan(
+            placed, question, recompute or self._ratios.recompute(spec.digest, match), match, stored
+        )
 
     def worth(self, plan: SegmentPlan, total: int) -> SegmentPlan | None:
         """The plan as it is best carried out; None when the prompt is better prefilled."""
@@ -154,6 +159,9 @@ class SegmentReuse:
                 raise _ChoiceFailedError(str(error)) from error
         with timeline.span("compute", f"{len(selected)} tokens again"):
             hidden = blend.compute(selected, drift=recompute.drift, question=question)
+        if coming.selected is not None and self._model.device.type == "cpu":  # others compute behind the call
+            computed = len(coming.tokens) - plan.match.tokens + len(selected)
+            self._ratios.computed(computed, timeline.busy_s("compute"))
         return Blended(plan, blend, coming.fetch.finish(), len(selected), hidden, is_whole)
 
 

@@ -91,9 +91,7 @@ def _fetch_s(chunks: Sequence[StoredChunk], profile: Profile, links: Links, deco
     decode_s = 0.0
     for chunk in chunks:
         header = chunk.header
-        sizes[chunk.member.endpoint] = (
-            sizes.get(chunk.member.endpoint, 0) + header.size_bytes - header.header_bytes
-        )
+        sizes[chunk.member.endpoint] = sizes.get(chunk.member.endpoint, 0) + chunk.body_bytes
         cost = profile.codec(header.encoding.name)
         decode_s += header.geometry.tokens * (cost.decode_s + cost.restore_s)
     receive_s = max(

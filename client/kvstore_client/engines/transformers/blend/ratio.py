@@ -1,0 +1,109 @@
+"""Which share of a prompt's reused text is computed again, when the caller does not say: what the settings say, else
+what was tuned for where the text is stored. Where computed tokens need not travel, it then follows the link."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvstore_client.engines.transformers.blend.worth import MOST_COMPUTED
+from kvstore_client.lookup import Match
+from kvstore_client.ratio import Links
+from kvstore_client.recompute import Recompute, selector
+from kvstore_client.recompute.controller import RatioOnline
+from kvstore_client.recompute.tuned import TunedRatios
+from kvstore_client.recompute.tuning import Tuned
+from kvstore_client.settings import ClientSettings
+
+DRAM, DISK = "dram", "disk"
+_LIKE_DISK = "ssd"
+"""What disks are taken for as long as only those of a known speed were tuned."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """Of one model."""
+
+    digest: bytes
+    of_tier: Mapping[str, RatioOnline]
+
+
+class Ratios:
+    """Of one client and engine. What was tuned is read when a model is first met. Thread-safe."""
+
+    def __init__(self, settings: ClientSettings, links: Links) -> None:
+        self._settings, self._links = settings, links
+        self._follows_link = (
+            not settings.recompute_drift and not selector(settings.recompute_selector).needs_kv
+        )
+        """Otherwise everything travels, and computing more saves nothing of that."""
+        self._known: _Known | None = None
+
+    def recompute(self, model_digest: bytes, match: Match) -> Recompute:
+        """How the chunks of `match` are repaired."""
+        settings = self._settings
+        ratio = settings.recompute_ratio
+        if ratio is None:
+            ratio = self._ratio(model_digest, match)
+        return Recompute(settings.recompute_selector, ratio, settings.recompute_drift)
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        """So many tokens passed through the model in so many seconds, without what they waited for KV."""
+        if self._known is not None:
+            for online in self._known.of_tier.values():
+                online.computed(tokens, seconds)
+
+    def _ratio(self, model_digest: bytes, match: Match) -> float:
+        known = self._known
+        if known is None or known.digest != model_digest:
+            self._known = known = self._read(model_digest)
+        online = known.of_tier[tier_of(match)]
+        if not self._follows_link or not match.chunks:
+            return online.ratio(0, None)
+        return online.ratio(_bytes(match) / match.tokens, self._bandwidth_Bps(match))
+
+    def _read(self, model_digest: bytes) -> _Known:
+        tuned = TunedRatios(self._settings.cache_dir).load(model_digest)
+        found = {DRAM: tuned.get(DRAM), DISK: self._of_disk(tuned)}
+        floor = self._settings.recompute_floor
+        return _Known(
+            model_digest,
+            {
+                tier: RatioOnline(
+                    floor if one is None else one.ratio, least=floor, most=max(floor, MOST_COMPUTED)
+                )
+                for tier, one in found.items()
+            },
+        )
+
+    def _of_disk(self, tuned: Mapping[str, Tuned]) -> Tuned | None:
+        if self._settings.disk_tier is not None:
+            return tuned.get(self._settings.disk_tier)
+        return tuned.get(DISK) or tuned.get(_LIKE_DISK)
+
+    def _bandwidth_Bps(self, match: Match) -> float | None:  # noqa: N802
+        """Of all endpoints together, which send at once: until the last one has sent its share."""
+        sizes = _bytes_of_endpoints(match)
+        slowest_s = 0.0
+        for endpoint, size in sizes.items():
+            bandwidth_Bps = self._links.bandwidth_Bps(endpoint)  # noqa: N806
+            if not bandwidth_Bps:
+                return None
+            slowest_s = max(slowest_s, size / bandwidth_Bps)
+        return sizes.total() / slowest_s
+
+
+def tier_of(match: Match) -> str:
+    """Where most of its bytes come from."""
+    on_disk = sum(chunk.body_bytes for chunk in match.chunks if chunk.on_disk)
+    return DISK if 2 * on_disk > _bytes(match) else DRAM
+
+
+def _bytes(match: Match) -> int:
+    return sum(chunk.body_bytes for chunk in match.chunks)
+
+
+def _bytes_of_endpoints(match: Match) -> Counter[str]:
+    sizes: Counter[str] = Counter()
+    for chunk in match.chunks:
+        sizes[chunk.member.endpoint] += chunk.body_bytes
+    return sizes
