@@ -161,8 +161,13 @@ class Blend:
         decoder, count = self._decoder, self._decoder.layers if layers is None else layers
         states, rotary = decoder.embed(self._tokens[positions]), self._rotary_at(positions)
         masks: dict[int | None, CausalBlocks] = {}
+        empty = None if hidden is None else hidden.nonzero().flatten()
         for layer in range(count):
             keys, values = self._layers[layer]
+            if empty is not None:
+                # Memory that nothing was put in may hold NaN, which no mask takes out of a product.
+                keys.index_fill_(1, empty, 0)
+                values.index_fill_(1, empty, 0)
             made = decoder.project(layer, states, rotary)
             if drift is not None and not drift.is_empty:
                 self._move(drift, made, keys, values)
