@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore_client import KVStoreClient, connect
@@ -167,6 +167,7 @@ ranges = st.lists(st.builds(range, st.integers(0, 600), st.integers(0, 600)), ma
 CHUNK = stored_chunks(2)[1]
 
 
+@settings(deadline=None)
 @given(ranges)
 def test_ranges_are_joined_to_the_same_positions(pieces: list[range]) -> None:
     found = joined(pieces)
@@ -176,6 +177,7 @@ def test_ranges_are_joined_to_the_same_positions(pieces: list[range]) -> None:
     assert all(one.stop < other.start for one, other in pairwise(found))
 
 
+@settings(deadline=None)
 @given(ranges)
 def test_every_frame_outside_is_read_once_and_no_other(pieces: list[range]) -> None:
     chunk: StoredChunk = CHUNK

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore_cluster.arena import Arena
@@ -199,6 +199,7 @@ def test_memory_is_preferred_to_the_disk(node_on_disk: StorageNode) -> None:
     assert context_of(answer) == sample_chunk(context=1).chunk_id.prefix_id
 
 
+@settings(deadline=None)
 @given(
     stored=st.lists(st.integers(0, 5), unique=True),
     began=st.booleans(),
