@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from transformers import PreTrainedModel
 
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
@@ -15,7 +16,6 @@ from kvstore_client.recompute import Recompute
 from kvstore_codec.errors import StartupError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.bench.recompute.prompts import Prompt, Prompts
-from kvstore_service.models import SMOLLM2, DType, load_model
 
 _ANSWER: dict[str, Any] = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False}
 _PATIENCE_S = 600.0
@@ -35,10 +35,19 @@ class Asked:
 
 
 class Engine:
-    """Context manager. Needs a cluster at `address`; its documents are stored there in the exact encoding."""
+    """Context manager. Needs a cluster at `address`; its documents are stored there in the exact encoding. `settings`
+    are more of the client's."""
 
-    def __init__(self, address: str, dtype: DType) -> None:
-        self.model, self.tokenizer = load_model(SMOLLM2, dtype)
+    def __init__(
+        self,
+        address: str,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        model_id: str | None = None,
+        **settings: Any,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
         # Chunks are stored with the order of tokens that the selectors of this name go by; the others do without.
         self._client = connect(
             address,
@@ -46,8 +55,9 @@ class Engine:
             put_timeout_s=_PATIENCE_S,
             close_timeout_s=_PATIENCE_S,
             fetch_timeout_s=_PATIENCE_S,
+            **settings,
         )
-        self._cached = CachedModel(self.model, self._client)
+        self._cached = CachedModel(model, self._client, model_id=model_id)
         self._client.prepare(self._cached.spec).result()
 
     def store(self, prompts: Prompts, prompt: Prompt) -> None:

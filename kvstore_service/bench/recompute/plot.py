@@ -10,8 +10,10 @@ _COLORS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9", "C7")
 
 
 def plot_recompute(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Tuned ratios are left out: they were measured in rounds of their own."""
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if not row["tuned"]]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     tiers = list(dict.fromkeys(row["tier"] for row in rows))
     names = list(dict.fromkeys(row["selector"] for row in rows))

@@ -43,10 +43,9 @@ def rows_of(
 
 def tuned_row(tier: str, found: TunedTier, tokens: int) -> Row:
     """How the tuned ratio does beside the sweep."""
-    times = {cell.ratio: _median(asked) for cell, asked in found.sweep.asked.items()}
-    swept = {ratio: ttft_s for ratio, ttft_s in times.items() if ratio != found.cell.ratio} or times
+    swept = {cell.ratio: _median(found.race.asked[cell]) for cell in found.sweep}
     best = min(swept, key=lambda ratio: swept[ratio])
-    full_s = statistics.median(found.sweep.full_s)
+    ttft_s, full_s = _median(found.race.asked[found.cell]), statistics.median(found.race.full_s)
     return {
         "tier": tier,
         "tokens": tokens,
@@ -54,13 +53,13 @@ def tuned_row(tier: str, found: TunedTier, tokens: int) -> Row:
         "ratio": found.cell.ratio,
         "first_ratio": found.first,
         "measurements": found.measurements,
-        "ttft_s": times[found.cell.ratio],
+        "ttft_s": ttft_s,
         "full_ttft_s": full_s,
-        "speedup": full_s / times[found.cell.ratio],
+        "speedup": full_s / ttft_s,
         "best_ratio": best,
         "best_ttft_s": swept[best],
-        "over_best": times[found.cell.ratio] / swept[best],
-        "sweep": [{"ratio": ratio, "ttft_s": ttft_s} for ratio, ttft_s in sorted(swept.items())],
+        "over_best": ttft_s / swept[best],
+        "sweep": [{"ratio": ratio, "ttft_s": seconds} for ratio, seconds in swept.items()],
     }
 
 

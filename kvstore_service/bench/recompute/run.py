@@ -20,7 +20,7 @@ from kvstore_service.bench.recompute.times import Batches, Race, batches, race
 from kvstore_service.bench.recompute.tuning import TunedTier, tune
 from kvstore_service.calibration import Report
 from kvstore_service.embedded import EmbeddedCluster
-from kvstore_service.models import DType
+from kvstore_service.models import SMOLLM2, DType, load_model
 
 DEFAULT_RATIOS = (0.0, 0.05, 0.15, 0.3, 1.0)
 _MEMORY_BYTES, _DISK_BYTES = 1 << 30, 4 << 30
@@ -74,14 +74,14 @@ def run(options: Options, report: Report) -> Result:
     ):
         report.advance("start", 1, 2)
         torch.manual_seed(0)
-        with Engine(cluster.address, options.dtype) as engine:
+        with Engine(cluster.address, *load_model(SMOLLM2, options.dtype)) as engine:
             report.advance("start", 2, 2)
             prompt = Prompts(sources, engine.tokenizer).timed(options.tokens)
             engine.store(Prompts(sources, engine.tokenizer), prompt)
             timed = [_time(engine, cluster.address, prompt, tier, cells, options, report) for tier in tiers]
         limit_disks(cluster.address, None)
         tuned_cells = [found.tuned.cell for found in timed if found.tuned is not None]
-        with Engine(cluster.address, DType.FLOAT32) as engine:
+        with Engine(cluster.address, *load_model(SMOLLM2, DType.FLOAT32)) as engine:
             prompts = Prompts(sources, engine.tokenizer)
             judged = [*prompts.text(options.prompts), *prompts.documents(options.prompts)]
             fidelity = judge(engine, prompts, judged, list(dict.fromkeys([*cells, *tuned_cells])), report)
@@ -91,7 +91,7 @@ def run(options: Options, report: Report) -> Result:
         rows += rows_of(name, found.race, found.batches, fidelity, options.tokens)
         if found.tuned is not None:
             only = [found.tuned.cell]
-            rows += rows_of(name, found.tuned.sweep, None, fidelity, options.tokens, tuned=True, only=only)
+            rows += rows_of(name, found.tuned.race, None, fidelity, options.tokens, tuned=True, only=only)
     tuned = [
         tuned_row(found.tier.name, found.tuned, options.tokens) for found in timed if found.tuned is not None
     ]
@@ -129,12 +129,12 @@ def _meta(options: Options, prompts: Prompts, prompt: Prompt, judged: Sequence[P
         "judged_prompts": {kind: sum(one.kind == kind for one in judged) for kind in ("text", "documents")},
         "timed_prompt": {"segments": prompt.segments, "tokens": prompt.ids.shape[1]},
         "batch": options.batch,
-        "tiers": {tier.name: tier.disk_read_bytes_per_s for tier in tiers_named(options.tiers)},
+        "tier_disk_read_Bps": {tier.name: tier.disk_read_bytes_per_s for tier in tiers_named(options.tiers)},
         "quick": options.quick,
         "kl": "nats a token of the question, from full recompute, mean of the prompts; the same in every tier",
         "closed": "share of the KL at ratio 0 that is gone",
         "ttft_s": "seconds from the request to its first token, lookup and fetch included: median of the rounds",
         "full_ttft_s": "the plain model, in the same rounds",
+        "prefilled": "the engine reused nothing: with so much to compute again, that was sooner",
         "throughput_tok_s": "prompt tokens a second of a batch: ours at every ratio, the others at ratio 0.15",
-        "tier_rates": "bytes per second that the disk is slowed to; none: in memory",
     }

@@ -20,7 +20,8 @@ class TunedTier:
     first: float
     """Where the search began: what computing and fetching a token take."""
     measurements: int
-    sweep: Race
+    sweep: tuple[Cell, ...]
+    race: Race
     """Of the tuned ratio and of the points of the sweep, in the same rounds."""
 
 
@@ -45,7 +46,8 @@ def tune(
     tuned = golden_section(mean_ttft_s, first, tolerance=_QUICK_TOLERANCE if quick else TOLERANCE)
     points = _QUICK_SWEEP_POINTS if quick else _SWEEP_POINTS
     step = (1 - LEAST_RATIO) / (points - 1)
-    sweep = [Cell(method, round(LEAST_RATIO + step * point, 4)) for point in range(points)]
+    sweep = tuple(Cell(method, round(LEAST_RATIO + step * point, 4)) for point in range(points))
     cell = Cell(method, tuned.ratio)
     cells = list(dict.fromkeys([cell, *sweep]))
-    return TunedTier(cell, first, len(tuned.measurements), race(engine, prompt, cells, repeats, advance))
+    raced = race(engine, prompt, cells, repeats, advance)
+    return TunedTier(cell, first, len(tuned.measurements), sweep, raced)

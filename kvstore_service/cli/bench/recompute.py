@@ -138,13 +138,17 @@ def _show(console: Console, result: "Result", goals: list[dict[str, Any]]) -> No
     times = {
         "selector": "selector", "ratio": "ratio", "TTFT s": "ttft_s", "least": "ttft_min_s", "most": "ttft_max_s",
         "full s": "full_ttft_s", "x full": "speedup", "tok/s": "throughput_tok_s",
-        "full tok/s": "full_throughput_tok_s", "MB": "MB", "again": "recomputed_tokens",
+        "full tok/s": "full_throughput_tok_s", "MB": "MB", "again": "again",
     }  # fmt: skip
     kind = result.rows[0]["kind"]
     for tier in dict.fromkeys(row["tier"] for row in result.rows):
         rows = [
             row
-            | {"MB": row["bytes"] / 1e6, "selector": row["selector"] + (" (tuned)" if row["tuned"] else "")}
+            | {
+                "MB": row["bytes"] / 1e6,
+                "selector": row["selector"] + (" (tuned)" if row["tuned"] else ""),
+                "again": "all" if row["prefilled"] else str(row["recomputed_tokens"]),
+            }
             for row in result.rows
             if (row["kind"], row["tier"]) == (kind, tier)
         ]

@@ -49,11 +49,11 @@ def rows(
 
 
 def tuned(tier: str, ttft_s: float, best_s: float) -> dict[str, Any]:
-    cells = [Cell(FOCUS, 0.17), Cell(FOCUS, 0.15), Cell(FOCUS, 1.0)]
+    cells = (Cell(FOCUS, 0.17), Cell(FOCUS, 0.15), Cell(FOCUS, 1.0))
     race = Race(
         dict(zip(cells, ([asked(ttft_s)], [asked(best_s)], [asked(9.0)]), strict=True)), [4.0, 4.0, 8.0]
     )
-    return tuned_row(tier, TunedTier(cells[0], 0.2, 9, race), 3072)
+    return tuned_row(tier, TunedTier(cells[0], 0.2, 9, cells[1:], race), 3072)
 
 
 def met(found: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
@@ -86,6 +86,14 @@ def test_a_ratio_that_was_not_judged_has_no_kl() -> None:
         rows_of("ssd", Race({cell: [asked(1.0)]}, [4.0]), None, fidelity(), 3072, tuned=True, only=[cell])
     )
     assert (row["kl"], row["closed"], row["tuned"]) == (None, None, True)
+
+
+def test_a_tuned_ratio_that_is_in_the_sweep_is_as_good_as_itself() -> None:
+    cells = (Cell(FOCUS, 0.15), Cell(FOCUS, 1.0))
+    race = Race({cells[0]: [asked(1.0)], cells[1]: [asked(3.0)]}, [4.0])
+    row = tuned_row("ssd", TunedTier(cells[0], 0.15, 9, cells, race), 3072)
+    assert (row["over_best"], row["best_ratio"], row["speedup"]) == (1.0, 0.15, 4.0)
+    assert row["sweep"] == [{"ratio": 0.15, "ttft_s": 1.0}, {"ratio": 1.0, "ttft_s": 3.0}]
 
 
 def test_targets_say_what_was_met() -> None:
