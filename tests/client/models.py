@@ -66,11 +66,13 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **sizes: object
+) -> PreTrainedModel:
     """A random model of a few hundred thousand weights; the same seed gives the same weights."""
     config, architecture, extra = FAMILIES[family]
     torch.manual_seed(seed)
-    return architecture(config(**(_SIZES | extra))).to(dtype).eval()
+    return architecture(config(**(_SIZES | extra | sizes))).to(dtype).eval()
 
 
 def random_prompt(tokens: int, seed: int = 0) -> torch.Tensor:
