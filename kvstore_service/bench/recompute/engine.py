@@ -35,8 +35,7 @@ class Asked:
 
 
 class Engine:
-    """Context manager. Needs a cluster at `address`; its documents are stored there in the exact encoding. `settings`
-    are more of the client's."""
+    """Context manager. Needs a cluster at `address`; `settings` are more of the client's."""
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kvstore_client.settings import EXACT
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.bench.codec.texts import default_sources
 from kvstore_service.bench.recompute.engine import Engine
@@ -74,14 +75,14 @@ def run(options: Options, report: Report) -> Result:
     ):
         report.advance("start", 1, 2)
         torch.manual_seed(0)
-        with Engine(cluster.address, *load_model(SMOLLM2, options.dtype)) as engine:
+        with _engine(cluster.address, options.dtype) as engine:
             report.advance("start", 2, 2)
             prompt = Prompts(sources, engine.tokenizer).timed(options.tokens)
             engine.store(Prompts(sources, engine.tokenizer), prompt)
             timed = [_time(engine, cluster.address, prompt, tier, cells, options, report) for tier in tiers]
         limit_disks(cluster.address, None)
         tuned_cells = [found.tuned.cell for found in timed if found.tuned is not None]
-        with Engine(cluster.address, *load_model(SMOLLM2, DType.FLOAT32)) as engine:
+        with _engine(cluster.address, DType.FLOAT32) as engine:
             prompts = Prompts(sources, engine.tokenizer)
             judged = [*prompts.text(options.prompts), *prompts.documents(options.prompts)]
             fidelity = judge(engine, prompts, judged, list(dict.fromkeys([*cells, *tuned_cells])), report)
@@ -96,6 +97,11 @@ def run(options: Options, report: Report) -> Result:
         tuned_row(found.tier.name, found.tuned, options.tokens) for found in timed if found.tuned is not None
     ]
     return Result(_meta(options, prompts, prompt, judged), rows, tuned)
+
+
+def _engine(address: str, dtype: DType) -> Engine:
+    """Of KV that is stored as it is: what is measured is what reuse does, not what coding does."""
+    return Engine(address, *load_model(SMOLLM2, dtype), encoding=EXACT, accept=(EXACT,), floor=None)
 
 
 def _time(
@@ -123,6 +129,7 @@ def _time(
 def _meta(options: Options, prompts: Prompts, prompt: Prompt, judged: Sequence[Prompt]) -> dict[str, Any]:
     return {
         "model": "SmolLM2-135M-Instruct",
+        "encoding": EXACT,
         "dtype": options.dtype,
         "judged_dtype": DType.FLOAT32,
         "sources": prompts.sources,
