@@ -50,9 +50,14 @@ class Begun:
         buffers = self.coming.buffers if self.coming is not None else self.buffers
         return buffers.memory.numel() if buffers is not None else 0
 
+    @property
+    def running(self) -> Fetch | None:
+        """What brings it."""
+        return self.coming.fetch if self.coming is not None else self.fetch
+
     def on_ready(self, callback: Callable[[], object]) -> None:
         """Call `callback` once, in any thread, when the engine would not have to wait."""
-        fetch = self.coming.fetch if self.coming is not None else self.fetch
+        fetch = self.running
         if fetch is None:
             callback()
         else:

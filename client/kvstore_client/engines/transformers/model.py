@@ -143,24 +143,43 @@ class CachedModel:
         reason = bypass_reason(self.model, input_ids, arguments) or self._renew_spec()
         if reason is not None or input_ids is None:
             return Begun(input_ids, arguments, timeline, bypassed=reason)
-        if segments is not None and len(segments) > 1 and self._segments is not None:
+        if self._segments is not None and segments is not None and len(segments) > 1:
             plan = self._segments.plan(self.spec, input_ids[0].tolist(), segments, recompute, timeline)
             begun = Begun(input_ids, arguments, timeline, plan.match, segments=plan)
-            better = self._segments.worth(plan, input_ids.shape[1])
-            if better is not None:
-                rotary = self._rotary(input_ids.shape[1])
-                begun.coming = self._segments.start(better, self.spec, input_ids[0], rotary, timeline)
-            if begun.coming is None:
-                self.client.release(plan.match)
+            try:
+                better = self._segments.worth(plan, input_ids.shape[1])
+                if better is not None:
+                    rotary = self._rotary(input_ids.shape[1])
+                    begun.coming = self._segments.start(better, self.spec, input_ids[0], rotary, timeline)
+            finally:
+                if begun.coming is None:
+                    self.client.release(plan.match)
             return begun
-        tokens: list[int] = input_ids[0].tolist()
-        ids = self.client.chunk_ids(self.spec, tokens)
-        match = self.client.match(self.spec, ids, timeline)
+        match = self._match_prefix(input_ids, segments, timeline)
         started = self._start_fetch(match, input_ids[0], timeline) if match.chunks else None
         if started is None:
             self.client.release(match)
             return Begun(input_ids, arguments, timeline, match)
         return Begun(input_ids, arguments, timeline, match, *started)
+
+    def is_stored(
+        self,
+        input_ids: torch.Tensor | None,
+        *,
+        segments: Sequence[int] | None = None,
+        recompute: Recompute | None = None,
+        **arguments: Any,
+    ) -> bool:
+        """Whether `begin`, called like this, would find anything to fetch. Raises as it does."""
+        del recompute
+        if input_ids is None or bypass_reason(self.model, input_ids, arguments) is not None:
+            return False
+        if self._segments is not None and segments is not None and len(segments) > 1:
+            match = self._segments.match(self.spec, input_ids[0].tolist(), segments)
+        else:
+            match = self._match_prefix(input_ids, segments)
+        self.client.release(match)
+        return bool(match.chunks)
 
     def finish(self, begun: Begun) -> Any:
         """The second half of `generate`, with its result."""
@@ -212,7 +231,7 @@ class CachedModel:
             blended = self._segments.blend(coming, timeline, question=True)
             if blended is None:
                 raise FetchError(f"of {len(plan.match.chunks)} stored chunks too few came to reuse them")
-            self.last_report = self._report(blended, len(tokens), timeline)
+            self.last_report = self._report(blended, begun, len(tokens))
             return self._segments.decoder.log_probabilities(blended.question)
         finally:
             self.cancel(begun)
@@ -235,6 +254,15 @@ class CachedModel:
             self.client.prepare(self.spec)
         return None
 
+    def _match_prefix(
+        self, input_ids: torch.Tensor, segments: Sequence[int] | None, timeline: Timeline | None = None
+    ) -> Match:
+        """What is stored of the beginning of a prompt, whose segments count only in so far as they must be right."""
+        tokens: list[int] = input_ids[0].tolist()
+        if segments is not None:
+            self.client.segment_chunks(self.spec, tokens, segments)
+        return self.client.match(self.spec, self.client.chunk_ids(self.spec, tokens), timeline)
+
     def _finish_segments(self, begun: Begun, plan: SegmentPlan, input_ids: torch.Tensor) -> Any:
         tokens, features = input_ids[0].tolist(), self.client.store.needs_features
         blended = None
@@ -250,32 +278,36 @@ class CachedModel:
                 capture = self._capture(len(tokens) - 1)
                 cache = placed_cache(blended.blend.kv, capture)
             output, cache = self._run(begun, input_ids, cache, capture)
+            if blended is not None:
+                new = blended_chunks(self.model, tokens, blended, features=features)
+            elif capture.reaches(cache.get_seq_length()):
+                generated = Generated(output, cache, capture)
+                new = prefilled_chunks(self.model, tokens, plan, generated, features=features)
+            else:
+                self.client.metrics.missed("store_unaligned")
+                new = []
             if blended is None:
                 self._learn(capture, len(tokens))
-                new = prefilled_chunks(
-                    self.model, tokens, plan, Generated(output, cache, capture), features=features
-                )
-            else:
-                new = blended_chunks(self.model, tokens, blended, features=features)
         finally:
             self.cancel(begun)
-        self.last_report = self._report(blended, len(tokens), begun.timeline)
+        self.last_report = self._report(blended, begun, len(tokens))
         reused = self.last_report.reused_tokens
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)
-        report = self.last_report.fetch
-        encodings = self.client.store.encodings_behind(report.encodings if report is not None else ())
+        behind = blended.report.encodings if blended is not None else ()
+        encodings = self.client.store.encodings_behind(behind)
         if new and encodings and self.store:
             self.client.store.put(self.spec, new, encodings)
         return output
 
-    def _report(self, blended: Blended | None, total: int, timeline: Timeline) -> GenerationReport:
+    def _report(self, blended: Blended | None, begun: Begun, total: int) -> GenerationReport:
         if blended is None:
-            return GenerationReport(total, 0, timeline)
+            report = begun.coming.fetch.finish() if begun.coming is not None else None
+            return GenerationReport(total, 0, begun.timeline, report)
         chunks = blended.plan.chunks
         return GenerationReport(
             total,
             sum(len(chunk.tokens) for chunk in chunks) - blended.recomputed,
-            timeline,
+            begun.timeline,
             blended.report,
             approximate_tokens=sum(len(chunk.tokens) for chunk in chunks if not chunk.exact),
             recomputed_tokens=blended.recomputed,

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from kvstore_client.admission import AdmissionQueue
-from kvstore_client.engines.transformers.bypass import bypass_reason
 from kvstore_client.engines.transformers.generated import Begun
 from kvstore_client.engines.transformers.model import CachedModel
 
@@ -25,11 +24,12 @@ class _Question:
 
 
 class _Reuse:
-    """The Arrival of a question of which `tokens` tokens are stored."""
+    """The Arrival of a question of which something is stored."""
 
-    def __init__(self, cached: CachedModel, question: _Question, tokens: int) -> None:
+    def __init__(self, cached: CachedModel, question: _Question) -> None:
         self._cached, self._question = cached, question
-        self.size_bytes = tokens * cached.spec.kv_bytes_per_token
+        # What is computed goes into the same buffers.
+        self.size_bytes = question.input_ids.numel() * cached.spec.kv_bytes_per_token
 
     def start(self) -> None:
         self._question.begun = self._cached.begin(self._question.input_ids, **self._question.arguments)
@@ -38,7 +38,7 @@ class _Reuse:
         self._begun.on_ready(callback)
 
     def remaining_s(self) -> float:
-        fetch = self._begun.fetch
+        fetch = self._begun.running
         return 0.0 if fetch is None else fetch.planned_s() or math.inf
 
     def cancel(self) -> None:
@@ -73,14 +73,16 @@ class RequestQueue:
         self._engine.start()
 
     def submit(self, input_ids: torch.Tensor, **arguments: Any) -> "Future[Any]":
-        """What `CachedModel.generate` would return. The future's `cancel` ends what has not reached the model yet.
+        """What `CachedModel.generate` would return, `segments` and `recompute` among its arguments. The future's
+        `cancel` ends what has not reached the model yet.
 
-        Looks up in the caller's thread what is stored: about 2 ms, at most `lookup_timeout_s`. Raises ValueError after
-        `close`.
+        Looks up in the caller's thread what is stored: about 2 ms, at most `lookup_timeout_s`. It may be long until it
+        is this request's turn to fetch, so nothing stays leased meanwhile. Raises InvalidTokensError for segments that
+        do not make the prompt, ValueError after `close`.
         """
         question = _Question(input_ids, arguments)
-        tokens = self._stored_tokens(input_ids, arguments)
-        self._queue.submit(question, _Reuse(self._cached, question, tokens) if tokens else None)
+        waits = self._cached.is_stored(input_ids, **arguments)
+        self._queue.submit(question, _Reuse(self._cached, question) if waits else None)
         question.answer.add_done_callback(lambda answer: answer.cancelled() and self._queue.cancel(question))
         return question.answer
 
@@ -89,14 +91,6 @@ class RequestQueue:
         for question in self._queue.close():
             question.answer.cancel()
         self._engine.join()
-
-    def _stored_tokens(self, input_ids: torch.Tensor, arguments: dict[str, Any]) -> int:
-        cached, client = self._cached, self._cached.client
-        if bypass_reason(cached.model, input_ids, arguments) is not None:
-            return 0
-        match = client.match(cached.spec, client.chunk_ids(cached.spec, input_ids[0].tolist()))
-        client.release(match)  # it may be long until it is this request's turn to fetch
-        return match.tokens
 
     def _answer(self) -> None:
         while (question := self._queue.next_ready(threading.TIMEOUT_MAX)) is not None:

@@ -1,5 +1,6 @@
 """How a prompt in segments is answered: what of it is reused."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -43,8 +44,9 @@ def documents_of(
 ) -> tuple[tuple[PlacedChunk, ...], int]:
     """The chunks that may be reused, and where the question begins: the last segment, or if that is empty the last
     token, which always passes through the model."""
-    total = sum(segments)
-    question = min(total - segments[-1], total - 1)
+    lengths = [operator.index(length) for length in segments]
+    total = sum(lengths)
+    question = min(total - lengths[-1], total - 1)
     return tuple(chunk for chunk in placed if chunk.first_token + CHUNK_TOKENS <= question), question
 
 

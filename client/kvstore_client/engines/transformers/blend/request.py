@@ -21,6 +21,7 @@ from kvstore_client.lookup import Match
 from kvstore_client.ratio import Costs
 from kvstore_client.recompute import Recompute, select, selector
 from kvstore_client.timeline import Timeline
+from kvstore_codec.identity import PlacedChunk
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
 
@@ -46,7 +47,7 @@ class Blended:
 
     plan: SegmentPlan
     blend: Blend
-    report: FetchReport | None
+    report: FetchReport
     recomputed: int
     """Reused tokens that were computed again."""
     question: torch.Tensor
@@ -74,12 +75,16 @@ class SegmentReuse:
     ) -> SegmentPlan:
         """Looks up what is stored. Without `recompute`, how it is repaired follows from where it is stored. Raises
         InvalidTokensError for segments that do not make the prompt."""
-        placed, question = documents_of(self._client.segment_chunks(spec, tokens, segments), segments)
+        placed, question = self._placed(spec, tokens, segments)
         match = self._client.match_segments(spec, placed, timeline)
         stored = frozenset(chunk.first_token for chunk in match.chunks)
         return SegmentPlan(
             placed, question, recompute or self._ratios.recompute(spec.digest, match), match, stored
         )
+
+    def match(self, spec: ModelSpec, tokens: Sequence[int], segments: Sequence[int]) -> Match:
+        """What `plan` would find, leased."""
+        return self._client.match_segments(spec, self._placed(spec, tokens, segments)[0])
 
     def worth(self, plan: SegmentPlan, total: int) -> SegmentPlan | None:
         """The plan as it is best carried out; None when the prompt is better prefilled."""
@@ -120,12 +125,18 @@ class SegmentReuse:
         except _ChoiceFailedError:
             report = coming.fetch.wait()
         except FetchIncompleteError:
+            coming.fetch.cancel()  # the rest would come for nothing
             return None
         came = tuple(c for i, c in enumerate(coming.plan.match.chunks) if i not in report.missing)
         plan = replace(coming.plan, match=Match(came))
         if self.worth(plan, len(coming.tokens)) is None:
             return None
         return self._blend(coming, plan, None, timeline, question=question)
+
+    def _placed(
+        self, spec: ModelSpec, tokens: Sequence[int], segments: Sequence[int]
+    ) -> tuple[tuple[PlacedChunk, ...], int]:
+        return documents_of(self._client.segment_chunks(spec, tokens, segments), segments)
 
     def _blend(
         self,
