@@ -32,7 +32,8 @@ def moved(
         of_pass = shifts[:, computed]  # as the pass has them
         spread = drift.spread(of_pass[:, drift.rows])
         assert torch.equal(of_pass[:, drift.rows], shifts[:, drift.seen])
-        result.index_add_(1, drift.places.flatten(), spread.flatten(1, 2))
+        for rows, places in drift.places:
+            result[:, places] += spread[:, rows]
     result[:, selected] = 0  # they are put there, whatever was added
     return result
 
