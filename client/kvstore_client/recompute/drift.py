@@ -40,26 +40,35 @@ class Drift:
         self.is_empty = not moved
         device = selected.device
         most = max((len(inside) for _, inside in moved), default=0)
-        tokens = max((len(place) for place, _ in moved), default=0)
+        longest = max((len(tokens) for tokens, _ in moved), default=0)
         self.seen = torch.zeros(len(moved), most, dtype=torch.int64, device=device)
         """Positions of each chunk's computed tokens, i64 `[chunks, seen]`, padded with some of them."""
-        self.places = torch.zeros(len(moved), tokens, dtype=torch.int64, device=device)
-        """Positions of each chunk's tokens, i64 `[chunks, tokens]`."""
-        weights = torch.zeros(len(moved), tokens, most, device=device)
-        for row, (place, inside) in enumerate(moved):
+        self.places: list[tuple[slice, slice]] = []
+        """Where what is spread belongs: rows of it, chunk after chunk, and as many neighbouring positions."""
+        weights = torch.zeros(len(moved), longest, most, device=device)
+        for row, (tokens, inside) in enumerate(moved):
             self.seen[row] = inside[torch.arange(most, device=device) % len(inside)]
-            at = torch.arange(place.start, place.stop, device=device)
-            self.places[row] = at[torch.arange(tokens, device=device).clamp(max=len(at) - 1)]
+            at = torch.arange(tokens.start, tokens.stop, device=device)
             near = torch.exp((at[:, None] - inside).abs() / -_REACH_TOKENS) + _FAR
             weights[row, : len(at), : len(inside)] = _SHARE * near / near.sum(1, keepdim=True)
+            self._place(slice(row * longest, row * longest + len(tokens)), tokens)
         self.rows = torch.searchsorted(computed, self.seen)
         """Where the pass over `computed` has the seen ones."""
         self._weights = weights.to(dtype)
 
     def spread(self, shift: torch.Tensor) -> torch.Tensor:
-        """`shift` is what the seen tokens show, `[kv_heads, chunks, seen, head_dim]`; gives what is to be added at
-        `places`, `[kv_heads, chunks, tokens, head_dim]`."""
-        return torch.matmul(self._weights, shift)
+        """`shift` is what the seen tokens show, `[kv_heads, chunks, seen, ...]`; gives what is to be added at `places`,
+        `[kv_heads, rows, ...]`."""
+        return torch.matmul(self._weights, shift).flatten(1, 2)
+
+    def _place(self, rows: slice, tokens: range) -> None:
+        """Behind the last, if it goes on there: fewer and larger pieces are added sooner."""
+        if self.places:
+            last_rows, last = self.places[-1]
+            if (last_rows.stop, last.stop) == (rows.start, tokens.start):
+                self.places[-1] = slice(last_rows.start, rows.stop), slice(last.start, tokens.stop)
+                return
+        self.places.append((rows, slice(tokens.start, tokens.stop)))
 
 
 def _inside(positions: torch.Tensor, tokens: range) -> torch.Tensor:

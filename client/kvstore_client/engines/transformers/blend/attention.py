@@ -1,11 +1,16 @@
 """Causal attention for tokens that are not neighbours."""
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-_BLOCK_QUERIES = 128
-"""Queries that share a range of keys. On two cores, 444 of 3,236 tokens: 20 % sooner than in one call (which reads the
-keys that nobody may see), and not slower than with smaller or larger blocks."""
+_BLOCK_QUERIES = 64
+"""Queries that share a range of keys. On two cores, 444 of 3,236 tokens: 20 % (bf16) to 30 % (f32) sooner than in one
+call, which reads the keys that nobody may see, and not slower than with smaller or larger blocks."""
+_FAR_TOKENS = 1024
+"""From one token to the next: a new block is worth its call."""
 
 
 class CausalBlocks:
@@ -25,8 +30,8 @@ class CausalBlocks:
         hidden: torch.Tensor | None = None,
     ) -> None:
         self._blocks: list[tuple[slice, slice, torch.Tensor]] = []
-        for first in range(0, len(positions), _BLOCK_QUERIES):
-            block = positions[first : first + _BLOCK_QUERIES]
+        for first, end in _blocks(positions):
+            block = positions[first:end]
             begin = 0 if window is None else max(0, int(block[0]) - window + 1)
             keys = slice(begin, int(block[-1]) + 1)
             at = torch.arange(keys.start, keys.stop, device=positions.device)
@@ -37,7 +42,7 @@ class CausalBlocks:
                 unseen |= hidden[keys]
             mask = torch.zeros(unseen.shape, dtype=dtype, device=positions.device)
             mask.masked_fill_(unseen, float("-inf"))
-            self._blocks.append((slice(first, first + len(block)), keys, mask[None, None]))
+            self._blocks.append((slice(first, end), keys, mask[None, None]))
 
     def attend(
         self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
@@ -53,16 +58,23 @@ class CausalBlocks:
         return output
 
     def weights(self, queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-        """The softmax attention of at most a block of tokens, f32 `[heads, tokens, prompt_tokens]`: zero where a key
-        cannot be seen."""
-        ((_, seen, mask),) = self._blocks
-        heads, tokens, _ = queries.shape
-        # The heads that share keys are one matrix.
-        asked = queries.reshape(keys.shape[0], -1, queries.shape[2])
-        products = (asked @ keys[:, seen].transpose(1, 2)).float().view(heads, tokens, -1)
-        weights = products.mul_(scale).add_(mask[0, 0]).softmax(-1)
-        if weights.shape[2] == keys.shape[1]:
-            return weights
-        whole = weights.new_zeros(heads, tokens, keys.shape[1])
-        whole[:, :, seen] = weights
-        return whole
+        """The softmax attention of the tokens, f32 `[heads, tokens, prompt_tokens]`: zero where a key cannot be seen.
+        Not for many: all of it is in memory at once."""
+        heads, kv_heads, total = queries.shape[0], *keys.shape[:2]
+        weights = torch.zeros(heads, queries.shape[1], total, device=keys.device)
+        for block, seen, mask in self._blocks:
+            tokens = block.stop - block.start
+            asked = queries[:, block].reshape(
+                kv_heads, -1, queries.shape[2]
+            )  # those that share keys are one matrix
+            products = (asked @ keys[:, seen].transpose(1, 2)).float().view(heads, tokens, -1)
+            weights[:, block, seen] = products.mul_(scale).add_(mask[0, 0]).softmax(-1)
+        return weights
+
+
+def _blocks(positions: torch.Tensor) -> Iterator[tuple[int, int]]:
+    far = (positions.diff() > _FAR_TOKENS).nonzero().flatten() + 1
+    borders = [0, *far.tolist(), len(positions)]
+    for begin, end in itertools.pairwise(borders):
+        for first in range(begin, end, _BLOCK_QUERIES):
+            yield first, min(first + _BLOCK_QUERIES, end)

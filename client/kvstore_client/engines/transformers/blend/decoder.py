@@ -96,9 +96,13 @@ class Decoder:
 
 def rotated(heads: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
     """`[..., tokens, head_dim]` turned to their positions (RoFormer, eq. 34), rounded as transformers does it."""
-    half = rotary.cos.shape[-1] // 2
-    turned = torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
-    return heads * rotary.cos + turned * rotary.sin
+    return heads * rotary.cos + half_turned(heads) * rotary.sin
+
+
+def half_turned(heads: torch.Tensor) -> torch.Tensor:
+    """`[..., head_dim]` turned by a right angle."""
+    half = heads.shape[-1] // 2
+    return torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
 
 
 def turned_back(heads: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.engines.transformers.blend.attention import CausalBlocks
-from kvstore_client.engines.transformers.blend.decoder import Decoder, Projected, rotated, turned_back
+from kvstore_client.engines.transformers.blend.decoder import Decoder, Projected, half_turned, turned_back
 from kvstore_client.engines.transformers.blend.layers import layers_on
 from kvstore_client.recompute import Drift, ReusedChunk, Selector, select
 from kvstore_client.recompute.base import positions_of
@@ -191,13 +191,17 @@ class Blend:
         return states
 
     def _move(self, drift: Drift, made: Projected, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Drift is measured, and spread, in keys before RoPE: what it turns them by has nothing to do with it."""
-        seen, places = self._rotary_at(drift.seen), drift.places.flatten()
+        """Drift is measured, and spread, in keys before RoPE: what it turns them by has nothing to do with it. Turning
+        is linear, so keys and their other halves are spread together with the values, and turned as they are added."""
+        seen = self._rotary_at(drift.seen)
         shift = turned_back(made.keys[:, drift.rows] - keys[:, drift.seen], seen)
-        moved = rotated(drift.spread(shift), self._rotary_at(drift.places))
-        keys.index_add_(1, places, moved.flatten(1, 2))
-        shift = made.values[:, drift.rows] - values[:, drift.seen]
-        values.index_add_(1, places, drift.spread(shift).flatten(1, 2))
+        values_shift = made.values[:, drift.rows] - values[:, drift.seen]
+        spread = drift.spread(torch.cat((shift, half_turned(shift), values_shift), dim=-1))
+        moved, moved_half, moved_values = spread.split(shift.shape[-1], dim=-1)
+        for rows, places in drift.places:
+            keys[:, places].addcmul_(moved[:, rows], self._rotary.cos[places])
+            keys[:, places].addcmul_(moved_half[:, rows], self._rotary.sin[places])
+            values[:, places].add_(moved_values[:, rows])
 
     def _keep_keys(self, layer: int, positions: torch.Tensor, keys: torch.Tensor) -> None:
         if self._kept_keys.shape[2]:
