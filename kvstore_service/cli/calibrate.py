@@ -1,6 +1,7 @@
 """`kvstore calibrate`."""
 
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_service.cli.calibrate_ratio import RatioArguments, calibrate_ratio
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import DType, load_model
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from kvstore_codec.calibration import Calibration
 
 _STATE = "calibration.state"
+_TOKENS = 65536
 _STAGES = {
     "read": "reading texts with the model",
     "fit": "fitting the transforms",
@@ -25,19 +28,51 @@ _STAGES = {
 }
 
 
+_CODEC, _RATIO = "How KV is coded (needs --text and --out)", "How much is computed again (with --ratio)"
+
+
 def calibrate(
     model: Annotated[str, typer.Option(help="A folder in transformers format, or smollm2.")],
     text: Annotated[
-        list[Path], typer.Option(help="UTF-8 text like that to be cached; repeat for more files.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for <digest>.kvcal and the state of a stopped run.")],
-    tokens: Annotated[int, typer.Option(min=1, help="How much text is learnt from, at most.")] = 65536,
+        list[Path] | None,
+        typer.Option(
+            help="UTF-8 text like that to be cached; repeat for more files.", rich_help_panel=_CODEC
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for <digest>.kvcal and the state of a stopped run.", rich_help_panel=_CODEC
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How much text is learnt from, at most; with --ratio: of the documents in a prompt, a multiple of "
+            "512.",
+            show_default="65536, with --ratio 3072",
+        ),
+    ] = None,
     rank: Annotated[
-        int, typer.Option(min=0, help="Rank of the prediction from token embeddings; 0: none.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Rank of the prediction from token embeddings; 0: none.",
+            show_default="128",
+            rich_help_panel=_CODEC,
+        ),
+    ] = None,
     period_layers: Annotated[
-        int, typer.Option(min=1, max=64, help="Neighbouring layers coded together.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            help="Neighbouring layers coded together.",
+            show_default="4",
+            rich_help_panel=_CODEC,
+        ),
+    ] = None,
     dtype: Annotated[
         DType, typer.Option(help="What workers run the model in; auto: as it was saved.")
     ] = DType.AUTO,
@@ -45,13 +80,98 @@ def calibrate(
         str | None, typer.Option(help="The model's name, if workers give it one of their own.")
     ] = None,
     publish: Annotated[
-        str | None, typer.Option(help="host:port of a running cluster whose workers shall use the result.")
+        str | None,
+        typer.Option(
+            help="host:port of a running cluster whose workers shall use the result.", rich_help_panel=_CODEC
+        ),
+    ] = None,
+    ratio: Annotated[
+        bool,
+        typer.Option("--ratio", help="Tune the recompute ratio to this machine.", rich_help_panel=_RATIO),
+    ] = False,
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            help="Where documents are stored, comma-separated: dram, ssd (a disk of 550 MB/s), hdd (160 MB/s), disk "
+            "(the one of --data-dir as it is). A worker goes by dram or disk, and without disk by ssd, or by what its "
+            "KVSTORE_DISK_TIER says.",
+            show_default="dram,ssd,hdd",
+            rich_help_panel=_RATIO,
+        ),
+    ] = None,
+    selector: Annotated[
+        str | None,
+        typer.Option(
+            help="Which tokens are computed again, as workers have it.",
+            show_default="KVSTORE_RECOMPUTE_SELECTOR, else focus",
+            rich_help_panel=_RATIO,
+        ),
+    ] = None,
+    drift: Annotated[
+        bool | None,
+        typer.Option(
+            "--drift/--no-drift",
+            help="Whether their neighbours move with them.",
+            show_default="KVSTORE_RECOMPUTE_DRIFT, else yes",
+            rich_help_panel=_RATIO,
+        ),
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rounds behind each measurement.", show_default="3", rich_help_panel=_RATIO),
+    ] = None,
+    sweep: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Measure so many ratios besides, evenly spaced, to see what the tuned one is worth.",
+            show_default="0",
+            rich_help_panel=_RATIO,
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder on the disk to measure; emptied again.",
+            show_default="a temporary one",
+            rich_help_panel=_RATIO,
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Where the result goes.", rich_help_panel=_RATIO)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG of seconds over the ratio.", rich_help_panel=_RATIO)
     ] = None,
 ) -> None:
-    """Learn from text how a model's KV is coded smallest, and what each rate costs in fidelity.
+    """Learn from text how a model's KV is coded smallest, and what each rate costs in fidelity. A stopped run goes on
+    where it was.
 
-    A stopped run goes on where it was.
+    With --ratio: find out, on a cluster of its own, which share of the tokens of text that is reused in another context
+    is best computed again for a first token as soon as possible, for each tier that the text may come from. Workers
+    with the same cache folder (KVSTORE_CACHE_DIR) use it.
     """
+    of_codec: dict[str, object] = {
+        "--text": text, "--out": out, "--rank": rank, "--period-layers": period_layers, "--publish": publish,
+    }  # fmt: skip
+    of_ratio: dict[str, object] = {
+        "--tier": tier, "--selector": selector, "--drift": drift, "--repeats": repeats, "--sweep": sweep,
+        "--data-dir": data_dir, "--json": json_file, "--plot": plot,
+    }  # fmt: skip
+    if ratio:
+        _refuse(of_codec, "is about how KV is coded, and cannot be used with --ratio")
+        calibrate_ratio(
+            model,
+            dtype,
+            model_id,
+            RatioArguments(tier, selector, drift, tokens, repeats, sweep, data_dir, json_file, plot),
+        )
+        return
+    _refuse(of_ratio, "needs --ratio")
+    if not text or out is None:
+        raise typer.BadParameter(
+            "is needed, unless --ratio is given", param_hint="--out" if text else "--text"
+        )
     if find_spec("transformers") is None:
         raise StartupError("calibrating needs transformers: pip install 'kvstore-service[transformers]'")
     from kvstore_client.engines.transformers.calibrate import ObservedModel
@@ -70,7 +190,7 @@ def calibrate(
     loaded, tokenizer = load_model(model, dtype)
     observed = ObservedModel(loaded, model_id)
     ids = [_tokens(tokenizer, content) for content in contents]
-    plan = plan_passages(ids, tokens, observed.longest_text)
+    plan = plan_passages(ids, tokens or _TOKENS, observed.longest_text)
     provenance = {
         "model": observed.spec.model_id,
         "texts": [
@@ -82,7 +202,10 @@ def calibrate(
         calibration = run(
             observed,
             plan,
-            Options(period_layers=period_layers, rank=rank),
+            Options(
+                period_layers=4 if period_layers is None else period_layers,
+                rank=128 if rank is None else rank,
+            ),
             stages,
             state=out / _STATE,
             provenance=provenance,
@@ -99,6 +222,12 @@ def calibrate(
     console.print(
         f"{out / _STATE} lets another --rank skip the reading; delete it when done.", soft_wrap=True
     )
+
+
+def _refuse(options: Mapping[str, object], reason: str) -> None:
+    for name, value in options.items():
+        if value is not None and value != []:
+            raise typer.BadParameter(reason, param_hint=name)
 
 
 def _read(path: Path) -> str:

@@ -26,7 +26,7 @@ class TunedRatios:
 
     def load(self, model_digest: bytes) -> Mapping[str, Tuned]:
         """By tier; empty when nothing was tuned, and, with a warning, when the file cannot be used."""
-        path = self._path(model_digest)
+        path = self.path(model_digest)
         try:
             return _from_json(json.loads(path.read_bytes()))
         except FileNotFoundError:
@@ -59,12 +59,13 @@ class TunedRatios:
             try:
                 json.dump(data, file, indent=2)
                 file.flush()
-                os.replace(file.name, self._path(model_digest))  # noqa: PTH105
+                os.replace(file.name, self.path(model_digest))  # noqa: PTH105
             except OSError:
                 Path(file.name).unlink(missing_ok=True)
                 raise
 
-    def _path(self, model_digest: bytes) -> Path:
+    def path(self, model_digest: bytes) -> Path:
+        """Where a model's ratios are kept."""
         return self._folder / f"{model_digest.hex()}.json"
 
 
