@@ -132,7 +132,7 @@ def calibrate(
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Folder on the disk to measure; emptied again.",
+            help="Folder on the disk to measure; nothing stays there.",
             show_default="a temporary one",
             rich_help_panel=_RATIO,
         ),
