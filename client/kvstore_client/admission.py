@@ -201,6 +201,7 @@ class AdmissionQueue(Generic[Request]):
                 entry.kv.cancel()
             elif started:
                 entry.kv.on_ready(partial(self._on_ready, entry))
+            del entry  # an idle queue holds on to nobody's buffers
 
     @staticmethod
     def _started(kv: Arrival) -> bool:

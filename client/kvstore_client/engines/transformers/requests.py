@@ -103,6 +103,7 @@ class RequestQueue:
                 question.answer.set_exception(error)
             finally:
                 self._queue.finished(question)
+                del question  # an idle queue holds on to nobody's buffers
 
     def _result(self, question: _Question) -> Any:
         if question.begun is None:

@@ -1,0 +1,201 @@
+"""Reused text that does not come, or not as it was: the answer is the one that is given without it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvstore_client import connect
+from kvstore_client.engines.transformers import CachedModel
+from kvstore_client.recompute import Recompute, selector
+from kvstore_client.settings import SelectorName
+from kvstore_service.link import ShapedLink
+from tests.client.blend.library import GREEDY, PATIENT, QUESTION, SYSTEM, Library, check_close, joined, text
+from tests.client.blend.reference import sharp
+from tests.client.chunks import flip_bit
+from tests.client.conftest import served_cluster
+
+PAPERS = [text(512, 600 + seed) for seed in range(5)]
+SEGMENTS = [SYSTEM, *reversed(PAPERS), QUESTION]
+FAST_BPS = 10e9
+REPAIRS = [
+    pytest.param(Recompute(name, 0.2, drift), marks=[pytest.mark.slow] if slow else [], id=f"{name}-{drift}")
+    for number, name in enumerate(SelectorName)
+    for slow, drift in enumerate((number % 2 == 0, number % 2 == 1))
+]
+IMPATIENT = {"fetch_timeout_s": 5.0, "stall_timeout_s": 0.5}
+
+
+@dataclass
+class Remote(Library):
+    """A library each of whose two nodes is behind a link of its own. Nothing new is stored."""
+
+    links: list[ShapedLink]
+
+    def while_fetching(
+        self, action: Callable[[], object], recompute: Recompute | None = None
+    ) -> torch.Tensor:
+        """Answer, doing `action` when something of it is on its way."""
+        for link in self.links:
+            link.set_bandwidth(8e6)
+        before = [link.from_target_bytes for link in self.links]
+
+        def act() -> None:
+            deadline_s = time.monotonic() + 10
+            while time.monotonic() < deadline_s and any(
+                link.from_target_bytes < b + 60_000 for link, b in zip(self.links, before, strict=True)
+            ):
+                time.sleep(0.002)
+            action()
+
+        actor = threading.Thread(target=act)
+        actor.start()
+        try:
+            return self.answer(*SEGMENTS, recompute=recompute)
+        finally:
+            actor.join()
+            for link in self.links:
+                link.set_bandwidth(FAST_BPS)
+
+
+@pytest.fixture
+def remote(tmp_path: Path, one_thread: None) -> Iterator[Remote]:
+    model = sharp("llama")
+    with served_cluster(tmp_path, nodes=2) as cluster, ExitStack() as opened:
+        with connect(cluster.address, **PATIENT) as writer:
+            cached = CachedModel(model, writer)
+            cached.generate(joined(SYSTEM, *PAPERS, QUESTION)[0], **GREEDY)
+            writer.store.flush()
+            cached.close()
+        assert cluster.stored_chunks() == 11
+        assert all(node.stats().chunks >= 2 for node in cluster.nodes)
+        endpoints = [server.address for server in cluster.servers]
+        links = [opened.enter_context(ShapedLink(endpoint, bandwidth_bps=FAST_BPS)) for endpoint in endpoints]
+        routes = {endpoint: link.address for endpoint, link in zip(endpoints, links, strict=True)}
+        settings = PATIENT | IMPATIENT | {"lookup_timeout_s": 2.0}
+        with connect(cluster.address, routes=routes, **settings) as client:
+            cached = CachedModel(model, client, store=False)
+            yield Remote(cluster, client, cached, links)
+            cached.close()
+
+
+def check_what_is_left(remote: Remote, answer: torch.Tensor, recompute: Recompute | None) -> None:
+    """The answer is that of a prompt of which only what came is stored, or if that is little the model's own."""
+    report = remote.cached.last_report
+    if not report.reused_tokens:
+        assert torch.equal(answer, remote.plain(*SEGMENTS))
+        return
+    assert report.fetch is not None
+    assert report.approximate_tokens == 256 * (report.fetch.fetched - 1)
+    assert torch.equal(remote.answer(*SEGMENTS, recompute=recompute), answer)
+    assert remote.cached.last_report.approximate_tokens == report.approximate_tokens
+
+
+def test_everything_comes_when_nothing_is_wrong(remote: Remote) -> None:
+    for recompute in (Recompute(name, 0.2, drift) for name in SelectorName for drift in (True, False)):
+        remote.answer(*SEGMENTS, recompute=recompute)
+        report = remote.cached.last_report
+        each = selector(recompute.selector).per_chunk
+        assert report.approximate_tokens == 2560
+        assert report.recomputed_tokens == (10 * int(0.2 * 256) if each else int(0.2 * 2560))
+        assert report.fetch is not None
+        assert report.fetch.complete
+    remote.cluster.check_nothing_is_held()
+
+
+@pytest.mark.parametrize("recompute", REPAIRS)
+def test_flipped_bits_are_found(remote: Remote, recompute: Recompute) -> None:
+    """One chunk's: the others are reused where the choice waits for all of them, else all is computed."""
+    prompt, lengths = joined(SYSTEM, *PAPERS, QUESTION)
+    placed = remote.client.segment_chunks(remote.cached.spec, prompt[0].tolist(), lengths)
+    bad = placed[4].chunk_id
+    node = next(n for n in remote.cluster.nodes if n.lookup([bad], ["exact-zstd"]).answers[0].encoding)
+    with node.open(bad, "exact-zstd") as reader:
+        flip_bit(next(reader.pieces(reader.header.geometry.frame_count - 1, 1, 1 << 20))[0])
+    answer = remote.answer(*SEGMENTS, recompute=recompute)
+    assert remote.counted("miss_checksum") == 1
+    report = remote.cached.last_report
+    assert report.fetch is not None
+    assert list(report.fetch.missing.values()).count("checksum") == 1
+    if recompute.selector in (SelectorName.FOCUS, SelectorName.QUERY):
+        assert report.approximate_tokens == 2304
+    node.delete([bad])
+    check_what_is_left(remote, answer, recompute)
+    remote.cluster.check_nothing_is_held()
+
+
+@pytest.mark.parametrize(
+    ("index", "recompute"), [(0, Recompute()), (1, Recompute(SelectorName.FIRST_K, drift=False))]
+)
+def test_a_node_that_dies_during_a_fetch(remote: Remote, index: int, recompute: Recompute) -> None:
+    answer = remote.while_fetching(lambda: remote.cluster.stop_node(index), recompute)
+    report = remote.cached.last_report
+    assert report.fetch is not None
+    assert "unreachable" in report.fetch.missing.values()
+    assert remote.counted("miss_unreachable") >= 1
+    assert remote.counted("chunks_missing") == len(report.fetch.missing)
+    check_what_is_left(remote, answer, recompute)
+
+
+def test_a_link_that_goes_silent_during_a_fetch(remote: Remote) -> None:
+    answer = remote.while_fetching(remote.links[0].cut)
+    assert remote.counted("miss_stalled") >= 1
+    check_what_is_left(remote, answer, None)
+
+
+def test_all_nodes_die_during_a_fetch(remote: Remote) -> None:
+    assert torch.equal(remote.while_fetching(remote.cluster.stop_storage), remote.plain(*SEGMENTS))
+    assert remote.cached.last_report.reused_tokens == 0
+    assert torch.equal(remote.answer(*SEGMENTS), remote.plain(*SEGMENTS))
+    check_close(remote.asked(*SEGMENTS), remote.plainly_asked(*SEGMENTS))
+
+
+@pytest.mark.parametrize("recompute", [Recompute(), Recompute(SelectorName.FIRST_K, drift=False)], ids=str)
+def test_a_link_too_slow_for_the_deadline(remote: Remote, recompute: Recompute) -> None:
+    settings = remote.client.settings.model_dump() | {"fetch_timeout_s": 0.4}
+    for link in remote.links:
+        link.set_bandwidth(2e6)
+    with connect(**settings) as client:
+        cached = CachedModel(remote.cached.model, client, store=False)
+        prompt, lengths = joined(*SEGMENTS)
+        started_s = time.monotonic()
+        answer = cached.generate(prompt, segments=lengths, recompute=recompute, **GREEDY)
+        assert time.monotonic() - started_s < 5
+        assert torch.equal(answer, remote.plain(*SEGMENTS))
+        assert cached.last_report.reused_tokens == 0
+        assert client.metrics.snapshot()["miss_timeout"] >= 1
+        cached.close()
+    for link in remote.links:
+        link.set_bandwidth(FAST_BPS)
+    remote.cluster.check_nothing_is_held()
+
+
+def test_a_service_that_was_never_there() -> None:
+    model, (prompt, lengths) = sharp("llama"), joined(*SEGMENTS)
+    with connect("127.0.0.1:1", lookup_timeout_s=0.5) as client:
+        cached = CachedModel(model, client)
+        answer = cached.generate(prompt, segments=lengths, **GREEDY)
+        assert torch.equal(answer, model.generate(prompt, **GREEDY))
+        assert client.metrics.snapshot()["miss_unreachable"] == 1
+        cached.close()
+
+
+def test_a_closed_client_prefills(remote: Remote) -> None:
+    remote.client.close()
+    assert torch.equal(remote.answer(*SEGMENTS), remote.plain(*SEGMENTS))
+    assert remote.counted("miss_closed") == 1
+
+
+def test_no_memory_for_buffers_prefills(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(remote.client.buffers, "take", full)
+    assert torch.equal(remote.answer(*SEGMENTS), remote.plain(*SEGMENTS))
+    assert remote.counted("chunks_missing") == 11
+    remote.cluster.check_nothing_is_held()
