@@ -13,9 +13,10 @@ from tests.client.conftest import served_cluster
 
 
 @pytest.fixture
-def library(tmp_path: Path, one_thread: None) -> Iterator[Library]:
+def library(tmp_path: Path, one_thread: None, request: pytest.FixtureRequest) -> Iterator[Library]:
+    """Of a Llama, unless a test names another family."""
     with served_cluster(tmp_path, nodes=2) as cluster, connect(cluster.address, **PATIENT) as client:
-        cached = CachedModel(sharp("llama"), client)
+        cached = CachedModel(sharp(getattr(request, "param", "llama")), client)
         yield Library(cluster, client, cached)
         cached.close()
         cluster.check_nothing_is_held()
