@@ -15,25 +15,46 @@ pytestmark = pytest.mark.slow
 README = Path(__file__).parents[2] / "README.md"
 
 
+def _run(script: Path, *arguments: str | Path) -> list[int]:
+    """The numbers in the last line it prints."""
+    run = subprocess.run(
+        [sys.executable, script, smollm2_folder(), *arguments],
+        capture_output=True, text=True, timeout=240, check=True,
+    )  # fmt: skip
+    return [int(number) for number in re.findall(r"\d+", run.stdout.strip().splitlines()[-1])]
+
+
+def _write(name: str, cluster: EmbeddedCluster, folder: Path) -> Path:
+    """The README's lines, as a script that asks this cluster."""
+    pattern = rf"<!-- {re.escape(name)}.*?-->\n```python\n(.*?)```"
+    (code,) = re.findall(pattern, README.read_text(), re.DOTALL)
+    script = folder / name
+    script.write_text(code.replace("127.0.0.1:7420", cluster.address))
+    return script
+
+
 def test_the_readme_example_reuses_in_the_second_process(
     ray_cluster: EmbeddedCluster, tmp_path: Path
 ) -> None:
-    (code,) = re.findall(r"<!-- ask\.py.*?-->\n```python\n(.*?)```", README.read_text(), re.DOTALL)
-    script, document = tmp_path / "ask.py", tmp_path / "report.txt"
-    script.write_text(code.replace("127.0.0.1:7420", ray_cluster.address))
+    script, document = _write("ask.py", ray_cluster, tmp_path), tmp_path / "report.txt"
     document.write_text(read_document(None)[:9000])
-    reused = []
-    for question in ("Who wrote this?", "What is it about?"):
-        run = subprocess.run(
-            [sys.executable, script, smollm2_folder(), document, question],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=True,
-        )
-        last = run.stdout.strip().splitlines()[-1]
-        reused.append([int(number) for number in re.findall(r"\d+", last)])
+    reused = [_run(script, document, question) for question in ("Who wrote this?", "What is it about?")]
     (cold, _), (hit, prompt) = reused
     assert cold == 0
     assert hit % 256 == 0
     assert 1500 < hit < prompt < hit + 300
+
+
+def test_the_readme_example_reuses_documents_in_another_order(
+    ray_cluster: EmbeddedCluster, tmp_path: Path
+) -> None:
+    script = _write("ask_documents.py", ray_cluster, tmp_path)
+    text, documents = read_document(None), [tmp_path / "report.txt", tmp_path / "notes.txt"]
+    for index, document in enumerate(documents):
+        document.write_text(text[(20 + index) * 5000 : (21 + index) * 5000])
+    cold = _run(script, "What do they agree on?", *documents)
+    assert (cold[0], cold[2]) == (0, 0)
+    approximate, prompt, recomputed = _run(script, "What do they disagree on?", *reversed(documents))
+    assert approximate % 256 == 0
+    assert 1500 < approximate < prompt
+    assert recomputed == int(0.15 * approximate)
