@@ -197,7 +197,7 @@ class Blend:
         shift = turned_back(made.keys[:, drift.rows] - keys[:, drift.seen], seen)
         values_shift = made.values[:, drift.rows] - values[:, drift.seen]
         spread = drift.spread(torch.cat((shift, half_turned(shift), values_shift), dim=-1))
-        moved, moved_half, moved_values = spread.split(shift.shape[-1], dim=-1)
+        moved, moved_half, moved_values = torch.split(spread, shift.shape[-1], dim=-1)
         for rows, places in drift.places:
             keys[:, places].addcmul_(moved[:, rows], self._rotary.cos[places])
             keys[:, places].addcmul_(moved_half[:, rows], self._rotary.sin[places])
