@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvstore_client.engines.transformers.blend.worth import MOST_COMPUTED
 from kvstore_client.recompute.tuning import LEAST_RATIO, TOLERANCE, golden_section, initial_ratio
 from kvstore_service.bench.recompute.engine import Engine
 from kvstore_service.bench.recompute.methods import Cell, Method
@@ -34,18 +35,20 @@ def tune(
     *,
     quick: bool,
 ) -> TunedTier:
-    """From least to all. The sweep is as wide, with ten points, and comes after it."""
+    """Up to what the engine reuses at all. The sweep is as wide, with ten points, and comes after it."""
     compute_s = engine.compute(prompt) / prompt.ids.shape[1]
     unchanged = engine.ask(prompt, Cell(method, 0.0).recompute)
-    first = initial_ratio(compute_s, unchanged.receive_s / prompt.document_tokens)
+    first = initial_ratio(compute_s, unchanged.receive_s / prompt.document_tokens, MOST_COMPUTED)
 
     def mean_ttft_s(ratio: float) -> float:
         recompute = Cell(method, ratio).recompute
         return statistics.fmean(engine.ask(prompt, recompute).ttft_s for _ in range(min(repeats, _MEAN_OF)))
 
-    tuned = golden_section(mean_ttft_s, first, tolerance=_QUICK_TOLERANCE if quick else TOLERANCE)
+    tuned = golden_section(
+        mean_ttft_s, first, high=MOST_COMPUTED, tolerance=_QUICK_TOLERANCE if quick else TOLERANCE
+    )
     points = _QUICK_SWEEP_POINTS if quick else _SWEEP_POINTS
-    step = (1 - LEAST_RATIO) / (points - 1)
+    step = (MOST_COMPUTED - LEAST_RATIO) / (points - 1)
     sweep = tuple(Cell(method, round(LEAST_RATIO + step * point, 4)) for point in range(points))
     cell = Cell(method, tuned.ratio)
     cells = list(dict.fromkeys([cell, *sweep]))
