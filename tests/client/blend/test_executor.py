@@ -27,7 +27,7 @@ KINDS = {
     "mistral-windows": ("mistral-windows", {}),
     "mistral-narrow-windows": ("mistral", {"sliding_window": 17}),
 }
-SELECTORS = [SelectorName.FOCUS, SelectorName.QUERY, SelectorName.HKVD, SelectorName.RANDOM]
+SELECTORS = [SelectorName.FOCUS, SelectorName.HKVD]
 
 
 @pytest.fixture(params=["llama3-rope", "qwen2-windows", "qwen3", "mistral-windows"])

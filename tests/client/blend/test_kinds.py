@@ -63,7 +63,7 @@ def test_half_precision_through_the_service(cluster: ServedCluster, dtype: torch
         cached.close()
 
 
-@pytest.mark.parametrize("policy", ["adaptive", "kvfetcher", "fixed"])
+@pytest.mark.parametrize("policy", ["adaptive", pytest.param("kvfetcher", marks=pytest.mark.slow), "fixed"])
 def test_every_way_of_planning(cluster: ServedCluster, policy: str, tmp_path: Path) -> None:
     """A model this small computes sooner than anything comes: it may well be that nothing is reused."""
     model = sharp("llama")
@@ -156,12 +156,19 @@ def spoiled(library: Library) -> object:
     return buffers
 
 
-@pytest.mark.parametrize("name", SelectorName)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[] if name in (SelectorName.FOCUS, SelectorName.HKVD) else [pytest.mark.slow]
+        )
+        for name in SelectorName
+    ],
+)
 def test_what_was_in_the_buffers_does_not_matter(library: Library, name: str) -> None:
     library.stock(SYSTEM, *BOTH, QUESTION)
     segments = [SYSTEM, text(40, 50), BOTH[1], text(300, 51), BOTH[0], QUESTION]
-    for drift in (True, False):
-        recompute = Recompute(name, 0.15, drift)
-        one = library.asked(*segments, recompute=recompute)
-        library.client.buffers.give_back(spoiled(library))  # type: ignore[arg-type]
-        assert torch.equal(library.asked(*segments, recompute=recompute), one)
+    recompute = Recompute(name, 0.15, name == SelectorName.FOCUS)
+    one = library.asked(*segments, recompute=recompute)
+    library.client.buffers.give_back(spoiled(library))  # type: ignore[arg-type]
+    assert torch.equal(library.asked(*segments, recompute=recompute), one)

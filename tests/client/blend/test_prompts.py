@@ -83,11 +83,9 @@ def test_the_same_order_is_the_models_own_answer(library: Library) -> None:
 def test_prompts_of_every_kind(library: Library, segments: tuple[torch.Tensor, ...]) -> None:
     library.stock()
     check_all_recomputed(library, *segments)
-    for name in SelectorName:
-        for drift in (False, True):
-            recompute = Recompute(name, 0.15, drift)
-            answer = library.answer(*segments, recompute=recompute)
-            assert torch.equal(answer[:, :-6], joined(*segments)[0])
+    for name in (SelectorName.FOCUS, SelectorName.HKVD, SelectorName.FIRST_K):
+        answer = library.answer(*segments, recompute=Recompute(name, 0.15, name == SelectorName.FOCUS))
+        assert torch.equal(answer[:, :-6], joined(*segments)[0])
     assert library.cached.last_report.bypassed is None
     assert library.counted("miss_internal_error") == 0
 
