@@ -268,7 +268,7 @@ class CachedModel:
         blended = None
         try:
             if begun.coming is not None and self._segments is not None:
-                computing = self.client.links.computing(request=begun.timeline, waits=True)
+                computing = self.client.links.computing(request=begun.timeline)
                 with computing, torch.inference_mode():
                     blended = self._segments.blend(begun.coming, begun.timeline)
             if blended is None:
