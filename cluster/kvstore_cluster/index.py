@@ -22,8 +22,9 @@ NOWHERE = Location(-1)
 MAX_CHUNK_BYTES = (1 << 30) - 1
 _ID_BYTES = 32
 _NOT_WANTED = 1 << 30
-# Contexts of one content among which another one is chosen: a text that everybody quotes has thousands.
-_MOST_CONTEXTS = 64
+# Contexts of one content that are looked at, and of those that will do, among which one is chosen: a text that all
+# quotes has thousands.
+_MOST_CONTEXTS, _MOST_USABLE = 512, 16
 _NO_SLOTS: tuple[int, ...] = ()
 
 Name = TypeVar("Name")
@@ -198,13 +199,16 @@ class ChunkIndex:
         if isinstance(found, int):
             return self._preferred((found,), preference, now_s)
         begins_text = prefix_id(ROOT_PREFIX, ContentId(chunk_id.content_id))
-        best, best_rank = -1, _NOT_WANTED
+        best, best_rank, usable = -1, _NOT_WANTED, 0
         for context, slots in islice(reversed(found.items()), _MOST_CONTEXTS):
             slot = self._preferred(slots, preference, now_s)
+            if slot < 0:
+                continue
             rank = 2 * (context == begins_text) + (self.extent[slot] is None)
-            if slot >= 0 and rank < best_rank:
+            if rank < best_rank:
                 best, best_rank = slot, rank
-            if best_rank == 0:
+            usable += 1
+            if best_rank == 0 or usable == _MOST_USABLE:
                 break
         return best
 

@@ -58,7 +58,12 @@ class NodeAdmin:
     def throttle_disk(self, read_bytes_per_s: float | None) -> None:
         """Have it read from its disk as slowly, and keep what is on disk there alone; None: no limit."""
         with _clear(self._name):
-            self._stub.Throttle(pb.ThrottleRequest(disk_read_Bps=read_bytes_per_s or 0), timeout=_TIMEOUT_S)
+            # The other limit is said again: a node of an older version takes what is not said for none.
+            limits = self._stub.Stats(pb.StatsRequest(), timeout=_TIMEOUT_S).gauges
+            request = pb.ThrottleRequest(
+                bandwidth_bps=limits.get("throttle_bps", 0), disk_read_Bps=read_bytes_per_s or 0
+            )
+            self._stub.Throttle(request, timeout=_TIMEOUT_S)
 
     def verify(self) -> Iterator[pb.VerifyReply]:
         """Progress until the last reply, which says `done`."""

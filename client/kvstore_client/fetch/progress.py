@@ -142,6 +142,11 @@ class Progress:
             self._adjust()
             self._notify()
 
+    @property
+    def received_bytes(self) -> int:
+        with self._changed:
+            return self._received_bytes
+
     def progress(self, received_bytes: int) -> None:
         with self._changed:
             self._received_bytes += received_bytes

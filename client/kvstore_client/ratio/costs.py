@@ -2,6 +2,8 @@
 
 import math
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from kvstore_client.ratio.profile import CodecCost, PrefillCost, Profile
@@ -10,6 +12,9 @@ _MEMORY_TOKENS = 2048.0
 """An observation of this many tokens moves an estimate by 63 %: a busy machine shows within a fetch or two."""
 
 
+_FORGOTTEN_S = 60.0
+"""A machine that was found slower or quicker than its profile is half way back to it after this time: where nothing is
+computed whole any more, because fetching looks better, nobody would find out that it is quick again."""
 _LARGE_BYTES = 4 << 20
 """Smaller fetches say nothing about what a byte costs."""
 _LEARNING, _FORGETTING = 0.5, 0.98
@@ -22,11 +27,12 @@ class Costs:
     the interference of decoding and computing itself.
     """
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
         self._profile = profile
         self._codecs = dict(profile.codecs)
-        self._prefill_scale = 1.0
+        self._prefill_scale, self._prefill_seen_s = 1.0, clock()
+        self._clock = clock
         self._overhead_s = 0.0
         self._receive_s_per_byte = profile.receive_s_per_byte
 
@@ -55,7 +61,9 @@ class Costs:
         if predicted_s <= 0:
             return
         with self._lock:
-            self._prefill_scale += _share(tokens) * (seconds / predicted_s - self._prefill_scale)
+            scale = self._scale()
+            self._prefill_scale = scale + _share(tokens) * (seconds / predicted_s - scale)
+            self._prefill_seen_s = self._clock()
 
     def observe_fetch(self, size_bytes: int, late_s: float) -> None:
         """How much later than predicted the engine's last pass ended, of a fetch of which everything was read. What all
@@ -69,9 +77,13 @@ class Costs:
             correction = (late_s - self._overhead_s) / size_bytes
             self._receive_s_per_byte = max(0.0, self._receive_s_per_byte + _LEARNING * correction)
 
+    def _scale(self) -> float:
+        unseen_s = self._clock() - self._prefill_seen_s
+        return 1.0 + (self._prefill_scale - 1.0) * math.exp2(-unseen_s / _FORGOTTEN_S)
+
     def snapshot(self) -> Profile:
         with self._lock:
-            prefill, scale = self._profile.prefill, self._prefill_scale
+            prefill, scale = self._profile.prefill, self._scale()
             return replace(
                 self._profile,
                 codecs=dict(self._codecs),

@@ -3,12 +3,14 @@ computing again."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.token_order import TokenOrder
+
+ShareOf = Literal["chunk", "document", "prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class ReusedChunk:
     """Which of its tokens matter most, if that was stored with it."""
     content_id: bytes = b""
     """Of its tokens, wherever they stand."""
+    document: int | None = None
+    """Chunks with the same number were stored as neighbours in one segment; None: it is one of its own."""
 
 
 class Probe(Protocol):
@@ -36,8 +40,8 @@ class Probe(Protocol):
         `[heads, question_tokens, prompt_tokens]`. Valid during the call only."""
 
     def fresh_kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """K (before RoPE) and V of all reused tokens at `layer`, computed anew from layer 0 on in full, each
-        `[kv_heads, tokens, head_dim]`, tokens in order of position."""
+        """K (before RoPE) and V of all reused tokens at `layer`, or the last there is, computed anew from layer 0 on in
+        full, each `[kv_heads, tokens, head_dim]`, tokens in order of position."""
 
     def stored_kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same tokens' K (before RoPE) and V as they are stored, in the same shape."""
@@ -50,8 +54,8 @@ class Selector(Protocol):
     def name(self) -> str: ...
 
     @property
-    def per_chunk(self) -> bool:
-        """True: each chunk gets the same share of its tokens computed. False: the best of all chunks together."""
+    def share_of(self) -> ShareOf:
+        """What the ratio is a share of: as many of each chunk or document, or the best of the whole prompt."""
 
     @property
     def needs_kv(self) -> bool:

@@ -1,15 +1,16 @@
-"""EPIC (arXiv 2410.15332): the first tokens of each chunk, which took too much attention where nothing stood before."""
+"""EPIC (arXiv 2410.15332): the first tokens of each document, which took too much attention where nothing stood before.
+What EPIC calls a chunk is what was prefilled apart: a document, not our unit of storage."""
 
 from collections.abc import Sequence
 
 import torch
 
-from kvstore_client.recompute.base import Probe, ReusedChunk
+from kvstore_client.recompute.base import Probe, ReusedChunk, ShareOf
 
 
 class FirstK:
     name = "first_k"
-    per_chunk = True
+    share_of: ShareOf = "document"
     needs_kv = False
 
     def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvstore_client.recompute.base import Probe, ReusedChunk, require_probe
+from kvstore_client.recompute.base import Probe, ReusedChunk, ShareOf, require_probe
 
 _EVERY = 3
 """Layers apart whose attention is looked at; of SmolLM2's 30, ten tell what all tell."""
@@ -18,7 +18,7 @@ class Focus:
     """
 
     name = "focus"
-    per_chunk = False
+    share_of: ShareOf = "prompt"
     needs_kv = True
 
     def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:
@@ -26,7 +26,8 @@ class Focus:
         total = torch.zeros(prompt_tokens)
 
         def add(weights: torch.Tensor) -> None:
-            total.add_(weights.square().sum((0, 1)).cpu())
+            for head in weights:  # one at a time: all of them together are large
+                total.add_(head.square().sum(0).cpu())
 
         require_probe(self, probe).question_attention(add, every=_EVERY)
         return total

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kvstore_client.recompute.base import Probe, ReusedChunk
+from kvstore_client.recompute.base import Probe, ReusedChunk, ShareOf
 from kvstore_codec.token_order import TokenOrder
 
 _log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def order_of(energies: torch.Tensor) -> TokenOrder:
 class Frequency:
     """The stored order. A chunk that was stored without one gets its first tokens computed."""
 
-    per_chunk = True
+    share_of: ShareOf = "chunk"
     needs_kv = False
 
     def __init__(self, band: Literal["low", "high"] = "low") -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvstore_client.recompute.base import Probe, ReusedChunk, positions_of, require_probe
+from kvstore_client.recompute.base import Probe, ReusedChunk, ShareOf, positions_of, require_probe
 
 _LAYER = 1
 """At layer 0 nothing has looked at the context yet."""
@@ -15,7 +15,7 @@ class HKVD:
     it compares V alone: K's larger numbers would drown it."""
 
     name = "hkvd"
-    per_chunk = False
+    share_of: ShareOf = "prompt"
     needs_kv = True
 
     def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:

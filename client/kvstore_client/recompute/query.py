@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from kvstore_client.recompute.base import Probe, ReusedChunk, require_probe
+from kvstore_client.recompute.base import Probe, ReusedChunk, ShareOf, require_probe
 
 
 class Query:
     """The attention of the question's tokens over the reused KV, averaged over layers, heads and these tokens."""
 
     name = "query"
-    per_chunk = False
+    share_of: ShareOf = "prompt"
     needs_kv = True
 
     def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:

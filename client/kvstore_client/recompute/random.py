@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvstore_client.recompute.base import Probe, ReusedChunk
+from kvstore_client.recompute.base import Probe, ReusedChunk, ShareOf
 from kvstore_codec import canonical
 
 _DOMAIN = b"kvstore.recompute.random.v1"
@@ -14,7 +14,7 @@ class Random:
     """The same tokens of the same text, wherever and whenever it is reused."""
 
     name = "random"
-    per_chunk = False
+    share_of: ShareOf = "prompt"
     needs_kv = False
 
     def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:

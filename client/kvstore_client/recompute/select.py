@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvstore_client.recompute.base import Probe, ReusedChunk, Selector, positions_of
+from kvstore_client.recompute.base import Probe, ReusedChunk, Selector, ShareOf, positions_of
 from kvstore_codec.errors import ConfigurationError
 
 FORCED_TOKENS = 8
@@ -24,8 +24,8 @@ def select(
     probe: Probe | None = None,
 ) -> torch.Tensor:
     """i64, ascending: the positions of the reused tokens to compute again, floor(ratio * N) of the N tokens of the
-    chunks that are not exact, or of each such chunk (`Selector.per_chunk`). Of equal scores the smaller position
-    wins. Forced tokens are part of that as far as it goes, and come on top of it beyond.
+    chunks that are not exact, or of each such chunk or document (`Selector.share_of`). Of equal scores the smaller
+    position wins. Forced tokens are part of that as far as it goes, and come on top of it beyond.
 
     `chunks` do not overlap and are in order of position; `probe` is needed where `selector.needs_kv`. Raises
     ConfigurationError for a ratio that is none.
@@ -44,9 +44,19 @@ def select(
     if ratio * sum(len(chunk.tokens) for chunk in approximate) + _ROUNDING < 1:
         return forced.nonzero().flatten()  # nothing to choose: nothing is scored
     scores = selector.scores(chunks, prompt_tokens, probe).cpu().masked_fill(forced, math.inf)
-    together = [[chunk] for chunk in approximate] if selector.per_chunk else [approximate]
+    together = _groups(approximate, selector.share_of)
     chosen = [_best(scores, forced, positions_of(group), ratio) for group in together]
     return torch.cat(chosen).sort().values
+
+
+def _groups(chunks: Sequence[ReusedChunk], share_of: ShareOf) -> list[Sequence[ReusedChunk]]:
+    if share_of == "prompt":
+        return [chunks]
+    groups: dict[object, list[ReusedChunk]] = {}
+    for chunk in chunks:
+        alone = share_of == "chunk" or chunk.document is None
+        groups.setdefault(chunk.tokens if alone else chunk.document, []).append(chunk)
+    return list(groups.values())
 
 
 def _best(scores: torch.Tensor, forced: torch.Tensor, positions: torch.Tensor, ratio: float) -> torch.Tensor:

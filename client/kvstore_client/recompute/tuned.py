@@ -31,7 +31,15 @@ class TunedRatios:
             return _from_json(json.loads(path.read_bytes()))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             _log.warning(
                 "tuned ratios %s cannot be used; `kvstore calibrate --ratio` makes them anew: %r", path, error
             )

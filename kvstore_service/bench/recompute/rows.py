@@ -59,6 +59,7 @@ def tuned_row(tier: str, found: TunedTier, tokens: int) -> Row:
         "best_ratio": best,
         "best_ttft_s": swept[best],
         "over_best": ttft_s / swept[best],
+        "prefilled": all(one.prefilled for one in found.race.asked[found.cell]),
         "sweep": [{"ratio": ratio, "ttft_s": seconds} for ratio, seconds in swept.items()],
     }
 
@@ -91,7 +92,7 @@ def _times(asked: Sequence[Asked], full_s: Sequence[float]) -> Row:
         "exact_tokens": typical.exact_tokens,
         "approximate_tokens": typical.approximate_tokens,
         "recomputed_tokens": typical.recomputed_tokens,
-        "prefilled": typical.prefilled,
+        "prefilled": sum(one.prefilled for one in asked) * 2 > len(asked),
     }
 
 

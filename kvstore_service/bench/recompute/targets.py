@@ -24,6 +24,8 @@ def targets(rows: Sequence[Row], tuned: Sequence[Row]) -> list[dict[str, Any]]:
         found += _of_kind(kind, [row for row in rows if row["kind"] == kind and row["kl"] is not None])
     found += _of_times(rows)
     for row in tuned:
+        if row["prefilled"]:
+            continue  # nothing was reused, so nothing is shown
         if row["tier"] != "dram" and row["tokens"] >= _TOKENS:
             found.append(_at_least("full / reused, tuned ratio", _tier(row), row["speedup"], _FROM_DISK))
         found.append(_at_most("tuned / best of sweep", _tier(row), row["over_best"], _OVER_BEST))
@@ -49,6 +51,8 @@ def _of_times(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     for row in rows:
         if (row["selector"], row["ratio"], row["tier"]) != (OURS, _RATIO, "dram") or row["tokens"] < _TOKENS:
             continue
+        if row["prefilled"]:
+            continue  # nothing was reused, so nothing is shown
         where = f"dram, {row['tokens']} tokens, ratio {_RATIO:g}"
         yield _at_least("full / reused", where, row["speedup"], _FROM_MEMORY)
         if row["throughput_tok_s"] is not None:

@@ -60,7 +60,7 @@ def recompute(
         ),
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="Of each kind, to judge by.", show_default="8")
+        int | None, typer.Option(min=1, max=10, help="Of each kind, to judge by.", show_default="8")
     ] = None,
     tokens: Annotated[
         int | None,
@@ -107,7 +107,8 @@ def recompute(
     console = result_console()
     with Stages(console, _STAGES) as stages:
         result = run(options, stages)
-    goals = targets(result.rows, result.tuned)
+    # One prompt of each kind and two ratios say nothing of what is to be shown.
+    goals = [] if quick else targets(result.rows, result.tuned)
     _show(console, result, goals)
     write_results(result.rows, json_file, result.meta, tuned=result.tuned, targets=goals)
     if plot is not None:

@@ -1,6 +1,8 @@
 """What `generate` does behind a blend, and what it leaves stored."""
 
 import copy
+import itertools
+from bisect import bisect_right
 
 import pytest
 import torch
@@ -72,9 +74,9 @@ def by_hand(
     for chunk in match.chunks:
         here, there = (slice(at, at + 256) for at in (chunk.first_token, first_then[chunk.chunk_id]))
         stored.keys[:, :, here], stored.values[:, :, here] = kv.keys[:, :, there], kv.values[:, :, there]
-    return Prompt(
-        model, now[0], list(map(reused_chunk, match.chunks)), now.shape[1] - now_lengths[-1], stored
-    )
+    begins = list(itertools.accumulate(now_lengths))
+    chunks = [reused_chunk(chunk, bisect_right(begins, chunk.first_token)) for chunk in match.chunks]
+    return Prompt(model, now[0], chunks, now.shape[1] - now_lengths[-1], stored)
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 9])

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore_client.recompute import FORCED_TOKENS, Probe, ReusedChunk, select
+from kvstore_client.recompute.base import ShareOf
 from kvstore_client.recompute.random import Random
 from kvstore_codec.errors import ConfigurationError
 
@@ -20,7 +21,7 @@ class Given:
     needs_kv = False
 
     def __init__(self, scores: list[float], *, per_chunk: bool) -> None:
-        self.per_chunk = per_chunk
+        self.share_of: ShareOf = "chunk" if per_chunk else "prompt"
         self._scores = scores
         self.asked = 0
 

@@ -97,7 +97,8 @@ def test_registry(name: str) -> None:
     assert one.name == name
     assert selector(name) is one
     assert one.needs_kv == (name in ("focus", "hkvd", "query"))
-    assert one.per_chunk == (name in ("first_k", "frequency", "frequency-high"))
+    of = {"first_k": "document", "frequency": "chunk", "frequency-high": "chunk"}
+    assert one.share_of == of.get(name, "prompt")
 
 
 def test_a_selector_that_does_not_exist() -> None:

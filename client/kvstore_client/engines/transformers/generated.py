@@ -39,6 +39,10 @@ class Begun:
     """What is stored of a prompt that was given in segments."""
     coming: "SegmentFetch | None" = None
     """What of that is on its way."""
+    weights: tuple[object, ...] = ()
+    """What the model was like."""
+    again: dict[str, Any] = field(default_factory=dict)
+    """What the call was asked besides `arguments`."""
 
     def __post_init__(self) -> None:
         if self.arguments.get("streamer") is not None:
@@ -62,6 +66,12 @@ class Begun:
             callback()
         else:
             fetch.on_ready(callback)
+
+    def take_back(self) -> "tuple[Fetch | None, KVBuffers | None]":
+        """What it holds, which it holds no more."""
+        held = (self.fetch, self.buffers) if self.coming is None else (self.coming.fetch, self.coming.buffers)
+        self.fetch = self.buffers = self.coming = None
+        return held
 
     def next_arguments(self) -> dict[str, Any]:
         """For another pass of the whole prompt."""

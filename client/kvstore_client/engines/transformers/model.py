@@ -15,6 +15,7 @@ from kvstore_client.engines.transformers.blend import (
     SegmentPlan,
     SegmentReuse,
     blended_chunks,
+    exact_beginning,
     prefilled_chunks,
 )
 from kvstore_client.engines.transformers.bypass import bypass_reason
@@ -31,10 +32,11 @@ from kvstore_client.engines.transformers.features import PromptFeatures
 from kvstore_client.engines.transformers.generated import Begun, ComputedRun, Generated, new_chunks
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import spec_of
-from kvstore_client.fetch import Computing, Fetch, FetchReport
+from kvstore_client.fetch import Computing, FetchReport
 from kvstore_client.lookup import Match
 from kvstore_client.ratio import Costs
 from kvstore_client.recompute import Recompute
+from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import CodecError, FetchError, UnsupportedModelError
 from kvstore_codec.identity import CHUNK_TOKENS
@@ -143,24 +145,29 @@ class CachedModel:
         reason = bypass_reason(self.model, input_ids, arguments) or self._renew_spec()
         if reason is not None or input_ids is None:
             return Begun(input_ids, arguments, timeline, bypassed=reason)
-        if self._segments is not None and segments is not None and len(segments) > 1:
-            plan = self._segments.plan(self.spec, input_ids[0].tolist(), segments, recompute, timeline)
-            begun = Begun(input_ids, arguments, timeline, plan.match, segments=plan)
-            try:
-                better = self._segments.worth(plan, input_ids.shape[1])
+        begun = Begun(input_ids, arguments, timeline, weights=self._weights)
+        begun.again = {"segments": segments, "recompute": recompute}
+        match, usable = Match(), Match()
+        try:
+            if self._segments is not None and segments is not None and len(segments) > 1:
+                begun.segments = self._segments.plan(
+                    self.spec, input_ids[0].tolist(), segments, recompute, timeline
+                )
+                match = begun.segments.match
+                better = self._segments.worth(begun.segments, input_ids.shape[1])
                 if better is not None:
                     rotary = self._rotary(input_ids.shape[1])
                     begun.coming = self._segments.start(better, self.spec, input_ids[0], rotary, timeline)
-            finally:
-                if begun.coming is None:
-                    self.client.release(plan.match)
-            return begun
-        match = self._match_prefix(input_ids, segments, timeline)
-        started = self._start_fetch(match, input_ids[0], timeline) if match.chunks else None
-        if started is None:
-            self.client.release(match)
-            return Begun(input_ids, arguments, timeline, match)
-        return Begun(input_ids, arguments, timeline, match, *started)
+                else:
+                    usable = exact_beginning(match)
+            else:
+                usable = match = self._match_prefix(input_ids, segments, timeline)
+            if usable.chunks:
+                self._start_fetch(begun, usable, input_ids[0])
+        finally:
+            if begun.fetch is None and begun.coming is None:
+                self.client.release(match)
+        return begun
 
     def is_stored(
         self,
@@ -190,6 +197,9 @@ class CachedModel:
                 0 if input_ids is None else input_ids.numel(), 0, timeline, bypassed=begun.bypassed
             )
             return self.model.generate(input_ids, **begun.arguments)
+        if begun.weights != _weights_state(self.model):  # what is on its way belongs to another model
+            self.cancel(begun)
+            begun = self.begin(input_ids, **begun.again, **begun.arguments)
         if begun.segments is not None:
             return self._finish_segments(begun, begun.segments, input_ids)
         generated = self._generate(begun, input_ids)
@@ -203,9 +213,8 @@ class CachedModel:
         return output
 
     def cancel(self, begun: Begun) -> None:
-        """Nobody will finish it."""
-        coming = begun.coming
-        fetch, buffers = (begun.fetch, begun.buffers) if coming is None else (coming.fetch, coming.buffers)
+        """Nobody will finish it. Safe to call more than once, and afterwards."""
+        fetch, buffers = begun.take_back()
         if fetch is not None:
             fetch.cancel()
         if buffers is not None:
@@ -265,44 +274,42 @@ class CachedModel:
 
     def _finish_segments(self, begun: Begun, plan: SegmentPlan, input_ids: torch.Tensor) -> Any:
         tokens, features = input_ids[0].tolist(), self.client.store.needs_features
-        blended = None
+        blended, coming = None, begun.coming
         try:
             if begun.coming is not None and self._segments is not None:
                 computing = self.client.links.computing(request=begun.timeline)
                 with computing, torch.inference_mode():
                     blended = self._segments.blend(begun.coming, begun.timeline)
             if blended is None:
-                capture = self._capture(0)
-                cache = empty_cache(capture, self.spec.layers)
+                generated = self._generate(begun, input_ids)
             else:
                 capture = self._capture(len(tokens) - 1)
-                cache = placed_cache(blended.blend.kv, capture)
-            output, cache = self._run(begun, input_ids, cache, capture)
+                output, cache = self._run(begun, input_ids, placed_cache(blended.blend.kv, capture), capture)
+                generated = Generated(output, cache, capture, blended.report)
+            new: list[NewChunk] = []
             if blended is not None:
                 new = blended_chunks(self.model, tokens, blended, features=features)
-            elif capture.reaches(cache.get_seq_length()):
-                generated = Generated(output, cache, capture)
+            elif generated.capture.reaches(generated.cache.get_seq_length()):
                 new = prefilled_chunks(self.model, tokens, plan, generated, features=features)
             else:
                 self.client.metrics.missed("store_unaligned")
-                new = []
-            if blended is None:
-                self._learn(capture, len(tokens))
         finally:
             self.cancel(begun)
-        self.last_report = self._report(blended, begun, len(tokens))
-        reused = self.last_report.reused_tokens
+        if blended is not None:
+            self.last_report = self._report(blended, begun, len(tokens))
+        else:
+            reused = generated.capture.first_token - generated.computed_chunks * CHUNK_TOKENS
+            report = generated.report if coming is None else coming.fetch.finish()
+            self.last_report = GenerationReport(len(tokens), reused, begun.timeline, report)
+        reused, output = self.last_report.reused_tokens, generated.output
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)
-        behind = blended.report.encodings if blended is not None else ()
+        behind = generated.report.encodings if generated.report is not None else ()
         encodings = self.client.store.encodings_behind(behind)
         if new and encodings and self.store:
             self.client.store.put(self.spec, new, encodings)
         return output
 
-    def _report(self, blended: Blended | None, begun: Begun, total: int) -> GenerationReport:
-        if blended is None:
-            report = begun.coming.fetch.finish() if begun.coming is not None else None
-            return GenerationReport(total, 0, begun.timeline, report)
+    def _report(self, blended: Blended, begun: Begun, total: int) -> GenerationReport:
         chunks = blended.plan.chunks
         return GenerationReport(
             total,
@@ -348,8 +355,7 @@ class CachedModel:
                     output, cache, capture, report, computed, sum(len(run.chunks) for run in runs)
                 )
         finally:
-            fetch.finish()
-            self.client.buffers.give_back(buffers)
+            self.cancel(begun)
 
     def _compute(self, begun: Begun, input_ids: torch.Tensor, run: tuple[int, int]) -> ComputedRun:
         """Put the KV of a run of chunks into the buffers, where all before them lies."""
@@ -369,21 +375,22 @@ class CachedModel:
             )
         return ComputedRun(range(first, end), capture)
 
-    def _start_fetch(
-        self, match: Match, tokens: torch.Tensor, timeline: Timeline
-    ) -> tuple[KVBuffers, Fetch] | None:
-        """None when this process has no memory or thread left for it."""
+    def _start_fetch(self, begun: Begun, match: Match, tokens: torch.Tensor) -> None:
+        """Have the beginning of a prompt come, unless this process has no memory or thread left for it."""
+        buffers: KVBuffers | None = None
         try:
             buffers = self.client.buffers.take(self.spec, len(tokens))  # what is computed goes behind it
             rotary, features = self._rotary(match.tokens), PromptFeatures(self.model, tokens)
             computing = None
             if self._costs is not None:
                 computing = Computing(self._costs, match.tokens, len(tokens) - match.tokens)
-            return buffers, self.client.fetch(match, buffers, rotary, timeline, features, computing)
+            begun.fetch = self.client.fetch(match, buffers, rotary, begun.timeline, features, computing)
+            begun.match, begun.buffers = match, buffers
         except (RuntimeError, MemoryError) as error:
             log.warning("cannot fetch %d chunks: %s", len(match.chunks), error)
             self.client.metrics.missed("no_resources", len(match.chunks))
-            return None
+            if buffers is not None:
+                self.client.buffers.give_back(buffers)
 
     def _capture(self, first_token: int) -> KeyCapture:
         return KeyCapture(self.spec.layers, first_token)

@@ -2,7 +2,7 @@
 
 from kvstore_client.engines.transformers.blend.decoder import Decoder
 from kvstore_client.engines.transformers.blend.executor import Blend
-from kvstore_client.engines.transformers.blend.plan import SegmentPlan
+from kvstore_client.engines.transformers.blend.plan import SegmentPlan, exact_beginning
 from kvstore_client.engines.transformers.blend.request import Blended, SegmentFetch, SegmentReuse
 from kvstore_client.engines.transformers.blend.store import blended_chunks, prefilled_chunks
 
@@ -14,5 +14,6 @@ __all__ = [
     "SegmentPlan",
     "SegmentReuse",
     "blended_chunks",
+    "exact_beginning",
     "prefilled_chunks",
 ]

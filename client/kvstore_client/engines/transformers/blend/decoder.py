@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kvstore_codec.errors import UnsupportedModelError
 from kvstore_codec.rope import RotaryTable
 
+_ONLY_LOOK = "transformers.utils.output_capturing"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -38,9 +39,13 @@ class Decoder:
                 f"{', '.join(FAMILIES)} can"
             )
         self._model = model
+        devices = {parameter.device for parameter in model.parameters()}
+        if len(devices) > 1 or model.device.type not in ("cpu", "cuda"):
+            raise UnsupportedModelError(
+                f"tokens are recomputed on a processor or one CUDA device, not on {', '.join(map(str, devices))}"
+            )
         self._decoder: Any = model.get_decoder()
-        self._layers: list[Any] = list(self._decoder.layers)
-        self.layers = len(self._layers)
+        self.layers = len(self._decoder.layers)
 
     @property
     def device(self) -> torch.device:
@@ -52,13 +57,22 @@ class Decoder:
         dtype: torch.dtype = self._model.dtype
         return dtype
 
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the modules do what their classes say, as far as they are not called here but their parts are: hooks
+        and replaced methods would be passed over."""
+        parts = [self._decoder, self._decoder.norm]
+        for layer in self._decoder.layers:
+            parts += [layer, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm]
+        return not any(map(_is_changed, parts))
+
     def scale(self, layer: int) -> float:
         """Of the products of queries and keys."""
-        return float(self._layers[layer].self_attn.scaling)
+        return float(self._decoder.layers[layer].self_attn.scaling)
 
     def window(self, layer: int) -> int | None:
         """How many tokens back, itself included, a token of this layer sees; None: all."""
-        window = getattr(self._layers[layer].self_attn, "sliding_window", None)
+        window = getattr(self._decoder.layers[layer].self_attn, "sliding_window", None)
         if window is None and self._model.config.model_type == "mistral":
             window = self._model.config.sliding_window
         return None if window is None else int(window)
@@ -70,7 +84,7 @@ class Decoder:
 
     def project(self, layer: int, hidden: torch.Tensor, rotary: RotaryTable) -> Projected:
         """Queries, keys and values of `hidden`, at the positions of `rotary`."""
-        module = self._layers[layer]
+        module = self._decoder.layers[layer]
         attention, normed = module.self_attn, _normed(module.input_layernorm, hidden)
         queries, keys = (
             _heads(attention, name, project(normed))
@@ -81,7 +95,7 @@ class Decoder:
 
     def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """What leaves the layer, of what its attention gave, `[heads, tokens, head_dim]`."""
-        module = self._layers[layer]
+        module = self._decoder.layers[layer]
         joined = attended.transpose(0, 1).reshape(1, hidden.shape[1], -1)
         hidden = hidden + module.self_attn.o_proj(joined)
         output: torch.Tensor = hidden + module.mlp(_normed(module.post_attention_layernorm, hidden))
@@ -92,6 +106,12 @@ class Decoder:
         head: Any = self._model.get_output_embeddings()
         logits: torch.Tensor = head(_normed(self._decoder.norm, hidden[0]))
         return logits.float().log_softmax(-1)
+
+
+def _is_changed(module: Any) -> bool:
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    # Those that transformers leaves behind, once it was asked for hidden states, only look.
+    return "forward" in vars(module) or any(hook.__module__ != _ONLY_LOOK for hook in hooks)
 
 
 def rotated(heads: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:

@@ -96,11 +96,11 @@ class Blend:
         positions = torch.cat([before, question])
         hidden = ~self._reused
         hidden[positions] = False
-        asked = question[-SCORED_TOKENS:]
+        asked, step = question[-SCORED_TOKENS:], min(every, self._decoder.layers)
         masks: dict[int | None, CausalBlocks] = {}
 
         def look(layer: int, made: Projected, keys: torch.Tensor) -> None:
-            if layer % every == every - 1:
+            if layer % step == step - 1:
                 window = self._decoder.window(layer)
                 if window not in masks:
                     masks[window] = CausalBlocks(asked, keys.dtype, window=window, hidden=hidden)
@@ -113,6 +113,7 @@ class Blend:
     def fresh_kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Probe`. Exact chunks are what they are, and are not computed. Below `layer` what was computed is
         put into the buffers, where it is better than what is there."""
+        layer = min(layer, self._decoder.layers - 1)
         exact = positions_of([chunk for chunk in self._chunks if chunk.exact]).to(self._tokens.device)
         wanted = torch.ones_like(self._reused)
         wanted[self._question :] = False
@@ -133,7 +134,7 @@ class Blend:
 
     def stored_kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See `Probe`."""
-        reused = self._reused.nonzero().flatten()
+        reused, layer = self._reused.nonzero().flatten(), min(layer, self._decoder.layers - 1)
         keys, values = (tensor[:, reused] for tensor in self._layers[layer])
         return turned_back(keys, self._rotary_at(reused)), values
 

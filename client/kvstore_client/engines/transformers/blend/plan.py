@@ -1,8 +1,9 @@
 """How a prompt in segments is answered: what of it is reused."""
 
 import operator
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,10 +21,14 @@ class SegmentPlan:
     question: int
     """Position of the question's first token."""
     recompute: Recompute
+    documents: tuple[int, ...] = ()
+    """Where each segment begins."""
     match: Match = field(default_factory=Match)
     """What is reused."""
     stored: frozenset[int] = frozenset()
     """First tokens of the chunks that are stored, in whatever context."""
+    prefill_s: float | None = None
+    """What the whole prompt would take without reuse, where that is known."""
 
     @property
     def unstored(self) -> list[PlacedChunk]:
@@ -31,7 +36,26 @@ class SegmentPlan:
 
     @property
     def chunks(self) -> list[ReusedChunk]:
-        return [reused_chunk(chunk) for chunk in self.match.chunks]
+        return [
+            reused_chunk(chunk, bisect_right(self.documents, chunk.first_token))
+            for chunk in self.match.chunks
+        ]
+
+
+def without_false_beginning(match: Match) -> Match:
+    """A text's first tokens take much of all later tokens' attention. A chunk from the middle of a text has no such
+    tokens, and nothing repairs a prompt that begins with it (measured: KL .49, and .006 where it is computed)."""
+    return replace(match, chunks=tuple(c for c in match.chunks if c.exact or c.first_token))
+
+
+def exact_beginning(match: Match) -> Match:
+    """The exact chunks that follow each other from the prompt's first token on."""
+    chunks: list[StoredChunk] = []
+    for chunk in match.chunks:
+        if not chunk.exact or chunk.first_token != len(chunks) * CHUNK_TOKENS:
+            break
+        chunks.append(chunk)
+    return replace(match, chunks=tuple(chunks))
 
 
 def chunk_tokens(chunk: PlacedChunk) -> range:
@@ -50,7 +74,7 @@ def documents_of(
     return tuple(chunk for chunk in placed if chunk.first_token + CHUNK_TOKENS <= question), question
 
 
-def reused_chunk(stored: StoredChunk) -> ReusedChunk:
+def reused_chunk(stored: StoredChunk, document: int | None = None) -> ReusedChunk:
     first = stored.first_token
     return ReusedChunk(
         range(first, first + stored.header.geometry.tokens),
@@ -58,6 +82,7 @@ def reused_chunk(stored: StoredChunk) -> ReusedChunk:
         begins_text=begins_text(stored.chunk_id),
         order=stored.header.token_order,
         content_id=stored.chunk_id.content_id,
+        document=document,
     )
 
 

@@ -89,7 +89,7 @@ class Ratios:
             if not bandwidth_Bps:
                 return None
             slowest_s = max(slowest_s, size / bandwidth_Bps)
-        return sizes.total() / slowest_s
+        return sizes.total() / slowest_s if slowest_s else None
 
 
 def tier_of(match: Match) -> str:

@@ -1,6 +1,8 @@
 """One prompt in segments, from what is stored of it to the KV of all its tokens but the last."""
 
+import itertools
 import logging
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +13,14 @@ from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.blend.decoder import Decoder
 from kvstore_client.engines.transformers.blend.executor import Blend
-from kvstore_client.engines.transformers.blend.plan import SegmentPlan, chunk_tokens, documents_of, skipped
+from kvstore_client.engines.transformers.blend.patience import Patience
+from kvstore_client.engines.transformers.blend.plan import (
+    SegmentPlan,
+    chunk_tokens,
+    documents_of,
+    skipped,
+    without_false_beginning,
+)
 from kvstore_client.engines.transformers.blend.ratio import Ratios
 from kvstore_client.engines.transformers.blend.worth import worth_reusing
 from kvstore_client.engines.transformers.cache import FetchIncompleteError
@@ -76,11 +85,15 @@ class SegmentReuse:
         """Looks up what is stored. Without `recompute`, how it is repaired follows from where it is stored. Raises
         InvalidTokensError for segments that do not make the prompt."""
         placed, question = self._placed(spec, tokens, segments)
-        match = self._client.match_segments(spec, placed, timeline)
+        match = without_false_beginning(self._client.match_segments(spec, placed, timeline))
+        try:
+            recompute = recompute or self._ratios.recompute(spec.digest, match)
+        except BaseException:
+            self._client.release(match)
+            raise
         stored = frozenset(chunk.first_token for chunk in match.chunks)
-        return SegmentPlan(
-            placed, question, recompute or self._ratios.recompute(spec.digest, match), match, stored
-        )
+        begins = tuple(itertools.accumulate(map(operator.index, segments), initial=0))
+        return SegmentPlan(placed, question, recompute, begins, match, stored)
 
     def match(self, spec: ModelSpec, tokens: Sequence[int], segments: Sequence[int]) -> Match:
         """What `plan` would find, leased."""
@@ -89,6 +102,9 @@ class SegmentReuse:
     def worth(self, plan: SegmentPlan, total: int) -> SegmentPlan | None:
         """The plan as it is best carried out; None when the prompt is better prefilled."""
         profile = self._costs.snapshot() if self._costs is not None else None
+        if not self.decoder.is_unchanged:
+            self._client.metrics.missed("layers_hooked", len(plan.match.chunks))
+            return None
         return worth_reusing(plan, total, profile, self._client.links, self._client.settings.decoders)
 
     def start(
@@ -107,6 +123,7 @@ class SegmentReuse:
             chosen = select(choose, plan.chunks, len(tokens), recompute.ratio)
         # What drift is measured by has to come, too.
         computed = skipped(chosen) if chosen is not None and not recompute.drift else []
+        buffers: KVBuffers | None = None
         try:
             buffers = self._client.buffers.take(spec, len(tokens))
             features = PromptFeatures(self._model, tokens, [c.first_token for c in plan.match.chunks])
@@ -114,12 +131,28 @@ class SegmentReuse:
         except (RuntimeError, MemoryError) as error:
             log.warning("cannot fetch %d chunks: %s", len(plan.match.chunks), error)
             self._client.metrics.missed("no_resources", len(plan.match.chunks))
+            if buffers is not None:
+                self._client.buffers.give_back(buffers)
             return None
+        if self._costs is not None and plan.prefill_s is not None:
+            Patience(fetch, sum(chunk.body_bytes for chunk in plan.match.chunks), plan.prefill_s).start()
         return SegmentFetch(plan, tokens, buffers, fetch, rotary[0], chosen)
 
     def blend(self, coming: SegmentFetch, timeline: Timeline, *, question: bool = False) -> Blended | None:
         """Compute what is to be computed as the rest arrives. None when too little of it came, or too late to choose
-        anew: the prompt is then to be prefilled. With `question` the question's last token is computed, too."""
+        anew, or this process has no memory left: the prompt is then to be prefilled. With `question` the question's
+        last token is computed, too."""
+        try:
+            return self._blend_what_comes(coming, timeline, question=question)
+        except (RuntimeError, MemoryError) as error:  # a device without memory is a RuntimeError
+            log.warning("cannot reuse %d chunks: %s", len(coming.plan.match.chunks), error)
+            self._client.metrics.missed("no_resources", len(coming.plan.match.chunks))
+            coming.fetch.cancel()
+            return None
+
+    def _blend_what_comes(
+        self, coming: SegmentFetch, timeline: Timeline, *, question: bool
+    ) -> Blended | None:
         try:
             return self._blend(coming, coming.plan, coming.selected, timeline, question=question)
         except _ChoiceFailedError:

@@ -19,7 +19,7 @@ def prefilled_chunks(
     *,
     features: bool,
 ) -> list[NewChunk]:
-    """Of a prompt that was computed whole."""
+    """Of a prompt that was computed whole, or but for its beginning."""
     values = tuple(layer.values[0] for layer in generated.cache.layers)
     return [
         NewChunk(
@@ -29,6 +29,7 @@ def prefilled_chunks(
             begins_text=not chunk.first_token,
         )
         for chunk in plan.unstored
+        if chunk.first_token >= generated.capture.first_token
     ]
 
 

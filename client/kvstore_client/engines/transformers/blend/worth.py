@@ -75,9 +75,10 @@ def worth_reusing(
             if best is None or seconds + computing_s < 0.8 * (best[0] + computing_s):
                 best = seconds, chunks
     fetch_s, chunks = best or (_fetch_s(plan.match.chunks, profile, links, decode_threads), plan.match.chunks)
-    if fetch_s + computing_s > prefill.seconds(0, total):
+    prefill_s = prefill.seconds(0, total)
+    if fetch_s + computing_s > prefill_s:
         return None
-    return replace(plan, match=replace(plan.match, chunks=chunks))
+    return replace(plan, match=replace(plan.match, chunks=chunks), prefill_s=prefill_s)
 
 
 def _only(chunk: StoredChunk, name: str) -> StoredChunk:
