@@ -97,7 +97,7 @@ class Fetch:
         self._progress.on_end(received.abort)
         replans = steering is not None and steering.replan
         self._failover = Failover(view, links, settings, match.chunks, self._progress, replans=replans)
-        over = self._over = threading.Event()
+        over = threading.Event()
         self._progress.on_end(over.set)
         receiver = Receiver(view, self._failover, self._progress, received, metrics, ahead=replans)
         restorer = Restorer(receiver, destination, predictions, computing.costs if computing else None)
@@ -152,10 +152,6 @@ class Fetch:
         """Wait until every chunk is delivered or known to be missing, and finish."""
         self._progress.wait()
         return self.finish()
-
-    def wait_over(self, timeout_s: float) -> bool:
-        """Whether nothing more comes, waiting so long for it."""
-        return self._over.wait(timeout_s)
 
     @property
     def received_bytes(self) -> int:

@@ -9,6 +9,9 @@ from kvstore_client.recompute.base import ReusedChunk
 _REACH_TOKENS = 16.0
 _FAR = 0.02
 """Weight of the chunk's tokens out of reach: what moves all of a chunk alike."""
+_CELL_TOKENS = 8
+"""Neighbours that move alike, as their middle does: less work, and what is spread is smoother than that."""
+_MIDDLE = (_CELL_TOKENS - 1) / 2
 _SHARE = 0.7
 """Of what neighbours show. Measured: 1 closes less of the gap, and .5 not much less."""
 
@@ -16,7 +19,7 @@ _SHARE = 0.7
 class Drift:
     """What another context does to a chunk's KV is much the same for tokens that stand near each other. Tokens that are
     computed again show it, new minus stored; each other token of their chunk takes .7 of its neighbours' mean, weighted
-    exp(-distance / 16) + .02.
+    exp(-distance / 16) + .02, the distance from the middle of its eight tokens.
 
     Measured on SmolLM2, 15 % of the tokens computed again: closes 80 % of the gap in KL instead of 50 (one text) and 70
     (documents). What moves the keys matters most: it says how much of the attention goes to each document.
@@ -40,18 +43,19 @@ class Drift:
         self.is_empty = not moved
         device = selected.device
         most = max((len(inside) for _, inside in moved), default=0)
-        longest = max((len(tokens) for tokens, _ in moved), default=0)
+        cells = max((-(-len(tokens) // _CELL_TOKENS) for tokens, _ in moved), default=0)
         self.seen = torch.zeros(len(moved), most, dtype=torch.int64, device=device)
         """Positions of each chunk's computed tokens, i64 `[chunks, seen]`, padded with some of them."""
         self.places: list[tuple[slice, slice]] = []
         """Where what is spread belongs: rows of it, chunk after chunk, and as many neighbouring positions."""
-        weights = torch.zeros(len(moved), longest, most, device=device)
+        weights = torch.zeros(len(moved), cells, most, device=device)
         for row, (tokens, inside) in enumerate(moved):
             self.seen[row] = inside[torch.arange(most, device=device) % len(inside)]
-            at = torch.arange(tokens.start, tokens.stop, device=device)
-            near = torch.exp((at[:, None] - inside).abs() / -_REACH_TOKENS) + _FAR
-            weights[row, : len(at), : len(inside)] = _SHARE * near / near.sum(1, keepdim=True)
-            self._place(slice(row * longest, row * longest + len(tokens)), tokens)
+            middles = torch.arange(tokens.start, tokens.stop, _CELL_TOKENS, device=device) + _MIDDLE
+            near = torch.exp((middles[:, None] - inside).abs() / -_REACH_TOKENS) + _FAR
+            weights[row, : len(middles), : len(inside)] = _SHARE * near / near.sum(1, keepdim=True)
+            first = row * cells * _CELL_TOKENS
+            self._place(slice(first, first + len(tokens)), tokens)
         self.rows = torch.searchsorted(computed, self.seen)
         """Where the pass over `computed` has the seen ones."""
         self._weights = weights.to(dtype)
@@ -59,7 +63,7 @@ class Drift:
     def spread(self, shift: torch.Tensor) -> torch.Tensor:
         """`shift` is what the seen tokens show, `[kv_heads, chunks, seen, ...]`; gives what is to be added at `places`,
         `[kv_heads, rows, ...]`."""
-        return torch.matmul(self._weights, shift).flatten(1, 2)
+        return torch.matmul(self._weights, shift).flatten(1, 2).repeat_interleave(_CELL_TOKENS, dim=1)
 
     def _place(self, rows: slice, tokens: range) -> None:
         """Behind the last, if it goes on there: fewer and larger pieces are added sooner."""

@@ -13,6 +13,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHARE = 0.7
 
 
+def middle(index: int) -> float:
+    """Of the eight neighbours, counted from the chunk's first token, that move with it."""
+    return index - index % 8 + 3.5
+
+
 def exact(*tokens: int) -> ReusedChunk:
     return ReusedChunk(range(*tokens), exact=True)
 
@@ -61,7 +66,7 @@ def test_neighbours_weigh_by_their_distance() -> None:
     got = moved([approximate(0, 64)], selected, selected, shifts, 64)
     for position in range(64):
         if position not in selected:
-            near, far = (math.exp(-abs(position - at) / 16) + 0.02 for at in selected)
+            near, far = (math.exp(-abs(middle(position) - at) / 16) + 0.02 for at in selected)
             expected = SHARE * (3 * near - 5 * far) / (near + far)
             assert got[0, position, 0].item() == pytest.approx(expected, abs=1e-5)
 
@@ -89,7 +94,8 @@ def drift_written_out(case: Prompt, selected: torch.Tensor) -> None:
                     continue
                 shift = now[:, inside] - stored[:, inside]
                 for position in set(chunk.tokens) - set(inside):
-                    near = torch.tensor([math.exp(-abs(position - at) / 16) + 0.02 for at in inside])
+                    place = chunk.tokens.start + middle(position - chunk.tokens.start)
+                    near = torch.tensor([math.exp(-abs(place - at) / 16) + 0.02 for at in inside])
                     stored[:, position] += SHARE * (shift * near[None, :, None]).sum(1) / near.sum()
 
 

@@ -11,12 +11,14 @@ _LEAST_S, _LEAST_SHARE = 0.1, 0.1
 
 
 class Patience:
-    """Looks now and then how far `fetch` is, of which `size_bytes` are to come, until it ends. Where it would take
-    longer than `prefill_s`, as it goes, it is cancelled; who waits for it prefills then."""
+    """Looks now and then how far `fetch` is, of which `size_bytes` are to come, until nobody would have to wait for it.
+    Where it would take longer than `prefill_s`, as it goes, it is cancelled; who waits for it prefills then."""
 
     def __init__(self, fetch: Fetch, size_bytes: int, prefill_s: float) -> None:
         self._fetch, self._size_bytes, self._prefill_s = fetch, size_bytes, prefill_s
         self._began_s = time.monotonic()
+        self._ready = threading.Event()
+        fetch.on_ready(self._ready.set)
 
     def start(self) -> None:
         """Raises nothing: where no thread can be had, the fetch has its own deadline."""
@@ -27,7 +29,7 @@ class Patience:
 
     def _watch(self) -> None:
         least_s = max(_LEAST_S, _LEAST_SHARE * self._prefill_s)
-        while not self._fetch.wait_over(_LOOK_S):
+        while not self._ready.wait(_LOOK_S):
             elapsed_s = time.monotonic() - self._began_s
             expected_s = elapsed_s * self._size_bytes / max(1, self._fetch.received_bytes)
             if elapsed_s > least_s and expected_s > self._prefill_s:
