@@ -107,9 +107,9 @@ def test_everything_comes_when_nothing_is_wrong(remote: Remote) -> None:
     for recompute in (Recompute(name, 0.2, drift) for name in SelectorName for drift in (True, False)):
         remote.answer(*SEGMENTS, recompute=recompute)
         report = remote.cached.last_report
-        each = selector(recompute.selector).per_chunk
+        apart = {"chunk": 10 * int(0.2 * 256), "document": 5 * int(0.2 * 512), "prompt": int(0.2 * 2560)}
         assert report.approximate_tokens == 2560
-        assert report.recomputed_tokens == (10 * int(0.2 * 256) if each else int(0.2 * 2560))
+        assert report.recomputed_tokens == apart[selector(recompute.selector).share_of]
         assert report.fetch is not None
         assert report.fetch.complete
     remote.cluster.check_nothing_is_held()

@@ -48,7 +48,8 @@ def test_documents_are_reused_from_memory_and_from_a_slow_disk(tmp_path: Path) -
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "what reuse has to show" in done.stdout
+    assert "fidelity, documents" in done.stdout
+    assert "what reuse has to show" not in done.stdout  # one prompt of each kind shows nothing
     assert files["plot.png"].read_bytes().startswith(b"\x89PNG")
     result = json.loads(files["result.json"].read_text())
     assert str(tmp_path) not in json.dumps(result)
@@ -72,4 +73,4 @@ def test_documents_are_reused_from_memory_and_from_a_slow_disk(tmp_path: Path) -
         assert slow["ttft_s"] >= slow["bytes"] / 160e6
     assert {row["tier"] for row in result["tuned"]} == {"dram", "hdd"}
     assert all(0.15 <= row["ratio"] <= 1 for row in result["tuned"])
-    assert {goal["target"] for goal in result["targets"]} >= {"share of the KL gap closed", "KL of ratio 1"}
+    assert result["targets"] == []
