@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,14 @@ class Match:
     def tokens(self) -> int:
         """Those of its chunks together."""
         return sum(chunk.header.geometry.tokens for chunk in self.chunks)
+
+
+def bytes_of_endpoints(chunks: Iterable[StoredChunk]) -> Counter[str]:
+    """What each endpoint sends of them, each in its first variant."""
+    sizes: Counter[str] = Counter()
+    for chunk in chunks:
+        sizes[chunk.member.endpoint] += chunk.body_bytes
+    return sizes
 
 
 def find_prefix(

@@ -110,6 +110,10 @@ class Generated:
     computed_chunks: int = 0
     """All that were computed before the last pass."""
 
+    @property
+    def reused_tokens(self) -> int:
+        return self.capture.first_token - self.computed_chunks * CHUNK_TOKENS
+
 
 def new_chunks(
     model: PreTrainedModel,

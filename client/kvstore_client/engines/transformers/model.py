@@ -204,7 +204,7 @@ class CachedModel:
             return self._finish_segments(begun, begun.segments, input_ids)
         generated = self._generate(begun, input_ids)
         output, total = generated.output, input_ids.shape[1]
-        reused = generated.capture.first_token - generated.computed_chunks * CHUNK_TOKENS
+        reused = generated.reused_tokens
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=total - reused)
         self.last_report = GenerationReport(total, reused, timeline, generated.report)
         if self.store:
@@ -298,9 +298,8 @@ class CachedModel:
         if blended is not None:
             self.last_report = self._report(blended, begun, len(tokens))
         else:
-            reused = generated.capture.first_token - generated.computed_chunks * CHUNK_TOKENS
             report = generated.report if coming is None else coming.fetch.finish()
-            self.last_report = GenerationReport(len(tokens), reused, begun.timeline, report)
+            self.last_report = GenerationReport(len(tokens), generated.reused_tokens, begun.timeline, report)
         reused, output = self.last_report.reused_tokens, generated.output
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)
         behind = generated.report.encodings if generated.report is not None else ()

@@ -1,12 +1,11 @@
 """Which share of a prompt's reused text is computed again, when the caller does not say: what the settings say, else
 what was tuned for where the text is stored. Where computed tokens need not travel, it then follows the link."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvstore_client.engines.transformers.blend.worth import MOST_COMPUTED
-from kvstore_client.lookup import Match
+from kvstore_client.lookup import Match, bytes_of_endpoints
 from kvstore_client.ratio import Links
 from kvstore_client.recompute import Recompute, selector
 from kvstore_client.recompute.controller import RatioOnline
@@ -82,7 +81,7 @@ class Ratios:
 
     def _bandwidth_Bps(self, match: Match) -> float | None:  # noqa: N802
         """Of all endpoints together, which send at once: until the last one has sent its share."""
-        sizes = _bytes_of_endpoints(match)
+        sizes = bytes_of_endpoints(match.chunks)
         slowest_s = 0.0
         for endpoint, size in sizes.items():
             bandwidth_Bps = self._links.bandwidth_Bps(endpoint)  # noqa: N806
@@ -100,10 +99,3 @@ def tier_of(match: Match) -> str:
 
 def _bytes(match: Match) -> int:
     return sum(chunk.body_bytes for chunk in match.chunks)
-
-
-def _bytes_of_endpoints(match: Match) -> Counter[str]:
-    sizes: Counter[str] = Counter()
-    for chunk in match.chunks:
-        sizes[chunk.member.endpoint] += chunk.body_bytes
-    return sizes

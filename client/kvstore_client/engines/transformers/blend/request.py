@@ -61,8 +61,6 @@ class Blended:
     """Reused tokens that were computed again."""
     question: torch.Tensor
     """What left the last layer for the question's tokens, `[1, tokens, hidden]`; empty unless it was asked for."""
-    is_whole: bool
-    """Whether all that was to be reused came."""
 
 
 class SegmentReuse:
@@ -206,7 +204,7 @@ class SegmentReuse:
         if coming.selected is not None and self._model.device.type == "cpu":  # others compute behind the call
             computed = len(coming.tokens) - plan.match.tokens + len(selected)
             self._ratios.computed(computed, timeline.busy_s("compute"))
-        return Blended(plan, blend, coming.fetch.finish(), len(selected), hidden, is_whole)
+        return Blended(plan, blend, coming.fetch.finish(), len(selected), hidden)
 
 
 class _ChoiceFailedError(FetchIncompleteError):

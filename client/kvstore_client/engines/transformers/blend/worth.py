@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvstore_client.engines.transformers.blend.plan import SegmentPlan
-from kvstore_client.lookup import StoredChunk
+from kvstore_client.lookup import StoredChunk, bytes_of_endpoints
 from kvstore_client.ratio import DEFAULT_BANDWIDTH_Bps, Links, Profile
 from kvstore_client.recompute import selector
 
@@ -19,7 +19,6 @@ _SCATTERED = 1.5
 class Work:
     """What reuse leaves to the model."""
 
-    total: int
     question: int
     """Tokens of it."""
     computed: int
@@ -33,7 +32,6 @@ class Work:
     def of(cls, plan: SegmentPlan, total: int) -> "Work":
         approximate = sum(chunk.header.geometry.tokens for chunk in plan.match.chunks if not chunk.exact)
         return cls(
-            total,
             total - plan.question,
             total - plan.match.tokens,
             int(plan.recompute.ratio * approximate),
@@ -88,15 +86,13 @@ def _only(chunk: StoredChunk, name: str) -> StoredChunk:
 
 def _fetch_s(chunks: Sequence[StoredChunk], profile: Profile, links: Links, decode_threads: int) -> float:
     """Until all chunks are there, each in its first variant: receiving from each endpoint, and decoding, at once."""
-    sizes: dict[str, int] = {}
     decode_s = 0.0
     for chunk in chunks:
         header = chunk.header
-        sizes[chunk.member.endpoint] = sizes.get(chunk.member.endpoint, 0) + chunk.body_bytes
         cost = profile.codec(header.encoding.name)
         decode_s += header.geometry.tokens * (cost.decode_s + cost.restore_s)
     receive_s = max(
         links.latency_s(endpoint) + size / (links.bandwidth_Bps(endpoint) or DEFAULT_BANDWIDTH_Bps)
-        for endpoint, size in sizes.items()
+        for endpoint, size in bytes_of_endpoints(chunks).items()
     )
     return max(receive_s, decode_s / max(1, decode_threads))
