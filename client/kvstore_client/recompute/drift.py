@@ -44,35 +44,45 @@ class Drift:
         device = selected.device
         most = max((len(inside) for _, inside in moved), default=0)
         cells = max((-(-len(tokens) // _CELL_TOKENS) for tokens, _ in moved), default=0)
-        self.seen = torch.zeros(len(moved), most, dtype=torch.int64, device=device)
-        """Positions of each chunk's computed tokens, i64 `[chunks, seen]`, padded with some of them."""
-        self.places: list[tuple[slice, slice]] = []
-        """Where what is spread belongs: rows of it, chunk after chunk, and as many neighbouring positions."""
+        self.seen = torch.cat([inside for _, inside in moved]) if moved else selected[:0]
+        """Positions of the computed tokens by which others move, i64 `[seen]`, ascending."""
+        self.rows = torch.searchsorted(computed, self.seen)
+        """Where the pass over `computed` has them."""
+        self.places: list[tuple[slice, slice, int]] = []
+        """Where what is spread belongs: cells of it, the neighbouring positions that they cover, and how many each."""
+        self._padded = torch.zeros(len(moved), most, dtype=torch.int64, device=device)
+        """Of `seen`, by chunk: as many of each, so that all are spread at once. What fills up has no weight."""
         weights = torch.zeros(len(moved), cells, most, device=device)
+        first_seen = 0
         for row, (tokens, inside) in enumerate(moved):
-            self.seen[row] = inside[torch.arange(most, device=device) % len(inside)]
+            self._padded[row, : len(inside)] = first_seen + torch.arange(len(inside), device=device)
+            first_seen += len(inside)
             middles = torch.arange(tokens.start, tokens.stop, _CELL_TOKENS, device=device) + _MIDDLE
             near = torch.exp((middles[:, None] - inside).abs() / -_REACH_TOKENS) + _FAR
             weights[row, : len(middles), : len(inside)] = _SHARE * near / near.sum(1, keepdim=True)
-            first = row * cells * _CELL_TOKENS
-            self._place(slice(first, first + len(tokens)), tokens)
-        self.rows = torch.searchsorted(computed, self.seen)
-        """Where the pass over `computed` has the seen ones."""
+            self._place(row * cells, tokens)
         self._weights = weights.to(dtype)
 
     def spread(self, shift: torch.Tensor) -> torch.Tensor:
-        """`shift` is what the seen tokens show, `[kv_heads, chunks, seen, ...]`; gives what is to be added at `places`,
-        `[kv_heads, rows, ...]`."""
-        return torch.matmul(self._weights, shift).flatten(1, 2).repeat_interleave(_CELL_TOKENS, dim=1)
+        """`shift` is what the seen tokens show, `[kv_heads, seen, ...]`; gives what is to be added at `places`,
+        `[kv_heads, cells, ...]`."""
+        return torch.matmul(self._weights, shift[:, self._padded]).flatten(1, 2)
 
-    def _place(self, rows: slice, tokens: range) -> None:
-        """Behind the last, if it goes on there: fewer and larger pieces are added sooner."""
-        if self.places:
-            last_rows, last = self.places[-1]
-            if (last_rows.stop, last.stop) == (rows.start, tokens.start):
-                self.places[-1] = slice(last_rows.start, rows.stop), slice(last.start, tokens.stop)
-                return
-        self.places.append((rows, slice(tokens.start, tokens.stop)))
+    def _place(self, cell: int, tokens: range) -> None:
+        """Whole cells go behind the last, if they go on there: fewer and larger pieces are added sooner."""
+        whole = len(tokens) // _CELL_TOKENS
+        middle = tokens.start + whole * _CELL_TOKENS
+        if whole:
+            cells, places = slice(cell, cell + whole), slice(tokens.start, middle)
+            if self.places:
+                last_cells, last, of = self.places[-1]
+                if (last_cells.stop, last.stop, of) == (cells.start, places.start, _CELL_TOKENS):
+                    cells, places = slice(last_cells.start, cells.stop), slice(last.start, places.stop)
+                    del self.places[-1]
+            self.places.append((cells, places, _CELL_TOKENS))
+        if middle < tokens.stop:
+            rest = slice(cell + whole, cell + whole + 1)
+            self.places.append((rest, slice(middle, tokens.stop), tokens.stop - middle))
 
 
 def _inside(positions: torch.Tensor, tokens: range) -> torch.Tensor:

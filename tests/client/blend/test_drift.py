@@ -37,8 +37,8 @@ def moved(
         of_pass = shifts[:, computed]  # as the pass has them
         spread = drift.spread(of_pass[:, drift.rows])
         assert torch.equal(of_pass[:, drift.rows], shifts[:, drift.seen])
-        for rows, places in drift.places:
-            result[:, places] += spread[:, rows]
+        for cells, places, of in drift.places:
+            result[:, places] += spread[:, cells].repeat_interleave(of, dim=1)
     result[:, selected] = 0  # they are put there, whatever was added
     return result
 

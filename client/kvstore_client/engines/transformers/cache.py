@@ -117,9 +117,19 @@ def make_plain(cache: DynamicCache) -> None:
         plain = DynamicLayer()
         if layer.is_initialized:
             plain.lazy_initialization(layer.keys, layer.values)
-            lent = isinstance(layer, PlacedLayer) and layer.is_in_buffers
-            plain.keys, plain.values = (t.clone() if lent else t for t in (layer.keys, layer.values))
+            plain.keys, plain.values = (_kept(layer, tensor) for tensor in (layer.keys, layer.values))
         cache.layers[index] = plain
+
+
+def computed_values(cache: DynamicCache, first_token: int) -> tuple[torch.Tensor, ...]:
+    """What a finished cache holds from position `first_token` on, by layer `[kv_heads, tokens, head_dim]`, to be kept
+    when the buffers are given back."""
+    return tuple(_kept(layer, layer.values[0, :, first_token:]) for layer in cache.layers)
+
+
+def _kept(layer: DynamicLayer, tensor: torch.Tensor) -> torch.Tensor:
+    lent = isinstance(layer, PlacedLayer) and layer.is_in_buffers
+    return tensor.clone() if lent else tensor
 
 
 def _cache(layers: list[CapturedLayer]) -> DynamicCache:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.engines.transformers.capture import KeyCapture
@@ -101,9 +101,12 @@ class Generated:
     """How a call ended."""
 
     output: Any
-    cache: DynamicCache
+    tokens: int
+    """That passed through the model, the reused ones counted: the KV of so many is there."""
+    values: tuple[torch.Tensor, ...]
+    """What the last pass computed, by layer `[kv_heads, tokens, head_dim]`."""
     capture: KeyCapture
-    """Of the last pass."""
+    """Of the last pass: its keys."""
     report: FetchReport | None = None
     missing: Sequence[ComputedRun] = ()
     """Computed because something of them had been missing."""
@@ -148,8 +151,8 @@ def _gathers(chunks: int, stored: Collection[int], generated: Generated) -> Iter
         return
     # Waiting chunks must not keep a long reused prefix alive.
     begin = new[0] * CHUNK_TOKENS
-    values = tuple(layer.values[0, :, begin:] for layer in generated.cache.layers)
-    if 2 * begin > chunks * CHUNK_TOKENS:
+    values = tuple(tensor[:, begin - generated.capture.first_token :] for tensor in generated.values)
+    if any(2 * tensor.nbytes < tensor.untyped_storage().nbytes() for tensor in values):
         values = tuple(tensor.clone() for tensor in values)
     for index in new:
         yield index, Gather(generated.capture, values, index * CHUNK_TOKENS, begin)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from kvstore_client.engines.transformers.bypass import bypass_reason
 from kvstore_client.engines.transformers.cache import (
     FetchIncompleteError,
     arriving_cache,
+    computed_values,
     empty_cache,
     make_plain,
     placed_cache,
@@ -209,7 +210,7 @@ class CachedModel:
         self.last_report = GenerationReport(total, reused, timeline, generated.report)
         if self.store:
             sequence = output if isinstance(output, torch.Tensor) else output.sequences
-            self._store_new(begun, sequence[0, : generated.cache.get_seq_length()].tolist(), generated)
+            self._store_new(begun, sequence[0, : generated.tokens].tolist(), generated)
         return output
 
     def cancel(self, begun: Begun) -> None:
@@ -284,12 +285,12 @@ class CachedModel:
                 generated = self._generate(begun, input_ids)
             else:
                 capture = self._capture(len(tokens) - 1)
-                output, cache = self._run(begun, input_ids, placed_cache(blended.blend.kv, capture), capture)
-                generated = Generated(output, cache, capture, blended.report)
+                generated = self._run(begun, input_ids, placed_cache(blended.blend.kv, capture), capture)
+                generated = replace(generated, report=blended.report)
             new: list[NewChunk] = []
             if blended is not None:
                 new = blended_chunks(self.model, tokens, blended, features=features)
-            elif generated.capture.reaches(generated.cache.get_seq_length()):
+            elif generated.capture.reaches(generated.tokens):
                 new = prefilled_chunks(self.model, tokens, plan, generated, features=features)
             else:
                 self.client.metrics.missed("store_unaligned")
@@ -322,9 +323,9 @@ class CachedModel:
     def _generate(self, begun: Begun, input_ids: torch.Tensor) -> Generated:
         if begun.fetch is None or begun.buffers is None:
             capture = self._capture(0)
-            output, cache = self._run(begun, input_ids, empty_cache(capture, self.spec.layers), capture)
+            generated = self._run(begun, input_ids, empty_cache(capture, self.spec.layers), capture)
             self._learn(capture, input_ids.shape[1])
-            return Generated(output, cache, capture)
+            return generated
         fetch, buffers = begun.fetch, begun.buffers
         runs: list[ComputedRun] = []
         try:
@@ -341,7 +342,7 @@ class CachedModel:
                     cache = arriving_cache(buffers, capture, fetch, begun.timeline)
                 began_s = begun.timeline.now_s()
                 try:
-                    output, cache = self._run(begun, input_ids, cache, capture)
+                    generated = self._run(begun, input_ids, cache, capture)
                 except FetchIncompleteError:
                     continue
                 report = fetch.finish()
@@ -350,9 +351,8 @@ class CachedModel:
                 computed = [
                     run.keep(buffers) for run in runs if not report.missing.keys().isdisjoint(run.chunks)
                 ]
-                return Generated(
-                    output, cache, capture, report, computed, sum(len(run.chunks) for run in runs)
-                )
+                before = sum(len(run.chunks) for run in runs)
+                return replace(generated, report=report, missing=computed, computed_chunks=before)
         finally:
             self.cancel(begun)
 
@@ -396,14 +396,18 @@ class CachedModel:
 
     def _run(
         self, begun: Begun, input_ids: torch.Tensor, cache: DynamicCache, capture: KeyCapture
-    ) -> tuple[Any, DynamicCache]:
+    ) -> Generated:
         # A few tokens wait for what is fetched; more of them keep the processor from those who bring it.
         waits = input_ids.shape[1] - capture.first_token < CHUNK_TOKENS
         computing = self.client.links.computing(request=begun.timeline, waits=waits)
         with begun.timeline.span("compute"), capture.active(), computing:
             output = self.model.generate(input_ids, past_key_values=cache, **begun.next_arguments())
-        make_plain(cache)
-        return output, cache
+        generated = Generated(
+            output, cache.get_seq_length(), computed_values(cache, capture.first_token), capture
+        )
+        if getattr(output, "past_key_values", None) is not None:  # the caller keeps it
+            make_plain(cache)
+        return generated
 
     def _learn(self, capture: KeyCapture, tokens: int) -> None:
         """How long a prompt took that was computed alone. On other devices the call returns before the work is done."""

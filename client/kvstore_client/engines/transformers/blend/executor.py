@@ -194,15 +194,19 @@ class Blend:
     def _move(self, drift: Drift, made: Projected, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Drift is measured, and spread, in keys before RoPE: what it turns them by has nothing to do with it. Turning
         is linear, so keys and their other halves are spread together with the values, and turned as they are added."""
-        seen = self._rotary_at(drift.seen)
-        shift = turned_back(made.keys[:, drift.rows] - keys[:, drift.seen], seen)
-        values_shift = made.values[:, drift.rows] - values[:, drift.seen]
+        seen = drift.seen
+        turn = self._rotary_at(seen)
+        shift = turned_back(_tokens(made.keys, drift.rows) - _tokens(keys, seen), turn)
+        values_shift = _tokens(made.values, drift.rows) - _tokens(values, seen)
         spread = drift.spread(torch.cat((shift, half_turned(shift), values_shift), dim=-1))
-        moved, moved_half, moved_values = torch.split(spread, shift.shape[-1], dim=-1)
-        for rows, places in drift.places:
-            keys[:, places].addcmul_(moved[:, rows], self._rotary.cos[places])
-            keys[:, places].addcmul_(moved_half[:, rows], self._rotary.sin[places])
-            values[:, places].add_(moved_values[:, rows])
+        moved, moved_half, moved_values = torch.split(spread[:, :, None], shift.shape[-1], dim=-1)
+        for cells, places, of in drift.places:
+            # Added to cells of tokens where they are: writing it out for each token first takes longer than all else.
+            in_cells = (-1, of, shift.shape[-1])
+            cos, sin = self._rotary.cos[places].view(in_cells), self._rotary.sin[places].view(in_cells)
+            moving = keys[:, places].view(len(keys), *in_cells)
+            moving.addcmul_(moved[:, cells], cos).addcmul_(moved_half[:, cells], sin)
+            values[:, places].view(len(values), *in_cells).add_(moved_values[:, cells])
 
     def _keep_keys(self, layer: int, positions: torch.Tensor, keys: torch.Tensor) -> None:
         if self._kept_keys.shape[2]:
@@ -212,3 +216,7 @@ class Blend:
 
     def _rotary_at(self, positions: torch.Tensor) -> RotaryTable:
         return RotaryTable(self._rotary.cos[positions], self._rotary.sin[positions])
+
+
+def _tokens(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return heads.index_select(1, positions)

@@ -20,16 +20,16 @@ def prefilled_chunks(
     features: bool,
 ) -> list[NewChunk]:
     """Of a prompt that was computed whole, or but for its beginning."""
-    values = tuple(layer.values[0] for layer in generated.cache.layers)
+    first_token = generated.capture.first_token
     return [
         NewChunk(
             chunk.chunk_id,
-            Gather(generated.capture, values, chunk.first_token, 0),
+            Gather(generated.capture, generated.values, chunk.first_token, first_token),
             features_of(model, tokens, chunk.first_token) if features else None,
             begins_text=not chunk.first_token,
         )
         for chunk in plan.unstored
-        if chunk.first_token >= generated.capture.first_token
+        if chunk.first_token >= first_token
     ]
 
 
