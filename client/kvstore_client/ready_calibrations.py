@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from kvstore_client.calibrations import Calibrations
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
+from kvstore_client.threads import single_threaded
 from kvstore_codec.calibration import Calibration
 from kvstore_codec.errors import CodecError
 from kvstore_codec.klt_frames import KLT
@@ -87,6 +88,7 @@ class ReadyCalibrations:
             self._threads.add(thread)
             return loading
 
+    @single_threaded()
     def _run(self, digest: bytes, load: Callable[[bytes], KLT | None], loading: Loading) -> None:
         klt = None
         try:

@@ -20,6 +20,7 @@ from kvstore_client.ready_calibrations import ReadyCalibrations
 from kvstore_client.recompute.frequency import token_order
 from kvstore_client.replicated_write import ReplicatedWrite
 from kvstore_client.settings import ClientSettings, Durability
+from kvstore_client.threads import single_threaded
 from kvstore_codec.codec import EncodedChunk, encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CodecError, NodeUnavailableError
@@ -147,6 +148,7 @@ class Store:
         self._jobs.put(partial(reached.set_result, None))
         return reached
 
+    @single_threaded()
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()

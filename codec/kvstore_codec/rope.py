@@ -19,21 +19,24 @@ class RotaryTable:
         return RotaryTable(self.cos[tokens], self.sin[tokens])
 
 
+_AT_ONCE = 1 << 18
+"""Values: 1 MiB of float32."""
+
+
 def rotate_(keys: torch.Tensor, table: RotaryTable) -> None:
     """Rotate `keys` in place.
 
     `keys` is `[..., tokens, head_dim]` with any strides; the first `rotary_dim` channels of each head are rotated
     as two halves, the others stay. Each product and the sum round in the tensor's own dtype, in the order in which
     Llama-family models of transformers do it (`k * cos + rotate_half(k) * sin`): the result is bit-equal to theirs.
-    Works on one `[tokens, head_dim]` matrix after the other: it stays in the cache, the scratch is that small, and
-    torch does not wake its worker threads for it, which would spin on against the engine's.
+    Works on so much at once that it and the scratch stay in the cache.
     """
-    if keys.dim() > 2:
+    if keys.dim() > 2 and keys.numel() > _AT_ONCE:
         for part in keys:
             rotate_(part, table)
         return
     half = table.cos.shape[-1] // 2
-    first, second = keys[:, :half], keys[:, half : 2 * half]
+    first, second = keys[..., :half], keys[..., half : 2 * half]
     first_sin = first * table.sin[:, half:]
     second_sin = second * table.sin[:, :half]
     first.mul_(table.cos[:, :half]).sub_(second_sin)

@@ -22,6 +22,7 @@ from kvstore_client.lookup import Match, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.ratio import Links, Planner
 from kvstore_client.settings import ClientSettings
+from kvstore_client.threads import single_threaded
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.rope import RotaryTable
@@ -206,6 +207,7 @@ class Fetch:
 
     def _thread(self, stage: str, target: Callable[..., None], *args: object) -> threading.Thread:
         # Inference mode is a property of a thread, and the engine may have made the buffers under it.
+        @single_threaded()
         @torch.inference_mode()
         def run() -> None:
             try:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Literal
 
 from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
@@ -19,9 +20,12 @@ from kvstore_codec.rope import rotate_
 def restore(task: ReadTask, destination: Destination) -> None:
     """Rotate the keys of a decoded range where they lie."""
     if destination.rotary is not None:
-        for layer in range(task.layers.start, task.layers.stop):
-            table = destination.rotary[layer].at(task.tokens)
-            rotate_(destination.buffers.keys[layer, :, task.tokens], table)
+        layers = range(task.layers.start, task.layers.stop)
+        tables = destination.rotary
+        for _, alike in groupby(layers, key=lambda layer: id(tables[layer])):
+            first, *rest = alike
+            keys = destination.buffers.keys[first : first + 1 + len(rest), :, task.tokens]
+            rotate_(keys, tables[first].at(task.tokens))
 
 
 @dataclass(slots=True)

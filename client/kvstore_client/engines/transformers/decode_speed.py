@@ -12,6 +12,7 @@ from kvstore_client.engines.transformers.features import embedded
 from kvstore_client.engines.transformers.prefill_speed import PrefillSpeed
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.ratio.profile import CodecCost
+from kvstore_client.threads import single_threaded
 from kvstore_codec.calibration import token_features
 from kvstore_codec.codec import EncodedChunk, decode_frames, encode_chunk
 from kvstore_codec.encoding import Encoding
@@ -135,6 +136,7 @@ def measure_interference(sample: EncodedSample, cost_s: float, computing: Callab
     stop = threading.Event()
     decoded: list[int] = []
 
+    @single_threaded()
     @torch.inference_mode()
     def decode() -> None:
         while not stop.is_set():
