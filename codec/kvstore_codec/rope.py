@@ -31,7 +31,7 @@ def rotate_(keys: torch.Tensor, table: RotaryTable) -> None:
     Llama-family models of transformers do it (`k * cos + rotate_half(k) * sin`): the result is bit-equal to theirs.
     Works on so much at once that it and the scratch stay in the cache.
     """
-    if keys.dim() > 2 and keys.numel() > _AT_ONCE:
+    if keys.is_cpu and keys.dim() > 2 and keys.numel() > _AT_ONCE:
         for part in keys:
             rotate_(part, table)
         return

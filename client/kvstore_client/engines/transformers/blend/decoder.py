@@ -8,7 +8,7 @@ from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
 from kvstore_codec.errors import UnsupportedModelError
-from kvstore_codec.rope import RotaryTable
+from kvstore_codec.rope import RotaryTable, rotate_
 
 _ONLY_LOOK = "transformers.utils.output_capturing"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -116,7 +116,9 @@ def _is_changed(module: Any) -> bool:
 
 def rotated(heads: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
     """`[..., tokens, head_dim]` turned to their positions (RoFormer, eq. 34), rounded as transformers does it."""
-    return heads * rotary.cos + half_turned(heads) * rotary.sin
+    turned = heads.clone(memory_format=torch.contiguous_format)
+    rotate_(turned, rotary)
+    return turned
 
 
 def half_turned(heads: torch.Tensor) -> torch.Tensor:
