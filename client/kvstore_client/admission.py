@@ -16,6 +16,7 @@ from functools import partial
 from typing import Generic, Literal, Protocol, TypeVar
 
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.threads import single_threaded
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +178,7 @@ class AdmissionQueue(Generic[Request]):
         with self._changed:
             return sum(e.state in ("queued", "starting", "fetching") for e in self._entries.values())
 
+    @single_threaded()
     def _start_queued(self) -> None:
         while True:
             with self._changed:

@@ -3,7 +3,9 @@
 Keys are stored before RoPE, so a chunk serves any position; the rotation is applied when it is restored.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -41,3 +43,13 @@ def rotate_(keys: torch.Tensor, table: RotaryTable) -> None:
     second_sin = second * table.sin[:, :half]
     first.mul_(table.cos[:, :half]).sub_(second_sin)
     second.mul_(table.cos[:, half:]).add_(first_sin)
+
+
+def rotate_layers_(keys: torch.Tensor, tables: Sequence[RotaryTable], tokens: slice) -> None:
+    """Rotate `keys`, `[layers, kv_heads, tokens, head_dim]`, in place, each layer by its table, at these positions of
+    it. Neighbouring layers that share a table are rotated together."""
+    first = 0
+    for _, alike in groupby(tables, key=id):
+        end = first + sum(1 for _ in alike)
+        rotate_(keys[first:end], tables[first].at(tokens))
+        first = end

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 from kvstore_client.engines.transformers.cache import empty_cache
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
 from kvstore_client.engines.transformers.rotary import rotary_tables
-from kvstore_codec.rope import RotaryTable, rotate_
+from kvstore_codec.rope import RotaryTable, rotate_, rotate_layers_
 from tests.client.models import FAMILIES, random_prompt, tiny_model
 
 
@@ -67,3 +67,23 @@ def test_rotation_works_on_strided_views_and_leaves_unrotated_channels() -> None
     turned = torch.cat([-half[..., 8:], half[..., :8]], -1)
     expected = half * cos[2:7] + turned * sin[2:7]
     assert torch.equal(keys[:, :, 2:7, :16], expected)
+
+
+def test_more_keys_than_are_rotated_at_once_are_rotated_all() -> None:
+    keys = torch.randn(4, 3, 700, 64)
+    angles = torch.rand(700, 32).repeat(1, 2)
+    turned = torch.cat([-keys[..., 32:], keys[..., :32]], -1)
+    expected = keys * angles.cos() + turned * angles.sin()
+    rotate_(keys, RotaryTable(angles.cos(), angles.sin()))
+    assert torch.equal(keys, expected)
+
+
+def test_each_layer_is_rotated_by_its_own_table() -> None:
+    near, far = (RotaryTable(angles.cos(), angles.sin()) for angles in torch.rand(2, 20, 8).repeat(1, 1, 2))
+    tables = (near, near, far, near, far, far)
+    keys = torch.randn(6, 2, 5, 16)
+    expected = keys.clone()
+    for layer, table in enumerate(tables):
+        rotate_(expected[layer], table.at(slice(3, 8)))
+    rotate_layers_(keys, tables, slice(3, 8))
+    assert torch.equal(keys, expected)

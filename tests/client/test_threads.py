@@ -1,14 +1,19 @@
 """Threads of ours leave the processors to the engine's."""
 
+import subprocess
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-import psutil
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from kvstore_client import connect
-from kvstore_client.engines.transformers import CachedModel
+from kvstore_client.engines.transformers import CachedModel, RequestQueue
+from kvstore_client.engines.transformers.generated import Begun
 from kvstore_client.fetch import restore
 from kvstore_client.store import NewChunk
 from kvstore_client.threads import single_threaded
@@ -28,35 +33,51 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def threads_made_by(compute: Callable[[], object]) -> int:
-    """How many threads of the system there are more while a new thread of ours has computed, and is still there."""
-    made: list[int] = []
+COUNT = """
+import os, sys, threading, torch
+from kvstore_client.threads import single_threaded
 
-    def run() -> None:
-        before = psutil.Process().num_threads()
+def made_by(compute):
+    def run():
+        before = set(os.listdir("/proc/self/task"))  # some of them may be about to end
         compute()
-        made.append(psutil.Process().num_threads() - before)
-
+        made.append(len(set(os.listdir("/proc/self/task")) - before))
+    made = []
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
     return made[0]
 
+torch.set_num_threads(3)
+work = {
+    "elementwise": lambda: torch.ones(1 << 20) * 2,
+    "product": lambda: torch.ones(700, 700) @ torch.ones(700, 700),
+}[sys.argv[1]]
+print(made_by(work), made_by(single_threaded()(work)), torch.get_num_threads(), made_by(work))
+"""
 
-def large_operation() -> torch.Tensor:
-    return torch.ones(1 << 20) * 2
 
-
-def test_no_team_of_threads_is_made() -> None:
-    assert threads_made_by(large_operation) == 1
-    assert threads_made_by(single_threaded()(large_operation)) == 0
-    assert torch.get_num_threads() == 2
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads of the system are counted in /proc")
+@pytest.mark.parametrize("work", ["elementwise", "product"])
+def test_no_team_of_threads_is_made(work: str) -> None:
+    """In a process of its own, where nobody else's threads come and go."""
+    counted = subprocess.run([sys.executable, "-c", COUNT, work], capture_output=True, text=True, check=True)
+    assert counted.stdout.split() == ["2", "0", "3", "2"]
 
 
 def test_the_thread_has_its_team_back_afterwards() -> None:
     with single_threaded():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
+
+
+def test_other_pools_stay_as_they_are() -> None:
+    numpy_threads = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+    with threadpool_limits(1, user_api="blas"):
+        limited = single_threaded()
+        limited.__enter__()
+    limited.__exit__(None, None, None)
+    assert [p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"] == numpy_threads
 
 
 def test_what_stores_and_what_fetches_computes_by_itself(
@@ -68,12 +89,12 @@ def test_what_stores_and_what_fetches_computes_by_itself(
         seen["store"] = torch.get_num_threads()
         return random_kv()
 
-    def noted(keys: torch.Tensor, table: RotaryTable) -> None:
+    def noted(keys: torch.Tensor, tables: Sequence[RotaryTable], tokens: slice) -> None:
         seen["fetch"] = torch.get_num_threads()
-        rotate_(keys, table)
+        rotate(keys, tables, tokens)
 
-    rotate_ = restore.rotate_
-    monkeypatch.setattr(restore, "rotate_", noted)
+    rotate = restore.rotate_layers_
+    monkeypatch.setattr(restore, "rotate_layers_", noted)
     prompt = random_prompt(600, seed=40)
     with connect(cluster.address) as client:
         client.store.put(SPEC, [NewChunk(ids(1)[0], gather)]).result()
@@ -85,6 +106,47 @@ def test_what_stores_and_what_fetches_computes_by_itself(
         cached.close()
     assert seen == {"store": 1, "fetch": 1}
     assert torch.get_num_threads() == 2
+
+
+def test_a_queue_starts_fetches_by_itself(cluster: ServedCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    begin = CachedModel.begin
+
+    def noted(self: CachedModel, *arguments: Any, **named: Any) -> Begun:
+        seen.append(torch.get_num_threads())
+        return begin(self, *arguments, **named)
+
+    prompt = random_prompt(600, seed=43)
+    with connect(cluster.address) as client:
+        cached = CachedModel(tiny_model(), client)
+        cached.generate(prompt, **GREEDY)
+        client.store.flush()
+        monkeypatch.setattr(CachedModel, "begin", noted)
+        queue = RequestQueue(cached)
+        queue.submit(prompt, **GREEDY).result(60)
+        queue.close()
+        cached.close()
+    assert seen == [1]
+
+
+def test_a_cache_that_was_not_asked_for_is_empty_afterwards(cluster: ServedCluster) -> None:
+    """Who looks at it then, a hook say, must not find the KV of another prompt."""
+    prompt, seen = random_prompt(600, seed=44), []
+
+    def keep(_model: torch.nn.Module, _inputs: object, output: Any) -> None:
+        seen.append(output.past_key_values)
+
+    model = tiny_model()
+    with connect(cluster.address) as client:
+        cached = CachedModel(model, client)
+        cached.generate(prompt, **GREEDY)
+        client.store.flush()
+        hook = model.register_forward_hook(keep)
+        cached.generate(prompt, **GREEDY)
+        assert cached.last_report.reused_tokens == 512
+        assert [len(cache.layers) for cache in seen] == [0]
+        hook.remove()
+        cached.close()
 
 
 def test_what_waits_to_be_stored_outlives_the_buffers_it_was_computed_in(cluster: ServedCluster) -> None:

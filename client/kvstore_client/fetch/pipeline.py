@@ -142,7 +142,8 @@ class Fetch:
         return self._progress.wait_layer(layer)
 
     def on_ready(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once, in any thread: when the engine would not have to wait for this fetch any more."""
+        """Call `callback` once, when the engine would not have to wait for this fetch any more: in any thread, where it
+        must not compute (it would hold up the fetch, and with one processor only)."""
         self._progress.on_ready(callback)
 
     def planned_s(self) -> float:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Literal
 
 from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
@@ -14,18 +13,16 @@ from kvstore_client.ratio import Costs
 from kvstore_codec.decoding import FramesTogether
 from kvstore_codec.errors import CalibrationError, ChecksumError, CodecError
 from kvstore_codec.klt_frames import TOKENS_AT_ONCE
-from kvstore_codec.rope import rotate_
+from kvstore_codec.rope import rotate_layers_
 
 
 def restore(task: ReadTask, destination: Destination) -> None:
     """Rotate the keys of a decoded range where they lie."""
     if destination.rotary is not None:
-        layers = range(task.layers.start, task.layers.stop)
-        tables = destination.rotary
-        for _, alike in groupby(layers, key=lambda layer: id(tables[layer])):
-            first, *rest = alike
-            keys = destination.buffers.keys[first : first + 1 + len(rest), :, task.tokens]
-            rotate_(keys, tables[first].at(task.tokens))
+        layers = slice(task.layers.start, task.layers.stop)
+        rotate_layers_(
+            destination.buffers.keys[layers, :, task.tokens], destination.rotary[layers], task.tokens
+        )
 
 
 @dataclass(slots=True)

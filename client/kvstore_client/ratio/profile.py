@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvstore_codec.model_spec import ModelSpec
 
 _DOMAIN = b"kvstore.Profile.v1"
-_FORMAT = 1
+_FORMAT = 2
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 _log = logging.getLogger(__name__)

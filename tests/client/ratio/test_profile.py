@@ -65,7 +65,7 @@ def test_a_profile_is_kept(tmp_path: Path) -> None:
         b"",
         b"{",
         b"[]",
-        b'{"format": 1}',
+        b'{"format": 2}',
         b"\xff\xfe",
         b"null",
     ],
@@ -85,7 +85,7 @@ def test_a_damaged_profile_is_none(tmp_path: Path, damage: bytes, caplog: pytest
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("format", 2),
+        ("format", 1),
         ("interference", 3.0),
         ("interference", float("nan")),
         ("decode_threads", 0),

@@ -123,7 +123,9 @@ def make_plain(cache: DynamicCache) -> None:
 
 def computed_values(cache: DynamicCache, first_token: int) -> tuple[torch.Tensor, ...]:
     """What a finished cache holds from position `first_token` on, by layer `[kv_heads, tokens, head_dim]`, to be kept
-    when the buffers are given back."""
+    when the buffers are given back. Empty for a cache that no pass has filled."""
+    if not all(layer.is_initialized for layer in cache.layers):
+        return ()
     return tuple(_kept(layer, layer.values[0, :, first_token:]) for layer in cache.layers)
 
 

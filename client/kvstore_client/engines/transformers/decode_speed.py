@@ -19,7 +19,7 @@ from kvstore_codec.encoding import Encoding
 from kvstore_codec.identity import CHUNK_TOKENS, chunk_ids
 from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
-from kvstore_codec.rope import rotate_
+from kvstore_codec.rope import rotate_layers_
 
 _ROUNDS = 3
 _ENOUGH_S = 0.3
@@ -54,8 +54,8 @@ class SampleChunk:
         ids = speed.text[place].cpu()
         self._id = chunk_ids(spec.digest, b"", ids, self.tokens)[0]
         self.features = token_features(embedded(model, ids))
-        tables = rotary_tables(model, place.stop, spec.dtype.torch, "cpu")
-        self.rotary = [table.at(place) for table in tables]
+        self.place = place
+        self.rotary = rotary_tables(model, place.stop, spec.dtype.torch, "cpu")
 
     def encode(self, encoding: Encoding, klt: KLT | None) -> "EncodedSample":
         """Raises CodecError for an encoding that this machine or `klt` cannot make."""
@@ -114,10 +114,12 @@ class EncodedSample:
     def restore(self, period: int) -> float:
         """Seconds."""
         begin_s = time.perf_counter()
-        for layer in self._header.geometry.layers_of(period):
-            rotate_(self._out[0, layer], self._sample.rotary[layer])
+        of = self._header.geometry.layers_of(period)
+        layers = slice(of.start, of.stop)
+        rotate_layers_(self._out[0, layers], self._sample.rotary[layers], self._sample.place)
         return time.perf_counter() - begin_s
 
+    @single_threaded()
     def measure(self) -> CodecCost:
         """The quickest of a few rounds, a token."""
         rounds: list[tuple[float, float]] = []

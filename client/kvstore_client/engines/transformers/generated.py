@@ -60,7 +60,7 @@ class Begun:
         return self.coming.fetch if self.coming is not None else self.fetch
 
     def on_ready(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once, in any thread, when the engine would not have to wait."""
+        """See `Fetch.on_ready`: `callback` is not for computing."""
         fetch = self.running
         if fetch is None:
             callback()

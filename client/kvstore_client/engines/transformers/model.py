@@ -402,11 +402,13 @@ class CachedModel:
         computing = self.client.links.computing(request=begun.timeline, waits=waits)
         with begun.timeline.span("compute"), capture.active(), computing:
             output = self.model.generate(input_ids, past_key_values=cache, **begun.next_arguments())
-        generated = Generated(
-            output, cache.get_seq_length(), computed_values(cache, capture.first_token), capture
-        )
-        if getattr(output, "past_key_values", None) is not None:  # the caller keeps it
+        is_kept = getattr(output, "past_key_values", None) is not None
+        if is_kept:
             make_plain(cache)
+        values = computed_values(cache, capture.first_token) if self.store else ()
+        generated = Generated(output, cache.get_seq_length(), values, capture)
+        if not is_kept:
+            cache.layers.clear()  # nobody shall find in it what is put into the buffers next
         return generated
 
     def _learn(self, capture: KeyCapture, tokens: int) -> None:
