@@ -7,7 +7,7 @@ is least where both take equally long. Measurements, not this model, decide.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,7 +56,8 @@ def golden_section(
     tolerance: float = TOLERANCE,
 ) -> Tuned:
     """Narrows [low, high] down to `tolerance` around the ratio with the least `measure(ratio)`, a mean TTFT in seconds,
-    beginning at `first`. No ratio is measured twice; a bound that the search ends beside is measured itself.
+    beginning at `first`. No ratio is measured twice. The lower bound is always measured: where there is less to compute
+    it is the fastest, and a noisy measurement beside it would hide that. The upper one is when the search ends there.
 
     Right where the true curve has one valley. Where measurements are noisy, what comes out was never measured slower
     than `first`. Raises ConfigurationError for bounds or a `first` that are none.
@@ -88,11 +89,31 @@ def golden_section(
                 best, right = probe, best
             else:
                 left = probe
-    for bound in (left, right):
-        if bound in (low, high):
-            at(bound)
+    at(low)
+    if right == high:
+        at(high)
     ratio = min(measured, key=lambda ratio: measured[ratio])
     return Tuned(ratio, tuple(Measurement(*pair) for pair in measured.items()))
+
+
+class BesideFirst:
+    """Mean TTFT of one ratio after another, for `golden_section`. The one measured first is measured again beside each,
+    so that a machine that grows slower in the course of the search does not make later ratios look worse than they are.
+
+    `mean_ttfts_s` measures several ratios in the same rounds.
+    """
+
+    def __init__(self, mean_ttfts_s: Callable[[Sequence[float]], Sequence[float]]) -> None:
+        self._mean_ttfts_s = mean_ttfts_s
+        self._first: Measurement | None = None
+
+    def __call__(self, ratio: float) -> float:
+        if self._first is None:
+            (found_s,) = self._mean_ttfts_s([ratio])
+            self._first = Measurement(ratio, found_s)
+            return found_s
+        found_s, again_s = self._mean_ttfts_s([ratio, self._first.ratio])
+        return found_s * self._first.ttft_s / again_s
 
 
 def require_bounds(least: float, most: float) -> None:

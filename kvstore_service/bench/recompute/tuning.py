@@ -1,11 +1,17 @@
 """The ratio that is tuned for a tier, as `kvstore_client.recompute.tuning` does it, and a sweep beside it."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvstore_client.engines.transformers.blend.worth import MOST_COMPUTED
-from kvstore_client.recompute.tuning import LEAST_RATIO, TOLERANCE, golden_section, initial_ratio
+from kvstore_client.recompute.tuning import (
+    LEAST_RATIO,
+    TOLERANCE,
+    BesideFirst,
+    golden_section,
+    initial_ratio,
+)
 from kvstore_service.bench.recompute.engine import Engine
 from kvstore_service.bench.recompute.methods import Cell, Method
 from kvstore_service.bench.recompute.prompts import Prompt
@@ -40,13 +46,13 @@ def tune(
     unchanged = engine.ask(prompt, Cell(method, 0.0).recompute)
     first = initial_ratio(compute_s, unchanged.receive_s / prompt.document_tokens, MOST_COMPUTED)
 
-    def mean_ttft_s(ratio: float) -> float:
-        recompute = Cell(method, ratio).recompute
-        return statistics.fmean(engine.ask(prompt, recompute).ttft_s for _ in range(min(repeats, _MEAN_OF)))
+    def mean_ttfts_s(ratios: Sequence[float]) -> list[float]:
+        asked = [Cell(method, ratio).recompute for ratio in ratios]
+        rounds = [[engine.ask(prompt, one).ttft_s for one in asked] for _ in range(min(repeats, _MEAN_OF))]
+        return [statistics.fmean(of_one) for of_one in zip(*rounds, strict=True)]
 
-    tuned = golden_section(
-        mean_ttft_s, first, high=MOST_COMPUTED, tolerance=_QUICK_TOLERANCE if quick else TOLERANCE
-    )
+    tolerance = _QUICK_TOLERANCE if quick else TOLERANCE
+    tuned = golden_section(BesideFirst(mean_ttfts_s), first, high=MOST_COMPUTED, tolerance=tolerance)
     points = _QUICK_SWEEP_POINTS if quick else _SWEEP_POINTS
     step = (MOST_COMPUTED - LEAST_RATIO) / (points - 1)
     sweep = tuple(Cell(method, round(LEAST_RATIO + step * point, 4)) for point in range(points))

@@ -5,7 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvstore_client.engines.transformers.blend.worth import MOST_COMPUTED
-from kvstore_client.recompute.tuning import LEAST_RATIO, TOLERANCE, Tuned, golden_section, initial_ratio
+from kvstore_client.recompute.tuning import (
+    LEAST_RATIO,
+    TOLERANCE,
+    BesideFirst,
+    Tuned,
+    golden_section,
+    initial_ratio,
+)
 from kvstore_service.calibration.ratio.rounds import Costs, Rounds
 
 MOST_RATIO = MOST_COMPUTED
@@ -42,32 +49,18 @@ def tune(rounds: Rounds, sweep: int, advance: Advance, advance_sweep: Advance) -
     rounds.warm_up()
     costs = rounds.costs()
     first = initial_ratio(costs.compute_s, costs.transfer_s, MOST_RATIO)
-    measure = _Measure(rounds, first, lambda done: advance(done, max(done, most)))
+    done, beside_first = 0, BesideFirst(rounds.mean_ttfts_s)
+
+    def measure(ratio: float) -> float:
+        nonlocal done
+        found_s, done = beside_first(ratio), done + 1
+        advance(done, max(done, most))
+        return found_s
+
     tuned = golden_section(measure, first, high=MOST_RATIO)
-    advance(measure.done, measure.done)
+    advance(done, done)
     points = [LEAST_RATIO + (MOST_RATIO - LEAST_RATIO) * i / max(1, sweep - 1) for i in range(sweep)]
     advance_sweep(0, 1)
     ttft_s, *swept = rounds.mean_ttfts_s([tuned.ratio, *points])
     advance_sweep(1, 1)
     return TunedTier(costs, first, tuned, ttft_s, tuple(zip(points, swept, strict=True)))
-
-
-class _Measure:
-    """Mean TTFT of one ratio after another. The first one is measured again beside each, so that a machine that grows
-    slower in the course of the search does not make later ratios look worse than they are."""
-
-    def __init__(self, rounds: Rounds, first: float, advance: Callable[[int], None]) -> None:
-        self._rounds, self._first, self._advance = rounds, first, advance
-        self._first_s: float | None = None
-        self.done = 0
-
-    def __call__(self, ratio: float) -> float:
-        if self._first_s is None:
-            (found_s,) = self._rounds.mean_ttfts_s([ratio])
-            self._first_s = found_s
-        else:
-            found_s, again_s = self._rounds.mean_ttfts_s([ratio, self._first])
-            found_s *= self._first_s / again_s
-        self.done += 1
-        self._advance(self.done)
-        return found_s

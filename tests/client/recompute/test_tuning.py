@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvstore_client.recompute.tuning import (
     LEAST_RATIO,
     TOLERANCE,
+    BesideFirst,
     Measurement,
     Tuned,
     balance,
@@ -121,6 +122,27 @@ def test_analytic_curves(curve: Callable[[float], float], valley: float, first: 
 
 def test_a_flat_curve_ends_somewhere() -> None:
     assert 0.15 <= search(lambda _: 1.0, 0.3, 0.15, 1.0).ratio <= 1.0
+
+
+def test_the_lower_bound_is_found_behind_a_measurement_that_misleads() -> None:
+    """Rising, but for one ratio right beside the first one that seemed a little faster."""
+    tuned = search(lambda r: 1 + r - (0.02 if 0.1711 < r < 0.19 else 0), 0.171, 0.15, 0.6)
+    assert tuned.ratio == 0.15
+
+
+def test_the_first_ratio_is_measured_beside_every_other() -> None:
+    """The machine gets slower from call to call; the valley is where it is all the same."""
+    slower, asked = iter(range(100)), []
+
+    def mean_ttfts_s(ratios: Sequence[float]) -> list[float]:
+        asked.append(list(ratios))
+        now = 1 + 0.2 * next(slower)
+        return [now * (1 + abs(ratio - 0.4)) for ratio in ratios]
+
+    tuned = golden_section(BesideFirst(mean_ttfts_s), 0.2, 0.15, 0.6)
+    assert tuned.ratio == pytest.approx(0.4, abs=TOLERANCE)
+    assert asked[0] == [0.2]
+    assert all(ratios[1:] == [0.2] for ratios in asked[1:])
 
 
 def test_measures_as_often_as_the_golden_section_has_to() -> None:
