@@ -1,7 +1,7 @@
 """Where the documents are when they are asked for."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from kvstore_codec.errors import ConfigurationError, StartupError
@@ -23,15 +23,15 @@ TIERS = {tier.name: tier for tier in (Tier("dram", None), Tier("ssd", 550e6), Ti
 """A SATA SSD, and a hard disk that reads one after the other."""
 
 
-def tiers_named(names: Iterable[str]) -> tuple[Tier, ...]:
+def tiers_named(names: Iterable[str], known: Mapping[str, Tier] = TIERS) -> tuple[Tier, ...]:
     """In the order in which they can be measured. Raises ConfigurationError for an unknown one, or for none."""
     wanted = list(names)
     for name in wanted:
-        if name not in TIERS:
-            raise ConfigurationError(f"there is no tier {name!r}; known are {', '.join(TIERS)}")
+        if name not in known:
+            raise ConfigurationError(f"there is no tier {name!r}; known are {', '.join(known)}")
     if not wanted:
         raise ConfigurationError("nothing to measure: name a tier at least")
-    return tuple(tier for tier in TIERS.values() if tier.name in wanted)
+    return tuple(tier for tier in known.values() if tier.name in wanted)
 
 
 def use_tier(address: str, tier: Tier) -> None:

@@ -20,9 +20,9 @@ from kvstore_codec.model_spec import ModelSpec
 from kvstore_service.bench.codec.texts import default_sources
 from kvstore_service.bench.recompute.engine import Engine
 from kvstore_service.bench.recompute.prompts import DOCUMENT_TOKENS, Prompt, Prompts, orders
-from kvstore_service.bench.recompute.tiers import use_tier
+from kvstore_service.bench.recompute.tiers import tiers_named, use_tier
 from kvstore_service.calibration.ratio.rounds import Rounds
-from kvstore_service.calibration.ratio.tiers import tiers_named
+from kvstore_service.calibration.ratio.tiers import TIERS
 from kvstore_service.calibration.ratio.tune import MOST_RATIO, TunedTier, tune
 from kvstore_service.calibration.run import Report
 from kvstore_service.embedded import EmbeddedCluster
@@ -65,7 +65,7 @@ def tune_tiers(
     """Each tier's ratio is kept as soon as it is found. Raises ConfigurationError for what cannot be tuned,
     UnsupportedModelError for a model whose text is reused only where it stood, StartupError where something does not
     work."""
-    tiers = tiers_named(options.tiers)
+    tiers = tiers_named(options.tiers, TIERS)
     Decoder(model)
     spec = spec_of(model, model_id)
     report.advance("start", 0, 3)
@@ -162,7 +162,7 @@ def _meta(options: Options, spec: ModelSpec, prompt: Prompt) -> Row:
         "prompt": {"segments": prompt.segments, "tokens": prompt.ids.shape[1], "orders": _PROMPTS},
         "repeats": options.repeats,
         "bounds": [LEAST_RATIO, MOST_RATIO],
-        "tiers": {tier.name: tier.disk_read_bytes_per_s for tier in tiers_named(options.tiers)},
+        "tiers": {tier.name: tier.disk_read_bytes_per_s for tier in tiers_named(options.tiers, TIERS)},
         "compute_s": "seconds a token of a prompt takes that is computed whole",
         "transfer_s": "seconds a token of the documents takes to come, nothing of them computed again",
         "ttft_s": "mean of the prompts' medians, lookup and fetch included, in the same rounds as the sweep",

@@ -11,8 +11,9 @@ from kvstore_client.recompute.tuning import LEAST_RATIO, TOLERANCE
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.bench.recompute.engine import Asked
 from kvstore_service.bench.recompute.prompts import Prompt
+from kvstore_service.bench.recompute.tiers import tiers_named
 from kvstore_service.calibration.ratio.rounds import Rounds
-from kvstore_service.calibration.ratio.tiers import tiers_named
+from kvstore_service.calibration.ratio.tiers import TIERS
 from kvstore_service.calibration.ratio.tune import MOST_RATIO, TunedTier, tune
 
 DOCUMENTS, REST = 1024, 76
@@ -107,8 +108,8 @@ def test_no_ratio_is_searched_twice_and_progress_ends_at_its_end() -> None:
 
 
 def test_tiers_are_measured_memory_first() -> None:
-    assert [tier.name for tier in tiers_named(["disk", "hdd", "dram"])] == ["dram", "hdd", "disk"]
+    assert [tier.name for tier in tiers_named(["disk", "hdd", "dram"], TIERS)] == ["dram", "hdd", "disk"]
     with pytest.raises(ConfigurationError, match="no tier 'tape'"):
-        tiers_named(["dram", "tape"])
-    with pytest.raises(ConfigurationError, match="nothing to tune"):
-        tiers_named([])
+        tiers_named(["dram", "tape"], TIERS)
+    with pytest.raises(ConfigurationError, match="nothing to measure"):
+        tiers_named([], TIERS)
