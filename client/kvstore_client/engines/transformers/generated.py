@@ -104,7 +104,7 @@ class Generated:
     tokens: int
     """That passed through the model, the reused ones counted: the KV of so many is there."""
     values: tuple[torch.Tensor, ...]
-    """What the last pass computed, by layer `[kv_heads, tokens, head_dim]`."""
+    """What the last pass computed, by layer `[kv_heads, tokens, head_dim]`; empty where nothing is to be stored."""
     capture: KeyCapture
     """Of the last pass: its keys."""
     report: FetchReport | None = None

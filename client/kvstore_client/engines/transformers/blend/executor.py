@@ -194,10 +194,10 @@ class Blend:
     def _move(self, drift: Drift, made: Projected, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Drift is measured, and spread, in keys before RoPE: what it turns them by has nothing to do with it. Turning
         is linear, so keys and their other halves are spread together with the values, and turned as they are added."""
-        seen = drift.seen
-        turn = self._rotary_at(seen)
-        shift = turned_back(_tokens(made.keys, drift.rows) - _tokens(keys, seen), turn)
-        values_shift = _tokens(made.values, drift.rows) - _tokens(values, seen)
+        rows, seen = drift.rows, drift.seen
+        shift = made.keys.index_select(1, rows) - keys.index_select(1, seen)
+        shift = turned_back(shift, self._rotary_at(seen))
+        values_shift = made.values.index_select(1, rows) - values.index_select(1, seen)
         spread = drift.spread(torch.cat((shift, half_turned(shift), values_shift), dim=-1))
         moved, moved_half, moved_values = torch.split(spread[:, :, None], shift.shape[-1], dim=-1)
         for cells, places, of in drift.places:
@@ -216,7 +216,3 @@ class Blend:
 
     def _rotary_at(self, positions: torch.Tensor) -> RotaryTable:
         return RotaryTable(self._rotary.cos[positions], self._rotary.sin[positions])
-
-
-def _tokens(heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    return heads.index_select(1, positions)
