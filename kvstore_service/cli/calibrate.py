@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from blake3 import blake3
-from rich.console import Console
 from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service.cli.calibrate_ratio import RatioArguments, calibrate_ratio
+from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import DType, load_model
 
@@ -186,7 +186,7 @@ def calibrate(
     if publish is not None:
         # Found out now, not after minutes of work.
         list_calibrations(str(Address.parse(publish)))
-    console = Console()
+    console = output()
     loaded, tokenizer = load_model(model, dtype)
     observed = ObservedModel(loaded, model_id)
     ids = [_tokens(tokenizer, content) for content in contents]
@@ -212,7 +212,7 @@ def calibrate(
         )
     path = out / f"{calibration.digest.hex()}.kvcal"
     write_calibration(calibration, path)
-    console.print(_table(calibration))
+    print_table(_table(calibration))
     console.print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
     if publish is not None:
         publish_calibration(calibration, publish)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvstore_service.cli.bench.tables import require_outputs, require_packages, result_console, result_table
+from kvstore_service.cli.bench.tables import require_outputs, require_packages, result_table
+from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import DType, load_model
 
@@ -53,7 +54,7 @@ def calibrate_ratio(model: str, dtype: DType, model_id: str | None, asked: Ratio
         asked.sweep or 0,
         asked.data_dir,
     )
-    console = result_console()
+    console = output()
     loaded, tokenizer = load_model(model, dtype)
     with Stages(console, _STAGES) as stages:
         result = tune_tiers(loaded, tokenizer, options, stages, model_id=model_id)
@@ -71,5 +72,5 @@ def calibrate_ratio(model: str, dtype: DType, model_id: str | None, asked: Ratio
         for row in result.rows
     ]
     tuned = f"{recompute.selector}, {'with' if recompute.drift else 'without'} drift"
-    console.print(result_table(f"tuned for {tuned}, {options.tokens} tokens reused", columns, rows, _DIGITS))
+    print_table(result_table(f"tuned for {tuned}, {options.tokens} tokens reused", columns, rows, _DIGITS))
     console.print(f"kept in {result.path}: workers that start from now on use it", soft_wrap=True)

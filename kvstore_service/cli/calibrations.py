@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kvstore_api.address import DEFAULT_ADDRESS
+from kvstore_service.cli.console import print_table
 
 
 def calibrations(
@@ -19,7 +20,6 @@ def calibrations(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the calibrations a running cluster has, oldest first."""
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
@@ -46,4 +46,4 @@ def calibrations(
     table = Table("digest", "model", "size", title=f"calibrations at {address}")
     for info in found:
         table.add_row(info.digest.hex()[:12], info.model_digest.hex()[:12], decimal(info.size_bytes))
-    Console().print(table)
+    print_table(table)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_service.cli.console import output, print_table
 
 if TYPE_CHECKING:
     from kvstore_service.demo.worker import Job, Run
@@ -61,7 +62,7 @@ def demo(
     bandwidth_bps = parse_bandwidth(bandwidth)
     read_document(document)
     _require_folder(out)
-    console = Console()
+    console = output()
     with ExitStack() as stack:
         show = stack.enter_context(_Steps(console))
         show.begin("model", "preparing SmolLM2-135M (converted once, then cached)")
@@ -95,7 +96,7 @@ def demo(
     )
     trace = chrome_trace({_path(run.encoding): run.timeline for run in runs})
     (out / "demo.trace.json").write_text(json.dumps(trace))
-    console.print(_table(rows))
+    print_table(_table(rows))
     for run in runs:
         if run is cold or run.tokens != cold.tokens:
             console.print(f"[bold]answer[/bold] ({_path(run.encoding)})  {escape(run.text.strip())}")

@@ -5,11 +5,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError
+from kvstore_service.cli.console import notices, print_table
 from kvstore_service.doctor import Check, examine
 from kvstore_service.models import DType
 
@@ -41,13 +41,13 @@ def doctor(
         return
     if model is not None:
         raise ConfigurationError("--model needs --profile: only profiles are measured of a model")
-    with Console(stderr=True).status("Examining this machine ..."):
+    with notices().status("Examining this machine ..."):
         checks = examine()
     sound = all(check.available for check in checks if check.essential)
     if json_output:
         typer.echo(json.dumps({"sound": sound, "checks": [asdict(check) for check in checks]}, indent=2))
     else:
-        Console().print(_table(checks))
+        print_table(_table(checks))
     if not sound:
         raise typer.Exit(1)
 
@@ -56,14 +56,15 @@ def _profile(model: str | None, dtype: DType, *, json_output: bool) -> None:
     from kvstore_service.doctor.profiles import cached_profiles, measure
 
     if model is not None:
-        with Console(stderr=True).status(f"Measuring {model}: computing, then decoding ..."):
+        with notices().status(f"Measuring {model}: computing, then decoding ..."):
             rows = [measure(model, dtype)]
     else:
         rows = cached_profiles()
     if json_output:
         typer.echo(json.dumps({"profiles": [asdict(row) for row in rows]}, indent=2))
     elif rows:
-        Console().print(*map(_profile_table, rows))
+        for row in rows:
+            print_table(_profile_table(row))
     else:
         typer.echo(
             "No model was measured on this machine yet: a worker does it on first use, "

@@ -47,13 +47,12 @@ def drain(
 
 def _wait(cluster: "ClusterAdmin", node_id: str) -> int:
     """Raises ServiceError when the node dies, is not draining any more, or has nobody to give the rest to."""
-    from rich.console import Console
-
+    from kvstore_service.cli.console import notices
     from kvstore_service.cli.stages import Stages
 
     most = 0
     moved_s = time.monotonic()
-    with Stages(Console(stderr=True), {node_id: f"draining {node_id}"}) as stages:
+    with Stages(notices(), {node_id: f"draining {node_id}"}) as stages:
         while True:
             status = _status(cluster, node_id)
             if not status.member.draining:

@@ -9,6 +9,7 @@ import typer
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli import options
+from kvstore_service.cli.console import print_table
 
 if TYPE_CHECKING:
     from kvstore_api.v1 import kvstore_pb2 as pb
@@ -28,7 +29,6 @@ def ls(
     json_output: options.Json = False,
 ) -> None:
     """List the chunks that are stored, node by node."""
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
@@ -68,7 +68,7 @@ def ls(
         )
     if more:
         table.caption = f"more than {limit}: --limit shows them"
-    Console().print(table)
+    print_table(table)
 
 
 def _row(node_id: str, variant: "pb.StoredVariant") -> dict[str, Any]:

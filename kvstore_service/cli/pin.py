@@ -7,6 +7,7 @@ import typer
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_service.cli import options
+from kvstore_service.cli.console import print_table
 
 if TYPE_CHECKING:
     from kvstore_codec.identity import ChunkId
@@ -64,7 +65,6 @@ def _report(what: str, chunks: "list[ChunkId]", pins: int, *, json_output: bool)
 
 
 def _show_pins(address: str, pins: "list[ChunkId]", *, json_output: bool) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -74,7 +74,7 @@ def _show_pins(address: str, pins: "list[ChunkId]", *, json_output: bool) -> Non
     table = Table("content_id", "prefix_id", title=escape(f"pinned at {address}"))
     for chunk in pins:
         table.add_row(chunk.content_id.hex()[:32], chunk.prefix_id.hex()[:32])
-    Console().print(table)
+    print_table(table)
 
 
 def _names(chunks: "list[ChunkId]") -> list[str]:

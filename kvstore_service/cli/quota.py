@@ -8,6 +8,7 @@ import typer
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli import options
+from kvstore_service.cli.console import print_table
 
 
 def quota(
@@ -17,7 +18,6 @@ def quota(
     json_output: options.Json = False,
 ) -> None:
     """Say how much a tenant may keep in the whole cluster, replicas counted. Without arguments, list the quotas."""
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
@@ -38,7 +38,7 @@ def quota(
     table = Table("tenant", "limit", title=escape(f"quotas at {address}"))
     for found in quotas:
         table.add_row(escape(found.tenant) or "(default)", decimal(found.limit_bytes))
-    Console().print(table)
+    print_table(table)
 
 
 def _size(text: str) -> int:

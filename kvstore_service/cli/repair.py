@@ -48,11 +48,10 @@ def repair(
 
 def _wait(cluster: "ClusterAdmin", number: int) -> dict[str, int]:
     """How many chunks each node has checked. Raises ServiceError when there is no node."""
-    from rich.console import Console
-
+    from kvstore_service.cli.console import notices
     from kvstore_service.cli.stages import Stages
 
-    with Stages(Console(stderr=True), {"repair": f"repair, round {number}"}) as stages:
+    with Stages(notices(), {"repair": f"repair, round {number}"}) as stages:
         while True:
             checked: dict[str, int] = {}
             total = waiting = 0

@@ -7,6 +7,7 @@ import typer
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_service.cli import options
+from kvstore_service.cli.console import print_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,8 +23,6 @@ _TEXT_COLUMNS = ("node", "state", "repair")
 
 def status(address: options.Address = DEFAULT_ADDRESS, json_output: options.Json = False) -> None:
     """Show nodes, chunks, bytes in memory and on disk, hits and repair of a running cluster."""
-    from rich.console import Console
-
     from kvstore_service.cluster_stats import cluster_stats
     from kvstore_service.listen import Address
 
@@ -33,7 +32,7 @@ def status(address: options.Address = DEFAULT_ADDRESS, json_output: options.Json
             json.dumps({"epoch": reply.epoch, "nodes": [_row(node) for node in reply.nodes]}, indent=2)
         )
     else:
-        Console().print(_table(address, reply))
+        print_table(_table(address, reply))
 
 
 def _row(node: "pb.NodeStatus") -> dict[str, Any]:

@@ -8,6 +8,7 @@ import typer
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli import options
+from kvstore_service.cli.console import print_table
 
 _OFF = "off"
 
@@ -32,7 +33,6 @@ def throttle(
     Each node has the whole bandwidth, and all its connections share it. While its disk is limited, what is on disk is
     only there: nothing of it is kept in memory. Nothing is remembered: a node that restarts has no limit.
     """
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
@@ -75,7 +75,7 @@ def throttle(
             format_bandwidth(bps) if bps else "none",
             f"{decimal(disk_read)}/s" if disk_read else "none",
         )
-    Console().print(table)
+    print_table(table)
 
 
 def _parse_disk_speed(text: str) -> float:

@@ -7,6 +7,7 @@ import typer
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_service.cli import options
+from kvstore_service.cli.console import notices, print_table
 
 if TYPE_CHECKING:
     from kvstore_api.v1 import kvstore_pb2 as pb
@@ -18,7 +19,6 @@ def verify(
     json_output: options.Json = False,
 ) -> None:
     """Read everything back and check every checksum; what is damaged is removed. Exit status 1 when something was."""
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
@@ -32,7 +32,7 @@ def verify(
     with ClusterAdmin(str(Address.parse(address))) as cluster:
         nodes = cluster.nodes(node)
         chunks = {status.member.node_id: status.stats.chunks for status in cluster.stats().nodes}
-        with Stages(Console(stderr=True), {found.node_id: found.node_id for found in nodes}) as stages:
+        with Stages(notices(), {found.node_id: found.node_id for found in nodes}) as stages:
             for found in nodes:
                 for reply in found.verify():
                     checked[found.node_id] = (reply.checked, reply.bytes)
@@ -48,7 +48,7 @@ def verify(
             for row in damaged:
                 name = f"{row['content_id'][:16]}+{row['prefix_id'][:16]}"
                 table.add_row(name, *(escape(row[column]) for column in ("encoding", "node_id", "reason")))
-            Console().print(table)
+            print_table(table)
         count = sum(count for count, _ in checked.values())
         size = decimal(sum(size for _, size in checked.values()))
         typer.echo(f"{count} chunks ({size}) on {len(checked)} nodes checked, {len(damaged)} damaged")

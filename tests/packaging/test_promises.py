@@ -28,7 +28,9 @@ def tests_in(path: Path) -> set[str]:
         if isinstance(node, ast.FunctionDef):
             found.add(node.name)
         elif isinstance(node, ast.ClassDef):
-            found.update(f"{node.name}::{item.name}" for item in node.body if isinstance(item, ast.FunctionDef))
+            found.update(
+                f"{node.name}::{item.name}" for item in node.body if isinstance(item, ast.FunctionDef)
+            )
     return {name for name in found if name.split("::")[-1].startswith("test_")}
 
 
@@ -36,9 +38,7 @@ ROWS = list(rows())
 
 
 @pytest.mark.parametrize(("promise", "kept", "tests"), ROWS, ids=[row[0][:60] for row in ROWS])
-def test_a_promise_names_code_and_a_test_that_exist(
-    promise: str, kept: list[str], tests: list[str]
-) -> None:
+def test_a_promise_names_code_and_a_test_that_exist(promise: str, kept: list[str], tests: list[str]) -> None:
     assert kept
     assert tests, f"no test holds: {promise}"
     for name in kept:

@@ -10,9 +10,9 @@ from rich.console import Console
 from kvstore_service.cli.bench.tables import (
     require_outputs,
     require_packages,
-    result_console,
     result_table,
 )
+from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def codec(
         if quick
         else ROWS
     )
-    console = result_console()
+    console = output()
     logging.disable_progress_bar()
     with Stages(console, _STAGES) as stages:
         result = run(Options(chosen, tuple(text or ()), calibration, passages, out_of_domain, quick), stages)
@@ -113,7 +113,7 @@ def codec(
 
 def _show(console: Console, model: Model, result: "Result") -> None:
     count = len(result.meta["passages"])
-    console.print(
+    print_table(
         result_table(
             f"KV of {model}, {count} passage{'s' if count > 1 else ''}",
             {
@@ -135,7 +135,7 @@ def _show(console: Console, model: Model, result: "Result") -> None:
     if result.frame_overhead:
         columns = {"encoding": "name", "tokens": "frame_tokens", "bytes, %": "frame_overhead_percent"}
         title = "frames against frames of a whole chunk"
-        console.print(result_table(title, columns, result.frame_overhead, _DIGITS))
+        print_table(result_table(title, columns, result.frame_overhead, _DIGITS))
     if result.out_of_domain:
         columns = {
             "text": "text",
@@ -145,4 +145,4 @@ def _show(console: Console, model: Model, result: "Result") -> None:
             "finer": "guarded_finer",
             "exact": "guarded_exact",
         }
-        console.print(result_table("text unlike the calibration's", columns, result.out_of_domain, _DIGITS))
+        print_table(result_table("text unlike the calibration's", columns, result.out_of_domain, _DIGITS))

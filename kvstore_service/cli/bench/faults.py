@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from kvstore_service.cli.bench.tables import (
     require_outputs,
     require_packages,
-    result_console,
     result_table,
 )
+from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 
 if TYPE_CHECKING:
@@ -51,10 +50,10 @@ def faults(
     from kvstore_service.bench.faults import Options, failures, plot_faults, run
 
     options = Options(_QUICK_PUTS if quick else puts, _QUICK_KILLS if quick else kills, seed)
-    console = result_console()
+    console = output()
     with Stages(console, _STAGES) as stages:
         outcome = run(options, stages)
-    _show(console, outcome)
+    _show(outcome)
     write_results(
         outcome.rows,
         json_file,
@@ -71,7 +70,7 @@ def faults(
         plot_faults(outcome.events, outcome.faults, title, plot)
 
 
-def _show(console: Console, outcome: "Outcome") -> None:
+def _show(outcome: "Outcome") -> None:
     columns = {
         "fault": "fault",
         "times": "times",
@@ -84,10 +83,10 @@ def _show(console: Console, outcome: "Outcome") -> None:
         "p99": "read_p99_ms",
         "max": "read_max_ms",
     }
-    console.print(
+    print_table(
         result_table("reads of a document, without and during faults", columns, outcome.rows, _DIGITS)
     )
-    console.print(result_table("in all", {"": "what", " ": "value"}, _summary(outcome.total)))
+    print_table(result_table("in all", {"": "what", " ": "value"}, _summary(outcome.total)))
 
 
 def _summary(total: "Row") -> list[dict[str, str]]:

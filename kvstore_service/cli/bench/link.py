@@ -8,7 +8,8 @@ import typer
 from rich.console import Console
 
 from kvstore_codec.errors import ConfigurationError
-from kvstore_service.cli.bench.tables import require_outputs, require_packages, result_console, result_table
+from kvstore_service.cli.bench.tables import require_outputs, require_packages, result_table
+from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def link(
         trace,
         timeline,
     )
-    console = result_console()
+    console = output()
     with Stages(console, _STAGES) as stages:
         result = run(options, stages)
     goals = targets(result.rows)
@@ -173,9 +174,9 @@ def _show(console: Console, result: "Result", goals: list[dict[str, Any]]) -> No
     for tokens, jitter in dict.fromkeys((row["tokens"], row["jitter"]) for row in rows):
         chosen = [row for row in rows if (row["tokens"], row["jitter"]) == (tokens, jitter)]
         title = f"{tokens} tokens reused, jitter {jitter}, {chosen[0]['dtype']}, {chosen[0]['shaper']}"
-        console.print(result_table(title, columns, chosen, _DIGITS))
+        print_table(result_table(title, columns, chosen, _DIGITS))
     if goals:
         columns = {"target": "target", "where": "where", "": "figure", "wanted": "wanted", "met?": "met"}
-        console.print(result_table("what adaptive has to show", columns, goals, _DIGITS))
+        print_table(result_table("what adaptive has to show", columns, goals, _DIGITS))
     for note in result.left_out:
         console.print(note, soft_wrap=True, markup=False)

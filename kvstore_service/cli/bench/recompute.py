@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from kvstore_codec.errors import ConfigurationError
-from kvstore_service.cli.bench.tables import require_outputs, require_packages, result_console, result_table
+from kvstore_service.cli.bench.tables import require_outputs, require_packages, result_table
+from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import DType
 
@@ -104,12 +104,12 @@ def recompute(
         dtype,
         quick,
     )
-    console = result_console()
+    console = output()
     with Stages(console, _STAGES) as stages:
         result = run(options, stages)
     # One prompt of each kind and two ratios say nothing of what is to be shown.
     goals = [] if quick else targets(result.rows, result.tuned)
-    _show(console, result, goals)
+    _show(result, goals)
     write_results(result.rows, json_file, result.meta, tuned=result.tuned, targets=goals)
     if plot is not None:
         plot_recompute(result.rows, plot)
@@ -126,7 +126,7 @@ def _ratios(text: str) -> list[float]:
         raise ConfigurationError(f"--ratio {text!r}: numbers from 0 to 1, separated by commas") from None
 
 
-def _show(console: Console, result: "Result", goals: list[dict[str, Any]]) -> None:
+def _show(result: "Result", goals: list[dict[str, Any]]) -> None:
     fidelity = {
         "selector": "selector", "ratio": "ratio", "KL": "kl", "most": "kl_most", "closed": "closed", "top-1": "top1",
     }  # fmt: skip
@@ -135,7 +135,7 @@ def _show(console: Console, result: "Result", goals: list[dict[str, Any]]) -> No
         rows = [
             row for row in result.rows if (row["kind"], row["tier"], row["tuned"]) == (kind, first, False)
         ]
-        console.print(result_table(f"fidelity, {kind}", fidelity, rows, _DIGITS))
+        print_table(result_table(f"fidelity, {kind}", fidelity, rows, _DIGITS))
     times = {
         "selector": "selector", "ratio": "ratio", "TTFT s": "ttft_s", "least": "ttft_min_s", "most": "ttft_max_s",
         "full s": "full_ttft_s", "x full": "speedup", "tok/s": "throughput_tok_s",
@@ -154,13 +154,13 @@ def _show(console: Console, result: "Result", goals: list[dict[str, Any]]) -> No
             if (row["kind"], row["tier"]) == (kind, tier)
         ]
         title = f"{tier}, {rows[0]['tokens']} tokens of documents, {result.meta['dtype']}"
-        console.print(result_table(title, times, rows, _DIGITS))
+        print_table(result_table(title, times, rows, _DIGITS))
     if result.tuned:
         columns = {
             "tier": "tier", "ratio": "ratio", "from": "first_ratio", "TTFT s": "ttft_s", "best of sweep": "best_ratio",
             "its TTFT s": "best_ttft_s", "/ best": "over_best",
         }  # fmt: skip
-        console.print(result_table("the tuned ratio of focus", columns, result.tuned, _DIGITS))
+        print_table(result_table("the tuned ratio of focus", columns, result.tuned, _DIGITS))
     if goals:
         columns = {"target": "target", "where": "where", "": "figure", "wanted": "wanted", "met?": "met"}
-        console.print(result_table("what reuse has to show", columns, goals, _DIGITS))
+        print_table(result_table("what reuse has to show", columns, goals, _DIGITS))

@@ -7,7 +7,8 @@ import typer
 from rich.console import Console
 
 from kvstore_codec.errors import ConfigurationError
-from kvstore_service.cli.bench.tables import require_outputs, require_packages, result_console, result_table
+from kvstore_service.cli.bench.tables import require_outputs, require_packages, result_table
+from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def store(
             rounds,
         )
     )
-    console = result_console()
+    console = output()
     with Stages(console, _STAGES) as stages:
         result = run(options, stages)
     _show(console, result)
@@ -105,10 +106,10 @@ def _show(console: Console, result: "Result") -> None:
             if rows:
                 title = f"{op}, {clients} client{'s' if clients > 1 else ''}"
                 rows.sort(key=lambda row: (row["KiB"], -row["GBps"]))
-                console.print(result_table(title, columns, rows, _DIGITS))
+                print_table(result_table(title, columns, rows, _DIGITS))
     lookups = [row for row in result.rows if "chunks" in row]
     if lookups:
         columns = {"": "op", "chunks": "chunks", "p50 ms": "p50_ms", "p99 ms": "p99_ms"}
-        console.print(result_table("lookup", columns, lookups, _DIGITS))
+        print_table(result_table("lookup", columns, lookups, _DIGITS))
     for note in result.left_out:
         console.print(note, soft_wrap=True, markup=False)

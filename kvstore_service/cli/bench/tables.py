@@ -7,19 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError, StartupError
 
-_WIDEST_TABLE = 120
 _PICTURES = (".png", ".svg", ".pdf")
-
-
-def result_console() -> Console:
-    """In a file or a pipe a table is as wide as it needs to be."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDEST_TABLE)
 
 
 def result_table(

@@ -9,9 +9,9 @@ from rich.console import Console
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli.bench.tables import (
     require_outputs,
-    result_console,
     result_table,
 )
+from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def trace(
         tuple(map(_count, _parts(nodes))),
         quick,
     )
-    console = result_console()
+    console = output()
     with Stages(console, _STAGES) as stages:
         result = run(options, stages)
     _show(console, result)
@@ -100,8 +100,8 @@ def _show(console: Console, result: "Result") -> None:
     )
     for title, rows in (("hit rates", result.rows), ("other workloads", result.other_workloads)):
         if rows:
-            console.print(_rates(title, rows))
-    console.print(
+            print_table(_rates(title, rows))
+    print_table(
         result_table(
             "load of the fullest node over its share",
             {
@@ -114,7 +114,7 @@ def _show(console: Console, result: "Result") -> None:
             result.balance,
         )
     )
-    console.print(
+    print_table(
         result_table(
             "part of the chunks that moves",
             {

@@ -1,0 +1,38 @@
+"""Where commands print what they found: whole, whatever it is printed to."""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+# Columns of a file or a pipe. Rich would take 80, or COLUMNS, and cut what is wider.
+_UNLIMITED = 1 << 16
+
+
+def output() -> Console:
+    """Console on stdout: as wide as its terminal, and of unlimited width in a file or a pipe."""
+    return Console(width=None if sys.stdout.isatty() else _UNLIMITED)
+
+
+def notices() -> Console:
+    """Console on stderr, for progress: as wide as its terminal, and of unlimited width in a file or a pipe."""
+    return Console(stderr=True, width=None if sys.stderr.isatty() else _UNLIMITED)
+
+
+def print_table(table: Table) -> None:
+    """Prints a table to stdout with every character of its cells.
+
+    Cells are folded into several lines where a terminal is too narrow. Title and caption are lines of their own,
+    as long as they are.
+    """
+    console = output()
+    title, caption = table.title, table.caption
+    table.title = table.caption = None
+    for column in table.columns:
+        column.no_wrap = False
+        column.overflow = "fold"
+    if title:
+        console.print(title, style="table.title", soft_wrap=True, highlight=False)
+    console.print(table)
+    if caption:
+        console.print(caption, style="table.caption", soft_wrap=True, highlight=False)
