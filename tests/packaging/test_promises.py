@@ -21,7 +21,7 @@ def rows() -> Iterator[tuple[str, list[str], list[str]]]:
         yield promise, re.findall(r"`([^`]+)`", kept), re.findall(r"`([^`]+)`", tests)
 
 
-def tests_in(path: Path) -> set[str]:
+def names_of_tests(path: Path) -> set[str]:
     """`name` of every test function, `Class::name` of every test method."""
     found: set[str] = set()
     for node in ast.parse(path.read_text()).body:
@@ -46,4 +46,4 @@ def test_a_promise_names_code_and_a_test_that_exist(promise: str, kept: list[str
     for test in tests:
         path, _, name = test.partition("::")
         assert (ROOT / path).is_file(), f"{path} does not exist"
-        assert name in tests_in(ROOT / path), f"{path} has no test {name}"
+        assert name in names_of_tests(ROOT / path), f"{path} has no test {name}"
