@@ -17,7 +17,7 @@ MAX_LEASE_S = 120.0
 
 @dataclass(slots=True)
 class _Lease(Generic[K]):
-    keys: Collection[K]
+    keys: list[K]
     expires_s: float
 
 
@@ -38,9 +38,18 @@ class LeaseTable(Generic[K]):
 
     def grant(self, keys: Collection[K], duration_s: float) -> LeaseId:
         lease_id = LeaseId(secrets.token_bytes(LEASE_ID_BYTES))
-        self._leases[lease_id] = _Lease(keys, 0.0)
+        self._leases[lease_id] = _Lease(list(keys), 0.0)
         self._holders.update(keys)
         self._schedule(lease_id, duration_s)
+        return lease_id
+
+    def cover(self, lease_id: LeaseId | None, keys: Collection[K], duration_s: float) -> LeaseId:
+        """Adds these keys to a lease, which ends when it would have ended. Grants a new one for `duration_s` where
+        there is none or it has ended. Returns the lease that holds the keys."""
+        if lease_id is None or lease_id not in self._leases:
+            return self.grant(keys, duration_s)
+        self._leases[lease_id].keys.extend(keys)
+        self._holders.update(keys)
         return lease_id
 
     def renew(self, lease_id: LeaseId, duration_s: float) -> bool:

@@ -6,8 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
@@ -15,6 +14,7 @@ from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
 from kvstore_cluster.index import MAX_CHUNK_BYTES, NOWHERE, ChunkName
 from kvstore_cluster.leases import LeaseId, LeaseTable
+from kvstore_cluster.lookup import PAUSE_S, SLICE_CHUNKS, ChunkSearch, LookupResult
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_cluster.reader import ChunkReader
 from kvstore_cluster.stats import NodeCounters, NodeStats
@@ -38,43 +38,6 @@ log = logging.getLogger(__name__)
 
 MAX_LISTED = 4096
 MAX_TENANT_BYTES = 255
-
-
-# What a reply says of a further encoding, besides its header.
-_OTHER_ENCODING_BYTES = 128
-
-
-class FoundVariant(NamedTuple):
-    """One encoding that a chunk is here in."""
-
-    encoding: str
-    size_bytes: int
-    header: bytes
-    on_disk: bool
-
-
-class LookupAnswer(NamedTuple):
-    """`encoding` is None when the chunk is not here in an acceptable encoding: the exact one, unless `prefix_id` says
-    otherwise."""
-
-    encoding: str | None
-    size_bytes: int
-    header: bytes
-    other_contexts: int
-    on_disk: bool = False
-    """Not in memory: a read comes from the disk."""
-    others: Sequence[FoundVariant] = ()
-    """The same chunk in further encodings, if they were asked for."""
-    prefix_id: bytes = b""
-    """The context that all this is about, where it is another than the one that was asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class LookupResult:
-    """One answer per asked chunk, in order; `lease_id` is None when nothing was leased."""
-
-    answers: list[LookupAnswer]
-    lease_id: LeaseId | None
 
 
 class StorageNode:
@@ -122,6 +85,7 @@ class StorageNode:
         peek: bool = False,
         all_encodings: bool = False,
         any_context: bool = False,
+        proceed: Callable[[], None] = lambda: None,
     ) -> LookupResult:
         """Says for each chunk in which of `encodings` (best first) it is here, and how many other contexts
         hold the same content; with `all_encodings` also in which others of them, or of any when there are none.
@@ -129,88 +93,43 @@ class StorageNode:
         that does not begin its text if there is any, of those one in memory, of those the one used last. Counts as one
         use of what was found, unless it is a `peek`, and leases it for `lease_s` when positive.
 
+        Holds the lock for SLICE_CHUNKS chunks at a time and calls `proceed` without it in between. What that raises
+        ends the lookup; then nothing is leased.
+
         Further encodings of later chunks are left out where their headers would not fit into `max_header_bytes`.
         Raises StorageError when those of one encoding of each chunk have more together; then nothing is leased.
         """
-        now_s = self._clock()
-        answers: list[LookupAnswer] = []
-        hits: list[int] = []
-        missed = approximate = 0
-        headers_on_disk: list[tuple[int, int, int]] = []  # (number of the answer, place in it, slot)
-        tiers = self._tiers
-        # A thousand chunks are to be found in a millisecond: what the loop needs is looked up once.
-        best, encoding_of, extents = self._index.best, self._index.encoding, self._index.extent
-        sizes, header_sizes = self._index.size_bytes, self._index.header_bytes
-        header_bytes = 0
-        with self._lock:
-            wanted = encodings or self._index.encodings if all_encodings else encodings
-            preference = self._index.preference(wanted)
-            for chunk in chunks:
-                slot, contexts = best(chunk, preference, now_s)
-                other_context = b""
-                if slot < 0 and any_context and contexts:
-                    tiers.settle()  # which of them was used last counts
-                    slot = self._index.another_context(chunk, preference, now_s)
-                    if slot >= 0:
-                        chunk = self._index.chunk_id(slot)
-                        other_context = chunk.prefix_id
-                        approximate += 1
-                if slot < 0:
-                    missed += 1
-                    answers.append(LookupAnswer(None, 0, b"", contexts))
-                    continue
-                hits.append(slot)
-                header_bytes += header_sizes[slot] if with_headers else 0
-                header = tiers.header_in_memory(slot) if with_headers else b""
-                if header is None:
-                    headers_on_disk.append((len(answers), 0, slot))
-                    header = b""
-                others: Sequence[FoundVariant] = ()
-                if all_encodings:
-                    slots = self._index.others(chunk, slot, preference, now_s)
-                    if max_header_bytes is not None and slots:
-                        # Every chunk behind this one has to be named before any is named twice.
-                        behind = len(chunks) - len(answers) - 1
-                        own = [header_sizes[other] if with_headers else 0 for other in (slot, *slots)]
-                        needed = (
-                            header_bytes + behind * own[0] + sum(own[1:]) + len(slots) * _OTHER_ENCODING_BYTES
-                        )
-                        if needed > max_header_bytes:
-                            slots = []
-                    others = [self._found(other, with_headers=with_headers) for other in slots]
-                    hits += slots
-                    for place, other in enumerate(slots, 1):
-                        header_bytes += _OTHER_ENCODING_BYTES + len(others[place - 1].header)
-                        if with_headers and not others[place - 1].header:
-                            header_bytes += header_sizes[other]
-                            headers_on_disk.append((len(answers), place, other))
-                if max_header_bytes is not None and header_bytes > max_header_bytes:
-                    raise StorageError(
-                        f"the headers of the first {len(answers) + 1} of {len(chunks)} chunks have more "
-                        f"than {max_header_bytes} bytes; look fewer chunks up at a time"
-                    )
-                on_disk = extents[slot] is None
-                answers.append(
-                    LookupAnswer(
-                        encoding_of(slot), sizes[slot], header, contexts, on_disk, others, other_context
-                    )
-                )
-            self._leases.expire()
-            lease_id = self._leases.grant(hits, lease_s) if hits and lease_s > 0 else None
+        search = ChunkSearch(
+            self._tiers,
+            chunks,
+            encodings,
+            now_s=self._clock(),
+            max_header_bytes=max_header_bytes,
+            with_headers=with_headers,
+            all_encodings=all_encodings,
+            any_context=any_context,
+        )
+        lease_id: LeaseId | None = None
+        try:
+            for begin in range(0, len(chunks), SLICE_CHUNKS):
+                if begin:
+                    time.sleep(PAUSE_S)
+                    proceed()
+                with self._lock:
+                    found = search.find(begin)
+                    self._leases.expire()
+                    if found and lease_s > 0:
+                        lease_id = self._leases.cover(lease_id, found, lease_s)
             if not peek:
-                # Last chunk first: a later chunk is worth nothing without those before it, so it is older. All that a
-                # chunk is stored as is used alike: what of it will be read is not known yet.
-                tiers.touch(reversed(hits))
-                self._counters.lookups += 1
-                self._counters.hits += len(answers) - missed
-                self._counters.approximate_hits += approximate
-                self._counters.misses += missed
-            for _, _, slot in headers_on_disk:
-                tiers.hold(slot)
-        # From the back, so that what the disk has lost can be left out of its answer.
-        for number, place, slot in reversed(headers_on_disk):
-            answers[number] = self._with_header(answers[number], place, slot)
-        return LookupResult(answers, lease_id)
+                self._count_use(search)
+            search.read_headers(proceed)
+        except BaseException:
+            with self._lock:
+                search.release()
+                if lease_id is not None:
+                    self._leases.release(lease_id)
+            raise
+        return LookupResult(search.answers, lease_id)
 
     def begin_put(
         self,
@@ -404,8 +323,11 @@ class StorageNode:
     def maintain(self) -> bool:
         """One round of what happens behind the clients' backs: chunks are written back, demoted, expired, and segments
         compacted. True when there is more to do at once."""
-        with self._lock:
-            self._tiers.settle()
+        more = True
+        while more:
+            with self._lock:
+                more = self._tiers.settle(SLICE_CHUNKS)
+            time.sleep(PAUSE_S)
         self._tiers.expire(self._clock())
         busy = self._tiers.flush()
         self._tiers.demote()
@@ -537,39 +459,23 @@ class StorageNode:
             return None
         return slot
 
-    def _found(self, slot: int, *, with_headers: bool) -> FoundVariant:
-        """Without its header where that has to be read from the disk; the caller has the lock."""
-        header = self._tiers.header_in_memory(slot) if with_headers else None
-        on_disk = self._index.extent[slot] is None
-        return FoundVariant(self._index.encoding(slot), self._index.size_bytes[slot], header or b"", on_disk)
-
-    def _with_header(self, answer: LookupAnswer, place: int, slot: int) -> LookupAnswer:
-        """Reads the header of a held slot from the disk: the one that the answer names, or of the others the one at
-        `place`, counted from 1. What the disk has lost is missing; then the first other one takes its place."""
-        others = list(answer.others)
-        try:
-            header = self._tiers.header(slot)
-        except ChunkNotFoundError:
-            if place:
-                del others[place - 1]
-                return answer._replace(others=others)
-            if not others:
-                return LookupAnswer(None, 0, b"", answer.other_contexts)
-            first = others.pop(0)
-            return answer._replace(
-                encoding=first.encoding,
-                size_bytes=first.size_bytes,
-                header=first.header,
-                on_disk=first.on_disk,
-                others=others,
-            )
-        finally:
+    def _count_use(self, search: ChunkSearch) -> None:
+        """Last chunk first: a later chunk is worth nothing without those before it, so it is older. All that a chunk is
+        stored as is used alike: what of it will be read is not known yet."""
+        used = search.hits[::-1]
+        for begin in range(0, len(used), SLICE_CHUNKS):
+            if begin:
+                time.sleep(PAUSE_S)
             with self._lock:
-                self._tiers.release(slot)
-        if not place:
-            return answer._replace(header=header)
-        others[place - 1] = others[place - 1]._replace(header=header)
-        return answer._replace(others=others)
+                # A slot without a lease may be free again by now.
+                self._tiers.touch(filter(self._index.listed, used[begin : begin + SLICE_CHUNKS]))
+                if len(used) > SLICE_CHUNKS:
+                    self._tiers.settle()  # or the next one who has to would do all of it at once
+        with self._lock:
+            self._counters.lookups += 1
+            self._counters.hits += len(search.answers) - search.missed
+            self._counters.approximate_hits += search.approximate
+            self._counters.misses += search.missed
 
     def _variant(self, slot: int) -> StoredVariant:
         index = self._index

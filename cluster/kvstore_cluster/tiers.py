@@ -133,11 +133,13 @@ class Tiers:
         if len(self._touched) > _MOST_TOUCHED:
             self.settle()
 
-    def settle(self) -> None:
-        """Tells the policies what was used."""
-        touched, self._touched = self._touched, []
+    def settle(self, most: int | None = None) -> bool:
+        """Tells the policies what was used, the oldest `most` uses of it; True when there are more."""
+        touched = self._touched[:most]
+        del self._touched[:most]
         for slot in touched:
             self._touch(slot)
+        return bool(self._touched)
 
     def report(self, slot: int, score: float) -> None:
         if self.index.extent[slot] is not None:

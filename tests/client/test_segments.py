@@ -15,7 +15,8 @@ from kvstore_client import KVStoreClient, connect
 from kvstore_client.fetch import FetchReport
 from kvstore_client.lookup import Match
 from kvstore_client.store import NewChunk
-from kvstore_cluster.node import LookupAnswer, LookupResult, StorageNode
+from kvstore_cluster.lookup import LookupAnswer, LookupResult
+from kvstore_cluster.node import StorageNode
 from kvstore_codec.identity import ChunkId, PlacedChunk, begins_text
 from kvstore_codec.rope import RotaryTable, rotate_
 from kvstore_service.link import ShapedLink

@@ -73,3 +73,14 @@ def test_no_lease_is_longer_than_the_cap(leases: LeaseTable[str], clock: Clock) 
 def test_an_unknown_lease_is_neither_renewed_nor_released(leases: LeaseTable[str]) -> None:
     assert not leases.renew(LeaseId(b"x" * 16), 10.0)
     assert not leases.release(LeaseId(b"x" * 16))
+
+
+def test_a_lease_may_cover_more(leases: LeaseTable[str], clock: Clock) -> None:
+    lease_id = leases.cover(None, ["a"], 10.0)
+    clock.now_s += 5.0
+    assert leases.cover(lease_id, ["a", "b"], 10.0) == lease_id
+    clock.now_s += 5.0
+    leases.expire()
+    assert not leases.holds("a")
+    assert not leases.holds("b")
+    assert leases.cover(lease_id, ["c"], 10.0) != lease_id

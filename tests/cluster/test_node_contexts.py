@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.leases import LeaseTable
-from kvstore_cluster.node import LookupAnswer, StorageNode
+from kvstore_cluster.lookup import LookupAnswer
+from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.identity import ROOT_PREFIX, PrefixId, prefix_id
 from tests.sample_chunk import SampleChunk, sample_chunk

@@ -1,0 +1,213 @@
+"""Finding the chunks of one lookup, slice by slice, so that a long lookup never keeps the node's lock for long."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from kvstore_cluster.index import ChunkName
+from kvstore_cluster.leases import LeaseId
+from kvstore_cluster.tiers import Tiers
+from kvstore_codec.errors import ChunkNotFoundError, StorageError
+
+SLICE_CHUNKS = 2048
+"""Chunks that are looked up under one acquisition of the lock: 3 ms of it. Common lookups have no more."""
+PAUSE_S = 200e-6
+"""Between slices: a thread that only releases the lock takes it again before one that waits for it has woken."""
+_HEADERS_PER_CHECK = 64
+"""Headers that are read from the disk between two looks at whether anybody still wants them."""
+_OTHER_ENCODING_BYTES = 128
+"""Of an answer, for each further encoding, besides its header."""
+
+
+class FoundVariant(NamedTuple):
+    """One encoding that a chunk is stored in."""
+
+    encoding: str
+    size_bytes: int
+    header: bytes
+    on_disk: bool
+
+
+class LookupAnswer(NamedTuple):
+    """`encoding` is None when the chunk is not here in an acceptable encoding: the exact one, unless `prefix_id` says
+    otherwise."""
+
+    encoding: str | None
+    size_bytes: int
+    header: bytes
+    other_contexts: int
+    on_disk: bool = False
+    """Not in memory: a read comes from the disk."""
+    others: Sequence[FoundVariant] = ()
+    """The same chunk in further encodings, if they were asked for."""
+    prefix_id: bytes = b""
+    """The context that all this is about, where it is another than the one that was asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class LookupResult:
+    """One answer per asked chunk, in order; `lease_id` is None when nothing was leased."""
+
+    answers: list[LookupAnswer]
+    lease_id: LeaseId | None
+
+
+class ChunkSearch:
+    """The answers to one lookup of `chunks`, as far as they are known. `find` is called under the node's lock, for
+    SLICE_CHUNKS chunks at a time, and `read_headers` at the end without it. Whoever gives up before that calls
+    `release` under the lock. The options are those of `StorageNode.lookup`."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        chunks: Sequence[ChunkName],
+        encodings: Sequence[str],
+        *,
+        now_s: float,
+        max_header_bytes: int | None,
+        with_headers: bool,
+        all_encodings: bool,
+        any_context: bool,
+    ) -> None:
+        self._tiers = tiers
+        self._chunks = chunks
+        self._encodings = encodings
+        self._now_s = now_s
+        self._max_header_bytes = max_header_bytes
+        self._with_headers = with_headers
+        self._all_encodings = all_encodings
+        self._any_context = any_context
+        self._header_bytes = 0
+        # (number of the answer, place in it, slot), of slots that are held
+        self._headers_on_disk: list[tuple[int, int, int]] = []
+        self.answers: list[LookupAnswer] = []
+        self.hits: list[int] = []
+        """Slots of everything found, further encodings included, in the order of the chunks."""
+        self.missed = 0
+        self.approximate = 0
+        """Chunks found in another context only."""
+
+    def find(self, begin: int) -> list[int]:
+        """Answers for the chunks from number `begin` on, and returns the slots of what was found. Raises StorageError
+        when the headers of all answers have more than `max_header_bytes`."""
+        tiers, index, now_s = self._tiers, self._tiers.index, self._now_s
+        wanted = self._encodings or index.encodings if self._all_encodings else self._encodings
+        preference = index.preference(wanted)
+        # A thousand chunks are to be found in a millisecond: what the loop needs is looked up once.
+        best, encoding_of, extents = index.best, index.encoding, index.extent
+        sizes, header_sizes = index.size_bytes, index.header_bytes
+        answers, hits, first_hit = self.answers, self.hits, len(self.hits)
+        with_headers, max_header_bytes = self._with_headers, self._max_header_bytes
+        # By content. Finding it looks at up to 512 contexts, and a lookup may name one content thousands of times.
+        other_contexts: dict[bytes, int] = {}
+        for chunk in self._chunks[begin : begin + SLICE_CHUNKS]:
+            slot, contexts = best(chunk, preference, now_s)
+            other_context = b""
+            if slot < 0 and self._any_context and contexts:
+                content_id = chunk.content_id
+                if content_id not in other_contexts:
+                    tiers.settle()  # which of them was used last counts
+                    other_contexts[content_id] = index.another_context(chunk, preference, now_s)
+                slot = other_contexts[content_id]
+                if slot >= 0:
+                    chunk = index.chunk_id(slot)
+                    other_context = chunk.prefix_id
+                    self.approximate += 1
+            if slot < 0:
+                self.missed += 1
+                answers.append(LookupAnswer(None, 0, b"", contexts))
+                continue
+            hits.append(slot)
+            header = b""
+            if with_headers:
+                self._header_bytes += header_sizes[slot]
+                header = self._header(slot, len(answers), 0)
+            others: Sequence[FoundVariant] = ()
+            if self._all_encodings:
+                slots = index.others(chunk, slot, preference, now_s)
+                others = self._others(slot, slots)
+                hits += slots[: len(others)]
+            if max_header_bytes is not None and self._header_bytes > max_header_bytes:
+                raise StorageError(
+                    f"the headers of the first {len(answers) + 1} of {len(self._chunks)} chunks have more "
+                    f"than {max_header_bytes} bytes; look fewer chunks up at a time"
+                )
+            on_disk = extents[slot] is None
+            answers.append(
+                LookupAnswer(encoding_of(slot), sizes[slot], header, contexts, on_disk, others, other_context)
+            )
+        return hits[first_hit:]
+
+    def read_headers(self, proceed: Callable[[], None]) -> None:
+        """Reads from the disk the headers that are not in memory; the caller does not have the lock. What the disk has
+        lost is left out of its answer. Calls `proceed` now and then and passes on what it raises."""
+        while self._headers_on_disk:
+            # From the back: an answer whose other encodings were lost has them in order until then.
+            number, place, slot = self._headers_on_disk.pop()
+            try:
+                self.answers[number] = self._with_header_of(slot, self.answers[number], place)
+            finally:
+                with self._tiers.lock:
+                    self._tiers.release(slot)
+            if len(self._headers_on_disk) % _HEADERS_PER_CHECK == _HEADERS_PER_CHECK - 1:
+                proceed()
+
+    def release(self) -> None:
+        """Lets go of what `read_headers` would have read; the caller has the lock."""
+        while self._headers_on_disk:
+            self._tiers.release(self._headers_on_disk.pop()[2])
+
+    def _header(self, slot: int, number: int, place: int) -> bytes:
+        """Empty where it has to be read from the disk; then the slot is held."""
+        header = self._tiers.header_in_memory(slot)
+        if header is None:
+            self._tiers.hold(slot)
+            self._headers_on_disk.append((number, place, slot))
+        return header or b""
+
+    def _others(self, slot: int, slots: Sequence[int]) -> list[FoundVariant]:
+        """The further encodings of the chunk in `slot`; none where their headers leave too little room for the chunks
+        behind: every chunk has to be named before any is named twice."""
+        index = self._tiers.index
+        own_bytes = index.header_bytes[slot] if self._with_headers else 0
+        others_bytes = len(slots) * _OTHER_ENCODING_BYTES
+        others_bytes += sum(index.header_bytes[other] for other in slots) if self._with_headers else 0
+        if self._max_header_bytes is not None:
+            behind = len(self._chunks) - len(self.answers) - 1
+            if self._header_bytes + behind * own_bytes + others_bytes > self._max_header_bytes:
+                return []
+        self._header_bytes += others_bytes
+        return [
+            FoundVariant(
+                index.encoding(other),
+                index.size_bytes[other],
+                self._header(other, len(self.answers), place) if self._with_headers else b"",
+                index.extent[other] is None,
+            )
+            for place, other in enumerate(slots, 1)
+        ]
+
+    def _with_header_of(self, slot: int, answer: LookupAnswer, place: int) -> LookupAnswer:
+        """Of the variant that the answer names, or of the other one at `place`, counted from 1. Where the disk has lost
+        what the answer names, the first other one takes its place."""
+        others = list(answer.others)
+        try:
+            header = self._tiers.header(slot)
+        except ChunkNotFoundError:
+            if place:
+                del others[place - 1]
+                return answer._replace(others=others)
+            if not others:
+                return LookupAnswer(None, 0, b"", answer.other_contexts)
+            first = others.pop(0)
+            return answer._replace(
+                encoding=first.encoding,
+                size_bytes=first.size_bytes,
+                header=first.header,
+                on_disk=first.on_disk,
+                others=others,
+            )
+        if not place:
+            return answer._replace(header=header)
+        others[place - 1] = others[place - 1]._replace(header=header)
+        return answer._replace(others=others)

@@ -1,0 +1,148 @@
+"""A long lookup lets others in: it is answered in slices, between which the node's lock is free."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore_cluster.arena import Arena
+from kvstore_cluster.disk import SegmentStore
+from kvstore_cluster.durability import Durability
+from kvstore_cluster.lookup import SLICE_CHUNKS
+from kvstore_cluster.node import StorageNode
+from kvstore_cluster.put import PutOptions
+from tests.sample_chunk import SampleChunk, sample_chunk
+
+EXACT = ["exact-zstd"]
+STORED = [sample_chunk(content=number, frame_bytes=10) for number in range(4)]
+MISSING = sample_chunk(content=99)
+# A stored chunk in each of four slices.
+LONG = [chunk.chunk_id for stored in STORED for chunk in (stored, *[MISSING] * (SLICE_CHUNKS - 1))]
+
+
+class GoneError(Exception):
+    """What `proceed` raises in these tests."""
+
+
+def put(node: StorageNode, chunk: SampleChunk, options: PutOptions = PutOptions()) -> None:  # noqa: B008
+    pending = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data), options=options)
+    assert pending is not None
+    pending.write(memoryview(chunk.data))
+    assert pending.commit()
+
+
+@pytest.fixture
+def node() -> Iterator[StorageNode]:
+    node = StorageNode("node-0", Arena(1 << 20, 4 << 10))
+    for chunk in STORED:
+        put(node, chunk)
+    yield node
+    node.check_integrity()
+
+
+def test_slices_answer_what_one_lookup_each_would(node: StorageNode) -> None:
+    at_once = node.lookup(LONG, EXACT)
+    apart = [answer for chunk in LONG[:: SLICE_CHUNKS // 4] for answer in node.lookup([chunk], EXACT).answers]
+    assert at_once.answers[:: SLICE_CHUNKS // 4] == apart
+    assert sum(answer.encoding is not None for answer in at_once.answers) == len(STORED)
+
+
+def test_others_are_served_between_two_slices(node: StorageNode) -> None:
+    def ask() -> None:
+        # In another thread, because the lock lets its owner in.
+        asking = threading.Thread(target=lambda: served.append(node.lookup(LONG[:1], EXACT)))
+        asking.start()
+        asking.join(10)
+
+    served: list[object] = []
+    node.lookup(LONG, EXACT, proceed=ask)
+    assert len(served) == len(STORED) - 1
+
+
+def test_one_lease_holds_what_all_slices_found(node: StorageNode) -> None:
+    lease_id = node.lookup(LONG, EXACT, lease_s=60).lease_id
+    assert node.stats().leases == 1
+    filler = [sample_chunk(content=100 + number, frame_bytes=50_000) for number in range(3)]
+    for chunk in filler:
+        put(node, chunk)
+    assert all(node.lookup([chunk.chunk_id], EXACT).answers[0].encoding for chunk in STORED)
+    assert lease_id is not None
+    assert node.release_lease(lease_id)
+    assert not node.lookup(LONG, EXACT, lease_s=0).lease_id
+
+
+def test_a_lease_that_ends_between_two_slices_is_followed_by_another(node: StorageNode) -> None:
+    """Then the reply names the later one, and nothing stays leased for ever."""
+    result = node.lookup(LONG, EXACT, lease_s=1e-6)
+    assert result.lease_id is not None
+    assert node.stats().leases == 0
+
+
+def test_a_lookup_that_is_given_up_leases_nothing(node: StorageNode) -> None:
+    def give_up() -> None:
+        assert node.stats().leases == 1
+        raise GoneError
+
+    with pytest.raises(GoneError):
+        node.lookup(LONG, EXACT, lease_s=60, proceed=give_up)
+    assert node.stats().leases == 0
+    assert node.stats().counters["lookups"] == 0
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_chunk_that_goes_between_two_slices_does_no_harm(node: StorageNode, replaced: bool) -> None:
+    """Its slot may even belong to another chunk when its use is counted."""
+
+    def drop() -> None:
+        if node.delete([STORED[0].chunk_id]) and replaced:
+            put(node, sample_chunk(content=50, frame_bytes=10))
+
+    result = node.lookup(LONG, EXACT, proceed=drop)
+    assert [answer.encoding for answer in result.answers[::SLICE_CHUNKS]] == EXACT * len(STORED)
+    assert node.stats().counters["hits"] == len(STORED)
+    assert node.stats().chunks == len(STORED) - 1 + replaced
+
+
+def test_a_content_of_many_contexts_is_searched_once_a_slice(
+    node: StorageNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = []
+    search = node._index.another_context
+
+    def counted(*arguments):
+        searched.append(arguments)
+        return search(*arguments)
+
+    monkeypatch.setattr(node._index, "another_context", counted)
+    elsewhere = sample_chunk(content=0, context=7).chunk_id
+    answers = node.lookup([elsewhere] * (SLICE_CHUNKS + 1), EXACT, any_context=True).answers
+    assert {answer.prefix_id for answer in answers} == {STORED[0].chunk_id.prefix_id}
+    assert len(searched) == 2
+    assert node.stats().counters["approximate_hits"] == len(answers)
+
+
+@pytest.mark.parametrize("after", ["a slice", "headers from the disk"])
+def test_headers_on_disk_are_let_go_when_a_lookup_is_given_up(tmp_path: Path, after: str) -> None:
+    durable = PutOptions(Durability.DURABLE)
+    chunks = [sample_chunk(content=number, frame_bytes=10) for number in range(130)]
+    node = StorageNode("node-0", Arena(1 << 20, 4 << 10), store=SegmentStore(tmp_path, 8 << 20))
+    for chunk in chunks:
+        put(node, chunk, durable)
+    node.close()
+    # Started again, it has all chunks on disk and no header in memory.
+    node = StorageNode("node-0", Arena(1 << 20, 4 << 10), store=SegmentStore(tmp_path, 8 << 20))
+    names = [chunk.chunk_id for chunk in chunks]
+    if after == "a slice":
+        names += [MISSING.chunk_id] * SLICE_CHUNKS
+
+    def give_up() -> None:
+        raise GoneError
+
+    with pytest.raises(GoneError):
+        node.lookup(names, EXACT, lease_s=60, proceed=give_up)
+    assert node.stats().leases == 0
+    assert node.delete([chunk.chunk_id for chunk in chunks]) == len(chunks)
+    node.check_integrity()
+    assert not node._tiers._readers
+    node.close()
