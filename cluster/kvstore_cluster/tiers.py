@@ -31,8 +31,10 @@ from kvstore_codec.errors import (
     DiskError,
     DiskFullError,
     ForeignChunkError,
+    KVStoreError,
     OverQuotaError,
     StorageError,
+    UnsupportedVersionError,
 )
 from kvstore_codec.identity import ChunkId
 
@@ -50,7 +52,7 @@ _DISK_TRIES = 3
 
 
 class _LostChunkError(ChunkNotFoundError):
-    """It has gone because its copy on the disk is damaged."""
+    """It has gone because its copy on the disk is damaged, or of a format version that is not read any more."""
 
 
 class Tiers:
@@ -224,7 +226,7 @@ class Tiers:
             try:
                 read_header(header)
             except ChunkFormatError as error:
-                self._lose(slot, str(error))
+                self._lose(slot, error)
             with self.lock:
                 if self.index.listed(slot) and len(header) <= HEADER_CACHE_BYTES:
                     self._headers[slot] = header
@@ -570,14 +572,14 @@ class Tiers:
             except ChunkNotFoundError:
                 continue
             except DiskError as error:
-                self._lose(slot, str(error))
+                self._lose(slot, error)
 
     def _verify(self, slot: int, views: list[memoryview]) -> None:
         """What was read from the disk. Raises ChunkNotFoundError."""
         try:
             self._require_sound(slot, views)
         except ChunkFormatError as error:
-            self._lose(slot, str(error))
+            self._lose(slot, error)
 
     def _verify_range(self, slot: int, offset: int, data: memoryview) -> None:
         """Part of a chunk, whole frames or all of it, that was read from the disk. Raises ChunkNotFoundError."""
@@ -593,20 +595,21 @@ class Tiers:
                 header.verify_frame(first, data[position:end])
                 first, position = first + 1, end
         except ChunkFormatError as error:
-            self._lose(slot, str(error))
+            self._lose(slot, error)
 
     def _require_sound(self, slot: int, views: list[memoryview]) -> None:
         header = verify_chunk(views, self.index.size_bytes[slot])
         if (header.chunk_id, header.encoding.name) != (self.index.chunk_id(slot), self.index.encoding(slot)):
             raise ForeignChunkError("another chunk lies in its place")
 
-    def _lose(self, slot: int, reason: str) -> NoReturn:
-        """The disk does not give back what was written: nobody shall ask it again."""
+    def _lose(self, slot: int, error: KVStoreError) -> NoReturn:
+        """Drop the copy on the disk, which is damaged or of a format version that is not read any more."""
         short = self.index.chunk_id(slot).short
-        log.error("%s has lost chunk %s: %s", self.node_id, short, reason)
+        level = logging.WARNING if isinstance(error, UnsupportedVersionError) else logging.ERROR
+        log.log(level, "%s drops chunk %s from its disk: %s", self.node_id, short, error)
         with self.lock:
             self._give_up_on_disk(slot)
-        raise _LostChunkError(f"chunk {short} was damaged on the disk of {self.node_id}: {reason}")
+        raise _LostChunkError(f"the disk of {self.node_id} does not have chunk {short} any more: {error}")
 
     def _give_up_on_disk(self, slot: int) -> None:
         if self.index.listed(slot) and self.index.location[slot] != NOWHERE:

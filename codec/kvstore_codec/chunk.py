@@ -8,6 +8,9 @@ their offsets are sums of lengths, never stored, so that they cannot contradict 
 
 A reader allocates nothing on the word of a length: each one is checked against a cap or against the bytes
 that are really there.
+
+Version 2 put a checksum of the decoded samples into every frame (see `payload`). Version 1 had none and is refused: a
+decoder may make anything of a frame of that version, and nothing would notice.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from kvstore_codec.model_spec import KVDtype
 from kvstore_codec.token_order import TokenOrder
 
 MAGIC = b"KVC\0"
-VERSION = 1
+VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
 
 _FIXED_PREFIX = struct.Struct("<4sHI")
@@ -193,8 +196,8 @@ def header_length(first_bytes: Buffer) -> int:
         )
     if version != VERSION:
         raise UnsupportedVersionError(
-            f"the chunk has format version {version}, this codec reads version {VERSION}; "
-            "update whichever side is older"
+            f"the chunk has format version {version}, this codec reads version {VERSION} only; "
+            "update whichever side is older, and chunks of older versions are computed again"
         )
     total = int(FIXED_PREFIX_BYTES + length + _CHECKSUM.size)
     if total > MAX_HEADER_BYTES:

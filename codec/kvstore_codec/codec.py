@@ -18,7 +18,7 @@ from kvstore_codec.identity import ChunkId
 from kvstore_codec.klt_frames import KLT, Prediction, encode_klt_frame
 from kvstore_codec.layouts.token_frames import LAYERS_PER_PICTURE
 from kvstore_codec.model_spec import ModelSpec
-from kvstore_codec.payload import PayloadKind
+from kvstore_codec.payload import PayloadKind, PayloadWriter
 from kvstore_codec.quantise import STEP_PER_RMS, encode_quantised
 from kvstore_codec.token_order import TokenOrder
 from kvstore_codec.words import encode_words, words_of
@@ -156,7 +156,7 @@ def _encode_klt(
             [token - rows.start for token in rows if token < sinks],
             encoding.coder,
         )
-        data = b"".join([bytes([PayloadKind.KLT]), *coded.parts]) if coded else b""
+        data = coded.data if coded else b""
         exact = b""
         if not data or len(data) > _SUSPICIOUS * 2 * k.nbytes:
             exact = _encode_exact(k, v, "zstd")
@@ -182,15 +182,16 @@ def _cut(
 def _encode_exact(keys: torch.Tensor, values: torch.Tensor, coder_name: str) -> bytes:
     both = [words_of(tensor.contiguous()) for tensor in (keys, values)]
     if coder_name == "raw":
-        return b"".join([bytes([PayloadKind.VERBATIM]), *(words.tobytes() for words in both)])
-    planes = [part for words in both for part in encode_words(words)]
-    return b"".join([bytes([PayloadKind.BYTE_PLANES]), *planes])
+        writer = PayloadWriter(PayloadKind.VERBATIM)
+        writer.add(*(words.data for words in both))
+        return writer.frame()
+    writer = PayloadWriter(PayloadKind.BYTE_PLANES)
+    for words in both:
+        encode_words(words, writer)
+    return writer.frame()
 
 
 def _encode_quantised(keys: torch.Tensor, values: torch.Tensor, encoding: Encoding) -> bytes:
     rate = encoding.rate
     step_per_rms = STEP_PER_RMS[rate] if isinstance(rate, Rate) else rate
-    parts = encode_quantised(keys, values, encoding.coder, step_per_rms)
-    if parts is None:
-        return _encode_exact(keys, values, "zstd")
-    return b"".join([bytes([PayloadKind.QUANTISED]), *parts])
+    return encode_quantised(keys, values, encoding.coder, step_per_rms) or _encode_exact(keys, values, "zstd")

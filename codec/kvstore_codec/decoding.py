@@ -111,16 +111,15 @@ class FramesTogether:
             header.verify_frame(frame, payload)
             with _naming(header, frame):
                 reader = PayloadReader(payload)
-                kind = reader.kind()
                 rows = geometry.tokens_of(frame % geometry.frames_per_period)
                 tokens = slice(rows.start - begin, rows.stop - begin)
                 k, v = keys[:, :, tokens], values[:, :, tokens]
-                if kind is PayloadKind.KLT:
+                if reader.kind is PayloadKind.KLT:
                     transform = transform or _require_decoder(header, klt).periods[period]
                     neighbours.append(decode_klt_frame(reader, transform, k, coder))
                 elif keys.is_cpu:
                     wait(tokens.start)
-                    _DECODERS[kind](reader, k, v, coder)
+                    _DECODERS[reader.kind](reader, k, v, coder)
                 else:
                     raise InvalidKVError(
                         f"{header.encoding.name} is decoded into host memory, not {keys.device}"

@@ -14,6 +14,7 @@ KVStoreError
 │       ├── UnsupportedVersionError
 │       ├── TruncatedChunkError
 │       ├── ChecksumError
+│       ├── SampleMismatchError    sound bytes that decode to other samples than were encoded
 │       └── ForeignChunkError     a sound chunk, but of another model, text or context than asked for
 ├── StorageError
 │   ├── ArenaFullError            nothing left that may be evicted
@@ -88,6 +89,9 @@ class TruncatedChunkError(ChunkFormatError): ...
 
 
 class ChecksumError(ChunkFormatError): ...
+
+
+class SampleMismatchError(ChunkFormatError): ...
 
 
 class ForeignChunkError(ChunkFormatError): ...

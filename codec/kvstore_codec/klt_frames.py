@@ -25,7 +25,7 @@ from kvstore_codec.encoding import LARGEST_STEP, SMALLEST_STEP, Rate
 from kvstore_codec.errors import CalibrationError, ChunkFormatError, InvalidKVError
 from kvstore_codec.guard import LARGEST_INTEGER, Target, at_finer_step, at_step
 from kvstore_codec.klt import PeriodKLT, compute_dtype, token_vectors
-from kvstore_codec.payload import PayloadReader
+from kvstore_codec.payload import PayloadKind, PayloadReader, PayloadWriter
 from kvstore_codec.scratch import ThreadScratch
 from kvstore_codec.words import decode_words, encode_words, words_of
 
@@ -95,7 +95,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class EncodedFrame:
-    parts: list[bytes]
+    data: bytes
     guarded: bool
     """The step is finer than the rate's."""
 
@@ -142,19 +142,20 @@ def encode_klt_frame(
     escapes = plane.reshape(-1)[outside]
     plane.reshape(-1)[outside] = 0
     samples: Plane = (plane + _ZERO_SAMPLE).astype(np.uint8)
-    parts = [
+    writer = PayloadWriter(PayloadKind.KLT)
+    writer.add(
         _FRAME.pack(step, count, len(exact_tokens), len(outside)),
-        np.asarray(exact_tokens, _TOKEN_DTYPE).tobytes(),
-        outside.astype(_INDEX_DTYPE).tobytes(),
-        escapes.astype(_VALUE_DTYPE).tobytes(),
-    ]
+        np.asarray(exact_tokens, _TOKEN_DTYPE).data,
+        outside.astype(_INDEX_DTYPE).data,
+        escapes.astype(_VALUE_DTYPE).data,
+    )
     if exact_tokens:
         chosen = torch.as_tensor(exact_tokens)
         for tensor in (keys, values):
-            parts += encode_words(words_of(tensor.index_select(2, chosen).contiguous()))
+            encode_words(words_of(tensor.index_select(2, chosen).contiguous()), writer)
     if samples.size:
-        parts.append(coder(coder_name).encode(samples))
-    return EncodedFrame(parts, step < target.step)
+        writer.add_coded(coder(coder_name).encode(samples), samples)
+    return EncodedFrame(writer.frame(), step < target.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +222,7 @@ def decode_klt_frame(
     if rows:
         plane = _SAMPLES.array((rows, tokens), np.uint8)
         decoder(coder_name).decode(reader.take_rest(), plane)
+        reader.decoded(plane)
         plane ^= np.uint8(_ZERO_SAMPLE)  # less 128, as i8
         samples[...] = plane.view(np.int8).T
     beyond = None

@@ -28,7 +28,7 @@ from kvstore_codec.coders.hevc.base import HevcCoder
 from kvstore_codec.encoding import Rate
 from kvstore_codec.errors import ChunkFormatError
 from kvstore_codec.layouts.token_frames import Samples, decode_token_frames, encode_token_frames
-from kvstore_codec.payload import PayloadReader
+from kvstore_codec.payload import PayloadKind, PayloadReader, PayloadWriter
 from kvstore_codec.scratch import ThreadScratch
 from kvstore_codec.words import decode_words, encode_words
 
@@ -66,8 +66,8 @@ class _Integers:
 
 def encode_quantised(
     keys: torch.Tensor, values: torch.Tensor, coder_name: str, step_per_rms: float
-) -> list[bytes] | None:
-    """The frame's bytes, as parts to be joined; `keys` and `values` are [layers, heads, tokens, dims].
+) -> bytes | None:
+    """The frame's bytes; `keys` and `values` are [layers, heads, tokens, dims].
 
     None for a frame that integers would damage: values that are not finite, or out of proportion to the
     rest (a channel that is huge but hardly varies, a layer without any variation).
@@ -76,14 +76,12 @@ def encode_quantised(
     found = _integers(torch.stack((keys, values)).float().numpy(), largest, step_per_rms)
     if found is None:
         return None
-    return [
-        _COUNT.pack(len(found.escape_indices)),
-        found.steps.tobytes(),
-        *encode_words(found.means.view(np.uint16)),
-        found.escape_indices.tobytes(),
-        found.escape_values.tobytes(),
-        _encode_samples(found.samples, coder_name),
-    ]
+    writer = PayloadWriter(PayloadKind.QUANTISED)
+    writer.add(_COUNT.pack(len(found.escape_indices)), found.steps.data)
+    encode_words(found.means.view(np.uint16), writer)
+    writer.add(found.escape_indices.data, found.escape_values.data)
+    writer.add_coded(_encode_samples(found.samples, coder_name), found.samples)
+    return writer.frame()
 
 
 def decode_quantised(
@@ -107,6 +105,8 @@ def decode_quantised(
         raise ChunkFormatError("a frame has steps or escapes that no encoder writes")
     samples = _SAMPLES.array(shape, np.uint8)
     _decode_samples(reader.take_rest(), samples, coder_name)
+    reader.decoded(samples)
+    reader.finish()  # nothing is written into the caller's tensors before their samples are known to be right
 
     offsets = means.view(np.int16)
     offsets -= _ZERO_SAMPLE

@@ -21,7 +21,7 @@ import torch
 
 from kvstore_codec.coders import Plane, coder
 from kvstore_codec.errors import ChunkFormatError
-from kvstore_codec.payload import PayloadReader
+from kvstore_codec.payload import PayloadReader, PayloadWriter
 from kvstore_codec.scratch import ThreadScratch
 
 Words = npt.NDArray[np.unsignedinteger]
@@ -45,15 +45,15 @@ def words_of(tensor: torch.Tensor) -> Words:
     return view
 
 
-def encode_words(words: Words) -> list[bytes]:
-    """The planes of `words` (C-contiguous, any shape), as parts to be joined."""
-    parts: list[bytes] = []
+def encode_words(words: Words, writer: PayloadWriter) -> None:
+    """Appends the planes of `words`, C-contiguous, of any shape."""
     for plane in _planes(words):
-        coded, used = coder("zstd").encode(plane), _ZSTD
+        coded = coder("zstd").encode(plane)
         if len(coded) > _WORTHWHILE * plane.nbytes:
-            coded, used = plane.tobytes(), _PLAIN
-        parts += [_PLANE.pack(used, len(coded)), coded]
-    return parts
+            writer.add(_PLANE.pack(_PLAIN, plane.nbytes), plane.data)
+        else:
+            writer.add(_PLANE.pack(_ZSTD, len(coded)))
+            writer.add_coded(coded, plane)
 
 
 def decode_words(reader: PayloadReader, out: Words) -> None:
@@ -97,6 +97,7 @@ def _read_plane(
     if used == _ZSTD:
         plane = scratch.array((1, size), np.uint8)
         coder("zstd").decode(data, plane)
+        reader.decoded(plane)
     elif used == _PLAIN and length == size:
         plane = np.frombuffer(data, np.uint8)
     else:

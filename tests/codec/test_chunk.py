@@ -46,7 +46,7 @@ def small_chunk_bytes() -> bytes:
     return b"".join(small_chunk().parts)
 
 
-def reseal(body: bytes, version: int = 1) -> bytes:
+def reseal(body: bytes, version: int = 2) -> bytes:
     signed = struct.pack("<4sHI", b"KVC\0", version, len(body)) + body
     return signed + struct.pack("<Q", xxhash.xxh3_64_intdigest(signed))
 
@@ -61,7 +61,7 @@ def test_layout_byte_by_byte() -> None:
     chunk = small_chunk()
     data = small_chunk_bytes()
     magic, version, length = struct.unpack_from("<4sHI", data)
-    assert (magic, version) == (b"KVC\0", 1)
+    assert (magic, version) == (b"KVC\0", 2)
     header_end = 10 + length + 8
     assert struct.unpack_from("<Q", data, header_end - 8)[0] == xxhash.xxh3_64_intdigest(
         data[: header_end - 8]
@@ -174,16 +174,17 @@ def test_foreign_bytes_are_refused(foreign: bytes) -> None:
             read(foreign)
 
 
-def test_an_unknown_version_is_refused_by_name() -> None:
+@pytest.mark.parametrize("version", [1, 3])
+def test_another_version_is_refused_by_name(version: int) -> None:
     data = bytearray(small_chunk_bytes())
-    data[4:6] = struct.pack("<H", 2)
-    with pytest.raises(UnsupportedVersionError, match="version 2, this codec reads version 1"):
+    data[4:6] = struct.pack("<H", version)
+    with pytest.raises(UnsupportedVersionError, match=f"version {version}, this codec reads version 2"):
         read_header(data)
 
 
 def test_an_absurd_header_length_is_refused_without_allocating() -> None:
     for length in (MAX_HEADER_BYTES, 2**32 - 1):
-        data = struct.pack("<4sHI", b"KVC\0", 1, length) + bytes(100)
+        data = struct.pack("<4sHI", b"KVC\0", 2, length) + bytes(100)
         with pytest.raises(ChunkFormatError, match="absurd"):
             read_header(data)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import xxhash
 
-from kvstore_codec.chunk import FIXED_PREFIX_BYTES, ChunkHeader, read_header, verify_chunk
+from kvstore_codec.chunk import FIXED_PREFIX_BYTES, VERSION, ChunkHeader, read_header, verify_chunk
 from kvstore_codec.codec import decode_frames
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ChunkFormatError
@@ -114,7 +114,7 @@ def fuzz_sealed_headers(mutants: int) -> None:
     refused = 0
     for _ in range(mutants):
         body = bytes(mutate(data[FIXED_PREFIX_BYTES:-8]))
-        signed = struct.pack("<4sHI", b"KVC\0", 1, len(body)) + body
+        signed = struct.pack("<4sHI", b"KVC\0", VERSION, len(body)) + body
         try:
             header = read_header(signed + struct.pack("<Q", xxhash.xxh3_64_intdigest(signed)))
         except ChunkFormatError:

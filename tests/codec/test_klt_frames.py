@@ -18,7 +18,7 @@ from kvstore_codec.guard import GUARD_SLACK, GUARD_STRICTNESS
 from kvstore_codec.klt import token_vectors
 from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import KVDtype, ModelSpec
-from kvstore_codec.payload import PayloadKind
+from kvstore_codec.payload import OPENING_BYTES, PayloadKind
 from tests.codec.chunks import (
     CHUNK_ID,
     STEPS,
@@ -50,7 +50,7 @@ def metric_error(spec: ModelSpec, kv: KV, restored: KV, tokens: slice) -> float:
 
 def step_of(chunk: EncodedChunk, frame: int = 0) -> float:
     assert chunk.parts[1 + frame][0] == PayloadKind.KLT
-    return float(struct.unpack_from("<f", chunk.parts[1 + frame], 1)[0])
+    return float(struct.unpack_from("<f", chunk.parts[1 + frame], OPENING_BYTES)[0])
 
 
 @settings(max_examples=15, deadline=None)

@@ -116,7 +116,7 @@ class HevcCpuCoder(HevcCoder):
         contexts = self._contexts
         # A decoder that has failed is not used again.
         decoder, contexts.decoder = contexts.decoder or _new_decoder(), None
-        seen = 0
+        seen: list[Any] = []
         for packet in (*clip.packets, None):
             try:
                 frames = decoder.decode(None if packet is None else av.Packet(packet))
@@ -126,18 +126,19 @@ class HevcCpuCoder(HevcCoder):
                 raise ChunkFormatError(f"the HEVC decoder refuses a picture: {error}") from error
             for frame in frames:
                 found = (frame.format.name, frame.width, frame.height, frame.is_corrupt)
-                seen += 1
-                if found != wanted or seen > count:
+                seen.append(frame)
+                if found != wanted or len(seen) > count:
                     raise ChunkFormatError(
-                        f"the HEVC decoder gave {found} as picture {seen} of {count}, not {wanted}"
+                        f"the HEVC decoder gave {found} as picture {len(seen)} of {count}, not {wanted}"
                     )
                 yield [
                     np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
                     for plane in frame.planes[:planes]
                 ]
-        if seen != count:
-            raise ChunkFormatError(f"the HEVC decoder gave {seen} pictures of {count}")
+        if len(seen) != count:
+            raise ChunkFormatError(f"the HEVC decoder gave {len(seen)} pictures of {count}")
         decoder.flush_buffers()
+        _clear(seen)
         contexts.decoder = decoder
 
 
@@ -145,6 +146,14 @@ class HevcCpu420Coder(HevcCpuCoder):
     """The same, but one plane becomes 4:2:0 with constant chroma, for decoders that do not take monochrome."""
 
     _chroma = QUARTER_OR_FULL
+
+
+def _clear(pictures: list[Any]) -> None:
+    """FFmpeg decodes into memory of earlier pictures, and leaves it as it was where a damaged picture ends early. So
+    that memory is zero whenever a picture begins, as it is in a new decoder."""
+    for picture in pictures:
+        for plane in picture.planes:
+            np.frombuffer(plane, np.uint8)[...] = 0
 
 
 def _new_decoder() -> Any:
