@@ -12,7 +12,7 @@ from kvstore_codec.errors import ChunkNotFoundError, StorageError
 SLICE_CHUNKS = 2048
 """Chunks that are looked up under one acquisition of the lock: 3 ms of it. Common lookups have no more."""
 PAUSE_S = 200e-6
-"""Between slices: a thread that only releases the lock takes it again before one that waits for it has woken."""
+"""Between slices."""
 _HEADERS_PER_CHECK = 64
 """Headers that are read from the disk between two looks at whether anybody still wants them."""
 _OTHER_ENCODING_BYTES = 128

@@ -113,9 +113,8 @@ class StorageNode:
         try:
             for begin in range(0, len(chunks), SLICE_CHUNKS):
                 if begin:
-                    time.sleep(PAUSE_S)
                     proceed()
-                with self._lock:
+                with self._slice(begin):
                     found = search.find(begin)
                     self._leases.expire()
                     if found and lease_s > 0:
@@ -209,25 +208,28 @@ class StorageNode:
     def delete(self, chunks: Sequence[ChunkId]) -> int:
         """Removes every encoding of these chunks, leased or pinned or not, also from a later start, and returns how
         many variants that were. Memory that is being read is given back when the last reader has gone."""
-        with self._lock:
-            deleted = 0
-            sequence = self._store.newest_sequence if self._store is not None else 0
-            for chunk_id in chunks:
-                for slot in list(self._index.variants(chunk_id)):
-                    if self._store is not None:
-                        self._unforgotten.append((self._index.meta(slot), sequence))
-                    self._tiers.remove(slot)
-                    deleted += 1
-            self._counters.deletes += deleted
+        deleted = 0
+        for begin in range(0, len(chunks), SLICE_CHUNKS):
+            with self._slice(begin):
+                sequence = self._store.newest_sequence if self._store is not None else 0
+                for chunk_id in chunks[begin : begin + SLICE_CHUNKS]:
+                    for slot in list(self._index.variants(chunk_id)):
+                        if self._store is not None:
+                            self._unforgotten.append((self._index.meta(slot), sequence))
+                        self._tiers.remove(slot)
+                        self._counters.deletes += 1
+                        deleted += 1
         self._forget_again()
         return deleted
 
     def report(self, chunks: Sequence[ChunkId], scores: Sequence[float]) -> None:
         """Attention, 0 to 1, that a model paid to these chunks; unknown ones are ignored."""
-        with self._lock:
-            for chunk_id, score in zip(chunks, scores, strict=True):
-                for slot in self._index.variants(chunk_id):
-                    self._tiers.report(slot, score)
+        for begin in range(0, len(chunks), SLICE_CHUNKS):
+            end = begin + SLICE_CHUNKS
+            with self._slice(begin):
+                for chunk_id, score in zip(chunks[begin:end], scores[begin:end], strict=True):
+                    for slot in self._index.variants(chunk_id):
+                        self._tiers.report(slot, score)
 
     def set_pins(self, pins: Set[ChunkId]) -> None:
         """These chunks, and no others, are not evicted from now on; they need not be here yet."""
@@ -266,7 +268,7 @@ class StorageNode:
         What comes or goes meanwhile may be missing or appear."""
         listed: list[StoredVariant] = []
         while len(listed) < limit:
-            with self._lock:
+            with self._slice(cursor):
                 slots = self._index.slots
                 for slot in range(cursor, min(cursor + MAX_LISTED, slots)):
                     cursor = slot + 1
@@ -325,9 +327,8 @@ class StorageNode:
         compacted. True when there is more to do at once."""
         more = True
         while more:
-            with self._lock:
+            with self._slice(SLICE_CHUNKS):
                 more = self._tiers.settle(SLICE_CHUNKS)
-            time.sleep(PAUSE_S)
         self._tiers.expire(self._clock())
         busy = self._tiers.flush()
         self._tiers.demote()
@@ -368,6 +369,15 @@ class StorageNode:
                 raise StorageError(
                     f"{self.node_id}: a chunk waits for a disk that it is on, or is not in memory"
                 )
+
+    @contextmanager
+    def _slice(self, begin: int) -> Iterator[None]:
+        """The lock, for a part of a long call. Lets whoever waits for it have it first, unless this is the first part:
+        a thread that only releases the lock takes it again before the other one has woken."""
+        if begin:
+            time.sleep(PAUSE_S)
+        with self._lock:
+            yield
 
     def _forget_again(self) -> None:
         """Tells the disk what was deleted. Raises DiskError; what it was not told is kept for the next time."""
@@ -464,9 +474,7 @@ class StorageNode:
         stored as is used alike: what of it will be read is not known yet."""
         used = search.hits[::-1]
         for begin in range(0, len(used), SLICE_CHUNKS):
-            if begin:
-                time.sleep(PAUSE_S)
-            with self._lock:
+            with self._slice(begin):
                 # A slot without a lease may be free again by now.
                 self._tiers.touch(filter(self._index.listed, used[begin : begin + SLICE_CHUNKS]))
                 if len(used) > SLICE_CHUNKS:

@@ -146,3 +146,16 @@ def test_headers_on_disk_are_let_go_when_a_lookup_is_given_up(tmp_path: Path, af
     node.check_integrity()
     assert not node._tiers._readers
     node.close()
+
+
+def test_a_long_delete_reaches_every_chunk(node: StorageNode) -> None:
+    assert node.delete(LONG) == len(STORED)
+    assert node.stats().counters["deletes"] == len(STORED)
+    assert node.stats().chunks == 0
+
+
+def test_a_long_report_reaches_every_chunk(node: StorageNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = []
+    monkeypatch.setattr(node._tiers, "report", lambda slot, score: scores.append(score))
+    node.report(LONG, [number / len(LONG) for number in range(len(LONG))])
+    assert scores == [number / len(LONG) for number in range(0, len(LONG), SLICE_CHUNKS)]
