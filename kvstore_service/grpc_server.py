@@ -3,13 +3,18 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from kvstore_codec.errors import AbandonedRequestError, BusyError, MalformedRequestError
+from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error
+from kvstore_service.request_fields import require_few_fields
+from kvstore_service.unsent_answers import UnsentAnswers
 
 MAX_MESSAGE_BYTES = 8 << 20
 # The header of every found chunk comes back in one LookupReply.
@@ -19,6 +24,8 @@ MAX_REPLY_BYTES = 64 << 20
 # against malice: a client may open calls whose one message it never sends.)
 MAX_STREAMS = 192
 _THREADS = MAX_STREAMS + 32
+# Calls that are served or wait for a thread; more are refused before their request is received.
+_MAX_CALLS = 1024
 _HEALTH = f"/{health.SERVICE_NAME}/"
 
 _OPTIONS = [
@@ -35,7 +42,8 @@ _OPTIONS = [
 
 
 class GrpcServer:
-    """Serves `handlers` of one service from construction until `stop`. Raises AddressInUseError."""
+    """Serves `handlers` of one service from construction until `stop`. `large` is shared by servers whose large
+    requests compete for the same node. Raises AddressInUseError."""
 
     def __init__(
         self,
@@ -44,9 +52,15 @@ class GrpcServer:
         handlers: dict[str, grpc.RpcMethodHandler],
         *,
         advertise_host: str | None = None,
+        large: LargeRequests | None = None,
     ) -> None:
         self._pool = ThreadPoolExecutor(_THREADS, "kvstore-rpc")
-        self._server = grpc.server(self._pool, interceptors=[_StreamLimit()], options=_OPTIONS)
+        self._server = grpc.server(
+            self._pool,
+            interceptors=[_StreamLimit(), _RequestLimits(large or LargeRequests())],
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=_MAX_CALLS,
+        )
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=self._pool
         )
@@ -125,6 +139,76 @@ class _StreamLimit(grpc.ServerInterceptor):  # type: ignore[misc]
             yield
         finally:
             self._free.release()
+
+
+class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Parses a request, and makes its answer, when LargeRequests admits it. Parsing 65,536 references takes as long as
+    finding them, and gRPC itself would do it in the one thread that all calls go through."""
+
+    def __init__(self, large: LargeRequests) -> None:
+        self._large = large
+        self._unsent = UnsentAnswers()
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        handler = continuation(details)
+        if handler is None or handler.request_streaming or details.method.startswith(_HEALTH):
+            return handler
+        name = details.method.rpartition("/")[2] + "Request"
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(self._answering_with_one(handler, name))
+        return grpc.unary_stream_rpc_method_handler(
+            self._answering_with_many(handler, name), response_serializer=handler.response_serializer
+        )
+
+    def _answering_with_one(self, handler: grpc.RpcMethodHandler, name: str) -> Callable[..., bytes]:
+        def serve(data: bytes, context: grpc.ServicerContext) -> bytes:
+            with reported(context), self._admitted(data, context):
+                request = _parsed(handler, data, name)
+                answer: bytes = handler.response_serializer(handler.unary_unary(request, context))
+            self._unsent.add(context, len(answer))
+            return answer
+
+        return serve
+
+    def _answering_with_many(
+        self, handler: grpc.RpcMethodHandler, name: str
+    ) -> Callable[..., Iterator[object]]:
+        def serve(data: bytes, context: grpc.ServicerContext) -> Iterator[object]:
+            with reported(context), self._large.kept(context.peer(), size_bytes=len(data)):
+                with self._admitted(data, context):
+                    request = _parsed(handler, data, name)
+                del data
+                yield from handler.unary_stream(request, context)
+
+        return serve
+
+    def _admitted(self, data: bytes, context: grpc.ServicerContext) -> AbstractContextManager[None]:
+        return self._large.admitted(context.peer(), context.is_active, size_bytes=len(data))
+
+
+def _parsed(handler: grpc.RpcMethodHandler, data: bytes, name: str) -> object:
+    require_few_fields(data, name)
+    try:
+        return handler.request_deserializer(data)
+    except DecodeError as error:
+        raise MalformedRequestError(f"not a {name}") from error
+
+
+@contextmanager
+def reported(context: grpc.ServicerContext) -> Iterator[None]:
+    """Ends the call with the status of a request that is not served."""
+    try:
+        yield
+    except MalformedRequestError as error:
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except BusyError as error:
+        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+    except AbandonedRequestError as error:
+        context.abort(grpc.StatusCode.CANCELLED, str(error))
 
 
 def unary(method: Callable[..., object], request: type) -> grpc.RpcMethodHandler:

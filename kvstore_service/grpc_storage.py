@@ -1,6 +1,7 @@
 """The Storage service: a thin shell around a StorageNode."""
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
@@ -10,6 +11,7 @@ from kvstore_api.bulk import decode_put_request, encode_read_piece
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
+from kvstore_cluster.lookup import LookupResult
 from kvstore_cluster.node import MAX_LISTED, StorageNode
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_cluster.repair import RepairWorker
@@ -17,7 +19,9 @@ from kvstore_cluster.scrub import scrub
 from kvstore_cluster.stored import StoredVariant
 from kvstore_codec.canonical import DIGEST_BYTES
 from kvstore_codec.errors import (
+    AbandonedRequestError,
     ArenaFullError,
+    BusyError,
     ChunkFormatError,
     ChunkNotFoundError,
     ChunkTooLargeError,
@@ -34,6 +38,7 @@ from kvstore_codec.errors import (
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_service.grpc_server import MAX_REPLY_BYTES, GrpcServer, unary
+from kvstore_service.large_requests import SMALL_BYTES, LargeRequests
 from kvstore_service.listen import Address
 from kvstore_service.throttle import Throttle
 
@@ -47,7 +52,8 @@ MAX_PIECE_BYTES = 1 << 20
 
 class StorageService:
     """`bulk_endpoint` is the host:port of the same node's bulk port, empty where it has none; `repair` what keeps its
-    chunks on their other owners, if anything does; `throttle` what limits the node's sending, on both its ports."""
+    chunks on their other owners, if anything does; `throttle` what limits the node's sending, on both its ports;
+    `large` admits what takes the node long."""
 
     def __init__(
         self,
@@ -55,8 +61,11 @@ class StorageService:
         bulk_endpoint: str = "",
         repair: RepairWorker | None = None,
         throttle: Throttle | None = None,
+        large: LargeRequests | None = None,
     ) -> None:
         self._node = node
+        self._large = large or LargeRequests()
+        self._verifying = threading.Lock()
         self._throttle = throttle or Throttle()
         self._bulk_endpoint = bulk_endpoint
         self._repair = repair
@@ -89,10 +98,14 @@ class StorageService:
 
     def lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> pb.LookupReply:
         # Not as ChunkIds: making a thousand of them takes longer than finding them.
-        chunks = list(request.chunks)
-        _require_few(chunks, context)
+        chunks = _few(request.chunks, context)
         if len(request.encodings) > MAX_ENCODINGS:
             _refuse(context, f"{len(request.encodings)} encodings in one lookup; at most {MAX_ENCODINGS}")
+
+        def proceed() -> None:
+            if not context.is_active():
+                raise AbandonedRequestError("the client of a lookup has gone")
+
         try:
             result = self._node.lookup(
                 chunks,
@@ -104,36 +117,19 @@ class StorageService:
                 peek=request.peek,
                 all_encodings=request.all_encodings,
                 any_context=request.any_context,
+                proceed=proceed,
             )
         except StorageError as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-        reply = pb.LookupReply(lease_id=result.lease_id or b"", bulk_endpoint=self._bulk_endpoint)
-        for ref, answer in zip(chunks, result.answers, strict=True):
-            # Most fields of most answers are the default, and a thousand are to be made in a millisecond.
-            is_exact = answer.encoding is not None and not answer.prefix_id  # then its id is sound
-            if not (is_exact or len(ref.content_id) == len(ref.prefix_id) == DIGEST_BYTES):
-                if result.lease_id is not None:
-                    self._node.release_lease(result.lease_id)
-                _chunk_id(ref, context)
-            if answer.encoding is None:
-                added = reply.answers.add()
-            else:
-                added = reply.answers.add(
-                    encoding=answer.encoding, size_bytes=answer.size_bytes, header=answer.header
-                )
-            if answer.prefix_id:
-                added.prefix_id = answer.prefix_id
-            if answer.other_contexts:
-                added.other_contexts = answer.other_contexts
-            if answer.on_disk:
-                added.on_disk = True
-            for other in answer.others:
-                added.others.add(
-                    encoding=other.encoding,
-                    size_bytes=other.size_bytes,
-                    header=other.header,
-                    on_disk=other.on_disk,
-                )
+        try:
+            reply = _lookup_reply(chunks, result, self._bulk_endpoint)
+            proceed()
+        except (InvalidKVError, AbandonedRequestError) as error:
+            if result.lease_id is not None:
+                self._node.release_lease(result.lease_id)
+            if isinstance(error, InvalidKVError):
+                _refuse(context, str(error))
+            raise
         return reply
 
     def renew_lease(self, request: pb.RenewLeaseRequest, context: grpc.ServicerContext) -> pb.RenewLeaseReply:
@@ -160,13 +156,20 @@ class StorageService:
         self._node.report(chunks, scores)
         return pb.ReportReply()
 
-    def list(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListReply:  # noqa: ARG002
-        variants, next_cursor = self._node.list(
-            request.cursor,
-            min(request.limit or MAX_LISTED, MAX_LISTED),
-            content_prefix=request.content_prefix,
-            tenant=request.tenant if request.HasField("tenant") else None,
-        )
+    def list(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListReply:
+        if len(request.content_prefix) > DIGEST_BYTES:
+            _refuse(
+                context,
+                f"a content_prefix has at most {DIGEST_BYTES} bytes, not {len(request.content_prefix)}",
+            )
+        # A page may take a look at every chunk of the node.
+        with self._large.admitted(context.peer(), context.is_active, size_bytes=SMALL_BYTES + 1):
+            variants, next_cursor = self._node.list(
+                request.cursor,
+                min(request.limit or MAX_LISTED, MAX_LISTED),
+                content_prefix=request.content_prefix,
+                tenant=request.tenant if request.HasField("tenant") else None,
+            )
         return pb.ListReply(variants=[_variant(variant) for variant in variants], next_cursor=next_cursor)
 
     def verify(
@@ -174,6 +177,14 @@ class StorageService:
         request: pb.VerifyRequest,  # noqa: ARG002
         context: grpc.ServicerContext,
     ) -> Iterator[pb.VerifyReply]:
+        if not self._verifying.acquire(blocking=False):
+            raise BusyError("this node is being verified already; wait until that has ended")
+        try:
+            yield from self._verify(context)
+        finally:
+            self._verifying.release()
+
+    def _verify(self, context: grpc.ServicerContext) -> Iterator[pb.VerifyReply]:
         for progress in scrub(self._node):
             if not context.is_active():
                 return
@@ -283,6 +294,36 @@ class StorageService:
                 yield _read_failure(index, pb.READ_STATUS_INVALID_RANGE)
 
 
+def _lookup_reply(chunks: Sequence[pb.ChunkRef], result: LookupResult, bulk_endpoint: str) -> pb.LookupReply:
+    """Raises InvalidKVError for a reference that names no chunk."""
+    reply = pb.LookupReply(lease_id=result.lease_id or b"", bulk_endpoint=bulk_endpoint)
+    for ref, answer in zip(chunks, result.answers, strict=True):
+        # Most fields of most answers are the default, and a thousand are to be made in a millisecond.
+        is_exact = answer.encoding is not None and not answer.prefix_id  # then its id is sound
+        if not (is_exact or len(ref.content_id) == len(ref.prefix_id) == DIGEST_BYTES):
+            ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id))
+        if answer.encoding is None:
+            added = reply.answers.add()
+        else:
+            added = reply.answers.add(
+                encoding=answer.encoding, size_bytes=answer.size_bytes, header=answer.header
+            )
+        if answer.prefix_id:
+            added.prefix_id = answer.prefix_id
+        if answer.other_contexts:
+            added.other_contexts = answer.other_contexts
+        if answer.on_disk:
+            added.on_disk = True
+        for other in answer.others:
+            added.others.add(
+                encoding=other.encoding,
+                size_bytes=other.size_bytes,
+                header=other.header,
+                on_disk=other.on_disk,
+            )
+    return reply
+
+
 def serve_storage(
     node: StorageNode,
     *,
@@ -291,11 +332,13 @@ def serve_storage(
     bulk_endpoint: str = "",
     repair: RepairWorker | None = None,
     throttle: Throttle | None = None,
+    large: LargeRequests | None = None,
 ) -> GrpcServer:
     """Starts the node's data endpoint on any free port of `host`. Raises AddressInUseError."""
     service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
-    handlers = StorageService(node, bulk_endpoint, repair, throttle).handlers()
-    return GrpcServer(Address(host, 0), service, handlers, advertise_host=advertise_host)
+    large = large or LargeRequests()
+    handlers = StorageService(node, bulk_endpoint, repair, throttle, large).handlers()
+    return GrpcServer(Address(host, 0), service, handlers, advertise_host=advertise_host, large=large)
 
 
 def begin_put(node: StorageNode, start: pb.PutStart) -> PendingPut | None:
@@ -352,15 +395,14 @@ def _read_failure(index: int, status: pb.ReadStatus) -> bytes:
     return message
 
 
-def _chunk_ids(chunks: "Iterable[pb.ChunkRef]", context: grpc.ServicerContext) -> list[ChunkId]:
-    refs = list(chunks)
-    _require_few(refs, context)
-    return [_chunk_id(ref, context) for ref in refs]
+def _chunk_ids(chunks: Sequence[pb.ChunkRef], context: grpc.ServicerContext) -> list[ChunkId]:
+    return [_chunk_id(ref, context) for ref in _few(chunks, context)]
 
 
-def _require_few(refs: Sequence[pb.ChunkRef], context: grpc.ServicerContext) -> None:
-    if len(refs) > MAX_CHUNKS:
-        _refuse(context, f"{len(refs)} chunks in one request; at most {MAX_CHUNKS}")
+def _few(chunks: Sequence[pb.ChunkRef], context: grpc.ServicerContext) -> list[pb.ChunkRef]:
+    if len(chunks) > MAX_CHUNKS:
+        _refuse(context, f"{len(chunks)} chunks in one request; at most {MAX_CHUNKS}")
+    return list(chunks)
 
 
 def _chunk_id(ref: pb.ChunkRef, context: grpc.ServicerContext) -> ChunkId:

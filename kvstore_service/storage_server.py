@@ -7,6 +7,7 @@ from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import AddressInUseError
 from kvstore_service.bulk_server import serve_bulk, server_tls
 from kvstore_service.grpc_storage import serve_storage
+from kvstore_service.large_requests import LargeRequests
 from kvstore_service.throttle import Throttle
 
 
@@ -25,8 +26,9 @@ class StorageServer:
     ) -> None:
         host = host or _ray_address()
         self._throttle = Throttle()
+        large = LargeRequests()
         self._bulk = serve_bulk(
-            node, host=host, tls=server_tls(*tls) if tls else None, throttle=self._throttle
+            node, host=host, tls=server_tls(*tls) if tls else None, throttle=self._throttle, large=large
         )
         self.bulk_address = self._bulk.address
         try:
@@ -36,6 +38,7 @@ class StorageServer:
                 bulk_endpoint=self.bulk_address,
                 repair=repair,
                 throttle=self._throttle,
+                large=large,
             )
         except AddressInUseError:
             self._bulk.stop(0)

@@ -95,16 +95,26 @@ class ByteStream:
 
     def has_ended(self) -> bool:
         """Whether an idle stream is of no more use. Does not wait; with TLS it does not always see it."""
+        waiting = self._peek()
+        return waiting is not None and not (
+            waiting and self._tls
+        )  # nobody speaks out of turn, except TLS itself
+
+    def is_open(self) -> bool:
+        """Whether the other side has not closed the connection, as far as this one knows. Does not wait."""
+        return self._peek() != b""
+
+    def _peek(self) -> bytes | None:
+        """A byte that has come and was not received yet; None if there is none, nothing when the stream has ended."""
         if self._tls:
             self._socket.settimeout(0)  # or Python would wait, whatever the flags say
         try:
             # Not the TLS socket's own method, which knows no flags.
-            waiting = socket.socket.recv(self._socket, 1, _LOOK_ONLY)
+            return socket.socket.recv(self._socket, 1, _LOOK_ONLY)
         except BlockingIOError:
-            return False
+            return None
         except OSError:
-            return True
-        return not (waiting and self._tls)  # nobody speaks out of turn, except TLS itself
+            return b""
 
     # Two processes on one machine pass bytes on fastest on one processor: the bytes stay in its cache, and nobody has
     # to be woken elsewhere. The scheduler moves whoever wakes to an idle processor, so the client stays where it is for

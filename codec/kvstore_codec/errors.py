@@ -39,7 +39,11 @@ KVStoreError
 ├── PublishError                  a calibration was not taken by the registry; says why
 ├── ServiceError
 │   ├── AddressInUseError
-│   └── StartupError
+│   ├── StartupError
+│   └── RequestError              a request that an endpoint does not serve
+│       ├── MalformedRequestError
+│       ├── BusyError             too much is under way; may be tried again
+│       └── AbandonedRequestError its client has gone
 └── FetchError                    never leaves the client: a fetch turns it into a miss with a reason
     ├── NodeUnavailableError
     └── TransferError             a read or put of KV bytes broke off; `reason` is one word for the metrics
@@ -170,6 +174,18 @@ class AddressInUseError(ServiceError): ...
 
 
 class StartupError(ServiceError): ...
+
+
+class RequestError(ServiceError): ...
+
+
+class MalformedRequestError(RequestError): ...
+
+
+class BusyError(RequestError): ...
+
+
+class AbandonedRequestError(RequestError): ...
 
 
 class FetchError(KVStoreError): ...

@@ -10,6 +10,7 @@ import time
 from kvstore_api.byte_stream import ByteStream
 from kvstore_cluster.node import StorageNode
 from kvstore_service.bulk_server.session import RefusedError, Session
+from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error
 from kvstore_service.throttle import Throttle
 
@@ -36,6 +37,7 @@ class BulkServer:
         advertise_host: str | None = None,
         tls: ssl.SSLContext | None = None,
         throttle: Throttle | None = None,
+        large: LargeRequests | None = None,
         max_connections: int = MAX_CONNECTIONS,
         patience_s: float = PATIENCE_S,
         idle_s: float = IDLE_S,
@@ -43,6 +45,7 @@ class BulkServer:
         self._node = node
         self._tls = tls
         self._throttle = throttle or Throttle()
+        self._large = large or LargeRequests()
         self._max_connections = max_connections
         self._patience_s = patience_s
         self._idle_s = idle_s
@@ -93,7 +96,7 @@ class BulkServer:
                 time.sleep(_RETRY_ACCEPT_S)  # out of file descriptors, most likely; somebody may return one
                 continue
             try:
-                self._begin(connected, peer[0])
+                self._begin(connected, str(Address(peer[0], peer[1])))
             except (OSError, RuntimeError) as error:  # gone already, or no more threads
                 log.warning("a bulk connection from %s was not served: %s", peer[0], error)
                 connected.close()
@@ -113,7 +116,7 @@ class BulkServer:
 
     def _serve(self, stream: ByteStream, peer: str) -> None:
         try:
-            self._converse(stream)
+            self._converse(stream, peer)
         except (TimeoutError, ssl.SSLError) as error:
             log.info("bulk connection from %s closed: %s", peer, error)
         except ConnectionError as error:
@@ -127,9 +130,15 @@ class BulkServer:
                 self._leaving.discard(stream)
                 stream.close()
 
-    def _converse(self, stream: ByteStream) -> None:
+    def _converse(self, stream: ByteStream, peer: str) -> None:
         session = Session(
-            self._node, stream, self._throttle, patience_s=self._patience_s, idle_s=self._idle_s
+            self._node,
+            stream,
+            self._throttle,
+            self._large,
+            peer=peer,
+            patience_s=self._patience_s,
+            idle_s=self._idle_s,
         )
         try:
             stream.handshake(self._patience_s)
@@ -167,6 +176,10 @@ def serve_bulk(
     advertise_host: str | None = None,
     tls: ssl.SSLContext | None = None,
     throttle: Throttle | None = None,
+    large: LargeRequests | None = None,
 ) -> BulkServer:
-    """Starts the node's bulk port on any free port of `host`. Raises AddressInUseError."""
-    return BulkServer(node, Address(host, 0), advertise_host=advertise_host, tls=tls, throttle=throttle)
+    """Starts the node's bulk port on any free port of `host`. `large` is shared with the node's other server. Raises
+    AddressInUseError."""
+    return BulkServer(
+        node, Address(host, 0), advertise_host=advertise_host, tls=tls, throttle=throttle, large=large
+    )

@@ -13,25 +13,25 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PendingPut
 from kvstore_codec.errors import (
+    AbandonedRequestError,
+    BusyError,
     ChunkFormatError,
     ChunkNotFoundError,
     FrameRangeError,
     InvalidKVError,
     KVStoreError,
+    MalformedRequestError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES, begin_put, put_status
+from kvstore_service.large_requests import LargeRequests
+from kvstore_service.request_fields import require_few_fields
 from kvstore_service.throttle import Throttle
 
 # A piece is sent or received within the session's patience. Less than that in a piece, and the calls begin to count.
 _SEND_BYTES = 4 << 20
 # Large enough that the calls do not count.
 _RECEIVE_BYTES = 1 << 20
-
-# Of a message: parsed whatever is in it, and the fields that a larger one may have.
-_FEW_BYTES = 1 << 20
-_MAX_FIELDS = 2 * MAX_CHUNKS + (1 << 18)
-_VARINT, _LENGTH_DELIMITED = 0, 2
 
 Request = TypeVar("Request", pb.ReadRequest, pb.PutStart)
 
@@ -48,13 +48,17 @@ class Session:
         node: StorageNode,
         stream: ByteStream,
         throttle: Throttle,
+        large: LargeRequests,
         *,
+        peer: str,
         patience_s: float,
         idle_s: float,
     ) -> None:
         self._node = node
         self._stream = stream
         self._throttle = throttle
+        self._large = large
+        self._peer = peer
         self._patience_s = patience_s
         self._idle_s = idle_s
         self._header = bytearray(frames.HEADER_BYTES)
@@ -78,9 +82,11 @@ class Session:
         self._stream.run_beside_peer()
         header = unpack_header(self._header)
         if header.kind == FrameKind.READ:
-            self._read(_parsed(pb.ReadRequest(), self._message(header.length, frames.MAX_READ_REQUEST_BYTES)))
+            _require_length(header.length, frames.MAX_READ_REQUEST_BYTES)
+            self._read(header.length)
         elif header.kind == FrameKind.PUT:
-            self._put(_parsed(pb.PutStart(), self._message(header.length, frames.MAX_PUT_START_BYTES)))
+            _require_length(header.length, frames.MAX_PUT_START_BYTES)
+            self._put(_parsed(pb.PutStart(), self._message(header.length)))
         else:
             raise RefusedError(f"a request begins with READ or PUT, not with {header.kind}")
 
@@ -94,26 +100,29 @@ class Session:
         while time.monotonic() < until:
             self._stream.receive_into(scratch, self._patience_s)
 
-    def _message(self, length: int, limit_bytes: int) -> bytearray:
-        if length > limit_bytes:
-            raise RefusedError(f"a request of {length} bytes; at most {limit_bytes}")
+    def _message(self, length: int) -> bytearray:
         message = bytearray(length)
         self._stream.receive_into(message, self._patience_s)
         return message
 
     # ---- reads
 
-    def _read(self, request: pb.ReadRequest) -> None:
-        _require_at_most(MAX_CHUNKS, "chunks", request.chunks)
-        _require_at_most(MAX_RANGES, "ranges", request.ranges)
-        chunks = [_chunk_id(chunk) for chunk in request.chunks]
-        encodings = list(request.encodings)
-        if len(encodings) != len(chunks):
-            raise RefusedError(f"{len(chunks)} chunks with {len(encodings)} encodings; give one for each")
-        for index, wanted in enumerate(request.ranges):
-            if wanted.chunk >= len(chunks):
-                raise RefusedError(f"a range names a chunk beyond the {len(chunks)} given")
-            self._send_range(index, chunks[wanted.chunk], encodings[wanted.chunk], wanted)
+    def _read(self, size_bytes: int) -> None:
+        try:
+            with self._large.kept(self._peer, size_bytes=size_bytes):
+                message = self._message(size_bytes)
+                with self._large.admitted(self._peer, self._stream.is_open, size_bytes=size_bytes):
+                    request = _parsed(pb.ReadRequest(), message)
+                    chunks, encodings = _asked(request)
+                del message
+                for index, wanted in enumerate(request.ranges):
+                    if wanted.chunk >= len(chunks):
+                        raise RefusedError(f"a range names a chunk beyond the {len(chunks)} given")
+                    self._send_range(index, chunks[wanted.chunk], encodings[wanted.chunk], wanted)
+        except BusyError as error:
+            raise RefusedError(str(error)) from error
+        except AbandonedRequestError as error:
+            raise ConnectionAbortedError(str(error)) from error
 
     def _send_range(self, index: int, chunk_id: ChunkId, encoding: str, wanted: pb.ReadRange) -> None:
         """What is sent stays in memory until the kernel has all of it."""
@@ -186,34 +195,30 @@ class Session:
 
 
 def _parsed(message: Request, data: bytearray) -> Request:
-    if len(data) > _FEW_BYTES:
-        _require_few_fields(data)
+    name = type(message).__name__
     try:
+        require_few_fields(data, name)
         message.ParseFromString(bytes(data))
+    except MalformedRequestError as error:
+        raise RefusedError(str(error)) from error
     except DecodeError as error:
-        raise RefusedError(f"not a {type(message).__name__}") from error
+        raise RefusedError(f"not a {name}") from error
     return message
 
 
-def _require_few_fields(data: bytearray) -> None:
-    """Millions of empty fields would take 20 times the memory that they came in."""
-    at = count = 0
-    while at < len(data):
-        count += 1
-        if count > _MAX_FIELDS:
-            raise RefusedError(f"more than {_MAX_FIELDS} ranges, chunks and encodings in one read")
-        tag, at = data[at], at + 1
-        if tag >= 0x80 or tag & 7 not in (_VARINT, _LENGTH_DELIMITED):  # no field of ours
-            raise RefusedError("not a ReadRequest")
-        value = shift = 0
-        while at < len(data):
-            byte, at = data[at], at + 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                break
-        if tag & 7 == _LENGTH_DELIMITED:
-            at += value
+def _require_length(length: int, limit_bytes: int) -> None:
+    if length > limit_bytes:
+        raise RefusedError(f"a request of {length} bytes; at most {limit_bytes}")
+
+
+def _asked(request: pb.ReadRequest) -> tuple[list[ChunkId], list[str]]:
+    _require_at_most(MAX_CHUNKS, "chunks", request.chunks)
+    _require_at_most(MAX_RANGES, "ranges", request.ranges)
+    chunks = [_chunk_id(chunk) for chunk in request.chunks]
+    encodings = list(request.encodings)
+    if len(encodings) != len(chunks):
+        raise RefusedError(f"{len(chunks)} chunks with {len(encodings)} encodings; give one for each")
+    return chunks, encodings
 
 
 def _require_at_most(limit: int, what: str, items: Sized) -> None:

@@ -156,6 +156,6 @@ def test_a_long_delete_reaches_every_chunk(node: StorageNode) -> None:
 
 def test_a_long_report_reaches_every_chunk(node: StorageNode, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = []
-    monkeypatch.setattr(node._tiers, "report", lambda slot, score: scores.append(score))
+    monkeypatch.setattr(node._tiers, "report", lambda _, score: scores.append(score))
     node.report(LONG, [number / len(LONG) for number in range(len(LONG))])
     assert scores == [number / len(LONG) for number in range(0, len(LONG), SLICE_CHUNKS)]

@@ -1,0 +1,255 @@
+"""What a well-behaved client of a storage node notices while others send it the largest requests it allows.
+
+python benchmarks/hostile_requests.py [--attackers 12] [--seconds 10] [--attack NAME], where NAME is one of headers,
+misses, contexts, empty (lookups), delete, report, read.
+
+A process with `--attackers` connections repeats one request without a pause. Beside it a client looks up 256 chunks and
+reads one, ten times a second. Prints the latencies of both, the memory of the node and how long it stays busy after the
+attackers left, as JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import IO
+
+import grpc
+import psutil
+
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_codec.chunk import write_header
+from kvstore_codec.encoding import Encoding
+from kvstore_codec.geometry import Geometry
+from kvstore_codec.identity import ROOT_PREFIX, ChunkId, ContentId, PrefixId
+from kvstore_codec.model_spec import KVDtype
+
+REFERENCES = 65_536
+LOOKED_UP = 256
+_ENCODING = "exact-raw"
+_STORED = 40_000
+_CONTEXTS = 1024
+_PERIOD_S = 0.1
+_TIMEOUT_S = 5.0
+_QUIET_CPU = 0.1
+_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.use_local_subchannel_pool", 1)]
+_GEOMETRY = Geometry(layers=8, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)
+
+
+def chunk_id(number: int, context: int | None = None) -> ChunkId:
+    return ChunkId(
+        ContentId(number.to_bytes(32, "little")),
+        ROOT_PREFIX if context is None else PrefixId(context.to_bytes(32, "big")),
+    )
+
+
+def reference(chunk: ChunkId) -> pb.ChunkRef:
+    return pb.ChunkRef(content_id=chunk.content_id, prefix_id=chunk.prefix_id)
+
+
+def steps(chunks: list[ChunkId]) -> Iterator[pb.PutRequest]:
+    encoding = Encoding.parse(_ENCODING)
+    frames = [bytes(16)] * _GEOMETRY.frame_count
+    for chunk in chunks:
+        header, data = write_header(bytes(32), chunk, encoding, _GEOMETRY, frames)
+        start = pb.PutStart(chunk=reference(chunk), encoding=_ENCODING, size_bytes=header.size_bytes)
+        yield pb.PutRequest(start=start)
+        yield pb.PutRequest(data=data + b"".join(frames))
+        yield pb.PutRequest(end=pb.PutEnd())
+
+
+def attack(kind: str) -> tuple[str, bytes]:
+    """Name of the call and the request's bytes."""
+    many = [reference(chunk_id(number % _STORED)) for number in range(REFERENCES)]
+    match kind:
+        case "headers":
+            request = pb.LookupRequest(chunks=many, encodings=[_ENCODING], with_headers=True, lease_ms=60_000)
+        case "misses":
+            unknown = [reference(chunk_id((1 << 40) + number)) for number in range(REFERENCES)]
+            return "Lookup", pb.LookupRequest(chunks=unknown, encodings=[_ENCODING]).SerializeToString()
+        case "contexts":
+            other = [reference(chunk_id(1 << 30, (1 << 40) + number)) for number in range(REFERENCES)]
+            request = pb.LookupRequest(chunks=other, encodings=["high-raw"], any_context=True)
+        case "delete":
+            unknown = [reference(chunk_id((1 << 40) + number)) for number in range(REFERENCES)]
+            return "Delete", pb.DeleteRequest(chunks=unknown).SerializeToString()
+        case "report":
+            return "Report", pb.ReportRequest(chunks=many, scores=[0.5] * REFERENCES).SerializeToString()
+        case "read":
+            ranges = [pb.ReadRange(chunk=0, first_frame=0, frame_count=1)] * (1 << 19)
+            return "Read", pb.ReadRequest(
+                chunks=many[:1], encodings=[_ENCODING], ranges=ranges
+            ).SerializeToString()
+        case "empty":
+            return "Lookup", b"\x0a\x00" * (4 << 20)
+    return "Lookup", request.SerializeToString()
+
+
+def attackers(address: str, kind: str, count: int) -> None:
+    call, request = attack(kind)
+    answers: dict[str, int] = {}
+
+    def repeat() -> None:
+        with grpc.insecure_channel(address, _OPTIONS) as channel:
+            method = f"/kvstore.v1.Storage/{call}"
+            while True:
+                try:
+                    if call == "Read":
+                        for _ in channel.unary_stream(method)(request):
+                            pass
+                    else:
+                        channel.unary_unary(method)(request)
+                    outcome = "OK"
+                except grpc.RpcError as error:
+                    outcome = error.code().name
+                answers[outcome] = answers.get(outcome, 0) + 1
+
+    for _ in range(count):
+        threading.Thread(target=repeat, daemon=True).start()
+    print("attacking", flush=True)
+    sys.stdin.readline()
+    print(json.dumps(answers), flush=True)
+    os._exit(0)
+
+
+def timed_ms(call: Callable[[], object]) -> float | None:
+    """None when the call failed."""
+    begin = time.perf_counter()
+    try:
+        call()
+    except grpc.RpcError as error:
+        print(error.code().name, file=sys.stderr)
+        return None
+    return 1000 * (time.perf_counter() - begin)
+
+
+def summary(times_ms: list[float | None]) -> dict[str, float]:
+    ordered = sorted(time_ms for time_ms in times_ms if time_ms is not None)
+    counts = {"calls": len(times_ms), "failed": len(times_ms) - len(ordered)}
+    if not ordered:
+        return counts
+    return counts | {
+        "p50_ms": round(statistics.median(ordered), 1),
+        "p99_ms": round(ordered[int(0.99 * len(ordered))], 1),
+        "max_ms": round(ordered[-1], 1),
+    }
+
+
+def busy_for_s(node: psutil.Process) -> float:
+    """How long the node goes on computing, until it rests for half a second."""
+    begin = time.monotonic()
+    rest_since = begin
+    while time.monotonic() - rest_since < 0.5 and time.monotonic() - begin < 120:
+        if node.cpu_percent(0.1) > 100 * _QUIET_CPU:
+            rest_since = time.monotonic()
+    return round(rest_since - begin, 1)
+
+
+def measure(kind: str, count: int, seconds: float) -> dict[str, object]:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "kvstore_service.bench.store.server", "kvstore"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    attacking: subprocess.Popen[str] | None = None
+    try:
+        address = _pipe(server.stdout).readline().strip().split(",")[0]
+        node = psutil.Process(server.pid)
+        with grpc.insecure_channel(address, _OPTIONS) as channel:
+            stub = rpc.StorageStub(channel)
+            stored = [chunk_id(number) for number in range(_STORED)]
+            stored += [chunk_id(1 << 30, context) for context in range(_CONTEXTS)]
+            for begin in range(0, len(stored), 1000):
+                replies = list(stub.Put(steps(stored[begin : begin + 1000])))
+                if any(reply.status != pb.PUT_STATUS_STORED for reply in replies):
+                    raise RuntimeError("the chunks to ask for were not stored")
+            mine = [reference(chunk) for chunk in stored[:LOOKED_UP]]
+            lookup = pb.LookupRequest(chunks=mine, encodings=[_ENCODING], with_headers=True, lease_ms=1000)
+            read = pb.ReadRequest(
+                chunks=mine[:1], encodings=[_ENCODING], ranges=[pb.ReadRange(frame_count=8)]
+            )
+            calls: dict[str, Callable[[], object]] = {
+                "lookup": lambda: stub.Lookup(lookup, timeout=_TIMEOUT_S),
+                "read": lambda: list(stub.Read(read, timeout=_TIMEOUT_S)),
+            }
+
+            def beside(seconds: float) -> dict[str, dict[str, float]]:
+                times: dict[str, list[float | None]] = {name: [] for name in calls}
+                until = time.monotonic() + seconds
+                while time.monotonic() < until:
+                    for name, call in calls.items():
+                        times[name].append(timed_ms(call))
+                    time.sleep(_PERIOD_S)
+                return {name: summary(times_ms) for name, times_ms in times.items()}
+
+            alone = beside(2)
+            before = node.memory_info().rss
+            rss = [before]
+            watching = threading.Event()
+
+            def watch() -> None:
+                while not watching.wait(0.05):
+                    rss.append(node.memory_info().rss)
+
+            threading.Thread(target=watch, daemon=True).start()
+            attacking = subprocess.Popen(
+                [sys.executable, __file__, "--attack", kind, "--attackers", str(count), "--at", address],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            _pipe(attacking.stdout).readline()
+            attacked = beside(seconds)
+            _pipe(attacking.stdin).close()
+            answers = json.loads(_pipe(attacking.stdout).readline())
+            attacking.wait()
+            busy_s = busy_for_s(node)
+            watching.set()
+            return {
+                "attack": kind,
+                "attackers": count,
+                "answers": answers,
+                "alone": alone,
+                "attacked": attacked,
+                "rss_growth_mib": (max(rss) - before) >> 20,
+                "busy_after_s": busy_s,
+                "leases_after": stub.Stats(pb.StatsRequest()).leases,
+            }
+    finally:
+        if attacking is not None:
+            attacking.kill()
+        _pipe(server.stdin).close()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def _pipe(pipe: IO[str] | None) -> IO[str]:
+    if pipe is None:
+        raise RuntimeError("a process was started without its pipes")
+    return pipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--attack", default="headers")
+    parser.add_argument("--attackers", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--at")
+    arguments = parser.parse_args()
+    if arguments.at:
+        attackers(arguments.at, arguments.attack, arguments.attackers)
+    else:
+        print(json.dumps(measure(arguments.attack, arguments.attackers, arguments.seconds), indent=1))
+
+
+if __name__ == "__main__":
+    main()

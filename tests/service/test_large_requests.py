@@ -1,0 +1,259 @@
+"""Large requests wait for each other, small ones for nobody; what a client leaves behind is bounded."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_codec.errors import AbandonedRequestError, BusyError
+from kvstore_codec.geometry import Geometry
+from kvstore_codec.model_spec import KVDtype
+from kvstore_service import large_requests, unsent_answers
+from kvstore_service.grpc_server import MAX_REPLY_BYTES
+from kvstore_service.large_requests import MAX_WAITING, MAX_WAITING_OF_PEER, SMALL_BYTES, LargeRequests
+from kvstore_service.request_fields import MAX_FIELDS
+from tests.sample_chunk import sample_chunk
+from tests.service.conftest import ServedNode, served
+from tests.service.test_grpc_storage import ref, statuses, steps, wait_until
+
+LARGE = SMALL_BYTES + 1
+ATTACK = Path(__file__).parents[2] / "benchmarks" / "hostile_requests.py"
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(64) as pool:
+        yield pool
+
+
+def hold(large: LargeRequests, peer: str, until: threading.Event) -> bool:
+    with large.admitted(peer, lambda: True, size_bytes=LARGE):
+        return until.wait(10)
+
+
+def waiting(large: LargeRequests) -> int:
+    return len(large._queue)
+
+
+def test_large_requests_are_served_one_at_a_time_in_order_and_small_ones_at_once(
+    pool: ThreadPoolExecutor,
+) -> None:
+    large, served_peers, go_on = LargeRequests(), [], threading.Event()
+
+    def serve(peer: str) -> None:
+        with large.admitted(peer, lambda: True, size_bytes=LARGE):
+            served_peers.append(peer)
+            go_on.wait(10)
+
+    calls = []
+    for number in range(4):
+        calls.append(pool.submit(serve, str(number)))
+        wait_until(lambda: waiting(large) == len(calls))
+    with large.admitted("0", lambda: True, size_bytes=SMALL_BYTES):
+        assert served_peers == ["0"]
+    go_on.set()
+    for call in calls:
+        call.result()
+    assert served_peers == ["0", "1", "2", "3"]
+    assert waiting(large) == 0
+
+
+def test_neither_one_connection_nor_all_may_queue_many_large_requests(pool: ThreadPoolExecutor) -> None:
+    large, go_on = LargeRequests(), threading.Event()
+    calls = [pool.submit(hold, large, "greedy", go_on) for _ in range(MAX_WAITING_OF_PEER + 1)]
+    wait_until(lambda: waiting(large) == len(calls))
+    with pytest.raises(BusyError, match="ask for less at a time"):
+        hold(large, "greedy", go_on)
+    calls += [pool.submit(hold, large, str(number), go_on) for number in range(MAX_WAITING + 1 - len(calls))]
+    wait_until(lambda: waiting(large) == MAX_WAITING + 1)
+    with pytest.raises(BusyError, match="large requests are under way"):
+        hold(large, "another", go_on)
+    go_on.set()
+    assert all(call.result() for call in calls)
+
+
+def test_whoever_waits_too_long_or_for_nobody_is_let_go(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, go_on = LargeRequests(), threading.Event()
+    first = pool.submit(hold, large, "first", go_on)
+    wait_until(lambda: waiting(large) == 1)
+    with pytest.raises(AbandonedRequestError), large.admitted("gone", lambda: False, size_bytes=LARGE):
+        pass
+    monkeypatch.setattr(large_requests, "PATIENCE_S", 0.2)
+    with pytest.raises(BusyError, match="try again later"):
+        hold(large, "impatient", go_on)
+    go_on.set()
+    assert first.result()
+    assert waiting(large) == 0
+
+
+def test_large_requests_that_are_kept_are_bounded() -> None:
+    large = LargeRequests()
+    half = large_requests.MAX_KEPT_BYTES_OF_PEER // 2
+    with large.kept("one", size_bytes=half), large.kept("one", size_bytes=half):
+        with pytest.raises(BusyError), large.kept("one", size_bytes=LARGE):
+            pass
+        with large.kept("one", size_bytes=SMALL_BYTES), large.kept("other", size_bytes=LARGE):
+            pass
+    with large.kept("one", size_bytes=2 * half):
+        pass
+
+
+def many(count: int) -> pb.LookupRequest:
+    return pb.LookupRequest(
+        chunks=[ref(sample_chunk())] * count, encodings=["exact-zstd"], with_headers=True, lease_ms=60_000
+    )
+
+
+def test_a_large_lookup_of_a_client_that_has_gone_leases_nothing(storage: ServedNode) -> None:
+    statuses(storage, steps(sample_chunk()))
+    lock = storage.node._lock
+    with lock:
+        call = storage.stub.Lookup.future(many(20_000))
+        time.sleep(0.3)  # it waits for the lock by now, or will find that its client has gone
+        call.cancel()
+    wait_until(lambda: storage.node.stats().counters["lookups"] in (0, 1) and not storage.node.stats().leases)
+
+
+def call(storage: ServedNode, method: str, request: bytes) -> object:
+    name = f"/kvstore.v1.Storage/{method}"
+    if method == "Read":
+        return list(storage.channel.unary_stream(name)(request))
+    return storage.channel.unary_unary(name)(request)
+
+
+@pytest.mark.parametrize("method", ["Lookup", "Delete", "Report", "Read", "Stats"])
+def test_millions_of_empty_fields_are_refused_before_they_are_parsed(
+    storage: ServedNode, method: str
+) -> None:
+    with pytest.raises(grpc.RpcError) as refusal:
+        call(storage, method, b"\x0a\x00" * (MAX_FIELDS + (1 << 18)))
+    assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "ask for less at a time" in refusal.value.details()
+
+
+@pytest.mark.parametrize("method", ["Lookup", "Read"])
+def test_what_is_no_message_is_refused(storage: ServedNode, method: str) -> None:
+    with pytest.raises(grpc.RpcError) as refusal:
+        call(storage, method, b"\x0a\xff")
+    assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert f"not a {method}Request" in refusal.value.details()
+
+
+def test_a_node_is_verified_by_one_client_at_a_time(storage: ServedNode) -> None:
+    statuses(storage, steps(*(sample_chunk(content=number) for number in range(5))))
+    with storage.node._lock:
+        first = storage.stub.Verify(pb.VerifyRequest())
+        time.sleep(0.3)
+        with pytest.raises(grpc.RpcError) as refusal:
+            list(storage.stub.Verify(pb.VerifyRequest(), timeout=5))
+    assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert list(first)[-1].done
+    assert list(storage.stub.Verify(pb.VerifyRequest()))[-1].done
+
+
+class Valve:
+    """Passes bytes on between a client and a server; once it is closed, nothing comes back any more."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = "{}:{}".format(*self._listener.getsockname())
+        self.closed = threading.Event()
+        self._sockets: list[socket.socket] = [self._listener]
+        self._server = (host, int(port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def stop(self) -> None:
+        for connected in self._sockets:
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
+            connected.close()
+
+    def _accept(self) -> None:
+        client, _ = self._listener.accept()
+        server = socket.create_connection(self._server)
+        self._sockets += [client, server]
+        threading.Thread(target=self._pass, args=(client, server), daemon=True).start()
+        threading.Thread(target=self._pass, args=(server, client, self.closed), daemon=True).start()
+
+    def _pass(
+        self, source: socket.socket, sink: socket.socket, closed: threading.Event | None = None
+    ) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                if closed is not None and closed.is_set():
+                    return
+                sink.sendall(data)
+        except OSError:
+            return
+
+
+def test_answers_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a client that asks and does not read, the oldest calls are cancelled; a client that reads notices nothing."""
+    many_frames = Geometry(layers=1024, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)
+    chunk = sample_chunk(frame_bytes=1, geometry=many_frames)
+    answer_bytes = 200 * chunk.header.header_bytes
+    monkeypatch.setattr(unsent_answers, "SMALL_BYTES", answer_bytes // 2)
+    monkeypatch.setattr(unsent_answers, "MAX_BYTES_OF_PEER", 3 * answer_bytes)
+    cancelled = []
+    add = unsent_answers.UnsentAnswers.add
+
+    def noted(self: unsent_answers.UnsentAnswers, context: grpc.ServicerContext, size_bytes: int) -> None:
+        cancel = context.cancel
+        context.cancel = lambda: (cancelled.append(context), cancel())
+        add(self, context, size_bytes)
+        # One more is of the client that reads.
+        assert self.waiting_bytes < 5 * answer_bytes
+
+    monkeypatch.setattr(unsent_answers.UnsentAnswers, "add", noted)
+    with served(64 << 20) as node:
+        statuses(node, steps(chunk))
+        request = pb.LookupRequest(chunks=[ref(chunk)] * 200, encodings=["exact-zstd"], with_headers=True)
+        valve = Valve(node.server.address)
+        options = [
+            ("grpc.max_receive_message_length", MAX_REPLY_BYTES),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        with grpc.insecure_channel(valve.address, options) as lazy:
+            stub = rpc.StorageStub(lazy)
+            assert len(stub.Lookup(request).answers) == 200
+            valve.closed.set()
+            calls = [stub.Lookup.future(request) for _ in range(8)]
+            wait_until(lambda: len(cancelled) >= 5)
+            for _ in range(5):
+                assert len(node.stub.Lookup(request, timeout=10).answers) == 200
+            for lookup in calls:
+                lookup.cancel()
+        valve.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ["headers", "contexts", "misses", "empty", "delete", "report", "read"])
+def test_a_well_behaved_client_is_served_during_an_attack(attack: str) -> None:
+    """Within the time that clients wait for a lookup at most; how fast it is depends on the machine."""
+    ran = subprocess.run(
+        [sys.executable, ATTACK, "--attack", attack, "--seconds", "5"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    report = json.loads(ran.stdout)
+    assert report["answers"]
+    for call in ("lookup", "read"):
+        assert report["attacked"][call]["failed"] == 0
+        assert report["attacked"][call]["calls"] >= 5
+    assert report["busy_after_s"] < 5
