@@ -95,7 +95,15 @@ class TruncatedChunkError(ChunkFormatError): ...
 class ChecksumError(ChunkFormatError): ...
 
 
-class SampleMismatchError(ChunkFormatError): ...
+class SampleMismatchError(ChunkFormatError):
+    """`found`: the checksum of the samples that came out."""
+
+    def __init__(self, found: int, expected: int) -> None:
+        super().__init__(
+            f"a frame decodes to other samples than were encoded (xxh3 {found:016x} instead of {expected:016x}): "
+            "a broken encoder or an attacker wrote it"
+        )
+        self.found = found
 
 
 class ForeignChunkError(ChunkFormatError): ...

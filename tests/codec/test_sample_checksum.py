@@ -17,8 +17,9 @@ from kvstore_codec.chunk import ChunkHeader
 from kvstore_codec.codec import EncodedChunk, decode_frames
 from kvstore_codec.coders import coder
 from kvstore_codec.coders.hevc.base import HevcCoder
+from kvstore_codec.coders.hevc.bitstream import nal_units
 from kvstore_codec.encoding import Encoding
-from kvstore_codec.errors import CodecError, SampleMismatchError
+from kvstore_codec.errors import ChunkFormatError, CodecError, SampleMismatchError
 from kvstore_codec.payload import OPENING_BYTES, PayloadKind, sample_checksum
 from tests.codec.chunks import ALL_ENCODINGS, decoder_of, encode, make_kv, make_spec, same_bits
 
@@ -126,7 +127,7 @@ def mutants(stream: bytes, number: int) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("encoding", VIDEO, ids=operator.attrgetter("name"))
-def test_damaged_video_is_right_or_refused(encoding: Encoding) -> None:
+def test_damaged_video_is_right_or_refused(encoding: Encoding, one_thread: None) -> None:
     """FFmpeg takes many damaged pictures without a word. Other chunks are decoded in between: none of theirs shows."""
     chunk = chunk_of(encoding)
     frame = chunk.parts[1]
@@ -139,6 +140,20 @@ def test_damaged_video_is_right_or_refused(encoding: Encoding) -> None:
         except CodecError:
             refused += 1
     assert refused > 50
+
+
+def test_a_decoder_does_not_go_on_with_parameter_sets_of_an_earlier_stream() -> None:
+    """With its own unreadable, FFmpeg would take the last one of that number, and give another tenant's settings."""
+    shape = (1, 1, 144, 144)
+    hevc = coder("hevc-cpu")
+    assert isinstance(hevc, HevcCoder)
+    stream, out = hevc.encode_pictures(np.full(shape, 7, np.uint8)), np.empty(shape, np.uint8)
+    pps, first_slice = (unit.start for unit in list(nal_units(stream))[2:4])
+    unreadable = stream[:pps] + b"\0\0\1\x44\1\xd0" + stream[first_slice:]
+    for _ in range(2):
+        hevc.decode_pictures(stream, out)
+        with pytest.raises(ChunkFormatError):
+            hevc.decode_pictures(unreadable, out)
 
 
 def test_the_memory_of_decoded_pictures_is_cleared_after_use() -> None:

@@ -45,6 +45,9 @@ class Clip:
     """The pictures of a stream in coding order, parameter sets with the first: what decoders call packets."""
 
     chroma: Chroma
+    parameter_sets: bytes
+    """VPS, SPS and PPS. A decoder that cannot read one of them goes on with that of an earlier stream: only a decoder
+    that has read the same ones before, or none, decodes the clip as its bytes say."""
     packets: list[memoryview]
 
 
@@ -82,7 +85,7 @@ def read_clip(data: Data, shape: tuple[int, int, int, int]) -> Clip:
         raise ChunkFormatError(f"an HEVC frame of {len(starts)} pictures instead of {count}")
     view = memoryview(data)
     edges = [0, *starts[1:], len(view)]
-    return Clip(chroma, [view[edge:end] for edge, end in itertools.pairwise(edges)])
+    return Clip(chroma, bytes(view[: starts[0]]), [view[edge:end] for edge, end in itertools.pairwise(edges)])
 
 
 def nal_units(data: Data) -> Iterator[Unit]:

@@ -37,6 +37,8 @@ _X265_PARAMETERS = ":".join(
 # INTER: a stream begins where IDR is forced and nowhere else.
 _KEYINT = {Prediction.INTRA: "keyint=1", Prediction.INTER: "keyint=-1"}
 _DECODER_OPTIONS = {"err_detect": "explode"}
+# Pictures of KLT frames have as many rows as their text needs: a thread meets a handful of sizes again and again.
+_DECODERS_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +72,14 @@ class _Format:
 
 
 class _Contexts(threading.local):
-    """One encoder, for pictures of the format this thread last encoded, and one decoder."""
+    """One encoder, for pictures of the format this thread last encoded, and decoders by the parameter sets that they
+    have read, in order of use."""
 
     encoder: Any = None
     encoder_format: _Format | None = None
-    decoder: Any = None
+
+    def __init__(self) -> None:
+        self.decoders: dict[bytes, Any] = {}
 
 
 class HevcCpuCoder(HevcCoder):
@@ -113,9 +118,9 @@ class HevcCpuCoder(HevcCoder):
         count, planes, height, width = shape
         clip = read_clip(data, shape)
         wanted = (_PIXEL_FORMATS[clip.chroma], width, height, False)
-        contexts = self._contexts
+        decoders = self._contexts.decoders
         # A decoder that has failed is not used again.
-        decoder, contexts.decoder = contexts.decoder or _new_decoder(), None
+        decoder = decoders.pop(clip.parameter_sets, None) or _new_decoder()
         seen: list[Any] = []
         for packet in (*clip.packets, None):
             try:
@@ -139,7 +144,9 @@ class HevcCpuCoder(HevcCoder):
             raise ChunkFormatError(f"the HEVC decoder gave {len(seen)} pictures of {count}")
         decoder.flush_buffers()
         _clear(seen)
-        contexts.decoder = decoder
+        decoders[clip.parameter_sets] = decoder
+        if len(decoders) > _DECODERS_KEPT:
+            del decoders[next(iter(decoders))]
 
 
 class HevcCpu420Coder(HevcCpuCoder):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -27,7 +27,7 @@ _GPU = 0
 _NAMES = {Chroma.MONOCHROME: "monochrome", Chroma.QUARTER: "4:2:0", Chroma.FULL: "4:4:4"}
 # Sessions on one engine queue behind each other; a second one per engine hides the hand-over.
 _SESSIONS_PER_ENGINE = 2
-# A decoder is made for one size and chroma format; this many kinds are kept, the oldest goes first.
+# A decoder is made for one size, chroma format and parameter sets; this many kinds are kept, the oldest goes first.
 _KINDS_KEPT = 8
 
 
@@ -101,6 +101,7 @@ class _Kind:
     chroma: Chroma
     width: int
     height: int
+    parameter_sets: bytes = field(repr=False)
 
 
 class _Sessions:
@@ -168,7 +169,7 @@ class NvdecCoder(HevcCoder):
                 f"{ {_NAMES[chroma]: size for chroma, size in self._decodes.items()} }; use hevc-cpu"
             )
         pictures = torch.empty(shape, dtype=torch.uint8, device=f"cuda:{_GPU}")
-        self._sessions.decode(clip.packets, _Kind(clip.chroma, width, height), pictures)
+        self._sessions.decode(clip.packets, _Kind(clip.chroma, width, height, clip.parameter_sets), pictures)
         return pictures
 
     def decoded(self, data: Data, shape: tuple[int, int, int, int]) -> Iterator[list[Plane]]:
