@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvstore_client.settings import default_cache_dir
+from kvstore_client.cache_dir import default_cache_dir
 from kvstore_codec.errors import ConfigurationError
 
 if TYPE_CHECKING:

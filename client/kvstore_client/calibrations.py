@@ -13,6 +13,7 @@ from blake3 import blake3
 from kvstore_api.calibrations import DIGEST_BYTES, MAX_CALIBRATION_BYTES, MAX_PIECE_BYTES
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
+from kvstore_client.grpc_failure import told
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
 from kvstore_codec.errors import PublishError
@@ -51,11 +52,11 @@ class Calibrations:
         try:
             reply = self._view.coordinator().FindCalibration(request, timeout=self._settings.lookup_timeout_s)
         except grpc.RpcError as error:
-            self._failed(model_digest, f"rpc_{error.code().name.lower()}")
+            self._failed(model_digest, f"rpc_{error.code().name.lower()}", told(error))
             return None
         digest: bytes = reply.digest
         if digest and len(digest) != DIGEST_BYTES:
-            self._failed(model_digest, "protocol")
+            self._failed(model_digest, "protocol", f"answered with a digest of {len(digest)} bytes")
             return None
         self._view.recovered(_pause_key(model_digest))
         return digest or None
@@ -100,17 +101,18 @@ class Calibrations:
             for reply in call:
                 data.write(reply.data)
                 if data.tell() > MAX_CALIBRATION_BYTES:
-                    self._failed(digest, "too_large")
+                    self._failed(digest, "too_large", f"sent more than {MAX_CALIBRATION_BYTES} bytes")
                     return None
         except grpc.RpcError as error:
-            self._failed(digest, "closed" if self._closed else f"rpc_{error.code().name.lower()}")
+            reason = "closed" if self._closed else f"rpc_{error.code().name.lower()}"
+            self._failed(digest, reason, told(error))
             return None
         finally:
             call.cancel()
             with self._lock:
                 self._downloads.discard(call)
         if blake3(data.getbuffer()).digest() != digest:
-            self._failed(digest, "damaged")
+            self._failed(digest, "damaged", "sent bytes of another digest")
             return None
         self._view.recovered(_pause_key(digest))
         self._metrics.received(data.tell())
@@ -122,12 +124,16 @@ class Calibrations:
             data = path.read_bytes()
             if blake3(data).digest() == digest:
                 return data
-            self._metrics.missed("calibration_cache_damaged")
+            self._metrics.missed(
+                "calibration_cache_damaged", detail=f"{path} was damaged and is fetched again"
+            )
             path.unlink(missing_ok=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
-        except OSError:
-            self._metrics.missed("calibration_cache_unreadable")
+        except OSError as error:
+            self._metrics.missed(
+                "calibration_cache_unreadable", detail=f"{path} cannot be read: {error.strerror}"
+            )
         return None
 
     def _keep(self, path: Path, data: bytes) -> None:
@@ -142,18 +148,24 @@ class Calibrations:
                 except OSError:
                     Path(file.name).unlink(missing_ok=True)
                     raise
-        except OSError:
-            self._metrics.missed("calibration_cache_unwritable")
+        except OSError as error:
+            self._metrics.missed(
+                "calibration_cache_unwritable",
+                detail=f"{self._folder} cannot be written ({error.strerror}), so that every process fetches its "
+                "calibrations anew; set KVSTORE_CACHE_DIR to a writable folder",
+            )
 
     def _may_ask(self, digest: bytes) -> bool:
         reason = "closed" if self._closed else "paused" if self._view.is_paused(_pause_key(digest)) else None
         if reason is not None:
-            self._metrics.missed(f"calibration_{reason}")
+            self._metrics.missed(f"calibration_{reason}", detail=None)  # what led to it was logged
         return reason is None
 
-    def _failed(self, digest: bytes, reason: str) -> None:
-        self._metrics.missed(f"calibration_{reason}")
-        self._view.pause(_pause_key(digest))
+    def _failed(self, digest: bytes, reason: str, what: str) -> None:
+        """`what` is what the registry did."""
+        detail = f"no calibration from the coordinator at {self._settings.address}, which {what}"
+        self._metrics.missed(f"calibration_{reason}", detail=None if reason == "closed" else detail)
+        self._view.pause(_pause_key(digest), detail)
 
 
 def _pause_key(digest: bytes) -> str:

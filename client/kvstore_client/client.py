@@ -11,6 +11,7 @@ from kvstore_client.buffers import BufferPool, KVBuffers
 from kvstore_client.calibrations import Calibrations
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch import ChunkFeatures, Computing, Fetch
+from kvstore_client.grpc_failure import unreachable
 from kvstore_client.lookup import Match, find_prefix, find_segments, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.ratio import FixedPlanner, KVFetcherPlanner, Links, Planner, RatioController
@@ -162,8 +163,8 @@ class KVStoreClient:
             return
         try:
             report_scores(self._view, scores)
-        except NodeUnavailableError:
-            self.metrics.missed("unreachable")
+        except NodeUnavailableError as error:
+            self._unreachable(error)
 
     def close(self) -> None:
         """Finish storing what was handed in, then disconnect."""
@@ -183,20 +184,23 @@ class KVStoreClient:
         self, find: Callable[..., Match], spec: ModelSpec, chunks: Sequence[object], timeline: Timeline | None
     ) -> Match:
         if not chunks:
-            return Match()
+            return Match(why_not=f"too_short: no part of the prompt fills a chunk of {CHUNK_TOKENS} tokens")
         if self._closed:
             self.metrics.missed("closed")
-            return Match()
+            return Match(why_not="closed: the client was closed")
         try:
             with (timeline or Timeline()).span("lookup"):
                 ready_klt = self.ready_calibrations.klt
                 match = find(self._view, self.settings, self.metrics, ready_klt, spec, chunks)
-        except NodeUnavailableError:
-            self.metrics.missed("unreachable")
-            return Match()
+        except NodeUnavailableError as error:
+            self._unreachable(error)
+            return Match(why_not=f"unreachable: {error}")
         exact = sum(chunk.exact for chunk in match.chunks)
         self.metrics.matched(exact=exact, approximate=len(match.chunks) - exact)
         return match
+
+    def _unreachable(self, error: NodeUnavailableError) -> None:
+        self.metrics.missed("unreachable", detail=unreachable(error, self.settings.address), cause=str(error))
 
     def __enter__(self) -> Self:
         return self

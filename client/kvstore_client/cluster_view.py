@@ -12,6 +12,7 @@ import grpc
 from kvstore_api.placement import Member, Membership, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_client.grpc_failure import told
 from kvstore_client.settings import ClientSettings
 from kvstore_client.transport import Transport, Transports
 from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
@@ -43,6 +44,7 @@ class _Pause:
     until_s: float
     length_s: float
     until_it_answers: bool
+    why: str
 
 
 class ClusterView:
@@ -84,7 +86,7 @@ class ClusterView:
             stale = time.monotonic() - self._fetched_at_s > ttl_s
         if known is None:
             if self.is_paused(self._address):
-                raise NodeUnavailableError(f"the coordinator at {self._address} did not answer a moment ago")
+                raise NodeUnavailableError(self.why_paused(self._address))
             return self._ask(self._settings.lookup_timeout_s)
         if stale:
             self.refresh()
@@ -146,21 +148,28 @@ class ClusterView:
             return False
         return known is None or renewed.members != known.members
 
-    def pause(self, endpoint: str, *, until_it_answers: bool = False) -> None:
-        """Leave an address that failed alone for a while, twice as long each time it fails again. With
-        `until_it_answers` no longer than until it does: it was out of reach, rather than slow or wrong."""
+    def pause(self, endpoint: str, why: str = "", *, until_it_answers: bool = False) -> None:
+        """Leave an address that failed alone for a while, twice as long each time it fails again; `why` is a sentence
+        for people. With `until_it_answers` no longer than until it does: it was out of reach, rather than slow or
+        wrong."""
         now_s = time.monotonic()
         with self._lock:
             known = self._pauses.get(endpoint)
             length_s = min(2 * known.length_s if known else 0.0, _LONGEST_PAUSE_S)
             length_s = max(length_s, self._settings.retry_after_s)
-            self._pauses[endpoint] = _Pause(now_s + length_s, length_s, until_it_answers)
+            self._pauses[endpoint] = _Pause(now_s + length_s, length_s, until_it_answers, why)
             self._unrest_until_s = now_s + _UNREST_S
 
     def is_paused(self, endpoint: str) -> bool:
         with self._lock:
             known = self._pauses.get(endpoint)
             return known is not None and time.monotonic() < known.until_s
+
+    def why_paused(self, endpoint: str) -> str:
+        """What was wrong with an address that is paused."""
+        with self._lock:
+            known = self._pauses.get(endpoint)
+        return known.why if known is not None and known.why else f"{endpoint} failed a moment ago"
 
     def is_out_of_reach(self, endpoint: str) -> bool:
         """Whether it is paused until it answers again, rather than for being slow or wrong."""
@@ -251,10 +260,9 @@ class ClusterView:
         try:
             reply = self.coordinator().Membership(pb.MembershipRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            self.pause(self._address)
-            raise NodeUnavailableError(
-                f"the coordinator at {self._address} did not answer: {error.code().name}"
-            ) from error
+            why = f"the coordinator at {self._address} {told(error)}"
+            self.pause(self._address, why)
+            raise NodeUnavailableError(why) from error
         membership = _membership(reply)
         placement = Placement(membership.members, membership.replicas)
         with self._lock:

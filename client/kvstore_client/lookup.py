@@ -77,6 +77,8 @@ class Match:
 
     chunks: tuple[StoredChunk, ...] = ()
     leases: tuple[tuple[Member, bytes], ...] = ()
+    why_not: str | None = None
+    """Why there are no chunks, if there are none: `not stored`, or what was wrong, a sentence for people."""
 
     @property
     def tokens(self) -> int:
@@ -113,7 +115,7 @@ def find_prefix(
     run: list[StoredChunk] = []
     while (chunk := lookup.found.get(len(run))) is not None:
         run.append(chunk)
-    return Match(tuple(run), tuple(lookup.leases))
+    return Match(tuple(run), tuple(lookup.leases), None if run else lookup.why_not)
 
 
 def find_segments(
@@ -133,7 +135,8 @@ def find_segments(
         view, settings, metrics, ready_klt, spec, ids, first_tokens, chunk_tokens, any_context=True
     )
     lookup.ask()
-    return Match(tuple(lookup.found[index] for index in sorted(lookup.found)), tuple(lookup.leases))
+    chunks = tuple(lookup.found[index] for index in sorted(lookup.found))
+    return Match(chunks, tuple(lookup.leases), None if chunks else lookup.why_not)
 
 
 class _Lookup:
@@ -166,6 +169,8 @@ class _Lookup:
         self.leases: list[tuple[Member, bytes]] = []
         self.unready: set[int] = set()
         """Chunks that are stored, but only with a calibration that is not at hand."""
+        self.why_not = "not stored"
+        """Why chunks were not found, should none have been."""
 
     def ask(self) -> None:
         """Raises NodeUnavailableError when no owner answered."""
@@ -187,6 +192,7 @@ class _Lookup:
             raise failure
         if self.unready:
             self._metrics.missed("calibration_loading")
+            self.why_not = "calibration_loading: stored, but their calibration is not here yet"
 
     def _search(self, wanted: Sequence[int], timeout_s: float = math.inf) -> None:
         search = Search(
@@ -203,9 +209,12 @@ class _Lookup:
         finally:
             self.leases += search.leases
             if search.failures:
-                self._metrics.missed("lookup_failed")
+                why = search.failures[0]
+                self.why_not = f"unreachable: {why}"
+                self._metrics.missed("lookup_failed", detail=f"{why}; chunks there are computed", cause=why)
         if not search.asked:
             self._metrics.missed("paused")
+            self.why_not = f"paused: {search.why_paused}"
 
     def _take(self, index: int, member: Member, answer: pb.LookupAnswer) -> bool:
         """Whether this is the chunk, and nobody else needs to be asked for another variant of it."""
@@ -216,8 +225,8 @@ class _Lookup:
                 return True
             try:
                 chunk_id = ChunkId(asked.content_id, PrefixId(answer.prefix_id))
-            except CodecError:
-                self._metrics.missed("bad_header")
+            except CodecError as error:
+                self._refuse("bad_header", member, error)
                 return False
         variants: list[Variant] = []
         unready = False
@@ -230,10 +239,10 @@ class _Lookup:
                 continue  # the node names all it has
             try:
                 variant = self._variant(chunk_id, encoding, offer.header, on_disk=offer.on_disk)
-            except CalibrationError:
-                self._metrics.missed("calibration_foreign")
-            except CodecError:
-                self._metrics.missed("bad_header")
+            except CalibrationError as error:
+                self._refuse("calibration_foreign", member, error)
+            except CodecError as error:
+                self._refuse("bad_header", member, error)
             else:
                 if variant is None:
                     unready = True
@@ -251,6 +260,12 @@ class _Lookup:
         if unready:
             self.unready.add(index)
         return unready and not self._plain
+
+    def _refuse(self, reason: str, member: Member, error: CodecError) -> None:
+        self.why_not = f"{reason}: {error}"
+        self._metrics.missed(
+            reason, detail=f"an answer of the storage node at {member.endpoint} cannot be used: {error}"
+        )
 
     def _variant(self, chunk_id: ChunkId, encoding: str, data: bytes, *, on_disk: bool) -> Variant | None:
         """None when its calibration is not at hand. Raises CodecError for what is not this chunk or was not asked for,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from kvstore_client.failure_log import FailureLog
 from kvstore_client.timeline import STAGES, Timeline
 
 _CHUNKS = Counter("kvstore_client_chunks", "Chunks a fetch asked for, by how they ended.", ["result"])
@@ -50,6 +51,7 @@ class ClientMetrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counts[str] = Counts()
+        self.failures = FailureLog()
 
     def matched(self, *, exact: int, approximate: int) -> None:
         """Count chunks that a lookup found, by whether in their own context."""
@@ -62,8 +64,21 @@ class ClientMetrics:
         _CHUNKS.labels("delivered").inc(chunks)
         self._add("chunks_delivered", chunks)
 
-    def missed(self, reason: str, chunks: int = 0, *, events: int = 1) -> None:
-        """Count events of not reusing for `reason`, which cost `chunks` chunks that had been promised."""
+    def missed(
+        self,
+        reason: str,
+        chunks: int = 0,
+        *,
+        events: int = 1,
+        detail: str | None = None,
+        cause: str | None = None,
+    ) -> None:
+        """Count events of not reusing for `reason`, which cost `chunks` chunks that had been promised.
+
+        A failure says in `detail` what happened and what to do; it is logged once a minute for each `cause` (default:
+        the reason). Without `detail` it is part of normal work."""
+        if detail is not None:
+            self.failures.warn(reason if cause is None else cause, detail)
         _MISSES.labels(reason).inc(events)
         _CHUNKS.labels("missing").inc(chunks)
         self._add(f"miss_{reason}", events)

@@ -56,6 +56,8 @@ class OwnerWrite:
         self.answers: list[pb.PutReply] = []
         """The owner's, one per chunk in the order they were put; fewer when it failed."""
         self.failure: str | None = None
+        self.detail = ""
+        """What the transport says of it."""
         self._stall_s = stall_s
         self._changed = threading.Condition()
         self._waiting: deque[OutgoingChunk] = deque()
@@ -136,7 +138,7 @@ class OwnerWrite:
                 self.answers.append(answer)
                 self._moved_at_s = time.monotonic()
         except TransferError as error:
-            failure = error.reason
+            failure, self.detail = error.reason, str(error)
         finally:
             self._stream.cancel()
             with self._changed:

@@ -81,7 +81,9 @@ class ReadyCalibrations:
             try:
                 thread.start()
             except RuntimeError:  # no thread left in this process
-                self._metrics.missed("calibration_no_resources")
+                self._metrics.missed(
+                    "calibration_no_resources", detail="this process has no thread left to load a calibration"
+                )
                 loading.set_result(None)
                 return loading
             self._loading[digest] = loading
@@ -111,7 +113,10 @@ class ReadyCalibrations:
             ready = self._ready.get(digest)
         klt = ready or self._start(digest, self._load).result()
         if klt is not None and klt.calibration.model_digest != model_digest:
-            self._metrics.missed("calibration_foreign")
+            self._metrics.missed(
+                "calibration_foreign",
+                detail=f"calibration {digest.hex()[:12]}, which the registry named, is of another model",
+            )
             return None
         return klt
 

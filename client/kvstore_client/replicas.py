@@ -11,6 +11,7 @@ import grpc
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
+from kvstore_client.grpc_failure import told
 from kvstore_client.settings import ClientSettings
 from kvstore_codec.errors import NodeUnavailableError
 from kvstore_codec.identity import ChunkId
@@ -58,8 +59,10 @@ class Search:
         """What nodes promised to keep, also of chunks that were not taken."""
         self.asked = 0
         """Calls made."""
+        self.why_paused = ""
+        """Why a reader that had to be left alone failed before."""
         self.failures: list[str] = []
-        """Why calls failed."""
+        """Why calls failed, a sentence each."""
         self._view, self._settings = view, settings
         self._chunk_ids, self._encodings, self._take = chunk_ids, encodings, take
         self._all_encodings, self._any_context = all_encodings, any_context
@@ -107,11 +110,11 @@ class Search:
                 self._ask(self._next(missing, failing=failing))
         for call, question in self._open.items():
             call.cancel()
-            self._fail(question, f"no answer within {self._settings.lookup_timeout_s:g} s")
+            self._fail(question, "did not answer in time")
         if self.failures:
             self._view.refresh()
             if not self._any_answer:
-                raise NodeUnavailableError(f"no owner answered a lookup: {self.failures[0]}")
+                raise NodeUnavailableError(self.failures[0])
 
     def cancel(self) -> None:
         """From any thread: nobody waits for it any more."""
@@ -123,6 +126,8 @@ class Search:
         # Rows that are alike are one object, and few: thousands of chunks are sorted without comparing members.
         unlike = {id(row): row for row in rows}
         paused = {m for row in unlike.values() for m in row if self._view.is_paused(m.endpoint)}
+        if paused:
+            self.why_paused = self._view.why_paused(min(member.endpoint for member in paused))
         away = {member for member in paused if self._view.is_out_of_reach(member.endpoint)}
         slow = {key: [m for m in row if m in paused and m not in away] for key, row in unlike.items()}
         usable = {key: [m for m in row if m not in paused] for key, row in unlike.items()}
@@ -184,7 +189,7 @@ class Search:
             reply = call.result()
         except (grpc.RpcError, grpc.FutureCancelledError):
             failing = True
-            self._fail(question, call.code().name, late=call.code() == grpc.StatusCode.DEADLINE_EXCEEDED)
+            self._fail(question, told(call), late=call.code() == grpc.StatusCode.DEADLINE_EXCEEDED)
         else:
             self._any_answer = True
             if reply.lease_id:
@@ -206,8 +211,9 @@ class Search:
         """Pause who failed. Who is `late` only because the search ends sooner than it could answer has not failed."""
         if late and time.monotonic() - question.asked_at_s < self._patience_s:
             return
-        self.failures.append(reason)
-        self._view.pause(question.member.endpoint, until_it_answers=True)
+        why = f"the storage node at {question.member.endpoint} {reason}"
+        self.failures.append(why)
+        self._view.pause(question.member.endpoint, why, until_it_answers=True)
 
 
 def chunk_ref(chunk_id: ChunkId) -> pb.ChunkRef:

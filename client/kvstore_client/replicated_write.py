@@ -32,6 +32,8 @@ class ReplicatedWrite:
     def __init__(self, view: ClusterView, settings: ClientSettings) -> None:
         self.failures: Counter[str] = Counter()
         """Why streams broke, once `finish` has returned; their nodes are paused."""
+        self.details: dict[str, str] = {}
+        """A sentence for each of these reasons."""
         self._view, self._settings = view, settings
         self._written: list[Written] = []
         self._lock = threading.Lock()
@@ -65,7 +67,9 @@ class ReplicatedWrite:
                 failure = "protocol"
             if failure is not None:
                 self.failures[failure] += 1
-                self._view.pause(owner.endpoint, until_it_answers=failure == "unreachable")
+                why = f"the storage node at {owner.endpoint} did not take chunks: {write.detail or failure}"
+                self.details[failure] = why
+                self._view.pause(owner.endpoint, why, until_it_answers=failure == "unreachable")
                 self._view.refresh()
             else:
                 self._view.recovered(owner.endpoint)

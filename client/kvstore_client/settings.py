@@ -6,13 +6,22 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from kvstore_api.address import DEFAULT_ADDRESS
+from kvstore_api.environment import without_service_links
+from kvstore_client.cache_dir import default_cache_dir, expanded
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import UnknownEncodingError
 
 EXACT = "exact-zstd"
+_PREFIX = "KVSTORE_"
 
 
 class Durability(StrEnum):
@@ -55,23 +64,33 @@ class SelectorName(StrEnum):
         return self in (SelectorName.FREQUENCY, SelectorName.FREQUENCY_HIGH)
 
 
-def default_cache_dir() -> Path:
-    """Where this machine keeps what it can get again: `KVSTORE_CACHE_DIR`, else `$XDG_CACHE_HOME/kvstore`, else
-    `~/.cache/kvstore`."""
-    if chosen := os.environ.get("KVSTORE_CACHE_DIR"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvstore"
-
-
 class ClientSettings(BaseSettings):
-    """How a client looks up, fetches and stores. Times in seconds, sizes in bytes."""
+    """How a client looks up, fetches and stores. Times in seconds, sizes in bytes.
+
+    An empty variable means that the setting is not given. `~` in a path is the user's home folder.
+    """
 
     model_config = SettingsConfigDict(
-        env_prefix="KVSTORE_", extra="ignore", frozen=True, hide_input_in_errors=True
+        env_prefix=_PREFIX, env_ignore_empty=True, extra="ignore", frozen=True, hide_input_in_errors=True
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        *sources: PydanticBaseSettingsSource,
+        **named: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Leaves out variables that Kubernetes sets for Services; an address may be one."""
+        chosen = super().settings_customise_sources(settings_cls, *sources, **named)
+        names = [f"{_PREFIX}{name}".lower() for name in cls.model_fields if name != "address"]
+        for source in chosen:
+            if isinstance(source, EnvSettingsSource):
+                source.env_vars = without_service_links(source.env_vars, names)
+        return chosen
+
     address: str = DEFAULT_ADDRESS
-    """`host:port` of the coordinator."""
+    """`host:port` of the coordinator; `tcp://host:port`, as Kubernetes writes it, means the same."""
 
     tenant_salt: SecretStr = SecretStr("")
     """Secret mixed into every content_id: clients with different salts never see each other's chunks."""
@@ -155,7 +174,8 @@ class ClientSettings(BaseSettings):
     """Deadline of getting a calibration that is not in `cache_dir` yet."""
 
     cache_dir: Path = Field(default_factory=default_cache_dir)
-    """Folder of what is kept between runs: calibrations. Processes may share it."""
+    """Folder of what is kept between runs: calibrations, profiles. Processes may share it. One that cannot be written
+    costs time, and nothing else."""
 
     lease_s: float = Field(default=60.0, gt=0)
     """How long looked-up chunks are protected from eviction."""
@@ -210,10 +230,20 @@ class ClientSettings(BaseSettings):
     def _empty_is_unset(cls, value: object) -> object:
         return value or default_cache_dir()
 
-    @field_validator("floor", "recompute_ratio", "disk_tier", mode="before")
+    @field_validator("floor", "recompute_ratio", "disk_tier", "tls_ca", mode="before")
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value
+
+    @field_validator("cache_dir", "tls_ca")
+    @classmethod
+    def _expand_home(cls, value: Path | None) -> Path | None:
+        return None if value is None else expanded(value)
+
+    @field_validator("address")
+    @classmethod
+    def _without_scheme(cls, value: str) -> str:
+        return value.removeprefix("tcp://")
 
     @field_validator("accept", mode="before")
     @classmethod

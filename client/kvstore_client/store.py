@@ -14,6 +14,7 @@ import torch
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
+from kvstore_client.grpc_failure import unreachable
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.owner_write import OutgoingChunk
 from kvstore_client.ready_calibrations import ReadyCalibrations
@@ -115,7 +116,11 @@ class Store:
                 wanted = self.encodings if encodings is None else tuple(encodings)
                 self._jobs.put(partial(self._store, stored, spec, list(chunks), wanted, size_bytes))
         if reason is not None:
-            self._metrics.missed(reason)
+            waiting = (
+                f"{len(chunks)} chunks are not stored: {self._waiting_bytes} bytes wait already. The service takes "
+                "them too slowly, or KVSTORE_STORE_BACKLOG_BYTES is too small"
+            )
+            self._metrics.missed(reason, detail=waiting if reason == "store_backlog" else None)
             stored.set_result(0)
         return stored
 
@@ -133,7 +138,11 @@ class Store:
         atexit.unregister(self.close)
         _, late = wait([self._reached()], self._settings.close_timeout_s)
         if late:
-            self._metrics.missed("store_dropped_at_close")
+            self._metrics.missed(
+                "store_dropped_at_close",
+                detail=f"chunks that were not stored within KVSTORE_CLOSE_TIMEOUT_S "
+                f"({self._settings.close_timeout_s:g} s) are dropped",
+            )
         self._stop.set_result(None)
         with self._lock:
             writing = self._writing
@@ -175,8 +184,9 @@ class Store:
                     self._metrics.missed("store_no_calibration")
                     encodings = tuple(encoding for encoding in encodings if encoding not in calibrated)
             return self._write(spec, klt, chunks, encodings) if encodings else 0
-        except NodeUnavailableError:
-            self._metrics.missed("store_unreachable")
+        except NodeUnavailableError as error:
+            detail = unreachable(error, self._settings.address)
+            self._metrics.missed("store_unreachable", detail=detail, cause=str(error))
             return 0
         except Exception:  # a mistake of ours; nobody waits for this, so it is said here
             log.exception("storing %d chunks failed", len(chunks))
@@ -226,12 +236,14 @@ class Store:
             with self._lock:
                 self._writing = None
         for reason, times in writing.failures.items():
-            self._metrics.missed(f"store_{reason}", events=times)
+            detail = None if reason == "cancelled" else writing.details[reason]
+            self._metrics.missed(f"store_{reason}", events=times, detail=detail)
         stored: set[int] = set()
         sparse: set[int] = set()
         for outcome, (number, size_bytes) in zip(written, sent, strict=True):
             for reason in outcome.refusals:
-                self._metrics.missed(f"store_{reason}")
+                detail = f"a storage node refused a chunk: {reason}"
+                self._metrics.missed(f"store_{reason}", detail=detail)
             if outcome.copies:
                 self._metrics.stored(int(number not in stored), outcome.copies * size_bytes)
                 stored.add(number)
@@ -262,8 +274,8 @@ class Store:
             keys, values = chunk.gather()
             features = chunk.features() if klt and chunk.features else None
             order = token_order(keys, values) if self._writes_order(spec) else None
-        except CodecError:
-            self._metrics.missed("store_unencodable")
+        except CodecError as error:
+            self._unencodable(error)
             return
         for encoding in encodings:
             try:
@@ -278,8 +290,11 @@ class Store:
                     sinks=klt.calibration.sinks if klt and chunk.begins_text else 0,
                     token_order=order,
                 )
-            except CodecError:
-                self._metrics.missed("store_unencodable")
+            except CodecError as error:
+                self._unencodable(error)
                 continue
             self._metrics.guarded(encoded.guarded)
             yield encoded
+
+    def _unencodable(self, error: CodecError) -> None:
+        self._metrics.missed("store_unencodable", detail=f"a chunk cannot be stored: {error}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
-from kvstore_client.settings import default_cache_dir
+from kvstore_client.cache_dir import default_cache_dir
 from kvstore_codec.calibration import Calibration
 from kvstore_codec.errors import CodecError, ConfigurationError
 

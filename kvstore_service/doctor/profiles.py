@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from kvstore_client.cache_dir import default_cache_dir
 from kvstore_client.ratio.profile import Profile, ProfileStore
-from kvstore_client.settings import ClientSettings, default_cache_dir
+from kvstore_client.settings import ClientSettings
 from kvstore_codec.errors import CodecError, ConfigurationError, StartupError
 from kvstore_service.models import DType, load_model
 

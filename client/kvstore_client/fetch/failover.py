@@ -207,7 +207,8 @@ class Failover:
     def broke(self, member: Member, reason: str) -> None:
         """Have others leave this member alone for a while."""
         self.failed.add(member.endpoint)
-        self._view.pause(member.endpoint, until_it_answers=reason == "unreachable")
+        why = f"the storage node at {member.endpoint} did not bring chunks: {reason}"
+        self._view.pause(member.endpoint, why, until_it_answers=reason == "unreachable")
         self._view.refresh()
 
     @contextmanager

@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,6 +29,9 @@ from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.rope import RotaryTable
 
 log = logging.getLogger(__name__)
+
+_EXPECTED = frozenset({"cancelled", "gone"})
+"""Reasons of missing chunks that are no failures: nobody wants them any more, or they were evicted."""
 
 _PROMPT_S = 0.05
 """An engine that comes later than this had something else to do."""
@@ -186,8 +190,9 @@ class Fetch:
         self._metrics.delivered(report.fetched)
         self._metrics.planned(fetched=report.chunks - report.computed, computed=report.computed)
         self._metrics.fetched(self._timeline, self._timeline.now_s() - self._began_s)
-        for reason in sorted(set(report.missing.values())):
-            self._metrics.missed(reason, sum(1 for r in report.missing.values() if r == reason))
+        for reason, chunks in sorted(Counter(report.missing.values()).items()):
+            detail = f"{chunks} of {report.chunks} chunks of a fetch did not come and are computed: {reason}"
+            self._metrics.missed(reason, chunks, detail=None if reason in _EXPECTED else detail)
         self._judge_owners(report)
         return report
 
@@ -200,7 +205,7 @@ class Fetch:
         }
         for endpoint in {member.endpoint for member in self._failover.members()} - self._failover.failed:
             if endpoint in late:
-                self._view.pause(endpoint)
+                self._view.pause(endpoint, f"the storage node at {endpoint} did not bring chunks in time")
             elif report.complete:
                 self._view.recovered(endpoint)
         if report.missing:

@@ -194,6 +194,10 @@ class Receiver:
                     break
         except TransferError as error:
             reason = "silent" if reading.is_silent else error.reason
+            if not self.progress.is_over:
+                self.metrics.failures.warn(
+                    reason, f"a read from {member.endpoint} broke off ({reason}): {error}"
+                )
         finally:
             watching.close()
             stream.cancel()

@@ -80,6 +80,9 @@ class Restorer:
                 decode(item, self.destination, self.predictions, together)
             except CodecError as error:
                 reason = _reason(error)
+                self.receiver.metrics.failures.warn(
+                    reason, f"a chunk from {task.chunk.member.endpoint} cannot be used ({reason}): {error}"
+                )
             else:
                 decoded[-1].seconds = self._note("decode", start_s, task)
                 return

@@ -106,7 +106,7 @@ class ProfileStore:
         path = self._folder / f"{key}.json"
         try:
             return _from_json(json.loads(path.read_bytes()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, UnknownEncodingError) as error:
             _log.warning("profile %s cannot be used and is measured anew: %r", path, error)

@@ -29,7 +29,7 @@ class TunedRatios:
         path = self.path(model_digest)
         try:
             return _from_json(json.loads(path.read_bytes()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (
             OSError,

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from kvstore_client.cache_dir import default_cache_dir
 from kvstore_client.engines.transformers.calibrate import ObservedModel
-from kvstore_client.settings import default_cache_dir
 from kvstore_codec import canonical
 from kvstore_codec.calibration import VERSION, Calibration
 from kvstore_codec.errors import ConfigurationError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from kvstore_client.settings import default_cache_dir
+from kvstore_client.cache_dir import default_cache_dir
 from kvstore_codec.errors import ConfigurationError, UnknownEncodingError
 from kvstore_service.cli import app
 

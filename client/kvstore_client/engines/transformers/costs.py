@@ -1,7 +1,5 @@
 """What a model costs on this machine: measured when it is first used, and kept."""
 
-import logging
-
 from transformers import PreTrainedModel
 
 from kvstore_client.client import KVStoreClient
@@ -11,11 +9,9 @@ from kvstore_client.settings import ClientSettings, FetchPolicy
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.model_spec import ModelSpec
 
-log = logging.getLogger(__name__)
-
 
 def costs_of(model: PreTrainedModel, spec: ModelSpec, client: KVStoreClient) -> Costs | None:
-    """None when the client's policy is fixed, and when nothing can be measured. Takes seconds once on a machine."""
+    """None when the client's policy is fixed. Takes seconds once on a machine."""
     settings = client.settings
     if settings.fetch_policy is FetchPolicy.FIXED:
         return None
@@ -23,15 +19,8 @@ def costs_of(model: PreTrainedModel, spec: ModelSpec, client: KVStoreClient) -> 
     klt = None
     if any(Encoding.parse(name).needs_calibration for name in names):
         klt = client.prepare(spec).result()  # bounded by the settings' timeouts
-    try:
-        store = ProfileStore(settings.cache_dir)
-        return Costs(profile_of(model, spec, names, klt, store, decode_threads=settings.decoders))
-    except OSError as error:
-        log.warning(
-            "fetches of %s are not planned: its profile cannot be kept in %s: %s",
-            spec.model_id, settings.cache_dir, error,
-        )  # fmt: skip
-        return None
+    store = ProfileStore(settings.cache_dir)
+    return Costs(profile_of(model, spec, names, klt, store, decode_threads=settings.decoders))
 
 
 def _likely(settings: ClientSettings) -> list[str]:

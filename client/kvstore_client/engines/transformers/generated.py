@@ -1,5 +1,6 @@
 """One `generate` call, from what was looked up for it to the chunks that it leaves to be stored."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +36,8 @@ class Begun:
     fetch: Fetch | None = None
     bypassed: str | None = None
     """Why nothing is reused, if the call is not one that can."""
+    why_not: str | None = None
+    """Why nothing is on its way, if nothing is."""
     segments: "SegmentPlan | None" = None
     """What is stored of a prompt that was given in segments."""
     coming: "SegmentFetch | None" = None
@@ -116,6 +119,18 @@ class Generated:
     @property
     def reused_tokens(self) -> int:
         return self.capture.first_token - self.computed_chunks * CHUNK_TOKENS
+
+
+def why_not(begun: Begun, reused_tokens: int, report: FetchReport | None) -> str | None:
+    """Why nothing of a prompt was reused; None when something was."""
+    if reused_tokens:
+        return None
+    if report is not None and report.missing:
+        reasons = Counter(report.missing.values()).most_common()
+        return "not fetched: " + ", ".join(f"{reason} ({chunks} chunks)" for reason, chunks in reasons)
+    if report is not None:
+        return "slower: computing is sooner than fetching"
+    return begun.why_not
 
 
 def new_chunks(

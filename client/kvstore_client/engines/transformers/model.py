@@ -30,7 +30,7 @@ from kvstore_client.engines.transformers.cache import (
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
 from kvstore_client.engines.transformers.costs import costs_of
 from kvstore_client.engines.transformers.features import PromptFeatures
-from kvstore_client.engines.transformers.generated import Begun, ComputedRun, Generated, new_chunks
+from kvstore_client.engines.transformers.generated import Begun, ComputedRun, Generated, new_chunks, why_not
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.fetch import Computing, FetchReport
@@ -46,6 +46,8 @@ from kvstore_codec.rope import RotaryTable
 
 log = logging.getLogger(__name__)
 
+_UNALIGNED = "what a call computed is not stored: the keys of some of its tokens were not seen"
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationReport:
@@ -57,6 +59,9 @@ class GenerationReport:
     fetch: FetchReport | None = None
     bypassed: str | None = None
     """Why the call was passed through without reuse."""
+    why_not: str | None = None
+    """Why nothing was reused, if nothing was: a word and a sentence, such as `not stored`, `bypassed: batch` or
+    `unreachable: the coordinator at 127.0.0.1:7420 refused the connection`."""
     approximate_tokens: int = 0
     """Of text that was stored in another context; some of it was computed again."""
     recomputed_tokens: int = 0
@@ -161,8 +166,10 @@ class CachedModel:
                     begun.coming = self._segments.start(better, self.spec, input_ids[0], rotary, timeline)
                 else:
                     usable = exact_beginning(match)
+                    begun.why_not = match.why_not or "slower: computing is sooner than reusing the documents"
             else:
                 usable = match = self._match_prefix(input_ids, segments, timeline)
+                begun.why_not = match.why_not
             if usable.chunks:
                 self._start_fetch(begun, usable, input_ids[0])
         finally:
@@ -195,7 +202,11 @@ class CachedModel:
         if begun.bypassed is not None or input_ids is None:
             self.client.metrics.missed(f"bypass_{begun.bypassed}")
             self.last_report = GenerationReport(
-                0 if input_ids is None else input_ids.numel(), 0, timeline, bypassed=begun.bypassed
+                0 if input_ids is None else input_ids.numel(),
+                0,
+                timeline,
+                bypassed=begun.bypassed,
+                why_not=f"bypassed: {begun.bypassed}",
             )
             return self.model.generate(input_ids, **begun.arguments)
         if begun.weights != _weights_state(self.model):  # what is on its way belongs to another model
@@ -207,7 +218,9 @@ class CachedModel:
         output, total = generated.output, input_ids.shape[1]
         reused = generated.reused_tokens
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=total - reused)
-        self.last_report = GenerationReport(total, reused, timeline, generated.report)
+        self.last_report = GenerationReport(
+            total, reused, timeline, generated.report, why_not=why_not(begun, reused, generated.report)
+        )
         if self.store:
             sequence = output if isinstance(output, torch.Tensor) else output.sequences
             self._store_new(begun, sequence[0, : generated.tokens].tolist(), generated)
@@ -293,14 +306,17 @@ class CachedModel:
             elif generated.capture.reaches(generated.tokens):
                 new = prefilled_chunks(self.model, tokens, plan, generated, features=features)
             else:
-                self.client.metrics.missed("store_unaligned")
+                self.client.metrics.missed("store_unaligned", detail=_UNALIGNED)
         finally:
             self.cancel(begun)
         if blended is not None:
             self.last_report = self._report(blended, begun, len(tokens))
         else:
             report = generated.report if coming is None else coming.fetch.finish()
-            self.last_report = GenerationReport(len(tokens), generated.reused_tokens, begun.timeline, report)
+            reused = generated.reused_tokens
+            self.last_report = GenerationReport(
+                len(tokens), reused, begun.timeline, report, why_not=why_not(begun, reused, report)
+            )
         reused, output = self.last_report.reused_tokens, generated.output
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)
         behind = generated.report.encodings if generated.report is not None else ()
@@ -386,8 +402,9 @@ class CachedModel:
             begun.fetch = self.client.fetch(match, buffers, rotary, begun.timeline, features, computing)
             begun.match, begun.buffers = match, buffers
         except (RuntimeError, MemoryError) as error:
-            log.warning("cannot fetch %d chunks: %s", len(match.chunks), error)
-            self.client.metrics.missed("no_resources", len(match.chunks))
+            begun.why_not = f"no_resources: {error}"
+            detail = f"cannot fetch {len(match.chunks)} chunks, which are computed: {error}"
+            self.client.metrics.missed("no_resources", len(match.chunks), detail=detail)
             if buffers is not None:
                 self.client.buffers.give_back(buffers)
 
@@ -426,7 +443,7 @@ class CachedModel:
             self.client.metrics.missed("store_behind_lossy")
             return
         if not generated.capture.reaches(len(tokens)):
-            self.client.metrics.missed("store_unaligned")
+            self.client.metrics.missed("store_unaligned", detail=_UNALIGNED)
             return
         ids = self.client.chunk_ids(self.spec, tokens)
         stored = set(range(len(begun.match.chunks)))

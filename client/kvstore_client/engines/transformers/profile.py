@@ -58,7 +58,7 @@ def profile_of(
     """The kept profile, with what is missing of `encodings` measured and added; takes seconds the first time. Those
     that cannot be measured here (no calibration, no coder) are left out.
 
-    Raises OSError when it cannot be kept."""
+    One that cannot be kept is used all the same, and a warning says so."""
     key = profile_key(spec, machine_of(model))
     known = store.load(key)
     if known is not None and known.provenance.get("load_per_core", 0.0) > _BUSY and _load_per_core() < _QUIET:
@@ -67,7 +67,14 @@ def profile_of(
     if known is not None and not any(_measurable(name, klt) for name in missing):
         return replace(known, decode_threads=decode_threads)
     profile = measure_profile(model, spec, missing, klt, decode_threads=decode_threads, known=known)
-    store.save(key, profile)
+    try:
+        store.save(key, profile)
+    except OSError as error:
+        log.warning(
+            "the profile of %s cannot be kept (%s), so that every process measures it anew; "
+            "set KVSTORE_CACHE_DIR to a writable folder",
+            spec.model_id, error,
+        )  # fmt: skip
     return profile
 
 

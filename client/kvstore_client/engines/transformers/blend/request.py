@@ -1,7 +1,6 @@
 """One prompt in segments, from what is stored of it to the KV of all its tokens but the last."""
 
 import itertools
-import logging
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,8 +32,6 @@ from kvstore_client.timeline import Timeline
 from kvstore_codec.identity import PlacedChunk
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -127,8 +124,7 @@ class SegmentReuse:
             features = PromptFeatures(self._model, tokens, [c.first_token for c in plan.match.chunks])
             fetch = self._client.fetch(plan.match, buffers, rotary, timeline, features, computed=computed)
         except (RuntimeError, MemoryError) as error:
-            log.warning("cannot fetch %d chunks: %s", len(plan.match.chunks), error)
-            self._client.metrics.missed("no_resources", len(plan.match.chunks))
+            self._no_resources("fetch", len(plan.match.chunks), error)
             if buffers is not None:
                 self._client.buffers.give_back(buffers)
             return None
@@ -143,8 +139,7 @@ class SegmentReuse:
         try:
             return self._blend_what_comes(coming, timeline, question=question)
         except (RuntimeError, MemoryError) as error:  # a device without memory is a RuntimeError
-            log.warning("cannot reuse %d chunks: %s", len(coming.plan.match.chunks), error)
-            self._client.metrics.missed("no_resources", len(coming.plan.match.chunks))
+            self._no_resources("reuse", len(coming.plan.match.chunks), error)
             coming.fetch.cancel()
             return None
 
@@ -163,6 +158,10 @@ class SegmentReuse:
         if self.worth(plan, len(coming.tokens)) is None:
             return None
         return self._blend(coming, plan, None, timeline, question=question)
+
+    def _no_resources(self, verb: str, chunks: int, error: Exception) -> None:
+        detail = f"cannot {verb} {chunks} chunks, which are computed: {error}"
+        self._client.metrics.missed("no_resources", chunks, detail=detail)
 
     def _placed(
         self, spec: ModelSpec, tokens: Sequence[int], segments: Sequence[int]

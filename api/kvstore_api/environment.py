@@ -1,0 +1,29 @@
+"""Variables that Kubernetes sets by itself, told apart from settings."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+
+log = logging.getLogger(__name__)
+
+_LINK = re.compile(r"(tcp|udp|sctp)://[^/]+:\d+")
+_named: set[str] = set()
+
+
+def without_service_links(
+    variables: Mapping[str, str | None], settings: Iterable[str]
+) -> dict[str, str | None]:
+    """The variables without those of `settings` (names of variables) that hold a Kubernetes service link.
+
+    Kubernetes sets `KVSTORE_METRICS_PORT=tcp://10.0.0.1:9090` in every pod beside a Service called `kvstore-metrics`.
+    Nobody chose that value as a setting. A warning names each such variable once in a process.
+    """
+    links = {name for name in settings if (value := variables.get(name)) and _LINK.fullmatch(value)}
+    for name in sorted(links - _named):
+        log.warning(
+            "%s=%s is ignored: it looks like a link that Kubernetes sets for a Service of that name. "
+            "Set enableServiceLinks: false in the pod, or rename the Service.",
+            name.upper(), variables[name],
+        )  # fmt: skip
+    _named.update(links)
+    return {name: value for name, value in variables.items() if name not in links}

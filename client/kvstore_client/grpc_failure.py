@@ -1,0 +1,31 @@
+"""What a failed gRPC call says to people."""
+
+import grpc
+
+from kvstore_codec.errors import NodeUnavailableError
+
+_MOST_CHARACTERS = 200
+
+
+def told(error: grpc.RpcError) -> str:
+    """The rest of a sentence that begins with an address: `refused the connection`, `did not answer in time`."""
+    code, details = error.code(), (error.details() or "")[-_MOST_CHARACTERS:]
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "did not answer in time"
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return "is not a kvstore service"
+    if code is not grpc.StatusCode.UNAVAILABLE:
+        return f"answered {code.name}: {details}"
+    if "refused" in details:
+        return "refused the connection"
+    if "resolution failed" in details:
+        return "cannot be found: no host has that name"
+    return f"cannot be reached: {details}"
+
+
+def unreachable(error: NodeUnavailableError, address: str) -> str:
+    """What to tell people when nothing can be reused or stored."""
+    return (
+        f"{error}: KV is computed, and not shared. Check that `kvstore serve` runs and that KVSTORE_ADDRESS "
+        f"({address}) is where it listens; `kvstore status --address {address}` asks it"
+    )
