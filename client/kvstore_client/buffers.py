@@ -35,7 +35,7 @@ class BufferPool:
         """Have that much memory ready, or what the pool may keep at most, touched ahead of time."""
         size_bytes = min(size_bytes, self._limit_bytes)
         memory = self._smallest(size_bytes)
-        self._keep(torch.zeros(size_bytes, dtype=torch.uint8) if memory is None else memory)
+        self._keep(torch.zeros(size_bytes, dtype=torch.uint8, device="cpu") if memory is None else memory)
 
     def take(self, spec: ModelSpec, tokens: int) -> KVBuffers:
         """Buffers for `tokens` tokens: the smallest free memory that holds them, or new memory."""
@@ -43,7 +43,7 @@ class BufferPool:
         half_bytes = tokens * spec.kv_bytes_per_token // 2
         memory = self._smallest(2 * half_bytes)
         if memory is None:
-            memory = torch.empty(2 * half_bytes, dtype=torch.uint8)
+            memory = torch.empty(2 * half_bytes, dtype=torch.uint8, device="cpu")
         keys, values = (
             memory[begin : begin + half_bytes].view(spec.dtype.torch).view(shape) for begin in (0, half_bytes)
         )

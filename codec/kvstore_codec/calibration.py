@@ -83,7 +83,7 @@ class PeriodTransform:
                 raise CalibrationError(f"a calibration's {name} holds NaN or infinity")
         if pair != 2 or not 1 <= columns <= values:
             raise CalibrationError(f"a basis of {columns} columns does not fit {values} values")
-        probe = torch.ones(columns, 1).cumsum(0).cos()  # nothing special
+        probe = torch.ones(columns, 1, dtype=torch.float32, device="cpu").cumsum(0).cos()  # nothing special
         lengthened = float((self.basis @ probe).norm() / probe.norm())
         if not abs(lengthened - 1) < _NOT_ORTHONORMAL:
             raise CalibrationError(f"a calibration's basis is not orthonormal: it scales by {lengthened:.3g}")

@@ -55,7 +55,9 @@ class PeriodKLT:
             inverse = torch.linalg.inv(whitening.double())
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # exported without being said
             raise CalibrationError("a calibration's whitening is singular") from error
-        off = float((whitening.double() @ inverse - torch.eye(dim)).abs().max())
+        off = float(
+            (whitening.double() @ inverse - torch.eye(dim, dtype=torch.float32, device="cpu")).abs().max()
+        )
         if not off < _SINGULAR or not bool(inverse.float().isfinite().all()):
             raise CalibrationError("a calibration's whitening is singular")
         # x = whitening^-1 basis q: [columns, D]
@@ -94,7 +96,7 @@ class PeriodKLT:
         """What `restore_` takes, [tokens, all], in host memory, and the part of it that is to be filled in: integers
         times step, [tokens, columns], zeros so far. `low` [tokens, rank] is of the Prediction."""
         known = _MEANS + self.rank
-        inputs = torch.zeros((len(low), known + columns), dtype=compute_dtype())
+        inputs = torch.zeros((len(low), known + columns), dtype=compute_dtype(), device="cpu")
         inputs[:, :_MEANS] = 1
         inputs[:, _MEANS:known] = low
         return inputs, inputs[:, known:]

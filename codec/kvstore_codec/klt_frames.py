@@ -150,7 +150,7 @@ def encode_klt_frame(
         escapes.astype(_VALUE_DTYPE).data,
     )
     if exact_tokens:
-        chosen = torch.as_tensor(exact_tokens)
+        chosen = torch.as_tensor(exact_tokens, device="cpu")
         for tensor in (keys, values):
             encode_words(words_of(tensor.index_select(2, chosen).contiguous()), writer)
     if samples.size:
@@ -214,7 +214,9 @@ def decode_klt_frame(
         raise ChunkFormatError("a frame escapes to integers that no KV has")
     kept = None
     if exact:
-        keys, values = (torch.empty((layers, heads, exact, dim), dtype=like.dtype) for _ in range(2))
+        keys, values = (
+            torch.empty((layers, heads, exact, dim), dtype=like.dtype, device="cpu") for _ in range(2)
+        )
         for tensor in (keys, values):
             decode_words(reader, words_of(tensor))
         kept = torch.from_numpy(exact_tokens.astype(np.int64)), keys, values

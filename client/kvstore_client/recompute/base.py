@@ -70,8 +70,8 @@ class Selector(Protocol):
 
 def positions_of(chunks: Sequence[ReusedChunk]) -> torch.Tensor:
     """i64 `[tokens]`: the positions of all their tokens, one chunk after the other."""
-    ranges = [torch.arange(chunk.tokens.start, chunk.tokens.stop) for chunk in chunks]
-    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
+    ranges = [torch.arange(chunk.tokens.start, chunk.tokens.stop, device="cpu") for chunk in chunks]
+    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 def require_probe(selector: Selector, probe: Probe | None) -> Probe:

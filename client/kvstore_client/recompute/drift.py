@@ -52,7 +52,7 @@ class Drift:
         """Where what is spread belongs: cells of it, the neighbouring positions that they cover, and how many each."""
         self._padded = torch.zeros(len(moved), most, dtype=torch.int64, device=device)
         """Of `seen`, by chunk: as many of each, so that all are spread at once. What fills up has no weight."""
-        weights = torch.zeros(len(moved), cells, most, device=device)
+        weights = torch.zeros(len(moved), cells, most, dtype=torch.float32, device=device)
         first_seen = 0
         for row, (tokens, inside) in enumerate(moved):
             self._padded[row, : len(inside)] = first_seen + torch.arange(len(inside), device=device)

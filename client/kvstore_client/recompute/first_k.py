@@ -15,4 +15,4 @@ class FirstK:
 
     def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:
         del chunks, probe
-        return -torch.arange(prompt_tokens, dtype=torch.float32)
+        return -torch.arange(prompt_tokens, dtype=torch.float32, device="cpu")

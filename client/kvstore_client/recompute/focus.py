@@ -23,7 +23,7 @@ class Focus:
 
     def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:
         del chunks
-        total = torch.zeros(prompt_tokens)
+        total = torch.zeros(prompt_tokens, dtype=torch.float32, device="cpu")
 
         def add(weights: torch.Tensor) -> None:
             for head in weights:  # one at a time: all of them together are large

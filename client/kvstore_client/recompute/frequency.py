@@ -32,7 +32,7 @@ def band_energies(keys: torch.Tensor, values: torch.Tensor, alpha: float = ALPHA
     Under tensor parallelism each rank has some of the heads: sum over the ranks gives that of all of them."""
     layers, _, tokens, _ = keys.shape
     kept = math.floor(alpha * (tokens // 2 + 1))
-    energies = torch.empty((2, 2, layers, tokens), device=keys.device)
+    energies = torch.empty((2, 2, layers, tokens), dtype=torch.float32, device=keys.device)
     for layer in range(layers):  # scratch memory for one at a time
         for kind, tensor in enumerate((keys[layer], values[layer])):
             whole = tensor.float()
@@ -66,15 +66,17 @@ class Frequency:
 
     def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:
         del probe
-        scores = torch.zeros(prompt_tokens)
+        scores = torch.zeros(prompt_tokens, dtype=torch.float32, device="cpu")
         missing = 0
         for chunk in chunks:
             if chunk.order is not None:
                 best_first = torch.tensor(
-                    chunk.order.low if self._band == "low" else chunk.order.high, dtype=torch.int64
+                    chunk.order.low if self._band == "low" else chunk.order.high,
+                    dtype=torch.int64,
+                    device="cpu",
                 )
                 scores[chunk.tokens.start + best_first] = torch.arange(
-                    len(best_first), 0, -1, dtype=torch.float32
+                    len(best_first), 0, -1, dtype=torch.float32, device="cpu"
                 )
             elif not chunk.exact:
                 missing += 1

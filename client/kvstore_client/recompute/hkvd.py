@@ -22,6 +22,6 @@ class HKVD:
         probe = require_probe(self, probe)
         _, fresh = probe.fresh_kv(_LAYER)
         _, stored = probe.stored_kv(_LAYER)
-        scores = torch.zeros(prompt_tokens)
+        scores = torch.zeros(prompt_tokens, dtype=torch.float32, device="cpu")
         scores[positions_of(chunks)] = (fresh.float() - stored.float()).square().sum((0, 2)).cpu()
         return scores

@@ -18,7 +18,7 @@ class Query:
         del chunks
         probe = require_probe(self, probe)
         layers = 0
-        scores = torch.zeros(prompt_tokens)
+        scores = torch.zeros(prompt_tokens, dtype=torch.float32, device="cpu")
 
         def see(weights: torch.Tensor) -> None:
             nonlocal layers, scores

@@ -19,11 +19,11 @@ class Random:
 
     def scores(self, chunks: Sequence[ReusedChunk], prompt_tokens: int, probe: Probe | None) -> torch.Tensor:
         del probe
-        scores = torch.zeros(prompt_tokens)
+        scores = torch.zeros(prompt_tokens, dtype=torch.float32, device="cpu")
         for chunk in chunks:
             digest = canonical.digest(_DOMAIN, chunk.content_id, canonical.integer(len(chunk.tokens)))
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "little"))
             scores[chunk.tokens.start : chunk.tokens.stop] = torch.rand(
-                len(chunk.tokens), generator=generator
+                len(chunk.tokens), generator=generator, dtype=torch.float32, device="cpu"
             )
         return scores

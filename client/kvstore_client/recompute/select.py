@@ -34,10 +34,10 @@ def select(
         raise ConfigurationError(f"a recompute ratio of {ratio} is not between 0 and 1")
     approximate = [chunk for chunk in chunks if not chunk.exact and chunk.tokens]
     if not approximate:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     if ratio == 1:
         return positions_of(approximate)
-    forced = torch.zeros(prompt_tokens, dtype=torch.bool)
+    forced = torch.zeros(prompt_tokens, dtype=torch.bool, device="cpu")
     for chunk in approximate:
         if chunk.begins_text and chunk.tokens.start:
             forced[chunk.tokens.start : chunk.tokens.stop][:FORCED_TOKENS] = True

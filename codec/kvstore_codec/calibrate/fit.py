@@ -32,7 +32,7 @@ def fit_periods(moments: Moments, whitening: torch.Tensor, rank: int) -> tuple[P
     feature_mean, feature_covariance = moments.feature_moments()
     penalty = _RIDGE * feature_covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     factor = torch.linalg.cholesky(
-        feature_covariance + penalty * torch.eye(len(feature_mean), dtype=torch.float64)
+        feature_covariance + penalty * torch.eye(len(feature_mean), dtype=torch.float64, device="cpu")
     )
     fitted = []
     first = 0

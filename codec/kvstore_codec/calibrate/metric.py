@@ -41,7 +41,7 @@ def error_metric(
         raise CalibrationError("the model's queries or output projections are zero or not finite")
     if not (bool(fisher.isfinite().all()) and bool((fisher >= 0).all()) and bool(fisher.max() > 0)):
         raise CalibrationError("the model's output does not depend on its KV, or its gradient is not finite")
-    identity = torch.eye(parts.shape[-1], dtype=torch.float64)
+    identity = torch.eye(parts.shape[-1], dtype=torch.float64, device="cpu")
     parts = (1 - _SHRINKAGE) * parts / traces[..., None, None] + _SHRINKAGE * identity
     scalars = fisher.double().clamp_min(_SMALLEST_FISHER * float(fisher.max()))
     return parts * scalars[..., None, None, None]
@@ -58,7 +58,7 @@ def square_root(metric: torch.Tensor) -> torch.Tensor:
 
 def _seen_through_rope(covariance: torch.Tensor, inverse_frequencies: torch.Tensor) -> torch.Tensor:
     """The mean of R_d C R_d^T over the distances d."""
-    exponents = torch.linspace(0, 1, _DISTANCES, dtype=torch.float64)
+    exponents = torch.linspace(0, 1, _DISTANCES, dtype=torch.float64, device="cpu")
     distances = torch.unique((_LONGEST_DISTANCE**exponents).round())
     angles = distances[:, None, None] * inverse_frequencies.detach().cpu().double()
     layers, half = inverse_frequencies.shape
@@ -66,9 +66,9 @@ def _seen_through_rope(covariance: torch.Tensor, inverse_frequencies: torch.Tens
     if 2 * half > dim:
         raise CalibrationError(f"RoPE turns {2 * half} channels of heads that have {dim}")
     total = torch.zeros_like(covariance)
-    channels = torch.arange(half)
+    channels = torch.arange(half, device="cpu")
     for angle in angles:
-        rotation = torch.eye(dim, dtype=torch.float64).repeat(layers, 1, 1, 1)
+        rotation = torch.eye(dim, dtype=torch.float64, device="cpu").repeat(layers, 1, 1, 1)
         rotation[:, 0, channels, channels] = rotation[:, 0, channels + half, channels + half] = angle.cos()
         rotation[:, 0, channels + half, channels] = angle.sin()
         rotation[:, 0, channels, channels + half] = -angle.sin()

@@ -48,7 +48,9 @@ class Moments:
             shapes[f"{period}.sum"] = (size,)
             shapes[f"{period}.square"] = (size, size)
             shapes[f"{period}.cross"] = (features, size)
-        return cls({name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()})
+        return cls(
+            {name: torch.zeros(shape, dtype=torch.float64, device="cpu") for name, shape in shapes.items()}
+        )
 
     @property
     def tokens(self) -> int:

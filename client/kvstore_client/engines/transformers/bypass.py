@@ -73,7 +73,7 @@ def _hides_tokens(config: GenerationConfig, input_ids: torch.Tensor, mask: torch
     pad, ends = config.pad_token_id, config.eos_token_id
     if pad is None or not bool((input_ids == pad).any()):
         return False
-    return ends is None or int(pad) not in torch.as_tensor(ends).flatten().tolist()
+    return ends is None or int(pad) not in torch.as_tensor(ends, device="cpu").flatten().tolist()
 
 
 def _effective_config(model: PreTrainedModel, arguments: Mapping[str, Any]) -> GenerationConfig:

@@ -83,7 +83,7 @@ class EncodedSample:
             b"".join(chunk.parts[1 + period * self._frames : 1 + (period + 1) * self._frames])
             for period in range(geometry.periods)
         ]
-        self._out = torch.zeros(2, *sample.shape, dtype=geometry.dtype.torch)
+        self._out = torch.zeros(2, *sample.shape, dtype=geometry.dtype.torch, device="cpu")
         self._prediction = None if klt is None else klt.predict(sample.features)
 
     @property

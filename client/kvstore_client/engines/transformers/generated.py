@@ -175,7 +175,9 @@ def _gathers(chunks: int, stored: Collection[int], generated: Generated) -> Iter
 
 def features_of(model: PreTrainedModel, tokens: Sequence[int], begin: int) -> partial[torch.Tensor]:
     """Of the chunk at position `begin`. Looked up now: the weights may have changed when its turn has come."""
-    return partial(token_features, embedded(model, torch.tensor(tokens[begin : begin + CHUNK_TOKENS])))
+    return partial(
+        token_features, embedded(model, torch.tensor(tokens[begin : begin + CHUNK_TOKENS], device="cpu"))
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class CausalBlocks:
         """The softmax attention of the tokens, f32 `[heads, tokens, prompt_tokens]`: zero where a key cannot be seen.
         Not for many: all of it is in memory at once."""
         heads, kv_heads, total = queries.shape[0], *keys.shape[:2]
-        weights = torch.zeros(heads, queries.shape[1], total, device=keys.device)
+        weights = torch.zeros(heads, queries.shape[1], total, dtype=torch.float32, device=keys.device)
         for block, seen, mask in self._blocks:
             tokens = block.stop - block.start
             asked = queries[:, block].reshape(

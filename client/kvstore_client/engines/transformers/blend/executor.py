@@ -53,7 +53,7 @@ class Blend:
         """All before it is as it should be once it is computed, whatever is chosen later."""
         self._lead_is_there = False
         self._slots = torch.full((self._total,), -1, dtype=torch.int64, device=device)
-        kept = torch.cat([torch.arange(part.start, part.stop) for part in (*keep, range(0))]).to(device)
+        kept = torch.cat([torch.arange(part.start, part.stop, device=device) for part in (*keep, range(0))])
         self._slots[kept] = torch.arange(len(kept), device=device)
         layers, kv_heads, _, head_dim = buffers.keys.shape
         self._kept_keys = torch.empty(
