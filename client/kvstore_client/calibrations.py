@@ -128,7 +128,7 @@ class Calibrations:
                 "calibration_cache_damaged", detail=f"{path} was damaged and is fetched again"
             )
             path.unlink(missing_ok=True)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             pass
         except OSError as error:
             self._metrics.missed(

@@ -4,7 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
@@ -77,7 +77,7 @@ class Match:
 
     chunks: tuple[StoredChunk, ...] = ()
     leases: tuple[tuple[Member, bytes], ...] = ()
-    why_not: str | None = None
+    why_not: str | None = field(default=None, compare=False)
     """Why there are no chunks, if there are none: `not stored`, or what was wrong, a sentence for people."""
 
     @property
