@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,6 +20,7 @@ from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.listen import Address, Reservation
 from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
 from kvstore_service.ray_cluster import existing_ray, on_node, on_this_node, ray_nodes
+from kvstore_service.scratch import scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,6 @@ _GRACE_S = 1.0
 _PID_TIMEOUT_S = 30.0
 # Ray brings a coordinator back within seconds, unless it gave up on it.
 _SILENCE_S = 30.0
-_LONGEST_SCRATCH_PARENT = 30
 
 _ACTOR_OPTIONS = {"max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
 # Of the extra `cluster`; imported where they are used, because an inference worker does without.
@@ -108,7 +107,7 @@ class EmbeddedCluster:
         with ExitStack() as started:
             reservation = Reservation(self._listen)
             started.callback(reservation.release)
-            scratch = Path(started.enter_context(_scratch_folder()))
+            scratch = started.enter_context(scratch_folder())
             data_dir = self._data_dir or scratch / "catalogue"
             _check_catalogue(data_dir, self._redis_url)
             if self._ray_address is None:
@@ -234,12 +233,6 @@ class EmbeddedCluster:
             log.warning("the cluster did not stop in order and is ended: %s", error)
         self._storage = {}
         self._coordinator = None
-
-
-def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    # Ray puts sockets far below it, and the path of a socket may have 107 bytes.
-    parent = tempfile.gettempdir() if len(tempfile.gettempdir()) <= _LONGEST_SCRATCH_PARENT else "/tmp"  # noqa: S108
-    return tempfile.TemporaryDirectory(prefix="kvstore-", dir=parent, ignore_cleanup_errors=True)
 
 
 def _require_packages() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvstore_codec.errors import StartupError
+from kvstore_service import signals
 
 if TYPE_CHECKING:
     import psutil
@@ -97,16 +98,17 @@ def _start(folder: Path) -> None:
     import ray
 
     try:
-        ray.init(
-            address="local",
-            num_cpus=0,
-            num_gpus=0,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            namespace="kvstore",
-            _temp_dir=str(folder),
-        )
-    except (OSError, RuntimeError, ValueError) as error:
+        with signals.deferred():
+            ray.init(
+                address="local",
+                num_cpus=0,
+                num_gpus=0,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                namespace="kvstore",
+                _temp_dir=str(folder),
+            )
+    except Exception as error:  # also plain ones, when it takes too long
         raise StartupError(f"Ray did not start: {error}") from error

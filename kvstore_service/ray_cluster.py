@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kvstore_codec.errors import StartupError
+from kvstore_service import signals
 from kvstore_service.listen import Address
 from kvstore_service.local_ray import ENVIRONMENT
 
@@ -25,7 +26,8 @@ def existing_ray(address: str) -> Iterator[None]:
         raise StartupError("Ray runs in this process already; a cluster needs a process without it")
     _require_answer(address)
     try:
-        ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        with signals.deferred():
+            ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise StartupError(f"no Ray cluster can be joined at {address}: {error}") from error
     try:

@@ -20,6 +20,7 @@ from kvstore_service.cli.serve import serve
 from kvstore_service.cli.status import status
 from kvstore_service.cli.throttle import throttle
 from kvstore_service.cli.verify import verify
+from kvstore_service.signals import StopSignals, end_by
 
 app = typer.Typer(
     help="A distributed KV cache service for LLM inference.",
@@ -34,8 +35,18 @@ app.add_typer(bench, name="bench")
 
 
 def main() -> None:
-    """Entry point of `kvstore`. What went wrong on purpose is one line on stderr and exit status 1."""
+    """Entry point of `kvstore`. What went wrong on purpose is one line on stderr and exit status 1. A command that is
+    told to stop ends what it began, and then by that signal, which shells show as 128 and its number."""
+    stop = StopSignals()
+    stop.install()
     try:
         app()
     except KVStoreError as error:
-        sys.exit(f"kvstore: {error}")
+        # A signal that a terminal sends reaches every process below this one; what they then lack is no news.
+        if stop.received is None:
+            sys.exit(f"kvstore: {error}")
+        end_by(stop.received)
+    except SystemExit:
+        if stop.received is None:
+            raise
+        end_by(stop.received)

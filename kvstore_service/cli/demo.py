@@ -2,11 +2,13 @@
 
 import json
 import multiprocessing
+import signal
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import StrEnum
 from importlib.util import find_spec
+from multiprocessing.queues import Queue
 from pathlib import Path
 from queue import Empty
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +21,7 @@ from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service.cli.console import output, print_table
+from kvstore_service.parent_death import end_with_parent
 
 if TYPE_CHECKING:
     from kvstore_service.demo.worker import Job, Run
@@ -216,22 +219,36 @@ class _Steps:
         """Run a function of the worker module in a new process."""
         self.begin(name, f"{name}: starting")
         spawn = multiprocessing.get_context("spawn")
-        with spawn.Manager() as manager, ProcessPoolExecutor(1, mp_context=spawn) as worker:
-            said: Any = manager.Queue()
-            result = worker.submit(_in_worker, function, job, said)
-            while not result.done():
-                try:
-                    text = said.get(timeout=0.1)
-                except Empty:
-                    continue
-                self._progress.update(self._tasks[name], description=f"{name}: {text}")
+        said: Queue[str] = spawn.Queue()
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin_worker, initargs=(said,)) as worker:
+            result = worker.submit(_in_worker, function, job)
+            try:
+                while not result.done():
+                    with suppress(Empty):
+                        text = said.get(timeout=0.1)
+                        self._progress.update(self._tasks[name], description=f"{name}: {text}")
+            except KeyboardInterrupt:
+                for process in multiprocessing.active_children():
+                    process.terminate()  # what it computes is wanted no more, and would be waited for
+                raise
             return result.result()
 
 
-def _in_worker(function: str, job: "Job", said: Any) -> Any:
+_said: "Queue[str] | None" = None
+"""Of a worker process: what it reports goes there."""
+
+
+def _begin_worker(said: "Queue[str]") -> None:
+    global _said
+    _said = said
+    end_with_parent(signal.SIGKILL)
+
+
+def _in_worker(function: str, job: "Job") -> Any:
     from transformers.utils import logging
 
     from kvstore_service.demo import worker
 
+    assert _said is not None  # noqa: S101 (the initialiser ran)
     logging.disable_progress_bar()
-    return getattr(worker, function)(job, said.put)
+    return getattr(worker, function)(job, _said.put)

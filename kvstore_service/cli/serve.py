@@ -1,6 +1,5 @@
 """`kvstore serve`."""
 
-import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Annotated
 import typer
 
 from kvstore_codec.errors import StartupError
+from kvstore_service import signals
 
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _CHECK_PERIOD_S = 2.0
 
 
@@ -72,10 +71,11 @@ def serve(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A .yaml or .toml file with these settings.")] = None,
 ) -> None:
-    """Run a cluster in the foreground: one line when it is ready, a clean stop on SIGTERM or Ctrl-C.
+    """Run a cluster in the foreground: one line when it is ready, a clean stop on SIGTERM, SIGHUP or Ctrl-C.
 
     Ends with exit status 1 when the cluster is lost."""
-    _hold_signals()
+    # No handler: Ray's calls would be broken off wherever they stand.
+    stopping = signals.block()
 
     from kvstore_cluster.durability import Durability
     from kvstore_service.cluster_stats import cluster_stats
@@ -119,16 +119,16 @@ def serve(
         if settings.metrics_port is not None:
             where = Address(Address.parse(settings.listen).host, settings.metrics_port)
             registry = running.enter_context(metrics_endpoint(where))
-        if signal.sigpending() & _STOP_SIGNALS:
+        if signal.sigpending() & stopping:
             return
         try:
             running.enter_context(cluster)
         except StartupError:
             # Ctrl-C in a terminal reaches every process of the cluster, and then it is no news what is missing.
-            if signal.sigpending() & _STOP_SIGNALS:
+            if signal.sigpending() & stopping:
                 return
             raise
-        if signal.sigpending() & _STOP_SIGNALS:
+        if signal.sigpending() & stopping:
             return
         if settings.metrics_port is not None:
             registry.register(ClusterCollector(lambda: cluster_stats(cluster.address)))
@@ -136,15 +136,5 @@ def serve(
             f"kvstore is ready at {cluster.address}: {cluster.size} x {settings.memory.human_readable()}"
             + (f" and {settings.disk.human_readable()} of disk" if settings.disk else "")
         )
-        while signal.sigtimedwait(_STOP_SIGNALS, _CHECK_PERIOD_S) is None:
+        while signal.sigtimedwait(stopping, _CHECK_PERIOD_S) is None:
             cluster.check()
-
-
-def _hold_signals() -> None:
-    """Keeps the signals that stop the service pending, in every thread that comes later, until they are asked for.
-
-    A handler would not do: Ray puts its own in place, which end the process wherever it stands.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    # Ray's processes would inherit it, but SIGTERM is how Ray ends them.
-    os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]))

@@ -127,7 +127,7 @@ def test_a_stopped_cluster_leaves_neither_processes_nor_files(
 ) -> None:
     cluster.stop()  # the last test of the module; stopping twice is harmless
     scratch = Path(tempfile.mkdtemp(prefix="kv"))
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setenv("TMPDIR", str(scratch))
     children = {child.pid for child in psutil.Process().children(recursive=True)}
     data_dir = tmp_path / "data"
     again = EmbeddedCluster(memory_bytes=MEMORY, data_dir=data_dir)

@@ -1,6 +1,7 @@
 """Chunks that were acknowledged survive the process, and the Ray node, that acknowledged them."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.durability import Durability
 from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.embedded import EmbeddedCluster
@@ -30,6 +32,29 @@ def test_a_killed_node_comes_back_with_what_is_on_its_disk(tmp_path: Path) -> No
         (node,) = cluster_stats(cluster.address).nodes
         assert node.stats.gauges["disk_chunks"] == len(CHUNKS)
     with EmbeddedCluster(memory_bytes=MEMORY, disk_bytes=DISK, data_dir=tmp_path) as cluster:
+        again = members(cluster)["node-0"]
+        assert all(found(again.endpoint, chunk) for chunk in CHUNKS)
+
+
+@pytest.mark.slow
+def test_a_data_folder_that_is_removed_is_made_again_with_all_that_was_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    with EmbeddedCluster(
+        memory_bytes=MEMORY, disk_bytes=DISK, data_dir=folder, durability=Durability.DURABLE
+    ) as cluster:
+        endpoint = members(cluster)["node-0"].endpoint
+        assert {put(endpoint, chunk) for chunk in CHUNKS[:20]} == {pb.PUT_STATUS_STORED}
+        shutil.rmtree(folder)
+        assert {put(endpoint, chunk) for chunk in CHUNKS[20:]} == {pb.PUT_STATUS_STORED}
+        assert all(found(endpoint, chunk) for chunk in CHUNKS)
+
+        def well() -> bool:
+            (node,) = cluster_stats(cluster.address).nodes
+            return node.stats.disk_error == "" and (folder / "catalogue.json").exists()
+
+        wait_until(well, patience_s=30)
+        os.kill(cluster.storage_pids()["node-0"], signal.SIGKILL)
+    with EmbeddedCluster(memory_bytes=MEMORY, disk_bytes=DISK, data_dir=folder) as cluster:
         again = members(cluster)["node-0"]
         assert all(found(again.endpoint, chunk) for chunk in CHUNKS)
 

@@ -16,6 +16,7 @@ from typing import Self
 from kvstore_codec.errors import StartupError
 from kvstore_service.listen import Address, Reservation
 from kvstore_service.local_ray import ENVIRONMENT
+from kvstore_service.parent_death import end_with_parent
 
 HEAD = "head"
 _HOST = "127.0.0.1"
@@ -125,6 +126,7 @@ class RayNodes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # one process group, and Ctrl-C is for the benchmark alone
+                preexec_fn=end_with_parent,
             )
 
     def _wait_for_head(self) -> None:

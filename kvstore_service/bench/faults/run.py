@@ -3,13 +3,11 @@
 import random
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from kvstore_codec.errors import ServiceError
@@ -20,6 +18,7 @@ from kvstore_service.bench.faults.inflict import WEIGHTS, Fault, Kind, inflict
 from kvstore_service.bench.faults.rows import AFTERWARDS_S, Row, fault_rows, totals
 from kvstore_service.bench.faults.testbed import NODES, REPLICAS, Testbed, testbed
 from kvstore_service.calibration import Report
+from kvstore_service.scratch import scratch_folder
 
 _CALM_S = (1.0, 3.0)
 """Between the end of a failover and the next fault, besides `AFTERWARDS_S`."""
@@ -53,10 +52,9 @@ class Outcome:
 
 def run(options: Options, report: Report) -> Outcome:
     """Raises StartupError, and ServiceError when the cluster does not come back after a fault."""
-    # Ray puts sockets far below it, and the path of a socket may have 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="kvf-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    with scratch_folder() as folder:
         report.advance("start", 0, 1)
-        with testbed(Path(folder)) as cluster:
+        with testbed(folder) as cluster:
             report.advance("start", 1, 1)
             with _load(cluster.address, options) as events:
                 time.sleep(_WARM_UP_S)

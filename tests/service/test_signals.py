@@ -1,0 +1,197 @@
+"""Signals that ask a process to stop, in a process of their own; and what is left of commands that got one."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.service.test_cli import KVSTORE, run, serving
+
+BEGIN = """
+import signal, sys, time
+from kvstore_service.signals import StopSignals, deferred, end_by
+stop = StopSignals()
+stop.install()
+"""
+WAIT = """
+try:
+    try:
+        print("ready", flush=True)
+        time.sleep(30)
+    finally:
+        print("stopping", flush=True)
+        time.sleep(1)
+        print("stopped", flush=True)
+except KeyboardInterrupt:
+    end_by(stop.received)
+"""
+# As Ray does.
+REPLACE_THEN_WAIT = """
+try:
+    with deferred():
+        print("deferring", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: print("not ours"))
+        time.sleep(1)
+    print("ready", flush=True)
+    time.sleep(30)
+except KeyboardInterrupt:
+    end_by(stop.received)
+"""
+
+
+def begun(code: str, first_line: str) -> "subprocess.Popen[str]":
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == first_line
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_first_signal_stops_and_later_ones_do_not_disturb(number: signal.Signals) -> None:
+    with begun(BEGIN + WAIT, "ready\n") as process:
+        process.send_signal(number)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stopping\n"
+        for other in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            process.send_signal(other)
+        assert process.communicate(timeout=20)[0] == "stopped\n"
+        assert process.returncode == -number
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    ignore = "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    with begun(ignore + BEGIN + WAIT, "ready\n") as process:
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.terminate()
+        assert process.communicate(timeout=20)[0] == "stopping\nstopped\n"
+        assert process.returncode == -signal.SIGTERM
+
+
+def test_a_signal_while_a_library_starts_comes_after_it_to_us() -> None:
+    with begun(BEGIN + REPLACE_THEN_WAIT, "deferring\n") as process:
+        process.terminate()
+        assert process.communicate(timeout=20)[0] == ""  # before `ready`
+        assert process.returncode == -signal.SIGTERM
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="kv", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def folders(scratch: Path) -> set[str]:
+    return {path.name for path in scratch.glob("kvstore-*")}
+
+
+def running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_session", [False, True], ids=["process", "closed terminal"])
+def test_serve_stops_in_order_on_sighup(scratch: Path, tmp_path: Path, whole_session: bool) -> None:
+    with serving(scratch, "--data-dir", str(tmp_path), "--disk", "64MiB") as (process, _):
+        children = psutil.Process(process.pid).children(recursive=True)
+        (os.killpg if whole_session else os.kill)(process.pid, signal.SIGHUP)
+        output, errors = process.communicate(timeout=30)
+        assert (process.returncode, output, errors) == (0, "", "")
+    assert running(children) == []
+    assert folders(scratch) == set()
+
+
+@pytest.mark.slow
+def test_serve_below_nohup_outlives_its_terminal(scratch: Path) -> None:
+    with subprocess.Popen(
+        ["/usr/bin/nohup", *KVSTORE, "serve", "--listen", "127.0.0.1:0", "--memory", "16MiB"],
+        env=os.environ | {"TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[4].rstrip(":")
+        os.killpg(process.pid, signal.SIGHUP)
+        time.sleep(3)
+        assert process.poll() is None
+        assert run("status", "--address", address).returncode == 0
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_what_a_killed_serve_left_is_cleared_by_the_next_one_and_a_living_one_is_let_be(
+    scratch: Path,
+) -> None:
+    with serving(scratch) as (killed, _):
+        left = folders(scratch)
+        rays = psutil.Process(killed.pid).children(recursive=True)
+        with serving(scratch) as (living, address):
+            others = psutil.Process(living.pid).children(recursive=True)
+            used = folders(scratch) - left
+            killed.kill()
+            killed.wait()
+            with subprocess.Popen(
+                [*KVSTORE, "serve", "--listen", "127.0.0.1:0", "--memory", "16MiB"],
+                env=os.environ | {"TMPDIR": str(scratch)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            ) as successor:
+                assert successor.stdout is not None
+                assert "kvstore is ready" in successor.stdout.readline()
+                assert running(rays) == []
+                assert not left & folders(scratch)
+                assert used <= folders(scratch)
+                assert run("status", "--address", address).returncode == 0
+                assert all(process.is_running() for process in others)
+                successor.terminate()
+                _, errors = successor.communicate(timeout=30)
+                assert f"{scratch / left.pop()} was left by a service that was killed: removed" in errors
+            living.terminate()
+            assert living.wait(30) == 0
+    assert folders(scratch) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("command", "process_name"),
+    [(["faults", "--quick"], "ray::StorageActor"), (["store", "--quick", "--systems", "kvstore"], "python")],
+    ids=["faults", "store"],
+)
+def test_a_terminated_benchmark_ends_what_it_began(
+    scratch: Path, command: list[str], process_name: str
+) -> None:
+    with subprocess.Popen(
+        [*KVSTORE, "bench", *command],
+        env=os.environ | {"TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        deadline_s = time.monotonic() + 240
+        children: list[psutil.Process] = []
+        while not any(child.name().startswith(process_name[:15]) for child in children):
+            assert process.poll() is None
+            assert time.monotonic() < deadline_s
+            time.sleep(0.2)
+            children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGTERM
+        assert "SIGTERM received" not in errors
+        assert "Traceback" not in errors
+    assert running(children) == []
+    assert folders(scratch) == set()
