@@ -92,6 +92,7 @@ class CalibrationRegistry:
     def find(self, model_digest: bytes) -> CalibrationRecord | None:
         """The newest calibration of a model."""
         with self._lock:
+            self._forget_removed()
             return next(
                 (record for record in reversed(self._stored.values()) if record.model_digest == model_digest),
                 None,
@@ -100,6 +101,7 @@ class CalibrationRegistry:
     def records(self) -> tuple[CalibrationRecord, ...]:
         """Everything stored, oldest first."""
         with self._lock:
+            self._forget_removed()
             return tuple(self._stored.values())
 
     def _synchronise(self, mirror: CalibrationMirror) -> None:
@@ -127,6 +129,7 @@ class CalibrationRegistry:
                 f"at most {MAX_CALIBRATION_BYTES} are taken"
             )
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             with tempfile.NamedTemporaryFile(dir=self._folder, prefix=_UNFINISHED, delete=False) as file:
                 unfinished = Path(file.name)
                 try:
@@ -144,6 +147,7 @@ class CalibrationRegistry:
 
     def _open(self, digest: bytes) -> BinaryIO:
         with self._lock:  # until it is open: when it is stored anew, the file takes another name
+            self._forget_removed()
             newest = [sequence for sequence, record in self._stored.items() if record.digest == digest]
             if not newest:
                 raise UnknownCalibrationError(f"there is no calibration {_short(digest)}")
@@ -158,6 +162,18 @@ class CalibrationRegistry:
                 del self._stored[older]
             self._stored[sequence] = record
         log.info("calibration %s stored, %d bytes", _short(record.digest), record.size_bytes)
+
+    def _forget_removed(self) -> None:
+        """Lets go of calibrations whose files somebody has removed: they have to be published again. The caller has the
+        lock."""
+        for sequence, record in list(self._stored.items()):
+            if not self._path(sequence, record).exists():
+                log.error(
+                    "calibration %s was removed from %s; publish it again",
+                    _short(record.digest),
+                    self._folder,
+                )
+                del self._stored[sequence]
 
     def _path(self, sequence: int, record: CalibrationRecord) -> Path:
         return self._folder / f"{sequence:08d}-{record.model_digest.hex()}-{record.digest.hex()}.kvcal"

@@ -66,7 +66,11 @@ class Compactor:
         if not self._move_records(victim, relocate, lost, stopping):
             return False
         # Not only the copies: a record may be dead because of a newer one that is not synced yet.
-        self._log.sync_all()
+        # Of a removed segment nothing was durable, so the copies are all that has to be.
+        if victim.removed:
+            self._log.sync_written()
+        else:
+            self._log.sync_all()
         self._table.drop(victim)
         return True
 

@@ -37,6 +37,15 @@ class SegmentFile:
         self._fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o644)
         self._direct = direct
 
+    def is_at(self, path: Path) -> bool:
+        """Whether `path` still names this file. Where that cannot be told, it is taken to."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), path.stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:
+            return True
+
     def size_bytes(self) -> int:
         return os.fstat(self._fd).st_size
 

@@ -1,13 +1,12 @@
 """The folder of a store: the names in it, and whose it is."""
 
-import fcntl
 import os
 import re
 from pathlib import Path
 from typing import Protocol
 
 from kvstore_cluster.disk.file import SegmentFile, disk_error
-from kvstore_cluster.durable import sync_folder
+from kvstore_cluster.durable import lock_folder, relock_folder, sync_folder
 from kvstore_codec.errors import FolderInUseError
 
 _LOCK_NAME = "store.lock"
@@ -26,18 +25,28 @@ class StoreFolder:
         self.path = path
         self._open_file = open_file
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock_fd = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise disk_error(error, f"opening the disk tier in {path}") from error
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock_fd)
+            self._lock_fd = lock_folder(path, _LOCK_NAME)
+        except BlockingIOError as error:
             raise FolderInUseError(
                 f"{path} is in use by another process; stop it or choose another data folder"
             ) from error
+        except OSError as error:
+            raise disk_error(error, f"opening the disk tier in {path}") from error
         self.direct = direct and self._offers_direct()
+
+    def restore(self) -> None:
+        """Makes the folder, and takes it, again when it was removed. Raises OSError, BlockingIOError when it belongs to
+        another process by now."""
+        try:
+            self._lock_fd = relock_folder(self.path, _LOCK_NAME, self._lock_fd)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                error.errno, "it was removed, and another process uses one of the same name by now"
+            ) from error
+
+    def names(self, number: int, file: SegmentFile) -> bool:
+        """Whether the segment's file is still the one of that name in the folder; else a restart would not find it."""
+        return file.is_at(self.segment(number))
 
     def segment(self, number: int) -> Path:
         return self.path / f"segment-{number:08d}.kvs"

@@ -14,7 +14,7 @@ from kvstore_cluster.disk.segment import Segment, State
 from kvstore_cluster.disk.segment_format import first_block
 from kvstore_cluster.disk.table import SegmentTable
 from kvstore_cluster.durable import sync_folder
-from kvstore_codec.errors import ChunkNotFoundError, DiskError, DiskFullError
+from kvstore_codec.errors import ChunkNotFoundError, DiskError, DiskFullError, SegmentRemovedError
 
 log = logging.getLogger(__name__)
 
@@ -89,14 +89,11 @@ class SegmentLog:
         """Writes a new record; with `sync`, returns once it would survive a power loss. Raises DiskError, and
         StorageError for a description that is too long."""
         header = RecordHeader(Kind.PUT, self._take_sequence(), meta)
-        segment, location = self._write(header, views, self.put_limit_bytes)
-        if sync:
-            try:
-                self.sync(segment)
-            except DiskError:
-                self._table.bury(location)
-                raise
-        return location
+        try:
+            return self._append(header, views, sync=sync)
+        except SegmentRemovedError:  # a new one in a new folder is as good
+            self.revive()
+            return self._append(header, views, sync=sync)
 
     @property
     def newest_sequence(self) -> int:
@@ -120,9 +117,11 @@ class SegmentLog:
         except DiskError as failure:
             self._fail(segment, failure)
             raise
+        self._require_name(segment)
 
     def sync_all(self) -> None:
         """As `sync`, of everything. Raises DiskError, also when a failed segment still holds live records."""
+        self.give_up_removed()
         with self._table.lock:
             segments = [segment for segment in self._table.segments.values() if not segment.sealed]
         for segment in segments:
@@ -139,6 +138,24 @@ class SegmentLog:
             ]
         for segment in written:
             self.sync(segment)
+
+    def give_up_removed(self) -> None:
+        """Looks whether somebody removed files of segments; what lives in those is written again by compaction."""
+        removed = self._table.take_removed()
+        if not removed:
+            return
+        failure = SegmentRemovedError(
+            f"files of the disk tier were removed from {self._folder.path} while they are in use"
+        )
+        for segment in removed:
+            segment.commit.fail(failure)
+        with self._turn:
+            live_bytes = sum(segment.live_blocks for segment in removed) * BLOCK_BYTES
+            log.error("%s; %d bytes of chunks in them are written again", failure, live_bytes)
+            if self._active in removed:
+                self._close_active()
+                self.error = failure
+        self._wake()
 
     def seal_closed(self) -> None:
         """Seals what takes no more records. Raises DiskError."""
@@ -175,6 +192,26 @@ class SegmentLog:
                 self._begin_segment()
                 log.info("the disk tier in %s takes chunks again", self._folder.path)
                 self.error = None
+
+    def _append(self, header: RecordHeader, views: Sequence[memoryview], *, sync: bool) -> Location:
+        segment, location = self._write(header, views, self.put_limit_bytes)
+        try:
+            if sync:
+                self.sync(segment)
+            else:
+                self._require_name(segment)
+        except DiskError:
+            self._table.bury(location)
+            raise
+        return location
+
+    def _require_name(self, segment: Segment) -> None:
+        """What is in a file without a name is lost with this process. Raises SegmentRemovedError."""
+        if not self._folder.names(segment.number, segment.file):
+            self.give_up_removed()
+            raise SegmentRemovedError(
+                f"segment {segment.number} was removed from {self._folder.path} while it is in use"
+            )
 
     def _write(
         self,
@@ -253,6 +290,7 @@ class SegmentLog:
         number, seed = self._next_number, secrets.randbits(64)
         path = self._folder.segment(number)
         try:
+            self._folder.restore()
             file = self._folder.open_segment(number, create=True)
             try:
                 file.write(0, [memoryview(first_block(number, seed))])

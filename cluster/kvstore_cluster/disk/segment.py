@@ -51,6 +51,8 @@ class Segment:
         self.sealed = False
         self.given_up = False
         """Writing or syncing failed: what is in here may not be durable."""
+        self.removed = False
+        """Somebody removed its file, which lives on without a name: a restart would not find what is in here."""
         self.unreadable = False
         """Holds live records that cannot be moved."""
         self.live_blocks = 0

@@ -89,8 +89,16 @@ class SegmentStore:
 
     @property
     def error(self) -> str:
-        """Why nothing can be put; empty when all is well."""
-        return "" if self._log.error is None else str(self._log.error)
+        """Why nothing can be put, or what is there would not survive; empty when all is well."""
+        if self._log.error is not None:
+            return str(self._log.error)
+        homeless_bytes = self._table.homeless_blocks * BLOCK_BYTES
+        if homeless_bytes:
+            return (
+                f"files were removed from {self._folder.path}; {homeless_bytes} bytes of chunks in them are still "
+                "to be written again"
+            )
+        return ""
 
     def recover(self) -> Recovery:
         """Opens what is there. Raises DiskError."""

@@ -48,6 +48,25 @@ class SegmentTable:
         finally:
             self._removing.release()
 
+    def take_removed(self) -> list[Segment]:
+        """Segments whose files somebody has removed since the last call. They count as failed from now on: what lives
+        in them is to be moved, and nothing of it is durable."""
+        with self._removing:  # or one that is being dropped would look like one
+            with self.lock:
+                named = [segment for segment in self.segments.values() if not segment.removed]
+            found = [segment for segment in named if not self.folder.names(segment.number, segment.file)]
+            with self.lock:
+                for segment in found:
+                    segment.removed = segment.given_up = segment.closed = True
+                    segment.sealed = False
+            return found
+
+    @property
+    def homeless_blocks(self) -> int:
+        """Of live records in removed files."""
+        with self.lock:
+            return sum(segment.live_blocks for segment in self.segments.values() if segment.removed)
+
     def is_live(self, location: Location) -> bool:
         """Whether a live record or a tombstone lies there. To be called with the lock held."""
         segment = self.segments.get(segment_of(location))

@@ -45,10 +45,17 @@ class Upkeep:
 
     def _run(self, segments: SegmentLog) -> None:
         reported = ""
+        tasks = (
+            segments.give_up_removed,
+            segments.revive,
+            segments.measure,
+            segments.seal_closed,
+            segments.sync_written,
+        )
         while not self._stopping.is_set():
             self._due.wait(self._period_s)
             self._due.clear()
-            for task in (segments.measure, segments.revive, segments.seal_closed, segments.sync_written):
+            for task in tasks:
                 try:
                     task()
                 except DiskError as error:
