@@ -19,7 +19,7 @@ from kvstore_service.bench.fuzz.edits import edit_bytes, edit_number, edit_video
 from kvstore_service.bench.fuzz.seeds import TENANTS, Seed, seeds
 
 _CHECKSUM_BYTES = 8
-_VIDEO_SHARE = 0.25
+_VIDEO_SHARE = 0.2
 _EXTREMES: tuple[Any, ...] = (
     0,
     1,

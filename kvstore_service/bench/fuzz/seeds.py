@@ -1,4 +1,5 @@
-"""The chunks that mutants are made of: every encoding that runs here, of two tenants, as small as decoders allow."""
+"""The chunks that mutants are made of: every kind of encoding that runs here, of two tenants, as small as decoders
+allow."""
 
 import functools
 from dataclasses import dataclass
@@ -8,42 +9,55 @@ import torch
 
 from kvstore_codec.calibration import Calibration, PeriodTransform
 from kvstore_codec.chunk import ChunkHeader
-from kvstore_codec.codec import EncodedChunk, encode_chunk
+from kvstore_codec.codec import encode_chunk
 from kvstore_codec.coders import availability
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
-from kvstore_codec.klt_frames import KLT
+from kvstore_codec.klt_frames import KLT, Prediction
 from kvstore_codec.model_spec import KVDtype, ModelSpec, RopeSpec
 from kvstore_codec.token_order import TokenOrder
 
-TOKENS = 20
 TENANTS = 2
-_LAYERS, _HEADS, _HEAD_DIM = 2, 1, 16
+_LAYERS, _HEADS = 2, 1
 _FEATURES, _RANK = 4, 2
 _STEPS = {"high": 0.25, "medium": 0.5, "low": 1.0}
-# Those with fewer tokens a frame have two frames, which can change places. The video comes last.
-_NAMES = (
-    "exact-raw@20",
-    "exact-zstd@16",
-    "high-raw@20",
-    "high-zstd@20",
-    "medium-zstd@20",
-    "low-zstd@16",
-    "step2.0-zstd@20",
-    "high-klt-pco@20",
-    "medium-klt-pco@16",
-    "low-klt-pco@20",
-    "medium-klt-zstd@20",
-    "low-klt-raw@20",
-    "low-hevc-cpu@20",
-    "low-klt-hevc-cpu@20",
-    "low-klt-hevc-cpu-420@20",
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    tokens: int
+    head_dim: int
+
+
+_SMALL = _Shape(tokens=20, head_dim=16)
+# Fills most of the smallest picture, 144 x 144 samples, so that little of the damage to it falls into its padding.
+_FULL = _Shape(tokens=64, head_dim=64)
+
+# Those with 16 tokens a frame have two frames, which can change places. The video comes last.
+_CHUNKS = (
+    *(("exact-raw@20", _SMALL, dtype) for dtype in (KVDtype.BFLOAT16, KVDtype.FLOAT32)),
+    *(("exact-zstd@16", _SMALL, dtype) for dtype in (KVDtype.BFLOAT16, KVDtype.FLOAT32)),
+    ("high-raw@20", _SMALL, KVDtype.BFLOAT16),
+    ("high-zstd@20", _SMALL, KVDtype.BFLOAT16),
+    ("medium-zstd@20", _SMALL, KVDtype.FLOAT16),
+    ("low-zstd@16", _SMALL, KVDtype.BFLOAT16),
+    ("step2.0-zstd@20", _SMALL, KVDtype.BFLOAT16),
+    ("high-klt-pco@20", _SMALL, KVDtype.BFLOAT16),
+    ("medium-klt-pco@16", _SMALL, KVDtype.BFLOAT16),
+    ("low-klt-pco@20", _SMALL, KVDtype.FLOAT32),
+    ("medium-klt-zstd@20", _SMALL, KVDtype.BFLOAT16),
+    ("low-klt-raw@20", _SMALL, KVDtype.BFLOAT16),
+    ("low-hevc-cpu@20", _SMALL, KVDtype.BFLOAT16),
+    ("low-klt-hevc-cpu@20", _SMALL, KVDtype.BFLOAT16),
+    ("low-hevc-cpu", _FULL, KVDtype.BFLOAT16),
+    ("step8.0-klt-hevc-cpu", _FULL, KVDtype.BFLOAT16),
+    ("step8.0-klt-hevc-cpu-420", _FULL, KVDtype.BFLOAT16),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """A sound chunk of one tenant. The seeds of one place in the list of another tenant differ in name and KV only."""
+    """A sound chunk of one tenant. What another tenant has of the same `name` differs in name and KV only."""
 
     name: str
     tenant: int
@@ -58,39 +72,45 @@ class Seed:
 
 @functools.cache
 def seeds() -> tuple[Seed, ...]:
-    """In order of their names, the tenants of one name side by side."""
-    encodings = [encoding for encoding in map(Encoding.parse, _NAMES) if availability(encoding.coder) is None]
-    found = [
-        _seed(encoding, dtype, tenant)
-        for encoding in encodings
-        for dtype in (KVDtype.BFLOAT16, KVDtype.FLOAT32)
-        if dtype is KVDtype.BFLOAT16 or encoding.name.startswith("exact")
+    """The tenants of one name side by side."""
+    return tuple(
+        _seed(Encoding.parse(name), shape, dtype, tenant)
+        for name, shape, dtype in _CHUNKS
+        if availability(Encoding.parse(name).coder) is None
         for tenant in range(TENANTS)
-    ]
-    return tuple(found)
+    )
 
 
 def decoder_of(header: ChunkHeader) -> dict[str, Any]:
-    """The calibration and prediction that a client has for chunks of the seeds' model."""
-    klt = klt_of(header.geometry.dtype)
-    return {"klt": klt, "prediction": _prediction(header.geometry.dtype)}
+    """What a client has for decoding a chunk with the calibration that its header names; nothing for an unknown one."""
+    return _decoders().get(header.calibration, {})
 
 
 @functools.cache
-def klt_of(dtype: KVDtype) -> KLT:
+def _decoders() -> dict[bytes | None, dict[str, Any]]:
+    """By the digest of the calibration."""
+    known = {(shape, dtype): _klt(shape, dtype) for _, shape, dtype in _CHUNKS}
+    return {
+        klt.calibration.digest: {"klt": klt, "prediction": _prediction(klt, shape)}
+        for (shape, _), klt in known.items()
+    }
+
+
+@functools.cache
+def _klt(shape: _Shape, dtype: KVDtype) -> KLT:
     """Maps as a calibration has them, of no text in particular."""
-    spec, generator = _spec(dtype), torch.Generator().manual_seed(7)
-    size = _LAYERS * 2 * _HEADS * _HEAD_DIM
+    spec, generator = _spec(shape, dtype), torch.Generator().manual_seed(7)
+    size = _LAYERS * 2 * _HEADS * shape.head_dim
 
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+    def randn(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=generator)
 
-    root = randn(_LAYERS, 2, _HEADS, _HEAD_DIM, _HEAD_DIM) / _HEAD_DIM
+    root = randn(_LAYERS, 2, _HEADS, shape.head_dim, shape.head_dim) / shape.head_dim
     period = PeriodTransform(
         mean=randn(size),
         predictor_in=randn(_FEATURES, _RANK),
         predictor_out=randn(_RANK, size),
-        whitening=root @ root.mT + torch.eye(_HEAD_DIM),
+        whitening=root @ root.mT + torch.eye(shape.head_dim),
         basis=torch.linalg.qr(randn(size, size))[0],
         variances=torch.linspace(2, 1, size),
     )
@@ -98,34 +118,33 @@ def klt_of(dtype: KVDtype) -> KLT:
     return KLT(Calibration(spec.digest, _LAYERS, _FEATURES, _STEPS, errors, (period,), {"text": "none"}))
 
 
-@functools.cache
-def _prediction(dtype: KVDtype) -> Any:
-    return klt_of(dtype).predict(_features())
+def _prediction(klt: KLT, shape: _Shape) -> Prediction:
+    return klt.predict(_features(shape))
 
 
-def _features() -> torch.Tensor:
-    return torch.randn((TOKENS, _FEATURES), generator=torch.Generator().manual_seed(11))
+def _features(shape: _Shape) -> torch.Tensor:
+    return torch.randn((shape.tokens, _FEATURES), generator=torch.Generator().manual_seed(11))
 
 
-def _spec(dtype: KVDtype) -> ModelSpec:
-    rope = RopeSpec("default", 10000.0, _HEAD_DIM)
-    return ModelSpec("synthetic", bytes(32), _LAYERS, _HEADS, _HEAD_DIM, dtype, rope)
+def _spec(shape: _Shape, dtype: KVDtype) -> ModelSpec:
+    rope = RopeSpec("default", 10000.0, shape.head_dim)
+    return ModelSpec("synthetic", bytes(32), _LAYERS, _HEADS, shape.head_dim, dtype, rope)
 
 
-def _seed(encoding: Encoding, dtype: KVDtype, tenant: int) -> Seed:
-    spec, generator = _spec(dtype), torch.Generator().manual_seed(tenant)
-    shape = 2, _LAYERS, _HEADS, TOKENS, _HEAD_DIM
-    means = 3 * torch.randn((2, _LAYERS, _HEADS, 1, _HEAD_DIM), generator=generator)
-    keys, values = (means + torch.randn(shape, generator=generator)).to(dtype.torch)
-    klt = klt_of(dtype) if encoding.needs_calibration else None
-    chunk: EncodedChunk = encode_chunk(
+def _seed(encoding: Encoding, shape: _Shape, dtype: KVDtype, tenant: int) -> Seed:
+    generator = torch.Generator().manual_seed(tenant)
+    means = 3 * torch.randn((2, _LAYERS, _HEADS, 1, shape.head_dim), generator=generator)
+    noise = torch.randn((2, _LAYERS, _HEADS, shape.tokens, shape.head_dim), generator=generator)
+    keys, values = (means + noise).to(dtype.torch)
+    klt = _klt(shape, dtype) if encoding.needs_calibration else None
+    chunk = encode_chunk(
         keys,
         values,
-        spec=spec,
+        spec=_spec(shape, dtype),
         chunk_id=ChunkId(ContentId(bytes([tenant]) * 32), PrefixId(bytes([128 + tenant]) * 32)),
         encoding=encoding,
         klt=klt,
-        features=_features() if klt else None,
+        features=_features(shape) if klt else None,
         sinks=2,
         token_order=TokenOrder((3, 1, 2), (0, 5)) if encoding.name.startswith("exact-zstd") else None,
     )
