@@ -1,28 +1,43 @@
-"""Settings of the service: CLI flags before KVSTORE_* variables before the --config file before defaults."""
+"""Settings of the service: CLI flags before KVSTORE_* variables before the --config file before defaults.
 
-import tomllib
+What is empty is not set, wherever it stands: the next place decides.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
 )
 
 from kvstore_api.address import DEFAULT_ADDRESS
+from kvstore_api.environment import without_service_links
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES
 from kvstore_codec.errors import ConfigurationError
+from kvstore_service.config_file import read_config, shortened
 from kvstore_service.listen import Address
 
+PREFIX = "KVSTORE_"
+_MAX_CHARACTERS = 4096
+"""Of a value: the longest path that Linux takes."""
+_MAX_PROBLEMS = 8
+"""That one error names."""
 
-class Settings(BaseSettings):
-    """What `kvstore serve` runs. Sizes are bytes, or text such as "4GiB"."""
 
-    model_config = SettingsConfigDict(env_prefix="KVSTORE_", extra="forbid", frozen=True)
+class Settings(BaseModel):
+    """What `kvstore serve` runs. Sizes are bytes, or text such as "4GiB"; `~` in a path is the user's home folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     nodes: int = Field(default=1, ge=1)
     """Storage nodes to start on this machine."""
@@ -67,6 +82,29 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Port for Prometheus on the same host; none when not set."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_plain(cls, value: object) -> object:
+        if isinstance(value, bool):  # which is a whole number in Python
+            raise ValueError("write a number or text, not true or false")  # noqa: TRY004 (pydantic's protocol)
+        if isinstance(value, str) and len(value) > _MAX_CHARACTERS:
+            raise ValueError(f"has {len(value)} characters; at most {_MAX_CHARACTERS}")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _is_whole_path(cls, value: object) -> object:
+        if not isinstance(value, Path):
+            return value
+        if "\0" in str(value):
+            raise ValueError("a path has no NUL character")
+        try:
+            return value.expanduser()
+        except RuntimeError as error:
+            raise ValueError(
+                "it begins with ~, but this user has no home folder; write the whole path"
+            ) from error
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.disk and self.data_dir is None:
@@ -91,55 +129,91 @@ class Settings(BaseSettings):
             raise ValueError(str(error)) from error
 
 
+@dataclass(frozen=True, slots=True)
+class EffectiveSetting:
+    """`value` as text, hidden where it is a secret; `source` is a flag, a variable, the file, or "default"."""
+
+    name: str
+    value: str
+    source: str
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + name.upper()
+
+
 def load_settings(config: Path | None = None, **flags: object) -> Settings:
-    """`config` is a .yaml, .yml or .toml file; a flag that is None was not given.
+    """`config` is a .yaml, .yml or .toml file; a flag that is None or empty was not given.
 
-    Raises ConfigurationError that names every setting that is wrong or unknown.
+    Raises ConfigurationError that names every setting that is wrong or unknown, and where it is from.
     """
-    in_file = {} if config is None else _read(config)
+    return _load(config, flags)[0]
 
-    class Layered(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 (the library's signature)
-            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, InitSettingsSource(settings_cls, in_file)
 
-    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+def effective_settings(config: Path | None = None, **flags: object) -> list[EffectiveSetting]:
+    """What `load_settings` would use, and where each setting is from. Raises ConfigurationError likewise."""
+    settings, sources = _load(config, flags)
+    return [
+        EffectiveSetting(name, _shown(getattr(settings, name)), sources.get(name, "default"))
+        for name in Settings.model_fields
+    ]
+
+
+def _load(config: Path | None, flags: Mapping[str, object]) -> tuple[Settings, dict[str, str]]:
+    """The settings, and the source of each that is not a default."""
+    values: dict[str, object] = {}
+    sources: dict[str, str] = {}
+    for given, name_source in (
+        ({} if config is None else read_config(config), lambda _: str(config)),
+        (_environment(), variable),
+        (flags, lambda name: "--" + name.replace("_", "-")),
+    ):
+        present = {name: value for name, value in given.items() if not _is_empty(value)}
+        values |= present
+        sources |= {name: name_source(name) for name in present}
     try:
-        return Layered(**given)
+        return Settings.model_validate(values), sources
     except ValidationError as error:
-        problems = "; ".join(_describe(problem) for problem in error.errors())
-        raise ConfigurationError(f"cannot use these settings: {problems}") from error
+        problems = [_describe(problem, sources) for problem in error.errors()]
+        more = f"; and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
+        raise ConfigurationError(
+            f"cannot use these settings: {'; '.join(problems[:_MAX_PROBLEMS])}{more}"
+        ) from None  # the cause quotes values, secrets too
 
 
-def _describe(problem: Any) -> str:
-    name = ".".join(str(part) for part in problem["loc"])
+def _environment() -> dict[str, str | None]:
+    """Settings by name, from variables in capitals or not."""
+    names = {variable(name).lower(): name for name in Settings.model_fields}
+    variables = {name.lower(): value for name, value in os.environ.items() if name.lower() in names}
+    return {names[name]: value for name, value in without_service_links(variables, names).items()}
+
+
+def _is_empty(value: object) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _describe(problem: Any, sources: Mapping[str, str]) -> str:
+    if not problem["loc"]:  # of several settings together
+        return str(problem["msg"])
+    name = str(problem["loc"][0])
+    source = f" (from {sources[name]})" if name in sources else ""
     if problem["type"] == "extra_forbidden":
-        return f"there is no setting {name!r}, known are {', '.join(Settings.model_fields)}"
-    return f"{name} = {problem['input']!r}: {problem['msg']}"
+        return (
+            f"there is no setting {shortened(name)!r}, known are {', '.join(Settings.model_fields)}{source}"
+        )
+    secret = Settings.model_fields[name].annotation == SecretStr | None
+    value = "..." if secret else shortened(repr(problem["input"]))
+    return f"{name} = {value}: {shortened(problem['msg'], 300)}{source}"
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        match path.suffix:
-            case ".yaml" | ".yml":
-                content = yaml.safe_load(text) or {}
-            case ".toml":
-                content = tomllib.loads(text)
-            case _:
-                raise ConfigurationError(f"{path} is neither .yaml nor .toml")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"cannot read the configuration {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"the configuration {path} must be a table of settings, not {content!r}")
-    for name in content:
-        if not isinstance(name, str):
-            raise ConfigurationError(f"the configuration {path} names a setting {name!r}, which is not text")
-    return content
+def _shown(value: object) -> str:
+    match value:
+        case None:
+            return "not set"
+        case SecretStr():
+            return "hidden"
+        case ByteSize():
+            return value.human_readable()
+        case _:
+            return str(value)

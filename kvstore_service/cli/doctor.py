@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,7 @@ from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli.console import notices, print_table
 from kvstore_service.doctor import Check, examine
 from kvstore_service.models import DType
+from kvstore_service.settings import EffectiveSetting, effective_settings
 
 if TYPE_CHECKING:
     from kvstore_service.doctor.profiles import ProfileRow
@@ -31,8 +33,12 @@ def doctor(
     dtype: Annotated[
         DType, typer.Option(help="What workers run the model in; auto: as it was saved.")
     ] = DType.AUTO,
+    config: Annotated[
+        str | None, typer.Option(help="The file that `kvstore serve` is started with.", metavar="PATH")
+    ] = None,
 ) -> None:
-    """Say what this machine can do and, for what is missing, why and what to do.
+    """Say what this machine can do and, for what is missing, why and what to do; then what `kvstore serve` would be
+    set to here, and by what.
 
     Exits with 1 when something essential is broken, with 0 otherwise.
     """
@@ -43,13 +49,40 @@ def doctor(
         raise ConfigurationError("--model needs --profile: only profiles are measured of a model")
     with notices().status("Examining this machine ..."):
         checks = examine()
+        wrong, settings = _settings(Path(config).expanduser() if config else None)
+    checks += wrong
     sound = all(check.available for check in checks if check.essential)
     if json_output:
-        typer.echo(json.dumps({"sound": sound, "checks": [asdict(check) for check in checks]}, indent=2))
+        report = {
+            "sound": sound,
+            "checks": [asdict(check) for check in checks],
+            "settings": [asdict(setting) for setting in settings],
+        }
+        typer.echo(json.dumps(report, indent=2))
     else:
         print_table(_table(checks))
+        if settings:
+            print_table(_settings_table(settings))
     if not sound:
         raise typer.Exit(1)
+
+
+def _settings(config: Path | None) -> tuple[list[Check], list[EffectiveSetting]]:
+    """The settings of the service, or a check that says why there are none."""
+    try:
+        return [], effective_settings(config)
+    except ConfigurationError as error:
+        remedy = "Correct them, or `kvstore serve` will not start."
+        return [Check("settings", available=False, detail=str(error), remedy=remedy, essential=False)], []
+
+
+def _settings_table(settings: list[EffectiveSetting]) -> Table:
+    table = Table(title="What the service would be set to", title_justify="left")
+    for heading in ("setting", "value", "from"):
+        table.add_column(heading, overflow="fold")
+    for setting in settings:
+        table.add_row(setting.name, escape(setting.value), escape(setting.source))
+    return table
 
 
 def _profile(model: str | None, dtype: DType, *, json_output: bool) -> None:

@@ -15,7 +15,8 @@ _CHECK_PERIOD_S = 2.0
 
 def serve(
     nodes: Annotated[
-        int | None, typer.Option(help="Storage nodes on this machine.", show_default="1")
+        str | None,
+        typer.Option(help="Storage nodes on this machine.", metavar="INTEGER", show_default="1"),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="DRAM of each storage node, such as 4GiB.", show_default="1GiB")
@@ -25,8 +26,12 @@ def serve(
         typer.Option(help="host:port; port 0 takes any free one.", show_default="127.0.0.1:7420"),
     ] = None,
     data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the catalogue and of the nodes' disks.", show_default="a temporary one"),
+        str | None,
+        typer.Option(
+            help="Folder of the catalogue and of the nodes' disks.",
+            metavar="PATH",
+            show_default="a temporary one",
+        ),
     ] = None,
     disk: Annotated[
         str | None,
@@ -45,8 +50,12 @@ def serve(
         str | None, typer.Option(help="What is evicted first: value, lru or s3-fifo.", show_default="value")
     ] = None,
     replicas: Annotated[
-        int | None,
-        typer.Option(help="Nodes that each chunk is put on.", show_default="1, or 2 on a Ray cluster"),
+        str | None,
+        typer.Option(
+            help="Nodes that each chunk is put on.",
+            metavar="INTEGER",
+            show_default="1, or 2 on a Ray cluster",
+        ),
     ] = None,
     redis: Annotated[
         str | None,
@@ -63,15 +72,22 @@ def serve(
         typer.Option(help="Bytes a second each node copies to others at most.", show_default="100MiB"),
     ] = None,
     tls_cert: Annotated[
-        Path | None, typer.Option(help="PEM certificate of the bulk ports.", show_default="plain TCP")
+        str | None,
+        typer.Option(help="PEM certificate of the bulk ports.", metavar="PATH", show_default="plain TCP"),
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its PEM key.", show_default="none")] = None,
+    tls_key: Annotated[
+        str | None, typer.Option(help="Its PEM key.", metavar="PATH", show_default="none")
+    ] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="Port for Prometheus.", show_default="none")
+        str | None, typer.Option(help="Port for Prometheus.", metavar="INTEGER", show_default="none")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="A .yaml or .toml file with these settings.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="A .yaml or .toml file with these settings.", metavar="PATH")
+    ] = None,
 ) -> None:
     """Run a cluster in the foreground: one line when it is ready, a clean stop on SIGTERM, SIGHUP or Ctrl-C.
+
+    Each option may also be a KVSTORE_* variable or stand in the file; one that is empty is not set.
 
     Ends with exit status 1 when the cluster is lost."""
     # No handler: Ray's calls would be broken off wherever they stand.
@@ -85,7 +101,7 @@ def serve(
     from kvstore_service.settings import load_settings
 
     settings = load_settings(
-        config,
+        Path(config).expanduser() if config else None,
         nodes=nodes,
         memory=memory,
         listen=listen,

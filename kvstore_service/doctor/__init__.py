@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from kvstore_service.doctor import essentials, machine, network, services, video
+from kvstore_service.doctor import configuration, essentials, machine, network, services, video
 from kvstore_service.doctor.finding import Check, Finding, missing
 
 __all__ = ["CHECKS", "Check", "Finding", "examine"]
@@ -18,6 +18,7 @@ CHECKS: tuple[tuple[str, bool, Callable[[], Finding]], ...] = (
     ("HEVC on the CPU", False, video.hevc_cpu),
     ("NVDEC", False, video.nvdec),
     ("NVENC", False, video.nvenc),
+    ("KVSTORE_* variables", False, configuration.variables),
     ("Ray", False, services.ray),
     ("Redis client", False, services.redis_client),
     ("Redis server", False, services.redis_server),

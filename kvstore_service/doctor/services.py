@@ -6,8 +6,9 @@ from urllib.parse import urlsplit
 
 from kvstore_service.doctor.finding import Finding, missing, present
 from kvstore_service.local_ray import ENVIRONMENT
+from kvstore_service.settings import variable
 
-REDIS_URL = "KVSTORE_REDIS_URL"
+REDIS_URL = variable("redis")
 REDIS_TIMEOUT_S = 1.0
 
 _INSTALL_CLUSTER = "pip install 'kvstore-service[cluster]'"

@@ -2,8 +2,15 @@ from pathlib import Path
 
 import pytest
 
+from kvstore_api import environment
 from kvstore_codec.errors import ConfigurationError
-from kvstore_service.settings import DEFAULT_ADDRESS, Settings, load_settings
+from kvstore_service.settings import (
+    DEFAULT_ADDRESS,
+    Settings,
+    effective_settings,
+    load_settings,
+    variable,
+)
 
 
 def write(path: Path, text: str) -> Path:
@@ -71,3 +78,172 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_settings(write(tmp_path / "c.ini", ""))
     with pytest.raises(ConfigurationError, match="cannot read the configuration"):
         load_settings(write(tmp_path / "c.toml", "nodes = "))
+
+
+FIELDS = sorted(Settings.model_fields)
+NUMBERS = [name for name in FIELDS if "int" in str(Settings.model_fields[name].annotation).lower()]
+PATHS = [name for name in FIELDS if "Path" in str(Settings.model_fields[name].annotation)]
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in FIELDS:
+        monkeypatch.delenv(variable(name), raising=False)
+
+
+# A value other than the default, and what else has to be set with it.
+VALUES = {
+    "nodes": "2",
+    "memory": "2GiB",
+    "listen": "127.0.0.1:1",
+    "data_dir": "/x",
+    "disk": "1GiB",
+    "durability": "memory",
+    "policy": "lru",
+    "replicas": "2",
+    "redis": "redis://x",
+    "ray_address": "x:1",
+    "repair_bandwidth": "1GiB",
+    "tls_cert": "/c",
+    "tls_key": "/k",
+    "metrics_port": "9100",
+}
+TOGETHER = {"disk": ["data_dir"], "tls_cert": ["tls_key"], "tls_key": ["tls_cert"]}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_what_is_empty_is_not_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, empty: str
+) -> None:
+    """An empty flag leaves it to the variable, that one to the file, and that one to the default."""
+    monkeypatch.setenv(variable(name), empty)
+    for text in ("", f'{name}: "{empty}"', f"{name}:", f"{name}: ~"):
+        assert load_settings(write(tmp_path / "c.yaml", text), **{name: empty}) == Settings()
+    lines = [f"{each}: {VALUES[each]}\n" for each in (name, *TOGETHER.get(name, []))]
+    config = write(tmp_path / "c.yaml", "".join(lines))
+    assert getattr(load_settings(config, **{name: empty}), name) != getattr(Settings(), name)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("place", ["flag", "variable", "file"])
+def test_the_home_folder_is_found_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    together = {"tls_cert": "/c", "tls_key": "/k"} if name.startswith("tls") else {}
+    flags = together | ({name: "~/below"} if place == "flag" else {})
+    if place != "flag":
+        flags.pop(name, None)
+    if place == "variable":
+        monkeypatch.setenv(variable(name), "~/below")
+    config = write(tmp_path / "c.yaml", f"{name}: ~/below\n" if place == "file" else "")
+    assert getattr(load_settings(config, **flags), name) == tmp_path / "below"
+
+
+def test_a_home_folder_that_is_none_is_named() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"data_dir = '~nobody-of-that-name/x'.*no home folder.*--data-dir"
+    ):
+        load_settings(data_dir="~nobody-of-that-name/x")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("kind", ["yaml", "toml"])
+def test_true_is_neither_a_number_nor_text(tmp_path: Path, name: str, kind: str) -> None:
+    text = f"{name}: true" if kind == "yaml" else f"{name} = true"
+    config = write(tmp_path / f"c.{kind}", text)
+    with pytest.raises(ConfigurationError, match=f"{name} = .*not true or false.*{config}"):
+        load_settings(config)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("link", ["tcp://10.0.0.1:9090", "udp://svc:1"])
+def test_what_kubernetes_sets_for_a_service_is_no_setting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, link: str
+) -> None:
+    monkeypatch.setattr(environment, "_named", set())
+    monkeypatch.setenv(variable(name), link)
+    assert load_settings() == load_settings() == Settings()
+    (line,) = caplog.messages
+    assert variable(name) in line
+    assert "enableServiceLinks: false" in line
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(variable(name), "http://10.0.0.1")
+    with pytest.raises(ConfigurationError, match=f"{name} = .*(integer|byte).*{variable(name)}"):
+        load_settings()
+
+
+NESTED = 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("c.yaml", "nodes: " + "[" * NESTED, "nested too deeply"),
+        ("c.yaml", "{a: " * NESTED, "nested too deeply"),
+        ("c.yaml", "- " * NESTED, "nested too deeply"),
+        ("c.toml", "nodes = " + "[" * NESTED, "nested too deeply"),
+        ("c.toml", "nodes = " + "{a=" * NESTED, "nested too deeply"),
+        ("c.yaml", "a: &a [x, x]\nnodes: *a", "alias"),
+        ("c.yaml", "nodes: " + "9" * 6000, "cannot read"),
+        ("c.yaml", "nodes: 2001-99-99", "cannot read"),
+        ("c.yaml", "nodes: !!python/object:os.system x", "cannot read"),
+        ("c.yaml", "\n".join(f"x{number}: 1" for number in range(5000)), "and 4992 more"),
+        ("c.yaml", "policy: " + "x" * 60_000, "has 60000 characters"),
+        ("c.yaml", "x" * 1000 + ": 1", "there is no setting"),
+        ("c.yaml", "? [" + "x, " * 2000 + "]\n: 1", ""),
+        ("c.yaml", "- " + "x" * 60_000, "must be a table of settings"),
+        ("c.yaml", "#" * (1 << 20), "has more than"),
+        ("c.yaml", 'data_dir: "a\\0b"', "NUL"),
+        ("c.yaml", "\x00", "cannot read"),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, str) else None,
+)
+def test_whatever_a_file_holds_is_refused_in_a_short_sentence(
+    tmp_path: Path, name: str, text: str, reason: str
+) -> None:
+    config = write(tmp_path / name, text)
+    with pytest.raises(ConfigurationError) as refusal:
+        load_settings(config)
+    assert reason in str(refusal.value)
+    assert len(str(refusal.value)) < 4000
+    assert "\n" not in str(refusal.value)
+    assert str(config) in str(refusal.value) or "known are" in str(refusal.value)
+
+
+def test_an_exponential_document_is_refused_at_once(tmp_path: Path) -> None:
+    bomb = "a0: &a0 [x, x]\n" + "".join(
+        f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)
+    )
+    with pytest.raises(ConfigurationError, match=r"line 2 uses the alias \*a0") as refusal:
+        load_settings(write(tmp_path / "c.yaml", bomb))
+    assert len(str(refusal.value)) < 300
+
+
+def test_no_error_shows_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("redis: [hunter2]", "redis: {hunter2: 1}", "disk: 1GiB\nredis: redis://:hunter2@x"):
+        with pytest.raises(ConfigurationError) as refusal:
+            load_settings(write(tmp_path / "c.yaml", text))
+        assert "hunter2" not in str(refusal.value)
+    monkeypatch.setenv("KVSTORE_REDIS", "redis://:hunter2@x")
+    assert "hunter2" not in repr(effective_settings())
+
+
+def test_each_setting_says_where_it_is_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(tmp_path / "c.yaml", "memory: 2GiB\nnodes: 2\npolicy: lru\n")
+    monkeypatch.setenv("KVSTORE_NODES", "3")
+    monkeypatch.setenv("KVSTORE_POLICY", "")
+    found = {
+        setting.name: (setting.value, setting.source)
+        for setting in effective_settings(config, listen="127.0.0.1:5")
+    }
+    assert found["memory"] == ("2.0GiB", str(config))
+    assert found["nodes"] == ("3", "KVSTORE_NODES")
+    assert found["policy"] == ("lru", str(config))
+    assert found["listen"] == ("127.0.0.1:5", "--listen")
+    assert found["redis"] == ("not set", "default")
+    assert set(found) == set(Settings.model_fields)

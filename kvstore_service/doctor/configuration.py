@@ -1,0 +1,30 @@
+"""The settings that the service would run with, and variables that mean nothing to it."""
+
+import difflib
+import os
+import re
+
+from kvstore_client.settings import ClientSettings
+from kvstore_service.doctor.finding import Finding, missing, present
+from kvstore_service.settings import PREFIX, Settings, variable
+
+# What Kubernetes sets for a Service whose name begins with `kvstore`.
+_SERVICE_LINK = re.compile(
+    r".*_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+_MOST_SHOWN = 10
+
+
+def variables() -> Finding:
+    """Whether every KVSTORE_* variable is a setting: a misspelt one is ignored in silence."""
+    known = {variable(name) for name in (*Settings.model_fields, *ClientSettings.model_fields)}
+    found = {name.upper() for name in os.environ if name.upper().startswith(PREFIX)}
+    unknown = [name for name in sorted(found - known) if not _SERVICE_LINK.fullmatch(name)]
+    if not unknown:
+        return present(f"{len(found & known)} set, all known")
+    hints = [
+        f"{name} (did you mean {close[0]}?)" if (close := difflib.get_close_matches(name, known, 1)) else name
+        for name in unknown[:_MOST_SHOWN]
+    ]
+    more = f" and {len(unknown) - _MOST_SHOWN} more" if len(unknown) > _MOST_SHOWN else ""
+    return missing(f"no settings: {', '.join(hints)}{more}", "They are ignored: correct or unset them.")
