@@ -19,7 +19,8 @@ from kvstore_service.bench.fuzz.mutants import Kind, mutant
 
 # What a worker may have beyond what it has after decoding every seed: an allocation that follows a false length fails.
 EXTRA_MEMORY_BYTES = 512 << 20
-HANG_S = 60.0
+# A mutant takes a millisecond; on a busy machine a worker of the lowest priority may not run for minutes.
+HANG_S = 600.0
 FAULTS = (Verdict.DIFFERENT, Verdict.UNSTEADY, Verdict.FOREIGN)
 
 
@@ -123,7 +124,6 @@ class _Worker:
         try:
             while self.results.poll():
                 tally = self.results.recv()
-                self._seen_at_s = time.monotonic()
                 if tally is None:
                     self.done = True
                     return
@@ -132,7 +132,7 @@ class _Worker:
         except EOFError:
             yield self._given_up("crash")
             return
-        if time.monotonic() - self._seen_at_s > HANG_S and self._decoding.value >= 0:
+        if self._is_hanging():
             yield self._given_up("hang")
 
     def stop(self) -> None:
@@ -147,7 +147,14 @@ class _Worker:
         )
         self._process.start()
         sender.close()
-        self._seen_at_s = time.monotonic()
+        self._last_seen, self._seen_at_s = -1, time.monotonic()
+
+    def _is_hanging(self) -> bool:
+        """Whether it has been decoding one mutant for HANG_S; what it does before the first does not count."""
+        number = self._decoding.value
+        if number != self._last_seen or number < 0:
+            self._last_seen, self._seen_at_s = number, time.monotonic()
+        return time.monotonic() - self._seen_at_s > HANG_S
 
     def _given_up(self, what: str) -> Tally:
         self.stop()
