@@ -36,6 +36,7 @@ KVStoreError
 │   ├── CalibrationSizeError      more or fewer bytes than announced
 │   ├── CalibrationTooLargeError
 │   └── DamagedCalibrationError   bytes that do not have their digest
+├── NotCopyableError              an object that holds threads, hooks or connections was copied or pickled
 ├── PublishError                  a calibration was not taken by the registry; says why
 ├── ServiceError
 │   ├── AddressInUseError
@@ -173,6 +174,9 @@ class CalibrationTooLargeError(ClusterError): ...
 
 
 class DamagedCalibrationError(ClusterError): ...
+
+
+class NotCopyableError(KVStoreError, TypeError): ...
 
 
 class PublishError(KVStoreError): ...

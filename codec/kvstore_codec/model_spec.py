@@ -161,10 +161,16 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
 
     Takes e.g. `model.state_dict().items()`; tensors may live on any device. At most one tensor at a time is
     copied, and only if it is not contiguous or not in host memory. Hashes on all cores.
+
+    Raises UnsupportedModelError for a tensor whose bytes are not at hand, before anything is hashed.
     """
     import torch
 
     named = sorted(tensors, key=lambda item: item[0])
+    for name, tensor in named:
+        reason = _why_no_bytes(tensor)
+        if reason is not None:
+            raise UnsupportedModelError(f"the weight {name!r} {reason}")
     hasher = blake3(canonical.length_prefixed(_WEIGHTS_DOMAIN), max_threads=blake3.AUTO)
     for name, tensor in named:
         shape = b"".join(canonical.integer(size) for size in tensor.shape)
@@ -174,3 +180,23 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
         if data.numel():
             hasher.update(data.numpy().data)
     return hasher.digest()
+
+
+def _why_no_bytes(tensor: object) -> str | None:
+    """Why a weight cannot be hashed; None when it can."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        return (
+            f"is a {type(tensor).__name__}, not a tensor, as modules of dynamic quantisation pack theirs; use the "
+            "model before quantisation"
+        )
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"is a {type(tensor).__name__}, whose bytes are not those of a plain tensor"
+    if tensor.is_meta:
+        return "has no bytes: it lies on the meta device, as offloaded weights do; load the model without offloading"
+    if tensor.layout != torch.strided:
+        return f"is sparse ({tensor.layout}); make it dense"
+    if tensor.is_quantized:
+        return f"is quantised ({tensor.dtype}); dequantise the model"
+    return None

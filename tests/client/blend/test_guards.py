@@ -54,22 +54,19 @@ def test_layers_with_hooks_are_not_passed_over(library: Library) -> None:
     library.stock()
     model, shift = library.cached.model, torch.randn(64) * 0.5
 
-    def move(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
-        return output + shift
+    def move(_module: object, _inputs: object, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        return (output[0] + shift, *output[1:]) if isinstance(output, tuple) else output + shift
 
-    hook = model.model.layers[1].mlp.register_forward_hook(move)
     segments = (SYSTEM, *reversed(DOCUMENTS[:2]), QUESTION)
+    for module in (model.model.layers[1].mlp, model.model.layers[1]):
+        hook = module.register_forward_hook(move)
+        answer = library.answer(*segments, recompute=Recompute(ratio=0.1))
+        assert torch.equal(answer, library.plain(*segments))
+        assert library.cached.last_report.bypassed == "forward_hook"
+        assert not library.cached.last_report.reused_tokens
+        hook.remove()
     library.answer(*segments, recompute=Recompute(ratio=0.1))
-    assert library.cached.last_report.approximate_tokens  # the MLP is called as it is
-    hook.remove()
-    hook = model.model.layers[1].register_forward_hook(
-        lambda _module, _inputs, output: (
-            (output[0] + shift, *output[1:]) if isinstance(output, tuple) else output + shift
-        )
-    )
-    library.answer(*segments, recompute=Recompute(ratio=0.1))
-    assert not library.cached.last_report.approximate_tokens
-    hook.remove()
+    assert library.cached.last_report.approximate_tokens
 
 
 def test_weights_that_change_on_the_way_are_another_model(library: Library) -> None:

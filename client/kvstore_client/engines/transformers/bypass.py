@@ -46,7 +46,8 @@ def bypass_reason(
     """Why this call must run without reuse, or None when reuse gives what the plain call would."""
     if model.training:
         return "training"
-    if torch.is_autocast_enabled(model.device.type):
+    device = model.device.type  # of offloaded weights: meta, which knows no autocast
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return "autocast"  # the cache would hold another dtype than the model's
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         return "adapter"  # which adapter is active shows in no weight

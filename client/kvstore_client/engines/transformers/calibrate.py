@@ -11,8 +11,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvstore_client.engines.transformers.capture import attention_modules, watch_heads
 from kvstore_client.engines.transformers.rotary import inverse_frequencies, rotary_tables
-from kvstore_client.engines.transformers.spec import spec_of
+from kvstore_client.engines.transformers.spec import describe
 from kvstore_codec.calibration import token_features
+from kvstore_codec.errors import UnsupportedModelError
 from kvstore_codec.rope import RotaryTable, rotate_
 
 
@@ -35,11 +36,14 @@ class ObservedModel:
 
     The ModelSpec is taken as the model comes; then its weights are cast to f32 in place, because gradients and small
     divergences drown in half precision. They also no longer ask for gradients. Raises UnsupportedModelError for a
-    model whose KV cannot be reused.
+    model whose KV cannot be reused, or that was changed (hooks, patches): others would read its calibration.
     """
 
     def __init__(self, model: PreTrainedModel, model_id: str | None = None) -> None:
-        self.spec = spec_of(model, model_id)
+        described = describe(model, model_id)
+        if described.refusal is not None:
+            raise UnsupportedModelError(f"{described.spec.model_id}: {described.refusal.detail}")
+        self.spec = described.spec
         self._attentions = attention_modules(model)
         self.model = model.float().eval().requires_grad_(requires_grad=False)
         self.hidden_size: int = model.get_input_embeddings().weight.shape[1]

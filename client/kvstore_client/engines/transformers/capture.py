@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvstore_client.engines.transformers.identity.modules import uncompiled
 from kvstore_codec.errors import UnsupportedModelError
 
 # Families whose attention norms `[batch, heads, tokens, head_dim]`, by how its class is called.
@@ -79,13 +80,14 @@ class KeyCapture:
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The attention of each layer, in order. Raises UnsupportedModelError if keys cannot be taken from all of them."""
-    attentions = [m for m in model.modules() if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
+    modules = dict.fromkeys(map(uncompiled, model.modules()))
+    attentions = [m for m in modules if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
     if len(attentions) != model.config.num_hidden_layers:
         raise UnsupportedModelError(
             f"{type(model).__name__}: found {len(attentions)} attention modules with a k_proj for "
             f"{model.config.num_hidden_layers} layers; keys before RoPE cannot be taken from it"
         )
-    return sorted(attentions, key=lambda attention: int(attention.layer_idx))
+    return sorted(attentions, key=lambda attention: int(attention.layer_idx))  # type: ignore[arg-type]
 
 
 def install_hooks(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
@@ -108,16 +110,36 @@ def watch_heads(
         raise UnsupportedModelError(
             f"{type(attention).__name__} has neither {kind}_norm nor {kind}_proj; its heads cannot be seen"
         )
-    norms_heads_of_tokens = type(attention).__name__.startswith(_HEADS_BEFORE_TOKENS)
+    projection = attention.get_submodule(name)
     head_dim = int(attention.head_dim)  # type: ignore[arg-type]
+    heads_first = name.endswith("_norm") and type(attention).__name__.startswith(_HEADS_BEFORE_TOKENS)
+    return projection.register_forward_hook(_SeeHeads(see, head_dim, heads_first=heads_first))
 
-    def record(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        if name == f"{kind}_norm" and norms_heads_of_tokens:
-            see(output.transpose(1, 2))
-        else:
-            see(output.view(*output.shape[:2], -1, head_dim) if output.dim() == 3 else output)
 
-    return attention.get_submodule(name).register_forward_hook(record)
+class _SeeHeads:
+    """A forward hook of one module. It stays behind when the model is copied or pickled: what the copy computes is no
+    business of whoever watches the original."""
+
+    def __init__(self, see: Callable[[torch.Tensor], None], head_dim: int, *, heads_first: bool) -> None:
+        self._see, self._head_dim, self._heads_first = see, head_dim, heads_first
+
+    def __call__(self, _module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        if self._heads_first:
+            output = output.transpose(1, 2)
+        elif output.dim() == 3:
+            output = output.view(*output.shape[:2], -1, self._head_dim)
+        self._see(output)
+
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        return _blind_hook, ()
+
+
+def _blind_hook() -> Callable[[nn.Module, object, object], None]:
+    """What stands for a hook of ours in a copy of the model."""
+    return _see_nothing
+
+
+def _see_nothing(_module: nn.Module, _inputs: object, _output: object) -> None: ...
 
 
 def _note_keys(layer: int, keys: torch.Tensor) -> None:

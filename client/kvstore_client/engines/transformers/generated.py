@@ -18,9 +18,11 @@ from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
 from kvstore_codec.calibration import token_features
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
+from kvstore_codec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from kvstore_client.engines.transformers.blend import SegmentFetch, SegmentPlan
+    from kvstore_client.engines.transformers.identity.guard import Described
 
 
 @dataclass(slots=True)
@@ -42,14 +44,21 @@ class Begun:
     """What is stored of a prompt that was given in segments."""
     coming: "SegmentFetch | None" = None
     """What of that is on its way."""
-    weights: tuple[object, ...] = ()
-    """What the model was like."""
+    described: "Described | None" = None
+    """What the model was when it was looked up."""
     again: dict[str, Any] = field(default_factory=dict)
     """What the call was asked besides `arguments`."""
 
     def __post_init__(self) -> None:
         if self.arguments.get("streamer") is not None:
             self.arguments = self.arguments | {"streamer": _PromptOnce(self.arguments["streamer"])}
+
+    @property
+    def spec(self) -> ModelSpec:
+        """That its chunks are named by. Raises RuntimeError for a call that is passed through."""
+        if self.described is None:
+            raise RuntimeError("a call that reuses nothing names no chunks")
+        return self.described.spec
 
     @property
     def buffer_bytes(self) -> int:

@@ -31,15 +31,16 @@ from kvstore_client.engines.transformers.capture import KeyCapture, install_hook
 from kvstore_client.engines.transformers.costs import costs_of
 from kvstore_client.engines.transformers.features import PromptFeatures
 from kvstore_client.engines.transformers.generated import Begun, ComputedRun, Generated, new_chunks, why_not
+from kvstore_client.engines.transformers.identity.guard import Described, ModelIdentity
 from kvstore_client.engines.transformers.rotary import rotary_tables
-from kvstore_client.engines.transformers.spec import spec_of
+from kvstore_client.engines.transformers.spec import loaded_model
 from kvstore_client.fetch import Computing, FetchReport
 from kvstore_client.lookup import Match
 from kvstore_client.ratio import Costs
 from kvstore_client.recompute import Recompute
 from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
-from kvstore_codec.errors import CodecError, FetchError, UnsupportedModelError
+from kvstore_codec.errors import FetchError, NotCopyableError, UnsupportedModelError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
@@ -92,24 +93,27 @@ class CachedModel:
         model_id: str | None = None,
         store: bool = True,
     ) -> None:
-        self.model = model
+        self.model = model = loaded_model(model)
         self.client = client
         self.store = store
-        self._model_id = model_id
-        self.spec: ModelSpec = spec_of(model, model_id)
-        """What names this model's chunks; made anew when the weights have changed."""
-        self._weights = _weights_state(model)
+        self._identity = ModelIdentity(model, model_id)
         self._costs = costs_of(model, self.spec, client)
         """What planning goes by; None when nothing is planned."""
         self._segments = _segment_reuse(model, client, self._costs)
         self.last_report = GenerationReport(0, 0, Timeline())
         """What the latest `generate` reused; empty before the first."""
         self._hooks = install_hooks(model)
+        self._described = self._identity.current()
         # MKL's first cosine in a process is off by 2e-4 in some threads when several compute it at once (seen in
         # about one start of fifteen), and the model's would be that one. One position takes one thread only.
         self._rotary(1)
         client.prepare(self.spec)
         client.buffers.reserve(model.config.max_position_embeddings * self.spec.kv_bytes_per_token)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What names this model's chunks; another one once the model computes something else."""
+        return self._identity.spec
 
     def generate(
         self,
@@ -134,7 +138,7 @@ class CachedModel:
             input_ids = arguments.pop("inputs", None)
         if generation_config is not None:
             arguments["generation_config"] = generation_config
-        return self.finish(self.begin(input_ids, segments=segments, recompute=recompute, **arguments))
+        return self._complete(self.begin(input_ids, segments=segments, recompute=recompute, **arguments))
 
     def begin(
         self,
@@ -148,10 +152,13 @@ class CachedModel:
         computed and nothing waited for but the lookup, so a prompt whose KV is on its way need not hold up another
         (`Begun.on_ready`). Hand it to `finish`, or to `cancel`."""
         timeline = Timeline()
-        reason = bypass_reason(self.model, input_ids, arguments) or self._renew_spec()
+        reason = bypass_reason(self.model, input_ids, arguments)
         if reason is not None or input_ids is None:
             return Begun(input_ids, arguments, timeline, bypassed=reason)
-        begun = Begun(input_ids, arguments, timeline, weights=self._weights)
+        described = self._current()
+        if described.refusal is not None:
+            return Begun(input_ids, arguments, timeline, bypassed=described.refusal.reason)
+        begun = Begun(input_ids, arguments, timeline, described=described)
         begun.again = {"segments": segments, "recompute": recompute}
         match, usable = Match(), Match()
         try:
@@ -189,6 +196,8 @@ class CachedModel:
         del recompute
         if input_ids is None or bypass_reason(self.model, input_ids, arguments) is not None:
             return False
+        if self._identity.current().refusal is not None:
+            return False
         if self._segments is not None and segments is not None and len(segments) > 1:
             match = self._segments.match(self.spec, input_ids[0].tolist(), segments)
         else:
@@ -198,6 +207,16 @@ class CachedModel:
 
     def finish(self, begun: Begun) -> Any:
         """The second half of `generate`, with its result."""
+        if begun.described is not None:
+            described = self._current()
+            if described == begun.described:
+                begun.described = described
+            else:  # what is on its way belongs to another model
+                self.cancel(begun)
+                begun = self.begin(begun.input_ids, **begun.again, **begun.arguments)
+        return self._complete(begun)
+
+    def _complete(self, begun: Begun) -> Any:
         input_ids, timeline = begun.input_ids, begun.timeline
         if begun.bypassed is not None or input_ids is None:
             self.client.metrics.missed(f"bypass_{begun.bypassed}")
@@ -209,9 +228,6 @@ class CachedModel:
                 why_not=f"bypassed: {begun.bypassed}",
             )
             return self.model.generate(input_ids, **begun.arguments)
-        if begun.weights != _weights_state(self.model):  # what is on its way belongs to another model
-            self.cancel(begun)
-            begun = self.begin(input_ids, **begun.again, **begun.arguments)
         if begun.segments is not None:
             return self._finish_segments(begun, begun.segments, input_ids)
         generated = self._generate(begun, input_ids)
@@ -221,7 +237,7 @@ class CachedModel:
         self.last_report = GenerationReport(
             total, reused, timeline, generated.report, why_not=why_not(begun, reused, generated.report)
         )
-        if self.store:
+        if self._may_store(begun):
             sequence = output if isinstance(output, torch.Tensor) else output.sequences
             self._store_new(begun, sequence[0, : generated.tokens].tolist(), generated)
         return output
@@ -243,6 +259,9 @@ class CachedModel:
         UnsupportedModelError where segments cannot be reused, and FetchError when what is stored does not come."""
         if self._segments is None:
             raise UnsupportedModelError(f"segments of {self.spec.model_id} cannot be reused")
+        refusal = self._current().refusal
+        if refusal is not None:
+            raise UnsupportedModelError(f"{self.spec.model_id}: {refusal.detail}")
         timeline, tokens = Timeline(), input_ids[0]
         plan = self._segments.plan(self.spec, tokens.tolist(), segments, recompute, timeline)
         coming = self._segments.start(plan, self.spec, tokens, self._rotary(len(tokens)), timeline)
@@ -259,23 +278,44 @@ class CachedModel:
         finally:
             self.cancel(begun)
 
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise NotCopyableError(
+            "a CachedModel is bound to its model's hooks and its client's connections and cannot be copied or pickled; "
+            "copy or save `cached.model`, and wrap the copy: CachedModel(copy, client)"
+        )
+
     def close(self) -> None:
         """Take the hooks off the model. The client stays open."""
-        for hook in self._hooks:
-            hook.remove()
+        self._unwatch_keys()
 
-    def _renew_spec(self) -> str | None:
-        """Describe the model again if its weights are not those it was described with: another dtype, a merged or
-        loaded adapter, a training step. Returns why it cannot be reused any more, if so."""
-        state = _weights_state(self.model)
-        if state != self._weights:
-            try:
-                self.spec = spec_of(self.model, self._model_id)
-            except CodecError:
-                return "model_changed"
-            self._weights = state
-            self.client.prepare(self.spec)
-        return None
+    def _current(self) -> Described:
+        """What the model is now. Prepares for it when it is another than it was."""
+        described = self._identity.current()
+        if described != self._described:
+            self._watch_keys()  # modules may be others than those that were watched
+            self.client.prepare(described.spec)
+            described = self._described = self._identity.current()
+        return described
+
+    def _may_store(self, begun: Begun) -> bool:
+        """Whether the model is still what the call began with: KV that another one computed has another name."""
+        if not self.store or begun.described is None:
+            return False
+        if not begun.described.still_holds():
+            self.client.metrics.missed("store_model_changed")
+            return False
+        return True
+
+    def _watch_keys(self) -> None:
+        self._unwatch_keys()
+        try:
+            self._hooks = install_hooks(self.model)
+        except UnsupportedModelError as error:  # nothing can be stored; what is stored may be read
+            log.warning("%s", error)
+
+    def _unwatch_keys(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _match_prefix(
         self, input_ids: torch.Tensor, segments: Sequence[int] | None, timeline: Timeline | None = None
@@ -321,8 +361,8 @@ class CachedModel:
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)
         behind = generated.report.encodings if generated.report is not None else ()
         encodings = self.client.store.encodings_behind(behind)
-        if new and encodings and self.store:
-            self.client.store.put(self.spec, new, encodings)
+        if new and encodings and self._may_store(begun):
+            self.client.store.put(begun.spec, new, encodings)
         return output
 
     def _report(self, blended: Blended, begun: Begun, total: int) -> GenerationReport:
@@ -445,7 +485,7 @@ class CachedModel:
         if not generated.capture.reaches(len(tokens)):
             self.client.metrics.missed("store_unaligned", detail=_UNALIGNED)
             return
-        ids = self.client.chunk_ids(self.spec, tokens)
+        ids = self.client.chunk_ids(begun.spec, tokens)
         stored = set(range(len(begun.match.chunks)))
         if report is not None:
             stored.difference_update(report.missing)
@@ -453,7 +493,7 @@ class CachedModel:
             self.model, tokens, ids, stored, generated, features=self.client.store.needs_features
         )
         if chunks:
-            self.client.store.put(self.spec, chunks, encodings)
+            self.client.store.put(begun.spec, chunks, encodings)
 
 
 def _segment_reuse(model: PreTrainedModel, client: KVStoreClient, costs: Costs | None) -> SegmentReuse | None:
@@ -463,17 +503,3 @@ def _segment_reuse(model: PreTrainedModel, client: KVStoreClient, costs: Costs |
     except UnsupportedModelError as error:
         log.info("%s", error)
         return None
-
-
-def _weights_state(model: PreTrainedModel) -> tuple[object, ...]:
-    """Differs when a parameter was replaced, converted or written to; takes about 2 ms for SmolLM2.
-
-    Writes past autograd (`parameter.data += delta`, as when an adapter is merged) show in no version counter, so a
-    few values of every parameter are part of it.
-    """
-    parameters = list(model.parameters())
-    samples = torch.cat([p.detach().reshape(-1)[:: max(1, p.numel() // 4)].float() for p in parameters])
-    return (
-        *((p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in parameters),
-        *samples.tolist(),
-    )

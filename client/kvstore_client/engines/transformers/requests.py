@@ -12,6 +12,7 @@ import torch
 from kvstore_client.admission import AdmissionQueue
 from kvstore_client.engines.transformers.generated import Begun
 from kvstore_client.engines.transformers.model import CachedModel
+from kvstore_codec.errors import NotCopyableError
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +89,11 @@ class RequestQueue:
         self._queue.submit(question, _Reuse(self._cached, question) if waits else None)
         question.answer.add_done_callback(lambda answer: answer.cancelled() and self._queue.cancel(question))
         return question.answer
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise NotCopyableError(
+            "a RequestQueue runs a thread and cannot be copied or pickled; make another one"
+        )
 
     def close(self) -> None:
         """Cancel what has not reached the model, and wait for the answer that is being given."""

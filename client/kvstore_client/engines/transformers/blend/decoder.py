@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from kvstore_codec.errors import UnsupportedModelError
 from kvstore_codec.rope import RotaryTable, rotate_
 
-_ONLY_LOOK = "transformers.utils.output_capturing"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -44,8 +43,10 @@ class Decoder:
             raise UnsupportedModelError(
                 f"tokens are recomputed on a processor or one CUDA device, not on {', '.join(map(str, devices))}"
             )
-        self._decoder: Any = model.get_decoder()
-        self.layers = len(self._decoder.layers)
+
+    @property
+    def layers(self) -> int:
+        return len(self._decoder.layers)
 
     @property
     def device(self) -> torch.device:
@@ -58,13 +59,8 @@ class Decoder:
         return dtype
 
     @property
-    def is_unchanged(self) -> bool:
-        """Whether the modules do what their classes say, as far as they are not called here but their parts are: hooks
-        and replaced methods would be passed over."""
-        parts = [self._decoder, self._decoder.norm]
-        for layer in self._decoder.layers:
-            parts += [layer, layer.self_attn, layer.input_layernorm, layer.post_attention_layernorm]
-        return not any(map(_is_changed, parts))
+    def _decoder(self) -> Any:
+        return self._model.get_decoder()
 
     def scale(self, layer: int) -> float:
         """Of the products of queries and keys."""
@@ -106,12 +102,6 @@ class Decoder:
         head: Any = self._model.get_output_embeddings()
         logits: torch.Tensor = head(_normed(self._decoder.norm, hidden[0]))
         return logits.float().log_softmax(-1)
-
-
-def _is_changed(module: Any) -> bool:
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    # Those that transformers leaves behind, once it was asked for hidden states, only look.
-    return "forward" in vars(module) or any(hook.__module__ != _ONLY_LOOK for hook in hooks)
 
 
 def rotated(heads: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:

@@ -97,9 +97,6 @@ class SegmentReuse:
     def worth(self, plan: SegmentPlan, total: int) -> SegmentPlan | None:
         """The plan as it is best carried out; None when the prompt is better prefilled."""
         profile = self._costs.snapshot() if self._costs is not None else None
-        if not self.decoder.is_unchanged:
-            self._client.metrics.missed("layers_hooked", len(plan.match.chunks))
-            return None
         return worth_reusing(plan, total, profile, self._client.links, self._client.settings.decoders)
 
     def start(

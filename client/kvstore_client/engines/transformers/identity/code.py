@@ -1,0 +1,166 @@
+"""Code that a model runs and that is neither torch's nor transformers': patched functions, replaced modules."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvstore_client.engines.transformers.identity.base import Refusal
+from kvstore_client.engines.transformers.identity.reference import Reference, ReferenceModule
+
+_TRUSTED = (sys.stdlib_module_names | {"torch", "transformers"}) - {"unittest"}
+"""Top packages whose functions may be part of a forward pass."""
+
+_MOVE_THE_MODEL = frozenset({"to", "cuda", "musa", "mlu", "npu", "sdaa", "xpu"})
+"""Methods that accelerate replaces by ones that warn; no forward pass calls them."""
+
+_ONLY_MOVE = ("AlignDevicesHook", "CpuOffload")
+"""accelerate's hooks that bring inputs to a module's device, and change no value."""
+
+
+def classes_of(modules: Iterable[nn.Module]) -> list[type]:
+    """The classes of these modules and their bases, each once."""
+    return list(dict.fromkeys(c for m in modules for c in type(m).__mro__ if c is not object))
+
+
+def namespaces_of(classes: Iterable[type]) -> list[ModuleType]:
+    """The files whose functions these classes call by name: transformers' modeling files, those of masks and attention,
+    and torch.nn.functional, where others put their attention kernels."""
+    files = [sys.modules[c.__module__] for c in classes if c.__module__.startswith("transformers.models.")]
+    attention = [
+        sys.modules[f.__module__] for f in (ALL_ATTENTION_FUNCTIONS["sdpa"],) if f.__module__ in sys.modules
+    ]
+    return list(dict.fromkeys([*files, masking_utils, *attention, torch.nn.functional]))
+
+
+def foreign_code(model: PreTrainedModel, classes: Iterable[type]) -> Refusal | None:
+    """A function of these classes, of the files they call into, or of attention, that somebody else has put there."""
+    for owner in classes:
+        if _top(owner.__module__) not in _TRUSTED:
+            continue  # of somebody else as a whole: `replaced_module` decides
+        for name, value in list(vars(owner).items()):
+            if _is_foreign(_function(value)):
+                return _patched(f"{owner.__qualname__}.{name}", _function(value))
+    for file in namespaces_of(classes):
+        for name, value in list(vars(file).items()):
+            if not name.startswith("__") and _is_foreign(value):
+                return _patched(f"{file.__name__}.{name}", value)
+    implementation = model.config._attn_implementation
+    for kind, functions in (("attention", ALL_ATTENTION_FUNCTIONS), ("mask", ALL_MASK_ATTENTION_FUNCTIONS)):
+        function = functions.get(implementation)
+        if function is not None and _is_foreign(function):
+            return _patched(f"the {kind} {implementation!r}", function)
+    return None
+
+
+def replaced_module(name: str, module: nn.Module, implied: ReferenceModule) -> Refusal | None:
+    """Whether this module is of another class than implied, or has methods or modules of its own."""
+    if not _behaves_like(type(module), implied.module_class):
+        return Refusal(
+            "patched_module",
+            f"{name or 'the decoder'} is a {_class_name(type(module))} where its config implies "
+            f"{_class_name(implied.module_class)}",
+        )
+    if module._modules.keys() != implied.children:
+        changed = sorted(module._modules.keys() ^ implied.children)
+        return Refusal(
+            "patched_module", f"{name or 'the decoder'}: {', '.join(changed)} was added or removed"
+        )
+    return replaced_method(name, module)
+
+
+def replaced_model(model: PreTrainedModel, reference: Reference) -> Refusal | None:
+    """The same of the model around the decoder, whose other modules see what the decoder has computed."""
+    if not _behaves_like(type(model), reference.model_class):
+        return Refusal(
+            "patched_module",
+            f"the model is a {_class_name(type(model))} where its config implies "
+            f"{_class_name(reference.model_class)}",
+        )
+    return replaced_method("the model", model)
+
+
+def replaced_method(name: str, module: nn.Module) -> Refusal | None:
+    """A method that was set on the module itself. Compiled ones, and those that only move inputs, do the same."""
+    for key, value in list(vars(module).items()):
+        replaces = callable(value) and hasattr(type(module), key) and key not in _MOVE_THE_MODEL
+        if replaces and not _does_the_same(module, key, value):
+            return _patched(f"{key} of {name or 'the decoder'}", value)
+    return None
+
+
+def _does_the_same(module: nn.Module, key: str, value: Any) -> bool:
+    if key == "_compiled_call_impl":
+        key = "_call_impl"
+    original = getattr(value, "_torchdynamo_orig_callable", None)
+    if original is None and key == "forward":
+        hook = vars(module).get("_hf_hook")
+        if hook is not None and _only_moves(hook):
+            original = vars(module).get("_old_forward")
+    return (
+        isinstance(original, MethodType)
+        and original.__self__ is module
+        and original.__func__ is getattr(type(module), key)
+    )
+
+
+def _only_moves(hook: Any) -> bool:
+    if type(hook).__module__ != "accelerate.hooks":
+        return False
+    if type(hook).__name__ == "SequentialHook":
+        return all(map(_only_moves, hook.hooks))
+    return type(hook).__name__ in _ONLY_MOVE
+
+
+def _behaves_like(actual: type, implied: type) -> bool:
+    """Whether `actual` is that class, or one of somebody else that adds to it and replaces nothing."""
+    if actual is implied:
+        return _top(implied.__module__) in _TRUSTED
+    if not issubclass(actual, implied):
+        return False
+    return not any(
+        isinstance(_function(value), FunctionType) and hasattr(implied, name) and name != "__init__"
+        for between in actual.__mro__[: actual.__mro__.index(implied)]
+        for name, value in vars(between).items()
+    )
+
+
+def _function(value: Any) -> Any:
+    """What a class attribute calls."""
+    if isinstance(value, staticmethod | classmethod):
+        return value.__func__
+    return value.fget if isinstance(value, property) else value
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether it is a function, or another thing to call, from outside the trusted packages. Looks below decorators."""
+    return any(_top(origin) not in _TRUSTED for origin in _origins(value))
+
+
+def _origins(value: Any) -> Iterator[str]:
+    while value is not None:
+        if isinstance(value, FunctionType):
+            yield str(value.__globals__.get("__name__"))
+        elif callable(value) and not isinstance(value, type):
+            # Compiled functions have a class of builtins; other objects come from where their class does.
+            yield type(value).__module__
+        value = getattr(value, "__wrapped__", None) if callable(value) else None
+
+
+def _top(module_name: str) -> str:
+    return module_name.partition(".")[0]
+
+
+def _class_name(owner: type) -> str:
+    return f"{owner.__module__}.{owner.__qualname__}"
+
+
+def _patched(what: str, by: Any) -> Refusal:
+    name = getattr(by, "__qualname__", type(by).__qualname__)
+    return Refusal("patched_module", f"{what} was replaced by {getattr(by, '__module__', '?')}.{name}")

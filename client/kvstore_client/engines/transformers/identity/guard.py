@@ -1,0 +1,86 @@
+"""What a model is, before and after each call."""
+
+import logging
+import threading
+from dataclasses import dataclass, field
+
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from kvstore_client.engines.transformers.identity.base import Refusal
+from kvstore_client.engines.transformers.identity.state import ModelState
+from kvstore_client.engines.transformers.spec import Description, describe
+from kvstore_codec.errors import CodecError
+from kvstore_codec.model_spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A model at one time. Equal ones make interchangeable KV."""
+
+    spec: ModelSpec
+    """What names its chunks."""
+    refusal: Refusal | None
+    """Why its KV must be neither read nor stored, if so."""
+    _state: ModelState = field(compare=False, repr=False)
+    _hooks_made: int = field(compare=False, repr=False)
+
+    def still_holds(self) -> bool:
+        """Whether the model has not changed since, nor had another hook for a while. About 1 ms for 30 layers."""
+        return self._hooks_made == _hooks_made() and self._state.is_current()
+
+
+class ModelIdentity:
+    """Names what `model` computes, and notices when that changes. Thread-safe.
+
+    Raises UnsupportedModelError for a model whose KV cannot be described.
+    """
+
+    def __init__(self, model: PreTrainedModel, model_id: str | None = None) -> None:
+        self._model, self._model_id = model, model_id
+        self._lock = threading.Lock()
+        self._state = ModelState(model)
+        self._description = describe(model, model_id)
+        self._refusal: Refusal | None = None
+        self._note(self._description.refusal)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Of the model as it was last looked at."""
+        return self._description.spec
+
+    def current(self) -> Described:
+        """Look at the model: about 1 ms for 30 layers, 10 ms after a change, and a second per 2 GB when weights have
+        changed (another dtype, a merged adapter, a training step)."""
+        with self._lock:
+            hooks_made = _hooks_made()
+            if not self._state.is_current():
+                self._renew()
+            return Described(self.spec, self._refusal, self._state, hooks_made)
+
+    def _renew(self) -> None:
+        before, self._state = self._state, ModelState(self._model)
+        same_weights = self._state.tensors.same_as(before.tensors)
+        try:
+            self._description = describe(
+                self._model, self._model_id, self._description, same_weights=same_weights
+            )
+            self._note(self._description.refusal)
+        except CodecError as error:
+            # Whatever was hashed belongs to other weights; the next look must not take it for these.
+            self._description = Description(self.spec, None, self._description.reference, weights_known=False)
+            self._note(Refusal("model_changed", str(error)))
+
+    def _note(self, refusal: Refusal | None) -> None:
+        if refusal is not None and refusal != self._refusal:
+            log.warning("%s: KV is neither reused nor stored: %s", self.spec.model_id, refusal.detail)
+        elif refusal is None and self._refusal is not None:
+            log.info("%s: KV is reused and stored again", self.spec.model_id)
+        self._refusal = refusal
+
+
+def _hooks_made() -> int:
+    """How many hooks were ever registered in this process."""
+    return int(RemovableHandle.next_id)

@@ -1,0 +1,42 @@
+"""Forward hooks that may change what a model computes."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from kvstore_client.engines.transformers.identity.base import Refusal
+from kvstore_client.engines.transformers.identity.modules import uncompiled_name
+
+_ONLY_LOOK = ("transformers.utils.output_capturing", "kvstore_client.engines.transformers.capture")
+"""Modules whose hooks return nothing and write to nothing: transformers leaves some behind once it was asked for hidden
+states, and ours take keys before RoPE."""
+
+_GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+
+def global_hooks() -> list[Mapping[int, Callable[..., Any]]]:
+    """Those that torch runs for every module of the process."""
+    return [getattr(torch_module, name) for name in _GLOBAL]
+
+
+def foreign_hook(modules: Iterable[tuple[str, nn.Module]]) -> Refusal | None:
+    """The first hook on one of these modules, by name, or on all, that is not known to look only."""
+    for hooks in global_hooks():
+        for hook in list(hooks.values()):
+            return Refusal(
+                "global_hook", f"the global module hook {_described(hook)} may change what it computes"
+            )
+    for name, module in modules:
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if getattr(hook, "__module__", None) not in _ONLY_LOOK:
+                where = uncompiled_name(name) or "the model"
+                return Refusal(
+                    "forward_hook", f"the hook {_described(hook)} on {where} may change what it computes"
+                )
+    return None
+
+
+def _described(hook: object) -> str:
+    return f"{getattr(hook, '__module__', '?')}.{getattr(hook, '__qualname__', type(hook).__qualname__)}"

@@ -1,0 +1,136 @@
+"""Noticing cheaply that a model is not what it was."""
+
+import copy
+import itertools
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvstore_client.engines.transformers.identity.code import classes_of, namespaces_of
+from kvstore_client.engines.transformers.identity.hooks import global_hooks
+from kvstore_client.engines.transformers.identity.modules import uncompiled_name
+
+_SAMPLES = 4
+"""Values of each parameter that are compared."""
+
+_COMPARED_WHOLE = 4096
+"""Values: buffers up to this size are compared value by value."""
+
+
+class TensorState:
+    """Where a model's parameters and buffers lie, how often they were written to, and some of their values.
+
+    Writes past autograd (`parameter.data += delta`, as when an adapter is merged) count as none, so a few values of
+    every tensor are part of it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        named = [(uncompiled_name(n), t) for n, t in model.state_dict(keep_vars=True).items()]
+        self._names = tuple(name for name, _ in named)
+        buffers = {id(b) for b in model.buffers()}
+        found = {id(t): t for t in (*(t for _, t in named), *model.buffers()) if isinstance(t, torch.Tensor)}
+        self._tensors = [t for t in found.values() if _has_storage(t)]
+        self._others = [t for t in found.values() if not _has_storage(t)]
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        views: dict[torch.device, list[tuple[torch.Tensor, tuple[int], tuple[int]]]] = {}
+        for tensor in self._tensors:
+            if tensor.numel():
+                reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                whole = id(tensor) in buffers and reach <= _COMPARED_WHOLE
+                count = reach if whole else min(reach, _SAMPLES)
+                views.setdefault(tensor.device, []).append((tensor, (count,), (max(1, reach // count),)))
+        self._views = list(views.values())
+        self._marks = self._look()
+        self._values = self._sampled()
+
+    def is_current(self) -> bool:
+        """Raises RuntimeError when tensors became smaller than they were."""
+        return self._marks == self._look() and all(map(torch.equal, self._values, self._sampled()))
+
+    def same_as(self, other: "TensorState") -> bool:
+        """Whether both saw the same tensors, under the same names."""
+        return (
+            self._names == other._names
+            and len(self._tensors) == len(other._tensors)
+            and all(map(operator.is_, self._tensors, other._tensors))
+            and not self._others
+            and self._marks == other._marks
+            and all(map(torch.equal, self._values, other._values))
+        )
+
+    def _look(self) -> list[object]:
+        return [
+            *[tensor.data_ptr() for tensor in self._tensors],
+            *[tensor.dtype for tensor in self._tensors],
+            *[tensor._version for tensor in self._versioned],
+        ]
+
+    @torch.no_grad()
+    def _sampled(self) -> list[torch.Tensor]:
+        """One row of bytes per device."""
+        return [
+            torch.cat([torch.as_strided(*view) for view in views]).view(torch.uint8) for views in self._views
+        ]
+
+
+class ModelState:
+    """Everything of a model in which a change would show: its modules, their attributes, hooks and tensors, the code
+    that they run, and the config. Keeps references, so that nothing that went away is taken for what came after."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        modules = list(model.modules())
+        self._sources: list[Callable[[], Iterable[object]]] = []
+        containers: list[Any] = []
+        for module in modules:
+            attributes = vars(module)
+            self._sources += [
+                attributes.values, module._parameters.values, module._buffers.values, module._modules.values,
+                module._forward_hooks.values, module._forward_pre_hooks.values,
+            ]  # fmt: skip
+            containers += [v for k, v in attributes.items() if not k.startswith("_") and _is_container(v)]
+            containers.append(module._non_persistent_buffers_set)
+        classes = classes_of(modules)
+        configs = {id(c): c for m in modules for c in vars(m).values() if isinstance(c, PreTrainedConfig)}
+        for config in configs.values():
+            self._sources.append(vars(config).values)
+            containers += [value for value in vars(config).values() if _is_container(value)]
+        self._sources += [vars(owner).values for owner in classes]
+        self._sources += [vars(file).values for file in namespaces_of(classes)]
+        self._sources += [hooks.values for hooks in global_hooks()]
+        self._sources += [ALL_ATTENTION_FUNCTIONS.values, ALL_MASK_ATTENTION_FUNCTIONS.values]
+        self._objects = self._look()
+        self._containers, self._contents = containers, copy.deepcopy(containers)
+        self._precision = torch.get_float32_matmul_precision()
+        self.tensors = TensorState(model)
+
+    def is_current(self) -> bool:
+        """Whether nothing has changed; about 1 ms for 30 layers. Safe to ask from any thread."""
+        try:
+            now = self._look()
+            return (
+                len(now) == len(self._objects)
+                and all(map(operator.is_, now, self._objects))
+                and self._containers == self._contents
+                and self._precision == torch.get_float32_matmul_precision()
+                and self.tensors.is_current()
+            )
+        except RuntimeError:  # something changed while it was looked at
+            return False
+
+    def _look(self) -> list[object]:
+        return list(itertools.chain.from_iterable(source() for source in self._sources))
+
+
+def _is_container(value: object) -> bool:
+    return isinstance(value, dict | list | set)
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    plain = type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+    return plain and tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized

@@ -1,0 +1,1 @@
+"""What may be reused as what: names, the guard around calls, and models that cannot be named."""

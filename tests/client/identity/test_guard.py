@@ -1,0 +1,180 @@
+"""Changes are seen before a call reads, while its KV is on its way, and before it stores."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+
+from kvstore_client import KVStoreClient, connect
+from kvstore_client.engines.transformers import CachedModel
+from kvstore_client.engines.transformers.calibrate import ObservedModel
+from kvstore_client.engines.transformers.identity.guard import ModelIdentity
+from kvstore_codec.errors import UnsupportedModelError
+from tests.client.conftest import ServedCluster
+from tests.client.identity.foreign import louder, steer
+from tests.client.models import random_prompt, tiny_model
+
+GREEDY = {"do_sample": False, "max_new_tokens": 6}
+PROMPT = random_prompt(600, seed=31)
+
+
+@pytest.fixture
+def client(cluster: ServedCluster) -> Iterator[KVStoreClient]:
+    with connect(cluster.address) as client:
+        yield client
+
+
+class CallsBack:
+    """A streamer that calls back with each token, and at the end."""
+
+    def __init__(self, at_token: Callable[[], object], at_end: Callable[[], object] = lambda: None) -> None:
+        self._at_token, self._at_end, self._tokens = at_token, at_end, 0
+
+    def put(self, _value: object) -> None:
+        self._tokens += 1
+        if self._tokens == 3:
+            self._at_token()
+
+    def end(self) -> None:
+        self._at_end()
+
+
+def test_hooks_that_are_there_already_are_seen_until_they_are_gone(client: KVStoreClient) -> None:
+    model = tiny_model()
+    hook = model.model.layers[0].register_forward_hook(steer)
+    cached = CachedModel(model, client)
+    assert torch.equal(cached.generate(PROMPT, **GREEDY), model.generate(PROMPT, **GREEDY))
+    assert cached.last_report.bypassed == "forward_hook"
+    assert not cached.is_stored(PROMPT, **GREEDY)
+    hook.remove()
+    for reused in (0, 512):
+        cached.generate(PROMPT, **GREEDY)
+        client.store.flush()
+        assert cached.last_report.bypassed is None
+        assert cached.last_report.reused_tokens == reused
+
+
+def test_the_reason_is_logged_once_with_the_place(
+    client: KVStoreClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    cached = CachedModel(tiny_model(), client)
+    cached.model.model.layers[2].mlp.register_forward_hook(steer)
+    for _ in range(3):
+        cached.generate(PROMPT, **GREEDY)
+    told = [r.getMessage() for r in caplog.records if "neither reused nor stored" in r.getMessage()]
+    assert len(told) == 1
+    assert "foreign.steer on layers.2.mlp" in told[0]
+    assert client.metrics.snapshot()["miss_bypass_forward_hook"] == 3
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_hook_between_the_halves_of_a_call(
+    cluster: ServedCluster, client: KVStoreClient, stored: bool
+) -> None:
+    cached = CachedModel(tiny_model(), client)
+    if stored:
+        cached.generate(PROMPT, **GREEDY)
+        client.store.flush()
+    begun = cached.begin(PROMPT, **GREEDY)
+    cached.model.model.layers[0].register_forward_hook(steer)
+    assert torch.equal(cached.finish(begun), cached.model.generate(PROMPT, **GREEDY))
+    assert cached.last_report.bypassed == "forward_hook"
+    client.store.flush()
+    assert cluster.stored_chunks() == (2 if stored else 0)
+    cluster.check_nothing_is_held()
+
+
+def test_what_a_model_computed_while_it_changed_is_not_stored(
+    cluster: ServedCluster, client: KVStoreClient
+) -> None:
+    def hooked_for_a_while(model: torch.nn.Module) -> CallsBack:
+        hooks = []
+        return CallsBack(
+            lambda: hooks.append(model.model.layers[0].register_forward_hook(steer)),
+            lambda: hooks.pop().remove(),
+        )
+
+    def scaled(model: torch.nn.Module) -> CallsBack:
+        return CallsBack(lambda: setattr(model.model.layers[0].self_attn, "scaling", 3.0))
+
+    def written(model: torch.nn.Module) -> CallsBack:
+        return CallsBack(lambda: model.model.layers[0].mlp.up_proj.weight.data.mul_(2))
+
+    for count, change in enumerate((hooked_for_a_while, scaled, written), start=1):
+        cached = CachedModel(tiny_model(), client)
+        cached.generate(PROMPT, streamer=change(cached.model), **GREEDY)
+        assert cached.last_report.bypassed is None
+        client.store.flush()
+        assert cluster.stored_chunks() == 0
+        assert client.metrics.snapshot()["miss_store_model_changed"] == count
+    cached = CachedModel(tiny_model(), client)
+    cached.generate(PROMPT, streamer=CallsBack(lambda: None), **GREEDY)
+    client.store.flush()
+    assert cluster.stored_chunks() == 2
+
+
+def test_accelerates_hooks_that_move_inputs_are_no_reason(client: KVStoreClient) -> None:
+    model = tiny_model()
+    cached = CachedModel(model, client)
+    cached.generate(PROMPT, **GREEDY)
+    client.store.flush()
+    moved = dispatch_model(tiny_model(), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert any("forward" in vars(module) for module in moved.modules())
+    other = CachedModel(moved, client)
+    assert torch.equal(other.generate(PROMPT, **GREEDY), model.generate(PROMPT, **GREEDY))
+    assert other.last_report.reused_tokens == 512
+
+    class Scales(ModelHook):
+        def post_forward(self, module: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
+            return 2 * output
+
+    add_hook_to_module(moved.model.layers[1].mlp, Scales(), append=True)
+    assert torch.equal(other.generate(PROMPT, **GREEDY), moved.generate(PROMPT, **GREEDY))
+    assert other.last_report.bypassed == "patched_module"
+
+
+def test_a_forward_replaced_below_accelerates_hook_is_seen(client: KVStoreClient) -> None:
+    model = tiny_model()
+    mlp = model.model.layers[1].mlp
+    mlp.forward = louder(mlp.forward)
+    add_hook_to_module(mlp, AlignDevicesHook("cpu"))
+    cached = CachedModel(model, client)
+    cached.generate(PROMPT, **GREEDY)
+    assert cached.last_report.bypassed == "patched_module"
+
+
+def test_a_subclass_that_only_adds_is_the_model_it_was() -> None:
+    model = tiny_model()
+    plain = ModelIdentity(model).current()
+    adds = type("Adds", (type(model),), {"count": lambda _self: 1})
+    replaces = type("Replaces", (type(model),), {"forward": lambda _self, *_, **__: None})
+    model.__class__ = adds
+    assert ModelIdentity(model).current() == plain
+    model.__class__ = replaces
+    refusal = ModelIdentity(model).current().refusal
+    assert refusal is not None
+    assert refusal.reason == "patched_module"
+
+
+def test_nothing_is_looked_at_closely_while_nothing_changes(
+    client: KVStoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = CachedModel(tiny_model(), client)
+    cached.generate(PROMPT, **GREEDY)
+    looks: list[object] = []
+    renew = ModelIdentity._renew
+    monkeypatch.setattr(ModelIdentity, "_renew", lambda self: (looks.append(self), renew(self)))
+    for _ in range(3):
+        client.store.flush()
+        cached.generate(PROMPT, **GREEDY)
+    assert cached.last_report.reused_tokens == 512
+    assert not looks
+
+
+def test_a_changed_model_is_not_calibrated() -> None:
+    model = tiny_model()
+    model.model.layers[0].register_forward_hook(steer)
+    with pytest.raises(UnsupportedModelError, match=r"steer on layers\.0"):
+        ObservedModel(model)
