@@ -8,7 +8,14 @@ import grpc
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.coordinator import Coordinator
-from kvstore_codec.errors import CatalogueError, ClusterError, TooManyPinsError, UnknownNodeError
+from kvstore_cluster.node import MAX_TENANT_BYTES
+from kvstore_codec.errors import (
+    CatalogueError,
+    ClusterError,
+    TooManyPinsError,
+    TooManyQuotasError,
+    UnknownNodeError,
+)
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_service.grpc_server import unary
 
@@ -17,6 +24,7 @@ _STATUS: dict[type[ClusterError], grpc.StatusCode] = {
     CatalogueError: grpc.StatusCode.UNAVAILABLE,
     UnknownNodeError: grpc.StatusCode.NOT_FOUND,
     TooManyPinsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TooManyQuotasError: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 
@@ -56,6 +64,7 @@ class DirectiveService:
         )
 
     def set_quota(self, request: pb.SetQuotaRequest, context: grpc.ServicerContext) -> pb.SetQuotaReply:
+        _require_short("a tenant's name", request.quota.tenant, context)
         with _reported(context):
             self._coordinator.set_quota(request.quota.tenant, request.quota.limit_bytes)
         return pb.SetQuotaReply()
@@ -71,6 +80,7 @@ class DirectiveService:
         )
 
     def drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainReply:
+        _require_short("a node_id", request.node_id, context)
         decide = self._coordinator.cancel_drain if request.cancel else self._coordinator.drain
         with _reported(context):
             decide(request.node_id)
@@ -83,6 +93,14 @@ class DirectiveService:
     ) -> pb.RepairReply:
         with _reported(context):
             return pb.RepairReply(round=self._coordinator.repair())
+
+
+def _require_short(what: str, text: str, context: grpc.ServicerContext) -> None:
+    if len(text.encode()) > MAX_TENANT_BYTES:
+        context.abort(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"{what} has at most {MAX_TENANT_BYTES} bytes, not {len(text.encode())}",
+        )
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from kvstore_service.throttle import Throttle
 
 MAX_CHUNKS = 65_536
 MAX_ENCODINGS = 64
+MAX_ENCODING_CHARACTERS = 64
 # The rest of a reply is for what else is said of MAX_CHUNKS chunks.
 MAX_HEADER_BYTES = MAX_REPLY_BYTES - (16 << 20)
 MAX_RANGES = 1 << 20
@@ -343,6 +344,14 @@ def serve_storage(
 
 def begin_put(node: StorageNode, start: pb.PutStart) -> PendingPut | None:
     """As StorageNode.begin_put. Raises InvalidKVError and PutStateError for a start that makes no sense, too."""
+    if len(start.calibration) not in (0, DIGEST_BYTES):
+        raise PutStateError(
+            f"a put's calibration is a digest of {DIGEST_BYTES} bytes, or empty; {len(start.calibration)} bytes came"
+        )
+    if len(start.encoding) > MAX_ENCODING_CHARACTERS:
+        raise PutStateError(
+            f"a put's encoding has a name of {len(start.encoding)} characters; at most {MAX_ENCODING_CHARACTERS}"
+        )
     if start.durability not in pb.Durability.values() or not 0 <= start.cost < math.inf:
         raise PutStateError("a put's durability is one of the known ones, and its cost is not negative")
     return node.begin_put(

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 from kvstore_api.placement import Member, Membership
 from kvstore_cluster.catalogue import Catalogue, ClusterState, NodeRecord
-from kvstore_codec.errors import CatalogueError, TooManyPinsError, UnknownNodeError
+from kvstore_codec.errors import CatalogueError, TooManyPinsError, TooManyQuotasError, UnknownNodeError
 from kvstore_codec.identity import ChunkId
 
 log = logging.getLogger(__name__)
 
 MAX_PINS = 1 << 17
+MAX_QUOTAS = 1 << 12
 _RETRY_PERIOD_S = 0.5
 
 
@@ -148,13 +149,18 @@ class Coordinator:
             return self._state.pins
 
     def set_quota(self, tenant: str, limit_bytes: int) -> None:
-        """Bytes that the tenant may keep in the whole cluster, replicas counted; 0: no limit. Raises CatalogueError."""
+        """Bytes that the tenant may keep in the whole cluster, replicas counted; 0: no limit. Raises CatalogueError,
+        TooManyQuotasError."""
 
         def changed(state: ClusterState) -> ClusterState:
             others = {name: limit for name, limit in state.quotas.items() if name != tenant}
             quotas = others | ({tenant: limit_bytes} if limit_bytes else {})
             if quotas == state.quotas:
                 return state
+            if len(quotas) > max(MAX_QUOTAS, len(state.quotas)):
+                raise TooManyQuotasError(
+                    f"{MAX_QUOTAS} tenants have a quota, and no more can; take one away with 0 bytes first"
+                )
             return replace(state, quotas=quotas, changes=state.changes + 1)
 
         self._decide(changed)

@@ -222,7 +222,7 @@ def read_header(data: Buffer) -> ChunkHeader:
         raise
     # Bytes with a right checksum may still be anything: whatever does not parse is one thing, a bad header.
     except (CodecError, ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
-        raise ChunkFormatError(f"the chunk's header cannot be read: {error!r}") from error
+        raise ChunkFormatError(f"the chunk's header cannot be read: {repr(error)[:200]}") from error
 
 
 def verify_chunk(parts: Iterable[Buffer] | Buffer, size_bytes: int) -> ChunkHeader:

@@ -32,6 +32,7 @@ KVStoreError
 │   ├── CatalogueError            the coordinator's durable state cannot be read or written
 │   ├── UnknownNodeError          the cluster never heard of that storage node
 │   ├── TooManyPinsError
+│   ├── TooManyQuotasError
 │   ├── UnknownCalibrationError   the registry has no calibration of that digest
 │   ├── CalibrationSizeError      more or fewer bytes than announced
 │   ├── CalibrationTooLargeError
@@ -162,6 +163,9 @@ class UnknownNodeError(ClusterError): ...
 
 
 class TooManyPinsError(ClusterError): ...
+
+
+class TooManyQuotasError(ClusterError): ...
 
 
 class UnknownCalibrationError(ClusterError): ...

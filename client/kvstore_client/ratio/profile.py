@@ -108,8 +108,17 @@ class ProfileStore:
             return _from_json(json.loads(path.read_bytes()))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, UnknownEncodingError) as error:
-            _log.warning("profile %s cannot be used and is measured anew: %r", path, error)
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            UnknownEncodingError,
+        ) as error:
+            _log.warning("profile %s cannot be used and is measured anew: %.200r", path, error)
             return None
 
     def save(self, key: str, profile: Profile) -> None:

@@ -41,7 +41,9 @@ class TunedRatios:
             RecursionError,
         ) as error:
             _log.warning(
-                "tuned ratios %s cannot be used; `kvstore calibrate --ratio` makes them anew: %r", path, error
+                "tuned ratios %s cannot be used; `kvstore calibrate --ratio` makes them anew: %.200r",
+                path,
+                error,
             )
             return {}
 

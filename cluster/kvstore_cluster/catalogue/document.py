@@ -11,12 +11,15 @@ import xxhash
 
 from kvstore_api.placement import Member
 from kvstore_cluster.catalogue.base import ClusterState, NodeRecord
-from kvstore_codec.errors import CatalogueError
+from kvstore_codec.errors import CatalogueError, CodecError
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 
 _NAME, _VERSION = "kvstore-catalogue", 2
 _READABLE = (1, 2)
 _ID_BYTES = 32
+MAX_DOCUMENT_BYTES = 64 << 20
+"""Three times what the most pins that can be take."""
+_MAX_REASON = 200
 
 
 def write_document(state: ClusterState) -> str:
@@ -34,29 +37,38 @@ def write_document(state: ClusterState) -> str:
 
 
 def read_document(text: str, name: str) -> ClusterState:
-    """`name` says in errors where the text is from. Raises CatalogueError unless it is sound."""
+    """`name` says in errors where the text is from. Raises CatalogueError unless it is sound, whatever it is."""
+    if len(text) > MAX_DOCUMENT_BYTES:
+        raise unsound(name, f"it has {len(text)} characters, and at most {MAX_DOCUMENT_BYTES} make sense")
     try:
         document = json.loads(text)
         kind, version = document["format"], document["version"]
         sound = document["checksum"] == _checksum(document["state"])
         readable = kind == _NAME and version in _READABLE
         state = _parse(document["state"], version) if sound and readable else ClusterState()
-    except (ValueError, KeyError, TypeError) as error:
+    except RecursionError as error:
+        raise unsound(name, "it is nested too deeply") from error
+    except (ValueError, KeyError, TypeError, AttributeError, CodecError) as error:
         raise unsound(name, repr(error)) from error
     if not sound:
         raise unsound(name, "its checksum does not match")
     if not readable:
         versions = " and ".join(map(str, _READABLE))
         raise CatalogueError(
-            f"{name} is {kind} version {version}; this release reads {_NAME} versions {versions}"
+            f"{name} is {_short(kind)} version {_short(version)}; this release reads {_NAME} versions {versions}"
         )
     return state
 
 
 def unsound(name: str, reason: str) -> CatalogueError:
     return CatalogueError(
-        f"the catalogue {name} is damaged ({reason}); restore it from a copy, or move it away to start a new cluster"
+        f"the catalogue {name} is damaged ({_short(reason)}); restore it from a copy, or move it away to start a new "
+        "cluster"
     )
+
+
+def _short(value: object) -> str:
+    return str(value)[:_MAX_REASON]
 
 
 def _checksum(content: dict[str, Any]) -> str:
@@ -65,20 +77,27 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def _parse(content: dict[str, Any], version: int) -> ClusterState:
     nodes = tuple(
-        NodeRecord(Member(**node["member"]), node["incarnation"], node["alive"], node["error"])
+        NodeRecord(Member(**node["member"]), _whole(node["incarnation"]), node["alive"], node["error"])
         for node in content["nodes"]
     )
     if version == 1:
-        return ClusterState(content["epoch"], nodes)
+        return ClusterState(_whole(content["epoch"]), nodes)
     return ClusterState(
-        content["epoch"],
+        _whole(content["epoch"]),
         nodes,
         pins=frozenset(map(_chunk_id, content["pins"])),
-        quotas=dict(content["quotas"]),
+        quotas={tenant: _whole(limit_bytes) for tenant, limit_bytes in content["quotas"].items()},
         draining=frozenset(content["draining"]),
-        repair_round=content["repair_round"],
-        changes=content["changes"],
+        repair_round=_whole(content["repair_round"]),
+        changes=_whole(content["changes"]),
     )
+
+
+def _whole(value: object) -> int:
+    """Raises TypeError for what is no whole number; true is none."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{_short(repr(value))} is not a whole number")
+    return value
 
 
 def _chunk_id(pin: str) -> ChunkId:

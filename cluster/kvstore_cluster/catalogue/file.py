@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kvstore_cluster.catalogue.base import ClusterState
-from kvstore_cluster.catalogue.document import read_document, unsound, write_document
+from kvstore_cluster.catalogue.document import MAX_DOCUMENT_BYTES, read_document, unsound, write_document
 from kvstore_cluster.durable import lock_folder, relock_folder, rename_durably
 from kvstore_codec.errors import CatalogueError
 
@@ -51,7 +51,8 @@ class FileCatalogue:
     def load(self) -> ClusterState:
         """The state last saved; an empty one when there never was any. Raises CatalogueError."""
         try:
-            text = self._path.read_text(encoding="utf-8")
+            with self._path.open(encoding="utf-8") as file:
+                text = file.read(MAX_DOCUMENT_BYTES + 1)
         except FileNotFoundError:
             return ClusterState()
         except (OSError, UnicodeDecodeError) as error:

@@ -68,6 +68,7 @@ def test_a_profile_is_kept(tmp_path: Path) -> None:
         b'{"format": 2}',
         b"\xff\xfe",
         b"null",
+        b"[" * 100_000,
     ],
 )
 def test_a_damaged_profile_is_none(tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture) -> None:
@@ -89,6 +90,7 @@ def test_a_damaged_profile_is_none(tmp_path: Path, damage: bytes, caplog: pytest
         ("interference", 3.0),
         ("interference", float("nan")),
         ("decode_threads", 0),
+        ("decode_threads", float("inf")),
         ("codecs", {"exact-zstd": {"decode_s": -1.0, "restore_s": 0.0}}),
         ("codecs", {"no-such-encoding": {"decode_s": 1.0, "restore_s": 0.0}}),
         ("codecs", {"exact-zstd": 1.0}),

@@ -1,0 +1,72 @@
+"""Fields of requests that are kept, or repeated in messages, have a length; what is longer is refused by name."""
+
+import grpc
+import pytest
+
+from kvstore_api.frames import FrameKind, pack_header
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_cluster.node import MAX_TENANT_BYTES
+from tests.sample_chunk import sample_chunk
+from tests.service.conftest import ServedNode
+from tests.service.test_bulk_server import reply, served
+from tests.service.test_grpc_directives import coordinator, stub  # noqa: F401 (fixtures)
+from tests.service.test_grpc_storage import END, ref
+
+CHUNK = sample_chunk()
+LONG_FIELDS = {
+    "calibration": bytes(5000),
+    "short calibration": bytes(31),
+    "encoding": "x" * 5000,
+    "tenant": "x" * 5000,
+}
+
+
+def start(name: str) -> pb.PutStart:
+    whole = pb.PutStart(chunk=ref(CHUNK), encoding=CHUNK.encoding, size_bytes=len(CHUNK.data))
+    setattr(whole, name.split()[-1], LONG_FIELDS[name])
+    return whole
+
+
+def require_refusal(answer: pb.PutReply, name: str) -> None:
+    assert answer.status == pb.PUT_STATUS_INVALID
+    assert name.split()[-1] in answer.message
+    assert len(answer.message) < 200
+
+
+@pytest.mark.parametrize("name", LONG_FIELDS)
+def test_a_put_with_a_field_of_another_length_is_refused_on_both_ports(
+    storage: ServedNode, name: str
+) -> None:
+    (answer,) = storage.stub.Put(iter([pb.PutRequest(start=start(name)), END]))
+    require_refusal(answer, name)
+    assert storage.node.stats().chunks == 0
+    with served() as port, port.connected() as connected:
+        message = start(name).SerializeToString()
+        connected.sendall(pack_header(FrameKind.PUT, len(message)) + message + CHUNK.data)
+        require_refusal(reply(connected), name)
+        assert port.node.stats().chunks == 0
+
+
+def test_a_prefix_longer_than_what_it_begins_is_refused(storage: ServedNode) -> None:
+    with pytest.raises(grpc.RpcError) as refusal:
+        storage.stub.List(pb.ListRequest(content_prefix=bytes(33)))
+    assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "content_prefix has at most 32 bytes" in refusal.value.details()
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_long_names_do_not_reach_the_catalogue(
+    stub: rpc.CoordinatorStub,  # noqa: F811
+    cancel: bool,
+) -> None:
+    long = "x" * (MAX_TENANT_BYTES + 1)
+    for call, request in (
+        (stub.SetQuota, pb.SetQuotaRequest(quota=pb.Quota(tenant=long, limit_bytes=int(not cancel)))),
+        (stub.Drain, pb.DrainRequest(node_id=long, cancel=cancel)),
+    ):
+        with pytest.raises(grpc.RpcError) as refusal:
+            call(request)
+        assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert f"at most {MAX_TENANT_BYTES} bytes" in refusal.value.details()
+    assert not stub.ListQuotas(pb.ListQuotasRequest()).quotas
