@@ -68,7 +68,7 @@ def _table(address: str, reply: "pb.ClusterStatsReply") -> "Table":
         if not node.alive or node.error:
             notes.append(f"{name} at {node.member.endpoint}: {escape(node.error)}")
         elif node.stats.disk_error:
-            notes.append(f"{name} does without its disk: {escape(node.stats.disk_error)}")
+            notes.append(f"{name}, disk: {escape(node.stats.disk_error)}")
     table = Table(
         title=escape(f"cluster at {address}, epoch {reply.epoch}"),
         caption="\n".join(notes) or None,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_codec.errors import StartupError
+from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service import scratch
+from kvstore_service.cli.bench.tables import require_outputs
 from kvstore_service.scratch import LONGEST_PARENT_BYTES, scratch_folder
 
 MOUNT, UMOUNT = shutil.which("mount") or "mount", shutil.which("umount") or "umount"
@@ -126,6 +127,15 @@ def test_no_folder_at_all_is_a_sentence(folder: str, reason: str, monkeypatch: p
     assert f"TMPDIR={folder} {reason}" in said
     assert "/sys cannot be used" in said
     assert f"Set TMPDIR to a writable folder whose path has at most {LONGEST_PARENT_BYTES} bytes" in said
+
+
+def test_a_benchmark_without_a_folder_for_temporary_files_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    with pytest.raises(ConfigurationError, match="set TMPDIR to a writable folder"):
+        require_outputs(None, None)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")

@@ -1,6 +1,7 @@
 """Signals that ask a process to stop, in a process of their own; and what is left of commands that got one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,36 @@ def test_serve_below_nohup_outlives_its_terminal(scratch: Path) -> None:
         assert run("status", "--address", address).returncode == 0
         process.terminate()
         assert process.wait(30) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root can be others")
+def test_serve_runs_as_a_user_without_name_and_home(scratch: Path) -> None:
+    """As containers do with `runAsUser`. That user may read everything, because this Python may lie in root's home."""
+    user = 12345
+    os.chown(scratch, user, user)
+    capability = "-all,+dac_read_search"
+    become = [f"--{kind}-caps={capability}" for kind in ("inh", "ambient")]
+    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    with subprocess.Popen(
+        [
+            *(shutil.which("setpriv") or "", f"--reuid={user}", f"--regid={user}", "--clear-groups", *become),
+            *(*KVSTORE, "serve", "--listen", "127.0.0.1:0", "--memory", "16MiB"),
+        ],
+        cwd="/",
+        env=environment | {"TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        line = process.stdout.readline()
+        assert "kvstore is ready" in line, process.stderr.read()
+        assert psutil.Process(process.pid).uids().effective == user
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+        assert (process.returncode, errors) == (0, "")
 
 
 @pytest.mark.slow

@@ -38,7 +38,12 @@ def require_packages(*names: str) -> None:
 
 
 def require_outputs(json_file: Path | None, plot: Path | None) -> None:
-    """Raises ConfigurationError now rather than after minutes of work, StartupError where nothing draws."""
+    """Raises ConfigurationError now rather than after minutes of work, StartupError where nothing draws. Looks for the
+    folder of temporary files as well: every benchmark needs some."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{error.strerror}: set TMPDIR to a writable folder") from error
     if plot is not None:
         require_packages("matplotlib")
         if plot.suffix.lower() not in _PICTURES:
