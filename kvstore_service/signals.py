@@ -5,6 +5,7 @@ that was ignored when the process started, as `nohup` does with SIGHUP, stays ig
 ends the process at once.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ class StopSignals:
 def end_by(number: signal.Signals) -> NoReturn:
     """Ends the process by a signal, so that its parent sees why it ended. As the first process of a container, which no
     signal ends by default, it exits with 128 and the number."""
+    atexit._run_exitfuncs()  # such as multiprocessing's, which gives its semaphores back
     sys.stdout.flush()
     sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)

@@ -16,7 +16,7 @@ import pytest
 from tests.service.test_cli import KVSTORE, run, serving
 
 BEGIN = """
-import signal, sys, time
+import atexit, signal, sys, time
 from kvstore_service.signals import StopSignals, deferred, end_by
 stop = StopSignals()
 stop.install()
@@ -31,6 +31,7 @@ try:
         time.sleep(1)
         print("stopped", flush=True)
 except KeyboardInterrupt:
+    atexit.register(print, "exit functions", flush=True)
     end_by(stop.received)
 """
 # As Ray does.
@@ -62,7 +63,7 @@ def test_the_first_signal_stops_and_later_ones_do_not_disturb(number: signal.Sig
         assert process.stdout.readline() == "stopping\n"
         for other in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             process.send_signal(other)
-        assert process.communicate(timeout=20)[0] == "stopped\n"
+        assert process.communicate(timeout=20)[0] == "stopped\nexit functions\n"
         assert process.returncode == -number
 
 
@@ -73,7 +74,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
         process.terminate()
-        assert process.communicate(timeout=20)[0] == "stopping\nstopped\n"
+        assert process.communicate(timeout=20)[0] == "stopping\nstopped\nexit functions\n"
         assert process.returncode == -signal.SIGTERM
 
 
