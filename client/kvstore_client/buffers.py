@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvstore_client.threads import single_threaded
 from kvstore_codec.model_spec import ModelSpec
 
 
@@ -31,6 +32,7 @@ class BufferPool:
         self._lock = threading.Lock()
         self._free: list[torch.Tensor] = []
 
+    @single_threaded()  # a team of threads that exists here would hang the first one that a forked child makes
     def reserve(self, size_bytes: int) -> None:
         """Have that much memory ready, or what the pool may keep at most, touched ahead of time."""
         size_bytes = min(size_bytes, self._limit_bytes)

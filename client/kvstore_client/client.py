@@ -1,5 +1,7 @@
 """The client: match a prompt, fetch what matches, store what does not."""
 
+import atexit
+import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -11,6 +13,7 @@ from kvstore_client.buffers import BufferPool, KVBuffers
 from kvstore_client.calibrations import Calibrations
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch import ChunkFeatures, Computing, Fetch
+from kvstore_client.fork import GATE, renew_in_children
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.lookup import Match, find_prefix, find_segments, release
 from kvstore_client.metrics import ClientMetrics
@@ -25,6 +28,8 @@ from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PlacedChunk, chunk_ids, segment_chunks
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
+
+log = logging.getLogger(__name__)
 
 _PLANNERS: dict[FetchPolicy, Callable[[], Planner]] = {
     FetchPolicy.ADAPTIVE: RatioController,
@@ -61,10 +66,16 @@ class KVStoreClient:
 
     def __init__(self, settings: ClientSettings) -> None:
         self.settings = settings
-        self.metrics = ClientMetrics()
-        self.buffers = BufferPool(settings.pool_bytes)
         self.links = Links()
         """How fast each node's bytes came lately."""
+        self._open()
+        renew_in_children(self, KVStoreClient._renew)
+
+    def _open(self) -> None:
+        """Make all parts that have locks, threads or sockets. Threads and sockets come when they are first needed."""
+        settings = self.settings
+        self.metrics = ClientMetrics()
+        self.buffers = BufferPool(settings.pool_bytes)
         self._view = ClusterView(settings)
         self.calibrations = Calibrations(self._view, settings, self.metrics)
         """What is known about models' KV, by digest."""
@@ -73,6 +84,27 @@ class KVStoreClient:
         """Where new chunks are handed in."""
         self._lock = threading.Lock()
         self._closed = False
+        self._why_closed = "closed: the client was closed"
+
+    def _renew(self) -> None:
+        """In a forked child: everything anew, and all that is the parent's left to the parent. Calibrations that are
+        ready stay; they are only read."""
+        parents, ready, was_closed = self._view, self.ready_calibrations, self._closed
+        for part in (self.store, ready):
+            atexit.unregister(part.close)
+        parents.leave_to_parent()
+        self._open()
+        self.ready_calibrations.inherit(ready)
+        if GATE.calls_at_fork and not was_closed:
+            self._why_closed = (
+                "forked: gRPC calls were under way in the parent, so this process cannot use the client"
+            )
+            log.warning(
+                "A process was forked while gRPC calls of its cache client were under way, so that gRPC cannot be used "
+                "in the child: nothing is reused or stored there. Make the client after the fork."
+            )
+        if GATE.calls_at_fork or was_closed:
+            self.close()
 
     def chunk_ids(self, spec: ModelSpec, token_ids: Sequence[int]) -> list[ChunkId]:
         """The ids of a text's full chunks, for this client's tenant."""
@@ -187,7 +219,7 @@ class KVStoreClient:
             return Match(why_not=f"too_short: no part of the prompt fills a chunk of {CHUNK_TOKENS} tokens")
         if self._closed:
             self.metrics.missed("closed")
-            return Match(why_not="closed: the client was closed")
+            return Match(why_not=self._why_closed)
         try:
             with (timeline or Timeline()).span("lookup"):
                 ready_klt = self.ready_calibrations.klt

@@ -1,5 +1,6 @@
 """What a client knows of the cluster: its members, and a channel to each."""
 
+import ctypes
 import math
 import threading
 import time
@@ -12,6 +13,7 @@ import grpc
 from kvstore_api.placement import Member, Membership, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_client.fork import GATE
 from kvstore_client.grpc_failure import told
 from kvstore_client.settings import ClientSettings
 from kvstore_client.transport import Transport, Transports
@@ -23,6 +25,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A channel of a forked child must not find the connection of its parent's channel.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 
 _LONGEST_PAUSE_S = 30.0
@@ -64,6 +68,8 @@ class ClusterView:
         self._address = settings.address
         self._lock = threading.Lock()
         self._channels: dict[str, grpc.Channel] = {}
+        self._gated: dict[str, grpc.Channel] = {}
+        """The same, by which calls are made."""
         self._transports = Transports(settings)
         self._membership: Membership | None = None
         self._placement = Placement(())  # of that membership
@@ -214,6 +220,14 @@ class ClusterView:
             for channel in self._channels.values():
                 channel.close()
             self._channels.clear()
+            self._gated.clear()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: give up what is the parent's, without a trace on its connections. Nothing else may be
+        called afterwards."""
+        self._transports.leave_to_parent()
+        # gRPC's objects are never taken apart here: that would end the connections that the parent uses.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._channels))
 
     def _require_members(self, membership: Membership) -> None:
         if not membership.members:
@@ -281,7 +295,8 @@ class ClusterView:
             if endpoint not in self._channels:
                 dial = self._settings.routes.get(endpoint, endpoint)
                 self._channels[endpoint] = grpc.insecure_channel(dial, options=_CHANNEL_OPTIONS)
-            return self._channels[endpoint]
+                self._gated[endpoint] = grpc.intercept_channel(self._channels[endpoint], GATE)
+            return self._gated[endpoint]
 
 
 def _membership(reply: pb.MembershipReply) -> Membership:

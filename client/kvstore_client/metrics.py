@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import Counter, Gauge, Histogram
 
 from kvstore_client.failure_log import FailureLog
+from kvstore_client.fork import REGISTRY_LOCK
 from kvstore_client.timeline import STAGES, Timeline
 
 _CHUNKS = Counter("kvstore_client_chunks", "Chunks a fetch asked for, by how they ended.", ["result"])
@@ -55,13 +56,15 @@ class ClientMetrics:
 
     def matched(self, *, exact: int, approximate: int) -> None:
         """Count chunks that a lookup found, by whether in their own context."""
-        _MATCHED.labels("exact").inc(exact)
-        _MATCHED.labels("approximate").inc(approximate)
+        with REGISTRY_LOCK:
+            _MATCHED.labels("exact").inc(exact)
+            _MATCHED.labels("approximate").inc(approximate)
         self._add("chunks_matched_exact", exact)
         self._add("chunks_matched_approximate", approximate)
 
     def delivered(self, chunks: int) -> None:
-        _CHUNKS.labels("delivered").inc(chunks)
+        with REGISTRY_LOCK:
+            _CHUNKS.labels("delivered").inc(chunks)
         self._add("chunks_delivered", chunks)
 
     def missed(
@@ -79,61 +82,73 @@ class ClientMetrics:
         the reason). Without `detail` it is part of normal work."""
         if detail is not None:
             self.failures.warn(reason if cause is None else cause, detail)
-        _MISSES.labels(reason).inc(events)
-        _CHUNKS.labels("missing").inc(chunks)
+        with REGISTRY_LOCK:
+            _MISSES.labels(reason).inc(events)
+            _CHUNKS.labels("missing").inc(chunks)
         self._add(f"miss_{reason}", events)
         self._add("chunks_missing", chunks)
 
     def received(self, size_bytes: int) -> None:
-        _BYTES.labels("in").inc(size_bytes)
+        with REGISTRY_LOCK:
+            _BYTES.labels("in").inc(size_bytes)
         self._add("bytes_in", size_bytes)
 
     def stored(self, chunks: int, size_bytes: int) -> None:
-        _BYTES.labels("out").inc(size_bytes)
+        with REGISTRY_LOCK:
+            _BYTES.labels("out").inc(size_bytes)
         self._add("bytes_out", size_bytes)
         self._add("chunks_stored", chunks)
 
     def under_replicated(self, chunks: int) -> None:
-        _UNDER_REPLICATED.inc(chunks)
+        with REGISTRY_LOCK:
+            _UNDER_REPLICATED.inc(chunks)
         self._add("chunks_under_replicated", chunks)
 
     def failed_over(self, reason: str) -> None:
-        _FAILOVERS.labels(reason).inc()
+        with REGISTRY_LOCK:
+            _FAILOVERS.labels(reason).inc()
         self._add(f"failover_{reason}", 1)
 
     def fetched(self, timeline: Timeline, fetch_s: float) -> None:
         """A fetch that took `fetch_s` has ended. Counted for each stage is what has been recorded by now."""
-        _FETCH_S.observe(fetch_s)
+        with REGISTRY_LOCK:
+            _FETCH_S.observe(fetch_s)
         for stage in STAGES:
             if busy_s := timeline.busy_s(stage):
-                _STAGE_S.labels(stage).observe(busy_s)
+                with REGISTRY_LOCK:
+                    _STAGE_S.labels(stage).observe(busy_s)
         self._add("fetches", 1)
 
     def planned(self, *, fetched: int, computed: int) -> None:
         """Count matched chunks by what was decided for them at last."""
-        _PLANNED.labels("fetch").inc(fetched)
-        _PLANNED.labels("compute").inc(computed)
+        with REGISTRY_LOCK:
+            _PLANNED.labels("fetch").inc(fetched)
+            _PLANNED.labels("compute").inc(computed)
         self._add("chunks_planned_fetch", fetched)
         self._add("chunks_planned_compute", computed)
 
     def replanned(self) -> None:
-        _REPLANS.inc()
+        with REGISTRY_LOCK:
+            _REPLANS.inc()
         self._add("replans", 1)
 
     def waiting_for_kv(self, change: int) -> None:
         """That many requests more, or fewer, wait for their KV."""
-        _WAITING.inc(change)
+        with REGISTRY_LOCK:
+            _WAITING.inc(change)
         self._add("waiting_for_kv", change)
 
     def guarded(self, frames: Mapping[str, int]) -> None:
         """Count frames that the codec's guard treated, by what it did: "finer" or "exact"."""
         for action, count in frames.items():
-            _GUARDED.labels(action).inc(count)
+            with REGISTRY_LOCK:
+                _GUARDED.labels(action).inc(count)
             self._add(f"guarded_{action}", count)
 
     def prompt(self, *, reused_tokens: int, computed_tokens: int) -> None:
-        _TOKENS.labels("reused").inc(reused_tokens)
-        _TOKENS.labels("computed").inc(computed_tokens)
+        with REGISTRY_LOCK:
+            _TOKENS.labels("reused").inc(reused_tokens)
+            _TOKENS.labels("computed").inc(computed_tokens)
         self._add("tokens_reused", reused_tokens)
         self._add("tokens_computed", computed_tokens)
 

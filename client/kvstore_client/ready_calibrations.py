@@ -54,6 +54,11 @@ class ReadyCalibrations:
         gives None when there is none, or none can be had within `lookup_timeout_s` and `calibration_timeout_s`."""
         return self._start(model_digest, self._load_newest)
 
+    def inherit(self, parents: "ReadyCalibrations") -> None:
+        """In a forked child: what the parent had ready is ready here."""
+        self._ready.update(parents._ready)
+        self._newest.update(parents._newest)
+
     def close(self) -> None:
         """Break off downloads, and wait for what cannot be broken off, a second or two each."""
         with self._lock:

@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import multiprocessing.util
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -82,9 +83,7 @@ class Store:
         self._warned = False
         self._writing: ReplicatedWrite | None = None
         self._waiting_bytes = 0
-        # A daemon, so that a silent node cannot keep the interpreter from exiting; `close` has its own patience.
-        self._worker = threading.Thread(target=self._work, name="kvstore-store", daemon=True)
-        self._worker.start()
+        self._worker: threading.Thread | None = None
         atexit.register(self.close)
 
     @property
@@ -114,7 +113,7 @@ class Store:
             if reason is None:
                 self._waiting_bytes += size_bytes
                 wanted = self.encodings if encodings is None else tuple(encodings)
-                self._jobs.put(partial(self._store, stored, spec, list(chunks), wanted, size_bytes))
+                self._hand_over(partial(self._store, stored, spec, list(chunks), wanted, size_bytes))
         if reason is not None:
             waiting = (
                 f"{len(chunks)} chunks are not stored: {self._waiting_bytes} bytes wait already. The service takes "
@@ -126,7 +125,7 @@ class Store:
 
     def flush(self) -> None:
         """Wait until everything handed in so far is stored or dropped."""
-        if not self._closed:
+        if not self._closed and self._worker is not None:
             self._reached().result()
 
     def close(self) -> None:
@@ -136,6 +135,8 @@ class Store:
                 return
             self._closed = True
         atexit.unregister(self.close)
+        if self._worker is None:
+            return
         _, late = wait([self._reached()], self._settings.close_timeout_s)
         if late:
             self._metrics.missed(
@@ -150,6 +151,17 @@ class Store:
             writing.cancel()
         self._jobs.put(None)
         self._worker.join()
+        self._finalizer.cancel()
+
+    def _hand_over(self, job: Callable[[], object]) -> None:
+        """With the lock held. The worker begins with the first job: a client that stores nothing needs no thread."""
+        if self._worker is None:
+            # A daemon, so that a silent node cannot keep the interpreter from exiting; `close` has its own patience.
+            self._worker = threading.Thread(target=self._work, name="kvstore-store", daemon=True)
+            self._worker.start()
+            # A child that multiprocessing has forked or spawned ends without what atexit knows.
+            self._finalizer = multiprocessing.util.Finalize(None, self.close, exitpriority=0)
+        self._jobs.put(job)
 
     def _reached(self) -> "Future[None]":
         """Done when the worker has come this far."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -171,7 +172,8 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
         reason = _why_no_bytes(tensor)
         if reason is not None:
             raise UnsupportedModelError(f"the weight {name!r} {reason}")
-    hasher = blake3(canonical.length_prefixed(_WEIGHTS_DOMAIN), max_threads=blake3.AUTO)
+    # Threads of this hasher alone: those of blake3.AUTO are shared, and hang in a forked child.
+    hasher = blake3(canonical.length_prefixed(_WEIGHTS_DOMAIN), max_threads=os.cpu_count() or 1)
     for name, tensor in named:
         shape = b"".join(canonical.integer(size) for size in tensor.shape)
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

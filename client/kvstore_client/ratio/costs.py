@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from kvstore_client.fork import renew_in_children
 from kvstore_client.ratio.profile import CodecCost, PrefillCost, Profile
 
 _MEMORY_TOKENS = 2048.0
@@ -28,13 +29,17 @@ class Costs:
     """
 
     def __init__(self, profile: Profile, clock: Callable[[], float] = time.monotonic) -> None:
-        self._lock = threading.Lock()
+        self._renew()
+        renew_in_children(self, Costs._renew)
         self._profile = profile
         self._codecs = dict(profile.codecs)
         self._prefill_scale, self._prefill_seen_s = 1.0, clock()
         self._clock = clock
         self._overhead_s = 0.0
         self._receive_s_per_byte = profile.receive_s_per_byte
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
 
     def observe_decode(
         self, encoding: str, token_layers: float, decode_s: float, restore_s: float, *, disturbed: float = 0.0

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from kvstore_client.fork import renew_in_children
+
 DEFAULT_BANDWIDTH_Bps = 125e6
 """1 Gbit/s: of an endpoint when none has sent anything yet."""
 
@@ -188,8 +190,13 @@ class Links:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
         self._links: dict[str, _Link] = {}
+        self._renew()
+        renew_in_children(self, Links._renew)
+
+    def _renew(self) -> None:
+        """Whoever held the lock or computed in the parent does not exist in a child."""
+        self._lock = threading.Lock()
         self._passes: list[_Pass] = []
 
     @contextmanager

@@ -71,6 +71,9 @@ class BulkTransport:
     def close(self) -> None:
         self._connections.close()
 
+    def leave_to_parent(self) -> None:
+        self._connections.leave_to_parent()
+
     def _is_avoided(self) -> bool:
         return time.monotonic() < self._fallback_until_s
 

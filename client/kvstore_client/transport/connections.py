@@ -3,6 +3,7 @@
 import socket
 import ssl
 import threading
+import weakref
 from collections import deque
 
 from kvstore_api.byte_stream import ByteStream
@@ -22,6 +23,8 @@ class Connections:
         self._lock = threading.Lock()
         self._idle: deque[ByteStream] = deque()
         self._closed = False
+        self._open: weakref.WeakSet[ByteStream] = weakref.WeakSet()
+        """All that live, taken or idle."""
 
     def kept(self) -> ByteStream | None:
         """An idle connection that seems alive, the one used last."""
@@ -48,6 +51,7 @@ class Connections:
         except BaseException:
             connected.close()
             raise
+        self._open.add(stream)
         return stream
 
     def give_back(self, stream: ByteStream) -> None:
@@ -63,6 +67,11 @@ class Connections:
         with self._lock:
             idle, self._idle = self._idle, deque()
         for stream in idle:
+            stream.close()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: close its copies of the sockets, which does nothing to the connections."""
+        for stream in list(self._open):
             stream.close()
 
     def close(self) -> None:

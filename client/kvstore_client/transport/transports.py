@@ -55,6 +55,11 @@ class Transports:
         connections = Connections(host.strip("[]"), _port(dial), self._tls, name or member.node_id)
         return BulkTransport(connections, self._memory, None if self._tls else GrpcTransport(channel))
 
+    def leave_to_parent(self) -> None:
+        """See ClusterView. Locks are left alone: nobody will release them."""
+        for _, transport in self._bulk.values():
+            transport.leave_to_parent()
+
     def close(self) -> None:
         """Idle connections; those in use are closed by their users."""
         with self._lock:

@@ -129,6 +129,19 @@ def computed_values(cache: DynamicCache, first_token: int) -> tuple[torch.Tensor
     return tuple(_kept(layer, layer.values[0, :, first_token:]) for layer in cache.layers)
 
 
+def whole_tokens(cache: DynamicCache, capture: KeyCapture) -> int:
+    """Position up to which a cache holds KV of every layer, when its last forward pass may have been broken off.
+
+    Where the captured keys do not fit what the cache took, that is the first captured token: nothing can be told."""
+    ends = []
+    for index, layer in enumerate(cache.layers):
+        end = layer.values.shape[-2] if layer.is_initialized else 0
+        if not capture.has_step_to(index, end):
+            return capture.first_token
+        ends.append(end)
+    return min(ends, default=capture.first_token)
+
+
 def _kept(layer: DynamicLayer, tensor: torch.Tensor) -> torch.Tensor:
     lent = isinstance(layer, PlacedLayer) and layer.is_in_buffers
     return tensor.clone() if lent else tensor

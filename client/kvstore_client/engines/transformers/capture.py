@@ -54,6 +54,12 @@ class KeyCapture:
         """Whether the keys of every layer end at this position: none is missing, none too many."""
         return all(self.first_token + sum(map(len, steps)) == tokens for steps in self._steps)
 
+    def has_step_to(self, layer: int, position: int) -> bool:
+        """Whether the keys of a layer end at this position, or did before the latest forward pass reached it."""
+        steps = self._steps[layer]
+        end = self.first_token + sum(map(len, steps))
+        return position == end or (bool(steps) and position == end - len(steps[-1]))
+
     def keys(self, layer: int, begin: int, end: int) -> torch.Tensor:
         """Keys of tokens `begin` to `end` (positions in the prompt), `[kv_heads, tokens, head_dim]`."""
         pieces: list[torch.Tensor] = []

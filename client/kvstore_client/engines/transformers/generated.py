@@ -1,8 +1,9 @@
 """One `generate` call, from what was looked up for it to the chunks that it leaves to be stored."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ class Begun:
     fetch: Fetch | None = None
     bypassed: str | None = None
     """Why nothing is reused, if the call is not one that can."""
+    aborted: "Generated | None" = None
+    """What was computed, if an exception of the engine's ended the call."""
     why_not: str | None = None
     """Why nothing is on its way, if nothing is."""
     segments: "SegmentPlan | None" = None
@@ -46,6 +49,8 @@ class Begun:
     """What of that is on its way."""
     described: "Described | None" = None
     """What the model was when it was looked up."""
+    process: int = field(default_factory=os.getpid)
+    """Whose threads bring it."""
     again: dict[str, Any] = field(default_factory=dict)
     """What the call was asked besides `arguments`."""
 
@@ -83,7 +88,7 @@ class Begun:
         """What it holds, which it holds no more."""
         held = (self.fetch, self.buffers) if self.coming is None else (self.coming.fetch, self.coming.buffers)
         self.fetch = self.buffers = self.coming = None
-        return held
+        return held if self.process == os.getpid() else (None, None)  # what a parent holds is the parent's
 
     def next_arguments(self) -> dict[str, Any]:
         """For another pass of the whole prompt."""
@@ -124,6 +129,13 @@ class Generated:
     """Computed because something of them had been missing."""
     computed_chunks: int = 0
     """All that were computed before the last pass."""
+
+    def behind(self, report: FetchReport, runs: Sequence[ComputedRun], buffers: KVBuffers) -> "Generated":
+        """With how the fetch ended, and the `runs` that were computed into its buffers before the last pass."""
+        missing = [run.keep(buffers) for run in runs if not report.missing.keys().isdisjoint(run.chunks)]
+        return replace(
+            self, report=report, missing=missing, computed_chunks=sum(len(run.chunks) for run in runs)
+        )
 
     @property
     def reused_tokens(self) -> int:

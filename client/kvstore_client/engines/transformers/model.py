@@ -1,6 +1,7 @@
 """`CachedModel`: a transformers model that reuses KV which any worker has computed before."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from kvstore_client.engines.transformers.cache import (
     empty_cache,
     make_plain,
     placed_cache,
+    whole_tokens,
 )
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
 from kvstore_client.engines.transformers.costs import costs_of
@@ -38,7 +40,6 @@ from kvstore_client.fetch import Computing, FetchReport
 from kvstore_client.lookup import Match
 from kvstore_client.ratio import Costs
 from kvstore_client.recompute import Recompute
-from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import FetchError, NotCopyableError, UnsupportedModelError
 from kvstore_codec.identity import CHUNK_TOKENS
@@ -209,9 +210,9 @@ class CachedModel:
         """The second half of `generate`, with its result."""
         if begun.described is not None:
             described = self._current()
-            if described == begun.described:
+            if described == begun.described and begun.process == os.getpid():
                 begun.described = described
-            else:  # what is on its way belongs to another model
+            else:  # what is on its way belongs to another model, or to the process that this one was forked from
                 self.cancel(begun)
                 begun = self.begin(begun.input_ids, **begun.again, **begun.arguments)
         return self._complete(begun)
@@ -230,14 +231,19 @@ class CachedModel:
             return self.model.generate(input_ids, **begun.arguments)
         if begun.segments is not None:
             return self._finish_segments(begun, begun.segments, input_ids)
-        generated = self._generate(begun, input_ids)
+        try:
+            generated = self._generate(begun, input_ids)
+        except BaseException:
+            if begun.aborted is not None and self._may_store(begun):
+                self._store_new(begun, input_ids[0, : begun.aborted.tokens].tolist(), begun.aborted)
+            raise
         output, total = generated.output, input_ids.shape[1]
         reused = generated.reused_tokens
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=total - reused)
         self.last_report = GenerationReport(
             total, reused, timeline, generated.report, why_not=why_not(begun, reused, generated.report)
         )
-        if self._may_store(begun):
+        if self._may_store(begun) and self._is_aligned(generated):
             sequence = output if isinstance(output, torch.Tensor) else output.sequences
             self._store_new(begun, sequence[0, : generated.tokens].tolist(), generated)
         return output
@@ -302,7 +308,10 @@ class CachedModel:
         if not self.store or begun.described is None:
             return False
         if not begun.described.still_holds():
-            self.client.metrics.missed("store_model_changed")
+            self.client.metrics.missed(
+                "store_model_changed",
+                detail="what a call computed is not stored: its model was changed meanwhile",
+            )
             return False
         return True
 
@@ -327,7 +336,7 @@ class CachedModel:
         return self.client.match(self.spec, self.client.chunk_ids(self.spec, tokens), timeline)
 
     def _finish_segments(self, begun: Begun, plan: SegmentPlan, input_ids: torch.Tensor) -> Any:
-        tokens, features = input_ids[0].tolist(), self.client.store.needs_features
+        tokens: list[int] = input_ids[0].tolist()
         blended, coming = None, begun.coming
         try:
             if begun.coming is not None and self._segments is not None:
@@ -340,13 +349,11 @@ class CachedModel:
                 capture = self._capture(len(tokens) - 1)
                 generated = self._run(begun, input_ids, placed_cache(blended.blend.kv, capture), capture)
                 generated = replace(generated, report=blended.report)
-            new: list[NewChunk] = []
-            if blended is not None:
-                new = blended_chunks(self.model, tokens, blended, features=features)
-            elif generated.capture.reaches(generated.tokens):
-                new = prefilled_chunks(self.model, tokens, plan, generated, features=features)
-            else:
-                self.client.metrics.missed("store_unaligned", detail=_UNALIGNED)
+            if blended is not None or self._is_aligned(generated):
+                self._store_segments(begun, plan, tokens, blended, generated)
+        except BaseException:
+            self._store_segments(begun, plan, tokens, blended, begun.aborted)
+            raise
         finally:
             self.cancel(begun)
         if blended is not None:
@@ -359,11 +366,26 @@ class CachedModel:
             )
         reused, output = self.last_report.reused_tokens, generated.output
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)
-        behind = generated.report.encodings if generated.report is not None else ()
-        encodings = self.client.store.encodings_behind(behind)
+        return output
+
+    def _store_segments(
+        self,
+        begun: Begun,
+        plan: SegmentPlan,
+        tokens: list[int],
+        blended: Blended | None,
+        generated: Generated | None,
+    ) -> None:
+        """What a prompt in segments leaves to be stored; called while its buffers are held."""
+        new, report, features = [], None, self.client.store.needs_features
+        if blended is not None:
+            new, report = blended_chunks(self.model, tokens, blended, features=features), blended.report
+        elif generated is not None:
+            new = prefilled_chunks(self.model, tokens, plan, generated, features=features)
+            report = generated.report
+        encodings = self.client.store.encodings_behind(report.encodings if report is not None else ())
         if new and encodings and self._may_store(begun):
             self.client.store.put(begun.spec, new, encodings)
-        return output
 
     def _report(self, blended: Blended, begun: Begun, total: int) -> GenerationReport:
         chunks = blended.plan.chunks
@@ -404,11 +426,11 @@ class CachedModel:
                 report = fetch.finish()
                 if self.model.device.type == "cpu" and capture.first_token:
                     fetch.learn(began_s, began_s + capture.first_pass_s)
-                computed = [
-                    run.keep(buffers) for run in runs if not report.missing.keys().isdisjoint(run.chunks)
-                ]
-                before = sum(len(run.chunks) for run in runs)
-                return replace(generated, report=report, missing=computed, computed_chunks=before)
+                return generated.behind(report, runs, buffers)
+        except BaseException:
+            if begun.aborted is not None:
+                begun.aborted = begun.aborted.behind(fetch.finish(), runs, buffers)
+            raise
         finally:
             self.cancel(begun)
 
@@ -458,7 +480,16 @@ class CachedModel:
         waits = input_ids.shape[1] - capture.first_token < CHUNK_TOKENS
         computing = self.client.links.computing(request=begun.timeline, waits=waits)
         with begun.timeline.span("compute"), capture.active(), computing:
-            output = self.model.generate(input_ids, past_key_values=cache, **begun.next_arguments())
+            try:
+                output = self.model.generate(input_ids, past_key_values=cache, **begun.next_arguments())
+            except FetchIncompleteError:
+                raise
+            except BaseException:  # a streamer whose client has gone, say: what was computed is worth keeping
+                tokens = min(whole_tokens(cache, capture), input_ids.shape[1])
+                if self.store and tokens > capture.first_token:
+                    values = computed_values(cache, capture.first_token)
+                    begun.aborted = Generated(None, tokens, values, capture)
+                raise
         is_kept = getattr(output, "past_key_values", None) is not None
         if is_kept:
             make_plain(cache)
@@ -476,14 +507,17 @@ class CachedModel:
     def _rotary(self, tokens: int) -> tuple[RotaryTable, ...]:
         return rotary_tables(self.model, tokens, self.spec.dtype.torch, "cpu")
 
+    def _is_aligned(self, generated: Generated) -> bool:
+        aligned = generated.capture.reaches(generated.tokens)
+        if not aligned:
+            self.client.metrics.missed("store_unaligned", detail=_UNALIGNED)
+        return aligned
+
     def _store_new(self, begun: Begun, tokens: list[int], generated: Generated) -> None:
         report = generated.report
         encodings = self.client.store.encodings_behind(report.encodings if report is not None else ())
         if not encodings:
             self.client.metrics.missed("store_behind_lossy")
-            return
-        if not generated.capture.reaches(len(tokens)):
-            self.client.metrics.missed("store_unaligned", detail=_UNALIGNED)
             return
         ids = self.client.chunk_ids(begun.spec, tokens)
         stored = set(range(len(begun.match.chunks)))

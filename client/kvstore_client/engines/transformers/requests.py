@@ -12,6 +12,7 @@ import torch
 from kvstore_client.admission import AdmissionQueue
 from kvstore_client.engines.transformers.generated import Begun
 from kvstore_client.engines.transformers.model import CachedModel
+from kvstore_client.fork import renew_in_children
 from kvstore_codec.errors import NotCopyableError
 
 
@@ -70,8 +71,17 @@ class RequestQueue:
         client = cached.client
         limit_bytes = client.settings.pool_bytes if buffer_bytes is None else buffer_bytes
         self._cached = cached
+        self._fetches, self._buffer_bytes, self._early_s = fetches, limit_bytes, early_s
+        self._start()
+        renew_in_children(self, RequestQueue._start)
+
+    def _start(self) -> None:
+        """Empty: requests that wait when a process forks are answered by the parent."""
         self._queue = AdmissionQueue[_Question](
-            client.metrics, fetches=fetches, buffer_bytes=limit_bytes, early_s=early_s
+            self._cached.client.metrics,
+            fetches=self._fetches,
+            buffer_bytes=self._buffer_bytes,
+            early_s=self._early_s,
         )
         self._engine = threading.Thread(target=self._answer, name="kvstore-engine", daemon=True)
         self._engine.start()

@@ -8,7 +8,7 @@ from kvstore_client.engines.transformers.blend.plan import SegmentPlan, chunk_to
 from kvstore_client.engines.transformers.blend.request import Blended
 from kvstore_client.engines.transformers.generated import Gather, Generated, features_of
 from kvstore_client.store import NewChunk
-from kvstore_codec.identity import ChunkId, PlacedChunk, behind_approximate, prefix_id
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PlacedChunk, behind_approximate, prefix_id
 
 
 def prefilled_chunks(
@@ -19,7 +19,7 @@ def prefilled_chunks(
     *,
     features: bool,
 ) -> list[NewChunk]:
-    """Of a prompt that was computed whole, or but for its beginning."""
+    """Of a prompt that was computed whole, or but for its beginning, or up to where an exception ended the call."""
     first_token = generated.capture.first_token
     return [
         NewChunk(
@@ -29,7 +29,7 @@ def prefilled_chunks(
             begins_text=not chunk.first_token,
         )
         for chunk in plan.unstored
-        if chunk.first_token >= first_token
+        if first_token <= chunk.first_token <= generated.tokens - CHUNK_TOKENS
     ]
 
 

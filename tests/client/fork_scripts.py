@@ -1,0 +1,223 @@
+"""Processes that fork after they have connected, for test_fork: python -m tests.client.fork_scripts NAME ADDRESS.
+
+The service is in another process, as it is for a worker. Each script ends with status 0 and prints "done" when all
+that it checks holds.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from kvstore_client import KVStoreClient, connect
+from kvstore_client.engines.transformers import CachedModel, RequestQueue
+from tests.client.models import random_prompt, tiny_model
+
+GREEDY = {"max_new_tokens": 2, "do_sample": False}
+PROMPT = random_prompt(700, seed=1)
+
+
+def sockets() -> set[str]:
+    """Those that this process has open, but for the pipes between the processes of the test."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(entry.readlink())
+        except OSError:
+            continue
+        if target.startswith("socket:"):
+            found.add(target)
+    return found
+
+
+def forked(work: Callable[[], object]) -> int:
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    return child
+
+
+def ended_well(child: int, within_s: float = 60.0) -> None:
+    until_s = time.monotonic() + within_s
+    while time.monotonic() < until_s:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            assert status == 0, f"the child ended with {status}"
+            return
+        time.sleep(0.02)
+    os.kill(child, 9)
+    raise AssertionError(f"the child still runs after {within_s} s")
+
+
+def counts(client: KVStoreClient) -> dict[str, int]:
+    return client.metrics.snapshot()
+
+
+def preload(address: str) -> None:
+    """Client and model are made and used before the fork, as by gunicorn --preload; parent and children go on."""
+    torch.set_num_threads(1)
+    client = connect(address, fetch_policy="fixed")
+    cached = CachedModel(tiny_model("llama"), client)
+    answer = cached.generate(PROMPT, **GREEDY)
+    client.store.flush()
+    parents = sockets()
+
+    def ask(seed: int) -> None:
+        assert counts(client) == {}
+        assert torch.equal(cached.generate(PROMPT, **GREEDY), answer)
+        assert cached.last_report.reused_tokens == 512, cached.last_report.why_not
+        assert sockets()
+        assert not sockets() & parents
+        cached.generate(random_prompt(300, seed=seed), **GREEDY)
+
+    def flush_and_leave() -> None:
+        ask(11)
+        client.store.flush()
+        assert counts(client)["chunks_stored"] == 1
+        begin_s = time.monotonic()
+        client.close()
+        assert time.monotonic() - begin_s < 5
+
+    def leave_by_exit() -> None:
+        ask(12)
+        sys.exit(0)  # atexit has what waits stored
+
+    def fork_again() -> None:
+        ask(13)
+        ended_well(forked(flush_and_leave_again))
+
+    def flush_and_leave_again() -> None:
+        assert counts(client) == {}
+        cached.generate(random_prompt(300, seed=14), **GREEDY)
+        client.store.flush()
+        assert counts(client)["chunks_stored"] == 1
+
+    for work in (flush_and_leave, leave_by_exit, fork_again):
+        ended_well(forked(work))
+        assert torch.equal(cached.generate(PROMPT, **GREEDY), answer)
+        assert cached.last_report.reused_tokens == 512, cached.last_report.why_not
+    worker = multiprocessing.get_context("fork").Process(target=ask, args=(15,))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
+    for seed in (11, 12, 14, 15):
+        cached.generate(random_prompt(300, seed=seed), **GREEDY)
+        assert cached.last_report.reused_tokens == 256, seed
+    client.store.flush()
+    client.close()
+
+
+def busy(address: str) -> None:
+    """Forks while other threads of the parent look up, fetch and store."""
+    torch.set_num_threads(1)
+    client = connect(address, fetch_policy="fixed")
+    model = tiny_model("llama")
+    cached = CachedModel(model, client)
+    answer = cached.generate(PROMPT, **GREEDY)
+    client.store.flush()
+    ids = client.chunk_ids(cached.spec, PROMPT[0].tolist())
+    over, failures = threading.Event(), list[str]()
+
+    def go_on(number: int) -> None:
+        mine = CachedModel(model, client)
+        while not over.is_set():
+            if (
+                not torch.equal(mine.generate(PROMPT, **GREEDY), answer)
+                or mine.last_report.reused_tokens != 512
+            ):
+                failures.append(str(mine.last_report))
+            mine.generate(random_prompt(300, seed=number + int(time.monotonic() * 1000)), **GREEDY)
+
+    def look_up() -> None:
+        while not over.is_set():
+            client.release(client.match(cached.spec, ids))
+
+    threads = [threading.Thread(target=go_on, args=(1,)), threading.Thread(target=look_up)]
+    for thread in threads:
+        thread.start()
+
+    def child() -> None:
+        match = client.match(cached.spec, ids)
+        assert len(match.chunks) == 2, match.why_not
+        client.release(match)
+        cached.generate(PROMPT, **GREEDY)
+        assert cached.last_report.reused_tokens == 512, cached.last_report.why_not
+        client.close()
+
+    for _ in range(10):
+        ended_well(forked(child))
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    client.close()
+
+
+def halfway(address: str) -> None:
+    """What was begun before the fork ends in the child as well; a queue answers in both; threads of torch stay free."""
+    client = connect(address, fetch_policy="fixed")
+    cached = CachedModel(tiny_model("llama", hidden_size=512, intermediate_size=512), client)
+    with RequestQueueOf(cached) as queue:
+        begun = cached.begin(PROMPT, **GREEDY)
+
+        def child() -> None:
+            torch.set_num_threads(2)
+            answer = cached.finish(begun)
+            assert torch.equal(queue.submit(PROMPT, **GREEDY).result(60), answer)
+            client.store.flush()
+            assert counts(client)["chunks_stored"] >= 2
+            queue.close()
+            client.close()
+
+        ended_well(forked(child))
+        answer = cached.finish(begun)
+        assert torch.equal(queue.submit(PROMPT, **GREEDY).result(60), answer)
+    client.close()
+
+
+class RequestQueueOf:
+    def __init__(self, cached: CachedModel) -> None:
+        self._queue = RequestQueue(cached)
+
+    def __enter__(self) -> RequestQueue:
+        return self._queue
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.close()
+
+
+def refused(_: str) -> None:
+    """A call that does not end in time keeps the child from using gRPC, and it says so."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        client = connect(f"127.0.0.1:{silent.getsockname()[1]}", lookup_timeout_s=6.0)
+        asking = threading.Thread(target=client._view.refresh)
+        asking.start()
+        asking.join()
+        time.sleep(0.3)  # the call is under way, in a thread of the client's
+
+        def child() -> None:
+            from kvstore_codec.identity import chunk_ids
+
+            begin_s = time.monotonic()
+            match = client._matched(None, None, chunk_ids(bytes(32), b"", range(256), 256), None)  # type: ignore[arg-type]
+            assert str(match.why_not).startswith("forked: "), match.why_not
+            assert counts(client) == {"miss_closed": 1, "chunks_missing": 0}
+            client.close()
+            assert time.monotonic() - begin_s < 1
+
+        ended_well(forked(child))
+        client.close()
+
+
+if __name__ == "__main__":
+    {"preload": preload, "busy": busy, "halfway": halfway, "refused": refused}[sys.argv[1]](sys.argv[2])
+    print("done")

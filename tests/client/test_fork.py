@@ -1,0 +1,57 @@
+"""A process that forks after it has connected: its children get clients of their own, and it goes on with its own."""
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+
+from kvstore_client import connect
+from tests.client.conftest import ServedCluster, served_cluster
+
+
+def run(script: str, address: str, timeout_s: float = 200.0) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.client.fork_scripts", script, address],
+        capture_output=True, text=True, check=False, timeout=timeout_s, env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("done\n"), done.stdout + done.stderr
+    if script == "refused":
+        assert "Make the client after the fork" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bulk", [True, False], ids=["bulk", "grpc"])
+def test_children_work_and_the_parent_goes_on(tmp_path: Path, bulk: bool) -> None:
+    with served_cluster(tmp_path, bulk=bulk) as cluster:
+        run("preload", cluster.address)
+        cluster.check_nothing_is_held()
+
+
+@pytest.mark.slow
+def test_a_fork_in_the_middle_of_fetches_and_stores(tmp_path: Path) -> None:
+    with served_cluster(tmp_path, bulk=True) as cluster:
+        run("busy", cluster.address)
+
+
+@pytest.mark.slow
+def test_what_was_begun_before_a_fork_ends_on_both_sides(cluster: ServedCluster) -> None:
+    run("halfway", cluster.address)
+
+
+@pytest.mark.slow
+def test_a_child_refuses_where_grpc_could_crash() -> None:
+    run("refused", "")
+
+
+def test_forks_remember_no_client_that_is_gone() -> None:
+    client = connect("127.0.0.1:1")
+    gone = weakref.ref(client)
+    client.close()
+    del client
+    gc.collect()
+    assert gone() is None
