@@ -33,7 +33,7 @@ from kvstore_codec.model_spec import KVDtype
 REFERENCES = 65_536
 LOOKED_UP = 256
 _ENCODING = "exact-raw"
-_STORED = 40_000
+_STORED = 10_000
 _CONTEXTS = 1024
 _PERIOD_S = 0.1
 _TIMEOUT_S = 5.0
@@ -82,7 +82,7 @@ def attack(kind: str) -> tuple[str, bytes]:
         case "report":
             return "Report", pb.ReportRequest(chunks=many, scores=[0.5] * REFERENCES).SerializeToString()
         case "read":
-            ranges = [pb.ReadRange(chunk=0, first_frame=0, frame_count=1)] * (1 << 19)
+            ranges = [pb.ReadRange(chunk=0, first_frame=0, frame_count=1)] * (1 << 18)
             return "Read", pb.ReadRequest(
                 chunks=many[:1], encodings=[_ENCODING], ranges=ranges
             ).SerializeToString()
