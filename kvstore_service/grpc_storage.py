@@ -12,7 +12,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
 from kvstore_cluster.lookup import LookupResult
-from kvstore_cluster.node import MAX_LISTED, StorageNode
+from kvstore_cluster.node import MAX_LISTED, MOST_BEHIND, StorageNode
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_cluster.repair import RepairWorker
 from kvstore_cluster.scrub import scrub
@@ -35,6 +35,7 @@ from kvstore_codec.errors import (
     OverQuotaError,
     PutStateError,
     StorageError,
+    TextTooLongError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_service.grpc_server import MAX_REPLY_BYTES, GrpcServer, unary
@@ -85,6 +86,7 @@ class StorageService:
             ),
             "RenewLease": unary(self.renew_lease, pb.RenewLeaseRequest),
             "ReleaseLease": unary(self.release_lease, pb.ReleaseLeaseRequest),
+            "Use": unary(self.use, pb.UseRequest),
             "Delete": unary(self.delete, pb.DeleteRequest),
             "Report": unary(self.report, pb.ReportRequest),
             "List": unary(self.list, pb.ListRequest),
@@ -118,6 +120,7 @@ class StorageService:
                 peek=request.peek,
                 all_encodings=request.all_encodings,
                 any_context=request.any_context,
+                use_follows=request.use_follows,
                 proceed=proceed,
             )
         except StorageError as error:
@@ -140,7 +143,19 @@ class StorageService:
     def release_lease(
         self, request: pb.ReleaseLeaseRequest, context: grpc.ServicerContext
     ) -> pb.ReleaseLeaseReply:
+        if request.used:
+            self._use(request, context)
         return pb.ReleaseLeaseReply(released=self._node.release_lease(_lease_id(request.lease_id, context)))
+
+    def use(self, request: pb.UseRequest, context: grpc.ServicerContext) -> pb.UseReply:
+        return pb.UseReply(counted=self._use(request, context))
+
+    def _use(self, request: pb.UseRequest | pb.ReleaseLeaseRequest, context: grpc.ServicerContext) -> bool:
+        if len(request.used) > MAX_CHUNKS // 8:
+            _refuse(
+                context, f"{8 * len(request.used)} bits of use; a lookup has at most {MAX_CHUNKS} answers"
+            )
+        return self._node.use(_lease_id(request.lease_id, context), request.used, request.tokens)
 
     def delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteReply:
         try:
@@ -266,7 +281,7 @@ class StorageService:
                     if put is not None:
                         put.revoke()
                         put = None
-                    yield pb.PutReply(status=put_status(error), message=str(error))
+                    yield put_refusal(error)
         finally:
             if put is not None:
                 put.revoke()
@@ -354,12 +369,21 @@ def begin_put(node: StorageNode, start: pb.PutStart) -> PendingPut | None:
         )
     if start.durability not in pb.Durability.values() or not 0 <= start.cost < math.inf:
         raise PutStateError("a put's durability is one of the known ones, and its cost is not negative")
+    if len(start.behind) > MOST_BEHIND:
+        raise PutStateError(f"a put names at most {MOST_BEHIND} chunks before it, not {len(start.behind)}")
     return node.begin_put(
         ChunkId(ContentId(start.chunk.content_id), PrefixId(start.chunk.prefix_id)),
         start.encoding,
         start.size_bytes,
         start.calibration or None,
-        PutOptions(Durability(start.durability), start.ttl_s, start.tenant, start.cost),
+        PutOptions(
+            Durability(start.durability),
+            start.ttl_s,
+            start.tenant,
+            start.cost,
+            start.number,
+            tuple(ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id)) for ref in start.behind),
+        ),
     )
 
 
@@ -370,7 +394,13 @@ def _ended(put: PendingPut, *, committed: bool) -> pb.PutReply:
     return pb.PutReply(status=pb.PUT_STATUS_STORED if put.commit() else pb.PUT_STATUS_ALREADY_STORED)
 
 
-def put_status(error: KVStoreError) -> pb.PutStatus:
+def put_refusal(error: KVStoreError) -> pb.PutReply:
+    return pb.PutReply(
+        status=_put_status(error), message=str(error), text_cut=isinstance(error, TextTooLongError)
+    )
+
+
+def _put_status(error: KVStoreError) -> pb.PutStatus:
     match error:
         case ArenaFullError() | NodeDrainingError():
             return pb.PUT_STATUS_FULL

@@ -180,5 +180,7 @@ def _start(variant: StoredVariant, *, durable: bool) -> pb.PutRequest:
             tenant=variant.tenant,
             durability=pb.DURABILITY_DURABLE if durable else pb.DURABILITY_DEFAULT,
             cost=variant.cost,
+            number=variant.number,
+            behind=[pb.ChunkRef(content_id=b.content_id, prefix_id=b.prefix_id) for b in variant.behind],
         )
     )

@@ -129,21 +129,34 @@ class KVStoreClient:
         nothing.set_result(None)
         return nothing
 
-    def match(self, spec: ModelSpec, ids: Sequence[ChunkId], timeline: Timeline | None = None) -> Match:
+    def match(
+        self,
+        spec: ModelSpec,
+        ids: Sequence[ChunkId],
+        timeline: Timeline | None = None,
+        *,
+        peek: bool = False,
+    ) -> Match:
         """The longest stored prefix of a text, leased. Empty when there is none or the service cannot be asked.
+        A `peek` only looks: nothing is leased, and nowhere does it count as use.
 
         Takes at most `lookup_timeout_s` for each of membership and lookup; a node that failed is left alone for
         `retry_after_s`, and longer each time it fails again. Hand the match to `fetch`, or to `release`.
         """
-        return self._matched(find_prefix, spec, ids, timeline)
+        return self._matched(find_prefix, spec, ids, timeline, peek=peek)
 
     def match_segments(
-        self, spec: ModelSpec, placed: Sequence[PlacedChunk], timeline: Timeline | None = None
+        self,
+        spec: ModelSpec,
+        placed: Sequence[PlacedChunk],
+        timeline: Timeline | None = None,
+        *,
+        peek: bool = False,
     ) -> Match:
         """All chunks of a prompt in segments that are stored, as `segment_chunks` named them, in order of position and
         with gaps: exact ones, and in place of those that are not stored in their own context approximate ones, which
         are of the same content in another. Otherwise as `match`."""
-        return self._matched(find_segments, spec, placed, timeline)
+        return self._matched(find_segments, spec, placed, timeline, peek=peek)
 
     def release(self, match: Match) -> None:
         """Give back a match that will not be fetched."""
@@ -213,7 +226,13 @@ class KVStoreClient:
         return self.settings.tenant_salt.get_secret_value().encode()
 
     def _matched(
-        self, find: Callable[..., Match], spec: ModelSpec, chunks: Sequence[object], timeline: Timeline | None
+        self,
+        find: Callable[..., Match],
+        spec: ModelSpec,
+        chunks: Sequence[object],
+        timeline: Timeline | None,
+        *,
+        peek: bool,
     ) -> Match:
         if not chunks:
             return Match(why_not=f"too_short: no part of the prompt fills a chunk of {CHUNK_TOKENS} tokens")
@@ -223,12 +242,13 @@ class KVStoreClient:
         try:
             with (timeline or Timeline()).span("lookup"):
                 ready_klt = self.ready_calibrations.klt
-                match = find(self._view, self.settings, self.metrics, ready_klt, spec, chunks)
+                match = find(self._view, self.settings, self.metrics, ready_klt, spec, chunks, peek=peek)
         except NodeUnavailableError as error:
             self._unreachable(error)
             return Match(why_not=f"unreachable: {error}")
-        exact = sum(chunk.exact for chunk in match.chunks)
-        self.metrics.matched(exact=exact, approximate=len(match.chunks) - exact)
+        if not peek:
+            exact = sum(chunk.exact for chunk in match.chunks)
+            self.metrics.matched(exact=exact, approximate=len(match.chunks) - exact, tokens=match.tokens)
         return match
 
     def _unreachable(self, error: NodeUnavailableError) -> None:

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.metrics import ClientMetrics
-from kvstore_client.replicas import Search
+from kvstore_client.replicas import Lease, Search
 from kvstore_client.settings import EXACT, ClientSettings, FetchPolicy
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.codec import chunk_geometry
@@ -76,7 +78,7 @@ class Match:
     """The chunks of a prompt that are to be reused, in order of position, leased until released."""
 
     chunks: tuple[StoredChunk, ...] = ()
-    leases: tuple[tuple[Member, bytes], ...] = ()
+    leases: tuple[Lease, ...] = ()
     why_not: str | None = field(default=None, compare=False)
     """Why there are no chunks, if there are none: `not stored`, or what was wrong, a sentence for people."""
 
@@ -102,20 +104,25 @@ def find_prefix(
     spec: ModelSpec,
     chunk_ids: Sequence[ChunkId],
     chunk_tokens: int = CHUNK_TOKENS,
+    *,
+    peek: bool = False,
 ) -> Match:
-    """The longest run of stored chunks at the beginning of a text. All are looked for at once.
+    """The longest run of stored chunks at the beginning of a text. All are looked for at once. Their nodes are told
+    which these are, and count nothing else as used; a `peek` neither counts nor leases.
 
     A variant whose calibration `ready_klt` does not have yet is left out: one that needs none will do. Raises
     NodeUnavailableError when no owner answered. An owner that does not answer, or answers with headers that are not
     this chunk's, counts as one that does not have it, and the reason is counted.
     """
     first_tokens = range(0, len(chunk_ids) * chunk_tokens, chunk_tokens)
-    lookup = _Lookup(view, settings, metrics, ready_klt, spec, chunk_ids, first_tokens, chunk_tokens)
+    lookup = _Lookup(
+        view, settings, metrics, ready_klt, spec, chunk_ids, first_tokens, chunk_tokens, peek=peek
+    )
     lookup.ask()
     run: list[StoredChunk] = []
     while (chunk := lookup.found.get(len(run))) is not None:
         run.append(chunk)
-    return Match(tuple(run), tuple(lookup.leases), None if run else lookup.why_not)
+    return lookup.matched(range(len(run)))
 
 
 def find_segments(
@@ -126,17 +133,18 @@ def find_segments(
     spec: ModelSpec,
     placed: Sequence[PlacedChunk],
     chunk_tokens: int = CHUNK_TOKENS,
+    *,
+    peek: bool = False,
 ) -> Match:
     """All stored chunks of a prompt in segments, with gaps where one is stored nowhere: in their own context or else in
     another one of their content. `placed` are in order of position. Otherwise as `find_prefix`."""
     ids = [chunk.chunk_id for chunk in placed]
     first_tokens = [chunk.first_token for chunk in placed]
     lookup = _Lookup(
-        view, settings, metrics, ready_klt, spec, ids, first_tokens, chunk_tokens, any_context=True
+        view, settings, metrics, ready_klt, spec, ids, first_tokens, chunk_tokens, any_context=True, peek=peek
     )
     lookup.ask()
-    chunks = tuple(lookup.found[index] for index in sorted(lookup.found))
-    return Match(chunks, tuple(lookup.leases), None if chunks else lookup.why_not)
+    return lookup.matched(sorted(lookup.found))
 
 
 class _Lookup:
@@ -154,7 +162,9 @@ class _Lookup:
         chunk_tokens: int,
         *,
         any_context: bool = False,
+        peek: bool = False,
     ) -> None:
+        self._peek = peek
         self._view, self._settings, self._metrics = view, settings, metrics
         self._ready_klt = ready_klt
         self._spec, self._chunk_ids, self._chunk_tokens = spec, chunk_ids, chunk_tokens
@@ -166,7 +176,7 @@ class _Lookup:
         self._known: dict[tuple[Encoding, bytes], tuple[Geometry, int]] = {}
         self._ranks: dict[str, tuple[int, int, str] | None] = {}
         self.found: dict[int, StoredChunk] = {}
-        self.leases: list[tuple[Member, bytes]] = []
+        self._leases: list[Lease] = []
         self.unready: set[int] = set()
         """Chunks that are stored, but only with a calibration that is not at hand."""
         self.why_not = "not stored"
@@ -194,6 +204,20 @@ class _Lookup:
             self._metrics.missed("calibration_loading")
             self.why_not = "calibration_loading: stored, but their calibration is not here yet"
 
+    def matched(self, usable: Sequence[int]) -> Match:
+        """The chunks at these indices, which were found. Who holds them is told that they are used."""
+        chunks = [self.found[index] for index in usable]
+        holders = dict(zip(usable, (chunk.member for chunk in chunks), strict=True))
+        leases = []
+        for lease in self._leases:
+            used = np.array([holders.get(index) == lease.member for index in lease.asked], np.bool_)
+            bits = np.packbits(used, bitorder="little").tobytes()
+            tokens = int(used.sum()) * self._chunk_tokens
+            leases.append(lease._replace(used=bits, tokens=tokens))
+        say_used(self._view, leases)
+        kept = tuple(lease for lease in leases if lease.tokens)
+        return Match(tuple(chunks), kept, None if chunks else self.why_not)
+
     def _search(self, wanted: Sequence[int], timeout_s: float = math.inf) -> None:
         search = Search(
             self._view,
@@ -203,11 +227,12 @@ class _Lookup:
             self._take,
             all_encodings=self._all_encodings,
             any_context=self._any_context,
+            peek=self._peek,
         )
         try:
             search.run(wanted, timeout_s=timeout_s)
         finally:
-            self.leases += search.leases
+            self._leases += search.leases
             if search.failures:
                 why = search.failures[0]
                 self.why_not = f"unreachable: {why}"
@@ -320,10 +345,17 @@ class _Lookup:
         return self._known[encoding, digest]
 
 
-def release(view: ClusterView, leases: Iterable[tuple[Member, bytes]]) -> None:
+def say_used(view: ClusterView, leases: Iterable[Lease]) -> None:
+    """Tell nodes what is used of the chunks that they were asked for, without waiting. The leases on the others end."""
+    for lease in leases:
+        request = pb.UseRequest(lease_id=lease.lease_id, used=lease.used, tokens=lease.tokens)
+        call = view.storage(lease.member.endpoint).Use.future(request, timeout=_RELEASE_TIMEOUT_S)
+        view.finish_later(call)
+
+
+def release(view: ClusterView, leases: Iterable[Lease]) -> None:
     """Give leases back, without waiting; one that cannot be given back expires by itself."""
-    for member, lease_id in leases:
-        request = pb.ReleaseLeaseRequest(lease_id=lease_id)
-        view.finish_later(
-            view.storage(member.endpoint).ReleaseLease.future(request, timeout=_RELEASE_TIMEOUT_S)
-        )
+    for lease in leases:
+        request = pb.ReleaseLeaseRequest(lease_id=lease.lease_id, used=lease.used, tokens=lease.tokens)
+        call = view.storage(lease.member.endpoint).ReleaseLease.future(request, timeout=_RELEASE_TIMEOUT_S)
+        view.finish_later(call)

@@ -16,6 +16,9 @@ _MATCHED = Counter(
     "Chunks of prompts that were found stored: in their own context, or in another one of the same content.",
     ["kind"],
 )
+_MATCHED_TOKENS = Counter(
+    "kvstore_client_matched_tokens", "Tokens of prompts whose KV was found stored and could be used."
+)
 _MISSES = Counter("kvstore_client_misses", "Reuse that did not happen, by reason.", ["reason"])
 _BYTES = Counter("kvstore_client_bytes", "Bytes of chunks moved, by direction.", ["direction"])
 _UNDER_REPLICATED = Counter(
@@ -54,11 +57,13 @@ class ClientMetrics:
         self._counts: Counts[str] = Counts()
         self.failures = FailureLog()
 
-    def matched(self, *, exact: int, approximate: int) -> None:
-        """Count chunks that a lookup found, by whether in their own context."""
+    def matched(self, *, exact: int, approximate: int, tokens: int) -> None:
+        """Count chunks that a lookup found and the prompt can use, by whether in their own context."""
         with REGISTRY_LOCK:
             _MATCHED.labels("exact").inc(exact)
             _MATCHED.labels("approximate").inc(approximate)
+            _MATCHED_TOKENS.inc(tokens)
+        self._add("tokens_matched", tokens)
         self._add("chunks_matched_exact", exact)
         self._add("chunks_matched_approximate", approximate)
 

@@ -4,12 +4,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.transport import Transport
 from kvstore_codec.codec import EncodedChunk
 from kvstore_codec.errors import TransferError
+from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 
 _PIECE_BYTES = 1 << 20
 _AHEAD_BYTES = 16 << 20
@@ -35,6 +36,19 @@ class OutgoingChunk:
         )
         start.MergeFrom(keep)
         return cls(start, tuple(memoryview(part) for part in encoded.parts))
+
+    @property
+    def chunk_id(self) -> ChunkId:
+        ref = self.start.chunk
+        return ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id))
+
+    def standing(self, number: int, behind: ChunkId | None) -> "OutgoingChunk":
+        """The chunk as one node gets it: it is told the chunk's place in its text, and which one before it is there."""
+        start = pb.PutStart(number=number)
+        if behind is not None:
+            start.behind.add(content_id=behind.content_id, prefix_id=behind.prefix_id)
+        start.MergeFrom(self.start)
+        return replace(self, start=start)
 
     def steps(self) -> Iterator[pb.PutRequest | memoryview]:
         """The chunk in a Put stream; a memoryview is a piece of its bytes."""

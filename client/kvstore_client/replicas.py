@@ -22,6 +22,19 @@ Groups = dict[str, tuple[Member, list[int]]]
 """Whom to ask for which chunks, by node_id."""
 
 
+class Lease(NamedTuple):
+    """What a node promised to keep for a while: all that it has of the chunks that it was asked for."""
+
+    member: Member
+    lease_id: bytes
+    asked: Sequence[int]
+    """Indices of the chunks."""
+    used: bytes = b""
+    """Which of them are used: bit i % 8 of byte i / 8, the lowest first."""
+    tokens: int = 0
+    """Those of the chunks that are used."""
+
+
 class _Question(NamedTuple):
     """A call that was made, for which chunks and when."""
 
@@ -52,11 +65,13 @@ class Search:
         *,
         all_encodings: bool = False,
         any_context: bool = False,
+        peek: bool = False,
     ) -> None:
         """With `all_encodings` answers name every stored one of `encodings`, or any when there are none. With
-        `any_context` they may be about another context of a chunk's content."""
-        self.leases: list[tuple[Member, bytes]] = []
-        """What nodes promised to keep, also of chunks that were not taken."""
+        `any_context` they may be about another context of a chunk's content. A `peek` changes nothing and leases
+        nothing."""
+        self.leases: list[Lease] = []
+        """Also of chunks that were not taken. Nothing counts as used, until the nodes are told what is."""
         self.asked = 0
         """Calls made."""
         self.why_paused = ""
@@ -65,7 +80,7 @@ class Search:
         """Why calls failed, a sentence each."""
         self._view, self._settings = view, settings
         self._chunk_ids, self._encodings, self._take = chunk_ids, encodings, take
-        self._all_encodings, self._any_context = all_encodings, any_context
+        self._all_encodings, self._any_context, self._peek = all_encodings, any_context, peek
         self._found: set[int] = set()
         self._found_elsewhere: set[int] = set()
         """In another context only."""
@@ -168,11 +183,13 @@ class Search:
     def _call(self, member: Member, asked: Sequence[int], *, any_context: bool) -> None:
         request = pb.LookupRequest(
             chunks=[chunk_ref(self._chunk_ids[index]) for index in asked],
-            lease_ms=round(self._settings.lease_s * 1000),
+            lease_ms=0 if self._peek else round(self._settings.lease_s * 1000),
             with_headers=True,
             encodings=self._encodings,
             all_encodings=self._all_encodings,
             any_context=any_context,
+            peek=self._peek,
+            use_follows=not self._peek,
         )
         now_s = time.monotonic()
         call = self._view.storage(member.endpoint).Lookup.future(request, timeout=self._deadline_s - now_s)
@@ -193,7 +210,7 @@ class Search:
         else:
             self._any_answer = True
             if reply.lease_id:
-                self.leases.append((member, reply.lease_id))
+                self.leases.append(Lease(member, reply.lease_id, asked))
             for index, answer in zip(asked, reply.answers, strict=False):
                 if answer.encoding and index not in self._found and self._take(index, member, answer):
                     (self._found_elsewhere if answer.prefix_id else self._found).add(index)

@@ -10,6 +10,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.owner_write import OutgoingChunk, OwnerWrite
 from kvstore_client.settings import ClientSettings
+from kvstore_client.texts import TextPlaces
 
 _STORED = (pb.PUT_STATUS_STORED, pb.PUT_STATUS_ALREADY_STORED)
 _REASONS = {value: name.removeprefix("PUT_STATUS_").lower() for name, value in pb.PutStatus.items()}
@@ -17,17 +18,31 @@ _REASONS = {value: name.removeprefix("PUT_STATUS_").lower() for name, value in p
 
 @dataclass(slots=True)
 class Written:
-    """What became of one chunk."""
+    """What became of one chunk in one encoding."""
 
+    text: TextPlaces
+    encoding: str
+    owners: int
+    """Nodes that it should be on."""
     copies: int = 0
     """Nodes that acknowledged it."""
     refusals: list[str] = field(default_factory=list)
-    """Why other nodes did not take it: `full`, `over_quota`, `invalid`, ..."""
+    """Why other nodes did not take it: `full`, `text_cut`, `over_quota`, `invalid`, ..."""
+
+
+@dataclass(slots=True)
+class _Stream:
+    """An owner's stream, and which chunks went into it."""
+
+    write: OwnerWrite
+    chunks: list[Written] = field(default_factory=list)
+    counted: int = 0
+    """Answers that are counted already."""
 
 
 class ReplicatedWrite:
     """One batch of chunks. Each owner has a stream of its own, so a dead one costs the others nothing but, at the end,
-    `put_stall_timeout_s`. `put` and `finish` are for one thread, `cancel` for any."""
+    `put_stall_timeout_s`. `put`, `is_cut` and `finish` are for one thread, `cancel` for any."""
 
     def __init__(self, view: ClusterView, settings: ClientSettings) -> None:
         self.failures: Counter[str] = Counter()
@@ -37,33 +52,42 @@ class ReplicatedWrite:
         self._view, self._settings = view, settings
         self._written: list[Written] = []
         self._lock = threading.Lock()
-        self._writes: dict[Member, tuple[OwnerWrite, list[Written]]] = {}
+        self._streams: dict[Member, _Stream] = {}
+        self._cut: set[tuple[TextPlaces, str]] = set()
+        self._cut_at: set[tuple[TextPlaces, str, Member]] = set()
         self._cancelled = False
 
-    def put(self, chunk: OutgoingChunk, owners: Sequence[Member]) -> None:
-        """Send a chunk to these owners, waiting while too much waits for one of them already."""
-        written = Written()
+    def put(self, chunk: OutgoingChunk, owners: Sequence[Member], text: TextPlaces) -> None:
+        """Send a chunk of `text` to these owners, waiting while too much waits for one of them already. An owner that
+        has refused an earlier chunk because it keeps the text's beginning is left out."""
+        chunk_id, encoding = chunk.chunk_id, chunk.start.encoding
+        written = Written(text, encoding, len(owners))
         self._written.append(written)
         for owner in owners:
-            begun = self._begun(owner)
-            if begun is not None:
-                write, chunks = begun
-                chunks.append(written)
-                write.put(chunk)
+            if (text, encoding, owner) in self._cut_at:
+                self._refused(written, "text_cut")
+                continue
+            stream = self._begun(owner)
+            if stream is not None:
+                stream.chunks.append(written)
+                stream.write.put(chunk.standing(text.number(chunk_id), text.behind(chunk_id, owner)))
+
+    def is_cut(self, text: TextPlaces, encoding: str) -> bool:
+        """Whether a chunk of it, as far as is known, is stored nowhere in this encoding because the nodes keep what is
+        before it: what follows it can be used by nobody."""
+        for owner, stream in self._streams.items():
+            self._count(owner, stream)
+        return (text, encoding) in self._cut
 
     def finish(self) -> list[Written]:
         """Wait until every owner has answered or failed. What became of each chunk, in order."""
-        for write, _ in self._writes.values():
-            write.complete()
-        for owner, (write, chunks) in self._writes.items():
-            write.finish()
-            for written, answer in zip(chunks, write.answers, strict=False):
-                if answer.status in _STORED:
-                    written.copies += 1
-                else:
-                    written.refusals.append(_REASONS.get(answer.status, "protocol"))
-            failure = write.failure
-            if failure is None and len(write.answers) != len(chunks):
+        for stream in self._streams.values():
+            stream.write.complete()
+        for owner, stream in self._streams.items():
+            stream.write.finish()
+            self._count(owner, stream)
+            failure = stream.write.failure
+            if failure is None and len(stream.write.answers) != len(stream.chunks):
                 failure = "protocol"
             if failure is not None:
                 self.failures[failure] += 1
@@ -79,19 +103,36 @@ class ReplicatedWrite:
         """End it now. What was acknowledged stays stored."""
         with self._lock:
             self._cancelled = True
-            writes = list(self._writes.values())
-        for write, _ in writes:
-            write.cancel("cancelled")
+            streams = list(self._streams.values())
+        for stream in streams:
+            stream.write.cancel("cancelled")
 
-    def _begun(self, owner: Member) -> tuple[OwnerWrite, list[Written]] | None:
+    def _count(self, owner: Member, stream: _Stream) -> None:
+        """Take note of the answers that have come since the last time."""
+        answers = stream.write.answers
+        for written, answer in zip(stream.chunks[stream.counted :], answers[stream.counted :], strict=False):
+            stream.counted += 1
+            if answer.status in _STORED:
+                written.copies += 1
+                continue
+            if answer.text_cut:
+                self._cut_at.add((written.text, written.encoding, owner))
+            self._refused(written, "text_cut" if answer.text_cut else _REASONS.get(answer.status, "protocol"))
+
+    def _refused(self, written: Written, reason: str) -> None:
+        written.refusals.append(reason)
+        if len(written.refusals) == written.owners and "text_cut" in written.refusals:
+            self._cut.add((written.text, written.encoding))
+
+    def _begun(self, owner: Member) -> _Stream | None:
         with self._lock:
             if self._cancelled:
                 return None
-            if owner not in self._writes:
+            if owner not in self._streams:
                 write = OwnerWrite(
                     self._view.transport(owner),
                     timeout_s=self._settings.put_timeout_s,
                     stall_s=self._settings.put_stall_timeout_s,
                 )
-                self._writes[owner] = write, []
-            return self._writes[owner]
+                self._streams[owner] = _Stream(write)
+            return self._streams[owner]

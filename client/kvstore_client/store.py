@@ -6,7 +6,7 @@ import multiprocessing.util
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
@@ -22,6 +22,7 @@ from kvstore_client.ready_calibrations import ReadyCalibrations
 from kvstore_client.recompute.frequency import token_order
 from kvstore_client.replicated_write import ReplicatedWrite
 from kvstore_client.settings import ClientSettings, Durability
+from kvstore_client.texts import TextPlaces
 from kvstore_client.threads import single_threaded
 from kvstore_codec.codec import EncodedChunk, encode_chunk
 from kvstore_codec.encoding import Encoding
@@ -55,6 +56,25 @@ class NewChunk:
     cost: float = 0.0
     """Of computing it again; 0: as much as its tokens. It should not grow along a text, although the computing does:
     the end is worth nothing without the beginning, and would outlive it."""
+    document: int = 0
+    """Of what is put together, each document is a text of its own: a node that has no room for all of it keeps its
+    beginning, and what is behind that is not encoded in vain."""
+
+
+@dataclass(frozen=True, slots=True)
+class _NewChunks:
+    """What was handed in together."""
+
+    chunks: list[NewChunk]
+    encodings: tuple[Encoding, ...]
+    text: tuple[ChunkId, ...]
+
+    def texts(self) -> dict[int, Sequence[ChunkId]]:
+        """By document the chunks of its text, in order."""
+        documents: dict[int, list[ChunkId]] = {}
+        for chunk in self.chunks:
+            documents.setdefault(chunk.document, []).append(chunk.chunk_id)
+        return {document: self.text or ids for document, ids in documents.items()}
 
 
 class Store:
@@ -96,10 +116,16 @@ class Store:
         return tuple(mine for mine in self.encodings if all(map(mine.may_follow, fetched)))
 
     def put(
-        self, spec: ModelSpec, chunks: Sequence[NewChunk], encodings: Sequence[Encoding] | None = None
+        self,
+        spec: ModelSpec,
+        chunks: Sequence[NewChunk],
+        encodings: Sequence[Encoding] | None = None,
+        *,
+        text: Sequence[ChunkId] = (),
     ) -> "Future[int]":
         """Store chunks without waiting, each in all of `encodings` (when not given, the store's). The future gives the
-        number of chunks that are stored afterwards, in one of them at least: a fetch can use those.
+        number of chunks that are stored afterwards, in one of them at least: a fetch can use those. `text` names all
+        chunks of the text that they belong to, in order, where they are not all of it.
 
         When `store_backlog_bytes` of KV wait already, or the client was closed, new ones are dropped and counted.
         """
@@ -113,7 +139,8 @@ class Store:
             if reason is None:
                 self._waiting_bytes += size_bytes
                 wanted = self.encodings if encodings is None else tuple(encodings)
-                self._hand_over(partial(self._store, stored, spec, list(chunks), wanted, size_bytes))
+                new = _NewChunks(list(chunks), wanted, tuple(text))
+                self._hand_over(partial(self._store, stored, spec, new, size_bytes))
         if reason is not None:
             waiting = (
                 f"{len(chunks)} chunks are not stored: {self._waiting_bytes} bytes wait already. The service takes "
@@ -178,30 +205,30 @@ class Store:
         self,
         stored: "Future[int]",
         spec: ModelSpec,
-        chunks: list[NewChunk],
-        encodings: tuple[Encoding, ...],
+        new: "_NewChunks",
         size_bytes: int,
     ) -> None:
-        count = 0 if self._stop.done() else self._put(spec, chunks, encodings)
+        count = 0 if self._stop.done() else self._put(spec, new)
         with self._lock:
             self._waiting_bytes -= size_bytes
         stored.set_result(count)
 
-    def _put(self, spec: ModelSpec, chunks: list[NewChunk], encodings: tuple[Encoding, ...]) -> int:
+    def _put(self, spec: ModelSpec, new: "_NewChunks") -> int:
         try:
+            encodings = new.encodings
             klt, calibrated = None, [encoding for encoding in encodings if encoding.needs_calibration]
             if calibrated:
                 klt = self._calibration(spec, calibrated)
                 if klt is None:
                     self._metrics.missed("store_no_calibration")
                     encodings = tuple(encoding for encoding in encodings if encoding not in calibrated)
-            return self._write(spec, klt, chunks, encodings) if encodings else 0
+            return self._write(spec, klt, replace(new, encodings=encodings)) if encodings else 0
         except NodeUnavailableError as error:
             detail = unreachable(error, self._settings.address)
             self._metrics.missed("store_unreachable", detail=detail, cause=str(error))
             return 0
         except Exception:  # a mistake of ours; nobody waits for this, so it is said here
-            log.exception("storing %d chunks failed", len(chunks))
+            log.exception("storing %d chunks failed", len(new.chunks))
             self._metrics.missed("store_internal_error")
             return 0
 
@@ -221,12 +248,16 @@ class Store:
             )  # fmt: skip
         return klt
 
-    def _write(
-        self, spec: ModelSpec, klt: KLT | None, chunks: list[NewChunk], encodings: tuple[Encoding, ...]
-    ) -> int:
+    def _write(self, spec: ModelSpec, klt: KLT | None, new: "_NewChunks") -> int:
         """Encode each chunk once in each encoding and send it to all its owners; how many chunks have one copy at
-        least in one of them. Raises NodeUnavailableError when there is no node."""
+        least in one of them. What follows in a text that the nodes have cut is left out. Raises NodeUnavailableError
+        when there is no node."""
+        chunks, encodings = new.chunks, new.encodings
         placed = self._view.writers([chunk.chunk_id.content_id for chunk in chunks])
+        texts = {
+            document: TextPlaces(ids, self._view.writers([chunk_id.content_id for chunk_id in ids]))
+            for document, ids in new.texts().items()
+        }
         replicas = self._view.membership().replicas
         writing = ReplicatedWrite(self._view, self._settings)
         with self._lock:
@@ -237,9 +268,14 @@ class Store:
                 if self._stop.done() or not owners:
                     self._metrics.missed("store_paused")
                     continue
-                for encoded in self._encoded(spec, klt, chunk, encodings):
+                text = texts[chunk.document]
+                left = tuple(e for e in encodings if not writing.is_cut(text, e.name))
+                if not left:
+                    self._metrics.missed("store_text_cut")
+                    continue
+                for encoded in self._encoded(spec, klt, chunk, left):
                     sent.append((number, encoded.size_bytes))
-                    writing.put(OutgoingChunk.of(encoded, self._keep(chunk)), owners)
+                    writing.put(OutgoingChunk.of(encoded, self._keep(chunk)), owners, text)
         except BaseException:
             writing.cancel()
             raise

@@ -14,6 +14,8 @@ import numpy as np
 
 from kvstore_cluster.arena import Extent
 from kvstore_cluster.disk import Location, RecordMeta
+from kvstore_cluster.eviction import TextLinks
+from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_codec.errors import StorageError
 from kvstore_codec.identity import ROOT_PREFIX, ChunkId, ContentId, PrefixId, prefix_id
 
@@ -88,6 +90,7 @@ class ChunkIndex:
         self.size_bytes, self.header_bytes = array("I"), array("I")
         self.location = array("q")
         self.extent: list[Extent | None] = []
+        self.texts = TextLinks()
 
     def add(self, meta: RecordMeta, *, extent: Extent | None = None, location: Location = NOWHERE) -> int:
         """The slot of a new variant. Raises StorageError when it cannot be described."""
@@ -101,6 +104,7 @@ class ChunkIndex:
         self._expires_at_s[slot], self._cost[slot] = meta.expires_at_s, meta.cost
         self.size_bytes[slot], self.header_bytes[slot] = meta.size_bytes, meta.header_bytes
         self.location[slot], self.extent[slot] = location, extent
+        self.texts.add(slot, meta.number)
         found = self._contents.get(content_id)
         if found is None:
             self._contents[content_id] = slot
@@ -139,6 +143,7 @@ class ChunkIndex:
                     self._contents[content_id] = left[0]
         self._listed[slot] = False
         self._count -= 1
+        self.texts.forget(slot)
 
     def free(self, slot: int) -> None:
         """The slot, unlisted, may name another variant from now on."""
@@ -156,6 +161,19 @@ class ChunkIndex:
         if isinstance(found, int):
             return (found,) if self._prefix_id(found) == chunk_id.prefix_id else _NO_SLOTS
         return found.get(chunk_id.prefix_id, _NO_SLOTS)
+
+    def stands_behind(self, tenant: str, number: int, behind: Sequence[ChunkId], encoding: str) -> int:
+        """The slot that a variant of a text's chunk is to be linked to: of the first of `behind` that is here, stored
+        by the same tenant and by its number an earlier one; the same encoding is preferred. NO_SLOT: there is none."""
+        for chunk_id in behind:
+            slots = [
+                slot
+                for slot in self.variants(chunk_id)
+                if self.tenant(slot) == tenant and self.texts.number[slot] < number
+            ]
+            if slots:
+                return next((slot for slot in slots if self.encoding(slot) == encoding), slots[0])
+        return NO_SLOT
 
     def find(self, chunk_id: ChunkId, encoding: str) -> int | None:
         """The slot of a variant."""
@@ -271,6 +289,7 @@ class ChunkIndex:
         return np.flatnonzero((expires_at_s > 0) & (expires_at_s <= now_s) & listed).tolist()
 
     def meta(self, slot: int) -> RecordMeta:
+        before = self.texts.before(slot)
         return RecordMeta(
             self.chunk_id(slot),
             self.encoding(slot),
@@ -280,6 +299,8 @@ class ChunkIndex:
             tenant=self.tenant(slot),
             cost=self.cost(slot),
             expires_at_s=self.expires_at_s(slot),
+            number=self.texts.number[slot],
+            behind=self.chunk_id(before) if before != NO_SLOT else None,
         )
 
     def listed(self, slot: int) -> bool:

@@ -4,9 +4,11 @@ import heapq
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Generic, NewType, TypeVar
+
+import numpy as np
 
 K = TypeVar("K", bound=Hashable)
 LeaseId = NewType("LeaseId", bytes)
@@ -15,10 +17,33 @@ LEASE_ID_BYTES = 16
 MAX_LEASE_S = 120.0
 
 
+@dataclass(frozen=True, slots=True)
+class Findings(Generic[K]):
+    """What a lookup found, for who says later what of it is used: the keys, with each the number of the answer that it
+    is part of, and the numbers of answers in another context than was asked for."""
+
+    keys: list[K]
+    answers: Sequence[int]
+    approximate: Set[int] = field(default_factory=frozenset)
+
+    def used(self, bits: bytes) -> "Findings[K]":
+        """Only what belongs to answers whose bit is set: bit i % 8 of byte i / 8, the lowest first."""
+        set_bits = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").tolist()
+        answers = len(set_bits)
+        kept = [
+            (key, answer)
+            for key, answer in zip(self.keys, self.answers, strict=True)
+            if answer < answers and set_bits[answer]
+        ]
+        numbers = [answer for _, answer in kept]
+        return Findings([key for key, _ in kept], numbers, self.approximate & set(numbers))
+
+
 @dataclass(slots=True)
 class _Lease(Generic[K]):
     keys: list[K]
     expires_s: float
+    findings: Findings[K] | None = None
 
 
 class LeaseTable(Generic[K]):
@@ -52,6 +77,31 @@ class LeaseTable(Generic[K]):
         self._holders.update(keys)
         return lease_id
 
+    def expect_use(self, lease_id: LeaseId, findings: Findings[K]) -> None:
+        """Its holder will say what of that, which is all that the lease covers, is used."""
+        if (lease := self._leases.get(lease_id)) is not None:
+            lease.findings = findings
+
+    def expected_use(self, lease_id: LeaseId) -> Findings[K] | None:
+        """What was found, once; None when the lease has ended, or when that was not expected or said already."""
+        self.expire()
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            return None
+        findings, lease.findings = lease.findings, None
+        return findings
+
+    def narrow(self, lease_id: LeaseId, keys: list[K]) -> None:
+        """The lease, if it has not ended, covers only these of its keys from now on."""
+        lease = self._leases.get(lease_id)
+        if lease is None:
+            return
+        self._holders.update(keys)
+        self._let_go(lease.keys)
+        lease.keys = keys
+        if not keys:
+            del self._leases[lease_id]
+
     def renew(self, lease_id: LeaseId, duration_s: float) -> bool:
         """Lets the lease run `duration_s` from now; False when it has ended."""
         self.expire()
@@ -65,10 +115,7 @@ class LeaseTable(Generic[K]):
         lease = self._leases.pop(lease_id, None)
         if lease is None:
             return False
-        for key in lease.keys:
-            self._holders[key] -= 1
-            if not self._holders[key]:
-                del self._holders[key]
+        self._let_go(lease.keys)
         return True
 
     def expire(self) -> None:
@@ -86,6 +133,12 @@ class LeaseTable(Generic[K]):
 
     def __len__(self) -> int:
         return len(self._leases)
+
+    def _let_go(self, keys: Collection[K]) -> None:
+        for key in keys:
+            self._holders[key] -= 1
+            if not self._holders[key]:
+                del self._holders[key]
 
     def _schedule(self, lease_id: LeaseId, duration_s: float) -> None:
         expires_s = self._clock() + min(duration_s, self._max_lease_s)

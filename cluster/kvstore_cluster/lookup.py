@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvstore_cluster.index import ChunkName
-from kvstore_cluster.leases import LeaseId
+from kvstore_cluster.leases import Findings, LeaseId
 from kvstore_cluster.tiers import Tiers
 from kvstore_codec.errors import ChunkNotFoundError, StorageError
 
@@ -84,8 +84,8 @@ class ChunkSearch:
         self.hits: list[int] = []
         """Slots of everything found, further encodings included, in the order of the chunks."""
         self.missed = 0
-        self.approximate = 0
-        """Chunks found in another context only."""
+        self.approximate: set[int] = set()
+        """Numbers of the chunks found in another context only."""
 
     def find(self, begin: int) -> list[int]:
         """Answers for the chunks from number `begin` on, and returns the slots of what was found. Raises StorageError
@@ -112,7 +112,7 @@ class ChunkSearch:
                 if slot >= 0:
                     chunk = index.chunk_id(slot)
                     other_context = chunk.prefix_id
-                    self.approximate += 1
+                    self.approximate.add(len(answers))
             if slot < 0:
                 self.missed += 1
                 answers.append(LookupAnswer(None, 0, b"", contexts))
@@ -137,6 +137,11 @@ class ChunkSearch:
                 LookupAnswer(encoding_of(slot), sizes[slot], header, contexts, on_disk, others, other_context)
             )
         return hits[first_hit:]
+
+    def findings(self) -> Findings[int]:
+        """What was found, before `read_headers`."""
+        numbers = [n for n, answer in enumerate(self.answers) if answer.encoding for _ in (0, *answer.others)]
+        return Findings(self.hits, numbers, self.approximate)
 
     def read_headers(self, proceed: Callable[[], None]) -> None:
         """Reads from the disk the headers that are not in memory; the caller does not have the lock. What the disk has

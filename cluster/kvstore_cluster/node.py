@@ -7,11 +7,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
+
+from cachetools import TTLCache
 
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
+from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.index import MAX_CHUNK_BYTES, NOWHERE, ChunkName
 from kvstore_cluster.leases import LeaseId, LeaseTable
 from kvstore_cluster.lookup import PAUSE_S, SLICE_CHUNKS, ChunkSearch, LookupResult
@@ -28,9 +32,9 @@ from kvstore_codec.errors import (
     DiskError,
     NodeDrainingError,
     NotDurableError,
-    OverQuotaError,
     PutStateError,
     StorageError,
+    TextTooLongError,
 )
 from kvstore_codec.identity import ChunkId
 
@@ -38,6 +42,12 @@ log = logging.getLogger(__name__)
 
 MAX_LISTED = 4096
 MAX_TENANT_BYTES = 255
+MOST_BEHIND = 16
+
+
+# Texts that were cut lately: those who put them have the rest on its way.
+_MOST_CUT, _CUT_S = 4096, 60.0
+_MOST_TOKENS = 1 << 16  # of a chunk, whatever a client says
 
 
 class StorageNode:
@@ -71,6 +81,8 @@ class StorageNode:
         self._pending: set[PendingPut] = set()
         self._draining = False
         self._unforgotten: deque[tuple[RecordMeta, int]] = deque()
+        # Whose text was cut before it, by tenant and chunk.
+        self._cut: TTLCache[tuple[str, ChunkId], None] = TTLCache(_MOST_CUT, _CUT_S)
         if store is not None:
             self._recover(store)
 
@@ -85,13 +97,16 @@ class StorageNode:
         peek: bool = False,
         all_encodings: bool = False,
         any_context: bool = False,
+        use_follows: bool = False,
         proceed: Callable[[], None] = lambda: None,
     ) -> LookupResult:
         """Says for each chunk in which of `encodings` (best first) it is here, and how many other contexts
         hold the same content; with `all_encodings` also in which others of them, or of any when there are none.
         With `any_context` a chunk that is not here in its own context is answered with another one of its content: one
-        that does not begin its text if there is any, of those one in memory, of those the one used last. Counts as one
-        use of what was found, unless it is a `peek`, and leases it for `lease_s` when positive.
+        that does not begin its text if there is any, of those one in memory, of those the one used last.
+
+        Leases what was found for `lease_s` when positive. Counts as one use of it, unless it is a `peek`, or
+        `use_follows`: then `use` says what of it is used.
 
         Holds the lock for SLICE_CHUNKS chunks at a time and calls `proceed` without it in between. What that raises
         ends the lookup; then nothing is leased.
@@ -119,8 +134,14 @@ class StorageNode:
                     self._leases.expire()
                     if found and lease_s > 0:
                         lease_id = self._leases.cover(lease_id, found, lease_s)
+            if use_follows:
+                if lease_id is not None:
+                    with self._lock:
+                        self._leases.expect_use(lease_id, search.findings())
+            elif not peek:
+                self._touch(search.hits)
             if not peek:
-                self._count_use(search)
+                self._count(search, used=not use_follows)
             search.read_headers(proceed)
         except BaseException:
             with self._lock:
@@ -129,6 +150,26 @@ class StorageNode:
                     self._leases.release(lease_id)
             raise
         return LookupResult(search.answers, lease_id)
+
+    def use(self, lease_id: LeaseId, used: bytes, tokens: int) -> bool:
+        """What of a lookup that said `use_follows` its caller can use: bit i % 8 of byte i / 8 of `used` says it of
+        answer i; they have so many tokens. Those chunks are used now, once; the lease on the others ends. False when
+        the lease has ended or this was said before."""
+        with self._lock:
+            found = self._leases.expected_use(lease_id)
+        if found is None:
+            return False
+        kept = found.used(used)
+        with self._lock:
+            self._leases.narrow(lease_id, kept.keys)
+        answers = len(set(kept.answers))
+        self._touch(kept.keys)
+        with self._lock:
+            self._counters.hits += answers
+            self._counters.approximate_hits += len(kept.approximate)
+            self._counters.hit_tokens += min(tokens, answers * _MOST_TOKENS)
+            self._counters.unusable += len(set(found.answers)) - answers
+        return True
 
     def begin_put(
         self,
@@ -143,8 +184,8 @@ class StorageNode:
         puts this could not read that.
 
         The caller must end the put with `commit` or `revoke`. Raises UnknownEncodingError, PutStateError for
-        an empty chunk, ChunkTooLargeError, ArenaFullError, OverQuotaError, NotDurableError, NodeDrainingError; then
-        nothing was reserved and nothing evicted.
+        an empty chunk, ChunkTooLargeError, ArenaFullError, TextTooLongError, OverQuotaError, NotDurableError,
+        NodeDrainingError; then nothing was reserved and nothing evicted.
         """
         durable = self._asked(options) is Durability.DURABLE
         try:
@@ -158,7 +199,8 @@ class StorageNode:
                     or self._ends_much_sooner(slot, options.ttl_s)
                 ):
                     return self._reserve(chunk_id, encoding, size_bytes, options)
-                self._tiers.touch([slot])
+                before = self._before(encoding, options)
+                self._tiers.put_again(slot, before)
                 self._tiers.hold(slot)
             try:
                 if durable:
@@ -361,8 +403,10 @@ class StorageNode:
             self._arena.check_integrity([*extents, *(put.extent for put in self._pending)])
             in_memory = {slot for slot in index if index.extent[slot] is not None}
             on_disk = {slot for slot in index if index.location[slot] != NOWHERE}
-            if (set(tiers.in_memory.victims()), set(tiers.on_disk.victims())) != (in_memory, on_disk):
+            if (set(tiers.in_memory), set(tiers.on_disk)) != (in_memory, on_disk):
                 raise StorageError(f"{self.node_id}: index and eviction order name different chunks")
+            tiers.in_memory.check_integrity()
+            tiers.on_disk.check_integrity()
             if in_memory | on_disk != set(index) or len(set(index)) != len(index):
                 raise StorageError(f"{self.node_id}: the index names a chunk that lies nowhere")
             if not tiers.dirty.keys() <= in_memory - on_disk:
@@ -398,8 +442,7 @@ class StorageNode:
         for line in recovery.dropped:
             log.warning("%s: %s", self.node_id, line)
         with self._lock:
-            for meta, location in recovery.records:
-                self._tiers.insert(meta, extent=None, location=location, write_back=False)
+            self._tiers.adopt(recovery.records)
 
     def _asked(self, options: PutOptions) -> Durability:
         return self._durability if options.durability is Durability.DEFAULT else options.durability
@@ -408,22 +451,52 @@ class StorageNode:
         """The caller has the lock."""
         self._require_open(chunk_id)
         tiers, tenant = self._tiers, options.tenant
-        tiers.over_quota(tenant, size_bytes)  # before anything is evicted
-        extent = tiers.reserve(size_bytes, patience_s=FLUSH_PATIENCE_S)
+        before = self._before(encoding, options)
         try:
-            victims = tiers.over_quota(tenant, size_bytes)  # other puts may have come while it waited
-        except OverQuotaError:
-            self._arena.free(extent)
+            self._require_beginning(chunk_id, before, options)
+            tiers.over_quota(tenant, size_bytes, before)  # before anything is evicted
+            extent = tiers.reserve(size_bytes, before=before, patience_s=FLUSH_PATIENCE_S)
+            before = self._before(encoding, options)  # others may have put and deleted while it waited
+            try:
+                victims = tiers.over_quota(tenant, size_bytes, before)
+            except StorageError:
+                self._arena.free(extent)
+                raise
+        except TextTooLongError:
+            self._counters.texts_cut += 1
+            self._cut[tenant, chunk_id] = None
             raise
+        self._cut.pop((tenant, chunk_id), None)
         for slot in victims:
             tiers.remove(slot)
         self._counters.evictions += len(victims)
+        if before != NO_SLOT:
+            tiers.hold(before)  # nothing that comes meanwhile may cut the text here
         put = PendingPut(
-            self._arena, extent, chunk_id, encoding, options, accept=self._accept, drop=self._drop
+            self._arena,
+            extent,
+            chunk_id,
+            encoding,
+            options,
+            before=before,
+            accept=self._accept,
+            drop=self._drop,
         )
         self._pending.add(put)
         tiers.quotas.reserve(tenant, size_bytes)
         return put
+
+    def _before(self, encoding: str, options: PutOptions) -> int:
+        """The slot of what is here of the text before a chunk that is put; NO_SLOT: nothing, as far as is known."""
+        return self._index.stands_behind(options.tenant, options.number, options.behind, encoding)
+
+    def _require_beginning(self, chunk_id: ChunkId, before: int, options: PutOptions) -> None:
+        """What stands behind a chunk that was refused for being too far from its text's beginning is, too."""
+        if before == NO_SLOT and any((options.tenant, behind) in self._cut for behind in options.behind):
+            raise TextTooLongError(
+                f"chunk {chunk_id.short} is not stored: {self.node_id} has just refused the one before it in its text, "
+                "of which it keeps the beginning; give the node more memory"
+            )
 
     def _require_open(self, chunk_id: ChunkId) -> None:
         if self._draining:
@@ -436,6 +509,11 @@ class StorageNode:
         self._pending.remove(put)
         self._tiers.quotas.reserve(put.options.tenant, -put.extent.size_bytes)
         self._counters.bytes_in += put.written_bytes
+
+    def _release_before(self, put: PendingPut) -> None:
+        """The last that is done with a put; the caller has the lock."""
+        if put.before != NO_SLOT:
+            self._tiers.release(put.before)
 
     def _ends_much_sooner(self, slot: int, ttl_s: float) -> bool:
         """Whether a stored chunk would be forgotten long before one that is put now."""
@@ -469,21 +547,24 @@ class StorageNode:
             return None
         return slot
 
-    def _count_use(self, search: ChunkSearch) -> None:
+    def _count(self, search: ChunkSearch, *, used: bool) -> None:
+        with self._lock:
+            self._counters.lookups += 1
+            self._counters.misses += search.missed
+            if used:
+                self._counters.hits += len(search.answers) - search.missed
+                self._counters.approximate_hits += len(search.approximate)
+
+    def _touch(self, slots: Sequence[int]) -> None:
         """Last chunk first: a later chunk is worth nothing without those before it, so it is older. All that a chunk is
         stored as is used alike: what of it will be read is not known yet."""
-        used = search.hits[::-1]
+        used = slots[::-1]
         for begin in range(0, len(used), SLICE_CHUNKS):
             with self._slice(begin):
                 # A slot without a lease may be free again by now.
                 self._tiers.touch(filter(self._index.listed, used[begin : begin + SLICE_CHUNKS]))
                 if len(used) > SLICE_CHUNKS:
                     self._tiers.settle()  # or the next one who has to would do all of it at once
-        with self._lock:
-            self._counters.lookups += 1
-            self._counters.hits += len(search.answers) - search.missed
-            self._counters.approximate_hits += search.approximate
-            self._counters.misses += search.missed
 
     def _variant(self, slot: int) -> StoredVariant:
         index = self._index
@@ -499,6 +580,8 @@ class StorageNode:
             ttl_left_s=max(1, round(expires_at_s - self._clock())) if expires_at_s else 0,
             tenant=index.tenant(slot),
             cost=index.cost(slot),
+            number=index.texts.number[slot],
+            behind=tuple(map(index.chunk_id, islice(index.texts.all_before(slot), MOST_BEHIND))),
         )
 
     def _make_durable(self, slot: int) -> None:
@@ -517,6 +600,8 @@ class StorageNode:
             with self._lock:
                 self._require_open(meta.chunk_id)
                 self._index.admit(meta)
+                if put.before != NO_SLOT:
+                    meta = replace(meta, behind=self._index.chunk_id(put.before))
             location = self._write_through(put, meta)
         except BaseException:
             self._drop(put, rejected=True)
@@ -528,6 +613,7 @@ class StorageNode:
                 self._arena.free(put.extent)
                 if self._store is not None and location != NOWHERE:
                     self._store.delete(location)
+                self._release_before(put)
                 return False
             if stored is not None:
                 self._tiers.remove(stored)
@@ -538,7 +624,9 @@ class StorageNode:
                 location=location,
                 write_back=self._store
                 is not None,  # also what the disk has refused: once more, by the keeper
+                before=put.before if put.before != NO_SLOT and self._index.listed(put.before) else NO_SLOT,
             )
+            self._release_before(put)
             self._counters.disk_refused += refused and self._store is not None
             self._counters.puts += 1
             return True
@@ -550,7 +638,8 @@ class StorageNode:
         if self._store is None or asked is Durability.MEMORY:
             return NOWHERE
         try:
-            return self._tiers.write(meta, put.extent, sync=asked is Durability.DURABLE)
+            sync = asked is Durability.DURABLE
+            return self._tiers.write(meta, put.extent, sync=sync, before=put.before)
         except DiskError as error:
             if asked is Durability.DURABLE:
                 raise NotDurableError(str(error)) from error
@@ -572,3 +661,4 @@ class StorageNode:
             self._end(put)
             self._arena.free(put.extent)
             self._counters.put_rejected += rejected
+            self._release_before(put)

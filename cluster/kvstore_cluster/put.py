@@ -14,12 +14,16 @@ from kvstore_codec.identity import ChunkId
 
 @dataclass(frozen=True, slots=True)
 class PutOptions:
-    """What a client may say of a chunk besides its bytes. `ttl_s` 0: stays; `cost` 0: its tokens count."""
+    """What a client may say of a chunk besides its bytes. `ttl_s` 0: stays; `cost` 0: its tokens count. In its text
+    `number` chunks stand before it, and of those that are on the same node `behind` names some, nearest first: hints,
+    which say what is evicted before what of the same tenant."""
 
     durability: Durability = Durability.DEFAULT
     ttl_s: float = 0.0
     tenant: str = ""
     cost: float = 0.0
+    number: int = 0
+    behind: tuple[ChunkId, ...] = ()
 
 
 class Accept(Protocol):
@@ -42,12 +46,15 @@ class PendingPut:
         encoding: str,
         options: PutOptions,
         *,
+        before: int,
         accept: Accept,
         drop: Drop,
     ) -> None:
+        """`before` is the held slot of the chunk before it in its text, or NO_SLOT."""
         self._arena = arena
         self.extent = extent
         self.options = options
+        self.before = before
         self._chunk_id = chunk_id
         self._encoding = encoding
         self._accept = accept
@@ -116,7 +123,8 @@ class PendingPut:
                 f"{header.chunk_id.short} in {header.encoding.name}"
             )
         meta = meta_of(header)
-        return replace(meta, tenant=self.options.tenant, cost=self.options.cost or meta.cost)
+        options = self.options
+        return replace(meta, tenant=options.tenant, cost=options.cost or meta.cost, number=options.number)
 
     def _end(self, *, rejected: bool) -> None:
         self._open = False

@@ -1,8 +1,10 @@
 """How much each tenant has on a node, and what of it goes first when the tenant may not have more."""
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 
+from kvstore_cluster.eviction.columns import NO_SLOT, Links, SlotQueue
+from kvstore_cluster.eviction.texts import Choice, Followers, choose
 from kvstore_cluster.index import ChunkIndex
 
 
@@ -14,16 +16,19 @@ class Quotas:
         self._limits: dict[str, int] = {}
         self._used: Counter[str] = Counter()
         self._coming: Counter[str] = Counter()
-        self._oldest_first: dict[str, OrderedDict[int, None]] = {}
+        self._links = Links()
+        self._oldest_first: dict[str, SlotQueue] = {}
+        self._followers = Followers(index.texts)
 
     def set_limits(self, limits: Mapping[str, int]) -> None:
         """Bytes a tenant may have on this node. What is above a new limit goes when the tenant puts something."""
         self._limits = dict(limits)
-        self._oldest_first = {tenant: OrderedDict() for tenant in limits}
+        self._links = Links()
+        self._oldest_first = {tenant: SlotQueue(self._links) for tenant in limits}
+        self._followers = Followers(self._index.texts)
         if limits:
             for slot in self._index:
-                if (order := self._order(slot)) is not None:
-                    order[slot] = None
+                self._enter(slot)  # what is behind what is looked at when something has to go
 
     def excess_bytes(self, tenant: str, size_bytes: int) -> int:
         """By how much the tenant would be above its limit with `size_bytes` more."""
@@ -44,18 +49,44 @@ class Quotas:
     def limit(self, tenant: str) -> int | None:
         return self._limits.get(tenant)
 
-    def slots(self, tenant: str) -> Iterator[int]:
-        """What a tenant with a limit has, longest unused first."""
-        return iter(self._oldest_first[tenant])
+    def choose(
+        self, tenant: str, missing_bytes: int, may_go: Callable[[int], bool], *, spared: int = NO_SLOT
+    ) -> Choice:
+        """Of what a tenant with a limit has, what goes first: what it used least lately, of a text its end before its
+        beginning, as `texts.choose` says."""
+        order = self._oldest_first[tenant]
+        choice = choose(
+            order, missing_bytes, self._index.size_bytes.__getitem__, may_go, self._index.texts, self._followers,
+            spared=spared,
+        )  # fmt: skip
+        for slot in choice.next:
+            self.follow(slot)
+        for slot in choice.kept:
+            order.remove(slot)
+            order.push(slot)
+        return choice
 
     def add(self, slot: int) -> None:
         self._used[self._index.tenant(slot)] += self._index.size_bytes[slot]
-        if (order := self._order(slot)) is not None:
-            order[slot] = None
+        self._enter(slot)
+        self.follow(slot)
+
+    def linked(self, slot: int) -> None:
+        """A chunk that is here was linked to the one before it in its text only now."""
+        if self._order(slot) is not None:
+            self._followers.add(slot)
 
     def touch(self, slot: int) -> None:
         if (order := self._order(slot)) is not None:
-            order.move_to_end(slot)
+            order.remove(slot)
+            order.push(slot)
+
+    def follow(self, slot: int) -> None:
+        """The chunk, just added or touched, goes before the one that it stands behind, if that is the tenant's."""
+        order, before = self._order(slot), self._index.texts.before(slot)
+        if order is not None and before != NO_SLOT:
+            order.remove(slot)
+            order.insert_before(slot, before)
 
     def remove(self, slot: int) -> None:
         tenant = self._index.tenant(slot)
@@ -63,7 +94,18 @@ class Quotas:
         if not self._used[tenant]:
             del self._used[tenant]
         if (order := self._order(slot)) is not None:
-            del order[slot]
+            order.remove(slot)
+            self._followers.remove(slot)
 
-    def _order(self, slot: int) -> OrderedDict[int, None] | None:
+    def forget(self, slot: int) -> None:
+        """The chunk, which is not here, is no longer found."""
+        self._followers.forget(slot)
+
+    def _enter(self, slot: int) -> None:
+        if (order := self._order(slot)) is not None:
+            self._links.grow(slot)
+            order.push(slot)
+            self._followers.add(slot)
+
+    def _order(self, slot: int) -> SlotQueue | None:
         return self._oldest_first.get(self._index.tenant(slot))

@@ -5,14 +5,18 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(slots=True)
 class NodeCounters:
-    """Only ever grow. `hits` and `misses` count chunks, `approximate_hits` those of the hits that were found in another
-    context than the one asked for, `lookups` calls, `reads` frame ranges; `evictions` are chunks that left the node for
-    room, `demotions` those that left memory alone, `disk_refused` puts that the disk did not take, `damaged` copies
-    that the disk lost."""
+    """Only ever grow. `hits` are chunks that lookups found and could use, `hit_tokens` their tokens as far as clients
+    say, `approximate_hits` those of them that were found in another context than the one asked for, `misses` chunks
+    that were not found; `unusable` ones were found and gave nothing, because one before them in their text was not.
+    `lookups` counts calls, `reads` frame ranges; `evictions` are chunks that left the node for room, `demotions` those
+    that left memory alone, `texts_cut` puts refused because only the beginning of their own text could have made room,
+    `disk_refused` puts that the disk did not take, `damaged` copies that the disk lost."""
 
     lookups: int = 0
     hits: int = 0
     approximate_hits: int = 0
+    hit_tokens: int = 0
+    unusable: int = 0
     misses: int = 0
     puts: int = 0
     put_rejected: int = 0
@@ -20,6 +24,7 @@ class NodeCounters:
     bytes_in: int = 0
     bytes_out: int = 0
     evictions: int = 0
+    texts_cut: int = 0
     deletes: int = 0
     expired: int = 0
     promotions: int = 0

@@ -7,7 +7,8 @@ from kvstore_codec.identity import ChunkId
 
 @dataclass(frozen=True, slots=True)
 class StoredVariant:
-    """`calibration` is a digest, where the encoding needs one; `ttl_left_s` 0: stays."""
+    """`calibration` is a digest, where the encoding needs one; `ttl_left_s` 0: stays. `number` chunks stand before
+    it in its text, and `behind` are those of them that are on the same node, nearest first, 16 at most."""
 
     chunk_id: ChunkId
     encoding: str
@@ -19,3 +20,5 @@ class StoredVariant:
     ttl_left_s: int = 0
     tenant: str = ""
     cost: float = 0.0
+    number: int = 0
+    behind: tuple[ChunkId, ...] = ()

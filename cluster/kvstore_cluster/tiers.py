@@ -12,13 +12,16 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
+from itertools import islice
 from typing import NoReturn
 
 from cachetools import LRUCache
 
 from kvstore_cluster.arena import Arena, Extent
 from kvstore_cluster.disk import Location, RecordMeta, SegmentStore, record_bytes
-from kvstore_cluster.eviction import EvictionPolicy
+from kvstore_cluster.eviction import EvictionOrder, EvictionPolicy
+from kvstore_cluster.eviction.columns import NO_SLOT
+from kvstore_cluster.eviction.texts import Choice
 from kvstore_cluster.index import NOWHERE, ChunkIndex
 from kvstore_cluster.leases import LeaseTable
 from kvstore_cluster.quotas import Quotas
@@ -34,6 +37,7 @@ from kvstore_codec.errors import (
     KVStoreError,
     OverQuotaError,
     StorageError,
+    TextTooLongError,
     UnsupportedVersionError,
 )
 from kvstore_codec.identity import ChunkId
@@ -49,6 +53,8 @@ HEADER_CACHE_BYTES = 32 << 20
 FLUSH_PATIENCE_S = 2.0
 _MOST_TOUCHED = 1 << 16
 _DISK_TRIES = 3
+# Chunks of a text that are looked at for one that is in a tier: a tenth of a millisecond.
+_FURTHEST_BACK = 1024
 
 
 class _LostChunkError(ChunkNotFoundError):
@@ -74,7 +80,8 @@ class Tiers:
         self.counters = counters
         self.index = ChunkIndex()
         self.quotas = Quotas(self.index)
-        self.in_memory, self.on_disk = policy(), policy()
+        self.in_memory = EvictionOrder(policy(), self.index.texts)
+        self.on_disk = EvictionOrder(policy(), self.index.texts)
         self.pinned: set[int] = set()
         self.dirty: dict[int, None] = {}
         """Slots that are in memory and still have to be written to the disk, oldest first."""
@@ -103,9 +110,20 @@ class Tiers:
         self._dropped.setdefault(slot, []).append(self._extent(slot))
         self.index.extent[slot] = None
 
-    def insert(self, meta: RecordMeta, *, extent: Extent | None, location: Location, write_back: bool) -> int:
+    def insert(
+        self,
+        meta: RecordMeta,
+        *,
+        extent: Extent | None,
+        location: Location,
+        write_back: bool,
+        before: int = NO_SLOT,
+    ) -> int:
+        """`before` is the slot of the nearest chunk before it in its text."""
         self.settle()
         slot = self.index.add(meta, extent=extent, location=location)
+        if before != NO_SLOT:
+            self.index.texts.link(slot, before)
         if extent is not None:
             self._enter(self.in_memory, slot)
         if location != NOWHERE:
@@ -117,6 +135,18 @@ class Tiers:
             self.pinned.add(slot)
         self.quotas.add(slot)
         return slot
+
+    def adopt(self, records: Iterable[tuple[RecordMeta, Location]]) -> None:
+        """What was found on the disk. Of a text the end may come before the beginning: compaction moves records."""
+        waiting: dict[tuple[ChunkId, str], list[int]] = {}  # for the chunk that they stand behind
+        for meta, location in records:
+            behind = () if meta.behind is None else (meta.behind,)
+            before = self.index.stands_behind(meta.tenant, meta.number, behind, meta.encoding)
+            slot = self.insert(meta, extent=None, location=location, write_back=False, before=before)
+            if meta.behind is not None and before == NO_SLOT:
+                waiting.setdefault((meta.behind, meta.tenant), []).append(slot)
+            for follower in waiting.pop((meta.chunk_id, meta.tenant), ()):
+                self._link(follower, slot)
 
     def remove(self, slot: int) -> None:
         """The chunk is no longer found, although it may come back from the disk after a restart. Its memory is given
@@ -134,6 +164,15 @@ class Tiers:
         self._touched.extend(slots)
         if len(self._touched) > _MOST_TOUCHED:
             self.settle()
+
+    def put_again(self, slot: int, before: int) -> None:
+        """The chunk came again with its text, behind `before`: that is a use, and it is worth no more than that one."""
+        self.settle()
+        self._touch(slot)
+        if before != NO_SLOT:
+            self._link(slot, before)
+        for order in (self.in_memory, self.on_disk, self.quotas):
+            order.follow(slot)
 
     def settle(self, most: int | None = None) -> bool:
         """Tells the policies what was used, the oldest `most` uses of it; True when there are more."""
@@ -166,15 +205,33 @@ class Tiers:
         self._pins = pins
         self.pinned = {slot for chunk_id in pins for slot in self.index.variants(chunk_id)}
 
-    def reserve(self, size_bytes: int, *, patience_s: float = 0.0) -> Extent:
-        """Memory for a chunk, demoting or evicting what nobody uses. Raises ArenaFullError, and then nothing was
-        evicted; waits up to `patience_s` for chunks that are being written to the disk."""
+    def reserve(
+        self,
+        size_bytes: int,
+        *,
+        before: int = NO_SLOT,
+        may_demote_before: bool = True,
+        patience_s: float = 0.0,
+    ) -> Extent:
+        """Memory for a chunk, demoting or evicting what nobody uses, but not `before`, the chunk before it in its text,
+        unless that stays on disk and `may_demote_before`. Raises ArenaFullError, and TextTooLongError where only
+        `before` is worth less; then nothing was evicted. Waits up to `patience_s` for chunks that are being written to
+        the disk."""
         needed_bytes = self.arena.footprint_bytes(size_bytes)
         deadline_s = time.monotonic() + patience_s
         while True:
             missing_bytes = needed_bytes - (self.arena.capacity_bytes - self.arena.used_bytes)
-            if missing_bytes <= 0 or self._clear_memory(missing_bytes):
+            if missing_bytes <= 0:
                 return self.arena.allocate(size_bytes)
+            stays = before != NO_SLOT and (before in self.dirty or self.index.location[before] != NOWHERE)
+            choice = self._clear_memory(missing_bytes, NO_SLOT if stays and may_demote_before else before)
+            if choice is None:
+                return self.arena.allocate(size_bytes)
+            if choice.own_text:
+                raise TextTooLongError(
+                    f"{self.node_id} keeps the beginning of a text rather than what follows it, and in its "
+                    f"{self.arena.capacity_bytes} bytes has nothing else that is worth less; give the node more memory"
+                )
             patience_s = deadline_s - time.monotonic()
             if not self.dirty or patience_s <= 0:
                 raise ArenaFullError(
@@ -184,27 +241,28 @@ class Tiers:
                 )
             self.lock.wait(patience_s)
 
-    def over_quota(self, tenant: str, size_bytes: int) -> list[int]:
-        """What has to go so that the tenant may have `size_bytes` more: what it used least lately. Raises
-        OverQuotaError."""
+    def over_quota(self, tenant: str, size_bytes: int, before: int = NO_SLOT) -> list[int]:
+        """What has to go so that the tenant may have `size_bytes` more: what it used least lately, but not `before`,
+        the chunk before the new one in its text. Raises OverQuotaError, TextTooLongError where only that is left."""
         excess_bytes = self.quotas.excess_bytes(tenant, size_bytes)
         if not excess_bytes:
             return []
         self.leases.expire()
         self.settle()
-        victims = []
-        for slot in self.quotas.slots(tenant):
-            if not self._protected(slot):
-                victims.append(slot)
-                excess_bytes -= self.index.size_bytes[slot]
-                if excess_bytes <= 0:
-                    break
-        else:
+        choice = self.quotas.choose(
+            tenant, excess_bytes, lambda slot: not self._protected(slot), spared=before
+        )
+        if sum(self.index.size_bytes[slot] for slot in choice.victims) < excess_bytes:
+            if choice.own_text:
+                raise TextTooLongError(
+                    f"of the {self.quotas.limit(tenant)} bytes that tenant {tenant!r} may have on {self.node_id}, the "
+                    "beginning of the text has all that could be had; it is kept. Raise the quota with `kvstore quota`"
+                )
             raise OverQuotaError(
                 f"tenant {tenant!r} may have {self.quotas.limit(tenant)} bytes on {self.node_id} and what it has there "
                 "is leased, pinned or being read; retry later or raise the quota with `kvstore quota`"
             )
-        return victims
+        return choice.victims
 
     def header_in_memory(self, slot: int) -> bytes | None:
         """None when it has to be read from the disk."""
@@ -273,13 +331,14 @@ class Tiers:
             return None
         return None
 
-    def write(self, meta: RecordMeta, extent: Extent, *, sync: bool) -> Location:
-        """Appends a chunk to the disk, evicting from it what nobody uses. Raises DiskError."""
+    def write(self, meta: RecordMeta, extent: Extent, *, sync: bool, before: int = NO_SLOT) -> Location:
+        """Appends a chunk to the disk, evicting from it what nobody uses, but not `before`, the chunk before it in its
+        text. Raises DiskError."""
         views = list(self.arena.views(extent))
         tries = _DISK_TRIES
         while True:
             with self.lock:
-                self._clear_disk(meta.size_bytes)
+                self._clear_disk(meta.size_bytes, before)
             try:
                 return self._disk.append(meta, views, sync=sync)
             except DiskFullError:
@@ -295,10 +354,11 @@ class Tiers:
         with self.lock:
             meta, extent = self.index.meta(slot), self.index.extent[slot]
             on_disk = self.index.location[slot] != NOWHERE
+            before = self.index.texts.before(slot)
         if on_disk or extent is None:
             self._disk.sync()
             return
-        location = self.write(meta, extent, sync=True)
+        location = self.write(meta, extent, sync=True, before=before)
         with self.lock:
             self.written(slot, location)
 
@@ -311,10 +371,10 @@ class Tiers:
                 return False
             slot = next(iter(self.dirty))
             self.hold(slot)
-            meta = self.index.meta(slot)
+            meta, before = self.index.meta(slot), self.index.texts.before(slot)
         location = NOWHERE
         try:
-            location = self.write(meta, self._extent(slot), sync=False)
+            location = self.write(meta, self._extent(slot), sync=False, before=before)
         except StorageError as error:
             log.warning("%s keeps chunk %s in memory only: %s", self.node_id, meta.chunk_id.short, error)
         finally:
@@ -347,9 +407,8 @@ class Tiers:
             if self._store is None or self.arena.used_bytes < high * capacity_bytes:
                 return
             excess_bytes = self.arena.used_bytes - low * capacity_bytes
-            for slot in list(
-                self._victims(self.in_memory, excess_bytes, self._footprint, self._on_disk_unread)
-            ):
+            choice = self._choose(self.in_memory, excess_bytes, self._footprint, self._on_disk_unread)
+            for slot in choice.victims:
                 self._leave_memory(slot)
 
     def expire(self, now_s: float) -> None:
@@ -413,15 +472,24 @@ class Tiers:
         if self.quotas.limited:
             self.quotas.touch(slot)
 
-    def _enter(self, policy: EvictionPolicy, slot: int) -> None:
+    def _enter(self, order: EvictionOrder, slot: int) -> None:
         index = self.index
-        policy.add(
+        order.add(
             slot, identity=index.identity(slot), size_bytes=index.size_bytes[slot], cost=index.cost(slot)
         )
+
+    def _link(self, slot: int, before: int) -> None:
+        """Unless the slot is linked already."""
+        texts = self.index.texts
+        if texts.before(slot) == NO_SLOT and texts.link(slot, before):
+            for order in (self.in_memory, self.on_disk, self.quotas):
+                order.linked(slot)
 
     def _unlist(self, slot: int) -> None:
         self.quotas.remove(slot)
         self.index.unlist(slot)
+        for followers in (self.in_memory, self.on_disk, self.quotas):
+            followers.forget(slot)
         self.pinned.discard(slot)
         self.dirty.pop(slot, None)
         self._headers.pop(slot, None)
@@ -458,59 +526,63 @@ class Tiers:
         self._disk.delete(Location(self.index.location[slot]))
         self.index.location[slot] = NOWHERE
 
-    def _clear_memory(self, missing_bytes: int) -> bool:
-        """False when that much cannot be freed; then nothing was."""
+    def _clear_memory(self, missing_bytes: int, spared: int) -> Choice | None:
+        """None, or the choice that does not suffice; then nothing was freed."""
         self.leases.expire()
-        victims = self._victims(self.in_memory, missing_bytes, self._footprint, self._may_leave_memory)
-        if sum(map(self._footprint, victims)) < missing_bytes:
-            return False
-        for slot in victims:
+        choice = self._choose(
+            self.in_memory, missing_bytes, self._footprint, self._may_leave_memory, spared=spared
+        )
+        if sum(map(self._footprint, choice.victims)) < missing_bytes:
+            return choice
+        for slot in choice.victims:
             self._leave_memory(slot)
-        return True
+        return None
 
-    def _clear_disk(self, size_bytes: int) -> None:
-        """Raises DiskFullError when what is on disk is all protected; then nothing was evicted."""
+    def _clear_disk(self, size_bytes: int, before: int) -> None:
+        """Raises DiskFullError when what is on disk is all protected, or the text's own beginning; then nothing was
+        evicted."""
         excess_bytes = self._disk.live_bytes + record_bytes(size_bytes) - self._disk.capacity_bytes
         if excess_bytes <= 0:
             return
         self.leases.expire()
-        victims = self._victims(
-            self.on_disk, excess_bytes, self._record_bytes, lambda slot: not self._protected(slot)
+        choice = self._choose(
+            self.on_disk,
+            excess_bytes,
+            self._record_bytes,
+            lambda slot: not self._protected(slot),
+            spared=self._nearest(before, self.on_disk),
         )
-        if sum(map(self._record_bytes, victims)) < excess_bytes:
+        if sum(map(self._record_bytes, choice.victims)) < excess_bytes:
             raise DiskFullError(
                 f"the disk of {self.node_id} has no room for {size_bytes} bytes: all that is stored in its "
-                f"{self._disk.capacity_bytes} bytes is leased, pinned or being read; give the node more disk"
+                f"{self._disk.capacity_bytes} bytes is leased, pinned, being read or the beginning of the same text; "
+                "give the node more disk"
             )
-        for slot in victims:
+        for slot in choice.victims:
             self._leave_disk(slot, evicted=True)
             if self.index.extent[slot] is None:
                 self._unlist(slot)
                 self.counters.evictions += 1
 
-    def _victims(
+    def _choose(
         self,
-        policy: EvictionPolicy,
+        order: EvictionOrder,
         missing_bytes: float,
         size_of: Callable[[int], int],
         may_go: Callable[[int], bool],
-    ) -> list[int]:
-        """The first that may go and together make `missing_bytes`, or all there are. Pinned chunks that were in the
-        way count as used, so that they are not passed every time."""
+        *,
+        spared: int = NO_SLOT,
+    ) -> Choice:
+        """What is to leave a tier. Nothing has left yet."""
         self.settle()
-        victims: list[int] = []
-        passed: list[int] = []
-        for slot in policy.victims():
-            if may_go(slot):
-                victims.append(slot)
-                missing_bytes -= size_of(slot)
-                if missing_bytes <= 0:
-                    break
-            elif slot in self.pinned:
-                passed.append(slot)
-        for slot in passed:
-            policy.touch(slot)
-        return victims
+        return order.choose(missing_bytes, size_of, may_go, pinned=self.pinned, spared=spared)
+
+    def _nearest(self, slot: int, order: EvictionOrder) -> int:
+        """The slot, or of the chunks before it in its text the nearest that is in that tier."""
+        if slot in order or slot == NO_SLOT:
+            return slot
+        nearest = islice(self.index.texts.all_before(slot), _FURTHEST_BACK)
+        return next((before for before in nearest if before in order), NO_SLOT)
 
     def _record_bytes(self, slot: int) -> int:
         return record_bytes(self.index.size_bytes[slot])
@@ -536,7 +608,11 @@ class Tiers:
             if (extent := self.index.extent[slot]) is not None:
                 return extent
             try:
-                extent = self.reserve(self.index.size_bytes[slot])
+                extent = self.reserve(
+                    self.index.size_bytes[slot],
+                    before=self._nearest(self.index.texts.before(slot), self.in_memory),
+                    may_demote_before=False,
+                )
             except ArenaFullError:
                 return None
             self._promoting.add(slot)

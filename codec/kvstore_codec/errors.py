@@ -18,6 +18,7 @@ KVStoreError
 │       └── ForeignChunkError     a sound chunk, but of another model, text or context than asked for
 ├── StorageError
 │   ├── ArenaFullError            nothing left that may be evicted
+│   │   └── TextTooLongError      but the beginning of the text itself
 │   ├── ChunkTooLargeError
 │   ├── ChunkNotFoundError
 │   ├── FrameRangeError           frames that the stored chunk does not have
@@ -115,6 +116,9 @@ class StorageError(KVStoreError): ...
 
 
 class ArenaFullError(StorageError): ...
+
+
+class TextTooLongError(ArenaFullError): ...
 
 
 class NodeDrainingError(StorageError): ...

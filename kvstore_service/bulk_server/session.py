@@ -23,7 +23,7 @@ from kvstore_codec.errors import (
     MalformedRequestError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
-from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES, begin_put, put_status
+from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES, begin_put, put_refusal
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.request_fields import require_few_fields
 from kvstore_service.throttle import Throttle
@@ -156,19 +156,20 @@ class Session:
             raise RefusedError(str(error)) from error
         except KVStoreError as error:
             self._skip(start.size_bytes)
-            self._reply(put_status(error), str(error))
+            self._reply(put_refusal(error))
             return
         if put is None:
             self._skip(start.size_bytes)
-            self._reply(pb.PUT_STATUS_ALREADY_STORED)
+            self._reply(pb.PutReply(status=pb.PUT_STATUS_ALREADY_STORED))
             return
         try:
             self._receive(put)
             stored = put.commit()
         except KVStoreError as error:
-            self._reply(put_status(error), str(error))
+            self._reply(put_refusal(error))
         else:
-            self._reply(pb.PUT_STATUS_STORED if stored else pb.PUT_STATUS_ALREADY_STORED)
+            status = pb.PUT_STATUS_STORED if stored else pb.PUT_STATUS_ALREADY_STORED
+            self._reply(pb.PutReply(status=status))
         finally:
             put.revoke()  # has no effect when it was committed
 
@@ -188,9 +189,9 @@ class Session:
             self._stream.receive_into(piece, self._patience_s)
             size_bytes -= len(piece)
 
-    def _reply(self, status: pb.PutStatus, message: str = "") -> None:
-        text = message.encode()[: frames.MAX_TEXT_BYTES // 2].decode(errors="ignore")
-        reply = pb.PutReply(status=status, message=text).SerializeToString()
+    def _reply(self, answer: pb.PutReply) -> None:
+        answer.message = answer.message.encode()[: frames.MAX_TEXT_BYTES // 2].decode(errors="ignore")
+        reply = answer.SerializeToString()
         self._stream.send([pack_header(FrameKind.PUT_REPLY, len(reply)), reply], self._patience_s)
 
 

@@ -16,7 +16,7 @@ from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.progress import Progress
 from kvstore_client.lookup import StoredChunk
 from kvstore_client.ratio import Links
-from kvstore_client.replicas import Search
+from kvstore_client.replicas import Lease, Search
 from kvstore_client.settings import ClientSettings
 from kvstore_client.transport import ReadStream
 from kvstore_codec.chunk import ChunkHeader, read_header
@@ -148,7 +148,7 @@ class Failover:
         self._tried = [{chunk.member} for chunk in chunks]
         self._lock = threading.Lock()
         self._readings: set[tuple[Member, Reading]] = set()
-        self.leases: list[tuple[Member, bytes]] = []
+        self.leases: list[Lease] = []
         """What was leased on the way."""
         self.failed: set[str] = set()
         """Endpoints that broke down, and were paused."""

@@ -3,6 +3,7 @@
     magic "KVR\\0" | version u8 | kind u8 | header length u16 | checksum u64
     sequence u64 | size u64 | chunk header length u32 | horizon u32 | cost f64 | expires at f64
     lengths of encoding u8, tenant u16, calibration u8 | content_id | prefix_id | encoding | tenant | calibration
+    number u32 | content_id | prefix_id of the chunk before it         only of chunks stored behind another one
 
 All numbers are little-endian. The header has a block of its own, so that the chunk behind it is aligned for direct
 I/O; the chunk is padded with zeros to whole blocks. The checksum is xxh3_64 over the rest of the header, seeded with
@@ -37,6 +38,7 @@ _ENCODING_LENGTH = _IDS_START - 4
 _KIND = 5
 _SUMMARY = struct.Struct("<B10xQQ")  # from `kind` on: kind, sequence, size
 _MAX_NAME_BYTES = 255
+_PLACE = struct.Struct("<I32s32s")
 
 
 class Kind(IntEnum):
@@ -58,6 +60,10 @@ class RecordMeta:
     cost: float = 0.0
     expires_at_s: float = 0.0
     """Unix time; 0: never."""
+    number: int = 0
+    """How many chunks stand before it in its text, where that is known."""
+    behind: ChunkId | None = None
+    """The nearest of them that is on the same node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,10 @@ class RecordHeader:
         """The header's bytes, at most a block. Raises StorageError when its names are too long for that."""
         meta = self.meta
         encoding, tenant, calibration = meta.encoding.encode(), meta.tenant.encode(), meta.calibration or b""
-        length = _NAMES_START + len(encoding) + len(tenant) + len(calibration)
+        place = b""
+        if meta.behind is not None:
+            place = _PLACE.pack(meta.number, meta.behind.content_id, meta.behind.prefix_id)
+        length = _NAMES_START + len(encoding) + len(tenant) + len(calibration) + len(place)
         if length > BLOCK_BYTES or max(len(encoding), len(calibration)) > _MAX_NAME_BYTES:
             raise StorageError(
                 f"chunk {meta.chunk_id.short} cannot be put on disk: its description has {length} bytes, at most "
@@ -94,7 +103,7 @@ class RecordHeader:
             meta.chunk_id.prefix_id,
         )
         opening = _OPENING.pack(_MAGIC, _VERSION, self.kind, length)
-        signed = b"".join((fields, encoding, tenant, calibration))
+        signed = b"".join((fields, encoding, tenant, calibration, place))
         return b"".join((opening, _CHECKSUM.pack(_checksum(opening, signed, seed)), signed))
 
 
@@ -157,15 +166,23 @@ def decode(header: memoryview) -> RecordHeader:
     ) = _FIELDS.unpack_from(header, _FIELDS_START)
     tenant_start = _NAMES_START + encoding_length
     calibration_start = tenant_start + tenant_length
+    place_start = calibration_start + calibration_length
+    number, behind = 0, None
+    # Records of earlier versions end here, and what a later one may add is behind it.
+    if header_length(header) >= place_start + _PLACE.size:
+        number, *before = _PLACE.unpack_from(header, place_start)
+        behind = ChunkId(*before)
     meta = RecordMeta(
         ChunkId(ContentId(content_id), PrefixId(prefix_id)),
         str(header[_NAMES_START:tenant_start], "utf-8"),
         size_bytes,
         header_bytes,
-        bytes(header[calibration_start : calibration_start + calibration_length]) or None,
+        bytes(header[calibration_start:place_start]) or None,
         str(header[tenant_start:calibration_start], "utf-8"),
         cost,
         expires_at_s,
+        number,
+        behind,
     )
     return RecordHeader(Kind(header[_KIND]), sequence, meta, horizon)
 

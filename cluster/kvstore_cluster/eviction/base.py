@@ -22,6 +22,15 @@ class EvictionPolicy(ABC):
     def touch(self, slot: int) -> None:
         """The chunk was found by a lookup or read. Those of one prompt are touched last chunk first."""
 
+    @abstractmethod
+    def follow(self, slot: int, before: int) -> None:
+        """`slot`, which was just added or touched, stands behind `before` in their text and is worth nothing without
+        it: propose it just before that one, as far as the order allows."""
+
+    @abstractmethod
+    def postpone(self, slot: int) -> None:
+        """The chunk was proposed and stays: propose it after the others of its worth. That is no use of it."""
+
     def report(self, slot: int, score: float) -> None:  # noqa: B027 (most policies have no use for it)
         """A client that has just used the chunk says which share of its attention, 0 to 1, went there."""
 

@@ -47,6 +47,17 @@ class SlotQueue:
             links.newer[newest] = slot
         self._newest = slot
 
+    def insert_before(self, slot: int, newer: int) -> None:
+        """Puts `slot` where it leaves just before `newer`, which is in the queue."""
+        links = self._links
+        older = links.older[newer]
+        links.older[slot], links.newer[slot] = older, newer
+        links.older[newer] = slot
+        if older == NO_SLOT:
+            self.oldest = slot
+        else:
+            links.newer[older] = slot
+
     def remove(self, slot: int) -> None:
         links = self._links
         older, newer = links.older[slot], links.newer[slot]

@@ -23,6 +23,13 @@ class LeastRecentlyUsed(EvictionPolicy):
         self._queue.remove(slot)
         self._queue.push(slot)
 
+    def follow(self, slot: int, before: int) -> None:
+        self._queue.remove(slot)
+        self._queue.insert_before(slot, before)
+
+    def postpone(self, slot: int) -> None:
+        self.touch(slot)
+
     def remove(self, slot: int, *, evicted: bool) -> None:  # noqa: ARG002
         self._queue.remove(slot)
         self._count -= 1

@@ -54,6 +54,17 @@ class S3Fifo(EvictionPolicy):
         if self._states[slot] & _MOST_USES < _MOST_USES:
             self._states[slot] += 1
 
+    def follow(self, slot: int, before: int) -> None:
+        if self._states[slot] & _IN_MAIN == self._states[before] & _IN_MAIN:
+            queue = self._queue(slot)
+            queue.remove(slot)
+            queue.insert_before(slot, before)
+
+    def postpone(self, slot: int) -> None:
+        queue = self._queue(slot)
+        queue.remove(slot)
+        queue.push(slot)
+
     def remove(self, slot: int, *, evicted: bool) -> None:
         size_bytes = self._sizes[slot]
         self._count -= 1
@@ -93,6 +104,9 @@ class S3Fifo(EvictionPolicy):
 
     def __len__(self) -> int:
         return self._count
+
+    def _queue(self, slot: int) -> SlotQueue:
+        return self._main if self._states[slot] & _IN_MAIN else self._small
 
     def _enter_main(self, slot: int) -> None:
         self._states[slot] = _IN_MAIN

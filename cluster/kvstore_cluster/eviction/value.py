@@ -96,6 +96,19 @@ class ValueAware(EvictionPolicy):
             queue = self._queue(slot)
         queue.push(slot)
 
+    def follow(self, slot: int, before: int) -> None:
+        queue = self._queue(slot)
+        if queue is self._queue(before):
+            queue.remove(slot)
+            self._last_uses[slot] = self._last_uses[before]
+            queue.insert_before(slot, before)
+
+    def postpone(self, slot: int) -> None:
+        queue = self._queue(slot)
+        queue.remove(slot)
+        self._last_uses[slot] = self._now
+        queue.push(slot)
+
     def report(self, slot: int, score: float) -> None:
         """Half of what is known of a chunk's score is the last report."""
         self._queue(slot).remove(slot)

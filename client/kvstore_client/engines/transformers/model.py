@@ -200,10 +200,9 @@ class CachedModel:
         if self._identity.current().refusal is not None:
             return False
         if self._segments is not None and segments is not None and len(segments) > 1:
-            match = self._segments.match(self.spec, input_ids[0].tolist(), segments)
+            match = self._segments.peek(self.spec, input_ids[0].tolist(), segments)
         else:
-            match = self._match_prefix(input_ids, segments)
-        self.client.release(match)
+            match = self._match_prefix(input_ids, segments, peek=True)
         return bool(match.chunks)
 
     def finish(self, begun: Begun) -> Any:
@@ -327,13 +326,18 @@ class CachedModel:
             self._hooks.pop().remove()
 
     def _match_prefix(
-        self, input_ids: torch.Tensor, segments: Sequence[int] | None, timeline: Timeline | None = None
+        self,
+        input_ids: torch.Tensor,
+        segments: Sequence[int] | None,
+        timeline: Timeline | None = None,
+        *,
+        peek: bool = False,
     ) -> Match:
         """What is stored of the beginning of a prompt, whose segments count only in so far as they must be right."""
         tokens: list[int] = input_ids[0].tolist()
         if segments is not None:
             self.client.segment_chunks(self.spec, tokens, segments)
-        return self.client.match(self.spec, self.client.chunk_ids(self.spec, tokens), timeline)
+        return self.client.match(self.spec, self.client.chunk_ids(self.spec, tokens), timeline, peek=peek)
 
     def _finish_segments(self, begun: Begun, plan: SegmentPlan, input_ids: torch.Tensor) -> Any:
         tokens: list[int] = input_ids[0].tolist()
@@ -527,7 +531,7 @@ class CachedModel:
             self.model, tokens, ids, stored, generated, features=self.client.store.needs_features
         )
         if chunks:
-            self.client.store.put(begun.spec, chunks, encodings)
+            self.client.store.put(begun.spec, chunks, encodings, text=ids)
 
 
 def _segment_reuse(model: PreTrainedModel, client: KVStoreClient, costs: Costs | None) -> SegmentReuse | None:

@@ -36,10 +36,11 @@ class SegmentPlan:
 
     @property
     def chunks(self) -> list[ReusedChunk]:
-        return [
-            reused_chunk(chunk, bisect_right(self.documents, chunk.first_token))
-            for chunk in self.match.chunks
-        ]
+        return [reused_chunk(chunk, self.document(chunk.first_token)) for chunk in self.match.chunks]
+
+    def document(self, position: int) -> int:
+        """The number of the segment that a token is part of, counted from 1."""
+        return bisect_right(self.documents, position)
 
 
 def without_false_beginning(match: Match) -> Match:

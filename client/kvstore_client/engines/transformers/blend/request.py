@@ -90,9 +90,9 @@ class SegmentReuse:
         begins = tuple(itertools.accumulate(map(operator.index, segments), initial=0))
         return SegmentPlan(placed, question, recompute, begins, match, stored)
 
-    def match(self, spec: ModelSpec, tokens: Sequence[int], segments: Sequence[int]) -> Match:
-        """What `plan` would find, leased."""
-        return self._client.match_segments(spec, self._placed(spec, tokens, segments)[0])
+    def peek(self, spec: ModelSpec, tokens: Sequence[int], segments: Sequence[int]) -> Match:
+        """What `plan` would find, not leased, and not counted as used."""
+        return self._client.match_segments(spec, self._placed(spec, tokens, segments)[0], peek=True)
 
     def worth(self, plan: SegmentPlan, total: int) -> SegmentPlan | None:
         """The plan as it is best carried out; None when the prompt is better prefilled."""

@@ -27,6 +27,7 @@ def prefilled_chunks(
             Gather(generated.capture, generated.values, chunk.first_token, first_token),
             features_of(model, tokens, chunk.first_token) if features else None,
             begins_text=not chunk.first_token,
+            document=plan.document(chunk.first_token),
         )
         for chunk in plan.unstored
         if first_token <= chunk.first_token <= generated.tokens - CHUNK_TOKENS
@@ -52,6 +53,7 @@ def blended_chunks(
                 lambda keys=keys, values=values: (keys, values),  # type: ignore[misc]
                 features_of(model, tokens, place.start) if features else None,
                 begins_text=not place.start,
+                document=blended.plan.document(place.start),
             )
         )
     return new

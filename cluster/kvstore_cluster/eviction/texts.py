@@ -1,0 +1,150 @@
+"""Which stored chunk stands before which in their text."""
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from kvstore_cluster.eviction.columns import NO_SLOT, grow
+
+_LARGEST_AGE = (1 << 32) - 1
+
+
+class TextLinks:
+    """For each slot the slot of the nearest chunk before it in its text that is on the same node. Texts that begin
+    alike share their beginning, so the links make trees; `number`, the chunks before it in the text, grows along every
+    link, which keeps a client that lies about its texts from making a circle. 16 bytes a slot.
+
+    A link ends when the chunk it names is forgotten: a slot is told from the one that has its number later by how often
+    the slot was forgotten.
+    """
+
+    def __init__(self) -> None:
+        self.number = array("I")
+        self._before = array("i")
+        self._before_age = array("I")
+        self._ages = array("I")
+
+    def grow(self, slot: int) -> None:
+        for column in (self.number, self._before, self._before_age, self._ages):
+            grow(column, slot)
+
+    def add(self, slot: int, number: int) -> None:
+        """A new chunk, linked to nothing."""
+        self.grow(slot)
+        self.number[slot], self._before[slot] = number, NO_SLOT
+
+    def link(self, slot: int, before: int) -> bool:
+        """False, and nothing is done, unless `before` stands before the slot by its number."""
+        if self.number[before] >= self.number[slot]:
+            return False
+        self._before[slot], self._before_age[slot] = before, self._ages[before]
+        return True
+
+    def before(self, slot: int) -> int:
+        """NO_SLOT for a chunk that begins its text, or of whose text nothing before it is known here."""
+        before = self._before[slot]
+        if before == NO_SLOT or self._ages[before] != self._before_age[slot]:
+            return NO_SLOT
+        return before
+
+    def all_before(self, slot: int) -> Iterator[int]:
+        """Nearest first."""
+        while (slot := self.before(slot)) != NO_SLOT:
+            yield slot
+
+    def forget(self, slot: int) -> None:
+        """The chunk is no longer found: what is linked to it stands behind nothing from now on."""
+        self._before[slot] = NO_SLOT
+        self._ages[slot] = self._ages[slot] + 1 & _LARGEST_AGE
+
+
+class Followers:
+    """How many of a set of chunks are linked to each slot. Four bytes a slot."""
+
+    def __init__(self, links: TextLinks) -> None:
+        self._links = links
+        self._counts = array("I")
+
+    def __getitem__(self, slot: int) -> int:
+        return self._counts[slot] if slot < len(self._counts) else 0
+
+    def add(self, slot: int) -> None:
+        """Of a slot that came into the set, or was linked after that."""
+        before = self._links.before(slot)
+        if before != NO_SLOT:
+            grow(self._counts, before)
+            self._counts[before] += 1
+
+    def remove(self, slot: int) -> None:
+        before = self._links.before(slot)
+        if before != NO_SLOT:
+            self._counts[before] -= 1
+
+    def forget(self, slot: int) -> None:
+        """The slot's chunk is no longer found, so nothing is linked to it."""
+        if slot < len(self._counts):
+            self._counts[slot] = 0
+
+
+@dataclass(slots=True)
+class Choice:
+    """What is to leave, best first. Of what was proposed before it and stays, `next` are chunks whose text loses its
+    end now, first chunk first, and `kept` are pinned or have something to keep behind them, last chunk first.
+    `own_text`: the search ended at the chunk to be spared, as all others are worth more than what would follow it."""
+
+    victims: list[int] = field(default_factory=list)
+    next: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    own_text: bool = False
+
+
+def choose(
+    proposed: Iterable[int],
+    missing_bytes: float,
+    size_of: Callable[[int], int],
+    may_go: Callable[[int], bool],
+    links: TextLinks,
+    followers: Followers,
+    *,
+    pinned: Container[int] = (),
+    spared: int = NO_SLOT,
+) -> Choice:
+    """The first of `proposed` that together make `missing_bytes`, or all there are: those that may go, and of a text
+    its end before its beginning. Ends at `spared`, the chunk behind which the room is wanted, when that is the end of
+    its text here: a text does not give its beginning for what follows."""
+    choice = Choice()
+    followed: dict[int, None] = {}
+    going: Counter[int] = Counter()  # followers that leave, too
+    for proposal in proposed:
+        slot = proposal
+        # With the last chunk behind it, one that was proposed before is free to go.
+        while slot != NO_SLOT:
+            if followers[slot] > going[slot]:
+                followed[slot] = None
+                break
+            if slot == spared:
+                choice.own_text = True
+                break
+            if not may_go(slot):
+                if slot in pinned:
+                    choice.kept.append(slot)
+                break
+            choice.victims.append(slot)
+            missing_bytes -= size_of(slot)
+            if missing_bytes <= 0:
+                break
+            slot = links.before(slot)
+            going[slot] += 1
+            if slot not in followed or followers[slot] > going[slot]:
+                break
+            del followed[slot]
+        if missing_bytes <= 0 or choice.own_text:
+            break
+    for slot in choice.victims:
+        while (slot := links.before(slot)) in followed:
+            del followed[slot]
+            choice.next.append(slot)
+    choice.next.sort(key=links.number.__getitem__)
+    choice.kept += sorted(followed, key=links.number.__getitem__, reverse=True)
+    return choice
