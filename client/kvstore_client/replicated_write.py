@@ -91,7 +91,7 @@ class ReplicatedWrite:
                 failure = "protocol"
             if failure is not None:
                 self.failures[failure] += 1
-                why = f"the storage node at {owner.endpoint} did not take chunks: {write.detail or failure}"
+                why = f"the storage node at {owner.endpoint} did not take chunks: {stream.write.detail or failure}"
                 self.details[failure] = why
                 self._view.pause(owner.endpoint, why, until_it_answers=failure == "unreachable")
                 self._view.refresh()
