@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from kvstore_client.engines.transformers.profile import machine_of
@@ -76,7 +77,8 @@ def test_a_model_is_measured_when_asked_for_and_kept(
     assert measured >= {"exact-raw", "exact-zstd", "medium-zstd"}
     assert row["prefill_tokens_per_s"] > 0
     assert set(ProfileStore(cache_dir).list()) == {row["key"]}
-    assert row["key"] == profile_key(spec_of(model), machine_of(model))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert row["key"] == profile_key(spec_of(loaded), machine_of(loaded))
     (listed,) = json.loads(CliRunner().invoke(APP, ["--profile", "--json"]).stdout)["profiles"]
     assert listed == row
 

@@ -78,9 +78,10 @@ def test_compiled_and_plain_workers_read_what_the_other_stores(
     sizes = {"num_hidden_layers": 2}
     own = tiny_model(**sizes).generate(PROMPT, **GREEDY)
     cached = CachedModel(compiled(tiny_model(**sizes)), client)
-    assert torch.equal(cached.generate(PROMPT, **GREEDY), own)
-    assert cached.last_report.bypassed is None
-    client.store.flush()
+    for _ in range(3):  # a call in which torch still compiles may store nothing
+        assert torch.equal(cached.generate(PROMPT, **GREEDY), own)
+        assert cached.last_report.bypassed is None
+        client.store.flush()
     assert cluster.stored_chunks() == 1
     for worker in (CachedModel(tiny_model(**sizes), client), cached):
         assert torch.equal(worker.generate(PROMPT, **GREEDY), own)
