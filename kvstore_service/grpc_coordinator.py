@@ -1,4 +1,4 @@
-"""The Coordinator service: a thin shell around a Coordinator, its failure detector and the calibration registry."""
+"""The Coordinator service: a thin shell around a Coordinator, its failure detector and the registries."""
 
 import threading
 from collections.abc import Sequence
@@ -9,11 +9,13 @@ from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.calibrations import CalibrationRegistry
+from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import NodeRecord
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.failure_detector import FailureDetector
 from kvstore_codec.errors import AddressInUseError
 from kvstore_service.grpc_calibrations import CalibrationService
+from kvstore_service.grpc_canaries import CanaryService
 from kvstore_service.grpc_directives import DirectiveService
 from kvstore_service.grpc_server import GrpcServer, unary
 from kvstore_service.listen import Address
@@ -59,8 +61,9 @@ class StorageProbe:
 
 
 class CoordinatorService:
-    def __init__(self, coordinator: Coordinator, probe: StorageProbe) -> None:
+    def __init__(self, coordinator: Coordinator, canaries: CanaryRegistry, probe: StorageProbe) -> None:
         self._coordinator = coordinator
+        self._canaries = canaries
         self._probe = probe
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
@@ -79,6 +82,7 @@ class CoordinatorService:
             epoch=membership.epoch,
             members=[_member(member) for member in membership.members],
             replicas=membership.replicas,
+            canary_changes=self._canaries.changes,
         )
 
     def cluster_stats(
@@ -100,16 +104,23 @@ class CoordinatorService:
 class CoordinatorServer:
     """The coordinator's endpoint together with the failure detector behind it. Raises AddressInUseError."""
 
-    def __init__(self, coordinator: Coordinator, calibrations: CalibrationRegistry, address: Address) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        calibrations: CalibrationRegistry,
+        canaries: CanaryRegistry,
+        address: Address,
+    ) -> None:
         self._probe = StorageProbe()
         self._detector = FailureDetector(coordinator, self._probe.failures)
         # Nodes known from before are members again from the first answer on, not a period later.
         self._detector.check()
         service = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
         handlers = (
-            CoordinatorService(coordinator, self._probe).handlers()
+            CoordinatorService(coordinator, canaries, self._probe).handlers()
             | DirectiveService(coordinator).handlers()
             | CalibrationService(calibrations).handlers()
+            | CanaryService(canaries).handlers()
         )
         try:
             self._server = GrpcServer(address, service, handlers)
@@ -126,10 +137,10 @@ class CoordinatorServer:
 
 
 def serve_coordinator(
-    coordinator: Coordinator, calibrations: CalibrationRegistry, *, address: Address
+    coordinator: Coordinator, calibrations: CalibrationRegistry, canaries: CanaryRegistry, *, address: Address
 ) -> CoordinatorServer:
     """Starts the coordinator's endpoint. Raises AddressInUseError."""
-    return CoordinatorServer(coordinator, calibrations, address)
+    return CoordinatorServer(coordinator, calibrations, canaries, address)
 
 
 def _answer(member: Member, call: grpc.Future) -> pb.StatsReply | str:

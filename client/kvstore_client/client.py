@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from kvstore_client.buffers import BufferPool, KVBuffers
 from kvstore_client.calibrations import Calibrations
+from kvstore_client.canaries import Canaries
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch import ChunkFeatures, Computing, Fetch
 from kvstore_client.fork import GATE, renew_in_children
@@ -25,7 +26,14 @@ from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
-from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PlacedChunk, chunk_ids, segment_chunks
+from kvstore_codec.identity import (
+    CHUNK_TOKENS,
+    ChunkId,
+    PlacedChunk,
+    chunk_ids,
+    naming_digest,
+    segment_chunks,
+)
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
 
@@ -82,6 +90,8 @@ class KVStoreClient:
         self.ready_calibrations = ReadyCalibrations(self.calibrations, settings, self.metrics)
         self.store = Store(self._view, self.ready_calibrations, settings, self.metrics)
         """Where new chunks are handed in."""
+        self.canaries = Canaries(self._view, settings)
+        """Whether a model computes here what the cluster's KV of it was computed with."""
         self._lock = threading.Lock()
         self._closed = False
         self._why_closed = "closed: the client was closed"
@@ -108,7 +118,7 @@ class KVStoreClient:
 
     def chunk_ids(self, spec: ModelSpec, token_ids: Sequence[int]) -> list[ChunkId]:
         """The ids of a text's full chunks, for this client's tenant."""
-        return chunk_ids(spec.digest, self._salt, token_ids, CHUNK_TOKENS)
+        return chunk_ids(self._naming(spec), self._salt, token_ids, CHUNK_TOKENS)
 
     def segment_chunks(
         self, spec: ModelSpec, token_ids: Sequence[int], segments: Sequence[int]
@@ -116,7 +126,7 @@ class KVStoreClient:
         """The full chunks of a prompt made of neighbouring parts (system prefix, documents, question) of `segments`
         tokens, for this client's tenant. Each part is cut from its own start, so that a document is found again
         wherever it stands. Raises InvalidTokensError unless the lengths sum to the tokens."""
-        return segment_chunks(spec.digest, self._salt, token_ids, segments, CHUNK_TOKENS)
+        return segment_chunks(self._naming(spec), self._salt, token_ids, segments, CHUNK_TOKENS)
 
     def prepare(self, spec: ModelSpec) -> Loading:
         """Start getting what will be needed for this model's KV, so that not the first prompt finds it missing: its
@@ -220,6 +230,9 @@ class KVStoreClient:
         self.store.close()
         self.ready_calibrations.close()
         self._view.close()
+
+    def _naming(self, spec: ModelSpec) -> bytes:
+        return naming_digest(spec.digest, self.canaries.generation(spec.digest))
 
     @property
     def _salt(self) -> bytes:

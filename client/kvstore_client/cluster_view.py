@@ -75,6 +75,7 @@ class ClusterView:
         self._placement = Placement(())  # of that membership
         self._before: Placement | None = None
         self._before_until_s = 0.0
+        self._canary_changes = 0
         self._fetched_at_s = 0.0
         self._refreshing = False
         self._unawaited: set[grpc.Future] = set()
@@ -97,6 +98,17 @@ class ClusterView:
         if stale:
             self.refresh()
         return known
+
+    @property
+    def canary_changes(self) -> int:
+        """Differs from what it was when a canary has been replaced; as old as the membership."""
+        with self._lock:
+            return self._canary_changes
+
+    def heard_canary_changes(self, changes: int) -> None:
+        """The coordinator said so in an answer to something else."""
+        with self._lock:
+            self._canary_changes = changes
 
     def readers(self, content_ids: Sequence[bytes]) -> list[tuple[Member, ...]]:
         """Where each content may be, best first, and last who owned it before the membership changed a moment ago:
@@ -286,6 +298,7 @@ class ClusterView:
                 # Of several changes the first counts.
                 self._before, self._before_until_s = self._placement, time.monotonic() + _CHANGE_S
             self._membership, self._placement = membership, placement
+            self._canary_changes = reply.canary_changes
             self._fetched_at_s = time.monotonic()
         self.recovered(self._address)
         return membership

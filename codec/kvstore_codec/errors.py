@@ -10,6 +10,7 @@ KVStoreError
 │   ├── UnknownEncodingError      a rate or coder that does not exist
 │   ├── CoderUnavailableError     a coder that exists but cannot run on this machine; says why
 │   ├── CalibrationError          a calibration that is damaged, of another model, or not at hand
+│   ├── CanaryError               KV of the probe that is damaged, of another model, or cannot be computed
 │   └── ChunkFormatError          bytes that are not a chunk, or not a whole one
 │       ├── UnsupportedVersionError
 │       ├── TruncatedChunkError
@@ -37,7 +38,9 @@ KVStoreError
 │   ├── UnknownCalibrationError   the registry has no calibration of that digest
 │   ├── CalibrationSizeError      more or fewer bytes than announced
 │   ├── CalibrationTooLargeError
-│   └── DamagedCalibrationError   bytes that do not have their digest
+│   ├── DamagedCalibrationError   bytes that do not have their digest
+│   ├── UnknownModelError         the cluster keeps no canary of that ModelSpec digest
+│   └── TooManyModelsError        no room for another model's canary
 ├── NotCopyableError              an object that holds threads, hooks or connections was copied or pickled
 ├── PublishError                  a calibration was not taken by the registry; says why
 ├── ServiceError
@@ -84,6 +87,9 @@ class CoderUnavailableError(CodecError): ...
 
 
 class CalibrationError(CodecError): ...
+
+
+class CanaryError(CodecError): ...
 
 
 class ChunkFormatError(CodecError): ...
@@ -182,6 +188,12 @@ class CalibrationTooLargeError(ClusterError): ...
 
 
 class DamagedCalibrationError(ClusterError): ...
+
+
+class UnknownModelError(ClusterError): ...
+
+
+class TooManyModelsError(ClusterError): ...
 
 
 class NotCopyableError(KVStoreError, TypeError): ...

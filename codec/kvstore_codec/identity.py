@@ -28,6 +28,7 @@ ROOT_PREFIX = PrefixId(bytes(canonical.DIGEST_BYTES))
 _CONTENT_DOMAIN = b"kvstore.content.v1"
 _PREFIX_DOMAIN = b"kvstore.prefix.v1"
 _BEHIND_APPROXIMATE_DOMAIN = b"kvstore.behind-approximate.v1"
+_GENERATION_DOMAIN = b"kvstore.generation.v1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,14 @@ def behind_approximate(parent: PrefixId) -> PrefixId:
     """What stands for `parent` once KV before it was only approximate: KV computed behind that is not what the exact
     text gives, so it is named after a context that no exact text has."""
     return PrefixId(canonical.digest(_BEHIND_APPROXIMATE_DOMAIN, parent))
+
+
+def naming_digest(spec_digest: bytes, generation: int) -> bytes:
+    """What chunks are named with in place of the ModelSpec's digest once its canary has been replaced `generation`
+    times: chunks that were made before are never named again."""
+    if generation == 0:
+        return spec_digest
+    return canonical.digest(_GENERATION_DOMAIN, spec_digest, canonical.integer(generation))
 
 
 def begins_text(chunk_id: ChunkId) -> bool:

@@ -146,6 +146,27 @@ class ClusterAdmin:
         with _clear(self._name):
             return int(self._coordinator().Repair(pb.RepairRequest(), timeout=_TIMEOUT_S).round)
 
+    def models(self) -> list[pb.ModelInfo]:
+        """Those whose canary is kept, or was replaced, by their last use."""
+        with _clear(self._name):
+            return list(self._coordinator().ListModels(pb.ListModelsRequest(), timeout=_TIMEOUT_S).models)
+
+    def model(self, digest: str) -> pb.ModelInfo:
+        """The one whose digest begins with these hexadecimal digits."""
+        models = self.models()
+        found = [model for model in models if model.model_digest.hex().startswith(digest.lower())]
+        if len(found) != 1 or not digest:
+            names = ", ".join(model.model_digest.hex()[:12] for model in found or models) or "none"
+            what = "several models begin" if len(found) > 1 else "no model begins"
+            raise ServiceError(f"{what} with {digest!r}: {names}")
+        return found[0]
+
+    def replace_canary(self, model_digest: bytes) -> int:
+        """The new generation."""
+        request = pb.ReplaceCanaryRequest(model_digest=model_digest)
+        with _clear(self._name):
+            return int(self._coordinator().ReplaceCanary(request, timeout=_TIMEOUT_S).generation)
+
     def __enter__(self) -> Self:
         self.stats()
         return self

@@ -13,6 +13,7 @@ from kvstore_service.cli.doctor import doctor
 from kvstore_service.cli.drain import drain
 from kvstore_service.cli.evict import evict
 from kvstore_service.cli.ls import ls
+from kvstore_service.cli.models import models
 from kvstore_service.cli.pin import pin, unpin
 from kvstore_service.cli.quota import quota
 from kvstore_service.cli.repair import repair
@@ -31,6 +32,7 @@ app = typer.Typer(
 _SERVICE = (serve, status, ls, pin, unpin, evict, quota, drain, repair, verify, throttle)
 for command in (*_SERVICE, calibrations, doctor, calibrate, demo):
     app.command()(command)
+app.add_typer(models, name="models")
 app.add_typer(bench, name="bench")
 
 

@@ -11,6 +11,7 @@ import pytest
 from kvstore_api.placement import Member
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.calibrations import CalibrationRegistry
+from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.disk.store import SegmentStore
@@ -74,12 +75,12 @@ def served_cluster(
     servers = [serve_storage(node, host="127.0.0.1") for node in plain]
     ports = [serve_bulk(node, host="127.0.0.1") for node in plain] if bulk else []
     coordinator = Coordinator(FileCatalogue(folder), replicas=replicas)
-    calibrations = CalibrationRegistry(folder / "calibrations")
+    calibrations, canaries = CalibrationRegistry(folder / "calibrations"), CanaryRegistry(folder / "canaries")
     for index, (node, server) in enumerate(zip(plain, servers, strict=True)):
         port = ports[index].address if ports else ""
         coordinator.join(Member(node.node_id, server.address, bulk_endpoint=port), incarnation=1)
     cluster = ServedCluster(
-        serve_coordinator(coordinator, calibrations, address=Address("127.0.0.1", 0)),
+        serve_coordinator(coordinator, calibrations, canaries, address=Address("127.0.0.1", 0)),
         coordinator,
         plain,
         servers,

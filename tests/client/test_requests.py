@@ -57,6 +57,7 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
             connect(cluster.address, routes={endpoint: endpoint, bulk: link.address}) as client,
         ):
             cached = CachedModel(tiny_model(), client, store=False)
+            assert cached.canary.refusal(cached.spec, wait_s=30) is None
             queue = RequestQueue(cached)
             yield Setup(cluster, cached, queue, link, long, short)
             queue.close()

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from kvstore_api.placement import Member, Placement
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.calibrations import CalibrationRegistry
+from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.disk import SegmentStore
@@ -79,7 +80,9 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     catalogue = FileCatalogue(tmp_path)
     coordinator = Coordinator(catalogue)
     registry = CalibrationRegistry(tmp_path / "calibrations")
-    cluster = Cluster(coordinator, serve_coordinator(coordinator, registry, address=Address("127.0.0.1", 0)))
+    canaries = CanaryRegistry(tmp_path / "canaries")
+    server = serve_coordinator(coordinator, registry, canaries, address=Address("127.0.0.1", 0))
+    cluster = Cluster(coordinator, server)
     for number in range(2):
         store = SegmentStore(tmp_path / f"disk-{number}", 64 << 20, segment_bytes=4 << 20)
         node = StorageNode(f"node-{number}", Arena(4 << 20, 4 << 10), store=store)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.calibrations import CalibrationRegistry
+from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_service.cli import app
@@ -30,7 +31,8 @@ MIB = 1 << 20
 def address(tmp_path: Path) -> Iterator[str]:
     catalogue = FileCatalogue(tmp_path)
     registry = CalibrationRegistry(tmp_path / "calibrations")
-    server = serve_coordinator(Coordinator(catalogue), registry, address=Address("127.0.0.1", 0))
+    canaries = CanaryRegistry(tmp_path / "canaries")
+    server = serve_coordinator(Coordinator(catalogue), registry, canaries, address=Address("127.0.0.1", 0))
     yield server.address
     server.stop(0)
     catalogue.close()

@@ -15,6 +15,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.calibrations import CalibrationRegistry
+from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.node import StorageNode
@@ -55,6 +56,11 @@ def calibrations(tmp_path: Path) -> CalibrationRegistry:
 
 
 @pytest.fixture
+def canaries(tmp_path: Path) -> CanaryRegistry:
+    return CanaryRegistry(tmp_path / "canaries")
+
+
+@pytest.fixture
 def unused_port() -> int:
     reservation = Reservation(ANY)
     reservation.release()
@@ -62,8 +68,10 @@ def unused_port() -> int:
 
 
 @pytest.fixture
-def server(coordinator: Coordinator, calibrations: CalibrationRegistry) -> Iterator[CoordinatorServer]:
-    server = serve_coordinator(coordinator, calibrations, address=ANY)
+def server(
+    coordinator: Coordinator, calibrations: CalibrationRegistry, canaries: CanaryRegistry
+) -> Iterator[CoordinatorServer]:
+    server = serve_coordinator(coordinator, calibrations, canaries, address=ANY)
     yield server
     server.stop(0)
 
@@ -126,11 +134,15 @@ def test_another_node_at_the_same_address_is_not_taken_for_it(
 
 
 def test_a_restarted_coordinator_knows_the_nodes_that_still_answer(
-    coordinator: Coordinator, calibrations: CalibrationRegistry, catalogue: FileCatalogue, node: GrpcServer
+    coordinator: Coordinator,
+    calibrations: CalibrationRegistry,
+    canaries: CanaryRegistry,
+    catalogue: FileCatalogue,
+    node: GrpcServer,
 ) -> None:
     coordinator.join(Member("node-0", node.address), 1)
     coordinator.join(Member("node-1", "127.0.0.1:1"), 1)
-    server = serve_coordinator(Coordinator(catalogue), calibrations, address=ANY)
+    server = serve_coordinator(Coordinator(catalogue), calibrations, canaries, address=ANY)
     reply = membership(server)
     assert [member.node_id for member in reply.members] == ["node-0"]
     assert reply.epoch == 3
@@ -160,9 +172,13 @@ def scrape(port: int) -> dict[tuple[str, str], float]:
 
 
 def test_metrics(
-    coordinator: Coordinator, calibrations: CalibrationRegistry, node: GrpcServer, unused_port: int
+    coordinator: Coordinator,
+    calibrations: CalibrationRegistry,
+    canaries: CanaryRegistry,
+    node: GrpcServer,
+    unused_port: int,
 ) -> None:
-    server = serve_coordinator(coordinator, calibrations, address=ANY)
+    server = serve_coordinator(coordinator, calibrations, canaries, address=ANY)
     coordinator.join(Member("node-0", node.address), 1)
     coordinator.join(Member("node-1", "127.0.0.1:1"), 1)
     with metrics_endpoint(Address("127.0.0.1", unused_port)) as registry:

@@ -10,6 +10,7 @@ from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.calibrations import CalibrationRegistry
+from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_service.grpc_coordinator import serve_coordinator
@@ -33,7 +34,8 @@ def coordinator(tmp_path: Path) -> Iterator[Coordinator]:
 @pytest.fixture
 def stub(coordinator: Coordinator, tmp_path: Path) -> Iterator[rpc.CoordinatorStub]:
     registry = CalibrationRegistry(tmp_path / "calibrations")
-    server = serve_coordinator(coordinator, registry, address=Address("127.0.0.1", 0))
+    canaries = CanaryRegistry(tmp_path / "canaries")
+    server = serve_coordinator(coordinator, registry, canaries, address=Address("127.0.0.1", 0))
     with grpc.insecure_channel(server.address) as channel:
         yield rpc.CoordinatorStub(channel)
     server.stop(0)

@@ -19,6 +19,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.calibrations import CalibrationRegistry
+from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.disk import SegmentStore
@@ -65,7 +66,8 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     catalogue = FileCatalogue(tmp_path)
     coordinator = Coordinator(catalogue)
     registry = CalibrationRegistry(tmp_path / "calibrations")
-    front = serve_coordinator(coordinator, registry, address=Address("127.0.0.1", 0))
+    canaries = CanaryRegistry(tmp_path / "canaries")
+    front = serve_coordinator(coordinator, registry, canaries, address=Address("127.0.0.1", 0))
     nodes, servers = [], {}
     for number in range(2):
         store = SegmentStore(tmp_path / f"disk-{number}", 64 << 20)

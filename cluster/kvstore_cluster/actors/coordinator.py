@@ -9,6 +9,7 @@ from typing import TypeVar
 from kvstore_api.placement import Member, Membership
 from kvstore_cluster.actors.endpoint import Endpoint
 from kvstore_cluster.calibrations import CalibrationRegistry, RedisMirror
+from kvstore_cluster.canaries import CanaryRegistry, RedisCanaryMirror
 from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
 from kvstore_cluster.coordinator import Coordinator, Directives
 from kvstore_codec.errors import CatalogueError
@@ -21,9 +22,9 @@ Made = TypeVar("Made")
 
 class CoordinatorActor:
     """Made through `ray.remote`. After a crash Ray runs the constructor again: the catalogue gives back epoch and
-    nodes, the folder beside it the calibrations, and `serve` listens on the same address as before.
+    nodes, the folders beside it calibrations and canaries, and `serve` listens on the same address as before.
 
-    The catalogue is a file in `data_dir`, or in Redis when `redis_url` is given, with copies of the calibrations. Redis
+    The catalogue is a file in `data_dir`, or in Redis when `redis_url` is given, with copies of those. Redis
     is waited for, because Ray does not bring back an actor whose constructor failed.
 
     Raises ConfigurationError, CatalogueError, AddressInUseError.
@@ -32,22 +33,24 @@ class CoordinatorActor:
     def __init__(
         self,
         data_dir: Path,
-        serve: Callable[[Coordinator, CalibrationRegistry], Endpoint],
+        serve: Callable[[Coordinator, CalibrationRegistry, CanaryRegistry], Endpoint],
         *,
         replicas: int = 1,
         redis_url: str | None = None,
     ) -> None:
-        folder = data_dir / "calibrations"
+        folder, canary_folder = data_dir / "calibrations", data_dir / "canaries"
         if redis_url is None:
             self._catalogue: FileCatalogue | RedisCatalogue = FileCatalogue(data_dir)
             self._coordinator = Coordinator(self._catalogue, replicas=replicas)
-            calibrations = CalibrationRegistry(folder)
+            calibrations, canaries = CalibrationRegistry(folder), CanaryRegistry(canary_folder)
         else:
             self._catalogue = _waited_for(lambda: RedisCatalogue(redis_url))
             self._coordinator = _waited_for(lambda: Coordinator(self._catalogue, replicas=replicas))
             mirror = RedisMirror(redis_url)
             calibrations = _waited_for(lambda: CalibrationRegistry(folder, mirror))
-        self._endpoint = serve(self._coordinator, calibrations)
+            canary_mirror = RedisCanaryMirror(redis_url)
+            canaries = _waited_for(lambda: CanaryRegistry(canary_folder, canary_mirror))
+        self._endpoint = serve(self._coordinator, calibrations, canaries)
 
     def address(self) -> str:
         return self._endpoint.address

@@ -60,6 +60,7 @@ def serve_kvstore() -> None:
     from kvstore_api.placement import Member
     from kvstore_cluster.arena import Arena
     from kvstore_cluster.calibrations import CalibrationRegistry
+    from kvstore_cluster.canaries import CanaryRegistry
     from kvstore_cluster.catalogue import FileCatalogue
     from kvstore_cluster.coordinator import Coordinator
     from kvstore_cluster.node import StorageNode
@@ -78,7 +79,8 @@ def serve_kvstore() -> None:
         books = Coordinator(FileCatalogue(Path(folder)))
         books.join(Member(node.node_id, storage.address, bulk_endpoint=bulk.address), incarnation=1)
         registry = CalibrationRegistry(Path(folder, "calibrations"))
-        coordinator = serve_coordinator(books, registry, address=Address(HOST, 0))
+        canaries = CanaryRegistry(Path(folder, "canaries"))
+        coordinator = serve_coordinator(books, registry, canaries, address=Address(HOST, 0))
         print(f"{storage.address},{bulk.address},{coordinator.address}", flush=True)  # noqa: T201
         sys.stdin.read()
         for server in (bulk, storage, coordinator):

@@ -50,6 +50,7 @@ def queued(tmp_path: Path, one_thread: None) -> Iterator[Queued]:
             connect(cluster.address, routes={endpoint: endpoint, bulk: link.address}, **PATIENT) as client,
         ):
             cached = CachedModel(model, client, store=False)
+            assert cached.canary.refusal(cached.spec, wait_s=30) is None
             queue = RequestQueue(cached)
             yield Queued(cluster, client, cached, queue, link)
             queue.close()

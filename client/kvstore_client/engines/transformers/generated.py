@@ -51,6 +51,10 @@ class Begun:
     """What the model was when it was looked up."""
     process: int = field(default_factory=os.getpid)
     """Whose threads bring it."""
+    compared: bool = True
+    """Whether the model had been compared with its canary. Otherwise nothing was looked up."""
+    generation: int = 0
+    """Of the model's canary: what its chunks are named with."""
     again: dict[str, Any] = field(default_factory=dict)
     """What the call was asked besides `arguments`."""
 

@@ -29,6 +29,7 @@ from kvstore_client.engines.transformers.cache import (
     placed_cache,
     whole_tokens,
 )
+from kvstore_client.engines.transformers.canary import FINAL, ModelCanary
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
 from kvstore_client.engines.transformers.costs import costs_of
 from kvstore_client.engines.transformers.features import PromptFeatures
@@ -108,6 +109,9 @@ class CachedModel:
         # MKL's first cosine in a process is off by 2e-4 in some threads when several compute it at once (seen in
         # about one start of fifteen), and the model's would be that one. One position takes one thread only.
         self._rotary(1)
+        self.canary = ModelCanary(model, client, self._identity.current)
+        """Whether the model computes what the cluster's KV was computed with; calls wait for its first verdict."""
+        self.canary.watch(self.spec)
         client.prepare(self.spec)
         client.buffers.reserve(model.config.max_position_embeddings * self.spec.kv_bytes_per_token)
 
@@ -159,8 +163,15 @@ class CachedModel:
         described = self._current()
         if described.refusal is not None:
             return Begun(input_ids, arguments, timeline, bypassed=described.refusal.reason)
-        begun = Begun(input_ids, arguments, timeline, described=described)
+        refusal = self._refusal(self.client.settings.canary_timeout_s)
+        if refusal in FINAL:
+            return Begun(input_ids, arguments, timeline, bypassed=refusal, why_not=self.canary.why(refusal))
+        begun = Begun(input_ids, arguments, timeline, described=described, generation=self._generation)
         begun.again = {"segments": segments, "recompute": recompute}
+        if refusal is not None:
+            self._require_segments(input_ids, segments)
+            begun.compared, begun.why_not = False, self.canary.count(refusal)
+            return begun
         match, usable = Match(), Match()
         try:
             if self._segments is not None and segments is not None and len(segments) > 1:
@@ -199,6 +210,9 @@ class CachedModel:
             return False
         if self._identity.current().refusal is not None:
             return False
+        if self._refusal(self.client.settings.lookup_timeout_s) is not None:
+            self._require_segments(input_ids, segments)
+            return False
         if self._segments is not None and segments is not None and len(segments) > 1:
             match = self._segments.peek(self.spec, input_ids[0].tolist(), segments)
         else:
@@ -209,7 +223,8 @@ class CachedModel:
         """The second half of `generate`, with its result."""
         if begun.described is not None:
             described = self._current()
-            if described == begun.described and begun.process == os.getpid():
+            current = described == begun.described and begun.generation == self._generation
+            if current and begun.process == os.getpid():
                 begun.described = described
             else:  # what is on its way belongs to another model, or to the process that this one was forked from
                 self.cancel(begun)
@@ -225,7 +240,7 @@ class CachedModel:
                 0,
                 timeline,
                 bypassed=begun.bypassed,
-                why_not=f"bypassed: {begun.bypassed}",
+                why_not=begun.why_not or f"bypassed: {begun.bypassed}",
             )
             return self.model.generate(input_ids, **begun.arguments)
         if begun.segments is not None:
@@ -267,6 +282,8 @@ class CachedModel:
         refusal = self._current().refusal
         if refusal is not None:
             raise UnsupportedModelError(f"{self.spec.model_id}: {refusal.detail}")
+        if (reason := self._refusal(self.client.settings.canary_timeout_s)) is not None:
+            raise FetchError(f"nothing may be reused: {self.canary.why(reason)}")
         timeline, tokens = Timeline(), input_ids[0]
         plan = self._segments.plan(self.spec, tokens.tolist(), segments, recompute, timeline)
         coming = self._segments.start(plan, self.spec, tokens, self._rotary(len(tokens)), timeline)
@@ -298,12 +315,14 @@ class CachedModel:
         described = self._identity.current()
         if described != self._described:
             self._watch_keys()  # modules may be others than those that were watched
+            self.canary.watch(described.spec)
             self.client.prepare(described.spec)
             described = self._described = self._identity.current()
         return described
 
     def _may_store(self, begun: Begun) -> bool:
-        """Whether the model is still what the call began with: KV that another one computed has another name."""
+        """Whether the model is still what the call began with (KV that another one computed has another name), and its
+        canary agrees now, and is the one that the call read by, if it read."""
         if not self.store or begun.described is None:
             return False
         if not begun.described.still_holds():
@@ -312,7 +331,19 @@ class CachedModel:
                 detail="what a call computed is not stored: its model was changed meanwhile",
             )
             return False
-        return True
+        refusal = self._refusal(0)
+        if refusal is None and begun.compared and begun.generation != self._generation:
+            refusal = "canary_replaced"
+        if refusal is not None:
+            self.canary.count(refusal, storing=True)
+        return refusal is None
+
+    @property
+    def _generation(self) -> int:
+        return self.client.canaries.generation(self.spec.digest)
+
+    def _refusal(self, wait_s: float) -> str | None:
+        return self.canary.refusal(self.spec, wait_s=wait_s)
 
     def _watch_keys(self) -> None:
         self._unwatch_keys()
@@ -334,10 +365,14 @@ class CachedModel:
         peek: bool = False,
     ) -> Match:
         """What is stored of the beginning of a prompt, whose segments count only in so far as they must be right."""
+        self._require_segments(input_ids, segments)
         tokens: list[int] = input_ids[0].tolist()
-        if segments is not None:
-            self.client.segment_chunks(self.spec, tokens, segments)
         return self.client.match(self.spec, self.client.chunk_ids(self.spec, tokens), timeline, peek=peek)
+
+    def _require_segments(self, input_ids: torch.Tensor, segments: Sequence[int] | None) -> None:
+        """Raises InvalidTokensError for segments that do not make the prompt."""
+        if segments is not None:
+            self.client.segment_chunks(self.spec, input_ids[0].tolist(), segments)
 
     def _finish_segments(self, begun: Begun, plan: SegmentPlan, input_ids: torch.Tensor) -> Any:
         tokens: list[int] = input_ids[0].tolist()

@@ -1,0 +1,144 @@
+"""False alarms of the canary: workers that compute the same in different ways are started, each a process of its own.
+
+    nice -n 19 python benchmarks/canary_starts.py --starts 200 --json F
+
+Starts vary model, dtype, threads, attention, torch.compile and what instructions the libraries may use. Every 50
+starts all canaries are replaced, so that others are first; within these, starts with the same instructions follow each
+other. The service is a storage node and a coordinator behind their gRPC servers, in this process.
+
+Rows: {round, model, dtype, threads, attention, compile, isa, reason, difference, tolerance, share, layer, kind,
+probe_s, reused_tokens, ...}; `share` is difference / tolerance, and above 1 a false alarm.
+"""
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Self
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from kvstore_service.admin import ClusterAdmin
+from kvstore_service.bench import write_results
+from tests.client.conftest import served_cluster
+
+ROOT = Path(__file__).parents[1]
+ROUND = 50
+# As a machine without these instructions would run. What a processor lacks, the libraries do not use anyway.
+ISAS: dict[str, dict[str, str]] = {
+    "all": {},
+    "onednn sse41": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
+    "onednn avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "onednn avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "onednn avx512_bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+    "onednn amx": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"},
+    "aten default": {"ATEN_CPU_CAPABILITY": "default"},
+    "aten avx2": {"ATEN_CPU_CAPABILITY": "avx2"},
+    "mkl compatible": {"MKL_CBWR": "COMPATIBLE"},
+}
+
+
+def starts(count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """A fifth of them SmolLM2, and a twentieth compiled; the same for the same seed."""
+    chosen = random.Random(seed)
+    tiny = itertools.cycle(("llama", "gemma3", "qwen3", "llama3-rope", "mistral"))
+    for number in range(count):
+        dtype = chosen.choice(("float32", "bfloat16"))
+        compiled = number % 20 == 10
+        yield {
+            "start": number,
+            "round": number // ROUND,
+            "model": "smollm2" if number % 5 == 0 else next(tiny),
+            "dtype": dtype,
+            "threads": chosen.choice((1, 2)),
+            "attention": chosen.choice(("eager", "sdpa")),
+            "compile": chosen.choice(("aot_eager", "inductor")) if compiled else None,
+            "isa": chosen.choice(list(ISAS)),
+        }
+
+
+def main(
+    count: Annotated[int, typer.Option("--starts", min=1)] = 200,
+    seed: int = 0,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    rows: list[dict[str, Any]] = []
+    order = sorted(starts(count, seed), key=lambda start: (start["round"], start["isa"], start["start"]))
+    with TemporaryDirectory() as folder, served_cluster(Path(folder)) as cluster, Starter() as starter:
+        for start in track(order, "starts", console=Console(stderr=True)):
+            if rows and start["round"] != rows[-1]["round"]:
+                _replace_all(cluster.address)
+            rows.append(start | starter.start(start | {"address": cluster.address}))
+            write_results(rows, json_file)  # what was measured survives an interruption
+    _print(rows)
+
+
+class Starter:
+    """Context manager: a process for each way to restrict instructions, one at a time, that forks the starts."""
+
+    def __init__(self) -> None:
+        self._isa: str | None = None
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self, start: dict[str, Any]) -> dict[str, Any]:
+        if self._process is None or self._isa != start["isa"]:
+            self.close()
+            self._isa = start["isa"]
+            self._process = subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("canary_start.py")],
+                env=os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"} | ISAS[self._isa],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+        assert self._process.stdin is not None  # noqa: S101  # both are pipes
+        assert self._process.stdout is not None  # noqa: S101
+        self._process.stdin.write(json.dumps(start) + "\n")
+        self._process.stdin.flush()
+        found: dict[str, Any] = json.loads(self._process.stdout.readline())
+        known = found["difference"] is not None
+        return found | {"share": found["difference"] / found["tolerance"] if known else None}
+
+    def close(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _replace_all(address: str) -> None:
+    with ClusterAdmin(address) as admin:
+        for model in admin.models():
+            admin.replace_canary(model.model_digest)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    table = Table(
+        "model", "dtype", "starts", "false alarms", "worst difference / tolerance", "of", "probe, s (median)"
+    )
+    for model, dtype in sorted({(row["model"], row["dtype"]) for row in rows}):
+        chosen = [row for row in rows if (row["model"], row["dtype"]) == (model, dtype)]
+        worst = max(chosen, key=lambda row: row["share"] or 0)
+        way = ", ".join(str(worst[name]) for name in ("attention", "compile", "isa", "threads"))
+        seconds = sorted(row["probe_s"] for row in chosen)[len(chosen) // 2]
+        alarms = sum(row["reason"] is not None for row in chosen)
+        table.add_row(
+            model, dtype, str(len(chosen)), str(alarms), f"{worst['share'] or 0:.2f}", way, f"{seconds:.2f}"
+        )
+    Console().print(table)
+    print(f"{sum(row['reason'] is not None for row in rows)} false alarms in {len(rows)} starts")
+
+
+if __name__ == "__main__":
+    typer.run(main)

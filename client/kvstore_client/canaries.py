@@ -1,0 +1,177 @@
+"""The cluster's canaries: whether a model computes here what the cluster's chunks of it were computed with."""
+
+import logging
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import grpc
+
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.cluster_view import ClusterView
+from kvstore_client.grpc_failure import told
+from kvstore_client.settings import ClientSettings
+from kvstore_codec.canary.compare import Comparison, ProbeKV, compare, read_probe_kv
+from kvstore_codec.canary.probe import Probe
+from kvstore_codec.errors import CanaryError, NodeUnavailableError
+from kvstore_codec.model_spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+_TRANSFER_TIMEOUT_S = 10.0
+"""A canary is up to 4 MiB: 3.4 s at 10 Mbit/s."""
+
+_SOFTWARE = ("torch", "transformers", "kvstore-service")
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCanary:
+    """What the cluster keeps of a model. `sketch` is empty where it keeps nothing at present."""
+
+    generation: int
+    sketch: bytes
+    origin: pb.Origin
+    changes: int
+    """`ClusterView.canary_changes` as of then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a model may reuse and store KV."""
+
+    reason: str | None
+    """None: it may. Otherwise one word for the metrics."""
+    message: str
+    """For a person."""
+    generation: int = 0
+    changes: int = 0
+    comparison: Comparison | None = None
+    """Where KV was compared."""
+
+
+class Canaries:
+    """Thread-safe. Calls that ask the coordinator take seconds at most, and raise NodeUnavailableError when it does not
+    answer, or does not know canaries yet."""
+
+    def __init__(self, view: ClusterView, settings: ClientSettings) -> None:
+        self._view, self._settings = view, settings
+        self._lock = threading.Lock()
+        self._generations: dict[bytes, int] = {}
+
+    def generation(self, model_digest: bytes) -> int:
+        """What chunks of the model are named with besides its digest, as of the last verdict; 0 before the first."""
+        with self._lock:
+            return self._generations.get(model_digest, 0)
+
+    @property
+    def changes(self) -> int:
+        """Differs from that of a verdict when a canary has been replaced since."""
+        return self._view.canary_changes
+
+    def is_paused(self, spec: ModelSpec) -> bool:
+        """Whether a comparison failed a moment ago."""
+        return self._view.is_paused(_pause_key(spec))
+
+    def note(self, spec: ModelSpec, verdict: Verdict) -> None:
+        """A comparison ended; one that failed is left alone for a while, longer each time."""
+        if verdict.reason is None:
+            self._view.recovered(_pause_key(spec))
+        else:
+            self._view.pause(_pause_key(spec))
+
+    def get(self, spec: ModelSpec) -> KeptCanary:
+        """What the cluster keeps of a model."""
+        self._view.membership()  # fails sooner where nobody listens
+        request = pb.GetCanaryRequest(model_digest=spec.digest)
+        with _unavailable():
+            return self._kept(self._view.coordinator().GetCanary(request, timeout=_TRANSFER_TIMEOUT_S))
+
+    def compared(self, spec: ModelSpec, kept: KeptCanary, probe: Probe, own: ProbeKV, device: str) -> Verdict:
+        """Compares what this worker computed of `probe` with `kept`, or makes it the model's canary where there is
+        none. Raises CanaryError when `own` is no KV of this model."""
+        origin = _origin(spec, device)
+        if not kept.sketch:
+            kept = self._put(spec, kept.generation, own.to_bytes(spec, probe), origin)
+        try:
+            kept_probe, theirs = read_probe_kv(kept.sketch, spec)
+        except CanaryError as error:
+            return self._refused(spec, kept, origin, str(error))
+        if kept_probe != probe:  # another worker was faster
+            return Verdict("canary_pending", "another worker made the canary meanwhile", changes=-1)
+        found = compare(own, theirs, spec)
+        if not found.agrees:
+            return self._refused(spec, kept, origin, str(found), found)
+        with self._lock:
+            self._generations[spec.digest] = kept.generation
+        return Verdict(None, f"{spec.model_id}: {found}", kept.generation, kept.changes, found)
+
+    def _put(self, spec: ModelSpec, generation: int, sketch: bytes, origin: pb.Origin) -> KeptCanary:
+        request = pb.PutCanaryRequest(
+            model_digest=spec.digest, generation=generation, origin=origin, sketch=sketch
+        )
+        with _unavailable():
+            return self._kept(self._view.coordinator().PutCanary(request, timeout=_TRANSFER_TIMEOUT_S))
+
+    def _kept(self, reply: pb.CanaryReply) -> KeptCanary:
+        self._view.heard_canary_changes(reply.canary_changes)
+        return KeptCanary(reply.generation, reply.sketch, reply.origin, reply.canary_changes)
+
+    def _refused(
+        self,
+        spec: ModelSpec,
+        kept: KeptCanary,
+        origin: pb.Origin,
+        how: str,
+        comparison: Comparison | None = None,
+    ) -> Verdict:
+        maker = f"{kept.origin.host} (pid {kept.origin.pid}, {kept.origin.software}, {kept.origin.device})"
+        message = (
+            f"{spec.model_id} computes something else here than where its canary was made, on {maker}: {how}. "
+            "Nothing is reused or stored. Look for hooks, patched modules, other kernels or quantisation here; if the "
+            f"other side was wrong: `kvstore models replace {spec.digest.hex()[:12]}`"
+        )
+        request = pb.ReportRefusalRequest(
+            model_digest=spec.digest, generation=kept.generation, origin=origin, message=how
+        )
+        try:
+            with _unavailable():
+                self._view.coordinator().ReportRefusal(request, timeout=self._settings.lookup_timeout_s)
+        except NodeUnavailableError as error:
+            log.info("the refusal of %s was not reported: %s", spec.model_id, error)
+        return Verdict("canary_differs", message, kept.generation, kept.changes, comparison)
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise NodeUnavailableError(f"the coordinator {told(error)} when it was asked for a canary") from error
+    except ValueError as error:  # of a channel that was closed meanwhile
+        raise NodeUnavailableError(f"the coordinator was not asked: {error}") from error
+
+
+def _pause_key(spec: ModelSpec) -> str:
+    return f"canary {spec.digest.hex()}"
+
+
+def _origin(spec: ModelSpec, device: str) -> pb.Origin:
+    return pb.Origin(
+        model_id=spec.model_id,
+        host=platform.node(),
+        pid=os.getpid(),
+        software=", ".join(f"{name} {found}" for name in _SOFTWARE if (found := _version(name))),
+        device=device,
+        dtype=spec.dtype.value,
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

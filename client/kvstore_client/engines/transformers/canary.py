@@ -1,0 +1,161 @@
+"""Whether a loaded model computes what the cluster's KV of it was computed with: found out in the background."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from transformers import PreTrainedModel
+
+from kvstore_client.canaries import Canaries, KeptCanary, Verdict
+from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.transformers.probe import probe_for, run_probe
+from kvstore_client.grpc_failure import unreachable
+from kvstore_client.threads import single_threaded
+from kvstore_codec.canary.compare import ProbeKV, read_probe_kv
+from kvstore_codec.canary.probe import Probe
+from kvstore_codec.errors import CanaryError, NodeUnavailableError
+from kvstore_codec.model_spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+FINAL = ("canary_differs", "canary_failed")
+"""Reasons that do not go away by waiting: nothing of such a model is worth storing."""
+
+
+class ModelCanary:
+    """Compares a model with the canary of its `spec`, which every method is told. Thread-safe.
+
+    A comparison runs in a thread of its own, which ends with it: one prefill of 256 tokens the first time, an exchange
+    with the coordinator when a canary was replaced. `state` describes what may change about the model: a probe during
+    which it changed says nothing.
+    """
+
+    def __init__(self, model: PreTrainedModel, client: KVStoreClient, state: Callable[[], object]) -> None:
+        self._model, self._client, self._state = model, client, state
+        self._canaries: Canaries = client.canaries
+        self._lock = threading.Lock()
+        self._spec: ModelSpec | None = None
+        self._own: tuple[Probe, ProbeKV] | None = None
+        self._verdict: Verdict | None = None
+        self._running: threading.Event | None = None
+        """Set when the comparison under way has ended."""
+        self._began_s = 0.0
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Of the latest comparison; its message is for a person."""
+        with self._lock:
+            return self._verdict
+
+    def why(self, reason: str) -> str:
+        """A refusal's word and sentence."""
+        verdict = self.verdict
+        if verdict is not None and verdict.reason == reason:
+            return f"{reason}: {verdict.message}"
+        return f"{reason}: this model's KV is not compared yet with the canary that the cluster keeps of it"
+
+    def count(self, reason: str, *, storing: bool = False) -> str:
+        """Count, and log, that a call looks nothing up for `reason`, or does not store what it computed. Returns
+        `why`."""
+        why, metrics = self.why(reason), self._client.metrics
+        counted = f"store_{reason}" if storing else reason
+        if reason == "unreachable":
+            told = why.removeprefix("unreachable: ")
+            detail = unreachable(NodeUnavailableError(told), self._client.settings.address)
+            metrics.missed(counted, detail=detail, cause=told)
+        else:
+            metrics.missed(counted, detail=f"{why}; KV is computed, and not shared", cause=reason)
+        return why
+
+    def watch(self, spec: ModelSpec) -> None:
+        """The model is this one from now on: forget what was found of another, and start to compare."""
+        with self._lock:
+            self._spec, self._own, self._verdict, self._running = spec, None, None, None
+        self.refusal(spec, wait_s=0)
+
+    def refusal(self, spec: ModelSpec, *, wait_s: float) -> str | None:
+        """Why KV must be neither reused nor stored now, in one word; None when it may be. A comparison under way is
+        waited for until `wait_s` after it began."""
+        while True:
+            with self._lock:
+                verdict, running = self._verdict, self._running
+                if verdict is not None and not self._is_stale(spec, verdict):
+                    return verdict.reason
+                if running is None:
+                    running = self._start(spec)
+                left_s = self._began_s + wait_s - time.monotonic()
+            if running is None or not running.wait(max(0.0, left_s)):
+                return (verdict.reason if verdict is not None else None) or "canary_pending"
+            with self._lock:
+                if self._verdict is not None and self._running is None:
+                    return self._verdict.reason
+
+    def _is_stale(self, spec: ModelSpec, verdict: Verdict) -> bool:
+        """Whether it is to be found out anew."""
+        if verdict.reason in ("unreachable", "canary_failed", "canary_pending"):
+            return not self._canaries.is_paused(spec)
+        return verdict.changes != self._canaries.changes
+
+    def _start(self, spec: ModelSpec) -> threading.Event | None:
+        """Called with the lock. None when there is no thread left in this process."""
+        ended = threading.Event()
+        # Not a daemon: the interpreter must not end while a thread is inside torch. It lasts seconds at most.
+        thread = threading.Thread(target=self._run, args=(spec, ended), name="kvstore-canary")
+        try:
+            thread.start()
+        except RuntimeError:
+            return None
+        self._running, self._began_s = ended, time.monotonic()
+        return ended
+
+    @single_threaded()
+    def _run(self, spec: ModelSpec, ended: threading.Event) -> None:
+        verdict = Verdict("canary_failed", "an error of kvstore; see the log")
+        try:
+            verdict = self._found(spec)
+        except NodeUnavailableError as error:
+            verdict = Verdict("unreachable", str(error))
+        except Exception as error:  # whatever the model raises is not the engine's to see from here
+            verdict = Verdict("canary_failed", f"{spec.model_id} cannot compute the probe: {error!r}"[:1000])
+        finally:
+            with self._lock:
+                if self._running is ended:
+                    self._verdict, self._running = verdict, None
+                    self._say(spec, verdict)
+            ended.set()
+
+    def _found(self, spec: ModelSpec) -> Verdict:
+        kept = self._canaries.get(spec)
+        probe, own = self._computed(spec, kept)
+        if self._model.training:
+            return Verdict("canary_pending", "the model is in training mode")
+        return self._canaries.compared(spec, kept, probe, own, self._model.device.type)
+
+    def _computed(self, spec: ModelSpec, kept: KeptCanary) -> tuple[Probe, ProbeKV]:
+        """The probe that the canary was made of, if there is one, and this model's KV of it."""
+        probe = probe_for(self._model)
+        if kept.sketch:
+            with suppress(CanaryError):  # the comparison says so
+                probe, _ = read_probe_kv(kept.sketch, spec)
+        with self._lock:
+            known = self._own
+        if known is not None and known[0] == probe:
+            return known
+        before = self._state()
+        own = run_probe(self._model, spec, probe)
+        if self._state() != before:
+            raise CanaryError("the model was changed meanwhile")
+        with self._lock:
+            if self._spec is spec:
+                self._own = probe, own
+        return probe, own
+
+    def _say(self, spec: ModelSpec, verdict: Verdict) -> None:
+        """Called with the lock."""
+        self._canaries.note(spec, verdict)
+        if verdict.reason is None:
+            log.info("%s", verdict.message)
+        elif verdict.reason in FINAL:
+            self._client.metrics.failures.warn(f"{verdict.reason} {verdict.message}", verdict.message)

@@ -1,0 +1,16 @@
+"""The canaries: for each model the KV of one fixed text, which every worker compares with its own."""
+
+from kvstore_cluster.canaries.base import CanaryMirror, CanaryRecord, Origin, Refusal
+from kvstore_cluster.canaries.redis import RedisCanaryMirror
+from kvstore_cluster.canaries.refusals import Refusals
+from kvstore_cluster.canaries.registry import CanaryRegistry
+
+__all__ = [
+    "CanaryMirror",
+    "CanaryRecord",
+    "CanaryRegistry",
+    "Origin",
+    "RedisCanaryMirror",
+    "Refusal",
+    "Refusals",
+]

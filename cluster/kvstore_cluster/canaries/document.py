@@ -1,0 +1,60 @@
+"""A canary as the registry keeps it.
+
+    xxh3_64 of what follows, u64 | length u32 | facts (msgpack) | KV of the probe, or nothing
+
+All numbers are little-endian. Model digest and generation are in the file's name.
+"""
+
+import struct
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+import xxhash
+
+from kvstore_cluster.canaries.base import MAX_TEXT_BYTES, CanaryRecord, Origin
+from kvstore_codec.canary import MAX_SKETCH_BYTES
+from kvstore_codec.errors import CanaryError
+
+_PREFIX = struct.Struct("<QI")
+_MAX_FACTS_BYTES = 8192
+MAX_DOCUMENT_BYTES = MAX_SKETCH_BYTES + _MAX_FACTS_BYTES + _PREFIX.size
+
+
+def write_document(record: CanaryRecord, sketch: bytes) -> bytes:
+    facts: bytes = msgpack.packb({"created": record.created_unix_s, "origin": asdict(bounded(record.origin))})
+    signed = struct.pack("<I", len(facts)) + facts + sketch
+    return struct.pack("<Q", xxhash.xxh3_64_intdigest(signed)) + signed
+
+
+def read_document(content: bytes, model_digest: bytes, generation: int) -> tuple[CanaryRecord, bytes]:
+    """The record, and the KV of the probe. Raises CanaryError unless `content` is sound."""
+    if not _PREFIX.size <= len(content) <= MAX_DOCUMENT_BYTES:
+        raise CanaryError(f"{len(content)} bytes are not a canary of the registry")
+    checksum, length = _PREFIX.unpack_from(content)
+    if xxhash.xxh3_64_intdigest(memoryview(content)[8:]) != checksum:
+        raise CanaryError("its checksum does not match")
+    if length > min(_MAX_FACTS_BYTES, len(content) - _PREFIX.size):
+        raise CanaryError(f"its facts cannot have {length} bytes")
+    sketch = content[_PREFIX.size + length :]
+    try:
+        facts = msgpack.unpackb(content[_PREFIX.size : _PREFIX.size + length])
+        origin, created_unix_s = _origin(facts["origin"]), float(facts["created"])
+    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        raise CanaryError(f"its facts cannot be read: {error!r}"[:300]) from error
+    return CanaryRecord(model_digest, generation, origin, created_unix_s, len(sketch)), sketch
+
+
+def bounded(origin: Origin) -> Origin:
+    """With texts cut to MAX_TEXT_BYTES, and a pid of 32 bits."""
+    texts = {
+        field.name: getattr(origin, field.name).encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
+        for field in fields(Origin)
+        if field.name != "pid"
+    }
+    return replace(origin, pid=origin.pid & 0xFFFFFFFF, **texts)
+
+
+def _origin(found: Any) -> Origin:
+    texts = ("model_id", "host", "software", "device", "dtype")
+    return bounded(Origin(pid=int(found["pid"]), **{name: str(found[name]) for name in texts}))

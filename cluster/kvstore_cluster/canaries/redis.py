@@ -1,0 +1,46 @@
+"""Copies of the canaries in Redis, so that they outlive the coordinator's disk.
+
+`<namespace>:canaries` is a hash: model digest (hex) -> generation in decimal, a colon, and the document.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+
+from kvstore_cluster.catalogue.redis import DEFAULT_NAMESPACE
+from kvstore_cluster.redis_connection import RedisConnection
+
+log = logging.getLogger(__name__)
+
+_DIGEST = re.compile(rb"[0-9a-f]{64}")
+
+
+class RedisCanaryMirror:
+    """`url` and `namespace` as those of RedisCatalogue, whose owner is the only one to use them. Thread-safe."""
+
+    def __init__(self, url: str, namespace: str = DEFAULT_NAMESPACE) -> None:
+        self._redis = RedisConnection(url)
+        self._key = f"{namespace}:canaries"
+
+    def keep(self, model_digest: bytes, generation: int, content: bytes) -> None:
+        with self._redis.client() as client:
+            client.hset(self._key, model_digest.hex(), b"%d:" % generation + content)
+
+    def forget(self, model_digest: bytes) -> None:
+        with self._redis.client() as client:
+            client.hdel(self._key, model_digest.hex())
+
+    def copies(self) -> Iterator[tuple[bytes, int, bytes]]:
+        with self._redis.client() as client:
+            names = client.hkeys(self._key)
+        for name in names:
+            with self._redis.client() as client:
+                kept = client.hget(self._key, name)
+            generation, _, content = (kept or b"").partition(b":")
+            if generation.isdigit() and _DIGEST.fullmatch(name):
+                yield bytes.fromhex(name.decode()), int(generation), content
+            else:
+                log.warning("%r in %s is no canary", name[:80], self._redis.name)
+
+    def close(self) -> None:
+        self._redis.close()

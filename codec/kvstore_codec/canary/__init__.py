@@ -1,0 +1,6 @@
+"""The canary: KV of one fixed text, by which two workers find out whether they compute the same."""
+
+from kvstore_codec.canary.probe import Probe, Sample
+from kvstore_codec.canary.sketch import MAX_SKETCH_BYTES, SketchHeader, read_sketch_header
+
+__all__ = ["MAX_SKETCH_BYTES", "Probe", "Sample", "SketchHeader", "read_sketch_header"]

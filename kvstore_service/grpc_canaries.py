@@ -1,0 +1,139 @@
+"""The canary calls of the Coordinator service: a thin shell around a CanaryRegistry."""
+
+from typing import NoReturn
+
+import grpc
+
+from kvstore_api.calibrations import DIGEST_BYTES
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.canaries import CanaryRecord, CanaryRegistry, Origin, Refusals
+from kvstore_codec.errors import (
+    CanaryError,
+    CatalogueError,
+    KVStoreError,
+    TooManyModelsError,
+    UnknownModelError,
+)
+from kvstore_service.grpc_server import unary
+
+_STATUS: dict[type[KVStoreError], grpc.StatusCode] = {
+    CanaryError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownModelError: grpc.StatusCode.NOT_FOUND,
+    TooManyModelsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    CatalogueError: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+class CanaryService:
+    def __init__(self, registry: CanaryRegistry) -> None:
+        self._registry = registry
+        self._refusals = Refusals()
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        return {
+            "GetCanary": unary(self.get, pb.GetCanaryRequest),
+            "PutCanary": unary(self.put, pb.PutCanaryRequest),
+            "ReportRefusal": unary(self.report, pb.ReportRefusalRequest),
+            "ListModels": unary(self.list, pb.ListModelsRequest),
+            "ReplaceCanary": unary(self.replace, pb.ReplaceCanaryRequest),
+        }
+
+    def get(self, request: pb.GetCanaryRequest, context: grpc.ServicerContext) -> pb.CanaryReply:
+        digest = _digest(request.model_digest, context)
+        try:
+            changes = self._registry.changes  # before: a replacement in between is then noticed by the caller
+            return _reply(*self._registry.get(digest), changes)
+        except KVStoreError as error:
+            _abort(error, context)
+
+    def put(self, request: pb.PutCanaryRequest, context: grpc.ServicerContext) -> pb.CanaryReply:
+        digest, origin = _digest(request.model_digest, context), _origin_of(request.origin)
+        try:
+            changes = self._registry.changes
+            return _reply(*self._registry.put(digest, request.generation, origin, request.sketch), changes)
+        except KVStoreError as error:
+            _abort(error, context)
+
+    def report(
+        self, request: pb.ReportRefusalRequest, context: grpc.ServicerContext
+    ) -> pb.ReportRefusalReply:
+        digest = _digest(request.model_digest, context)
+        self._refusals.add(digest, request.generation, _origin_of(request.origin), request.message)
+        return pb.ReportRefusalReply()
+
+    def list(
+        self,
+        request: pb.ListModelsRequest,  # noqa: ARG002
+        context: grpc.ServicerContext,  # noqa: ARG002
+    ) -> pb.ListModelsReply:
+        return pb.ListModelsReply(models=[self._info(record) for record in self._registry.records()])
+
+    def replace(
+        self, request: pb.ReplaceCanaryRequest, context: grpc.ServicerContext
+    ) -> pb.ReplaceCanaryReply:
+        digest = _digest(request.model_digest, context)
+        try:
+            generation = self._registry.replace(digest)
+        except KVStoreError as error:
+            _abort(error, context)
+        self._refusals.forget(digest)
+        return pb.ReplaceCanaryReply(generation=generation)
+
+    def _info(self, record: CanaryRecord) -> pb.ModelInfo:
+        return pb.ModelInfo(
+            model_digest=record.model_digest,
+            generation=record.generation,
+            origin=_origin_message(record.origin),
+            created_unix_s=record.created_unix_s,
+            size_bytes=record.size_bytes,
+            refusals=[
+                pb.Refusal(
+                    origin=_origin_message(refusal.origin),
+                    generation=refusal.generation,
+                    message=refusal.message,
+                    last_unix_s=refusal.last_unix_s,
+                    times=refusal.times,
+                )
+                for refusal in self._refusals.of(record.model_digest)
+            ],
+        )
+
+
+def _reply(record: CanaryRecord, sketch: bytes, changes: int) -> pb.CanaryReply:
+    return pb.CanaryReply(
+        generation=record.generation,
+        sketch=sketch,
+        origin=_origin_message(record.origin),
+        created_unix_s=record.created_unix_s,
+        canary_changes=changes,
+    )
+
+
+def _origin_of(message: pb.Origin) -> Origin:
+    return Origin(
+        message.model_id, message.host, message.pid, message.software, message.device, message.dtype
+    )
+
+
+def _origin_message(origin: Origin) -> pb.Origin:
+    return pb.Origin(
+        model_id=origin.model_id,
+        host=origin.host,
+        pid=origin.pid,
+        software=origin.software,
+        device=origin.device,
+        dtype=origin.dtype,
+    )
+
+
+def _digest(digest: bytes, context: grpc.ServicerContext) -> bytes:
+    if len(digest) != DIGEST_BYTES:
+        context.abort(
+            grpc.StatusCode.INVALID_ARGUMENT, f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}"
+        )
+    return digest
+
+
+def _abort(error: KVStoreError, context: grpc.ServicerContext) -> NoReturn:
+    context.abort(_STATUS[type(error)], str(error))
+    raise AssertionError("abort raises")

@@ -1,0 +1,280 @@
+"""A worker compares its KV of the probe with the cluster's canary before it reuses or stores any."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama
+
+from kvstore_client import connect
+from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.transformers import CachedModel
+from kvstore_client.engines.transformers.probe import probe_for, run_probe
+from kvstore_codec.canary.compare import compare
+from kvstore_codec.errors import FetchError
+from kvstore_service.admin import ClusterAdmin
+from tests.client.canary_changes import CHANGES, hooked
+from tests.client.conftest import ServedCluster, served_cluster
+from tests.client.models import random_prompt, tiny_model
+
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
+PROMPT = random_prompt(600)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@contextmanager
+def worker(
+    cluster: ServedCluster, change: Callable[[PreTrainedModel], None] | None = None, **settings: object
+) -> Iterator[CachedModel]:
+    """A client of its own and a model of the same weights, changed before it is wrapped."""
+    model = tiny_model()
+    if change is not None:
+        change(model)
+    with connect(cluster.address, **settings) as client:
+        cached = CachedModel(model, client)
+        yield cached
+        cached.close()
+
+
+def answer(cached: CachedModel) -> int:
+    """How many tokens were reused; what was computed is stored when it returns."""
+    expected = cached.model.generate(PROMPT, **GREEDY)
+    assert torch.equal(cached.generate(PROMPT, **GREEDY), expected)
+    cached.client.store.flush()
+    return cached.last_report.reused_tokens
+
+
+def counted(client: KVStoreClient, reason: str) -> int:
+    return client.metrics.snapshot().get(f"miss_{reason}", 0)
+
+
+def replace_canary(cluster: ServedCluster) -> None:
+    with ClusterAdmin(cluster.address) as admin:
+        (model,) = admin.models()
+        admin.replace_canary(model.model_digest)
+
+
+@pytest.fixture
+def stored(cluster: ServedCluster) -> ServedCluster:
+    """With the prompt's KV, of a plain worker."""
+    with worker(cluster) as plain:
+        assert answer(plain) == 0
+    assert cluster.stored_chunks() == 2
+    return cluster
+
+
+def test_the_first_call_of_the_next_worker_reuses(stored: ServedCluster) -> None:
+    with worker(stored) as cached:
+        assert answer(cached) == 512
+        assert cached.last_report.bypassed is None
+        assert cached.canary.verdict is not None
+        assert cached.canary.verdict.reason is None
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_worker_that_computes_something_else_neither_reads_nor_stores(
+    stored: ServedCluster, change: Callable[[PreTrainedModel], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    with worker(stored) as plain, worker(stored, change) as changed:
+        assert changed.spec.digest == plain.spec.digest
+        assert answer(changed) == 0
+        assert changed.last_report.bypassed == "canary_differs"
+        assert "computes something else here" in str(changed.last_report.why_not)
+        assert counted(changed.client, "bypass_canary_differs") == 1
+        changed.generate(random_prompt(600, seed=5), **GREEDY)
+        changed.client.store.flush()
+        assert stored.stored_chunks() == 2
+        assert answer(plain) == 512
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len([line for line in warnings if "computes something else here" in line]) == 1
+    with ClusterAdmin(stored.address) as admin:
+        (model,) = admin.models()
+    (refusal,) = model.refusals
+    assert "differ by" in refusal.message
+    assert refusal.origin.host == model.origin.host != ""
+
+
+def test_a_patched_rotation_is_noticed_without_a_peer(
+    cluster: ServedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys are rotated on restore by our own code, so a model that turns them otherwise must not be the first."""
+    plain = modeling_llama.apply_rotary_pos_emb
+
+    def twice(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **more: int) -> object:
+        return plain(*plain(q, k, cos, sin, **more), cos, sin, **more)
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", twice)
+    with worker(cluster) as cached:
+        assert answer(cached) == 0
+        assert cached.last_report.bypassed == "canary_failed"
+        assert cached.canary.verdict is not None
+        assert "rotated on restore" in cached.canary.verdict.message
+    with ClusterAdmin(cluster.address) as admin:
+        assert admin.models() == []
+
+
+def test_a_wrong_first_worker_is_replaced_and_its_chunks_are_not_served(cluster: ServedCluster) -> None:
+    with worker(cluster, hooked) as wrong:
+        assert answer(wrong) == 0
+        assert answer(wrong) == 512
+    with worker(cluster) as right:
+        assert answer(right) == 0
+        assert right.last_report.bypassed == "canary_differs"
+    replace_canary(cluster)
+    with worker(cluster) as right:
+        assert answer(right) == 0
+        assert right.last_report.bypassed is None
+        assert answer(right) == 512
+    with worker(cluster, hooked) as wrong:
+        assert answer(wrong) == 0
+        assert wrong.last_report.bypassed == "canary_differs"
+
+
+def test_running_workers_notice_a_replacement(stored: ServedCluster) -> None:
+    with worker(stored, membership_ttl_s=0.05) as first, worker(stored, membership_ttl_s=0.05) as second:
+        assert answer(first) == answer(second) == 512
+        replace_canary(stored)
+        patience = time.monotonic() + 20
+        while first.client.canaries.changes == 0 and time.monotonic() < patience:
+            first.client._view.membership()
+            time.sleep(0.02)
+        assert answer(first) == 0  # compared anew, and computed
+        assert first.last_report.bypassed is None
+        assert answer(first) == 512
+        while second.client.canaries.changes == 0 and time.monotonic() < patience:
+            second.client._view.membership()
+            time.sleep(0.02)
+        assert answer(second) == 512
+
+
+def test_what_a_call_began_under_the_old_canary_is_not_stored_under_the_new_one(
+    stored: ServedCluster,
+) -> None:
+    longer = torch.cat((PROMPT, random_prompt(300, seed=7)), dim=1)
+    with worker(stored) as cached:
+        begun = cached.begin(longer, **GREEDY)
+        assert begun.fetch is not None
+        replace_canary(stored)
+        cached.client._view._ask(1.0)
+        assert cached.canary.refusal(cached.spec, wait_s=30) is None
+        before = stored.stored_chunks()
+        cached.finish(begun)
+        cached.client.store.flush()
+        # It was begun again: all its chunks are stored, and none was read.
+        assert cached.last_report.reused_tokens == 0
+        assert stored.stored_chunks() == before + 3
+
+
+def test_weights_that_change_are_compared_anew(stored: ServedCluster) -> None:
+    with worker(stored) as cached:
+        assert answer(cached) == 512
+        with torch.no_grad():
+            cached.model.get_decoder().layers[0].mlp.up_proj.weight.mul_(1.5)
+        assert answer(cached) == 0
+        assert answer(cached) == 512
+    with ClusterAdmin(stored.address) as admin:
+        assert len(admin.models()) == 2
+
+
+def test_a_call_that_does_not_wait_is_computed_and_stored_when_the_verdict_is_there(
+    cluster: ServedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    def late(*arguments: object) -> object:
+        assert go.wait(30)
+        return run_probe(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("kvstore_client.engines.transformers.canary.run_probe", late)
+    with worker(cluster, canary_timeout_s=0.05) as cached:
+        assert answer(cached) == 0
+        assert str(cached.last_report.why_not).startswith("canary_pending: ")
+        assert counted(cached.client, "canary_pending") == 1
+        assert counted(cached.client, "store_canary_pending") == 1
+        assert cluster.stored_chunks() == 0
+        assert not cached.is_stored(PROMPT)
+        begun = cached.begin(PROMPT, **GREEDY)
+        go.set()
+        assert cached.canary.refusal(cached.spec, wait_s=30) is None
+        cached.finish(begun)
+        cached.client.store.flush()
+        assert cluster.stored_chunks() == 2
+        assert answer(cached) == 512
+
+
+def test_a_model_that_cannot_run_the_probe_answers_without_reuse(cluster: ServedCluster) -> None:
+    def broken(model: PreTrainedModel) -> None:
+        model.forward = refuse_positions(model.forward)
+
+    def refuse_positions(plain: Callable[..., object]) -> Callable[..., object]:
+        def forward(*arguments: object, **more: object) -> object:
+            if threading.current_thread() is not threading.main_thread():
+                raise RuntimeError("no memory on this device")
+            return plain(*arguments, **more)
+
+        return forward
+
+    with worker(cluster, broken) as cached:
+        assert answer(cached) == 0
+        assert cached.last_report.bypassed == "canary_failed"
+        assert cached.canary.verdict is not None
+        assert "no memory on this device" in cached.canary.verdict.message
+        with pytest.raises(FetchError, match="canary_failed"):
+            cached.question_log_probabilities(PROMPT, segments=[300, 300])
+    assert cluster.stored_chunks() == 0
+
+
+def test_a_model_in_training_mode_is_compared_when_it_is_used(stored: ServedCluster) -> None:
+    with worker(stored, lambda model: model.train(), retry_after_s=0.0) as cached:
+        cached.generate(PROMPT, **GREEDY)
+        assert cached.last_report.bypassed == "training"
+        cached.model.eval()
+        assert answer(cached) == 512
+
+
+def test_the_probe_runs_beside_the_engine(stored: ServedCluster) -> None:
+    """Hooks and caches of the two do not meet, whoever is first."""
+    model, probed = tiny_model(), []
+    with connect(stored.address) as client:
+        cached = CachedModel(model, client)
+        alone = run_probe(model, cached.spec, probe_for(model))
+
+        def probe() -> None:
+            probed.extend(run_probe(model, cached.spec, probe_for(model)) for _ in range(10))
+
+        beside = threading.Thread(target=probe)
+        beside.start()
+        while beside.is_alive():
+            assert answer(cached) == 512
+        beside.join()
+        assert all(compare(found, alone, cached.spec).difference == 0 for found in probed)
+        assert len(probed) == 10
+        cached.close()
+
+
+def test_nothing_is_left_behind(stored: ServedCluster, tmp_path: Path) -> None:
+    with worker(stored) as cached:
+        assert answer(cached) == 512
+    assert not [thread for thread in threading.enumerate() if thread.name == "kvstore-canary"]
+
+
+def test_sixteen_bit_workers_agree_over_attention_kernels(tmp_path: Path) -> None:
+    with served_cluster(tmp_path) as cluster:
+        for family in ("llama", "qwen3", "gemma3"):
+            reused = []
+            for attention in ("sdpa", "eager"):
+                model = tiny_model(family, torch.bfloat16)
+                model.set_attn_implementation(attention)
+                with connect(cluster.address) as client:
+                    cached = CachedModel(model, client)
+                    cached.generate(PROMPT, **GREEDY)
+                    client.store.flush()
+                    reused.append(cached.last_report.reused_tokens)
+                    cached.close()
+            assert reused == [0, 512], family

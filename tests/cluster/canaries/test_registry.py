@@ -1,0 +1,146 @@
+"""The canary registry on disk: first wins, survives restarts, is replaced for good, stays within its bounds."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kvstore_cluster.canaries import CanaryRegistry, Origin
+from kvstore_codec.canary.probe import Probe
+from kvstore_codec.canary.sketch import SketchHeader, write_sketch
+from kvstore_codec.errors import CanaryError, CatalogueError, TooManyModelsError, UnknownModelError
+from kvstore_codec.model_spec import KVDtype
+
+MODEL, OTHER = b"m" * 32, b"n" * 32
+RIGHT = Origin("SmolLM2", "host-a", 7, "torch 2.13.0", "cpu", "float32")
+WRONG = Origin("SmolLM2", "host-b", 8, "torch 2.13.0", "cpu", "float32")
+
+
+def sketch(fill: int = 0, model: bytes = MODEL, tokens: int = 4) -> bytes:
+    header = SketchHeader(model, Probe(100, 512), KVDtype.FLOAT32, (2, 1, tokens, 8))
+    return write_sketch(header, bytes([fill]) * header.body_bytes)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> CanaryRegistry:
+    return CanaryRegistry(tmp_path)
+
+
+def test_the_first_one_wins(registry: CanaryRegistry) -> None:
+    assert registry.get(MODEL)[0].size_bytes == 0
+    first, kept = registry.put(MODEL, 0, RIGHT, sketch(1))
+    assert (first.origin, kept) == (RIGHT, sketch(1))
+    second, kept = registry.put(MODEL, 0, WRONG, sketch(2))
+    assert (second, kept) == (first, sketch(1))
+
+
+def test_of_many_at_once_one_wins(registry: CanaryRegistry) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        kept = list(pool.map(lambda fill: registry.put(MODEL, 0, RIGHT, sketch(fill))[1], range(24)))
+    assert len(set(kept)) == 1
+    assert registry.get(MODEL)[1] == kept[0]
+
+
+def test_it_survives_a_restart(registry: CanaryRegistry, tmp_path: Path) -> None:
+    made = registry.put(MODEL, 0, RIGHT, sketch(1))
+    (tmp_path / ".unfinished-x").write_bytes(b"half")
+    again = CanaryRegistry(tmp_path)
+    assert again.get(MODEL) == made
+    assert again.records() == registry.records()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".kvcanary"]
+
+
+def test_a_replaced_one_is_made_anew_under_another_generation(
+    registry: CanaryRegistry, tmp_path: Path
+) -> None:
+    registry.put(MODEL, 0, WRONG, sketch(2))
+    assert registry.changes == 0
+    assert registry.replace(MODEL) == 1
+    for known in (registry, CanaryRegistry(tmp_path)):
+        record, kept = known.get(MODEL)
+        assert (record.generation, record.size_bytes, kept, known.changes) == (1, 0, b"", 1)
+    # A worker that compared before the replacement is told of it.
+    record, kept = registry.put(MODEL, 0, WRONG, sketch(2))
+    assert (record.generation, kept) == (1, b"")
+    record, kept = registry.put(MODEL, 1, RIGHT, sketch(1))
+    assert (record.generation, record.origin, kept) == (1, RIGHT, sketch(1))
+    assert registry.replace(MODEL) == 2
+    assert CanaryRegistry(tmp_path).changes == 2
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_what_is_kept_can_be_replaced(registry: CanaryRegistry) -> None:
+    with pytest.raises(UnknownModelError, match="no canary"):
+        registry.replace(MODEL)
+
+
+@pytest.mark.parametrize("wrong", [b"", b"x" * 100, sketch(model=OTHER), sketch()[:-1], sketch() + b"x"])
+def test_what_is_no_canary_of_the_model_is_refused(
+    registry: CanaryRegistry, wrong: bytes, tmp_path: Path
+) -> None:
+    with pytest.raises(CanaryError):
+        registry.put(MODEL, 0, RIGHT, wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_on_disk_is_noticed_and_the_generation_kept(
+    registry: CanaryRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry.put(MODEL, 0, WRONG, sketch(2))
+    registry.replace(MODEL)
+    registry.put(MODEL, 1, RIGHT, sketch(1))
+    (file,) = tmp_path.iterdir()
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+    for known in (registry, CanaryRegistry(tmp_path)):
+        assert known.get(MODEL)[0].generation == 1
+        assert known.get(MODEL)[1] == b""
+    assert "is damaged" in caplog.text
+    assert registry.put(MODEL, 1, RIGHT, sketch(3))[1] == sketch(3)
+    assert CanaryRegistry(tmp_path).get(MODEL)[1] == sketch(3)
+
+
+def test_files_that_are_none_of_its_own_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.kvcanary").write_bytes(b"x")
+    assert CanaryRegistry(tmp_path).records() == ()
+    assert (tmp_path / "notes.kvcanary").exists()
+
+
+def test_the_one_asked_for_longest_ago_makes_room(tmp_path: Path) -> None:
+    registry = CanaryRegistry(tmp_path, max_models=3)
+    models = [bytes([number]) * 32 for number in range(4)]
+    for model in models[:3]:
+        registry.put(model, 0, RIGHT, sketch(1, model))
+    registry.get(models[0])
+    registry.put(models[3], 0, RIGHT, sketch(1, models[3]))
+    assert {record.model_digest for record in registry.records()} == {models[0], models[2], models[3]}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_bytes_are_bounded_and_a_replacement_is_not_forgotten(tmp_path: Path) -> None:
+    models = [bytes([number]) * 32 for number in range(3)]
+    registry = CanaryRegistry(tmp_path, max_models=2, max_bytes=2 * len(sketch()))
+    registry.put(models[0], 0, RIGHT, sketch(1, models[0]))
+    registry.replace(models[0])
+    registry.put(models[0], 1, RIGHT, sketch(1, models[0]))
+    registry.put(models[1], 0, RIGHT, sketch(1, models[1]))
+    registry.put(models[2], 0, RIGHT, sketch(1, models[2]))
+    assert registry.get(models[0])[0].generation == 1
+    assert registry.get(models[0])[1] == b""
+    assert sum(record.size_bytes for record in registry.records()) <= 2 * len(sketch())
+    registry.replace(models[2])
+    with pytest.raises(TooManyModelsError, match="are remembered"):
+        registry.put(models[1], 0, RIGHT, sketch(1, models[1]))
+
+
+def test_a_folder_that_cannot_be_used_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CatalogueError, match="canary folder"):
+        CanaryRegistry(tmp_path / "file")
+
+
+def test_long_texts_of_an_origin_are_cut(registry: CanaryRegistry, tmp_path: Path) -> None:
+    registry.put(MODEL, 0, Origin("ü" * 5000, "h" * 5000, 1 << 40), sketch())
+    origin = CanaryRegistry(tmp_path).get(MODEL)[0].origin
+    assert (len(origin.model_id.encode()), len(origin.host), origin.pid) == (256, 256, 0)
