@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,17 +16,40 @@ from transformers.models.llama import modeling_llama
 from kvstore_client import connect
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers import CachedModel
+from kvstore_client.engines.transformers.capture import install_hooks
 from kvstore_client.engines.transformers.probe import probe_for, run_probe
+from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_codec.canary.compare import compare
-from kvstore_codec.errors import FetchError
+from kvstore_codec.errors import CanaryError, FetchError
 from kvstore_service.admin import ClusterAdmin
-from tests.client.canary_changes import CHANGES, hooked
+from tests.client.canary_changes import CHANGES, head_permuted
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 PROMPT = random_prompt(600)
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+KERNELS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": lambda x: 1.02 * x * x.sigmoid(),
+    "rsqrt": lambda x: (x + 1e-4) ** -0.5,
+    "cos": lambda x: torch.sin(x + 1.6),
+}
+"""Of torch, beside its own: nothing that Python can see of a model tells."""
+
+
+@contextmanager
+def kernel(name: str = "silu", of: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Iterator[None]:
+    """As in a build of torch with another kernel."""
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library.impl(name, of or KERNELS[name], "CPU")
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 @contextmanager
@@ -77,12 +101,28 @@ def test_the_first_call_of_the_next_worker_reuses(stored: ServedCluster) -> None
         assert cached.canary.verdict.reason is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_worker_that_computes_something_else_neither_reads_nor_stores(
-    stored: ServedCluster, change: Callable[[PreTrainedModel], None], caplog: pytest.LogCaptureFixture
+def test_what_a_model_computes_otherwise_is_noticed(
+    change: Callable[[PreTrainedModel], None], dtype: torch.dtype
 ) -> None:
-    with worker(stored) as plain, worker(stored, change) as changed:
-        assert changed.spec.digest == plain.spec.digest
+    """In 16 bits what is below another kernel's rounding is not; large changes are."""
+    plain, changed = tiny_model(dtype=dtype), tiny_model(dtype=dtype)
+    spec, probe = spec_of(plain), probe_for(plain)
+    change(changed)
+    install_hooks(plain)
+    install_hooks(changed)
+    found = compare(run_probe(changed, spec, probe), run_probe(plain, spec, probe), spec)
+    assert not found.agrees or dtype is torch.bfloat16
+    if change is head_permuted:
+        assert not found.agrees
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_worker_that_computes_something_else_neither_reads_nor_stores(
+    stored: ServedCluster, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with kernel(name), worker(stored) as changed:
         assert answer(changed) == 0
         assert changed.last_report.bypassed == "canary_differs"
         assert "computes something else here" in str(changed.last_report.why_not)
@@ -90,9 +130,11 @@ def test_a_worker_that_computes_something_else_neither_reads_nor_stores(
         changed.generate(random_prompt(600, seed=5), **GREEDY)
         changed.client.store.flush()
         assert stored.stored_chunks() == 2
+    with worker(stored) as plain:
+        assert changed.spec.digest == plain.spec.digest
         assert answer(plain) == 512
-    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len([line for line in warnings if "computes something else here" in line]) == 1
+    lines = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len([line for line in lines if "computes something else here" in line]) == 1
     with ClusterAdmin(stored.address) as admin:
         (model,) = admin.models()
     (refusal,) = model.refusals
@@ -100,27 +142,24 @@ def test_a_worker_that_computes_something_else_neither_reads_nor_stores(
     assert refusal.origin.host == model.origin.host != ""
 
 
-def test_a_patched_rotation_is_noticed_without_a_peer(
-    cluster: ServedCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_patched_rotation_is_noticed_without_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys are rotated on restore by our own code, so a model that turns them otherwise must not be the first."""
     plain = modeling_llama.apply_rotary_pos_emb
 
     def twice(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **more: int) -> object:
         return plain(*plain(q, k, cos, sin, **more), cos, sin, **more)
 
+    model = tiny_model()
+    spec = spec_of(model)
+    install_hooks(model)
+    run_probe(model, spec, probe_for(model))
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", twice)
-    with worker(cluster) as cached:
-        assert answer(cached) == 0
-        assert cached.last_report.bypassed == "canary_failed"
-        assert cached.canary.verdict is not None
-        assert "rotated on restore" in cached.canary.verdict.message
-    with ClusterAdmin(cluster.address) as admin:
-        assert admin.models() == []
+    with pytest.raises(CanaryError, match="rotated on restore"):
+        run_probe(model, spec, probe_for(model))
 
 
 def test_a_wrong_first_worker_is_replaced_and_its_chunks_are_not_served(cluster: ServedCluster) -> None:
-    with worker(cluster, hooked) as wrong:
+    with kernel(), worker(cluster) as wrong:
         assert answer(wrong) == 0
         assert answer(wrong) == 512
     with worker(cluster) as right:
@@ -131,7 +170,7 @@ def test_a_wrong_first_worker_is_replaced_and_its_chunks_are_not_served(cluster:
         assert answer(right) == 0
         assert right.last_report.bypassed is None
         assert answer(right) == 512
-    with worker(cluster, hooked) as wrong:
+    with kernel(), worker(cluster) as wrong:
         assert answer(wrong) == 0
         assert wrong.last_report.bypassed == "canary_differs"
 
@@ -209,18 +248,12 @@ def test_a_call_that_does_not_wait_is_computed_and_stored_when_the_verdict_is_th
 
 
 def test_a_model_that_cannot_run_the_probe_answers_without_reuse(cluster: ServedCluster) -> None:
-    def broken(model: PreTrainedModel) -> None:
-        model.forward = refuse_positions(model.forward)
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("no memory on this device")
+        return x * x.sigmoid()
 
-    def refuse_positions(plain: Callable[..., object]) -> Callable[..., object]:
-        def forward(*arguments: object, **more: object) -> object:
-            if threading.current_thread() is not threading.main_thread():
-                raise RuntimeError("no memory on this device")
-            return plain(*arguments, **more)
-
-        return forward
-
-    with worker(cluster, broken) as cached:
+    with kernel("silu", broken), worker(cluster) as cached:
         assert answer(cached) == 0
         assert cached.last_report.bypassed == "canary_failed"
         assert cached.canary.verdict is not None
