@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from kvstore_client import connect
+from kvstore_client.canaries import Canaries, KeptCanary
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.capture import install_hooks
@@ -21,6 +22,7 @@ from kvstore_client.engines.transformers.probe import probe_for, run_probe
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_codec.canary.compare import compare
 from kvstore_codec.errors import CanaryError, FetchError
+from kvstore_codec.model_spec import ModelSpec
 from kvstore_service.admin import ClusterAdmin
 from tests.client.canary_changes import CHANGES, head_permuted
 from tests.client.conftest import ServedCluster, served_cluster
@@ -261,6 +263,30 @@ def test_a_model_that_cannot_run_the_probe_answers_without_reuse(cluster: Served
         with pytest.raises(FetchError, match="canary_failed"):
             cached.question_log_probabilities(PROMPT, segments=[300, 300])
     assert cluster.stored_chunks() == 0
+
+
+def test_a_model_that_is_changed_before_its_probe_makes_no_canary_of_what_it_was(
+    cluster: ServedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = threading.Event()
+    plain_get = Canaries.get
+
+    def late(canaries: Canaries, spec: ModelSpec) -> KeptCanary:
+        assert changed.wait(30)
+        return plain_get(canaries, spec)
+
+    monkeypatch.setattr(Canaries, "get", late)
+    with worker(cluster) as cached:
+        before = cached.spec
+        cached.model.get_decoder().layers[0].input_layernorm.variance_epsilon = 0.5
+        changed.set()
+        assert answer(cached) == 0
+        assert cached.spec != before
+        assert answer(cached) == 512
+    with worker(cluster) as plain:
+        assert answer(plain) == 0
+        assert plain.last_report.bypassed is None
+        assert answer(plain) == 512
 
 
 def test_a_model_in_training_mode_is_compared_when_it_is_used(stored: ServedCluster) -> None:

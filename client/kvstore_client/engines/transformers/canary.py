@@ -3,13 +3,13 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 
 from transformers import PreTrainedModel
 
 from kvstore_client.canaries import Canaries, KeptCanary, Verdict
 from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.transformers.identity.guard import ModelIdentity
 from kvstore_client.engines.transformers.probe import probe_for, run_probe
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.threads import single_threaded
@@ -28,12 +28,12 @@ class ModelCanary:
     """Compares a model with the canary of its `spec`, which every method is told. Thread-safe.
 
     A comparison runs in a thread of its own, which ends with it: one prefill of 256 tokens the first time, an exchange
-    with the coordinator when a canary was replaced. `state` describes what may change about the model: a probe during
-    which it changed says nothing.
+    with the coordinator when a canary was replaced. A probe during which the model was not, by its `identity`, what
+    `spec` describes says nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, client: KVStoreClient, state: Callable[[], object]) -> None:
-        self._model, self._client, self._state = model, client, state
+    def __init__(self, model: PreTrainedModel, client: KVStoreClient, identity: ModelIdentity) -> None:
+        self._model, self._client, self._identity = model, client, identity
         self._canaries: Canaries = client.canaries
         self._lock = threading.Lock()
         self._spec: ModelSpec | None = None
@@ -117,6 +117,8 @@ class ModelCanary:
             verdict = self._found(spec)
         except NodeUnavailableError as error:
             verdict = Verdict("unreachable", str(error))
+        except _ModelChangedError as error:
+            verdict = Verdict("canary_pending", str(error))
         except Exception as error:  # whatever the model raises is not the engine's to see from here
             verdict = Verdict("canary_failed", f"{spec.model_id} cannot compute the probe: {error!r}"[:1000])
         finally:
@@ -129,8 +131,6 @@ class ModelCanary:
     def _found(self, spec: ModelSpec) -> Verdict:
         kept = self._canaries.get(spec)
         probe, own = self._computed(spec, kept)
-        if self._model.training:
-            return Verdict("canary_pending", "the model is in training mode")
         return self._canaries.compared(spec, kept, probe, own, self._model.device.type)
 
     def _computed(self, spec: ModelSpec, kept: KeptCanary) -> tuple[Probe, ProbeKV]:
@@ -143,14 +143,20 @@ class ModelCanary:
             known = self._own
         if known is not None and known[0] == probe:
             return known
-        before = self._state()
+        self._require_unchanged(spec)
         own = run_probe(self._model, spec, probe)
-        if self._state() != before:
-            raise CanaryError("the model was changed meanwhile")
+        self._require_unchanged(spec)
         with self._lock:
             if self._spec is spec:
                 self._own = probe, own
         return probe, own
+
+    def _require_unchanged(self, spec: ModelSpec) -> None:
+        described = self._identity.current()
+        if described.spec != spec or described.refusal is not None:
+            raise _ModelChangedError("the model was changed while it computed the probe")
+        if self._model.training:
+            raise _ModelChangedError("the model is in training mode")
 
     def _say(self, spec: ModelSpec, verdict: Verdict) -> None:
         """Called with the lock."""
@@ -159,3 +165,7 @@ class ModelCanary:
             log.info("%s", verdict.message)
         elif verdict.reason in FINAL:
             self._client.metrics.failures.warn(f"{verdict.reason} {verdict.message}", verdict.message)
+
+
+class _ModelChangedError(CanaryError):
+    """The probe says nothing, and is to be run again."""

@@ -109,7 +109,7 @@ class CachedModel:
         # MKL's first cosine in a process is off by 2e-4 in some threads when several compute it at once (seen in
         # about one start of fifteen), and the model's would be that one. One position takes one thread only.
         self._rotary(1)
-        self.canary = ModelCanary(model, client, self._identity.current)
+        self.canary = ModelCanary(model, client, self._identity)
         """Whether the model computes what the cluster's KV was computed with; calls wait for its first verdict."""
         self.canary.watch(self.spec)
         client.prepare(self.spec)
