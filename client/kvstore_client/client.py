@@ -116,6 +116,11 @@ class KVStoreClient:
         if GATE.calls_at_fork or was_closed:
             self.close()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it neither reads nor stores any more."""
+        return self._closed
+
     def chunk_ids(self, spec: ModelSpec, token_ids: Sequence[int]) -> list[ChunkId]:
         """The ids of a text's full chunks, for this client's tenant."""
         return chunk_ids(self._naming(spec), self._salt, token_ids, CHUNK_TOKENS)

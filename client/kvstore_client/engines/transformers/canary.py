@@ -7,10 +7,11 @@ from contextlib import suppress
 
 from transformers import PreTrainedModel
 
-from kvstore_client.canaries import Canaries, KeptCanary, Verdict
+from kvstore_client.canaries import KeptCanary, Verdict
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.identity.guard import ModelIdentity
 from kvstore_client.engines.transformers.probe import probe_for, run_probe
+from kvstore_client.fork import renew_in_children
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.threads import single_threaded
 from kvstore_codec.canary.compare import ProbeKV, read_probe_kv
@@ -34,7 +35,6 @@ class ModelCanary:
 
     def __init__(self, model: PreTrainedModel, client: KVStoreClient, identity: ModelIdentity) -> None:
         self._model, self._client, self._identity = model, client, identity
-        self._canaries: Canaries = client.canaries
         self._lock = threading.Lock()
         self._spec: ModelSpec | None = None
         self._own: tuple[Probe, ProbeKV] | None = None
@@ -42,6 +42,7 @@ class ModelCanary:
         self._running: threading.Event | None = None
         """Set when the comparison under way has ended."""
         self._began_s = 0.0
+        renew_in_children(self, ModelCanary._renew)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -77,8 +78,8 @@ class ModelCanary:
 
     def refusal(self, spec: ModelSpec, *, wait_s: float) -> str | None:
         """Why KV must be neither reused nor stored now, in one word; None when it may be. A comparison under way is
-        waited for until `wait_s` after it began."""
-        while True:
+        waited for until `wait_s` after it began. A client that is closed neither reads nor stores anyway: None."""
+        while not self._client.is_closed:
             with self._lock:
                 verdict, running = self._verdict, self._running
                 if verdict is not None and not self._is_stale(spec, verdict):
@@ -91,12 +92,18 @@ class ModelCanary:
             with self._lock:
                 if self._verdict is not None and self._running is None:
                     return self._verdict.reason
+        return None
+
+    def _renew(self) -> None:
+        """In a forked child, which has not the parent's thread. What the model computes is known still."""
+        self._lock = threading.Lock()
+        self._verdict = self._running = None
 
     def _is_stale(self, spec: ModelSpec, verdict: Verdict) -> bool:
         """Whether it is to be found out anew."""
         if verdict.reason in ("unreachable", "canary_failed", "canary_pending"):
-            return not self._canaries.is_paused(spec)
-        return verdict.changes != self._canaries.changes
+            return not self._client.canaries.is_paused(spec)
+        return verdict.changes != self._client.canaries.changes
 
     def _start(self, spec: ModelSpec) -> threading.Event | None:
         """Called with the lock. None when there is no thread left in this process."""
@@ -129,9 +136,9 @@ class ModelCanary:
             ended.set()
 
     def _found(self, spec: ModelSpec) -> Verdict:
-        kept = self._canaries.get(spec)
+        kept = self._client.canaries.get(spec)
         probe, own = self._computed(spec, kept)
-        return self._canaries.compared(spec, kept, probe, own, self._model.device.type)
+        return self._client.canaries.compared(spec, kept, probe, own, self._model.device.type)
 
     def _computed(self, spec: ModelSpec, kept: KeptCanary) -> tuple[Probe, ProbeKV]:
         """The probe that the canary was made of, if there is one, and this model's KV of it."""
@@ -160,7 +167,7 @@ class ModelCanary:
 
     def _say(self, spec: ModelSpec, verdict: Verdict) -> None:
         """Called with the lock."""
-        self._canaries.note(spec, verdict)
+        self._client.canaries.note(spec, verdict)
         if verdict.reason is None:
             log.info("%s", verdict.message)
         elif verdict.reason in FINAL:
