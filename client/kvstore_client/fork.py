@@ -77,17 +77,15 @@ class CallGate(
         with self._changed:
             self._changed.wait_for(lambda: not self._forking)
             self._calls += 1
-        leave = self._leave
         try:
             call = call_on(details, request)
         except BaseException:
-            leave()
+            self._leave()
             raise
-        if not call.add_callback(leave):  # it has ended
-            leave()
+        call.add_done_callback(self._leave)  # at once, if it has ended
         return call
 
-    def _leave(self) -> None:
+    def _leave(self, _call: object = None) -> None:
         with self._changed:
             self._calls -= 1
             self._changed.notify_all()

@@ -17,6 +17,7 @@ import torch
 
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel, RequestQueue
+from kvstore_client.engines.transformers.spec import spec_of
 from tests.client.models import random_prompt, tiny_model
 
 GREEDY = {"max_new_tokens": 2, "do_sample": False}
@@ -195,6 +196,7 @@ class RequestQueueOf:
 
 def refused(_: str) -> None:
     """A call that does not end in time keeps the child from using gRPC, and it says so."""
+    spec = spec_of(tiny_model("llama"))
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -205,10 +207,8 @@ def refused(_: str) -> None:
         time.sleep(0.3)  # the call is under way, in a thread of the client's
 
         def child() -> None:
-            from kvstore_codec.identity import chunk_ids
-
             begin_s = time.monotonic()
-            match = client._matched(None, None, chunk_ids(bytes(32), b"", range(256), 256), None)  # type: ignore[arg-type]
+            match = client.match(spec, client.chunk_ids(spec, PROMPT[0].tolist()))
             assert str(match.why_not).startswith("forked: "), match.why_not
             assert counts(client) == {"miss_closed": 1, "chunks_missing": 0}
             client.close()

@@ -154,8 +154,9 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
 @pytest.mark.skipif(os.getuid() != 0, reason="only the superuser can become a user that does not exist")
 def test_a_user_id_that_nobody_knows_can_connect(cluster: ServedCluster) -> None:
     script = (
-        "import os; os.setgid(54321); os.setuid(54321)\n"
+        "import os\n"
         "from kvstore_client import connect\n"
+        "os.setgid(54321); os.setuid(54321)\n"  # who may not be able to read the interpreter's own files
         f"client = connect({cluster.address!r})\n"
         "print(client.settings.cache_dir)\n"
         "client.close()\n"
