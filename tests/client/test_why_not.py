@@ -22,7 +22,8 @@ GREEDY = {"max_new_tokens": 1, "do_sample": False}
 # Reasons of normal work, some that follow from one that was logged, and some that are logged where they are counted.
 EXPECTED = {
     "closed", "paused", "calibration_loading", "store_behind_lossy", "store_paused", "layers_hooked",
-    "calibration_internal_error", "store_internal_error", "store_no_calibration", "calibration_unusable", "store_text_cut",
+    "calibration_internal_error", "store_internal_error", "store_no_calibration", "calibration_unusable",
+    "store_text_cut",
 }  # fmt: skip
 
 
