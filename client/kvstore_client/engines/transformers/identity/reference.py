@@ -47,7 +47,8 @@ def reference_of(config: PreTrainedConfig) -> Reference:
     config_class = type(own) if type(own) in MODEL_MAPPING else CONFIG_MAPPING[own.model_type]
     with torch.device("meta"):
         decoder = MODEL_MAPPING[config_class](own).eval()
-    modules = {name: _module(decoder, module) for name, module in named_modules(decoder)}
+    with torch.device("cpu"):  # where the buffers are filled, whatever the engine's default device is
+        modules = {name: _module(decoder, module) for name, module in named_modules(decoder)}
     return Reference(config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING[config_class], modules)
 
 
