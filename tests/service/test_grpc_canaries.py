@@ -27,7 +27,9 @@ def stub(tmp_path: Path) -> Iterator[rpc.CoordinatorStub]:
         Coordinator(catalogue), calibrations, canaries, address=Address("127.0.0.1", 0)
     )
     with grpc.insecure_channel(server.address) as channel:
-        yield rpc.CoordinatorStub(channel)
+        served = rpc.CoordinatorStub(channel)
+        served.address = server.address
+        yield served
     server.stop(0)
     catalogue.close()
 

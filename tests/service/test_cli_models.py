@@ -1,0 +1,69 @@
+"""`kvstore models`: which canaries a cluster keeps, who was refused, and dropping one."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_codec.errors import KVStoreError, ServiceError
+from kvstore_service.cli import app
+from tests.cluster.canaries.test_registry import MODEL, OTHER, sketch
+from tests.service.test_grpc_canaries import origin, put, stub
+
+__all__ = ["stub"]
+
+
+@pytest.fixture
+def address(stub: rpc.CoordinatorStub) -> str:
+    put(stub, 1, "maker")
+    stub.PutCanary(
+        pb.PutCanaryRequest(model_digest=OTHER, origin=origin("elsewhere"), sketch=sketch(1, OTHER))
+    )
+    stub.ReportRefusal(
+        pb.ReportRefusalRequest(
+            model_digest=MODEL, origin=origin("refused"), message="keys of layer 3 differ"
+        )
+    )
+    return stub.address
+
+
+def run(address: str, *arguments: str, status: int = 0, stdin: str | None = None) -> str:
+    result = CliRunner().invoke(app, ["models", *arguments, "--address", address], input=stdin)
+    if isinstance(result.exception, KVStoreError):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+def test_the_table_names_both_sides(address: str) -> None:
+    shown = run(address)
+    assert MODEL.hex()[:12] in shown
+    (note,) = [line for line in shown.splitlines() if "refused refused" in line]
+    assert "keys of layer 3 differ" in note
+    assert "made by maker (pid 3, cpu, torch)" in note
+
+
+def test_json_has_everything(address: str) -> None:
+    first, second = sorted(
+        json.loads(run(address, "--json"))["models"], key=lambda model: model["model_digest"]
+    )
+    assert (first["model_digest"], second["model_digest"]) == (MODEL.hex(), OTHER.hex())
+    assert first["origin"]["host"] == "maker"
+    assert first["canary_bytes"] == len(sketch())
+    (refusal,) = first["refusals"]
+    assert (refusal["origin"]["host"], refusal["times"]) == ("refused", 1)
+
+
+def test_one_is_replaced_after_a_question(address: str) -> None:
+    assert "Aborted" in run(address, "replace", MODEL.hex()[:6], stdin="n\n", status=1)
+    assert "generation 1" in run(address, "replace", MODEL.hex()[:6], stdin="y\n")
+    assert json.loads(run(address, "replace", MODEL.hex(), "--yes", "--json"))["generation"] == 2
+    assert "to be made" in run(address)
+
+
+@pytest.mark.parametrize("digest", ["ff", ""])
+def test_a_digest_that_names_no_model_is_one_clear_error(address: str, digest: str) -> None:
+    with pytest.raises(ServiceError, match=MODEL.hex()[:12]):
+        run(address, "replace", digest, "--yes")
