@@ -177,7 +177,7 @@ class ClientSettings(BaseSettings):
     """Folder of what is kept between runs: calibrations, profiles. Processes may share it. One that cannot be written
     costs time, and nothing else."""
 
-    canary_timeout_s: float = Field(default=30.0, ge=0)
+    canary_timeout_s: float = Field(default=60.0, ge=0)
     """How long the first call of a model waits until its KV was compared with the cluster's canary, which takes a
     prefill of 256 tokens. Calls that come sooner are computed without reuse, and nothing of them is stored."""
 
