@@ -47,16 +47,20 @@ ISAS: dict[str, dict[str, str]] = {
 
 
 def starts(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """A fifth of them SmolLM2, and a twentieth compiled; the same for the same seed."""
+    """A tenth of them SmolLM2, a quarter of those in bfloat16, and a twentieth compiled; the same for the same seed."""
     chosen = random.Random(seed)
     tiny = itertools.cycle(("llama", "gemma3", "qwen3", "llama3-rope", "mistral"))
     for number in range(count):
+        name = "smollm2" if number % 10 == 0 else next(tiny)
+        # Without instructions for bfloat16 such a start takes minutes.
         dtype = chosen.choice(("float32", "bfloat16"))
-        compiled = number % 20 == 10
+        if name == "smollm2":
+            dtype = "bfloat16" if number % 40 == 0 else "float32"
+        compiled = number % 20 == 5
         yield {
             "start": number,
             "round": number // ROUND,
-            "model": "smollm2" if number % 5 == 0 else next(tiny),
+            "model": name,
             "dtype": dtype,
             "threads": chosen.choice((1, 2)),
             "attention": chosen.choice(("eager", "sdpa")),
