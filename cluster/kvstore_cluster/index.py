@@ -276,10 +276,6 @@ class ChunkIndex:
         prefix = int.from_bytes(self._prefixes[slot * _ID_BYTES : slot * _ID_BYTES + 8], "little")
         return prefix ^ self._encoding[slot]
 
-    def identity_of(self, chunk_id: ChunkId, encoding: str) -> int:
-        """The `identity` that a variant would have. Raises StorageError when it cannot be described."""
-        return int.from_bytes(chunk_id.prefix_id[:8], "little") ^ self._encodings.of(encoding)
-
     def expires_at_s(self, slot: int) -> float:
         """Unix time; 0: never."""
         return self._expires_at_s[slot]

@@ -465,7 +465,6 @@ class StorageNode:
         except TextTooLongError:
             self._counters.texts_cut += 1
             self._cut[tenant, chunk_id] = None
-            tiers.in_memory.forgo(self._index.identity_of(chunk_id, encoding), size_bytes)
             raise
         self._cut.pop((tenant, chunk_id), None)
         for slot in victims:

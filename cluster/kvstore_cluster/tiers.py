@@ -215,7 +215,7 @@ class Tiers:
     ) -> Extent:
         """Memory for a chunk, demoting or evicting what nobody uses, but not `before`, the chunk before it in its text,
         unless that stays on disk and `may_demote_before`. Raises ArenaFullError, and TextTooLongError where only
-        `before` is worth less; then nothing was evicted. Waits up to `patience_s` for chunks that are being written to
+        `before` could go; then nothing was evicted. Waits up to `patience_s` for chunks that are being written to
         the disk."""
         needed_bytes = self.arena.footprint_bytes(size_bytes)
         deadline_s = time.monotonic() + patience_s
@@ -230,7 +230,7 @@ class Tiers:
             if choice.own_text:
                 raise TextTooLongError(
                     f"{self.node_id} keeps the beginning of a text rather than what follows it, and in its "
-                    f"{self.arena.capacity_bytes} bytes has nothing else that is worth less; give the node more memory"
+                    f"{self.arena.capacity_bytes} bytes has nothing else that could go; give the node more memory"
                 )
             patience_s = deadline_s - time.monotonic()
             if not self.dirty or patience_s <= 0:

@@ -31,10 +31,6 @@ class EvictionPolicy(ABC):
     def postpone(self, slot: int) -> None:
         """The chunk was proposed and stays: propose it after the others of its worth. That is no use of it."""
 
-    def forgo(self, identity: int, size_bytes: int) -> None:  # noqa: B027 (a policy without memory has no use for it)
-        """A chunk of the end of a text was not taken: all that is here is worth more. Time passes all the same, and
-        when it comes again it is known, as if it had been added and evicted."""
-
     def report(self, slot: int, score: float) -> None:  # noqa: B027 (most policies have no use for it)
         """A client that has just used the chunk says which share of its attention, 0 to 1, went there."""
 

@@ -42,10 +42,6 @@ class EvictionOrder:
         if slot in self and before in self:
             self._policy.follow(slot, before)
 
-    def forgo(self, identity: int, size_bytes: int) -> None:
-        """A chunk was not taken, as all that is here is worth more."""
-        self._policy.forgo(identity, size_bytes)
-
     def report(self, slot: int, score: float) -> None:
         self._policy.report(slot, score)
 

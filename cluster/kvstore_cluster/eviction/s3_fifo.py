@@ -65,11 +65,6 @@ class S3Fifo(EvictionPolicy):
         queue.remove(slot)
         queue.push(slot)
 
-    def forgo(self, identity: int, size_bytes: int) -> None:
-        self._ghosts.take(identity)
-        self._forgone_bytes += size_bytes
-        self._ghosts.put(identity, self._forgone_bytes, 0)
-
     def remove(self, slot: int, *, evicted: bool) -> None:
         size_bytes = self._sizes[slot]
         self._count -= 1

@@ -91,7 +91,7 @@ class Followers:
 class Choice:
     """What is to leave, best first. Of what was proposed before it and stays, `next` are chunks whose text loses its
     end now, first chunk first, and `kept` are pinned or have something to keep behind them, last chunk first.
-    `own_text`: the search ended at the chunk to be spared, as all others are worth more than what would follow it."""
+    `own_text`: the chunk to be spared was among what was proposed and could have gone."""
 
     victims: list[int] = field(default_factory=list)
     next: list[int] = field(default_factory=list)
@@ -111,8 +111,9 @@ def choose(
     spared: int = NO_SLOT,
 ) -> Choice:
     """The first of `proposed` that together make `missing_bytes`, or all there are: those that may go, and of a text
-    its end before its beginning. Ends at `spared`, the chunk behind which the room is wanted, when that is the end of
-    its text here: a text does not give its beginning for what follows."""
+    its end before its beginning. `spared`, the chunk behind which the room is wanted, stays: a text does not give its
+    beginning for what follows. Everything else goes first, also what the policy values more: a policy that knows a text
+    from few uses would otherwise shut out those that are new (measured on texts beyond memory: a third of the hits)."""
     choice = Choice()
     followed: dict[int, None] = {}
     going: Counter[int] = Counter()  # followers that leave, too
@@ -125,6 +126,7 @@ def choose(
                 break
             if slot == spared:
                 choice.own_text = True
+                choice.kept.append(slot)
                 break
             if not may_go(slot):
                 if slot in pinned:
@@ -139,7 +141,7 @@ def choose(
             if slot not in followed or followers[slot] > going[slot]:
                 break
             del followed[slot]
-        if missing_bytes <= 0 or choice.own_text:
+        if missing_bytes <= 0:
             break
     for slot in choice.victims:
         while (slot := links.before(slot)) in followed:

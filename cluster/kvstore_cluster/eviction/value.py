@@ -109,12 +109,6 @@ class ValueAware(EvictionPolicy):
         self._last_uses[slot] = self._now
         queue.push(slot)
 
-    def forgo(self, identity: int, size_bytes: int) -> None:  # noqa: ARG002
-        self._now += 1
-        ghost = self._ghosts.take(identity)
-        frequency = 0 if ghost is None else self._used_again(ghost[1], self._now - ghost[0])
-        self._ghosts.put(identity, self._now, frequency)
-
     def report(self, slot: int, score: float) -> None:
         """Half of what is known of a chunk's score is the last report."""
         self._queue(slot).remove(slot)

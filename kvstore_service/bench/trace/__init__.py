@@ -2,9 +2,10 @@
 placement code.
 
 trace | workloads -> replay (policies) and optimum (Belady) -> placement (balance, movement) -> rows -> plot
+                  -> nodes (real storage nodes, put and looked up as clients do) and oracle (keeps beginnings)
 """
 
-from kvstore_service.bench.trace.plot import plot_hit_rates
+from kvstore_service.bench.trace.plot import plot_hit_rates, plot_through_nodes
 from kvstore_service.bench.trace.run import Options, Result, run
 
-__all__ = ["Options", "Result", "plot_hit_rates", "run"]
+__all__ = ["Options", "Result", "plot_hit_rates", "plot_through_nodes", "run"]

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,11 +11,13 @@ from blake3 import blake3
 
 from kvstore_cluster.eviction import POLICIES
 from kvstore_codec.errors import ConfigurationError
+from kvstore_service.bench.trace.nodes import NodeReplay
 from kvstore_service.bench.trace.optimum import optimal_hit_rate
+from kvstore_service.bench.trace.oracle import beginnings_hit_rate
 from kvstore_service.bench.trace.placement import WEIGHTS, balance_row, movement_row
 from kvstore_service.bench.trace.replay import replay
 from kvstore_service.bench.trace.trace import Trace, read_trace
-from kvstore_service.bench.trace.workloads import workloads
+from kvstore_service.bench.trace.workloads import texts_beyond_memory, workloads
 
 Rows = list[dict[str, Any]]
 
@@ -36,6 +38,8 @@ class Options:
     policies: tuple[str, ...]
     nodes: tuple[int, ...]
     quick: bool = False
+    through_nodes: bool = False
+    """Real storage nodes instead of the policies alone: slower by far, and by whole prompts."""
 
     def __post_init__(self) -> None:
         for name in self.policies:
@@ -57,6 +61,7 @@ class Options:
 class Result:
     rows: Rows
     other_workloads: Rows
+    through_nodes: Rows
     balance: Rows
     movement: Rows
     meta: dict[str, Any]
@@ -68,10 +73,12 @@ def run(options: Options, progress: Progress) -> Result:
     if options.quick:
         trace = Trace(trace.name, trace.requests[:_QUICK_REQUESTS])
     blocks = trace.footprint()
+    through = [trace, texts_beyond_memory()] if options.through_nodes else []
     others = [] if options.quick else list(workloads(trace))
     return Result(
         rows=_hit_rates([trace], options.policies, options.capacities, progress, "replay"),
         other_workloads=_hit_rates(others, options.policies, _OTHER_CAPACITIES, progress, "others"),
+        through_nodes=_through_nodes(through, options.policies, options.capacities, progress),
         **_placed(trace, options.nodes, progress),
         meta={
             "trace": trace.name,
@@ -116,6 +123,47 @@ def _hit_rates(
                         "capacity_chunks": chunks,
                         "hit_rate": rate.blocks,
                         "prefix_hit_rate": rate.prefix,
+                        "optimal_hit_rate": optimal,
+                    }
+                )
+    return rows
+
+
+def _through_nodes(
+    traces: Sequence[Trace], policies: Sequence[str], capacities: Sequence[float], progress: Progress
+) -> Rows:
+    """One node, with clients that know texts and with such as do not; and three nodes, with the former."""
+    rows: Rows = []
+    setups = ((1, False), (1, True), (3, True))
+    total = len(policies) * len(capacities) * len(setups) * sum(len(trace.requests) for trace in traces)
+    done = 0
+
+    def advance(requests: int) -> None:
+        nonlocal done
+        done += requests
+        progress.advance("nodes", done, total)
+
+    for trace in traces:
+        content_ids = {block: content_id(block) for block in trace.footprint()}
+        for fraction in capacities:
+            chunks = max(1, int(fraction * len(content_ids)))
+            optimal = optimal_hit_rate(trace.requests, chunks)
+            beginnings = beginnings_hit_rate(trace.requests, chunks)
+            for name, (nodes, knows_texts) in product(policies, setups):
+                replay = NodeReplay(POLICIES[name], chunks, content_ids, nodes=nodes, knows_texts=knows_texts)
+                found = replay.run(trace.requests, advance)
+                rows.append(
+                    {
+                        "workload": trace.name,
+                        "policy": name,
+                        "nodes": nodes,
+                        "clients": "know texts" if knows_texts else "know chunks",
+                        "capacity_fraction": fraction,
+                        "capacity_chunks": chunks,
+                        "prefix_hit_rate": found.prefix,
+                        "counted_hit_rate": found.hits,
+                        "puts": found.puts,
+                        "beginnings_hit_rate": beginnings,
                         "optimal_hit_rate": optimal,
                     }
                 )

@@ -1,7 +1,7 @@
 """Workloads unlike any conversation, to see whether a policy was made for one trace."""
 
 from collections.abc import Iterator
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 
 import numpy as np
 
@@ -26,6 +26,29 @@ def workloads(trace: Trace) -> Iterator[Trace]:
     shifted = [generator.permutation(_BLOCKS)[part] for part in np.split(popular, 5)]
     yield _single("Zipf 0.9, shifting", np.concatenate(shifted).tolist())
     yield _single("loop", list(chain.from_iterable(repeat(range(_BLOCKS), _REFERENCES // _BLOCKS))))
+
+
+def texts_beyond_memory() -> Trace:
+    """Texts of 60 to 500 blocks, more than a cache of a few percent of all blocks holds, asked by Zipf's law and often
+    twice in a row, among short ones. All begin with the same 8 blocks, and half of the prompts leave their text at some
+    point and end differently."""
+    generator = np.random.default_rng(2)
+    fresh = iter(range(8, 1 << 40))
+    common = tuple(range(8))
+    texts = [common + tuple(islice(fresh, int(length))) for length in generator.integers(52, 493, 30)]
+    popularity = 1 / np.arange(1, len(texts) + 1)
+    popularity /= popularity.sum()
+    requests: list[tuple[int, ...]] = []
+    while len(requests) < 400:
+        if generator.random() < 0.4:
+            requests.append(common + tuple(islice(fresh, int(generator.integers(1, 12)))))
+            continue
+        text = texts[generator.choice(len(texts), p=popularity)]
+        if generator.random() < 0.5:
+            text = text[: generator.integers(8, len(text))]
+            text += tuple(islice(fresh, int(generator.integers(1, 20))))
+        requests += [text] * (1 + (generator.random() < 0.5))
+    return Trace("texts beyond memory", tuple(requests))
 
 
 def _zipf(

@@ -17,7 +17,12 @@ from kvstore_service.cli.stages import Stages
 if TYPE_CHECKING:
     from kvstore_service.bench.trace import Result
 
-_STAGES = {"replay": "replaying", "others": "other workloads", "placement": "placing"}
+_STAGES = {
+    "replay": "replaying",
+    "others": "other workloads",
+    "placement": "placing",
+    "nodes": "through nodes",
+}
 
 
 def trace(
@@ -36,6 +41,13 @@ def trace(
     quick: Annotated[
         bool, typer.Option("--quick", help="The first 2,000 prompts, and no other workloads.")
     ] = False,
+    through_nodes: Annotated[
+        bool,
+        typer.Option(
+            "--through-nodes",
+            help="Also put and look everything up on real storage nodes, and texts larger than memory: some minutes.",
+        ),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of hit rates over capacity.")] = None,
 ) -> None:
@@ -46,7 +58,7 @@ def trace(
     """
     require_outputs(json_file, plot)
     from kvstore_service.bench import write_results
-    from kvstore_service.bench.trace import Options, plot_hit_rates, run
+    from kvstore_service.bench.trace import Options, plot_hit_rates, plot_through_nodes, run
 
     options = Options(
         trace_file,
@@ -54,6 +66,7 @@ def trace(
         _parts(policy),
         tuple(map(_count, _parts(nodes))),
         quick,
+        through_nodes,
     )
     console = output()
     with Stages(console, _STAGES) as stages:
@@ -66,8 +79,11 @@ def trace(
         other_workloads=result.other_workloads,
         balance=result.balance,
         movement=result.movement,
+        through_nodes=result.through_nodes,
     )
-    if plot is not None:
+    if plot is not None and through_nodes:
+        plot_through_nodes(result.through_nodes, plot)
+    elif plot is not None:
         plot_hit_rates(result.rows, f"{result.meta['trace']}: prefix hits by eviction policy", plot)
 
 
@@ -101,6 +117,8 @@ def _show(console: Console, result: "Result") -> None:
     for title, rows in (("hit rates", result.rows), ("other workloads", result.other_workloads)):
         if rows:
             print_table(_rates(title, rows))
+    if result.through_nodes:
+        print_table(_through_nodes(result.through_nodes))
     print_table(
         result_table(
             "load of the fullest node over its share",
@@ -127,6 +145,24 @@ def _show(console: Console, result: "Result") -> None:
             {"joined_fraction_moved": 5, "left_fraction_moved": 5, "bound": 5},
         )
     )
+
+
+def _through_nodes(rows: list[dict[str, Any]]) -> Any:
+    shown = [row | {"capacity": f"{100 * row['capacity_fraction']:g} %"} for row in rows]
+    columns = {
+        "workload": "workload",
+        "capacity": "capacity",
+        "policy": "policy",
+        "nodes": "nodes",
+        "clients": "clients",
+        "prefix hits": "prefix_hit_rate",
+        "counted": "counted_hit_rate",
+        "puts": "puts",
+        "beginnings": "beginnings_hit_rate",
+        "optimal": "optimal_hit_rate",
+    }
+    rates = ("prefix_hit_rate", "counted_hit_rate", "beginnings_hit_rate", "optimal_hit_rate")
+    return result_table("through storage nodes", columns, shown, dict.fromkeys(rates, 4))
 
 
 def _rates(title: str, rows: list[dict[str, Any]]) -> Any:

@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from kvstore_cluster.eviction import POLICIES
 from kvstore_codec.errors import ConfigurationError
+from kvstore_service.bench.trace.nodes import NodeHits, NodeReplay
 from kvstore_service.bench.trace.optimum import optimal_hit_rate
+from kvstore_service.bench.trace.oracle import BeginningsOracle, beginnings_hit_rate
 from kvstore_service.bench.trace.placement import balance_row, movement_row
 from kvstore_service.bench.trace.replay import HitRate, replay
 from kvstore_service.bench.trace.run import content_id
 from kvstore_service.bench.trace.trace import Blocks, Trace, read_trace
-from kvstore_service.bench.trace.workloads import workloads
+from kvstore_service.bench.trace.workloads import texts_beyond_memory, workloads
 from kvstore_service.cli import app
 
 IDENTITIES = {block: (block + 1) * 0x9E3779B97F4A7C15 % (1 << 64) for block in range(1000)}
@@ -118,6 +120,52 @@ def test_the_optimum_is_the_best_of_all_choices(requests: list[Blocks], capacity
 
     expected = best(frozenset(), 0) / sum(map(len, requests))
     assert optimal_hit_rate(requests, capacity) == pytest.approx(expected)
+
+
+def test_the_oracle_keeps_the_beginning_and_takes_room_from_the_end() -> None:
+    oracle = BeginningsOracle(3)
+    assert [oracle.ask((1, 2, 3, 4, 5)) for _ in range(2)] == [0, 3]
+    assert [oracle.ask((1, 6)), oracle.ask((1, 2, 3)), oracle.ask((1, 6))] == [1, 2, 1]
+    assert [oracle.ask((7, 8)), oracle.ask((1,))] == [0, 1]
+
+
+TREES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=25).map(
+    lambda texts: [
+        tuple(int("1" + "".join(map(str, text[:end]))) for end in range(1, len(text) + 1)) for text in texts
+    ]
+)
+
+
+@given(requests=TREES, capacity=st.integers(1, 12))
+@settings(max_examples=20, deadline=None)
+def test_a_node_under_lru_hits_what_the_oracle_hits(requests: list[Blocks], capacity: int) -> None:
+    names = {block: content_id(block) for request in requests for block in request}
+    found = NodeReplay(POLICIES["lru"], capacity, names).run(requests)
+    assert found.prefix == found.hits == beginnings_hit_rate(requests, capacity)
+    assert found.prefix <= optimal_hit_rate(requests, capacity) + 1e-12
+
+
+def _replayed(policy: str, *, nodes: int = 1, knows_texts: bool = True) -> NodeHits:
+    """The first texts beyond a memory of 60 blocks."""
+    requests = _LONG
+    names = {block: content_id(block) for request in requests for block in request}
+    return NodeReplay(POLICIES[policy], 60, names, nodes=nodes, knows_texts=knows_texts).run(requests)
+
+
+_LONG = [request[:150] for request in texts_beyond_memory().requests[:20]]
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_of_texts_beyond_memory_prompts_find_what_an_oracle_would_keep(policy: str) -> None:
+    found, before = _replayed(policy), _replayed(policy, knows_texts=False)
+    assert found.hits == found.prefix >= 0.95 * beginnings_hit_rate(_LONG, 60)
+    assert found.prefix > before.prefix
+    assert found.puts < before.puts
+
+
+def test_three_nodes_that_see_a_third_of_each_text_keep_beginnings_too() -> None:
+    found, before = _replayed("value", nodes=3), _replayed("value", nodes=3, knows_texts=False)
+    assert found.hits == found.prefix > before.prefix
 
 
 def test_load_follows_weights_and_the_most_wanted_chunk_bounds_it() -> None:
