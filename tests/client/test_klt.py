@@ -308,7 +308,7 @@ def test_a_service_that_is_away_costs_nobody_anything(new_client: Callable[..., 
         cached = CachedModel(model, client)
         assert torch.equal(cached.generate(PROMPT, **GREEDY), model.generate(PROMPT, **GREEDY))
         client.store.flush()
-        assert counted(client, "store_no_calibration") == 1
+        assert counted(client, "store_unreachable") == 1  # without its canary, nothing is handed to the store
 
 
 def test_closing_in_the_middle_of_a_load_keeps_its_patience(

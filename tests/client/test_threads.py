@@ -13,6 +13,8 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel, RequestQueue
+from kvstore_client.engines.transformers import model as model_module
+from kvstore_client.engines.transformers.cache import arriving_cache
 from kvstore_client.engines.transformers.generated import Begun
 from kvstore_client.fetch import restore
 from kvstore_client.store import NewChunk
@@ -129,23 +131,24 @@ def test_a_queue_starts_fetches_by_itself(cluster: ServedCluster, monkeypatch: p
     assert seen == [1]
 
 
-def test_a_cache_that_was_not_asked_for_is_empty_afterwards(cluster: ServedCluster) -> None:
-    """Who looks at it then, a hook say, must not find the KV of another prompt."""
+def test_a_cache_that_was_not_asked_for_is_empty_afterwards(
+    cluster: ServedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who kept a reference to it must not find the KV of another prompt."""
     prompt, seen = random_prompt(600, seed=44), []
 
-    def keep(_model: torch.nn.Module, _inputs: object, output: Any) -> None:
-        seen.append(output.past_key_values)
+    def keep(*arguments: Any) -> Any:
+        seen.append(arriving_cache(*arguments))
+        return seen[-1]
 
-    model = tiny_model()
     with connect(cluster.address) as client:
-        cached = CachedModel(model, client)
+        cached = CachedModel(tiny_model(), client)
         cached.generate(prompt, **GREEDY)
         client.store.flush()
-        hook = model.register_forward_hook(keep)
+        monkeypatch.setattr(model_module, "arriving_cache", keep)
         cached.generate(prompt, **GREEDY)
         assert cached.last_report.reused_tokens == 512
         assert [len(cache.layers) for cache in seen] == [0]
-        hook.remove()
         cached.close()
 
 
