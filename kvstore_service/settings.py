@@ -203,8 +203,14 @@ def _describe(problem: Any, sources: Mapping[str, str]) -> str:
             f"there is no setting {shortened(name)!r}, known are {', '.join(Settings.model_fields)}{source}"
         )
     secret = Settings.model_fields[name].annotation == SecretStr | None
-    value = "..." if secret else shortened(repr(problem["input"]))
+    value = "..." if secret else shortened(_as_given(problem["input"]))
     return f"{name} = {value}: {shortened(problem['msg'], 300)}{source}"
+
+
+def _as_given(value: object) -> str:
+    """Numbers stand bare, whether a file gave them as numbers or a flag as text; other text is quoted."""
+    is_number = isinstance(value, str) and value.removeprefix("-").isdecimal()
+    return str(value) if is_number else repr(value)
 
 
 def _shown(value: object) -> str:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from kvstore_api.placement import Member
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.calibrations import CalibrationRegistry
+from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.node import StorageNode
@@ -40,9 +41,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("catalogue")
     catalogue = FileCatalogue(folder)
     coordinator = Coordinator(catalogue)
-    server = serve_coordinator(
-        coordinator, CalibrationRegistry(folder / "calibrations"), address=Address("127.0.0.1", 0)
-    )
+    registries = CalibrationRegistry(folder / "calibrations"), CanaryRegistry(folder / "canaries")
+    server = serve_coordinator(coordinator, *registries, address=Address("127.0.0.1", 0))
     node = StorageNode(NODE, Arena(4 << 20, 4 << 10))
     storage = serve_storage(node, host="127.0.0.1")
     coordinator.join(Member(NODE, storage.address), 1)
