@@ -314,17 +314,21 @@ def test_a_service_that_is_away_costs_nobody_anything(new_client: Callable[..., 
 def test_closing_in_the_middle_of_a_load_keeps_its_patience(
     stored: int, cluster: ServedCluster, new_client: Callable[..., KVStoreClient]
 ) -> None:
-    with ShapedLink(cluster.address, bandwidth_bps=1e5) as link:
+    spec = spec_of(sharp_model())
+    kv = torch.randn(2, spec.layers, spec.kv_heads, CHUNK_TOKENS, spec.head_dim)
+    with ShapedLink(cluster.address, bandwidth_bps=1e4) as link:
         client = new_client(link.address, close_timeout_s=0.3)
-        cached = CachedModel(sharp_model(), client)
-        cached.generate(random_prompt(600, seed=2), **GREEDY)  # now the store waits for the calibration
-        time.sleep(0.2)
-        assert loads()
+        new = [NewChunk(chunk_id, lambda: (kv[0], kv[1])) for chunk_id in client.chunk_ids(spec, range(600))]
+        client.store.put(spec, new)  # and now the store waits for the calibration
+        deadline = time.monotonic() + 10
+        while not loads():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         started = time.monotonic()
         client.close()
         assert time.monotonic() - started < 3
         assert counted(client, "store_dropped_at_close") == 1
-        assert client.prepare(cached.spec).result(1) is None
+        assert client.prepare(spec).result(1) is None
 
 
 def test_a_fetch_without_features_misses_its_chunks(
