@@ -93,12 +93,13 @@ def attack(kind: str) -> tuple[str, bytes]:
 
 def attackers(address: str, kind: str, count: int) -> None:
     call, request = attack(kind)
-    answers: dict[str, int] = {}
+    answers = {"sent": 0}
 
     def repeat() -> None:
         with grpc.insecure_channel(address, _OPTIONS) as channel:
             method = f"/kvstore.v1.Storage/{call}"
             while True:
+                answers["sent"] += 1
                 try:
                     if call == "Read":
                         for _ in channel.unary_stream(method)(request):

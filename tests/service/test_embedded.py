@@ -138,6 +138,7 @@ def test_a_stopped_cluster_leaves_neither_processes_nor_files(
     assert list(scratch.iterdir()) == []
     assert sorted(entry.name for entry in data_dir.iterdir()) == [
         "calibrations",
+        "canaries",
         "catalogue.json",
         "catalogue.lock",
     ]
