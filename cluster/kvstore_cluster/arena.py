@@ -1,8 +1,9 @@
 """The DRAM tier's memory: one anonymous mapping cut into fixed blocks, handed out as runs of blocks.
 
 Blocks are all alike, so a chunk fits whenever enough of them are free, wherever they lie: there is nothing to
-compact. Freed runs are handed out again first, because memory that was touched before is many times faster
-than fresh pages. Bytes go in and out through memoryviews; the arena itself never copies.
+compact. Freed runs are handed out again before the rest of the mapping, because memory that was touched before is many
+times faster than fresh pages; `free_runs` keeps them long. Bytes go in and out through memoryviews; the arena itself
+never copies.
 """
 
 import math
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from kvstore_cluster.free_runs import FreeRuns
 from kvstore_codec.errors import ArenaFullError, ConfigurationError, StorageError
 
 DEFAULT_BLOCK_BYTES = 64 << 10
@@ -55,8 +57,7 @@ class Arena:
         self._mapping = mapping
         self._memory = memoryview(mapping)
         self._populated_bytes = 0
-        self._free_runs: list[tuple[int, int]] = [(0, self._block_count)]
-        self._free_blocks = self._block_count
+        self._free = FreeRuns(self._block_count)
 
     @property
     def capacity_bytes(self) -> int:
@@ -65,7 +66,7 @@ class Arena:
     @property
     def used_bytes(self) -> int:
         """Bytes of the blocks that are taken: sizes rounded up to whole blocks."""
-        return (self._block_count - self._free_blocks) * self._block_bytes
+        return (self._block_count - self._free.blocks) * self._block_bytes
 
     def footprint_bytes(self, size_bytes: int) -> int:
         """What `size_bytes` would take: whole blocks, at least one."""
@@ -75,27 +76,23 @@ class Arena:
         """Takes blocks for `size_bytes`; their contents are undefined. Raises ArenaFullError, and then
         nothing was taken."""
         needed = self.footprint_bytes(size_bytes) // self._block_bytes
-        if needed > self._free_blocks:
+        if needed > self._free.blocks:
             raise ArenaFullError(
-                f"{size_bytes} bytes do not fit: {self._free_blocks * self._block_bytes} of "
+                f"{size_bytes} bytes do not fit: {self._free.blocks * self._block_bytes} of "
                 f"{self.capacity_bytes} bytes are free"
             )
-        self._free_blocks -= needed
         runs = []
         while needed:
-            first, count = self._free_runs.pop()
-            if count > needed:
-                self._free_runs.append((first + needed, count - needed))
-                count = needed
-            runs.append((first, count))
-            needed -= count
+            run = self._free.take(needed)
+            runs.append(run)
+            needed -= run[1]
         lengths = (count * self._block_bytes for _, count in runs[:-1])
         return Extent(size_bytes, tuple(runs), tuple(accumulate(lengths, initial=0)))
 
     def free(self, extent: Extent) -> None:
         """Gives the blocks back. Nobody may use a view of the extent afterwards."""
-        self._free_runs.extend(reversed(extent.runs))
-        self._free_blocks += extent.blocks
+        for first, count in extent.runs:
+            self._free.give(first, count)
 
     def views(self, extent: Extent, offset: int = 0, length: int | None = None) -> Iterator[memoryview]:
         """Writable views that together are bytes [offset, offset + length) of the extent, in order."""
@@ -137,13 +134,14 @@ class Arena:
         """Raises StorageError unless `allocated` and the free runs together are every block exactly once."""
         taken = [run for extent in allocated for run in extent.runs]
         position = 0
-        for first, count in sorted([*taken, *self._free_runs]):
+        self._free.check_integrity()
+        for first, count in sorted([*taken, *self._free]):
             if first != position or count < 1:
                 raise StorageError(
                     f"arena is corrupt: block {position} is lost or owned twice (run at {first})"
                 )
             position = first + count
-        if position != self._block_count or sum(count for _, count in self._free_runs) != self._free_blocks:
+        if position != self._block_count:
             raise StorageError(f"arena is corrupt: {position} of {self._block_count} blocks accounted for")
 
 

@@ -112,3 +112,45 @@ def test_too_little_memory_is_refused(memory_bytes: int) -> None:
 def test_more_memory_than_the_machine_has_is_refused(memory_bytes: int) -> None:
     with pytest.raises(ConfigurationError, match="lower --memory"):
         Arena(memory_bytes)
+
+
+def test_neighbours_that_were_freed_are_one_run() -> None:
+    arena = Arena(40 * BLOCK, BLOCK)
+    extents = [arena.allocate(5 * BLOCK) for _ in range(8)]
+    random.Random(3).shuffle(extents)
+    for extent in extents:
+        arena.free(extent)
+    assert len(arena.allocate(40 * BLOCK).runs) == 1
+
+
+def test_a_hole_that_fits_is_taken_before_a_longer_one() -> None:
+    arena = Arena(40 * BLOCK, BLOCK)
+    long, _, short, *_ = [arena.allocate(blocks * BLOCK) for blocks in (8, 1, 3, 28)]
+    arena.free(long)
+    arena.free(short)
+    assert arena.allocate(3 * BLOCK).runs == short.runs
+    assert arena.allocate(8 * BLOCK).runs == long.runs
+
+
+def test_where_no_hole_fits_the_longest_are_taken() -> None:
+    arena = Arena(40 * BLOCK, BLOCK)
+    holes = [arena.allocate(blocks * BLOCK) for blocks in (1, 1, 2, 1, 6, 1, 4, 24)][::2]
+    for hole in holes:
+        arena.free(hole)
+    assert [count for _, count in arena.allocate(11 * BLOCK).runs] == [6, 4, 1]
+
+
+def test_chunks_of_many_sizes_stay_in_few_pieces() -> None:
+    """However long they come and go, with a twentieth of the memory free."""
+    choose = random.Random(5)
+    arena = Arena(4096 * BLOCK, BLOCK)
+    held: list[Extent] = []
+    pieces = []
+    for _ in range(5000):
+        blocks = choose.randint(8, 128)
+        while arena.capacity_bytes - arena.used_bytes < (blocks + 200) * BLOCK:
+            arena.free(held.pop(choose.randrange(len(held))))
+        held.append(arena.allocate(blocks * BLOCK))
+        pieces.append(len(held[-1].runs))
+    assert sum(pieces[-1000:]) < 4 * 1000
+    arena.check_integrity(held)
