@@ -77,6 +77,7 @@ class ReadyCalibrations:
             if known is not None:
                 return known
             loading: Loading = Future()
+            loading.set_running_or_notify_cancel()  # one for all who ask: nobody can cancel it
             if self._closed or digest in self._unusable:
                 loading.set_result(None)
                 return loading

@@ -125,7 +125,8 @@ class Store:
     ) -> "Future[int]":
         """Store chunks without waiting, each in all of `encodings` (when not given, the store's). The future gives the
         number of chunks that are stored afterwards, in one of them at least: a fetch can use those. `text` names all
-        chunks of the text that they belong to, in order, where they are not all of it.
+        chunks of the text that they belong to, in order, where they are not all of it. Cancelling the future drops
+        chunks whose turn has not come; those under way are stored.
 
         When `store_backlog_bytes` of KV wait already, or the client was closed, new ones are dropped and counted.
         """
@@ -199,7 +200,13 @@ class Store:
     @single_threaded()
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except (
+                BaseException
+            ):  # of a caller's: from a `gather`, or from a callback of a future that it holds
+                log.exception("storing failed")
+                self._metrics.missed("store_internal_error")
 
     def _store(
         self,
@@ -208,10 +215,17 @@ class Store:
         new: "_NewChunks",
         size_bytes: int,
     ) -> None:
-        count = 0 if self._stop.done() else self._put(spec, new)
-        with self._lock:
-            self._waiting_bytes -= size_bytes
-        stored.set_result(count)
+        wanted, count = stored.set_running_or_notify_cancel(), 0
+        try:
+            if not wanted:
+                self._metrics.missed("store_cancelled")
+            elif not self._stop.done():
+                count = self._put(spec, new)
+        finally:
+            with self._lock:
+                self._waiting_bytes -= size_bytes
+            if wanted:
+                stored.set_result(count)
 
     def _put(self, spec: ModelSpec, new: "_NewChunks") -> int:
         try:

@@ -132,6 +132,20 @@ def test_what_the_model_raises_comes_out_of_the_future(setup: Setup) -> None:
     )
 
 
+def test_a_callback_that_ends_its_thread_keeps_nobody_waiting(setup: Setup) -> None:
+    def leave(_answer: object) -> None:
+        raise SystemExit
+
+    setup.link.set_bandwidth(SLOW_BPS)
+    first = setup.queue.submit(setup.long[0], **GREEDY)
+    first.add_done_callback(leave)
+    setup.link.set_bandwidth(FAST_BPS)
+    assert torch.equal(first.result(20), setup.expected(setup.long[0]))
+    assert torch.equal(
+        setup.queue.submit(setup.short[0], **GREEDY).result(20), setup.expected(setup.short[0])
+    )
+
+
 def test_many_requests_from_many_threads(setup: Setup) -> None:
     setup.link.set_bandwidth(200e6)
     prompts = [*setup.long, *setup.short]

@@ -1,5 +1,6 @@
 """Several requests for one model: who waits for KV does not hold up who does not."""
 
+import logging
 import math
 import threading
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from kvstore_client.engines.transformers.generated import Begun
 from kvstore_client.engines.transformers.model import CachedModel
 from kvstore_client.fork import renew_in_children
 from kvstore_codec.errors import NotCopyableError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -115,14 +118,24 @@ class RequestQueue:
         while (question := self._queue.next_ready(threading.TIMEOUT_MAX)) is not None:
             try:
                 if question.answer.set_running_or_notify_cancel():
-                    question.answer.set_result(self._result(question))
+                    self._give_answer(question)
                 elif question.begun is not None:
                     self._cached.cancel(question.begun)
-            except BaseException as error:  # the asker's to handle, whatever it is
-                question.answer.set_exception(error)
+            except (
+                BaseException
+            ):  # a mistake of ours, or of a callback of the future: the next are to be answered
+                log.exception("a request was not ended as it should be")
             finally:
                 self._queue.finished(question)
                 del question  # an idle queue holds on to nobody's buffers
+
+    def _give_answer(self, question: _Question) -> None:
+        try:
+            result = self._result(question)
+        except BaseException as error:  # the asker's to handle, whatever it is
+            question.answer.set_exception(error)
+        else:
+            question.answer.set_result(result)
 
     def _result(self, question: _Question) -> Any:
         if question.begun is None:

@@ -1,0 +1,112 @@
+"""What a caller may do with the futures it is given: cancel them, and nothing else of the client changes."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from kvstore_client import KVStoreClient, connect
+from kvstore_client.store import NewChunk
+from tests.client.chunks import SPEC, ids, random_kv
+from tests.client.conftest import ServedCluster
+
+WAIT_S = 10
+
+
+@pytest.fixture
+def client(cluster: ServedCluster) -> Iterator[KVStoreClient]:
+    with connect(cluster.address) as connected:
+        yield connected
+
+
+class Held:
+    """A chunk whose KV is not handed out before `let_go`."""
+
+    def __init__(self) -> None:
+        self.asked, self.let_go = threading.Event(), threading.Event()
+
+    def __call__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        self.asked.set()
+        assert self.let_go.wait(WAIT_S)
+        return random_kv(0)
+
+
+def within(action: Callable[[], object]) -> bool:
+    """Whether `action` returns at all."""
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (action(), done.set()), daemon=True)
+    thread.start()
+    return done.wait(WAIT_S)
+
+
+def test_a_put_that_its_caller_gave_up_is_dropped_and_the_next_is_stored(client: KVStoreClient) -> None:
+    first, second, third = ids(3)
+    held = Held()
+    begun = client.store.put(SPEC, [NewChunk(first, held)])
+    assert held.asked.wait(WAIT_S)
+    waiting = client.store.put(SPEC, [NewChunk(second, lambda: random_kv(1))])
+    assert waiting.cancel()
+    assert not begun.cancel()  # it is under way
+    held.let_go.set()
+    last = client.store.put(SPEC, [NewChunk(third, lambda: random_kv(2))])
+    assert last.result(WAIT_S) == 1
+    assert begun.result(WAIT_S) == 1
+    assert within(client.store.flush)
+    assert client.metrics.snapshot()["miss_store_cancelled"] == 1
+    assert client.metrics.snapshot()["chunks_stored"] == 2
+
+
+def test_asyncio_may_give_up_waiting_for_a_put(client: KVStoreClient) -> None:
+    held = Held()
+    first = client.store.put(SPEC, [NewChunk(ids(1)[0], held)])
+    assert held.asked.wait(WAIT_S)
+
+    async def give_up() -> None:
+        stored = client.store.put(SPEC, [NewChunk(ids(2)[1], lambda: random_kv(1))])
+        await asyncio.wait_for(asyncio.wrap_future(stored), 0.01)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(give_up())
+    held.let_go.set()
+    assert first.result(WAIT_S) == 1
+    assert within(client.store.flush)
+    assert client.store.put(SPEC, [NewChunk(ids(2)[1], lambda: random_kv(1))]).result(WAIT_S) == 1
+
+
+def test_what_a_cancelled_put_held_is_let_go(client: KVStoreClient) -> None:
+    """Its bytes count against the backlog no longer."""
+    held = Held()
+    begun = client.store.put(SPEC, [NewChunk(ids(1)[0], held)])
+    assert held.asked.wait(WAIT_S)
+    client.store.put(SPEC, [NewChunk(ids(2)[1], lambda: random_kv(1))]).cancel()
+    held.let_go.set()
+    assert begun.result(WAIT_S) == 1
+    assert within(client.store.flush)
+    assert client.store._waiting_bytes == 0
+
+
+def test_a_calibration_is_loaded_for_everybody_whoever_gives_up(cluster: ServedCluster) -> None:
+    with connect(cluster.address, encoding="medium-klt-pco") as client:
+        loading = client.prepare(SPEC)
+        assert not loading.cancel()  # it is everybody's
+        assert client.prepare(SPEC).result(WAIT_S) is None  # there is none, and nobody is told otherwise
+        assert client.store.put(SPEC, [NewChunk(ids(1)[0], lambda: random_kv(0))]).result(WAIT_S) == 0
+        counts = client.metrics.snapshot()
+    assert "miss_store_internal_error" not in counts
+    assert counts["miss_store_no_calibration"] == 1
+
+
+def test_a_callback_that_ends_its_thread_stops_no_storing(client: KVStoreClient) -> None:
+    held = Held()
+    first = client.store.put(SPEC, [NewChunk(ids(1)[0], held)])
+
+    def leave(_stored: object) -> None:
+        raise SystemExit
+
+    first.add_done_callback(leave)
+    held.let_go.set()
+    assert first.result(WAIT_S) == 1
+    assert client.store.put(SPEC, [NewChunk(ids(2)[1], lambda: random_kv(1))]).result(WAIT_S) == 1
+    assert within(client.store.flush)
