@@ -8,7 +8,7 @@ import grpc
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.coordinator import Coordinator
-from kvstore_cluster.node import MAX_TENANT_BYTES
+from kvstore_cluster.intake import MAX_TENANT_BYTES
 from kvstore_codec.errors import (
     CatalogueError,
     ClusterError,

@@ -182,6 +182,15 @@ class ChunkIndex:
                 return slot
         return None
 
+    def find_alive(self, chunk_id: ChunkId, encoding: str, now_s: float) -> int | None:
+        """As `find`, but for a variant whose time is over."""
+        slot = self.find(chunk_id, encoding)
+        return slot if slot is not None and self.is_alive(slot, now_s) else None
+
+    def is_alive(self, slot: int, now_s: float) -> bool:
+        """Whether the variant's time is not over."""
+        return not 0 < self._expires_at_s[slot] <= now_s
+
     @property
     def encodings(self) -> Sequence[str]:
         """Every encoding that something was stored in."""

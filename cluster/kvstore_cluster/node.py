@@ -6,47 +6,34 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 
-from cachetools import TTLCache
-
 from kvstore_cluster.arena import Arena
-from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
+from kvstore_cluster.disk import RecordMeta, SegmentStore
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
-from kvstore_cluster.eviction.columns import NO_SLOT
-from kvstore_cluster.index import MAX_CHUNK_BYTES, NOWHERE, ChunkName
+from kvstore_cluster.index import NOWHERE, ChunkName
+from kvstore_cluster.intake import Intake
 from kvstore_cluster.leases import LeaseId, LeaseTable
 from kvstore_cluster.lookup import PAUSE_S, SLICE_CHUNKS, ChunkSearch, LookupResult
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_cluster.reader import ChunkReader
 from kvstore_cluster.stats import NodeCounters, NodeStats
 from kvstore_cluster.stored import StoredVariant
-from kvstore_cluster.tiers import FLUSH_PATIENCE_S, Tiers
-from kvstore_codec.encoding import Encoding
+from kvstore_cluster.tiers import Tiers
 from kvstore_codec.errors import (
     ChunkNotFoundError,
-    ChunkTooLargeError,
     ConfigurationError,
     DiskError,
-    NodeDrainingError,
-    NotDurableError,
-    PutStateError,
     StorageError,
-    TextTooLongError,
 )
 from kvstore_codec.identity import ChunkId
 
 log = logging.getLogger(__name__)
 
 MAX_LISTED = 4096
-MAX_TENANT_BYTES = 255
 MOST_BEHIND = 16
 
-
-# Texts that were cut lately: those who put them have the rest on its way.
-_MOST_CUT, _CUT_S = 4096, 60.0
 _MOST_TOKENS = 1 << 16  # of a chunk, whatever a client says
 
 
@@ -71,18 +58,14 @@ class StorageNode:
         self.node_id = node_id
         self._arena = arena
         self._store = store
-        self._durability = durability
         self._clock = clock
         self._counters = NodeCounters()
         self._leases = LeaseTable[int]() if leases is None else leases
         self._tiers = Tiers(node_id, arena, store, policy, self._leases, self._counters)
         self._index = self._tiers.index
         self._lock = self._tiers.lock
-        self._pending: set[PendingPut] = set()
-        self._draining = False
+        self._intake = Intake(self._tiers, store, durability, clock)
         self._unforgotten: deque[tuple[RecordMeta, int]] = deque()
-        # Whose text was cut before it, by tenant and chunk.
-        self._cut: TTLCache[tuple[str, ChunkId], None] = TTLCache(_MOST_CUT, _CUT_S)
         if store is not None:
             self._recover(store)
 
@@ -187,32 +170,7 @@ class StorageNode:
         an empty chunk, ChunkTooLargeError, ArenaFullError, TextTooLongError, OverQuotaError, NotDurableError,
         NodeDrainingError; then nothing was reserved and nothing evicted.
         """
-        durable = self._asked(options) is Durability.DURABLE
-        try:
-            Encoding.parse(encoding)
-            self._require_possible(chunk_id, size_bytes, options.tenant, durable=durable)
-            with self._lock:
-                slot = self._alive(self._index.find(chunk_id, encoding), self._clock())
-                if (
-                    slot is None
-                    or self._index.calibration(slot) != calibration
-                    or self._ends_much_sooner(slot, options.ttl_s)
-                ):
-                    return self._reserve(chunk_id, encoding, size_bytes, options)
-                before = self._before(encoding, options)
-                self._tiers.put_again(slot, before)
-                self._tiers.hold(slot)
-            try:
-                if durable:
-                    self._make_durable(slot)
-            finally:
-                with self._lock:
-                    self._tiers.release(slot)
-        except Exception:
-            with self._lock:
-                self._counters.put_rejected += 1
-            raise
-        return None
+        return self._intake.begin(chunk_id, encoding, size_bytes, calibration, options)
 
     @contextmanager
     def open(self, chunk_id: ChunkId, encoding: str, *, peek: bool = False) -> Iterator[ChunkReader]:
@@ -220,7 +178,7 @@ class StorageNode:
         chunk is deleted meanwhile. Counts as use, unless it is a `peek`, or the chunk is leased: then its lookup has
         counted. Raises ChunkNotFoundError."""
         with self._lock:
-            slot = self._alive(self._index.find(chunk_id, encoding), self._clock())
+            slot = self._index.find_alive(chunk_id, encoding, self._clock())
             if slot is None:
                 raise ChunkNotFoundError(
                     f"chunk {chunk_id.short} is not stored as {encoding} on {self.node_id}"
@@ -286,7 +244,7 @@ class StorageNode:
     def set_draining(self, draining: bool) -> None:
         """While it is set, nothing new is stored: who counts what there is to give away has all of it."""
         with self._lock:
-            self._draining = draining
+            self._intake.draining = draining
 
     def limit_disk(self, read_bytes_per_s: float | None) -> None:
         """Makes reads from the disk as slow as on another one, for experiments; None: as fast as they are. Under a
@@ -400,7 +358,7 @@ class StorageNode:
         with self._lock:
             index, tiers = self._index, self._tiers
             extents = [extent for extent in index.extent if extent is not None] + tiers.dropped_extents()
-            self._arena.check_integrity([*extents, *(put.extent for put in self._pending)])
+            self._arena.check_integrity([*extents, *self._intake.extents()])
             in_memory = {slot for slot in index if index.extent[slot] is not None}
             on_disk = {slot for slot in index if index.location[slot] != NOWHERE}
             if (set(tiers.in_memory), set(tiers.on_disk)) != (in_memory, on_disk):
@@ -444,109 +402,6 @@ class StorageNode:
         with self._lock:
             self._tiers.adopt(recovery.records)
 
-    def _asked(self, options: PutOptions) -> Durability:
-        return self._durability if options.durability is Durability.DEFAULT else options.durability
-
-    def _reserve(self, chunk_id: ChunkId, encoding: str, size_bytes: int, options: PutOptions) -> PendingPut:
-        """The caller has the lock."""
-        self._require_open(chunk_id)
-        tiers, tenant = self._tiers, options.tenant
-        before = self._before(encoding, options)
-        try:
-            self._require_beginning(chunk_id, before, options)
-            tiers.over_quota(tenant, size_bytes, before)  # before anything is evicted
-            extent = tiers.reserve(size_bytes, before=before, patience_s=FLUSH_PATIENCE_S)
-            before = self._before(encoding, options)  # others may have put and deleted while it waited
-            try:
-                victims = tiers.over_quota(tenant, size_bytes, before)
-            except StorageError:
-                self._arena.free(extent)
-                raise
-        except TextTooLongError:
-            self._counters.texts_cut += 1
-            self._cut[tenant, chunk_id] = None
-            raise
-        self._cut.pop((tenant, chunk_id), None)
-        for slot in victims:
-            tiers.remove(slot)
-        self._counters.evictions += len(victims)
-        if before != NO_SLOT:
-            tiers.hold(before)  # nothing that comes meanwhile may cut the text here
-        put = PendingPut(
-            self._arena,
-            extent,
-            chunk_id,
-            encoding,
-            options,
-            before=before,
-            accept=self._accept,
-            drop=self._drop,
-        )
-        self._pending.add(put)
-        tiers.quotas.reserve(tenant, size_bytes)
-        return put
-
-    def _before(self, encoding: str, options: PutOptions) -> int:
-        """The slot of what is here of the text before a chunk that is put; NO_SLOT: nothing, as far as is known."""
-        return self._index.stands_behind(options.tenant, options.number, options.behind, encoding)
-
-    def _require_beginning(self, chunk_id: ChunkId, before: int, options: PutOptions) -> None:
-        """What stands behind a chunk that was refused for being too far from its text's beginning is, too."""
-        if before == NO_SLOT and any((options.tenant, behind) in self._cut for behind in options.behind):
-            raise TextTooLongError(
-                f"chunk {chunk_id.short} is not stored: {self.node_id} has just refused the one before it in its text, "
-                "of which it keeps the beginning; give the node more memory"
-            )
-
-    def _require_open(self, chunk_id: ChunkId) -> None:
-        if self._draining:
-            raise NodeDrainingError(
-                f"chunk {chunk_id.short} is not stored: {self.node_id} is draining; its owners are other nodes now"
-            )
-
-    def _end(self, put: PendingPut) -> None:
-        """The put is no longer under way; the caller has the lock."""
-        self._pending.remove(put)
-        self._tiers.quotas.reserve(put.options.tenant, -put.extent.size_bytes)
-        self._counters.bytes_in += put.written_bytes
-
-    def _release_before(self, put: PendingPut) -> None:
-        """The last that is done with a put; the caller has the lock."""
-        if put.before != NO_SLOT:
-            self._tiers.release(put.before)
-
-    def _ends_much_sooner(self, slot: int, ttl_s: float) -> bool:
-        """Whether a stored chunk would be forgotten long before one that is put now."""
-        expires_at_s = self._index.expires_at_s(slot)
-        return expires_at_s > 0 and (ttl_s == 0 or expires_at_s - self._clock() < ttl_s / 2)
-
-    def _require_possible(self, chunk_id: ChunkId, size_bytes: int, tenant: str, *, durable: bool) -> None:
-        if size_bytes < 1:
-            raise PutStateError(f"chunk {chunk_id.short} was announced with {size_bytes} bytes")
-        if len(tenant.encode()) > MAX_TENANT_BYTES:
-            raise PutStateError(
-                f"the tenant of chunk {chunk_id.short} has a name of more than {MAX_TENANT_BYTES} bytes"
-            )
-        if size_bytes > MAX_CHUNK_BYTES:
-            raise ChunkTooLargeError(
-                f"chunk {chunk_id.short} has {size_bytes} bytes; a chunk has at most {MAX_CHUNK_BYTES}"
-            )
-        if size_bytes > self._arena.capacity_bytes:
-            raise ChunkTooLargeError(
-                f"chunk {chunk_id.short} has {size_bytes} bytes, but {self.node_id} holds only "
-                f"{self._arena.capacity_bytes} bytes in all; give the node more memory"
-            )
-        if durable and self._store is None:
-            raise NotDurableError(
-                f"chunk {chunk_id.short} cannot be kept durably: {self.node_id} has no disk; start it with --disk"
-            )
-
-    def _alive(self, slot: int | None, now_s: float) -> int | None:
-        """None for a chunk whose time is over, too."""
-        if slot is not None and 0 < self._index.expires_at_s(slot) <= now_s:
-            return None
-        return slot
-
     def _count(self, search: ChunkSearch, *, used: bool) -> None:
         with self._lock:
             self._counters.lookups += 1
@@ -583,82 +438,3 @@ class StorageNode:
             number=index.texts.number[slot],
             behind=tuple(map(index.chunk_id, islice(index.texts.all_before(slot), MOST_BEHIND))),
         )
-
-    def _make_durable(self, slot: int) -> None:
-        """A stored, held chunk shall survive a power loss. Raises NotDurableError."""
-        try:
-            self._tiers.make_durable(slot)
-        except DiskError as error:
-            raise NotDurableError(str(error)) from error
-
-    def _accept(self, put: PendingPut, meta: RecordMeta) -> bool:
-        """Makes a verified chunk visible, on disk first if it shall survive; False when another put of the same chunk
-        was first. When that raises, the put is taken back."""
-        if put.options.ttl_s > 0:
-            meta = replace(meta, expires_at_s=self._clock() + put.options.ttl_s)
-        try:
-            with self._lock:
-                self._require_open(meta.chunk_id)
-                self._index.admit(meta)
-                if put.before != NO_SLOT:
-                    meta = replace(meta, behind=self._index.chunk_id(put.before))
-            location = self._write_through(put, meta)
-        except BaseException:
-            self._drop(put, rejected=True)
-            raise
-        with self._lock:
-            self._end(put)
-            stored = self._index.find(meta.chunk_id, meta.encoding)
-            if stored is not None and not self._replaces(meta, location, stored, put.options.ttl_s):
-                self._arena.free(put.extent)
-                if self._store is not None and location != NOWHERE:
-                    self._store.delete(location)
-                self._release_before(put)
-                return False
-            if stored is not None:
-                self._tiers.remove(stored)
-            refused = location == NOWHERE and self._asked(put.options) is not Durability.MEMORY
-            self._tiers.insert(
-                meta,
-                extent=put.extent,
-                location=location,
-                write_back=self._store
-                is not None,  # also what the disk has refused: once more, by the keeper
-                before=put.before if put.before != NO_SLOT and self._index.listed(put.before) else NO_SLOT,
-            )
-            self._release_before(put)
-            self._counters.disk_refused += refused and self._store is not None
-            self._counters.puts += 1
-            return True
-
-    def _write_through(self, put: PendingPut, meta: RecordMeta) -> Location:
-        """Where the chunk is on disk now; NOWHERE when it is to be there later, or the disk refused it and it need not
-        survive. Raises NotDurableError."""
-        asked = self._asked(put.options)
-        if self._store is None or asked is Durability.MEMORY:
-            return NOWHERE
-        try:
-            sync = asked is Durability.DURABLE
-            return self._tiers.write(meta, put.extent, sync=sync, before=put.before)
-        except DiskError as error:
-            if asked is Durability.DURABLE:
-                raise NotDurableError(str(error)) from error
-            return NOWHERE
-
-    def _replaces(self, meta: RecordMeta, location: Location, stored: int, ttl_s: float) -> bool:
-        """Whether a chunk that was put takes the place of the stored one: nobody could read that, it ends sooner, or it
-        would not survive and this one does. The bytes of two workers may differ, so it is one or the other."""
-        return (
-            self._index.calibration(stored) != meta.calibration
-            or self._alive(stored, self._clock()) is None
-            or self._ends_much_sooner(stored, ttl_s)
-            or (location != NOWHERE and self._index.location[stored] == NOWHERE)
-        )
-
-    def _drop(self, put: PendingPut, *, rejected: bool) -> None:
-        """Takes back what a put had reserved."""
-        with self._lock:
-            self._end(put)
-            self._arena.free(put.extent)
-            self._counters.put_rejected += rejected
-            self._release_before(put)

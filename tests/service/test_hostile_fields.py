@@ -6,7 +6,7 @@ import pytest
 from kvstore_api.frames import FrameKind, pack_header
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
-from kvstore_cluster.node import MAX_TENANT_BYTES
+from kvstore_cluster.intake import MAX_TENANT_BYTES
 from tests.sample_chunk import sample_chunk
 from tests.service.conftest import ServedNode
 from tests.service.test_bulk_server import reply, served

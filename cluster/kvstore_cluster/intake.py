@@ -1,0 +1,272 @@
+"""How chunks come into a storage node: what is reserved for a put, and how one that was written becomes visible."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from cachetools import TTLCache
+
+from kvstore_cluster.arena import Arena, Extent
+from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
+from kvstore_cluster.durability import Durability
+from kvstore_cluster.eviction.columns import NO_SLOT
+from kvstore_cluster.index import MAX_CHUNK_BYTES, NOWHERE
+from kvstore_cluster.put import PendingPut, PutOptions
+from kvstore_cluster.tiers import FLUSH_PATIENCE_S, Tiers
+from kvstore_codec.encoding import Encoding
+from kvstore_codec.errors import (
+    ChunkTooLargeError,
+    DiskError,
+    NodeDrainingError,
+    NotDurableError,
+    PutStateError,
+    StorageError,
+    TextTooLongError,
+)
+from kvstore_codec.identity import ChunkId
+
+MAX_TENANT_BYTES = 255
+# Texts that were cut lately: those who put them have the rest on its way.
+_MOST_CUT, _CUT_S = 4096, 60.0
+
+
+class Intake:
+    """Thread-safe: changes metadata under the lock of `tiers`, and writes and verifies bytes without it. `durability`
+    is what a put gets that does not say; `clock` gives unix time, for TTLs."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        store: SegmentStore | None,
+        durability: Durability,
+        clock: Callable[[], float],
+    ) -> None:
+        self.draining = False
+        """While it is set, nothing new is stored."""
+        self._tiers = tiers
+        self._store = store
+        self._durability = durability
+        self._clock = clock
+        self._arena: Arena = tiers.arena
+        self._index = tiers.index
+        self._lock = tiers.lock
+        self._counters = tiers.counters
+        self._node_id = tiers.node_id
+        self._pending: set[PendingPut] = set()
+        # Whose text was cut before it, by tenant and chunk.
+        self._cut: TTLCache[tuple[str, ChunkId], None] = TTLCache(_MOST_CUT, _CUT_S)
+
+    def begin(
+        self,
+        chunk_id: ChunkId,
+        encoding: str,
+        size_bytes: int,
+        calibration: bytes | None,
+        options: PutOptions,
+    ) -> PendingPut | None:
+        """As `StorageNode.begin_put`."""
+        durable = self._asked(options) is Durability.DURABLE
+        try:
+            Encoding.parse(encoding)
+            self._require_possible(chunk_id, size_bytes, options.tenant, durable=durable)
+            with self._lock:
+                slot = self._index.find_alive(chunk_id, encoding, self._clock())
+                if (
+                    slot is None
+                    or self._index.calibration(slot) != calibration
+                    or self._ends_much_sooner(slot, options.ttl_s)
+                ):
+                    return self._reserve(chunk_id, encoding, size_bytes, options)
+                before = self._before(encoding, options)
+                self._tiers.put_again(slot, before)
+                self._tiers.hold(slot)
+            try:
+                if durable:
+                    self._make_durable(slot)
+            finally:
+                with self._lock:
+                    self._tiers.release(slot)
+        except Exception:
+            with self._lock:
+                self._counters.put_rejected += 1
+            raise
+        return None
+
+    def extents(self) -> list[Extent]:
+        """Of all puts under way; the caller has the lock."""
+        return [put.extent for put in self._pending]
+
+    def _asked(self, options: PutOptions) -> Durability:
+        return self._durability if options.durability is Durability.DEFAULT else options.durability
+
+    def _reserve(self, chunk_id: ChunkId, encoding: str, size_bytes: int, options: PutOptions) -> PendingPut:
+        """The caller has the lock."""
+        self._require_open(chunk_id)
+        tiers, tenant = self._tiers, options.tenant
+        before = self._before(encoding, options)
+        try:
+            self._require_beginning(chunk_id, before, options)
+            tiers.over_quota(tenant, size_bytes, before)  # before anything is evicted
+            extent = tiers.reserve(size_bytes, before=before, patience_s=FLUSH_PATIENCE_S)
+            before = self._before(encoding, options)  # others may have put and deleted while it waited
+            try:
+                victims = tiers.over_quota(tenant, size_bytes, before)
+            except StorageError:
+                self._arena.free(extent)
+                raise
+        except TextTooLongError:
+            self._counters.texts_cut += 1
+            self._cut[tenant, chunk_id] = None
+            raise
+        self._cut.pop((tenant, chunk_id), None)
+        for slot in victims:
+            tiers.remove(slot)
+        self._counters.evictions += len(victims)
+        if before != NO_SLOT:
+            tiers.hold(before)  # nothing that comes meanwhile may cut the text here
+        put = PendingPut(
+            self._arena,
+            extent,
+            chunk_id,
+            encoding,
+            options,
+            before=before,
+            accept=self._accept,
+            drop=self._drop,
+        )
+        self._pending.add(put)
+        tiers.quotas.reserve(tenant, size_bytes)
+        return put
+
+    def _before(self, encoding: str, options: PutOptions) -> int:
+        """The slot of what is here of the text before a chunk that is put; NO_SLOT: nothing, as far as is known."""
+        return self._index.stands_behind(options.tenant, options.number, options.behind, encoding)
+
+    def _require_beginning(self, chunk_id: ChunkId, before: int, options: PutOptions) -> None:
+        """What stands behind a chunk that was refused for being too far from its text's beginning is, too."""
+        if before == NO_SLOT and any((options.tenant, behind) in self._cut for behind in options.behind):
+            raise TextTooLongError(
+                f"chunk {chunk_id.short} is not stored: {self._node_id} has just refused the one before it in its "
+                "text, of which it keeps the beginning; give the node more memory"
+            )
+
+    def _require_open(self, chunk_id: ChunkId) -> None:
+        if self.draining:
+            raise NodeDrainingError(
+                f"chunk {chunk_id.short} is not stored: {self._node_id} is draining; its owners are other nodes now"
+            )
+
+    def _end(self, put: PendingPut) -> None:
+        """The put is no longer under way; the caller has the lock."""
+        self._pending.remove(put)
+        self._tiers.quotas.reserve(put.options.tenant, -put.extent.size_bytes)
+        self._counters.bytes_in += put.written_bytes
+
+    def _release_before(self, put: PendingPut) -> None:
+        """The last that is done with a put; the caller has the lock."""
+        if put.before != NO_SLOT:
+            self._tiers.release(put.before)
+
+    def _ends_much_sooner(self, slot: int, ttl_s: float) -> bool:
+        """Whether a stored chunk would be forgotten long before one that is put now."""
+        expires_at_s = self._index.expires_at_s(slot)
+        return expires_at_s > 0 and (ttl_s == 0 or expires_at_s - self._clock() < ttl_s / 2)
+
+    def _require_possible(self, chunk_id: ChunkId, size_bytes: int, tenant: str, *, durable: bool) -> None:
+        if size_bytes < 1:
+            raise PutStateError(f"chunk {chunk_id.short} was announced with {size_bytes} bytes")
+        if len(tenant.encode()) > MAX_TENANT_BYTES:
+            raise PutStateError(
+                f"the tenant of chunk {chunk_id.short} has a name of more than {MAX_TENANT_BYTES} bytes"
+            )
+        if size_bytes > MAX_CHUNK_BYTES:
+            raise ChunkTooLargeError(
+                f"chunk {chunk_id.short} has {size_bytes} bytes; a chunk has at most {MAX_CHUNK_BYTES}"
+            )
+        if size_bytes > self._arena.capacity_bytes:
+            raise ChunkTooLargeError(
+                f"chunk {chunk_id.short} has {size_bytes} bytes, but {self._node_id} holds only "
+                f"{self._arena.capacity_bytes} bytes in all; give the node more memory"
+            )
+        if durable and self._store is None:
+            raise NotDurableError(
+                f"chunk {chunk_id.short} cannot be kept durably: {self._node_id} has no disk; start it with --disk"
+            )
+
+    def _make_durable(self, slot: int) -> None:
+        """A stored, held chunk shall survive a power loss. Raises NotDurableError."""
+        try:
+            self._tiers.make_durable(slot)
+        except DiskError as error:
+            raise NotDurableError(str(error)) from error
+
+    def _accept(self, put: PendingPut, meta: RecordMeta) -> bool:
+        """Makes a verified chunk visible, on disk first if it shall survive; False when another put of the same chunk
+        was first. When that raises, the put is taken back."""
+        if put.options.ttl_s > 0:
+            meta = replace(meta, expires_at_s=self._clock() + put.options.ttl_s)
+        try:
+            with self._lock:
+                self._require_open(meta.chunk_id)
+                self._index.admit(meta)
+                if put.before != NO_SLOT:
+                    meta = replace(meta, behind=self._index.chunk_id(put.before))
+            location = self._write_through(put, meta)
+        except BaseException:
+            self._drop(put, rejected=True)
+            raise
+        with self._lock:
+            self._end(put)
+            stored = self._index.find(meta.chunk_id, meta.encoding)
+            if stored is not None and not self._replaces(meta, location, stored, put.options.ttl_s):
+                self._arena.free(put.extent)
+                if self._store is not None and location != NOWHERE:
+                    self._store.delete(location)
+                self._release_before(put)
+                return False
+            if stored is not None:
+                self._tiers.remove(stored)
+            refused = location == NOWHERE and self._asked(put.options) is not Durability.MEMORY
+            self._tiers.insert(
+                meta,
+                extent=put.extent,
+                location=location,
+                write_back=self._store
+                is not None,  # also what the disk has refused: once more, by the keeper
+                before=put.before if put.before != NO_SLOT and self._index.listed(put.before) else NO_SLOT,
+            )
+            self._release_before(put)
+            self._counters.disk_refused += refused and self._store is not None
+            self._counters.puts += 1
+            return True
+
+    def _write_through(self, put: PendingPut, meta: RecordMeta) -> Location:
+        """Where the chunk is on disk now; NOWHERE when it is to be there later, or the disk refused it and it need not
+        survive. Raises NotDurableError."""
+        asked = self._asked(put.options)
+        if self._store is None or asked is Durability.MEMORY:
+            return NOWHERE
+        try:
+            sync = asked is Durability.DURABLE
+            return self._tiers.write(meta, put.extent, sync=sync, before=put.before)
+        except DiskError as error:
+            if asked is Durability.DURABLE:
+                raise NotDurableError(str(error)) from error
+            return NOWHERE
+
+    def _replaces(self, meta: RecordMeta, location: Location, stored: int, ttl_s: float) -> bool:
+        """Whether a chunk that was put takes the place of the stored one: nobody could read that, it ends sooner, or it
+        would not survive and this one does. The bytes of two workers may differ, so it is one or the other."""
+        return (
+            self._index.calibration(stored) != meta.calibration
+            or not self._index.is_alive(stored, self._clock())
+            or self._ends_much_sooner(stored, ttl_s)
+            or (location != NOWHERE and self._index.location[stored] == NOWHERE)
+        )
+
+    def _drop(self, put: PendingPut, *, rejected: bool) -> None:
+        """Takes back what a put had reserved."""
+        with self._lock:
+            self._end(put)
+            self._arena.free(put.extent)
+            self._counters.put_rejected += rejected
+            self._release_before(put)
