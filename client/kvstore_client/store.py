@@ -152,9 +152,14 @@ class Store:
         return stored
 
     def flush(self) -> None:
-        """Wait until everything handed in so far is stored or dropped."""
-        if not self._closed and self._worker is not None:
-            self._reached().result()
+        """Wait until everything handed in so far is stored or dropped. During a `close`, as long as that takes."""
+        with self._lock:
+            worker = self._worker
+            reached = None if worker is None or self._closed else self._reached()
+        if reached is not None:
+            reached.result()
+        elif worker is not None:
+            worker.join()
 
     def close(self) -> None:
         """Give what waits `close_timeout_s` to be stored, then drop it. Also called when the interpreter exits."""
@@ -192,7 +197,8 @@ class Store:
         self._jobs.put(job)
 
     def _reached(self) -> "Future[None]":
-        """Done when the worker has come this far."""
+        """Done when the worker has come this far. It never does behind the end that `close` puts there: who is not
+        `close` calls this with the lock held, while the store is open."""
         reached: Future[None] = Future()
         self._jobs.put(partial(reached.set_result, None))
         return reached

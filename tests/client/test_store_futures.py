@@ -2,7 +2,9 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -110,3 +112,47 @@ def test_a_callback_that_ends_its_thread_stops_no_storing(client: KVStoreClient)
     assert first.result(WAIT_S) == 1
     assert client.store.put(SPEC, [NewChunk(ids(2)[1], lambda: random_kv(1))]).result(WAIT_S) == 1
     assert within(client.store.flush)
+
+
+class Handover(SimpleQueue[Callable[[], object] | None]):
+    """The store's jobs: whoever hands one in is held up until `close` had time to end before it."""
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        super().__init__()
+        self._close, self._closing = close, False
+
+    def put(self, job: Callable[[], object] | None, block: bool = True, timeout: float | None = None) -> None:
+        if threading.current_thread().name == "flushes" and not self._closing:
+            self._closing = True
+            closing = threading.Thread(target=self._close, daemon=True)
+            closing.start()
+            closing.join(0.3)  # not for ever: it may have to wait for this thread
+        super().put(job, block, timeout)
+
+
+def test_a_flush_that_meets_a_close_returns(client: KVStoreClient) -> None:
+    client.store._jobs = Handover(client.store.close)
+    assert client.store.put(SPEC, [NewChunk(ids(1)[0], lambda: random_kv(0))]).result(WAIT_S) == 1
+    flushing = threading.Thread(target=client.store.flush, name="flushes", daemon=True)
+    flushing.start()
+    flushing.join(WAIT_S)
+    assert not flushing.is_alive()
+
+
+def test_a_flush_waits_for_what_a_close_still_stores(client: KVStoreClient) -> None:
+    held = Held()
+    stored = client.store.put(SPEC, [NewChunk(ids(1)[0], held)])
+    assert held.asked.wait(WAIT_S)
+    closing = threading.Thread(target=client.store.close)
+    closing.start()
+    while not client.store._closed:
+        time.sleep(0.001)
+    flushed = threading.Event()
+    flushing = threading.Thread(target=lambda: (client.store.flush(), flushed.set()))
+    flushing.start()
+    assert not flushed.wait(0.05)
+    held.let_go.set()
+    for thread in (closing, flushing):
+        thread.join(WAIT_S)
+    assert flushed.is_set()
+    assert stored.result(0) == 1
