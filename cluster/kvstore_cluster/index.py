@@ -6,9 +6,8 @@ but its content id, its number, and its extent while it is in memory.
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from kvstore_cluster.arena import Extent
 from kvstore_cluster.disk import Location, RecordMeta
 from kvstore_cluster.eviction import TextLinks
 from kvstore_cluster.eviction.columns import NO_SLOT
-from kvstore_codec.errors import StorageError
+from kvstore_cluster.names import ChunkNames, Description
 from kvstore_codec.identity import ROOT_PREFIX, ChunkId, ContentId, PrefixId, prefix_id
 
 NOWHERE = Location(-1)
@@ -29,8 +28,6 @@ _NOT_WANTED = 1 << 30
 _MOST_CONTEXTS, _MOST_USABLE = 512, 16
 _NO_SLOTS: tuple[int, ...] = ()
 
-Name = TypeVar("Name")
-
 
 class ChunkName(Protocol):
     """A ChunkId, or what a client sent in its place: ids of any length, since no other than a ChunkId's are stored."""
@@ -39,29 +36,6 @@ class ChunkName(Protocol):
     def content_id(self) -> bytes: ...
     @property
     def prefix_id(self) -> bytes: ...
-
-
-@dataclass(slots=True)
-class _Numbers(Generic[Name]):
-    """Numbers for the few different values of a column that millions of chunks share."""
-
-    what: str
-    names: list[Name] = field(default_factory=list)
-    _numbers: dict[Name, int] = field(default_factory=dict)
-
-    def known(self, name: Name) -> int | None:
-        return self._numbers.get(name)
-
-    def of(self, name: Name) -> int:
-        """Raises StorageError when there are too many."""
-        number = self._numbers.get(name)
-        if number is None:
-            number = len(self.names)
-            if number > np.iinfo(np.uint16).max:
-                raise StorageError(f"a node keeps chunks of at most {number} different {self.what}")
-            self._numbers[name] = number
-            self.names.append(name)
-        return number
 
 
 class ChunkIndex:
@@ -81,9 +55,7 @@ class ChunkIndex:
         self._free: list[int] = []
         self._listed = bytearray()
         self._count = 0
-        self._encodings = _Numbers[str]("encodings")
-        self._calibrations = _Numbers[bytes | None]("calibrations")
-        self._tenants = _Numbers[str]("tenants")
+        self._names = ChunkNames()
         self._encoding, self._calibration, self._tenant = array("H"), array("H"), array("H")
         self._expires_at_s = array("d")
         self._cost = array("f")
@@ -93,10 +65,8 @@ class ChunkIndex:
         self.texts = TextLinks()
 
     def add(self, meta: RecordMeta, *, extent: Extent | None = None, location: Location = NOWHERE) -> int:
-        """The slot of a new variant. Raises StorageError when it cannot be described."""
-        encoding = self._encodings.of(meta.encoding)
-        calibration = self._calibrations.of(meta.calibration)
-        tenant = self._tenants.of(meta.tenant)
+        """The slot of a new variant. Raises StorageError when it cannot be described, as `admit`."""
+        encoding, calibration, tenant = self.admit(meta)
         slot = self._free.pop() if self._free else self._grow()
         content_id, prefix_id = meta.chunk_id.content_id, meta.chunk_id.prefix_id
         self._prefixes[slot * _ID_BYTES : (slot + 1) * _ID_BYTES] = prefix_id
@@ -120,11 +90,14 @@ class ChunkIndex:
         self._count += 1
         return slot
 
-    def admit(self, meta: RecordMeta) -> None:
-        """Makes sure that `add` will not fail. Raises StorageError when the variant cannot be described."""
-        self._encodings.of(meta.encoding)
-        self._calibrations.of(meta.calibration)
-        self._tenants.of(meta.tenant)
+    def admit(self, meta: RecordMeta) -> Description:
+        """Makes sure that `add` will not fail, until `dismiss`. Raises StorageError when there are too many tenants,
+        encodings or calibrations, and OverQuotaError when there are of this tenant."""
+        return self._names.acquire(meta.encoding, meta.calibration, meta.tenant)
+
+    def dismiss(self, description: Description) -> None:
+        """Ends what `admit` began."""
+        self._names.release(description)
 
     def unlist(self, slot: int) -> None:
         """The variant is no longer found; its columns stay until `free`."""
@@ -147,6 +120,7 @@ class ChunkIndex:
 
     def free(self, slot: int) -> None:
         """The slot, unlisted, may name another variant from now on."""
+        self._names.release(Description(self._encoding[slot], self._calibration[slot], self._tenant[slot]))
         self._ids[slot] = ContentId(b"")
         self.extent[slot] = None
         self.location[slot] = NOWHERE
@@ -192,13 +166,13 @@ class ChunkIndex:
         return not 0 < self._expires_at_s[slot] <= now_s
 
     @property
-    def encodings(self) -> Sequence[str]:
-        """Every encoding that something was stored in."""
-        return self._encodings.names
+    def any_encoding(self) -> Mapping[int, int]:
+        """The `preference` of whom every encoding will do."""
+        return self._names.all_encodings
 
     def preference(self, encodings: Sequence[str]) -> dict[int, int]:
         """What `best` and its like want to know of `encodings`, best first."""
-        numbers = (self._encodings.known(name) for name in encodings)
+        numbers = map(self._names.encoding_number, encodings)
         return {number: rank for rank, number in reversed([*enumerate(numbers)]) if number is not None}
 
     def best(self, chunk_id: ChunkName, preference: Mapping[int, int], now_s: float) -> tuple[int, int]:
@@ -269,13 +243,13 @@ class ChunkIndex:
         return self._ids[slot]
 
     def encoding(self, slot: int) -> str:
-        return self._encodings.names[self._encoding[slot]]
+        return self._names.encoding(self._encoding[slot])
 
     def calibration(self, slot: int) -> bytes | None:
-        return self._calibrations.names[self._calibration[slot]]
+        return self._names.calibration(self._calibration[slot])
 
     def tenant(self, slot: int) -> str:
-        return self._tenants.names[self._tenant[slot]]
+        return self._names.tenant(self._tenant[slot])
 
     def cost(self, slot: int) -> float:
         return self._cost[slot]

@@ -1,6 +1,7 @@
 """How chunks come into a storage node: what is reserved for a put, and how one that was written becomes visible."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from cachetools import TTLCache
@@ -204,16 +205,31 @@ class Intake:
         was first. When that raises, the put is taken back."""
         if put.options.ttl_s > 0:
             meta = replace(meta, expires_at_s=self._clock() + put.options.ttl_s)
-        try:
-            with self._lock:
-                self._require_open(meta.chunk_id)
-                self._index.admit(meta)
+        with ExitStack() as admission:
+            try:
+                admission.enter_context(self._admitted(meta))
                 if put.before != NO_SLOT:
                     meta = replace(meta, behind=self._index.chunk_id(put.before))
-            location = self._write_through(put, meta)
-        except BaseException:
-            self._drop(put, rejected=True)
-            raise
+                location = self._write_through(put, meta)
+            except BaseException:
+                self._drop(put, rejected=True)
+                raise
+            return self._place(put, meta, location)
+
+    @contextmanager
+    def _admitted(self, meta: RecordMeta) -> Iterator[None]:
+        """Meanwhile the chunk can be inserted, whatever else comes. Raises StorageError, NodeDrainingError."""
+        with self._lock:
+            self._require_open(meta.chunk_id)
+            description = self._index.admit(meta)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._index.dismiss(description)
+
+    def _place(self, put: PendingPut, meta: RecordMeta, location: Location) -> bool:
+        """Lists an admitted chunk, whose put ends. False as `_accept`."""
         with self._lock:
             self._end(put)
             stored = self._index.find(meta.chunk_id, meta.encoding)

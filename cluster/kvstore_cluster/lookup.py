@@ -91,8 +91,8 @@ class ChunkSearch:
         """Answers for the chunks from number `begin` on, and returns the slots of what was found. Raises StorageError
         when the headers of all answers have more than `max_header_bytes`."""
         tiers, index, now_s = self._tiers, self._tiers.index, self._now_s
-        wanted = self._encodings or index.encodings if self._all_encodings else self._encodings
-        preference = index.preference(wanted)
+        anything = self._all_encodings and not self._encodings
+        preference = index.any_encoding if anything else index.preference(self._encodings)
         # A thousand chunks are to be found in a millisecond: what the loop needs is looked up once.
         best, encoding_of, extents = index.best, index.encoding, index.extent
         sizes, header_sizes = index.size_bytes, index.header_bytes

@@ -137,16 +137,26 @@ class Tiers:
         return slot
 
     def adopt(self, records: Iterable[tuple[RecordMeta, Location]]) -> None:
-        """What was found on the disk. Of a text the end may come before the beginning: compaction moves records."""
+        """What was found on the disk. Of a text the end may come before the beginning: compaction moves records. What
+        the index has no room for is dropped."""
         waiting: dict[tuple[ChunkId, str], list[int]] = {}  # for the chunk that they stand behind
+        refused: list[Location] = []
         for meta, location in records:
             behind = () if meta.behind is None else (meta.behind,)
             before = self.index.stands_behind(meta.tenant, meta.number, behind, meta.encoding)
-            slot = self.insert(meta, extent=None, location=location, write_back=False, before=before)
+            try:
+                slot = self.insert(meta, extent=None, location=location, write_back=False, before=before)
+            except StorageError as error:
+                if not refused:
+                    log.warning("%s drops chunks from its disk: %s", self.node_id, error)
+                refused.append(location)
+                continue
             if meta.behind is not None and before == NO_SLOT:
                 waiting.setdefault((meta.behind, meta.tenant), []).append(slot)
             for follower in waiting.pop((meta.chunk_id, meta.tenant), ()):
                 self._link(follower, slot)
+        for location in refused:  # not before all records are read
+            self._disk.delete(location)
 
     def remove(self, slot: int) -> None:
         """The chunk is no longer found, although it may come back from the disk after a restart. Its memory is given
