@@ -24,6 +24,7 @@ _TEXTS = {
     "disk_chunks": "Stored variants that are on disk.",
     "disk_bytes_used": "Bytes of disk taken by chunks.",
     "disk_bytes_limit": "Bytes of disk for chunks.",
+    "disk_unreadable": "Stored variants whose last read from the disk failed.",
     "pinned": "Stored variants that are pinned.",
     "draining": "Whether the node is draining.",
     "drain_left": "Stored variants that a draining node has still to give.",

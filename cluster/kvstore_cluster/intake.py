@@ -74,6 +74,7 @@ class Intake:
                 if (
                     slot is None
                     or self._index.calibration(slot) != calibration
+                    or not self._tiers.is_readable(slot)
                     or self._ends_much_sooner(slot, options.ttl_s)
                 ):
                     return self._reserve(chunk_id, encoding, size_bytes, options)
@@ -274,6 +275,7 @@ class Intake:
         would not survive and this one does. The bytes of two workers may differ, so it is one or the other."""
         return (
             self._index.calibration(stored) != meta.calibration
+            or not self._tiers.is_readable(stored)
             or not self._index.is_alive(stored, self._clock())
             or self._ends_much_sooner(stored, ttl_s)
             or (location != NOWHERE and self._index.location[stored] == NOWHERE)

@@ -285,8 +285,8 @@ class StorageNode:
         return listed, cursor
 
     def verify(self, chunk_id: ChunkId, encoding: str) -> str | None:
-        """Reads a variant back, in each tier that it is in, and says why it is damaged, if it is. A damaged copy is
-        dropped, and the chunk with the last one. One that is not here is not damaged."""
+        """Reads a variant back, in each tier that it is in, and says why it is damaged or unreadable, if so. A damaged
+        copy is dropped, and the chunk with the last one. One that is not here is not damaged."""
         with self._lock:
             slot = self._index.find(chunk_id, encoding)
             if slot is None:
@@ -313,6 +313,7 @@ class StorageNode:
                 gauges={
                     "memory_chunks": len(tiers.in_memory),
                     "disk_chunks": len(tiers.on_disk),
+                    "disk_unreadable": len(tiers.disk_reads.unreadable),
                     "disk_bytes_used": store.live_bytes if store else 0,
                     "disk_bytes_limit": store.capacity_bytes if store else 0,
                     "pinned": len(tiers.pinned),

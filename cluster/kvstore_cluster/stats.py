@@ -10,7 +10,8 @@ class NodeCounters:
     that were not found; `unusable` ones were found and gave nothing, because one before them in their text was not.
     `lookups` counts calls, `reads` frame ranges; `evictions` are chunks that left the node for room, `demotions` those
     that left memory alone, `texts_cut` puts refused because only the beginning of their own text could have made room,
-    `disk_refused` puts that the disk did not take, `damaged` copies that the disk lost."""
+    `disk_refused` puts that the disk did not take, `damaged` copies that the disk lost, `disk_read_errors`
+    reads that it failed although it was asked several times, of chunks that stay."""
 
     lookups: int = 0
     hits: int = 0
@@ -31,6 +32,7 @@ class NodeCounters:
     demotions: int = 0
     disk_refused: int = 0
     damaged: int = 0
+    disk_read_errors: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)

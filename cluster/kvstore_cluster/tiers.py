@@ -9,16 +9,13 @@ is on it is only there: nothing is promoted, and all memory that may be demoted 
 import logging
 import threading
 import time
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
 from itertools import islice
-from typing import NoReturn
-
-from cachetools import LRUCache
 
 from kvstore_cluster.arena import Arena, Extent
 from kvstore_cluster.disk import Location, RecordMeta, SegmentStore, record_bytes
+from kvstore_cluster.disk_reads import DiskReads, LostChunkError, UnreadableChunkError, require_sound
 from kvstore_cluster.eviction import EvictionOrder, EvictionPolicy
 from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.eviction.texts import Choice
@@ -26,19 +23,14 @@ from kvstore_cluster.index import NOWHERE, ChunkIndex
 from kvstore_cluster.leases import LeaseTable
 from kvstore_cluster.quotas import Quotas
 from kvstore_cluster.stats import NodeCounters
-from kvstore_codec.chunk import read_header, verify_chunk
 from kvstore_codec.errors import (
     ArenaFullError,
     ChunkFormatError,
     ChunkNotFoundError,
-    DiskError,
     DiskFullError,
-    ForeignChunkError,
-    KVStoreError,
     OverQuotaError,
     StorageError,
     TextTooLongError,
-    UnsupportedVersionError,
 )
 from kvstore_codec.identity import ChunkId
 
@@ -48,17 +40,11 @@ log = logging.getLogger(__name__)
 HIGH_WATERMARK, LOW_WATERMARK = 0.95, 0.90
 # A range of at least this part of a chunk brings the whole chunk into memory, a smaller one is read alone.
 PROMOTE_FROM = 0.5
-# Headers of chunks that are on disk only: what lookups answer with.
-HEADER_CACHE_BYTES = 32 << 20
 FLUSH_PATIENCE_S = 2.0
 _MOST_TOUCHED = 1 << 16
 _DISK_TRIES = 3
 # Chunks of a text that are looked at for one that is in a tier: a tenth of a millisecond.
 _FURTHEST_BACK = 1024
-
-
-class _LostChunkError(ChunkNotFoundError):
-    """It has gone because its copy on the disk is damaged, or of a format version that is not read any more."""
 
 
 class Tiers:
@@ -96,7 +82,7 @@ class Tiers:
             int
         ] = []  # free slots that a lease still names: the next chunk there would profit
         self._touched: list[int] = []
-        self._headers: LRUCache[int, bytes] = LRUCache(HEADER_CACHE_BYTES, len)
+        self.disk_reads = DiskReads(node_id, store, self.index, self.lock, counters, self._give_up_on_disk)
 
     # Books: the caller has the lock.
 
@@ -211,6 +197,10 @@ class Tiers:
             if not self.index.listed(slot):
                 self._free(slot)
 
+    def is_readable(self, slot: int) -> bool:
+        """Whether the last read of it did not fail, or memory has it."""
+        return self.index.extent[slot] is not None or slot not in self.disk_reads.unreadable
+
     def set_pins(self, pins: Set[ChunkId]) -> None:
         self._pins = pins
         self.pinned = {slot for chunk_id in pins for slot in self.index.variants(chunk_id)}
@@ -278,27 +268,16 @@ class Tiers:
         """None when it has to be read from the disk."""
         extent = self.index.extent[slot]
         if extent is None:
-            return self._headers.get(slot)
+            return self.disk_reads.known_header(slot)
         return self.arena.beginning(extent, self.index.header_bytes[slot])
 
     # Bytes: the caller holds the slot and does not have the lock.
 
     def header(self, slot: int) -> bytes:
-        """Raises ChunkNotFoundError when the chunk has gone meanwhile, or its disk has lost it."""
+        """Raises ChunkNotFoundError when the chunk has gone meanwhile, or its disk has lost it or cannot read it."""
         with self.lock:
             header = self.header_in_memory(slot)
-        if header is None:
-            buffer = bytearray(self.index.header_bytes[slot])
-            self._read(slot, 0, [memoryview(buffer)])
-            header = bytes(buffer)
-            try:
-                read_header(header)
-            except ChunkFormatError as error:
-                self._lose(slot, error)
-            with self.lock:
-                if self.index.listed(slot) and len(header) <= HEADER_CACHE_BYTES:
-                    self._headers[slot] = header
-        return header
+        return self.disk_reads.header(slot) if header is None else header
 
     def views(self, slot: int, offset: int, length: int) -> Iterator[memoryview]:
         """These bytes of a chunk: as they lie in memory, where a large range brings the whole chunk, else read from
@@ -309,17 +288,15 @@ class Tiers:
             extent = self._promote(slot)
         if extent is not None:
             return self.arena.views(extent, offset, length)
-        buffer = memoryview(bytearray(length))
-        self._read(slot, offset, [buffer])
-        self._verify_range(slot, offset, buffer)
-        return iter([buffer])
+        return iter([self.disk_reads.frames(slot, offset, length, lambda: self.header(slot))])
 
     def verify(self, slot: int) -> str | None:
-        """Reads the chunk in each tier that it is in; why it is damaged, if it is. A damaged copy is dropped."""
+        """Reads the chunk in each tier that it is in; why it is damaged or unreadable, if it is. A damaged copy is
+        dropped."""
         extent = self.index.extent[slot]
         if extent is not None:
             try:
-                self._require_sound(slot, list(self.arena.views(extent)))
+                require_sound(self.index, slot, list(self.arena.views(extent)))
             except ChunkFormatError as error:
                 with self.lock:
                     if self.index.listed(slot):
@@ -331,11 +308,9 @@ class Tiers:
                 return f"in memory: {error}"
         if self.index.location[slot] == NOWHERE:
             return None
-        buffer = memoryview(bytearray(self.index.size_bytes[slot]))
         try:
-            self._read(slot, 0, [buffer])
-            self._verify(slot, [buffer])
-        except _LostChunkError as error:
+            self.disk_reads.chunk(slot, [memoryview(bytearray(self.index.size_bytes[slot]))])
+        except (LostChunkError, UnreadableChunkError) as error:
             return str(error)
         except ChunkNotFoundError:  # evicted or deleted meanwhile
             return None
@@ -502,7 +477,7 @@ class Tiers:
             followers.forget(slot)
         self.pinned.discard(slot)
         self.dirty.pop(slot, None)
-        self._headers.pop(slot, None)
+        self.disk_reads.forget(slot)
         if not self._readers[slot]:
             self._free(slot)
 
@@ -535,6 +510,7 @@ class Tiers:
         self.on_disk.remove(slot, evicted=evicted)
         self._disk.delete(Location(self.index.location[slot]))
         self.index.location[slot] = NOWHERE
+        self.disk_reads.forget(slot)
 
     def _clear_memory(self, missing_bytes: int, spared: int) -> Choice | None:
         """None, or the choice that does not suffice; then nothing was freed."""
@@ -627,8 +603,7 @@ class Tiers:
                 return None
             self._promoting.add(slot)
         try:
-            self._read(slot, 0, list(self.arena.views(extent)))
-            self._verify(slot, list(self.arena.views(extent)))
+            self.disk_reads.chunk(slot, list(self.arena.views(extent)))
         except BaseException:
             with self.lock:
                 self.arena.free(extent)
@@ -644,58 +619,6 @@ class Tiers:
             with self.lock:
                 self._promoting.discard(slot)
                 self.lock.notify_all()
-
-    def _read(self, slot: int, offset: int, views: list[memoryview]) -> None:
-        """Fills `views` from the disk. Compaction may move the record meanwhile."""
-        location = NOWHERE
-        while True:
-            with self.lock:
-                previous, location = location, Location(self.index.location[slot])
-            if location in (NOWHERE, previous):
-                raise ChunkNotFoundError(f"chunk {self.index.chunk_id(slot).short} has left {self.node_id}")
-            try:
-                return self._disk.read(location, offset, views)
-            except ChunkNotFoundError:
-                continue
-            except DiskError as error:
-                self._lose(slot, error)
-
-    def _verify(self, slot: int, views: list[memoryview]) -> None:
-        """What was read from the disk. Raises ChunkNotFoundError."""
-        try:
-            self._require_sound(slot, views)
-        except ChunkFormatError as error:
-            self._lose(slot, error)
-
-    def _verify_range(self, slot: int, offset: int, data: memoryview) -> None:
-        """Part of a chunk, whole frames or all of it, that was read from the disk. Raises ChunkNotFoundError."""
-        if offset == 0:
-            self._verify(slot, [data])
-            return
-        header = read_header(self.header(slot))
-        first = bisect_left(range(len(header.frame_lengths)), offset, key=header.frame_offset)
-        position = 0
-        try:
-            while position < data.nbytes:
-                end = position + header.frame_lengths[first]
-                header.verify_frame(first, data[position:end])
-                first, position = first + 1, end
-        except ChunkFormatError as error:
-            self._lose(slot, error)
-
-    def _require_sound(self, slot: int, views: list[memoryview]) -> None:
-        header = verify_chunk(views, self.index.size_bytes[slot])
-        if (header.chunk_id, header.encoding.name) != (self.index.chunk_id(slot), self.index.encoding(slot)):
-            raise ForeignChunkError("another chunk lies in its place")
-
-    def _lose(self, slot: int, error: KVStoreError) -> NoReturn:
-        """Drop the copy on the disk, which is damaged or of a format version that is not read any more."""
-        short = self.index.chunk_id(slot).short
-        level = logging.WARNING if isinstance(error, UnsupportedVersionError) else logging.ERROR
-        log.log(level, "%s drops chunk %s from its disk: %s", self.node_id, short, error)
-        with self.lock:
-            self._give_up_on_disk(slot)
-        raise _LostChunkError(f"the disk of {self.node_id} does not have chunk {short} any more: {error}")
 
     def _give_up_on_disk(self, slot: int) -> None:
         if self.index.listed(slot) and self.index.location[slot] != NOWHERE:

@@ -69,6 +69,8 @@ def _table(address: str, reply: "pb.ClusterStatsReply") -> "Table":
             notes.append(f"{name} at {node.member.endpoint}: {escape(node.error)}")
         elif node.stats.disk_error:
             notes.append(f"{name}, disk: {escape(node.stats.disk_error)}")
+        elif unreadable := node.stats.gauges.get("disk_unreadable"):
+            notes.append(f"{name}, disk: {unreadable} chunks could not be read; check that disk")
     table = Table(
         title=escape(f"cluster at {address}, epoch {reply.epoch}"),
         caption="\n".join(notes) or None,

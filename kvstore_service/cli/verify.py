@@ -18,7 +18,7 @@ def verify(
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """Read everything back and check every checksum; what is damaged is removed. Exit status 1 when something was."""
+    """Read everything back and check every checksum; what is damaged is removed. Exit status 1 when something is."""
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
@@ -44,7 +44,9 @@ def verify(
         typer.echo(json.dumps({"nodes": rows, "damaged": damaged}, indent=2))
     else:
         if damaged:
-            table = Table("chunk", "encoding", "node", "reason", title="damaged and removed")
+            table = Table(
+                "chunk", "encoding", "node", "reason", title="damaged (removed) or unreadable (kept)"
+            )
             for row in damaged:
                 name = f"{row['content_id'][:16]}+{row['prefix_id'][:16]}"
                 table.add_row(name, *(escape(row[column]) for column in ("encoding", "node_id", "reason")))

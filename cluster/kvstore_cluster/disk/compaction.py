@@ -5,7 +5,9 @@ copies, and whatever else made its records dead, are synced; until then a crash 
 """
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from kvstore_cluster.disk.location import Location, location_of
@@ -25,6 +27,8 @@ Lost = Callable[[RecordMeta, Location], None]
 # A segment is worth its copying when this share of it is dead, and this one when space is short.
 _DEAD_SHARE = 0.5
 _DEAD_SHARE_SHORT = 0.1
+# For so long a record that the disk cannot read is left alone.
+_UNREADABLE_S = 60.0
 # Space is short when so many segments would not fit any more.
 _SHORT_SEGMENTS = 3
 
@@ -103,7 +107,7 @@ class Compactor:
         needed = segment.live_blocks
         if segment.tombstone_blocks and not self._needs_tombstones(segment, segment.horizon):
             needed -= segment.tombstone_blocks
-        if needed and segment.unreadable:
+        if needed and time.monotonic() < segment.unmovable_until_s:
             return 0.0
         if segment.given_up:  # what is in there may not be durable
             return 0.0 if segment.writing else 2.0
@@ -128,7 +132,14 @@ class Compactor:
         for first, blocks, state in remaining:
             if stopping.is_set():
                 return False
-            header, chunk, damage = self._read(victim, first, blocks, window)
+            try:
+                header, chunk, damage = self._read(victim, first, blocks, window)
+            except OSError as error:
+                log.warning(
+                    "block %d of segment %d cannot be read and stays: %s", first, victim.number, error
+                )
+                self._leave_for(victim, _UNREADABLE_S)
+                continue
             old = location_of(victim.number, first)
             if header is not None and state is State.TOMBSTONE:
                 self._move_tombstone(victim, old, header)
@@ -139,9 +150,15 @@ class Compactor:
                 if header is not None and lost is not None:
                     lost(header.meta, old)
                 with self._table.lock:
-                    victim.unreadable |= self._table.is_live(old)
+                    lives = self._table.is_live(old)
+                if lives:
+                    self._leave_for(victim, math.inf)
         with self._table.lock:
             return not victim.live_blocks
+
+    def _leave_for(self, victim: Segment, duration_s: float) -> None:
+        """No step tries to move what is left in the segment before that time is over."""
+        victim.unmovable_until_s = max(victim.unmovable_until_s, time.monotonic() + duration_s)
 
     def _move_chunk(self, old: Location, header: RecordHeader, chunk: memoryview, relocate: Relocate) -> None:
         try:
@@ -166,24 +183,19 @@ class Compactor:
     def _read(
         self, victim: Segment, first: int, blocks: int, window: Window
     ) -> tuple[RecordHeader | None, memoryview, str | None]:
-        """(header, chunk, why the chunk is damaged) of a record; a damaged header is taken from the index."""
-        record, damage = memoryview(b""), None
+        """(header, chunk, why the chunk is damaged) of a record; a damaged header is taken from the index. Raises
+        OSError."""
         header: RecordHeader | None
-        try:
-            record = window.view(first * BLOCK_BYTES, blocks * BLOCK_BYTES)
-        except OSError as error:
-            damage = str(error)
+        record = window.view(first * BLOCK_BYTES, blocks * BLOCK_BYTES)
         if is_header(record[:BLOCK_BYTES], victim.seed):
             header = decode(record)
         else:
             indexed = self._index_of(victim)
             header = next((decode(entry) for block, entry in indexed if block == first), None)
         if header is None:
-            return None, record, damage or "its header is damaged"
+            return None, record, "its header is damaged"
         chunk = record[BLOCK_BYTES : BLOCK_BYTES + header.meta.size_bytes]
-        if damage is None and header.kind is Kind.PUT:
-            damage = chunk_damage(chunk, header)
-        return header, chunk, damage
+        return header, chunk, chunk_damage(chunk, header) if header.kind is Kind.PUT else None
 
     def _index_of(self, victim: Segment) -> Iterable[tuple[int, memoryview]]:
         if victim.index is not None:

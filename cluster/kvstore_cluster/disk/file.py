@@ -1,9 +1,11 @@
 """Reading and writing one segment file past the page cache."""
 
 import errno
+import logging
 import mmap
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import numpy as np
 
 from kvstore_cluster.disk.record import BLOCK_BYTES
 from kvstore_codec.errors import DiskError, DiskFailedError, DiskFullError, DiskReadOnlyError
+
+log = logging.getLogger(__name__)
 
 _SCRATCH_BYTES = 1 << 20
 _MAX_VIEWS = os.sysconf("SC_IOV_MAX")
@@ -22,7 +26,13 @@ _ERRORS = {
     errno.EACCES: DiskReadOnlyError,
     errno.EPERM: DiskReadOnlyError,
 }
+# Between the tries of a read that fails.
+_READ_PAUSES_S = (0.001, 0.02)
 _scratch = threading.local()
+
+
+class FileEndsError(OSError):
+    """The file is shorter than what was to be read: it was cut, and to ask again is of no use."""
 
 
 class SegmentFile:
@@ -87,7 +97,7 @@ class SegmentFile:
             window = scratch[: span + -span % BLOCK_BYTES]
             found = self._read_some(start if batch else position - skip, [*batch, window])
             if found < sum(view.nbytes for view in batch) + span:
-                raise OSError(errno.EIO, f"the file ends before byte {position - skip + span}")
+                raise FileEndsError(errno.EIO, f"the file ends before byte {position - skip + span}")
             batch = []
             rest = _scatter(window[skip:span], rest)
             missing -= span - skip
@@ -119,7 +129,7 @@ class SegmentFile:
         found = 0
         for batch in _batches(views):
             while batch:
-                count = os.preadv(self._fd, batch, offset + found)
+                count = self._preadv(batch, offset + found)
                 if not count:
                     return found
                 found += count
@@ -127,6 +137,16 @@ class SegmentFile:
                     return found
                 batch = _without(batch, count)
         return found
+
+    def _preadv(self, views: Sequence[memoryview], offset: int) -> int:
+        """Asks again where the disk fails: memory may be short, or a cable loose, for a moment only."""
+        for pause_s in _READ_PAUSES_S:
+            try:
+                return os.preadv(self._fd, views, offset)
+            except OSError as error:
+                log.info("reading at %d of a segment failed, trying again: %s", offset, error)
+                time.sleep(pause_s)
+        return os.preadv(self._fd, views, offset)
 
     def _forget(self, offset: int, length: int) -> None:
         if not self._direct:

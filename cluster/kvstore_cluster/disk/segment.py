@@ -53,8 +53,8 @@ class Segment:
         """Writing or syncing failed: what is in here may not be durable."""
         self.removed = False
         """Somebody removed its file, which lives on without a name: a restart would not find what is in here."""
-        self.unreadable = False
-        """Holds live records that cannot be moved."""
+        self.unmovable_until_s = 0.0
+        """Until then, of the monotonic clock, it holds live records that cannot be moved; infinite for damaged ones."""
         self.live_blocks = 0
         self.dead_records = 0
         self.tombstone_blocks = 0

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvstore_cluster.disk.compaction import Compactor, Lost, Relocate
-from kvstore_cluster.disk.file import SegmentFile, disk_error
+from kvstore_cluster.disk.file import FileEndsError, SegmentFile, disk_error
 from kvstore_cluster.disk.folder import OpenFile, StoreFolder
 from kvstore_cluster.disk.location import MAX_SEGMENT_BLOCKS, Location, block_of
 from kvstore_cluster.disk.log import FEWEST_SEGMENTS, SegmentLog
@@ -19,6 +19,7 @@ from kvstore_codec.errors import (
     ConfigurationError,
     DiskFailedError,
     StorageError,
+    TruncatedChunkError,
 )
 
 # A store has at most so many segments, each an open file.
@@ -133,8 +134,8 @@ class SegmentStore:
         """Fills the views with the chunk's bytes from `offset`. Fastest, without a copy, into page-aligned memory from
         an offset that is a multiple of 4 KiB. What is read is not verified. Takes as long as `read_speed` says.
 
-        Raises ChunkNotFoundError when the chunk was deleted or moved: ask the index again. DiskFailedError when the
-        disk cannot read it.
+        Raises ChunkNotFoundError when the chunk was deleted or moved: ask the index again. TruncatedChunkError when
+        its file was cut. DiskFailedError when the disk cannot read it, also when asked again.
         """
         self._require_open()
         size_bytes = sum(view.nbytes for view in views)
@@ -148,6 +149,10 @@ class SegmentStore:
             reading = self.read_speed.begin(size_bytes)
             try:
                 segment.file.read((block_of(location) + 1) * BLOCK_BYTES + offset, views)
+            except FileEndsError as error:
+                raise TruncatedChunkError(
+                    f"segment {segment.number} in {self._folder.path} is damaged: {error.strerror}"
+                ) from error
             except OSError as error:
                 raise disk_error(error, f"reading segment {segment.number} in {self._folder.path}") from error
         if reading is not None:
