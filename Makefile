@@ -6,6 +6,10 @@ INSTALLED := $(VENV)/.installed
 # pip reports its progress to a person; in a log only what went wrong is worth a line.
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet)
 
+# Most tests wait more than they compute. Tests of one file share fixtures, so they stay in one process.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint
 
@@ -16,6 +20,7 @@ help:
 	@echo 'make test-slow  the end-to-end tests'
 	@echo 'make lint       ruff, mypy, and who may import whom'
 	@echo
+	@echo 'WORKERS=4 runs tests in four processes instead of two; WORKERS=0 in one, as a debugger needs it.'
 	@echo 'PYTHON=python3.12 picks the interpreter that .venv is made with (3.11 or newer).'
 
 install: $(INSTALLED)
@@ -39,10 +44,10 @@ demo: install
 	@$(BIN)/kvstore demo $(ARGS)
 
 test: install
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-slow: install
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

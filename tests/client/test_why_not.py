@@ -23,7 +23,7 @@ GREEDY = {"max_new_tokens": 1, "do_sample": False}
 EXPECTED = {
     "closed", "paused", "calibration_loading", "store_behind_lossy", "store_paused", "layers_hooked",
     "calibration_internal_error", "store_internal_error", "store_no_calibration", "calibration_unusable",
-    "store_text_cut",
+    "store_text_cut", "store_cancelled",
 }  # fmt: skip
 
 
