@@ -1,4 +1,4 @@
-"""The lines that the README shows, run as a user would: two processes, one document."""
+"""The examples of README.md and docs/recompute.md, run as a user would: two processes, one document."""
 
 import re
 import subprocess
@@ -12,7 +12,8 @@ from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.models import smollm2_folder
 
 pytestmark = pytest.mark.slow
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = {"ask.py": ROOT / "README.md", "ask_documents.py": ROOT / "docs" / "recompute.md"}
 
 
 def _run(script: Path, *arguments: str | Path) -> list[int]:
@@ -25,9 +26,9 @@ def _run(script: Path, *arguments: str | Path) -> list[int]:
 
 
 def _write(name: str, cluster: EmbeddedCluster, folder: Path) -> Path:
-    """The README's lines, as a script that asks this cluster."""
+    """The example of this name, as a script that asks this cluster."""
     pattern = rf"<!-- {re.escape(name)}.*?-->\n```python\n(.*?)```"
-    (code,) = re.findall(pattern, README.read_text(), re.DOTALL)
+    (code,) = re.findall(pattern, PAGES[name].read_text(), re.DOTALL)
     script = folder / name
     script.write_text(code.replace("127.0.0.1:7420", cluster.address))
     return script
@@ -45,9 +46,7 @@ def test_the_readme_example_reuses_in_the_second_process(
     assert 1500 < hit < prompt < hit + 300
 
 
-def test_the_readme_example_reuses_documents_in_another_order(
-    ray_cluster: EmbeddedCluster, tmp_path: Path
-) -> None:
+def test_the_example_reuses_documents_in_another_order(ray_cluster: EmbeddedCluster, tmp_path: Path) -> None:
     script = _write("ask_documents.py", ray_cluster, tmp_path)
     text, documents = read_document(None), [tmp_path / "report.txt", tmp_path / "notes.txt"]
     for index, document in enumerate(documents):
