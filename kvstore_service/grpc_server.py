@@ -166,11 +166,14 @@ class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
 
     def _answering_with_one(self, handler: grpc.RpcMethodHandler, name: str) -> Callable[..., bytes]:
         def serve(data: bytes, context: grpc.ServicerContext) -> bytes:
-            with reported(context), self._admitted(data, context):
-                request = _parsed(handler, data, name)
-                answer: bytes = handler.response_serializer(handler.unary_unary(request, context))
-            self._unsent.add(context, len(answer))
-            return answer
+            answer: bytes = b""
+            try:
+                with reported(context), self._admitted(data, context):
+                    request = _parsed(handler, data, name)
+                    answer = handler.response_serializer(handler.unary_unary(request, context))
+                return answer
+            finally:  # a refusal waits for its client as an answer does
+                self._unsent.add(context, len(answer))
 
         return serve
 

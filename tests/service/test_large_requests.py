@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 import threading
@@ -14,13 +13,12 @@ from pathlib import Path
 import grpc
 import pytest
 
+from benchmarks.deaf_client import DeafClient
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_codec.errors import AbandonedRequestError, BusyError
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.model_spec import KVDtype
 from kvstore_service import large_requests, unsent_answers
-from kvstore_service.grpc_server import MAX_REPLY_BYTES
 from kvstore_service.large_requests import MAX_WAITING, MAX_WAITING_OF_PEER, SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import MAX_FIELDS
 from tests.sample_chunk import sample_chunk
@@ -164,80 +162,63 @@ def test_a_node_is_verified_by_one_client_at_a_time(storage: ServedNode) -> None
     assert list(storage.stub.Verify(pb.VerifyRequest()))[-1].done
 
 
-class Valve:
-    """Passes bytes on between a client and a server; once it is closed, nothing comes back any more."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = "{}:{}".format(*self._listener.getsockname())
-        self.closed = threading.Event()
-        self._sockets: list[socket.socket] = [self._listener]
-        self._server = (host, int(port))
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def stop(self) -> None:
-        for connected in self._sockets:
-            with contextlib.suppress(OSError):
-                connected.shutdown(socket.SHUT_RDWR)
-            connected.close()
-
-    def _accept(self) -> None:
-        client, _ = self._listener.accept()
-        server = socket.create_connection(self._server)
-        self._sockets += [client, server]
-        threading.Thread(target=self._pass, args=(client, server), daemon=True).start()
-        threading.Thread(target=self._pass, args=(server, client, self.closed), daemon=True).start()
-
-    def _pass(
-        self, source: socket.socket, sink: socket.socket, closed: threading.Event | None = None
-    ) -> None:
-        try:
-            while data := source.recv(1 << 16):
-                if closed is not None and closed.is_set():
-                    return
-                sink.sendall(data)
-        except OSError:
-            return
-
-
-def test_answers_that_nobody_takes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a client that asks and does not read, the oldest calls are cancelled; a client that reads notices nothing."""
-    many_frames = Geometry(layers=1024, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)
-    chunk = sample_chunk(frame_bytes=1, geometry=many_frames)
-    answer_bytes = 200 * chunk.header.header_bytes
-    monkeypatch.setattr(unsent_answers, "SMALL_BYTES", answer_bytes // 2)
-    monkeypatch.setattr(unsent_answers, "MAX_BYTES_OF_PEER", 3 * answer_bytes)
-    cancelled = []
+@pytest.fixture
+def cancelled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The connections of calls that are cancelled because they wait with others."""
+    peers: list[str] = []
     add = unsent_answers.UnsentAnswers.add
 
-    def noted(self: unsent_answers.UnsentAnswers, context: grpc.ServicerContext, size_bytes: int) -> None:
+    def noted(self: unsent_answers.UnsentAnswers, context: grpc.ServicerContext, answer_bytes: int) -> None:
         cancel = context.cancel
-        context.cancel = lambda: (cancelled.append(context), cancel())
-        add(self, context, size_bytes)
-        # One more is of the client that reads.
-        assert self.waiting_bytes < 5 * answer_bytes
+        context.cancel = lambda: (peers.append(context.peer()), cancel())
+        add(self, context, answer_bytes)
+        assert self.waiting_bytes <= unsent_answers.MAX_BYTES
 
     monkeypatch.setattr(unsent_answers.UnsentAnswers, "add", noted)
-    with served(64 << 20) as node:
+    return peers
+
+
+@contextlib.contextmanager
+def deaf(node: ServedNode) -> Iterator[DeafClient]:
+    client = DeafClient(node.server.address)
+    yield client
+    client.close()
+
+
+@pytest.mark.parametrize("chunks", [0, 1, 40], ids=["empty", "small", "large"])
+def test_answers_that_nobody_takes_are_bounded(
+    chunks: int, cancelled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a client that asks and does not read, the oldest calls are cancelled, whatever their size; a client that reads
+    notices nothing."""
+    many_frames = Geometry(layers=1024, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)
+    chunk = sample_chunk(frame_bytes=1, geometry=many_frames)
+    request = pb.LookupRequest(chunks=[ref(chunk)] * chunks, encodings=["exact-zstd"], with_headers=True)
+    call_bytes = unsent_answers.CALL_BYTES + chunks * (chunk.header.header_bytes + 100)
+    monkeypatch.setattr(unsent_answers, "MAX_BYTES_OF_PEER", 3 * call_bytes)
+    with served(64 << 20) as node, deaf(node) as client:
         statuses(node, steps(chunk))
-        request = pb.LookupRequest(chunks=[ref(chunk)] * 200, encodings=["exact-zstd"], with_headers=True)
-        valve = Valve(node.server.address)
-        options = [
-            ("grpc.max_receive_message_length", MAX_REPLY_BYTES),
-            ("grpc.use_local_subchannel_pool", 1),
-        ]
-        with grpc.insecure_channel(valve.address, options) as lazy:
-            stub = rpc.StorageStub(lazy)
-            assert len(stub.Lookup(request).answers) == 200
-            valve.closed.set()
-            calls = [stub.Lookup.future(request) for _ in range(8)]
-            wait_until(lambda: len(cancelled) >= 5)
-            for _ in range(5):
-                assert len(node.stub.Lookup(request, timeout=10).answers) == 200
-            for lookup in calls:
-                lookup.cancel()
-        valve.stop()
+        calls = [client.ask("Lookup", request.SerializeToString()) for _ in range(8)]
+        wait_until(lambda: len(client.ended) == len(calls) - 3)
+        for _ in range(5):
+            assert len(node.stub.Lookup(request, timeout=10).answers) == chunks
+        assert len(cancelled) == len(client.ended) == len(calls) - 3
+
+
+def test_the_unread_answers_of_all_connections_are_bounded(
+    cancelled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of whichever connection has most are cancelled."""
+    monkeypatch.setattr(unsent_answers, "MAX_BYTES", 8 * unsent_answers.CALL_BYTES)
+    request = pb.LookupRequest().SerializeToString()
+    with served(4 << 20) as node, deaf(node) as modest, deaf(node) as greedy:
+        modest.ask("Lookup", request)
+        for _ in range(20):
+            greedy.ask("Lookup", request)
+        wait_until(lambda: len(greedy.ended) >= 20 - 7)
+        assert node.stub.Lookup(pb.LookupRequest(), timeout=10) is not None
+        assert not modest.ended
+        assert len(set(cancelled)) == 1
 
 
 @pytest.mark.slow
