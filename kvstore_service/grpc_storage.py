@@ -75,7 +75,9 @@ class StorageService:
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Read and Put carry KV bytes and skip the generated message classes (kvstore_api.bulk)."""
         return {
-            "Lookup": unary(self.lookup, pb.LookupRequest),
+            "Lookup": grpc.unary_unary_rpc_method_handler(
+                self.lookup, request_deserializer=pb.LookupRequest.FromString, response_serializer=bytes
+            ),
             "Put": grpc.stream_stream_rpc_method_handler(
                 self.put,
                 request_deserializer=decode_put_request,
@@ -99,7 +101,9 @@ class StorageService:
             "Throttle": unary(self.throttle, pb.ThrottleRequest),
         }
 
-    def lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> pb.LookupReply:
+    def lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> bytes:
+        """A serialised LookupReply: whether anybody still waits for it is looked at when it is all there, and what was
+        leased for an answer that cannot be given is released."""
         # Not as ChunkIds: making a thousand of them takes longer than finding them.
         chunks = _few(request.chunks, context)
         if len(request.encodings) > MAX_ENCODINGS:
@@ -126,15 +130,15 @@ class StorageService:
         except StorageError as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         try:
-            reply = _lookup_reply(chunks, result, self._bulk_endpoint)
+            answer: bytes = _lookup_reply(chunks, result, self._bulk_endpoint).SerializeToString()
             proceed()
-        except (InvalidKVError, AbandonedRequestError) as error:
+        except BaseException as error:
             if result.lease_id is not None:
                 self._node.release_lease(result.lease_id)
             if isinstance(error, InvalidKVError):
                 _refuse(context, str(error))
             raise
-        return reply
+        return answer
 
     def renew_lease(self, request: pb.RenewLeaseRequest, context: grpc.ServicerContext) -> pb.RenewLeaseReply:
         lease_id = _lease_id(request.lease_id, context)
