@@ -149,6 +149,11 @@ class ChunkIndex:
                 return next((slot for slot in slots if self.encoding(slot) == encoding), slots[0])
         return NO_SLOT
 
+    def link(self, slot: int, before: int) -> bool:
+        """The chunk in `slot` stands behind `before` in their text from now on. False, and nothing is done, where that
+        one is another tenant's or, by its number, no earlier one."""
+        return self._tenant[slot] == self._tenant[before] and self.texts.link(slot, before)
+
     def find(self, chunk_id: ChunkId, encoding: str) -> int | None:
         """The slot of a variant."""
         for slot in self.variants(chunk_id):

@@ -78,8 +78,9 @@ class Intake:
                     or self._ends_much_sooner(slot, options.ttl_s)
                 ):
                     return self._reserve(chunk_id, encoding, size_bytes, options)
-                before = self._before(encoding, options)
-                self._tiers.put_again(slot, before)
+                # What one tenant says of a text says nothing of another one's chunks.
+                own = self._index.tenant(slot) == options.tenant
+                self._tiers.put_again(slot, self._before(encoding, options) if own else NO_SLOT)
                 self._tiers.hold(slot)
             try:
                 if durable:

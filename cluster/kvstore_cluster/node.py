@@ -14,6 +14,7 @@ from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
 from kvstore_cluster.index import NOWHERE, ChunkName
 from kvstore_cluster.intake import Intake
+from kvstore_cluster.integrity import check_integrity
 from kvstore_cluster.leases import LeaseId, LeaseTable
 from kvstore_cluster.lookup import PAUSE_S, SLICE_CHUNKS, ChunkSearch, LookupResult
 from kvstore_cluster.put import PendingPut, PutOptions
@@ -25,7 +26,6 @@ from kvstore_codec.errors import (
     ChunkNotFoundError,
     ConfigurationError,
     DiskError,
-    StorageError,
 )
 from kvstore_codec.identity import ChunkId
 
@@ -355,23 +355,10 @@ class StorageNode:
             self._store.close()
 
     def check_integrity(self) -> None:
-        """Raises StorageError unless every block is owned exactly once and the books agree."""
+        """Raises StorageError unless memory, index, eviction orders, quotas and texts agree. Looks at every chunk with
+        the lock held: for tests."""
         with self._lock:
-            index, tiers = self._index, self._tiers
-            extents = [extent for extent in index.extent if extent is not None] + tiers.dropped_extents()
-            self._arena.check_integrity([*extents, *self._intake.extents()])
-            in_memory = {slot for slot in index if index.extent[slot] is not None}
-            on_disk = {slot for slot in index if index.location[slot] != NOWHERE}
-            if (set(tiers.in_memory), set(tiers.on_disk)) != (in_memory, on_disk):
-                raise StorageError(f"{self.node_id}: index and eviction order name different chunks")
-            tiers.in_memory.check_integrity()
-            tiers.on_disk.check_integrity()
-            if in_memory | on_disk != set(index) or len(set(index)) != len(index):
-                raise StorageError(f"{self.node_id}: the index names a chunk that lies nowhere")
-            if not tiers.dirty.keys() <= in_memory - on_disk:
-                raise StorageError(
-                    f"{self.node_id}: a chunk waits for a disk that it is on, or is not in memory"
-                )
+            check_integrity(self._tiers, self._intake.extents())
 
     @contextmanager
     def _slice(self, begin: int) -> Iterator[None]:

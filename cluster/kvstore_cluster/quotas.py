@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import chain, islice
 
 from kvstore_cluster.eviction.columns import NO_SLOT, Links, SlotQueue
 from kvstore_cluster.eviction.texts import Choice, Followers, choose
 from kvstore_cluster.index import ChunkIndex
+from kvstore_codec.errors import StorageError
 
 
 class Quotas:
@@ -84,7 +86,7 @@ class Quotas:
     def follow(self, slot: int) -> None:
         """The chunk, just added or touched, goes before the one that it stands behind, if that is the tenant's."""
         order, before = self._order(slot), self._index.texts.before(slot)
-        if order is not None and before != NO_SLOT:
+        if order is not None and before != NO_SLOT and self._order(before) is order:
             order.remove(slot)
             order.insert_before(slot, before)
 
@@ -100,6 +102,24 @@ class Quotas:
     def forget(self, slot: int) -> None:
         """The chunk, which is not here, is no longer found."""
         self._followers.forget(slot)
+
+    def check_integrity(self) -> None:
+        """Raises StorageError unless what each tenant has is counted right and, where the tenant has a limit, waits in
+        its queue once. Looks at every chunk."""
+        used: Counter[str] = Counter()
+        limited: dict[str, set[int]] = {tenant: set() for tenant in self._limits}
+        for slot in self._index:
+            tenant = self._index.tenant(slot)
+            used[tenant] += self._index.size_bytes[slot]
+            if tenant in limited:
+                limited[tenant].add(slot)
+        if used != self._used:
+            raise StorageError(f"tenants have {dict(used)} bytes, but {dict(self._used)} are counted")
+        for tenant, slots in limited.items():
+            queued = list(islice(self._oldest_first[tenant], len(slots) + 1))  # a broken one may have no end
+            if len(queued) != len(slots) or set(queued) != slots:
+                raise StorageError(f"the queue of tenant {tenant!r} names other chunks than it has")
+        self._followers.check_integrity(chain.from_iterable(limited.values()))
 
     def _enter(self, slot: int) -> None:
         if (order := self._order(slot)) is not None:

@@ -109,7 +109,7 @@ class Tiers:
         self.settle()
         slot = self.index.add(meta, extent=extent, location=location)
         if before != NO_SLOT:
-            self.index.texts.link(slot, before)
+            self.index.link(slot, before)
         if extent is not None:
             self._enter(self.in_memory, slot)
         if location != NOWHERE:
@@ -465,8 +465,7 @@ class Tiers:
 
     def _link(self, slot: int, before: int) -> None:
         """Unless the slot is linked already."""
-        texts = self.index.texts
-        if texts.before(slot) == NO_SLOT and texts.link(slot, before):
+        if self.index.texts.before(slot) == NO_SLOT and self.index.link(slot, before):
             for order in (self.in_memory, self.on_disk, self.quotas):
                 order.linked(slot)
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Container, Iterator
 from kvstore_cluster.eviction.base import EvictionPolicy
 from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.eviction.texts import Choice, Followers, TextLinks, choose
-from kvstore_codec.errors import StorageError
 
 
 class EvictionOrder:
@@ -77,13 +76,7 @@ class EvictionOrder:
 
     def check_integrity(self) -> None:
         """Raises StorageError unless the followers of every chunk are counted right."""
-        found = [0] * len(self._here)
-        for slot in self:
-            if (before := self._links.before(slot)) != NO_SLOT:
-                found[before] += 1
-        wrong = [slot for slot, count in enumerate(found) if self._followers[slot] != count]
-        if wrong:
-            raise StorageError(f"the followers of slots {wrong[:8]} are not counted right")
+        self._followers.check_integrity(self)
 
     def __iter__(self) -> Iterator[int]:
         """Every slot once, as the policy proposes them."""

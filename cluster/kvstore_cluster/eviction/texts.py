@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from kvstore_cluster.eviction.columns import NO_SLOT, grow
+from kvstore_codec.errors import StorageError
 
 _LARGEST_AGE = (1 << 32) - 1
 
@@ -85,6 +86,15 @@ class Followers:
         """The slot's chunk is no longer found, so nothing is linked to it."""
         if slot < len(self._counts):
             self._counts[slot] = 0
+
+    def check_integrity(self, members: Iterable[int]) -> None:
+        """Raises StorageError unless the chunks in the set, `members`, are what is counted."""
+        before = map(self._links.before, members)
+        found = Counter(slot for slot in before if slot != NO_SLOT)
+        counted = Counter({slot: count for slot, count in enumerate(self._counts) if count})
+        if found != counted:
+            wrong = sorted(slot for slot in found | counted if found[slot] != counted[slot])
+            raise StorageError(f"the followers of slots {wrong[:8]} are not counted right")
 
 
 @dataclass(slots=True)
