@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from kvstore_bench.results import write_results
 from kvstore_cluster import arena as current
 from kvstore_cluster.arena import Arena, Extent
 from kvstore_cluster.free_runs import FreeRuns
-from kvstore_service.bench.results import write_results
 
 CHUNK_BYTES = 4 << 20
 _SMALLEST_BYTES, _LARGEST_BYTES = 512 << 10, 8 << 20

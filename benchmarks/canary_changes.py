@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from kvstore_bench import write_results
 from kvstore_client.engines.transformers.capture import install_hooks
 from kvstore_client.engines.transformers.probe import probe_for, run_probe
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.threads import single_threaded
 from kvstore_codec.canary.compare import compare
-from kvstore_service.bench import write_results
 from kvstore_service.models import load_smollm2
 from tests.client.canary_changes import CHANGES
 from tests.client.models import tiny_model

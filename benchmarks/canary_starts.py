@@ -26,8 +26,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from kvstore_bench import write_results
 from kvstore_service.admin import ClusterAdmin
-from kvstore_service.bench import write_results
 from tests.client.conftest import served_cluster
 
 ROOT = Path(__file__).parents[1]

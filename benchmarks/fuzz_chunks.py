@@ -5,7 +5,7 @@
 No mutant may decode differently the second time, raise anything but the project's own errors, kill its process, hang,
 or take memory. Mutants that do are written into the folder `--save` and make the exit code 1; `--seed` and the number
 in the file's name make them again. Rows: {encoding, kind, mutants, refused, sound, other_kv, refused_once,
-decoded_differently, foreign_exceptions}; kinds and verdicts are explained in `kvstore_service/bench/fuzz`.
+decoded_differently, foreign_exceptions}; kinds and verdicts are explained in `benchmarks/kvstore_bench/fuzz`.
 """
 
 import signal
@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kvstore_service.bench import write_results
-from kvstore_service.bench.fuzz.judge import Verdict
-from kvstore_service.bench.fuzz.run import Tally, fuzz
+from kvstore_bench import write_results
+from kvstore_bench.fuzz.judge import Verdict
+from kvstore_bench.fuzz.run import Tally, fuzz
 
 _COLUMNS = {
     "refused": Verdict.REFUSED,

@@ -154,7 +154,7 @@ def busy_for_s(node: psutil.Process) -> float:
 
 def measure(kind: str, count: int, seconds: float) -> dict[str, object]:
     server = subprocess.Popen(
-        [sys.executable, "-m", "kvstore_service.bench.store.server", "kvstore"],
+        [sys.executable, "-m", "kvstore_bench.store.server", "kvstore"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from kvstore_service.bench import write_results
-from kvstore_service.link import ShapedLink, parse_bandwidth
+from kvstore_bench import write_results
+from kvstore_bench.shaping import ShapedLink, parse_bandwidth
 
 PIECE_BYTES = 1 << 20
 

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from kvstore_bench import write_results
+from kvstore_bench.demo.document import read_document
+from kvstore_bench.first_token import FirstTokenTimer
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
-from kvstore_service.bench import write_results
-from kvstore_service.demo.document import read_document
 from kvstore_service.embedded import EmbeddedCluster
-from kvstore_service.first_token import FirstTokenTimer
 from kvstore_service.models import load_smollm2
 
 QUESTION_TOKENS = 40

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from kvstore_codec.errors import ConfigurationError
-from kvstore_service.link.bandwidth import TokenBucket
+from kvstore_service.bandwidth import TokenBucket
 
 SLOWEST_BPS = 100e3
 """Below it one piece takes longer than readers have patience."""

@@ -23,13 +23,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvstore_bench import write_results
 from kvstore_codec.calibration import PeriodTransform
 from kvstore_codec.coders import coder
 from kvstore_codec.coders.hevc.cpu import HevcCpu420Coder
 from kvstore_codec.coders.hevc.nvidia import NvdecCoder, capabilities
 from kvstore_codec.errors import CoderUnavailableError
 from kvstore_codec.klt import PeriodKLT, compute_dtype
-from kvstore_service.bench import write_results
 
 SIZES = ((192, 160), (256, 256), (512, 256), (1024, 512), (1920, 1080))
 STREAMS = (1, 2, 4, 8, 16)

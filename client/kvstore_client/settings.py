@@ -113,11 +113,11 @@ class ClientSettings(BaseSettings):
     tokens where the selector goes by one."""
 
     recompute_ratio: float | None = Field(default=None, ge=0, le=1)
-    """Share of such text's tokens that is computed again. When not given: what `kvstore calibrate --ratio` found to be
+    """Share of such text's tokens that is computed again. When not given: what `kvstore tune` found to be
     fastest for where the text is stored, else `recompute_floor`."""
 
     disk_tier: str | None = None
-    """Name of the tier that `kvstore calibrate --ratio` tuned for disks like those of the nodes: disk, ssd or hdd, for
+    """Name of the tier that `kvstore tune` tuned for disks like those of the nodes: disk, ssd or hdd, for
     text that is stored on one. When not given: disk, or ssd where only that was tuned."""
 
     recompute_floor: float = Field(default=0.15, ge=0, le=1)

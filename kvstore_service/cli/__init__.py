@@ -5,13 +5,12 @@ import sys
 import typer
 
 from kvstore_codec.errors import KVStoreError
-from kvstore_service.cli.bench import bench
 from kvstore_service.cli.calibrate import calibrate
 from kvstore_service.cli.calibrations import calibrations
-from kvstore_service.cli.demo import demo
 from kvstore_service.cli.doctor import doctor
 from kvstore_service.cli.drain import drain
 from kvstore_service.cli.evict import evict
+from kvstore_service.cli.extensions import add_extensions
 from kvstore_service.cli.ls import ls
 from kvstore_service.cli.models import models
 from kvstore_service.cli.pin import pin, unpin
@@ -30,10 +29,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _SERVICE = (serve, status, ls, pin, unpin, evict, quota, drain, repair, verify, throttle)
-for command in (*_SERVICE, calibrations, doctor, calibrate, demo):
+for command in (*_SERVICE, calibrations, doctor, calibrate):
     app.command()(command)
 app.add_typer(models, name="models")
-app.add_typer(bench, name="bench")
+add_extensions(app)
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ from blake3 import blake3
 from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError, StartupError
-from kvstore_service.cli.calibrate_ratio import RatioArguments, calibrate_ratio
 from kvstore_service.cli.console import output, print_table
+from kvstore_service.cli.extensions import extension
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import DType, load_model
 
@@ -87,7 +87,7 @@ def calibrate(
     ] = None,
     ratio: Annotated[
         bool,
-        typer.Option("--ratio", help="Tune the recompute ratio to this machine.", rich_help_panel=_RATIO),
+        typer.Option("--ratio", help="The former name of `kvstore tune`.", rich_help_panel=_RATIO),
     ] = False,
     tier: Annotated[
         str | None,
@@ -147,9 +147,7 @@ def calibrate(
     """Learn from text how a model's KV is coded smallest, and what each rate costs in fidelity. A stopped run goes on
     where it was.
 
-    With --ratio: find out, on a cluster of its own, which share of the tokens of text that is reused in another context
-    is best computed again for a first token as soon as possible, for each tier that the text may come from. Workers
-    with the same cache folder (KVSTORE_CACHE_DIR) use it.
+    With --ratio it is `kvstore tune`.
     """
     of_codec: dict[str, object] = {
         "--text": text, "--out": out, "--rank": rank, "--period-layers": period_layers, "--publish": publish,
@@ -160,11 +158,19 @@ def calibrate(
     }  # fmt: skip
     if ratio:
         _refuse(of_codec, "is about how KV is coded, and cannot be used with --ratio")
-        calibrate_ratio(
+        extension("tune")(
             model,
+            tier,
+            selector,
+            drift,
+            tokens or 3072,
+            repeats or 3,
+            sweep or 0,
+            data_dir,
             dtype,
             model_id,
-            RatioArguments(tier, selector, drift, tokens, repeats, sweep, data_dir, json_file, plot),
+            json_file,
+            plot,
         )
         return
     _refuse(of_ratio, "needs --ratio")

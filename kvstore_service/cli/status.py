@@ -123,7 +123,7 @@ def _filled(used_bytes: int, limit_bytes: int) -> str:
 def _limits(gauges: Any) -> str:
     from rich.filesize import decimal
 
-    from kvstore_service.link import format_bandwidth
+    from kvstore_service.bandwidth import format_bandwidth
 
     limits = []
     if "throttle_bps" in gauges:

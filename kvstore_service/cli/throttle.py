@@ -38,7 +38,7 @@ def throttle(
     from rich.table import Table
 
     from kvstore_service.admin import ClusterAdmin
-    from kvstore_service.link import format_bandwidth, parse_bandwidth
+    from kvstore_service.bandwidth import format_bandwidth, parse_bandwidth
     from kvstore_service.listen import Address
 
     if node is not None and bandwidth is None and disk is None:

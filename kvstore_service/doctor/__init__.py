@@ -1,14 +1,26 @@
 """What this machine can do for the service, found out by trying, and for what is missing: why, and what to do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import entry_points
 
-from kvstore_service.doctor import configuration, essentials, machine, network, services, video
+from kvstore_service.doctor import configuration, essentials, machine, services, video
 from kvstore_service.doctor.finding import Check, Finding, missing
 
 __all__ = ["CHECKS", "Check", "Finding", "examine"]
 
+_NamedCheck = tuple[str, bool, Callable[[], Finding]]
+
+
+def _added() -> Iterator[_NamedCheck]:
+    """Checks of other packages, by entry points of the group `kvstore.checks`."""
+    for entry in entry_points(group="kvstore.checks"):
+        with suppress(ImportError):
+            yield from entry.load()
+
+
 # Name, essential, and how to find out. Without what is essential nothing works.
-CHECKS: tuple[tuple[str, bool, Callable[[], Finding]], ...] = (
+CHECKS: tuple[_NamedCheck, ...] = (
     ("Python", False, machine.python),
     ("CPU and memory", False, machine.cpu_and_memory),
     ("PyTorch", False, machine.torch),
@@ -23,8 +35,7 @@ CHECKS: tuple[tuple[str, bool, Callable[[], Finding]], ...] = (
     ("Redis client", False, services.redis_client),
     ("Redis server", False, services.redis_server),
     ("Redis connection", False, services.redis_connection),
-    ("slow link in user space", False, network.user_space_shaping),
-    ("slow link in namespaces", False, network.namespace_shaping),
+    *_added(),
 )
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from kvstore_service.bench.store.processes import Process
-from kvstore_service.bench.store.systems import SYSTEMS, System
+from kvstore_bench.store.processes import Process
+from kvstore_bench.store.systems import SYSTEMS, System
 
 PEERS = [system for system in SYSTEMS if system.install]
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.profile import machine_of
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.ratio import CodecCost, PrefillCost, Profile, ProfileStore, profile_key
-from kvstore_service.link import ShapedLink
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
 

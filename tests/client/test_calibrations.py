@@ -12,10 +12,10 @@ import pytest
 from blake3 import blake3
 
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import ClientSettings, KVStoreClient, connect
 from kvstore_codec.errors import PublishError
 from kvstore_service.grpc_server import GrpcServer, unary
-from kvstore_service.link import ShapedLink
 from kvstore_service.listen import Address
 from tests.client.conftest import ServedCluster
 

@@ -13,11 +13,11 @@ import torch
 
 from kvstore_api.placement import Member, Membership
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.grpc_server import GrpcServer, unary
-from kvstore_service.link import ShapedLink
 from kvstore_service.listen import Address
 from tests.client.chunks import flip_bit
 from tests.client.conftest import ServedCluster, served_cluster

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.fetch import FetchReport
-from kvstore_service.link import ShapedLink
 from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import served_cluster
 from tests.client.models import random_prompt, tiny_model

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import ClientSettings, KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.calibrate import ObservedModel
@@ -21,7 +22,6 @@ from kvstore_client.store import NewChunk
 from kvstore_codec.calibration import Calibration
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.calibration import Options, calibrate, plan_passages
-from kvstore_service.link import ShapedLink
 from tests.client.chunks import flip_bit
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model

@@ -15,13 +15,13 @@ import pytest
 from kvstore_api.bulk import ReadPiece
 from kvstore_api.placement import Member, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.owner_write import OutgoingChunk, OwnerWrite
 from kvstore_client.store import NewChunk
 from kvstore_client.transport import GrpcTransport, ReadStream
 from kvstore_codec.identity import chunk_ids
 from kvstore_codec.model_spec import RopeSpec
-from kvstore_service.link import ShapedLink
 from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import served_cluster
 from tests.client.test_replicas import CHUNKS, PATIENCE, Replicated, put, replicated

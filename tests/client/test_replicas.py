@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from kvstore_api.placement import Member, Placement
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.lookup import Match
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import ChunkId
 from kvstore_service.grpc_storage import serve_storage
-from kvstore_service.link import ShapedLink
 from tests.client.chunks import SPEC, flip_bit, ids, random_kv
 from tests.client.conftest import ServedCluster, served_cluster
 

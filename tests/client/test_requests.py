@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel, RequestQueue
-from kvstore_service.link import ShapedLink
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.fetch import FetchReport
 from kvstore_client.lookup import Match
@@ -19,7 +20,6 @@ from kvstore_cluster.lookup import LookupAnswer, LookupResult
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.identity import ChunkId, PlacedChunk, begins_text
 from kvstore_codec.rope import RotaryTable, rotate_
-from kvstore_service.link import ShapedLink
 from tests.client.chunks import SPEC, flip_bit, random_kv
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.test_replicas import PATIENCE, Cable

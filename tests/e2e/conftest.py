@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvstore_service.demo.document import prompt_tokens, read_document
+from kvstore_bench.demo.document import prompt_tokens, read_document
 from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.models import load_smollm2
 

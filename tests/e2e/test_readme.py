@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_service.demo.document import read_document
+from kvstore_bench.demo.document import read_document
 from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.models import smollm2_folder
 

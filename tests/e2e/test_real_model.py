@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from kvstore_bench.demo.calibration import demo_calibration
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.settings import ClientSettings
 from kvstore_service.calibration.publish import publish_calibration
-from kvstore_service.demo.calibration import demo_calibration
 from kvstore_service.embedded import EmbeddedCluster
-from kvstore_service.link import ShapedLink
 from kvstore_service.models import load_smollm2
 from tests.e2e.conftest import document_prompt
 

@@ -15,7 +15,14 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ["kvstore_api", "kvstore_codec", "kvstore_client", "kvstore_cluster", "kvstore_service"]
+PACKAGES = [
+    "kvstore_api",
+    "kvstore_codec",
+    "kvstore_client",
+    "kvstore_cluster",
+    "kvstore_service",
+    "kvstore_bench",
+]
 STUBS = ["kvstore_pb2.py", "kvstore_pb2.pyi", "kvstore_pb2_grpc.py"]
 
 

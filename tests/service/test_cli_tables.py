@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvstore_api.placement import Member
+from kvstore_bench.cli.tables import result_table
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.canaries import CanaryRegistry
@@ -21,7 +22,6 @@ from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.identity import ChunkId
 from kvstore_service.cli import app
-from kvstore_service.cli.bench.tables import result_table
 from kvstore_service.cli.console import print_table
 from kvstore_service.doctor import examine
 from kvstore_service.grpc_coordinator import serve_coordinator

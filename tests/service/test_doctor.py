@@ -11,9 +11,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from kvstore_bench.shaping import doctor as shaping_checks
 from kvstore_service import doctor
 from kvstore_service.cli.doctor import doctor as command
-from kvstore_service.doctor import Finding, network, services
+from kvstore_service.doctor import Finding, services
 
 APP = typer.Typer()
 APP.command()(command)
@@ -103,7 +104,7 @@ def test_redis_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = network.namespace_shaping()
+    found = shaping_checks.namespace_shaping()
     assert not found.available
     assert "unshare, ip, tc" in found.detail
     assert not services.redis_server().available
@@ -116,8 +117,8 @@ def test_a_refused_namespace_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path:
         script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    found = network.namespace_shaping()
+    found = shaping_checks.namespace_shaping()
     assert not found.available
     assert "Operation not permitted" in found.detail
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert network.namespace_shaping().detail == "needs root"
+    assert shaping_checks.namespace_shaping().detail == "needs root"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from kvstore_bench.cli.tables import require_outputs
 from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service import scratch
-from kvstore_service.cli.bench.tables import require_outputs
 from kvstore_service.scratch import LONGEST_PARENT_BYTES, scratch_folder
 
 MOUNT, UMOUNT = shutil.which("mount") or "mount", shutil.which("umount") or "umount"

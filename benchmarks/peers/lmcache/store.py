@@ -1,7 +1,7 @@
 """LMCache's own server (`lm://`) as a store of values, for `kvstore bench store`, through LMCache's own connector.
 
     .venv/bin/python store.py serve             prints the address, runs until stdin ends
-    .venv/bin/python store.py client ADDRESS    the loop of kvstore_service/bench/store/loop.py
+    .venv/bin/python store.py client ADDRESS    the loop of benchmarks/kvstore_bench/store/loop.py
 
 Received chunks lie in memory that was taken before, so that no allocation is charged to it. Its put is not
 acknowledged: what is timed is a put and its EXIST, which the server answers behind it. The server forgets nothing.

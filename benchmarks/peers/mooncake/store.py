@@ -2,7 +2,7 @@
 into and write from registered buffers, which is its fastest documented way.
 
     .venv/bin/python store.py serve             prints the master's address, runs until stdin ends
-    .venv/bin/python store.py client ADDRESS    the loop of kvstore_service/bench/store/loop.py
+    .venv/bin/python store.py client ADDRESS    the loop of benchmarks/kvstore_bench/store/loop.py
 """
 
 import ctypes

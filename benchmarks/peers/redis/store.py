@@ -1,7 +1,7 @@
 """Redis as a store of values, for `kvstore bench store`: a real server process, redis-py with hiredis.
 
 .venv/bin/python store.py serve             prints the address, runs until stdin ends
-.venv/bin/python store.py client ADDRESS    the loop of kvstore_service/bench/store/loop.py
+.venv/bin/python store.py client ADDRESS    the loop of benchmarks/kvstore_bench/store/loop.py
 """
 
 import random

@@ -41,7 +41,7 @@ class TunedRatios:
             RecursionError,
         ) as error:
             _log.warning(
-                "tuned ratios %s cannot be used; `kvstore calibrate --ratio` makes them anew: %.200r",
+                "tuned ratios %s cannot be used; `kvstore tune` makes them anew: %.200r",
                 path,
                 error,
             )

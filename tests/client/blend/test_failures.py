@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.recompute import Recompute, selector
 from kvstore_client.settings import SelectorName
-from kvstore_service.link import ShapedLink
 from tests.client.blend.library import GREEDY, PATIENT, QUESTION, SYSTEM, Library, check_close, joined, text
 from tests.client.blend.reference import sharp
 from tests.client.chunks import flip_bit

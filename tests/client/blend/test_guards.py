@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.recompute import Recompute
-from kvstore_service.link import ShapedLink
 from tests.client.blend.library import (
     CHUNKS,
     DOCUMENTS,

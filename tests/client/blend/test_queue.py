@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel, RequestQueue
 from kvstore_client.fetch import Fetch
 from kvstore_client.recompute import Recompute
 from kvstore_client.settings import SelectorName
 from kvstore_codec.errors import InvalidTokensError
-from kvstore_service.link import ShapedLink
 from tests.client.blend.library import GREEDY, PATIENT, QUESTION, SYSTEM, Library, joined, text
 from tests.client.blend.reference import sharp
 from tests.client.conftest import served_cluster

@@ -1,0 +1,166 @@
+"""`kvstore bench recompute`: asks for the measurement and shows it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvstore_bench.cli.tables import require_outputs, require_packages, result_table
+from kvstore_codec.errors import ConfigurationError
+from kvstore_service.cli.console import output, print_table
+from kvstore_service.cli.stages import Stages
+from kvstore_service.models import DType
+
+if TYPE_CHECKING:
+    from kvstore_bench.recompute import Result
+
+_TIERS = ("dram", "ssd", "hdd")
+_STAGES = (
+    {"start": "starting cluster and model"}
+    | {f"time-{tier}": f"seconds to the first token, {tier}" for tier in _TIERS}
+    | {f"batch-{tier}": f"batches, {tier}" for tier in _TIERS}
+    | {f"tune-{tier}": f"the tuned ratio and a sweep, {tier}" for tier in _TIERS}
+    | {"judge": "fidelity"}
+)
+_SELECTORS = "focus,focus-nodrift,query,hkvd,first_k,frequency,frequency-high,random"
+_RATIOS = "0,.05,.15,.3,1"
+_QUICK_SELECTORS, _QUICK_RATIOS = "focus,hkvd,first_k,frequency", "0,.15,1"
+_DIGITS = {
+    "kl": 4,
+    "kl_most": 4,
+    "closed": 2,
+    "top1": 3,
+    "ratio": 2,
+    "speedup": 2,
+    "MB": 1,
+    "figure": 3,
+    "throughput_tok_s": 0,
+    "full_throughput_tok_s": 0,
+}
+
+
+def recompute(
+    selector: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: focus (ours), focus-nodrift, query, hkvd, first_k, frequency, frequency-high, "
+            "random.",
+            show_default=_SELECTORS,
+        ),
+    ] = None,
+    ratio: Annotated[
+        str | None,
+        typer.Option(help="Shares of tokens computed again, comma-separated.", show_default=_RATIOS),
+    ] = None,
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            help="Where documents are stored, comma-separated: dram, ssd (550 MB/s), hdd (160 MB/s).",
+            show_default=",".join(_TIERS),
+        ),
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, max=10, help="Of each kind, to judge by.", show_default="8")
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the documents in the prompt that is timed, a multiple of 512.", show_default="3072"
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=0, help="Requests at once, 0: leave that out.", show_default="16")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds.", show_default="5")] = None,
+    dtype: Annotated[
+        DType, typer.Option(help="Of model and KV that are timed; KL is measured in float32.")
+    ] = DType.BFLOAT16,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A look in a minute: less of all that was not asked for.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG of KL and seconds over the ratio.")] = None,
+) -> None:
+    """Documents reused in another order and context: how faithful and how soon the answer is, by which of their tokens
+    are computed again.
+
+    Each document is stored by a request of its own, behind the system prefix. KL is that of the question's tokens
+    against full recompute; seconds are those to the first token, against the plain model in the same rounds. Selectors
+    of others go as they were published; ours spreads what recomputing shows to the tokens beside.
+    """
+    require_packages("grpc_reflection", "psutil", "ray", "transformers")
+    require_outputs(json_file, plot)
+    from kvstore_bench import write_results
+    from kvstore_bench.recompute import Options, plot_recompute, run, targets
+
+    options = Options(
+        _names(selector or (_QUICK_SELECTORS if quick else _SELECTORS)),
+        _ratios(ratio or (_QUICK_RATIOS if quick else _RATIOS)),
+        _names(tier or ("dram" if quick else ",".join(_TIERS))),
+        prompts or (1 if quick else 8),
+        tokens or (1024 if quick else 3072),
+        batch if batch is not None else (2 if quick else 16),
+        repeats or (1 if quick else 5),
+        dtype,
+        quick,
+    )
+    console = output()
+    with Stages(console, _STAGES) as stages:
+        result = run(options, stages)
+    # One prompt of each kind and two ratios say nothing of what is to be shown.
+    goals = [] if quick else targets(result.rows, result.tuned)
+    _show(result, goals)
+    write_results(result.rows, json_file, result.meta, tuned=result.tuned, targets=goals)
+    if plot is not None:
+        plot_recompute(result.rows, plot)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigurationError(f"--ratio {text!r}: numbers from 0 to 1, separated by commas") from None
+
+
+def _show(result: "Result", goals: list[dict[str, Any]]) -> None:
+    fidelity = {
+        "selector": "selector", "ratio": "ratio", "KL": "kl", "most": "kl_most", "closed": "closed", "top-1": "top1",
+    }  # fmt: skip
+    first = result.rows[0]["tier"]
+    for kind in dict.fromkeys(row["kind"] for row in result.rows):
+        rows = [
+            row for row in result.rows if (row["kind"], row["tier"], row["tuned"]) == (kind, first, False)
+        ]
+        print_table(result_table(f"fidelity, {kind}", fidelity, rows, _DIGITS))
+    times = {
+        "selector": "selector", "ratio": "ratio", "TTFT s": "ttft_s", "least": "ttft_min_s", "most": "ttft_max_s",
+        "full s": "full_ttft_s", "x full": "speedup", "tok/s": "throughput_tok_s",
+        "full tok/s": "full_throughput_tok_s", "MB": "MB", "again": "again",
+    }  # fmt: skip
+    kind = result.rows[0]["kind"]
+    for tier in dict.fromkeys(row["tier"] for row in result.rows):
+        rows = [
+            row
+            | {
+                "MB": row["bytes"] / 1e6,
+                "selector": row["selector"] + (" (tuned)" if row["tuned"] else ""),
+                "again": "all" if row["prefilled"] else str(row["recomputed_tokens"]),
+            }
+            for row in result.rows
+            if (row["kind"], row["tier"]) == (kind, tier)
+        ]
+        title = f"{tier}, {rows[0]['tokens']} tokens of documents, {result.meta['dtype']}"
+        print_table(result_table(title, times, rows, _DIGITS))
+    if result.tuned:
+        columns = {
+            "tier": "tier", "ratio": "ratio", "from": "first_ratio", "TTFT s": "ttft_s", "best of sweep": "best_ratio",
+            "its TTFT s": "best_ttft_s", "/ best": "over_best",
+        }  # fmt: skip
+        print_table(result_table("the tuned ratio of focus", columns, result.tuned, _DIGITS))
+    if goals:
+        columns = {"target": "target", "where": "where", "": "figure", "wanted": "wanted", "met?": "met"}
+        print_table(result_table("what reuse has to show", columns, goals, _DIGITS))

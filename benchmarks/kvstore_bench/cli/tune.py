@@ -1,0 +1,120 @@
+"""`kvstore tune`: asks for the measurement and shows it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvstore_bench.cli.tables import require_outputs, require_packages, result_table
+from kvstore_service.cli.console import output, print_table
+from kvstore_service.cli.stages import Stages
+from kvstore_service.models import DType, load_model
+
+_TIERS = "dram,ssd,hdd"
+_STAGES = {"start": "cluster and documents"} | {
+    f"{stage}-{tier}": f"{label}, {tier}"
+    for tier in ("dram", "ssd", "hdd", "disk")
+    for stage, label in (("tune", "searching the ratio"), ("sweep", "a sweep beside it"))
+}
+_DIGITS = {"compute_ms": 3, "transfer_ms": 4, "over_best": 3}
+
+
+def tune(
+    model: Annotated[str, typer.Option(help="A folder in transformers format, or smollm2.")],
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            help="Where documents are stored, comma-separated: dram, ssd (a disk of 550 MB/s), hdd (160 MB/s), disk "
+            "(the disk of --data-dir at its own speed). Workers use the ratio of dram or disk; without one of disk "
+            "that of ssd, or of the tier that KVSTORE_DISK_TIER names.",
+            show_default=_TIERS,
+        ),
+    ] = None,
+    selector: Annotated[
+        str | None,
+        typer.Option(
+            help="Which tokens are recomputed; the same as in the workers.",
+            show_default="KVSTORE_RECOMPUTE_SELECTOR, else focus",
+        ),
+    ] = None,
+    drift: Annotated[
+        bool | None,
+        typer.Option(
+            "--drift/--no-drift",
+            help="Whether neighbours of recomputed tokens are corrected with them.",
+            show_default="KVSTORE_RECOMPUTE_DRIFT, else yes",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the documents in a prompt, a multiple of 512.")
+    ] = 3072,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds behind each measurement.")] = 3,
+    sweep: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Also measure this many evenly spaced ratios, and compare the tuned one with the best.",
+        ),
+    ] = 0,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder on the disk to measure; nothing stays there.", show_default="a temporary one"
+        ),
+    ] = None,
+    dtype: Annotated[
+        DType, typer.Option(help="The dtype that workers run the model in; auto: as it was saved.")
+    ] = DType.AUTO,
+    model_id: Annotated[
+        str | None, typer.Option(help="The model's name, if workers give it one of their own.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG of seconds over the ratio.")] = None,
+) -> None:
+    """Tune the recompute ratio to this machine.
+
+    Starts a cluster of its own and measures, for each tier that stored text may come from, which share of the tokens
+    reused in another context is best recomputed to get the first token soonest. Workers with the same cache folder
+    (KVSTORE_CACHE_DIR) use the result.
+    """
+    require_packages("grpc_reflection", "psutil", "ray", "transformers")
+    require_outputs(json_file, plot)
+    from kvstore_bench import write_results
+    from kvstore_bench.tuning import Options, plot_ratios, tune_tiers
+    from kvstore_client.recompute import Recompute
+    from kvstore_client.settings import ClientSettings
+
+    settings = ClientSettings()
+    recompute = Recompute(
+        selector or settings.recompute_selector,
+        drift=settings.recompute_drift if drift is None else drift,
+    )
+    options = Options(
+        recompute,
+        settings.cache_dir,
+        [name.strip() for name in (tier or _TIERS).split(",") if name.strip()],
+        tokens,
+        repeats,
+        sweep,
+        data_dir,
+    )
+    console = output()
+    loaded, tokenizer = load_model(model, dtype)
+    with Stages(console, _STAGES) as stages:
+        result = tune_tiers(loaded, tokenizer, options, stages, model_id=model_id)
+    write_results(result.rows, json_file, result.meta)
+    if plot is not None:
+        plot_ratios(result.rows, plot)
+    columns = {
+        "tier": "tier", "t_c ms": "compute_ms", "t_i ms": "transfer_ms", "r0": "first_ratio", "ratio": "ratio",
+        "TTFT s": "ttft_s", "full s": "full_ttft_s",
+    }  # fmt: skip
+    if options.sweep:
+        columns |= {"best of sweep": "best_ratio", "its TTFT s": "best_ttft_s", "/ best": "over_best"}
+    rows = [
+        row | {"compute_ms": row["compute_s"] * 1e3, "transfer_ms": row["transfer_s"] * 1e3}
+        for row in result.rows
+    ]
+    tuned = f"{recompute.selector}, {'with' if recompute.drift else 'without'} drift"
+    print_table(result_table(f"tuned for {tuned}, {options.tokens} tokens reused", columns, rows, _DIGITS))
+    console.print(f"kept in {result.path}: workers that start from now on use it", soft_wrap=True)

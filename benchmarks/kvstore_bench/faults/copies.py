@@ -1,0 +1,88 @@
+"""Which nodes have which chunks, and their bytes: asked of every node itself, past client and placement."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from kvstore_api.placement import Member
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_bench.faults.documents import ENCODING
+from kvstore_client.transport import GrpcTransport
+from kvstore_codec.identity import ChunkId
+
+_TIMEOUT_S = 10.0
+_LOOKUP_CHUNKS = 1024
+_READ_CHUNKS = 64
+
+
+class Copies:
+    """Context manager; one connection to the coordinator and each node. Methods raise grpc.RpcError, `read`
+    TransferError."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._open = ExitStack()
+        self._channels: dict[str, grpc.Channel] = {}
+
+    def members(self) -> list[Member]:
+        stub = rpc.CoordinatorStub(self._channel(self._address))
+        reply = stub.Membership(pb.MembershipRequest(), timeout=_TIMEOUT_S)
+        return [
+            Member(m.node_id, m.endpoint, m.weight, domain=m.domain, draining=m.draining)
+            for m in reply.members
+        ]
+
+    def repair(self) -> None:
+        """Have the nodes look now for what their chunks' other owners lack."""
+        rpc.CoordinatorStub(self._channel(self._address)).Repair(pb.RepairRequest(), timeout=_TIMEOUT_S)
+
+    def held(self, member: Member, chunk_ids: Sequence[ChunkId]) -> list[bool]:
+        """Whether the node has each of these chunks."""
+        stub = rpc.StorageStub(self._channel(member.endpoint))
+        found: list[bool] = []
+        for begin in range(0, len(chunk_ids), _LOOKUP_CHUNKS):
+            refs = _refs(chunk_ids[begin : begin + _LOOKUP_CHUNKS])
+            request = pb.LookupRequest(chunks=refs, encodings=[ENCODING], peek=True)
+            found += [bool(a.encoding) for a in stub.Lookup(request, timeout=_TIMEOUT_S).answers]
+        return found
+
+    def read(self, member: Member, chunk_ids: Sequence[ChunkId]) -> Iterator[bytes]:
+        """The whole bytes of each chunk as the node has it; empty when it does not."""
+        transport = GrpcTransport(self._channel(member.endpoint))
+        for begin in range(0, len(chunk_ids), _READ_CHUNKS):
+            refs = _refs(chunk_ids[begin : begin + _READ_CHUNKS])
+            request = pb.ReadRequest(
+                chunks=refs,
+                encodings=[ENCODING] * len(refs),
+                ranges=[pb.ReadRange(chunk=index) for index in range(len(refs))],
+            )
+            parts: list[list[memoryview]] = [[] for _ in refs]
+            for piece in transport.read(request, _TIMEOUT_S):
+                parts[piece.range].append(piece.data)
+            yield from (b"".join(pieces) for pieces in parts)
+
+    def close(self) -> None:
+        self._open.close()
+        self._channels.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _channel(self, endpoint: str) -> grpc.Channel:
+        if endpoint not in self._channels:
+            channel = grpc.insecure_channel(endpoint, [("grpc.enable_http_proxy", 0)])
+            self._channels[endpoint] = self._open.enter_context(channel)
+        return self._channels[endpoint]
+
+
+def _refs(chunk_ids: Sequence[ChunkId]) -> list[pb.ChunkRef]:
+    return [pb.ChunkRef(content_id=chunk.content_id, prefix_id=chunk.prefix_id) for chunk in chunk_ids]

@@ -1,0 +1,147 @@
+"""The benchmark: how soon, from each tier, and then how faithful."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvstore_bench.codec.texts import default_sources
+from kvstore_bench.recompute.engine import Engine
+from kvstore_bench.recompute.fidelity import judge
+from kvstore_bench.recompute.methods import DEFAULT_METHODS, OURS, Cell, cells_of, methods_named
+from kvstore_bench.recompute.prompts import DOCUMENT_TOKENS, Prompt, Prompts
+from kvstore_bench.recompute.rows import Row, rows_of, tuned_row
+from kvstore_bench.recompute.tiers import TIERS, Tier, limit_disks, tiers_named, use_tier
+from kvstore_bench.recompute.times import Batches, Race, batches, race
+from kvstore_bench.recompute.tuning import TunedTier, tune
+from kvstore_client.settings import EXACT
+from kvstore_codec.errors import ConfigurationError
+from kvstore_service.calibration import Report
+from kvstore_service.embedded import EmbeddedCluster
+from kvstore_service.models import SMOLLM2, DType, load_model
+
+DEFAULT_RATIOS = (0.0, 0.05, 0.15, 0.3, 1.0)
+_MEMORY_BYTES, _DISK_BYTES = 1 << 30, 4 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    methods: Sequence[str] = DEFAULT_METHODS
+    ratios: Sequence[float] = DEFAULT_RATIOS
+    tiers: Sequence[str] = tuple(TIERS)
+    prompts: int = 8
+    """of each kind, to judge by"""
+    tokens: int = 3072
+    """of the documents in the prompt that is timed"""
+    batch: int = 16
+    """requests at once; 0 leaves them out"""
+    repeats: int = 5
+    dtype: DType = DType.BFLOAT16
+    """of what is timed; what is judged is float32"""
+    quick: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    meta: dict[str, Any]
+    rows: list[Row]
+    tuned: list[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    tier: Tier
+    race: Race
+    batches: Batches | None
+    tuned: TunedTier | None
+
+
+def run(options: Options, report: Report) -> Result:
+    """Raises ConfigurationError for what cannot be measured, StartupError where something does not work."""
+    cells = cells_of(methods_named(options.methods), options.ratios)
+    tiers = tiers_named(options.tiers)
+    if options.tokens < 2 * DOCUMENT_TOKENS or options.tokens % DOCUMENT_TOKENS:
+        raise ConfigurationError(
+            f"{options.tokens} tokens: documents have {DOCUMENT_TOKENS}, so ask for a multiple of that, two at least"
+        )
+    sources = default_sources()
+    report.advance("start", 0, 2)
+    with (
+        tempfile.TemporaryDirectory(prefix="kvstore-recompute-") as folder,
+        EmbeddedCluster(memory_bytes=_MEMORY_BYTES, disk_bytes=_DISK_BYTES, data_dir=Path(folder)) as cluster,
+    ):
+        report.advance("start", 1, 2)
+        torch.manual_seed(0)
+        with _engine(cluster.address, options.dtype) as engine:
+            report.advance("start", 2, 2)
+            prompt = Prompts(sources, engine.tokenizer).timed(options.tokens)
+            engine.store(Prompts(sources, engine.tokenizer), prompt)
+            timed = [_time(engine, cluster.address, prompt, tier, cells, options, report) for tier in tiers]
+        limit_disks(cluster.address, None)
+        tuned_cells = [found.tuned.cell for found in timed if found.tuned is not None]
+        with _engine(cluster.address, DType.FLOAT32) as engine:
+            prompts = Prompts(sources, engine.tokenizer)
+            judged = [*prompts.text(options.prompts), *prompts.documents(options.prompts)]
+            fidelity = judge(engine, prompts, judged, list(dict.fromkeys([*cells, *tuned_cells])), report)
+    rows: list[Row] = []
+    for found in timed:
+        name = found.tier.name
+        rows += rows_of(name, found.race, found.batches, fidelity, options.tokens)
+        if found.tuned is not None:
+            only = [found.tuned.cell]
+            rows += rows_of(name, found.tuned.race, None, fidelity, options.tokens, tuned=True, only=only)
+    tuned = [
+        tuned_row(found.tier.name, found.tuned, options.tokens) for found in timed if found.tuned is not None
+    ]
+    return Result(_meta(options, prompts, prompt, judged), rows, tuned)
+
+
+def _engine(address: str, dtype: DType) -> Engine:
+    """Of KV that is stored as it is: what is measured is what reuse does, not what coding does."""
+    return Engine(address, *load_model(SMOLLM2, dtype), encoding=EXACT, accept=(EXACT,), floor=None)
+
+
+def _time(
+    engine: Engine,
+    address: str,
+    prompt: Prompt,
+    tier: Tier,
+    cells: Sequence[Cell],
+    options: Options,
+    report: Report,
+) -> _Timed:
+    def advance(stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: report.advance(f"{stage}-{tier.name}", done, total)
+
+    use_tier(address, tier)
+    measured = race(engine, prompt, cells, options.repeats, advance("time"))
+    found = batches(engine, prompt, cells, options.batch, advance("batch")) if options.batch else None
+    ours = next((cell.method for cell in cells if cell.method.name == OURS), None)
+    tuned = None
+    if ours is not None:
+        tuned = tune(engine, prompt, ours, options.repeats, advance("tune"), quick=options.quick)
+    return _Timed(tier, measured, found, tuned)
+
+
+def _meta(options: Options, prompts: Prompts, prompt: Prompt, judged: Sequence[Prompt]) -> dict[str, Any]:
+    return {
+        "model": "SmolLM2-135M-Instruct",
+        "encoding": EXACT,
+        "dtype": options.dtype,
+        "judged_dtype": DType.FLOAT32,
+        "sources": prompts.sources,
+        "judged_prompts": {kind: sum(one.kind == kind for one in judged) for kind in ("text", "documents")},
+        "timed_prompt": {"segments": prompt.segments, "tokens": prompt.ids.shape[1]},
+        "batch": options.batch,
+        "tier_disk_read_Bps": {tier.name: tier.disk_read_bytes_per_s for tier in tiers_named(options.tiers)},
+        "quick": options.quick,
+        "kl": "nats a token of the question, from full recompute, mean of the prompts; the same in every tier",
+        "closed": "share of the KL at ratio 0 that is gone",
+        "ttft_s": "seconds from the request to its first token, lookup and fetch included: median of the rounds",
+        "full_ttft_s": "the plain model, in the same rounds",
+        "prefilled": "the engine reused nothing: with so much to compute again, that was sooner",
+        "throughput_tok_s": "prompt tokens a second of a batch: ours at every ratio, the others at ratio 0.15",
+    }

@@ -1,0 +1,206 @@
+"""What happens to the bytes of one connection through the link."""
+
+import socket
+import struct
+import threading
+import time
+from collections import deque
+
+from kvstore_service.bandwidth import MAX_PIECE_BYTES, TokenBucket
+
+# Kernel buffers of the forwarder: left to themselves they would swallow megabytes ahead of a slow link.
+SOCKET_BUFFER_BYTES = 256 * 1024
+# Time that the forwarder itself lost (scheduling, the GIL) is made good, so long as it is no more than this.
+MAX_CATCH_UP_S = 0.1
+CONNECT_TIMEOUT_S = 10.0
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s
+
+
+class Direction:
+    """What one direction's connections share: the schedule, the latency and the switch."""
+
+    def __init__(self, rate_bps: float, burst_bytes: int, latency_s: float, up: threading.Event) -> None:
+        self.bucket = TokenBucket(rate_bps, burst_bytes)
+        self.latency_s = latency_s
+        self.up = up
+
+    def wait_until_up(self) -> bool:
+        """Returns at once, False, unless the link is cut."""
+        if self.up.is_set():
+            return False
+        self.up.wait()
+        return True
+
+    def deliver(self, sock: socket.socket, data: memoryview) -> bool:
+        """Sends all of `data`; True when the link or the receiver made it wait."""
+        waited = self.wait_until_up()
+        while data:
+            try:
+                sent = sock.send(data, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                waited = True
+                sent = sock.send(data)
+            data = data[sent:]
+        return waited
+
+
+class _DelayLine:
+    """Bytes on their way over a link with latency: at most as many as the link holds."""
+
+    def __init__(self, direction: Direction, sock: socket.socket) -> None:
+        self._direction = direction
+        self._sock = sock
+        self._in_flight: deque[tuple[float, bytes]] = deque()
+        self._in_flight_bytes = 0
+        self._changed = threading.Condition()
+        self._ended = False
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, name="link-delay", daemon=True)
+        self._thread.start()
+
+    def put(self, data: bytes, departed_at: float) -> bool:
+        """Hands over bytes that left the near end at `departed_at`; True when the far end made it wait."""
+        bucket = self._direction.bucket
+        limit_bytes = self._direction.latency_s * bucket.rate_bps / 8 + 2 * bucket.piece_bytes
+        waited = False
+        with self._changed:
+            while self._in_flight_bytes > limit_bytes and self._error is None:
+                waited = True
+                self._changed.wait()
+            if self._error is not None:
+                raise self._error
+            self._in_flight.append((departed_at + self._direction.latency_s, data))
+            self._in_flight_bytes += len(data)
+            self._changed.notify_all()
+        return waited
+
+    def finish(self) -> None:
+        """Returns when everything has arrived. Raises the error that stopped it."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._in_flight and not self._ended:
+                    self._changed.wait()
+                if not self._in_flight:
+                    return
+                due, data = self._in_flight[0]
+            _sleep_until(due)
+            try:
+                self._direction.deliver(self._sock, memoryview(data))
+            except OSError as error:
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._in_flight.popleft()
+                self._in_flight_bytes -= len(data)
+                self._changed.notify_all()
+
+
+class Connection:
+    """One client's connection and the one to the target that belongs to it."""
+
+    def __init__(self, client: socket.socket, family: int) -> None:
+        self._client = client
+        self._target = socket.socket(family, socket.SOCK_STREAM)
+        self._broken = False
+        for sock in (self._client, self._target):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            bound_buffers(sock)
+
+    def run(self, target: tuple[str, int], to_target: Direction, from_target: Direction) -> None:
+        """Forwards until both ends have finished, or one has failed."""
+        try:
+            self._target.settimeout(CONNECT_TIMEOUT_S)
+            self._target.connect(target)
+            self._target.settimeout(None)
+        except OSError:
+            self._broken = True
+        if not self._broken:
+            back = threading.Thread(
+                target=self._pump,
+                args=(self._target, self._client, from_target),
+                name="link-back",
+                daemon=True,
+            )
+            back.start()
+            self._pump(self._client, self._target, to_target)
+            back.join()
+        for sock in (self._client, self._target):
+            if self._broken:  # what was no clean end here must not look like one over there
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            sock.close()
+
+    def end(self) -> None:
+        """Wakes every thread that waits on these sockets, from another thread; `run` then returns."""
+        self._broken = True
+        for sock in (self._client, self._target):
+            shutdown(sock, socket.SHUT_RDWR)
+
+    def _break(self) -> None:
+        self._broken = True
+        for sock in (self._client, self._target):
+            shutdown(sock, socket.SHUT_RD)  # wakes the other pump without sending a FIN
+
+    def _pump(self, source: socket.socket, sink: socket.socket, direction: Direction) -> None:
+        try:
+            self._forward(source, sink, direction)
+            if not self._broken:
+                sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._break()
+
+    def _forward(self, source: socket.socket, sink: socket.socket, direction: Direction) -> None:
+        buffer = memoryview(bytearray(MAX_PIECE_BYTES))
+        line = _DelayLine(direction, sink) if direction.latency_s else None
+        departed_at = 0.0
+        waited = True
+        try:
+            while True:
+                waited |= direction.wait_until_up()
+                try:
+                    size = source.recv_into(buffer, direction.bucket.piece_bytes, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    waited = True
+                    size = source.recv_into(buffer, direction.bucket.piece_bytes)
+                if not size:
+                    return
+                # Bytes found waiting were held up by this thread, not by their sender: they count as ready since
+                # the last ones left, so that a late wake-up does not slow the link down.
+                now = time.monotonic()
+                ready_at = now if waited else max(departed_at, now - MAX_CATCH_UP_S)
+                departed_at = direction.bucket.reserve(size, ready_at)
+                _sleep_until(departed_at)
+                if line is None:
+                    waited = direction.deliver(sink, buffer[:size])
+                else:
+                    waited = line.put(bytes(buffer[:size]), departed_at)
+        finally:
+            if line is not None:
+                line.finish()
+
+
+def bound_buffers(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+
+
+def shutdown(sock: socket.socket, how: int) -> None:
+    try:
+        sock.shutdown(how)
+    except OSError:  # not connected any more, or not yet: there is nobody to wake
+        return
+
+
+def _sleep_until(when: float) -> None:
+    pause = when - time.monotonic()
+    if pause > 0:
+        time.sleep(pause)

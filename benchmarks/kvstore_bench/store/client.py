@@ -1,0 +1,56 @@
+"""Clients of this project's own servers, each a process of its own that runs the loop of `loop.py`.
+
+python -m kvstore_bench.store.client kvstore | raw-tcp ADDRESS
+"""
+
+import random
+import socket
+import sys
+
+from kvstore_api.byte_stream import ByteStream
+from kvstore_bench.store import loop
+from kvstore_bench.store.server import PATIENCE_S, REQUEST
+
+
+def main() -> None:
+    system, address = sys.argv[1:]
+    if system == "raw-tcp":
+        loop.serve(RawTcp(address))
+    else:
+        from kvstore_bench.store.kvstore import KVStore
+
+        loop.serve(KVStore(*address.split(",")[:2]))
+
+
+class RawTcp:
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._stream = ByteStream(socket.create_connection((host, int(port))))
+        self._received = memoryview(b"")
+        self._reply = bytearray(REQUEST.size)
+
+    def value(self, key: int, size_bytes: int, noise: random.Random) -> bytes:  # noqa: ARG002
+        if len(self._received) != size_bytes:
+            self._received = memoryview(bytearray(size_bytes))
+        return noise.randbytes(size_bytes)
+
+    def content(self, value: bytes) -> bytes:
+        return value
+
+    def put(self, key: int, value: bytes) -> None:
+        with self._stream.staying(anew=True):
+            self._stream.send([REQUEST.pack(1, key, len(value)), value], PATIENCE_S)
+            self._stream.receive_into(self._reply, PATIENCE_S)
+
+    def get(self, key: int, size_bytes: int) -> memoryview:
+        with self._stream.staying(anew=True):
+            self._stream.send([REQUEST.pack(0, key, size_bytes)], PATIENCE_S)
+            self._stream.receive_into(self._received, PATIENCE_S)
+        return self._received
+
+    def delete(self, key: int) -> None:
+        """The next put goes where this one went."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The servers that are measured, each a process of its own that ends with its stdin.
+
+python -m kvstore_bench.store.server kvstore | raw-tcp
+"""
+
+import socket
+import struct
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from kvstore_api.byte_stream import ByteStream
+
+HOST = "127.0.0.1"
+MEMORY_BYTES = 1 << 30
+PATIENCE_S = 30.0
+REQUEST = struct.Struct("!QQQ")  # 1 for a put, key, size
+
+
+def main() -> None:
+    if sys.argv[1] == "raw-tcp":
+        listener = socket.create_server((HOST, 0))
+        threading.Thread(target=accept, args=(listener,), daemon=True).start()
+        print(f"{HOST}:{listener.getsockname()[1]}", flush=True)
+        sys.stdin.read()
+    else:
+        serve_kvstore()
+
+
+def accept(listener: socket.socket) -> None:
+    while True:
+        connected, _ = listener.accept()
+        threading.Thread(target=serve_raw, args=(ByteStream(connected),), daemon=True).start()
+
+
+def serve_raw(stream: ByteStream) -> None:
+    """What this machine can do at best: bytes between a socket and memory that was there before, and nothing else."""
+    values: dict[int, memoryview] = {}
+    request = bytearray(REQUEST.size)
+    while True:
+        try:
+            stream.receive_into(request, 3600)
+        except ConnectionError:
+            stream.close()
+            return
+        stream.run_beside_peer()
+        is_put, key, size_bytes = REQUEST.unpack(request)
+        if len(values.get(key, b"")) != size_bytes:
+            values[key] = memoryview(bytearray(size_bytes))
+        if is_put:
+            stream.receive_into(values[key], PATIENCE_S)
+            stream.send([request], PATIENCE_S)
+        else:
+            stream.send([values[key]], PATIENCE_S)
+
+
+def serve_kvstore() -> None:
+    """A storage node as `kvstore serve` runs it, but without Ray, and a coordinator that knows it."""
+    from kvstore_api.placement import Member
+    from kvstore_cluster.arena import Arena
+    from kvstore_cluster.calibrations import CalibrationRegistry
+    from kvstore_cluster.canaries import CanaryRegistry
+    from kvstore_cluster.catalogue import FileCatalogue
+    from kvstore_cluster.coordinator import Coordinator
+    from kvstore_cluster.node import StorageNode
+    from kvstore_service.bulk_server import serve_bulk
+    from kvstore_service.grpc_coordinator import serve_coordinator
+    from kvstore_service.grpc_storage import serve_storage
+    from kvstore_service.listen import Address
+
+    arena = Arena(MEMORY_BYTES)
+    while arena.populate():
+        pass
+    node = StorageNode("node-0", arena)
+    bulk = serve_bulk(node, host=HOST)
+    storage = serve_storage(node, host=HOST, bulk_endpoint=bulk.address)
+    with tempfile.TemporaryDirectory() as folder:
+        books = Coordinator(FileCatalogue(Path(folder)))
+        books.join(Member(node.node_id, storage.address, bulk_endpoint=bulk.address), incarnation=1)
+        registry = CalibrationRegistry(Path(folder, "calibrations"))
+        canaries = CanaryRegistry(Path(folder, "canaries"))
+        coordinator = serve_coordinator(books, registry, canaries, address=Address(HOST, 0))
+        print(f"{storage.address},{bulk.address},{coordinator.address}", flush=True)
+        sys.stdin.read()
+        for server in (bulk, storage, coordinator):
+            server.stop(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The systems that are compared: how their processes are started, and what can be asked of them."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+PEERS = Path(__file__).parents[2] / "peers"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Systems that share a server and its clients."""
+
+    name: str
+    server: tuple[str, ...]
+    client: tuple[str, ...]
+    """Takes the server's address as its last argument."""
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    name: str
+    group: Group
+    methods: Mapping[str, str]
+    """Operation -> what the client calls it."""
+    install: str = ""
+    """How to get it, where it does not come with this project."""
+
+    @property
+    def is_installed(self) -> bool:
+        return not self.install or (PEERS / self.group.name / ".venv" / ".installed").exists()
+
+
+def _own(name: str) -> Group:
+    module = [sys.executable, "-m", "kvstore_bench.store"]
+    return Group(
+        name,
+        (*module[:2], f"{module[2]}.server", name),
+        (*module[:2], f"{module[2]}.client", name),
+    )
+
+
+def _peer(name: str) -> System:
+    python, script = PEERS / name / ".venv" / "bin" / "python", PEERS / name / "store.py"
+    command = (str(python), str(script))
+    return System(
+        name,
+        Group(name, (*command, "serve"), (*command, "client")),
+        {"get": "get", "put": "put"},
+        f"python benchmarks/peers/install.py {name}",
+    )
+
+
+_KVSTORE = _own("kvstore")
+SYSTEMS = (
+    System("kvstore", _KVSTORE, {"get": "get", "put": "put", "get+verify": "get_verified"}),
+    System("kvstore-grpc", _KVSTORE, {"get": "get_over_grpc", "put": "put_over_grpc"}),
+    _peer("redis"),
+    _peer("mooncake"),
+    _peer("lmcache"),
+    System("raw-tcp", _own("raw-tcp"), {"get": "get", "put": "put"}),
+)
+PEER_NAMES = tuple(system.name for system in SYSTEMS if system.install)

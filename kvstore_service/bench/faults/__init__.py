@@ -1,7 +1,0 @@
-"""What the cluster keeps while its processes are killed: three Ray nodes, a steady load, and an audit at the end."""
-
-from kvstore_service.bench.faults.plot import plot_faults
-from kvstore_service.bench.faults.rows import failures
-from kvstore_service.bench.faults.run import Options, Outcome, run
-
-__all__ = ["Options", "Outcome", "failures", "plot_faults", "run"]
