@@ -1,4 +1,4 @@
-"""`kvstore calibrate --ratio` as a user runs it."""
+"""`kvstore tune` as a user runs it, also by its former name."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_each_tier_has_its_ratio_then(tmp_path: Path, cache_dir: Path) -> None:
     done = CliRunner().invoke(
         app,
         [
-            "calibrate", "--model", str(folder), "--ratio", "--tier", "disk,hdd,dram", "--tokens", "1024",
+            "tune", "--model", str(folder), "--tier", "disk,hdd,dram", "--tokens", "1024",
             "--selector", "first_k", "--no-drift", "--repeats", "1", "--sweep", "3", "--data-dir", str(data_dir),
             "--model-id", "tiny",
             "--json", str(result), "--plot", str(picture),
@@ -71,6 +71,7 @@ def test_each_tier_has_its_ratio_then(tmp_path: Path, cache_dir: Path) -> None:
         assert row["over_best"] == row["ttft_s"] / min(seconds for _, seconds in row["sweep"])
 
 
+@pytest.mark.parametrize("name", [("tune",), ("calibrate", "--ratio")], ids=" ".join)
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -83,15 +84,15 @@ def test_each_tier_has_its_ratio_then(tmp_path: Path, cache_dir: Path) -> None:
     ],
 )
 def test_what_cannot_be_tuned_is_found_out_at_once(
-    tmp_path: Path, arguments: tuple[str, ...], reason: str
+    tmp_path: Path, name: tuple[str, ...], arguments: tuple[str, ...], reason: str
 ) -> None:
-    command = ["calibrate", "--model", str(saved_model(tmp_path / "model")), "--ratio", *arguments]
+    command = [*name, "--model", str(saved_model(tmp_path / "model")), *arguments]
     with pytest.raises(ConfigurationError, match=reason):
         CliRunner().invoke(app, command, catch_exceptions=False)
 
 
 def test_a_model_whose_text_is_reused_only_where_it_stood(tmp_path: Path) -> None:
-    command = ["calibrate", "--model", str(saved_model(tmp_path / "model", "gemma3")), "--ratio"]
+    command = ["tune", "--model", str(saved_model(tmp_path / "model", "gemma3"))]
     with pytest.raises(UnsupportedModelError):
         CliRunner().invoke(app, command, catch_exceptions=False)
 

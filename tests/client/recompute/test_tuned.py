@@ -64,7 +64,7 @@ def test_what_cannot_be_used_is_made_anew(
     file_of(tmp_path).write_bytes(damaged)
     with caplog.at_level(logging.WARNING):
         assert ratios.load(MODEL) == {}
-    assert "kvstore calibrate --ratio" in caplog.text
+    assert "kvstore tune" in caplog.text
     ratios.save(MODEL, "dram", DRAM)
     assert ratios.load(MODEL) == {"dram": DRAM}
 
