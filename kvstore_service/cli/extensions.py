@@ -25,13 +25,14 @@ def add_extensions(app: typer.Typer) -> None:
 
 def extension(name: str) -> Callable[..., Any]:
     """The function behind a registered command. Raises StartupError where it is not installed."""
-    for entry in entry_points(group=_GROUP, name=name):
-        try:
-            command: Callable[..., Any] = entry.load()
-        except ImportError as error:
-            _refuse(name, str(error))
-        return command
-    _refuse(name, "no package provides it")
+    entries = list(entry_points(group=_GROUP, name=name))
+    if not entries:
+        _refuse(name, "no package provides it")
+    try:
+        command: Callable[..., Any] = entries[0].load()
+    except ImportError as error:
+        _refuse(name, str(error))
+    return command
 
 
 def _add(app: typer.Typer, entry: EntryPoint, loaded: Any) -> None:
