@@ -18,7 +18,7 @@ from kvstore_client.fork import GATE, renew_in_children
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.lookup import Match, find_prefix, find_segments, release
 from kvstore_client.metrics import ClientMetrics
-from kvstore_client.ratio import FixedPlanner, KVFetcherPlanner, Links, Planner, RatioController
+from kvstore_client.planning import AdaptivePlanner, FixedPlanner, KVFetcherPlanner, Links, Planner
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
 from kvstore_client.scores import report_scores
 from kvstore_client.settings import ClientSettings, FetchPolicy
@@ -40,7 +40,7 @@ from kvstore_codec.rope import RotaryTable
 log = logging.getLogger(__name__)
 
 _PLANNERS: dict[FetchPolicy, Callable[[], Planner]] = {
-    FetchPolicy.ADAPTIVE: RatioController,
+    FetchPolicy.ADAPTIVE: AdaptivePlanner,
     FetchPolicy.KVFETCHER: KVFetcherPlanner,
     FetchPolicy.FIXED: FixedPlanner,
 }

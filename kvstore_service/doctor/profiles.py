@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from kvstore_client.cache_dir import default_cache_dir
-from kvstore_client.ratio.profile import Profile, ProfileStore
+from kvstore_client.planning.profile import Profile, ProfileStore
 from kvstore_client.settings import ClientSettings
 from kvstore_codec.errors import CodecError, ConfigurationError, StartupError
 from kvstore_service.models import DType, load_model
@@ -60,7 +60,7 @@ def measure(model_name: str, dtype: DType) -> ProfileRow:
         raise StartupError("measuring needs transformers: pip install 'kvstore-service[transformers]'")
     from kvstore_client.engines.transformers.profile import machine_of, measure_profile
     from kvstore_client.engines.transformers.spec import spec_of
-    from kvstore_client.ratio.profile import profile_key
+    from kvstore_client.planning.profile import profile_key
 
     settings = ClientSettings()
     model, _tokenizer = load_model(model_name, dtype)

@@ -16,7 +16,7 @@ from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.profile import machine_of
 from kvstore_client.engines.transformers.spec import spec_of
-from kvstore_client.ratio import CodecCost, PrefillCost, Profile, ProfileStore, profile_key
+from kvstore_client.planning import CodecCost, PrefillCost, Profile, ProfileStore, profile_key
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
 

@@ -13,7 +13,7 @@ from kvstore_client.engines.transformers.calibrate import ObservedModel
 from kvstore_client.engines.transformers.prefill_speed import Pass, fit, sample_text
 from kvstore_client.engines.transformers.profile import machine_of, measure_profile, profile_of
 from kvstore_client.engines.transformers.spec import spec_of
-from kvstore_client.ratio import PrefillCost, ProfileStore, profile_key
+from kvstore_client.planning import PrefillCost, ProfileStore, profile_key
 from kvstore_codec.klt_frames import KLT
 from kvstore_service.calibration import Options, calibrate, plan_passages
 from tests.client.models import random_prompt, tiny_model

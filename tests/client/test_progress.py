@@ -9,7 +9,7 @@ from kvstore_client.fetch.progress import Progress
 from kvstore_client.fetch.state import ChunkState
 from kvstore_client.fetch.steer import Computing, Steering
 from kvstore_client.metrics import ClientMetrics
-from kvstore_client.ratio import CodecCost, Costs, Links, PrefillCost, Profile, RatioController
+from kvstore_client.planning import AdaptivePlanner, CodecCost, Costs, Links, PrefillCost, Profile
 from kvstore_client.timeline import Timeline
 from tests.client.chunks import MEMBER, SPEC, stored_chunks
 
@@ -212,7 +212,7 @@ def test_what_nobody_will_read_any_more_is_computed_after_a_failure() -> None:
     bring(size_bytes / 0.15)
     profile = Profile({header: CodecCost(1e-7, 1e-8)}, PrefillCost(0.2, 0.4e-3, 0.0), 0.0, 1)
     steering = Steering(
-        RatioController(),
+        AdaptivePlanner(),
         links,
         Computing(Costs(profile), 12 * 256, 20),
         Timeline(),

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from kvstore_client.engines.transformers.profile import machine_of
 from kvstore_client.engines.transformers.spec import spec_of
-from kvstore_client.ratio import CodecCost, PrefillCost, Profile, ProfileStore, profile_key
+from kvstore_client.planning import CodecCost, PrefillCost, Profile, ProfileStore, profile_key
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli.doctor import doctor
 from tests.client.models import tiny_model

@@ -15,7 +15,7 @@ from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.progress import Progress
 from kvstore_client.lookup import StoredChunk
-from kvstore_client.ratio import Links
+from kvstore_client.planning import Links
 from kvstore_client.replicas import Lease, Search
 from kvstore_client.settings import ClientSettings
 from kvstore_client.transport import ReadStream

@@ -21,7 +21,7 @@ from kvstore_client.fetch.restore import Restorer
 from kvstore_client.fetch.steer import Computing, Steering
 from kvstore_client.lookup import Match, release
 from kvstore_client.metrics import ClientMetrics
-from kvstore_client.ratio import Links, Planner
+from kvstore_client.planning import Links, Planner
 from kvstore_client.settings import ClientSettings
 from kvstore_client.threads import single_threaded
 from kvstore_client.timeline import Timeline

@@ -11,7 +11,7 @@ from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.state import ChunkState
 from kvstore_client.fetch.steer import Steering
 from kvstore_client.lookup import StoredChunk
-from kvstore_client.ratio import COMPUTE
+from kvstore_client.planning import COMPUTE
 from kvstore_client.timeline import Timeline
 from kvstore_codec.encoding import Encoding
 

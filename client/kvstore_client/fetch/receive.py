@@ -15,7 +15,7 @@ from kvstore_client.fetch.failover import AHEAD_S, Failover, Reading
 from kvstore_client.fetch.progress import Progress
 from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.metrics import ClientMetrics
-from kvstore_client.ratio import DEFAULT_BANDWIDTH_Bps
+from kvstore_client.planning import DEFAULT_BANDWIDTH_Bps
 from kvstore_codec.errors import TransferError
 
 # Asked for at once where the plan may change: less is not worth a request; and where nothing is known of the link.

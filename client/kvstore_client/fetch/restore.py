@@ -9,7 +9,7 @@ from typing import Literal
 from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
 from kvstore_client.fetch.decode import Predictions, decode
 from kvstore_client.fetch.receive import Receiver
-from kvstore_client.ratio import Costs
+from kvstore_client.planning import Costs
 from kvstore_codec.decoding import FramesTogether
 from kvstore_codec.errors import CalibrationError, ChecksumError, CodecError
 from kvstore_codec.klt_frames import TOKENS_AT_ONCE

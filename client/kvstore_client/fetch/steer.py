@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvstore_client.fetch.state import ChunkState
 from kvstore_client.metrics import ClientMetrics
-from kvstore_client.ratio import (
+from kvstore_client.planning import (
     COMPUTE,
     ChunkWork,
     Costs,
@@ -20,7 +20,7 @@ from kvstore_client.ratio import (
     Planner,
     Work,
 )
-from kvstore_client.ratio.predict import predict
+from kvstore_client.planning.predict import predict
 from kvstore_client.timeline import Timeline
 
 log = logging.getLogger(__name__)

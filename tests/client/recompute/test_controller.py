@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore_client.ratio import Links
+from kvstore_client.planning import Links
 from kvstore_client.recompute.controller import MOST_STEP, RatioOnline
 from kvstore_client.recompute.tuning import LEAST_RATIO, balance
 from kvstore_codec.errors import ConfigurationError

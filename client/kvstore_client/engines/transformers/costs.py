@@ -4,7 +4,7 @@ from transformers import PreTrainedModel
 
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.profile import profile_of
-from kvstore_client.ratio import Costs, ProfileStore
+from kvstore_client.planning import Costs, ProfileStore
 from kvstore_client.settings import ClientSettings, FetchPolicy
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.model_spec import ModelSpec

@@ -11,7 +11,7 @@ from kvstore_client.engines.transformers.capture import attention_modules, watch
 from kvstore_client.engines.transformers.features import embedded
 from kvstore_client.engines.transformers.prefill_speed import PrefillSpeed
 from kvstore_client.engines.transformers.rotary import rotary_tables
-from kvstore_client.ratio.profile import CodecCost
+from kvstore_client.planning.profile import CodecCost
 from kvstore_client.threads import single_threaded
 from kvstore_codec.calibration import token_features
 from kvstore_codec.codec import EncodedChunk, decode_frames, encode_chunk

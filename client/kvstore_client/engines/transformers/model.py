@@ -39,7 +39,7 @@ from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import loaded_model
 from kvstore_client.fetch import Computing, FetchReport
 from kvstore_client.lookup import Match
-from kvstore_client.ratio import Costs
+from kvstore_client.planning import Costs
 from kvstore_client.recompute import Recompute
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import FetchError, NotCopyableError, UnsupportedModelError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvstore_client.ratio.profile import PrefillCost
+from kvstore_client.planning.profile import PrefillCost
 
 LONG_TOKENS = 1024
 _PATIENCE_S = 5.0

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvstore_client.engines.transformers.decode_speed import EncodedSample, SampleChunk, measure_interference
 from kvstore_client.engines.transformers.prefill_speed import PrefillSpeed
-from kvstore_client.ratio.profile import CodecCost, Profile, ProfileStore, profile_key
+from kvstore_client.planning.profile import CodecCost, Profile, ProfileStore, profile_key
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CodecError
 from kvstore_codec.klt_frames import KLT

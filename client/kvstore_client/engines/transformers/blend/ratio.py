@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kvstore_client.engines.transformers.blend.worth import MOST_COMPUTED
 from kvstore_client.lookup import Match, bytes_of_endpoints
-from kvstore_client.ratio import Links
+from kvstore_client.planning import Links
 from kvstore_client.recompute import Recompute, selector
 from kvstore_client.recompute.controller import RatioOnline
 from kvstore_client.recompute.tuned import TunedRatios

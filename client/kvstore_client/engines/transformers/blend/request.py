@@ -26,7 +26,7 @@ from kvstore_client.engines.transformers.cache import FetchIncompleteError
 from kvstore_client.engines.transformers.features import PromptFeatures
 from kvstore_client.fetch import Fetch, FetchReport
 from kvstore_client.lookup import Match
-from kvstore_client.ratio import Costs
+from kvstore_client.planning import Costs
 from kvstore_client.recompute import Recompute, select, selector
 from kvstore_client.timeline import Timeline
 from kvstore_codec.identity import PlacedChunk

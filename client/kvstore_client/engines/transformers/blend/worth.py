@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from kvstore_client.engines.transformers.blend.plan import SegmentPlan
 from kvstore_client.lookup import StoredChunk, bytes_of_endpoints
-from kvstore_client.ratio import DEFAULT_BANDWIDTH_Bps, Links, Profile
+from kvstore_client.planning import DEFAULT_BANDWIDTH_Bps, Links, Profile
 from kvstore_client.recompute import selector
 
 MOST_COMPUTED = 0.6

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore_client.ratio import COMPUTE, FixedPlanner, Plan, PrefillCost, RatioController, Work
-from kvstore_client.ratio.predict import predict
-from tests.client.ratio.simulation import computed, simulate, uniform_choices
-from tests.client.ratio.works import SHAPES, chunk, work
+from kvstore_client.planning import COMPUTE, AdaptivePlanner, FixedPlanner, Plan, PrefillCost, Work
+from kvstore_client.planning.predict import predict
+from tests.client.planning.simulation import computed, simulate, uniform_choices
+from tests.client.planning.works import SHAPES, chunk, work
 
-_CONTROLLER = RatioController()
+_CONTROLLER = AdaptivePlanner()
 _LOSSY = ("exact-zstd", "high-klt-pco", "medium-klt-pco", "low-klt-pco")
 _READ_S = 0.01
 """One read more or less behind the last: the planner does not know in how many pieces things come."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from kvstore_client.ratio.base import COMPUTE, Bound, ChunkWork, Order, Plan, Work
-from kvstore_client.ratio.links import DEFAULT_BANDWIDTH_Bps
-from kvstore_client.ratio.profile import PrefillCost
+from kvstore_client.planning.base import COMPUTE, Bound, ChunkWork, Order, Plan, Work
+from kvstore_client.planning.links import DEFAULT_BANDWIDTH_Bps
+from kvstore_client.planning.profile import PrefillCost
 
 PASS_TOKENS = 1024
 """The front is computed in forward passes of up to this many tokens: what is computed by then need not be fetched."""

@@ -2,7 +2,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kvstore_client.ratio import CodecCost, Costs, PrefillCost, Profile
+from kvstore_client.planning import CodecCost, Costs, PrefillCost, Profile
 
 _PROFILE = Profile(
     {"exact-zstd": CodecCost(50e-6, 5e-6)}, PrefillCost(0.01, 4e-4, 1e-8), 1.0, 2, {"model": "m"}

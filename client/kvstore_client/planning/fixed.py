@@ -1,7 +1,7 @@
 """Every chunk as it was stored first: what there is without a controller, and what it is measured against."""
 
-from kvstore_client.ratio.base import COMPUTE, Plan, Work
-from kvstore_client.ratio.predict import predict
+from kvstore_client.planning.base import COMPUTE, Plan, Work
+from kvstore_client.planning.predict import predict
 
 
 class FixedPlanner:

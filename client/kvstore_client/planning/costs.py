@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from kvstore_client.fork import renew_in_children
-from kvstore_client.ratio.profile import CodecCost, PrefillCost, Profile
+from kvstore_client.planning.profile import CodecCost, PrefillCost, Profile
 
 _MEMORY_TOKENS = 2048.0
 """An observation of this many tokens moves an estimate by 63 %: a busy machine shows within a fetch or two."""

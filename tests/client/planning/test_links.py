@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore_client.ratio import Links
+from kvstore_client.planning import Links
 
 
 class _Clock:

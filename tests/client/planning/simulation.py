@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvstore_client.ratio import COMPUTE, ChunkWork, Work
+from kvstore_client.planning import COMPUTE, ChunkWork, Work
 
 PERIODS = 8
 PASS_TOKENS = 1024

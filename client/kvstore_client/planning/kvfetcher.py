@@ -5,8 +5,8 @@ bandwidth that the chunk before it saw choose the resolution (how many tokens ar
 receiving and decoding, one behind the other, wait least for each other.
 """
 
-from kvstore_client.ratio.base import COMPUTE, ChunkWork, Option, Plan, Work
-from kvstore_client.ratio.predict import bandwidth_of, predict
+from kvstore_client.planning.base import COMPUTE, ChunkWork, Option, Plan, Work
+from kvstore_client.planning.predict import bandwidth_of, predict
 from kvstore_codec.encoding import Encoding
 
 

@@ -10,9 +10,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from kvstore_client.ratio.base import COMPUTE, Order, Plan, Work
-from kvstore_client.ratio.predict import predict
-from kvstore_client.ratio.space import Ends, Floats, Indices, Space
+from kvstore_client.planning.base import COMPUTE, Order, Plan, Work
+from kvstore_client.planning.predict import predict
+from kvstore_client.planning.space import Ends, Floats, Indices, Space
 
 TIE = 1.02
 """Of plans this close to the quickest the more faithful is taken: a prediction is not more exact than that."""
@@ -31,7 +31,7 @@ _GRID = 40
 _SPLITS = 64
 
 
-class RatioController:
+class AdaptivePlanner:
     """Minimises the predicted time, with a handicap for plans that mix; among plans within 2 % of the least takes the
     most faithful. Stateless."""
 

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
-from kvstore_client.ratio import COMPUTE, KVFetcherPlanner, Option
-from tests.client.ratio.works import chunk, work
+from kvstore_client.planning import COMPUTE, KVFetcherPlanner, Option
+from tests.client.planning.works import chunk, work
 
 _PLANNER = KVFetcherPlanner()
 # Larger pictures have fewer bytes and take longer to decode.

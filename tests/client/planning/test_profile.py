@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_client.ratio import CodecCost, PrefillCost, Profile, ProfileStore, profile_key
-from kvstore_client.ratio.profile import UNMEASURED
+from kvstore_client.planning import CodecCost, PrefillCost, Profile, ProfileStore, profile_key
+from kvstore_client.planning.profile import UNMEASURED
 from kvstore_codec.model_spec import KVDtype, ModelSpec, RopeSpec
 
 _PROFILE = Profile(

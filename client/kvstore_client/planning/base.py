@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
-from kvstore_client.ratio.profile import PrefillCost
+from kvstore_client.planning.profile import PrefillCost
 
 COMPUTE: Final = -1
 """A choice that is no index into a chunk's options: the engine computes the chunk."""

@@ -1,6 +1,6 @@
 """Fetches to plan, shaped like those of a small model: SmolLM2's bytes and speeds on a CPU."""
 
-from kvstore_client.ratio import ChunkWork, Option, PrefillCost, Work
+from kvstore_client.planning import ChunkWork, Option, PrefillCost, Work
 
 CHUNK_TOKENS = 256
 RAW_BYTES_PER_TOKEN = 23_040

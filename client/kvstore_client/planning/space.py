@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvstore_client.ratio.base import Order, Work
-from kvstore_client.ratio.predict import PASS_TOKENS, Load, bandwidth_of, finish_s
+from kvstore_client.planning.base import Order, Work
+from kvstore_client.planning.predict import PASS_TOKENS, Load, bandwidth_of, finish_s
 from kvstore_codec.encoding import Encoding
 
 Floats = npt.NDArray[np.float64]
