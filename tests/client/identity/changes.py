@@ -138,6 +138,29 @@ def another_precision_of_products(model: PreTrainedModel, draw: random.Random) -
     return lambda: torch.set_float32_matmul_precision("highest")
 
 
+def precision_of(backend: Any, value: str) -> Undo:
+    """Set the precision of one backend's products, or of all backends' with `torch.backends`."""
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    undo = [replaced(each, "fp32_precision", "none") for each in backends]
+    undo.append(replaced(backend, "fp32_precision", value))
+    return lambda: [take_off() for take_off in reversed(undo)]
+
+
+@change("apart")
+def another_precision_on_gpus(model: PreTrainedModel, draw: random.Random) -> Undo:
+    return precision_of(torch.backends.cuda.matmul, "tf32")
+
+
+@change("apart")
+def another_precision_on_processors(model: PreTrainedModel, draw: random.Random) -> Undo:
+    return precision_of(torch.backends.mkldnn.matmul, "bf16")
+
+
+@change("apart")
+def another_precision_everywhere(model: PreTrainedModel, draw: random.Random) -> Undo:
+    return precision_of(torch.backends, "tf32")
+
+
 # Buffers
 
 

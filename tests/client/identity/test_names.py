@@ -94,3 +94,26 @@ def test_describing_a_model_draws_no_random_numbers() -> None:
     torch.manual_seed(3)
     spec_of(model)
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_precisions_of_products_have_the_names_that_torch_gives_them() -> None:
+    plain = spec_of(tiny_model())
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    named = {
+        ("tf32", "tf32"): "high",
+        ("tf32", "bf16"): "medium",
+        ("ieee", "none"): None,
+        ("tf32", "none"): "cuda=tf32 mkldnn=ieee",
+        ("ieee", "bf16"): "cuda=ieee mkldnn=bf16",
+    }
+    try:
+        for settings, word in named.items():
+            for backend, setting in zip(backends, settings, strict=True):
+                backend.fp32_precision = setting
+            spec = spec_of(tiny_model())
+            assert dict(spec.numerics).get("float32_matmul_precision") == word
+            assert (spec.digest == plain.digest) == (word is None)
+    finally:
+        for backend, setting in zip(backends, before, strict=True):
+            backend.fp32_precision = setting

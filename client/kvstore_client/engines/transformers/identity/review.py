@@ -12,6 +12,7 @@ from kvstore_client.engines.transformers.identity.code import (
 )
 from kvstore_client.engines.transformers.identity.hooks import foreign_hook
 from kvstore_client.engines.transformers.identity.modules import named_modules
+from kvstore_client.engines.transformers.identity.precision import float32_matmul_precision
 from kvstore_client.engines.transformers.identity.reference import Reference
 from kvstore_client.engines.transformers.identity.settings import differences
 from kvstore_codec.model_spec import Scalar
@@ -43,7 +44,7 @@ def review(model: PreTrainedModel, reference: Reference) -> Review:
                 refusal = refusal or difference
             else:
                 numerics[difference.name] = difference.value
-    precision = torch.get_float32_matmul_precision()
+    precision = float32_matmul_precision()
     if model.dtype == torch.float32 and precision != "highest":
         numerics["float32_matmul_precision"] = precision
     return Review(refusal, tuple(sorted(numerics.items())))

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvstore_client.engines.transformers.identity.code import classes_of, namespaces_of
 from kvstore_client.engines.transformers.identity.hooks import global_hooks
 from kvstore_client.engines.transformers.identity.modules import uncompiled_name
+from kvstore_client.engines.transformers.identity.precision import float32_matmul_precision
 
 _SAMPLES = 4
 """Values of each parameter that are compared."""
@@ -106,7 +107,7 @@ class ModelState:
         self._sources += [ALL_ATTENTION_FUNCTIONS.values, ALL_MASK_ATTENTION_FUNCTIONS.values]
         self._objects = self._look()
         self._containers, self._contents = containers, copy.deepcopy(containers)
-        self._precision = torch.get_float32_matmul_precision()
+        self._precision = float32_matmul_precision()
         self.tensors = TensorState(model)
 
     def is_current(self) -> bool:
@@ -117,7 +118,7 @@ class ModelState:
                 len(now) == len(self._objects)
                 and all(map(operator.is_, now, self._objects))
                 and self._containers == self._contents
-                and self._precision == torch.get_float32_matmul_precision()
+                and self._precision == float32_matmul_precision()
                 and self.tensors.is_current()
             )
         except RuntimeError:  # something changed while it was looked at
