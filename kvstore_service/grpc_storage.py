@@ -11,7 +11,7 @@ from kvstore_api.bulk import decode_put_request, encode_read_piece
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
-from kvstore_cluster.lookup import LookupResult
+from kvstore_cluster.lookup import SMALL_HEADERS_BYTES, LookupResult
 from kvstore_cluster.node import MAX_LISTED, MOST_BEHIND, StorageNode
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_cluster.repair import RepairWorker
@@ -109,9 +109,11 @@ class StorageService:
         if len(request.encodings) > MAX_ENCODINGS:
             _refuse(context, f"{len(request.encodings)} encodings in one lookup; at most {MAX_ENCODINGS}")
 
-        def proceed() -> None:
+        def proceed(header_bytes: int) -> None:
             if not context.is_active():
                 raise AbandonedRequestError("the client of a lookup has gone")
+            if header_bytes > SMALL_HEADERS_BYTES:  # so will be the answer
+                self._large.wait_for_turn()
 
         try:
             result = self._node.lookup(
@@ -131,7 +133,7 @@ class StorageService:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         try:
             answer: bytes = _lookup_reply(chunks, result, self._bulk_endpoint).SerializeToString()
-            proceed()
+            proceed(0)
         except BaseException as error:
             if result.lease_id is not None:
                 self._node.release_lease(result.lease_id)

@@ -1,4 +1,5 @@
-"""Large requests wait for each other, so that small ones need not wait for them."""
+"""Large requests wait for each other, so that small ones need not wait for them. Large is what is long itself, what has
+a long answer, and what takes the node long."""
 
 import threading
 import time
@@ -19,7 +20,9 @@ MAX_KEPT_BYTES = 64 << 20
 MAX_KEPT_BYTES_OF_PEER = 16 << 20
 """Large requests that are kept while their answers are streamed; parsed they take eight times as much."""
 _LOOK_S = 0.1
-_ADVICE = f"try again later, or ask for less at a time: requests of up to {SMALL_BYTES} bytes do not wait"
+_ADVICE = (
+    f"try again later, or ask for less at a time: up to {SMALL_BYTES} bytes with a short answer do not wait"
+)
 
 
 class LargeRequests:
@@ -27,6 +30,7 @@ class LargeRequests:
     Python computes in one thread, and each takes up to 200 MiB. Thread-safe."""
 
     def __init__(self) -> None:
+        self._served = _Served()
         self._changed = threading.Condition()
         self._queue: list[_Request] = []  # the first one is being served
         self._kept_bytes: Counter[str] = Counter()  # by connection
@@ -34,20 +38,28 @@ class LargeRequests:
     @contextmanager
     def admitted(self, peer: str, is_active: Callable[[], bool], *, size_bytes: int) -> Iterator[None]:
         """Serves a request of the connection `peer` in the block; one of at most SMALL_BYTES at once, a large one when
-        its turn comes. Raises BusyError when too many wait or its turn does not come within PATIENCE_S, and
-        AbandonedRequestError when `is_active` says meanwhile that the client has gone."""
-        if size_bytes <= SMALL_BYTES:
-            yield
-            return
-        request = _Request(peer)
+        its turn comes, as `wait_for_turn` says."""
+        request = self._served.request = _Request(peer, is_active)
         try:
-            self._wait_for_turn(request, is_active)
+            if size_bytes > SMALL_BYTES:
+                self.wait_for_turn()
             yield
         finally:
-            with self._changed:
-                if request in self._queue:
+            self._served.request = None
+            if request.has_queued:
+                with self._changed:
                     self._queue.remove(request)
-                self._changed.notify_all()
+                    self._changed.notify_all()
+
+    def wait_for_turn(self) -> None:
+        """For a request that this thread serves and that turns out to be large, whatever its size; returns at once when
+        its turn has come before. Raises BusyError when too many wait or the turn does not come within PATIENCE_S, and
+        AbandonedRequestError when the client has gone meanwhile."""
+        request = self._served.request
+        if request is None:
+            raise RuntimeError("this thread serves no request that was admitted")
+        if not request.has_queued:
+            self._queue_up(request)
 
     @contextmanager
     def kept(self, peer: str, *, size_bytes: int) -> Iterator[None]:
@@ -72,21 +84,28 @@ class LargeRequests:
                 self._kept_bytes[peer] -= size_bytes
                 self._kept_bytes += Counter()  # without the connections that have none
 
-    def _wait_for_turn(self, request: "_Request", is_active: Callable[[], bool]) -> None:
+    def _queue_up(self, request: "_Request") -> None:
         until_s = time.monotonic() + PATIENCE_S
         with self._changed:
             of_peer = sum(other.peer == request.peer for other in self._queue)
             if len(self._queue) > MAX_WAITING or of_peer > MAX_WAITING_OF_PEER:
                 raise BusyError(f"{len(self._queue)} large requests are under way already; {_ADVICE}")
             self._queue.append(request)
+            request.has_queued = True
             while self._queue[0] is not request:
                 self._changed.wait(_LOOK_S)
-                if not is_active():
+                if not request.is_active():
                     raise AbandonedRequestError("the client has gone while its request waited")
                 if time.monotonic() > until_s:
                     raise BusyError(f"other large requests took all of {PATIENCE_S:.0f} s; {_ADVICE}")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Request:
     peer: str
+    is_active: Callable[[], bool]
+    has_queued: bool = False
+
+
+class _Served(threading.local):
+    request: _Request | None = None

@@ -13,8 +13,10 @@ SLICE_CHUNKS = 2048
 """Chunks that are looked up under one acquisition of the lock: 3 ms of it. Common lookups have no more."""
 PAUSE_S = 200e-6
 """Between slices."""
+SMALL_HEADERS_BYTES = 1 << 20
+"""Headers that are copied as their chunks are found; those beyond are read when nobody waits for the lock."""
 _HEADERS_PER_CHECK = 64
-"""Headers that are read from the disk between two looks at whether anybody still wants them."""
+"""Headers that are read between two looks at whether anybody still wants them."""
 _OTHER_ENCODING_BYTES = 128
 """Of an answer, for each further encoding, besides its header."""
 
@@ -77,9 +79,10 @@ class ChunkSearch:
         self._with_headers = with_headers
         self._all_encodings = all_encodings
         self._any_context = any_context
-        self._header_bytes = 0
+        self.header_bytes = 0
+        """Of all answers so far, those included that `read_headers` is to read."""
         # (number of the answer, place in it, slot), of slots that are held
-        self._headers_on_disk: list[tuple[int, int, int]] = []
+        self._headers_to_read: list[tuple[int, int, int]] = []
         self.answers: list[LookupAnswer] = []
         self.hits: list[int] = []
         """Slots of everything found, further encodings included, in the order of the chunks."""
@@ -120,14 +123,14 @@ class ChunkSearch:
             hits.append(slot)
             header = b""
             if with_headers:
-                self._header_bytes += header_sizes[slot]
+                self.header_bytes += header_sizes[slot]
                 header = self._header(slot, len(answers), 0)
             others: Sequence[FoundVariant] = ()
             if self._all_encodings:
                 slots = index.others(chunk, slot, preference, now_s)
                 others = self._others(slot, slots)
                 hits += slots[: len(others)]
-            if max_header_bytes is not None and self._header_bytes > max_header_bytes:
+            if max_header_bytes is not None and self.header_bytes > max_header_bytes:
                 raise StorageError(
                     f"the headers of the first {len(answers) + 1} of {len(self._chunks)} chunks have more "
                     f"than {max_header_bytes} bytes; look fewer chunks up at a time"
@@ -143,31 +146,39 @@ class ChunkSearch:
         numbers = [n for n, answer in enumerate(self.answers) if answer.encoding for _ in (0, *answer.others)]
         return Findings(self.hits, numbers, self.approximate)
 
-    def read_headers(self, proceed: Callable[[], None]) -> None:
-        """Reads from the disk the headers that are not in memory; the caller does not have the lock. What the disk has
-        lost is left out of its answer. Calls `proceed` now and then and passes on what it raises."""
-        while self._headers_on_disk:
-            # From the back: an answer whose other encodings were lost has them in order until then.
-            number, place, slot = self._headers_on_disk.pop()
+    def read_headers(self, proceed: Callable[[int], object]) -> None:
+        """Reads the headers that `find` left out; the caller does not have the lock. What the disk has lost is left out
+        of its answer. Calls `proceed` with `header_bytes` before and now and then, and passes on what it raises."""
+        while self._headers_to_read:
+            proceed(self.header_bytes)
+            batch = self._headers_to_read[-_HEADERS_PER_CHECK:]
+            with self._tiers.lock:
+                known = {slot: self._tiers.header_in_memory(slot) for _, _, slot in batch}
             try:
-                self.answers[number] = self._with_header_of(slot, self.answers[number], place)
+                # From the back: an answer whose other encodings were lost has them in order until then.
+                for number, place, slot in reversed(batch):
+                    self.answers[number] = self._with_header_of(
+                        slot, self.answers[number], place, known[slot]
+                    )
             finally:
+                del self._headers_to_read[-_HEADERS_PER_CHECK:]
                 with self._tiers.lock:
-                    self._tiers.release(slot)
-            if len(self._headers_on_disk) % _HEADERS_PER_CHECK == _HEADERS_PER_CHECK - 1:
-                proceed()
+                    for _, _, slot in batch:
+                        self._tiers.release(slot)
 
     def release(self) -> None:
         """Lets go of what `read_headers` would have read; the caller has the lock."""
-        while self._headers_on_disk:
-            self._tiers.release(self._headers_on_disk.pop()[2])
+        while self._headers_to_read:
+            self._tiers.release(self._headers_to_read.pop()[2])
 
     def _header(self, slot: int, number: int, place: int) -> bytes:
-        """Empty where it has to be read from the disk; then the slot is held."""
-        header = self._tiers.header_in_memory(slot)
+        """Empty where it is read later; then the slot is held."""
+        header = None
+        if self.header_bytes <= SMALL_HEADERS_BYTES:
+            header = self._tiers.header_in_memory(slot)
         if header is None:
             self._tiers.hold(slot)
-            self._headers_on_disk.append((number, place, slot))
+            self._headers_to_read.append((number, place, slot))
         return header or b""
 
     def _others(self, slot: int, slots: Sequence[int]) -> list[FoundVariant]:
@@ -179,9 +190,9 @@ class ChunkSearch:
         others_bytes += sum(index.header_bytes[other] for other in slots) if self._with_headers else 0
         if self._max_header_bytes is not None:
             behind = len(self._chunks) - len(self.answers) - 1
-            if self._header_bytes + behind * own_bytes + others_bytes > self._max_header_bytes:
+            if self.header_bytes + behind * own_bytes + others_bytes > self._max_header_bytes:
                 return []
-        self._header_bytes += others_bytes
+        self.header_bytes += others_bytes
         return [
             FoundVariant(
                 index.encoding(other),
@@ -192,12 +203,14 @@ class ChunkSearch:
             for place, other in enumerate(slots, 1)
         ]
 
-    def _with_header_of(self, slot: int, answer: LookupAnswer, place: int) -> LookupAnswer:
-        """Of the variant that the answer names, or of the other one at `place`, counted from 1. Where the disk has lost
-        what the answer names, the first other one takes its place."""
+    def _with_header_of(
+        self, slot: int, answer: LookupAnswer, place: int, header: bytes | None
+    ) -> LookupAnswer:
+        """Of the variant that the answer names, or of the other one at `place`, counted from 1; a header that is None
+        is read. Where the disk has lost what the answer names, the first other one takes its place."""
         others = list(answer.others)
         try:
-            header = self._tiers.header(slot)
+            header = self._tiers.header(slot) if header is None else header
         except ChunkNotFoundError:
             if place:
                 del others[place - 1]

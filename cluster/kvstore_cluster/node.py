@@ -81,7 +81,7 @@ class StorageNode:
         all_encodings: bool = False,
         any_context: bool = False,
         use_follows: bool = False,
-        proceed: Callable[[], None] = lambda: None,
+        proceed: Callable[[int], object] = lambda _header_bytes: None,
     ) -> LookupResult:
         """Says for each chunk in which of `encodings` (best first) it is here, and how many other contexts
         hold the same content; with `all_encodings` also in which others of them, or of any when there are none.
@@ -91,8 +91,8 @@ class StorageNode:
         Leases what was found for `lease_s` when positive. Counts as one use of it, unless it is a `peek`, or
         `use_follows`: then `use` says what of it is used.
 
-        Holds the lock for SLICE_CHUNKS chunks at a time and calls `proceed` without it in between. What that raises
-        ends the lookup; then nothing is leased.
+        Holds the lock for SLICE_CHUNKS chunks at a time and calls `proceed` without it in between, with the size of the
+        headers found so far. What that raises ends the lookup; then nothing is leased.
 
         Further encodings of later chunks are left out where their headers would not fit into `max_header_bytes`.
         Raises StorageError when those of one encoding of each chunk have more together; then nothing is leased.
@@ -111,7 +111,7 @@ class StorageNode:
         try:
             for begin in range(0, len(chunks), SLICE_CHUNKS):
                 if begin:
-                    proceed()
+                    proceed(search.header_bytes)
                 with self._slice(begin):
                     found = search.find(begin)
                     self._leases.expire()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore_cluster import lookup
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.durability import Durability
@@ -49,7 +50,7 @@ def test_slices_answer_what_one_lookup_each_would(node: StorageNode) -> None:
 
 
 def test_others_are_served_between_two_slices(node: StorageNode) -> None:
-    def ask() -> None:
+    def ask(header_bytes: int) -> None:
         # In another thread, because the lock lets its owner in.
         asking = threading.Thread(target=lambda: served.append(node.lookup(LONG[:1], EXACT)))
         asking.start()
@@ -80,7 +81,7 @@ def test_a_lease_that_ends_between_two_slices_is_followed_by_another(node: Stora
 
 
 def test_a_lookup_that_is_given_up_leases_nothing(node: StorageNode) -> None:
-    def give_up() -> None:
+    def give_up(header_bytes: int) -> None:
         assert node.stats().leases == 1
         raise GoneError
 
@@ -90,11 +91,35 @@ def test_a_lookup_that_is_given_up_leases_nothing(node: StorageNode) -> None:
     assert node.stats().counters["lookups"] == 0
 
 
+def test_headers_beyond_a_limit_are_read_once_the_lookup_may_proceed(
+    node: StorageNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = node.lookup([chunk.chunk_id for chunk in STORED] * 50, EXACT).answers
+    sizes: list[int] = []
+    monkeypatch.setattr(lookup, "SMALL_HEADERS_BYTES", 2 * len(at_once[0].header))
+    later = node.lookup([chunk.chunk_id for chunk in STORED] * 50, EXACT, proceed=sizes.append).answers
+    assert later == at_once
+    assert set(sizes) == {sum(len(answer.header) for answer in at_once)}
+    assert not node._tiers._readers
+
+
+def test_the_header_of_a_chunk_that_goes_before_it_was_read_is_answered(
+    node: StorageNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lookup, "SMALL_HEADERS_BYTES", 0)
+    names = [chunk.chunk_id for chunk in STORED]
+    result = node.lookup(names, EXACT, lease_s=60, proceed=lambda _: node.delete(names[1:]))
+    headers = [chunk.data[: chunk.header.header_bytes] for chunk in STORED]
+    assert [answer.header for answer in result.answers] == headers
+    assert node.stats().chunks == 1
+    assert not node._tiers._readers
+
+
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_chunk_that_goes_between_two_slices_does_no_harm(node: StorageNode, replaced: bool) -> None:
     """Its slot may even belong to another chunk when its use is counted."""
 
-    def drop() -> None:
+    def drop(header_bytes: int) -> None:
         if node.delete([STORED[0].chunk_id]) and replaced:
             put(node, sample_chunk(content=50, frame_bytes=10))
 
@@ -136,7 +161,7 @@ def test_headers_on_disk_are_let_go_when_a_lookup_is_given_up(tmp_path: Path, af
     if after == "a slice":
         names += [MISSING.chunk_id] * SLICE_CHUNKS
 
-    def give_up() -> None:
+    def give_up(header_bytes: int) -> None:
         raise GoneError
 
     with pytest.raises(GoneError):

@@ -10,6 +10,7 @@ from kvstore_cluster.arena import Arena
 from kvstore_cluster.node import StorageNode
 from kvstore_service.grpc_server import MAX_REPLY_BYTES, GrpcServer
 from kvstore_service.grpc_storage import serve_storage
+from kvstore_service.large_requests import LargeRequests
 
 
 @dataclass
@@ -26,9 +27,9 @@ class ServedNode:
 
 
 @contextlib.contextmanager
-def served(memory_bytes: int) -> Iterator[ServedNode]:
+def served(memory_bytes: int, large: LargeRequests | None = None) -> Iterator[ServedNode]:
     node = StorageNode("node-0", Arena(memory_bytes, 4 << 10))
-    server = serve_storage(node, host="127.0.0.1")
+    server = serve_storage(node, host="127.0.0.1", large=large)
     options = [("grpc.max_receive_message_length", MAX_REPLY_BYTES)]
     with grpc.insecure_channel(server.address, options) as channel:
         yield ServedNode(node, server, channel)

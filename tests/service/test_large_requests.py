@@ -26,6 +26,8 @@ from tests.service.conftest import ServedNode, served
 from tests.service.test_grpc_storage import ref, statuses, steps, wait_until
 
 LARGE = SMALL_BYTES + 1
+MANY_FRAMES = Geometry(layers=1024, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)
+"""Of a chunk with a header of 49 KB."""
 ATTACK = Path(__file__).parents[2] / "benchmarks" / "hostile_requests.py"
 
 
@@ -107,6 +109,31 @@ def test_large_requests_that_are_kept_are_bounded() -> None:
             pass
     with large.kept("one", size_bytes=2 * half):
         pass
+
+
+def test_a_small_request_with_a_large_answer_waits_for_its_turn(pool: ThreadPoolExecutor) -> None:
+    """And has no header in memory before."""
+    large, go_on = LargeRequests(), threading.Event()
+    chunk = sample_chunk(frame_bytes=1, geometry=MANY_FRAMES)
+    lookup = pb.LookupRequest(encodings=["exact-zstd"], with_headers=True, lease_ms=60_000)
+    with served(4 << 20, large) as node:
+        statuses(node, steps(chunk))
+        first = pool.submit(hold, large, "another", go_on)
+        wait_until(lambda: waiting(large) == 1)
+        lookup.chunks.extend([ref(chunk)] * 40)
+        calls = [node.stub.Lookup.future(lookup) for _ in range(MAX_WAITING_OF_PEER + 1)]
+        wait_until(lambda: waiting(large) == 1 + len(calls))
+        with pytest.raises(grpc.RpcError) as refusal:
+            node.stub.Lookup(lookup)
+        assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert node.node.stats().leases == len(calls)
+        assert len(node.stub.Lookup(pb.LookupRequest(chunks=lookup.chunks[:1])).answers) == 1
+        go_on.set()
+        assert first.result()
+        for call in calls:
+            headers = {answer.header for answer in call.result().answers}
+            assert headers == {chunk.data[: chunk.header.header_bytes]}
+    assert waiting(large) == 0
 
 
 def many(count: int) -> pb.LookupRequest:
@@ -191,8 +218,7 @@ def test_answers_that_nobody_takes_are_bounded(
 ) -> None:
     """Of a client that asks and does not read, the oldest calls are cancelled, whatever their size; a client that reads
     notices nothing."""
-    many_frames = Geometry(layers=1024, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)
-    chunk = sample_chunk(frame_bytes=1, geometry=many_frames)
+    chunk = sample_chunk(frame_bytes=1, geometry=MANY_FRAMES)
     request = pb.LookupRequest(chunks=[ref(chunk)] * chunks, encodings=["exact-zstd"], with_headers=True)
     call_bytes = unsent_answers.CALL_BYTES + chunks * (chunk.header.header_bytes + 100)
     monkeypatch.setattr(unsent_answers, "MAX_BYTES_OF_PEER", 3 * call_bytes)
