@@ -100,8 +100,10 @@ class Canaries:
             kept_probe, theirs = read_probe_kv(kept.sketch, spec)
         except CanaryError as error:
             return self._refused(spec, kept, origin, str(error))
-        if kept_probe != probe:  # another worker was faster
-            return Verdict("canary_pending", "another worker made the canary meanwhile", changes=-1)
+        if kept_probe != probe:
+            return self._refused(
+                spec, kept, origin, f"it was made of {kept_probe}, and {probe} is this model's"
+            )
         found = compare(own, theirs, spec)
         if not found.agrees:
             return self._refused(spec, kept, origin, str(found), found)

@@ -46,6 +46,9 @@ class Probe:
         """A probe as long as the longest text of a model, in positions, and at least `TOKENS` long."""
         return cls(vocabulary, max(TOKENS, longest_text))
 
+    def __str__(self) -> str:
+        return f"a text from {self.vocabulary} token ids over {self.length} positions"
+
     def token_ids(self) -> npt.NDArray[np.int64]:
         """`[TOKENS]`"""
         drawn = np.frombuffer(blake3(_DOMAIN).digest(length=8 * TOKENS), "<u8")

@@ -3,18 +3,17 @@
 import logging
 import threading
 import time
-from contextlib import suppress
 
 from transformers import PreTrainedModel
 
-from kvstore_client.canaries import KeptCanary, Verdict
+from kvstore_client.canaries import Verdict
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.identity.guard import ModelIdentity
 from kvstore_client.engines.transformers.probe import probe_for, run_probe
 from kvstore_client.fork import renew_in_children
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.threads import single_threaded
-from kvstore_codec.canary.compare import ProbeKV, read_probe_kv
+from kvstore_codec.canary.compare import ProbeKV
 from kvstore_codec.canary.probe import Probe
 from kvstore_codec.errors import CanaryError, NodeUnavailableError
 from kvstore_codec.model_spec import ModelSpec
@@ -137,15 +136,12 @@ class ModelCanary:
 
     def _found(self, spec: ModelSpec) -> Verdict:
         kept = self._client.canaries.get(spec)
-        probe, own = self._computed(spec, kept)
+        probe, own = self._computed(spec)
         return self._client.canaries.compared(spec, kept, probe, own, self._model.device.type)
 
-    def _computed(self, spec: ModelSpec, kept: KeptCanary) -> tuple[Probe, ProbeKV]:
-        """The probe that the canary was made of, if there is one, and this model's KV of it."""
+    def _computed(self, spec: ModelSpec) -> tuple[Probe, ProbeKV]:
+        """The model's own probe, whatever a kept canary says it was made of, and its KV."""
         probe = probe_for(self._model)
-        if kept.sketch:
-            with suppress(CanaryError):  # the comparison says so
-                probe, _ = read_probe_kv(kept.sketch, spec)
         with self._lock:
             known = self._own
         if known is not None and known[0] == probe:

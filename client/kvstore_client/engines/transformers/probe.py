@@ -17,9 +17,10 @@ _ROTATION = 4
 
 
 def probe_for(model: PreTrainedModel) -> Probe:
-    """The probe of a model that has no canary yet."""
+    """The only probe that this model is run over: none of its token ids is beyond the embedding."""
     config = model.config.get_text_config()
-    return Probe.reaching(int(config.vocab_size), int(config.max_position_embeddings))
+    embedded = int(model.get_input_embeddings().weight.shape[0])
+    return Probe.reaching(min(int(config.vocab_size), embedded), int(config.max_position_embeddings))
 
 
 @torch.inference_mode()
