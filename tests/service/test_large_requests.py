@@ -212,7 +212,7 @@ def deaf(node: ServedNode) -> Iterator[DeafClient]:
     client.close()
 
 
-@pytest.mark.parametrize("chunks", [0, 1, 40], ids=["empty", "small", "large"])
+@pytest.mark.parametrize("chunks", [0, 1, 20], ids=["empty", "small", "almost large"])
 def test_answers_that_nobody_takes_are_bounded(
     chunks: int, cancelled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
