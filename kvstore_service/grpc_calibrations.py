@@ -16,7 +16,7 @@ from kvstore_codec.errors import (
     DamagedCalibrationError,
     UnknownCalibrationError,
 )
-from kvstore_service.grpc_server import unary
+from kvstore_service.grpc_server import parser, unary
 
 _STATUS: dict[type[ClusterError], grpc.StatusCode] = {
     UnknownCalibrationError: grpc.StatusCode.NOT_FOUND,
@@ -40,7 +40,7 @@ class CalibrationService:
             ),
             "GetCalibration": grpc.unary_stream_rpc_method_handler(
                 self.get,
-                request_deserializer=pb.GetCalibrationRequest.FromString,
+                request_deserializer=parser(pb.GetCalibrationRequest),
                 response_serializer=pb.GetCalibrationReply.SerializeToString,
             ),
             "FindCalibration": unary(self.find, pb.FindCalibrationRequest),

@@ -14,7 +14,7 @@ from kvstore_codec.errors import (
     TooManyModelsError,
     UnknownModelError,
 )
-from kvstore_service.grpc_server import unary
+from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, unary
 
 _STATUS: dict[type[KVStoreError], grpc.StatusCode] = {
     CanaryError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -32,7 +32,7 @@ class CanaryService:
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         return {
             "GetCanary": unary(self.get, pb.GetCanaryRequest),
-            "PutCanary": unary(self.put, pb.PutCanaryRequest),
+            "PutCanary": unary(self.put, pb.PutCanaryRequest, MAX_MESSAGE_BYTES),
             "ReportRefusal": unary(self.report, pb.ReportRefusalRequest),
             "ListModels": unary(self.list, pb.ListModelsRequest),
             "ReplaceCanary": unary(self.replace, pb.ReplaceCanaryRequest),

@@ -17,7 +17,7 @@ from kvstore_codec.errors import (
     UnknownNodeError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
-from kvstore_service.grpc_server import unary
+from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, unary
 
 _ID_BYTES = 32
 _STATUS: dict[type[ClusterError], grpc.StatusCode] = {
@@ -34,14 +34,14 @@ class DirectiveService:
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         calls: list[tuple[str, Callable[..., Any], type[Any]]] = [
-            ("Pin", self.pin, pb.PinRequest),
             ("ListPins", self.list_pins, pb.ListPinsRequest),
             ("SetQuota", self.set_quota, pb.SetQuotaRequest),
             ("ListQuotas", self.list_quotas, pb.ListQuotasRequest),
             ("Drain", self.drain, pb.DrainRequest),
             ("Repair", self.repair, pb.RepairRequest),
         ]
-        return {name: unary(call, request) for name, call, request in calls}
+        pin = unary(self.pin, pb.PinRequest, MAX_MESSAGE_BYTES)
+        return {"Pin": pin} | {name: unary(call, request) for name, call, request in calls}
 
     def pin(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.PinReply:
         if any(len(ref.content_id) != _ID_BYTES or len(ref.prefix_id) != _ID_BYTES for ref in request.chunks):

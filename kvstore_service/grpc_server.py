@@ -17,6 +17,8 @@ from kvstore_service.request_fields import require_few_fields
 from kvstore_service.unsent_answers import UnsentAnswers
 
 MAX_MESSAGE_BYTES = 8 << 20
+SMALL_REQUEST_BYTES = 16 << 10
+"""Of a request that names no chunks."""
 # The header of every found chunk comes back in one LookupReply.
 MAX_REPLY_BYTES = 64 << 20
 # A call holds a thread while it runs. Streams may last, be they bulk data or reflection, so together they may not
@@ -201,6 +203,19 @@ def _parsed(handler: grpc.RpcMethodHandler, data: bytes, name: str) -> object:
         raise MalformedRequestError(f"not a {name}") from error
 
 
+def parser(request: type, max_bytes: int = SMALL_REQUEST_BYTES) -> Callable[[bytes], object]:
+    """Parses a message of type `request`. Raises MalformedRequestError for one of more bytes, DecodeError."""
+
+    def parse(data: bytes) -> object:
+        if len(data) > max_bytes:
+            raise MalformedRequestError(
+                f"a {request.__name__} has at most {max_bytes} bytes, not {len(data)}"
+            )
+        return request.FromString(data)  # type: ignore[attr-defined]
+
+    return parse
+
+
 @contextmanager
 def reported(context: grpc.ServicerContext) -> Iterator[None]:
     """Ends the call with the status of a request that is not served."""
@@ -214,10 +229,12 @@ def reported(context: grpc.ServicerContext) -> Iterator[None]:
         context.abort(grpc.StatusCode.CANCELLED, str(error))
 
 
-def unary(method: Callable[..., object], request: type) -> grpc.RpcMethodHandler:
-    """A handler that takes one message of type `request` and returns one message."""
+def unary(
+    method: Callable[..., object], request: type, max_bytes: int = SMALL_REQUEST_BYTES
+) -> grpc.RpcMethodHandler:
+    """A handler that takes one message of type `request`, of `max_bytes` at most, and returns one message."""
     return grpc.unary_unary_rpc_method_handler(
         method,
-        request_deserializer=request.FromString,  # type: ignore[attr-defined]
+        request_deserializer=parser(request, max_bytes),
         response_serializer=lambda reply: reply.SerializeToString(),
     )

@@ -10,6 +10,7 @@ import grpc
 from kvstore_api.bulk import decode_put_request, encode_read_piece
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.durability import Durability
+from kvstore_cluster.intake import MAX_TENANT_BYTES
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
 from kvstore_cluster.lookup import SMALL_HEADERS_BYTES, LookupResult
 from kvstore_cluster.node import MAX_LISTED, MOST_BEHIND, StorageNode
@@ -38,8 +39,8 @@ from kvstore_codec.errors import (
     TextTooLongError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
-from kvstore_service.grpc_server import MAX_REPLY_BYTES, GrpcServer, unary
-from kvstore_service.large_requests import SMALL_BYTES, LargeRequests
+from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, MAX_REPLY_BYTES, GrpcServer, parser, unary
+from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address
 from kvstore_service.throttle import Throttle
 
@@ -76,7 +77,7 @@ class StorageService:
         """Read and Put carry KV bytes and skip the generated message classes (kvstore_api.bulk)."""
         return {
             "Lookup": grpc.unary_unary_rpc_method_handler(
-                self.lookup, request_deserializer=pb.LookupRequest.FromString, response_serializer=bytes
+                self.lookup, parser(pb.LookupRequest, MAX_MESSAGE_BYTES), response_serializer=bytes
             ),
             "Put": grpc.stream_stream_rpc_method_handler(
                 self.put,
@@ -89,12 +90,12 @@ class StorageService:
             "RenewLease": unary(self.renew_lease, pb.RenewLeaseRequest),
             "ReleaseLease": unary(self.release_lease, pb.ReleaseLeaseRequest),
             "Use": unary(self.use, pb.UseRequest),
-            "Delete": unary(self.delete, pb.DeleteRequest),
-            "Report": unary(self.report, pb.ReportRequest),
+            "Delete": unary(self.delete, pb.DeleteRequest, MAX_MESSAGE_BYTES),
+            "Report": unary(self.report, pb.ReportRequest, MAX_MESSAGE_BYTES),
             "List": unary(self.list, pb.ListRequest),
             "Verify": grpc.unary_stream_rpc_method_handler(
                 self.verify,
-                request_deserializer=pb.VerifyRequest.FromString,
+                request_deserializer=parser(pb.VerifyRequest),
                 response_serializer=pb.VerifyReply.SerializeToString,
             ),
             "Stats": unary(self.stats, pb.StatsRequest),
@@ -184,14 +185,16 @@ class StorageService:
                 context,
                 f"a content_prefix has at most {DIGEST_BYTES} bytes, not {len(request.content_prefix)}",
             )
-        # A page may take a look at every chunk of the node.
-        with self._large.admitted(context.peer(), context.is_active, size_bytes=SMALL_BYTES + 1):
-            variants, next_cursor = self._node.list(
-                request.cursor,
-                min(request.limit or MAX_LISTED, MAX_LISTED),
-                content_prefix=request.content_prefix,
-                tenant=request.tenant if request.HasField("tenant") else None,
-            )
+        tenant_bytes = len(request.tenant.encode())
+        if tenant_bytes > MAX_TENANT_BYTES:
+            _refuse(context, f"a tenant has at most {MAX_TENANT_BYTES} bytes, not {tenant_bytes}")
+        self._large.wait_for_turn()  # a page may take a look at every chunk of the node
+        variants, next_cursor = self._node.list(
+            request.cursor,
+            min(request.limit or MAX_LISTED, MAX_LISTED),
+            content_prefix=request.content_prefix,
+            tenant=request.tenant if request.HasField("tenant") else None,
+        )
         return pb.ListReply(variants=[_variant(variant) for variant in variants], next_cursor=next_cursor)
 
     def verify(

@@ -7,6 +7,9 @@ from kvstore_api.frames import FrameKind, pack_header
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.intake import MAX_TENANT_BYTES
+from kvstore_service import large_requests
+from kvstore_service.grpc_server import SMALL_REQUEST_BYTES
+from kvstore_service.large_requests import SMALL_BYTES
 from tests.sample_chunk import sample_chunk
 from tests.service.conftest import ServedNode
 from tests.service.test_bulk_server import reply, served
@@ -53,6 +56,34 @@ def test_a_prefix_longer_than_what_it_begins_is_refused(storage: ServedNode) -> 
         storage.stub.List(pb.ListRequest(content_prefix=bytes(33)))
     assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "content_prefix has at most 32 bytes" in refusal.value.details()
+
+
+def test_a_list_of_a_tenant_longer_than_any_is_refused(
+    storage: ServedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of more than 512 KiB waited for itself, and had all others wait meanwhile."""
+    monkeypatch.setattr(large_requests, "PATIENCE_S", 0.2)
+    for tenant_bytes, limit in (
+        (MAX_TENANT_BYTES + 1, "tenant has at most 255 bytes"),
+        (SMALL_BYTES, "at most"),
+    ):
+        with pytest.raises(grpc.RpcError) as refusal:
+            storage.stub.List(pb.ListRequest(tenant="x" * tenant_bytes))
+        assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert limit in refusal.value.details()
+
+
+@pytest.mark.parametrize(
+    "method", ["RenewLease", "ReleaseLease", "Use", "List", "Verify", "Stats", "Throttle"]
+)
+def test_a_request_that_names_no_chunks_is_short(storage: ServedNode, method: str) -> None:
+    """Whatever an unknown field, which is kept, makes it."""
+    ask = storage.channel.unary_stream if method == "Verify" else storage.channel.unary_unary
+    unknown = b"\x7a" + b"\x80\x80\x01" + bytes(SMALL_REQUEST_BYTES)
+    with pytest.raises(grpc.RpcError) as refusal:
+        list(ask(f"/kvstore.v1.Storage/{method}")(unknown))
+    assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert f"at most {SMALL_REQUEST_BYTES}" in refusal.value.details()
 
 
 @pytest.mark.parametrize("cancel", [False, True])

@@ -99,6 +99,20 @@ def test_whoever_waits_too_long_or_for_nobody_is_let_go(
     assert waiting(large) == 0
 
 
+def test_a_request_waits_for_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for another behind itself, and only while it is served."""
+    monkeypatch.setattr(large_requests, "PATIENCE_S", 0.2)
+    large = LargeRequests()
+    for size_bytes in (SMALL_BYTES, LARGE):
+        with large.admitted("one", lambda: True, size_bytes=size_bytes):
+            for _ in range(2):
+                large.wait_for_turn()
+                assert waiting(large) == 1
+        assert waiting(large) == 0
+    with pytest.raises(RuntimeError):
+        large.wait_for_turn()
+
+
 def test_large_requests_that_are_kept_are_bounded() -> None:
     large = LargeRequests()
     half = large_requests.MAX_KEPT_BYTES_OF_PEER // 2
