@@ -241,8 +241,6 @@ class Intake:
                     self._store.delete(location)
                 self._release_before(put)
                 return False
-            if stored is not None:
-                self._tiers.remove(stored)
             refused = location == NOWHERE and self._asked(put.options) is not Durability.MEMORY
             self._tiers.insert(
                 meta,
@@ -250,7 +248,8 @@ class Intake:
                 location=location,
                 write_back=self._store
                 is not None,  # also what the disk has refused: once more, by the keeper
-                before=put.before if put.before != NO_SLOT and self._index.listed(put.before) else NO_SLOT,
+                before=self._before(meta.encoding, put.options),  # it may have been replaced meanwhile
+                replaced=NO_SLOT if stored is None else stored,
             )
             self._release_before(put)
             self._counters.disk_refused += refused and self._store is not None

@@ -7,7 +7,7 @@ from itertools import chain, islice
 from kvstore_cluster.eviction.columns import NO_SLOT, Links, SlotQueue
 from kvstore_cluster.eviction.texts import Choice, Followers, choose
 from kvstore_cluster.index import ChunkIndex
-from kvstore_codec.errors import StorageError
+from kvstore_codec.errors import OverQuotaError, StorageError, TextTooLongError
 
 
 class Quotas:
@@ -48,9 +48,6 @@ class Quotas:
         """Whether any tenant has a limit."""
         return bool(self._limits)
 
-    def limit(self, tenant: str) -> int | None:
-        return self._limits.get(tenant)
-
     def choose(
         self, tenant: str, missing_bytes: int, may_go: Callable[[int], bool], *, spared: int = NO_SLOT
     ) -> Choice:
@@ -68,6 +65,19 @@ class Quotas:
             order.push(slot)
         return choice
 
+    def refusal(self, tenant: str, node_id: str, *, own_text: bool) -> StorageError:
+        """Why a tenant above its limit may not put a chunk: what `choose` found does not suffice."""
+        limit = self._limits[tenant]
+        if own_text:
+            return TextTooLongError(
+                f"of the {limit} bytes that tenant {tenant!r} may have on {node_id}, the beginning of the text has all "
+                "that could be had; it is kept. Raise the quota with `kvstore quota`"
+            )
+        return OverQuotaError(
+            f"tenant {tenant!r} may have {limit} bytes on {node_id} and what it has there is leased, pinned or being "
+            "read; retry later or raise the quota with `kvstore quota`"
+        )
+
     def add(self, slot: int) -> None:
         self._used[self._index.tenant(slot)] += self._index.size_bytes[slot]
         self._enter(slot)
@@ -77,6 +87,10 @@ class Quotas:
         """A chunk that is here was linked to the one before it in its text only now."""
         if self._order(slot) is not None:
             self._followers.add(slot)
+
+    def succeed(self, slot: int, old: int) -> None:
+        """`slot`, not added yet, has the place of `old` in its text."""
+        self._followers.succeed(slot, old)
 
     def touch(self, slot: int) -> None:
         if (order := self._order(slot)) is not None:

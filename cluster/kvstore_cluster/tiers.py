@@ -11,7 +11,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Set
-from itertools import islice
 
 from kvstore_cluster.arena import Arena, Extent
 from kvstore_cluster.disk import Location, RecordMeta, SegmentStore, record_bytes
@@ -28,7 +27,6 @@ from kvstore_codec.errors import (
     ChunkFormatError,
     ChunkNotFoundError,
     DiskFullError,
-    OverQuotaError,
     StorageError,
     TextTooLongError,
 )
@@ -43,8 +41,6 @@ PROMOTE_FROM = 0.5
 FLUSH_PATIENCE_S = 2.0
 _MOST_TOUCHED = 1 << 16
 _DISK_TRIES = 3
-# Chunks of a text that are looked at for one that is in a tier: a tenth of a millisecond.
-_FURTHEST_BACK = 1024
 
 
 class Tiers:
@@ -73,14 +69,13 @@ class Tiers:
         """Slots that are in memory and still have to be written to the disk, oldest first."""
         self.lock = threading.Condition()
         self._pins: Set[ChunkId] = frozenset()
+        self._orders = (self.in_memory, self.on_disk, self.quotas)
         self._readers: Counter[int] = Counter()
         self._promoting: set[int] = set()
-        self._dropped: dict[
-            int, list[Extent]
-        ] = {}  # of chunks that stay, while somebody still reads this copy
-        self._resting: list[
-            int
-        ] = []  # free slots that a lease still names: the next chunk there would profit
+        # Of chunks that stay, while somebody still reads this copy.
+        self._dropped: dict[int, list[Extent]] = {}
+        # Free slots that a lease still names: the next chunk there would profit.
+        self._resting: list[int] = []
         self._touched: list[int] = []
         self.disk_reads = DiskReads(node_id, store, self.index, self.lock, counters, self._give_up_on_disk)
 
@@ -104,11 +99,15 @@ class Tiers:
         location: Location,
         write_back: bool,
         before: int = NO_SLOT,
+        replaced: int = NO_SLOT,
     ) -> int:
-        """`before` is the slot of the nearest chunk before it in its text."""
+        """`before` is the slot of the nearest chunk before it in its text, `replaced` that of the same chunk, which is
+        no longer found then: what stands behind that one stands behind this one, if the tenant is the same."""
         self.settle()
         slot = self.index.add(meta, extent=extent, location=location)
-        if before != NO_SLOT:
+        if replaced != NO_SLOT:
+            self._succeed(slot, replaced)
+        if before != NO_SLOT and self.index.texts.before(slot) == NO_SLOT:
             self.index.link(slot, before)
         if extent is not None:
             self._enter(self.in_memory, slot)
@@ -120,6 +119,8 @@ class Tiers:
         if meta.chunk_id in self._pins:
             self.pinned.add(slot)
         self.quotas.add(slot)
+        if replaced != NO_SLOT:
+            self.remove(replaced)
         return slot
 
     def adopt(self, records: Iterable[tuple[RecordMeta, Location]]) -> None:
@@ -167,7 +168,7 @@ class Tiers:
         self._touch(slot)
         if before != NO_SLOT:
             self._link(slot, before)
-        for order in (self.in_memory, self.on_disk, self.quotas):
+        for order in self._orders:
             order.follow(slot)
 
     def settle(self, most: int | None = None) -> bool:
@@ -253,15 +254,7 @@ class Tiers:
             tenant, excess_bytes, lambda slot: not self._protected(slot), spared=before
         )
         if sum(self.index.size_bytes[slot] for slot in choice.victims) < excess_bytes:
-            if choice.own_text:
-                raise TextTooLongError(
-                    f"of the {self.quotas.limit(tenant)} bytes that tenant {tenant!r} may have on {self.node_id}, the "
-                    "beginning of the text has all that could be had; it is kept. Raise the quota with `kvstore quota`"
-                )
-            raise OverQuotaError(
-                f"tenant {tenant!r} may have {self.quotas.limit(tenant)} bytes on {self.node_id} and what it has there "
-                "is leased, pinned or being read; retry later or raise the quota with `kvstore quota`"
-            )
+            raise self.quotas.refusal(tenant, self.node_id, own_text=choice.own_text)
         return choice.victims
 
     def header_in_memory(self, slot: int) -> bytes | None:
@@ -466,14 +459,23 @@ class Tiers:
     def _link(self, slot: int, before: int) -> None:
         """Unless the slot is linked already."""
         if self.index.texts.before(slot) == NO_SLOT and self.index.link(slot, before):
-            for order in (self.in_memory, self.on_disk, self.quotas):
+            for order in self._orders:
                 order.linked(slot)
+
+    def _succeed(self, slot: int, old: int) -> None:
+        """The chunk in `slot`, new, keeps what is known of its text where it was stored in `old`."""
+        index = self.index
+        known = index.texts.number[old] or self.in_memory.followed(old) or self.on_disk.followed(old)
+        if known and index.tenant(slot) == index.tenant(old):
+            index.texts.succeed(slot, old)
+            for order in self._orders:
+                order.succeed(slot, old)
 
     def _unlist(self, slot: int) -> None:
         self.quotas.remove(slot)
         self.index.unlist(slot)
-        for followers in (self.in_memory, self.on_disk, self.quotas):
-            followers.forget(slot)
+        for order in self._orders:
+            order.forget(slot)
         self.pinned.discard(slot)
         self.dirty.pop(slot, None)
         self.disk_reads.forget(slot)
@@ -535,7 +537,7 @@ class Tiers:
             excess_bytes,
             self._record_bytes,
             lambda slot: not self._protected(slot),
-            spared=self._nearest(before, self.on_disk),
+            spared=self.on_disk.nearest(before),
         )
         if sum(map(self._record_bytes, choice.victims)) < excess_bytes:
             raise DiskFullError(
@@ -561,13 +563,6 @@ class Tiers:
         """What is to leave a tier. Nothing has left yet."""
         self.settle()
         return order.choose(missing_bytes, size_of, may_go, pinned=self.pinned, spared=spared)
-
-    def _nearest(self, slot: int, order: EvictionOrder) -> int:
-        """The slot, or of the chunks before it in its text the nearest that is in that tier."""
-        if slot in order or slot == NO_SLOT:
-            return slot
-        nearest = islice(self.index.texts.all_before(slot), _FURTHEST_BACK)
-        return next((before for before in nearest if before in order), NO_SLOT)
 
     def _record_bytes(self, slot: int) -> int:
         return record_bytes(self.index.size_bytes[slot])
@@ -595,7 +590,7 @@ class Tiers:
             try:
                 extent = self.reserve(
                     self.index.size_bytes[slot],
-                    before=self._nearest(self.index.texts.before(slot), self.in_memory),
+                    before=self.in_memory.nearest(self.index.texts.before(slot)),
                     may_demote_before=False,
                 )
             except ArenaFullError:

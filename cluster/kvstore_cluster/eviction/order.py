@@ -1,10 +1,14 @@
 """In which order chunks leave a tier."""
 
 from collections.abc import Callable, Container, Iterator
+from itertools import islice
 
 from kvstore_cluster.eviction.base import EvictionPolicy
 from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.eviction.texts import Choice, Followers, TextLinks, choose
+
+# Chunks of a text that are looked at for one that is here: a tenth of a millisecond.
+_FURTHEST_BACK = 1024
 
 
 class EvictionOrder:
@@ -35,6 +39,13 @@ class EvictionOrder:
         """The chunk was used. Those of one text are touched last chunk first."""
         self._policy.touch(slot)
 
+    def nearest(self, slot: int) -> int:
+        """The slot, or of the chunks before it in its text the nearest that is here; NO_SLOT where none is near."""
+        if slot in self or slot == NO_SLOT:
+            return slot
+        before = islice(self._links.all_before(slot), _FURTHEST_BACK)
+        return next((earlier for earlier in before if earlier in self), NO_SLOT)
+
     def follow(self, slot: int) -> None:
         """A chunk that was just added or touched, if it is here, leaves before the one that it is linked to."""
         before = self._links.before(slot)
@@ -48,6 +59,14 @@ class EvictionOrder:
         self._policy.remove(slot, evicted=evicted)
         self._here[slot] = False
         self._followers.remove(slot)
+
+    def followed(self, slot: int) -> bool:
+        """Whether a chunk that is here is linked to that one."""
+        return self._followers[slot] > 0
+
+    def succeed(self, slot: int, old: int) -> None:
+        """`slot`, not here yet, has the place of `old` in its text."""
+        self._followers.succeed(slot, old)
 
     def forget(self, slot: int) -> None:
         """The chunk, which is not here, is no longer found."""

@@ -14,21 +14,26 @@ _LARGEST_AGE = (1 << 32) - 1
 class TextLinks:
     """For each slot the slot of the nearest chunk before it in its text that is on the same node. Texts that begin
     alike share their beginning, so the links make trees; `number`, the chunks before it in the text, grows along every
-    link, which keeps a client that lies about its texts from making a circle. 16 bytes a slot.
+    link, which keeps a client that lies about its texts from making a circle. 24 bytes a slot.
 
-    A link ends when the chunk it names is forgotten: a slot is told from the one that has its number later by how often
-    the slot was forgotten.
+    A link names a place, which a chunk that is replaced hands over to its successor. It ends when the chunk in that
+    place is forgotten: the next one there is told from it by how often the place was left.
     """
 
     def __init__(self) -> None:
         self.number = array("I")
-        self._before = array("i")
+        self._before = array("i")  # a place
         self._before_age = array("I")
-        self._ages = array("I")
+        self._ages = array("I")  # of places
+        # Every slot has one place.
+        self._places = array("i")
+        self._slots = array("i")
 
     def grow(self, slot: int) -> None:
         for column in (self.number, self._before, self._before_age, self._ages):
             grow(column, slot)
+        for column in (self._places, self._slots):
+            column.extend(range(len(column), slot + 1))
 
     def add(self, slot: int, number: int) -> None:
         """A new chunk, linked to nothing."""
@@ -39,15 +44,25 @@ class TextLinks:
         """False, and nothing is done, unless `before` stands before the slot by its number."""
         if self.number[before] >= self.number[slot]:
             return False
-        self._before[slot], self._before_age[slot] = before, self._ages[before]
+        place = self._places[before]
+        self._before[slot], self._before_age[slot] = place, self._ages[place]
         return True
+
+    def succeed(self, slot: int, old: int) -> None:
+        """`slot`, to which nothing is linked, has the chunk of `old` anew: what was linked to that one is linked to it.
+        It has the number and the link of `old`, too."""
+        places, slots = self._places, self._slots
+        places[slot], places[old] = places[old], places[slot]
+        slots[places[slot]], slots[places[old]] = slot, old
+        for column in (self.number, self._before, self._before_age):
+            column[slot] = column[old]
 
     def before(self, slot: int) -> int:
         """NO_SLOT for a chunk that begins its text, or of whose text nothing before it is known here."""
-        before = self._before[slot]
-        if before == NO_SLOT or self._ages[before] != self._before_age[slot]:
+        place = self._before[slot]
+        if place == NO_SLOT or self._ages[place] != self._before_age[slot]:
             return NO_SLOT
-        return before
+        return self._slots[place]
 
     def all_before(self, slot: int) -> Iterator[int]:
         """Nearest first."""
@@ -56,8 +71,9 @@ class TextLinks:
 
     def forget(self, slot: int) -> None:
         """The chunk is no longer found: what is linked to it stands behind nothing from now on."""
+        place = self._places[slot]
         self._before[slot] = NO_SLOT
-        self._ages[slot] = self._ages[slot] + 1 & _LARGEST_AGE
+        self._ages[place] = self._ages[place] + 1 & _LARGEST_AGE
 
 
 class Followers:
@@ -81,6 +97,12 @@ class Followers:
         before = self._links.before(slot)
         if before != NO_SLOT:
             self._counts[before] -= 1
+
+    def succeed(self, slot: int, old: int) -> None:
+        """What was linked to `old` is linked to `slot`, to which nothing was."""
+        if followers := self[old]:
+            grow(self._counts, slot)
+            self._counts[slot], self._counts[old] = followers, 0
 
     def forget(self, slot: int) -> None:
         """The slot's chunk is no longer found, so nothing is linked to it."""
