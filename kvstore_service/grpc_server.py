@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -144,8 +145,9 @@ class _StreamLimit(grpc.ServerInterceptor):  # type: ignore[misc]
 
 
 class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Parses a request, and makes its answer, when LargeRequests admits it. Parsing 65,536 references takes as long as
-    finding them, and gRPC itself would do it in the one thread that all calls go through."""
+    """Parses a request, and makes its answer, when LargeRequests admits it; the steps of a stream are small. Parsing
+    65,536 references takes as long as finding them, and gRPC itself would do it in the one thread that all calls go
+    through."""
 
     def __init__(self, large: LargeRequests) -> None:
         self._large = large
@@ -157,9 +159,17 @@ class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
         handler = continuation(details)
-        if handler is None or handler.request_streaming or details.method.startswith(_HEALTH):
+        if handler is None or details.method.startswith(_HEALTH):
             return handler
         name = details.method.rpartition("/")[2] + "Request"
+        if handler.stream_stream:
+            return grpc.stream_stream_rpc_method_handler(
+                self._taking_many(handler, name), response_serializer=handler.response_serializer
+            )
+        if handler.stream_unary:
+            return grpc.stream_unary_rpc_method_handler(
+                self._taking_many_for_one(handler, name), response_serializer=handler.response_serializer
+            )
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(self._answering_with_one(handler, name))
         return grpc.unary_stream_rpc_method_handler(
@@ -171,7 +181,7 @@ class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
             answer: bytes = b""
             try:
                 with reported(context), self._admitted(data, context):
-                    request = _parsed(handler, data, name)
+                    request = _parsed(handler, name, data)
                     answer = handler.response_serializer(handler.unary_unary(request, context))
                 return answer
             finally:  # a refusal waits for its client as an answer does
@@ -185,9 +195,23 @@ class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
         def serve(data: bytes, context: grpc.ServicerContext) -> Iterator[object]:
             with reported(context), self._large.kept(context.peer(), size_bytes=len(data)):
                 with self._admitted(data, context):
-                    request = _parsed(handler, data, name)
+                    request = _parsed(handler, name, data)
                 del data
                 yield from handler.unary_stream(request, context)
+
+        return serve
+
+    def _taking_many(self, handler: grpc.RpcMethodHandler, name: str) -> Callable[..., Iterator[object]]:
+        def serve(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[object]:
+            with reported(context):
+                yield from handler.stream_stream(_steps(handler, messages, name), context)
+
+        return serve
+
+    def _taking_many_for_one(self, handler: grpc.RpcMethodHandler, name: str) -> Callable[..., object]:
+        def serve(messages: Iterator[bytes], context: grpc.ServicerContext) -> object:
+            with reported(context):
+                return handler.stream_unary(_steps(handler, messages, name), context)
 
         return serve
 
@@ -195,12 +219,17 @@ class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
         return self._large.admitted(context.peer(), context.is_active, size_bytes=len(data))
 
 
-def _parsed(handler: grpc.RpcMethodHandler, data: bytes, name: str) -> object:
+def _steps(handler: grpc.RpcMethodHandler, messages: Iterator[bytes], name: str) -> Iterator[object]:
+    """Keeps none of them while the next one is waited for."""
+    return map(partial(_parsed, handler, name), messages)
+
+
+def _parsed(handler: grpc.RpcMethodHandler, name: str, data: bytes) -> object:
     require_few_fields(data, name)
     try:
         return handler.request_deserializer(data)
     except DecodeError as error:
-        raise MalformedRequestError(f"not a {name}") from error
+        raise MalformedRequestError(f"not a {name}: {error}") from error
 
 
 def parser(request: type, max_bytes: int = SMALL_REQUEST_BYTES) -> Callable[[bytes], object]:

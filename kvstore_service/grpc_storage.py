@@ -1,44 +1,35 @@
 """The Storage service: a thin shell around a StorageNode."""
 
-import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NoReturn
 
 import grpc
 
 from kvstore_api.bulk import decode_put_request, encode_read_piece
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_cluster.durability import Durability
 from kvstore_cluster.intake import MAX_TENANT_BYTES
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
 from kvstore_cluster.lookup import SMALL_HEADERS_BYTES, LookupResult
-from kvstore_cluster.node import MAX_LISTED, MOST_BEHIND, StorageNode
-from kvstore_cluster.put import PendingPut, PutOptions
+from kvstore_cluster.node import MAX_LISTED, StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_cluster.scrub import scrub
 from kvstore_cluster.stored import StoredVariant
 from kvstore_codec.canonical import DIGEST_BYTES
 from kvstore_codec.errors import (
     AbandonedRequestError,
-    ArenaFullError,
     BusyError,
     ChunkFormatError,
     ChunkNotFoundError,
-    ChunkTooLargeError,
     ConfigurationError,
     DiskError,
     FrameRangeError,
     InvalidKVError,
-    KVStoreError,
-    NodeDrainingError,
-    NotDurableError,
-    OverQuotaError,
-    PutStateError,
     StorageError,
-    TextTooLongError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_service.grpc_puts import put_chunks
 from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, MAX_REPLY_BYTES, GrpcServer, parser, unary
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address
@@ -46,7 +37,6 @@ from kvstore_service.throttle import Throttle
 
 MAX_CHUNKS = 65_536
 MAX_ENCODINGS = 64
-MAX_ENCODING_CHARACTERS = 64
 # The rest of a reply is for what else is said of MAX_CHUNKS chunks.
 MAX_HEADER_BYTES = MAX_REPLY_BYTES - (16 << 20)
 MAX_RANGES = 1 << 20
@@ -80,7 +70,7 @@ class StorageService:
                 self.lookup, parser(pb.LookupRequest, MAX_MESSAGE_BYTES), response_serializer=bytes
             ),
             "Put": grpc.stream_stream_rpc_method_handler(
-                self.put,
+                partial(put_chunks, self._node),
                 request_deserializer=decode_put_request,
                 response_serializer=pb.PutReply.SerializeToString,
             ),
@@ -253,48 +243,6 @@ class StorageService:
             _refuse(context, str(error))
         return pb.ThrottleReply()
 
-    def put(
-        self, steps: Iterable[pb.PutRequest | memoryview], context: grpc.ServicerContext
-    ) -> Iterator[pb.PutReply]:
-        """Answers a chunk as soon as its fate is known and skips the rest of its steps, so that a client may
-        stop sending what is stored already or will not fit."""
-        put: PendingPut | None = None
-        inside = False  # between a start and its end or revoke
-        try:
-            for step in steps:
-                kind = "data" if isinstance(step, memoryview) else step.WhichOneof("step")
-                if kind is None or inside == (kind == "start"):
-                    _refuse(
-                        context,
-                        f"a put goes start, data..., end or revoke; got {kind or 'nothing'} out of turn",
-                    )
-                inside = kind not in ("end", "revoke")
-                try:
-                    if isinstance(step, memoryview):
-                        if put is not None:
-                            put.write(step)
-                    elif kind == "start":
-                        try:
-                            put = begin_put(self._node, step.start)
-                        except InvalidKVError as error:
-                            _refuse(context, str(error))
-                        if put is None:
-                            yield pb.PutReply(status=pb.PUT_STATUS_ALREADY_STORED)
-                    elif kind == "data":
-                        if put is not None:
-                            put.write(memoryview(step.data))
-                    elif put is not None:
-                        ending, put = put, None
-                        yield _ended(ending, committed=kind == "end")
-                except KVStoreError as error:
-                    if put is not None:
-                        put.revoke()
-                        put = None
-                    yield put_refusal(error)
-        finally:
-            if put is not None:
-                put.revoke()
-
     def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Yields serialised ReadReply messages. What is read stays in memory until its range was sent."""
         chunks = _chunk_ids(request.chunks, context)
@@ -364,63 +312,6 @@ def serve_storage(
     large = large or LargeRequests()
     handlers = StorageService(node, bulk_endpoint, repair, throttle, large).handlers()
     return GrpcServer(Address(host, 0), service, handlers, advertise_host=advertise_host, large=large)
-
-
-def begin_put(node: StorageNode, start: pb.PutStart) -> PendingPut | None:
-    """As StorageNode.begin_put. Raises InvalidKVError and PutStateError for a start that makes no sense, too."""
-    if len(start.calibration) not in (0, DIGEST_BYTES):
-        raise PutStateError(
-            f"a put's calibration is a digest of {DIGEST_BYTES} bytes, or empty; {len(start.calibration)} bytes came"
-        )
-    if len(start.encoding) > MAX_ENCODING_CHARACTERS:
-        raise PutStateError(
-            f"a put's encoding has a name of {len(start.encoding)} characters; at most {MAX_ENCODING_CHARACTERS}"
-        )
-    if start.durability not in pb.Durability.values() or not 0 <= start.cost < math.inf:
-        raise PutStateError("a put's durability is one of the known ones, and its cost is not negative")
-    if len(start.behind) > MOST_BEHIND:
-        raise PutStateError(f"a put names at most {MOST_BEHIND} chunks before it, not {len(start.behind)}")
-    return node.begin_put(
-        ChunkId(ContentId(start.chunk.content_id), PrefixId(start.chunk.prefix_id)),
-        start.encoding,
-        start.size_bytes,
-        start.calibration or None,
-        PutOptions(
-            Durability(start.durability),
-            start.ttl_s,
-            start.tenant,
-            start.cost,
-            start.number,
-            tuple(ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id)) for ref in start.behind),
-        ),
-    )
-
-
-def _ended(put: PendingPut, *, committed: bool) -> pb.PutReply:
-    if not committed:
-        put.revoke()
-        return pb.PutReply(status=pb.PUT_STATUS_REVOKED)
-    return pb.PutReply(status=pb.PUT_STATUS_STORED if put.commit() else pb.PUT_STATUS_ALREADY_STORED)
-
-
-def put_refusal(error: KVStoreError) -> pb.PutReply:
-    return pb.PutReply(
-        status=_put_status(error), message=str(error), text_cut=isinstance(error, TextTooLongError)
-    )
-
-
-def _put_status(error: KVStoreError) -> pb.PutStatus:
-    match error:
-        case ArenaFullError() | NodeDrainingError():
-            return pb.PUT_STATUS_FULL
-        case OverQuotaError():
-            return pb.PUT_STATUS_OVER_QUOTA
-        case NotDurableError():
-            return pb.PUT_STATUS_NOT_DURABLE
-        case ChunkTooLargeError():
-            return pb.PUT_STATUS_TOO_LARGE
-        case _:
-            return pb.PUT_STATUS_INVALID
 
 
 def _variant(variant: StoredVariant) -> pb.StoredVariant:

@@ -23,7 +23,8 @@ from kvstore_codec.errors import (
     MalformedRequestError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
-from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES, begin_put, put_refusal
+from kvstore_service.grpc_puts import begin_put, put_refusal
+from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.request_fields import require_few_fields
 from kvstore_service.throttle import Throttle

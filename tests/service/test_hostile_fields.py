@@ -1,13 +1,16 @@
 """Fields of requests that are kept, or repeated in messages, have a length; what is longer is refused by name."""
 
+from collections.abc import Iterator
+
 import grpc
 import pytest
 
-from kvstore_api.frames import FrameKind, pack_header
+from kvstore_api.frames import MAX_PUT_START_BYTES, FrameKind, pack_header
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.intake import MAX_TENANT_BYTES
 from kvstore_service import large_requests
+from kvstore_service.grpc_puts import put_chunks
 from kvstore_service.grpc_server import SMALL_REQUEST_BYTES
 from kvstore_service.large_requests import SMALL_BYTES
 from tests.sample_chunk import sample_chunk
@@ -49,6 +52,50 @@ def test_a_put_with_a_field_of_another_length_is_refused_on_both_ports(
         connected.sendall(pack_header(FrameKind.PUT, len(message)) + message + CHUNK.data)
         require_refusal(reply(connected), name)
         assert port.node.stats().chunks == 0
+
+
+def put_stream(storage: ServedNode, message: bytes) -> list[bytes]:
+    return list(storage.channel.stream_stream("/kvstore.v1.Storage/Put")(iter([message])))
+
+
+@pytest.mark.parametrize("tag", [b"\x0a", b"\x1a", b"\x7a"], ids=["start", "end", "unknown"])
+def test_a_step_of_a_put_other_than_data_is_short(storage: ServedNode, tag: bytes) -> None:
+    """8 MiB of empty references took 75 MiB, and were kept until the next step came."""
+    length = MAX_PUT_START_BYTES + 1
+    step = tag + bytes([0x80 | length & 0x7F, 0x80 | length >> 7 & 0x7F, length >> 14])
+    with pytest.raises(grpc.RpcError) as refusal:
+        put_stream(storage, step + b"\x52\x00" * (length // 2) + b"\x52")
+    assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert f"at most {MAX_PUT_START_BYTES} bytes" in refusal.value.details()
+
+
+def test_what_is_no_step_of_a_put_is_refused(storage: ServedNode) -> None:
+    with pytest.raises(grpc.RpcError) as refusal:
+        put_stream(storage, b"\x0a\xff")
+    assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "not a PutRequest" in refusal.value.details()
+
+
+def test_data_of_a_put_is_not_kept_until_more_comes(storage: ServedNode) -> None:
+    def steps() -> Iterator[pb.PutRequest | memoryview]:
+        data = bytearray(CHUNK.data)
+        yield pb.PutRequest(
+            start=pb.PutStart(chunk=ref(CHUNK), encoding=CHUNK.encoding, size_bytes=len(data))
+        )
+        yield memoryview(data)
+        data.clear()  # raises BufferError while anybody has a view of it
+        yield END
+
+    (reply,) = put_chunks(storage.node, steps())
+    assert reply.status == pb.PUT_STATUS_STORED
+
+
+def test_millions_of_empty_fields_are_refused_in_a_stream(stub: rpc.CoordinatorStub) -> None:  # noqa: F811
+    unknown = pb.PutCalibrationRequest.FromString(b"\x7a\x00" * (1 << 20))
+    with pytest.raises(grpc.RpcError) as refusal:
+        stub.PutCalibration(iter([unknown]))
+    assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "fields in one request" in refusal.value.details()
 
 
 def test_a_prefix_longer_than_what_it_begins_is_refused(storage: ServedNode) -> None:
