@@ -2,10 +2,12 @@
 
 import functools
 import random
+import threading
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -159,6 +161,48 @@ def another_precision_on_processors(model: PreTrainedModel, draw: random.Random)
 @change("apart")
 def another_precision_everywhere(model: PreTrainedModel, draw: random.Random) -> Undo:
     return precision_of(torch.backends, "tf32")
+
+
+# What users keep on a model
+
+
+@change("same")
+def arrays_of_statistics(model: PreTrainedModel, draw: random.Random) -> None:
+    model.statistics = {"means": np.arange(3)}
+
+
+@change("same")
+def a_lock_in_a_list(model: PreTrainedModel, draw: random.Random) -> None:
+    layer(model, draw).extra = [threading.Lock()]
+    model.extra = [threading.Lock()]
+
+
+@change("same")
+def a_counter_of_calls(model: PreTrainedModel, draw: random.Random) -> None:
+    model.calls, model.counts = 0, {"calls": 0}
+
+    def count(*_: object) -> None:
+        model.calls += 1
+        model.counts["calls"] += 1
+
+    model.lm_head.register_forward_hook(count)
+
+
+@change("same")
+def captured_activations(model: PreTrainedModel, draw: random.Random) -> None:
+    model.saved = []
+    model.lm_head.register_forward_hook(lambda _module, inputs, _output: model.saved.append(inputs[0]))
+    model(torch.tensor([[1, 2, 3]]))  # these ask for gradients
+
+
+@change("same")
+def tensors_in_a_list(model: PreTrainedModel, draw: random.Random) -> None:
+    model.saved = [torch.ones(3), torch.ones(4)]
+
+
+@change("model_changed")
+def arrays_in_the_config(model: PreTrainedModel, draw: random.Random) -> None:
+    model.config.extra = {"means": np.arange(3)}
 
 
 # Buffers

@@ -1,7 +1,9 @@
 """Changes are seen before a call reads, while its KV is on its way, and before it stores."""
 
+import threading
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from accelerate import dispatch_model
@@ -178,3 +180,34 @@ def test_a_changed_model_is_not_calibrated() -> None:
     model.model.layers[0].register_forward_hook(steer)
     with pytest.raises(UnsupportedModelError, match=r"steer on layers\.0"):
         ObservedModel(model)
+
+
+def test_a_model_that_cannot_be_looked_at_is_left_alone_until_it_can(client: KVStoreClient) -> None:
+    cached = CachedModel(tiny_model(), client)
+    config, own = cached.model.config, cached.model.generate(PROMPT, **GREEDY)
+    config.odd = {"means": np.arange(3)}
+    for _ in range(2):
+        assert torch.equal(cached.generate(PROMPT, **GREEDY), own)
+        assert cached.last_report.bypassed == "model_changed"
+    del config.odd
+    cached.generate(PROMPT, **GREEDY)
+    assert cached.last_report.bypassed is None
+    config.odd = [threading.Lock()]
+    for _ in range(2):
+        refusal = cached._identity.current().refusal
+        assert refusal is not None
+        assert "lock" in refusal.detail
+    with pytest.raises(UnsupportedModelError, match="lock"):
+        CachedModel(cached.model, client)
+
+
+def test_a_setting_that_is_a_list_is_looked_into() -> None:
+    model = tiny_model("gemma3")
+    identity = ModelIdentity(model)
+    kinds = model.model.rotary_emb.layer_types
+    kinds.append("another")
+    refusal = identity.current().refusal
+    assert refusal is not None
+    assert refusal.reason == "changed_setting"
+    kinds.pop()
+    assert identity.current().refusal is None

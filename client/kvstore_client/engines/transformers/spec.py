@@ -53,9 +53,14 @@ def describe(
     except UnsupportedModelError:
         raise
     except Exception as error:
-        raise UnsupportedModelError(
-            f"this {type(model).__name__} cannot be described ({type(error).__name__}: {error}); its KV is not reused"
-        ) from error
+        raise cannot_describe(model, error) from error
+
+
+def cannot_describe(model: PreTrainedModel, error: Exception) -> UnsupportedModelError:
+    """What to raise when `error` came up while `model` was looked at."""
+    return UnsupportedModelError(
+        f"this {type(model).__name__} cannot be described ({type(error).__name__}: {error}); its KV is not reused"
+    )
 
 
 def loaded_model(model: Any) -> PreTrainedModel:

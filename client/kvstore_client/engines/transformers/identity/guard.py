@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from kvstore_client.engines.transformers.identity.base import Refusal
 from kvstore_client.engines.transformers.identity.state import ModelState
-from kvstore_client.engines.transformers.spec import Description, describe
+from kvstore_client.engines.transformers.spec import Description, cannot_describe, describe
 from kvstore_codec.errors import CodecError
 from kvstore_codec.model_spec import ModelSpec
 
@@ -24,12 +24,14 @@ class Described:
     """What names its chunks."""
     refusal: Refusal | None
     """Why its KV must be neither read nor stored, if so."""
-    _state: ModelState = field(compare=False, repr=False)
+    _state: ModelState | None = field(compare=False, repr=False)
+    """None for a model that cannot be looked at."""
     _hooks_made: int = field(compare=False, repr=False)
 
     def still_holds(self) -> bool:
         """Whether the model has not changed since, nor had another hook for a while. About 1 ms for 30 layers."""
-        return self._hooks_made == _hooks_made() and self._state.is_current()
+        unhooked = self._hooks_made == _hooks_made()
+        return unhooked and self._state is not None and self._state.is_current()
 
 
 class ModelIdentity:
@@ -41,9 +43,9 @@ class ModelIdentity:
     def __init__(self, model: PreTrainedModel, model_id: str | None = None) -> None:
         self._model, self._model_id = model, model_id
         self._lock = threading.Lock()
-        self._state = ModelState(model)
-        self._description = describe(model, model_id)
+        self._state: ModelState | None = None
         self._refusal: Refusal | None = None
+        self._description = self._look()
         self._note(self._description.refusal)
 
     @property
@@ -56,22 +58,32 @@ class ModelIdentity:
         changed (another dtype, a merged adapter, a training step)."""
         with self._lock:
             hooks_made = _hooks_made()
-            if not self._state.is_current():
+            if self._state is None or not self._state.is_current():
                 self._renew()
             return Described(self.spec, self._refusal, self._state, hooks_made)
 
     def _renew(self) -> None:
-        before, self._state = self._state, ModelState(self._model)
-        same_weights = self._state.tensors.same_as(before.tensors)
         try:
-            self._description = describe(
-                self._model, self._model_id, self._description, same_weights=same_weights
-            )
+            self._description = self._look(self._description)
             self._note(self._description.refusal)
         except CodecError as error:
             # Whatever was hashed belongs to other weights; the next look must not take it for these.
             self._description = Description(self.spec, None, self._description.reference, weights_known=False)
             self._note(Refusal("model_changed", str(error)))
+
+    def _look(self, known: Description | None = None) -> Description:
+        """Raises UnsupportedModelError, whatever goes wrong."""
+        before, self._state = self._state, None
+        try:
+            state = self._state = ModelState(self._model)
+            same_weights = before is not None and state.tensors.same_as(before.tensors)
+            description = describe(self._model, self._model_id, known, same_weights=same_weights)
+            state.watch_settings(self._model, description.reference)
+        except CodecError:
+            raise
+        except Exception as error:
+            raise cannot_describe(self._model, error) from error
+        return description
 
     def _note(self, refusal: Refusal | None) -> None:
         if refusal is not None and refusal != self._refusal:

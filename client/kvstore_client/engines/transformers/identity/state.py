@@ -3,7 +3,8 @@
 import copy
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvstore_client.engines.transformers.identity.code import classes_of, namespaces_of
 from kvstore_client.engines.transformers.identity.hooks import global_hooks
-from kvstore_client.engines.transformers.identity.modules import uncompiled_name
+from kvstore_client.engines.transformers.identity.modules import named_modules, uncompiled_name
 from kvstore_client.engines.transformers.identity.precision import float32_matmul_precision
+from kvstore_client.engines.transformers.identity.reference import Reference
 
 _SAMPLES = 4
 """Values of each parameter that are compared."""
@@ -82,7 +84,11 @@ class TensorState:
 
 class ModelState:
     """Everything of a model in which a change would show: its modules, their attributes, hooks and tensors, the code
-    that they run, and the config. Keeps references, so that nothing that went away is taken for what came after."""
+    that they run, and the config. Keeps references, so that nothing that went away is taken for what came after.
+
+    What users keep on the model object, such as counters or captured activations, is no part of it. Whatever raises
+    while a model is looked at for the first time is raised.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         modules = list(model.modules())
@@ -90,11 +96,11 @@ class ModelState:
         containers: list[Any] = []
         for module in modules:
             attributes = vars(module)
+            own = attributes.values if module is not model else partial(_effective, attributes)
             self._sources += [
-                attributes.values, module._parameters.values, module._buffers.values, module._modules.values,
+                own, module._parameters.values, module._buffers.values, module._modules.values,
                 module._forward_hooks.values, module._forward_pre_hooks.values,
             ]  # fmt: skip
-            containers += [v for k, v in attributes.items() if not k.startswith("_") and _is_container(v)]
             containers.append(module._non_persistent_buffers_set)
         classes = classes_of(modules)
         configs = {id(c): c for m in modules for c in vars(m).values() if isinstance(c, PreTrainedConfig)}
@@ -107,11 +113,23 @@ class ModelState:
         self._sources += [ALL_ATTENTION_FUNCTIONS.values, ALL_MASK_ATTENTION_FUNCTIONS.values]
         self._objects = self._look()
         self._containers, self._contents = containers, copy.deepcopy(containers)
+        if self._containers != self._contents:  # raises for arrays, which no later look could compare
+            raise ValueError("its config holds values that do not equal their own copies")
         self._precision = float32_matmul_precision()
         self.tensors = TensorState(model)
 
+    def watch_settings(self, model: PreTrainedModel, reference: Reference) -> None:
+        """From now on also notice changes inside the lists, dicts and sets that are settings of the model's modules."""
+        for name, module in named_modules(model.get_decoder()):
+            implied = reference.modules.get(name)
+            for key in implied.settings if implied is not None else ():
+                value = vars(module).get(key)
+                if _is_container(value):
+                    self._containers.append(value)
+                    self._contents.append(copy.deepcopy(value))
+
     def is_current(self) -> bool:
-        """Whether nothing has changed; about 1 ms for 30 layers. Safe to ask from any thread."""
+        """Whether nothing has changed; about 1 ms for 30 layers. Safe to ask from any thread, and never raises."""
         try:
             now = self._look()
             return (
@@ -121,11 +139,20 @@ class ModelState:
                 and self._precision == float32_matmul_precision()
                 and self.tensors.is_current()
             )
-        except RuntimeError:  # something changed while it was looked at
+        except Exception:  # something changed while it was looked at, or cannot be compared any more
             return False
 
     def _look(self) -> list[object]:
         return list(itertools.chain.from_iterable(source() for source in self._sources))
+
+
+def _effective(attributes: Mapping[str, object]) -> list[object]:
+    """What of a model's own attributes may have an effect on what it computes. Its parts are looked at apart."""
+    return [
+        value
+        for name, value in attributes.items()
+        if name.startswith("_") or callable(value) or isinstance(value, PreTrainedConfig)
+    ]
 
 
 def _is_container(value: object) -> bool:
