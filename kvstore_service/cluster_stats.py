@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_codec.errors import ServiceError
+from kvstore_service.background_health import BACKGROUND
 
 _TIMEOUT_S = 5.0
 
@@ -19,6 +21,20 @@ def cluster_stats(address: str) -> pb.ClusterStatsReply:
         return reply
 
 
+def background_works(address: str) -> bool:
+    """Whether none of the coordinator's background loops fails. Raises ServiceError when no coordinator answers at
+    `address`."""
+    with _coordinator_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=BACKGROUND)
+        try:
+            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.NOT_FOUND:  # an older one, which does not tell
+                return True
+            raise
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+
 def list_calibrations(address: str) -> list[pb.CalibrationInfo]:
     """What the registry has, oldest first. Raises ServiceError when no coordinator answers at `address`."""
     with _coordinator(address) as stub:
@@ -28,9 +44,15 @@ def list_calibrations(address: str) -> list[pb.CalibrationInfo]:
 
 @contextmanager
 def _coordinator(address: str) -> Iterator[rpc.CoordinatorStub]:
+    with _coordinator_channel(address) as channel:
+        yield rpc.CoordinatorStub(channel)
+
+
+@contextmanager
+def _coordinator_channel(address: str) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            yield rpc.CoordinatorStub(channel)
+            yield channel
         except grpc.RpcError as error:
             raise ServiceError(
                 f"no coordinator answers at {address} ({error.code().name}); "

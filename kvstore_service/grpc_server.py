@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from kvstore_codec.errors import AbandonedRequestError, BusyError, MalformedRequestError
+from kvstore_service.background_health import HealthWithBackground
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error
 from kvstore_service.request_fields import require_few_fields
@@ -64,7 +65,7 @@ class GrpcServer:
             options=_OPTIONS,
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
-        self._health = health.HealthServicer(
+        self._health = HealthWithBackground(
             experimental_non_blocking=True, experimental_thread_pool=self._pool
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

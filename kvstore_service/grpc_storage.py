@@ -9,6 +9,7 @@ import grpc
 
 from kvstore_api.bulk import decode_put_request, encode_read_piece
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.background import background_health
 from kvstore_cluster.intake import MAX_TENANT_BYTES
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
 from kvstore_cluster.lookup import SMALL_HEADERS_BYTES, LookupResult
@@ -215,7 +216,9 @@ class StorageService:
 
     def stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsReply:  # noqa: ARG002
         stats = self._node.stats()
-        counters, gauges = stats.counters, stats.gauges
+        background = background_health()
+        counters = stats.counters | {"background_errors": background.errors}
+        gauges = stats.gauges | {"background_failing": len(background.failing)}
         if self._repair is not None:
             counters = counters | self._repair.counters()
             gauges = gauges | self._repair.gauges(stats.chunks)

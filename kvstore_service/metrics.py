@@ -28,6 +28,7 @@ _TEXTS = {
     "pinned": "Stored variants that are pinned.",
     "draining": "Whether the node is draining.",
     "drain_left": "Stored variants that a draining node has still to give.",
+    "background_failing": "Background loops of the node's process that fail now; its log says why.",
     "repair_running": "Whether a walk of repair is under way.",
     "repair_round": "Last round of repair in which every other node answered.",
     "repair_epoch": "Epoch of the last walk in which every other node answered.",

@@ -199,10 +199,14 @@ class AdmissionQueue(Generic[Request]):
                 else:
                     entry.kv = _NothingToFetch()  # what never began cannot be cancelled
                     self._arrived(entry)
-            if cancelled and started:
-                entry.kv.cancel()
-            elif started:
-                entry.kv.on_ready(partial(self._on_ready, entry))
+            try:
+                if cancelled and started:
+                    entry.kv.cancel()
+                elif started:
+                    entry.kv.on_ready(partial(self._on_ready, entry))
+            except Exception:  # as if nothing came: the next are to be started
+                log.exception("a fetch for a request cannot be followed: the request will be computed")
+                self._on_ready(entry)
             del entry  # an idle queue holds on to nobody's buffers
 
     @staticmethod

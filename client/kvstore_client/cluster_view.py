@@ -15,6 +15,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.fork import GATE
 from kvstore_client.grpc_failure import told
+from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
 from kvstore_client.transport import Transport, Transports
 from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
@@ -58,13 +59,15 @@ class ClusterView:
     used while the coordinator is away: losing the coordinator never stops reads.
     """
 
-    def __init__(self, settings: ClientSettings) -> None:
+    def __init__(self, settings: ClientSettings, metrics: ClientMetrics | None = None) -> None:
+        """`metrics` count what goes wrong where nobody waits for it."""
         host, _, port = settings.address.rpartition(":")
         if not host or not (port.isascii() and port.isdigit()):
             raise ConfigurationError(
                 f"address {settings.address!r} of the coordinator is not of the form host:port"
             )
         self._settings = settings
+        self._metrics = metrics or ClientMetrics()
         self._address = settings.address
         self._lock = threading.Lock()
         self._channels: dict[str, grpc.Channel] = {}
@@ -255,14 +258,23 @@ class ClusterView:
         try:
             # Before the probe: a node that came back elsewhere is not to be waited for where it was.
             self._ask(self._settings.lookup_timeout_s)
-        except NodeUnavailableError:
-            with self._lock:  # keep the old membership, and try again a whole interval later
-                self._fetched_at_s = time.monotonic()
+        except Exception as error:
+            self._not_refreshed(error)
         try:
             self._probe()
+        except Exception as error:
+            self._not_refreshed(error)
         finally:
             with self._lock:
                 self._refreshing = False
+
+    def _not_refreshed(self, error: Exception) -> None:
+        """Keep the old membership, and try again a whole interval later."""
+        with self._lock:
+            self._fetched_at_s = time.monotonic()
+        if not isinstance(error, NodeUnavailableError):
+            detail = f"asking the coordinator at {self._address} for its members failed: {error}"
+            self._metrics.missed("membership_internal_error", detail=detail, error=error)
 
     def _probe(self) -> None:
         """Find out which of the paused nodes answer again."""

@@ -24,7 +24,8 @@ class FailureLog:
         self._causes: dict[str, tuple[float, int]] = {}
         """When each was logged, and how often it has happened since, the latest logged last."""
 
-    def warn(self, cause: str, message: str) -> None:
+    def warn(self, cause: str, message: str, error: Exception | None = None) -> None:
+        """With the traceback of `error`, if one is given."""
         now_s = self._clock()
         with self._lock:
             logged_at_s, since = self._causes.get(cause, (-math.inf, 0))
@@ -35,4 +36,9 @@ class FailureLog:
             self._causes[cause] = now_s, 0
             if len(self._causes) > _MOST_CAUSES:
                 del self._causes[next(iter(self._causes))]
-        log.warning("%s%s", message, f" ({since} more times since the last such line)" if since else "")
+        log.warning(
+            "%s%s",
+            message,
+            f" ({since} more times since the last such line)" if since else "",
+            exc_info=error,
+        )

@@ -80,13 +80,15 @@ class ClientMetrics:
         events: int = 1,
         detail: str | None = None,
         cause: str | None = None,
+        error: Exception | None = None,
     ) -> None:
         """Count events of not reusing for `reason`, which cost `chunks` chunks that had been promised.
 
         A failure says in `detail` what happened and what to do; it is logged once a minute for each `cause` (default:
-        the reason). Without `detail` it is part of normal work."""
+        the reason), with the traceback of `error`, which is a mistake of ours. Without `detail` it is part of normal
+        work."""
         if detail is not None:
-            self.failures.warn(reason if cause is None else cause, detail)
+            self.failures.warn(reason if cause is None else cause, detail, error)
         with REGISTRY_LOCK:
             _MISSES.labels(reason).inc(events)
             _CHUNKS.labels("missing").inc(chunks)

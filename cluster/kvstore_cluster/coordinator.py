@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore_api.placement import Member, Membership
+from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.catalogue import Catalogue, ClusterState, NodeRecord
 from kvstore_codec.errors import CatalogueError, TooManyPinsError, TooManyQuotasError, UnknownNodeError
 from kvstore_codec.identity import ChunkId
@@ -60,8 +61,9 @@ class Coordinator:
         )
         # Nodes may know versions of a coordinator that could not keep them.
         self._life = secrets.randbits(32)
-        self._keeping: threading.Thread | None = None
-        self._closed = threading.Event()
+        self._keeping: BackgroundLoop | None = None
+        self._keep_failed = False
+        self._closed = False
 
     def join(self, member: Member, incarnation: int) -> Membership:
         """A node says that it is up; nodes repeat it, which changes nothing. Another `incarnation` than the
@@ -193,11 +195,11 @@ class Coordinator:
 
     def close(self) -> None:
         """Gives up what could not be written. The catalogue is left open."""
-        self._closed.set()
         with self._lock:
+            self._closed = True
             keeping = self._keeping
         if keeping is not None:
-            keeping.join()
+            keeping.stop()
 
     def _set_pins(self, change: Callable[[frozenset[ChunkId]], frozenset[ChunkId]]) -> int:
         def changed(state: ClusterState) -> ClusterState:
@@ -245,17 +247,16 @@ class Coordinator:
                 return
         try:
             self._keep_now()
-        except CatalogueError:
+        except Exception:
             self._keep_soon()  # which says why, if that is still so
 
     def _keep_soon(self) -> None:
         """Has a thread write the state, which tries until that works."""
         with self._lock:
-            if self._keeping is None and self._state is not self._kept and not self._closed.is_set():
-                self._keeping = threading.Thread(
-                    target=self._keep_until, name="kvstore-catalogue", daemon=True
-                )
-                self._keeping.start()
+            if self._keeping is None and self._state is not self._kept and not self._closed:
+                keeping = BackgroundLoop("kvstore-catalogue", lambda: self._try_to_keep(keeping))
+                self._keeping, self._keep_failed = keeping, False
+                keeping.start()
 
     def _keep_now(self) -> None:
         """Raises CatalogueError."""
@@ -268,22 +269,21 @@ class Coordinator:
             with self._lock:
                 self._kept = state
 
-    def _keep_until(self) -> None:
-        failed = False
-        while True:
-            try:
-                self._keep_now()
-            except CatalogueError as error:
-                if not failed:
-                    log.warning("the membership is not kept, and will be once that is possible: %s", error)
-                failed = True
-                if self._closed.wait(_RETRY_PERIOD_S):
-                    return
-                continue
-            with self._lock:
-                if self._state is self._kept:
-                    self._keeping = None
-                    break
+    def _try_to_keep(self, keeping: BackgroundLoop) -> None:
+        """A step of `keeping`, which ends when the state is written."""
+        try:
+            self._keep_now()
+        except CatalogueError as error:
+            if not self._keep_failed:
+                log.warning("the membership is not kept, and will be once that is possible: %s", error)
+            self._keep_failed = True
+            keeping.stopping.wait(_RETRY_PERIOD_S)
+            return
+        with self._lock:
+            if self._state is not self._kept:
+                return
+            self._keeping, failed = None, self._keep_failed
+        keeping.stop()
         if failed:
             log.info("the membership is kept again")
 

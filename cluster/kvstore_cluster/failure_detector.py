@@ -1,10 +1,10 @@
 """Notices storage nodes that stop answering, and those that answer again."""
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from kvstore_api.placement import Member
+from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.catalogue import NodeRecord
 from kvstore_cluster.coordinator import Coordinator
 
@@ -30,16 +30,14 @@ class FailureDetector:
         self._probe = probe
         self._period_s = period_s
         self._misses: Counter[tuple[str, int]] = Counter()
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvstore-failure-detector", daemon=True)
+        self._loop = BackgroundLoop("kvstore-failure-detector", self._check_when_due)
 
     def start(self) -> None:
-        self._thread.start()
+        self._loop.start()
 
     def stop(self) -> None:
         """Waits for the probe under way."""
-        self._stopped.set()
-        self._thread.join()
+        self._loop.stop()
 
     def check(self) -> None:
         """Probes every known node once."""
@@ -61,6 +59,6 @@ class FailureDetector:
         if self._misses[key] >= MISSES_UNTIL_DEAD:
             self._coordinator.mark_dead(*key, reason)
 
-    def _run(self) -> None:
-        while not self._stopped.wait(self._period_s):
+    def _check_when_due(self) -> None:
+        if not self._loop.stopping.wait(self._period_s):
             self.check()

@@ -1,13 +1,8 @@
 """The thread that looks after a storage node: write-back, demotion, expiry, compaction."""
 
-import logging
-import threading
-
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.node import StorageNode
-from kvstore_codec.errors import StorageError
-
-log = logging.getLogger(__name__)
 
 PERIOD_S = 0.5
 
@@ -19,25 +14,19 @@ class Keeper:
         self._node = node
         self._arena = arena
         self._period_s = period_s
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvstore-keeper", daemon=True)
+        self._populating = True
+        # What could not be moved stays where it is until the next round.
+        self._loop = BackgroundLoop("kvstore-keeper", self._look_after, longest_pause_s=period_s)
 
     def start(self) -> None:
-        self._thread.start()
+        self._loop.start()
 
     def stop(self) -> None:
         """Waits for the round under way."""
-        self._stopped.set()
-        self._thread.join()
+        self._loop.stop()
 
-    def _run(self) -> None:
-        populating = True
-        while not self._stopped.is_set():
-            try:
-                populating = populating and self._arena.populate()
-                if not self._node.maintain() and not populating:
-                    self._node.wait_for_work(self._period_s)
-            except StorageError as error:
-                # What could not be moved stays where it is; the next round tries again.
-                log.warning("looking after %s failed: %s", self._node.node_id, error)
-                self._stopped.wait(self._period_s)
+    def _look_after(self) -> None:
+        worked = self._node.maintain()
+        self._populating = self._populating and self._arena.populate()
+        if not worked and not self._populating:
+            self._node.wait_for_work(self._period_s)

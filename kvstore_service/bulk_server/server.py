@@ -8,6 +8,7 @@ import threading
 import time
 
 from kvstore_api.byte_stream import ByteStream
+from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.node import StorageNode
 from kvstore_service.bulk_server.session import RefusedError, Session
 from kvstore_service.large_requests import LargeRequests
@@ -64,7 +65,7 @@ class BulkServer:
         self._connections: dict[ByteStream, threading.Thread] = {}
         self._idle: dict[ByteStream, None] = {}  # longest first
         self._leaving: set[ByteStream] = set()  # closed by us, their threads about to notice
-        self._acceptor = threading.Thread(target=self._accept, name="kvstore-bulk-accept", daemon=True)
+        self._acceptor = BackgroundLoop("kvstore-bulk-accept", self._accept)
         self._acceptor.start()
 
     def stop(self, grace_s: float = 1.0) -> None:
@@ -78,28 +79,30 @@ class BulkServer:
         with contextlib.suppress(OSError):  # not connected, says the kernel, but the acceptor wakes
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        self._acceptor.stop()
         for thread in connections.values():
             thread.join(max(0.0, until - time.monotonic()))
         for stream, thread in connections.items():
             stream.abort()
             thread.join()
-        self._acceptor.join()
 
     def _accept(self) -> None:
-        while True:
-            try:
-                connected, peer = self._listener.accept()
-            except OSError as error:
-                if self._stopping:
-                    return
+        try:
+            connected, peer = self._listener.accept()
+        except OSError as error:
+            if not self._stopping:
                 log.warning("the bulk port of %s cannot accept: %s", self._node.node_id, error)
-                time.sleep(_RETRY_ACCEPT_S)  # out of file descriptors, most likely; somebody may return one
-                continue
-            try:
-                self._begin(connected, str(Address(peer[0], peer[1])))
-            except (OSError, RuntimeError) as error:  # gone already, or no more threads
-                log.warning("a bulk connection from %s was not served: %s", peer[0], error)
-                connected.close()
+                # Out of file descriptors, most likely; somebody may return one.
+                self._acceptor.stopping.wait(_RETRY_ACCEPT_S)
+            return
+        try:
+            self._begin(connected, str(Address(peer[0], peer[1])))
+        except (OSError, RuntimeError) as error:  # gone already, or no more threads
+            log.warning("a bulk connection from %s was not served: %s", peer[0], error)
+            connected.close()
+        except BaseException:
+            connected.close()
+            raise
 
     def _begin(self, connected: socket.socket, peer: str) -> None:
         if self._tls is not None:
@@ -111,8 +114,8 @@ class BulkServer:
             if self._stopping or (full and not self._dismiss_idle()):
                 stream.close()
                 return
-            self._connections[stream] = thread
             thread.start()
+            self._connections[stream] = thread
 
     def _serve(self, stream: ByteStream, peer: str) -> None:
         try:

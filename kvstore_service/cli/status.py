@@ -23,16 +23,16 @@ _TEXT_COLUMNS = ("node", "state", "repair")
 
 def status(address: options.Address = DEFAULT_ADDRESS, json_output: options.Json = False) -> None:
     """Show nodes, chunks, bytes in memory and on disk, hits and repair of a running cluster."""
-    from kvstore_service.cluster_stats import cluster_stats
+    from kvstore_service.cluster_stats import background_works, cluster_stats
     from kvstore_service.listen import Address
 
-    reply = cluster_stats(str(Address.parse(address)))
+    parsed = str(Address.parse(address))
+    reply, well = cluster_stats(parsed), background_works(parsed)
     if json_output:
-        typer.echo(
-            json.dumps({"epoch": reply.epoch, "nodes": [_row(node) for node in reply.nodes]}, indent=2)
-        )
+        rows = [_row(node) for node in reply.nodes]
+        typer.echo(json.dumps({"epoch": reply.epoch, "background_works": well, "nodes": rows}, indent=2))
     else:
-        print_table(_table(address, reply))
+        print_table(_table(address, reply, background_works=well))
 
 
 def _row(node: "pb.NodeStatus") -> dict[str, Any]:
@@ -56,13 +56,13 @@ def _row(node: "pb.NodeStatus") -> dict[str, Any]:
     }
 
 
-def _table(address: str, reply: "pb.ClusterStatsReply") -> "Table":
+def _table(address: str, reply: "pb.ClusterStatsReply", *, background_works: bool) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.markup import escape
     from rich.table import Table
 
     rows = [_cells(node) for node in reply.nodes]
-    notes: list[str] = []
+    notes = [] if background_works else ["coordinator: a background loop fails; its log says why"]
     for node in reply.nodes:
         name = escape(node.member.node_id)
         if not node.alive or node.error:
@@ -71,6 +71,8 @@ def _table(address: str, reply: "pb.ClusterStatsReply") -> "Table":
             notes.append(f"{name}, disk: {escape(node.stats.disk_error)}")
         elif unreadable := node.stats.gauges.get("disk_unreadable"):
             notes.append(f"{name}, disk: {unreadable} chunks could not be read; check that disk")
+        if failing := node.stats.gauges.get("background_failing", 0):
+            notes.append(f"{name}: {failing} background loops fail; its log says why")
     table = Table(
         title=escape(f"cluster at {address}, epoch {reply.epoch}"),
         caption="\n".join(notes) or None,

@@ -67,6 +67,13 @@ class Request:
         return self.name
 
 
+class Deaf(Load):
+    """KV of which nobody can hear that it is there."""
+
+    def on_ready(self, callback: Callable[[], object]) -> None:
+        raise TypeError("a mistake")
+
+
 Queue = AdmissionQueue[Request]
 A, B, C, D = map(Request, "abcd")
 
@@ -317,3 +324,14 @@ def test_every_request_comes_once_within_bounds(seed: int, fetches: int, buffer_
     assert alone_at_most
     assert (queue.waiting, queue._fetching, queue._held_bytes) == (0, 0, 0)
     assert queue.close() == []
+
+
+def test_a_fetch_that_cannot_be_followed_keeps_nobody_waiting(queue: Queue) -> None:
+    later = Load()
+    queue.submit(A, Deaf())
+    queue.submit(B, later)
+    assert queue.next_ready(SOON_S) is A
+    later.arrive()
+    assert queue.next_ready(SOON_S) is B
+    queue.finished(A)
+    queue.finished(B)

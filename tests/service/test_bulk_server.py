@@ -310,3 +310,20 @@ def test_no_request_starts_a_thread(port: Port) -> None:
         connected.sendall(put_frame() + CHUNK.data)
         reply(connected)
         assert set(threading.enumerate()) <= before
+
+
+def test_the_port_goes_on_accepting_whatever_went_wrong(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, failed = port.server._begin, threading.Event()
+
+    def fail_once(connected: socket.socket, peer: str) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise TypeError("a mistake")
+        begin(connected, peer)
+
+    monkeypatch.setattr(port.server, "_begin", fail_once)
+    with port.connected() as connected:
+        assert failed.wait(5)
+    with port.connected() as connected:
+        connected.sendall(put_frame() + CHUNK.data)
+        assert reply(connected).status == pb.PUT_STATUS_STORED

@@ -14,6 +14,7 @@ from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
@@ -21,7 +22,7 @@ from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import AddressInUseError, ServiceError
-from kvstore_service.cluster_stats import cluster_stats
+from kvstore_service.cluster_stats import background_works, cluster_stats
 from kvstore_service.grpc_coordinator import CoordinatorServer, serve_coordinator
 from kvstore_service.grpc_server import GrpcServer
 from kvstore_service.grpc_storage import serve_storage
@@ -154,6 +155,31 @@ def test_health(server: CoordinatorServer) -> None:
         for service in ("", "kvstore.v1.Coordinator"):
             reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_background_loops_that_fail_show_in_health_and_stats(
+    server: CoordinatorServer, node: GrpcServer
+) -> None:
+    def fail() -> None:
+        raise TypeError("a mistake")
+
+    assert background_works(server.address)
+    loop = BackgroundLoop("kvstore-test", fail, longest_pause_s=1e6)
+    loop.start()
+    wait_until(lambda: not background_works(server.address))
+    with grpc.insecure_channel(node.address) as channel:
+        stats = rpc.StorageStub(channel).Stats(pb.StatsRequest())
+    assert _serving(server.address, "")  # requests are served all the same
+    loop.stop()
+    assert stats.gauges["background_failing"] >= 1
+    assert stats.counters["background_errors"] >= 1
+    assert background_works(server.address)
+
+
+def _serving(address: str, service: str) -> bool:
+    with grpc.insecure_channel(address) as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
+    return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def test_nobody_there_is_one_clear_error() -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ import ray.exceptions
 from kvstore_api.placement import Member
 from kvstore_cluster.actors.endpoint import NodeEndpoint
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.eviction import POLICIES
 from kvstore_cluster.keeper import Keeper
@@ -68,8 +68,8 @@ class StorageActor:
         self._keeper = Keeper(self._node, arena)
         # By name: Ray cannot restart an actor whose constructor was given a handle that it has forgotten.
         self._coordinator = ray.get_actor(coordinator)
-        self._stopping = threading.Event()
-        self._registering = threading.Thread(target=self._keep_registered, name="kvstore-join", daemon=True)
+        self._directives_version = 0
+        self._registering = BackgroundLoop("kvstore-join", self._stay_registered)
         for background in (self._keeper, self._repair, self._registering):
             background.start()
 
@@ -78,8 +78,7 @@ class StorageActor:
 
     def stop(self, grace_s: float) -> None:
         """Leaves the cluster, stops the endpoint, and writes to disk what is only in memory."""
-        self._stopping.set()
-        self._registering.join()
+        self._registering.stop()
         try:
             ray.get(
                 self._coordinator.leave.remote(self._member.node_id, self._incarnation),
@@ -93,26 +92,24 @@ class StorageActor:
         self._keeper.stop()
         self._node.close()
 
-    def _keep_registered(self) -> None:
+    def _stay_registered(self) -> None:
         """Joins, and repeats it: a coordinator that restarted may not know this node, and others have come and gone."""
-        known = 0
-        while not self._stopping.is_set():
-            try:
-                directives = ray.get(
-                    self._coordinator.join.remote(self._member, self._incarnation, known),
-                    timeout=_REGISTER_TIMEOUT_S,
-                )
-            except ray.exceptions.RayError as error:
-                log.warning("node %s could not register, trying again: %s", self._member.node_id, error)
-            else:
-                known = directives.version
-                if directives.pins is not None:
-                    self._node.set_pins(directives.pins)
-                if directives.quotas is not None:
-                    self._node.set_quotas(directives.quotas)
-                self._node.set_draining(directives.draining)
-                self._repair.update(directives)
-            self._stopping.wait(_REGISTER_PERIOD_S)
+        try:
+            directives = ray.get(
+                self._coordinator.join.remote(self._member, self._incarnation, self._directives_version),
+                timeout=_REGISTER_TIMEOUT_S,
+            )
+        except ray.exceptions.RayError as error:
+            log.warning("node %s could not register, trying again: %s", self._member.node_id, error)
+        else:
+            if directives.pins is not None:
+                self._node.set_pins(directives.pins)
+            if directives.quotas is not None:
+                self._node.set_quotas(directives.quotas)
+            self._node.set_draining(directives.draining)
+            self._repair.update(directives)
+            self._directives_version = directives.version
+        self._registering.stopping.wait(_REGISTER_PERIOD_S)
 
 
 def _open_store(node_id: str, options: StorageOptions) -> SegmentStore | None:

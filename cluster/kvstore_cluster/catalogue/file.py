@@ -6,6 +6,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.catalogue.base import ClusterState
 from kvstore_cluster.catalogue.document import MAX_DOCUMENT_BYTES, read_document, unsound, write_document
 from kvstore_cluster.durable import lock_folder, relock_folder, rename_durably
@@ -38,14 +39,13 @@ class FileCatalogue:
         self._writing = threading.Lock()
         self._kept: str | None = None
         """What the file holds; None when there is none yet."""
-        self._closed = threading.Event()
-        self._watching = threading.Thread(target=self._watch, name="kvstore-catalogue-file", daemon=True)
+        self._reported = ""
+        self._watching = BackgroundLoop("kvstore-catalogue-file", self._watch)
         self._watching.start()
 
     def close(self) -> None:
         """Lets another coordinator have the folder."""
-        self._closed.set()
-        self._watching.join()
+        self._watching.stop()
         os.close(self._lock_fd)
 
     def load(self) -> ClusterState:
@@ -90,21 +90,21 @@ class FileCatalogue:
             raise _unwritable(folder, error) from error
 
     def _watch(self) -> None:
-        """Writes the file again when it was removed, until that works."""
-        reported = ""
-        while not self._closed.wait(_WATCH_PERIOD_S):
-            try:
-                with self._writing:
-                    if self._kept is None or self._path.exists():
-                        continue
-                    self._write(self._kept)
-            except (CatalogueError, OSError) as error:
-                if str(error) != reported:
-                    log.warning("%s was removed and cannot be written again: %s", self._path, error)
-                reported = str(error)
-            else:
-                log.error("%s was removed while it is in use; it was written again", self._path)
-                reported = ""
+        """Waits a period, and writes the file again when it was removed."""
+        if self._watching.stopping.wait(_WATCH_PERIOD_S):
+            return
+        try:
+            with self._writing:
+                if self._kept is None or self._path.exists():
+                    return
+                self._write(self._kept)
+        except (CatalogueError, OSError) as error:
+            if str(error) != self._reported:
+                log.warning("%s was removed and cannot be written again: %s", self._path, error)
+            self._reported = str(error)
+        else:
+            log.error("%s was removed while it is in use; it was written again", self._path)
+            self._reported = ""
 
 
 def _in_use(folder: Path) -> CatalogueError:

@@ -15,6 +15,7 @@ import threading
 import time
 from typing import NamedTuple
 
+from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.catalogue.base import ClusterState
 from kvstore_cluster.catalogue.document import read_document, write_document
 from kvstore_cluster.redis_connection import RedisConnection
@@ -86,8 +87,8 @@ class RedisCatalogue:
         except CatalogueError:
             self._redis.close()
             raise
-        self._closed = threading.Event()
-        self._renewing = threading.Thread(target=self._renew, name="kvstore-redis-owner", daemon=True)
+        # No longer than a renewal's period: who does not renew loses the namespace.
+        self._renewing = BackgroundLoop("kvstore-redis-owner", self._renew, longest_pause_s=_RENEW_PERIOD_S)
         self._renewing.start()
 
     def load(self) -> ClusterState:
@@ -119,8 +120,7 @@ class RedisCatalogue:
 
     def close(self) -> None:
         """Lets another coordinator have the namespace."""
-        self._closed.set()
-        self._renewing.join()
+        self._renewing.stop()
         try:
             with self._redis.client() as client:
                 client.eval(_RELEASE, 1, self._keys[0], self._token)
@@ -142,19 +142,20 @@ class RedisCatalogue:
             time.sleep(_LOCK_S / 30)
 
     def _renew(self) -> None:
-        while not self._closed.wait(_RENEW_PERIOD_S):
-            try:
-                with self._lock:
-                    if self._note_loss(self._write(None)):
-                        self._write(self._saved)
-            except CatalogueError as error:
-                if self._usable:
-                    log.warning("pins, quotas and draining nodes cannot be changed: %s", error)
-                self._usable = False
-            else:
-                if not self._usable:
-                    log.info("%s can be used again", self._name)
-                self._usable = True
+        if self._renewing.stopping.wait(_RENEW_PERIOD_S):
+            return
+        try:
+            with self._lock:
+                if self._note_loss(self._write(None)):
+                    self._write(self._saved)
+        except CatalogueError as error:
+            if self._usable:
+                log.warning("pins, quotas and draining nodes cannot be changed: %s", error)
+            self._usable = False
+        else:
+            if not self._usable:
+                log.info("%s can be used again", self._name)
+            self._usable = True
 
     def _write(self, new: _Saved | None) -> str:
         """Writes `new`, or renews the ownership alone, and returns the revision that was there before."""

@@ -3,6 +3,7 @@
 import logging
 import threading
 
+from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.disk.log import SegmentLog
 from kvstore_codec.errors import DiskError
 
@@ -15,50 +16,50 @@ class Upkeep:
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
         self._due = threading.Event()
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._reported = ""
+        self._loop = BackgroundLoop("kvstore-disk", self._work, wake=self.wake, longest_pause_s=period_s)
+        self._segments: SegmentLog | None = None
         self._starting = threading.Lock()
 
     @property
     def stopping(self) -> threading.Event:
-        return self._stopping
+        return self._loop.stopping
 
     def start(self, segments: SegmentLog) -> None:
         """Does nothing when it runs already."""
-        if self._thread is None:
+        if self._segments is None:
             with self._starting:
-                if self._thread is None:
-                    self._thread = threading.Thread(
-                        target=self._run, args=(segments,), name="kvstore-disk", daemon=True
-                    )
-                    self._thread.start()
+                if self._segments is None:
+                    self._segments = segments
+                    self._loop.start()
 
     def wake(self) -> None:
         self._due.set()
 
     def stop(self) -> None:
         """Returns once the thread has ended."""
-        self._stopping.set()
-        self._due.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._loop.stop()
 
-    def _run(self, segments: SegmentLog) -> None:
-        reported = ""
-        tasks = (
+    def _work(self) -> None:
+        segments, mistake = self._segments, None
+        if segments is None:
+            return
+        self._due.wait(self._period_s)
+        self._due.clear()
+        for task in (
             segments.give_up_removed,
             segments.revive,
             segments.measure,
             segments.seal_closed,
             segments.sync_written,
-        )
-        while not self._stopping.is_set():
-            self._due.wait(self._period_s)
-            self._due.clear()
-            for task in tasks:
-                try:
-                    task()
-                except DiskError as error:
-                    if str(error) != reported:  # once, and not every period
-                        log.warning("%s", error)
-                    reported = str(error)
+        ):
+            try:
+                task()
+            except DiskError as error:
+                if str(error) != self._reported:  # once, and not every period
+                    log.warning("%s", error)
+                self._reported = str(error)
+            except Exception as error:  # a mistake in one task must not keep the others from their work
+                mistake = mistake or error
+        if mistake is not None:
+            raise mistake

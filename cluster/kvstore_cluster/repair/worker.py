@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from kvstore_api.placement import Member, Membership, Placement
+from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.coordinator import Directives
 from kvstore_cluster.repair.base import Outcome, PeerNodes, Stock
 from kvstore_cluster.repair.pace import Pace
@@ -75,7 +76,6 @@ class RepairWorker:
         self._pace = Pace(bytes_per_s)
         self._period_s = period_s
         self._changed = threading.Condition()
-        self._stopped = False
         self._membership: Membership | None = None
         self._repair_round = 0
         self._due_s = 0.0  # of the next walk
@@ -86,18 +86,14 @@ class RepairWorker:
         self._left = 0  # variants that an owner lacked after the last walk; before it, while draining
         self._stuck = 0  # those of them that nobody took
         self._counters = RepairCounters()
-        self._thread = threading.Thread(target=self._run, name="kvstore-repair", daemon=True)
+        self._loop = BackgroundLoop("kvstore-repair", self._walk_when_due, wake=self._interrupt)
 
     def start(self) -> None:
-        self._thread.start()
+        self._loop.start()
 
     def stop(self) -> None:
         """Ends the copy under way."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        self._peers.close()
-        self._thread.join()
+        self._loop.stop()
 
     def update(self, directives: Directives) -> None:
         """What the coordinator says now; called every second or so."""
@@ -134,24 +130,28 @@ class RepairWorker:
         with self._changed:
             return {name: getattr(self._counters, name) for name in RepairCounters.__slots__}
 
-    def _run(self) -> None:
-        while (walk := self._next()) is not None:
-            try:
-                complete = self._look_through(walk)
-            except KVStoreError as error:
-                log.warning("repair stopped and will go on later: %s", error)
-                complete = False
-            except Exception:  # a mistake of ours; nobody waits for this, so it is said here
-                log.exception("repair stopped and will go on later")
-                complete = False
+    def _interrupt(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+        self._peers.close()
+
+    def _walk_when_due(self) -> None:
+        walk = self._next()
+        if walk is None:
+            return
+        complete = False
+        try:
+            complete = self._look_through(walk)
+        except KVStoreError as error:
+            log.warning("repair stopped and will go on later: %s", error)
+        finally:
             with self._changed:
                 self._walk = None
-                if self._is_old(walk):
-                    continue
-                if complete:
-                    self._complete = walk
-                if self._repair_round == walk.repair_round:
-                    self._due_s = time.monotonic() + self._pause_s(walk, complete=complete)
+                if not self._is_old(walk):
+                    if complete:
+                        self._complete = walk
+                    if self._repair_round == walk.repair_round:
+                        self._due_s = time.monotonic() + self._pause_s(walk, complete=complete)
 
     def _pause_s(self, walk: _Walk, *, complete: bool) -> float:
         """Until the next walk."""
@@ -164,7 +164,7 @@ class RepairWorker:
     def _next(self) -> _Walk | None:
         """Waits until a walk is due; None when stopped."""
         with self._changed:
-            while not self._stopped:
+            while not self._loop.stopping.is_set():
                 left_s = None
                 if self._membership is not None:
                     left_s = self._due_s - time.monotonic()
@@ -261,10 +261,12 @@ class RepairWorker:
     def _wait(self, walk: _Walk, wait_s: float) -> bool:
         """False as soon as the walk is to be given up."""
         with self._changed:
-            return not self._changed.wait_for(lambda: self._stopped or self._is_old(walk), wait_s)
+            return not self._changed.wait_for(
+                lambda: self._loop.stopping.is_set() or self._is_old(walk), wait_s
+            )
 
     def _is_old(self, walk: _Walk) -> bool:
-        return self._stopped or walk.membership != self._membership
+        return self._loop.stopping.is_set() or walk.membership != self._membership
 
     def _is_draining(self) -> bool:
         members = self._membership.members if self._membership is not None else ()
