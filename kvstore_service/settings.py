@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from kvstore_api.address import DEFAULT_ADDRESS
-from kvstore_api.environment import without_service_links
+from kvstore_api.environment import FORMER_DURABILITY, under_new_name, without_service_links
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.config_file import read_config, shortened
@@ -140,7 +140,7 @@ class EffectiveSetting:
 
 def variable(name: str) -> str:
     """The environment variable of a setting."""
-    return PREFIX + name.upper()
+    return PREFIX + ("NODE_DURABILITY" if name == "durability" else name.upper())
 
 
 def load_settings(config: Path | None = None, **flags: object) -> Settings:
@@ -185,7 +185,11 @@ def _load(config: Path | None, flags: Mapping[str, object]) -> tuple[Settings, d
 def _environment() -> dict[str, str | None]:
     """Settings by name, from variables in capitals or not."""
     names = {variable(name).lower(): name for name in Settings.model_fields}
-    variables = {name.lower(): value for name, value in os.environ.items() if name.lower() in names}
+    given: dict[str, str | None] = {name.lower(): value for name, value in os.environ.items()}
+    if given.get(FORMER_DURABILITY) == "default":  # only clients ever knew this value
+        del given[FORMER_DURABILITY]
+    given = under_new_name(given, FORMER_DURABILITY, variable("durability").lower())
+    variables = {name: value for name, value in given.items() if name in names}
     return {names[name]: value for name, value in without_service_links(variables, names).items()}
 
 

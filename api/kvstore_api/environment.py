@@ -1,4 +1,4 @@
-"""Variables that Kubernetes sets by itself, told apart from settings."""
+"""Environment variables: what Kubernetes sets by itself, told apart from settings, and settings' former names."""
 
 import logging
 import re
@@ -8,6 +8,9 @@ log = logging.getLogger(__name__)
 
 _LINK = re.compile(r"(tcp|udp|sctp)://[^/]+:\d+")
 _named: set[str] = set()
+
+FORMER_DURABILITY = "kvstore_durability"
+"""Was read by clients and nodes alike, which mean different things by it."""
 
 
 def without_service_links(
@@ -27,3 +30,18 @@ def without_service_links(
         )  # fmt: skip
     _named.update(links)
     return {name: value for name, value in variables.items() if name not in links}
+
+
+def under_new_name(variables: Mapping[str, str | None], former: str, new: str) -> dict[str, str | None]:
+    """The variables, in small letters, with what stands under `former` moved to `new` unless that has a value.
+
+    A warning names both, once in a process.
+    """
+    moved = dict(variables)
+    value = moved.pop(former, None)
+    if not value or moved.get(new):
+        return moved
+    if new not in _named:
+        log.warning("%s is read as %s, which is its name now", former.upper(), new.upper())
+        _named.add(new)
+    return moved | {new: value}

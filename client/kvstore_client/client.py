@@ -55,6 +55,9 @@ def connect(address: str | None = None, **settings: Any) -> "KVStoreClient":
     """
     if address is not None:
         settings["address"] = address
+    if "durability" in settings:
+        log.warning("the client setting durability is called put_durability now")
+        settings["put_durability"] = settings.pop("durability")
     unknown = settings.keys() - ClientSettings.model_fields.keys()
     if unknown:
         known = ", ".join(ClientSettings.model_fields)

@@ -15,7 +15,7 @@ from pydantic_settings import (
 )
 
 from kvstore_api.address import DEFAULT_ADDRESS
-from kvstore_api.environment import without_service_links
+from kvstore_api.environment import FORMER_DURABILITY, under_new_name, without_service_links
 from kvstore_client.cache_dir import default_cache_dir, expanded
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import UnknownEncodingError
@@ -86,7 +86,8 @@ class ClientSettings(BaseSettings):
         names = [f"{_PREFIX}{name}".lower() for name in cls.model_fields if name != "address"]
         for source in chosen:
             if isinstance(source, EnvSettingsSource):
-                source.env_vars = without_service_links(source.env_vars, names)
+                variables = under_new_name(source.env_vars, FORMER_DURABILITY, "kvstore_put_durability")
+                source.env_vars = without_service_links(variables, names)
         return chosen
 
     address: str = DEFAULT_ADDRESS
@@ -158,7 +159,7 @@ class ClientSettings(BaseSettings):
     ttl_s: int = Field(default=0, ge=0)
     """How long new chunks are kept; 0: until they are evicted."""
 
-    durability: Durability = Durability.DEFAULT
+    put_durability: Durability = Durability.DEFAULT
     """What an acknowledged chunk survives."""
 
     tenant: str = ""

@@ -325,7 +325,7 @@ class Store:
         return pb.PutStart(
             ttl_s=settings.ttl_s,
             tenant=settings.tenant,
-            durability=_DURABILITIES[settings.durability],
+            durability=_DURABILITIES[settings.put_durability],
             cost=chunk.cost,
         )
 

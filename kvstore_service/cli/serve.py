@@ -87,7 +87,8 @@ def serve(
 ) -> None:
     """Run a cluster in the foreground: one line when it is ready, a clean stop on SIGTERM, SIGHUP or Ctrl-C.
 
-    Each option may also be a KVSTORE_* variable or stand in the file; one that is empty is not set.
+    Each option may also be a KVSTORE_* variable (--durability: KVSTORE_NODE_DURABILITY) or stand in the file; one that
+    is empty is not set.
 
     Ends with exit status 1 when the cluster is lost."""
     # No handler: Ray's calls would be broken off wherever they stand.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kvstore_api import environment
 from kvstore_client import connect
 from kvstore_client.cache_dir import default_cache_dir
-from kvstore_client.settings import ClientSettings
+from kvstore_client.settings import ClientSettings, Durability
 from kvstore_codec.errors import ConfigurationError
 from tests.client.conftest import ServedCluster
 from tests.client.models import random_prompt, tiny_model
@@ -172,3 +173,19 @@ def test_a_user_id_that_nobody_knows_can_connect(cluster: ServedCluster) -> None
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("kvstore-54321")
+
+
+def test_durability_has_a_name_of_its_own_and_its_former_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(environment, "_named", set())
+    monkeypatch.setenv("KVSTORE_DURABILITY", "durable")
+    for _ in range(2):
+        assert ClientSettings().put_durability is Durability.DURABLE
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "KVSTORE_DURABILITY is read as KVSTORE_PUT_DURABILITY" in warning
+    monkeypatch.setenv("KVSTORE_PUT_DURABILITY", "memory")
+    assert ClientSettings().put_durability is Durability.MEMORY
+    with connect(durability="relaxed") as client:
+        assert client.settings.put_durability is Durability.RELAXED
+    assert "put_durability" in caplog.text

@@ -279,7 +279,7 @@ def test_a_coordinator_that_forgot_its_nodes_stops_no_read(replicated: Replicate
 def test_nodes_are_told_how_chunks_are_to_be_kept(tmp_path: Path) -> None:
     with (
         served_cluster(tmp_path) as cluster,
-        connect(cluster.address, tenant="alice", ttl_s=100, durability="memory") as client,
+        connect(cluster.address, tenant="alice", ttl_s=100, put_durability="memory") as client,
     ):
         chunks = [NewChunk(id_, lambda: random_kv(0), cost=300.0) for id_ in ids(2)]
         assert client.store.put(SPEC, chunks).result(timeout=10) == 2
@@ -289,7 +289,7 @@ def test_nodes_are_told_how_chunks_are_to_be_kept(tmp_path: Path) -> None:
 
 
 def test_a_put_that_cannot_be_durable_is_refused(tmp_path: Path) -> None:
-    with served_cluster(tmp_path) as cluster, connect(cluster.address, durability="durable") as client:
+    with served_cluster(tmp_path) as cluster, connect(cluster.address, put_durability="durable") as client:
         assert client.store.put(SPEC, [NewChunk(ids(1)[0], lambda: random_kv(0))]).result(timeout=10) == 0
         assert client.metrics.snapshot()["miss_store_not_durable"] == 1
 

@@ -247,3 +247,22 @@ def test_each_setting_says_where_it_is_from(tmp_path: Path, monkeypatch: pytest.
     assert found["listen"] == ("127.0.0.1:5", "--listen")
     assert found["redis"] == ("not set", "default")
     assert set(found) == set(Settings.model_fields)
+
+
+def test_a_nodes_durability_is_not_a_clients(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both may stand in one environment."""
+    monkeypatch.setattr(environment, "_named", set())
+    monkeypatch.setenv("KVSTORE_PUT_DURABILITY", "default")
+    assert load_settings().durability == "relaxed"
+    monkeypatch.setenv("KVSTORE_DURABILITY", "default")  # by its former name
+    assert load_settings().durability == "relaxed"
+    assert not caplog.records
+    monkeypatch.setenv("KVSTORE_DURABILITY", "memory")
+    assert load_settings().durability == "memory"
+    assert "KVSTORE_DURABILITY is read as KVSTORE_NODE_DURABILITY" in caplog.text
+    monkeypatch.setenv("KVSTORE_NODE_DURABILITY", "durable")
+    assert load_settings().durability == "durable"
+    settings = {setting.name: setting.source for setting in effective_settings()}
+    assert settings["durability"] == "KVSTORE_NODE_DURABILITY"

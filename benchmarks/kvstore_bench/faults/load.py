@@ -65,7 +65,7 @@ class Load:
     ) -> None:
         chance = random.Random(seed)
         torch.set_num_threads(1)
-        with connect(self._address, encoding=ENCODING, durability="durable", tenant="") as client:
+        with connect(self._address, encoding=ENCODING, put_durability="durable", tenant="") as client:
             while not self._stopped.wait(chance.expovariate(per_s)):
                 event = step(client, chance)
                 if event is not None:
