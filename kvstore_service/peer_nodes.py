@@ -50,8 +50,8 @@ class GrpcPeers:
     def __init__(self, node: StorageNode) -> None:
         self._node = node
         self._lock = threading.Lock()
-        self._channels: dict[str, grpc.Channel] = {}
-        self._promises_again_s: dict[str, float] = {}  # by endpoint, of those that could not
+        self._channels: dict[str, tuple[str, grpc.Channel]] = {}  # by node_id: its endpoint, and one to there
+        self._promises_again_s: dict[str, float] = {}  # by node_id, of those that could not
         self._closed = False
 
     def lookup(self, member: Member, chunks: Sequence[ChunkId], encoding: str) -> list[bool]:
@@ -74,10 +74,10 @@ class GrpcPeers:
 
     def push(self, member: Member, variants: Sequence[StoredVariant]) -> list[Outcome]:
         """What is on this node's disk shall be as durable there; who cannot promise that keeps it as it can."""
-        durably = time.monotonic() >= self._promises_again_s.get(member.endpoint, 0.0)
+        durably = time.monotonic() >= self._promises_again_s.get(member.node_id, 0.0)
         outcomes, not_durable = self._send(member, variants, durably=durably)
         if durably and not_durable:
-            self._promises_again_s[member.endpoint] = time.monotonic() + _WITHOUT_PROMISE_S
+            self._promises_again_s[member.node_id] = time.monotonic() + _WITHOUT_PROMISE_S
             others, _ = self._send(member, [variants[index] for index in not_durable], durably=False)
             for index, outcome in zip(not_durable, others, strict=True):
                 outcomes[index] = outcome
@@ -145,7 +145,7 @@ class GrpcPeers:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for channel in self._channels.values():
+            for _, channel in self._channels.values():
                 channel.close()
             self._channels.clear()
 
@@ -163,9 +163,13 @@ class GrpcPeers:
         with self._lock:
             if self._closed:
                 raise NodeUnavailableError(f"{member.node_id} is not called any more")
-            if member.endpoint not in self._channels:
-                self._channels[member.endpoint] = grpc.insecure_channel(member.endpoint, _CHANNEL_OPTIONS)
-            return self._channels[member.endpoint]
+            endpoint, channel = self._channels.get(member.node_id, ("", None))
+            if channel is None or endpoint != member.endpoint:
+                if channel is not None:  # the node was started anew, elsewhere
+                    channel.close()
+                channel = grpc.insecure_channel(member.endpoint, _CHANNEL_OPTIONS)
+                self._channels[member.node_id] = member.endpoint, channel
+            return channel
 
 
 def _start(variant: StoredVariant, *, durable: bool) -> pb.PutRequest:

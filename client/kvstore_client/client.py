@@ -87,7 +87,7 @@ class KVStoreClient:
         settings = self.settings
         self.metrics = ClientMetrics()
         self.buffers = BufferPool(settings.pool_bytes)
-        self._view = ClusterView(settings, self.metrics)
+        self._view = ClusterView(settings, self.metrics, self.links.keep)
         self.calibrations = Calibrations(self._view, settings, self.metrics)
         """What is known about models' KV, by digest."""
         self.ready_calibrations = ReadyCalibrations(self.calibrations, settings, self.metrics)

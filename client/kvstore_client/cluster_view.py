@@ -1,10 +1,9 @@
 """What a client knows of the cluster: its members, and a channel to each."""
 
-import ctypes
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,24 +12,16 @@ import grpc
 from kvstore_api.placement import Member, Membership, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
-from kvstore_client.fork import GATE
+from kvstore_client.channels import Channels
 from kvstore_client.grpc_failure import told
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
 from kvstore_client.transport import Transport, Transports
 from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
 
-_CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 8 << 20),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    # A channel of a forked child must not find the connection of its parent's channel.
-    ("grpc.use_local_subchannel_pool", 1),
-]
-
 _LONGEST_PAUSE_S = 30.0
+_FORGET_PAUSE_S = 300.0
+"""After its end: who fails again then is paused briefly."""
 _PROBE_TIMEOUT_S = 0.25
 _LAST_CALLS_S = 1.0
 """How long `close` waits for calls that nobody else waits for."""
@@ -59,8 +50,14 @@ class ClusterView:
     used while the coordinator is away: losing the coordinator never stops reads.
     """
 
-    def __init__(self, settings: ClientSettings, metrics: ClientMetrics | None = None) -> None:
-        """`metrics` count what goes wrong where nobody waits for it."""
+    def __init__(
+        self,
+        settings: ClientSettings,
+        metrics: ClientMetrics | None = None,
+        keep: Callable[[Collection[str]], object] = lambda _: None,
+    ) -> None:
+        """`metrics` count what goes wrong where nobody waits for it. `keep` is told which nodes' addresses are in use,
+        whenever the members are heard of."""
         host, _, port = settings.address.rpartition(":")
         if not host or not (port.isascii() and port.isdigit()):
             raise ConfigurationError(
@@ -68,16 +65,17 @@ class ClusterView:
             )
         self._settings = settings
         self._metrics = metrics or ClientMetrics()
+        self._keep = keep
         self._address = settings.address
         self._lock = threading.Lock()
-        self._channels: dict[str, grpc.Channel] = {}
-        self._gated: dict[str, grpc.Channel] = {}
-        """The same, by which calls are made."""
+        longest_call_s = max(settings.fetch_timeout_s, settings.put_timeout_s)
+        self._channels = Channels(settings.routes, longest_call_s=longest_call_s)
         self._transports = Transports(settings)
         self._membership: Membership | None = None
         self._placement = Placement(())  # of that membership
         self._before: Placement | None = None
         self._before_until_s = 0.0
+        self._members_before: tuple[Member, ...] = ()
         self._canary_changes = 0
         self._fetched_at_s = 0.0
         self._refreshing = False
@@ -178,6 +176,7 @@ class ClusterView:
             known = self._pauses.get(endpoint)
             length_s = min(2 * known.length_s if known else 0.0, _LONGEST_PAUSE_S)
             length_s = max(length_s, self._settings.retry_after_s)
+            self._pauses = {e: p for e, p in self._pauses.items() if now_s < p.until_s + _FORGET_PAUSE_S}
             self._pauses[endpoint] = _Pause(now_s + length_s, length_s, until_it_answers, why)
             self._unrest_until_s = now_s + _UNREST_S
 
@@ -204,15 +203,16 @@ class ClusterView:
             self._pauses.pop(endpoint, None)
 
     def coordinator(self) -> rpc.CoordinatorStub:
-        return rpc.CoordinatorStub(self._channel(self._address))
+        return rpc.CoordinatorStub(self._channels.to(self._address))
 
     def storage(self, endpoint: str) -> rpc.StorageStub:
-        """The calls that carry no KV bytes."""
-        return rpc.StorageStub(self._channel(endpoint))
+        """The calls that carry no KV bytes. Raises NodeUnavailableError after `close`, as `coordinator` and
+        `transport` do."""
+        return rpc.StorageStub(self._channels.to(endpoint))
 
     def transport(self, member: Member) -> Transport:
         """How this member's KV bytes are read and written."""
-        return self._transports.to(member, self._channel(member.endpoint))
+        return self._transports.to(member, self._channels.to(member.endpoint))
 
     def finish_later(self, call: grpc.Future) -> None:
         """Nobody waits for this call, except `close`."""
@@ -230,19 +230,14 @@ class ClusterView:
                 call.exception(max(0.0, until_s - time.monotonic()))
             except grpc.FutureTimeoutError:
                 call.cancel()
+        self._channels.close()
         self._transports.close()
-        with self._lock:
-            for channel in self._channels.values():
-                channel.close()
-            self._channels.clear()
-            self._gated.clear()
 
     def leave_to_parent(self) -> None:
         """In a forked child: give up what is the parent's, without a trace on its connections. Nothing else may be
         called afterwards."""
         self._transports.leave_to_parent()
-        # gRPC's objects are never taken apart here: that would end the connections that the parent uses.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._channels))
+        self._channels.leave_to_parent()
 
     def _require_members(self, membership: Membership) -> None:
         if not membership.members:
@@ -309,19 +304,17 @@ class ClusterView:
             if known is not None and known.members != membership.members and self._before is None:
                 # Of several changes the first counts.
                 self._before, self._before_until_s = self._placement, time.monotonic() + _CHANGE_S
+                self._members_before = known.members
             self._membership, self._placement = membership, placement
             self._canary_changes = reply.canary_changes
             self._fetched_at_s = time.monotonic()
+            members = {*membership.members, *(self._members_before if self._before is not None else ())}
         self.recovered(self._address)
+        endpoints = {member.endpoint for member in members}
+        self._channels.keep(endpoints | {self._address})
+        self._transports.keep({member.node_id for member in members})
+        self._keep(endpoints)
         return membership
-
-    def _channel(self, endpoint: str) -> grpc.Channel:
-        with self._lock:
-            if endpoint not in self._channels:
-                dial = self._settings.routes.get(endpoint, endpoint)
-                self._channels[endpoint] = grpc.insecure_channel(dial, options=_CHANNEL_OPTIONS)
-                self._gated[endpoint] = grpc.intercept_channel(self._channels[endpoint], GATE)
-            return self._gated[endpoint]
 
 
 def _membership(reply: pb.MembershipReply) -> Membership:

@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -347,15 +348,19 @@ class _Lookup:
 
 def say_used(view: ClusterView, leases: Iterable[Lease]) -> None:
     """Tell nodes what is used of the chunks that they were asked for, without waiting. The leases on the others end."""
-    for lease in leases:
-        request = pb.UseRequest(lease_id=lease.lease_id, used=lease.used, tokens=lease.tokens)
-        call = view.storage(lease.member.endpoint).Use.future(request, timeout=_RELEASE_TIMEOUT_S)
-        view.finish_later(call)
+    with suppress(NodeUnavailableError):  # closed meanwhile: the leases expire
+        for lease in leases:
+            request = pb.UseRequest(lease_id=lease.lease_id, used=lease.used, tokens=lease.tokens)
+            call = view.storage(lease.member.endpoint).Use.future(request, timeout=_RELEASE_TIMEOUT_S)
+            view.finish_later(call)
 
 
 def release(view: ClusterView, leases: Iterable[Lease]) -> None:
     """Give leases back, without waiting; one that cannot be given back expires by itself."""
-    for lease in leases:
-        request = pb.ReleaseLeaseRequest(lease_id=lease.lease_id, used=lease.used, tokens=lease.tokens)
-        call = view.storage(lease.member.endpoint).ReleaseLease.future(request, timeout=_RELEASE_TIMEOUT_S)
-        view.finish_later(call)
+    with suppress(NodeUnavailableError):  # closed meanwhile
+        for lease in leases:
+            request = pb.ReleaseLeaseRequest(lease_id=lease.lease_id, used=lease.used, tokens=lease.tokens)
+            call = view.storage(lease.member.endpoint).ReleaseLease.future(
+                request, timeout=_RELEASE_TIMEOUT_S
+            )
+            view.finish_later(call)

@@ -191,9 +191,9 @@ class Failover:
         ids = [chunk.chunk_id for chunk in self._chunks]
         search = Search(self._view, self._settings, ids, encodings, take, all_encodings=len(encodings) > 1)
         try:
-            self._progress.on_end(search.cancel)
             tried = {index: self._tried[index] for index in indices}
-            search.run(indices, tried, self._progress.remaining_s())
+            with self._progress.until_end(search.cancel):
+                search.run(indices, tried, self._progress.remaining_s())
         except NodeUnavailableError:
             return {}, list(tasks)
         finally:

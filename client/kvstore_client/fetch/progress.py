@@ -3,7 +3,8 @@
 import heapq
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from kvstore_api.placement import Member
@@ -214,6 +215,16 @@ class Progress:
                 self._end_callbacks.append(callback)
                 return
         callback()
+
+    @contextmanager
+    def until_end(self, callback: Callable[[], object]) -> Iterator[None]:
+        """As `on_end`, while the block runs: a fetch may read from many streams, one after the other."""
+        self.on_end(callback)
+        try:
+            yield
+        finally:
+            with self._changed, suppress(ValueError):  # it was called
+                self._end_callbacks.remove(callback)
 
     # ---- called by the engine
 

@@ -16,7 +16,7 @@ from kvstore_client.fetch.progress import Progress
 from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.planning import DEFAULT_BANDWIDTH_Bps
-from kvstore_codec.errors import TransferError
+from kvstore_codec.errors import NodeUnavailableError, TransferError
 
 # Asked for at once where the plan may change: less is not worth a request; and where nothing is known of the link.
 _LEAST_BYTES, _UNKNOWN_BYTES = 128 << 10, 256 << 10
@@ -75,7 +75,7 @@ class Receiver:
                 if reason == "slow":
                     self.progress.give_back(unread)
                     continue
-                if self.progress.is_over or reason == "timeout":
+                if self.progress.is_over or reason in ("timeout", "closed"):
                     self.progress.fail_chunks(unread, reason)
                     continue
                 if reason not in ("gone", "silent"):
@@ -136,10 +136,11 @@ class Receiver:
         """One stream, until `take` is False; what it did not bring, by reason. With `hurried` it is ended when it falls
         silent, with `may_stop` between two reads when it has become slow."""
         timeline = self.progress.timeline
-        stream = self.view.transport(member).read(
-            _request(tasks, self._piece_bytes(member)), self.progress.remaining_s()
-        )
-        self.progress.on_end(stream.cancel)
+        request = _request(tasks, self._piece_bytes(member))
+        try:
+            stream = self.view.transport(member).read(request, self.progress.remaining_s())
+        except NodeUnavailableError:
+            return {"closed": list(tasks)}
         reading = Reading(
             stream,
             self.failover.links,
@@ -153,6 +154,7 @@ class Receiver:
         done = 0
         reason = "protocol"
         watching = ExitStack()
+        watching.enter_context(self.progress.until_end(stream.cancel))
         try:
             parts: list[memoryview] = []
             received = 0

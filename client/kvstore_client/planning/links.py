@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -198,6 +198,14 @@ class Links:
         """Whoever held the lock or computed in the parent does not exist in a child."""
         self._lock = threading.Lock()
         self._passes: list[_Pass] = []
+
+    def keep(self, endpoints: Collection[str]) -> None:
+        """Forget all others, but not the last one that was heard of: it stands for those that were not."""
+        with self._lock:
+            last = max(self._links, key=lambda endpoint: self._links[endpoint].seen_s, default=None)
+            gone = self._links.keys() - set(endpoints) - {last}
+            for endpoint in gone:
+                del self._links[endpoint]
 
     @contextmanager
     def computing(self, *, request: object = None, waits: bool = False) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import ssl
 import threading
+from collections.abc import Collection
 
 import grpc
 
@@ -40,6 +41,13 @@ class Transports:
                 transport = self._connect(member, channel)
                 self._bulk[member.node_id] = member, transport
             return transport
+
+    def keep(self, node_ids: Collection[str]) -> None:
+        """Forget all other members, whose idle connections are closed."""
+        with self._lock:
+            gone = [self._bulk.pop(node_id)[1] for node_id in self._bulk.keys() - set(node_ids)]
+        for transport in gone:
+            transport.close()
 
     def _reaches_bulk(self, member: Member) -> bool:
         """Who routes a member's gRPC endpoint elsewhere means all of its bytes."""

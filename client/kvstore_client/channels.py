@@ -1,0 +1,78 @@
+"""The gRPC channels of a client: one to each address that is in use."""
+
+import ctypes
+import threading
+import time
+from collections.abc import Collection, Mapping
+
+import grpc
+
+from kvstore_client.fork import GATE
+from kvstore_codec.errors import NodeUnavailableError
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 8 << 20),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A channel of a forked child must not find the connection of its parent's channel.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+class Channels:
+    """Opened when first asked for, until `close`. Thread-safe."""
+
+    def __init__(self, routes: Mapping[str, str], *, longest_call_s: float) -> None:
+        """`routes` are addresses to dial instead of others. Nobody begins a call on a channel that was given out
+        `longest_call_s` ago, and no call lasts longer."""
+        self._routes, self._longest_call_s = routes, longest_call_s
+        self._lock = threading.Lock()
+        self._closed = False
+        self._open: dict[str, tuple[grpc.Channel, grpc.Channel]] = {}
+        """By address, and the same by which calls are made."""
+        self._retired: list[tuple[float, grpc.Channel]] = []
+        """Those to addresses that are not in use any more, and until when they may still be called."""
+
+    def to(self, address: str) -> grpc.Channel:
+        """Raises NodeUnavailableError after `close`."""
+        with self._lock:
+            if self._closed:
+                raise NodeUnavailableError(f"{address} is not called any more: the client was closed")
+            if address not in self._open:
+                channel = grpc.insecure_channel(self._routes.get(address, address), options=_OPTIONS)
+                self._open[address] = channel, grpc.intercept_channel(channel, GATE)
+            return self._open[address][1]
+
+    def keep(self, addresses: Collection[str]) -> None:
+        """Retire the channels to all other addresses; each is closed when its last call must have ended."""
+        now_s = time.monotonic()
+        with self._lock:
+            for address in self._open.keys() - set(addresses):
+                self._retired.append((now_s + 2 * self._longest_call_s, self._open.pop(address)[0]))
+            over = [channel for until_s, channel in self._retired if until_s <= now_s]
+            self._retired = [retired for retired in self._retired if retired[0] > now_s]
+        for channel in over:
+            channel.close()
+
+    def __len__(self) -> int:
+        """Channels to addresses in use."""
+        with self._lock:
+            return len(self._open)
+
+    def close(self) -> None:
+        """End all calls. What is still called afterwards is unavailable."""
+        with self._lock:
+            self._closed = True
+            channels = [channel for channel, _ in self._open.values()]
+            channels += [channel for _, channel in self._retired]
+            self._open.clear()
+            self._retired.clear()
+        for channel in channels:
+            channel.close()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: gRPC's objects are never taken apart here, which would end the connections that the
+        parent uses."""
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
