@@ -45,8 +45,6 @@ class ChunkWork:
     """Most faithful first. Empty: the chunk cannot be fetched any more."""
     computable: bool = True
     """False once its bytes are being read or are there. A chunk without options is computed all the same."""
-    chosen: int | None = None
-    """Index into options of the one that is under way: a part of the chunk has come in it, and so comes the rest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,8 @@ from kvstore_client.planning.predict import predict
 
 
 class FixedPlanner:
-    """The first option of each chunk, or the one under way; computes only what cannot be fetched."""
+    """The first option of each chunk; computes only what cannot be fetched."""
 
     def plan(self, work: Work) -> Plan:
-        choices = {chunk.index: (chunk.chosen or 0) if chunk.options else COMPUTE for chunk in work.chunks}
+        choices = {chunk.index: 0 if chunk.options else COMPUTE for chunk in work.chunks}
         return predict(work, choices, "layers")

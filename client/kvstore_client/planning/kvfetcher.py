@@ -20,8 +20,6 @@ class KVFetcherPlanner:
 def _resolution(work: Work, chunk: ChunkWork) -> int:
     if not chunk.options:
         return COMPUTE
-    if chunk.chosen is not None:
-        return chunk.chosen
     bandwidth = bandwidth_of(work, chunk.endpoint)
 
     def slower_stage_s(choice: int) -> float:

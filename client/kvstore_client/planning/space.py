@@ -43,18 +43,17 @@ class Space:
         self.loss = np.zeros_like(self.receive)
         bandwidths = [bandwidth_of(work, name) for name in self._endpoints]
         losses: dict[tuple[str, ...], list[int]] = {}
-        alike: dict[tuple[tuple[str, ...], int | None], list[int]] = {}
+        alike: dict[tuple[str, ...], list[int]] = {}
         for row, chunk in enumerate(work.chunks):
             bandwidth = bandwidths[self.link[row]]
             names = tuple(option.encoding for option in chunk.options)
             if names not in losses:
                 losses[names] = _losses(names)
-            alike.setdefault((names, chunk.chosen), []).append(row)
+            alike.setdefault(names, []).append(row)
             for column, option in enumerate(chunk.options):
-                if chunk.chosen in (None, column):
-                    self.receive[row, column] = option.size_bytes / bandwidth
-                    self.decode[row, column] = option.work_s / work.decode_threads
-                    self.loss[row, column] = chunk.tokens * losses[names][column]
+                self.receive[row, column] = option.size_bytes / bandwidth
+                self.decode[row, column] = option.work_s / work.decode_threads
+                self.loss[row, column] = chunk.tokens * losses[names][column]
         self._alike = {offer: np.array(rows, np.intp) for offer, rows in alike.items()}
         self.fetchable = np.isfinite(self.receive).any(axis=1)
         self._holes = self._hole_seconds()
@@ -79,10 +78,10 @@ class Space:
         """All chunks in one encoding, where they have it, else in their quickest: one for every encoding."""
         quickest = np.argmin(np.maximum(self.receive, self.decode), axis=1)
         found: list[Indices] = []
-        for name in dict.fromkeys(name for names, _ in self._alike for name in names):
+        for name in dict.fromkeys(name for names in self._alike for name in names):
             options = quickest.copy()
-            for (names, chosen), rows in self._alike.items():
-                if name in names and chosen in (None, names.index(name)):
+            for names, rows in self._alike.items():
+                if name in names:
                     options[rows] = names.index(name)
             found.append(options)
         return found

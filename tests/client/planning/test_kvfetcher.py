@@ -34,4 +34,4 @@ def test_the_precision_does_not() -> None:
 def test_it_never_computes_what_can_be_fetched() -> None:
     assert COMPUTE not in _choices(1.0, *_RESOLUTIONS)
     assert _choices(1.0) == {COMPUTE}
-    assert _choices(1e6, *_RESOLUTIONS, chosen=0, computable=False) == {0}
+    assert _choices(1e6, _RESOLUTIONS[0], computable=False) == {0}
