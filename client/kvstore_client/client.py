@@ -3,7 +3,7 @@
 import atexit
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +20,6 @@ from kvstore_client.lookup import Match, find_prefix, find_segments, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.planning import AdaptivePlanner, FixedPlanner, KVFetcherPlanner, Links, Planner
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
-from kvstore_client.scores import report_scores
 from kvstore_client.settings import ClientSettings, FetchPolicy
 from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
@@ -218,16 +217,6 @@ class KVStoreClient:
             computing=computing,
             computed=computed,
         )
-
-    def report(self, scores: Mapping[ChunkId, float]) -> None:
-        """Tell the owners of chunks how much a model attended to them: each one's share of the attention mass, 0 to 1.
-        Value-aware nodes keep what matters longer. Nobody waits for it, and a node that cannot be told is not."""
-        if not scores or self._closed:
-            return
-        try:
-            report_scores(self._view, scores)
-        except NodeUnavailableError as error:
-            self._unreachable(error)
 
     def close(self) -> None:
         """Finish storing what was handed in, then disconnect."""

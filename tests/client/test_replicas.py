@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from kvstore_api.placement import Member, Membership, Placement
+from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.lookup import Match
+from kvstore_client.replicas import chunk_ref
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import ChunkId
 from kvstore_service.grpc_storage import serve_storage
@@ -298,9 +300,8 @@ def test_nodes_keep_what_models_attended_to(tmp_path: Path) -> None:
     document = ids(8)
     with served_cluster(tmp_path, memory_bytes=2 << 20) as cluster, connect(cluster.address) as client:
         assert put(client, document[:4]) == 4
-        client.report({chunk_id: float(index == 0) for index, chunk_id in enumerate(document[:4])})
-        client.report({})
-        time.sleep(0.3)  # nobody waits for a report
+        report = pb.ReportRequest(chunks=map(chunk_ref, document[:4]), scores=[1.0, 0.0, 0.0, 0.0])
+        client._view.storage(cluster.servers[0].address).Report(report, timeout=10)
         assert put(client, document[4:]) == 4
         kept = on_node(cluster, 0, document)
     assert 4 <= len(kept) < 8

@@ -38,9 +38,9 @@ class ValueAware(EvictionPolicy):
         cost / size_bytes  x  (1 + attention score)  x  uses  x  2 ** -(age / half-life)
 
     of which the first is the computing that a byte saves, the second and third are ContiguousKV's score x frequency
-    (arXiv 2601.13631), and the last two are frequency with ageing (LRFU, Lee et al. 2001). The half-life is learned: it
-    is the median interval between first and second uses, also of chunks that were evicted in between. Time is counted
-    in uses.
+    (arXiv 2601.13631), and the last two are frequency with ageing (LRFU, Lee et al. 2001). The score is what `Report`
+    said of the chunk, 0 where nobody did. The half-life is learned: it is the median interval between first and second
+    uses, also of chunks that were evicted in between. Time is counted in uses.
 
     A logarithm turns that into `time of last use + half-life x log2(everything else)`, where only the last term tells
     one chunk from another at the same time. So there is one queue per quarter of a doubling of it, each in order of
