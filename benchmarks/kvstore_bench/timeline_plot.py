@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvstore_client.timeline import STAGES, Stage, Timeline
+from kvstore_client.spans import STAGES, Stage
+from kvstore_client.timeline import Timeline
 
 _COLOURS: dict[Stage, str] = {
     "lookup": "#9D755D",

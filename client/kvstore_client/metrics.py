@@ -8,7 +8,8 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from kvstore_client.failure_log import FailureLog
 from kvstore_client.fork import REGISTRY_LOCK
-from kvstore_client.timeline import STAGES, Timeline
+from kvstore_client.spans import STAGES
+from kvstore_client.timeline import Timeline
 
 _CHUNKS = Counter("kvstore_client_chunks", "Chunks a fetch asked for, by how they ended.", ["result"])
 _MATCHED = Counter(

@@ -3,37 +3,10 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
-Stage = Literal["lookup", "plan", "receive", "decode", "restore", "compute", "wait"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-
-Fact = str | float | None
-"""What JSON can say in one word."""
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    stage: Stage
-    start_s: float
-    """Seconds since the timeline began."""
-    end_s: float
-    label: str = ""
-    chunk: int | None = None
-    """Index in the prompt of the chunk that was worked on."""
-    encoding: str | None = None
-    """What that chunk is stored as."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """Something that happened at one instant, with the facts that explain it."""
-
-    name: str
-    at_s: float
-    label: str = ""
-    facts: dict[str, Fact] = field(default_factory=dict)
+from kvstore_client.spans import Fact, Mark, Span, Stage
+from kvstore_client.trace import chrome_trace
 
 
 class Timeline:
@@ -98,8 +71,6 @@ class Timeline:
 
     def chrome_trace(self) -> dict[str, Any]:
         """The Chrome trace of this request, for `json.dump`; see `kvstore_client.trace`."""
-        from kvstore_client.trace import chrome_trace  # it knows what a timeline is
-
         return chrome_trace({"request": self})
 
     def _union(self, stage: Stage, until_s: float) -> list[tuple[float, float]]:

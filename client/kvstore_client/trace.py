@@ -5,15 +5,27 @@ Format: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-P
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
-from kvstore_client.timeline import STAGES, Fact, Span, Timeline
+from kvstore_client.spans import STAGES, Fact, Mark, Span
 
 _MARKS_TRACK = 0
 
 
-def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, Any]:
+class Recorded(Protocol):
+    """A timeline."""
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """By start."""
+
+    @property
+    def marks(self) -> Sequence[Mark]:
+        """By time."""
+
+
+def chrome_trace(timelines: Mapping[str, Recorded]) -> dict[str, Any]:
     """Each timeline is a process, each stage a track in it. Spans of a stage that overlap, because several threads
     worked, are spread over as many tracks as it takes. Times are microseconds since the timeline began."""
     events: list[dict[str, Any]] = []
@@ -24,7 +36,7 @@ def chrome_trace(timelines: Mapping[str, Timeline]) -> dict[str, Any]:
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
-def _spans(process: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
+def _spans(process: int, timeline: Recorded) -> Iterator[dict[str, Any]]:
     spans = timeline.spans
     track = _MARKS_TRACK
     for stage in STAGES:
@@ -53,7 +65,7 @@ def _spans(process: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
             }
 
 
-def _marks(process: int, timeline: Timeline) -> Iterator[dict[str, Any]]:
+def _marks(process: int, timeline: Recorded) -> Iterator[dict[str, Any]]:
     for mark in timeline.marks:
         yield {
             "ph": "i",

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore_client.metrics import ClientMetrics
-from kvstore_client.timeline import STAGES, Stage, Timeline
+from kvstore_client.spans import STAGES, Stage
+from kvstore_client.timeline import Timeline
 from kvstore_client.trace import chrome_trace
 
 TIMES = st.integers(0, 60)

@@ -22,7 +22,8 @@ from kvstore_bench.link.stream import ByteStream
 from kvstore_bench.timeline_plot import TracedRun, plot_timelines
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
-from kvstore_client.timeline import STAGES, Timeline
+from kvstore_client.spans import STAGES
+from kvstore_client.timeline import Timeline
 from kvstore_codec.encoding import Rate
 from kvstore_service.models import load_smollm2
 

@@ -3,14 +3,12 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from kvstore_bench.link.options import Options
 from kvstore_bench.link.policies import Policy, is_at_least
 from kvstore_bench.shaping.jitter import Schedule
 from kvstore_service.bandwidth import format_bandwidth
-
-if TYPE_CHECKING:
-    from kvstore_bench.link.run import Options
 
 Row = dict[str, Any]
 Sample = Mapping[str, Any]
@@ -38,7 +36,7 @@ def row_of(
     policy: Policy,
     samples: Mapping[str, Sequence[Sample]],
     judged: Mapping[tuple[str, int], Sample],
-    options: "Options",
+    options: Options,
 ) -> Row:
     """`samples` by policy, the warm-up first."""
     measured = _measured(samples[policy.name])
@@ -88,7 +86,7 @@ def _over_longest_stage(sample: Sample) -> float:
     return float(sample["ttft_s"] / max(sample["stage_s"][stage] for stage in SHOWN_STAGES))
 
 
-def _meets(policy: Policy, samples: Sequence[Sample], options: "Options") -> bool | None:
+def _meets(policy: Policy, samples: Sequence[Sample], options: Options) -> bool | None:
     if policy.chooses and options.floor is not None:
         floor = options.floor
         return all(is_at_least(name, floor) for sample in samples for name in sample["encodings"])

@@ -6,12 +6,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvstore_bench.codec import cachegen
-from kvstore_bench.link.links import UNSHAPED_BPS, Links, Shaper, links_of
+from kvstore_bench.link.links import UNSHAPED_BPS, Links, links_of
+from kvstore_bench.link.options import Options
 from kvstore_bench.link.orders import ask
 from kvstore_bench.link.policies import Policy, policies_named, stored_encodings
 from kvstore_bench.link.rows import Cell, Row, row_of
@@ -20,7 +21,6 @@ from kvstore_bench.shaping.jitter import parse_jitter, playing
 from kvstore_bench.store.processes import Process
 from kvstore_client import ClientSettings
 from kvstore_client.cluster_view import ClusterView
-from kvstore_codec.encoding import Rate
 from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.calibration import Report
@@ -36,24 +36,6 @@ _QUESTIONS_BEFORE = 3
 # that many seconds: nobody would use it there, and it would take most of the time.
 _SLOWER, _SLOWER_S, _REPEATS_OF_SLOWER = 2.0, 5.0, 3
 _MUCH_SLOWER, _MUCH_SLOWER_S = 4.0, 2.5
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    bandwidths_bps: Sequence[float]
-    tokens: Sequence[int]
-    policies: Sequence[str]
-    shaper: Shaper = "userspace"
-    jitters: Sequence[str] = ("none",)
-    dtype: str = "bfloat16"
-    repeats: int = 5
-    floor: Rate | None = Rate.MEDIUM
-    adaptive: Mapping[str, Any] = field(default_factory=dict)
-    """Further settings of the adaptive policies."""
-    quick: bool = False
-    """With a poor calibration, unless a proper one is there."""
-    trace: Path | None = None
-    timeline: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

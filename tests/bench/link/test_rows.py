@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from kvstore_bench.link.options import Options
 from kvstore_bench.link.plot import plot_link
 from kvstore_bench.link.policies import policy_named
 from kvstore_bench.link.rows import Cell, Row, row_of
-from kvstore_bench.link.run import Options
 from kvstore_bench.link.targets import targets
 from kvstore_bench.shaping.jitter import parse_jitter
 from kvstore_codec.encoding import Rate

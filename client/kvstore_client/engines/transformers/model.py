@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.transformers.begun import Begun, why_not
 from kvstore_client.engines.transformers.blend import (
     Blended,
     SegmentPlan,
@@ -33,7 +34,7 @@ from kvstore_client.engines.transformers.canary import FINAL, ModelCanary
 from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
 from kvstore_client.engines.transformers.costs import costs_of
 from kvstore_client.engines.transformers.features import PromptFeatures
-from kvstore_client.engines.transformers.generated import Begun, ComputedRun, Generated, new_chunks, why_not
+from kvstore_client.engines.transformers.generated import ComputedRun, Generated, new_chunks
 from kvstore_client.engines.transformers.identity.guard import Described, ModelIdentity
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import loaded_model

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kvstore_client.admission import AdmissionQueue
-from kvstore_client.engines.transformers.generated import Begun
+from kvstore_client.engines.transformers.begun import Begun
 from kvstore_client.engines.transformers.model import CachedModel
 from kvstore_client.fork import renew_in_children
 from kvstore_codec.errors import NotCopyableError
