@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,19 @@ def test_a_save_that_fails_keeps_the_old_state(catalogue: FileCatalogue, tmp_pat
     with pytest.raises(CatalogueError, match="cannot be written"):
         catalogue.save(ClusterState(8))
     assert catalogue.load() == STATE
+
+
+def test_a_closed_catalogue_writes_nothing_and_leaves_other_descriptors_alone(tmp_path: Path) -> None:
+    """Its lock's descriptor may be somebody else's by then."""
+    closed = FileCatalogue(tmp_path / "closed")
+    closed.save(ClusterState(1))
+    closed.close()
+    with (tmp_path / "another").open("wb") as other:
+        closed._lock_fd = os.dup(other.fileno())
+        with pytest.raises(CatalogueError, match="was closed"):
+            closed.save(ClusterState(2))
+        os.fstat(closed._lock_fd)
+        os.close(closed._lock_fd)
+    again = FileCatalogue(tmp_path / "closed")
+    assert again.load().epoch == 1
+    again.close()

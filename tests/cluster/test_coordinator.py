@@ -96,6 +96,7 @@ def test_a_new_coordinator_goes_on_from_the_epoch_but_trusts_nobody(
     assert [node.member for node in successor.nodes()] == [A, B]
     successor.mark_alive("a", 1)
     assert (successor.membership().epoch, successor.membership().members) == (3, (A,))
+    successor.close()
 
 
 def test_membership_goes_on_while_it_cannot_be_kept_and_is_kept_later(

@@ -44,9 +44,10 @@ class FileCatalogue:
         self._watching.start()
 
     def close(self) -> None:
-        """Lets another coordinator have the folder."""
+        """Lets another coordinator have the folder. What is saved afterwards raises CatalogueError."""
         self._watching.stop()
-        os.close(self._lock_fd)
+        with self._writing:
+            os.close(self._lock_fd)
 
     def load(self) -> ClusterState:
         """The state last saved; an empty one when there never was any. Raises CatalogueError."""
@@ -71,6 +72,8 @@ class FileCatalogue:
     def _write(self, text: str) -> None:
         """Raises CatalogueError."""
         folder = self._path.parent
+        if self._watching.stopping.is_set():  # the lock's descriptor may be somebody else's by now
+            raise CatalogueError(f"the catalogue in {folder} was closed; nothing is written to it any more")
         aside = self._path.with_suffix(".tmp")
         try:
             self._lock_fd = relock_folder(folder, _LOCK_NAME, self._lock_fd)
