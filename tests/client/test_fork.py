@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from kvstore_client import connect
+from kvstore_client.engines.transformers.identity.guard import ModelIdentity
+from kvstore_client.recompute.controller import RatioOnline
 from tests.client.conftest import ServedCluster, served_cluster
+from tests.client.fork_scripts import ended_well, forked
+from tests.client.models import tiny_model
 
 
 def run(script: str, address: str, timeout_s: float = 200.0) -> None:
@@ -46,6 +50,20 @@ def test_what_was_begun_before_a_fork_ends_on_both_sides(cluster: ServedCluster)
 @pytest.mark.slow
 def test_a_child_refuses_where_grpc_could_crash() -> None:
     run("refused", "")
+
+
+def test_a_child_finds_no_lock_held_that_another_thread_of_its_parent_held() -> None:
+    identity, ratio = ModelIdentity(tiny_model()), RatioOnline()
+
+    def ask() -> None:
+        assert identity.current().refusal is None
+        ratio.computed(1, 1.0)
+        ratio.ratio(1.0, 1.0)
+
+    with identity._lock, ratio._lock:  # as other threads may hold them at any time
+        child = forked(ask)
+    ended_well(child, within_s=20)
+    ask()
 
 
 def test_forks_remember_no_client_that_is_gone() -> None:

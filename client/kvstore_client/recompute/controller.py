@@ -2,6 +2,7 @@
 
 import threading
 
+from kvstore_client.fork import renew_in_children
 from kvstore_client.recompute.tuning import LEAST_RATIO, balance, require_bounds
 
 _SHARE = 0.25
@@ -31,6 +32,11 @@ class RatioOnline:
         self._least, self._most = least, most
         self._ratio = min(max(ratio, least), most)
         self._compute_s = compute_s
+        self._renew()
+        renew_in_children(self, RatioOnline._renew)
+
+    def _renew(self) -> None:
+        """In a forked child: another thread of the parent may have held the lock."""
         self._lock = threading.Lock()
 
     def computed(self, tokens: int, seconds: float) -> None:

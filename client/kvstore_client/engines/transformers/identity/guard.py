@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kvstore_client.engines.transformers.identity.base import Refusal
 from kvstore_client.engines.transformers.identity.state import ModelState
 from kvstore_client.engines.transformers.spec import Description, cannot_describe, describe
+from kvstore_client.fork import renew_in_children
 from kvstore_codec.errors import CodecError
 from kvstore_codec.model_spec import ModelSpec
 
@@ -47,6 +48,7 @@ class ModelIdentity:
         self._refusal: Refusal | None = None
         self._description = self._look()
         self._note(self._description.refusal)
+        renew_in_children(self, ModelIdentity._renew_after_fork)
 
     @property
     def spec(self) -> ModelSpec:
@@ -61,6 +63,12 @@ class ModelIdentity:
             if self._state is None or not self._state.is_current():
                 self._renew()
             return Described(self.spec, self._refusal, self._state, hooks_made)
+
+    def _renew_after_fork(self) -> None:
+        """In a child. A thread of the parent that held the lock may have been in the middle of a look."""
+        if self._lock.locked():
+            self._state = None
+        self._lock = threading.Lock()
 
     def _renew(self) -> None:
         try:
