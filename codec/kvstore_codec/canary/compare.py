@@ -73,8 +73,8 @@ class Comparison:
     """The layer, and which half of its KV, that differs most in terms of what is tolerated there."""
 
     difference: float
-    """Root mean square of a token's difference, as a share of how much the kept values vary over the probe's tokens;
-    three quarters of the tokens differ by less."""
+    """Root mean square of a token's difference, as a share of how much the values of the side that varies less vary over
+    the probe's tokens; three quarters of the tokens differ by less."""
     tolerance: float
     layer: int
     kind: Literal["keys", "values"]
@@ -114,18 +114,29 @@ def tolerance(dtype: KVDtype, layer: int) -> float:
 
 
 def _difference(mine: torch.Tensor, kept: torch.Tensor) -> float:
-    """`[kv_heads, tokens, head_dim]` each. Keys may have means of a hundred times what they vary by: the means are no
-    part of the scale, and what rounding each value once explains is no difference. Infinite where either is not finite.
+    """`[kv_heads, tokens, head_dim]` each. What rounding each value once explains is no difference. Infinite where
+    either is not finite.
+
+    The scale is that of the side that varies less. So a kept sketch cannot stretch it beyond what this worker computes,
+    not even by the few tokens that may differ at will.
     """
     rounding = torch.finfo(kept.dtype).eps / 2
     mine, kept = mine.double(), kept.double()
-    mean = kept.mean(1, keepdim=True) if kept.shape[1] > 1 else 0.0
-    varies = (kept - mean).square().mean().sqrt()
-    rounded = rounding * kept.square().mean().sqrt()
-    tokens = ((mine - kept).square().mean((0, 2)).sqrt() - rounded).clamp_min(0) / varies.clamp_min(1e-30)
+    rounded = rounding * min(_root_mean_square(mine), _root_mean_square(kept))
+    varies = min(_root_mean_square(_centred(mine)), _root_mean_square(_centred(kept)))
+    tokens = ((mine - kept).square().mean((0, 2)).sqrt() - rounded).clamp_min(0) / max(varies, 1e-30)
     if not bool(tokens.isfinite().all()):
         return math.inf
     return float(tokens.quantile(_SHARE))
+
+
+def _centred(kv: torch.Tensor) -> torch.Tensor:
+    """Keys may have means of a hundred times what they vary by: the means are no part of the scale."""
+    return kv - kv.mean(1, keepdim=True) if kv.shape[1] > 1 else kv
+
+
+def _root_mean_square(kv: torch.Tensor) -> float:
+    return float(kv.square().mean().sqrt())
 
 
 def _shape(spec: ModelSpec) -> tuple[int, int, int, int]:

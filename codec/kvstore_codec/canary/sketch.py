@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
+import numpy as np
 import xxhash
 
 from kvstore_codec.canary.probe import Probe
@@ -31,6 +32,9 @@ _PREFIX = struct.Struct("<4sHI")
 _CHECKSUM = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 1024
 _MAX_DIMENSION = 1 << 20
+_LARGEST = {KVDtype.FLOAT32: 147 << 23, KVDtype.BFLOAT16: 147 << 7, KVDtype.FLOAT16: 0x7BFF}
+"""Bits of 2^20, in float16 of its largest number. KV comes out of a norm and a product, and biases reach some hundreds.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ def write_sketch(header: SketchHeader, body: bytes) -> bytes:
     data = signed + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(signed))
     if len(body) != header.body_bytes or len(data) > MAX_SKETCH_BYTES:
         raise CanaryError(f"{len(body)} bytes of KV are not a sketch of {header.shape} {header.dtype}")
+    _require_plausible(body, header.dtype)
     return data
 
 
@@ -95,7 +100,19 @@ def read_sketch(data: bytes) -> tuple[SketchHeader, memoryview]:
         raise CanaryError(f"the canary's header cannot be read: {error!r}"[:300]) from error
     if len(body) != header.body_bytes:
         raise CanaryError(f"a canary of {header.shape} {header.dtype} does not have {len(body)} bytes of KV")
+    _require_plausible(body, header.dtype)
     return header, body
+
+
+def _require_plausible(body: bytes | memoryview, dtype: KVDtype) -> None:
+    """Raises CanaryError for NaN, infinity and numbers that are no KV. Without their sign, floats are ordered as the
+    integers of the same bits are."""
+    bits = np.frombuffer(body, f"<u{dtype.itemsize}")
+    magnitudes = bits & bits.dtype.type((1 << (8 * dtype.itemsize - 1)) - 1)
+    if magnitudes.max() > _LARGEST[dtype]:
+        raise CanaryError(
+            "a canary holds NaN, infinity or numbers beyond 2^20, which no model computes as KV"
+        )
 
 
 def _parse(fields: Any) -> SketchHeader:

@@ -76,6 +76,32 @@ def test_one_token_of_many_may_tip_over() -> None:
     assert not compare(ProbeKV(kept.keys, values), kept, spec).agrees
 
 
+@pytest.mark.parametrize("dtype", list(KVDtype))
+@pytest.mark.parametrize("size", [30.0, 1e4, 1e6, 1e18])
+@pytest.mark.parametrize("tokens", range(1, 5))
+def test_a_few_tokens_of_any_size_make_nobody_agree(dtype: KVDtype, size: float, tokens: int) -> None:
+    """A canary that right and wrong workers agree with would let them share KV."""
+    spec = make_spec(dtype=dtype)
+    right, wrong = sample_kv(spec), sample_kv(spec, 1)
+    slightly = disturbed(right, 3 * tolerance(dtype, 2))
+    kept = ProbeKV(right.keys.clone(), right.values.clone())
+    kept.keys[:, :, :tokens], kept.values[:, :, -tokens:] = min(size, 6e4), -min(size, 6e4)
+    if dtype is not KVDtype.FLOAT16:
+        kept.keys[:, :, :tokens], kept.values[:, :, -tokens:] = size, -size
+    for worker in (wrong, slightly):
+        assert not compare(worker, kept, spec).agrees
+        assert not compare(kept, worker, spec).agrees
+
+
+def test_a_canary_that_varies_more_than_a_worker_does_is_not_agreed_with() -> None:
+    spec = make_spec(dtype=KVDtype.FLOAT32)
+    own = sample_kv(spec)
+    kept = ProbeKV(own.keys * 100, own.values * 100)
+    found, other = compare(own, kept, spec), compare(kept, own, spec)
+    assert not found.agrees
+    assert found.difference == other.difference > 50
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_value_that_is_not_finite_differs(value: float) -> None:
     spec = make_spec()

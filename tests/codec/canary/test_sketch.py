@@ -1,5 +1,6 @@
 """The kept KV as bytes: read back as it was, or refused with a CanaryError."""
 
+import math
 import struct
 from dataclasses import replace
 
@@ -55,6 +56,35 @@ def test_kv_that_is_not_finite_becomes_no_canary(value: float) -> None:
     own.values[1, 0, 3, 2] = value
     with pytest.raises(CanaryError, match="NaN or infinity"):
         own.to_bytes(spec, PROBE)
+
+
+@pytest.mark.parametrize("dtype", list(KVDtype))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e18, -1e18, 2.0**21])
+def test_numbers_that_are_no_kv_are_refused_under_a_right_checksum(dtype: KVDtype, value: float) -> None:
+    spec = make_spec(dtype=dtype)
+    data = bytearray(sample_kv(spec).to_bytes(spec, PROBE))
+    data[-8 - dtype.itemsize : -8] = (
+        torch.tensor([value], dtype=dtype.torch).view(torch.uint8).numpy().tobytes()
+    )
+    data[-8:] = struct.pack("<Q", xxhash.xxh3_64_intdigest(data[:-8]))
+    for read in (read_sketch_header, lambda data: read_probe_kv(data, spec)):
+        with pytest.raises(CanaryError, match="which no model computes"):
+            read(bytes(data))
+
+
+def test_large_numbers_become_no_canary_but_all_of_float16_may() -> None:
+    for dtype, accepted in (
+        (KVDtype.FLOAT32, 2.0**20),
+        (KVDtype.BFLOAT16, -(2.0**20)),
+        (KVDtype.FLOAT16, -65504.0),
+    ):
+        spec = make_spec(dtype=dtype)
+        own = sample_kv(spec)
+        own.values[0, 0, 0, 0] = accepted
+        own.to_bytes(spec, PROBE)
+        own.values[0, 0, 0, 0] = 2.0**20 + 2**13
+        with pytest.raises(CanaryError):
+            own.to_bytes(spec, PROBE)
 
 
 def test_kv_of_another_shape_becomes_no_canary() -> None:
