@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Protocol
 
-import numpy as np
-
 from kvstore_cluster.arena import Extent
 from kvstore_cluster.disk import Location, RecordMeta
 from kvstore_cluster.eviction import TextLinks
 from kvstore_cluster.eviction.columns import NO_SLOT
+from kvstore_cluster.expiry import ExpiryQueue
 from kvstore_cluster.names import ChunkNames, Description
 from kvstore_codec.identity import ROOT_PREFIX, ChunkId, ContentId, PrefixId, prefix_id
 
@@ -58,6 +57,8 @@ class ChunkIndex:
         self._names = ChunkNames()
         self._encoding, self._calibration, self._tenant = array("H"), array("H"), array("H")
         self._expires_at_s = array("d")
+        self.expiries = ExpiryQueue(self._expires_at_s)
+        """Of listed slots."""
         self._cost = array("f")
         self.size_bytes, self.header_bytes = array("I"), array("I")
         self.location = array("q")
@@ -87,6 +88,8 @@ class ChunkIndex:
             self._ids[slot] = self._ids[next(reversed(found.values()))[0]]
             found.setdefault(prefix_id, []).append(slot)
         self._listed[slot] = True
+        if meta.expires_at_s > 0:
+            self.expiries.add(slot)
         self._count += 1
         return slot
 
@@ -115,6 +118,8 @@ class ChunkIndex:
                 if len(left) == 1:
                     self._contents[content_id] = left[0]
         self._listed[slot] = False
+        if self._expires_at_s[slot] > 0:
+            self.expiries.remove(slot)
         self._count -= 1
         self.texts.forget(slot)
 
@@ -267,14 +272,6 @@ class ChunkIndex:
     def expires_at_s(self, slot: int) -> float:
         """Unix time; 0: never."""
         return self._expires_at_s[slot]
-
-    def expired(self, now_s: float) -> list[int]:
-        """Every listed slot whose time is over."""
-        if not self._expires_at_s:
-            return []
-        expires_at_s = np.frombuffer(self._expires_at_s, np.float64)
-        listed = np.frombuffer(self._listed, np.bool_)
-        return np.flatnonzero((expires_at_s > 0) & (expires_at_s <= now_s) & listed).tolist()
 
     def meta(self, slot: int) -> RecordMeta:
         before = self.texts.before(slot)

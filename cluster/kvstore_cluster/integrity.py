@@ -23,6 +23,8 @@ def check_integrity(tiers: Tiers, reserved: Sequence[Extent]) -> None:
         raise StorageError(f"{node_id}: the index names a chunk that lies nowhere")
     if not tiers.dirty.keys() <= in_memory - on_disk:
         raise StorageError(f"{node_id}: a chunk waits for a disk that it is on, or is not in memory")
+    if sorted(index.expiries) != [slot for slot in index if index.expires_at_s(slot)]:
+        raise StorageError(f"{node_id}: other chunks are to expire than have a time")
     for slot in index:
         before = index.texts.before(slot)
         if before != NO_SLOT and not (index.listed(before) and index.tenant(before) == index.tenant(slot)):

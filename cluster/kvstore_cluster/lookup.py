@@ -6,13 +6,10 @@ from typing import NamedTuple
 
 from kvstore_cluster.index import ChunkName
 from kvstore_cluster.leases import Findings, LeaseId
+from kvstore_cluster.slices import SLICE_CHUNKS
 from kvstore_cluster.tiers import Tiers
 from kvstore_codec.errors import ChunkNotFoundError, StorageError
 
-SLICE_CHUNKS = 2048
-"""Chunks that are looked up under one acquisition of the lock: 3 ms of it. Common lookups have no more."""
-PAUSE_S = 200e-6
-"""Between slices."""
 SMALL_HEADERS_BYTES = 1 << 20
 """Headers that are copied as their chunks are found; those beyond are read when nobody waits for the lock."""
 _HEADERS_PER_CHECK = 64

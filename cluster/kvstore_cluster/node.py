@@ -5,10 +5,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.directives import Directives
 from kvstore_cluster.disk import RecordMeta, SegmentStore
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
@@ -16,9 +17,10 @@ from kvstore_cluster.index import NOWHERE, ChunkName
 from kvstore_cluster.intake import Intake
 from kvstore_cluster.integrity import check_integrity
 from kvstore_cluster.leases import LeaseId, LeaseTable
-from kvstore_cluster.lookup import PAUSE_S, SLICE_CHUNKS, ChunkSearch, LookupResult
+from kvstore_cluster.lookup import ChunkSearch, LookupResult
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_cluster.reader import ChunkReader
+from kvstore_cluster.slices import PAUSE_S, REMOVED_CHUNKS, SLICE_CHUNKS, locked_slice
 from kvstore_cluster.stats import NodeCounters, NodeStats
 from kvstore_cluster.stored import StoredVariant
 from kvstore_cluster.tiers import Tiers
@@ -64,6 +66,7 @@ class StorageNode:
         self._tiers = Tiers(node_id, arena, store, policy, self._leases, self._counters)
         self._index = self._tiers.index
         self._lock = self._tiers.lock
+        self._directives = Directives(self._tiers)
         self._intake = Intake(self._tiers, store, durability, clock)
         self._unforgotten: deque[tuple[RecordMeta, int]] = deque()
         if store is not None:
@@ -209,10 +212,10 @@ class StorageNode:
         """Removes every encoding of these chunks, leased or pinned or not, also from a later start, and returns how
         many variants that were. Memory that is being read is given back when the last reader has gone."""
         deleted = 0
-        for begin in range(0, len(chunks), SLICE_CHUNKS):
+        for begin in range(0, len(chunks), REMOVED_CHUNKS):
             with self._slice(begin):
                 sequence = self._store.newest_sequence if self._store is not None else 0
-                for chunk_id in chunks[begin : begin + SLICE_CHUNKS]:
+                for chunk_id in chunks[begin : begin + REMOVED_CHUNKS]:
                     for slot in list(self._index.variants(chunk_id)):
                         if self._store is not None:
                             self._unforgotten.append((self._index.meta(slot), sequence))
@@ -233,13 +236,11 @@ class StorageNode:
 
     def set_pins(self, pins: Set[ChunkId]) -> None:
         """These chunks, and no others, are not evicted from now on; they need not be here yet."""
-        with self._lock:
-            self._tiers.set_pins(pins)
+        self._directives.set_pins(pins)
 
     def set_quotas(self, limits: Mapping[str, int]) -> None:
         """Bytes that each of these tenants may have on this node; others have no limit."""
-        with self._lock:
-            self._tiers.quotas.set_limits(limits)
+        self._directives.set_quotas(limits)
 
     def set_draining(self, draining: bool) -> None:
         """While it is set, nothing new is stored: who counts what there is to give away has all of it."""
@@ -330,7 +331,8 @@ class StorageNode:
         while more:
             with self._slice(SLICE_CHUNKS):
                 more = self._tiers.settle(SLICE_CHUNKS)
-        self._tiers.expire(self._clock())
+        while self._tiers.expire(self._clock()):
+            time.sleep(PAUSE_S)
         busy = self._tiers.flush()
         self._tiers.demote()
         self._forget_again()
@@ -360,14 +362,8 @@ class StorageNode:
         with self._lock:
             check_integrity(self._tiers, self._intake.extents())
 
-    @contextmanager
-    def _slice(self, begin: int) -> Iterator[None]:
-        """The lock, for a part of a long call. Lets whoever waits for it have it first, unless this is the first part:
-        a thread that only releases the lock takes it again before the other one has woken."""
-        if begin:
-            time.sleep(PAUSE_S)
-        with self._lock:
-            yield
+    def _slice(self, begin: int) -> AbstractContextManager[None]:
+        return locked_slice(self._lock, first=not begin)
 
     def _forget_again(self) -> None:
         """Tells the disk what was deleted. Raises DiskError; what it was not told is kept for the next time."""

@@ -1,7 +1,7 @@
 """How much each tenant has on a node, and what of it goes first when the tenant may not have more."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, islice
 
 from kvstore_cluster.eviction.columns import NO_SLOT, Links, SlotQueue
@@ -11,7 +11,8 @@ from kvstore_codec.errors import OverQuotaError, StorageError, TextTooLongError
 
 
 class Quotas:
-    """Not thread-safe: used under the storage node's lock. Only tenants with a limit cost memory per chunk."""
+    """Not thread-safe: used under the storage node's lock. Only chunks of tenants with a limit, or
+    that had one, take time to keep in order."""
 
     def __init__(self, index: ChunkIndex) -> None:
         self._index = index
@@ -21,16 +22,32 @@ class Quotas:
         self._links = Links()
         self._oldest_first: dict[str, SlotQueue] = {}
         self._followers = Followers(index.texts)
+        self._entered = bytearray()  # by slot: whether it is in its tenant's order
+
+    def begin_orders(self, tenants: Iterable[str]) -> bool:
+        """Keeps from now on an order of what these tenants have. Whether there is a new tenant among them: then what it
+        has already is to be entered with `enter_all`."""
+        new = [tenant for tenant in tenants if tenant not in self._oldest_first]
+        self._oldest_first.update((tenant, SlotQueue(self._links)) for tenant in new)
+        return bool(new)
+
+    def enter_all(self, begin: int, end: int) -> None:
+        """Enters what was stored before its tenant had an order, of these slots. The last ones come first, so that what
+        came since goes after all of it."""
+        for slot in reversed(range(begin, end)):
+            if self._index.listed(slot) and not self._is_entered(slot):
+                order = self._oldest_first.get(self._index.tenant(slot))
+                if order is not None:
+                    self._enter(
+                        slot, order, first=True
+                    )  # what is behind what is looked at when something has to go
 
     def set_limits(self, limits: Mapping[str, int]) -> None:
-        """Bytes a tenant may have on this node. What is above a new limit goes when the tenant puts something."""
+        """Bytes a tenant may have on this node, each with an order by now. What is above a new limit goes when the
+        tenant puts something."""
         self._limits = dict(limits)
-        self._links = Links()
-        self._oldest_first = {tenant: SlotQueue(self._links) for tenant in limits}
-        self._followers = Followers(self._index.texts)
-        if limits:
-            for slot in self._index:
-                self._enter(slot)  # what is behind what is looked at when something has to go
+        for tenant in [tenant for tenant in self._oldest_first if tenant not in limits]:
+            self._end_order(tenant)
 
     def excess_bytes(self, tenant: str, size_bytes: int) -> int:
         """By how much the tenant would be above its limit with `size_bytes` more."""
@@ -45,8 +62,8 @@ class Quotas:
 
     @property
     def limited(self) -> bool:
-        """Whether any tenant has a limit."""
-        return bool(self._limits)
+        """Whether any tenant has an order."""
+        return bool(self._oldest_first)
 
     def choose(
         self, tenant: str, missing_bytes: int, may_go: Callable[[int], bool], *, spared: int = NO_SLOT
@@ -79,13 +96,15 @@ class Quotas:
         )
 
     def add(self, slot: int) -> None:
-        self._used[self._index.tenant(slot)] += self._index.size_bytes[slot]
-        self._enter(slot)
-        self.follow(slot)
+        tenant = self._index.tenant(slot)
+        self._used[tenant] += self._index.size_bytes[slot]
+        if (order := self._oldest_first.get(tenant)) is not None:
+            self._enter(slot, order)
+            self.follow(slot)
 
     def linked(self, slot: int) -> None:
         """A chunk that is here was linked to the one before it in its text only now."""
-        if self._order(slot) is not None:
+        if self._is_entered(slot):
             self._followers.add(slot)
 
     def succeed(self, slot: int, old: int) -> None:
@@ -93,53 +112,74 @@ class Quotas:
         self._followers.succeed(slot, old)
 
     def touch(self, slot: int) -> None:
-        if (order := self._order(slot)) is not None:
+        if self._is_entered(slot):
+            order = self._order(slot)
             order.remove(slot)
             order.push(slot)
 
     def follow(self, slot: int) -> None:
         """The chunk, just added or touched, goes before the one that it stands behind, if that is the tenant's."""
-        order, before = self._order(slot), self._index.texts.before(slot)
-        if order is not None and before != NO_SLOT and self._order(before) is order:
+        before = self._index.texts.before(slot)
+        if before == NO_SLOT or not (self._is_entered(slot) and self._is_entered(before)):
+            return
+        order = self._order(slot)
+        if self._order(before) is order:
             order.remove(slot)
             order.insert_before(slot, before)
 
     def remove(self, slot: int) -> None:
         tenant = self._index.tenant(slot)
         self._used[tenant] -= self._index.size_bytes[slot]
+        if self._is_entered(slot):
+            self._order(slot).remove(slot)
+            self._followers.remove(slot)
+            self._entered[slot] = False
         if not self._used[tenant]:
             del self._used[tenant]
-        if (order := self._order(slot)) is not None:
-            order.remove(slot)
-            self._followers.remove(slot)
+            if tenant not in self._limits:
+                self._end_order(tenant)
 
     def forget(self, slot: int) -> None:
         """The chunk, which is not here, is no longer found."""
         self._followers.forget(slot)
 
     def check_integrity(self) -> None:
-        """Raises StorageError unless what each tenant has is counted right and, where the tenant has a limit, waits in
-        its queue once. Looks at every chunk."""
+        """Raises StorageError unless what each tenant has is counted right and, where the tenant has an order, is in it
+        once. Looks at every chunk; not while directives take effect."""
         used: Counter[str] = Counter()
-        limited: dict[str, set[int]] = {tenant: set() for tenant in self._limits}
+        ordered: dict[str, set[int]] = {tenant: set() for tenant in self._oldest_first}
         for slot in self._index:
             tenant = self._index.tenant(slot)
             used[tenant] += self._index.size_bytes[slot]
-            if tenant in limited:
-                limited[tenant].add(slot)
+            if tenant in ordered:
+                ordered[tenant].add(slot)
         if used != self._used:
             raise StorageError(f"tenants have {dict(used)} bytes, but {dict(self._used)} are counted")
-        for tenant, slots in limited.items():
+        for tenant, slots in ordered.items():
             queued = list(islice(self._oldest_first[tenant], len(slots) + 1))  # a broken one may have no end
             if len(queued) != len(slots) or set(queued) != slots:
                 raise StorageError(f"the queue of tenant {tenant!r} names other chunks than it has")
-        self._followers.check_integrity(chain.from_iterable(limited.values()))
+        self._followers.check_integrity(chain.from_iterable(ordered.values()))
 
-    def _enter(self, slot: int) -> None:
-        if (order := self._order(slot)) is not None:
-            self._links.grow(slot)
+    def _enter(self, slot: int, order: SlotQueue, *, first: bool = False) -> None:
+        self._links.grow(slot)
+        if slot >= len(self._entered):
+            self._entered.extend(bytes(slot + 1 - len(self._entered)))
+        self._entered[slot] = True
+        if first and order.oldest != NO_SLOT:
+            order.insert_before(slot, order.oldest)
+        else:
             order.push(slot)
-            self._followers.add(slot)
+        self._followers.add(slot)
 
-    def _order(self, slot: int) -> SlotQueue | None:
-        return self._oldest_first.get(self._index.tenant(slot))
+    def _end_order(self, tenant: str) -> None:
+        """Of a tenant without a limit, once it has nothing here: an order of some chunks only is not kept."""
+        if not self._used[tenant]:
+            self._oldest_first.pop(tenant, None)
+
+    def _is_entered(self, slot: int) -> bool:
+        return slot < len(self._entered) and bool(self._entered[slot])
+
+    def _order(self, slot: int) -> SlotQueue:
+        """Of a slot that was entered."""
+        return self._oldest_first[self._index.tenant(slot)]

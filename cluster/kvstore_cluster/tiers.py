@@ -9,7 +9,7 @@ is on it is only there: nothing is promoted, and all memory that may be demoted 
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Set
 
 from kvstore_cluster.arena import Arena, Extent
@@ -21,6 +21,7 @@ from kvstore_cluster.eviction.texts import Choice
 from kvstore_cluster.index import NOWHERE, ChunkIndex
 from kvstore_cluster.leases import LeaseTable
 from kvstore_cluster.quotas import Quotas
+from kvstore_cluster.slices import REMOVED_CHUNKS
 from kvstore_cluster.stats import NodeCounters
 from kvstore_codec.errors import (
     ArenaFullError,
@@ -68,14 +69,15 @@ class Tiers:
         self.dirty: dict[int, None] = {}
         """Slots that are in memory and still have to be written to the disk, oldest first."""
         self.lock = threading.Condition()
-        self._pins: Set[ChunkId] = frozenset()
+        self.pins: Set[ChunkId] = frozenset()
+        """What is pinned as it comes."""
         self._orders = (self.in_memory, self.on_disk, self.quotas)
         self._readers: Counter[int] = Counter()
         self._promoting: set[int] = set()
         # Of chunks that stay, while somebody still reads this copy.
         self._dropped: dict[int, list[Extent]] = {}
         # Free slots that a lease still names: the next chunk there would profit.
-        self._resting: list[int] = []
+        self._resting: deque[int] = deque()
         self._touched: list[int] = []
         self.disk_reads = DiskReads(node_id, store, self.index, self.lock, counters, self._give_up_on_disk)
 
@@ -116,7 +118,7 @@ class Tiers:
         elif write_back:
             self.dirty[slot] = None
             self.lock.notify_all()
-        if meta.chunk_id in self._pins:
+        if meta.chunk_id in self.pins:
             self.pinned.add(slot)
         self.quotas.add(slot)
         if replaced != NO_SLOT:
@@ -201,10 +203,6 @@ class Tiers:
     def is_readable(self, slot: int) -> bool:
         """Whether the last read of it did not fail, or memory has it."""
         return self.index.extent[slot] is not None or slot not in self.disk_reads.unreadable
-
-    def set_pins(self, pins: Set[ChunkId]) -> None:
-        self._pins = pins
-        self.pinned = {slot for chunk_id in pins for slot in self.index.variants(chunk_id)}
 
     def reserve(
         self,
@@ -389,17 +387,18 @@ class Tiers:
             for slot in choice.victims:
                 self._leave_memory(slot)
 
-    def expire(self, now_s: float) -> None:
-        """Removes chunks whose time is over, unless somebody reads them or has them leased."""
+    def expire(self, now_s: float) -> bool:
+        """Removes chunks whose time is over, unless somebody reads them or has them leased. Looks at REMOVED_CHUNKS at
+        most; True when there are more."""
         with self.lock:
             self.leases.expire()
-            resting, self._resting = self._resting, []
-            for slot in resting:
-                self._rest_or_free(slot)
-            for slot in self.index.expired(now_s):
+            for _ in range(min(REMOVED_CHUNKS, len(self._resting))):
+                self._rest_or_free(self._resting.popleft())
+            for slot in self.index.expiries.due(now_s, REMOVED_CHUNKS):
                 if not (self._readers[slot] or self.leases.holds(slot)):
                     self.remove(slot)
                     self.counters.expired += 1
+            return self.index.expiries.has_due(now_s)
 
     def relocate(self, meta: RecordMeta, old: Location, new: Location) -> bool:
         """A record moved to another segment; False when nobody needs it any more."""

@@ -10,9 +10,9 @@ from kvstore_cluster import lookup
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.durability import Durability
-from kvstore_cluster.lookup import SLICE_CHUNKS
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
+from kvstore_cluster.slices import SLICE_CHUNKS
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 EXACT = ["exact-zstd"]

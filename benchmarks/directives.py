@@ -1,0 +1,163 @@
+"""How long lookups take on a node of a million chunks while pins, quotas and TTLs change.
+
+python benchmarks/directives.py [--before COMMIT] [--chunks 1000000] [--seconds 6] [--output FILE]
+
+A thread looks up 256 chunks without a pause. Beside it another one, in turn: does nothing; pins and unpins 100,000
+chunks; gives a tenant that has half of all chunks a quota and takes it away; lets 10,000 chunks expire in each round of
+the keeper; or runs the keeper where nothing expires, as it does after each chunk that it writes back. With `--before`
+the same is measured with the cluster package of that commit, in a process of its own.
+
+Times are processor time of the process, both threads together: one waits while the other computes, so that is what a
+lookup takes on a machine that does nothing else.
+"""
+
+import argparse
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from kvstore_cluster.arena import Arena
+from kvstore_cluster.disk import RecordMeta
+from kvstore_cluster.index import NOWHERE
+from kvstore_cluster.node import StorageNode
+from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_service.bench.results import write_results
+
+LOOKED_UP = 256
+_BLOCK_BYTES = 64
+_PINNED = 100_000
+_EXPIRING = 10_000
+_BEGIN_S = 1e9
+_MOST_LOOKUPS = 3000
+
+
+class Clock:
+    now_s = _BEGIN_S
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def filled(count: int, clock: Clock) -> tuple[StorageNode, list[ChunkId]]:
+    """Half of the chunks are of one tenant, and every fifth ends, 10,000 of them a second after the other."""
+    node = StorageNode("node-0", Arena(count * _BLOCK_BYTES, _BLOCK_BYTES), clock=clock)
+    names = [ChunkId(ContentId(os.urandom(32)), PrefixId(os.urandom(32))) for _ in range(count)]
+    for number, name in enumerate(names):
+        ends_s = _BEGIN_S + 1 + number // (5 * _EXPIRING) if number % 5 == 0 else 0.0
+        tenant = "acme" if number % 2 else ""
+        meta = RecordMeta(name, "exact-zstd", 60, 30, tenant=tenant, expires_at_s=ends_s, cost=256.0)
+        with node._lock:
+            extent = node._arena.allocate(60)
+            node._tiers.insert(meta, extent=extent, location=NOWHERE, write_back=False)
+    return node, names
+
+
+def lookups_ms(
+    node: StorageNode, names: list[ChunkId], seconds: float, beside: Callable[[], object]
+) -> list[float]:
+    stopping = threading.Event()
+
+    def change() -> None:
+        while not stopping.is_set():
+            beside()
+            stopping.wait(0.01)
+
+    changing = threading.Thread(target=change)
+    changing.start()
+    choose = random.Random(5)
+    times_ms = []
+    until = time.process_time() + seconds
+    while time.process_time() < until and len(times_ms) < _MOST_LOOKUPS:
+        begin = choose.randrange(len(names) - LOOKED_UP)
+        wanted = names[begin : begin + LOOKED_UP]
+        started = time.process_time()
+        node.lookup(wanted, ["exact-zstd"], with_headers=False)
+        times_ms.append(1000 * (time.process_time() - started))
+        time.sleep(0.001)
+    stopping.set()
+    changing.join()
+    return sorted(times_ms)
+
+
+def measure(count: int, seconds: float) -> list[dict[str, float | str]]:
+    clock = Clock()
+    node, names = filled(count, clock)
+    pins = frozenset(names[1 : 2 * _PINNED : 2])
+
+    def expire() -> None:
+        clock.now_s += 1
+        node.maintain()
+
+    def pin() -> None:
+        node.set_pins(pins)
+        node.set_pins(frozenset())
+
+    def limit() -> None:
+        node.set_quotas({"acme": 1 << 40})
+        node.set_quotas({})
+
+    kinds: dict[str, Callable[[], object]] = {
+        "nothing": lambda: None,
+        "keeper": node.maintain,
+        "pins": pin,
+        "quotas": limit,
+        "expiry": expire,
+    }
+    rows: list[dict[str, float | str]] = []
+    for name, beside in kinds.items():
+        times_ms = lookups_ms(node, names, seconds, beside)
+        row = {"beside": name, "lookups": len(times_ms)} | {
+            f"p{share:g}_ms": round(times_ms[int(share / 100 * len(times_ms))], 2) for share in (50, 99, 99.9)
+        }
+        rows.append(row | {"max_ms": round(times_ms[-1], 2)})
+    return rows
+
+
+def extracted(commit: str, folder: Path) -> Path:
+    """The cluster package of a commit."""
+    archive = ["git", "archive", commit, "cluster"]
+    content = subprocess.run(archive, check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "cluster"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--before", metavar="COMMIT")
+    parser.add_argument("--chunks", type=int, default=1_000_000)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.in_this_process:
+        print(json.dumps(measure(options.chunks, options.seconds)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        packages = {"after": ""}
+        if options.before:
+            packages["before"] = str(extracted(options.before, Path(folder)))
+        for which, package in packages.items():
+            path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")]))
+            command = [sys.executable, __file__, "--in-this-process"]
+            command += ["--chunks", str(options.chunks), "--seconds", str(options.seconds)]
+            environment = os.environ | {"PYTHONPATH": path}
+            child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+            for row in json.loads(child.stdout):
+                rows.append({"cluster": which} | row)
+                print(rows[-1], flush=True)
+    write_results(rows, options.output, {"chunks": options.chunks, "looked_up": LOOKED_UP})
+
+
+if __name__ == "__main__":
+    main()
