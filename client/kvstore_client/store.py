@@ -138,16 +138,23 @@ class Store:
             )
             reason = "store_closed" if self._closed else "store_backlog" if full else None
             if reason is None:
-                self._waiting_bytes += size_bytes
                 wanted = self.encodings if encodings is None else tuple(encodings)
                 new = _NewChunks(list(chunks), wanted, tuple(text))
-                self._hand_over(partial(self._store, stored, spec, new, size_bytes))
+                try:
+                    self._hand_over(partial(self._store, stored, spec, new, size_bytes))
+                    self._waiting_bytes += size_bytes
+                except RuntimeError:
+                    reason = "store_no_resources"
         if reason is not None:
             waiting = (
                 f"{len(chunks)} chunks are not stored: {self._waiting_bytes} bytes wait already. The service takes "
                 "them too slowly, or KVSTORE_STORE_BACKLOG_BYTES is too small"
             )
-            self._metrics.missed(reason, detail=waiting if reason == "store_backlog" else None)
+            details = {
+                "store_backlog": waiting,
+                "store_no_resources": "chunks are not stored: this process has no thread left to store them",
+            }
+            self._metrics.missed(reason, detail=details.get(reason))
             stored.set_result(0)
         return stored
 
@@ -187,11 +194,13 @@ class Store:
         self._finalizer.cancel()
 
     def _hand_over(self, job: Callable[[], object]) -> None:
-        """With the lock held. The worker begins with the first job: a client that stores nothing needs no thread."""
+        """With the lock held. The worker begins with the first job: a client that stores nothing needs no thread.
+        Raises RuntimeError where none can be had."""
         if self._worker is None:
             # A daemon, so that a silent node cannot keep the interpreter from exiting; `close` has its own patience.
-            self._worker = threading.Thread(target=self._work, name="kvstore-store", daemon=True)
-            self._worker.start()
+            worker = threading.Thread(target=self._work, name="kvstore-store", daemon=True)
+            worker.start()
+            self._worker = worker
             # A child that multiprocessing has forked or spawned ends without what atexit knows.
             self._finalizer = multiprocessing.util.Finalize(None, self.close, exitpriority=0)
         self._jobs.put(job)

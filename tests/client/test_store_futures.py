@@ -156,3 +156,22 @@ def test_a_flush_waits_for_what_a_close_still_stores(client: KVStoreClient) -> N
         thread.join(WAIT_S)
     assert flushed.is_set()
     assert stored.result(0) == 1
+
+
+def test_a_process_without_a_thread_left_drops_chunks_and_stores_later(
+    client: KVStoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def no_thread(thread: threading.Thread) -> None:
+        if thread.name == "kvstore-store":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    chunk = NewChunk(ids(1)[0], lambda: random_kv(0))
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", no_thread)
+        assert client.store.put(SPEC, [chunk]).result(WAIT_S) == 0
+        assert within(client.store.flush)
+    assert client.metrics.snapshot()["miss_store_no_resources"] == 1
+    assert client.store.put(SPEC, [chunk]).result(WAIT_S) == 1
