@@ -14,9 +14,10 @@ from kvstore_client.fetch.base import Destination, ReceivedFrames
 from kvstore_client.fetch.cut import joined
 from kvstore_client.fetch.decode import ChunkFeatures, Predictions
 from kvstore_client.fetch.failover import Failover
-from kvstore_client.fetch.progress import FetchReport, Progress
+from kvstore_client.fetch.progress import Progress
 from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.fetch.receive import Receiver
+from kvstore_client.fetch.report import FetchReport
 from kvstore_client.fetch.restore import Restorer
 from kvstore_client.fetch.steer import Computing, Steering
 from kvstore_client.lookup import Match, release

@@ -3,12 +3,12 @@
 import heapq
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 
 from kvstore_api.placement import Member
 from kvstore_client.fetch.base import ReadTask
+from kvstore_client.fetch.report import FetchReport
 from kvstore_client.fetch.state import ChunkState
 from kvstore_client.fetch.steer import Steering
 from kvstore_client.lookup import StoredChunk
@@ -19,29 +19,6 @@ from kvstore_codec.encoding import Encoding
 _PASS_TOKENS = 1024
 """The engine computes so many tokens of the front at a time: fewer make slow products, more could not be handed back
 when the link gets faster."""
-
-
-@dataclass(frozen=True, slots=True)
-class FetchReport:
-    """How a fetch ended."""
-
-    chunks: int
-    delivered: int
-    """Leading chunks that are complete in every layer: what may be reused as a prefix."""
-    missing: Mapping[int, str] = field(default_factory=dict)
-    """Chunk index -> reason."""
-    received_bytes: int = 0
-    encodings: frozenset[Encoding] = frozenset()
-    """What the chunks came in."""
-    fetched: int = 0
-    """Chunks that came whole."""
-    computed: int = 0
-    """Chunks that the engine computes because that is sooner."""
-    replans: int = 0
-
-    @property
-    def complete(self) -> bool:
-        return not self.missing and self.fetched + self.computed == self.chunks
 
 
 class Progress:
