@@ -91,16 +91,17 @@ class LeaseTable(Generic[K]):
         findings, lease.findings = lease.findings, None
         return findings
 
-    def narrow(self, lease_id: LeaseId, keys: list[K]) -> None:
-        """The lease, if it has not ended, covers only these of its keys from now on."""
+    def narrow(self, lease_id: LeaseId, keys: list[K]) -> bool:
+        """The lease covers only these of its keys from now on; False when it has ended."""
         lease = self._leases.get(lease_id)
         if lease is None:
-            return
+            return False
         self._holders.update(keys)
         self._let_go(lease.keys)
         lease.keys = keys
         if not keys:
             del self._leases[lease_id]
+        return True
 
     def renew(self, lease_id: LeaseId, duration_s: float) -> bool:
         """Lets the lease run `duration_s` from now; False when it has ended."""

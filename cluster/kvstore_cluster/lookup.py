@@ -138,10 +138,11 @@ class ChunkSearch:
             )
         return hits[first_hit:]
 
-    def findings(self) -> Findings[int]:
-        """What was found, before `read_headers`."""
+    def findings(self, first_hit: int) -> Findings[int]:
+        """What was found, from that one of `hits` on; before `read_headers`."""
         numbers = [n for n, answer in enumerate(self.answers) if answer.encoding for _ in (0, *answer.others)]
-        return Findings(self.hits, numbers, self.approximate)
+        leased = numbers[first_hit:]
+        return Findings(self.hits[first_hit:], leased, self.approximate & set(leased))
 
     def read_headers(self, proceed: Callable[[int], object]) -> None:
         """Reads the headers that `find` left out; the caller does not have the lock. What the disk has lost is left out

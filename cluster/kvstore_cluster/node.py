@@ -111,6 +111,7 @@ class StorageNode:
             any_context=any_context,
         )
         lease_id: LeaseId | None = None
+        first_leased = 0  # of `search.hits`
         try:
             for begin in range(0, len(chunks), SLICE_CHUNKS):
                 if begin:
@@ -119,11 +120,13 @@ class StorageNode:
                     found = search.find(begin)
                     self._leases.expire()
                     if found and lease_s > 0:
-                        lease_id = self._leases.cover(lease_id, found, lease_s)
+                        lease = self._leases.cover(lease_id, found, lease_s)
+                        if lease != lease_id:  # also when the one before has ended since
+                            lease_id, first_leased = lease, len(search.hits) - len(found)
             if use_follows:
                 if lease_id is not None:
                     with self._lock:
-                        self._leases.expect_use(lease_id, search.findings())
+                        self._leases.expect_use(lease_id, search.findings(first_leased))
             elif not peek:
                 self._touch(search.hits)
             if not peek:
@@ -147,7 +150,8 @@ class StorageNode:
             return False
         kept = found.used(used)
         with self._lock:
-            self._leases.narrow(lease_id, kept.keys)
+            if not self._leases.narrow(lease_id, kept.keys):
+                return False
         answers = len(set(kept.answers))
         self._touch(kept.keys)
         with self._lock:

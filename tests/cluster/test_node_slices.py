@@ -10,6 +10,7 @@ from kvstore_cluster import lookup
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.durability import Durability
+from kvstore_cluster.leases import LeaseTable
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_cluster.slices import SLICE_CHUNKS
@@ -184,3 +185,34 @@ def test_a_long_report_reaches_every_chunk(node: StorageNode, monkeypatch: pytes
     monkeypatch.setattr(node._tiers, "report", lambda _, score: scores.append(score))
     node.report(LONG, [number / len(LONG) for number in range(len(LONG))])
     assert scores == [number / len(LONG) for number in range(0, len(LONG), SLICE_CHUNKS)]
+
+
+def test_a_lease_that_ends_between_two_slices_names_no_chunk_that_came_since() -> None:
+    """The slot of a chunk that was found in the first slice has another tenant's chunk by the end of the lookup."""
+    now_s = 0.0
+    node = StorageNode("node-0", Arena(1 << 20, 4 << 10), leases=LeaseTable(clock=lambda: now_s))
+    first, last, other = STORED[:3]
+    put(node, first)
+    put(node, last)
+
+    def meanwhile(_header_bytes: int) -> None:
+        nonlocal now_s
+        now_s += 1
+        assert node.stats().leases == 0
+        assert node.delete([first.chunk_id]) == 1
+        node.maintain()
+        put(node, other, PutOptions(tenant="other"))
+
+    asked = [first.chunk_id, *[MISSING.chunk_id] * (SLICE_CHUNKS - 1), last.chunk_id]
+    lease_id = node.lookup(asked, EXACT, lease_s=0.1, use_follows=True, proceed=meanwhile).lease_id
+    assert lease_id is not None
+    assert node.use(lease_id, b"\xff" * 300, 100)
+    assert node.stats().counters["hits"] == 1
+    held = node._leases.holds
+    assert not held(slot_of(node, other))
+    assert held(slot_of(node, last))
+
+
+def slot_of(node: StorageNode, chunk: SampleChunk) -> int:
+    (slot,) = node._index.variants(chunk.chunk_id)
+    return slot
