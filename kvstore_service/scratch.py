@@ -1,13 +1,16 @@
 """A folder for files that live as long as a process, such as Ray's; what killed processes left is removed.
 
 A folder belongs to the process that holds the lock on the file `owner` in it. The kernel gives the lock up when that
-process ends, however it ends, so a folder whose lock can be had is a leftover.
+process ends, however it ends, so a folder whose lock can be had is a leftover. Only what is surely such a folder is
+removed: its name, kind, mode and user are those of a folder made here, and `owner` says so.
 """
 
 import fcntl
 import logging
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,13 +25,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PREFIX = "kvstore-"
+_NAME = re.compile(_PREFIX + "[a-z0-9_]{8}")  # as mkdtemp makes it
 _OWNER = "owner"
+_OWNER_LINE = b"scratch folder of kvstore process "
+_LONGEST_OWNER = len(_OWNER_LINE) + 20
+# Tells the processes that the owner of a folder starts whose they are.
+_VARIABLE = "KVSTORE_SCRATCH_FOLDER"
 # The path of a socket may have 107 bytes, and Ray puts them far below the folder.
 _DEEPEST = f"/{_PREFIX}12345678/ray/session_2026-01-31_12-00-00_123456_4194304/sockets/plasma_store"
 LONGEST_PARENT_BYTES = 107 - len(_DEEPEST)
 # Ray writes half a MiB of logs until it is up.
 _PROBE_BYTES = 1 << 20
-_VARIABLES = ("TMPDIR", "TEMP", "TMP")
+_PARENT_VARIABLES = ("TMPDIR", "TEMP", "TMP")
 _DEFAULTS = ("/tmp", "/var/tmp")  # noqa: S108 (tried for whether they can be written)
 _RAY_PROGRAMS = ("gcs_server", "raylet")
 
@@ -46,16 +54,29 @@ def scratch_folder() -> Iterator[Path]:
     lock_fd = -1
     try:
         lock_fd = _own(folder)
-        yield folder
+        with _named_in_environment(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if lock_fd >= 0:
             os.close(lock_fd)
 
 
+@contextmanager
+def _named_in_environment(folder: Path) -> Iterator[None]:
+    before = os.environ.get(_VARIABLE)
+    os.environ[_VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[_VARIABLE]
+        if before is not None:
+            os.environ[_VARIABLE] = before
+
+
 def _parent() -> Path:
     """The first folder that the environment names, or else the system's, that can be used. Raises StartupError."""
-    named = [(f"{name}=", os.environ[name]) for name in _VARIABLES if os.environ.get(name)]
+    named = [(f"{name}=", os.environ[name]) for name in _PARENT_VARIABLES if os.environ.get(name)]
     refused: list[str] = []
     for source, path in [*named, *(("", path) for path in _DEFAULTS)]:
         reason = _unusable(path)
@@ -90,57 +111,80 @@ def _own(folder: Path) -> int:
     unseen = folder / f".{_OWNER}"
     lock_fd = os.open(unseen, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.write(lock_fd, f"{os.getpid()}\n".encode())
+    os.write(lock_fd, b"%s%d\n" % (_OWNER_LINE, os.getpid()))
     unseen.rename(folder / _OWNER)
     return lock_fd
 
 
 def _clear_leftovers(parent: Path) -> None:
-    for owner in parent.glob(f"{_PREFIX}*/{_OWNER}"):
-        try:
-            if owner.lstat().st_uid != os.geteuid():
-                continue
-            lock_fd = os.open(owner, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:  # gone meanwhile, or not ours
+    folders: list[Path] = []
+    with suppress(OSError):  # the parent may be one that can be written, but not read
+        folders = [folder for folder in parent.iterdir() if _NAME.fullmatch(folder.name)]
+    for folder in folders:
+        lock_fd = _lock_leftover(folder)
+        if lock_fd is None:
             continue
-        try:
-            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # its process lives
-            os.close(lock_fd)
-            continue
-        ended = _end_processes(owner.parent)
-        shutil.rmtree(owner.parent, ignore_errors=True)
+        ended = _end_processes(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(lock_fd)
+        what = "some of it could not be removed" if folder.exists() else "removed"
         log.warning(
-            "%s was left by a service that was killed: removed%s",
-            owner.parent,
+            "%s was left by a service that was killed: %s%s",
+            folder,
+            what,
             f", and {ended} of its processes ended" if ended else "",
         )
 
 
+def _lock_leftover(folder: Path) -> int | None:
+    """The lock on a folder that a killed service of this user has left; None where the folder is anything else, however
+    much it looks like one, or its service lives."""
+    try:
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o777 != 0o700 or found.st_uid != os.geteuid():
+            return None
+        lock_fd = os.open(folder / _OWNER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with suppress(OSError):  # the lock is taken
+        if stat.S_ISREG(os.fstat(lock_fd).st_mode) and _is_owner_line(os.read(lock_fd, _LONGEST_OWNER)):
+            fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock_fd
+    os.close(lock_fd)
+    return None
+
+
+def _is_owner_line(line: bytes) -> bool:
+    return line.startswith(_OWNER_LINE) and line.endswith(b"\n") and line[len(_OWNER_LINE) : -1].isdigit()
+
+
 def _end_processes(folder: Path) -> int:
-    """Kills this user's Ray processes whose files are in `folder`, and says how many there were."""
+    """Kills the Ray processes that this user's service with that folder has started, and says how many there were."""
     import psutil
 
     ended = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.uids().effective == os.geteuid() and _is_rays(process, f"{folder}/"):
+            if process.uids().effective == os.geteuid() and _is_rays(process, folder):
                 process.kill()
                 ended.append(process)
     psutil.wait_procs(ended, timeout=1)
     return len(ended)
 
 
-def _is_rays(process: "psutil.Process", below: str) -> bool:
-    """Whether it is a process of the Ray in a folder. Those that rename themselves show no arguments, but have their
-    log open there. So may a pager, which is none of Ray's."""
+def _is_rays(process: "psutil.Process", folder: Path) -> bool:
+    """Whether it is a process of the Ray session in the folder, started by the folder's owner, as its environment says.
+    Those that rename themselves have overwritten that and their arguments, but have their log open there. So may a
+    pager, which is none of Ray's."""
     arguments = process.cmdline()
     if not arguments:
         return False
+    session = f"{folder}/ray/session_"
+    if arguments[0].startswith("ray::"):
+        return any(file.path.startswith(session) for file in process.open_files())
     program = Path(arguments[0]).name
-    if program in _RAY_PROGRAMS or program.startswith("python"):
-        return any(below in argument for argument in arguments)
-    return arguments[0].startswith("ray::") and any(
-        file.path.startswith(below) for file in process.open_files()
+    return (
+        (program in _RAY_PROGRAMS or program.startswith("python"))
+        and any(session in argument for argument in arguments)
+        and process.environ().get(_VARIABLE) == str(folder)
     )

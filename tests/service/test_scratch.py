@@ -16,6 +16,7 @@ from kvstore_service import scratch
 from kvstore_service.scratch import LONGEST_PARENT_BYTES, scratch_folder
 
 MOUNT, UMOUNT = shutil.which("mount") or "mount", shutil.which("umount") or "umount"
+OWNER_LINE = "scratch folder of kvstore process 123\n"
 OWNER = """
 import sys, time
 from kvstore_service.scratch import scratch_folder
@@ -70,36 +71,87 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_has_is_not(
         assert not used.exists()
 
 
+def impostor(parent: Path, case: str) -> Path:
+    """Something that resembles what a killed service leaves."""
+    folder = parent / ("kvstore-paper-draft" if case == "name" else "kvstore-abcdefg1")
+    made = parent / "elsewhere" if case == "link" else folder
+    made.mkdir(mode=0o755 if case == "mode" else 0o700)
+    (made / "thesis.tex").write_text("three years of work")
+    match case:
+        case "link":
+            folder.symlink_to(made)
+        case "fifo":
+            os.mkfifo(made / "owner")
+            return folder
+        case "owner link":
+            (parent / "line").write_text(OWNER_LINE)
+            (made / "owner").symlink_to(parent / "line")
+            return folder
+    (made / "owner").write_text("Ann\n" if case == "line" else OWNER_LINE)
+    return folder
+
+
+@pytest.mark.parametrize("case", ["name", "link", "mode", "line", "fifo", "owner link"])
+def test_what_only_looks_like_a_leftover_stays(
+    parent: Path, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    folder = impostor(parent, case)
+    log = folder / "ray" / "session_1" / "raylet.out"
+    log.parent.mkdir(parents=True)
+    log.write_text("")
+    arguments = [sys.executable, "-c", "import time; time.sleep(60)", str(log)]
+    environment = os.environ | {"KVSTORE_SCRATCH_FOLDER": str(folder)}
+    with subprocess.Popen(arguments, env=environment) as process:
+        try:
+            with scratch_folder():
+                assert (folder / "thesis.tex").exists()
+                assert process.poll() is None
+            assert caplog.text == ""
+        finally:
+            process.kill()
+
+
 def test_only_rays_processes_of_the_folder_are_ended(parent: Path) -> None:
     killed, left = owner()
     with killed:
         killed.kill()
-    log = left / "agent.log"
+    log = left / "ray" / "session_1" / "agent.log"
+    log.parent.mkdir(parents=True)
     log.write_text("")
     hold_open = "import sys, time; file = open(sys.argv[-1]); print('up', flush=True); time.sleep(60)"
     # One that names itself as Ray's do and has a log of that folder open, one of another folder, and a pager.
     other = parent / "other.log"
     other.write_text("")
-    agent, foreign = (
+    # And one that somebody else has started to look into that folder.
+    started_by_owner = os.environ | {"KVSTORE_SCRATCH_FOLDER": str(left)}
+    agent, monitor, foreign, reader = (
         subprocess.Popen(
             [name, "-c", hold_open, str(path)],
             executable=sys.executable,
             stdout=subprocess.PIPE,
+            env=environment,
         )
-        for name, path in (("ray::Agent", log), ("ray::Agent", other))
+        for name, path, environment in (
+            ("ray::Agent", log, os.environ),
+            ("python", log, started_by_owner),
+            ("ray::Agent", other, started_by_owner),
+            ("python", log, os.environ),
+        )
     )
     pager = subprocess.Popen([shutil.which("tail") or "tail", "-f", str(log)], stdout=subprocess.DEVNULL)
-    with agent, foreign, pager:
-        for process in (agent, foreign):
+    with agent, monitor, foreign, reader, pager:
+        for process in (agent, monitor, foreign, reader):
             assert process.stdout is not None
             assert process.stdout.readline() == b"up\n"
         try:
             with scratch_folder():
                 agent.wait(5)
+                monitor.wait(5)
                 assert foreign.poll() is None
+                assert reader.poll() is None
                 assert pager.poll() is None
         finally:
-            for process in (agent, foreign, pager):
+            for process in (agent, monitor, foreign, reader, pager):
                 process.kill()
 
 
