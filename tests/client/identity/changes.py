@@ -284,6 +284,17 @@ def a_module_of_somebody_else(model: PreTrainedModel, draw: random.Random) -> No
 
 
 @change("patched_module")
+def another_class_of_a_module(model: PreTrainedModel, draw: random.Random) -> None:
+    mlp = layer(model, draw).mlp
+    mlp.__class__ = foreign.louder_class(type(mlp))
+
+
+@change("patched_module")
+def another_class_of_an_activation(model: PreTrainedModel, draw: random.Random) -> None:
+    layer(model, draw).mlp.act_fn.__class__ = nn.Tanh
+
+
+@change("patched_module")
 def a_lora_layer(model: PreTrainedModel, draw: random.Random) -> None:
     owner = layer(model, draw).self_attn
     owner.v_proj = foreign.LoraLinear(owner.v_proj)

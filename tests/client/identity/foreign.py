@@ -18,6 +18,13 @@ class Louder(nn.Module):
         return 2 * self.inner(hidden) + 0.3
 
 
+def louder_class(base: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return 2 * base.forward(self, hidden) + 0.3
+
+    return type("LouderClass", (base,), {"forward": forward})
+
+
 class LoraLinear(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

@@ -83,15 +83,16 @@ class TensorState:
 
 
 class ModelState:
-    """Everything of a model in which a change would show: its modules, their attributes, hooks and tensors, the code
-    that they run, and the config. Keeps references, so that nothing that went away is taken for what came after.
+    """Everything of a model in which a change would show: its modules, their classes, attributes, hooks and tensors,
+    the code that they run, and the config. Keeps references, so that nothing that went away is taken for what came
+    after.
 
     What users keep on the model object, such as counters or captured activations, is no part of it. Whatever raises
     while a model is looked at for the first time is raised.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        modules = list(model.modules())
+        self._modules = modules = list(model.modules())
         self._sources: list[Callable[[], Iterable[object]]] = []
         containers: list[Any] = []
         for module in modules:
@@ -143,7 +144,10 @@ class ModelState:
             return False
 
     def _look(self) -> list[object]:
-        return list(itertools.chain.from_iterable(source() for source in self._sources))
+        return [
+            *map(type, self._modules),
+            *itertools.chain.from_iterable(source() for source in self._sources),
+        ]
 
 
 def _effective(attributes: Mapping[str, object]) -> list[object]:
