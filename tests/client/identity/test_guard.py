@@ -211,3 +211,15 @@ def test_a_setting_that_is_a_list_is_looked_into() -> None:
     assert refusal.reason == "changed_setting"
     kinds.pop()
     assert identity.current().refusal is None
+
+
+def test_weights_that_are_tied_to_another_layers_are_named_apart() -> None:
+    model = tiny_model()
+    projections = [layer.mlp.up_proj for layer in model.model.layers]
+    projections[2].weight = projections[0].weight
+    identity = ModelIdentity(model)
+    tied_to_first = identity.current().spec.digest
+    projections[2].weight = projections[1].weight
+    assert identity.current().spec.digest == ModelIdentity(model).spec.digest != tied_to_first
+    projections[2].weight = projections[0].weight
+    assert identity.current().spec.digest == tied_to_first

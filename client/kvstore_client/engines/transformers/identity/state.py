@@ -35,7 +35,7 @@ class TensorState:
 
     def __init__(self, model: nn.Module) -> None:
         named = [(uncompiled_name(n), t) for n, t in model.state_dict(keep_vars=True).items()]
-        self._names = tuple(name for name, _ in named)
+        self._named = [(name, id(tensor)) for name, tensor in named]
         buffers = {id(b) for b in model.buffers()}
         found = {id(t): t for t in (*(t for _, t in named), *model.buffers()) if isinstance(t, torch.Tensor)}
         self._tensors = [t for t in found.values() if _has_storage(t)]
@@ -59,7 +59,7 @@ class TensorState:
     def same_as(self, other: "TensorState") -> bool:
         """Whether both saw the same tensors, under the same names."""
         return (
-            self._names == other._names
+            self._named == other._named
             and len(self._tensors) == len(other._tensors)
             and all(map(operator.is_, self._tensors, other._tensors))
             and not self._others
