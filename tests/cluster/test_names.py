@@ -6,21 +6,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvstore_cluster import names
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import RecordMeta, SegmentStore
 from kvstore_cluster.index import ChunkIndex
-from kvstore_cluster.names import MOST_CALIBRATIONS, MOST_ENCODINGS, MOST_NAMES, ChunkNames
+from kvstore_cluster.names import MOST_CALIBRATIONS, MOST_ENCODINGS, ChunkNames
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.errors import OverQuotaError, StorageError
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from tests.sample_chunk import SampleChunk, sample_chunk
 
+MOST_NAMES = 1500
 CHUNK = RecordMeta(ChunkId(ContentId(bytes(32)), PrefixId(bytes(32))), "exact-zstd", 1000, 100)
+
+
+@pytest.fixture(autouse=True)
+def fewer_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(names, "MOST_NAMES", MOST_NAMES)
 
 
 def digest(number: int) -> bytes:
@@ -86,6 +92,7 @@ def test_all_tenants_together_are_bounded_and_a_refused_one_takes_nothing() -> N
 few = st.tuples(st.sampled_from("abc"), st.sampled_from([None, b"1", b"2", b"3"]), st.sampled_from("xyz"))
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(few, st.integers(0, 20)), max_size=60))
 def test_numbers_mean_what_was_acquired_in_whatever_order_it_goes(
     steps: list[tuple[str, bytes, str] | int],
