@@ -1,6 +1,8 @@
 """The canary calls of the Coordinator service: a thin shell around a CanaryRegistry."""
 
+from ipaddress import ip_network
 from typing import NoReturn
+from urllib.parse import unquote
 
 import grpc
 
@@ -11,7 +13,6 @@ from kvstore_codec.errors import (
     CanaryError,
     CatalogueError,
     KVStoreError,
-    TooManyModelsError,
     UnknownModelError,
 )
 from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, unary
@@ -19,7 +20,6 @@ from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, unary
 _STATUS: dict[type[KVStoreError], grpc.StatusCode] = {
     CanaryError: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownModelError: grpc.StatusCode.NOT_FOUND,
-    TooManyModelsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     CatalogueError: grpc.StatusCode.UNAVAILABLE,
 }
 
@@ -50,7 +50,9 @@ class CanaryService:
         digest, origin = _digest(request.model_digest, context), _origin_of(request.origin)
         try:
             changes = self._registry.changes
-            return _reply(*self._registry.put(digest, request.generation, origin, request.sketch), changes)
+            client = client_of(context.peer())
+            kept = self._registry.put(digest, request.generation, origin, request.sketch, client)
+            return _reply(*kept, changes)
         except KVStoreError as error:
             _abort(error, context)
 
@@ -58,6 +60,7 @@ class CanaryService:
         self, request: pb.ReportRefusalRequest, context: grpc.ServicerContext
     ) -> pb.ReportRefusalReply:
         digest = _digest(request.model_digest, context)
+        self._registry.count_use(digest)
         self._refusals.add(digest, request.generation, _origin_of(request.origin), request.message)
         return pb.ReportRefusalReply()
 
@@ -97,6 +100,19 @@ class CanaryService:
                 for refusal in self._refusals.of(record.model_digest)
             ],
         )
+
+
+def client_of(peer: str) -> str:
+    """Whose share of the room a caller takes: of `ipv4:10.0.0.7:51204`, as gRPC says it, the address without the port,
+    and of an IPv6 address the network, of which one host has all addresses."""
+    kind, _, rest = unquote(peer).partition(":")
+    host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
+    if kind != "ipv6":
+        return host if kind == "ipv4" else peer
+    try:
+        return str(ip_network((host, 64), strict=False))
+    except ValueError:
+        return peer
 
 
 def _reply(record: CanaryRecord, sketch: bytes, changes: int) -> pb.CanaryReply:

@@ -96,6 +96,8 @@ class Canaries:
         origin = _origin(spec, device)
         if not kept.sketch:
             kept = self._put(spec, kept.generation, own.to_bytes(spec, probe), origin)
+            if not kept.sketch:
+                return Verdict("canary_pending", "the canary was replaced meanwhile", changes=-1)
         try:
             kept_probe, theirs = read_probe_kv(kept.sketch, spec)
         except CanaryError as error:

@@ -39,8 +39,7 @@ KVStoreError
 │   ├── CalibrationSizeError      more or fewer bytes than announced
 │   ├── CalibrationTooLargeError
 │   ├── DamagedCalibrationError   bytes that do not have their digest
-│   ├── UnknownModelError         the cluster keeps no canary of that ModelSpec digest
-│   └── TooManyModelsError        no room for another model's canary
+│   └── UnknownModelError         the cluster keeps no canary of that ModelSpec digest
 ├── NotCopyableError              an object that holds threads, hooks or connections was copied or pickled
 ├── PublishError                  a calibration was not taken by the registry; says why
 ├── ServiceError
@@ -191,9 +190,6 @@ class DamagedCalibrationError(ClusterError): ...
 
 
 class UnknownModelError(ClusterError): ...
-
-
-class TooManyModelsError(ClusterError): ...
 
 
 class NotCopyableError(KVStoreError, TypeError): ...

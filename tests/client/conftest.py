@@ -12,6 +12,7 @@ from kvstore_api.placement import Member
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.canaries import CanaryRegistry
+from kvstore_cluster.canaries.registry import MAX_MODELS
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.disk.store import SegmentStore
@@ -69,13 +70,15 @@ def served_cluster(
     *,
     bulk: bool = False,
     disk_bytes: int = 0,
+    canary_models: int = MAX_MODELS,
 ) -> Iterator[ServedCluster]:
     stores = [SegmentStore(folder / f"disk-{i}", disk_bytes) if disk_bytes else None for i in range(nodes)]
     plain = [StorageNode(f"node-{i}", Arena(memory_bytes), store=store) for i, store in enumerate(stores)]
     servers = [serve_storage(node, host="127.0.0.1") for node in plain]
     ports = [serve_bulk(node, host="127.0.0.1") for node in plain] if bulk else []
     coordinator = Coordinator(FileCatalogue(folder), replicas=replicas)
-    calibrations, canaries = CalibrationRegistry(folder / "calibrations"), CanaryRegistry(folder / "canaries")
+    calibrations = CalibrationRegistry(folder / "calibrations")
+    canaries = CanaryRegistry(folder / "canaries", max_models=canary_models)
     for index, (node, server) in enumerate(zip(plain, servers, strict=True)):
         port = ports[index].address if ports else ""
         coordinator.join(Member(node.node_id, server.address, bulk_endpoint=port), incarnation=1)

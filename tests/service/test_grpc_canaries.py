@@ -13,6 +13,7 @@ from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_codec.canary import MAX_SKETCH_BYTES
+from kvstore_service.grpc_canaries import client_of
 from kvstore_service.grpc_coordinator import serve_coordinator
 from kvstore_service.listen import Address
 from tests.cluster.canaries.test_registry import MODEL, sketch
@@ -85,6 +86,22 @@ def test_a_replacement_is_heard_of_with_the_membership(stub: rpc.CoordinatorStub
     assert put(stub, 2, "wrong").sketch == b""  # compared before the replacement
     reply = put(stub, 1, "right", generation=1)
     assert (reply.sketch, reply.canary_changes) == (sketch(1), 1)
+
+
+@pytest.mark.parametrize(
+    ("peer", "client"),
+    [
+        ("ipv4:10.0.0.7:51204", "10.0.0.7"),
+        ("ipv6:%5B2001:db8::7%5D:51204", "2001:db8::/64"),
+        ("ipv6:[2001:db8::8]:1", "2001:db8::/64"),
+        ("ipv6:[fe80::1%eth0]:1", "fe80::/64"),
+        ("unix:/run/kvstore.sock", "unix:/run/kvstore.sock"),
+        ("ipv6:nonsense", "ipv6:nonsense"),
+        ("", ""),
+    ],
+)
+def test_a_client_is_its_host(peer: str, client: str) -> None:
+    assert client_of(peer) == client
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,13 @@ class CanaryRecord:
 
     model_digest: bytes
     generation: int
-    """How often an operator replaced it. Chunks are named after it."""
+    """Another one for each canary that the model ever had. Chunks are named after it."""
     origin: Origin = Origin()
     created_unix_s: float = 0.0
     size_bytes: int = 0
     """0: there is none at present; the next worker makes it."""
+    client: str = ""
+    """Where it came from, as the coordinator saw it."""
 
 
 @dataclass(frozen=True, slots=True)

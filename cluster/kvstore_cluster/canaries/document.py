@@ -22,7 +22,8 @@ MAX_DOCUMENT_BYTES = MAX_SKETCH_BYTES + _MAX_FACTS_BYTES + _PREFIX.size
 
 
 def write_document(record: CanaryRecord, sketch: bytes) -> bytes:
-    facts: bytes = msgpack.packb({"created": record.created_unix_s, "origin": asdict(bounded(record.origin))})
+    origin, client = asdict(bounded(record.origin)), _bounded_text(record.client)
+    facts: bytes = msgpack.packb({"created": record.created_unix_s, "origin": origin, "client": client})
     signed = struct.pack("<I", len(facts)) + facts + sketch
     return struct.pack("<Q", xxhash.xxh3_64_intdigest(signed)) + signed
 
@@ -40,19 +41,24 @@ def read_document(content: bytes, model_digest: bytes, generation: int) -> tuple
     try:
         facts = msgpack.unpackb(content[_PREFIX.size : _PREFIX.size + length])
         origin, created_unix_s = _origin(facts["origin"]), float(facts["created"])
-    except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+        client = _bounded_text(str(facts.get("client", "")))  # releases before this one wrote none
+    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
         raise CanaryError(f"its facts cannot be read: {error!r}"[:300]) from error
-    return CanaryRecord(model_digest, generation, origin, created_unix_s, len(sketch)), sketch
+    return CanaryRecord(model_digest, generation, origin, created_unix_s, len(sketch), client), sketch
 
 
 def bounded(origin: Origin) -> Origin:
     """With texts cut to MAX_TEXT_BYTES, and a pid of 32 bits."""
     texts = {
-        field.name: getattr(origin, field.name).encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
+        field.name: _bounded_text(getattr(origin, field.name))
         for field in fields(Origin)
         if field.name != "pid"
     }
     return replace(origin, pid=origin.pid & 0xFFFFFFFF, **texts)
+
+
+def _bounded_text(text: str) -> str:
+    return text.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
 
 
 def _origin(found: Any) -> Origin:

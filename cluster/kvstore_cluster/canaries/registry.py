@@ -9,14 +9,16 @@ import os
 import re
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvstore_cluster.canaries.base import CanaryMirror, CanaryRecord, Origin
 from kvstore_cluster.canaries.document import MAX_DOCUMENT_BYTES, bounded, read_document, write_document
+from kvstore_cluster.canaries.room import making_room
 from kvstore_cluster.durable import rename_durably
 from kvstore_codec.canary import read_sketch_header
-from kvstore_codec.errors import CanaryError, CatalogueError, TooManyModelsError, UnknownModelError
+from kvstore_codec.errors import CanaryError, CatalogueError, UnknownModelError
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,8 @@ MAX_TOTAL_BYTES = 1 << 30
 
 _NAME = re.compile(r"([0-9a-f]{64})-(\d{1,10})\.kvcanary")
 _UNFINISHED = ".unfinished-"
+_FORGOTTEN = b"\xff" * 32
+"""In place of a digest: a record without KV whose generation no forgotten model had a canary of."""
 
 
 @dataclass(slots=True)
@@ -39,8 +43,9 @@ class CanaryRegistry:
     one that holds the catalogue beside it. With a `mirror` every canary is there too, and at the start either side gets
     what only the other one has; of two the one of the later generation counts.
 
-    At most `max_models` and `max_bytes` are kept: then the canaries that were asked for longest ago go, and their
-    models' next worker makes them anew. That a canary was replaced is never forgotten.
+    At most `max_models` and `max_bytes` are kept: then models are forgotten, as `making_room` says. A model that is not
+    known begins at a generation that no forgotten one had a canary of, so what was stored under a forgotten canary is
+    never named again, and nothing but one number need be remembered of all of them.
 
     Raises CatalogueError when folder or mirror cannot be used.
     """
@@ -70,12 +75,14 @@ class CanaryRegistry:
             raise self._unusable(error) from error
         if mirror is not None:
             self._synchronise(mirror)
+        self._changes = sum(kept.record.generation for kept in self._kept.values())
 
     @property
     def changes(self) -> int:
-        """Grows with every replacement, also over restarts."""
+        """Grows with every replacement, and over a restart. Not where a model is forgotten: its workers go on under the
+        generation that they know, and whoever makes its next canary has another one."""
         with self._lock:
-            return sum(kept.record.generation for kept in self._kept.values())
+            return self._changes
 
     def get(self, model_digest: bytes) -> tuple[CanaryRecord, bytes]:
         """The canary of a model and its KV; a record without any when there is none. Raises CatalogueError when its
@@ -83,11 +90,14 @@ class CanaryRegistry:
         with self._lock:
             kept = self._kept.get(model_digest)
             if kept is None:
-                return CanaryRecord(model_digest, 0), b""
+                return CanaryRecord(model_digest, self._first_generation()), b""
             kept.used = next(self._clock)
             record = kept.record
+        path = self._path(model_digest, record.generation)
         try:
-            content = self._path(model_digest, record.generation).read_bytes()
+            content = path.read_bytes()
+            with suppress(OSError):
+                os.utime(path)  # the order of use outlives a restart
             return read_document(content, model_digest, record.generation)
         except FileNotFoundError:  # replaced or dropped meanwhile
             return replace(record, size_bytes=0), b""
@@ -99,21 +109,29 @@ class CanaryRegistry:
         except OSError as error:
             raise self._unusable(error) from error
 
-    def put(
-        self, model_digest: bytes, generation: int, origin: Origin, sketch: bytes
-    ) -> tuple[CanaryRecord, bytes]:
-        """Makes this the model's canary unless it has one, or has another generation meanwhile. Returns what is kept
-        then, once that would survive a power loss.
+    def count_use(self, model_digest: bytes) -> None:
+        """A worker compared itself with the canary."""
+        with self._lock:
+            if kept := self._kept.get(model_digest):
+                kept.used = next(self._clock)
 
-        Raises CanaryError for KV that is not of a probe of this model, TooManyModelsError, and CatalogueError when disk
-        or mirror do not take it."""
-        if read_sketch_header(sketch).model_digest != model_digest:
+    def put(
+        self, model_digest: bytes, generation: int, origin: Origin, sketch: bytes, client: str = ""
+    ) -> tuple[CanaryRecord, bytes]:
+        """Makes this the model's canary unless it has one, or was replaced since it had this generation. Returns what
+        is kept then, once that would survive a power loss. `client` is whose share of the room it takes.
+
+        Raises CanaryError for KV that is not of a probe of this model, and CatalogueError when disk or mirror do not
+        take it."""
+        if read_sketch_header(sketch).model_digest != model_digest or model_digest == _FORGOTTEN:
             raise CanaryError(f"the KV is of another model than {model_digest.hex()[:12]}")
         with self._writing:
             record, kept = self.get(model_digest)
-            if kept or record.generation != generation:
+            if kept or (model_digest in self._kept and record.generation != generation):
                 return record, kept
-            new = CanaryRecord(model_digest, generation, bounded(origin), time.time(), len(sketch))
+            new = CanaryRecord(
+                model_digest, record.generation, bounded(origin), time.time(), len(sketch), client
+            )
             self._make_room(new)
             self._keep(new, sketch)
         log.info("canary of model %s kept, made by %s", model_digest.hex()[:12], origin.host)
@@ -121,21 +139,34 @@ class CanaryRegistry:
 
     def replace(self, model_digest: bytes) -> int:
         """Drop a model's canary for good: its next worker makes it anew, and what was stored under the old one is never
-        named again. Returns the new generation. Raises UnknownModelError, CatalogueError."""
+        named again. Where none was made since the last time, nothing changes. Returns the generation of the next one.
+        Raises UnknownModelError, CatalogueError."""
         with self._writing:
             with self._lock:
                 kept = self._kept.get(model_digest)
-            if kept is None:
+            if kept is None or model_digest == _FORGOTTEN:
                 raise UnknownModelError(f"there is no canary of model {model_digest.hex()[:12]}")
-            new = CanaryRecord(model_digest, kept.record.generation + 1, Origin(kept.record.origin.model_id))
+            known = kept.record
+            if not known.size_bytes:
+                return known.generation
+            origin = Origin(known.origin.model_id)
+            new = CanaryRecord(model_digest, known.generation + 1, origin, client=known.client)
             self._keep(new, b"")
+            with self._lock:
+                self._changes += 1
         log.warning("canary of model %s dropped: generation %d", model_digest.hex()[:12], new.generation)
         return new.generation
 
     def records(self) -> tuple[CanaryRecord, ...]:
         """Everything known, in the order of its last use."""
         with self._lock:
-            return tuple(kept.record for kept in sorted(self._kept.values(), key=lambda kept: kept.used))
+            kept = sorted(self._kept.values(), key=lambda kept: kept.used)
+        return tuple(one.record for one in kept if one.record.model_digest != _FORGOTTEN)
+
+    def _first_generation(self) -> int:
+        """Of a model that is not known. Called with the lock."""
+        forgotten = self._kept.get(_FORGOTTEN)
+        return forgotten.record.generation if forgotten is not None else 0
 
     def _open(self, path: Path, model_digest: bytes, generation: int) -> None:
         record = CanaryRecord(model_digest, generation)
@@ -173,25 +204,9 @@ class CanaryRegistry:
             mirror.keep(model_digest, record.generation, write_document(record, sketch))
 
     def _make_room(self, new: CanaryRecord) -> None:
-        with self._lock:
-            others = [kept for kept in self._kept.values() if kept.record.model_digest != new.model_digest]
-        others.sort(key=lambda kept: kept.used)
-        models, size_bytes = len(others) + 1, new.size_bytes + sum(kept.record.size_bytes for kept in others)
-        for kept in others:
-            if models <= self._max_models and size_bytes <= self._max_bytes:
-                return
-            record = kept.record
-            if record.generation == 0:
-                self._drop(record)
-                models -= 1
-            elif record.size_bytes:
-                self._keep(replace(record, size_bytes=0), b"")
-            size_bytes -= record.size_bytes
-        if models > self._max_models:
-            raise TooManyModelsError(
-                f"{models} models with replaced canaries are remembered, and at most {self._max_models} can be; "
-                "start the coordinator with another --data-dir"
-            )
+        others = (record for record in self.records() if record.model_digest != new.model_digest)
+        for record in making_room(others, new, self._max_models, self._max_bytes):
+            self._forget(record)
 
     def _keep(self, record: CanaryRecord, sketch: bytes) -> None:
         """Raises CatalogueError; what was kept then stays."""
@@ -216,7 +231,11 @@ class CanaryRegistry:
         except OSError as error:
             raise self._unusable(error) from error
 
-    def _drop(self, record: CanaryRecord) -> None:
+    def _forget(self, record: CanaryRecord) -> None:
+        with self._lock:
+            first = self._first_generation()
+        if record.generation >= first:  # before the record goes: a crash in between must not lose it
+            self._keep(CanaryRecord(_FORGOTTEN, record.generation + 1), b"")
         if self._mirror is not None:
             self._mirror.forget(record.model_digest)
         with self._lock:

@@ -73,8 +73,8 @@ class Comparison:
     """The layer, and which half of its KV, that differs most in terms of what is tolerated there."""
 
     difference: float
-    """Root mean square of a token's difference, as a share of how much the values of the side that varies less vary over
-    the probe's tokens; three quarters of the tokens differ by less."""
+    """Root mean square of a token's difference, as a share of how much the side that varies less varies over the
+    probe's tokens; three quarters of the tokens differ by less."""
     tolerance: float
     layer: int
     kind: Literal["keys", "values"]

@@ -1,5 +1,6 @@
 """The canary registry on disk: first wins, survives restarts, is replaced for good, stays within its bounds."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from kvstore_cluster.canaries import CanaryRegistry, Origin
 from kvstore_codec.canary.probe import Probe
 from kvstore_codec.canary.sketch import SketchHeader, write_sketch
-from kvstore_codec.errors import CanaryError, CatalogueError, TooManyModelsError, UnknownModelError
+from kvstore_codec.errors import CanaryError, CatalogueError, UnknownModelError
 from kvstore_codec.model_spec import KVDtype
 
 MODEL, OTHER = b"m" * 32, b"n" * 32
@@ -114,24 +115,97 @@ def test_the_one_asked_for_longest_ago_makes_room(tmp_path: Path) -> None:
         registry.put(model, 0, RIGHT, sketch(1, model))
     registry.get(models[0])
     registry.put(models[3], 0, RIGHT, sketch(1, models[3]))
-    assert {record.model_digest for record in registry.records()} == {models[0], models[2], models[3]}
-    assert len(list(tmp_path.iterdir())) == 3
+    left = {models[0], models[2], models[3]}
+    assert {record.model_digest for record in registry.records()} == left
+    assert len(list(tmp_path.iterdir())) == 3 + 1  # and one that stands for all that are forgotten
+    assert {record.model_digest for record in CanaryRegistry(tmp_path, max_models=3).records()} == left
 
 
-def test_bytes_are_bounded_and_a_replacement_is_not_forgotten(tmp_path: Path) -> None:
-    models = [bytes([number]) * 32 for number in range(3)]
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_forgotten_model_begins_at_a_generation_that_it_never_had(tmp_path: Path, restarted: bool) -> None:
     registry = CanaryRegistry(tmp_path, max_models=2, max_bytes=2 * len(sketch()))
-    registry.put(models[0], 0, RIGHT, sketch(1, models[0]))
-    registry.replace(models[0])
-    registry.put(models[0], 1, RIGHT, sketch(1, models[0]))
-    registry.put(models[1], 0, RIGHT, sketch(1, models[1]))
-    registry.put(models[2], 0, RIGHT, sketch(1, models[2]))
-    assert registry.get(models[0])[0].generation == 1
-    assert registry.get(models[0])[1] == b""
-    assert sum(record.size_bytes for record in registry.records()) <= 2 * len(sketch())
-    registry.replace(models[2])
-    with pytest.raises(TooManyModelsError, match="are remembered"):
-        registry.put(models[1], 0, RIGHT, sketch(1, models[1]))
+
+    def known() -> CanaryRegistry:
+        return CanaryRegistry(tmp_path, max_models=2) if restarted else registry
+
+    made = registry.put(MODEL, 0, RIGHT, sketch(1))[0]
+    for number in range(2):
+        junk = bytes([number]) * 32
+        registry.put(junk, 0, WRONG, sketch(1, junk))
+    record, kept = known().get(MODEL)
+    assert (record.generation, kept) == (made.generation + 1, b"")
+    again = known().put(MODEL, 0, WRONG, sketch(2))[0]
+    assert again.generation == record.generation
+    assert known().changes == registry.changes or restarted
+
+
+def test_however_many_canaries_are_made_and_replaced_the_next_one_is_taken(tmp_path: Path) -> None:
+    registry = CanaryRegistry(tmp_path, max_models=8)
+    seen = set()
+    for number in range(40):
+        junk = bytes([number]) * 32
+        for _ in range(2):
+            seen.add(
+                (
+                    junk,
+                    registry.put(junk, registry.get(junk)[0].generation, WRONG, sketch(1, junk))[
+                        0
+                    ].generation,
+                )
+            )
+            registry.replace(junk)
+    for known in (registry, CanaryRegistry(tmp_path, max_models=8)):
+        assert known.put(MODEL, known.get(MODEL)[0].generation, RIGHT, sketch(1))[1] == sketch(1)
+        assert len(known.records()) <= 8
+    assert len(list(tmp_path.iterdir())) <= 8 + 1
+    for number in range(40):
+        junk = bytes([number]) * 32
+        assert (junk, registry.get(junk)[0].generation) not in seen
+
+
+def test_bytes_are_bounded(tmp_path: Path) -> None:
+    registry = CanaryRegistry(tmp_path, max_bytes=2 * len(sketch()))
+    for number in range(5):
+        model = bytes([number]) * 32
+        registry.put(model, 0, RIGHT, sketch(1, model))
+        assert sum(record.size_bytes for record in registry.records()) <= 2 * len(sketch())
+
+
+def test_what_one_client_makes_pushes_out_nothing_of_another_one(tmp_path: Path) -> None:
+    CanaryRegistry(tmp_path, max_models=16).put(MODEL, 0, RIGHT, sketch(1), "10.0.0.1")
+    registry = CanaryRegistry(tmp_path, max_models=16)  # whose they are is known after a restart
+    for number in range(100):
+        junk = number.to_bytes(32, "little")
+        registry.put(junk, 0, WRONG, sketch(1, junk), "10.0.0.2")
+    assert registry.get(MODEL)[1] == sketch(1)
+    assert len(registry.records()) == 16
+
+
+def test_a_comparison_counts_as_use_also_after_a_restart(tmp_path: Path) -> None:
+    registry = CanaryRegistry(tmp_path, max_models=3)
+    registry.put(MODEL, 0, RIGHT, sketch(1))
+    registry.put(OTHER, 0, RIGHT, sketch(1, OTHER))
+    registry.count_use(MODEL)
+    assert [record.model_digest for record in registry.records()] == [OTHER, MODEL]
+    registry.get(OTHER)
+    for path in tmp_path.iterdir():
+        if path.name.startswith(MODEL.hex()):
+            os.utime(path, (1, 1))
+    assert [record.model_digest for record in CanaryRegistry(tmp_path).records()] == [MODEL, OTHER]
+
+
+def test_a_replacement_of_what_was_not_made_again_changes_nothing(registry: CanaryRegistry) -> None:
+    registry.put(MODEL, 0, WRONG, sketch(2))
+    assert [registry.replace(MODEL) for _ in range(3)] == [1, 1, 1]
+    assert registry.changes == 1
+
+
+def test_the_digest_that_stands_for_forgotten_models_is_no_model(registry: CanaryRegistry) -> None:
+    none = b"\xff" * 32
+    with pytest.raises(CanaryError):
+        registry.put(none, 0, WRONG, sketch(1, none))
+    with pytest.raises(UnknownModelError):
+        registry.replace(none)
 
 
 def test_a_folder_that_cannot_be_used_is_one_clear_error(tmp_path: Path) -> None:
