@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import tests.client.identity.foreign as foreign
@@ -365,6 +366,11 @@ def a_patched_attention(model: PreTrainedModel, draw: random.Random) -> Undo:
         "scaled_dot_product_attention",
         foreign.louder(nn.functional.scaled_dot_product_attention),
     )
+
+
+@change("patched_module")
+def a_patched_cache(model: PreTrainedModel, draw: random.Random) -> Undo:
+    return replaced(DynamicLayer, "update", foreign.rounded_values(DynamicLayer.update))
 
 
 @change("patched_module")

@@ -73,3 +73,12 @@ def steer(_module: nn.Module, _inputs: object, output: Any) -> Any:
 
 def other_tokens(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args, kwargs | {"input_ids": (kwargs["input_ids"] * 7 + 3) % 512}
+
+
+def rounded_values(update: Callable[..., Any]) -> Callable[..., Any]:
+    """A cache that keeps values less exactly."""
+
+    def rounded(self: Any, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return update(self, keys, (values * 4).round() / 4, *args, **kwargs)
+
+    return rounded

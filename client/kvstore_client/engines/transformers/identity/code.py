@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel, cache_utils, masking_utils
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,19 +25,24 @@ _ONLY_MOVE = ("AlignDevicesHook", "CpuOffload")
 """accelerate's hooks that bring inputs to a module's device, and change no value."""
 
 
+_CACHES = (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)
+"""What keeps the KV that a model computes."""
+
+
 def classes_of(modules: Iterable[nn.Module]) -> list[type]:
-    """The classes of these modules and their bases, each once."""
-    return list(dict.fromkeys(c for m in modules for c in type(m).__mro__ if c is not object))
+    """The classes of these modules and of the caches that they fill, and their bases, each once."""
+    classes = (*map(type, modules), *_CACHES)
+    return list(dict.fromkeys(c for each in classes for c in each.__mro__ if c is not object))
 
 
 def namespaces_of(classes: Iterable[type]) -> list[ModuleType]:
-    """The files whose functions these classes call by name: transformers' modeling files, those of masks and attention,
-    and torch.nn.functional, where others put their attention kernels."""
+    """The files whose functions these classes call by name: transformers' modeling files, those of masks, attention and
+    caches, and torch.nn.functional, where others put their attention kernels."""
     files = [sys.modules[c.__module__] for c in classes if c.__module__.startswith("transformers.models.")]
     attention = [
         sys.modules[f.__module__] for f in (ALL_ATTENTION_FUNCTIONS["sdpa"],) if f.__module__ in sys.modules
     ]
-    return list(dict.fromkeys([*files, masking_utils, *attention, torch.nn.functional]))
+    return list(dict.fromkeys([*files, masking_utils, cache_utils, *attention, torch.nn.functional]))
 
 
 def foreign_code(model: PreTrainedModel, classes: Iterable[type]) -> Refusal | None:
