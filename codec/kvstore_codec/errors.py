@@ -225,6 +225,10 @@ class FetchError(KVStoreError): ...
 class NodeUnavailableError(FetchError): ...
 
 
+class FetchIncompleteError(FetchError):
+    """Raised out of a forward pass whose reused KV will not all arrive; the adapter catches it and starts over."""
+
+
 class TransferError(FetchError):
     """`reason`: timeout, unreachable, cancelled, protocol, or what the other side called it."""
 

@@ -5,8 +5,9 @@ import torch
 from transformers import DynamicCache
 
 from kvstore_client.engines.transformers.cache import empty_cache
-from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
+from kvstore_client.engines.transformers.capture import install_hooks
 from kvstore_client.engines.transformers.rotary import rotary_tables
+from kvstore_client.reuse.capture import KeyCapture
 from kvstore_codec.rope import RotaryTable, rotate_, rotate_layers_
 from tests.client.models import FAMILIES, random_prompt, tiny_model
 

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from kvstore_bench.shaping import ShapedLink
 from kvstore_client import ClientSettings, KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.calibrate import ObservedModel
-from kvstore_client.engines.transformers.features import PromptFeatures
+from kvstore_client.engines.transformers.features import embedded
 from kvstore_client.engines.transformers.spec import spec_of
+from kvstore_client.reuse.features import PromptFeatures
 from kvstore_client.store import NewChunk
 from kvstore_codec.calibration import Calibration
 from kvstore_codec.identity import CHUNK_TOKENS
@@ -359,7 +361,7 @@ def test_features_are_asked_for_once_though_a_frame_is_read_again(
             with node.open(chunk.chunk_id, MEDIUM) as reader:
                 flip_bit(next(reader.pieces(0, 1, 1 << 20))[0])
             asked: list[int] = []
-            of_prompt = PromptFeatures(model, PROMPT[0])
+            of_prompt = PromptFeatures(partial(embedded, model), PROMPT[0])
 
             def features(index: int) -> torch.Tensor:
                 asked.append(index)

@@ -8,7 +8,6 @@ from kvstore_bench.recompute.engine import Engine
 from kvstore_bench.recompute.methods import Cell, Method
 from kvstore_bench.recompute.prompts import Prompt
 from kvstore_bench.recompute.times import Race, race
-from kvstore_client.engines.transformers.blend.worth import MOST_COMPUTED
 from kvstore_client.recompute.tuning import (
     LEAST_RATIO,
     TOLERANCE,
@@ -16,6 +15,7 @@ from kvstore_client.recompute.tuning import (
     golden_section,
     initial_ratio,
 )
+from kvstore_client.reuse.blend.worth import MOST_COMPUTED
 
 _SWEEP_POINTS, _QUICK_SWEEP_POINTS, _QUICK_TOLERANCE = 10, 2, 0.5
 _MEAN_OF = 3

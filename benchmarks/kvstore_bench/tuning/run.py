@@ -16,7 +16,7 @@ from kvstore_bench.recompute.tiers import tiers_named, use_tier
 from kvstore_bench.tuning.rounds import Rounds
 from kvstore_bench.tuning.tiers import TIERS
 from kvstore_bench.tuning.tune import MOST_RATIO, TunedTier, tune
-from kvstore_client.engines.transformers.blend.decoder import Decoder
+from kvstore_client.engines.transformers.decoder import Decoder
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.recompute import Recompute
 from kvstore_client.recompute.tuned import TunedRatios

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvstore_bench.tuning.rounds import Costs, Rounds
-from kvstore_client.engines.transformers.blend.worth import MOST_COMPUTED
 from kvstore_client.recompute.tuning import (
     LEAST_RATIO,
     TOLERANCE,
@@ -14,6 +13,7 @@ from kvstore_client.recompute.tuning import (
     golden_section,
     initial_ratio,
 )
+from kvstore_client.reuse.blend.worth import MOST_COMPUTED
 
 MOST_RATIO = MOST_COMPUTED
 """With more than that to compute, the engine prefills."""

@@ -10,11 +10,12 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from kvstore_client.buffers import BufferPool, KVBuffers
-from kvstore_client.engines.transformers.blend import Blend, Decoder
+from kvstore_client.engines.transformers.decoder import Decoder
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.recompute import ReusedChunk
 from kvstore_client.recompute.base import positions_of
+from kvstore_client.reuse.blend import Blend
 from kvstore_codec.rope import rotate_
 from tests.client.models import random_prompt, tiny_model
 

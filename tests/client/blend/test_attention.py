@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore_client.engines.transformers.blend.attention import CausalBlocks
+from kvstore_client.reuse.blend.attention import CausalBlocks
 
 KV_HEADS, HEADS, HEAD_DIM = 2, 4, 8
 SCALE = 0.3

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kvstore_client.engines.transformers.blend import Blend, Decoder
+from kvstore_client.engines.transformers.decoder import Decoder
 from kvstore_client.recompute import selector
+from kvstore_client.reuse.blend import Blend
 from kvstore_client.settings import SelectorName
 from kvstore_codec.errors import FetchError, UnsupportedModelError
 from tests.client.blend.reference import Prompt, kv_of, prompt, sharp

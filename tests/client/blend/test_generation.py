@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from kvstore_client.engines.transformers.blend.plan import reused_chunk
 from kvstore_client.recompute import Recompute, select, selector
+from kvstore_client.reuse.blend.plan import reused_chunk
 from kvstore_client.settings import SelectorName
 from tests.client.blend.library import (
     ALL_LOGITS,

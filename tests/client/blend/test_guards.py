@@ -115,7 +115,7 @@ def test_no_memory_in_a_blend_is_a_prefill(library: Library, monkeypatch: pytest
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("can't allocate memory")
 
-    monkeypatch.setattr("kvstore_client.engines.transformers.blend.executor.CausalBlocks.__init__", full)
+    monkeypatch.setattr("kvstore_client.reuse.blend.executor.CausalBlocks.__init__", full)
     assert torch.equal(library.answer(*segments), library.plain(*segments))
     assert library.cached.last_report.reused_tokens == 0
     library.cluster.check_nothing_is_held()

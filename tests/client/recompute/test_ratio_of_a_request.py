@@ -10,12 +10,12 @@ import torch
 
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
-from kvstore_client.engines.transformers.blend.ratio import Ratios
-from kvstore_client.engines.transformers.blend.worth import MOST_COMPUTED
 from kvstore_client.lookup import Match
 from kvstore_client.recompute import Recompute
 from kvstore_client.recompute.tuned import TunedRatios
 from kvstore_client.recompute.tuning import Tuned
+from kvstore_client.reuse.blend.ratio import Ratios
+from kvstore_client.reuse.blend.worth import MOST_COMPUTED
 from kvstore_codec.model_spec import ModelSpec
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model

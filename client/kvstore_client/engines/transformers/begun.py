@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from kvstore_client.buffers import KVBuffers
-from kvstore_client.engines.transformers.blend import SegmentFetch, SegmentPlan
-from kvstore_client.engines.transformers.generated import Generated
 from kvstore_client.engines.transformers.identity.guard import Described
 from kvstore_client.fetch import Fetch, FetchReport
 from kvstore_client.lookup import Match
+from kvstore_client.reuse.blend import SegmentFetch, SegmentPlan
+from kvstore_client.reuse.generated import Generated
 from kvstore_client.timeline import Timeline
 from kvstore_codec.model_spec import ModelSpec
 

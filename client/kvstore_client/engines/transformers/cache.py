@@ -5,14 +5,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvstore_client.buffers import KVBuffers
-from kvstore_client.engines.transformers.capture import KeyCapture
 from kvstore_client.fetch import Fetch
+from kvstore_client.reuse.capture import KeyCapture
 from kvstore_client.timeline import Timeline
-from kvstore_codec.errors import FetchError
-
-
-class FetchIncompleteError(FetchError):
-    """Raised out of a forward pass whose reused KV will not all arrive; the adapter catches it and starts over."""
+from kvstore_codec.errors import FetchIncompleteError
 
 
 class CapturedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed

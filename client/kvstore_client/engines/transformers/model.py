@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,17 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.begun import Begun, why_not
-from kvstore_client.engines.transformers.blend import (
-    Blended,
-    SegmentPlan,
-    SegmentReuse,
-    blended_chunks,
-    exact_beginning,
-    prefilled_chunks,
-)
 from kvstore_client.engines.transformers.bypass import bypass_reason
 from kvstore_client.engines.transformers.cache import (
-    FetchIncompleteError,
     arriving_cache,
     computed_values,
     empty_cache,
@@ -31,19 +23,29 @@ from kvstore_client.engines.transformers.cache import (
     whole_tokens,
 )
 from kvstore_client.engines.transformers.canary import FINAL, ModelCanary
-from kvstore_client.engines.transformers.capture import KeyCapture, install_hooks
+from kvstore_client.engines.transformers.capture import install_hooks
 from kvstore_client.engines.transformers.costs import costs_of
-from kvstore_client.engines.transformers.features import PromptFeatures
-from kvstore_client.engines.transformers.generated import ComputedRun, Generated, new_chunks
+from kvstore_client.engines.transformers.decoder import Decoder
+from kvstore_client.engines.transformers.features import embedded
 from kvstore_client.engines.transformers.identity.guard import Described, ModelIdentity
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import loaded_model
 from kvstore_client.fetch import Computing, FetchReport
 from kvstore_client.lookup import Match
-from kvstore_client.planning import Costs
 from kvstore_client.recompute import Recompute
+from kvstore_client.reuse.blend import (
+    Blended,
+    SegmentPlan,
+    SegmentReuse,
+    blended_chunks,
+    exact_beginning,
+    prefilled_chunks,
+)
+from kvstore_client.reuse.capture import KeyCapture
+from kvstore_client.reuse.features import PromptFeatures
+from kvstore_client.reuse.generated import ComputedRun, Generated, new_chunks
 from kvstore_client.timeline import Timeline
-from kvstore_codec.errors import FetchError, NotCopyableError, UnsupportedModelError
+from kvstore_codec.errors import FetchError, FetchIncompleteError, NotCopyableError, UnsupportedModelError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
@@ -102,7 +104,12 @@ class CachedModel:
         self._identity = ModelIdentity(model, model_id)
         self._costs = costs_of(model, self.spec, client)
         """What planning goes by; None when nothing is planned."""
-        self._segments = _segment_reuse(model, client, self._costs)
+        self._embed = partial(embedded, model)
+        self._decoder = _decoder_of(model)
+        """None for a model of which only the beginning of a prompt can be reused."""
+        self._segments = None
+        if self._decoder is not None:
+            self._segments = SegmentReuse(self._decoder, self._embed, client, self._costs)
         self.last_report = GenerationReport(0, 0, Timeline())
         """What the latest `generate` reused; empty before the first."""
         self._hooks = install_hooks(model)
@@ -278,7 +285,7 @@ class CachedModel:
         """What the model says at each token of the last segment, f32 `[tokens, vocabulary]`, when the rest is reused as
         `generate` would, however much of it has to be computed: for measuring what reuse does to the answer. Raises
         UnsupportedModelError where segments cannot be reused, and FetchError when what is stored does not come."""
-        if self._segments is None:
+        if self._segments is None or self._decoder is None:
             raise UnsupportedModelError(f"segments of {self.spec.model_id} cannot be reused")
         refusal = self._current().refusal
         if refusal is not None:
@@ -297,7 +304,7 @@ class CachedModel:
             if blended is None:
                 raise FetchError(f"of {len(plan.match.chunks)} stored chunks too few came to reuse them")
             self.last_report = self._report(blended, begun, len(tokens))
-            return self._segments.decoder.log_probabilities(blended.question)
+            return self._decoder.log_probabilities(blended.question)
         finally:
             self.cancel(begun)
 
@@ -419,9 +426,9 @@ class CachedModel:
         """What a prompt in segments leaves to be stored; called while its buffers are held."""
         new, report, features = [], None, self.client.store.needs_features
         if blended is not None:
-            new, report = blended_chunks(self.model, tokens, blended, features=features), blended.report
+            new, report = blended_chunks(self._embed, tokens, blended, features=features), blended.report
         elif generated is not None:
-            new = prefilled_chunks(self.model, tokens, plan, generated, features=features)
+            new = prefilled_chunks(self._embed, tokens, plan, generated, features=features)
             report = generated.report
         encodings = self.client.store.encodings_behind(report.encodings if report is not None else ())
         if new and encodings and self._may_store(begun):
@@ -497,7 +504,7 @@ class CachedModel:
         buffers: KVBuffers | None = None
         try:
             buffers = self.client.buffers.take(self.spec, len(tokens))  # what is computed goes behind it
-            rotary, features = self._rotary(match.tokens), PromptFeatures(self.model, tokens)
+            rotary, features = self._rotary(match.tokens), PromptFeatures(self._embed, tokens)
             computing = None
             if self._costs is not None:
                 computing = Computing(self._costs, match.tokens, len(tokens) - match.tokens)
@@ -564,16 +571,15 @@ class CachedModel:
         if report is not None:
             stored.difference_update(report.missing)
         chunks = new_chunks(
-            self.model, tokens, ids, stored, generated, features=self.client.store.needs_features
+            self._embed, tokens, ids, stored, generated, features=self.client.store.needs_features
         )
         if chunks:
             self.client.store.put(begun.spec, chunks, encodings, text=ids)
 
 
-def _segment_reuse(model: PreTrainedModel, client: KVStoreClient, costs: Costs | None) -> SegmentReuse | None:
-    """None for a model of which only the beginning of a prompt can be reused."""
+def _decoder_of(model: PreTrainedModel) -> Decoder | None:
     try:
-        return SegmentReuse(model, client, costs)
+        return Decoder(model)
     except UnsupportedModelError as error:
         log.info("%s", error)
         return None

@@ -4,8 +4,8 @@ import torch
 from transformers import PreTrainedModel
 
 from kvstore_client.engines.transformers.cache import empty_cache
-from kvstore_client.engines.transformers.capture import KeyCapture
 from kvstore_client.engines.transformers.rotary import rotary_tables
+from kvstore_client.reuse.capture import KeyCapture
 from kvstore_codec.canary.compare import ProbeKV, tolerance
 from kvstore_codec.canary.probe import NEAR_TOKENS, TOKENS, Probe, Sample
 from kvstore_codec.errors import CanaryError

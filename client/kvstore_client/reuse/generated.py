@@ -2,18 +2,16 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from kvstore_client.buffers import KVBuffers
-from kvstore_client.engines.transformers.capture import KeyCapture
-from kvstore_client.engines.transformers.features import embedded
 from kvstore_client.fetch import FetchReport
+from kvstore_client.reuse.capture import KeyCapture
+from kvstore_client.reuse.engine import TokenEmbeddings
+from kvstore_client.reuse.features import features_of
 from kvstore_client.store import NewChunk
-from kvstore_codec.calibration import token_features
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 
 
@@ -62,7 +60,7 @@ class Generated:
 
 
 def new_chunks(
-    model: PreTrainedModel,
+    embed: TokenEmbeddings,
     tokens: Sequence[int],
     ids: Sequence[ChunkId],
     stored: Collection[int],
@@ -75,7 +73,7 @@ def new_chunks(
         NewChunk(
             ids[index],
             gather,
-            features_of(model, tokens, index * CHUNK_TOKENS) if features else None,
+            features_of(embed, tokens, index * CHUNK_TOKENS) if features else None,
             begins_text=index == 0,
         )
         for index, gather in sorted(_gathers(len(ids), stored, generated), key=lambda pair: pair[0])
@@ -99,13 +97,6 @@ def _gathers(chunks: int, stored: Collection[int], generated: Generated) -> Iter
         values = tuple(tensor.clone() for tensor in values)
     for index in new:
         yield index, Gather(generated.capture, values, index * CHUNK_TOKENS, begin)
-
-
-def features_of(model: PreTrainedModel, tokens: Sequence[int], begin: int) -> partial[torch.Tensor]:
-    """Of the chunk at position `begin`. Looked up now: the weights may have changed when its turn has come."""
-    return partial(
-        token_features, embedded(model, torch.tensor(tokens[begin : begin + CHUNK_TOKENS], device="cpu"))
-    )
 
 
 @dataclass(frozen=True, slots=True)

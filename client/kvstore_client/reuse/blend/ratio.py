@@ -4,13 +4,13 @@ what was tuned for where the text is stored. Where computed tokens need not trav
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvstore_client.engines.transformers.blend.worth import MOST_COMPUTED
 from kvstore_client.lookup import Match, bytes_of_endpoints
 from kvstore_client.planning import Links
 from kvstore_client.recompute import Recompute, selector
 from kvstore_client.recompute.controller import RatioOnline
 from kvstore_client.recompute.tuned import TunedRatios
 from kvstore_client.recompute.tuning import Tuned
+from kvstore_client.reuse.blend.worth import MOST_COMPUTED
 from kvstore_client.settings import ClientSettings
 
 DRAM, DISK = "dram", "disk"

@@ -1,26 +1,17 @@
 """The layers of a Llama-family model, cut open where keys and values are made and where they are attended to."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 
+from kvstore_client.reuse.engine import Projected
+from kvstore_client.reuse.rotation import rotated
 from kvstore_codec.errors import UnsupportedModelError
-from kvstore_codec.rope import RotaryTable, rotate_
+from kvstore_codec.rope import RotaryTable
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-@dataclass(frozen=True, slots=True)
-class Projected:
-    """What a layer makes of its tokens, `[heads, tokens, head_dim]` each; queries and keys are rotated."""
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    unrotated_keys: torch.Tensor
 
 
 class Decoder:
@@ -102,24 +93,6 @@ class Decoder:
         head: Any = self._model.get_output_embeddings()
         logits: torch.Tensor = head(_normed(self._decoder.norm, hidden[0]))
         return logits.float().log_softmax(-1)
-
-
-def rotated(heads: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
-    """`[..., tokens, head_dim]` turned to their positions (RoFormer, eq. 34), rounded as transformers does it."""
-    turned = heads.clone(memory_format=torch.contiguous_format)
-    rotate_(turned, rotary)
-    return turned
-
-
-def half_turned(heads: torch.Tensor) -> torch.Tensor:
-    """`[..., head_dim]` turned by a right angle."""
-    half = heads.shape[-1] // 2
-    return torch.cat((-heads[..., half:], heads[..., :half]), dim=-1)
-
-
-def turned_back(heads: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
-    """The inverse of `rotated`, to rounding."""
-    return rotated(heads, RotaryTable(rotary.cos, -rotary.sin))
 
 
 def _heads(attention: Any, norm: str, projected: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kvstore_client.buffers import KVBuffers
-from kvstore_client.engines.transformers.blend.attention import CausalBlocks
-from kvstore_client.engines.transformers.blend.decoder import Decoder, Projected, half_turned, turned_back
-from kvstore_client.engines.transformers.blend.layers import layers_on
 from kvstore_client.recompute import Drift, ReusedChunk, Selector, select
 from kvstore_client.recompute.base import positions_of
+from kvstore_client.reuse.blend.attention import CausalBlocks
+from kvstore_client.reuse.blend.layers import layers_on
+from kvstore_client.reuse.engine import DecoderLayers, Projected
+from kvstore_client.reuse.rotation import half_turned, turned_back
 from kvstore_codec.rope import RotaryTable
 
 SCORED_TOKENS = 128
@@ -32,7 +33,7 @@ class Blend:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: DecoderLayers,
         tokens: torch.Tensor,
         chunks: Sequence[ReusedChunk],
         question: int,

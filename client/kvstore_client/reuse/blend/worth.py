@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvstore_client.engines.transformers.blend.plan import SegmentPlan
 from kvstore_client.lookup import StoredChunk, bytes_of_endpoints
 from kvstore_client.planning import DEFAULT_BANDWIDTH_Bps, Links, Profile
 from kvstore_client.recompute import selector
+from kvstore_client.reuse.blend.plan import SegmentPlan
 
 MOST_COMPUTED = 0.6
 """Of a prompt's tokens. Beyond it reuse saves less than looking at the reused costs, and the prompt is prefilled."""

@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel
-
-from kvstore_client.engines.transformers.blend.plan import SegmentPlan, chunk_tokens
-from kvstore_client.engines.transformers.blend.request import Blended
-from kvstore_client.engines.transformers.generated import Gather, Generated, features_of
+from kvstore_client.reuse.blend.plan import SegmentPlan, chunk_tokens
+from kvstore_client.reuse.blend.request import Blended
+from kvstore_client.reuse.engine import TokenEmbeddings
+from kvstore_client.reuse.features import features_of
+from kvstore_client.reuse.generated import Gather, Generated
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PlacedChunk, behind_approximate, prefix_id
 
 
 def prefilled_chunks(
-    model: PreTrainedModel,
+    embed: TokenEmbeddings,
     tokens: Sequence[int],
     plan: SegmentPlan,
     generated: Generated,
@@ -25,7 +25,7 @@ def prefilled_chunks(
         NewChunk(
             chunk.chunk_id,
             Gather(generated.capture, generated.values, chunk.first_token, first_token),
-            features_of(model, tokens, chunk.first_token) if features else None,
+            features_of(embed, tokens, chunk.first_token) if features else None,
             begins_text=not chunk.first_token,
             document=plan.document(chunk.first_token),
         )
@@ -35,7 +35,7 @@ def prefilled_chunks(
 
 
 def blended_chunks(
-    model: PreTrainedModel, tokens: Sequence[int], blended: Blended, *, features: bool
+    embed: TokenEmbeddings, tokens: Sequence[int], blended: Blended, *, features: bool
 ) -> list[NewChunk]:
     """Of a prompt that was computed in part. Behind the first chunk that was reused in another context than its own,
     KV is not what the text gives, and must not be taken for it."""
@@ -51,7 +51,7 @@ def blended_chunks(
                 if min(approximate, default=place.stop) < place.start
                 else chunk.chunk_id,
                 lambda keys=keys, values=values: (keys, values),  # type: ignore[misc]
-                features_of(model, tokens, place.start) if features else None,
+                features_of(embed, tokens, place.start) if features else None,
                 begins_text=not place.start,
                 document=blended.plan.document(place.start),
             )

@@ -6,29 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedModel
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
-from kvstore_client.engines.transformers.blend.decoder import Decoder
-from kvstore_client.engines.transformers.blend.executor import Blend
-from kvstore_client.engines.transformers.blend.patience import Patience
-from kvstore_client.engines.transformers.blend.plan import (
+from kvstore_client.fetch import Fetch, FetchReport
+from kvstore_client.lookup import Match
+from kvstore_client.planning import Costs
+from kvstore_client.recompute import Recompute, select, selector
+from kvstore_client.reuse.blend.executor import Blend
+from kvstore_client.reuse.blend.patience import Patience
+from kvstore_client.reuse.blend.plan import (
     SegmentPlan,
     chunk_tokens,
     documents_of,
     skipped,
     without_false_beginning,
 )
-from kvstore_client.engines.transformers.blend.ratio import Ratios
-from kvstore_client.engines.transformers.blend.worth import worth_reusing
-from kvstore_client.engines.transformers.cache import FetchIncompleteError
-from kvstore_client.engines.transformers.features import PromptFeatures
-from kvstore_client.fetch import Fetch, FetchReport
-from kvstore_client.lookup import Match
-from kvstore_client.planning import Costs
-from kvstore_client.recompute import Recompute, select, selector
+from kvstore_client.reuse.blend.ratio import Ratios
+from kvstore_client.reuse.blend.worth import worth_reusing
+from kvstore_client.reuse.engine import DecoderLayers, TokenEmbeddings
+from kvstore_client.reuse.features import PromptFeatures
 from kvstore_client.timeline import Timeline
+from kvstore_codec.errors import FetchIncompleteError
 from kvstore_codec.identity import PlacedChunk
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import RotaryTable
@@ -61,12 +60,13 @@ class Blended:
 
 
 class SegmentReuse:
-    """Looks up, fetches and blends prompts for one model. Raises UnsupportedModelError for one of another family than
-    `Decoder` knows."""
+    """Looks up, fetches and blends prompts for one model."""
 
-    def __init__(self, model: PreTrainedModel, client: KVStoreClient, costs: Costs | None) -> None:
-        self.decoder = Decoder(model)
-        self._model, self._client, self._costs = model, client, costs
+    def __init__(
+        self, decoder: DecoderLayers, embed: TokenEmbeddings, client: KVStoreClient, costs: Costs | None
+    ) -> None:
+        self._decoder, self._embed = decoder, embed
+        self._client, self._costs = client, costs
         self._ratios = Ratios(client.settings, client.links)
 
     def plan(
@@ -118,7 +118,7 @@ class SegmentReuse:
         buffers: KVBuffers | None = None
         try:
             buffers = self._client.buffers.take(spec, len(tokens))
-            features = PromptFeatures(self._model, tokens, [c.first_token for c in plan.match.chunks])
+            features = PromptFeatures(self._embed, tokens, [c.first_token for c in plan.match.chunks])
             fetch = self._client.fetch(plan.match, buffers, rotary, timeline, features, computed=computed)
         except (RuntimeError, MemoryError) as error:
             self._no_resources("fetch", len(plan.match.chunks), error)
@@ -185,7 +185,7 @@ class SegmentReuse:
                 raise FetchIncompleteError(f"layer {layer} will not arrive whole")
 
         blend = Blend(
-            self.decoder, coming.tokens, plan.chunks, plan.question, coming.buffers, coming.rotary, arrived,
+            self._decoder, coming.tokens, plan.chunks, plan.question, coming.buffers, coming.rotary, arrived,
             keep=[chunk_tokens(chunk) for chunk in plan.unstored],
         )  # fmt: skip
         recompute = plan.recompute
@@ -197,7 +197,9 @@ class SegmentReuse:
                 raise _ChoiceFailedError(str(error)) from error
         with timeline.span("compute", f"{len(selected)} tokens again"):
             hidden = blend.compute(selected, drift=recompute.drift, question=question)
-        if coming.selected is not None and self._model.device.type == "cpu":  # others compute behind the call
+        if (
+            coming.selected is not None and self._decoder.device.type == "cpu"
+        ):  # others compute behind the call
             computed = len(coming.tokens) - plan.match.tokens + len(selected)
             self._ratios.computed(computed, timeline.busy_s("compute"))
         return Blended(plan, blend, coming.fetch.finish(), len(selected), hidden)
