@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from kvstore_client.cache_dir import default_cache_dir
 from kvstore_codec.errors import ConfigurationError, UnknownEncodingError
-from kvstore_service.cli import app
+from kvstore_service.cli.app import app
 
 KVSTORE = str(Path(sys.executable).with_name("kvstore"))
 

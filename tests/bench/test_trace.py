@@ -22,7 +22,7 @@ from kvstore_bench.trace.trace import Blocks, Trace, read_trace
 from kvstore_bench.trace.workloads import texts_beyond_memory, workloads
 from kvstore_cluster.eviction import POLICIES
 from kvstore_codec.errors import ConfigurationError
-from kvstore_service.cli import app
+from kvstore_service.cli.app import app
 
 IDENTITIES = {block: (block + 1) * 0x9E3779B97F4A7C15 % (1 << 64) for block in range(1000)}
 CONTENT_IDS = {block: content_id(block) for block in range(40_000)}

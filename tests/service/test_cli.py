@@ -206,7 +206,7 @@ def test_help_needs_neither_ray_nor_torch(arguments: list[str]) -> None:
         "        if name.partition('.')[0] in ('ray', 'torch', 'transformers', 'psutil', 'grpc_reflection'):\n"
         "            raise ModuleNotFoundError(name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "from kvstore_service.cli import main\n"
+        "from kvstore_service.cli.app import main\n"
         "main()\n"
     )
     result = subprocess.run(
@@ -218,7 +218,7 @@ def test_help_needs_neither_ray_nor_torch(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("missing", ["ray", "psutil", "grpc_reflection"])
 def test_serve_without_the_cluster_extra_says_what_to_install(missing: str) -> None:
-    code = f"import sys\nsys.modules[{missing!r}] = None\nfrom kvstore_service.cli import main\nmain()\n"
+    code = f"import sys\nsys.modules[{missing!r}] = None\nfrom kvstore_service.cli.app import main\nmain()\n"
     command = [sys.executable, "-c", code, "serve", "--listen", "127.0.0.1:0"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert "pip install 'kvstore-service[cluster]'" in refused(result)

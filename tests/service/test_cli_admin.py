@@ -22,7 +22,7 @@ from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import KVStoreError
-from kvstore_service.cli import app
+from kvstore_service.cli.app import app
 from kvstore_service.grpc_coordinator import CoordinatorServer, serve_coordinator
 from kvstore_service.grpc_server import GrpcServer
 from kvstore_service.grpc_storage import serve_storage

@@ -7,7 +7,8 @@ import typer
 from typer.testing import CliRunner
 
 from kvstore_codec.errors import StartupError
-from kvstore_service.cli import app, extensions
+from kvstore_service.cli import extensions
+from kvstore_service.cli.app import app
 
 
 def test_the_measuring_equipment_adds_its_commands() -> None:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_codec.errors import KVStoreError, ServiceError
-from kvstore_service.cli import app
+from kvstore_service.cli.app import app
 from tests.cluster.canaries.test_registry import MODEL, OTHER, sketch
 from tests.service.test_grpc_canaries import origin, put, stub
 

@@ -21,7 +21,7 @@ from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.identity import ChunkId
-from kvstore_service.cli import app
+from kvstore_service.cli.app import app
 from kvstore_service.cli.console import print_table
 from kvstore_service.doctor import examine
 from kvstore_service.grpc_coordinator import serve_coordinator

@@ -17,7 +17,7 @@ from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
-from kvstore_service.cli import app
+from kvstore_service.cli.app import app
 from kvstore_service.grpc_coordinator import serve_coordinator
 from kvstore_service.grpc_server import MAX_STREAMS
 from kvstore_service.listen import Address

@@ -27,7 +27,7 @@ from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import ConfigurationError, KVStoreError
 from kvstore_service.bandwidth import MIN_PIECE_BYTES
-from kvstore_service.cli import app
+from kvstore_service.cli.app import app
 from kvstore_service.grpc_coordinator import serve_coordinator
 from kvstore_service.listen import Address
 from kvstore_service.peer_nodes import GrpcPeers

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kvstore_codec.errors import ConfigurationError
-from kvstore_service.cli import app
+from kvstore_service.cli.app import app
 
 KVSTORE = str(Path(sys.executable).with_name("kvstore"))
 

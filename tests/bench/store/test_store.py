@@ -14,7 +14,7 @@ from kvstore_bench.store.run import Options, run
 from kvstore_bench.store.systems import SYSTEMS
 from kvstore_codec.chunk import verify_chunk
 from kvstore_codec.errors import ConfigurationError, StartupError
-from kvstore_service.cli import app
+from kvstore_service.cli.app import app
 
 TIMES = {"p50_ms", "p99_ms", "operations", "system", "op", "clients"}
 RATES = {"GBps", "GBps_min", "GBps_max", "size_bytes"}

@@ -13,7 +13,7 @@ from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.recompute.tuned import TunedRatios
 from kvstore_client.recompute.tuning import initial_ratio
 from kvstore_codec.errors import ConfigurationError, UnsupportedModelError
-from kvstore_service.cli import app
+from kvstore_service.cli.app import app
 from tests.client.models import tiny_model
 
 

@@ -1,0 +1,53 @@
+"""The command line. Commands import what they need when they run, so that a plain install can show its help."""
+
+import sys
+
+import typer
+
+from kvstore_codec.errors import KVStoreError
+from kvstore_service.cli.calibrate import calibrate
+from kvstore_service.cli.calibrations import calibrations
+from kvstore_service.cli.doctor import doctor
+from kvstore_service.cli.drain import drain
+from kvstore_service.cli.evict import evict
+from kvstore_service.cli.extensions import add_extensions
+from kvstore_service.cli.ls import ls
+from kvstore_service.cli.models import models
+from kvstore_service.cli.pin import pin, unpin
+from kvstore_service.cli.quota import quota
+from kvstore_service.cli.repair import repair
+from kvstore_service.cli.serve import serve
+from kvstore_service.cli.status import status
+from kvstore_service.cli.throttle import throttle
+from kvstore_service.cli.verify import verify
+from kvstore_service.signals import StopSignals, end_by
+
+app = typer.Typer(
+    help="A distributed KV cache service for LLM inference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_SERVICE = (serve, status, ls, pin, unpin, evict, quota, drain, repair, verify, throttle)
+for command in (*_SERVICE, calibrations, doctor, calibrate):
+    app.command()(command)
+app.add_typer(models, name="models")
+add_extensions(app)
+
+
+def main() -> None:
+    """Entry point of `kvstore`. What went wrong on purpose is one line on stderr and exit status 1. A command that is
+    told to stop ends what it began, and then by that signal, which shells show as 128 and its number."""
+    stop = StopSignals()
+    stop.install()
+    try:
+        app()
+    except KVStoreError as error:
+        # A signal that a terminal sends reaches every process below this one; what they then lack is no news.
+        if stop.received is None:
+            sys.exit(f"kvstore: {error}")
+        end_by(stop.received)
+    except SystemExit:
+        if stop.received is None:
+            raise
+        end_by(stop.received)
