@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
@@ -44,11 +47,8 @@ def bypass_reason(
     model: PreTrainedModel, input_ids: torch.Tensor | None, arguments: Mapping[str, Any]
 ) -> str | None:
     """Why this call must run without reuse, or None when reuse gives what the plain call would."""
-    if model.training:
-        return "training"
-    device = model.device.type  # of offloaded weights: meta, which knows no autocast
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return "autocast"  # the cache would hold another dtype than the model's
+    if (reason := mode_reason(model)) is not None:
+        return reason
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
         return "adapter"  # which adapter is active shows in no weight
     if input_ids is None or input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
@@ -64,6 +64,21 @@ def bypass_reason(
     if mode not in _PLAIN_MODES:
         return f"mode_{mode.value}"
     return "attention_mask" if _hides_tokens(config, input_ids, arguments.get("attention_mask")) else None
+
+
+def mode_reason(model: PreTrainedModel) -> str | None:
+    """Why nothing may be reused while the model, or torch in the calling thread, is in the mode that it is in now."""
+    if model.training:
+        return "training"
+    device = model.device.type  # of offloaded weights: meta, which knows no autocast
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return "autocast"  # the cache would hold another dtype than the model's
+    if _get_current_dispatch_mode_stack():
+        return "dispatch_mode"
+    function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    if any(type(mode) is not DeviceContext for mode in function_modes):
+        return "function_mode"
+    return None
 
 
 def _hides_tokens(config: GenerationConfig, input_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.begun import Begun, why_not
-from kvstore_client.engines.transformers.bypass import bypass_reason
+from kvstore_client.engines.transformers.bypass import bypass_reason, mode_reason
 from kvstore_client.engines.transformers.cache import (
     arriving_cache,
     computed_values,
@@ -232,9 +232,9 @@ class CachedModel:
         if begun.described is not None:
             described = self._current()
             current = described == begun.described and begun.generation == self._generation
-            if current and begun.process == os.getpid():
+            if current and begun.process == os.getpid() and mode_reason(self.model) is None:
                 begun.described = described
-            else:  # what is on its way belongs to another model, or to the process that this one was forked from
+            else:  # what is on its way is of no use: to another model, process (a forked one) or mode of torch
                 self.cancel(begun)
                 begun = self.begin(begun.input_ids, **begun.again, **begun.arguments)
         return self._complete(begun)
