@@ -1,6 +1,8 @@
 """The --config file: a flat table of settings in YAML or TOML. Whatever a file holds, reading it ends in a table or in
 a short sentence."""
 
+import os
+import stat
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,19 @@ from kvstore_codec.errors import ConfigurationError
 MAX_BYTES = 64 << 10
 MAX_DEPTH = 8
 """Levels of a YAML document: a table of settings has two."""
+_MOST_BITS = 63
+"""Of a whole number: no setting is as large. Python refuses to print one of more than 4,300 digits."""
 _MAX_REASON = 300
 """Characters of what a parser says."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Raises ConfigurationError that names the file and what to do."""
+    """Reads a regular file only: what else there is may keep a reader waiting for ever. Raises ConfigurationError that
+    names the file and what to do."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise _unusable(path, "it is no regular file; write the settings into one")
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise _unusable(
@@ -38,6 +45,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise _unusable(path, shortened(" ".join(str(error).split()), _MAX_REASON)) from error
     except RecursionError as error:
         raise _unusable(path, "it is nested too deeply; settings are one flat table") from error
+    _require_small_numbers(path, content)
     if not isinstance(content, dict):
         raise ConfigurationError(
             f"the configuration {path} must be a table of settings, not a {type(content).__name__}; "
@@ -56,6 +64,11 @@ def shortened(text: str, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Does not wait for somebody who writes into a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _require_plain(path: Path, text: str) -> None:
     """Raises ConfigurationError for a document that would grow when it is loaded. Reading events needs no stack."""
     depth = 0
@@ -71,6 +84,21 @@ def _require_plain(path: Path, text: str) -> None:
             depth -= 1
         if depth > MAX_DEPTH:
             raise _unusable(path, f"line {line} is nested too deeply; settings are one flat table")
+
+
+def _require_small_numbers(path: Path, content: object) -> None:
+    """Raises ConfigurationError for a whole number that cannot be shown, wherever it stands in the document."""
+    values = [content]
+    while values:
+        value = values.pop()
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise _unusable(
+                path, f"it has a whole number of more than {_MOST_BITS} bits; no setting is as large"
+            )
+        if isinstance(value, dict):
+            values += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            values += value
 
 
 def _unusable(path: Path, reason: str) -> ConfigurationError:

@@ -2,10 +2,13 @@
 
 import errno
 import ipaddress
+import re
 import socket
 from dataclasses import dataclass
 
 from kvstore_codec.errors import AddressInUseError, ConfigurationError
+
+_PORT = re.compile("[0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +23,10 @@ class Address:
         """Raises ConfigurationError for anything that is not host:port."""
         host, colon, port = text.rpartition(":")
         bracketed = host.startswith("[") and host.endswith("]")
-        if not (colon and host and port.isdecimal() and int(port) < 1 << 16) or (
-            ":" in host and not bracketed
+        if (
+            not (colon and host and _PORT.fullmatch(port) and int(port) < 1 << 16)
+            or (":" in host and not bracketed)
+            or not all(character.isprintable() and not character.isspace() for character in host)
         ):
             raise ConfigurationError(f"{text!r} is not an address; write host:port, such as 127.0.0.1:7420")
         return cls(host.strip("[]"), int(port))

@@ -22,6 +22,7 @@ from pydantic import (
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_api.environment import FORMER_DURABILITY, under_new_name, without_service_links
+from kvstore_cluster.arena import DEFAULT_BLOCK_BYTES
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.config_file import read_config, shortened
@@ -32,6 +33,8 @@ _MAX_CHARACTERS = 4096
 """Of a value: the longest path that Linux takes."""
 _MAX_PROBLEMS = 8
 """That one error names."""
+_MOST_BYTES = 1 << 60
+"""Of a storage node; far beyond any machine, so that what is more is a mistake."""
 
 
 class Settings(BaseModel):
@@ -39,10 +42,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    nodes: int = Field(default=1, ge=1)
+    nodes: int = Field(default=1, ge=1, le=256)
     """Storage nodes to start on this machine."""
 
-    memory: ByteSize = ByteSize(1 << 30)
+    memory: ByteSize = Field(default=ByteSize(1 << 30), ge=DEFAULT_BLOCK_BYTES, le=_MOST_BYTES)
     """DRAM of each storage node."""
 
     listen: str = DEFAULT_ADDRESS
@@ -51,7 +54,7 @@ class Settings(BaseModel):
     data_dir: Path | None = None
     """Where the catalogue and the disks of storage nodes live; a temporary folder when not set."""
 
-    disk: ByteSize = ByteSize(0)
+    disk: ByteSize = Field(default=ByteSize(0), le=_MOST_BYTES)
     """Disk of each storage node, below `data_dir`; none when 0."""
 
     durability: Literal["memory", "relaxed", "durable"] = "relaxed"
@@ -61,7 +64,7 @@ class Settings(BaseModel):
     policy: str = DEFAULT_POLICY
     """What is evicted first: `value`, `lru` or `s3-fifo`."""
 
-    replicas: int | None = Field(default=None, ge=1)
+    replicas: int | None = Field(default=None, ge=1, le=256)
     """Storage nodes that each chunk is put on; 1 when not set, or 2 on a Ray cluster of several nodes."""
 
     redis: SecretStr | None = None
@@ -70,7 +73,7 @@ class Settings(BaseModel):
     ray_address: str | None = None
     """A Ray cluster to run on, a storage node on each of its nodes; an own Ray on this machine when not set."""
 
-    repair_bandwidth: ByteSize = ByteSize(100 << 20)
+    repair_bandwidth: ByteSize = Field(default=ByteSize(100 << 20), le=_MOST_BYTES)
     """Bytes a second that each storage node copies to others at most, after a loss or a join."""
 
     tls_cert: Path | None = None
@@ -89,6 +92,8 @@ class Settings(BaseModel):
             raise ValueError("write a number or text, not true or false")  # noqa: TRY004 (pydantic's protocol)
         if isinstance(value, str) and len(value) > _MAX_CHARACTERS:
             raise ValueError(f"has {len(value)} characters; at most {_MAX_CHARACTERS}")
+        if isinstance(value, str) and not _is_encodable(value):
+            raise ValueError("has half of a surrogate pair, which no text has")
         return value
 
     @field_validator("*")
@@ -136,6 +141,15 @@ class EffectiveSetting:
     name: str
     value: str
     source: str
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether a path or an argument can be that; names of files need not be UTF-8."""
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def variable(name: str) -> str:

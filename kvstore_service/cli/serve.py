@@ -82,7 +82,8 @@ def serve(
         str | None, typer.Option(help="Port for Prometheus.", metavar="INTEGER", show_default="none")
     ] = None,
     config: Annotated[
-        str | None, typer.Option(help="A .yaml or .toml file with these settings.", metavar="PATH")
+        str | None,
+        typer.Option(help="A .yaml or .toml file with these settings, a regular one.", metavar="PATH"),
     ] = None,
 ) -> None:
     """Run a cluster in the foreground: one line when it is ready, a clean stop on SIGTERM, SIGHUP or Ctrl-C.
@@ -91,14 +92,6 @@ def serve(
     is empty is not set.
 
     Ends with exit status 1 when the cluster is lost."""
-    # No handler: Ray's calls would be broken off wherever they stand.
-    stopping = signals.block()
-
-    from kvstore_cluster.durability import Durability
-    from kvstore_service.cluster_stats import cluster_stats
-    from kvstore_service.embedded import EmbeddedCluster
-    from kvstore_service.listen import Address
-    from kvstore_service.metrics import ClusterCollector, metrics_endpoint
     from kvstore_service.settings import load_settings
 
     settings = load_settings(
@@ -118,6 +111,15 @@ def serve(
         tls_key=tls_key,
         metrics_port=metrics_port,
     )
+    # No handler: Ray's calls would be broken off wherever they stand.
+    stopping = signals.block()
+
+    from kvstore_cluster.durability import Durability
+    from kvstore_service.cluster_stats import cluster_stats
+    from kvstore_service.embedded import EmbeddedCluster
+    from kvstore_service.listen import Address
+    from kvstore_service.metrics import ClusterCollector, metrics_endpoint
+
     cluster = EmbeddedCluster(
         nodes=settings.nodes,
         memory_bytes=settings.memory,

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,50 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("1: 2", "names a setting 1, which is not text"),
         ("- nodes", "must be a table of settings"),
         ("nodes: [", "cannot read the configuration"),
+        ("nodes: 257", "nodes = 257: "),
+        ("memory: 0", "memory = 0: "),
+        ("memory: 2048PiB", "memory = '2048PiB': "),
+        ("disk: 2048PiB\ndata_dir: /x", "disk = '2048PiB': "),
+        ("nodes: 0x" + "F" * 5000, "whole number of more than 63 bits"),
+        ("metrics_port: 1" + ":59" * 5000, "whole number of more than 63 bits"),
+        ("listen: [{port: 0x" + "F" * 5000 + "}]", "whole number of more than 63 bits"),
+        ("? 0x" + "F" * 5000 + "\n: 1", "whole number of more than 63 bits"),
+        ('listen: "a b:1"', "'a b:1' is not an address"),
+        ('listen: "a\\eb:1"', "is not an address"),
+        ("listen: a:" + "9" * 4000, "listen = 'a:999"),
+        ("listen: a:\u0661", "is not an address"),
+        ('data_dir: "\\ud800"', "data_dir = '\\ud800': "),
+        ('ray_address: "\\ud800"', "ray_address = '\\ud800': "),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(ConfigurationError) as refusal:
         load_settings(write(tmp_path / "c.yaml", text))
     assert complaint in str(refusal.value)
+    assert len(str(refusal.value)) < 600
+
+
+def test_a_large_number_in_toml_is_named(tmp_path: Path) -> None:
+    config = write(tmp_path / "c.toml", "metrics_port = 0x" + "F" * 5000)
+    with pytest.raises(ConfigurationError, match="whole number of more than 63 bits"):
+        effective_settings(config)
+
+
+def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
+    """A pipe that nobody writes into would be waited for, and SIGTERM with it."""
+    os.mkfifo(tmp_path / "c.yaml")
+    (tmp_path / "d.yaml").mkdir()
+    write(tmp_path / "e", "nodes: 2")
+    (tmp_path / "e.yaml").symlink_to("e")
+    for name, complaint in (("c.yaml", "it is no regular file"), ("d.yaml", "Is a directory")):
+        with pytest.raises(ConfigurationError, match=complaint):
+            load_settings(tmp_path / name)
+    assert load_settings(tmp_path / "e.yaml").nodes == 2
+
+
+def test_a_path_need_not_be_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environb, b"KVSTORE_DATA_DIR", b"/tmp/\xff")
+    assert load_settings().data_dir == Path(os.fsdecode(b"/tmp/\xff"))
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
