@@ -16,6 +16,7 @@ from kvstore_service.background_health import HealthWithBackground
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error
 from kvstore_service.request_fields import require_few_fields
+from kvstore_service.stalled_streams import StalledStreams
 from kvstore_service.unsent_answers import UnsentAnswers
 
 MAX_MESSAGE_BYTES = 8 << 20
@@ -59,9 +60,10 @@ class GrpcServer:
         large: LargeRequests | None = None,
     ) -> None:
         self._pool = ThreadPoolExecutor(_THREADS, "kvstore-rpc")
+        self._stalled = StalledStreams()
         self._server = grpc.server(
             self._pool,
-            interceptors=[_StreamLimit(), _RequestLimits(large or LargeRequests())],
+            interceptors=[_StreamLimits(self._stalled), _RequestLimits(large or LargeRequests())],
             options=_OPTIONS,
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
@@ -77,6 +79,7 @@ class GrpcServer:
             port = self._server.add_insecure_port(str(address))
         except RuntimeError as error:
             self._pool.shutdown()
+            self._stalled.stop()
             raise address_error(address, "it is in use or not an address of this machine") from error
         host = advertise_host or address.reachable_host
         self.address = str(Address(host, port))
@@ -88,13 +91,15 @@ class GrpcServer:
         """Refuses new calls at once, as UNAVAILABLE, gives those under way `grace_s`, then cancels them."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait()
+        self._stalled.stop()
         self._pool.shutdown()
 
 
-class _StreamLimit(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Refuses a stream when MAX_STREAMS are open."""
+class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Refuses a stream when MAX_STREAMS are open, and ends one whose client takes nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, stalled: StalledStreams) -> None:
+        self._stalled = stalled
         self._free = threading.BoundedSemaphore(MAX_STREAMS)
 
     def intercept_service(
@@ -122,7 +127,7 @@ class _StreamLimit(grpc.ServerInterceptor):  # type: ignore[misc]
     def _answering_with_many(self, serve: Callable[..., Iterator[object]]) -> Callable[..., Iterator[object]]:
         def serve_if_free(request: object, context: grpc.ServicerContext) -> Iterator[object]:
             with self._stream(context):
-                yield from serve(request, context)
+                yield from self._stalled.watched(serve(request, context), context)
 
         return serve_if_free
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sized
+from contextlib import ExitStack
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError
@@ -33,6 +34,9 @@ from kvstore_service.throttle import Throttle
 _SEND_BYTES = 4 << 20
 # Large enough that the calls do not count.
 _RECEIVE_BYTES = 1 << 20
+
+# For the rest of a request of more than a piece: of 8 MiB, at 12 Mbit/s.
+_REST_S = 5.0
 
 Request = TypeVar("Request", pb.ReadRequest, pb.PutStart)
 
@@ -106,12 +110,25 @@ class Session:
         self._stream.receive_into(message, self._patience_s)
         return message
 
+    def _large_message(self, length: int, kept: ExitStack) -> bytearray:
+        """Takes memory, and a place among the large requests, for what has come, not for what was announced; and once
+        it has a place, the rest must come soon. Raises BusyError."""
+        message = bytearray()
+        until = time.monotonic() + self._patience_s
+        while length > len(message):
+            piece = bytearray(min(length - len(message), _RECEIVE_BYTES))
+            self._stream.receive_into(piece, until - time.monotonic())
+            kept.enter_context(self._large.kept(self._peer, size_bytes=len(piece)))
+            until = min(until, time.monotonic() + _REST_S)
+            message += piece
+        return message
+
     # ---- reads
 
     def _read(self, size_bytes: int) -> None:
         try:
-            with self._large.kept(self._peer, size_bytes=size_bytes):
-                message = self._message(size_bytes)
+            with ExitStack() as kept:
+                message = self._large_message(size_bytes, kept)
                 with self._large.admitted(self._peer, self._stream.is_open, size_bytes=size_bytes):
                     request = _parsed(pb.ReadRequest(), message)
                     chunks, encodings = _asked(request)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import grpc
 import pytest
 
+from benchmarks.deaf_client import DeafClient
+from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.node import StorageNode
@@ -31,10 +33,29 @@ def served(memory_bytes: int, large: LargeRequests | None = None) -> Iterator[Se
     node = StorageNode("node-0", Arena(memory_bytes, 4 << 10))
     server = serve_storage(node, host="127.0.0.1", large=large)
     options = [("grpc.max_receive_message_length", MAX_REPLY_BYTES)]
-    with grpc.insecure_channel(server.address, options) as channel:
-        yield ServedNode(node, server, channel)
-    server.stop(0)
+    try:
+        with grpc.insecure_channel(server.address, options) as channel:
+            yield ServedNode(node, server, channel)
+    finally:
+        server.stop(0)
     node.check_integrity()
+
+
+@contextlib.contextmanager
+def deaf(node: ServedNode) -> Iterator[DeafClient]:
+    client = DeafClient(node.server.address)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def verified(node: ServedNode) -> grpc.StatusCode:
+    """How a verification of the whole node ends."""
+    call = node.stub.Verify(pb.VerifyRequest())
+    with contextlib.suppress(grpc.RpcError):
+        assert list(call)[-1].done
+    return call.code()
 
 
 @pytest.fixture

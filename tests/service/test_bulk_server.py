@@ -11,11 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore_api.frames import HEADER_BYTES, PREFACE, FrameKind, pack_header, unpack_header
+from kvstore_api.frames import (
+    HEADER_BYTES,
+    MAX_READ_REQUEST_BYTES,
+    PREFACE,
+    FrameKind,
+    pack_header,
+    unpack_header,
+)
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.node import StorageNode
-from kvstore_service.bulk_server import BulkServer
+from kvstore_service.bulk_server import BulkServer, session
+from kvstore_service.large_requests import SMALL_BYTES
 from kvstore_service.listen import Address
 from tests.sample_chunk import SampleChunk, sample_chunk
 
@@ -223,6 +231,35 @@ def test_a_writer_that_does_not_write_is_cut_off_and_holds_nothing() -> None:
         connected.sendall(put_frame() + CHUNK.data[:100])
         wait_until(lambda: port.node.stats().bytes_used > 0)
         wait_until(lambda: port.node.stats().bytes_used == 0)
+        assert connected.recv(1) == b""
+
+
+def test_announced_reads_take_no_place_before_they_come(port: Port) -> None:
+    """Nobody else could read much at a time while eight connections had announced 8 MiB each."""
+    chunks = [ref(CHUNK)] * 10_000
+    large = read_frame(chunks=chunks, encodings=[CHUNK.encoding] * len(chunks))
+    assert len(large) > SMALL_BYTES
+    with contextlib.ExitStack() as connections:
+        for _ in range(8):
+            greedy = connections.enter_context(port.connected())
+            greedy.sendall(pack_header(FrameKind.READ, MAX_READ_REQUEST_BYTES))
+        wait_until(lambda: len(port.server._connections) == 8 and not port.server._idle)
+        connected = connections.enter_context(port.connected())
+        connected.sendall(put_frame() + CHUNK.data)
+        assert reply(connected).status == pb.PUT_STATUS_STORED
+        connected.sendall(large)
+        assert answer(connected) == (FrameKind.RANGE, CHUNK.data)
+
+
+def test_a_large_read_has_a_place_for_what_has_come_and_the_rest_must_come_soon(
+    port: Port, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_REST_S", 0.3)
+    kept = port.server._large._kept_bytes
+    with port.connected() as connected:
+        connected.sendall(pack_header(FrameKind.READ, MAX_READ_REQUEST_BYTES) + bytes(1 << 20))
+        wait_until(lambda: kept.total() == 1 << 20)
+        wait_until(lambda: kept.total() == 0)
         assert connected.recv(1) == b""
 
 

@@ -1,11 +1,9 @@
 """Large requests wait for each other, small ones for nobody; what a client leaves behind is bounded."""
 
-import contextlib
 import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from benchmarks.deaf_client import DeafClient
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster import node
 from kvstore_codec.errors import AbandonedRequestError, BusyError
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.model_spec import KVDtype
@@ -22,7 +20,7 @@ from kvstore_service import large_requests, unsent_answers
 from kvstore_service.large_requests import MAX_WAITING, MAX_WAITING_OF_PEER, SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import MAX_FIELDS
 from tests.sample_chunk import sample_chunk
-from tests.service.conftest import ServedNode, served
+from tests.service.conftest import ServedNode, deaf, served, verified
 from tests.service.test_grpc_storage import ref, statuses, steps, wait_until
 
 LARGE = SMALL_BYTES + 1
@@ -156,14 +154,15 @@ def many(count: int) -> pb.LookupRequest:
     )
 
 
-def test_a_large_lookup_of_a_client_that_has_gone_leases_nothing(storage: ServedNode) -> None:
+def test_a_large_lookup_of_a_client_that_has_gone_leases_nothing(
+    storage: ServedNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
     statuses(storage, steps(sample_chunk()))
-    lock = storage.node._lock
-    with lock:
-        call = storage.stub.Lookup.future(many(20_000))
-        time.sleep(0.3)  # it waits for the lock by now, or will find that its client has gone
-        call.cancel()
-    wait_until(lambda: storage.node.stats().counters["lookups"] in (0, 1) and not storage.node.stats().leases)
+    monkeypatch.setattr(node, "PAUSE_S", 0.3)  # between two of its ten slices
+    call = storage.stub.Lookup.future(many(20_000))
+    wait_until(lambda: storage.node.stats().leases == 1)
+    call.cancel()
+    wait_until(lambda: storage.node.stats().leases == 0)
 
 
 def call(storage: ServedNode, method: str, request: bytes) -> object:
@@ -193,14 +192,10 @@ def test_what_is_no_message_is_refused(storage: ServedNode, method: str) -> None
 
 def test_a_node_is_verified_by_one_client_at_a_time(storage: ServedNode) -> None:
     statuses(storage, steps(*(sample_chunk(content=number) for number in range(5))))
-    with storage.node._lock:
-        first = storage.stub.Verify(pb.VerifyRequest())
-        time.sleep(0.3)
-        with pytest.raises(grpc.RpcError) as refusal:
-            list(storage.stub.Verify(pb.VerifyRequest(), timeout=5))
-    assert refusal.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert list(first)[-1].done
-    assert list(storage.stub.Verify(pb.VerifyRequest()))[-1].done
+    with deaf(storage) as first:
+        first.ask("Verify", b"")
+        wait_until(lambda: verified(storage) == grpc.StatusCode.RESOURCE_EXHAUSTED)
+    wait_until(lambda: verified(storage) == grpc.StatusCode.OK)
 
 
 @pytest.fixture
@@ -217,13 +212,6 @@ def cancelled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(unsent_answers.UnsentAnswers, "add", noted)
     return peers
-
-
-@contextlib.contextmanager
-def deaf(node: ServedNode) -> Iterator[DeafClient]:
-    client = DeafClient(node.server.address)
-    yield client
-    client.close()
 
 
 @pytest.mark.parametrize("chunks", [0, 1, 20], ids=["empty", "small", "almost large"])
