@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 FINAL = ("canary_differs", "canary_failed")
 """Reasons that do not go away by waiting: nothing of such a model is worth storing."""
 
+FAILED = ("unreachable", "canary_failed")
+"""Reasons that say nothing about the model: it is compared again after a pause."""
+
 
 class ModelCanary:
     """Compares a model with the canary of its `spec`, which every method is told. Thread-safe.
@@ -41,6 +44,8 @@ class ModelCanary:
         self._running: threading.Event | None = None
         """Set when the comparison under way has ended."""
         self._began_s = 0.0
+        self._spent_s = 0.0
+        """What comparisons of the spec that ended took together."""
         renew_in_children(self, ModelCanary._renew)
 
     @property
@@ -73,11 +78,15 @@ class ModelCanary:
         """The model is this one from now on: forget what was found of another, and start to compare."""
         with self._lock:
             self._spec, self._own, self._verdict, self._running = spec, None, None, None
+            self._spent_s = 0.0
         self.refusal(spec, wait_s=0)
 
     def refusal(self, spec: ModelSpec, *, wait_s: float) -> str | None:
-        """Why KV must be neither reused nor stored now, in one word; None when it may be. A comparison under way is
-        waited for until `wait_s` after it began. A client that is closed neither reads nor stores anyway: None."""
+        """Why KV must be neither reused nor stored now, in one word; None when it may be. A client that is closed
+        neither reads nor stores anyway: None.
+
+        A comparison under way is waited for, unless it repeats one that failed: then calls go on without it. All
+        comparisons of a spec together are waited for `wait_s` at most."""
         while not self._client.is_closed:
             with self._lock:
                 verdict, running = self._verdict, self._running
@@ -85,7 +94,9 @@ class ModelCanary:
                     return verdict.reason
                 if running is None:
                     running = self._start(spec)
-                left_s = self._began_s + wait_s - time.monotonic()
+                left_s = wait_s - self._spent_s - (time.monotonic() - self._began_s)
+                if verdict is not None and verdict.reason in FAILED:
+                    left_s = 0.0
             if running is None or not running.wait(max(0.0, left_s)):
                 return (verdict.reason if verdict is not None else None) or "canary_pending"
             with self._lock:
@@ -97,10 +108,11 @@ class ModelCanary:
         """In a forked child, which has not the parent's thread. What the model computes is known still."""
         self._lock = threading.Lock()
         self._verdict = self._running = None
+        self._spent_s = 0.0
 
     def _is_stale(self, spec: ModelSpec, verdict: Verdict) -> bool:
         """Whether it is to be found out anew."""
-        if verdict.reason in ("unreachable", "canary_failed", "canary_pending"):
+        if verdict.reason in (*FAILED, "canary_pending"):
             return not self._client.canaries.is_paused(spec)
         return verdict.changes != self._client.canaries.changes
 
@@ -130,6 +142,7 @@ class ModelCanary:
         finally:
             with self._lock:
                 if self._running is ended:
+                    self._spent_s += time.monotonic() - self._began_s
                     self._verdict, self._running = verdict, None
                     self._say(spec, verdict)
             ended.set()
