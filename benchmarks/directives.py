@@ -25,12 +25,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from kvstore_bench import write_results
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import RecordMeta
 from kvstore_cluster.index import NOWHERE
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
-from kvstore_service.bench.results import write_results
 
 LOOKED_UP = 256
 _BLOCK_BYTES = 64
