@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import grpc
 
+from kvstore_api.printable import printable
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.grpc_failure import told
@@ -132,7 +133,8 @@ class Canaries:
         how: str,
         comparison: Comparison | None = None,
     ) -> Verdict:
-        maker = f"{kept.origin.host} (pid {kept.origin.pid}, {kept.origin.software}, {kept.origin.device})"
+        made_by = kept.origin
+        maker = printable(f"{made_by.host} (pid {made_by.pid}, {made_by.software}, {made_by.device})")
         message = (
             f"{spec.model_id} computes something else here than where its canary was made, on {maker}: {how}. "
             "Nothing is reused or stored. Look for hooks, patched modules, other kernels or quantisation here; if the "

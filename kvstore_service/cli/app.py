@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from kvstore_api.printable import printable
 from kvstore_codec.errors import KVStoreError
 from kvstore_service.cli.calibrate import calibrate
 from kvstore_service.cli.calibrations import calibrations
@@ -45,7 +46,7 @@ def main() -> None:
     except KVStoreError as error:
         # A signal that a terminal sends reaches every process below this one; what they then lack is no news.
         if stop.received is None:
-            sys.exit(f"kvstore: {error}")
+            sys.exit(printable(f"kvstore: {error}"))
         end_by(stop.received)
     except SystemExit:
         if stop.received is None:

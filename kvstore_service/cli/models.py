@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstore_api.address import DEFAULT_ADDRESS
+from kvstore_api.printable import printable
 from kvstore_service.cli import options
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def replace(
 
     with ClusterAdmin(str(Address.parse(address))) as cluster:
         model = cluster.model(digest)
-        name = f"{model.origin.model_id or 'model'} ({model.model_digest.hex()[:12]})"
+        name = printable(f"{model.origin.model_id or 'model'} ({model.model_digest.hex()[:12]})")
         if not yes:
             typer.confirm(f"Forget everything stored of {name}?", abort=True, err=True)
         generation = cluster.replace_canary(model.model_digest)

@@ -45,6 +45,21 @@ def test_the_table_names_both_sides(address: str) -> None:
     assert "made by maker (pid 3, cpu, torch)" in note
 
 
+def test_a_worker_cannot_speak_to_the_terminal(
+    stub: rpc.CoordinatorStub, caplog: pytest.LogCaptureFixture
+) -> None:
+    escape = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"
+    named = pb.Origin(model_id=f"m{escape}", host=f"h{escape}", pid=3, software=f"s{escape}", device="cpu")
+    with caplog.at_level("INFO"):
+        stub.PutCanary(pb.PutCanaryRequest(model_digest=MODEL, origin=named, sketch=sketch()))
+    stub.ReportRefusal(pb.ReportRefusalRequest(model_digest=MODEL, origin=named, message=f"why{escape}"))
+    asked = run(stub.address, "replace", MODEL.hex()[:6], stdin="n\n", status=1)
+    for text in (run(stub.address), asked, run(stub.address, "--json"), caplog.text):
+        assert "owned" in text
+        assert not set(text) & set(escape) - set("]0;owned[2J31m")
+        assert "\\x1b]0;owned" in text or "\\u001b]0;owned" in text
+
+
 def test_json_has_everything(address: str) -> None:
     first, second = sorted(
         json.loads(run(address, "--json"))["models"], key=lambda model: model["model_digest"]

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from kvstore_api.printable import printable
 from kvstore_cluster.canaries.base import CanaryMirror, CanaryRecord, Origin
 from kvstore_cluster.canaries.document import MAX_DOCUMENT_BYTES, bounded, read_document, write_document
 from kvstore_cluster.canaries.room import making_room
@@ -134,7 +135,7 @@ class CanaryRegistry:
             )
             self._make_room(new)
             self._keep(new, sketch)
-        log.info("canary of model %s kept, made by %s", model_digest.hex()[:12], origin.host)
+        log.info("canary of model %s kept, made by %s", model_digest.hex()[:12], printable(origin.host))
         return new, sketch
 
     def replace(self, model_digest: bytes) -> int:
