@@ -97,8 +97,9 @@ class CallGate(
 GATE = CallGate()
 
 
-REGISTRY_LOCK = threading.Lock()
-"""Around every count in Prometheus' registry, whose own locks nobody then holds in a child."""
+REGISTRY_LOCK = threading.RLock()
+"""Around every count in Prometheus' registry, whose own locks no other thread then holds in a child. The thread that
+forks may hold it itself: in a signal handler that interrupted a count."""
 
 
 def _in_child() -> None:

@@ -66,6 +66,41 @@ def test_a_child_finds_no_lock_held_that_another_thread_of_its_parent_held() -> 
     ask()
 
 
+_SIGNALLED = """
+import os, signal
+from kvstore_client.metrics import ClientMetrics
+
+metrics, parent, forked = ClientMetrics(), os.getpid(), []
+
+class Interrupting:
+    "A signal comes in the middle of counting this."
+    def __str__(self):
+        if not forked:
+            signal.raise_signal(signal.SIGUSR1)
+        return "interrupted"
+
+def fork(*_):
+    forked.append(os.fork())
+    if not forked[-1]:
+        metrics.missed("in a handler of the child")
+
+signal.signal(signal.SIGUSR1, fork)
+metrics.missed(Interrupting())
+metrics.missed("afterwards")
+if os.getpid() != parent:
+    os._exit(0)
+assert os.waitpid(forked[0], 0)[1] == 0
+print("done")
+"""
+
+
+def test_a_signal_handler_may_fork_in_the_middle_of_a_count() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _SIGNALLED], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
 def test_forks_remember_no_client_that_is_gone() -> None:
     client = connect("127.0.0.1:1")
     gone = weakref.ref(client)
