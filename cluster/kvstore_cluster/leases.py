@@ -4,7 +4,7 @@ import heapq
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Generic, NewType, TypeVar
 
@@ -15,6 +15,12 @@ LeaseId = NewType("LeaseId", bytes)
 
 LEASE_ID_BYTES = 16
 MAX_LEASE_S = 120.0
+MAX_LEASED = 1 << 20
+"""Keys that all leases of a table cover, each lease its own, and those whose use is expected: 100 to 200 bytes each."""
+_OWN_KEYS = 8
+"""A lease counts as so many keys, besides those that it covers."""
+_MOST_STALE = 1024
+"""Expiries of leases that were renewed or released since, besides one for each lease."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +47,8 @@ class Findings(Generic[K]):
 
 @dataclass(slots=True)
 class _Lease(Generic[K]):
-    keys: list[K]
-    expires_s: float
+    keys: set[K]
+    expires_s: float = 0.0
     findings: Findings[K] | None = None
 
 
@@ -50,36 +56,56 @@ class LeaseTable(Generic[K]):
     """Grants leases over sets of keys. Not thread-safe: called under the storage node's lock.
 
     A lease ends when it is released or when its time is over; `max_lease_s` caps every grant and renewal, so
-    a client that dies cannot hold memory for longer than that. `clock` is monotonic, in seconds.
+    a client that dies cannot hold memory for longer than that. All leases together cover `max_leased` keys at most.
+    `clock` is monotonic, in seconds.
     """
 
-    def __init__(self, max_lease_s: float = MAX_LEASE_S, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        max_lease_s: float = MAX_LEASE_S,
+        clock: Callable[[], float] = time.monotonic,
+        max_leased: int = MAX_LEASED,
+    ) -> None:
         self._max_lease_s = max_lease_s
+        self._max_leased = max_leased
+        self._leased = 0
         self._clock = clock
         self._leases: dict[LeaseId, _Lease[K]] = {}
         self._holders: Counter[K] = Counter()
         # (expiry, lease) in order; an item older than its lease's expiry was renewed since and is skipped.
         self._expiries: list[tuple[float, LeaseId]] = []
 
-    def grant(self, keys: Collection[K], duration_s: float) -> LeaseId:
+    def grant(self, keys: Iterable[K], duration_s: float) -> LeaseId | None:
+        """None when so much is leased that these keys would be too many."""
+        lease: _Lease[K] = _Lease(set(keys))
+        if not self._take(_OWN_KEYS + len(lease.keys)):
+            return None
         lease_id = LeaseId(secrets.token_bytes(LEASE_ID_BYTES))
-        self._leases[lease_id] = _Lease(list(keys), 0.0)
-        self._holders.update(keys)
+        self._leases[lease_id] = lease
+        self._holders.update(lease.keys)
         self._schedule(lease_id, duration_s)
         return lease_id
 
-    def cover(self, lease_id: LeaseId | None, keys: Collection[K], duration_s: float) -> LeaseId:
+    def cover(self, lease_id: LeaseId | None, keys: Iterable[K], duration_s: float) -> LeaseId | None:
         """Adds these keys to a lease, which ends when it would have ended. Grants a new one for `duration_s` where
-        there is none or it has ended. Returns the lease that holds the keys."""
-        if lease_id is None or lease_id not in self._leases:
+        there is none or it has ended. Returns the lease that holds the keys; None when there are too many, and then the
+        lease has ended."""
+        lease = self._leases.get(lease_id) if lease_id is not None else None
+        if lease_id is None or lease is None:
             return self.grant(keys, duration_s)
-        self._leases[lease_id].keys.extend(keys)
-        self._holders.update(keys)
+        added = set(keys) - lease.keys
+        if not self._take(len(added)):
+            self.release(lease_id)
+            return None
+        lease.keys |= added
+        self._holders.update(added)
         return lease_id
 
     def expect_use(self, lease_id: LeaseId, findings: Findings[K]) -> None:
-        """Its holder will say what of that, which is all that the lease covers, is used."""
-        if (lease := self._leases.get(lease_id)) is not None:
+        """Its holder will say what of that, which is all that the lease covers, is used. Has no effect when so much is
+        leased that this would be too much: then the lease covers all until it ends, and nothing counts as used."""
+        lease = self._leases.get(lease_id)
+        if lease is not None and self._take(len(findings.keys)):
             lease.findings = findings
 
     def expected_use(self, lease_id: LeaseId) -> Findings[K] | None:
@@ -88,19 +114,18 @@ class LeaseTable(Generic[K]):
         lease = self._leases.get(lease_id)
         if lease is None:
             return None
-        findings, lease.findings = lease.findings, None
-        return findings
+        return self._pop_findings(lease)
 
-    def narrow(self, lease_id: LeaseId, keys: list[K]) -> bool:
+    def narrow(self, lease_id: LeaseId, keys: Iterable[K]) -> bool:
         """The lease covers only these of its keys from now on; False when it has ended."""
         lease = self._leases.get(lease_id)
         if lease is None:
             return False
-        self._holders.update(keys)
-        self._let_go(lease.keys)
-        lease.keys = keys
-        if not keys:
-            del self._leases[lease_id]
+        others = lease.keys.difference(keys)
+        lease.keys -= others
+        self._let_go(others)
+        if not lease.keys:
+            self.release(lease_id)
         return True
 
     def renew(self, lease_id: LeaseId, duration_s: float) -> bool:
@@ -117,6 +142,8 @@ class LeaseTable(Generic[K]):
         if lease is None:
             return False
         self._let_go(lease.keys)
+        self._pop_findings(lease)
+        self._leased -= _OWN_KEYS
         return True
 
     def expire(self) -> None:
@@ -135,7 +162,21 @@ class LeaseTable(Generic[K]):
     def __len__(self) -> int:
         return len(self._leases)
 
-    def _let_go(self, keys: Collection[K]) -> None:
+    def _take(self, count: int) -> bool:
+        """Counts so many more keys, unless they would be too many."""
+        if self._leased + count > self._max_leased:
+            return False
+        self._leased += count
+        return True
+
+    def _pop_findings(self, lease: _Lease[K]) -> Findings[K] | None:
+        findings, lease.findings = lease.findings, None
+        if findings is not None:
+            self._leased -= len(findings.keys)
+        return findings
+
+    def _let_go(self, keys: Set[K]) -> None:
+        self._leased -= len(keys)
         for key in keys:
             self._holders[key] -= 1
             if not self._holders[key]:
@@ -145,3 +186,6 @@ class LeaseTable(Generic[K]):
         expires_s = self._clock() + min(duration_s, self._max_lease_s)
         self._leases[lease_id].expires_s = expires_s
         heapq.heappush(self._expiries, (expires_s, lease_id))
+        if len(self._expiries) > _MOST_STALE + 2 * len(self._leases):
+            self._expiries = [(lease.expires_s, name) for name, lease in self._leases.items()]
+            heapq.heapify(self._expiries)

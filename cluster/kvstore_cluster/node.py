@@ -91,8 +91,8 @@ class StorageNode:
         With `any_context` a chunk that is not here in its own context is answered with another one of its content: one
         that does not begin its text if there is any, of those one in memory, of those the one used last.
 
-        Leases what was found for `lease_s` when positive. Counts as one use of it, unless it is a `peek`, or
-        `use_follows`: then `use` says what of it is used.
+        Leases what was found for `lease_s` when positive, unless too much is leased already. Counts as one use of it,
+        unless it is a `peek`, or `use_follows`: then `use` says what of it is used.
 
         Holds the lock for SLICE_CHUNKS chunks at a time and calls `proceed` without it in between, with the size of the
         headers found so far. What that raises ends the lookup; then nothing is leased.

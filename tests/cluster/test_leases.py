@@ -1,6 +1,6 @@
 import pytest
 
-from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId, LeaseTable
+from kvstore_cluster.leases import LEASE_ID_BYTES, Findings, LeaseId, LeaseTable
 
 
 class Clock:
@@ -84,3 +84,59 @@ def test_a_lease_may_cover_more(leases: LeaseTable[str], clock: Clock) -> None:
     assert not leases.holds("a")
     assert not leases.holds("b")
     assert leases.cover(lease_id, ["c"], 10.0) != lease_id
+
+
+def bounded(clock: Clock) -> LeaseTable[str]:
+    """Two leases of four keys are too many for it."""
+    return LeaseTable(max_lease_s=60.0, clock=clock, max_leased=20)
+
+
+def test_all_leases_together_are_bounded(clock: Clock) -> None:
+    leases = bounded(clock)
+    first = leases.grant("abcd", 10.0)
+    assert first is not None
+    assert leases.grant("efgh", 10.0) is None
+    assert not leases.holds("e")
+    assert leases.cover(first, "ij", 10.0) == first
+    assert leases.cover(first, "abcdefghijklm", 10.0) is None
+    assert len(leases) == 0
+    assert not leases.holds("a")
+    assert leases.grant("efgh", 10.0) is not None
+
+
+def test_a_key_that_is_named_often_is_leased_once(clock: Clock) -> None:
+    leases = bounded(clock)
+    lease_id = leases.grant("a" * 1000, 10.0)
+    assert leases.cover(lease_id, "a" * 1000, 10.0) == lease_id
+    assert leases.release(lease_id)
+    assert not leases.holds("a")
+
+
+def test_what_may_be_used_is_bounded_with_the_leases(clock: Clock) -> None:
+    leases = bounded(clock)
+    for keys, count in (("ab", 10), ("ab" * 10, None)):
+        lease_id = leases.grant(keys, 10.0)
+        leases.expect_use(lease_id, Findings(list(keys * 5), range(5 * len(keys))))
+        found = leases.expected_use(lease_id)
+        assert (found and len(found.keys)) == count
+        assert leases.narrow(lease_id, "b")
+        assert not leases.holds("a")
+        assert leases.release(lease_id)
+    assert leases._leased == 0
+
+
+def test_renewals_leave_nothing_behind(clock: Clock) -> None:
+    leases = LeaseTable[str](max_lease_s=60.0, clock=clock)
+    kept, forgotten = leases.grant("a", 10.0), leases.grant("b", 10.0)
+    for _ in range(5000):
+        clock.now_s += 0.001
+        assert leases.renew(kept, 10.0)
+    assert len(leases._expiries) < 2000
+    clock.now_s += 6
+    leases.expire()
+    assert leases.holds("a")
+    assert not leases.holds("b")
+    assert not leases.release(forgotten)
+    clock.now_s += 5
+    leases.expire()
+    assert len(leases) == 0

@@ -81,6 +81,19 @@ def test_a_lease_that_ends_between_two_slices_is_followed_by_another(node: Stora
     assert node.stats().leases == 0
 
 
+def test_a_lookup_beyond_what_may_be_leased_is_answered_without_a_lease() -> None:
+    node = StorageNode("node-0", Arena(1 << 20, 4 << 10), leases=LeaseTable(max_leased=20))
+    for chunk in STORED:
+        put(node, chunk)
+    names = [chunk.chunk_id for chunk in STORED]
+    first, second = (node.lookup(names, EXACT, lease_s=60, use_follows=True) for _ in range(2))
+    assert first.answers == second.answers
+    assert first.lease_id is not None
+    assert second.lease_id is None
+    assert node.use(first.lease_id, b"\x01", 256)
+    assert node.lookup(names[:1], EXACT, lease_s=60).lease_id is not None
+
+
 def test_a_lookup_that_is_given_up_leases_nothing(node: StorageNode) -> None:
     def give_up(header_bytes: int) -> None:
         assert node.stats().leases == 1
