@@ -21,7 +21,8 @@ from rich.progress import track
 from rich.table import Table
 
 from kvstore_bench import write_results
-from kvstore_bench.shaping import ShapedLink, parse_bandwidth
+from kvstore_bench.shaping import ShapedLink
+from kvstore_service.bandwidth import parse_bandwidth
 
 PIECE_BYTES = 1 << 20
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_cluster import lookup
+from kvstore_cluster import lookup, tiers
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.durability import Durability
@@ -229,3 +229,21 @@ def test_a_lease_that_ends_between_two_slices_names_no_chunk_that_came_since() -
 def slot_of(node: StorageNode, chunk: SampleChunk) -> int:
     (slot,) = node._index.variants(chunk.chunk_id)
     return slot
+
+
+def test_a_lookup_tells_the_policies_a_bounded_number_of_uses(
+    node: StorageNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uses wait for the keeper. Where it does not come, each lookup tells twice as many as it adds, not all of them."""
+    waiting, most = node._tiers._touched, 3 * len(STORED)
+    monkeypatch.setattr(tiers, "_MOST_TOUCHED", most)
+    told: list[int] = []
+    touch = node._tiers._touch
+    monkeypatch.setattr(node._tiers, "_touch", lambda slot: (told.append(slot), touch(slot)))
+    wanted = [stored.chunk_id for stored in STORED]
+    for _ in range(20):
+        told.clear()
+        node.lookup(wanted, EXACT)
+        assert len(told) <= 2 * len(wanted)
+        assert len(waiting) <= most
+    assert told
