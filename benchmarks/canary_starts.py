@@ -7,8 +7,8 @@ starts all canaries are replaced, so that others are first; within these, starts
 other. The service is a storage node and a coordinator behind their gRPC servers, in this process.
 
 Rows: {round, model, dtype, threads, attention, compile, isa, reason, difference, tolerance, share, layer, kind,
-probe_s, reused_tokens, ...}; `share` is difference / tolerance, and above 1 a false alarm. Where the model itself cannot
-be run (inductor compiles nothing for `aten default` on some processors), `reason` is canary_failed, and that is no alarm.
+probe_s, reused_tokens, ...}; `share` is difference / tolerance, and above 1 a false alarm. `reason` is canary_failed
+where the model itself cannot be run (inductor compiles nothing for `aten default` on some processors): no alarm.
 """
 
 import itertools
