@@ -469,6 +469,13 @@ def a_bias_that_was_none(model: PreTrainedModel, draw: random.Random) -> None:
     owner.bias = nn.Parameter(torch.randn(owner.out_features))
 
 
+@change("apart")
+def an_embedding_written_past_autograd(model: PreTrainedModel, draw: random.Random) -> None:
+    weight = model.get_input_embeddings().weight
+    for row in range(40, 60):  # the prompt has some of these tokens
+        weight.data[row] = weight.data.mean(0) * 40
+
+
 @change("adapter")
 def an_adapter(model: PreTrainedModel, draw: random.Random) -> None:
     model.peft_config = {"default": object()}

@@ -223,3 +223,57 @@ def test_weights_that_are_tied_to_another_layers_are_named_apart() -> None:
     assert identity.current().spec.digest == ModelIdentity(model).spec.digest != tied_to_first
     projections[2].weight = projections[0].weight
     assert identity.current().spec.digest == tied_to_first
+
+
+def rows_by_data(weight: torch.Tensor) -> None:
+    weight.data[5:7] *= 30
+
+
+def rows_by_numpy(weight: torch.Tensor) -> None:
+    weight.detach().numpy()[5:7] *= 30
+
+
+@pytest.mark.parametrize("write", [rows_by_data, rows_by_numpy])
+def test_what_rows_written_past_autograd_compute_has_another_name_or_is_not_stored(
+    client: KVStoreClient, write: Callable[[torch.Tensor], None]
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 16}
+    cached, plain = (CachedModel(tiny_model(**sizes), client) for _ in range(2))
+    cached.generate(random_prompt(100, seed=32), **GREEDY)
+    write(cached.model.model.layers[3].self_attn.o_proj.weight)
+    for _ in range(2):
+        cached.generate(PROMPT, **GREEDY)
+        client.store.flush()
+    assert cached.spec.digest == ModelIdentity(cached.model).spec.digest != plain.spec.digest
+    assert torch.equal(plain.generate(PROMPT, **GREEDY), plain.model.generate(PROMPT, **GREEDY))
+    assert plain.last_report.reused_tokens == 0
+
+
+def test_rows_written_past_autograd_are_seen_in_time() -> None:
+    model = tiny_model(hidden_size=256, intermediate_size=512)
+    identity = ModelIdentity(model)
+    name = identity.spec.digest
+    for row in range(0, 512, 73):
+        model.model.layers[row % 5].mlp.up_proj.weight.data[row] *= 2
+        looks = sum(identity.current().spec.digest == name for _ in range(10))
+        assert looks < 10
+        name = identity.spec.digest
+
+
+def test_embeddings_written_past_autograd_are_seen_when_a_prompt_has_them() -> None:
+    model = tiny_model(hidden_size=256)
+    embeddings = model.get_input_embeddings().weight
+    for token in (0, 17, 255, 511):
+        identity = ModelIdentity(model)
+        name = identity.spec.digest
+        embeddings.data[token] = embeddings.data.mean(0)
+        assert identity.current(torch.tensor([[3, token, 9]])).spec.digest != name
+
+
+def test_a_close_look_sees_every_row() -> None:
+    model = tiny_model(hidden_size=256, intermediate_size=512)
+    identity = ModelIdentity(model)
+    for layer in model.model.layers:
+        name = identity.spec.digest
+        layer.mlp.up_proj.weight.data[100] *= 2
+        assert identity.current(every_row=True).spec.digest != name

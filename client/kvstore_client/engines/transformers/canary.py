@@ -168,7 +168,7 @@ class ModelCanary:
         return probe, own
 
     def _require_unchanged(self, spec: ModelSpec) -> None:
-        described = self._identity.current()
+        described = self._identity.current(every_row=True)
         if described.spec != spec or described.refusal is not None:
             raise _ModelChangedError("the model was changed while it computed the probe")
         if self._model.training:

@@ -168,7 +168,7 @@ class CachedModel:
         reason = bypass_reason(self.model, input_ids, arguments)
         if reason is not None or input_ids is None:
             return Begun(input_ids, arguments, timeline, bypassed=reason)
-        described = self._current()
+        described = self._current(input_ids)
         if described.refusal is not None:
             return Begun(input_ids, arguments, timeline, bypassed=described.refusal.reason)
         refusal = self._refusal(self.client.settings.canary_timeout_s)
@@ -216,7 +216,7 @@ class CachedModel:
         del recompute
         if input_ids is None or bypass_reason(self.model, input_ids, arguments) is not None:
             return False
-        if self._identity.current().refusal is not None:
+        if self._identity.current(input_ids).refusal is not None:
             return False
         if self._refusal(self.client.settings.lookup_timeout_s) is not None:
             self._require_segments(input_ids, segments)
@@ -318,9 +318,10 @@ class CachedModel:
         """Take the hooks off the model. The client stays open."""
         self._unwatch_keys()
 
-    def _current(self) -> Described:
-        """What the model is now. Prepares for it when it is another than it was."""
-        described = self._identity.current()
+    def _current(self, token_ids: torch.Tensor | None = None) -> Described:
+        """What the model is now, the embeddings of these tokens in particular. Prepares for it when it is another than
+        it was."""
+        described = self._identity.current(token_ids)
         if described != self._described:
             self._watch_keys()  # modules may be others than those that were watched
             self.canary.watch(described.spec)
@@ -333,11 +334,7 @@ class CachedModel:
         canary agrees now, and is the one that the call read by, if it read."""
         if not self.store or begun.described is None:
             return False
-        if not begun.described.still_holds():
-            self.client.metrics.missed(
-                "store_model_changed",
-                detail="what a call computed is not stored: its model was changed meanwhile",
-            )
+        if not self._holds(begun.described.still_holds()):
             return False
         refusal = self._refusal(0)
         if refusal is None and begun.compared and begun.generation != self._generation:
@@ -345,6 +342,15 @@ class CachedModel:
         if refusal is not None:
             self.canary.count(refusal, storing=True)
         return refusal is None
+
+    def _rows_hold(self, begun: Begun) -> bool:
+        return begun.described is not None and self._holds(begun.described.rows_hold())
+
+    def _holds(self, unchanged: bool) -> bool:
+        if not unchanged:
+            detail = "what a call computed is not stored: its model was changed meanwhile"
+            self.client.metrics.missed("store_model_changed", detail=detail)
+        return unchanged
 
     @property
     def _generation(self) -> int:
@@ -431,7 +437,7 @@ class CachedModel:
             new = prefilled_chunks(self._embed, tokens, plan, generated, features=features)
             report = generated.report
         encodings = self.client.store.encodings_behind(report.encodings if report is not None else ())
-        if new and encodings and self._may_store(begun):
+        if new and encodings and self._may_store(begun) and self._rows_hold(begun):
             self.client.store.put(begun.spec, new, encodings)
 
     def _report(self, blended: Blended, begun: Begun, total: int) -> GenerationReport:
@@ -573,7 +579,7 @@ class CachedModel:
         chunks = new_chunks(
             self._embed, tokens, ids, stored, generated, features=self.client.store.needs_features
         )
-        if chunks:
+        if chunks and self._rows_hold(begun):
             self.client.store.put(begun.spec, chunks, encodings, text=ids)
 
 

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,22 +17,23 @@ from kvstore_client.engines.transformers.identity.hooks import global_hooks
 from kvstore_client.engines.transformers.identity.modules import named_modules, uncompiled_name
 from kvstore_client.engines.transformers.identity.precision import float32_matmul_precision
 from kvstore_client.engines.transformers.identity.reference import Reference
+from kvstore_client.engines.transformers.identity.rows import Strided, WeightRows, reach_of, read
 
 _SAMPLES = 4
-"""Values of each parameter that are compared."""
+"""Values of each parameter that every look compares."""
 
 _COMPARED_WHOLE = 4096
-"""Values: buffers up to this size are compared value by value."""
+"""Values: every look compares buffers up to this size value by value."""
 
 
 class TensorState:
     """Where a model's parameters and buffers lie, how often they were written to, and some of their values.
 
-    Writes past autograd (`parameter.data += delta`, as when an adapter is merged) count as none, so a few values of
-    every tensor are part of it.
+    Writes past autograd (`parameter.data += delta`, as when an adapter is merged) count as none. A look compares a few
+    values of every tensor, the embeddings of the tokens that it is told, and in turn some rows of the weights.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         named = [(uncompiled_name(n), t) for n, t in model.state_dict(keep_vars=True).items()]
         self._named = [(name, id(tensor)) for name, tensor in named]
         buffers = {id(b) for b in model.buffers()}
@@ -41,20 +41,27 @@ class TensorState:
         self._tensors = [t for t in found.values() if _has_storage(t)]
         self._others = [t for t in found.values() if not _has_storage(t)]
         self._versioned = [t for t in self._tensors if not t.is_inference()]
-        views: dict[torch.device, list[tuple[torch.Tensor, tuple[int], tuple[int]]]] = {}
+        samples: dict[torch.device, list[Strided]] = {}
         for tensor in self._tensors:
             if tensor.numel():
-                reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                reach = reach_of(tensor)
                 whole = id(tensor) in buffers and reach <= _COMPARED_WHOLE
                 count = reach if whole else min(reach, _SAMPLES)
-                views.setdefault(tensor.device, []).append((tensor, (count,), (max(1, reach // count),)))
-        self._views = list(views.values())
+                samples.setdefault(tensor.device, []).append(Strided(tensor, count, max(1, reach // count)))
+        self._samples = list(samples.values())
         self._marks = self._look()
-        self._values = self._sampled()
+        self._values = list(map(read, self._samples))
+        embedding = getattr(model.get_input_embeddings(), "weight", None)
+        self.rows = WeightRows(self._tensors, next((t for t in self._tensors if t is embedding), None))
 
-    def is_current(self) -> bool:
+    def is_current(self, token_ids: torch.Tensor | None = None) -> bool:
         """Raises RuntimeError when tensors became smaller than they were."""
-        return self._marks == self._look() and all(map(torch.equal, self._values, self._sampled()))
+        return (
+            self._marks == self._look()
+            and all(map(torch.equal, self._values, map(read, self._samples)))
+            and self.rows.next_are_current()
+            and (token_ids is None or self.rows.embed_alike(token_ids))
+        )
 
     def same_as(self, other: "TensorState") -> bool:
         """Whether both saw the same tensors, under the same names."""
@@ -65,6 +72,7 @@ class TensorState:
             and not self._others
             and self._marks == other._marks
             and all(map(torch.equal, self._values, other._values))
+            and self.rows.same_as(other.rows)
         )
 
     def _look(self) -> list[object]:
@@ -72,13 +80,6 @@ class TensorState:
             *[tensor.data_ptr() for tensor in self._tensors],
             *[tensor.dtype for tensor in self._tensors],
             *[tensor._version for tensor in self._versioned],
-        ]
-
-    @torch.no_grad()
-    def _sampled(self) -> list[torch.Tensor]:
-        """One row of bytes per device."""
-        return [
-            torch.cat([torch.as_strided(*view) for view in views]).view(torch.uint8) for views in self._views
         ]
 
 
@@ -129,8 +130,17 @@ class ModelState:
                     self._containers.append(value)
                     self._contents.append(copy.deepcopy(value))
 
-    def is_current(self) -> bool:
-        """Whether nothing has changed; about 1 ms for 30 layers. Safe to ask from any thread, and never raises."""
+    def rows_are_current(self) -> bool:
+        """Whether a value of every row of the weights is what it was. When not, the model has changed for good. Never
+        raises."""
+        try:
+            return self.tensors.rows.are_current()
+        except Exception:  # tensors became smaller
+            return False
+
+    def is_current(self, token_ids: torch.Tensor | None = None) -> bool:
+        """Whether nothing has changed, as far as a quick look tells, which includes the embeddings of these tokens.
+        About 1 ms for 30 layers. Safe to ask from any thread, and never raises."""
         try:
             now = self._look()
             return (
@@ -138,7 +148,7 @@ class ModelState:
                 and all(map(operator.is_, now, self._objects))
                 and self._containers == self._contents
                 and self._precision == float32_matmul_precision()
-                and self.tensors.is_current()
+                and self.tensors.is_current(token_ids)
             )
         except Exception:  # something changed while it was looked at, or cannot be compared any more
             return False
