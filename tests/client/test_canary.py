@@ -317,10 +317,49 @@ def test_the_probe_runs_beside_the_engine(stored: ServedCluster) -> None:
         cached.close()
 
 
-def test_nothing_is_left_behind(stored: ServedCluster, tmp_path: Path) -> None:
-    with worker(stored) as cached:
+@pytest.mark.parametrize("first", ["model", "client"])
+def test_nothing_is_left_behind_by_a_comparison_under_way(
+    cluster: ServedCluster, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def late(*arguments: object) -> object:
+        begun.set()
+        assert go.wait(30)
+        return run_probe(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("kvstore_client.engines.transformers.canary.run_probe", late)
+    client = connect(cluster.address)
+    cached = CachedModel(tiny_model(), client)
+    assert begun.wait(30)
+    (comparing,) = (thread for thread in threading.enumerate() if thread.name == "kvstore-canary")
+    if first == "client":
+        client.close()
+    closing = threading.Thread(target=cached.close)
+    closing.start()
+    while not cached.canary._closed:
+        time.sleep(0.001)
+    assert closing.is_alive()  # until the model is its owner's alone
+    go.set()
+    closing.join(30)
+    comparing.join(30)
+    assert not closing.is_alive()
+    assert not comparing.is_alive()
+    client.close()
+    assert len(client._view._channels) == 0
+    with ClusterAdmin(cluster.address) as admin:
+        assert not admin.models()
+    cached.generate(PROMPT, **GREEDY)
+    assert "kvstore-canary" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_closed_model_is_compared_no_more(stored: ServedCluster) -> None:
+    with worker(stored, retry_after_s=0.0) as cached:
         assert answer(cached) == 512
-    assert not [thread for thread in threading.enumerate() if thread.name == "kvstore-canary"]
+        cached.close()
+        replace_canary(stored)
+        cached.client._view._ask(1.0)
+        assert cached.canary.refusal(cached.spec, wait_s=30) == "canary_pending"
 
 
 def test_sixteen_bit_workers_agree_over_attention_kernels(tmp_path: Path) -> None:

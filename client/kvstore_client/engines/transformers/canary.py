@@ -38,6 +38,9 @@ class ModelCanary:
     def __init__(self, model: PreTrainedModel, client: KVStoreClient, identity: ModelIdentity) -> None:
         self._model, self._client, self._identity = model, client, identity
         self._lock = threading.Lock()
+        self._probing = threading.Lock()
+        """Held while the model runs over the probe."""
+        self._closed = False
         self._spec: ModelSpec | None = None
         self._own: tuple[Probe, ProbeKV] | None = None
         self._verdict: Verdict | None = None
@@ -104,9 +107,17 @@ class ModelCanary:
                     return self._verdict.reason
         return None
 
+    def close(self) -> None:
+        """Compare no more: when this returns nothing runs the model any more, and nothing of it becomes a canary. Waits
+        for a probe that is being computed, which takes a prefill of 256 tokens."""
+        with self._lock:
+            self._closed = True
+        with self._probing:
+            pass
+
     def _renew(self) -> None:
         """In a forked child, which has not the parent's thread. What the model computes is known still."""
-        self._lock = threading.Lock()
+        self._lock, self._probing = threading.Lock(), threading.Lock()
         self._verdict = self._running = None
         self._spent_s = 0.0
 
@@ -117,7 +128,9 @@ class ModelCanary:
         return verdict.changes != self._client.canaries.changes
 
     def _start(self, spec: ModelSpec) -> threading.Event | None:
-        """Called with the lock. None when there is no thread left in this process."""
+        """Called with the lock. None after `close`, and when there is no thread left in this process."""
+        if self._closed:
+            return None
         ended = threading.Event()
         # Not a daemon: the interpreter must not end while a thread is inside torch. It lasts seconds at most.
         thread = threading.Thread(target=self._run, args=(spec, ended), name="kvstore-canary")
@@ -135,7 +148,7 @@ class ModelCanary:
             verdict = self._found(spec)
         except NodeUnavailableError as error:
             verdict = Verdict("unreachable", str(error))
-        except _ModelChangedError as error:
+        except _NothingFoundError as error:
             verdict = Verdict("canary_pending", str(error))
         except Exception as error:  # whatever the model raises is not the engine's to see from here
             verdict = Verdict("canary_failed", f"{spec.model_id} cannot compute the probe: {error!r}"[:1000])
@@ -150,6 +163,7 @@ class ModelCanary:
     def _found(self, spec: ModelSpec) -> Verdict:
         kept = self._client.canaries.get(spec)
         probe, own = self._computed(spec)
+        self._require_open()
         return self._client.canaries.compared(spec, kept, probe, own, self._model.device.type)
 
     def _computed(self, spec: ModelSpec) -> tuple[Probe, ProbeKV]:
@@ -159,20 +173,26 @@ class ModelCanary:
             known = self._own
         if known is not None and known[0] == probe:
             return known
-        self._require_unchanged(spec)
-        own = run_probe(self._model, spec, probe)
-        self._require_unchanged(spec)
+        with self._probing:
+            self._require_open()
+            self._require_unchanged(spec)
+            own = run_probe(self._model, spec, probe)
+            self._require_unchanged(spec)
         with self._lock:
             if self._spec is spec:
                 self._own = probe, own
         return probe, own
 
+    def _require_open(self) -> None:
+        if self._closed or self._client.is_closed:
+            raise _NothingFoundError("the model or its client was closed before the comparison ended")
+
     def _require_unchanged(self, spec: ModelSpec) -> None:
         described = self._identity.current(every_row=True)
         if described.spec != spec or described.refusal is not None:
-            raise _ModelChangedError("the model was changed while it computed the probe")
+            raise _NothingFoundError("the model was changed while it computed the probe")
         if self._model.training:
-            raise _ModelChangedError("the model is in training mode")
+            raise _NothingFoundError("the model is in training mode")
 
     def _say(self, spec: ModelSpec, verdict: Verdict) -> None:
         """Called with the lock."""
@@ -183,5 +203,5 @@ class ModelCanary:
             self._client.metrics.failures.warn(f"{verdict.reason} {verdict.message}", verdict.message)
 
 
-class _ModelChangedError(CanaryError):
-    """The probe says nothing, and is to be run again."""
+class _NothingFoundError(CanaryError):
+    """The comparison says nothing, and is to be made again if the model is still used."""

@@ -315,7 +315,8 @@ class CachedModel:
         )
 
     def close(self) -> None:
-        """Take the hooks off the model. The client stays open."""
+        """Take the hooks off the model, and end its comparison with the canary. The client stays open."""
+        self.canary.close()
         self._unwatch_keys()
 
     def _current(self, token_ids: torch.Tensor | None = None) -> Described:
