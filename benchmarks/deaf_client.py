@@ -9,11 +9,13 @@ _DATA, _HEADERS, _RESET, _SETTINGS, _PING = 0, 1, 3, 4, 6
 _END_STREAM, _ACKNOWLEDGE, _END_HEADERS = 1, 1, 4
 _WINDOW_SETTING = 4
 _FRAME_BYTES = 16_000
+_CONNECT_S = 5.0
 _SERVICE = "kvstore.v1.Storage"
 
 
 class DeafClient:
-    """Keeps one connection alive until `close`: it answers pings, and reads everything but the answers."""
+    """Keeps one connection alive until `close`: it answers pings, and reads everything but the answers. Obeys no limit
+    on the calls of a connection."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -23,9 +25,11 @@ class DeafClient:
         self.ended: set[int] = set()
         """Numbers of the calls, from 0, that the server ended."""
         self.disconnected = threading.Event()
+        self._ready = threading.Event()
         preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
         self._send(preface + _frame(_SETTINGS, 0, 0, struct.pack(">HI", _WINDOW_SETTING, 0)))
         threading.Thread(target=self._receive, daemon=True).start()
+        self._ready.wait(_CONNECT_S)
 
     def ask(self, method: str, request: bytes) -> int:
         """Begins a call of the Storage service and returns its number."""
@@ -57,6 +61,7 @@ class DeafClient:
                 payload = incoming.read(int.from_bytes(head[:3], "big"))
                 if kind in (_SETTINGS, _PING) and not flags & _ACKNOWLEDGE:
                     self._send(_frame(kind, _ACKNOWLEDGE, 0, payload if kind == _PING else b""))
+                    self._ready.set()
                 elif kind == _RESET or (kind == _HEADERS and flags & _END_STREAM):
                     self.ended.add(stream // 2)
         self.disconnected.set()

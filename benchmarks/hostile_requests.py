@@ -1,14 +1,18 @@
 """What a well-behaved client of a storage node notices while others send it the largest requests it allows.
 
 python benchmarks/hostile_requests.py [--attackers 12] [--seconds 10] [--attack NAME], where NAME is one of headers,
-misses, contexts, empty (lookups), delete, report, read.
+misses, contexts, empty (lookups), delete, report, read,
+answers (short lookups of 47 MiB of headers, 24 at a time),
+unread (lookups of almost 1 MiB of headers that nobody takes, ten a second on each connection).
 
-A process with `--attackers` connections repeats one request without a pause. Beside it a client looks up 256 chunks and
+A process with `--attackers` connections repeats one request without a pause, where nothing else is said one at a time
+on each. Beside it a client looks up 256 chunks and
 reads one, ten times a second. Prints the latencies of both, the memory of the node and how long it stays busy after the
 attackers left, as JSON.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -21,6 +25,7 @@ from typing import IO
 
 import grpc
 import psutil
+from deaf_client import DeafClient
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
@@ -40,6 +45,11 @@ _TIMEOUT_S = 5.0
 _QUIET_CPU = 0.1
 _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.use_local_subchannel_pool", 1)]
 _GEOMETRY = Geometry(layers=8, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)
+_WIDE_GEOMETRY = Geometry(layers=1024, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)
+_WIDE = 1 << 31
+"""Number of the chunk that has it, and a header of 49 KB."""
+_WIDE_HEADER_BYTES = 49 << 10
+_IN_FLIGHT = 24
 
 
 def chunk_id(number: int, context: int | None = None) -> ChunkId:
@@ -53,11 +63,11 @@ def reference(chunk: ChunkId) -> pb.ChunkRef:
     return pb.ChunkRef(content_id=chunk.content_id, prefix_id=chunk.prefix_id)
 
 
-def steps(chunks: list[ChunkId]) -> Iterator[pb.PutRequest]:
+def steps(chunks: list[ChunkId], geometry: Geometry = _GEOMETRY) -> Iterator[pb.PutRequest]:
     encoding = Encoding.parse(_ENCODING)
-    frames = [bytes(16)] * _GEOMETRY.frame_count
+    frames = [bytes(16)] * geometry.frame_count
     for chunk in chunks:
-        header, data = write_header(bytes(32), chunk, encoding, _GEOMETRY, frames)
+        header, data = write_header(bytes(32), chunk, encoding, geometry, frames)
         start = pb.PutStart(chunk=reference(chunk), encoding=_ENCODING, size_bytes=header.size_bytes)
         yield pb.PutRequest(start=start)
         yield pb.PutRequest(data=data + b"".join(frames))
@@ -86,6 +96,10 @@ def attack(kind: str) -> tuple[str, bytes]:
             return "Read", pb.ReadRequest(
                 chunks=many[:1], encodings=[_ENCODING], ranges=ranges
             ).SerializeToString()
+        case "answers" | "unread":
+            answer_bytes = (47 << 20) if kind == "answers" else (1 << 20)
+            wide = [reference(chunk_id(_WIDE))] * (answer_bytes // _WIDE_HEADER_BYTES)
+            request = pb.LookupRequest(chunks=wide, encodings=[_ENCODING], with_headers=True)
         case "empty":
             return "Lookup", b"\x0a\x00" * (4 << 20)
     return "Lookup", request.SerializeToString()
@@ -94,6 +108,30 @@ def attack(kind: str) -> tuple[str, bytes]:
 def attackers(address: str, kind: str, count: int) -> None:
     call, request = attack(kind)
     answers = {"sent": 0}
+    free = threading.Semaphore(_IN_FLIGHT)
+
+    def repeat_unread() -> None:
+        while True:
+            client = DeafClient(address)
+            with contextlib.suppress(OSError):
+                while not client.disconnected.is_set():
+                    client.ask(call, request)
+                    answers["sent"] += 1
+                    time.sleep(_PERIOD_S)
+            client.close()
+
+    def repeat_at_once() -> None:
+        with grpc.insecure_channel(address, _OPTIONS) as channel:
+            lookup = channel.unary_unary(f"/kvstore.v1.Storage/{call}")
+            while True:
+                free.acquire()
+                answers["sent"] += 1
+                lookup.future(request).add_done_callback(ended)
+
+    def ended(lookup: grpc.Future) -> None:
+        free.release()
+        outcome = lookup.code().name
+        answers[outcome] = answers.get(outcome, 0) + 1
 
     def repeat() -> None:
         with grpc.insecure_channel(address, _OPTIONS) as channel:
@@ -111,8 +149,9 @@ def attackers(address: str, kind: str, count: int) -> None:
                     outcome = error.code().name
                 answers[outcome] = answers.get(outcome, 0) + 1
 
+    target = {"answers": repeat_at_once, "unread": repeat_unread}.get(kind, repeat)
     for _ in range(count):
-        threading.Thread(target=repeat, daemon=True).start()
+        threading.Thread(target=target, daemon=True).start()
     print("attacking", flush=True)
     sys.stdin.readline()
     print(json.dumps(answers), flush=True)
@@ -171,6 +210,7 @@ def measure(kind: str, count: int, seconds: float) -> dict[str, object]:
                 replies = list(stub.Put(steps(stored[begin : begin + 1000])))
                 if any(reply.status != pb.PUT_STATUS_STORED for reply in replies):
                     raise RuntimeError("the chunks to ask for were not stored")
+            list(stub.Put(steps([chunk_id(_WIDE)], _WIDE_GEOMETRY)))
             mine = [reference(chunk) for chunk in stored[:LOOKED_UP]]
             lookup = pb.LookupRequest(chunks=mine, encodings=[_ENCODING], with_headers=True, lease_ms=1000)
             read = pb.ReadRequest(

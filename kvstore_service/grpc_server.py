@@ -31,11 +31,15 @@ MAX_STREAMS = 192
 _THREADS = MAX_STREAMS + 32
 # Calls that are served or wait for a thread; more are refused before their request is received.
 _MAX_CALLS = 1024
+MAX_CALLS_OF_CONNECTION = MAX_STREAMS + 64
+"""Open at a time, those included whose answer was not taken. A client keeps further ones to itself until some have
+ended; those of one that does not are refused before they cost anything."""
 _HEALTH = f"/{health.SERVICE_NAME}/"
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_REPLY_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CALLS_OF_CONNECTION),
     # Reservation (listen.py) has made sure that nobody else listens there.
     ("grpc.so_reuseport", 1),
     # A client whose machine or link is gone is noticed, and what its streams held is given back.

@@ -17,6 +17,7 @@ from kvstore_codec.errors import AbandonedRequestError, BusyError
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.model_spec import KVDtype
 from kvstore_service import large_requests, unsent_answers
+from kvstore_service.grpc_server import MAX_CALLS_OF_CONNECTION
 from kvstore_service.large_requests import MAX_WAITING, MAX_WAITING_OF_PEER, SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import MAX_FIELDS
 from tests.sample_chunk import sample_chunk
@@ -233,6 +234,14 @@ def test_answers_that_nobody_takes_are_bounded(
         assert len(cancelled) == len(client.ended) == len(calls) - 3
 
 
+def test_a_connection_has_few_open_calls(storage: ServedNode) -> None:
+    """Those whose answer was not taken are open."""
+    with deaf(storage) as client:
+        calls = [client.ask("Lookup", b"") for _ in range(MAX_CALLS_OF_CONNECTION + 20)]
+        wait_until(lambda: client.ended == set(calls[MAX_CALLS_OF_CONNECTION:]))
+        assert storage.stub.Stats(pb.StatsRequest(), timeout=10).leases == 0
+
+
 def test_the_unread_answers_of_all_connections_are_bounded(
     cancelled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,11 +259,14 @@ def test_the_unread_answers_of_all_connections_are_bounded(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attack", ["headers", "contexts", "misses", "empty", "delete", "report", "read"])
+@pytest.mark.parametrize(
+    "attack",
+    ["headers", "contexts", "misses", "empty", "delete", "report", "read", "answers", "unread"],
+)
 def test_a_well_behaved_client_is_served_during_an_attack(attack: str) -> None:
     """Within the time that clients wait for a lookup at most; how fast it is depends on the machine."""
     ran = subprocess.run(
-        [sys.executable, ATTACK, "--attack", attack, "--seconds", "5"],
+        [sys.executable, ATTACK, "--attack", attack, "--seconds", "10"],
         check=True,
         capture_output=True,
         text=True,
@@ -266,3 +278,4 @@ def test_a_well_behaved_client_is_served_during_an_attack(attack: str) -> None:
         assert report["attacked"][call]["failed"] == 0
         assert report["attacked"][call]["calls"] >= 5
     assert report["busy_after_s"] < 5
+    assert report["rss_growth_mib"] < 1024
