@@ -37,6 +37,15 @@ def test_canaries_and_replacements_outlive_the_disk(mirror: RedisCanaryMirror, t
     assert successor.changes == 1
 
 
+def test_that_a_model_was_forgotten_outlives_the_disk(mirror: RedisCanaryMirror, tmp_path: Path) -> None:
+    registry = CanaryRegistry(tmp_path / "first", mirror, max_models=1)
+    registry.put(MODEL, 0, RIGHT, sketch(1))
+    registry.put(OTHER, 0, WRONG, sketch(2, OTHER))
+    successor = CanaryRegistry(tmp_path / "second", mirror, max_models=1)
+    assert successor.get(MODEL)[0].generation == registry.get(MODEL)[0].generation == 1
+    assert successor.get(OTHER) == registry.get(OTHER)
+
+
 def test_a_wiped_redis_gets_its_copies_again(
     mirror: RedisCanaryMirror, server: RedisServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
