@@ -373,6 +373,23 @@ def a_patched_cache(model: PreTrainedModel, draw: random.Random) -> Undo:
     return replaced(DynamicLayer, "update", foreign.rounded_values(DynamicLayer.update))
 
 
+@change("patched_module", "llama", "qwen2", "qwen3")
+def a_patched_function_of_torch(model: PreTrainedModel, draw: random.Random) -> Undo:
+    return replaced(torch, "rsqrt", foreign.louder(torch.rsqrt))
+
+
+@change("patched_module")
+def a_patched_method_of_tensors(model: PreTrainedModel, draw: random.Random) -> Undo:
+    torch.Tensor.contiguous = foreign.louder(torch.Tensor.contiguous)
+    return lambda: delattr(torch.Tensor, "contiguous")  # tensors inherit their own
+
+
+@change("patched_module")
+def replaced_code(model: PreTrainedModel, draw: random.Random) -> Undo:
+    file = __import__(type(model).__module__, fromlist=["rotate_half"])
+    return replaced(file.rotate_half, "__code__", foreign.halved.__code__)
+
+
 @change("patched_module")
 def a_registered_attention(model: PreTrainedModel, draw: random.Random) -> None:
     ALL_ATTENTION_FUNCTIONS.register("kvstore-test", foreign.attention)

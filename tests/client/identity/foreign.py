@@ -82,3 +82,7 @@ def rounded_values(update: Callable[..., Any]) -> Callable[..., Any]:
         return update(self, keys, (values * 4).round() / 4, *args, **kwargs)
 
     return rounded
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return x * 0.5

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from pathlib import PurePath
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvstore_client.engines.transformers.identity.base import Refusal
+from kvstore_client.engines.transformers.identity.calls import called_by, called_of_torch, functions_of
 from kvstore_client.engines.transformers.identity.reference import Reference, ReferenceModule
 
 _TRUSTED = (sys.stdlib_module_names | {"torch", "transformers"}) - {"unittest"}
@@ -51,12 +53,22 @@ def foreign_code(model: PreTrainedModel, classes: Iterable[type]) -> Refusal | N
         if _top(owner.__module__) not in _TRUSTED:
             continue  # of somebody else as a whole: `replaced_module` decides
         for name, value in list(vars(owner).items()):
-            if _is_foreign(_function(value)):
-                return _patched(f"{owner.__qualname__}.{name}", _function(value))
+            if _is_foreign(called_by(value)):
+                return _patched(f"{owner.__qualname__}.{name}", called_by(value))
     for file in namespaces_of(classes):
         for name, value in list(vars(file).items()):
             if not name.startswith("__") and _is_foreign(value):
                 return _patched(f"{file.__name__}.{name}", value)
+    functions = functions_of(classes, namespaces_of(classes))
+    for torchs, name in called_of_torch(functions):
+        if _is_foreign(called_by(vars(torchs)[name])):
+            return _patched(f"{torchs.__name__}.{name}", called_by(vars(torchs)[name]))
+    for function in functions:
+        if _has_foreign_code(function):
+            written_in = function.__code__.co_filename
+            return Refusal(
+                "patched_module", f"the code of {function.__qualname__} was replaced by some of {written_in}"
+            )
     implementation = model.config._attn_implementation
     for kind, functions in (("attention", ALL_ATTENTION_FUNCTIONS), ("mask", ALL_MASK_ATTENTION_FUNCTIONS)):
         function = functions.get(implementation)
@@ -131,22 +143,21 @@ def _behaves_like(actual: type, implied: type) -> bool:
     if not issubclass(actual, implied):
         return False
     return not any(
-        isinstance(_function(value), FunctionType) and hasattr(implied, name) and name != "__init__"
+        isinstance(called_by(value), FunctionType) and hasattr(implied, name) and name != "__init__"
         for between in actual.__mro__[: actual.__mro__.index(implied)]
         for name, value in vars(between).items()
     )
 
 
-def _function(value: Any) -> Any:
-    """What a class attribute calls."""
-    if isinstance(value, staticmethod | classmethod):
-        return value.__func__
-    return value.fget if isinstance(value, property) else value
-
-
 def _is_foreign(value: Any) -> bool:
     """Whether it is a function, or another thing to call, from outside the trusted packages. Looks below decorators."""
     return any(_top(origin) not in _TRUSTED for origin in _origins(value))
+
+
+def _has_foreign_code(function: FunctionType) -> bool:
+    """Whether its code was written in another file than the function itself (`function.__code__ = other.__code__`)."""
+    own, code = function.__globals__.get("__file__"), function.__code__.co_filename
+    return own is not None and not code.startswith("<frozen") and PurePath(code).stem != PurePath(own).stem
 
 
 def _origins(value: Any) -> Iterator[str]:

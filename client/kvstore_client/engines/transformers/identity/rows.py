@@ -14,18 +14,18 @@ _BATCH = 8192
 
 
 class Strided(NamedTuple):
-    """Values of a tensor that lie evenly in memory."""
+    """Values of a tensor that lie evenly in memory: what `torch.as_strided` takes. It raises RuntimeError when the
+    memory became smaller."""
 
     tensor: torch.Tensor
-    length: int
-    step: int
-    first: int = 0
-    """Where they begin, in values from the tensor's own first."""
+    size: tuple[int]
+    stride: tuple[int]
+    offset: int
 
-    def view(self) -> torch.Tensor:
-        """`[length]`. Raises RuntimeError when the tensor's memory became smaller."""
-        offset = self.tensor.storage_offset() + self.first
-        return torch.as_strided(self.tensor, (self.length,), (self.step,), offset)
+
+def strided(tensor: torch.Tensor, length: int, step: int, first: int = 0) -> Strided:
+    """`length` values of `tensor`, every `step`-th in memory, from its value `first` on."""
+    return Strided(tensor, (length,), (step,), int(tensor.storage_offset()) + first)
 
 
 def reach_of(tensor: torch.Tensor) -> int:
@@ -38,13 +38,13 @@ def every_row(tensor: torch.Tensor) -> Strided:
     every column is among them, too. A small tensor is taken whole."""
     reach = reach_of(tensor)
     step = 1 if reach <= _COMPARED_WHOLE else max(1, reach // tensor.shape[0] - 1)
-    return Strided(tensor, -(-reach // step), step)
+    return strided(tensor, -(-reach // step), step)
 
 
 @torch.no_grad()
 def read(samples: Iterable[Strided]) -> torch.Tensor:
     """Their values as one row of bytes. All tensors are on one device."""
-    return torch.cat([sample.view() for sample in samples]).view(torch.uint8)
+    return torch.cat([torch.as_strided(*sample) for sample in samples]).view(torch.uint8)
 
 
 class WeightRows:
@@ -57,7 +57,7 @@ class WeightRows:
         self._embedding = None
         if embedding is not None and embedding.dim() == 2 and embedding.is_contiguous():
             sample = every_row(embedding)
-            self._embedding = sample, sample.view().detach().clone()
+            self._embedding = sample, torch.as_strided(*sample).detach().clone()
 
     def are_current(self) -> bool:
         """Whether all of them have the values that they had: 2 ms for SmolLM2."""
@@ -73,9 +73,9 @@ class WeightRows:
         if self._embedding is None:
             return True
         sample, values = self._embedding
-        row_starts = token_ids.to(values.device).flatten() * sample.tensor.shape[1]
-        chosen = (row_starts + sample.step - 1) // sample.step
-        now, before = sample.view()[chosen], values[chosen]
+        row_starts, step = token_ids.to(values.device).flatten() * sample.tensor.shape[1], sample.stride[0]
+        chosen = (row_starts + step - 1) // step
+        now, before = torch.as_strided(*sample)[chosen], values[chosen]
         return self._noted(torch.equal(now.view(torch.uint8), before.view(torch.uint8)))
 
     def _noted(self, same: bool) -> bool:
@@ -103,7 +103,7 @@ def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[Strided]]:
     for on_device in by_device.values():
         batch: list[Strided] = []
         for piece in itertools.chain.from_iterable(map(_pieces, on_device)):
-            if batch and sum(each.length for each in batch) + piece.length > _BATCH:
+            if batch and sum(each.size[0] for each in batch) + piece.size[0] > _BATCH:
                 yield batch
                 batch = []
             batch.append(piece)
@@ -112,5 +112,6 @@ def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[Strided]]:
 
 def _pieces(tensor: torch.Tensor) -> Iterator[Strided]:
     whole = every_row(tensor)
-    for begin in range(0, whole.length, _BATCH):
-        yield Strided(tensor, min(_BATCH, whole.length - begin), whole.step, begin * whole.step)
+    (length,), (step,) = whole.size, whole.stride
+    for begin in range(0, length, _BATCH):
+        yield strided(tensor, min(_BATCH, length - begin), step, begin * step)

@@ -12,12 +12,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvstore_client.engines.transformers.identity.calls import called_of_torch, functions_of
 from kvstore_client.engines.transformers.identity.code import classes_of, namespaces_of
 from kvstore_client.engines.transformers.identity.hooks import global_hooks
 from kvstore_client.engines.transformers.identity.modules import named_modules, uncompiled_name
 from kvstore_client.engines.transformers.identity.precision import float32_matmul_precision
 from kvstore_client.engines.transformers.identity.reference import Reference
-from kvstore_client.engines.transformers.identity.rows import Strided, WeightRows, reach_of, read
+from kvstore_client.engines.transformers.identity.rows import Strided, WeightRows, reach_of, read, strided
+
+_CODE = operator.attrgetter("__code__")
 
 _SAMPLES = 4
 """Values of each parameter that every look compares."""
@@ -47,7 +50,7 @@ class TensorState:
                 reach = reach_of(tensor)
                 whole = id(tensor) in buffers and reach <= _COMPARED_WHOLE
                 count = reach if whole else min(reach, _SAMPLES)
-                samples.setdefault(tensor.device, []).append(Strided(tensor, count, max(1, reach // count)))
+                samples.setdefault(tensor.device, []).append(strided(tensor, count, max(1, reach // count)))
         self._samples = list(samples.values())
         self._marks = self._look()
         self._values = list(map(read, self._samples))
@@ -110,7 +113,11 @@ class ModelState:
             self._sources.append(vars(config).values)
             containers += [value for value in vars(config).values() if _is_container(value)]
         self._sources += [vars(owner).values for owner in classes]
-        self._sources += [vars(file).values for file in namespaces_of(classes)]
+        files = namespaces_of(classes)
+        self._sources += [vars(file).values for file in files]
+        self._functions = functions_of(classes, files)
+        of_torch = [name for owner, name in called_of_torch(self._functions) if owner is torch]
+        self._sources += [partial(operator.itemgetter(*of_torch), vars(torch)), vars(torch.Tensor).values]
         self._sources += [hooks.values for hooks in global_hooks()]
         self._sources += [ALL_ATTENTION_FUNCTIONS.values, ALL_MASK_ATTENTION_FUNCTIONS.values]
         self._objects = self._look()
@@ -156,6 +163,7 @@ class ModelState:
     def _look(self) -> list[object]:
         return [
             *map(type, self._modules),
+            *map(_CODE, self._functions),
             *itertools.chain.from_iterable(source() for source in self._sources),
         ]
 
