@@ -80,8 +80,9 @@ class CanaryRegistry:
 
     @property
     def changes(self) -> int:
-        """Grows with every replacement; at the start it is the sum of all generations. Stays where a model is forgotten:
-        its workers go on under the generation that they know, and whoever makes its next canary has another one."""
+        """Grows with every replacement; at the start it is the sum of all generations. Stays where a model is
+        forgotten: its workers go on under the generation that they know, and whoever makes its next canary has another
+        one."""
         with self._lock:
             return self._changes
 
