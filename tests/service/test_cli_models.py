@@ -71,10 +71,15 @@ def test_json_has_everything(address: str) -> None:
     assert (refusal["origin"]["host"], refusal["times"]) == ("refused", 1)
 
 
-def test_one_is_replaced_after_a_question(address: str) -> None:
+def test_one_is_replaced_after_a_question(address: str, stub: rpc.CoordinatorStub) -> None:
+    def replaced() -> int:
+        return json.loads(run(address, "replace", MODEL.hex(), "--yes", "--json"))["generation"]
+
     assert "Aborted" in run(address, "replace", MODEL.hex()[:6], stdin="n\n", status=1)
     assert "generation 1" in run(address, "replace", MODEL.hex()[:6], stdin="y\n")
-    assert json.loads(run(address, "replace", MODEL.hex(), "--yes", "--json"))["generation"] == 2
+    assert replaced() == 1, "none was made since"
+    put(stub, 2, "maker", generation=1)
+    assert replaced() == 2
     assert "to be made" in run(address)
 
 
