@@ -3,6 +3,7 @@
 import functools
 import random
 import threading
+import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ def a_layer_in_training(model: PreTrainedModel, draw: random.Random) -> None:
 @change("model_changed")
 def fewer_layers(model: PreTrainedModel, draw: random.Random) -> None:
     model.config.num_hidden_layers -= 1
-    if model.config.layer_types:
+    if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:-1]
 
 
@@ -451,6 +452,23 @@ def a_hook_on_the_head(model: PreTrainedModel, draw: random.Random) -> None:
 @change("same")
 def hooks_that_transformers_leaves_behind(model: PreTrainedModel, draw: random.Random) -> None:
     model(torch.tensor([[1, 2, 3]]), output_hidden_states=True)
+
+
+@change("same")
+def inputs_that_require_gradients(model: PreTrainedModel, draw: random.Random) -> None:
+    model.enable_input_require_grads()
+
+
+@change("same")
+def checkpoints_of_gradients(model: PreTrainedModel, draw: random.Random) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and in use
+        model.gradient_checkpointing_enable()
+
+
+@change("forward_hook")
+def a_hook_called_like_one_of_transformers(model: PreTrainedModel, draw: random.Random) -> None:
+    model.get_input_embeddings().register_forward_hook(foreign.make_inputs_require_grads)
 
 
 # Weights

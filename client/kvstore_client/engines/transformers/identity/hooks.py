@@ -13,6 +13,12 @@ _ONLY_LOOK = ("transformers.utils.output_capturing", "kvstore_client.engines.tra
 """Modules whose hooks return nothing and write to nothing: transformers leaves some behind once it was asked for hidden
 states, and ours take keys before RoPE."""
 
+_ASKS_FOR_GRADIENTS = (
+    "transformers.modeling_utils",
+    "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads",
+)
+"""The hook of `enable_input_require_grads` and `gradient_checkpointing_enable`, which changes no value."""
+
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
@@ -30,7 +36,8 @@ def foreign_hook(modules: Iterable[tuple[str, nn.Module]]) -> Refusal | None:
             )
     for name, module in modules:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if getattr(hook, "__module__", None) not in _ONLY_LOOK:
+            written_in, name_there = (getattr(hook, key, None) for key in ("__module__", "__qualname__"))
+            if written_in not in _ONLY_LOOK and (written_in, name_there) != _ASKS_FOR_GRADIENTS:
                 where = uncompiled_name(name) or "the model"
                 return Refusal(
                     "forward_hook", f"the hook {_described(hook)} on {where} may change what it computes"
