@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
 from tests.client.conftest import served_cluster
-from tests.client.identity.changes import CHANGES
+from tests.client.identity.changes import CHANGES, Change
 from tests.client.models import random_prompt, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,8 +65,21 @@ def answer(cached: CachedModel, prompt: torch.Tensor) -> torch.Tensor:
 def test_a_changed_model_and_a_plain_one_answer_as_without_the_cluster(
     client: KVStoreClient, outcomes: Counter[str], name: str
 ) -> None:
-    change, draw = CHANGES[name], random.Random(name)
-    family = draw.choice(change.families)
+    draw = random.Random(name)
+    check(client, outcomes, CHANGES[name], draw.choice(CHANGES[name].families), draw)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "family"), [(n, f) for n, c in CHANGES.items() for f in c.families])
+def test_so_do_models_of_every_family(
+    client: KVStoreClient, outcomes: Counter[str], name: str, family: str
+) -> None:
+    check(client, outcomes, CHANGES[name], family, random.Random(f"{name} {family}"))
+
+
+def check(
+    client: KVStoreClient, outcomes: Counter[str], change: Change, family: str, draw: random.Random
+) -> None:
     torch.manual_seed(draw.randrange(1000))
     prompt = random_prompt(270, seed=draw.randrange(10**6))
     plain = plain_worker(client, family)
