@@ -85,6 +85,8 @@ def check(
     plain = plain_worker(client, family)
     changed = CachedModel(model_of(family), client)
     wrapped_as = changed.spec.digest
+    # Some changes are of the whole process: a comparison under way would begin anew after a pause.
+    assert plain.canary.refusal(plain.spec, wait_s=30) is None
 
     undo = change.apply(changed.model, draw)
     try:
