@@ -106,7 +106,7 @@ class ChunkSearch:
             if slot < 0 and self._any_context and contexts:
                 content_id = chunk.content_id
                 if content_id not in other_contexts:
-                    tiers.settle()  # which of them was used last counts
+                    tiers.flush_touches()  # which of them was used last counts
                     other_contexts[content_id] = index.another_context(chunk, preference, now_s)
                 slot = other_contexts[content_id]
                 if slot >= 0:

@@ -334,7 +334,7 @@ class StorageNode:
         more = True
         while more:
             with self._slice(SLICE_CHUNKS):
-                more = self._tiers.settle(SLICE_CHUNKS)
+                more = self._tiers.flush_touches(SLICE_CHUNKS)
         while self._tiers.expire(self._clock()):
             time.sleep(PAUSE_S)
         busy = self._tiers.flush()
@@ -407,7 +407,7 @@ class StorageNode:
                 # A slot without a lease may be free again by now.
                 self._tiers.touch(filter(self._index.listed, used[begin : begin + SLICE_CHUNKS]))
                 if len(used) > SLICE_CHUNKS:
-                    self._tiers.settle()  # or the next one who has to would do all of it at once
+                    self._tiers.flush_touches()  # or the next one who has to would do all of it at once
 
     def _variant(self, slot: int) -> StoredVariant:
         index = self._index

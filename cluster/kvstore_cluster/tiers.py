@@ -88,7 +88,7 @@ class Tiers:
 
     def drop_from_memory(self, slot: int) -> None:
         """The copy in memory of a held chunk that is on disk too."""
-        self.settle()
+        self.flush_touches()
         self.in_memory.remove(slot, evicted=False)
         self._dropped.setdefault(slot, []).append(self._extent(slot))
         self.index.extent[slot] = None
@@ -105,7 +105,7 @@ class Tiers:
     ) -> int:
         """`before` is the slot of the nearest chunk before it in its text, `replaced` that of the same chunk, which is
         no longer found then: what stands behind that one stands behind this one, if the tenant is the same."""
-        self.settle()
+        self.flush_touches()
         slot = self.index.add(meta, extent=extent, location=location)
         if replaced != NO_SLOT:
             self._succeed(slot, replaced)
@@ -150,7 +150,7 @@ class Tiers:
     def remove(self, slot: int) -> None:
         """The chunk is no longer found, although it may come back from the disk after a restart. Its memory is given
         back when the last reader has gone."""
-        self.settle()
+        self.flush_touches()
         if self.index.extent[slot] is not None:
             self.in_memory.remove(slot, evicted=False)
         if self.index.location[slot] != NOWHERE:
@@ -164,18 +164,18 @@ class Tiers:
         self._touched.extend(slots)
         if len(self._touched) > _MOST_TOUCHED:
             # As many as come, and some of the others: telling 65,536 uses at once takes a tenth of a second.
-            self.settle(2 * (len(self._touched) - before))
+            self.flush_touches(2 * (len(self._touched) - before))
 
     def put_again(self, slot: int, before: int) -> None:
         """The chunk came again with its text, behind `before`: that is a use, and it is worth no more than that one."""
-        self.settle()
+        self.flush_touches()
         self._touch(slot)
         if before != NO_SLOT:
             self._link(slot, before)
         for order in self._orders:
             order.follow(slot)
 
-    def settle(self, most: int | None = None) -> bool:
+    def flush_touches(self, most: int | None = None) -> bool:
         """Tells the policies what was used, the oldest `most` uses of it; True when there are more."""
         touched = self._touched[:most]
         del self._touched[:most]
@@ -249,7 +249,7 @@ class Tiers:
         if not excess_bytes:
             return []
         self.leases.expire()
-        self.settle()
+        self.flush_touches()
         choice = self.quotas.choose(
             tenant, excess_bytes, lambda slot: not self._protected(slot), spared=before
         )
@@ -508,7 +508,7 @@ class Tiers:
             self.counters.demotions += 1
 
     def _leave_disk(self, slot: int, *, evicted: bool) -> None:
-        self.settle()
+        self.flush_touches()
         self.on_disk.remove(slot, evicted=evicted)
         self._disk.delete(Location(self.index.location[slot]))
         self.index.location[slot] = NOWHERE
@@ -562,7 +562,7 @@ class Tiers:
         spared: int = NO_SLOT,
     ) -> Choice:
         """What is to leave a tier. Nothing has left yet."""
-        self.settle()
+        self.flush_touches()
         return order.choose(missing_bytes, size_of, may_go, pinned=self.pinned, spared=spared)
 
     def _record_bytes(self, slot: int) -> int:

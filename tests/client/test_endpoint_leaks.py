@@ -11,7 +11,7 @@ from kvstore_client.buffers import KVBuffers
 from kvstore_client.channels import Channels
 from kvstore_client.fetch.base import ReceivedFrames
 from kvstore_client.fetch.failover import Failover
-from kvstore_client.fetch.progress import Progress
+from kvstore_client.fetch.fetch_state import FetchState
 from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.fetch.receive import Receiver
 from kvstore_client.lookup import Match
@@ -127,7 +127,7 @@ def test_a_fetch_keeps_no_stream_that_it_has_read(client: KVStoreClient) -> None
     put(client, ids(2))
     match = matched(client, 2)
     member = match.chunks[0].member
-    progress = Progress(match.chunks, layers=SPEC.layers, deadline_s=30, stall_s=30, timeline=Timeline())
+    progress = FetchState(match.chunks, layers=SPEC.layers, deadline_s=30, stall_s=30, timeline=Timeline())
     failover = Failover(client._view, Links(), client.settings, match.chunks, progress, replans=False)
     out = StageQueue[ReceivedFrames](1 << 40)
     receiver = Receiver(client._view, failover, progress, out, client.metrics, ahead=True)

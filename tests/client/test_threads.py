@@ -14,8 +14,8 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel, RequestQueue
 from kvstore_client.engines.transformers import model as model_module
-from kvstore_client.engines.transformers.begun import Begun
 from kvstore_client.engines.transformers.cache import arriving_cache
+from kvstore_client.engines.transformers.pending import PendingGeneration
 from kvstore_client.fetch import restore
 from kvstore_client.store import NewChunk
 from kvstore_client.threads import single_threaded
@@ -114,7 +114,7 @@ def test_a_queue_starts_fetches_by_itself(cluster: ServedCluster, monkeypatch: p
     seen: list[int] = []
     begin = CachedModel.begin
 
-    def noted(self: CachedModel, *arguments: Any, **named: Any) -> Begun:
+    def noted(self: CachedModel, *arguments: Any, **named: Any) -> PendingGeneration:
         seen.append(torch.get_num_threads())
         return begin(self, *arguments, **named)
 

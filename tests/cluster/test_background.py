@@ -15,7 +15,7 @@ from kvstore_cluster.catalogue import ClusterState, FileCatalogue
 from kvstore_cluster.coordinator import Coordinator, Directives
 from kvstore_cluster.disk.store import SegmentStore
 from kvstore_cluster.failure_detector import FailureDetector
-from kvstore_cluster.keeper import Keeper
+from kvstore_cluster.maintenance import MaintenanceThread
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import StorageError
@@ -132,7 +132,7 @@ def test_a_node_is_looked_after_whatever_went_wrong(
 ) -> None:
     maintain = Faulty(node.maintain)
     monkeypatch.setattr(node, "maintain", maintain)
-    keeper = Keeper(node, Arena(1 << 20, 4 << 10), period_s=0.01)
+    keeper = MaintenanceThread(node, Arena(1 << 20, 4 << 10), period_s=0.01)
     keeper.start()
     assert maintain.works.wait(SOON_S)
     keeper.stop()
@@ -145,7 +145,7 @@ def test_memory_that_cannot_be_made_ready_keeps_no_node_from_being_looked_after(
     maintain = Faulty(node.maintain, times=0)
     monkeypatch.setattr(node, "maintain", maintain)
     monkeypatch.setattr(arena, "populate", Faulty(arena.populate, times=1 << 30))
-    keeper = Keeper(node, arena, period_s=0.01)
+    keeper = MaintenanceThread(node, arena, period_s=0.01)
     keeper.start()
     assert maintain.works.wait(SOON_S)
     keeper.stop()

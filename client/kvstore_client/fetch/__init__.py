@@ -2,7 +2,7 @@
 
 from kvstore_client.fetch.decode import ChunkFeatures
 from kvstore_client.fetch.pipeline import Fetch
+from kvstore_client.fetch.replanner import Computing
 from kvstore_client.fetch.report import FetchReport
-from kvstore_client.fetch.steer import Computing
 
 __all__ = ["ChunkFeatures", "Computing", "Fetch", "FetchReport"]

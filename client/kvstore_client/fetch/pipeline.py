@@ -14,12 +14,12 @@ from kvstore_client.fetch.base import Destination, ReceivedFrames
 from kvstore_client.fetch.cut import joined
 from kvstore_client.fetch.decode import ChunkFeatures, Predictions
 from kvstore_client.fetch.failover import Failover
-from kvstore_client.fetch.progress import Progress
+from kvstore_client.fetch.fetch_state import FetchState
 from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.fetch.receive import Receiver
+from kvstore_client.fetch.replanner import Computing, Replanner
 from kvstore_client.fetch.report import FetchReport
 from kvstore_client.fetch.restore import Restorer
-from kvstore_client.fetch.steer import Computing, Steering
 from kvstore_client.lookup import Match, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.planning import Links, Planner
@@ -79,19 +79,19 @@ class Fetch:
         self._began_s = timeline.now_s()
         self._finishing = threading.Lock()
         self._finished: FetchReport | None = None
-        steering: Steering | None = None
+        replanner: Replanner | None = None
         if planner is not None and computing is not None:
-            steering = Steering(
+            replanner = Replanner(
                 planner, links, computing, timeline, metrics, replan=settings.replan and settings.pipelined
             )
-        self._steering = steering
-        self._progress = Progress(
+        self._replanner = replanner
+        self._progress = FetchState(
             match.chunks,
             layers=buffers.keys.shape[0],
             deadline_s=settings.fetch_timeout_s,
             stall_s=settings.stall_timeout_s,
             timeline=timeline,
-            steering=steering,
+            replanner=replanner,
             computed=joined(computed),
         )
         destination = Destination(buffers, rotary)
@@ -101,7 +101,7 @@ class Fetch:
         waiting_bytes = settings.inflight_bytes if settings.pipelined else sys.maxsize
         received = StageQueue[ReceivedFrames](waiting_bytes, producers=len(members))
         self._progress.on_end(received.abort)
-        replans = steering is not None and steering.replan
+        replans = replanner is not None and replanner.replan
         self._failover = Failover(view, links, settings, match.chunks, self._progress, replans=replans)
         over = threading.Event()
         self._progress.on_end(over.set)
@@ -172,9 +172,9 @@ class Fetch:
     def learn(self, began_s: float, ended_s: float) -> None:
         """The engine's last pass began and ended at these times of the timeline: the next plan knows better. Only what
         came whole, and was not kept waiting by the engine, teaches anything."""
-        report, steering = self.finish(), self._steering
-        if steering is not None and report.fetched == report.chunks and began_s - self._began_s < _PROMPT_S:
-            steering.learn(report.received_bytes, self._timeline.now_s() - ended_s)
+        report, replanner = self.finish(), self._replanner
+        if replanner is not None and report.fetched == report.chunks and began_s - self._began_s < _PROMPT_S:
+            replanner.learn(report.received_bytes, self._timeline.now_s() - ended_s)
 
     def finish(self) -> FetchReport:
         """End the fetch, free everything it held and say how it went. Safe to call more than once."""

@@ -12,7 +12,7 @@ from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import ReadTask, ReceivedFrames
 from kvstore_client.fetch.cut import RANGE_BYTES
 from kvstore_client.fetch.failover import AHEAD_S, Failover, Reading
-from kvstore_client.fetch.progress import Progress
+from kvstore_client.fetch.fetch_state import FetchState
 from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.planning import DEFAULT_BANDWIDTH_Bps
@@ -24,7 +24,7 @@ _PIECE_S, _LEAST_PIECE_BYTES = 0.05, 32 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class _Errand:
+class _ReadAttempt:
     """What is to be read from a member, perhaps because another one fell silent."""
 
     member: Member
@@ -39,7 +39,7 @@ class Receiver:
 
     view: ClusterView
     failover: Failover
-    progress: Progress
+    progress: FetchState
     out: StageQueue[ReceivedFrames]
     metrics: ClientMetrics
     ahead: bool
@@ -58,19 +58,19 @@ class Receiver:
             self.out.close()
 
     def _bring(self, owner: Member, owed: Sequence[ReadTask]) -> None:
-        waiting = deque([_Errand(owner, owed, hurried=self.failover.has_others(owed))])
+        waiting = deque([_ReadAttempt(owner, owed, hurried=self.failover.has_others(owed))])
         while waiting:
-            errand = waiting.popleft()
-            member = errand.member
+            attempt = waiting.popleft()
+            member = attempt.member
             failed = self._read(
                 member,
-                errand.tasks,
+                attempt.tasks,
                 self._pass_on,
-                hurried=errand.hurried,
+                hurried=attempt.hurried,
                 may_stop=self.ahead and member == owner,
             )
-            if errand.instead_of is not None and not failed:
-                self.failover.broke(errand.instead_of, "silent")
+            if attempt.instead_of is not None and not failed:
+                self.failover.broke(attempt.instead_of, "silent")
             for reason, unread in failed.items():
                 if reason == "slow":
                     self.progress.give_back(unread)
@@ -85,11 +85,11 @@ class Receiver:
                     self.metrics.failed_over(reason)
                 silent = member if reason == "silent" else None
                 waiting += [
-                    _Errand(other, tasks, hurried=self.failover.has_others(tasks), instead_of=silent)
+                    _ReadAttempt(other, tasks, hurried=self.failover.has_others(tasks), instead_of=silent)
                     for other, tasks in places.items()
                 ]
                 if nowhere and reason == "silent":
-                    waiting.append(_Errand(member, nowhere, hurried=False))  # it may only be slow
+                    waiting.append(_ReadAttempt(member, nowhere, hurried=False))  # it may only be slow
                 else:
                     self.progress.fail_chunks(nowhere, reason)
 

@@ -14,7 +14,7 @@ from kvstore_cluster.arena import Arena
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.eviction import POLICIES
-from kvstore_cluster.keeper import Keeper
+from kvstore_cluster.maintenance import MaintenanceThread
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import PeerNodes, RepairWorker
 from kvstore_cluster.storage_options import StorageOptions
@@ -65,7 +65,7 @@ class StorageActor:
             domain=ray.get_runtime_context().get_node_id(),
         )
         self._incarnation = time.time_ns()
-        self._keeper = Keeper(self._node, arena)
+        self._keeper = MaintenanceThread(self._node, arena)
         # By name: Ray cannot restart an actor whose constructor was given a handle that it has forgotten.
         self._coordinator = ray.get_actor(coordinator)
         self._directives_version = 0

@@ -171,14 +171,14 @@ class Compactor:
         finally:
             # When not moved, its owner has let go of the old one, or does not know it yet: that one stays until the
             # owner buries it.
-            self._table.bury(old if moved else new)
+            self._table.mark_dead(old if moved else new)
 
     def _move_tombstone(self, victim: Segment, old: Location, header: RecordHeader) -> None:
         with self._table.lock:
             needed = self._needs_tombstones(victim, header.horizon)
         if needed:
             self._log.copy(old, header, ())
-        self._table.bury(old)
+        self._table.mark_dead(old)
 
     def _read(
         self, victim: Segment, first: int, blocks: int, window: Window

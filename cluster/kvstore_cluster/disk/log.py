@@ -201,7 +201,7 @@ class SegmentLog:
             else:
                 self._require_name(segment)
         except DiskError:
-            self._table.bury(location)
+            self._table.mark_dead(location)
             raise
         return location
 

@@ -134,7 +134,7 @@ class Segment:
         self._state.pop()
         return self._blocks.pop()
 
-    def bury(self, first: int) -> int:
+    def mark_dead(self, first: int) -> int:
         """The record is dead; returns how many live blocks that makes fewer."""
         ordinal = self._find(first)
         if ordinal is None or self._state[ordinal] not in (State.LIVE, State.TOMBSTONE):

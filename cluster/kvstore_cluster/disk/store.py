@@ -161,7 +161,7 @@ class SegmentStore:
     def delete(self, location: Location) -> None:
         """The chunk is dead; it may come back after a restart. Does nothing when it is dead already."""
         self._require_open()
-        self._table.bury(location)
+        self._table.mark_dead(location)
 
     @property
     def newest_sequence(self) -> int:

@@ -72,12 +72,12 @@ class SegmentTable:
         segment = self.segments.get(segment_of(location))
         return segment is not None and segment.is_live(block_of(location))
 
-    def bury(self, location: Location) -> None:
+    def mark_dead(self, location: Location) -> None:
         """The record is dead. Does nothing when it is already."""
         with self.lock:
             segment = self.segments.get(segment_of(location))
             if segment is not None:
-                self.live_blocks -= segment.bury(block_of(location))
+                self.live_blocks -= segment.mark_dead(block_of(location))
 
     @contextmanager
     def reading(self, location: Location) -> Iterator[tuple[Segment, int] | None]:

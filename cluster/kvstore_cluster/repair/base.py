@@ -20,7 +20,7 @@ class Outcome(Enum):
     FAILED = auto()
 
 
-class Stock(Protocol):
+class LocalInventory(Protocol):
     """A node's own chunks, as StorageNode has them."""
 
     node_id: str

@@ -11,7 +11,7 @@ from itertools import accumulate
 from kvstore_api.placement import Member, Membership, Placement
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.coordinator import Directives
-from kvstore_cluster.repair.base import Outcome, PeerNodes, Stock
+from kvstore_cluster.repair.base import LocalInventory, Outcome, PeerNodes
 from kvstore_cluster.repair.pace import Pace
 from kvstore_cluster.repair.walk import Need, Survey
 from kvstore_cluster.stored import StoredVariant
@@ -69,7 +69,12 @@ class RepairWorker:
     """
 
     def __init__(
-        self, node: Stock, peers: PeerNodes, *, bytes_per_s: float, period_s: float = DEFAULT_PERIOD_S
+        self,
+        node: LocalInventory,
+        peers: PeerNodes,
+        *,
+        bytes_per_s: float,
+        period_s: float = DEFAULT_PERIOD_S,
     ) -> None:
         self._node = node
         self._peers = peers

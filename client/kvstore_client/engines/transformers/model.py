@@ -12,7 +12,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
-from kvstore_client.engines.transformers.begun import Begun, why_not
 from kvstore_client.engines.transformers.bypass import bypass_reason, mode_reason
 from kvstore_client.engines.transformers.cache import (
     arriving_cache,
@@ -28,6 +27,7 @@ from kvstore_client.engines.transformers.costs import costs_of
 from kvstore_client.engines.transformers.decoder import Decoder
 from kvstore_client.engines.transformers.features import embedded
 from kvstore_client.engines.transformers.identity.guard import Described, ModelIdentity
+from kvstore_client.engines.transformers.pending import PendingGeneration, why_not
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import loaded_model
 from kvstore_client.fetch import Computing, FetchReport
@@ -160,49 +160,55 @@ class CachedModel:
         segments: Sequence[int] | None = None,
         recompute: Recompute | None = None,
         **arguments: Any,
-    ) -> Begun:
+    ) -> PendingGeneration:
         """The first half of `generate`: what is stored of the prompt is looked up, and begins to come. Nothing is
         computed and nothing waited for but the lookup, so a prompt whose KV is on its way need not hold up another
-        (`Begun.on_ready`). Hand it to `finish`, or to `cancel`."""
+        (`PendingGeneration.on_ready`). Hand it to `finish`, or to `cancel`."""
         timeline = Timeline()
         reason = bypass_reason(self.model, input_ids, arguments)
         if reason is not None or input_ids is None:
-            return Begun(input_ids, arguments, timeline, bypassed=reason)
+            return PendingGeneration(input_ids, arguments, timeline, bypassed=reason)
         described = self._current(input_ids)
         if described.refusal is not None:
-            return Begun(input_ids, arguments, timeline, bypassed=described.refusal.reason)
+            return PendingGeneration(input_ids, arguments, timeline, bypassed=described.refusal.reason)
         refusal = self._refusal(self.client.settings.canary_timeout_s)
         if refusal in FINAL:
-            return Begun(input_ids, arguments, timeline, bypassed=refusal, why_not=self.canary.why(refusal))
-        begun = Begun(input_ids, arguments, timeline, described=described, generation=self._generation)
-        begun.again = {"segments": segments, "recompute": recompute}
+            return PendingGeneration(
+                input_ids, arguments, timeline, bypassed=refusal, why_not=self.canary.why(refusal)
+            )
+        pending = PendingGeneration(
+            input_ids, arguments, timeline, described=described, generation=self._generation
+        )
+        pending.again = {"segments": segments, "recompute": recompute}
         if refusal is not None:
             self._require_segments(input_ids, segments)
-            begun.compared, begun.why_not = False, self.canary.count(refusal)
-            return begun
+            pending.compared, pending.why_not = False, self.canary.count(refusal)
+            return pending
         match, usable = Match(), Match()
         try:
             if self._segments is not None and segments is not None and len(segments) > 1:
-                begun.segments = self._segments.plan(
+                pending.segments = self._segments.plan(
                     self.spec, input_ids[0].tolist(), segments, recompute, timeline
                 )
-                match = begun.segments.match
-                better = self._segments.worth(begun.segments, input_ids.shape[1])
+                match = pending.segments.match
+                better = self._segments.worth(pending.segments, input_ids.shape[1])
                 if better is not None:
                     rotary = self._rotary(input_ids.shape[1])
-                    begun.coming = self._segments.start(better, self.spec, input_ids[0], rotary, timeline)
+                    pending.coming = self._segments.start(better, self.spec, input_ids[0], rotary, timeline)
                 else:
                     usable = exact_beginning(match)
-                    begun.why_not = match.why_not or "slower: computing is sooner than reusing the documents"
+                    pending.why_not = (
+                        match.why_not or "slower: computing is sooner than reusing the documents"
+                    )
             else:
                 usable = match = self._match_prefix(input_ids, segments, timeline)
-                begun.why_not = match.why_not
+                pending.why_not = match.why_not
             if usable.chunks:
-                self._start_fetch(begun, usable, input_ids[0])
+                self._start_fetch(pending, usable, input_ids[0])
         finally:
-            if begun.fetch is None and begun.coming is None:
+            if pending.fetch is None and pending.coming is None:
                 self.client.release(match)
-        return begun
+        return pending
 
     def is_stored(
         self,
@@ -227,52 +233,52 @@ class CachedModel:
             match = self._match_prefix(input_ids, segments, peek=True)
         return bool(match.chunks)
 
-    def finish(self, begun: Begun) -> Any:
+    def finish(self, pending: PendingGeneration) -> Any:
         """The second half of `generate`, with its result."""
-        if begun.described is not None:
+        if pending.described is not None:
             described = self._current()
-            current = described == begun.described and begun.generation == self._generation
-            if current and begun.process == os.getpid() and mode_reason(self.model) is None:
-                begun.described = described
+            current = described == pending.described and pending.generation == self._generation
+            if current and pending.process == os.getpid() and mode_reason(self.model) is None:
+                pending.described = described
             else:  # what is on its way is of no use: to another model, process (a forked one) or mode of torch
-                self.cancel(begun)
-                begun = self.begin(begun.input_ids, **begun.again, **begun.arguments)
-        return self._complete(begun)
+                self.cancel(pending)
+                pending = self.begin(pending.input_ids, **pending.again, **pending.arguments)
+        return self._complete(pending)
 
-    def _complete(self, begun: Begun) -> Any:
-        input_ids, timeline = begun.input_ids, begun.timeline
-        if begun.bypassed is not None or input_ids is None:
-            self.client.metrics.missed(f"bypass_{begun.bypassed}")
+    def _complete(self, pending: PendingGeneration) -> Any:
+        input_ids, timeline = pending.input_ids, pending.timeline
+        if pending.bypassed is not None or input_ids is None:
+            self.client.metrics.missed(f"bypass_{pending.bypassed}")
             self.last_report = GenerationReport(
                 0 if input_ids is None else input_ids.numel(),
                 0,
                 timeline,
-                bypassed=begun.bypassed,
-                why_not=begun.why_not or f"bypassed: {begun.bypassed}",
+                bypassed=pending.bypassed,
+                why_not=pending.why_not or f"bypassed: {pending.bypassed}",
             )
-            return self.model.generate(input_ids, **begun.arguments)
-        if begun.segments is not None:
-            return self._finish_segments(begun, begun.segments, input_ids)
+            return self.model.generate(input_ids, **pending.arguments)
+        if pending.segments is not None:
+            return self._finish_segments(pending, pending.segments, input_ids)
         try:
-            generated = self._generate(begun, input_ids)
+            generated = self._generate(pending, input_ids)
         except BaseException:
-            if begun.aborted is not None and self._may_store(begun):
-                self._store_new(begun, input_ids[0, : begun.aborted.tokens].tolist(), begun.aborted)
+            if pending.aborted is not None and self._may_store(pending):
+                self._store_new(pending, input_ids[0, : pending.aborted.tokens].tolist(), pending.aborted)
             raise
         output, total = generated.output, input_ids.shape[1]
         reused = generated.reused_tokens
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=total - reused)
         self.last_report = GenerationReport(
-            total, reused, timeline, generated.report, why_not=why_not(begun, reused, generated.report)
+            total, reused, timeline, generated.report, why_not=why_not(pending, reused, generated.report)
         )
-        if self._may_store(begun) and self._is_aligned(generated):
+        if self._may_store(pending) and self._is_aligned(generated):
             sequence = output if isinstance(output, torch.Tensor) else output.sequences
-            self._store_new(begun, sequence[0, : generated.tokens].tolist(), generated)
+            self._store_new(pending, sequence[0, : generated.tokens].tolist(), generated)
         return output
 
-    def cancel(self, begun: Begun) -> None:
+    def cancel(self, pending: PendingGeneration) -> None:
         """Nobody will finish it. Safe to call more than once, and afterwards."""
-        fetch, buffers = begun.take_back()
+        fetch, buffers = pending.take_back()
         if fetch is not None:
             fetch.cancel()
         if buffers is not None:
@@ -298,15 +304,15 @@ class CachedModel:
         if coming is None:
             self.client.release(plan.match)
             raise FetchError("there is no memory or thread left to fetch with")
-        begun = Begun(input_ids, {}, timeline, plan.match, segments=plan, coming=coming)
+        pending = PendingGeneration(input_ids, {}, timeline, plan.match, segments=plan, coming=coming)
         try:
             blended = self._segments.blend(coming, timeline, question=True)
             if blended is None:
                 raise FetchError(f"of {len(plan.match.chunks)} stored chunks too few came to reuse them")
-            self.last_report = self._report(blended, begun, len(tokens))
+            self.last_report = self._report(blended, pending, len(tokens))
             return self._decoder.log_probabilities(blended.question)
         finally:
-            self.cancel(begun)
+            self.cancel(pending)
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise NotCopyableError(
@@ -330,22 +336,22 @@ class CachedModel:
             described = self._described = self._identity.current()
         return described
 
-    def _may_store(self, begun: Begun) -> bool:
+    def _may_store(self, pending: PendingGeneration) -> bool:
         """Whether the model is still what the call began with (KV that another one computed has another name), and its
         canary agrees now, and is the one that the call read by, if it read."""
-        if not self.store or begun.described is None:
+        if not self.store or pending.described is None:
             return False
-        if not self._holds(begun.described.still_holds()):
+        if not self._holds(pending.described.still_holds()):
             return False
         refusal = self._refusal(0)
-        if refusal is None and begun.compared and begun.generation != self._generation:
+        if refusal is None and pending.compared and pending.generation != self._generation:
             refusal = "canary_replaced"
         if refusal is not None:
             self.canary.count(refusal, storing=True)
         return refusal is None
 
-    def _rows_hold(self, begun: Begun) -> bool:
-        return begun.described is not None and self._holds(begun.described.rows_hold())
+    def _rows_hold(self, pending: PendingGeneration) -> bool:
+        return pending.described is not None and self._holds(pending.described.rows_hold())
 
     def _holds(self, unchanged: bool) -> bool:
         if not unchanged:
@@ -389,34 +395,34 @@ class CachedModel:
         if segments is not None:
             self.client.segment_chunks(self.spec, input_ids[0].tolist(), segments)
 
-    def _finish_segments(self, begun: Begun, plan: SegmentPlan, input_ids: torch.Tensor) -> Any:
+    def _finish_segments(self, pending: PendingGeneration, plan: SegmentPlan, input_ids: torch.Tensor) -> Any:
         tokens: list[int] = input_ids[0].tolist()
-        blended, coming = None, begun.coming
+        blended, coming = None, pending.coming
         try:
-            if begun.coming is not None and self._segments is not None:
-                computing = self.client.links.computing(request=begun.timeline)
+            if pending.coming is not None and self._segments is not None:
+                computing = self.client.links.computing(request=pending.timeline)
                 with computing, torch.inference_mode():
-                    blended = self._segments.blend(begun.coming, begun.timeline)
+                    blended = self._segments.blend(pending.coming, pending.timeline)
             if blended is None:
-                generated = self._generate(begun, input_ids)
+                generated = self._generate(pending, input_ids)
             else:
                 capture = self._capture(len(tokens) - 1)
-                generated = self._run(begun, input_ids, placed_cache(blended.blend.kv, capture), capture)
+                generated = self._run(pending, input_ids, placed_cache(blended.blend.kv, capture), capture)
                 generated = replace(generated, report=blended.report)
             if blended is not None or self._is_aligned(generated):
-                self._store_segments(begun, plan, tokens, blended, generated)
+                self._store_segments(pending, plan, tokens, blended, generated)
         except BaseException:
-            self._store_segments(begun, plan, tokens, blended, begun.aborted)
+            self._store_segments(pending, plan, tokens, blended, pending.aborted)
             raise
         finally:
-            self.cancel(begun)
+            self.cancel(pending)
         if blended is not None:
-            self.last_report = self._report(blended, begun, len(tokens))
+            self.last_report = self._report(blended, pending, len(tokens))
         else:
             report = generated.report if coming is None else coming.fetch.finish()
             reused = generated.reused_tokens
             self.last_report = GenerationReport(
-                len(tokens), reused, begun.timeline, report, why_not=why_not(begun, reused, report)
+                len(tokens), reused, pending.timeline, report, why_not=why_not(pending, reused, report)
             )
         reused, output = self.last_report.reused_tokens, generated.output
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)
@@ -424,7 +430,7 @@ class CachedModel:
 
     def _store_segments(
         self,
-        begun: Begun,
+        pending: PendingGeneration,
         plan: SegmentPlan,
         tokens: list[int],
         blended: Blended | None,
@@ -438,32 +444,32 @@ class CachedModel:
             new = prefilled_chunks(self._embed, tokens, plan, generated, features=features)
             report = generated.report
         encodings = self.client.store.encodings_behind(report.encodings if report is not None else ())
-        if new and encodings and self._may_store(begun) and self._rows_hold(begun):
-            self.client.store.put(begun.spec, new, encodings)
+        if new and encodings and self._may_store(pending) and self._rows_hold(pending):
+            self.client.store.put(pending.spec, new, encodings)
 
-    def _report(self, blended: Blended, begun: Begun, total: int) -> GenerationReport:
+    def _report(self, blended: Blended, pending: PendingGeneration, total: int) -> GenerationReport:
         chunks = blended.plan.chunks
         return GenerationReport(
             total,
             sum(len(chunk.tokens) for chunk in chunks) - blended.recomputed,
-            begun.timeline,
+            pending.timeline,
             blended.report,
             approximate_tokens=sum(len(chunk.tokens) for chunk in chunks if not chunk.exact),
             recomputed_tokens=blended.recomputed,
         )
 
-    def _generate(self, begun: Begun, input_ids: torch.Tensor) -> Generated:
-        if begun.fetch is None or begun.buffers is None:
+    def _generate(self, pending: PendingGeneration, input_ids: torch.Tensor) -> Generated:
+        if pending.fetch is None or pending.buffers is None:
             capture = self._capture(0)
-            generated = self._run(begun, input_ids, empty_cache(capture, self.spec.layers), capture)
+            generated = self._run(pending, input_ids, empty_cache(capture, self.spec.layers), capture)
             self._learn(capture, input_ids.shape[1])
             return generated
-        fetch, buffers = begun.fetch, begun.buffers
+        fetch, buffers = pending.fetch, pending.buffers
         runs: list[ComputedRun] = []
         try:
             while True:
                 while (run := fetch.next_to_compute()) is not None:
-                    runs.append(self._compute(begun, input_ids, run))
+                    runs.append(self._compute(pending, input_ids, run))
                     fetch.computed(*run)
                 # At least one token must pass through the model: its logits are what comes next.
                 capture = self._capture(min(fetch.reusable_tokens, input_ids.shape[1] - 1))
@@ -471,10 +477,10 @@ class CachedModel:
                     fetch.finish()
                     cache = empty_cache(capture, self.spec.layers)
                 else:
-                    cache = arriving_cache(buffers, capture, fetch, begun.timeline)
-                began_s = begun.timeline.now_s()
+                    cache = arriving_cache(buffers, capture, fetch, pending.timeline)
+                began_s = pending.timeline.now_s()
                 try:
-                    generated = self._run(begun, input_ids, cache, capture)
+                    generated = self._run(pending, input_ids, cache, capture)
                 except FetchIncompleteError:
                     continue
                 report = fetch.finish()
@@ -482,21 +488,23 @@ class CachedModel:
                     fetch.learn(began_s, began_s + capture.first_pass_s)
                 return generated.behind(report, runs, buffers)
         except BaseException:
-            if begun.aborted is not None:
-                begun.aborted = begun.aborted.behind(fetch.finish(), runs, buffers)
+            if pending.aborted is not None:
+                pending.aborted = pending.aborted.behind(fetch.finish(), runs, buffers)
             raise
         finally:
-            self.cancel(begun)
+            self.cancel(pending)
 
-    def _compute(self, begun: Begun, input_ids: torch.Tensor, run: tuple[int, int]) -> ComputedRun:
+    def _compute(
+        self, pending: PendingGeneration, input_ids: torch.Tensor, run: tuple[int, int]
+    ) -> ComputedRun:
         """Put the KV of a run of chunks into the buffers, where all before them lies."""
         first, end = run
         capture = self._capture(first * CHUNK_TOKENS)
-        buffers, tokens = begun.buffers, slice(first * CHUNK_TOKENS, end * CHUNK_TOKENS)
+        buffers, tokens = pending.buffers, slice(first * CHUNK_TOKENS, end * CHUNK_TOKENS)
         if buffers is None:
             raise RuntimeError("nothing is fetched, so nothing is computed in its place")
         with (
-            begun.timeline.span("compute", f"chunks {first}-{end - 1}"),
+            pending.timeline.span("compute", f"chunks {first}-{end - 1}"),
             capture.active(),
             self.client.links.computing(),
             torch.inference_mode(),
@@ -506,7 +514,7 @@ class CachedModel:
             )
         return ComputedRun(range(first, end), capture)
 
-    def _start_fetch(self, begun: Begun, match: Match, tokens: torch.Tensor) -> None:
+    def _start_fetch(self, pending: PendingGeneration, match: Match, tokens: torch.Tensor) -> None:
         """Have the beginning of a prompt come, unless this process has no memory or thread left for it."""
         buffers: KVBuffers | None = None
         try:
@@ -515,10 +523,10 @@ class CachedModel:
             computing = None
             if self._costs is not None:
                 computing = Computing(self._costs, match.tokens, len(tokens) - match.tokens)
-            begun.fetch = self.client.fetch(match, buffers, rotary, begun.timeline, features, computing)
-            begun.match, begun.buffers = match, buffers
+            pending.fetch = self.client.fetch(match, buffers, rotary, pending.timeline, features, computing)
+            pending.match, pending.buffers = match, buffers
         except (RuntimeError, MemoryError) as error:
-            begun.why_not = f"no_resources: {error}"
+            pending.why_not = f"no_resources: {error}"
             detail = f"cannot fetch {len(match.chunks)} chunks, which are computed: {error}"
             self.client.metrics.missed("no_resources", len(match.chunks), detail=detail)
             if buffers is not None:
@@ -528,21 +536,21 @@ class CachedModel:
         return KeyCapture(self.spec.layers, first_token)
 
     def _run(
-        self, begun: Begun, input_ids: torch.Tensor, cache: DynamicCache, capture: KeyCapture
+        self, pending: PendingGeneration, input_ids: torch.Tensor, cache: DynamicCache, capture: KeyCapture
     ) -> Generated:
         # A few tokens wait for what is fetched; more of them keep the processor from those who bring it.
         waits = input_ids.shape[1] - capture.first_token < CHUNK_TOKENS
-        computing = self.client.links.computing(request=begun.timeline, waits=waits)
-        with begun.timeline.span("compute"), capture.active(), computing:
+        computing = self.client.links.computing(request=pending.timeline, waits=waits)
+        with pending.timeline.span("compute"), capture.active(), computing:
             try:
-                output = self.model.generate(input_ids, past_key_values=cache, **begun.next_arguments())
+                output = self.model.generate(input_ids, past_key_values=cache, **pending.next_arguments())
             except FetchIncompleteError:
                 raise
             except BaseException:  # a streamer whose client has gone, say: what was computed is worth keeping
                 tokens = min(whole_tokens(cache, capture), input_ids.shape[1])
                 if self.store and tokens > capture.first_token:
                     values = computed_values(cache, capture.first_token)
-                    begun.aborted = Generated(None, tokens, values, capture)
+                    pending.aborted = Generated(None, tokens, values, capture)
                 raise
         is_kept = getattr(output, "past_key_values", None) is not None
         if is_kept:
@@ -567,21 +575,21 @@ class CachedModel:
             self.client.metrics.missed("store_unaligned", detail=_UNALIGNED)
         return aligned
 
-    def _store_new(self, begun: Begun, tokens: list[int], generated: Generated) -> None:
+    def _store_new(self, pending: PendingGeneration, tokens: list[int], generated: Generated) -> None:
         report = generated.report
         encodings = self.client.store.encodings_behind(report.encodings if report is not None else ())
         if not encodings:
             self.client.metrics.missed("store_behind_lossy")
             return
-        ids = self.client.chunk_ids(begun.spec, tokens)
-        stored = set(range(len(begun.match.chunks)))
+        ids = self.client.chunk_ids(pending.spec, tokens)
+        stored = set(range(len(pending.match.chunks)))
         if report is not None:
             stored.difference_update(report.missing)
         chunks = new_chunks(
             self._embed, tokens, ids, stored, generated, features=self.client.store.needs_features
         )
-        if chunks and self._rows_hold(begun):
-            self.client.store.put(begun.spec, chunks, encodings, text=ids)
+        if chunks and self._rows_hold(pending):
+            self.client.store.put(pending.spec, chunks, encodings, text=ids)
 
 
 def _decoder_of(model: PreTrainedModel) -> Decoder | None:

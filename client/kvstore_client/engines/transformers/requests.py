@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from kvstore_client.admission import AdmissionQueue
-from kvstore_client.engines.transformers.begun import Begun
 from kvstore_client.engines.transformers.model import CachedModel
+from kvstore_client.engines.transformers.pending import PendingGeneration
 from kvstore_client.fork import renew_in_children
 from kvstore_codec.errors import NotCopyableError
 
@@ -24,8 +24,8 @@ class _Question:
     input_ids: torch.Tensor
     arguments: dict[str, Any]
     answer: "Future[Any]" = field(default_factory=Future)
-    begun: Begun | None = None
-    """Its fetch, once that has begun."""
+    pending: PendingGeneration | None = None
+    """Its fetch, once that has pending."""
 
 
 class _Reuse:
@@ -37,23 +37,23 @@ class _Reuse:
         self.size_bytes = question.input_ids.numel() * cached.spec.kv_bytes_per_token
 
     def start(self) -> None:
-        self._question.begun = self._cached.begin(self._question.input_ids, **self._question.arguments)
+        self._question.pending = self._cached.begin(self._question.input_ids, **self._question.arguments)
 
     def on_ready(self, callback: Callable[[], object]) -> None:
-        self._begun.on_ready(callback)
+        self._pending.on_ready(callback)
 
     def remaining_s(self) -> float:
-        fetch = self._begun.running
+        fetch = self._pending.running
         return 0.0 if fetch is None else fetch.planned_s() or math.inf
 
     def cancel(self) -> None:
-        self._cached.cancel(self._begun)
+        self._cached.cancel(self._pending)
 
     @property
-    def _begun(self) -> Begun:
-        if self._question.begun is None:
+    def _pending(self) -> PendingGeneration:
+        if self._question.pending is None:
             raise RuntimeError("the fetch was not started")
-        return self._question.begun
+        return self._question.pending
 
 
 class RequestQueue:
@@ -119,8 +119,8 @@ class RequestQueue:
             try:
                 if question.answer.set_running_or_notify_cancel():
                     self._give_answer(question)
-                elif question.begun is not None:
-                    self._cached.cancel(question.begun)
+                elif question.pending is not None:
+                    self._cached.cancel(question.pending)
             except (
                 BaseException
             ):  # a mistake of ours, or of a callback of the future: the next are to be answered
@@ -138,6 +138,6 @@ class RequestQueue:
             question.answer.set_result(result)
 
     def _result(self, question: _Question) -> Any:
-        if question.begun is None:
+        if question.pending is None:
             return self._cached.generate(question.input_ids, **question.arguments)
-        return self._cached.finish(question.begun)
+        return self._cached.finish(question.pending)

@@ -14,7 +14,7 @@ from kvstore_client.lookup import Match
 from kvstore_client.planning import Costs
 from kvstore_client.recompute import Recompute, select, selector
 from kvstore_client.reuse.blend.executor import Blend
-from kvstore_client.reuse.blend.patience import Patience
+from kvstore_client.reuse.blend.fetch_watchdog import FetchWatchdog
 from kvstore_client.reuse.blend.plan import (
     SegmentPlan,
     chunk_tokens,
@@ -126,7 +126,7 @@ class SegmentReuse:
                 self._client.buffers.give_back(buffers)
             return None
         if self._costs is not None and plan.prefill_s is not None:
-            Patience(fetch, sum(chunk.body_bytes for chunk in plan.match.chunks), plan.prefill_s).start()
+            FetchWatchdog(fetch, sum(chunk.body_bytes for chunk in plan.match.chunks), plan.prefill_s).start()
         return SegmentFetch(plan, tokens, buffers, fetch, rotary[0], chosen)
 
     def blend(self, coming: SegmentFetch, timeline: Timeline, *, question: bool = False) -> Blended | None:

@@ -19,7 +19,7 @@ from kvstore_codec.model_spec import ModelSpec
 
 
 @dataclass(slots=True)
-class Begun:
+class PendingGeneration:
     """A call whose reusable KV is on its way."""
 
     input_ids: torch.Tensor | None
@@ -94,7 +94,7 @@ class Begun:
         return self.arguments
 
 
-def why_not(begun: Begun, reused_tokens: int, report: FetchReport | None) -> str | None:
+def why_not(pending: PendingGeneration, reused_tokens: int, report: FetchReport | None) -> str | None:
     """Why nothing of a prompt was reused; None when something was."""
     if reused_tokens:
         return None
@@ -103,7 +103,7 @@ def why_not(begun: Begun, reused_tokens: int, report: FetchReport | None) -> str
         return "not fetched: " + ", ".join(f"{reason} ({chunks} chunks)" for reason, chunks in reasons)
     if report is not None:
         return "slower: computing is sooner than fetching"
-    return begun.why_not
+    return pending.why_not
 
 
 class _PromptOnce:

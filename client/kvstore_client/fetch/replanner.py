@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvstore_client.fetch.state import ChunkState
+from kvstore_client.fetch.chunk_state import ChunkState
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.planning import (
     COMPUTE,
@@ -48,7 +48,7 @@ class Computing:
     """To be computed in any case."""
 
 
-class Steering:
+class Replanner:
     """Asks the planner, and has the chunks come as it says. Used with the fetch's lock held."""
 
     def __init__(

@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 
 from kvstore_api.placement import Member
 from kvstore_client.fetch.base import ReadTask
+from kvstore_client.fetch.chunk_state import ChunkState
+from kvstore_client.fetch.replanner import Replanner
 from kvstore_client.fetch.report import FetchReport
-from kvstore_client.fetch.state import ChunkState
-from kvstore_client.fetch.steer import Steering
 from kvstore_client.lookup import StoredChunk
 from kvstore_client.planning import COMPUTE
 from kvstore_client.timeline import Timeline
@@ -21,7 +21,7 @@ _PASS_TOKENS = 1024
 when the link gets faster."""
 
 
-class Progress:
+class FetchState:
     """The state of one fetch. Thread-safe.
 
     A chunk is read in one of its variants, or computed by the engine: as planned, or because it is missing. A fetch
@@ -36,10 +36,10 @@ class Progress:
         deadline_s: float,
         stall_s: float,
         timeline: Timeline,
-        steering: Steering | None = None,
+        replanner: Replanner | None = None,
         computed: Sequence[range] = (),
     ) -> None:
-        """`computed` are positions that are not read, because the engine computes them; not with a `steering`."""
+        """`computed` are positions that are not read, because the engine computes them; not with a `replanner`."""
         self.timeline = timeline
         self._deadline = time.monotonic() + deadline_s
         self._stall_s = stall_s
@@ -49,8 +49,8 @@ class Progress:
         self._by_member: dict[Member, list[ChunkState]] = {}
         for state in self._states:
             self._by_member.setdefault(state.chunk.member, []).append(state)
-        self._steering = steering
-        if steering is None or not steering.begin(self._states):
+        self._replanner = replanner
+        if replanner is None or not replanner.begin(self._states):
             for state in self._states:
                 state.choose(0)
         self._version = 0
@@ -98,7 +98,7 @@ class Progress:
                     self._adjust(idle=idle)
                     if tasks := self._next_reads(self._by_member[member], limit_bytes):
                         return tasks
-                if self._steering is None or not self._steering.replan:
+                if self._replanner is None or not self._replanner.replan:
                     return []
                 # An end sooner than the fetch's lets the stages' threads go, whose idling costs the engine.
                 if not self._may_read(member):
@@ -245,8 +245,8 @@ class Progress:
         with self._changed:
             for state in self._states[first:end]:
                 state.open_token_layers = 0
-            if self._steering is not None:
-                self._steering.engine_ended()
+            if self._replanner is not None:
+                self._replanner.engine_ended()
             self._last_progress = time.monotonic()
             self._recount()
 
@@ -270,7 +270,7 @@ class Progress:
     def planned_s(self) -> float:
         """Until the engine's last pass ends, as planned; 0 without a plan."""
         with self._changed:
-            return self._steering.remaining_s() if self._steering is not None else 0.0
+            return self._replanner.remaining_s() if self._replanner is not None else 0.0
 
     def end(self, reason: str) -> None:
         """Give up what is still open, for `reason`, and stop the stages."""
@@ -299,7 +299,7 @@ class Progress:
                 frozenset(self._encodings),
                 sum(state.is_delivered and not state.is_computed for state in self._states),
                 sum(state.is_computed and state.reason is None for state in self._states),
-                self._steering.replans if self._steering is not None else 0,
+                self._replanner.replans if self._replanner is not None else 0,
             )
 
     # ---- with the lock held
@@ -310,7 +310,7 @@ class Progress:
 
     def _next_reads(self, states: Sequence[ChunkState], limit_bytes: float) -> list[ReadTask]:
         """In the order of the plan."""
-        if self._steering is not None and self._steering.order == "back":
+        if self._replanner is not None and self._replanner.order == "back":
             ordered: Iterable[ReadTask] = (task for state in reversed(states) for task in state.unread)
         else:
             ordered = heapq.merge(*(state.unread for state in states), key=_by_layers)
@@ -326,7 +326,11 @@ class Progress:
         return tasks
 
     def _adjust(self, *, idle: bool = False) -> None:
-        if self._steering is not None and not self._ended and self._steering.adjust(self._states, idle=idle):
+        if (
+            self._replanner is not None
+            and not self._ended
+            and self._replanner.adjust(self._states, idle=idle)
+        ):
             self._recount()
 
     def _recount(self) -> None:
@@ -377,8 +381,8 @@ class Progress:
             end += 1
         if end == first:
             return None
-        if self._steering is not None:
-            self._steering.engine_began(self._states[first].chunk.first_token, tokens)
+        if self._replanner is not None:
+            self._replanner.engine_began(self._states[first].chunk.first_token, tokens)
         self._recount()
         return end
 

@@ -7,7 +7,7 @@ from kvstore_cluster.node import StorageNode
 PERIOD_S = 0.5
 
 
-class Keeper:
+class MaintenanceThread:
     """Calls `StorageNode.maintain` from `start` until `stop`, and first has the memory ready that puts will need."""
 
     def __init__(self, node: StorageNode, arena: Arena, period_s: float = PERIOD_S) -> None:

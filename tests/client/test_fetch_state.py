@@ -5,9 +5,9 @@ import threading
 import time
 
 from kvstore_client.fetch.base import ReadTask
-from kvstore_client.fetch.progress import Progress
-from kvstore_client.fetch.state import ChunkState
-from kvstore_client.fetch.steer import Computing, Steering
+from kvstore_client.fetch.chunk_state import ChunkState
+from kvstore_client.fetch.fetch_state import FetchState
+from kvstore_client.fetch.replanner import Computing, Replanner
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.planning import AdaptivePlanner, CodecCost, Costs, Links, PrefillCost, Profile
 from kvstore_client.timeline import Timeline
@@ -16,8 +16,8 @@ from tests.client.chunks import MEMBER, SPEC, stored_chunks
 
 def progress_of(
     chunks: int, deadline_s: float = 5.0, stall_s: float = 5.0
-) -> tuple[Progress, list[ReadTask]]:
-    progress = Progress(
+) -> tuple[FetchState, list[ReadTask]]:
+    progress = FetchState(
         stored_chunks(chunks),
         layers=SPEC.layers,
         deadline_s=deadline_s,
@@ -27,7 +27,7 @@ def progress_of(
     return progress, progress.next_reads(MEMBER, 1 << 40)
 
 
-def deliver(progress: Progress, task: ReadTask) -> None:
+def deliver(progress: FetchState, task: ReadTask) -> None:
     assert progress.begin_decode(task)
     progress.deliver(task)
 
@@ -40,7 +40,7 @@ def test_first_layers_of_all_chunks_are_read_before_second_layers_of_any() -> No
 
 
 def test_no_more_is_asked_for_than_wanted_but_one_read_at_least() -> None:
-    progress = Progress(stored_chunks(2), layers=SPEC.layers, deadline_s=5, stall_s=5, timeline=Timeline())
+    progress = FetchState(stored_chunks(2), layers=SPEC.layers, deadline_s=5, stall_s=5, timeline=Timeline())
     reads = [progress.next_reads(MEMBER, 1) for _ in range(5)]
     assert list(map(len, reads)) == [1, 1, 1, 1, 0]
     progress.give_back([*reads[2], *reads[3]])
@@ -211,7 +211,7 @@ def test_what_nobody_will_read_any_more_is_computed_after_a_failure() -> None:
 
     bring(size_bytes / 0.15)
     profile = Profile({header: CodecCost(1e-7, 1e-8)}, PrefillCost(0.2, 0.4e-3, 0.0), 0.0, 1)
-    steering = Steering(
+    replanner = Replanner(
         AdaptivePlanner(),
         links,
         Computing(Costs(profile), 12 * 256, 20),
@@ -219,8 +219,8 @@ def test_what_nobody_will_read_any_more_is_computed_after_a_failure() -> None:
         ClientMetrics(),
         replan=True,
     )
-    progress = Progress(
-        chunks, layers=SPEC.layers, deadline_s=30, stall_s=2, timeline=Timeline(), steering=steering
+    progress = FetchState(
+        chunks, layers=SPEC.layers, deadline_s=30, stall_s=2, timeline=Timeline(), replanner=replanner
     )
     tasks = progress.next_reads(MEMBER, math.inf)
     assert progress.next_to_compute() is None

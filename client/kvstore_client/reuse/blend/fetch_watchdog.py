@@ -10,7 +10,7 @@ _LEAST_S, _LEAST_SHARE = 0.1, 0.1
 """What it may take in any case, the second of the prefill: the first bytes say little about a link."""
 
 
-class Patience:
+class FetchWatchdog:
     """Looks now and then how far `fetch` is, of which `size_bytes` are to come, until nobody would have to wait for it.
     Where it would take longer than `prefill_s`, as it goes, it is cancelled; who waits for it prefills then."""
 
