@@ -1,6 +1,8 @@
 """What every test starts from."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import hypothesis
@@ -9,6 +11,13 @@ import torch
 
 # Models as small as in most tests compute sooner than anything can be fetched. Also for the processes they start.
 os.environ.setdefault("KVSTORE_FETCH_POLICY", "fixed")
+
+# A shell ignores Ctrl-C for what it runs in the background, and the processes of tests would inherit that.
+if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says what else the machine does, not whether the code is right.
 hypothesis.settings.register_profile("no_deadline", deadline=None)
