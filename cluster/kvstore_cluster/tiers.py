@@ -40,7 +40,7 @@ HIGH_WATERMARK, LOW_WATERMARK = 0.95, 0.90
 # A range of at least this part of a chunk brings the whole chunk into memory, a smaller one is read alone.
 PROMOTE_FROM = 0.5
 FLUSH_PATIENCE_S = 2.0
-_MOST_TOUCHED = 1 << 13
+_MOST_TOUCHED = 1 << 16
 _DISK_TRIES = 3
 
 
@@ -160,11 +160,10 @@ class Tiers:
     def touch(self, slots: Iterable[int]) -> None:
         """They were used, in this order. The policies hear of it before they are next asked for anything, or from the
         keeper: a lookup of a thousand chunks need not wait for that."""
-        before = len(self._touched)
         self._touched.extend(slots)
         if len(self._touched) > _MOST_TOUCHED:
-            # As many as come, and some of the others: telling 65,536 uses at once takes a tenth of a second.
-            self.flush_touches(2 * (len(self._touched) - before))
+            # As many as there are too many: telling 65,536 uses at once takes a tenth of a second.
+            self.flush_touches(len(self._touched) - _MOST_TOUCHED)
 
     def put_again(self, slot: int, before: int) -> None:
         """The chunk came again with its text, behind `before`: that is a use, and it is worth no more than that one."""
