@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import grpc
 
+from kvstore_cluster.background import BackgroundLoop
+
 PATIENCE_S = 20.0
 """For one answer, 1 MiB at most, to be taken: whoever is slower is cut off, as on the bulk port."""
 _LOOK_S = 1.0
@@ -18,8 +20,8 @@ class StalledStreams:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting_since_s: dict[grpc.ServicerContext, float] = {}
-        self._stopped = threading.Event()
-        threading.Thread(target=self._watch, name="kvstore-rpc-stalled", daemon=True).start()
+        self._loop = BackgroundLoop("kvstore-rpc-stalled", self._look)
+        self._loop.start()
 
     def watched(self, answers: Iterator[object], context: grpc.ServicerContext) -> Iterator[object]:
         """Passes on the answers of a call."""
@@ -33,12 +35,13 @@ class StalledStreams:
                     del self._waiting_since_s[context]
 
     def stop(self) -> None:
-        self._stopped.set()
+        self._loop.stop()
 
-    def _watch(self) -> None:
-        while not self._stopped.wait(_LOOK_S):
-            limit_s = time.monotonic() - PATIENCE_S
-            with self._lock:
-                stalled = [call for call, since_s in self._waiting_since_s.items() if since_s < limit_s]
-            for call in stalled:
-                call.cancel()
+    def _look(self) -> None:
+        if self._loop.stopping.wait(_LOOK_S):
+            return
+        limit_s = time.monotonic() - PATIENCE_S
+        with self._lock:
+            stalled = [call for call, since_s in self._waiting_since_s.items() if since_s < limit_s]
+        for call in stalled:
+            call.cancel()

@@ -4,6 +4,7 @@ import grpc
 import pytest
 
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.background import background_health
 from kvstore_service import large_requests, stalled_streams
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.throttle import SLOWEST_BPS
@@ -25,6 +26,16 @@ def test_a_verification_that_nobody_takes_lets_others_verify(storage: ServedNode
         call = client.ask("Verify", b"")
         wait_until(lambda: call in client.ended)
         wait_until(lambda: verified(storage) == grpc.StatusCode.OK)
+
+
+def test_an_error_does_not_end_the_watch(storage: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stalled_streams, "PATIENCE_S", None)
+    wait_until(lambda: "kvstore-rpc-stalled" in background_health().failing)
+    monkeypatch.setattr(stalled_streams, "PATIENCE_S", 0.2)
+    with deaf(storage) as client:
+        call = client.ask("Verify", b"")
+        wait_until(lambda: call in client.ended)
+    assert "kvstore-rpc-stalled" not in background_health().failing
 
 
 def test_a_read_that_nobody_takes_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
