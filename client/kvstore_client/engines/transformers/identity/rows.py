@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-_COMPARED_WHOLE = 4096
+COMPARED_WHOLE = 4096
 """Values: smaller tensors are compared value by value."""
 
 _BATCH = 8192
@@ -37,7 +37,7 @@ def every_row(tensor: torch.Tensor) -> Strided:
     """A value of each row of `tensor`, each time of the column before: of a large matrix that is none of the narrowest,
     every column is among them, too. A small tensor is taken whole."""
     reach = reach_of(tensor)
-    step = 1 if reach <= _COMPARED_WHOLE else max(1, reach // tensor.shape[0] - 1)
+    step = 1 if reach <= COMPARED_WHOLE else max(1, reach // tensor.shape[0] - 1)
     return strided(tensor, -(-reach // step), step)
 
 

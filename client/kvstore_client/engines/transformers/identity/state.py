@@ -18,15 +18,19 @@ from kvstore_client.engines.transformers.identity.hooks import global_hooks
 from kvstore_client.engines.transformers.identity.modules import named_modules, uncompiled_name
 from kvstore_client.engines.transformers.identity.precision import float32_matmul_precision
 from kvstore_client.engines.transformers.identity.reference import Reference
-from kvstore_client.engines.transformers.identity.rows import Strided, WeightRows, reach_of, read, strided
+from kvstore_client.engines.transformers.identity.rows import (
+    COMPARED_WHOLE,
+    Strided,
+    WeightRows,
+    reach_of,
+    read,
+    strided,
+)
 
 _CODE = operator.attrgetter("__code__")
 
 _SAMPLES = 4
 """Values of each parameter that every look compares."""
-
-_COMPARED_WHOLE = 4096
-"""Values: every look compares buffers up to this size value by value."""
 
 
 class TensorState:
@@ -48,7 +52,7 @@ class TensorState:
         for tensor in self._tensors:
             if tensor.numel():
                 reach = reach_of(tensor)
-                whole = id(tensor) in buffers and reach <= _COMPARED_WHOLE
+                whole = id(tensor) in buffers and reach <= COMPARED_WHOLE
                 count = reach if whole else min(reach, _SAMPLES)
                 samples.setdefault(tensor.device, []).append(strided(tensor, count, max(1, reach // count)))
         self._samples = list(samples.values())
