@@ -158,20 +158,11 @@ def calibrate(
     }  # fmt: skip
     if ratio:
         _refuse(of_codec, "is about how KV is coded, and cannot be used with --ratio")
+        asked = {"tokens": tokens, "repeats": repeats, "sweep": sweep}
         extension("tune")(
-            model,
-            tier,
-            selector,
-            drift,
-            tokens or 3072,
-            repeats or 3,
-            sweep or 0,
-            data_dir,
-            dtype,
-            model_id,
-            json_file,
-            plot,
-        )
+            model, tier=tier, selector=selector, drift=drift, data_dir=data_dir, dtype=dtype, model_id=model_id,
+            json_file=json_file, plot=plot, **{name: value for name, value in asked.items() if value is not None},
+        )  # fmt: skip
         return
     _refuse(of_ratio, "needs --ratio")
     if not text or out is None:
