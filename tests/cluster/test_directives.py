@@ -12,17 +12,11 @@ from kvstore_cluster.arena import Arena
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.errors import OverQuotaError
+from tests.cluster.clock import Clock
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 CHUNKS = [sample_chunk(content=number, frame_bytes=500) for number in range(12)]
 MEMORY = 1 << 20
-
-
-class Clock:
-    now_s = 1e9
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

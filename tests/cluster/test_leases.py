@@ -1,19 +1,12 @@
 import pytest
 
 from kvstore_cluster.leases import LEASE_ID_BYTES, Findings, LeaseId, LeaseTable
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.cluster.clock import Clock
 
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from kvstore_codec.errors import (
     TruncatedChunkError,
     UnknownEncodingError,
 )
+from tests.cluster.clock import Clock
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 MEMORY = 1 << 20
@@ -25,16 +26,9 @@ BLOCK = 4 << 10
 EXACT = ["exact-zstd"]
 
 
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(0.0)
 
 
 @pytest.fixture

@@ -14,17 +14,11 @@ from kvstore_cluster.lookup import LookupAnswer
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.identity import ROOT_PREFIX, PrefixId, prefix_id
+from tests.cluster.clock import Clock
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 EXACT = ["exact-zstd"]
 UNKNOWN = 99
-
-
-class Clock:
-    now_s = 1e9
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

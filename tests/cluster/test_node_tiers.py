@@ -22,6 +22,7 @@ from kvstore_codec.errors import (
     OverQuotaError,
     PutStateError,
 )
+from tests.cluster.clock import Clock
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 MEMORY = 1 << 20
@@ -29,13 +30,6 @@ DISK = 16 << 20
 SEGMENT = 1 << 20
 BLOCK = 4 << 10
 FRAME = 6000  # chunks of about 70 KB: fourteen fit into memory
-
-
-class Clock:
-    now_s = 1e9
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 Opener = Callable[..., StorageNode]
