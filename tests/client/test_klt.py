@@ -248,7 +248,8 @@ def test_a_calibration_damaged_on_the_disk_is_got_again(
 ) -> None:
     file = tmp_path / "damaged" / "calibrations" / f"{calibration.digest.hex()}.kvcal"
     file.parent.mkdir(parents=True)
-    file.write_bytes(calibration.to_bytes()[:-1] + b"x")
+    data = calibration.to_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with new_client(cache_dir=tmp_path / "damaged") as client:
         cached = CachedModel(sharp_model(), client)
         wait_for_calibration(cached)
