@@ -14,6 +14,7 @@ from kvstore_client.calibrations import Calibrations
 from kvstore_client.canaries import Canaries
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch import ChunkFeatures, Computing, Fetch
+from kvstore_client.fetch.restore import Restorer
 from kvstore_client.fork import GATE, renew_in_children
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.lookup import Match, find_prefix, find_segments, release
@@ -74,8 +75,10 @@ def connect(address: str | None = None, **settings: Any) -> "KVStoreClient":
 class KVStoreClient:
     """Engine-neutral access to the cluster. Thread-safe. Nothing here raises because the service misbehaves."""
 
-    def __init__(self, settings: ClientSettings) -> None:
+    def __init__(self, settings: ClientSettings, restorer: type[Restorer] = Restorer) -> None:
+        """A benchmark passes its own `restorer` to measure another order of the stages."""
         self.settings = settings
+        self._restorer = restorer
         self.links = Links()
         """How fast each node's bytes came lately."""
         self._open()
@@ -216,6 +219,7 @@ class KVStoreClient:
             planner=_PLANNERS[self.settings.fetch_policy](),
             computing=computing,
             computed=computed,
+            restorer=self._restorer,
         )
 
     def close(self) -> None:

@@ -136,10 +136,6 @@ class ClientSettings(BaseSettings):
     replan: bool = True
     """Whether a plan is made anew while the fetch runs, when the link's bandwidth has moved."""
 
-    pipelined: bool = True
-    """Whether a fetch receives, decodes and restores at the same time. Switched off to measure what that buys: then
-    plans are not made anew either."""
-
     failover_s: float = Field(default=0.25, gt=0)
     """How long a node may be silent before another one that holds the same chunks is asked instead. Through the bulk
     port any byte breaks the silence, through gRPC a whole piece of a range (about 50 ms of the link)."""

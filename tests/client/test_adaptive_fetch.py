@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from kvstore_bench.link.clients import connect_policy
 from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
@@ -150,7 +151,8 @@ def test_other_policies_compute_nothing(setup: Setup, policy: str) -> None:
 
 def test_the_stages_may_work_one_after_the_other(setup: Setup) -> None:
     setup.set_prefill(2e-3)
-    with connect(**setup.settings, pipelined=False) as client:
+    with connect_policy(setup.cluster.address, setup.settings | {"pipelined": False}) as client:
+        assert not client.settings.replan
         cached = CachedModel(tiny_model(), client)
         setup.answered_alike(cached)
         spans = cached.last_report.timeline.spans

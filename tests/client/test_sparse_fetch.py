@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore_bench.link.clients import connect_policy
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.fetch import Computing, FetchReport
 from kvstore_client.fetch.cut import cut, joined, slots_outside
@@ -99,7 +100,8 @@ def test_frames_inside_what_is_computed_are_not_read(
     # The first 32, then of the second chunk all but 64 in the middle, then an end that reaches into the gap.
     computed = [range(44, 76), range(344, 408), range(408, 480), range(536, 620), range(700, 901)]
     wanted_ranges = joined(computed)
-    with connect(served.address, encoding=name, cache_dir=tmp_path, pipelined=pipelined) as client:
+    settings = {"encoding": name, "cache_dir": tmp_path, "pipelined": pipelined}
+    with connect_policy(served.address, settings) as client:
         client.prepare(SPEC).result(20)
         match = stored_match(client, ENCODINGS.index(name) + 100 * pipelined)
         whole, all_keys, all_values = fetch(client, match)

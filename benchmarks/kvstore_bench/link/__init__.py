@@ -5,6 +5,7 @@ policies.py   what is compared
 prompts.py    the text: a document that is reused, a question, and how it goes on
 prefill.py    a process that stores the document's KV, and then ends
 engine.py     the process that is measured: a model, and a client for each policy
+clients.py    the client of a policy; the stages of a fetch one after the other, for comparison
 links.py      the links between that process and the cluster, in user space or in a network namespace
 stream.py     the bytes of CacheGen, which no service of ours serves
 options.py    what it is asked for

@@ -14,13 +14,14 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging
 
 from kvstore_bench.first_token import FirstTokenTimer
+from kvstore_bench.link.clients import connect_policy
 from kvstore_bench.link.orders import Answers, serve
 from kvstore_bench.link.policies import Policy, policies_named
 from kvstore_bench.link.prefill import cachegen_file
 from kvstore_bench.link.prompts import Prompt, prompts, sources
 from kvstore_bench.link.stream import ByteStream
 from kvstore_bench.timeline_plot import TracedRun, plot_timelines
-from kvstore_client import KVStoreClient, connect
+from kvstore_client import KVStoreClient
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.spans import STAGES
 from kvstore_client.timeline import Timeline
@@ -83,7 +84,9 @@ class _Engine:
         self._policies = {policy.name: policy for policy in policies_named(policies, rate, adaptive)}
         for name, policy in self._policies.items():
             if policy.settings:
-                self._models[name] = self._connected(connect(address, routes=routes, **policy.settings))
+                self._models[name] = self._connected(
+                    connect_policy(address, {**policy.settings, "routes": routes})
+                )
         if cachegen_folder is not None:
             self._decoded = {length: load_file(cachegen_file(cachegen_folder, length)) for length in tokens}
             self._sizes = dict(zip(tokens, cachegen_bytes, strict=True))

@@ -31,7 +31,7 @@ class Policy:
     name: str
     kind: Kind
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of its client, for JSON."""
+    """Of its client (`connect_policy`), for JSON."""
     encodings: tuple[str, ...] = ()
     """That the document has to be stored as."""
 

@@ -1,7 +1,6 @@
 """A fetch: the stages of one match, running beside the engine."""
 
 import logging
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -63,6 +62,7 @@ class Fetch:
         planner: Planner | None = None,
         computing: Computing | None = None,
         computed: Sequence[range] = (),
+        restorer: type[Restorer] = Restorer,
     ) -> None:
         """Without a `planner` every chunk is read in its first variant. Frames that lie wholly inside one of the
         `computed` ranges of positions are not read, and count as delivered. Raises ConfigurationError when a plan is
@@ -81,9 +81,7 @@ class Fetch:
         self._finished: FetchReport | None = None
         replanner: Replanner | None = None
         if planner is not None and computing is not None:
-            replanner = Replanner(
-                planner, links, computing, timeline, metrics, replan=settings.replan and settings.pipelined
-            )
+            replanner = Replanner(planner, links, computing, timeline, metrics, replan=settings.replan)
         self._replanner = replanner
         self._progress = FetchState(
             match.chunks,
@@ -98,22 +96,18 @@ class Fetch:
         predictions = Predictions(match.chunks, features)
         workers = settings.decoders
         members = self._progress.members
-        waiting_bytes = settings.inflight_bytes if settings.pipelined else sys.maxsize
-        received = StageQueue[ReceivedFrames](waiting_bytes, producers=len(members))
+        received = StageQueue[ReceivedFrames](settings.inflight_bytes, producers=len(members))
         self._progress.on_end(received.abort)
         replans = replanner is not None and replanner.replan
         self._failover = Failover(view, links, settings, match.chunks, self._progress, replans=replans)
         over = threading.Event()
         self._progress.on_end(over.set)
         receiver = Receiver(view, self._failover, self._progress, received, metrics, ahead=replans)
-        restorer = Restorer(receiver, destination, predictions, computing.costs if computing else None)
+        restoring = restorer(receiver, destination, predictions, computing.costs if computing else None)
         self._threads = [
             *(self._thread("receive", receiver.receive, member) for member in members),
             self._thread("watch", self._failover.watch, over),
-            *(
-                self._thread("restore", restorer.run if settings.pipelined else restorer.run_apart)
-                for _ in range(workers)
-            ),
+            *(self._thread("restore", restoring.run) for _ in range(workers)),
         ]
         started: list[threading.Thread] = []
         try:

@@ -26,7 +26,9 @@ def restore(task: ReadTask, destination: Destination) -> None:
 
 
 @dataclass(slots=True)
-class _Decoded:
+class DecodedFrames:
+    """Frames of one task in the buffers, keys not rotated yet."""
+
     task: ReadTask
     began_disturbed: bool
     seconds: float = 0.0
@@ -47,31 +49,23 @@ class Restorer:
         one product are."""
         for first in self.receiver.out:
             together = FramesTogether()
-            decoded: list[_Decoded] = []
+            decoded: list[DecodedFrames] = []
             item: ReceivedFrames | None = first
-            with self._leaving(decoded):
+            with self.failing_unfinished(decoded):
                 while item is not None:
-                    self._decode(item, together, decoded)
+                    self.decode(item, together, decoded)
                     item = self.receiver.out.next_if(partial(_joins, together))
-                self._finish(together, decoded)
-                self._restore(decoded)
+                self.finish_decode(together, decoded)
+                self.restore_all(decoded)
 
-    def run_apart(self) -> None:
-        """The stages one after the other, for measuring what the pipeline buys: receive, decode, restore all."""
-        decoded: list[_Decoded] = []
-        with self._leaving(decoded):
-            for item in list(self.receiver.out):
-                together, batch = FramesTogether(), len(decoded)
-                self._decode(item, together, decoded)
-                self._finish(together, decoded[batch:])
-            self._restore(decoded)
-
-    def _decode(self, received: ReceivedFrames, together: FramesTogether, decoded: "list[_Decoded]") -> None:
+    def decode(
+        self, received: ReceivedFrames, together: FramesTogether, decoded: list[DecodedFrames]
+    ) -> None:
         """If it is wanted and good. A frame that is bad wherever it is read makes its chunk missing."""
         progress, task = self.receiver.progress, received.task
         if not progress.begin_decode(task):
             return
-        decoded.append(_Decoded(task, self._is_disturbed))
+        decoded.append(DecodedFrames(task, self._is_disturbed))
         item: ReceivedFrames | None = received
         reason = ""
         while item is not None:
@@ -94,8 +88,9 @@ class Restorer:
         progress.fail(task, reason)
 
     @contextmanager
-    def _leaving(self, batch: "list[_Decoded]") -> Iterator[None]:
-        """Whatever goes wrong (a mistake, no memory), nobody waits for ever for places that are written no more."""
+    def failing_unfinished(self, batch: list[DecodedFrames]) -> Iterator[None]:
+        """When the block raises (a mistake, no memory), the tasks of `batch` that are not in place fail: nobody waits
+        for ever for places that are written no more."""
         try:
             yield
         except BaseException:
@@ -104,7 +99,8 @@ class Restorer:
                     self.receiver.progress.fail(decoded.task, "internal_error")
             raise
 
-    def _finish(self, together: FramesTogether, batch: "list[_Decoded]") -> None:
+    def finish_decode(self, together: FramesTogether, batch: list[DecodedFrames]) -> None:
+        """Compute the values of the frames that `decode` put into `together`."""
         if together.tokens:
             start_s = self.receiver.progress.timeline.now_s()
             together.restore_()
@@ -112,7 +108,8 @@ class Restorer:
             for decoded in batch:
                 decoded.seconds += share_s
 
-    def _restore(self, batch: "list[_Decoded]") -> None:
+    def restore_all(self, batch: list[DecodedFrames]) -> None:
+        """Rotate the keys of decoded frames, and deliver them to the engine."""
         progress, layers = self.receiver.progress, self.destination.buffers.keys.shape[0]
         for decoded in batch:
             task = decoded.task
