@@ -26,6 +26,12 @@ log = logging.getLogger(__name__)
 _TRANSFER_TIMEOUT_S = 10.0
 """A canary is up to 4 MiB: 3.4 s at 10 Mbit/s."""
 
+FINAL = ("canary_differs", "canary_failed")
+"""Reasons that do not go away by waiting: nothing of such a model is worth storing."""
+
+FAILED = ("unreachable", "canary_failed")
+"""Reasons that say nothing about the model: it is compared again after a pause."""
+
 _SOFTWARE = ("torch", "transformers", "kvstore-service")
 
 

@@ -6,7 +6,7 @@ import time
 
 from transformers import PreTrainedModel
 
-from kvstore_client.canaries import Verdict
+from kvstore_client.canaries import FAILED, FINAL, Verdict
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.identity.guard import ModelIdentity
 from kvstore_client.engines.transformers.probe import probe_for, run_probe
@@ -19,12 +19,6 @@ from kvstore_codec.errors import CanaryError, NodeUnavailableError
 from kvstore_codec.model_spec import ModelSpec
 
 log = logging.getLogger(__name__)
-
-FINAL = ("canary_differs", "canary_failed")
-"""Reasons that do not go away by waiting: nothing of such a model is worth storing."""
-
-FAILED = ("unreachable", "canary_failed")
-"""Reasons that say nothing about the model: it is compared again after a pause."""
 
 
 class ModelCanary:

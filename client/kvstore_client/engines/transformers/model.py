@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvstore_client.buffers import KVBuffers
+from kvstore_client.canaries import FINAL
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.transformers.bypass import bypass_reason, mode_reason
 from kvstore_client.engines.transformers.cache import (
@@ -21,16 +22,16 @@ from kvstore_client.engines.transformers.cache import (
     placed_cache,
     whole_tokens,
 )
-from kvstore_client.engines.transformers.canary import FINAL, ModelCanary
+from kvstore_client.engines.transformers.canary import ModelCanary
 from kvstore_client.engines.transformers.capture import install_hooks
 from kvstore_client.engines.transformers.costs import costs_of
 from kvstore_client.engines.transformers.decoder import Decoder
 from kvstore_client.engines.transformers.features import embedded
 from kvstore_client.engines.transformers.identity.guard import Described, ModelIdentity
-from kvstore_client.engines.transformers.pending import PendingGeneration, why_not
+from kvstore_client.engines.transformers.pending import PendingGeneration
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import loaded_model
-from kvstore_client.fetch import Computing, FetchReport
+from kvstore_client.fetch import Computing
 from kvstore_client.lookup import Match
 from kvstore_client.recompute import Recompute
 from kvstore_client.reuse.blend import (
@@ -44,6 +45,7 @@ from kvstore_client.reuse.blend import (
 from kvstore_client.reuse.capture import KeyCapture
 from kvstore_client.reuse.features import PromptFeatures
 from kvstore_client.reuse.generated import ComputedRun, Generated, new_chunks
+from kvstore_client.reuse.report import GenerationReport, why_nothing_reused
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import FetchError, FetchIncompleteError, NotCopyableError, UnsupportedModelError
 from kvstore_codec.identity import CHUNK_TOKENS
@@ -53,30 +55,6 @@ from kvstore_codec.rope import RotaryTable
 log = logging.getLogger(__name__)
 
 _UNALIGNED = "what a call computed is not stored: the keys of some of its tokens were not seen"
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationReport:
-    """What reuse did for one `generate` call."""
-
-    prompt_tokens: int
-    reused_tokens: int
-    timeline: Timeline
-    fetch: FetchReport | None = None
-    bypassed: str | None = None
-    """Why the call was passed through without reuse."""
-    why_not: str | None = None
-    """Why nothing was reused, if nothing was: a word and a sentence, such as `not stored`, `bypassed: batch` or
-    `unreachable: the coordinator at 127.0.0.1:7420 refused the connection`."""
-    approximate_tokens: int = 0
-    """Of text that was stored in another context; some of it was computed again."""
-    recomputed_tokens: int = 0
-    """These; `reused_tokens` does not count them."""
-
-    @property
-    def exact_tokens(self) -> int:
-        """Reused in the very context that they were computed in."""
-        return self.reused_tokens - (self.approximate_tokens - self.recomputed_tokens)
 
 
 class CachedModel:
@@ -269,7 +247,11 @@ class CachedModel:
         reused = generated.reused_tokens
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=total - reused)
         self.last_report = GenerationReport(
-            total, reused, timeline, generated.report, why_not=why_not(pending, reused, generated.report)
+            total,
+            reused,
+            timeline,
+            generated.report,
+            why_not=why_nothing_reused(reused, generated.report, pending.why_not),
         )
         if self._may_store(pending) and self._is_aligned(generated):
             sequence = output if isinstance(output, torch.Tensor) else output.sequences
@@ -422,7 +404,11 @@ class CachedModel:
             report = generated.report if coming is None else coming.fetch.finish()
             reused = generated.reused_tokens
             self.last_report = GenerationReport(
-                len(tokens), reused, pending.timeline, report, why_not=why_not(pending, reused, report)
+                len(tokens),
+                reused,
+                pending.timeline,
+                report,
+                why_not=why_nothing_reused(reused, report, pending.why_not),
             )
         reused, output = self.last_report.reused_tokens, generated.output
         self.client.metrics.prompt(reused_tokens=reused, computed_tokens=len(tokens) - reused)

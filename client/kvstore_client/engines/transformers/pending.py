@@ -1,7 +1,6 @@
 """A `generate` call whose reusable KV is on its way."""
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.engines.transformers.identity.guard import Described
-from kvstore_client.fetch import Fetch, FetchReport
+from kvstore_client.fetch import Fetch
 from kvstore_client.lookup import Match
 from kvstore_client.reuse.blend import SegmentFetch, SegmentPlan
 from kvstore_client.reuse.generated import Generated
@@ -92,18 +91,6 @@ class PendingGeneration:
         if streamer is not None:
             streamer.expect_prompt()
         return self.arguments
-
-
-def why_not(pending: PendingGeneration, reused_tokens: int, report: FetchReport | None) -> str | None:
-    """Why nothing of a prompt was reused; None when something was."""
-    if reused_tokens:
-        return None
-    if report is not None and report.missing:
-        reasons = Counter(report.missing.values()).most_common()
-        return "not fetched: " + ", ".join(f"{reason} ({chunks} chunks)" for reason, chunks in reasons)
-    if report is not None:
-        return "slower: computing is sooner than fetching"
-    return pending.why_not
 
 
 class _PromptOnce:
