@@ -1,6 +1,5 @@
-"""What has come, what will come, and what the engine computes: the state that a fetch's stages and its engine share."""
+"""The state that the stages of a fetch and its engine share: who waits for what, and when the fetch ends."""
 
-import heapq
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,17 +7,11 @@ from contextlib import contextmanager, suppress
 
 from kvstore_api.placement import Member
 from kvstore_client.fetch.base import ReadTask
-from kvstore_client.fetch.chunk_state import ChunkState
+from kvstore_client.fetch.ledger import FetchLedger
 from kvstore_client.fetch.replanner import Replanner
 from kvstore_client.fetch.report import FetchReport
 from kvstore_client.lookup import StoredChunk
-from kvstore_client.planning import COMPUTE
 from kvstore_client.timeline import Timeline
-from kvstore_codec.encoding import Encoding
-
-_PASS_TOKENS = 1024
-"""The engine computes so many tokens of the front at a time: fewer make slow products, more could not be handed back
-when the link gets faster."""
 
 
 class FetchState:
@@ -45,26 +38,11 @@ class FetchState:
         self._stall_s = stall_s
         self._last_progress = time.monotonic()
         self._changed = threading.Condition()
-        self._states = [ChunkState(index, chunk, layers, computed) for index, chunk in enumerate(chunks)]
-        self._by_member: dict[Member, list[ChunkState]] = {}
-        for state in self._states:
-            self._by_member.setdefault(state.chunk.member, []).append(state)
         self._replanner = replanner
-        if replanner is None or not replanner.begin(self._states):
-            for state in self._states:
-                state.choose(0)
+        self._ledger = FetchLedger(chunks, layers, replanner, computed)
         self._version = 0
-        self._open_by_layer = [0] * layers
-        """Tokens of each layer that have not been delivered, and that the engine does not compute."""
-        self._open_chunks = 0
-        """Those of which something is still to be read."""
-        self._uncomputed = 0
-        """Those that the engine is to compute and has not taken."""
-        with self._changed:
-            self._recount()
         self._engine_waits = False
         self._received_bytes = 0
-        self._encodings: set[Encoding] = set()
         self._ended = False
         self._end_callbacks: list[Callable[[], object]] = []
         self._ready_callbacks: list[Callable[[], object]] = []
@@ -72,7 +50,7 @@ class FetchState:
     @property
     def members(self) -> list[Member]:
         """Who has chunks of this fetch."""
-        return list(self._by_member)
+        return list(self._ledger.by_member)
 
     @property
     def is_engine_waiting(self) -> bool:
@@ -96,14 +74,13 @@ class FetchState:
             while not self._ended:
                 for idle in (False, True):
                     self._adjust(idle=idle)
-                    if tasks := self._next_reads(self._by_member[member], limit_bytes):
+                    if tasks := self._ledger.next_reads(member, limit_bytes):
                         return tasks
                 if self._replanner is None or not self._replanner.replan:
                     return []
                 # An end sooner than the fetch's lets the stages' threads go, whose idling costs the engine.
-                if not self._may_read(member):
-                    for state in self._by_member[member]:  # nobody will be there to read what is computed now
-                        state.is_lost |= state.is_computed
+                if not self._ledger.may_read(member):
+                    self._ledger.leave(member)
                     return []
                 self._changed.wait()
             return []
@@ -111,12 +88,7 @@ class FetchState:
     def give_back(self, tasks: Sequence[ReadTask]) -> None:
         """These reads were asked for and have not come: they are planned anew."""
         with self._changed:
-            back: dict[int, list[ReadTask]] = {}
-            for task in tasks:
-                back.setdefault(task.chunk_index, []).append(task)
-            for index, tasks_of in back.items():
-                if not self._states[index].is_computed:
-                    self._states[index].gave_back(tasks_of)
+            self._ledger.give_back(tasks)
             self._adjust()
             self._notify()
 
@@ -138,14 +110,14 @@ class FetchState:
     def check_patience(self) -> None:
         """Called now and then: gives up what is too late, also when no engine waits for it."""
         with self._changed:
-            if self._open_chunks and not self._ended and self._patience_s() <= 0:
+            if self._ledger.open_chunks and not self._ended and self._patience_s() <= 0:
                 self._lose_patience()
         self._tell_if_ready()
 
     def begin_decode(self, task: ReadTask) -> bool:
         """Whether this read is still wanted. If so its place is the decoder's until `deliver` or `fail`."""
         with self._changed:
-            state = self._states[task.chunk_index]
+            state = self._ledger.states[task.chunk_index]
             if state.is_computed or self._ended:
                 return False
             state.decoding += 1
@@ -155,17 +127,8 @@ class FetchState:
         """What was decoded is in its place; whether its chunk is complete."""
         with self._changed:
             self._last_progress = time.monotonic()
-            state = self._states[task.chunk_index]
-            state.decoding -= 1
-            if not state.is_computed:
-                state.took(task)
-                tokens = task.tokens.stop - task.tokens.start
-                for layer in range(task.layers.start, task.layers.stop):
-                    self._open_by_layer[layer] -= tokens
-                self._open_chunks -= state.is_delivered
-                self._encodings.add(task.encoding)
+            settled = self._ledger.deliver(task)
             self._notify()
-            settled = state.is_settled
         if settled:
             self._tell_if_ready()
         return settled
@@ -173,16 +136,15 @@ class FetchState:
     def fail(self, task: ReadTask, reason: str) -> None:
         """What was to be decoded will not be."""
         with self._changed:
-            self._states[task.chunk_index].decoding -= 1
+            self._ledger.states[task.chunk_index].decoding -= 1
         self.fail_chunks([task], reason)
 
     def fail_chunks(self, tasks: Iterable[ReadTask], reason: str) -> None:
         """These reads will not come, so the engine computes their chunks; the first reason is kept."""
         with self._changed:
-            for index in dict.fromkeys(task.chunk_index for task in tasks):
-                if not self._ended:
-                    self._lose(self._states[index], reason)
-            self._recount()
+            if not self._ended:
+                self._ledger.lose(dict.fromkeys(task.chunk_index for task in tasks), reason)
+            self._notify()
         self._tell_if_ready()
 
     def on_end(self, callback: Callable[[], object]) -> None:
@@ -209,7 +171,7 @@ class FetchState:
         """Call `callback` once, when the engine would not have to wait: something is there to be computed, or nothing
         more will come."""
         with self._changed:
-            if not (self._ended or self._is_ready()):
+            if not (self._ended or self._ledger.is_ready):
                 self._ready_callbacks.append(callback)
                 return
         callback()
@@ -219,53 +181,45 @@ class FetchState:
         the last chunk that is read. Waits until all before the run is there. None when there is no such run: the rest
         comes by itself, or is computed by the last pass."""
         with self._changed:
-            for state in self._states:  # a last pass that was broken off had taken them
-                state.is_engines &= state.is_delivered
-            self._recount()
+            self._ledger.return_last_pass()
+            self._notify()
             self._adjust(idle=True)
             while True:
-                last_read = self._last_read()
-                first = next((s.index for s in self._states if s.is_computed and not s.is_engines), None)
-                tail = self._states[last_read + 1 :]
-                if first is None or first > last_read:
-                    # What a decoder still writes must not be written over what the last pass puts there.
-                    if not any(state.decoding for state in tail):
-                        for state in tail:
-                            state.is_engines = True
-                        self._recount()
+                first = self._ledger.first_to_compute()
+                if first is None:
+                    if self._ledger.take_last_pass():
+                        self._notify()
                         return None
-                elif all(state.is_settled for state in self._states[:first]):
-                    end = self._take_run(first)
+                elif self._ledger.is_settled_before(first):
+                    end = self._ledger.take_run(first)
                     if end is not None:
+                        self._notify()
                         return first, end
                 self._wait_for_news()
 
     def computed(self, first: int, end: int) -> None:
         """The engine has put these chunks in their place."""
         with self._changed:
-            for state in self._states[first:end]:
-                state.open_token_layers = 0
-            if self._replanner is not None:
-                self._replanner.engine_ended()
+            self._ledger.computed(first, end)
             self._last_progress = time.monotonic()
-            self._recount()
+            self._notify()
 
     @property
     def reusable_tokens(self) -> int:
         """Where the last pass begins."""
         with self._changed:
-            return sum(state.tokens for state in self._states[: self._last_read() + 1])
+            return self._ledger.reusable_tokens
 
     def wait_layer(self, layer: int) -> bool:
         """Wait until a layer is there for all chunks. False as soon as any chunk must be computed first."""
         with self._changed:
-            self._wait_for(lambda: not self._open_by_layer[layer] or bool(self._uncomputed))
-            return not self._open_by_layer[layer] and not self._uncomputed
+            self._wait_for(lambda: not self._ledger.open_by_layer[layer] or bool(self._ledger.uncomputed))
+            return not self._ledger.open_by_layer[layer] and not self._ledger.uncomputed
 
     def wait(self) -> None:
         """Wait until nothing more will come."""
         with self._changed:
-            self._wait_for(lambda: not self._open_chunks)
+            self._wait_for(lambda: not self._ledger.open_chunks)
 
     def planned_s(self) -> float:
         """Until the engine's last pass ends, as planned; 0 without a plan."""
@@ -287,117 +241,31 @@ class FetchState:
 
     def report(self) -> FetchReport:
         with self._changed:
-            missing = {state.index: state.reason for state in self._states if state.reason is not None}
-            delivered = 0
-            while delivered < len(self._states) and self._states[delivered].is_delivered:
-                delivered += 1
-            return FetchReport(
-                len(self._states),
-                delivered,
-                missing,
-                self._received_bytes,
-                frozenset(self._encodings),
-                sum(state.is_delivered and not state.is_computed for state in self._states),
-                sum(state.is_computed and state.reason is None for state in self._states),
-                self._replanner.replans if self._replanner is not None else 0,
-            )
+            return self._ledger.report(self._received_bytes)
 
     # ---- with the lock held
-
-    def _may_read(self, member: Member) -> bool:
-        """Whether a plan may still want what is not wanted now."""
-        return any(s.is_computed and not (s.is_engines or s.is_lost) for s in self._by_member[member])
-
-    def _next_reads(self, states: Sequence[ChunkState], limit_bytes: float) -> list[ReadTask]:
-        """In the order of the plan."""
-        if self._replanner is not None and self._replanner.order == "back":
-            ordered: Iterable[ReadTask] = (task for state in reversed(states) for task in state.unread)
-        else:
-            ordered = heapq.merge(*(state.unread for state in states), key=_by_layers)
-        tasks: list[ReadTask] = []
-        size_bytes = 0
-        for task in ordered:
-            size_bytes += task.size_bytes
-            if tasks and size_bytes > limit_bytes:
-                break
-            tasks.append(task)
-        for task in tasks:
-            self._states[task.chunk_index].unread.popleft()
-        return tasks
 
     def _adjust(self, *, idle: bool = False) -> None:
         if (
             self._replanner is not None
             and not self._ended
-            and self._replanner.adjust(self._states, idle=idle)
+            and self._replanner.adjust(self._ledger.states, idle=idle)
         ):
-            self._recount()
-
-    def _recount(self) -> None:
-        """After what happens seldom: chunks come in another way than before."""
-        self._open_by_layer = [0] * len(self._open_by_layer)
-        self._open_chunks = self._uncomputed = 0
-        for state in self._states:
-            if not state.is_engines and state.open_token_layers:
-                self._uncomputed += state.is_computed
-                self._open_chunks += not state.is_computed
-                for layer, tokens in enumerate(state.open_tokens):
-                    self._open_by_layer[layer] += tokens
-        self._notify()
+            self._ledger.recount()
+            self._notify()
 
     def _notify(self) -> None:
         self._version += 1
         self._changed.notify_all()
 
-    def _lose(self, state: ChunkState, reason: str) -> None:
-        if not state.is_delivered and state.reason is None and not state.is_engines:
-            if not state.is_computed:
-                state.reason = reason
-            state.is_lost = True
-            state.choose(COMPUTE)
-
     def _give_up(self, reason: str) -> None:
-        for state in self._states:
-            self._lose(state, reason)
-        self._recount()
-
-    def _last_read(self) -> int:
-        """Index of the last chunk that is read, or has been computed; -1: none."""
-        for state in reversed(self._states):
-            if not state.is_computed or state.is_delivered:
-                return state.index
-        return -1
-
-    def _take_run(self, first: int) -> int | None:
-        """The end of the chunks for one pass of the engine from `first` on, which it has now. None while a decoder is
-        in the way."""
-        end, tokens = first, 0
-        while end < len(self._states) and tokens < _PASS_TOKENS:
-            state = self._states[end]
-            if not state.is_computed or state.is_engines or state.decoding:
-                break
-            state.is_engines = True
-            tokens += state.tokens
-            end += 1
-        if end == first:
-            return None
-        if self._replanner is not None:
-            self._replanner.engine_began(self._states[first].chunk.first_token, tokens)
-        self._recount()
-        return end
-
-    def _is_ready(self) -> bool:
-        for state in self._states:
-            if not state.is_settled:
-                return False
-            if state.is_computed and not state.is_delivered:
-                return True
-        return True
+        self._ledger.lose(range(len(self._ledger.states)), reason)
+        self._notify()
 
     def _tell_if_ready(self) -> None:
         """Without the lock."""
         with self._changed:
-            if not self._ready_callbacks or not self._is_ready():
+            if not self._ready_callbacks or not self._ledger.is_ready:
                 return
             callbacks, self._ready_callbacks = self._ready_callbacks, []
         for callback in callbacks:
@@ -417,7 +285,7 @@ class FetchState:
 
     def _wait_for_news(self) -> None:
         version = self._version
-        if self._ended or not self._open_chunks:  # only decoders are in the way: they end, or fail
+        if self._ended or not self._ledger.open_chunks:  # only decoders are in the way: they end, or fail
             self._changed.wait_for(lambda: self._version != version)
         else:
             self._wait_for(lambda: self._version != version)
@@ -427,7 +295,3 @@ class FetchState:
 
     def _lose_patience(self) -> None:
         self._give_up("timeout" if time.monotonic() >= self._deadline else "stalled")
-
-
-def _by_layers(task: ReadTask) -> tuple[int, int, int]:
-    return task.layers.start, task.chunk_index, task.first_frame
