@@ -50,7 +50,9 @@ class Calibrations:
         if not self._may_ask(model_digest):
             return None
         try:
-            reply = self._view.coordinator().FindCalibration(request, timeout=self._settings.lookup_timeout_s)
+            reply = self._view.coordinator().FindCalibration(
+                request, timeout=self._settings.timeouts.lookup_s
+            )
         except grpc.RpcError as error:
             self._failed(model_digest, f"rpc_{error.code().name.lower()}", told(error))
             return None
@@ -90,7 +92,7 @@ class Calibrations:
 
     def _fetch(self, digest: bytes) -> bytes | None:
         call = self._view.coordinator().GetCalibration(
-            pb.GetCalibrationRequest(digest=digest), timeout=self._settings.calibration_timeout_s
+            pb.GetCalibrationRequest(digest=digest), timeout=self._settings.timeouts.calibration_s
         )
         with self._lock:
             self._downloads.add(call)

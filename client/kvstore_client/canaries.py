@@ -151,7 +151,7 @@ class Canaries:
         )
         try:
             with _unavailable():
-                self._view.coordinator().ReportRefusal(request, timeout=self._settings.lookup_timeout_s)
+                self._view.coordinator().ReportRefusal(request, timeout=self._settings.timeouts.lookup_s)
         except NodeUnavailableError as error:
             log.info("the refusal of %s was not reported: %s", spec.model_id, error)
         return Verdict("canary_differs", message, kept.generation, kept.changes, comparison)

@@ -21,7 +21,7 @@ from kvstore_client.lookup import Match, find_prefix, find_segments, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.planning import AdaptivePlanner, FixedPlanner, KVFetcherPlanner, Links, Planner
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
-from kvstore_client.settings import ClientSettings, FetchPolicy
+from kvstore_client.settings import ClientSettings, FetchPolicy, flat_name
 from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
 from kvstore_codec.encoding import Encoding, Rate
@@ -49,25 +49,19 @@ _PLANNERS: dict[FetchPolicy, Callable[[], Planner]] = {
 def connect(address: str | None = None, **settings: Any) -> "KVStoreClient":
     """A client of the cluster whose coordinator listens on `address` (`host:port`).
 
-    Nothing is contacted yet, and a service that is away is no error: prompts are then prefilled. `settings` are
-    fields of ClientSettings; what is not given comes from `KVSTORE_*` environment variables. Raises
-    ConfigurationError that names the setting that makes no sense.
+    Nothing is contacted yet, and a service that is away is no error: prompts are then prefilled. `settings` go by their
+    flat names, such as `lookup_timeout_s` (docs/settings.md); what is not given comes from `KVSTORE_*` environment
+    variables. Raises ConfigurationError that names the setting that does not exist or cannot have its value.
     """
     if address is not None:
         settings["address"] = address
     if "durability" in settings:
         log.warning("the client setting durability is called put_durability now")
         settings["put_durability"] = settings.pop("durability")
-    unknown = settings.keys() - ClientSettings.model_fields.keys()
-    if unknown:
-        known = ", ".join(ClientSettings.model_fields)
-        raise ConfigurationError(
-            f"there is no client setting {', '.join(sorted(unknown))}; known are {known}"
-        )
     try:
         return KVStoreClient(ClientSettings(**settings))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(f"{flat_name(e['loc'])}: {e['msg']}" for e in error.errors())
         # The original would print what was given, and that may be the tenant's salt.
         raise ConfigurationError(f"cannot use these client settings: {problems}") from None
 
@@ -88,7 +82,7 @@ class KVStoreClient:
         """Make all parts that have locks, threads or sockets. Threads and sockets come when they are first needed."""
         settings = self.settings
         self.metrics = ClientMetrics()
-        self.buffers = BufferPool(settings.pool_bytes)
+        self.buffers = BufferPool(settings.fetch.pool_bytes)
         self._view = ClusterView(settings, self.metrics, self.links.keep)
         self.calibrations = Calibrations(self._view, settings, self.metrics)
         """What is known about models' KV, by digest."""
@@ -141,9 +135,9 @@ class KVStoreClient:
     def prepare(self, spec: ModelSpec) -> Loading:
         """Start getting what will be needed for this model's KV, so that not the first prompt finds it missing: its
         newest calibration, if any accepted encoding needs one. Nobody has to wait for the future."""
-        settings = self.settings
-        lossy = settings.floor not in (None, Rate.EXACT)
-        if lossy or any(Encoding.parse(n).needs_calibration for n in (*settings.encodings, *settings.accept)):
+        encodings = self.settings.encodings
+        lossy = encodings.floor not in (None, Rate.EXACT)
+        if lossy or any(Encoding.parse(n).needs_calibration for n in (*encodings.stored, *encodings.accept)):
             return self.ready_calibrations.for_model(spec.digest)
         nothing: Loading = Loading()
         nothing.set_result(None)
@@ -216,7 +210,7 @@ class KVStoreClient:
             settings=self.settings,
             metrics=self.metrics,
             timeline=timeline or Timeline(),
-            planner=_PLANNERS[self.settings.fetch_policy](),
+            planner=_PLANNERS[self.settings.fetch.policy](),
             computing=computing,
             computed=computed,
             restorer=self._restorer,

@@ -68,8 +68,8 @@ class ClusterView:
         self._keep = keep
         self._address = settings.address
         self._lock = threading.Lock()
-        longest_call_s = max(settings.fetch_timeout_s, settings.put_timeout_s)
-        self._channels = Channels(settings.routes, longest_call_s=longest_call_s)
+        longest_call_s = max(settings.timeouts.fetch_s, settings.timeouts.put_s)
+        self._channels = Channels(settings.transport.routes, longest_call_s=longest_call_s)
         self._transports = Transports(settings)
         self._membership: Membership | None = None
         self._placement = Placement(())  # of that membership
@@ -88,14 +88,14 @@ class ClusterView:
         """The members as last heard. Raises NodeUnavailableError when none were ever heard of in time."""
         with self._lock:
             known = self._membership
-            ttl_s = self._settings.membership_ttl_s
+            ttl_s = self._settings.transport.membership_ttl_s
             if time.monotonic() < self._unrest_until_s:
                 ttl_s = min(ttl_s, _UNREST_TTL_S)
             stale = time.monotonic() - self._fetched_at_s > ttl_s
         if known is None:
             if self.is_paused(self._address):
                 raise NodeUnavailableError(self.why_paused(self._address))
-            return self._ask(self._settings.lookup_timeout_s)
+            return self._ask(self._settings.timeouts.lookup_s)
         if stale:
             self.refresh()
         return known
@@ -175,7 +175,7 @@ class ClusterView:
         with self._lock:
             known = self._pauses.get(endpoint)
             length_s = min(2 * known.length_s if known else 0.0, _LONGEST_PAUSE_S)
-            length_s = max(length_s, self._settings.retry_after_s)
+            length_s = max(length_s, self._settings.transport.retry_after_s)
             self._pauses = {e: p for e, p in self._pauses.items() if now_s < p.until_s + _FORGET_PAUSE_S}
             self._pauses[endpoint] = _Pause(now_s + length_s, length_s, until_it_answers, why)
             self._unrest_until_s = now_s + _UNREST_S
@@ -252,7 +252,7 @@ class ClusterView:
     def _refresh(self) -> None:
         try:
             # Before the probe: a node that came back elsewhere is not to be waited for where it was.
-            self._ask(self._settings.lookup_timeout_s)
+            self._ask(self._settings.timeouts.lookup_s)
         except Exception as error:
             self._not_refreshed(error)
         try:

@@ -48,7 +48,7 @@ class StoredChunk:
     """As it is stored, which is how it is read."""
     variants: tuple[Variant, ...]
     """Those that can be used now, one at least: the most faithful first, and of equally faithful ones in the order of
-    `ClientSettings.accept`."""
+    `EncodingSettings.accept`."""
     member: Member
     first_token: int
     """Position in the prompt of the chunk's first token."""
@@ -171,7 +171,7 @@ class _Lookup:
         self._spec, self._chunk_ids, self._chunk_tokens = spec, chunk_ids, chunk_tokens
         self._first_tokens, self._any_context = first_tokens, any_context
         # A floor allows more names than can be listed: nodes name all they have.
-        self._encodings = settings.accept if settings.floor is None else ()
+        self._encodings = settings.encodings.accept if settings.encodings.floor is None else ()
         self._all_encodings = len(self._encodings) != 1
         self._plain = any(not Encoding.parse(name).needs_calibration for name in self._encodings or [EXACT])
         self._known: dict[tuple[Encoding, bytes], tuple[Geometry, int]] = {}
@@ -185,7 +185,7 @@ class _Lookup:
 
     def ask(self) -> None:
         """Raises NodeUnavailableError when no owner answered."""
-        deadline_s, wanted = time.monotonic() + self._settings.lookup_timeout_s, range(len(self._chunk_ids))
+        deadline_s, wanted = time.monotonic() + self._settings.timeouts.lookup_s, range(len(self._chunk_ids))
         failure: NodeUnavailableError | None = None
         try:
             self._search(wanted)
@@ -261,7 +261,7 @@ class _Lookup:
             offers += answer.others
         for offer in offers:
             encoding = offer.encoding
-            if self._rank(encoding) is None and self._settings.floor is not None:
+            if self._rank(encoding) is None and self._settings.encodings.floor is not None:
                 continue  # the node names all it has
             try:
                 variant = self._variant(chunk_id, encoding, offer.header, on_disk=offer.on_disk)
@@ -310,13 +310,16 @@ class _Lookup:
     def _rank(self, name: str) -> tuple[int, int, str] | None:
         """Where an encoding comes in the order of variants; None for one that may not be used."""
         if name not in self._ranks:
-            accept = self._settings.accept
+            accept = self._settings.encodings.accept
             rank = None
-            if self._settings.accepts(name):
+            if self._settings.encodings.accepts(name):
                 rate = Encoding.parse(name).rate
                 # How faithful an explicit step is, nobody knows.
                 faithful = rate.rank if isinstance(rate, Rate) else len(Rate)
-                if self._settings.fetch_policy is FetchPolicy.FIXED and self._settings.floor is None:
+                if (
+                    self._settings.fetch.policy is FetchPolicy.FIXED
+                    and self._settings.encodings.floor is None
+                ):
                     faithful = 0  # as the user ordered them
                 rank = faithful, accept.index(name) if name in accept else len(accept), name
             self._ranks[name] = rank

@@ -69,7 +69,7 @@ class ReadyCalibrations:
         atexit.unregister(self.close)
         self._calibrations.close()
         for thread in threads:
-            thread.join(self._settings.close_timeout_s)
+            thread.join(self._settings.timeouts.close_s)
 
     def _start(self, digest: bytes, load: Callable[[bytes], KLT | None]) -> Loading:
         with self._lock:

@@ -89,7 +89,7 @@ class Search:
         self._open: dict[grpc.Future, _Question] = {}
         self._answered: SimpleQueue[grpc.Future | None] = SimpleQueue()
         self._any_answer = False
-        self._patience_s = min(settings.failover_s, settings.lookup_timeout_s / 2)
+        self._patience_s = min(settings.timeouts.failover_s, settings.timeouts.lookup_s / 2)
         self._deadline_s = 0.0
 
     def run(
@@ -102,7 +102,7 @@ class Search:
 
         Raises NodeUnavailableError when there is no node, or when none answered.
         """
-        self._deadline_s = time.monotonic() + min(self._settings.lookup_timeout_s, timeout_s)
+        self._deadline_s = time.monotonic() + min(self._settings.timeouts.lookup_s, timeout_s)
         self._ask(self._best(list(indices), tried or {}))
         hurry_s = (
             time.monotonic() + self._patience_s
@@ -183,7 +183,7 @@ class Search:
     def _call(self, member: Member, asked: Sequence[int], *, any_context: bool) -> None:
         request = pb.LookupRequest(
             chunks=[chunk_ref(self._chunk_ids[index]) for index in asked],
-            lease_ms=0 if self._peek else round(self._settings.lease_s * 1000),
+            lease_ms=0 if self._peek else round(self._settings.fetch.lease_s * 1000),
             with_headers=True,
             encodings=self._encodings,
             all_encodings=self._all_encodings,

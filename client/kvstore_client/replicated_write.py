@@ -131,8 +131,8 @@ class ReplicatedWrite:
             if owner not in self._streams:
                 write = OwnerWrite(
                     self._view.transport(owner),
-                    timeout_s=self._settings.put_timeout_s,
-                    stall_s=self._settings.put_stall_timeout_s,
+                    timeout_s=self._settings.timeouts.put_s,
+                    stall_s=self._settings.timeouts.put_stall_s,
                 )
                 self._streams[owner] = _Stream(write)
             return self._streams[owner]

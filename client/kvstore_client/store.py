@@ -94,7 +94,7 @@ class Store:
         self._ready = ready
         self._settings = settings
         self._metrics = metrics
-        self.encodings = tuple(map(Encoding.parse, settings.encodings))
+        self.encodings = tuple(map(Encoding.parse, settings.encodings.stored))
         """What new chunks are stored in, unless a `put` says otherwise."""
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -134,7 +134,7 @@ class Store:
         stored: Future[int] = Future()
         with self._lock:
             full = (
-                self._waiting_bytes and self._waiting_bytes + size_bytes > self._settings.store_backlog_bytes
+                self._waiting_bytes and self._waiting_bytes + size_bytes > self._settings.store.backlog_bytes
             )
             reason = "store_closed" if self._closed else "store_backlog" if full else None
             if reason is None:
@@ -177,12 +177,12 @@ class Store:
         atexit.unregister(self.close)
         if self._worker is None:
             return
-        _, late = wait([self._reached()], self._settings.close_timeout_s)
+        _, late = wait([self._reached()], self._settings.timeouts.close_s)
         if late:
             self._metrics.missed(
                 "store_dropped_at_close",
                 detail=f"chunks that were not stored within KVSTORE_CLOSE_TIMEOUT_S "
-                f"({self._settings.close_timeout_s:g} s) are dropped",
+                f"({self._settings.timeouts.close_s:g} s) are dropped",
             )
         self._stop.set_result(None)
         with self._lock:
@@ -265,7 +265,7 @@ class Store:
         """Waits `calibration_timeout_s` for it, and not longer than `close` lets the store live."""
         loading = self._ready.for_model(spec.digest)
         either: tuple[Future[Any], ...] = (loading, self._stop)
-        wait(either, self._settings.calibration_timeout_s, return_when=FIRST_COMPLETED)
+        wait(either, self._settings.timeouts.calibration_s, return_when=FIRST_COMPLETED)
         klt = loading.result() if loading.done() else None
         if klt is None and not self._stop.done() and not self._warned:
             self._warned = True
@@ -332,15 +332,15 @@ class Store:
     def _keep(self, chunk: NewChunk) -> pb.PutStart:
         settings = self._settings
         return pb.PutStart(
-            ttl_s=settings.ttl_s,
-            tenant=settings.tenant,
-            durability=_DURABILITIES[settings.put_durability],
+            ttl_s=settings.store.ttl_s,
+            tenant=settings.store.tenant,
+            durability=_DURABILITIES[settings.store.durability],
             cost=chunk.cost,
         )
 
     def _writes_order(self, spec: ModelSpec) -> bool:
         """Not under tensor parallelism: all ranks have to choose the same tokens, and one sees but its own heads."""
-        return self._settings.recompute_selector.needs_order and spec.tp_size == 1
+        return self._settings.recompute.selector.needs_order and spec.tp_size == 1
 
     def _encoded(
         self, spec: ModelSpec, klt: KLT | None, chunk: NewChunk, encodings: tuple[Encoding, ...]

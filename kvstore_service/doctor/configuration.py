@@ -5,7 +5,7 @@ import os
 import re
 
 from kvstore_api.environment import FORMER_DURABILITY
-from kvstore_client.settings import ClientSettings
+from kvstore_client.settings import settings_by_name
 from kvstore_service.doctor.finding import Finding, missing, present
 from kvstore_service.settings import PREFIX, Settings, variable
 
@@ -19,7 +19,7 @@ _MOST_SHOWN = 10
 def variables() -> Finding:
     """Whether every KVSTORE_* variable is a setting: a misspelt one is ignored in silence."""
     known = {variable(name) for name in Settings.model_fields}
-    known |= {PREFIX + name.upper() for name in ClientSettings.model_fields} | {FORMER_DURABILITY.upper()}
+    known |= {setting.variable for setting in settings_by_name().values()} | {FORMER_DURABILITY.upper()}
     found = {name.upper() for name in os.environ if name.upper().startswith(PREFIX)}
     unknown = [name for name in sorted(found - known) if not _SERVICE_LINK.fullmatch(name)]
     if not unknown:

@@ -66,9 +66,9 @@ def measure(model_name: str, dtype: DType) -> ProfileRow:
     model, _tokenizer = load_model(model_name, dtype)
     spec = spec_of(model.eval())
     klt = _cached_klt(spec)
-    encodings = dict.fromkeys((*settings.accept, *(_PLAIN if klt is None else _CALIBRATED)))
+    encodings = dict.fromkeys((*settings.encodings.accept, *(_PLAIN if klt is None else _CALIBRATED)))
     profile = measure_profile(
-        model, spec, tuple(encodings), klt, decode_threads=settings.decoders, budget_s=_PATIENCE_S
+        model, spec, tuple(encodings), klt, decode_threads=settings.fetch.decoders, budget_s=_PATIENCE_S
     )
     key = profile_key(spec, machine_of(model))
     try:

@@ -152,7 +152,7 @@ def test_other_policies_compute_nothing(setup: Setup, policy: str) -> None:
 def test_the_stages_may_work_one_after_the_other(setup: Setup) -> None:
     setup.set_prefill(2e-3)
     with connect_policy(setup.cluster.address, setup.settings | {"pipelined": False}) as client:
-        assert not client.settings.replan
+        assert not client.settings.fetch.replan
         cached = CachedModel(tiny_model(), client)
         setup.answered_alike(cached)
         spans = cached.last_report.timeline.spans

@@ -127,24 +127,28 @@ def test_a_floor_decides_for_named_rates_and_accept_for_the_others(
     for name in NAMES:
         rate = Encoding.parse(name).rate
         if floor is None or not isinstance(rate, Rate):
-            assert settings.accepts(name) == (name in accept)
+            assert settings.encodings.accepts(name) == (name in accept)
         else:
-            assert settings.accepts(name) == (list(Rate).index(rate) <= list(Rate).index(floor))
-    assert not settings.accepts("nonsense")
+            assert settings.encodings.accepts(name) == (list(Rate).index(rate) <= list(Rate).index(floor))
+    assert not settings.encodings.accepts("nonsense")
 
 
 def test_several_encodings_are_one_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ClientSettings(encoding="medium-raw, exact-zstd,medium-raw")
-    assert settings.encoding == "medium-raw,exact-zstd"
-    assert settings.encodings == ("medium-raw", "exact-zstd")
-    assert settings.accept == ("medium-raw", "exact-zstd")
-    assert ClientSettings(encoding="low-zstd,high-zstd").accept == ("low-zstd", "high-zstd", "exact-zstd")
+    assert ",".join(settings.encodings.stored) == "medium-raw,exact-zstd"
+    assert settings.encodings.stored == ("medium-raw", "exact-zstd")
+    assert settings.encodings.accept == ("medium-raw", "exact-zstd")
+    assert ClientSettings(encoding="low-zstd,high-zstd").encodings.accept == (
+        "low-zstd",
+        "high-zstd",
+        "exact-zstd",
+    )
     monkeypatch.setenv("KVSTORE_FLOOR", "medium")
     monkeypatch.setenv("KVSTORE_ENCODING", "exact-zstd,medium-raw")
-    assert ClientSettings().floor is Rate.MEDIUM
-    assert ClientSettings().encodings == ("exact-zstd", "medium-raw")
+    assert ClientSettings().encodings.floor is Rate.MEDIUM
+    assert ClientSettings().encodings.stored == ("exact-zstd", "medium-raw")
     monkeypatch.setenv("KVSTORE_FLOOR", "")
-    assert ClientSettings().floor is None
+    assert ClientSettings().encodings.floor is None
 
 
 @pytest.mark.parametrize(

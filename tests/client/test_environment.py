@@ -11,7 +11,7 @@ import pytest
 from kvstore_api import environment
 from kvstore_client import connect
 from kvstore_client.cache_dir import default_cache_dir
-from kvstore_client.settings import ClientSettings, Durability
+from kvstore_client.settings import ClientSettings, Durability, settings_by_name
 from kvstore_codec.errors import ConfigurationError
 from tests.client.conftest import ServedCluster
 from tests.client.models import random_prompt, tiny_model
@@ -39,7 +39,7 @@ def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ClientSettings.model_fields)
+@pytest.mark.parametrize("name", settings_by_name())
 def test_an_empty_variable_means_not_set(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     expected = ClientSettings()
     monkeypatch.setenv(f"KVSTORE_{name.upper()}", "")
@@ -49,15 +49,15 @@ def test_an_empty_variable_means_not_set(monkeypatch: pytest.MonkeyPatch, name: 
 
 @pytest.mark.parametrize("name", ["floor", "recompute_ratio", "disk_tier", "tls_ca"])
 def test_an_empty_argument_means_not_set_where_a_setting_may_be_unset(name: str) -> None:
-    assert getattr(ClientSettings(**{name: ""}), name) is None
+    assert settings_by_name()[name].of(ClientSettings(**{name: ""})) is None
 
 
 def test_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/worker")
     assert ClientSettings(cache_dir=Path("~/kv")).cache_dir == Path("/home/worker/kv")
-    assert ClientSettings(tls_ca="~/ca.pem").tls_ca == Path("/home/worker/ca.pem")  # type: ignore[arg-type]
+    assert ClientSettings(tls_ca="~/ca.pem").transport.tls_ca == Path("/home/worker/ca.pem")  # type: ignore[arg-type]
     monkeypatch.setenv("KVSTORE_TLS_CA", "~/other.pem")
-    assert ClientSettings().tls_ca == Path("/home/worker/other.pem")
+    assert ClientSettings().transport.tls_ca == Path("/home/worker/other.pem")
     monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
     assert ClientSettings().cache_dir == default_cache_dir() == Path("/home/worker/cache/kvstore")
     monkeypatch.setenv("KVSTORE_CACHE_DIR", "~/kv")
@@ -181,11 +181,11 @@ def test_durability_has_a_name_of_its_own_and_its_former_one(
     monkeypatch.setattr(environment, "_named", set())
     monkeypatch.setenv("KVSTORE_DURABILITY", "durable")
     for _ in range(2):
-        assert ClientSettings().put_durability is Durability.DURABLE
+        assert ClientSettings().store.durability is Durability.DURABLE
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "KVSTORE_DURABILITY is read as KVSTORE_PUT_DURABILITY" in warning
     monkeypatch.setenv("KVSTORE_PUT_DURABILITY", "memory")
-    assert ClientSettings().put_durability is Durability.MEMORY
+    assert ClientSettings().store.durability is Durability.MEMORY
     with connect(durability="relaxed") as client:
-        assert client.settings.put_durability is Durability.RELAXED
+        assert client.settings.store.durability is Durability.RELAXED
     assert "put_durability" in caplog.text

@@ -19,6 +19,7 @@ from kvstore_client.engines.transformers import CachedModel
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.grpc_server import GrpcServer, unary
 from kvstore_service.listen import Address
+from tests.client.changed_settings import changed
 from tests.client.chunks import flip_bit
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
@@ -150,7 +151,7 @@ def test_link_is_silent_from_the_start(worker: Worker) -> None:
 @LONG_DOCUMENT
 def test_deadline_passes_on_a_slow_link(worker: Worker) -> None:
     worker.links[1].set_bandwidth(4e6)
-    routes = worker.client.settings.routes
+    routes = worker.client.settings.transport.routes
     with connect(worker.cluster.address, routes=routes, fetch_timeout_s=0.4) as client:
         cached = CachedModel(tiny_model(), client, store=False)
         assert torch.equal(cached.generate(worker.prompt, **GREEDY), worker.expected)
@@ -252,7 +253,7 @@ def test_a_client_that_was_closed_prefills_new_text_too(worker: Worker) -> None:
 @LONG_DOCUMENT
 def test_an_owner_that_stalls_is_not_waited_for_again(worker: Worker) -> None:
     assert torch.equal(worker.while_fetching(worker.links[1].cut), worker.expected)
-    patient = worker.client.settings.model_copy(update={"retry_after_s": 30.0})
+    patient = changed(worker.client.settings, retry_after_s=30.0)
     with KVStoreClient(patient) as client:
         cached = CachedModel(worker.cached.model, client, store=False)
         assert torch.equal(cached.generate(worker.prompt, **GREEDY), worker.expected)

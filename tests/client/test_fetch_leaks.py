@@ -77,7 +77,7 @@ class Busy:
         assert eventually(lambda: sockets() <= self.sockets_before + IDLE_SOCKETS), sockets()
         gc.collect()
         assert not list(self.fetches)
-        assert pooled_bytes(self.client) == self.client.settings.pool_bytes  # what it held, and no more
+        assert pooled_bytes(self.client) == self.client.settings.fetch.pool_bytes  # what it held, and no more
         self.client.close()
         assert eventually(lambda: sockets() == self.sockets_before), (sockets(), self.sockets_before)
 

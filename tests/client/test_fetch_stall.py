@@ -122,7 +122,7 @@ def test_without_a_replica_what_is_missing_is_said_in_time(tmp_path: Path, way: 
         took_s, report = timed_fetch(replicated, meanwhile)
         assert report.missing
         assert set(report.missing) <= lost  # the other owner's chunks came
-        patience_s = replicated.client.settings.stall_timeout_s if way == "falls silent" else 0.5
+        patience_s = replicated.client.settings.timeouts.fetch_stall_s if way == "falls silent" else 0.5
         assert took_s < undisturbed_s + patience_s + 1.0
 
 

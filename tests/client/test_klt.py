@@ -388,10 +388,10 @@ def test_chunks_stored_without_features_are_dropped(
 
 
 def test_what_is_stored_is_accepted_unless_said_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ClientSettings().accept == ("exact-zstd",)
-    assert ClientSettings(encoding=MEDIUM).accept == (MEDIUM, "exact-zstd")
-    assert ClientSettings(encoding=MEDIUM, accept=("exact-zstd",)).accept == ("exact-zstd",)
+    assert ClientSettings().encodings.accept == ("exact-zstd",)
+    assert ClientSettings(encoding=MEDIUM).encodings.accept == (MEDIUM, "exact-zstd")
+    assert ClientSettings(encoding=MEDIUM, accept=("exact-zstd",)).encodings.accept == ("exact-zstd",)
     monkeypatch.setenv("KVSTORE_ENCODING", MEDIUM)
-    assert ClientSettings().accept == (MEDIUM, "exact-zstd")
+    assert ClientSettings().encodings.accept == (MEDIUM, "exact-zstd")
     monkeypatch.setenv("KVSTORE_ACCEPT", "high-klt-pco, exact-zstd")
-    assert ClientSettings().accept == ("high-klt-pco", "exact-zstd")
+    assert ClientSettings().encodings.accept == ("high-klt-pco", "exact-zstd")

@@ -22,6 +22,7 @@ from kvstore_client.store import NewChunk
 from kvstore_client.transport import GrpcTransport, ReadStream
 from kvstore_codec.identity import chunk_ids
 from kvstore_codec.model_spec import RopeSpec
+from tests.client.changed_settings import changed
 from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import served_cluster
 from tests.client.test_replicas import CHUNKS, PATIENCE, Replicated, put, replicated
@@ -82,8 +83,8 @@ def test_a_silent_bulk_port_is_waited_for_once(replicated: Replicated) -> None:
 
 
 def test_a_fetch_does_not_look_for_others_beyond_its_deadline(replicated: Replicated) -> None:
-    hasty = replicated.client.settings.model_copy(
-        update={"fetch_timeout_s": 0.6, "stall_timeout_s": 0.5, "lookup_timeout_s": 3.0}
+    hasty = changed(
+        replicated.client.settings, fetch_timeout_s=0.6, stall_timeout_s=0.5, lookup_timeout_s=3.0
     )
     with KVStoreClient(hasty) as client:
         match = client.match(SPEC, replicated.document)
@@ -100,7 +101,7 @@ def test_a_fetch_does_not_look_for_others_beyond_its_deadline(replicated: Replic
 def test_owners_that_are_silent_are_waited_for_together(replicated: Replicated) -> None:
     for cable in replicated.cables:
         cable.cut()
-    patient = replicated.client.settings.model_copy(update={"put_stall_timeout_s": 0.6})
+    patient = changed(replicated.client.settings, put_stall_timeout_s=0.6)
     with KVStoreClient(patient) as client:
         started = time.monotonic()
         assert put(client, ids(6, seed=3)) == 0

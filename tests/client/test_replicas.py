@@ -19,6 +19,7 @@ from kvstore_client.replicas import chunk_ref
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import ChunkId
 from kvstore_service.grpc_storage import serve_storage
+from tests.client.changed_settings import changed
 from tests.client.chunks import SPEC, flip_bit, ids, random_kv
 from tests.client.conftest import ServedCluster, served_cluster
 
@@ -249,7 +250,7 @@ def test_a_slow_node_that_has_the_only_copy_is_waited_for(replicated: Replicated
 def test_puts_go_on_when_an_owner_is_silent(replicated: Replicated) -> None:
     document = ids(6, seed=3)
     replicated.cables[0].cut()
-    patient = replicated.client.settings.model_copy(update={"put_stall_timeout_s": 0.5, "retry_after_s": 9.0})
+    patient = changed(replicated.client.settings, put_stall_timeout_s=0.5, retry_after_s=9.0)
     with KVStoreClient(patient) as client:
         assert put(client, document) == 6
         silent = client.metrics.snapshot()
@@ -311,7 +312,7 @@ def test_nodes_keep_what_models_attended_to(tmp_path: Path) -> None:
 
 def test_a_node_that_answers_again_is_asked_again(replicated: Replicated) -> None:
     """However long it was away: the other owner may be the next to go."""
-    patient = replicated.client.settings.model_copy(update={"retry_after_s": 60.0, "membership_ttl_s": 60.0})
+    patient = changed(replicated.client.settings, retry_after_s=60.0, membership_ttl_s=60.0)
     with KVStoreClient(patient) as client:
         match = client.match(SPEC, replicated.document)
         client.release(match)

@@ -86,8 +86,8 @@ def tune(
 
     settings = ClientSettings()
     recompute = Recompute(
-        selector or settings.recompute_selector,
-        drift=settings.recompute_drift if drift is None else drift,
+        selector or settings.recompute.selector,
+        drift=settings.recompute.drift if drift is None else drift,
     )
     options = Options(
         recompute,

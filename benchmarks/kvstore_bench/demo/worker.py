@@ -161,7 +161,7 @@ class _Session:
         answer, text = self._answer(prompt, output)
         return Run(
             "hit",
-            cached.client.settings.encoding,
+            ",".join(cached.client.settings.encodings.stored),
             len(prompt),
             first.ttft_s,
             report.reused_tokens,

@@ -22,7 +22,7 @@ class SerialRestorer(Restorer):
 
 
 def connect_policy(address: str, settings: Mapping[str, Any]) -> KVStoreClient:
-    """`settings` are fields of ClientSettings, and `pipelined`: whether the stages of a fetch overlap. Where they do
+    """`settings` are those of `connect`, and `pipelined`: whether the stages of a fetch overlap. Where they do
     not, nothing is planned again while it fetches."""
     fields = {name: value for name, value in settings.items() if name != "pipelined"}
     if settings.get("pipelined", True):

@@ -103,7 +103,7 @@ class _Engine:
         cached = CachedModel(self._model, client, store=False)
         client.prepare(cached.spec).result()
         # Before it is closed, which ends the comparison: a model that is not compared reuses nothing.
-        cached.canary.refusal(cached.spec, wait_s=client.settings.canary_timeout_s)
+        cached.canary.refusal(cached.spec, wait_s=client.settings.timeouts.canary_s)
         return cached
 
     def measure(self, policy: str, tokens: int, judge: bool) -> dict[str, Any]:

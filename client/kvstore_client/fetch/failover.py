@@ -225,7 +225,7 @@ class Failover:
 
     def watch(self, over: threading.Event) -> None:
         """The loop of the thread that watches, until the fetch is over."""
-        limit_s = self._settings.failover_s
+        limit_s = self._settings.timeouts.failover_s
         while not over.wait(min(limit_s / _CHECKS_PER_LIMIT, _LOOK_EVERY_S)):
             self._progress.check_patience()
             with self._lock:

@@ -81,22 +81,22 @@ class Fetch:
         self._finished: FetchReport | None = None
         replanner: Replanner | None = None
         if planner is not None and computing is not None:
-            replanner = Replanner(planner, links, computing, timeline, metrics, replan=settings.replan)
+            replanner = Replanner(planner, links, computing, timeline, metrics, replan=settings.fetch.replan)
         self._replanner = replanner
         self._progress = FetchState(
             match.chunks,
             layers=buffers.keys.shape[0],
-            deadline_s=settings.fetch_timeout_s,
-            stall_s=settings.stall_timeout_s,
+            deadline_s=settings.timeouts.fetch_s,
+            stall_s=settings.timeouts.fetch_stall_s,
             timeline=timeline,
             replanner=replanner,
             computed=joined(computed),
         )
         destination = Destination(buffers, rotary)
         predictions = Predictions(match.chunks, features)
-        workers = settings.decoders
+        workers = settings.fetch.decoders
         members = self._progress.members
-        received = StageQueue[ReceivedFrames](settings.inflight_bytes, producers=len(members))
+        received = StageQueue[ReceivedFrames](settings.fetch.inflight_bytes, producers=len(members))
         self._progress.on_end(received.abort)
         replans = replanner is not None and replanner.replan
         self._failover = Failover(view, links, settings, match.chunks, self._progress, replans=replans)

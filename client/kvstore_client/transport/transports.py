@@ -51,13 +51,13 @@ class Transports:
 
     def _reaches_bulk(self, member: Member) -> bool:
         """Who routes a member's gRPC endpoint elsewhere means all of its bytes."""
-        routes = self._settings.routes
+        routes = self._settings.transport.routes
         return bool(_port(member.bulk_endpoint)) and (
             member.endpoint not in routes or member.bulk_endpoint in routes
         )
 
     def _connect(self, member: Member, channel: grpc.Channel) -> BulkTransport:
-        dial = self._settings.routes.get(member.bulk_endpoint, member.bulk_endpoint)
+        dial = self._settings.transport.routes.get(member.bulk_endpoint, member.bulk_endpoint)
         host = dial.rpartition(":")[0]
         name = member.bulk_endpoint.rpartition(":")[0].strip("[]")
         connections = Connections(host.strip("[]"), _port(dial), self._tls, name or member.node_id)
@@ -84,11 +84,11 @@ def _port(address: str) -> int:
 
 
 def _client_tls(settings: ClientSettings) -> ssl.SSLContext | None:
-    if settings.tls_ca is None:
+    if settings.transport.tls_ca is None:
         return None
     try:
-        return ssl.create_default_context(cafile=settings.tls_ca)
+        return ssl.create_default_context(cafile=settings.transport.tls_ca)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"tls_ca: {settings.tls_ca} is not a PEM file with certificates ({error})"
+            f"tls_ca: {settings.transport.tls_ca} is not a PEM file with certificates ({error})"
         ) from error

@@ -30,7 +30,7 @@ def test_the_environment_allows_no_other_encodings(name: str, monkeypatch: pytes
     policy = policy_named(name, None, {})
     settings = ClientSettings(**policy.settings)
     some = {"exact-raw", "exact-zstd", *policy.encodings}
-    assert {encoding for encoding in some if settings.accepts(encoding)} == set(policy.encodings)
+    assert {encoding for encoding in some if settings.encodings.accepts(encoding)} == set(policy.encodings)
 
 
 def test_adaptive_ones_differ_in_one_setting_each() -> None:

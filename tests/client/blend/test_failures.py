@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from kvstore_bench.shaping import ShapedLink
-from kvstore_client import connect
+from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.recompute import Recompute, selector
 from kvstore_client.settings import SelectorName
 from tests.client.blend.library import GREEDY, PATIENT, QUESTION, SYSTEM, Library, check_close, joined, text
 from tests.client.blend.reference import sharp
+from tests.client.changed_settings import changed
 from tests.client.chunks import flip_bit
 from tests.client.conftest import served_cluster
 
@@ -165,10 +166,10 @@ def test_all_nodes_die_during_a_fetch(remote: Remote) -> None:
 
 @pytest.mark.parametrize("recompute", [Recompute(), Recompute(SelectorName.FIRST_K, drift=False)], ids=str)
 def test_a_link_too_slow_for_the_deadline(remote: Remote, recompute: Recompute) -> None:
-    settings = remote.client.settings.model_dump() | {"fetch_timeout_s": 0.4}
+    settings = changed(remote.client.settings, fetch_timeout_s=0.4)
     for link in remote.links:
         link.set_bandwidth(2e6)
-    with connect(**settings) as client:
+    with KVStoreClient(settings) as client:
         cached = CachedModel(remote.cached.model, client, store=False)
         prompt, lengths = joined(*SEGMENTS)
         started_s = time.monotonic()

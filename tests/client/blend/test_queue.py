@@ -172,7 +172,7 @@ def test_many_requests_leave_nothing_behind(queued: Queued, count: int) -> None:
     assert eventually(lambda: steady_threads() == threads), steady_threads()
     gc.collect()
     assert not [one for one in gc.get_objects() if type(one) is Fetch]
-    assert pooled_bytes(queued.client) <= queued.client.settings.pool_bytes
+    assert pooled_bytes(queued.client) <= queued.client.settings.fetch.pool_bytes
     assert resident_bytes() - resident < 64 << 20
     assert queued.counted("miss_internal_error") == 0
     assert queued.counted("waiting_for_kv") == 0

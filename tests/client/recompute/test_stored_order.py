@@ -55,29 +55,29 @@ def test_not_by_a_rank_that_sees_but_its_own_heads(cluster: ServedCluster) -> No
 
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ClientSettings()
-    assert settings.recompute_selector == "focus"
-    assert settings.recompute_ratio is None
-    assert settings.recompute_floor == 0.15
-    assert settings.recompute_drift
+    assert settings.recompute.selector == "focus"
+    assert settings.recompute.ratio is None
+    assert settings.recompute.floor == 0.15
+    assert settings.recompute.drift
     monkeypatch.setenv("KVSTORE_RECOMPUTE_SELECTOR", "frequency-high")
     monkeypatch.setenv("KVSTORE_RECOMPUTE_RATIO", "0.3")
     monkeypatch.setenv("KVSTORE_RECOMPUTE_FLOOR", "0.05")
     monkeypatch.setenv("KVSTORE_RECOMPUTE_DRIFT", "false")
     settings = ClientSettings()
-    assert settings.recompute_selector is SelectorName.FREQUENCY_HIGH
-    assert settings.recompute_selector.needs_order
-    assert (settings.recompute_ratio, settings.recompute_floor) == (0.3, 0.05)
-    assert not settings.recompute_drift
+    assert settings.recompute.selector is SelectorName.FREQUENCY_HIGH
+    assert settings.recompute.selector.needs_order
+    assert (settings.recompute.ratio, settings.recompute.floor) == (0.3, 0.05)
+    assert not settings.recompute.drift
     monkeypatch.setenv("KVSTORE_RECOMPUTE_RATIO", "")
     monkeypatch.setenv("KVSTORE_DISK_TIER", "")
-    assert (ClientSettings().recompute_ratio, ClientSettings().disk_tier) == (None, None)
+    assert (ClientSettings().recompute.ratio, ClientSettings().recompute.disk_tier) == (None, None)
 
 
 @pytest.mark.parametrize("zero", [0, 0.0, "0"])
 def test_a_ratio_of_nothing_is_a_ratio(monkeypatch: pytest.MonkeyPatch, zero: object) -> None:
-    assert ClientSettings(recompute_ratio=zero).recompute_ratio == 0  # type: ignore[arg-type]
+    assert ClientSettings(recompute_ratio=zero).recompute.ratio == 0  # type: ignore[arg-type]
     monkeypatch.setenv("KVSTORE_RECOMPUTE_RATIO", "0")
-    assert ClientSettings().recompute_ratio == 0
+    assert ClientSettings().recompute.ratio == 0
 
 
 @pytest.mark.parametrize(

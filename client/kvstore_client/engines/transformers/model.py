@@ -149,7 +149,7 @@ class CachedModel:
         described = self._current(input_ids)
         if described.refusal is not None:
             return PendingGeneration(input_ids, arguments, timeline, bypassed=described.refusal.reason)
-        refusal = self._refusal(self.client.settings.canary_timeout_s)
+        refusal = self._refusal(self.client.settings.timeouts.canary_s)
         if refusal in FINAL:
             return PendingGeneration(
                 input_ids, arguments, timeline, bypassed=refusal, why_not=self.canary.why(refusal)
@@ -202,7 +202,7 @@ class CachedModel:
             return False
         if self._identity.current(input_ids).refusal is not None:
             return False
-        if self._refusal(self.client.settings.lookup_timeout_s) is not None:
+        if self._refusal(self.client.settings.timeouts.lookup_s) is not None:
             self._require_segments(input_ids, segments)
             return False
         if self._segments is not None and segments is not None and len(segments) > 1:
@@ -278,7 +278,7 @@ class CachedModel:
         refusal = self._current().refusal
         if refusal is not None:
             raise UnsupportedModelError(f"{self.spec.model_id}: {refusal.detail}")
-        if (reason := self._refusal(self.client.settings.canary_timeout_s)) is not None:
+        if (reason := self._refusal(self.client.settings.timeouts.canary_s)) is not None:
             raise FetchError(f"nothing may be reused: {self.canary.why(reason)}")
         timeline, tokens = Timeline(), input_ids[0]
         plan = self._segments.plan(self.spec, tokens.tolist(), segments, recompute, timeline)

@@ -72,7 +72,7 @@ class RequestQueue:
         self, cached: CachedModel, *, fetches: int = 4, buffer_bytes: int | None = None, early_s: float = 0.05
     ) -> None:
         client = cached.client
-        limit_bytes = client.settings.pool_bytes if buffer_bytes is None else buffer_bytes
+        limit_bytes = client.settings.fetch.pool_bytes if buffer_bytes is None else buffer_bytes
         self._cached = cached
         self._fetches, self._buffer_bytes, self._early_s = fetches, limit_bytes, early_s
         self._start()

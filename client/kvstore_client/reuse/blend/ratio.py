@@ -32,7 +32,7 @@ class Ratios:
     def __init__(self, settings: ClientSettings, links: Links) -> None:
         self._settings, self._links = settings, links
         self._follows_link = (
-            not settings.recompute_drift and not selector(settings.recompute_selector).needs_kv
+            not settings.recompute.drift and not selector(settings.recompute.selector).needs_kv
         )
         """Otherwise everything travels, and computing more saves nothing of that."""
         self._known: _Known | None = None
@@ -40,10 +40,10 @@ class Ratios:
     def recompute(self, model_digest: bytes, match: Match) -> Recompute:
         """How the chunks of `match` are repaired."""
         settings = self._settings
-        ratio = settings.recompute_ratio
+        ratio = settings.recompute.ratio
         if ratio is None:
             ratio = self._ratio(model_digest, match)
-        return Recompute(settings.recompute_selector, ratio, settings.recompute_drift)
+        return Recompute(settings.recompute.selector, ratio, settings.recompute.drift)
 
     def computed(self, tokens: int, seconds: float) -> None:
         """So many tokens passed through the model in so many seconds, without what they waited for KV."""
@@ -63,7 +63,7 @@ class Ratios:
     def _read(self, model_digest: bytes) -> _Known:
         tuned = TunedRatios(self._settings.cache_dir).load(model_digest)
         found = {DRAM: tuned.get(DRAM), DISK: self._of_disk(tuned)}
-        floor = self._settings.recompute_floor
+        floor = self._settings.recompute.floor
         return _Known(
             model_digest,
             {
@@ -75,8 +75,8 @@ class Ratios:
         )
 
     def _of_disk(self, tuned: Mapping[str, Tuned]) -> Tuned | None:
-        if self._settings.disk_tier is not None:
-            return tuned.get(self._settings.disk_tier)
+        if self._settings.recompute.disk_tier is not None:
+            return tuned.get(self._settings.recompute.disk_tier)
         return tuned.get(DISK) or tuned.get(_LIKE_DISK)
 
     def _bandwidth_Bps(self, match: Match) -> float | None:  # noqa: N802

@@ -97,7 +97,7 @@ class SegmentReuse:
     def worth(self, plan: SegmentPlan, total: int) -> SegmentPlan | None:
         """The plan as it is best carried out; None when the prompt is better prefilled."""
         profile = self._costs.snapshot() if self._costs is not None else None
-        return worth_reusing(plan, total, profile, self._client.links, self._client.settings.decoders)
+        return worth_reusing(plan, total, profile, self._client.links, self._client.settings.fetch.decoders)
 
     def start(
         self,

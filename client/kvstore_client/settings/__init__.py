@@ -1,0 +1,19 @@
+"""Settings of a client, in groups, from arguments or `KVSTORE_*` environment variables."""
+
+from kvstore_client.settings.client import ClientSettings, Setting, flat_name, settings_by_name
+from kvstore_client.settings.encodings import EXACT, EncodingSettings
+from kvstore_client.settings.fetch import FetchPolicy
+from kvstore_client.settings.recompute import SelectorName
+from kvstore_client.settings.store import Durability
+
+__all__ = [
+    "EXACT",
+    "ClientSettings",
+    "Durability",
+    "EncodingSettings",
+    "FetchPolicy",
+    "SelectorName",
+    "Setting",
+    "flat_name",
+    "settings_by_name",
+]

@@ -1,0 +1,43 @@
+"""How a client reaches the nodes."""
+
+from pathlib import Path
+
+from pydantic import Field, field_validator
+
+from kvstore_client.cache_dir import expanded
+from kvstore_client.settings.group import SettingsGroup
+
+
+class TransportSettings(SettingsGroup):
+    """How nodes are reached, and when they are asked again."""
+
+    routes: dict[str, str] = Field(default_factory=dict)
+    """Addresses to dial instead of the advertised ones, `advertised=dial,...`, for port forwarding or link shaping."""
+
+    tls_ca: Path | None = None
+    """PEM file of the authority that signed the certificates of the nodes' bulk ports. When given, KV bytes travel over
+    TLS only."""
+
+    membership_ttl_s: float = Field(default=5.0, gt=0)
+    """Age in seconds from which the list of nodes is refreshed, in the background."""
+
+    retry_after_s: float = Field(default=1.0, ge=0)
+    """Pause in seconds after a failed lookup or fetch, in which the same node is not asked again. It grows with each
+    further failure."""
+
+    @field_validator("routes", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return dict(pair.strip().split("=", 1) for pair in value.split(",") if pair.strip())
+
+    @field_validator("tls_ca", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+    @field_validator("tls_ca")
+    @classmethod
+    def _expand_home(cls, value: Path | None) -> Path | None:
+        return None if value is None else expanded(value)
