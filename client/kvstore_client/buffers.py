@@ -1,16 +1,27 @@
-"""Where fetched KV lands: memory that was touched before.
+"""Host memory that fetched KV is written to, kept and used again.
 
 The first write to fresh pages runs at 1-2 GB/s, slower than a fast link and slower than decoding; warm memory takes
-25 GB/s. So buffers are kept and used again.
+25 GB/s. Where there is a CUDA device the memory is page-locked, because a copy from pageable memory blocks its caller.
 """
 
+import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from kvstore_client.threads import single_threaded
 from kvstore_codec.model_spec import ModelSpec
+
+log = logging.getLogger(__name__)
+
+
+class Copy(Protocol):
+    """A copy to a device that runs behind its caller, such as `torch.cuda.Event` recorded behind it."""
+
+    def query(self) -> bool:
+        """Whether the copy has ended. Does not block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +33,8 @@ class KVBuffers:
     values: torch.Tensor
     memory: torch.Tensor
     """The flat bytes that both lie in."""
+    copies: list[Copy] = field(default_factory=list, compare=False)
+    """Copies to a device that may still read the memory when the buffers are given back."""
 
 
 class BufferPool:
@@ -31,13 +44,14 @@ class BufferPool:
         self._limit_bytes = limit_bytes
         self._lock = threading.Lock()
         self._free: list[torch.Tensor] = []
+        self._being_copied: list[KVBuffers] = []
 
     @single_threaded()  # a team of threads that exists here would hang the first one that a forked child makes
     def reserve(self, size_bytes: int) -> None:
         """Have that much memory ready, or what the pool may keep at most, touched ahead of time."""
         size_bytes = min(size_bytes, self._limit_bytes)
         memory = self._smallest(size_bytes)
-        self._keep(torch.zeros(size_bytes, dtype=torch.uint8, device="cpu") if memory is None else memory)
+        self._keep(_host_memory(size_bytes).zero_() if memory is None else memory)
 
     def take(self, spec: ModelSpec, tokens: int) -> KVBuffers:
         """Buffers for `tokens` tokens: the smallest free memory that holds them, or new memory."""
@@ -45,17 +59,29 @@ class BufferPool:
         half_bytes = tokens * spec.kv_bytes_per_token // 2
         memory = self._smallest(2 * half_bytes)
         if memory is None:
-            memory = torch.empty(2 * half_bytes, dtype=torch.uint8, device="cpu")
+            memory = _host_memory(2 * half_bytes)
         keys, values = (
             memory[begin : begin + half_bytes].view(spec.dtype.torch).view(shape) for begin in (0, half_bytes)
         )
         return KVBuffers(keys, values, memory)
 
     def give_back(self, buffers: KVBuffers) -> None:
-        """The caller no longer reads or writes these buffers."""
-        self._keep(buffers.memory)
+        """The caller no longer reads or writes these buffers. They are used again when their copies have ended."""
+        with self._lock:
+            self._being_copied.append(buffers)
+        self._keep_copied()
+
+    def _keep_copied(self) -> None:
+        """Keep the memory that no copy reads any more. Memory that one still reads counts to nobody's limit: there is
+        no more of it than requests in flight took."""
+        with self._lock:
+            copied = [b for b in self._being_copied if all(copy.query() for copy in b.copies)]
+            self._being_copied = [b for b in self._being_copied if all(b is not other for other in copied)]
+        for buffers in copied:
+            self._keep(buffers.memory)
 
     def _smallest(self, size_bytes: int) -> torch.Tensor | None:
+        self._keep_copied()
         with self._lock:
             fitting = [m for m in self._free if m.numel() >= size_bytes]
             if not fitting:
@@ -74,3 +100,13 @@ class BufferPool:
                     kept.append(piece)
                     total_bytes += piece.numel()
             self._free = kept
+
+
+def _host_memory(size_bytes: int) -> torch.Tensor:
+    """Bytes that were not touched yet; page-locked where there is a CUDA device and memory left to lock."""
+    if torch.cuda.is_available():
+        try:
+            return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        except RuntimeError as error:  # also in a forked child, which cannot use the parent's device
+            log.info("KV is fetched into pageable memory: %s", error)
+    return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")

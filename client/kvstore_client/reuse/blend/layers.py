@@ -40,6 +40,7 @@ class DeviceLayers:
             with torch.cuda.stream(self._stream):
                 keys.copy_(self._host.keys[layer], non_blocking=True)
                 values.copy_(self._host.values[layer], non_blocking=True)
+                self._host.copies.append(self._stream.record_event())
             torch.cuda.current_stream(keys.device).wait_stream(self._stream)
             self._copied.add(layer)
         return keys, values
