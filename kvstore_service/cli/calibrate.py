@@ -11,8 +11,9 @@ from blake3 import blake3
 from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_service.cli.borrowed_options import borrow_options, flag_of
 from kvstore_service.cli.console import output, print_table
-from kvstore_service.cli.extensions import extension
+from kvstore_service.cli.extensions import extension_command
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import DType, load_model
 
@@ -31,6 +32,7 @@ _STAGES = {
 _CODEC, _RATIO = "How KV is coded (needs --text and --out)", "How much is computed again (with --ratio)"
 
 
+@borrow_options("tune", _RATIO)
 def calibrate(
     model: Annotated[str, typer.Option(help="A folder in transformers format, or smollm2.")],
     text: Annotated[
@@ -89,82 +91,24 @@ def calibrate(
         bool,
         typer.Option("--ratio", help="The former name of `kvstore tune`.", rich_help_panel=_RATIO),
     ] = False,
-    tier: Annotated[
-        str | None,
-        typer.Option(
-            help="Where documents are stored, comma-separated: dram, ssd (a disk of 550 MB/s), hdd (160 MB/s), disk "
-            "(the one of --data-dir as it is). A worker goes by dram or disk, and without disk by ssd, or by what its "
-            "KVSTORE_DISK_TIER says.",
-            show_default="dram,ssd,hdd",
-            rich_help_panel=_RATIO,
-        ),
-    ] = None,
-    selector: Annotated[
-        str | None,
-        typer.Option(
-            help="Which tokens are computed again, as workers have it.",
-            show_default="KVSTORE_RECOMPUTE_SELECTOR, else focus",
-            rich_help_panel=_RATIO,
-        ),
-    ] = None,
-    drift: Annotated[
-        bool | None,
-        typer.Option(
-            "--drift/--no-drift",
-            help="Whether their neighbours move with them.",
-            show_default="KVSTORE_RECOMPUTE_DRIFT, else yes",
-            rich_help_panel=_RATIO,
-        ),
-    ] = None,
-    repeats: Annotated[
-        int | None,
-        typer.Option(min=1, help="Rounds behind each measurement.", show_default="3", rich_help_panel=_RATIO),
-    ] = None,
-    sweep: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Measure so many ratios besides, evenly spaced, to see what the tuned one is worth.",
-            show_default="0",
-            rich_help_panel=_RATIO,
-        ),
-    ] = None,
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder on the disk to measure; nothing stays there.",
-            show_default="a temporary one",
-            rich_help_panel=_RATIO,
-        ),
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Where the result goes.", rich_help_panel=_RATIO)
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="PNG of seconds over the ratio.", rich_help_panel=_RATIO)
-    ] = None,
+    **tune_options: object,
 ) -> None:
     """Learn from text how a model's KV is coded smallest, and what each rate costs in fidelity. A stopped run goes on
     where it was.
 
-    With --ratio it is `kvstore tune`.
+    With --ratio it is `kvstore tune`, and takes its options.
     """
     of_codec: dict[str, object] = {
         "--text": text, "--out": out, "--rank": rank, "--period-layers": period_layers, "--publish": publish,
     }  # fmt: skip
-    of_ratio: dict[str, object] = {
-        "--tier": tier, "--selector": selector, "--drift": drift, "--repeats": repeats, "--sweep": sweep,
-        "--data-dir": data_dir, "--json": json_file, "--plot": plot,
-    }  # fmt: skip
     if ratio:
         _refuse(of_codec, "is about how KV is coded, and cannot be used with --ratio")
-        asked = {"tokens": tokens, "repeats": repeats, "sweep": sweep}
-        extension("tune")(
-            model, tier=tier, selector=selector, drift=drift, data_dir=data_dir, dtype=dtype, model_id=model_id,
-            json_file=json_file, plot=plot, **{name: value for name, value in asked.items() if value is not None},
-        )  # fmt: skip
+        given = {
+            name: value for name, value in {"tokens": tokens, **tune_options}.items() if value is not None
+        }
+        extension_command("tune")(model, dtype=dtype, model_id=model_id, **given)
         return
-    _refuse(of_ratio, "needs --ratio")
+    _refuse({flag_of(calibrate, name): value for name, value in tune_options.items()}, "needs --ratio")
     if not text or out is None:
         raise typer.BadParameter(
             "is needed, unless --ratio is given", param_hint="--out" if text else "--text"

@@ -1,45 +1,37 @@
-"""Commands that other packages add to `kvstore`, by entry points of the group `kvstore.commands`."""
+"""Commands that other packages add to `kvstore`."""
 
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
 import typer
 
 from kvstore_codec.errors import StartupError
+from kvstore_service.extensions import INSTALL, Group, load_extensions
 
-_GROUP = "kvstore.commands"
+_GROUP: Group = "kvstore.commands"
 
 
 def add_extensions(app: typer.Typer) -> None:
     """Adds every registered command or group to `app`. One that cannot be imported says what is missing when it is
     called, so that the other commands work."""
-    for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name):
-        try:
-            loaded = entry.load()
-        except ImportError as error:
-            _add_refusal(app, entry.name, str(error))
+    for extension in load_extensions(_GROUP):
+        if extension.reason:
+            _add_refusal(app, extension.name, extension.reason)
+        elif isinstance(extension.value, typer.Typer):
+            app.add_typer(extension.value, name=extension.name)
         else:
-            _add(app, entry, loaded)
+            app.command(extension.name)(extension.value)
 
 
-def extension(name: str) -> Callable[..., Any]:
+def extension_command(name: str) -> Callable[..., Any]:
     """The function behind a registered command. Raises StartupError where it is not installed."""
-    entries = list(entry_points(group=_GROUP, name=name))
-    if not entries:
+    found = {extension.name: extension for extension in load_extensions(_GROUP)}
+    if name not in found:
         _refuse(name, "no package provides it")
-    try:
-        command: Callable[..., Any] = entries[0].load()
-    except ImportError as error:
-        _refuse(name, str(error))
+    if found[name].reason:
+        _refuse(name, found[name].reason)
+    command: Callable[..., Any] = found[name].value
     return command
-
-
-def _add(app: typer.Typer, entry: EntryPoint, loaded: Any) -> None:
-    if isinstance(loaded, typer.Typer):
-        app.add_typer(loaded, name=entry.name)
-    else:
-        app.command(entry.name)(loaded)
 
 
 def _add_refusal(app: typer.Typer, name: str, reason: str) -> None:
@@ -53,4 +45,4 @@ def _add_refusal(app: typer.Typer, name: str, reason: str) -> None:
 
 
 def _refuse(name: str, reason: str) -> NoReturn:
-    raise StartupError(f"kvstore {name} is not installed ({reason}): pip install 'kvstore-service[bench]'")
+    raise StartupError(f"kvstore {name} is not installed ({reason}): {INSTALL}")

@@ -1,22 +1,25 @@
 """What this machine can do for the service, found out by trying, and for what is missing: why, and what to do."""
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from importlib.metadata import entry_points
+from functools import partial
 
 from kvstore_service.doctor import configuration, essentials, machine, services, video
 from kvstore_service.doctor.finding import Check, Finding, missing
+from kvstore_service.extensions import INSTALL, load_extensions
 
-__all__ = ["CHECKS", "Check", "Finding", "examine"]
+__all__ = ["CHECKS", "Check", "Finding", "added_checks", "examine"]
 
 _NamedCheck = tuple[str, bool, Callable[[], Finding]]
 
 
-def _added() -> Iterator[_NamedCheck]:
-    """Checks of other packages, by entry points of the group `kvstore.checks`."""
-    for entry in entry_points(group="kvstore.checks"):
-        with suppress(ImportError):
-            yield from entry.load()
+def added_checks() -> Iterator[_NamedCheck]:
+    """Checks of other packages. Those that cannot be imported are one check that finds that out."""
+    for extension in load_extensions("kvstore.checks"):
+        if extension.reason:
+            reason = f"its checks cannot be imported: {extension.reason}"
+            yield extension.name, False, partial(missing, reason, f"If they are wanted: {INSTALL}")
+        else:
+            yield from extension.value
 
 
 # Name, essential, and how to find out. Without what is essential nothing works.
@@ -35,7 +38,7 @@ CHECKS: tuple[_NamedCheck, ...] = (
     ("Redis client", False, services.redis_client),
     ("Redis server", False, services.redis_server),
     ("Redis connection", False, services.redis_connection),
-    *_added(),
+    *added_checks(),
 )
 
 

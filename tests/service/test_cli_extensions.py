@@ -1,14 +1,19 @@
 """Commands that other packages add to `kvstore`."""
 
+import inspect
 from importlib.metadata import EntryPoint
+from typing import Annotated
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from kvstore_bench.cli.tune import tune
 from kvstore_codec.errors import StartupError
-from kvstore_service.cli import extensions
+from kvstore_service import extensions
 from kvstore_service.cli.app import app
+from kvstore_service.cli.borrowed_options import borrow_options
+from kvstore_service.cli.extensions import add_extensions
 
 
 def test_the_measuring_equipment_adds_its_commands() -> None:
@@ -23,7 +28,7 @@ def test_a_command_that_cannot_be_imported_says_what_to_install(monkeypatch: pyt
     monkeypatch.setattr(extensions, "entry_points", lambda **_: [absent])
     bare = typer.Typer()
     bare.command("status")(lambda: print("sound"))
-    extensions.add_extensions(bare)
+    add_extensions(bare)
     assert CliRunner().invoke(bare, ["status"]).stdout == "sound\n"
     for arguments in (["bench"], ["bench", "codec", "--quick"], ["bench", "--help"]):
         error = CliRunner().invoke(bare, arguments).exception
@@ -37,3 +42,23 @@ def test_the_former_name_of_a_command_says_what_to_install(monkeypatch: pytest.M
     result = CliRunner().invoke(app, ["calibrate", "--model", "smollm2", "--ratio"])
     assert isinstance(result.exception, StartupError)
     assert "kvstore tune is not installed" in str(result.exception)
+
+
+def test_the_former_name_takes_the_options_of_the_command_with_their_defaults() -> None:
+    shown = CliRunner().invoke(app, ["calibrate", "--help"], env={"COLUMNS": "200"}).stdout
+    for option in inspect.signature(tune).parameters:
+        assert "--" + option.removesuffix("_file").replace("_", "-") in shown
+    assert "Rounds behind each measurement. [default: (3)]" in " ".join(shown.split())
+
+
+def test_a_command_borrows_nothing_where_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extensions, "entry_points", lambda **_: [])
+    bare = typer.Typer()
+
+    @bare.command()
+    @borrow_options("tune", "Borrowed")
+    def calibrate(model: Annotated[str, typer.Option()], **tune_options: object) -> None:
+        print(model, tune_options)
+
+    assert CliRunner().invoke(bare, ["--model", "smollm2"]).stdout == "smollm2 {}\n"
+    assert CliRunner().invoke(bare, ["--model", "smollm2", "--tier", "dram"]).exit_code == 2

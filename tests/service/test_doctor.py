@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from kvstore_bench.shaping import doctor as shaping_checks
-from kvstore_service import doctor
+from kvstore_service import doctor, extensions
 from kvstore_service.cli.doctor import doctor as command
 from kvstore_service.doctor import Finding, services
 
@@ -56,6 +57,24 @@ def test_a_check_that_breaks_is_reported_and_only_essential_ones_fail_the_comman
     result = CliRunner().invoke(APP, env={"COLUMNS": "200"})
     assert result.exit_code == exit_code
     assert "wrong [ELF] class" in result.stdout
+
+
+def test_checks_that_cannot_be_imported_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = EntryPoint("shaping", "kvstore_absent.doctor:CHECKS", "kvstore.checks")
+    renamed = EntryPoint("renamed", "kvstore_service.doctor:NO_CHECKS", "kvstore.checks")
+    monkeypatch.setattr(extensions, "entry_points", lambda **_: [absent, renamed])
+    monkeypatch.setattr(doctor, "CHECKS", tuple(doctor.added_checks()))
+    checks = doctor.examine()
+    assert [(check.name, check.available, check.essential) for check in checks] == [
+        ("renamed", False, False),
+        ("shaping", False, False),
+    ]
+    assert "NO_CHECKS" in checks[0].detail
+    assert "kvstore_absent" in checks[1].detail
+    result = CliRunner().invoke(APP, env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "No module named 'kvstore_absent'" in result.stdout
+    assert "pip install 'kvstore-service[bench]'" in result.stdout
 
 
 @pytest.fixture
