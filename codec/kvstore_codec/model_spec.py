@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeAlias
@@ -165,16 +165,24 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
 
     Raises UnsupportedModelError for a tensor whose bytes are not at hand, before anything is hashed.
     """
+    named = dict(tensors)
+    for name, tensor in sorted(named.items()):
+        _require_bytes(name, tensor)
+    return streamed_weights_digest(named, named.__getitem__)
+
+
+def streamed_weights_digest(names: Iterable[str], load: Callable[[str], torch.Tensor]) -> bytes:
+    """The `weights_digest` of tensors that `load` brings one at a time, in the order of their names.
+
+    Raises UnsupportedModelError as soon as one has no bytes at hand.
+    """
     import torch
 
-    named = sorted(tensors, key=lambda item: item[0])
-    for name, tensor in named:
-        reason = _why_no_bytes(tensor)
-        if reason is not None:
-            raise UnsupportedModelError(f"the weight {name!r} {reason}")
     # Threads of this hasher alone: those of blake3.AUTO are shared, and hang in a forked child.
     hasher = blake3(canonical.length_prefixed(_WEIGHTS_DOMAIN), max_threads=os.cpu_count() or 1)
-    for name, tensor in named:
+    for name in sorted(names):
+        tensor = load(name)
+        _require_bytes(name, tensor)
         shape = b"".join(canonical.integer(size) for size in tensor.shape)
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         hasher.update(canonical.length_prefixed(name.encode(), str(tensor.dtype).encode(), shape))
@@ -182,6 +190,12 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
         if data.numel():
             hasher.update(data.numpy().data)
     return hasher.digest()
+
+
+def _require_bytes(name: str, tensor: object) -> None:
+    reason = _why_no_bytes(tensor)
+    if reason is not None:
+        raise UnsupportedModelError(f"the weight {name!r} {reason}")
 
 
 def _why_no_bytes(tensor: object) -> str | None:
