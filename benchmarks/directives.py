@@ -56,8 +56,8 @@ def filled(count: int, clock: Clock) -> tuple[StorageNode, list[ChunkId]]:
         tenant = "acme" if number % 2 else ""
         meta = RecordMeta(name, "exact-zstd", 60, 30, tenant=tenant, expires_at_s=ends_s, cost=256.0)
         with node._lock:
-            extent = node._arena.allocate(60)
-            node._tiers.insert(meta, extent=extent, location=NOWHERE, write_back=False)
+            extent = node._catalog.arena.allocate(60)
+            node._catalog.insert(meta, extent=extent, location=NOWHERE, write_back=False)
     return node, names
 
 

@@ -7,7 +7,8 @@ import grpc
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.durability import Durability
-from kvstore_cluster.node import MOST_BEHIND, StorageNode
+from kvstore_cluster.listing import MOST_BEHIND
+from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_codec.canonical import DIGEST_BYTES
 from kvstore_codec.errors import (

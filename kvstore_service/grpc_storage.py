@@ -12,8 +12,9 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.background import background_health
 from kvstore_cluster.intake import MAX_TENANT_BYTES
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
+from kvstore_cluster.listing import MAX_LISTED
 from kvstore_cluster.lookup import SMALL_HEADERS_BYTES, LookupResult
-from kvstore_cluster.node import MAX_LISTED, StorageNode
+from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_cluster.scrub import scrub
 from kvstore_cluster.stored import StoredVariant

@@ -3,14 +3,11 @@
 import logging
 from bisect import bisect_left
 from collections.abc import Callable
-from threading import Condition
 from typing import NoReturn
 
-from cachetools import LRUCache
-
-from kvstore_cluster.disk import Location, SegmentStore
+from kvstore_cluster.catalog import HEADER_CACHE_BYTES, ChunkCatalog
+from kvstore_cluster.disk import Location
 from kvstore_cluster.index import NOWHERE, ChunkIndex
-from kvstore_cluster.stats import NodeCounters
 from kvstore_codec.chunk import read_header, verify_chunk
 from kvstore_codec.errors import (
     ChunkFormatError,
@@ -22,9 +19,6 @@ from kvstore_codec.errors import (
 
 log = logging.getLogger(__name__)
 
-# Headers of chunks that are on disk only: what lookups answer with.
-HEADER_CACHE_BYTES = 32 << 20
-
 
 class LostChunkError(ChunkNotFoundError):
     """Its copy on the disk has been dropped: it is damaged, or of a format version that is not read any more."""
@@ -35,36 +29,11 @@ class UnreadableChunkError(ChunkNotFoundError):
 
 
 class DiskReads:
-    """Reads chunks that the caller holds, without the lock. `give_up` is called with the lock for a slot whose copy on
-    the disk is lost, and drops that copy."""
+    """Reads acquired chunks from the disk. Lock not held; every method may block. A copy that is lost is dropped."""
 
-    def __init__(
-        self,
-        node_id: str,
-        store: SegmentStore | None,
-        index: ChunkIndex,
-        lock: Condition,
-        counters: NodeCounters,
-        give_up: Callable[[int], None],
-    ) -> None:
-        self._node_id = node_id
-        self._store = store
-        self._index = index
-        self._lock = lock
-        self._counters = counters
-        self._give_up = give_up
-        self._headers: LRUCache[int, bytes] = LRUCache(HEADER_CACHE_BYTES, len)
-        self.unreadable: set[int] = set()
-        """Slots of which the last read failed."""
-
-    def known_header(self, slot: int) -> bytes | None:
-        """Its header, if that was read lately; the caller has the lock."""
-        return self._headers.get(slot)
-
-    def forget(self, slot: int) -> None:
-        """The slot's copy on the disk has gone; the caller has the lock."""
-        self._headers.pop(slot, None)
-        self.unreadable.discard(slot)
+    def __init__(self, catalog: ChunkCatalog) -> None:
+        self._catalog = catalog
+        self._index = catalog.index
 
     def header(self, slot: int) -> bytes:
         """Raises ChunkNotFoundError when the chunk has gone meanwhile, is lost or unreadable."""
@@ -75,9 +44,9 @@ class DiskReads:
             read_header(header)
         except ChunkFormatError as error:
             self._lose(slot, error)
-        with self._lock:
-            if self._index.listed(slot) and len(header) <= HEADER_CACHE_BYTES:
-                self._headers[slot] = header
+        with self._catalog.lock:
+            if self._index.is_linked(slot) and len(header) <= HEADER_CACHE_BYTES:
+                self._catalog.disk_headers[slot] = header
         return header
 
     def chunk(self, slot: int, views: list[memoryview]) -> None:
@@ -110,40 +79,43 @@ class DiskReads:
 
     def _read(self, slot: int, offset: int, views: list[memoryview]) -> None:
         """Compaction may move the record meanwhile."""
-        short = self._index.chunk_id(slot).short
+        catalog, index = self._catalog, self._index
+        short = index.chunk_id(slot).short
         location = NOWHERE
         while True:
-            with self._lock:
-                previous, location = location, Location(self._index.location[slot])
-            if location in (NOWHERE, previous) or self._store is None:
-                raise ChunkNotFoundError(f"chunk {short} has left {self._node_id}")
+            with catalog.lock:
+                previous, location = location, Location(index.location[slot])
+            if location in (NOWHERE, previous) or catalog.store is None:
+                raise ChunkNotFoundError(f"chunk {short} has left {catalog.node_id}")
             try:
-                self._store.read(location, offset, views)
+                catalog.store.read(location, offset, views)
             except ChunkNotFoundError:
                 continue
             except ChunkFormatError as error:
                 self._lose(slot, error)
             except DiskError as error:
-                log.warning("%s cannot read chunk %s from its disk: %s", self._node_id, short, error)
-                with self._lock:
-                    self._counters.disk_read_errors += 1
-                    if self._index.listed(slot):
-                        self.unreadable.add(slot)
+                log.warning("%s cannot read chunk %s from its disk: %s", catalog.node_id, short, error)
+                with catalog.lock:
+                    catalog.counters.disk_read_errors += 1
+                    if index.is_linked(slot):
+                        catalog.unreadable.add(slot)
                 raise UnreadableChunkError(
-                    f"the disk of {self._node_id} cannot read chunk {short} now: {error}"
+                    f"the disk of {catalog.node_id} cannot read chunk {short} now: {error}"
                 ) from error
-            if slot in self.unreadable:
-                with self._lock:
-                    self.unreadable.discard(slot)
+            if slot in catalog.unreadable:
+                with catalog.lock:
+                    catalog.unreadable.discard(slot)
             return
 
     def _lose(self, slot: int, error: ChunkFormatError) -> NoReturn:
         short = self._index.chunk_id(slot).short
         level = logging.WARNING if isinstance(error, UnsupportedVersionError) else logging.ERROR
-        log.log(level, "%s drops chunk %s from its disk: %s", self._node_id, short, error)
-        with self._lock:
-            self._give_up(slot)
-        raise LostChunkError(f"the disk of {self._node_id} does not have chunk {short} any more: {error}")
+        log.log(level, "%s drops chunk %s from its disk: %s", self._catalog.node_id, short, error)
+        with self._catalog.lock:
+            self._catalog.drop_disk_copy(slot)
+        raise LostChunkError(
+            f"the disk of {self._catalog.node_id} does not have chunk {short} any more: {error}"
+        )
 
 
 def require_sound(index: ChunkIndex, slot: int, views: list[memoryview]) -> None:

@@ -52,13 +52,13 @@ class ChunkIndex:
         self._ids: list[ContentId] = []
         self._prefixes = bytearray()
         self._free: list[int] = []
-        self._listed = bytearray()
+        self._linked = bytearray()
         self._count = 0
         self._names = ChunkNames()
         self._encoding, self._calibration, self._tenant = array("H"), array("H"), array("H")
         self._expires_at_s = array("d")
         self.expiries = ExpiryQueue(self._expires_at_s)
-        """Of listed slots."""
+        """Of linked slots."""
         self._cost = array("f")
         self.size_bytes, self.header_bytes = array("I"), array("I")
         self.location = array("q")
@@ -87,7 +87,7 @@ class ChunkIndex:
             # Not the caller's equal bytes, so that there is one copy of them.
             self._ids[slot] = self._ids[next(reversed(found.values()))[0]]
             found.setdefault(prefix_id, []).append(slot)
-        self._listed[slot] = True
+        self._linked[slot] = True
         if meta.expires_at_s > 0:
             self.expiries.add(slot)
         self._count += 1
@@ -102,7 +102,7 @@ class ChunkIndex:
         """Ends what `admit` began."""
         self._names.release(description)
 
-    def unlist(self, slot: int) -> None:
+    def unlink(self, slot: int) -> None:
         """The variant is no longer found; its columns stay until `free`."""
         content_id = self._ids[slot]
         found = self._contents[content_id]
@@ -117,14 +117,14 @@ class ChunkIndex:
                 (left,) = found.values()
                 if len(left) == 1:
                     self._contents[content_id] = left[0]
-        self._listed[slot] = False
+        self._linked[slot] = False
         if self._expires_at_s[slot] > 0:
             self.expiries.remove(slot)
         self._count -= 1
         self.texts.forget(slot)
 
     def free(self, slot: int) -> None:
-        """The slot, unlisted, may name another variant from now on."""
+        """The slot, unlinked, may name another variant from now on."""
         self._names.release(Description(self._encoding[slot], self._calibration[slot], self._tenant[slot]))
         self._ids[slot] = ContentId(b"")
         self.extent[slot] = None
@@ -154,7 +154,7 @@ class ChunkIndex:
                 return next((slot for slot in slots if self.encoding(slot) == encoding), slots[0])
         return NO_SLOT
 
-    def link(self, slot: int, before: int) -> bool:
+    def link_behind(self, slot: int, before: int) -> bool:
         """The chunk in `slot` stands behind `before` in their text from now on. False, and nothing is done, where that
         one is another tenant's or, by its number, no earlier one."""
         return self._tenant[slot] == self._tenant[before] and self.texts.link(slot, before)
@@ -288,9 +288,9 @@ class ChunkIndex:
             behind=self.chunk_id(before) if before != NO_SLOT else None,
         )
 
-    def listed(self, slot: int) -> bool:
+    def is_linked(self, slot: int) -> bool:
         """Whether the variant is still found by its name."""
-        return bool(self._listed[slot])
+        return bool(self._linked[slot])
 
     @property
     def slots(self) -> int:
@@ -298,8 +298,8 @@ class ChunkIndex:
         return len(self._ids)
 
     def __iter__(self) -> Iterator[int]:
-        """Every listed slot, in order."""
-        return (slot for slot, listed in enumerate(self._listed) if listed)
+        """Every linked slot, in order."""
+        return (slot for slot, linked in enumerate(self._linked) if linked)
 
     def __len__(self) -> int:
         return self._count
@@ -315,7 +315,7 @@ class ChunkIndex:
     def _grow(self) -> int:
         self._ids.append(ContentId(b""))
         self._prefixes.extend(bytes(_ID_BYTES))
-        self._listed.append(False)
+        self._linked.append(False)
         for column in (
             self._encoding,
             self._calibration,

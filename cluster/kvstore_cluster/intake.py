@@ -6,13 +6,16 @@ from dataclasses import replace
 
 from cachetools import TTLCache
 
-from kvstore_cluster.arena import Arena, Extent
-from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
+from kvstore_cluster.arena import Extent
+from kvstore_cluster.catalog import ChunkCatalog
+from kvstore_cluster.disk import Location, RecordMeta
+from kvstore_cluster.disk_tier import DiskTier
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.index import MAX_CHUNK_BYTES, NOWHERE
+from kvstore_cluster.memory_tier import MemoryTier
+from kvstore_cluster.migration import Migration
 from kvstore_cluster.put import PendingPut, PutOptions
-from kvstore_cluster.tiers import FLUSH_PATIENCE_S, Tiers
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import (
     ChunkTooLargeError,
@@ -26,32 +29,38 @@ from kvstore_codec.errors import (
 from kvstore_codec.identity import ChunkId
 
 MAX_TENANT_BYTES = 255
+# For which a put waits for memory that holds chunks still to be written to the disk.
+FLUSH_PATIENCE_S = 2.0
 # Texts that were cut lately: those who put them have the rest on its way.
 _MOST_CUT, _CUT_S = 4096, 60.0
 
 
 class Intake:
-    """Thread-safe: changes metadata under the lock of `tiers`, and writes and verifies bytes without it. `durability`
-    is what a put gets that does not say; `clock` gives unix time, for TTLs."""
+    """Puts of a node: changes metadata with the lock of the catalog held, and writes and verifies bytes without it.
+    Thread-safe. `durability` is what a put gets that does not say; `clock` gives unix time, for TTLs."""
 
     def __init__(
         self,
-        tiers: Tiers,
-        store: SegmentStore | None,
+        catalog: ChunkCatalog,
+        memory: MemoryTier,
+        disk: DiskTier,
+        migration: Migration,
         durability: Durability,
         clock: Callable[[], float],
     ) -> None:
         self.draining = False
         """While it is set, nothing new is stored."""
-        self._tiers = tiers
-        self._store = store
+        self._catalog = catalog
+        self._memory = memory
+        self._disk = disk
+        self._migration = migration
         self._durability = durability
         self._clock = clock
-        self._arena: Arena = tiers.arena
-        self._index = tiers.index
-        self._lock = tiers.lock
-        self._counters = tiers.counters
-        self._node_id = tiers.node_id
+        self._arena = catalog.arena
+        self._index = catalog.index
+        self._lock = catalog.lock
+        self._counters = catalog.counters
+        self._node_id = catalog.node_id
         self._pending: set[PendingPut] = set()
         # Whose text was cut before it, by tenant and chunk.
         self._cut: TTLCache[tuple[str, ChunkId], None] = TTLCache(_MOST_CUT, _CUT_S)
@@ -64,7 +73,7 @@ class Intake:
         calibration: bytes | None,
         options: PutOptions,
     ) -> PendingPut | None:
-        """As `StorageNode.begin_put`."""
+        """As `StorageNode.begin_put`. Lock not held; may block."""
         durable = self._asked(options) is Durability.DURABLE
         try:
             Encoding.parse(encoding)
@@ -74,20 +83,20 @@ class Intake:
                 if (
                     slot is None
                     or self._index.calibration(slot) != calibration
-                    or not self._tiers.is_readable(slot)
+                    or not self._catalog.is_readable(slot)
                     or self._ends_much_sooner(slot, options.ttl_s)
                 ):
                     return self._reserve(chunk_id, encoding, size_bytes, options)
                 # What one tenant says of a text says nothing of another one's chunks.
                 own = self._index.tenant(slot) == options.tenant
-                self._tiers.put_again(slot, self._before(encoding, options) if own else NO_SLOT)
-                self._tiers.hold(slot)
+                self._catalog.put_again(slot, self._before(encoding, options) if own else NO_SLOT)
+                self._catalog.acquire(slot)
             try:
                 if durable:
                     self._make_durable(slot)
             finally:
                 with self._lock:
-                    self._tiers.release(slot)
+                    self._catalog.release(slot)
         except Exception:
             with self._lock:
                 self._counters.put_rejected += 1
@@ -95,7 +104,7 @@ class Intake:
         return None
 
     def extents(self) -> list[Extent]:
-        """Of all puts under way; the caller has the lock."""
+        """Memory of all puts under way. Lock held."""
         return [put.extent for put in self._pending]
 
     def _asked(self, options: PutOptions) -> Durability:
@@ -104,15 +113,15 @@ class Intake:
     def _reserve(self, chunk_id: ChunkId, encoding: str, size_bytes: int, options: PutOptions) -> PendingPut:
         """The caller has the lock."""
         self._require_open(chunk_id)
-        tiers, tenant = self._tiers, options.tenant
+        catalog, tenant = self._catalog, options.tenant
         before = self._before(encoding, options)
         try:
             self._require_beginning(chunk_id, before, options)
-            tiers.over_quota(tenant, size_bytes, before)  # before anything is evicted
-            extent = tiers.reserve(size_bytes, before=before, patience_s=FLUSH_PATIENCE_S)
+            catalog.over_quota(tenant, size_bytes, before)  # before anything is evicted
+            extent = self._memory.reserve(size_bytes, before=before, patience_s=FLUSH_PATIENCE_S)
             before = self._before(encoding, options)  # others may have put and deleted while it waited
             try:
-                victims = tiers.over_quota(tenant, size_bytes, before)
+                victims = catalog.over_quota(tenant, size_bytes, before)
             except StorageError:
                 self._arena.free(extent)
                 raise
@@ -122,10 +131,10 @@ class Intake:
             raise
         self._cut.pop((tenant, chunk_id), None)
         for slot in victims:
-            tiers.remove(slot)
+            catalog.remove(slot)
         self._counters.evictions += len(victims)
         if before != NO_SLOT:
-            tiers.hold(before)  # nothing that comes meanwhile may cut the text here
+            catalog.acquire(before)  # nothing that comes meanwhile may cut the text here
         put = PendingPut(
             self._arena,
             extent,
@@ -137,7 +146,7 @@ class Intake:
             drop=self._drop,
         )
         self._pending.add(put)
-        tiers.quotas.reserve(tenant, size_bytes)
+        catalog.quotas.reserve(tenant, size_bytes)
         return put
 
     def _before(self, encoding: str, options: PutOptions) -> int:
@@ -161,13 +170,13 @@ class Intake:
     def _end(self, put: PendingPut) -> None:
         """The put is no longer under way; the caller has the lock."""
         self._pending.remove(put)
-        self._tiers.quotas.reserve(put.options.tenant, -put.extent.size_bytes)
+        self._catalog.quotas.reserve(put.options.tenant, -put.extent.size_bytes)
         self._counters.bytes_in += put.written_bytes
 
     def _release_before(self, put: PendingPut) -> None:
         """The last that is done with a put; the caller has the lock."""
         if put.before != NO_SLOT:
-            self._tiers.release(put.before)
+            self._catalog.release(put.before)
 
     def _ends_much_sooner(self, slot: int, ttl_s: float) -> bool:
         """Whether a stored chunk would be forgotten long before one that is put now."""
@@ -190,15 +199,15 @@ class Intake:
                 f"chunk {chunk_id.short} has {size_bytes} bytes, but {self._node_id} holds only "
                 f"{self._arena.capacity_bytes} bytes in all; give the node more memory"
             )
-        if durable and self._store is None:
+        if durable and not self._disk.is_present:
             raise NotDurableError(
                 f"chunk {chunk_id.short} cannot be kept durably: {self._node_id} has no disk; start it with --disk"
             )
 
     def _make_durable(self, slot: int) -> None:
-        """A stored, held chunk shall survive a power loss. Raises NotDurableError."""
+        """Returns once an acquired chunk would survive a power loss. Raises NotDurableError."""
         try:
-            self._tiers.make_durable(slot)
+            self._migration.make_durable(slot)
         except DiskError as error:
             raise NotDurableError(str(error)) from error
 
@@ -237,22 +246,21 @@ class Intake:
             stored = self._index.find(meta.chunk_id, meta.encoding)
             if stored is not None and not self._replaces(meta, location, stored, put.options.ttl_s):
                 self._arena.free(put.extent)
-                if self._store is not None and location != NOWHERE:
-                    self._store.delete(location)
+                if self._catalog.store is not None and location != NOWHERE:
+                    self._catalog.store.delete(location)
                 self._release_before(put)
                 return False
             refused = location == NOWHERE and self._asked(put.options) is not Durability.MEMORY
-            self._tiers.insert(
+            self._catalog.insert(
                 meta,
                 extent=put.extent,
                 location=location,
-                write_back=self._store
-                is not None,  # also what the disk has refused: once more, by the keeper
+                write_back=self._disk.is_present,  # also what the disk has refused: once more
                 before=self._before(meta.encoding, put.options),  # it may have been replaced meanwhile
                 replaced=NO_SLOT if stored is None else stored,
             )
             self._release_before(put)
-            self._counters.disk_refused += refused and self._store is not None
+            self._counters.disk_refused += refused and self._disk.is_present
             self._counters.puts += 1
             return True
 
@@ -260,22 +268,22 @@ class Intake:
         """Where the chunk is on disk now; NOWHERE when it is to be there later, or the disk refused it and it need not
         survive. Raises NotDurableError."""
         asked = self._asked(put.options)
-        if self._store is None or asked is Durability.MEMORY:
+        if not self._disk.is_present or asked is Durability.MEMORY:
             return NOWHERE
         try:
             sync = asked is Durability.DURABLE
-            return self._tiers.write(meta, put.extent, sync=sync, before=put.before)
+            return self._disk.write(meta, put.extent, sync=sync, before=put.before)
         except DiskError as error:
             if asked is Durability.DURABLE:
                 raise NotDurableError(str(error)) from error
             return NOWHERE
 
     def _replaces(self, meta: RecordMeta, location: Location, stored: int, ttl_s: float) -> bool:
-        """Whether a chunk that was put takes the place of the stored one: nobody could read that, it ends sooner, or it
-        would not survive and this one does. The bytes of two workers may differ, so it is one or the other."""
+        """Whether a chunk that was put takes the place of the stored one, because that one cannot be read, ends sooner,
+        or would not survive where this one does. The bytes of two workers may differ, so it is one or the other."""
         return (
             self._index.calibration(stored) != meta.calibration
-            or not self._tiers.is_readable(stored)
+            or not self._catalog.is_readable(stored)
             or not self._index.is_alive(stored, self._clock())
             or self._ends_much_sooner(stored, ttl_s)
             or (location != NOWHERE and self._index.location[stored] == NOWHERE)

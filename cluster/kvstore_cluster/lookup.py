@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvstore_cluster.catalog import ChunkCatalog
 from kvstore_cluster.index import ChunkName
 from kvstore_cluster.leases import Findings, LeaseId
+from kvstore_cluster.reader import ChunkBytes
 from kvstore_cluster.slices import SLICE_CHUNKS
-from kvstore_cluster.tiers import Tiers
 from kvstore_codec.errors import ChunkNotFoundError, StorageError
 
 SMALL_HEADERS_BYTES = 1 << 20
@@ -58,7 +59,8 @@ class ChunkSearch:
 
     def __init__(
         self,
-        tiers: Tiers,
+        catalog: ChunkCatalog,
+        stored: ChunkBytes,
         chunks: Sequence[ChunkName],
         encodings: Sequence[str],
         *,
@@ -68,7 +70,8 @@ class ChunkSearch:
         all_encodings: bool,
         any_context: bool,
     ) -> None:
-        self._tiers = tiers
+        self._catalog = catalog
+        self._stored = stored
         self._chunks = chunks
         self._encodings = encodings
         self._now_s = now_s
@@ -90,7 +93,7 @@ class ChunkSearch:
     def find(self, begin: int) -> list[int]:
         """Answers for the chunks from number `begin` on, and returns the slots of what was found. Raises StorageError
         when the headers of all answers have more than `max_header_bytes`."""
-        tiers, index, now_s = self._tiers, self._tiers.index, self._now_s
+        catalog, index, now_s = self._catalog, self._catalog.index, self._now_s
         anything = self._all_encodings and not self._encodings
         preference = index.any_encoding if anything else index.preference(self._encodings)
         # A thousand chunks are to be found in a millisecond: what the loop needs is looked up once.
@@ -106,7 +109,7 @@ class ChunkSearch:
             if slot < 0 and self._any_context and contexts:
                 content_id = chunk.content_id
                 if content_id not in other_contexts:
-                    tiers.flush_touches()  # which of them was used last counts
+                    catalog.flush_touches()  # which of them was used last counts
                     other_contexts[content_id] = index.another_context(chunk, preference, now_s)
                 slot = other_contexts[content_id]
                 if slot >= 0:
@@ -150,8 +153,8 @@ class ChunkSearch:
         while self._headers_to_read:
             proceed(self.header_bytes)
             batch = self._headers_to_read[-_HEADERS_PER_CHECK:]
-            with self._tiers.lock:
-                known = {slot: self._tiers.header_in_memory(slot) for _, _, slot in batch}
+            with self._catalog.lock:
+                known = {slot: self._stored.known_header(slot) for _, _, slot in batch}
             try:
                 # From the back: an answer whose other encodings were lost has them in order until then.
                 for number, place, slot in reversed(batch):
@@ -160,29 +163,29 @@ class ChunkSearch:
                     )
             finally:
                 del self._headers_to_read[-_HEADERS_PER_CHECK:]
-                with self._tiers.lock:
+                with self._catalog.lock:
                     for _, _, slot in batch:
-                        self._tiers.release(slot)
+                        self._catalog.release(slot)
 
     def release(self) -> None:
         """Lets go of what `read_headers` would have read; the caller has the lock."""
         while self._headers_to_read:
-            self._tiers.release(self._headers_to_read.pop()[2])
+            self._catalog.release(self._headers_to_read.pop()[2])
 
     def _header(self, slot: int, number: int, place: int) -> bytes:
         """Empty where it is read later; then the slot is held."""
         header = None
         if self.header_bytes <= SMALL_HEADERS_BYTES:
-            header = self._tiers.header_in_memory(slot)
+            header = self._stored.known_header(slot)
         if header is None:
-            self._tiers.hold(slot)
+            self._catalog.acquire(slot)
             self._headers_to_read.append((number, place, slot))
         return header or b""
 
     def _others(self, slot: int, slots: Sequence[int]) -> list[FoundVariant]:
         """The further encodings of the chunk in `slot`; none where their headers leave too little room for the chunks
         behind: every chunk has to be named before any is named twice."""
-        index = self._tiers.index
+        index = self._catalog.index
         own_bytes = index.header_bytes[slot] if self._with_headers else 0
         others_bytes = len(slots) * _OTHER_ENCODING_BYTES
         others_bytes += sum(index.header_bytes[other] for other in slots) if self._with_headers else 0
@@ -208,7 +211,7 @@ class ChunkSearch:
         is read. Where the disk has lost what the answer names, the first other one takes its place."""
         others = list(answer.others)
         try:
-            header = self._tiers.header(slot) if header is None else header
+            header = self._stored.header(slot) if header is None else header
         except ChunkNotFoundError:
             if place:
                 del others[place - 1]

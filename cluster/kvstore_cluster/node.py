@@ -1,46 +1,38 @@
 """A storage node: chunks in memory and on disk, found by content, kept by worth, protected by leases and pins. No
 network, no Ray."""
 
-import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager
-from itertools import islice
 
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.catalog import ChunkCatalog
 from kvstore_cluster.directives import Directives
-from kvstore_cluster.disk import RecordMeta, SegmentStore
+from kvstore_cluster.disk import SegmentStore
+from kvstore_cluster.disk_tier import DiskTier
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
-from kvstore_cluster.index import NOWHERE, ChunkName
+from kvstore_cluster.index import ChunkName
 from kvstore_cluster.intake import Intake
 from kvstore_cluster.integrity import check_integrity
 from kvstore_cluster.leases import LeaseId, LeaseTable
+from kvstore_cluster.listing import MAX_LISTED, list_variants
 from kvstore_cluster.lookup import ChunkSearch, LookupResult
+from kvstore_cluster.memory_tier import MemoryTier
+from kvstore_cluster.migration import Migration
 from kvstore_cluster.put import PendingPut, PutOptions
-from kvstore_cluster.reader import ChunkReader
-from kvstore_cluster.slices import PAUSE_S, REMOVED_CHUNKS, SLICE_CHUNKS, locked_slice
-from kvstore_cluster.stats import NodeCounters, NodeStats
+from kvstore_cluster.reader import ChunkBytes, ChunkReader
+from kvstore_cluster.slices import REMOVED_CHUNKS, SLICE_CHUNKS, locked_slice
+from kvstore_cluster.stats import NodeStats
 from kvstore_cluster.stored import StoredVariant
-from kvstore_cluster.tiers import Tiers
-from kvstore_codec.errors import (
-    ChunkNotFoundError,
-    ConfigurationError,
-    DiskError,
-)
+from kvstore_cluster.uses import Uses
+from kvstore_codec.errors import ChunkNotFoundError, ConfigurationError
 from kvstore_codec.identity import ChunkId
-
-log = logging.getLogger(__name__)
-
-MAX_LISTED = 4096
-MOST_BEHIND = 16
-
-_MOST_TOKENS = 1 << 16  # of a chunk, whatever a client says
 
 
 class StorageNode:
-    """Thread-safe. One lock guards the books; bytes are written, verified and read outside it.
+    """Thread-safe. One lock guards the metadata; bytes are written, verified and read outside it. Callers hold no lock;
+    `lookup`, `begin_put`, `open`, `delete`, `verify`, `maintain` and `close` may block on the disk.
 
     With a `store` chunks are kept on disk too, and those that are there already are found again. `durability` is what a
     put gets that does not say; `policy` makes the eviction policy of each tier. `clock` gives unix time, for TTLs.
@@ -58,19 +50,18 @@ class StorageNode:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.node_id = node_id
-        self._arena = arena
-        self._store = store
         self._clock = clock
-        self._counters = NodeCounters()
         self._leases = LeaseTable[int]() if leases is None else leases
-        self._tiers = Tiers(node_id, arena, store, policy, self._leases, self._counters)
-        self._index = self._tiers.index
-        self._lock = self._tiers.lock
-        self._directives = Directives(self._tiers)
-        self._intake = Intake(self._tiers, store, durability, clock)
-        self._unforgotten: deque[tuple[RecordMeta, int]] = deque()
+        self._catalog = catalog = ChunkCatalog(node_id, arena, store, policy, self._leases)
+        self._index, self._lock, self._counters = catalog.index, catalog.lock, catalog.counters
+        self._memory, self._disk = MemoryTier(catalog), DiskTier(catalog)
+        self._migration = Migration(catalog, self._memory, self._disk)
+        self._stored = ChunkBytes(catalog, self._disk, self._migration)
+        self._uses = Uses(catalog)
+        self._directives = Directives(catalog)
+        self._intake = Intake(catalog, self._memory, self._disk, self._migration, durability, clock)
         if store is not None:
-            self._recover(store)
+            self._disk.recover()
 
     def lookup(
         self,
@@ -101,7 +92,8 @@ class StorageNode:
         Raises StorageError when those of one encoding of each chunk have more together; then nothing is leased.
         """
         search = ChunkSearch(
-            self._tiers,
+            self._catalog,
+            self._stored,
             chunks,
             encodings,
             now_s=self._clock(),
@@ -128,9 +120,9 @@ class StorageNode:
                     with self._lock:
                         self._leases.expect_use(lease_id, search.findings(first_leased))
             elif not peek:
-                self._touch(search.hits)
+                self._uses.touch(search.hits)
             if not peek:
-                self._count(search, used=not use_follows)
+                self._uses.count(search, used=not use_follows)
             search.read_headers(proceed)
         except BaseException:
             with self._lock:
@@ -144,22 +136,7 @@ class StorageNode:
         """What of a lookup that said `use_follows` its caller can use: bit i % 8 of byte i / 8 of `used` says it of
         answer i; they have so many tokens. Those chunks are used now, once; the lease on the others ends. False when
         the lease has ended or this was said before."""
-        with self._lock:
-            found = self._leases.expected_use(lease_id)
-        if found is None:
-            return False
-        kept = found.used(used)
-        with self._lock:
-            if not self._leases.narrow(lease_id, kept.keys):
-                return False
-        answers = len(set(kept.answers))
-        self._touch(kept.keys)
-        with self._lock:
-            self._counters.hits += answers
-            self._counters.approximate_hits += len(kept.approximate)
-            self._counters.hit_tokens += min(tokens, answers * _MOST_TOKENS)
-            self._counters.unusable += len(set(found.answers)) - answers
-        return True
+        return self._uses.report(lease_id, used, tokens)
 
     def begin_put(
         self,
@@ -191,16 +168,16 @@ class StorageNode:
                     f"chunk {chunk_id.short} is not stored as {encoding} on {self.node_id}"
                 )
             if not (peek or self._leases.holds(slot)):
-                self._tiers.touch([slot])
-            self._tiers.hold(slot)
-        reader = ChunkReader(self._tiers, slot, self._index.size_bytes[slot])
+                self._catalog.touch([slot])
+            self._catalog.acquire(slot)
+        reader = ChunkReader(self._stored, slot, self._index.size_bytes[slot])
         try:
             yield reader
         finally:
             with self._lock:
                 self._counters.reads += reader.ranges_read
                 self._counters.bytes_out += reader.bytes_read
-                self._tiers.release(slot)
+                self._catalog.release(slot)
 
     def renew_lease(self, lease_id: LeaseId, lease_s: float) -> bool:
         """Lets the lease run `lease_s` from now; False when it has ended."""
@@ -218,15 +195,13 @@ class StorageNode:
         deleted = 0
         for begin in range(0, len(chunks), REMOVED_CHUNKS):
             with self._slice(begin):
-                sequence = self._store.newest_sequence if self._store is not None else 0
                 for chunk_id in chunks[begin : begin + REMOVED_CHUNKS]:
                     for slot in list(self._index.variants(chunk_id)):
-                        if self._store is not None:
-                            self._unforgotten.append((self._index.meta(slot), sequence))
-                        self._tiers.remove(slot)
+                        self._disk.delete(self._index.meta(slot))
+                        self._catalog.remove(slot)
                         self._counters.deletes += 1
                         deleted += 1
-        self._forget_again()
+        self._disk.write_tombstones()
         return deleted
 
     def report(self, chunks: Sequence[ChunkId], scores: Sequence[float]) -> None:
@@ -236,7 +211,7 @@ class StorageNode:
             with self._slice(begin):
                 for chunk_id, score in zip(chunks[begin:end], scores[begin:end], strict=True):
                     for slot in self._index.variants(chunk_id):
-                        self._tiers.report(slot, score)
+                        self._catalog.report(slot, score)
 
     def set_pins(self, pins: Set[ChunkId]) -> None:
         """These chunks, and no others, are not evicted from now on; they need not be here yet."""
@@ -255,9 +230,10 @@ class StorageNode:
         """Makes reads from the disk as slow as on another one, for experiments; None: as fast as they are. Under a
         limit what is on disk is only there: memory that also has it is given back, at once or within a second of a put,
         and nothing is promoted. Raises ConfigurationError."""
-        if self._store is not None:
-            self._store.read_speed.set(read_bytes_per_s)
-            self._tiers.demote()
+        store = self._catalog.store
+        if store is not None:
+            store.read_speed.set(read_bytes_per_s)
+            self._migration.demote()
         elif read_bytes_per_s is not None:
             raise ConfigurationError(f"{self.node_id} has no disk that could be slow; start it with --disk")
 
@@ -271,23 +247,7 @@ class StorageNode:
     ) -> tuple[list[StoredVariant], int]:
         """Up to `limit` stored variants from `cursor` (0 at first) on, and the cursor of the next page, 0 at the end.
         What comes or goes meanwhile may be missing or appear."""
-        listed: list[StoredVariant] = []
-        while len(listed) < limit:
-            with self._slice(cursor):
-                slots = self._index.slots
-                for slot in range(cursor, min(cursor + MAX_LISTED, slots)):
-                    cursor = slot + 1
-                    if (
-                        self._index.listed(slot)
-                        and self._index.content_id(slot).startswith(content_prefix)
-                        and tenant in (None, self._index.tenant(slot))
-                    ):
-                        listed.append(self._variant(slot))
-                        if len(listed) == limit:
-                            break
-            if cursor >= slots:
-                return listed, 0
-        return listed, cursor
+        return list_variants(self._catalog, cursor, limit, content_prefix, tenant, self._clock())
 
     def verify(self, chunk_id: ChunkId, encoding: str) -> str | None:
         """Reads a variant back, in each tier that it is in, and says why it is damaged or unreadable, if so. A damaged
@@ -296,133 +256,59 @@ class StorageNode:
             slot = self._index.find(chunk_id, encoding)
             if slot is None:
                 return None
-            self._tiers.hold(slot)
+            self._catalog.acquire(slot)
         try:
-            return self._tiers.verify(slot)
+            return self._memory.verify(slot) or self._disk.verify(slot)
         finally:
             with self._lock:
-                self._tiers.release(slot)
+                self._catalog.release(slot)
 
     def stats(self) -> NodeStats:
         with self._lock:
             self._leases.expire()
-            tiers, store = self._tiers, self._store
+            catalog, store = self._catalog, self._catalog.store
             disk_limit = store.read_speed.limit_bytes_per_s if store else None
             return NodeStats(
                 self.node_id,
                 chunks=len(self._index),
-                bytes_used=self._arena.used_bytes,
-                bytes_limit=self._arena.capacity_bytes,
+                bytes_used=catalog.arena.used_bytes,
+                bytes_limit=catalog.arena.capacity_bytes,
                 leases=len(self._leases),
                 counters=self._counters.as_dict(),
                 gauges={
-                    "memory_chunks": len(tiers.in_memory),
-                    "disk_chunks": len(tiers.on_disk),
-                    "disk_unreadable": len(tiers.disk_reads.unreadable),
+                    "memory_chunks": len(catalog.in_memory),
+                    "disk_chunks": len(catalog.on_disk),
+                    "disk_unreadable": len(catalog.unreadable),
                     "disk_bytes_used": store.live_bytes if store else 0,
                     "disk_bytes_limit": store.capacity_bytes if store else 0,
-                    "pinned": len(tiers.pinned),
-                    "dirty": len(tiers.dirty),
+                    "pinned": len(catalog.pinned),
+                    "dirty": len(catalog.dirty),
                 }
                 | ({} if disk_limit is None else {"disk_throttle_Bps": int(disk_limit)}),
                 disk_error=store.error if store else "",
             )
 
     def maintain(self) -> bool:
-        """One round of what happens behind the clients' backs: chunks are written back, demoted, expired, and segments
-        compacted. True when there is more to do at once."""
-        more = True
-        while more:
-            with self._slice(SLICE_CHUNKS):
-                more = self._tiers.flush_touches(SLICE_CHUNKS)
-        while self._tiers.expire(self._clock()):
-            time.sleep(PAUSE_S)
-        busy = self._tiers.flush()
-        self._tiers.demote()
-        self._forget_again()
-        if self._store is not None:
-            try:
-                busy |= self._tiers.compact()
-            except DiskError:
-                if not busy:  # what is to be written back does not wait for it
-                    raise
-        return busy
+        """One round of the maintenance thread's work: see `Migration.step`. Lock not held; may block."""
+        return self._migration.step(self._clock())
 
     def wait_for_work(self, timeout_s: float) -> None:
         """Returns when something is to be written back, or after the time."""
         with self._lock:
-            self._lock.wait_for(lambda: self._tiers.dirty, timeout_s)
+            self._lock.wait_for(lambda: self._catalog.dirty, timeout_s)
 
     def close(self) -> None:
         """Writes back what is only in memory and closes the disk. No put or read may be under way."""
-        if self._store is not None:
-            while self._tiers.flush():
+        if self._catalog.store is not None:
+            while self._migration.flush():
                 pass
-            self._store.close()
+            self._catalog.store.close()
 
     def check_integrity(self) -> None:
         """Raises StorageError unless memory, index, eviction orders, quotas and texts agree. Looks at every chunk with
         the lock held: for tests."""
         with self._lock:
-            check_integrity(self._tiers, self._intake.extents())
+            check_integrity(self._catalog, self._intake.extents())
 
     def _slice(self, begin: int) -> AbstractContextManager[None]:
         return locked_slice(self._lock, first=not begin)
-
-    def _forget_again(self) -> None:
-        """Tells the disk what was deleted. Raises DiskError; what it was not told is kept for the next time."""
-        while self._store is not None:
-            with self._lock:
-                if not self._unforgotten:
-                    return
-                meta, sequence = self._unforgotten.popleft()
-            try:
-                self._store.forget(meta, sequence)
-            except DiskError:
-                with self._lock:
-                    self._unforgotten.appendleft((meta, sequence))
-                raise
-
-    def _recover(self, store: SegmentStore) -> None:
-        recovery = store.recover()
-        for line in recovery.dropped:
-            log.warning("%s: %s", self.node_id, line)
-        with self._lock:
-            self._tiers.adopt(recovery.records)
-
-    def _count(self, search: ChunkSearch, *, used: bool) -> None:
-        with self._lock:
-            self._counters.lookups += 1
-            self._counters.misses += search.missed
-            if used:
-                self._counters.hits += len(search.answers) - search.missed
-                self._counters.approximate_hits += len(search.approximate)
-
-    def _touch(self, slots: Sequence[int]) -> None:
-        """Last chunk first: a later chunk is worth nothing without those before it, so it is older. All that a chunk is
-        stored as is used alike: what of it will be read is not known yet."""
-        used = slots[::-1]
-        for begin in range(0, len(used), SLICE_CHUNKS):
-            with self._slice(begin):
-                # A slot without a lease may be free again by now.
-                self._tiers.touch(filter(self._index.listed, used[begin : begin + SLICE_CHUNKS]))
-                if len(used) > SLICE_CHUNKS:
-                    self._tiers.flush_touches()  # or the next one who has to would do all of it at once
-
-    def _variant(self, slot: int) -> StoredVariant:
-        index = self._index
-        expires_at_s = index.expires_at_s(slot)
-        return StoredVariant(
-            index.chunk_id(slot),
-            index.encoding(slot),
-            index.size_bytes[slot],
-            index.calibration(slot),
-            in_memory=index.extent[slot] is not None,
-            on_disk=index.location[slot] != NOWHERE,
-            pinned=slot in self._tiers.pinned,
-            ttl_left_s=max(1, round(expires_at_s - self._clock())) if expires_at_s else 0,
-            tenant=index.tenant(slot),
-            cost=index.cost(slot),
-            number=index.texts.number[slot],
-            behind=tuple(map(index.chunk_id, islice(index.texts.all_before(slot), MOST_BEHIND))),
-        )

@@ -50,7 +50,7 @@ class PendingPut:
         accept: Accept,
         drop: Drop,
     ) -> None:
-        """`before` is the held slot of the chunk before it in its text, or NO_SLOT."""
+        """`before` is the acquired slot of the chunk before it in its text, or NO_SLOT."""
         self._arena = arena
         self.extent = extent
         self.options = options

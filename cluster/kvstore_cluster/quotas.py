@@ -35,7 +35,7 @@ class Quotas:
         """Enters what was stored before its tenant had an order, of these slots. The last ones come first, so that what
         came since goes after all of it."""
         for slot in reversed(range(begin, end)):
-            if self._index.listed(slot) and not self._is_entered(slot):
+            if self._index.is_linked(slot) and not self._is_entered(slot):
                 order = self._oldest_first.get(self._index.tenant(slot))
                 if order is not None:
                     self._enter(

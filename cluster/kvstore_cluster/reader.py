@@ -1,27 +1,58 @@
-"""A stored chunk being read, frame range by frame range."""
+"""Reading stored chunks, frame range by frame range."""
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Protocol
 
+from kvstore_cluster.catalog import ChunkCatalog
+from kvstore_cluster.disk_tier import DiskTier
+from kvstore_cluster.migration import Migration
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.errors import FrameRangeError
 
+# A range of at least this part of a chunk brings the whole chunk into memory, a smaller one is read alone.
+PROMOTE_FROM = 0.5
 
-class Source(Protocol):
-    """Where a chunk's bytes come from, as long as it is held."""
+
+class ChunkBytes:
+    """Bytes of acquired chunks, from the tier that has them."""
+
+    def __init__(self, catalog: ChunkCatalog, disk: DiskTier, migration: Migration) -> None:
+        self._catalog = catalog
+        self._disk = disk
+        self._migration = migration
+
+    def known_header(self, slot: int) -> bytes | None:
+        """The chunk's own header; None when it has to be read from the disk. Lock held."""
+        catalog = self._catalog
+        extent = catalog.index.extent[slot]
+        if extent is None:
+            return catalog.disk_headers.get(slot)
+        return catalog.arena.beginning(extent, catalog.index.header_bytes[slot])
 
     def header(self, slot: int) -> bytes:
-        """The chunk's own header. Raises ChunkNotFoundError when it has gone or is damaged."""
+        """The chunk's own header. Lock not held; may block. Raises ChunkNotFoundError when the chunk has gone, or its
+        disk has lost it or cannot read it."""
+        with self._catalog.lock:
+            header = self.known_header(slot)
+        return self._disk.reads.header(slot) if header is None else header
 
     def views(self, slot: int, offset: int, length: int) -> Iterator[memoryview]:
-        """Views that together are these bytes, in order. Raises ChunkNotFoundError likewise."""
+        """Views that together are these bytes, in order: as they lie in memory, where a large range brings the whole
+        chunk, else read from the disk. Lock not held; may block. Raises ChunkNotFoundError as `header` does."""
+        index = self._catalog.index
+        extent = index.extent[slot]
+        large = length >= PROMOTE_FROM * index.size_bytes[slot]
+        if extent is None and large and not self._disk.is_slow:
+            extent = self._migration.promote(slot)
+        if extent is not None:
+            return self._catalog.arena.views(extent, offset, length)
+        return iter([self._disk.reads.frames(slot, offset, length, lambda: self.header(slot))])
 
 
 class ChunkReader:
     """Views of a chunk that does not go away while it is open. Made by `StorageNode.open`."""
 
-    def __init__(self, source: Source, slot: int, size_bytes: int) -> None:
+    def __init__(self, source: ChunkBytes, slot: int, size_bytes: int) -> None:
         self._source = source
         self._slot = slot
         self.size_bytes = size_bytes

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from kvstore_cluster import directives, tiers
+from kvstore_cluster import directives, migration
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
@@ -50,7 +50,7 @@ def between(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
 
     monkeypatch.setattr(directives, "locked_slice", sliced)
     monkeypatch.setattr(directives, "SLICE_CHUNKS", 2)
-    monkeypatch.setattr(tiers, "REMOVED_CHUNKS", 2)
+    monkeypatch.setattr(migration, "REMOVED_CHUNKS", 2)
     return steps
 
 
@@ -154,12 +154,12 @@ def test_what_expires_goes_a_slice_at_a_time(node: StorageNode, clock: Clock) ->
     clock.now_s += 11
     lease = node.lookup([CHUNKS[0].chunk_id], ["exact-zstd"], lease_s=60.0).lease_id
     assert lease is not None
-    assert node._tiers.expire(clock.now_s)
+    assert node._migration.expire(clock.now_s)
     assert node.stats().counters["expired"] == 2
     node.maintain()
     assert stored(node, CHUNKS) == [number % 2 == 0 for number in range(12)]
     assert node.stats().chunks == 6
-    assert not node._tiers.expire(clock.now_s)
+    assert not node._migration.expire(clock.now_s)
 
 
 def test_a_leased_chunk_outlives_its_time_until_the_lease_ends(node: StorageNode, clock: Clock) -> None:

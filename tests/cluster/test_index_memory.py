@@ -19,7 +19,7 @@ before = psutil.Process().memory_info().rss
 for number in range(1_000_000):
     chunk_id = ChunkId(ContentId(os.urandom(32)), PrefixId(os.urandom(32)))
     meta = RecordMeta(chunk_id, "medium-klt-pco", 100_000, 900, calibration=bytes(32), cost=256.0)
-    node._tiers.insert(meta, extent=None, location=Location(number << 24), write_back=False)
+    node._catalog.insert(meta, extent=None, location=Location(number << 24), write_back=False)
 print(psutil.Process().memory_info().rss - before)
 """
 

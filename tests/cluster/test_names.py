@@ -39,7 +39,7 @@ def add(index: ChunkIndex, meta: RecordMeta) -> int:
 
 
 def drop(index: ChunkIndex, slot: int) -> None:
-    index.unlist(slot)
+    index.unlink(slot)
     index.free(slot)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_cluster import lookup, tiers
+from kvstore_cluster import catalog, lookup
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.durability import Durability
@@ -114,7 +114,7 @@ def test_headers_beyond_a_limit_are_read_once_the_lookup_may_proceed(
     later = node.lookup([chunk.chunk_id for chunk in STORED] * 50, EXACT, proceed=sizes.append).answers
     assert later == at_once
     assert set(sizes) == {sum(len(answer.header) for answer in at_once)}
-    assert not node._tiers._readers
+    assert not node._catalog._readers
 
 
 def test_the_header_of_a_chunk_that_goes_before_it_was_read_is_answered(
@@ -126,7 +126,7 @@ def test_the_header_of_a_chunk_that_goes_before_it_was_read_is_answered(
     headers = [chunk.data[: chunk.header.header_bytes] for chunk in STORED]
     assert [answer.header for answer in result.answers] == headers
     assert node.stats().chunks == 1
-    assert not node._tiers._readers
+    assert not node._catalog._readers
 
 
 @pytest.mark.parametrize("replaced", [False, True])
@@ -183,7 +183,7 @@ def test_headers_on_disk_are_let_go_when_a_lookup_is_given_up(tmp_path: Path, af
     assert node.stats().leases == 0
     assert node.delete([chunk.chunk_id for chunk in chunks]) == len(chunks)
     node.check_integrity()
-    assert not node._tiers._readers
+    assert not node._catalog._readers
     node.close()
 
 
@@ -195,7 +195,7 @@ def test_a_long_delete_reaches_every_chunk(node: StorageNode) -> None:
 
 def test_a_long_report_reaches_every_chunk(node: StorageNode, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = []
-    monkeypatch.setattr(node._tiers, "report", lambda _, score: scores.append(score))
+    monkeypatch.setattr(node._catalog, "report", lambda _, score: scores.append(score))
     node.report(LONG, [number / len(LONG) for number in range(len(LONG))])
     assert scores == [number / len(LONG) for number in range(0, len(LONG), SLICE_CHUNKS)]
 
@@ -235,11 +235,11 @@ def test_a_lookup_tells_the_policies_a_bounded_number_of_uses(
     node: StorageNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Uses wait for the keeper. Where it does not come, each lookup tells as many as it adds, not all of them."""
-    waiting, most = node._tiers._touched, 3 * len(STORED)
-    monkeypatch.setattr(tiers, "_MOST_TOUCHED", most)
+    waiting, most = node._catalog._touched, 3 * len(STORED)
+    monkeypatch.setattr(catalog, "_MOST_TOUCHED", most)
     told: list[int] = []
-    touch = node._tiers._touch
-    monkeypatch.setattr(node._tiers, "_touch", lambda slot: (told.append(slot), touch(slot)))
+    touch = node._catalog._touch
+    monkeypatch.setattr(node._catalog, "_touch", lambda slot: (told.append(slot), touch(slot)))
     wanted = [stored.chunk_id for stored in STORED]
     for _ in range(20):
         told.clear()

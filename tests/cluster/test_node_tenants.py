@@ -82,6 +82,6 @@ def test_the_check_sees_a_queue_that_names_other_chunks() -> None:
     node = new_node(b=9)
     assert put(node, CHUNKS[0], "b")
     node.check_integrity()
-    node._tiers.quotas._oldest_first["b"].remove(0)
+    node._catalog.quotas._oldest_first["b"].remove(0)
     with pytest.raises(StorageError, match="queue of tenant 'b'"):
         node.check_integrity()

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.eviction import POLICIES
-from kvstore_cluster.node import MOST_BEHIND, StorageNode
+from kvstore_cluster.listing import MOST_BEHIND
+from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_codec.errors import TextTooLongError
 from kvstore_codec.identity import ROOT_PREFIX, ContentId, PrefixId, content_id, prefix_id

@@ -1,0 +1,185 @@
+"""The disk tier of a storage node: writing chunks, making room for them, and what the disk says of them later."""
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+
+from kvstore_cluster.arena import Extent
+from kvstore_cluster.catalog import ChunkCatalog
+from kvstore_cluster.disk import Location, RecordMeta, SegmentStore, record_bytes
+from kvstore_cluster.disk_reads import DiskReads, LostChunkError, UnreadableChunkError
+from kvstore_cluster.eviction.columns import NO_SLOT
+from kvstore_cluster.index import NOWHERE
+from kvstore_codec.errors import ChunkNotFoundError, DiskError, DiskFullError, StorageError
+from kvstore_codec.identity import ChunkId
+
+log = logging.getLogger(__name__)
+
+_DISK_TRIES = 3
+
+
+class DiskTier:
+    """Chunks in the segment store, on a node that has one. Thread-safe as each method says; `catalog.py` says what that
+    means."""
+
+    def __init__(self, catalog: ChunkCatalog) -> None:
+        self._catalog = catalog
+        self.reads = DiskReads(catalog)
+        # Deleted records that the disk still has to be told about.
+        self._deleted: deque[tuple[RecordMeta, int]] = deque()
+
+    @property
+    def is_present(self) -> bool:
+        """Whether the node has a disk."""
+        return self._catalog.store is not None
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether reads are made slow for an experiment."""
+        store = self._catalog.store
+        return store is not None and store.read_speed.limit_bytes_per_s is not None
+
+    def recover(self) -> None:
+        """Finds again what is on the disk. Lock not held; may block. Raises DiskError."""
+        recovery = self._store.recover()
+        for line in recovery.dropped:
+            log.warning("%s: %s", self._catalog.node_id, line)
+        with self._catalog.lock:
+            self._adopt(recovery.records)
+
+    def write(self, meta: RecordMeta, extent: Extent, *, sync: bool, before: int = NO_SLOT) -> Location:
+        """Appends a chunk to the disk, evicting from it what is not protected, but not `before`, the chunk before it in
+        its text. Lock not held; may block. Raises DiskError."""
+        views = list(self._catalog.arena.views(extent))
+        tries = _DISK_TRIES
+        while True:
+            with self._catalog.lock:
+                self._make_room(meta.size_bytes, before)
+            try:
+                return self._store.append(meta, views, sync=sync)
+            except DiskFullError:
+                # What was evicted takes room until its segment is compacted. Where there is nothing to compact, the
+                # maintenance thread or another put has just done it, and maybe taken the room.
+                if not self.compact():
+                    tries -= 1
+                if not tries:
+                    raise
+
+    def sync(self) -> None:
+        """Returns once all that was written would survive a power loss. Lock not held; may block. Raises DiskError."""
+        self._store.sync()
+
+    def verify(self, slot: int) -> str | None:
+        """Why the copy on the disk of an acquired chunk is damaged or unreadable, if there is one and it is. A damaged
+        copy is dropped. Lock not held; may block."""
+        index = self._catalog.index
+        if index.location[slot] == NOWHERE:
+            return None
+        try:
+            self.reads.chunk(slot, [memoryview(bytearray(index.size_bytes[slot]))])
+        except (LostChunkError, UnreadableChunkError) as error:
+            return str(error)
+        except ChunkNotFoundError:  # evicted or deleted meanwhile
+            return None
+        return None
+
+    def compact(self) -> bool:
+        """One step; True when there may be more to do. Lock not held; may block. Raises DiskError."""
+        return self._store.compact(self._relocate, self._lost)
+
+    def delete(self, meta: RecordMeta) -> None:
+        """The chunk was deleted and is not to come back after a restart, once `write_tombstones` has said so. Lock
+        held."""
+        if self._catalog.store is not None:
+            self._deleted.append((meta, self._catalog.store.newest_sequence))
+
+    def write_tombstones(self) -> None:
+        """Tells the disk what was deleted. Lock not held; may block. Raises DiskError; what it was not told is kept for
+        the next time."""
+        while self._catalog.store is not None:
+            with self._catalog.lock:
+                if not self._deleted:
+                    return
+                meta, sequence = self._deleted.popleft()
+            try:
+                self._store.forget(meta, sequence)
+            except DiskError:
+                with self._catalog.lock:
+                    self._deleted.appendleft((meta, sequence))
+                raise
+
+    @property
+    def _store(self) -> SegmentStore:
+        """Used only where a chunk is, or may be, on disk."""
+        store = self._catalog.store
+        if store is None:
+            raise StorageError(f"{self._catalog.node_id} has no disk")
+        return store
+
+    def _adopt(self, records: Iterable[tuple[RecordMeta, Location]]) -> None:
+        """Of a text the end may come before the beginning: compaction moves records. What the index has no room for is
+        dropped."""
+        catalog = self._catalog
+        waiting: dict[tuple[ChunkId, str], list[int]] = {}  # for the chunk that they stand behind
+        refused: list[Location] = []
+        for meta, location in records:
+            behind = () if meta.behind is None else (meta.behind,)
+            before = catalog.index.stands_behind(meta.tenant, meta.number, behind, meta.encoding)
+            try:
+                slot = catalog.insert(meta, extent=None, location=location, write_back=False, before=before)
+            except StorageError as error:
+                if not refused:
+                    log.warning("%s drops chunks from its disk: %s", catalog.node_id, error)
+                refused.append(location)
+                continue
+            if meta.behind is not None and before == NO_SLOT:
+                waiting.setdefault((meta.behind, meta.tenant), []).append(slot)
+            for follower in waiting.pop((meta.chunk_id, meta.tenant), ()):
+                catalog.link_behind(follower, slot)
+        for location in refused:  # not before all records are read
+            self._store.delete(location)
+
+    def _make_room(self, size_bytes: int, before: int) -> None:
+        """Raises DiskFullError when what is on disk is all protected, or the text's own beginning; then nothing was
+        evicted."""
+        catalog, store = self._catalog, self._store
+        excess_bytes = store.live_bytes + record_bytes(size_bytes) - store.capacity_bytes
+        if excess_bytes <= 0:
+            return
+        catalog.leases.expire()
+        choice = catalog.choose(
+            catalog.on_disk,
+            excess_bytes,
+            self._record_bytes,
+            lambda slot: not catalog.is_protected(slot),
+            spared=catalog.on_disk.nearest(before),
+        )
+        if sum(map(self._record_bytes, choice.victims)) < excess_bytes:
+            raise DiskFullError(
+                f"the disk of {catalog.node_id} has no room for {size_bytes} bytes: all that is stored in its "
+                f"{store.capacity_bytes} bytes is leased, pinned, being read or the beginning of the same text; "
+                "give the node more disk"
+            )
+        for slot in choice.victims:
+            catalog.leave_disk(slot)
+
+    def _record_bytes(self, slot: int) -> int:
+        return record_bytes(self._catalog.index.size_bytes[slot])
+
+    def _relocate(self, meta: RecordMeta, old: Location, new: Location) -> bool:
+        """Compaction moved a record to another segment; False when it is not in the index any more."""
+        index = self._catalog.index
+        with self._catalog.lock:
+            slot = index.find(meta.chunk_id, meta.encoding)
+            if slot is None or index.location[slot] != old:
+                return False
+            index.location[slot] = new
+            return True
+
+    def _lost(self, meta: RecordMeta, location: Location) -> None:
+        """Compaction found a record damaged."""
+        index = self._catalog.index
+        with self._catalog.lock:
+            slot = index.find(meta.chunk_id, meta.encoding)
+            if slot is not None and index.location[slot] == location:
+                self._catalog.drop_disk_copy(slot)
