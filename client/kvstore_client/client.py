@@ -17,7 +17,8 @@ from kvstore_client.fetch import ChunkFeatures, Computing, Fetch
 from kvstore_client.fetch.restore import Restorer
 from kvstore_client.fork import GATE, renew_in_children
 from kvstore_client.grpc_failure import unreachable
-from kvstore_client.lookup import Match, find_prefix, find_segments, release
+from kvstore_client.lookup import find_prefix, find_segments, release
+from kvstore_client.match import Match
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.planning import AdaptivePlanner, FixedPlanner, KVFetcherPlanner, Links, Planner
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
@@ -172,8 +173,17 @@ class KVStoreClient:
         are of the same content in another. Otherwise as `match`."""
         return self._matched(find_segments, spec, placed, timeline, peek=peek)
 
+    def match_from_bytes(self, spec: ModelSpec, data: bytes) -> Match:
+        """A match of this model that another process found and passed on with `Match.to_bytes`, to be fetched or
+        released here. Calibrations are this client's own: one that is not ready yet is loaded meanwhile, and a chunk
+        that can only be decoded with it is missing from a fetch that starts before that (`calibration_loading`).
+        Waits for nothing.
+
+        Raises MatchFormatError for bytes that are no match of this model."""
+        return Match.from_bytes(data, spec, self.ready_calibrations.klt)
+
     def release(self, match: Match) -> None:
-        """Give back a match that will not be fetched."""
+        """Give back a match that will not be fetched. Has no effect on leases that have ended."""
         release(self._view, match.leases)
 
     def fetch(

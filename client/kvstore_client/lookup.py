@@ -2,16 +2,15 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
+from kvstore_client.match import Match, StoredChunk, Variant
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.replicas import Lease, Search
 from kvstore_client.settings import EXACT, ClientSettings, FetchPolicy
@@ -27,74 +26,6 @@ from kvstore_codec.model_spec import ModelSpec
 _RELEASE_TIMEOUT_S = 10.0  # a node that many read from at once is slow to answer, and nobody waits
 # No encoder makes a frame twice as large as its KV; one that claims to be is not waited for.
 _FRAME_OVERHEAD_BYTES = 64 << 10
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One of the encodings that a chunk is stored in."""
-
-    header: ChunkHeader
-    klt: KLT | None = None
-    """The calibration its header names, if it names one."""
-    on_disk: bool = False
-    """Whether its node has it on disk only."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredChunk:
-    """A chunk of the prompt that is stored: what its headers say, and who holds it."""
-
-    chunk_id: ChunkId
-    """As it is stored, which is how it is read."""
-    variants: tuple[Variant, ...]
-    """Those that can be used now, one at least: the most faithful first, and of equally faithful ones in the order of
-    `EncodingSettings.accept`."""
-    member: Member
-    first_token: int
-    """Position in the prompt of the chunk's first token."""
-    exact: bool = True
-    """Whether it is stored in the context that it has in the prompt. Otherwise the KV is that of the same tokens behind
-    another text, and only approximately what the prompt's would be."""
-
-    @property
-    def header(self) -> ChunkHeader:
-        return self.variants[0].header
-
-    @property
-    def klt(self) -> KLT | None:
-        return self.variants[0].klt
-
-    @property
-    def on_disk(self) -> bool:
-        return self.variants[0].on_disk
-
-    @property
-    def body_bytes(self) -> int:
-        """What a read of all of it brings."""
-        return self.header.size_bytes - self.header.header_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """The chunks of a prompt that are to be reused, in order of position, leased until released."""
-
-    chunks: tuple[StoredChunk, ...] = ()
-    leases: tuple[Lease, ...] = ()
-    why_not: str | None = field(default=None, compare=False)
-    """Why there are no chunks, if there are none: `not stored`, or what was wrong, a sentence for people."""
-
-    @property
-    def tokens(self) -> int:
-        """Those of its chunks together."""
-        return sum(chunk.header.geometry.tokens for chunk in self.chunks)
-
-
-def bytes_of_endpoints(chunks: Iterable[StoredChunk]) -> Counter[str]:
-    """What each endpoint sends of them, each in its first variant."""
-    sizes: Counter[str] = Counter()
-    for chunk in chunks:
-        sizes[chunk.member.endpoint] += chunk.body_bytes
-    return sizes
 
 
 def find_prefix(
@@ -305,7 +236,7 @@ class _Lookup:
                 return None
             klt.calibration.require(self._spec)
         self._require_expected(header, encoding, klt)
-        return Variant(header, klt, on_disk)
+        return Variant(header, data[: header.header_bytes], klt, on_disk)
 
     def _rank(self, name: str) -> tuple[int, int, str] | None:
         """Where an encoding comes in the order of variants; None for one that may not be used."""

@@ -40,6 +40,7 @@ KVStoreError
 │   ├── CalibrationTooLargeError
 │   ├── DamagedCalibrationError   bytes that do not have their digest
 │   └── UnknownModelError         the cluster keeps no canary of that ModelSpec digest
+├── MatchFormatError              bytes that are not a match of this model, or not a whole one
 ├── NotCopyableError              an object that holds threads, hooks or connections was copied or pickled
 ├── PublishError                  a calibration was not taken by the registry; says why
 ├── ServiceError
@@ -190,6 +191,9 @@ class DamagedCalibrationError(ClusterError): ...
 
 
 class UnknownModelError(ClusterError): ...
+
+
+class MatchFormatError(KVStoreError): ...
 
 
 class NotCopyableError(KVStoreError, TypeError): ...

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from kvstore_api.placement import Member
-from kvstore_client.lookup import StoredChunk, Variant
+from kvstore_client.match import StoredChunk, Variant
 from kvstore_codec.codec import EncodedChunk, encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.identity import ChunkId, chunk_ids
@@ -41,10 +41,11 @@ def encoded_chunk(chunk_id: ChunkId, seed: int = 0) -> EncodedChunk:
 
 
 def stored_chunks(count: int) -> list[StoredChunk]:
-    return [
-        StoredChunk(chunk_id, (Variant(encoded_chunk(chunk_id, index).header),), MEMBER, 256 * index)
-        for index, chunk_id in enumerate(ids(count))
-    ]
+    found: list[StoredChunk] = []
+    for index, chunk_id in enumerate(ids(count)):
+        encoded = encoded_chunk(chunk_id, index)
+        found.append(StoredChunk(chunk_id, (Variant(encoded.header, encoded.parts[0]),), MEMBER, 256 * index))
+    return found
 
 
 def flip_bit(view: memoryview) -> None:

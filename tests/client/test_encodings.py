@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from kvstore_client.client import KVStoreClient, connect
-from kvstore_client.lookup import Match
+from kvstore_client.match import Match
 from kvstore_client.settings import ClientSettings
 from kvstore_client.store import NewChunk
 from kvstore_cluster.node import StorageNode

@@ -14,7 +14,7 @@ from kvstore_client.fetch.failover import Failover
 from kvstore_client.fetch.fetch_state import FetchState
 from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.fetch.receive import Receiver
-from kvstore_client.lookup import Match
+from kvstore_client.match import Match
 from kvstore_client.planning import Links
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import NodeUnavailableError

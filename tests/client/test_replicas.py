@@ -14,7 +14,7 @@ from kvstore_api.placement import Member, Membership, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, connect
-from kvstore_client.lookup import Match
+from kvstore_client.match import Match
 from kvstore_client.replicas import chunk_ref
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import ChunkId

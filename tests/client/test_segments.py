@@ -14,7 +14,7 @@ import torch
 from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.fetch import FetchReport
-from kvstore_client.lookup import Match
+from kvstore_client.match import Match
 from kvstore_client.store import NewChunk
 from kvstore_cluster.lookup import LookupAnswer, LookupResult
 from kvstore_cluster.node import StorageNode

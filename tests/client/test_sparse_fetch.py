@@ -14,7 +14,7 @@ from kvstore_bench.link.clients import connect_policy
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.fetch import Computing, FetchReport
 from kvstore_client.fetch.cut import cut, joined, slots_outside
-from kvstore_client.lookup import Match, StoredChunk
+from kvstore_client.match import Match, StoredChunk
 from kvstore_client.planning import Costs, PrefillCost, Profile
 from kvstore_client.store import NewChunk
 from kvstore_codec.errors import ConfigurationError

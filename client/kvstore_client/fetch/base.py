@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from kvstore_client.buffers import KVBuffers
-from kvstore_client.lookup import StoredChunk, Variant
+from kvstore_client.match import StoredChunk, Variant
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.rope import RotaryTable
 

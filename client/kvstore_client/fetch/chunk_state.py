@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.cut import bytes_from, cut, slots_outside
-from kvstore_client.lookup import StoredChunk
+from kvstore_client.match import StoredChunk
 from kvstore_client.planning import COMPUTE
 
 

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from kvstore_client.fetch.base import ReadTask
-from kvstore_client.lookup import StoredChunk, Variant
+from kvstore_client.match import StoredChunk, Variant
 
 RANGE_BYTES = 1 << 20
 """Neighbouring frames are asked for together up to this size: a range then arrives as one message, unsplit."""

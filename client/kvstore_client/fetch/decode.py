@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
-from kvstore_client.lookup import StoredChunk
+from kvstore_client.match import StoredChunk
 from kvstore_codec.decoding import FramesTogether
 from kvstore_codec.errors import CalibrationError
 from kvstore_codec.klt_frames import KLT, Prediction

@@ -14,7 +14,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.fetch_state import FetchState
-from kvstore_client.lookup import StoredChunk
+from kvstore_client.match import StoredChunk
 from kvstore_client.planning import Links
 from kvstore_client.replicas import Lease, Search
 from kvstore_client.settings import ClientSettings

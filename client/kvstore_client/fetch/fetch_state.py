@@ -10,7 +10,7 @@ from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.ledger import FetchLedger
 from kvstore_client.fetch.replanner import Replanner
 from kvstore_client.fetch.report import FetchReport
-from kvstore_client.lookup import StoredChunk
+from kvstore_client.match import StoredChunk
 from kvstore_client.timeline import Timeline
 
 

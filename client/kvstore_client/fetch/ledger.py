@@ -8,7 +8,7 @@ from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.chunk_state import ChunkState
 from kvstore_client.fetch.replanner import Replanner
 from kvstore_client.fetch.report import FetchReport
-from kvstore_client.lookup import StoredChunk
+from kvstore_client.match import StoredChunk
 from kvstore_client.planning import COMPUTE
 from kvstore_codec.encoding import Encoding
 
@@ -32,9 +32,13 @@ class FetchLedger:
         for state in self.states:
             self.by_member.setdefault(state.chunk.member, []).append(state)
         self._replanner = replanner
+        for state in self.states:
+            if not any(variant.is_decodable for variant in state.chunk.variants):
+                state.is_lost, state.reason = True, "calibration_loading"
         if replanner is None or not replanner.begin(self.states):
             for state in self.states:
-                state.choose(0)
+                if not state.is_lost:
+                    state.choose(0)
         self.open_by_layer = [0] * layers
         """Tokens of each layer that have not been delivered, and that the engine does not compute."""
         self.open_chunks = 0
@@ -107,7 +111,7 @@ class FetchLedger:
         return state.is_settled
 
     def lose(self, indices: Iterable[int], reason: str) -> None:
-        """The engine computes these chunks, except those that are delivered or that it has; the first reason is kept."""
+        """The engine computes these chunks, except those that are delivered or its own. The first reason is kept."""
         for index in indices:
             state = self.states[index]
             if not state.is_delivered and state.reason is None and not state.is_engines:

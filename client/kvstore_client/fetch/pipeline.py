@@ -19,7 +19,8 @@ from kvstore_client.fetch.receive import Receiver
 from kvstore_client.fetch.replanner import Computing, Replanner
 from kvstore_client.fetch.report import FetchReport
 from kvstore_client.fetch.restore import Restorer
-from kvstore_client.lookup import Match, release
+from kvstore_client.lookup import release
+from kvstore_client.match import Match
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.planning import Links, Planner
 from kvstore_client.settings import ClientSettings

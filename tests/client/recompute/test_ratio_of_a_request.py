@@ -10,7 +10,7 @@ import torch
 
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
-from kvstore_client.lookup import Match
+from kvstore_client.match import Match
 from kvstore_client.recompute import Recompute
 from kvstore_client.recompute.tuned import TunedRatios
 from kvstore_client.recompute.tuning import Tuned

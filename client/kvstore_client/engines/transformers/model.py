@@ -32,7 +32,7 @@ from kvstore_client.engines.transformers.pending import PendingGeneration
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import loaded_model
 from kvstore_client.fetch import Computing
-from kvstore_client.lookup import Match
+from kvstore_client.match import Match
 from kvstore_client.recompute import Recompute
 from kvstore_client.reuse.blend import (
     Blended,

@@ -10,7 +10,7 @@ import torch
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.engines.transformers.identity.guard import Described
 from kvstore_client.fetch import Fetch
-from kvstore_client.lookup import Match
+from kvstore_client.match import Match
 from kvstore_client.reuse.blend import SegmentFetch, SegmentPlan
 from kvstore_client.reuse.generated import Generated
 from kvstore_client.timeline import Timeline

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kvstore_client.lookup import Match, StoredChunk
+from kvstore_client.match import Match, StoredChunk
 from kvstore_client.recompute import Recompute, ReusedChunk
 from kvstore_codec.identity import CHUNK_TOKENS, PlacedChunk, begins_text
 

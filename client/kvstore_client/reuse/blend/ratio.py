@@ -4,7 +4,7 @@ what was tuned for where the text is stored. Where computed tokens need not trav
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvstore_client.lookup import Match, bytes_of_endpoints
+from kvstore_client.match import Match, bytes_of_endpoints
 from kvstore_client.planning import Links
 from kvstore_client.recompute import Recompute, selector
 from kvstore_client.recompute.controller import RatioOnline

@@ -10,7 +10,7 @@ import torch
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
 from kvstore_client.fetch import Fetch, FetchReport
-from kvstore_client.lookup import Match
+from kvstore_client.match import Match
 from kvstore_client.planning import Costs
 from kvstore_client.recompute import Recompute, select, selector
 from kvstore_client.reuse.blend.executor import Blend

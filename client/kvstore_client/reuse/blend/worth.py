@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvstore_client.lookup import StoredChunk, bytes_of_endpoints
+from kvstore_client.match import StoredChunk, bytes_of_endpoints
 from kvstore_client.planning import DEFAULT_BANDWIDTH_Bps, Links, Profile
 from kvstore_client.recompute import selector
 from kvstore_client.reuse.blend.plan import SegmentPlan
