@@ -1,0 +1,171 @@
+"""How fast two checkouts of this repository store, read and look up chunks: by how much one is slower than the other.
+
+python benchmarks/compare_checkouts.py --before DIR --after DIR [--rounds 7] [--sizes 64,1024] [--json FILE]
+
+Each checkout has a server and clients of its own, all in processes, and both are measured in turn in every round, so
+that whatever else the machine does meets both alike. The folders need their generated stubs (`make install` in them,
+or the command of hatch_build.py). `change` is the median, over rounds, of the speed of `after` divided by that of
+`before`, less one.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvstore_bench.results import write_results
+from kvstore_bench.store.processes import Process
+
+KIB = 1024
+_PACKAGES = ("benchmarks", ".", "api", "codec", "client", "cluster")
+# The second one is where the equipment was before it became a package of its own.
+_EQUIPMENT = {
+    "kvstore_bench.store": "benchmarks/kvstore_bench/store",
+    "kvstore_service.bench.store": "kvstore_service/bench/store",
+}
+_RESIDENT_BYTES, _MOST_KEYS = 128 << 20, 8
+_PATIENCE_S = 120.0
+_LOOKUPS = """
+import json, sys
+from {equipment}.lookup import measure_lookups
+for _ in sys.stdin:
+    print(json.dumps(measure_lookups({address!r}, {rounds})), flush=True)
+"""
+
+
+class Checkout:
+    """The processes of one checkout. They end with `stack`."""
+
+    def __init__(self, name: str, folder: Path, lookup_rounds: int, stack: contextlib.ExitStack) -> None:
+        self.name = name
+        self._folder = folder.resolve()
+        self._stack = stack
+        equipment = next(module for module, path in _EQUIPMENT.items() if (self._folder / path).is_dir())
+        address = self._started("-m", f"{equipment}.server", "kvstore").line()
+        self._client = self._started("-m", f"{equipment}.client", "kvstore", address)
+        script = _LOOKUPS.format(equipment=equipment, address=address, rounds=lookup_rounds)
+        self._lookups = self._started("-c", script)
+
+    def tell(self, command: str, **arguments: Any) -> Any:
+        self._client.tell(command, **arguments)
+        return self._client.answer(_PATIENCE_S)
+
+    def lookups(self) -> list[dict[str, Any]]:
+        self._lookups.tell("measure")
+        answer: list[dict[str, Any]] = self._lookups.answer(_PATIENCE_S)
+        return answer
+
+    def _started(self, *arguments: str) -> Process:
+        path = os.pathsep.join(str(self._folder / package) for package in _PACKAGES)
+        process = Process(self.name, ["env", f"PYTHONPATH={path}", sys.executable, "-P", *arguments])
+        self._stack.callback(process.close)
+        return process
+
+
+def compare(
+    before: Path, after: Path, sizes_bytes: Sequence[int], rounds: int, seconds: float, lookup_rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Rows {op, size_bytes or chunks, unit, before, after, change, ...}, each as soon as it was measured."""
+    with contextlib.ExitStack() as stack:
+        checkouts = [
+            Checkout(name, folder, lookup_rounds, stack)
+            for name, folder in (("before", before), ("after", after))
+        ]
+        for size_bytes in sizes_bytes:
+            yield from _transfers(checkouts, size_bytes, rounds, seconds)
+        if lookup_rounds:
+            yield from _lookups(checkouts, rounds)
+
+
+def _transfers(
+    checkouts: Sequence[Checkout], size_bytes: int, rounds: int, seconds: float
+) -> Iterator[dict[str, Any]]:
+    keys = list(range(min(_MOST_KEYS, max(2, _RESIDENT_BYTES // size_bytes))))
+    for checkout in checkouts:
+        checkout.tell("resident", size_bytes=size_bytes, keys=keys)
+    for op in ("get", "put"):
+        speeds: dict[str, list[float]] = {checkout.name: [] for checkout in checkouts}
+        for turn in range(rounds):
+            for checkout in _in_turn(checkouts, turn):
+                times_s = checkout.tell("time", method=op, seconds=seconds)
+                speeds[checkout.name].append(size_bytes * len(times_s) / sum(times_s) / 1e9)
+        yield {"op": op, "size_bytes": size_bytes, "unit": "GB/s"} | _compared(speeds, slower_is_more=False)
+    for checkout in checkouts:
+        checkout.tell("check")
+        checkout.tell("forget")
+
+
+def _lookups(checkouts: Sequence[Checkout], rounds: int) -> Iterator[dict[str, Any]]:
+    times_ms: dict[tuple[str, str], dict[str, list[float]]] = {}
+    chunks = 0
+    for turn in range(rounds):
+        for checkout in _in_turn(checkouts, turn):
+            for row in checkout.lookups():
+                chunks = row["chunks"]
+                for quantile in ("p50", "p99"):
+                    of_checkout = times_ms.setdefault((row["op"], quantile), {})
+                    of_checkout.setdefault(checkout.name, []).append(row[f"{quantile}_ms"])
+    for (op, quantile), measured in times_ms.items():
+        row = {"op": f"{op} {quantile}", "chunks": chunks, "unit": "ms"}
+        yield row | _compared(measured, slower_is_more=True)
+
+
+def _in_turn(checkouts: Sequence[Checkout], turn: int) -> Sequence[Checkout]:
+    return checkouts if turn % 2 else checkouts[::-1]
+
+
+def _compared(measured: dict[str, list[float]], *, slower_is_more: bool) -> dict[str, Any]:
+    pairs = zip(measured["before"], measured["after"], strict=True)
+    ratios = [before / after if slower_is_more else after / before for before, after in pairs]
+    row: dict[str, Any] = {}
+    for name, values in measured.items():
+        row |= {
+            name: statistics.median(values),
+            f"{name}_min": min(values),
+            f"{name}_max": max(values),
+        }
+    return row | {"change": statistics.median(ratios) - 1, "rounds": len(ratios)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--before", type=Path, required=True)
+    parser.add_argument("--after", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7, help="in which both checkouts have a turn")
+    parser.add_argument("--seconds", type=float, default=0.4, help="of a transfer in a turn")
+    parser.add_argument("--sizes", default="64,1024,4096,16384", help="KiB, comma-separated; may be empty")
+    parser.add_argument("--lookup-rounds", type=int, default=5, help="of 20 calls in a turn; 0 for none")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    print(f"{'op':<20} {'of':>10}  {'before':>26}  {'after':>26}   change")
+    sizes_bytes = [int(size) * KIB for size in filter(None, arguments.sizes.split(","))]
+    for row in compare(
+        arguments.before,
+        arguments.after,
+        sizes_bytes,
+        arguments.rounds,
+        arguments.seconds,
+        arguments.lookup_rounds,
+    ):
+        rows.append(row)
+        of = f"{row['size_bytes'] // KIB} KiB" if "size_bytes" in row else f"{row['chunks']}"
+        spans = [
+            f"{row[name]:.3f} ({row[f'{name}_min']:.3f}-{row[f'{name}_max']:.3f})"
+            for name in ("before", "after")
+        ]
+        print(
+            f"{row['op']:<20} {of:>10}  {spans[0]:>26}  {spans[1]:>26}  {row['change']:+7.1%}  {row['unit']}",
+            flush=True,
+        )
+    write_results(rows, arguments.json, {"rounds": arguments.rounds, "seconds": arguments.seconds})
+
+
+if __name__ == "__main__":
+    main()
