@@ -26,7 +26,7 @@ from kvstore_codec.errors import (
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_service.grpc_puts import begin_put, put_refusal
 from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES
-from kvstore_service.large_requests import LargeRequests
+from kvstore_service.large_requests import SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import require_few_fields
 from kvstore_service.throttle import Throttle
 
@@ -127,20 +127,30 @@ class Session:
 
     def _read(self, size_bytes: int) -> None:
         try:
-            with ExitStack() as kept:
-                message = self._large_message(size_bytes, kept)
-                with self._large.admitted(self._peer, self._stream.is_open, size_bytes=size_bytes):
-                    request = _parsed(pb.ReadRequest(), message)
-                    chunks, encodings = _asked(request)
-                del message
-                for index, wanted in enumerate(request.ranges):
-                    if wanted.chunk >= len(chunks):
-                        raise RefusedError(f"a range names a chunk beyond the {len(chunks)} given")
-                    self._send_range(index, chunks[wanted.chunk], encodings[wanted.chunk], wanted)
+            if size_bytes <= SMALL_BYTES:
+                request = _parsed(pb.ReadRequest(), self._message(size_bytes))
+                self._send_ranges(request, *_asked(request))
+            else:
+                self._read_large(size_bytes)
         except BusyError as error:
             raise RefusedError(str(error)) from error
         except AbandonedRequestError as error:
             raise ConnectionAbortedError(str(error)) from error
+
+    def _read_large(self, size_bytes: int) -> None:
+        with ExitStack() as kept:
+            message = self._large_message(size_bytes, kept)
+            with self._large.admitted(self._peer, self._stream.is_open, size_bytes=size_bytes):
+                request = _parsed(pb.ReadRequest(), message)
+                chunks, encodings = _asked(request)
+            del message
+            self._send_ranges(request, chunks, encodings)
+
+    def _send_ranges(self, request: pb.ReadRequest, chunks: list[ChunkId], encodings: list[str]) -> None:
+        for index, wanted in enumerate(request.ranges):
+            if wanted.chunk >= len(chunks):
+                raise RefusedError(f"a range names a chunk beyond the {len(chunks)} given")
+            self._send_range(index, chunks[wanted.chunk], encodings[wanted.chunk], wanted)
 
     def _send_range(self, index: int, chunk_id: ChunkId, encoding: str, wanted: pb.ReadRange) -> None:
         """What is sent stays in memory until the kernel has all of it."""
