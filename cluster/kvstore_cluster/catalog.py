@@ -24,12 +24,12 @@ from kvstore_cluster.index import NOWHERE, ChunkIndex
 from kvstore_cluster.leases import LeaseTable
 from kvstore_cluster.quotas import Quotas
 from kvstore_cluster.stats import NodeCounters
+from kvstore_cluster.waiting_uses import WaitingUses
 from kvstore_codec.errors import StorageError
 from kvstore_codec.identity import ChunkId
 
 # Headers of chunks that are on disk only: what lookups answer with.
 HEADER_CACHE_BYTES = 32 << 20
-_MOST_TOUCHED = 1 << 16
 
 
 class ChunkCatalog:
@@ -69,7 +69,7 @@ class ChunkCatalog:
         self._dropped: dict[int, list[Extent]] = {}
         # Free slots that a lease still names: the next chunk there would profit.
         self._resting: deque[int] = deque()
-        self._touched: list[int] = []
+        self._touched = WaitingUses()
 
     # Arrival and removal.
 
@@ -140,10 +140,11 @@ class ChunkCatalog:
     def touch(self, slots: Iterable[int]) -> None:
         """The chunks were used, in this order. The policies hear of it before they are next asked for anything, or from
         the maintenance thread: a lookup of a thousand chunks need not wait for that. Lock held."""
-        self._touched.extend(slots)
-        if len(self._touched) > _MOST_TOUCHED:
-            # As many as there are too many: telling 65,536 uses at once takes a tenth of a second.
-            self.flush_touches(len(self._touched) - _MOST_TOUCHED)
+        self._touched.add(slots)
+        if (
+            excess := self._touched.excess
+        ):  # and no more: telling 65,536 uses at once takes a tenth of a second
+            self.flush_touches(excess)
 
     def put_again(self, slot: int, before: int) -> None:
         """The chunk came again with its text, behind `before`: that is a use, and it is worth no more than that one.
@@ -157,11 +158,9 @@ class ChunkCatalog:
 
     def flush_touches(self, most: int | None = None) -> bool:
         """Tells the policies the uses that wait, the oldest `most` of them; True when there are more. Lock held."""
-        touched = self._touched[:most]
-        del self._touched[:most]
-        for slot in touched:
+        for slot in self._touched.take(most):
             self._touch(slot)
-        return bool(self._touched)
+        return len(self._touched) > 0
 
     def report(self, slot: int, score: float) -> None:
         """Attention, 0 to 1, that a model paid to the chunk. Lock held."""

@@ -191,15 +191,14 @@ class ChunkIndex:
         found = self._contents.get(chunk_id.content_id)
         if found is None:
             return -1, 0
-        if isinstance(found, int):
+        if isinstance(found, int):  # as of most chunks: without a list and a call for each
             start = found * _ID_BYTES
             if self._prefixes[start : start + _ID_BYTES] != chunk_id.prefix_id:
                 return -1, 1
-            others, slots = 0, [found]
-        else:
-            slots = found.get(chunk_id.prefix_id, [])
-            others = len(found) - bool(slots)
-        return self._preferred(slots, preference, now_s), others
+            wanted = self._encoding[found] in preference and not 0 < self._expires_at_s[found] <= now_s
+            return (found if wanted else -1), 0
+        slots = found.get(chunk_id.prefix_id, [])
+        return self._preferred(slots, preference, now_s), len(found) - bool(slots)
 
     def another_context(self, chunk_id: ChunkName, preference: Mapping[int, int], now_s: float) -> int:
         """As `best`, of another context of the same content: one that does not begin its text, if there is any; of
@@ -253,13 +252,13 @@ class ChunkIndex:
         return self._ids[slot]
 
     def encoding(self, slot: int) -> str:
-        return self._names.encoding(self._encoding[slot])
+        return self._names.encodings[self._encoding[slot]]
 
     def calibration(self, slot: int) -> bytes | None:
-        return self._names.calibration(self._calibration[slot])
+        return self._names.calibrations[self._calibration[slot]]
 
     def tenant(self, slot: int) -> str:
-        return self._names.tenant(self._tenant[slot])
+        return self._names.tenants[self._tenant[slot]]
 
     def cost(self, slot: int) -> float:
         return self._cost[slot]

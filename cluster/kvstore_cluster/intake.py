@@ -1,7 +1,6 @@
 """How chunks come into a storage node: what is reserved for a put, and how one that was written becomes visible."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 
 from cachetools import TTLCache
@@ -15,6 +14,7 @@ from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.index import MAX_CHUNK_BYTES, NOWHERE
 from kvstore_cluster.memory_tier import MemoryTier
 from kvstore_cluster.migration import Migration
+from kvstore_cluster.names import Description
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import (
@@ -216,9 +216,13 @@ class Intake:
         was first. When that raises, the put is taken back."""
         if put.options.ttl_s > 0:
             meta = replace(meta, expires_at_s=self._clock() + put.options.ttl_s)
-        with ExitStack() as admission:
+        try:
+            description = self._admit(meta)
+        except BaseException:
+            self._drop(put, rejected=True)
+            raise
+        try:
             try:
-                admission.enter_context(self._admitted(meta))
                 if put.before != NO_SLOT:
                     meta = replace(meta, behind=self._index.chunk_id(put.before))
                 location = self._write_through(put, meta)
@@ -226,18 +230,15 @@ class Intake:
                 self._drop(put, rejected=True)
                 raise
             return self._place(put, meta, location)
-
-    @contextmanager
-    def _admitted(self, meta: RecordMeta) -> Iterator[None]:
-        """Meanwhile the chunk can be inserted, whatever else comes. Raises StorageError, NodeDrainingError."""
-        with self._lock:
-            self._require_open(meta.chunk_id)
-            description = self._index.admit(meta)
-        try:
-            yield
         finally:
             with self._lock:
                 self._index.dismiss(description)
+
+    def _admit(self, meta: RecordMeta) -> Description:
+        """Until `dismiss` the chunk can be inserted, whatever else comes. Raises StorageError, NodeDrainingError."""
+        with self._lock:
+            self._require_open(meta.chunk_id)
+            return self._index.admit(meta)
 
     def _place(self, put: PendingPut, meta: RecordMeta, location: Location) -> bool:
         """Lists an admitted chunk, whose put ends. False as `_accept`."""

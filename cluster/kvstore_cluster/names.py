@@ -22,7 +22,8 @@ class NameTable(Generic[Name]):
     def __init__(self, what: str) -> None:
         """`what` the names are, for errors."""
         self._what = what
-        self._names: dict[int, Name] = {}
+        self.names: dict[int, Name] = {}
+        """By number, those in use."""
         self._numbers: dict[Name, int] = {}
         self._uses: Counter[int] = Counter()
         self._free: list[int] = []
@@ -33,10 +34,6 @@ class NameTable(Generic[Name]):
         """None when nobody uses the name."""
         return self._numbers.get(name)
 
-    def name(self, number: int) -> Name:
-        """Of a number in use."""
-        return self._names[number]
-
     def acquire(self, name: Name) -> int:
         """Uses a name once more. Raises StorageError when MOST_NAMES others are in use."""
         number = self._numbers.get(name)
@@ -46,8 +43,8 @@ class NameTable(Generic[Name]):
                     f"a node keeps chunks of at most {MOST_NAMES} different {self._what} at a time; "
                     "delete those of some, or wait until they are evicted"
                 )
-            number = self._free.pop() if self._free else len(self._names)
-            self._names[number] = name
+            number = self._free.pop() if self._free else len(self.names)
+            self.names[number] = name
             self._numbers[name] = self.identity[number] = number
         self._uses[number] += 1
         return number
@@ -56,7 +53,7 @@ class NameTable(Generic[Name]):
         """Uses it once less. After the last use another name may have the number."""
         self._uses[number] -= 1
         if not self._uses[number]:
-            del self._uses[number], self._numbers[self._names.pop(number)], self.identity[number]
+            del self._uses[number], self._numbers[self.names.pop(number)], self.identity[number]
             self._free.append(number)
 
 
@@ -110,10 +107,36 @@ class ChunkNames:
         self._encodings = TenantNames[str]("encodings", MOST_ENCODINGS)
         self._calibrations = TenantNames[bytes | None]("calibrations", MOST_CALIBRATIONS)
         self._tenants = NameTable[str]("tenants")
+        # By number, those that chunks bear.
+        self.encodings: Mapping[int, str] = self._encodings.table.names
+        self.calibrations: Mapping[int, bytes | None] = self._calibrations.table.names
+        self.tenants: Mapping[int, str] = self._tenants.names
+        # A description uses each of its names once, however many chunks it describes: one look-up for a chunk.
+        self._described: dict[tuple[str, bytes | None, str], Description] = {}
+        self._uses: dict[Description, int] = {}
 
     def acquire(self, encoding: str, calibration: bytes | None, tenant: str) -> Description:
         """Raises StorageError when there are too many, and OverQuotaError when the tenant has; then nothing was
         acquired."""
+        names = encoding, calibration, tenant
+        described = self._described.get(names)
+        if described is None:
+            described = self._described[names] = self._acquire_names(encoding, calibration, tenant)
+            self._uses[described] = 0
+        self._uses[described] += 1
+        return described
+
+    def release(self, described: Description) -> None:
+        self._uses[described] -= 1
+        if not self._uses[described]:
+            encoding, calibration, tenant = described
+            names = self.encodings[encoding], self.calibrations[calibration], self.tenants[tenant]
+            del self._uses[described], self._described[names]
+            self._encodings.release(encoding, tenant)
+            self._calibrations.release(calibration, tenant)
+            self._tenants.release(tenant)
+
+    def _acquire_names(self, encoding: str, calibration: bytes | None, tenant: str) -> Description:
         owner = self._tenants.acquire(tenant)
         try:
             encoding_number = self._encodings.acquire(encoding, owner)
@@ -125,20 +148,6 @@ class ChunkNames:
         except StorageError:
             self._tenants.release(owner)
             raise
-
-    def release(self, described: Description) -> None:
-        self._encodings.release(described.encoding, described.tenant)
-        self._calibrations.release(described.calibration, described.tenant)
-        self._tenants.release(described.tenant)
-
-    def encoding(self, number: int) -> str:
-        return self._encodings.table.name(number)
-
-    def calibration(self, number: int) -> bytes | None:
-        return self._calibrations.table.name(number)
-
-    def tenant(self, number: int) -> str:
-        return self._tenants.name(number)
 
     def encoding_number(self, name: str) -> int | None:
         """None when no chunk is in this encoding."""

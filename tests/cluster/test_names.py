@@ -105,9 +105,9 @@ def test_numbers_mean_what_was_acquired_in_whatever_order_it_goes(
         elif held:
             table.release(held.pop(step % len(held))[0])
         for description, (encoding, calibration, tenant) in held:
-            assert table.encoding(description.encoding) == encoding
-            assert table.calibration(description.calibration) == calibration
-            assert table.tenant(description.tenant) == tenant
+            assert table.encodings[description.encoding] == encoding
+            assert table.calibrations[description.calibration] == calibration
+            assert table.tenants[description.tenant] == tenant
         assert set(table.all_encodings) == {description.encoding for description, _ in held}
         assert [table.encoding_number(name) is not None for name in "abc"] == [
             any(name == named for _, (named, _, _) in held) for name in "abc"

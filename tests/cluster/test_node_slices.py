@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_cluster import catalog, lookup
+from kvstore_cluster import lookup, waiting_uses
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.durability import Durability
@@ -235,8 +235,8 @@ def test_a_lookup_tells_the_policies_a_bounded_number_of_uses(
     node: StorageNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Uses wait for the keeper. Where it does not come, each lookup tells as many as it adds, not all of them."""
-    waiting, most = node._catalog._touched, 3 * len(STORED)
-    monkeypatch.setattr(catalog, "_MOST_TOUCHED", most)
+    waiting, most = node._catalog._touched, len(STORED) // 2
+    monkeypatch.setattr(waiting_uses, "MOST_WAITING", most)
     told: list[int] = []
     touch = node._catalog._touch
     monkeypatch.setattr(node._catalog, "_touch", lambda slot: (told.append(slot), touch(slot)))
@@ -247,3 +247,23 @@ def test_a_lookup_tells_the_policies_a_bounded_number_of_uses(
         assert len(told) <= len(wanted)
         assert len(waiting) <= most
     assert told
+
+
+def test_uses_of_the_same_chunks_wait_as_one_where_many_do(
+    node: StorageNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients that look the same chunks up again and again pay nothing for the policies, which are told in the order of
+    the last uses."""
+    monkeypatch.setattr(waiting_uses, "MOST_WAITING", 4 * len(STORED))
+    told: list[int] = []
+    monkeypatch.setattr(node._catalog, "_touch", told.append)
+    wanted = [stored.chunk_id for stored in STORED]
+    for _ in range(20):
+        node.lookup(wanted, EXACT)
+        node.lookup(wanted[:3], EXACT)
+    assert not told
+    node.maintain()
+    assert len(told) <= 2 * len(STORED)
+    first_three = [slot_of(node, stored) for stored in STORED[:3]]
+    assert told[-3:] == first_three[::-1]
+    assert set(told) == {slot_of(node, stored) for stored in STORED}
