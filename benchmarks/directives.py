@@ -29,6 +29,7 @@ from kvstore_bench import write_results
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import RecordMeta
 from kvstore_cluster.index import NOWHERE
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 
@@ -80,7 +81,7 @@ def lookups_ms(
         begin = choose.randrange(len(names) - LOOKED_UP)
         wanted = names[begin : begin + LOOKED_UP]
         started = time.process_time()
-        node.lookup(wanted, ["exact-zstd"], with_headers=False)
+        node.lookup(LookupRequest(wanted, ["exact-zstd"], with_headers=False))
         times_ms.append(1000 * (time.process_time() - started))
         time.sleep(0.001)
     stopping.set()

@@ -13,7 +13,7 @@ from kvstore_cluster.background import background_health
 from kvstore_cluster.intake import MAX_TENANT_BYTES
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
 from kvstore_cluster.listing import MAX_LISTED
-from kvstore_cluster.lookup import SMALL_HEADERS_BYTES, LookupResult
+from kvstore_cluster.lookup import SMALL_HEADERS_BYTES, LookupRequest, LookupResult
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_cluster.scrub import scrub
@@ -109,19 +109,7 @@ class StorageService:
                 self._large.wait_for_turn()
 
         try:
-            result = self._node.lookup(
-                chunks,
-                # As a list: the message would make new strings, without a hash, for every chunk.
-                list(request.encodings),
-                lease_s=request.lease_ms / 1000,
-                max_header_bytes=MAX_HEADER_BYTES,
-                with_headers=request.with_headers,
-                peek=request.peek,
-                all_encodings=request.all_encodings,
-                any_context=request.any_context,
-                use_follows=request.use_follows,
-                proceed=proceed,
-            )
+            result = self._node.lookup(_lookup_request(request, chunks), proceed)
         except StorageError as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         try:
@@ -269,6 +257,21 @@ class StorageService:
                 yield _read_failure(index, pb.READ_STATUS_NOT_FOUND)
             except FrameRangeError:
                 yield _read_failure(index, pb.READ_STATUS_INVALID_RANGE)
+
+
+def _lookup_request(request: pb.LookupRequest, chunks: Sequence[pb.ChunkRef]) -> LookupRequest:
+    return LookupRequest(
+        chunks,
+        # As a list: the message would make new strings, without a hash, for every chunk.
+        list(request.encodings),
+        lease_s=request.lease_ms / 1000,
+        max_header_bytes=MAX_HEADER_BYTES,
+        with_headers=request.with_headers,
+        peek=request.peek,
+        all_encodings=request.all_encodings,
+        any_context=request.any_context,
+        use_follows=request.use_follows,
+    )
 
 
 def _lookup_reply(chunks: Sequence[pb.ChunkRef], result: LookupResult, bulk_endpoint: str) -> pb.LookupReply:

@@ -19,6 +19,32 @@ _OTHER_ENCODING_BYTES = 128
 """Of an answer, for each further encoding, besides its header."""
 
 
+@dataclass(frozen=True, slots=True)
+class LookupRequest:
+    """Asks for each of `chunks` in which of `encodings`, best first, it is stored, and how many other contexts hold the
+    same content.
+
+    `all_encodings` asks also in which others of them it is stored, or of any when there are none. With `any_context` a
+    chunk that is not stored in its own context is answered with another one of its content: one that does not begin its
+    text if there is any, of those one in memory, of those the one used last.
+
+    What is found is leased for `lease_s` when positive, unless too much is leased already. It counts as one use of it,
+    unless this is a `peek`, or `use_follows`: then `StorageNode.use` says what of it is used.
+
+    Further encodings of later chunks are left out where their headers would not fit into `max_header_bytes`.
+    """
+
+    chunks: Sequence[ChunkName]
+    encodings: Sequence[str]
+    lease_s: float = 0.0
+    max_header_bytes: int | None = None
+    with_headers: bool = True
+    peek: bool = False
+    all_encodings: bool = False
+    any_context: bool = False
+    use_follows: bool = False
+
+
 class FoundVariant(NamedTuple):
     """One encoding that a chunk is stored in."""
 
@@ -53,35 +79,19 @@ class LookupResult:
 
 
 class ChunkSearch:
-    """The answers to one lookup of `chunks`, as far as they are known. `find` is called under the node's lock, for
-    SLICE_CHUNKS chunks at a time, and `read_headers` at the end without it. Whoever gives up before that calls
-    `release` under the lock. The options are those of `StorageNode.lookup`."""
+    """The answers to one lookup, as far as they are known at unix time `now_s`. `find` is called for SLICE_CHUNKS
+    chunks at a time, and `read_headers` at the end. A caller that stops before that calls `release`."""
 
     def __init__(
-        self,
-        catalog: ChunkCatalog,
-        stored: ChunkBytes,
-        chunks: Sequence[ChunkName],
-        encodings: Sequence[str],
-        *,
-        now_s: float,
-        max_header_bytes: int | None,
-        with_headers: bool,
-        all_encodings: bool,
-        any_context: bool,
+        self, catalog: ChunkCatalog, stored: ChunkBytes, request: LookupRequest, now_s: float
     ) -> None:
         self._catalog = catalog
         self._stored = stored
-        self._chunks = chunks
-        self._encodings = encodings
+        self._request = request
         self._now_s = now_s
-        self._max_header_bytes = max_header_bytes
-        self._with_headers = with_headers
-        self._all_encodings = all_encodings
-        self._any_context = any_context
         self.header_bytes = 0
         """Of all answers so far, those included that `read_headers` is to read."""
-        # (number of the answer, place in it, slot), of slots that are held
+        # (number of the answer, place in it, slot), of slots that are acquired
         self._headers_to_read: list[tuple[int, int, int]] = []
         self.answers: list[LookupAnswer] = []
         self.hits: list[int] = []
@@ -91,22 +101,22 @@ class ChunkSearch:
         """Numbers of the chunks found in another context only."""
 
     def find(self, begin: int) -> list[int]:
-        """Answers for the chunks from number `begin` on, and returns the slots of what was found. Raises StorageError
-        when the headers of all answers have more than `max_header_bytes`."""
-        catalog, index, now_s = self._catalog, self._catalog.index, self._now_s
-        anything = self._all_encodings and not self._encodings
-        preference = index.any_encoding if anything else index.preference(self._encodings)
+        """Answers for the chunks from number `begin` on, and returns the slots of what was found. Lock held. Raises
+        StorageError when the headers of all answers have more than `max_header_bytes`."""
+        catalog, index, now_s, request = self._catalog, self._catalog.index, self._now_s, self._request
+        anything = request.all_encodings and not request.encodings
+        preference = index.any_encoding if anything else index.preference(request.encodings)
         # A thousand chunks are to be found in a millisecond: what the loop needs is looked up once.
         best, encoding_of, extents = index.best, index.encoding, index.extent
         sizes, header_sizes = index.size_bytes, index.header_bytes
         answers, hits, first_hit = self.answers, self.hits, len(self.hits)
-        with_headers, max_header_bytes = self._with_headers, self._max_header_bytes
+        with_headers, max_header_bytes = request.with_headers, request.max_header_bytes
         # By content. Finding it looks at up to 512 contexts, and a lookup may name one content thousands of times.
         other_contexts: dict[bytes, int] = {}
-        for chunk in self._chunks[begin : begin + SLICE_CHUNKS]:
+        for chunk in request.chunks[begin : begin + SLICE_CHUNKS]:
             slot, contexts = best(chunk, preference, now_s)
             other_context = b""
-            if slot < 0 and self._any_context and contexts:
+            if slot < 0 and request.any_context and contexts:
                 content_id = chunk.content_id
                 if content_id not in other_contexts:
                     catalog.flush_touches()  # which of them was used last counts
@@ -126,13 +136,13 @@ class ChunkSearch:
                 self.header_bytes += header_sizes[slot]
                 header = self._header(slot, len(answers), 0)
             others: Sequence[FoundVariant] = ()
-            if self._all_encodings:
+            if request.all_encodings:
                 slots = index.others(chunk, slot, preference, now_s)
                 others = self._others(slot, slots)
                 hits += slots[: len(others)]
             if max_header_bytes is not None and self.header_bytes > max_header_bytes:
                 raise StorageError(
-                    f"the headers of the first {len(answers) + 1} of {len(self._chunks)} chunks have more "
+                    f"the headers of the first {len(answers) + 1} of {len(request.chunks)} chunks have more "
                     f"than {max_header_bytes} bytes; look fewer chunks up at a time"
                 )
             on_disk = extents[slot] is None
@@ -142,14 +152,14 @@ class ChunkSearch:
         return hits[first_hit:]
 
     def findings(self, first_hit: int) -> Findings[int]:
-        """What was found, from that one of `hits` on; before `read_headers`."""
+        """What was found, from that one of `hits` on; before `read_headers`. Lock not needed."""
         numbers = [n for n, answer in enumerate(self.answers) if answer.encoding for _ in (0, *answer.others)]
         leased = numbers[first_hit:]
         return Findings(self.hits[first_hit:], leased, self.approximate & set(leased))
 
     def read_headers(self, proceed: Callable[[int], object]) -> None:
-        """Reads the headers that `find` left out; the caller does not have the lock. What the disk has lost is left out
-        of its answer. Calls `proceed` with `header_bytes` before and now and then, and passes on what it raises."""
+        """Reads the headers that `find` left out. Lock not held; may block. What the disk has lost is left out of its
+        answer. Calls `proceed` with `header_bytes` before and now and then, and passes on what it raises."""
         while self._headers_to_read:
             proceed(self.header_bytes)
             batch = self._headers_to_read[-_HEADERS_PER_CHECK:]
@@ -168,12 +178,12 @@ class ChunkSearch:
                         self._catalog.release(slot)
 
     def release(self) -> None:
-        """Lets go of what `read_headers` would have read; the caller has the lock."""
+        """Releases the chunks whose headers `read_headers` would have read. Lock held."""
         while self._headers_to_read:
             self._catalog.release(self._headers_to_read.pop()[2])
 
     def _header(self, slot: int, number: int, place: int) -> bytes:
-        """Empty where it is read later; then the slot is held."""
+        """Empty where it is read later; then the slot is acquired."""
         header = None
         if self.header_bytes <= SMALL_HEADERS_BYTES:
             header = self._stored.known_header(slot)
@@ -185,20 +195,20 @@ class ChunkSearch:
     def _others(self, slot: int, slots: Sequence[int]) -> list[FoundVariant]:
         """The further encodings of the chunk in `slot`; none where their headers leave too little room for the chunks
         behind: every chunk has to be named before any is named twice."""
-        index = self._catalog.index
-        own_bytes = index.header_bytes[slot] if self._with_headers else 0
+        index, request = self._catalog.index, self._request
+        own_bytes = index.header_bytes[slot] if request.with_headers else 0
         others_bytes = len(slots) * _OTHER_ENCODING_BYTES
-        others_bytes += sum(index.header_bytes[other] for other in slots) if self._with_headers else 0
-        if self._max_header_bytes is not None:
-            behind = len(self._chunks) - len(self.answers) - 1
-            if self.header_bytes + behind * own_bytes + others_bytes > self._max_header_bytes:
+        others_bytes += sum(index.header_bytes[other] for other in slots) if request.with_headers else 0
+        if request.max_header_bytes is not None:
+            behind = len(request.chunks) - len(self.answers) - 1
+            if self.header_bytes + behind * own_bytes + others_bytes > request.max_header_bytes:
                 return []
         self.header_bytes += others_bytes
         return [
             FoundVariant(
                 index.encoding(other),
                 index.size_bytes[other],
-                self._header(other, len(self.answers), place) if self._with_headers else b"",
+                self._header(other, len(self.answers), place) if request.with_headers else b"",
                 index.extent[other] is None,
             )
             for place, other in enumerate(slots, 1)

@@ -12,12 +12,11 @@ from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.disk_tier import DiskTier
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
-from kvstore_cluster.index import ChunkName
 from kvstore_cluster.intake import Intake
 from kvstore_cluster.integrity import check_integrity
 from kvstore_cluster.leases import LeaseId, LeaseTable
 from kvstore_cluster.listing import MAX_LISTED, list_variants
-from kvstore_cluster.lookup import ChunkSearch, LookupResult
+from kvstore_cluster.lookup import ChunkSearch, LookupRequest, LookupResult
 from kvstore_cluster.memory_tier import MemoryTier
 from kvstore_cluster.migration import Migration
 from kvstore_cluster.put import PendingPut, PutOptions
@@ -64,48 +63,20 @@ class StorageNode:
             self._disk.recover()
 
     def lookup(
-        self,
-        chunks: Sequence[ChunkName],
-        encodings: Sequence[str],
-        *,
-        lease_s: float = 0.0,
-        max_header_bytes: int | None = None,
-        with_headers: bool = True,
-        peek: bool = False,
-        all_encodings: bool = False,
-        any_context: bool = False,
-        use_follows: bool = False,
-        proceed: Callable[[int], object] = lambda _header_bytes: None,
+        self, request: LookupRequest, proceed: Callable[[int], object] = lambda _header_bytes: None
     ) -> LookupResult:
-        """Says for each chunk in which of `encodings` (best first) it is here, and how many other contexts
-        hold the same content; with `all_encodings` also in which others of them, or of any when there are none.
-        With `any_context` a chunk that is not here in its own context is answered with another one of its content: one
-        that does not begin its text if there is any, of those one in memory, of those the one used last.
-
-        Leases what was found for `lease_s` when positive, unless too much is leased already. Counts as one use of it,
-        unless it is a `peek`, or `use_follows`: then `use` says what of it is used.
+        """Answers each chunk of the request, in order.
 
         Holds the lock for SLICE_CHUNKS chunks at a time and calls `proceed` without it in between, with the size of the
-        headers found so far. What that raises ends the lookup; then nothing is leased.
-
-        Further encodings of later chunks are left out where their headers would not fit into `max_header_bytes`.
-        Raises StorageError when those of one encoding of each chunk have more together; then nothing is leased.
+        headers found so far. What that raises ends the lookup; then nothing is leased. Raises StorageError when the
+        headers of one encoding of each chunk have more than `max_header_bytes`; then nothing is leased.
         """
-        search = ChunkSearch(
-            self._catalog,
-            self._stored,
-            chunks,
-            encodings,
-            now_s=self._clock(),
-            max_header_bytes=max_header_bytes,
-            with_headers=with_headers,
-            all_encodings=all_encodings,
-            any_context=any_context,
-        )
+        lease_s, peek, use_follows = request.lease_s, request.peek, request.use_follows
+        search = ChunkSearch(self._catalog, self._stored, request, self._clock())
         lease_id: LeaseId | None = None
         first_leased = 0  # of `search.hits`
         try:
-            for begin in range(0, len(chunks), SLICE_CHUNKS):
+            for begin in range(0, len(request.chunks), SLICE_CHUNKS):
                 if begin:
                     proceed(search.header_bytes)
                 with self._slice(begin):

@@ -14,6 +14,7 @@ from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.fetch import FetchReport
+from kvstore_cluster.lookup import LookupRequest
 from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import served_cluster
 from tests.client.models import random_prompt, tiny_model
@@ -115,7 +116,11 @@ def test_without_a_replica_what_is_missing_is_said_in_time(tmp_path: Path, way: 
         lost: set[int] = set()
 
         def meanwhile(node: int, before_bytes: int) -> None:
-            on_node = replicated.cluster.nodes[node].lookup(replicated.document, ["exact-zstd"]).answers
+            on_node = (
+                replicated.cluster.nodes[node]
+                .lookup(LookupRequest(replicated.document, ["exact-zstd"]))
+                .answers
+            )
             lost.update(index for index, answer in enumerate(on_node) if answer.encoding)
             spoil_in_the_middle(replicated, node, before_bytes, way)
 

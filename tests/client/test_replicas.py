@@ -17,6 +17,7 @@ from kvstore_client import KVStoreClient, connect
 from kvstore_client.match import Match
 from kvstore_client.replicas import chunk_ref
 from kvstore_client.store import NewChunk
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_codec.identity import ChunkId
 from kvstore_service.grpc_storage import serve_storage
 from tests.client.changed_settings import changed
@@ -103,7 +104,7 @@ def put(client: KVStoreClient, document: list[ChunkId]) -> int:
 
 def on_node(cluster: ServedCluster, index: int, document: list[ChunkId]) -> list[int]:
     """Which of these chunks a node has."""
-    answers = cluster.nodes[index].lookup(document, ["exact-zstd"]).answers
+    answers = cluster.nodes[index].lookup(LookupRequest(document, ["exact-zstd"])).answers
     return [number for number, answer in enumerate(answers) if answer.encoding]
 
 

@@ -239,7 +239,7 @@ def test_another_context_that_nobody_asked_for_is_refused(
         monkeypatch.setattr(
             node,
             "lookup",
-            lambda *arguments, **options: honest(*arguments, **{**options, "any_context": True}),
+            lambda request, proceed: honest(dataclasses.replace(request, any_context=True), proceed),
         )
         (behind,) = [chunk.chunk_id for chunk in placed(client, NEW, SYSTEM) if chunk.first_token]
         assert not client.match(SPEC, [behind]).chunks
@@ -256,7 +256,7 @@ def test_a_node_that_knows_only_exact_chunks_is_right_about_them(
         monkeypatch.setattr(
             node,
             "lookup",
-            lambda *arguments, **options: honest(*arguments, **options | {"any_context": False}),
+            lambda request, proceed: honest(dataclasses.replace(request, any_context=False), proceed),
         )
         match = client.match_segments(SPEC, placed(client, SYSTEM, NEW, SHORT))
         assert kinds(match) == [(0, True)]

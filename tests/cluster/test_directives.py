@@ -9,6 +9,7 @@ import pytest
 
 from kvstore_cluster import directives, migration
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.errors import OverQuotaError
@@ -64,7 +65,9 @@ def put(node: StorageNode, chunk: SampleChunk, tenant: str = "", ttl_s: float = 
 
 
 def stored(node: StorageNode, chunks: list[SampleChunk]) -> list[bool]:
-    answers = node.lookup([chunk.chunk_id for chunk in chunks], ["exact-zstd"], peek=True).answers
+    answers = node.lookup(
+        LookupRequest([chunk.chunk_id for chunk in chunks], ["exact-zstd"], peek=True)
+    ).answers
     return [answer.encoding is not None for answer in answers]
 
 
@@ -141,7 +144,7 @@ def test_orders_of_tenants_stay_right_in_whatever_order_things_happen(node: Stor
             case 2:
                 node.delete([chunk.chunk_id])
             case 3:
-                node.lookup([chunk.chunk_id], ["exact-zstd"])
+                node.lookup(LookupRequest([chunk.chunk_id], ["exact-zstd"]))
             case 4:
                 node.set_quotas({name: 1 << 30 for name in "ab" if choose.random() < 0.5})
         node.check_integrity()
@@ -152,7 +155,7 @@ def test_what_expires_goes_a_slice_at_a_time(node: StorageNode, clock: Clock) ->
     for number, chunk in enumerate(CHUNKS):
         put(node, chunk, ttl_s=10.0 if number % 2 else 0.0)
     clock.now_s += 11
-    lease = node.lookup([CHUNKS[0].chunk_id], ["exact-zstd"], lease_s=60.0).lease_id
+    lease = node.lookup(LookupRequest([CHUNKS[0].chunk_id], ["exact-zstd"], lease_s=60.0)).lease_id
     assert lease is not None
     assert node._migration.expire(clock.now_s)
     assert node.stats().counters["expired"] == 2
@@ -164,7 +167,7 @@ def test_what_expires_goes_a_slice_at_a_time(node: StorageNode, clock: Clock) ->
 
 def test_a_leased_chunk_outlives_its_time_until_the_lease_ends(node: StorageNode, clock: Clock) -> None:
     put(node, CHUNKS[0], ttl_s=10.0)
-    lease = node.lookup([CHUNKS[0].chunk_id], ["exact-zstd"], lease_s=60.0).lease_id
+    lease = node.lookup(LookupRequest([CHUNKS[0].chunk_id], ["exact-zstd"], lease_s=60.0)).lease_id
     clock.now_s += 11
     node.maintain()
     assert node.stats().chunks == 1

@@ -9,6 +9,7 @@ import pytest
 
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import SegmentStore
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.errors import ChunkNotFoundError
 from tests.sample_chunk import SampleChunk, sample_chunk
@@ -76,7 +77,9 @@ def read(node: StorageNode, chunk: SampleChunk, first: int = 0, count: int = 0) 
 
 
 def found(node: StorageNode, *, with_headers: bool = True) -> bool:
-    answers = node.lookup([CHUNK.chunk_id], [CHUNK.encoding], with_headers=with_headers, peek=True).answers
+    answers = node.lookup(
+        LookupRequest([CHUNK.chunk_id], [CHUNK.encoding], with_headers=with_headers, peek=True)
+    ).answers
     return answers[0].encoding is not None
 
 

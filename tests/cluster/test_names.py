@@ -13,6 +13,7 @@ from kvstore_cluster import names
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import RecordMeta, SegmentStore
 from kvstore_cluster.index import ChunkIndex
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.names import MOST_CALIBRATIONS, MOST_ENCODINGS, ChunkNames
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
@@ -154,7 +155,10 @@ def test_a_node_starts_with_more_calibrations_on_its_disk_than_it_takes(
     node = start()
     assert node.stats().chunks == 2
     assert node.stats().gauges["disk_chunks"] == 2
-    found = [node.lookup([calibrated(number).chunk_id], ["medium-klt-pco"]).answers[0] for number in range(4)]
+    found = [
+        node.lookup(LookupRequest([calibrated(number).chunk_id], ["medium-klt-pco"])).answers[0]
+        for number in range(4)
+    ]
     assert sum(answer.encoding is not None for answer in found) == 2
     node.check_integrity()
     node.close()

@@ -5,6 +5,7 @@ import pytest
 
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.leases import LeaseTable
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.errors import (
     ArenaFullError,
@@ -55,7 +56,7 @@ def read(node: StorageNode, chunk: SampleChunk, first: int, count: int, piece_by
 
 
 def stored(node: StorageNode, chunk: SampleChunk) -> bool:
-    return node.lookup([chunk.chunk_id], [chunk.encoding]).answers[0].encoding is not None
+    return node.lookup(LookupRequest([chunk.chunk_id], [chunk.encoding])).answers[0].encoding is not None
 
 
 def fill(node: StorageNode, frame_bytes: int = 6000) -> list[SampleChunk]:
@@ -70,7 +71,7 @@ def fill(node: StorageNode, frame_bytes: int = 6000) -> list[SampleChunk]:
 def test_what_was_put_is_found_and_read(node: StorageNode) -> None:
     chunk = sample_chunk()
     assert put(node, chunk)
-    (answer,) = node.lookup([chunk.chunk_id], EXACT).answers
+    (answer,) = node.lookup(LookupRequest([chunk.chunk_id], EXACT)).answers
     assert (answer.encoding, answer.size_bytes, answer.other_contexts) == ("exact-zstd", len(chunk.data), 0)
     assert answer.header == chunk.data[: chunk.header.header_bytes]
     frames = chunk.header.geometry.frame_count
@@ -188,11 +189,13 @@ def test_lookup_tells_exact_from_approximate_and_prefers_the_callers_order(node:
     for chunk in (exact, high, elsewhere):
         put(node, chunk)
     unknown = sample_chunk(context=2).chunk_id
-    answers = node.lookup([exact.chunk_id, elsewhere.chunk_id, unknown], ["high-zstd", "exact-zstd"]).answers
+    answers = node.lookup(
+        LookupRequest([exact.chunk_id, elsewhere.chunk_id, unknown], ["high-zstd", "exact-zstd"])
+    ).answers
     assert [answer.encoding for answer in answers] == ["high-zstd", "exact-zstd", None]
     assert [answer.other_contexts for answer in answers] == [1, 1, 2]
-    assert node.lookup([exact.chunk_id], EXACT).answers[0].encoding == "exact-zstd"
-    assert node.lookup([exact.chunk_id], []).answers[0].encoding is None
+    assert node.lookup(LookupRequest([exact.chunk_id], EXACT)).answers[0].encoding == "exact-zstd"
+    assert node.lookup(LookupRequest([exact.chunk_id], [])).answers[0].encoding is None
     counters = node.stats().counters
     assert (counters["lookups"], counters["hits"], counters["misses"]) == (3, 3, 2)
 
@@ -208,7 +211,7 @@ def test_what_was_used_longest_ago_is_evicted(node: StorageNode) -> None:
 
 def test_a_lease_protects_until_it_ends(node: StorageNode, clock: Clock) -> None:
     chunks = fill(node)[1:]
-    result = node.lookup([chunk.chunk_id for chunk in chunks], EXACT, lease_s=10.0)
+    result = node.lookup(LookupRequest([chunk.chunk_id for chunk in chunks], EXACT, lease_s=10.0))
     assert result.lease_id is not None
     newcomer = sample_chunk(content=1000, frame_bytes=6000)
     evictions = node.stats().counters["evictions"]
@@ -227,7 +230,7 @@ def test_a_lease_protects_until_it_ends(node: StorageNode, clock: Clock) -> None
 
 def test_a_released_lease_protects_no_longer(node: StorageNode) -> None:
     chunks = fill(node)[1:]
-    lease_id = node.lookup([chunk.chunk_id for chunk in chunks], EXACT, lease_s=10.0).lease_id
+    lease_id = node.lookup(LookupRequest([chunk.chunk_id for chunk in chunks], EXACT, lease_s=10.0)).lease_id
     assert lease_id is not None
     assert node.stats().leases == 1
     assert node.release_lease(lease_id)
@@ -235,9 +238,9 @@ def test_a_released_lease_protects_no_longer(node: StorageNode) -> None:
 
 
 def test_no_lease_is_taken_over_nothing(node: StorageNode) -> None:
-    assert node.lookup([sample_chunk().chunk_id], EXACT, lease_s=10.0).lease_id is None
+    assert node.lookup(LookupRequest([sample_chunk().chunk_id], EXACT, lease_s=10.0)).lease_id is None
     put(node, sample_chunk())
-    assert node.lookup([sample_chunk().chunk_id], EXACT).lease_id is None
+    assert node.lookup(LookupRequest([sample_chunk().chunk_id], EXACT)).lease_id is None
 
 
 def test_what_is_being_read_is_not_evicted(node: StorageNode) -> None:

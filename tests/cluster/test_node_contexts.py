@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.leases import LeaseTable
-from kvstore_cluster.lookup import LookupAnswer
+from kvstore_cluster.lookup import LookupAnswer, LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.identity import ROOT_PREFIX, PrefixId, prefix_id
@@ -49,7 +49,7 @@ def beginning(content: int) -> SampleChunk:
 def look(
     node: StorageNode, chunk: SampleChunk, encodings: list[str] = EXACT, **options: bool
 ) -> LookupAnswer:
-    (answer,) = node.lookup([chunk.chunk_id], encodings, any_context=True, **options).answers
+    (answer,) = node.lookup(LookupRequest([chunk.chunk_id], encodings, any_context=True, **options)).answers
     return answer
 
 
@@ -60,7 +60,7 @@ def context_of(answer: LookupAnswer) -> PrefixId:
 def test_another_context_answers_only_when_it_may(node: StorageNode) -> None:
     stored, asked = sample_chunk(context=1), sample_chunk(context=2)
     put(node, stored)
-    (exact_only,) = node.lookup([asked.chunk_id], EXACT).answers
+    (exact_only,) = node.lookup(LookupRequest([asked.chunk_id], EXACT)).answers
     assert (exact_only.encoding, exact_only.prefix_id, exact_only.other_contexts) == (None, b"", 1)
     answer = look(node, asked)
     assert (answer.encoding, answer.size_bytes) == ("exact-zstd", len(stored.data))
@@ -96,8 +96,8 @@ def test_of_several_the_one_used_last_answers(node: StorageNode) -> None:
         put(node, chunk)
     asked = sample_chunk(context=UNKNOWN)
     assert context_of(look(node, asked)) == chunks[2].chunk_id.prefix_id
-    node.lookup([chunks[0].chunk_id], EXACT)
-    node.lookup([chunks[1].chunk_id], EXACT, peek=True)
+    node.lookup(LookupRequest([chunks[0].chunk_id], EXACT))
+    node.lookup(LookupRequest([chunks[1].chunk_id], EXACT, peek=True))
     assert context_of(look(node, asked, peek=True)) == chunks[0].chunk_id.prefix_id
     with node.open(chunks[1].chunk_id, "exact-zstd"):
         assert context_of(look(node, asked)) == chunks[1].chunk_id.prefix_id
@@ -108,7 +108,9 @@ def test_of_several_the_one_used_last_answers(node: StorageNode) -> None:
 def test_a_lease_covers_the_context_that_answers(node: StorageNode, clock: Clock) -> None:
     stored = sample_chunk(context=1, frame_bytes=20_000)
     put(node, stored)
-    result = node.lookup([sample_chunk(context=2).chunk_id], EXACT, any_context=True, lease_s=10.0)
+    result = node.lookup(
+        LookupRequest([sample_chunk(context=2).chunk_id], EXACT, any_context=True, lease_s=10.0)
+    )
     assert result.lease_id is not None
     assert result.answers[0].prefix_id == stored.chunk_id.prefix_id
     for number in range(1, 20):
@@ -127,7 +129,7 @@ def test_one_stored_chunk_answers_for_many_places(node: StorageNode) -> None:
     stored = sample_chunk(context=0, frame_bytes=20_000)
     put(node, stored)
     asked = [sample_chunk(context=context).chunk_id for context in range(5)]
-    result = node.lookup(asked, EXACT, any_context=True, lease_s=10.0)
+    result = node.lookup(LookupRequest(asked, EXACT, any_context=True, lease_s=10.0))
     assert [answer.prefix_id for answer in result.answers] == [b"", *[stored.chunk_id.prefix_id] * 4]
     assert result.lease_id is not None
     for number in range(1, 20):
@@ -188,7 +190,7 @@ def test_memory_is_preferred_to_the_disk(node_on_disk: StorageNode) -> None:
     assert answer.on_disk
     assert answer.header == old.data[: old.header.header_bytes]
     put(node, sample_chunk(context=1, frame_bytes=20_000))
-    node.lookup([old.chunk_id], EXACT)  # used last
+    node.lookup(LookupRequest([old.chunk_id], EXACT))  # used last
     answer = look(node, asked)
     assert not answer.on_disk
     assert context_of(answer) == sample_chunk(context=1).chunk_id.prefix_id
@@ -210,7 +212,7 @@ def test_the_choice_follows_the_rules(stored: list[int], began: bool, used: list
     if began:
         put(node, beginning(0))
     for context in used:
-        node.lookup([chunks[context].chunk_id], EXACT)
+        node.lookup(LookupRequest([chunks[context].chunk_id], EXACT))
         if context in order:
             order.remove(context)
             order.append(context)
@@ -234,6 +236,6 @@ def test_of_very_many_the_one_used_last_answers() -> None:
         put(node, chunk)
     asked = sample_chunk(context=1000)
     for used in (0, 250, 499):
-        node.lookup([chunks[used].chunk_id], EXACT)
+        node.lookup(LookupRequest([chunks[used].chunk_id], EXACT))
         answer = look(node, asked)
         assert (answer.other_contexts, answer.prefix_id) == (500, chunks[used].chunk_id.prefix_id)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.errors import StorageError
 from tests.sample_chunk import SampleChunk, sample_chunk
@@ -43,7 +44,7 @@ def test_every_stored_encoding_that_was_asked_for_is_named_in_that_order(
     for chunk in chunks.values():
         put(node, chunk)
     ids = [sample_chunk(content).chunk_id for content in range(4)]
-    answers = node.lookup(ids, asked, all_encodings=True).answers
+    answers = node.lookup(LookupRequest(ids, asked, all_encodings=True)).answers
     for content, answer in enumerate(answers):
         mine = {
             name: chunk
@@ -60,7 +61,7 @@ def test_every_stored_encoding_that_was_asked_for_is_named_in_that_order(
             chunk = mine[name]
             assert header == chunk.data[: chunk.header.header_bytes]
             assert size_bytes == len(chunk.data)
-    first_only = node.lookup(ids, asked).answers
+    first_only = node.lookup(LookupRequest(ids, asked)).answers
     assert not any(answer.others for answer in first_only)
     if asked:
         assert [a._replace(others=()) for a in answers] == [a._replace(others=()) for a in first_only]
@@ -70,14 +71,16 @@ def test_one_lease_covers_all_and_a_chunk_is_counted_once(node: StorageNode) -> 
     variants = [sample_chunk(encoding=name, frame_bytes=6000) for name in NAMES[:3]]
     for chunk in variants:
         put(node, chunk)
-    result = node.lookup([variants[0].chunk_id], [], lease_s=60.0, all_encodings=True)
+    result = node.lookup(LookupRequest([variants[0].chunk_id], [], lease_s=60.0, all_encodings=True))
     assert result.lease_id is not None
     counters = node.stats().counters
     assert (counters["lookups"], counters["hits"], counters["misses"]) == (1, 1, 0)
     for content in range(1, 20):  # more than there is memory for
         put(node, sample_chunk(content, frame_bytes=6000))
     assert node.stats().counters["evictions"] > 0
-    (answer,) = node.lookup([variants[0].chunk_id], NAMES, all_encodings=True, peek=True).answers
+    (answer,) = node.lookup(
+        LookupRequest([variants[0].chunk_id], NAMES, all_encodings=True, peek=True)
+    ).answers
     assert len(answer.others) == 2
     assert node.stats().counters["hits"] == 1
 
@@ -90,10 +93,12 @@ def test_all_encodings_are_used_unless_it_is_a_peek(node: StorageNode, peek: boo
     content = 0
     while not node.stats().counters["evictions"]:
         if content == 1:
-            node.lookup([variants[0].chunk_id], NAMES, all_encodings=True, peek=peek)
+            node.lookup(LookupRequest([variants[0].chunk_id], NAMES, all_encodings=True, peek=peek))
         content += 1
         put(node, sample_chunk(content, frame_bytes=6000))
-    (answer,) = node.lookup([variants[0].chunk_id], NAMES, all_encodings=True, peek=True).answers
+    (answer,) = node.lookup(
+        LookupRequest([variants[0].chunk_id], NAMES, all_encodings=True, peek=True)
+    ).answers
     assert (len(answer.others) == 2) is survives
 
 
@@ -106,9 +111,11 @@ def test_further_encodings_are_left_out_where_their_headers_do_not_fit(node: Sto
     room = 2 * sum(
         chunk.header.header_bytes + 128 for chunk in stored[0][1:]
     )  # for those of two chunks, about
-    result = node.lookup(ids, NAMES, max_header_bytes=own + room, lease_s=60.0, all_encodings=True)
+    result = node.lookup(
+        LookupRequest(ids, NAMES, max_header_bytes=own + room, lease_s=60.0, all_encodings=True)
+    )
     assert [len(answer.others) for answer in result.answers] == [2, 2, 0, 0]
     assert [answer.encoding for answer in result.answers] == [NAMES[0]] * 4
     with pytest.raises(StorageError, match="look fewer chunks up"):
-        node.lookup(ids, NAMES, max_header_bytes=own - 1, lease_s=60.0, all_encodings=True)
+        node.lookup(LookupRequest(ids, NAMES, max_header_bytes=own - 1, lease_s=60.0, all_encodings=True))
     assert node.stats().leases == 1

@@ -11,6 +11,7 @@ from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.leases import LeaseTable
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_cluster.slices import SLICE_CHUNKS
@@ -44,8 +45,12 @@ def node() -> Iterator[StorageNode]:
 
 
 def test_slices_answer_what_one_lookup_each_would(node: StorageNode) -> None:
-    at_once = node.lookup(LONG, EXACT)
-    apart = [answer for chunk in LONG[:: SLICE_CHUNKS // 4] for answer in node.lookup([chunk], EXACT).answers]
+    at_once = node.lookup(LookupRequest(LONG, EXACT))
+    apart = [
+        answer
+        for chunk in LONG[:: SLICE_CHUNKS // 4]
+        for answer in node.lookup(LookupRequest([chunk], EXACT)).answers
+    ]
     assert at_once.answers[:: SLICE_CHUNKS // 4] == apart
     assert sum(answer.encoding is not None for answer in at_once.answers) == len(STORED)
 
@@ -53,30 +58,30 @@ def test_slices_answer_what_one_lookup_each_would(node: StorageNode) -> None:
 def test_others_are_served_between_two_slices(node: StorageNode) -> None:
     def ask(header_bytes: int) -> None:
         # In another thread, because the lock lets its owner in.
-        asking = threading.Thread(target=lambda: served.append(node.lookup(LONG[:1], EXACT)))
+        asking = threading.Thread(target=lambda: served.append(node.lookup(LookupRequest(LONG[:1], EXACT))))
         asking.start()
         asking.join(10)
 
     served: list[object] = []
-    node.lookup(LONG, EXACT, proceed=ask)
+    node.lookup(LookupRequest(LONG, EXACT), proceed=ask)
     assert len(served) == len(STORED) - 1
 
 
 def test_one_lease_holds_what_all_slices_found(node: StorageNode) -> None:
-    lease_id = node.lookup(LONG, EXACT, lease_s=60).lease_id
+    lease_id = node.lookup(LookupRequest(LONG, EXACT, lease_s=60)).lease_id
     assert node.stats().leases == 1
     filler = [sample_chunk(content=100 + number, frame_bytes=50_000) for number in range(3)]
     for chunk in filler:
         put(node, chunk)
-    assert all(node.lookup([chunk.chunk_id], EXACT).answers[0].encoding for chunk in STORED)
+    assert all(node.lookup(LookupRequest([chunk.chunk_id], EXACT)).answers[0].encoding for chunk in STORED)
     assert lease_id is not None
     assert node.release_lease(lease_id)
-    assert not node.lookup(LONG, EXACT, lease_s=0).lease_id
+    assert not node.lookup(LookupRequest(LONG, EXACT, lease_s=0)).lease_id
 
 
 def test_a_lease_that_ends_between_two_slices_is_followed_by_another(node: StorageNode) -> None:
     """Then the reply names the later one, and nothing stays leased for ever."""
-    result = node.lookup(LONG, EXACT, lease_s=1e-6)
+    result = node.lookup(LookupRequest(LONG, EXACT, lease_s=1e-6))
     assert result.lease_id is not None
     assert node.stats().leases == 0
 
@@ -86,12 +91,12 @@ def test_a_lookup_beyond_what_may_be_leased_is_answered_without_a_lease() -> Non
     for chunk in STORED:
         put(node, chunk)
     names = [chunk.chunk_id for chunk in STORED]
-    first, second = (node.lookup(names, EXACT, lease_s=60, use_follows=True) for _ in range(2))
+    first, second = (node.lookup(LookupRequest(names, EXACT, lease_s=60, use_follows=True)) for _ in range(2))
     assert first.answers == second.answers
     assert first.lease_id is not None
     assert second.lease_id is None
     assert node.use(first.lease_id, b"\x01", 256)
-    assert node.lookup(names[:1], EXACT, lease_s=60).lease_id is not None
+    assert node.lookup(LookupRequest(names[:1], EXACT, lease_s=60)).lease_id is not None
 
 
 def test_a_lookup_that_is_given_up_leases_nothing(node: StorageNode) -> None:
@@ -100,7 +105,7 @@ def test_a_lookup_that_is_given_up_leases_nothing(node: StorageNode) -> None:
         raise GoneError
 
     with pytest.raises(GoneError):
-        node.lookup(LONG, EXACT, lease_s=60, proceed=give_up)
+        node.lookup(LookupRequest(LONG, EXACT, lease_s=60), proceed=give_up)
     assert node.stats().leases == 0
     assert node.stats().counters["lookups"] == 0
 
@@ -108,10 +113,12 @@ def test_a_lookup_that_is_given_up_leases_nothing(node: StorageNode) -> None:
 def test_headers_beyond_a_limit_are_read_once_the_lookup_may_proceed(
     node: StorageNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once = node.lookup([chunk.chunk_id for chunk in STORED] * 50, EXACT).answers
+    at_once = node.lookup(LookupRequest([chunk.chunk_id for chunk in STORED] * 50, EXACT)).answers
     sizes: list[int] = []
     monkeypatch.setattr(lookup, "SMALL_HEADERS_BYTES", 2 * len(at_once[0].header))
-    later = node.lookup([chunk.chunk_id for chunk in STORED] * 50, EXACT, proceed=sizes.append).answers
+    later = node.lookup(
+        LookupRequest([chunk.chunk_id for chunk in STORED] * 50, EXACT), proceed=sizes.append
+    ).answers
     assert later == at_once
     assert set(sizes) == {sum(len(answer.header) for answer in at_once)}
     assert not node._catalog._readers
@@ -122,7 +129,7 @@ def test_the_header_of_a_chunk_that_goes_before_it_was_read_is_answered(
 ) -> None:
     monkeypatch.setattr(lookup, "SMALL_HEADERS_BYTES", 0)
     names = [chunk.chunk_id for chunk in STORED]
-    result = node.lookup(names, EXACT, lease_s=60, proceed=lambda _: node.delete(names[1:]))
+    result = node.lookup(LookupRequest(names, EXACT, lease_s=60), proceed=lambda _: node.delete(names[1:]))
     headers = [chunk.data[: chunk.header.header_bytes] for chunk in STORED]
     assert [answer.header for answer in result.answers] == headers
     assert node.stats().chunks == 1
@@ -137,7 +144,7 @@ def test_a_chunk_that_goes_between_two_slices_does_no_harm(node: StorageNode, re
         if node.delete([STORED[0].chunk_id]) and replaced:
             put(node, sample_chunk(content=50, frame_bytes=10))
 
-    result = node.lookup(LONG, EXACT, proceed=drop)
+    result = node.lookup(LookupRequest(LONG, EXACT), proceed=drop)
     assert [answer.encoding for answer in result.answers[::SLICE_CHUNKS]] == EXACT * len(STORED)
     assert node.stats().counters["hits"] == len(STORED)
     assert node.stats().chunks == len(STORED) - 1 + replaced
@@ -155,7 +162,7 @@ def test_a_content_of_many_contexts_is_searched_once_a_slice(
 
     monkeypatch.setattr(node._index, "another_context", counted)
     elsewhere = sample_chunk(content=0, context=7).chunk_id
-    answers = node.lookup([elsewhere] * (SLICE_CHUNKS + 1), EXACT, any_context=True).answers
+    answers = node.lookup(LookupRequest([elsewhere] * (SLICE_CHUNKS + 1), EXACT, any_context=True)).answers
     assert {answer.prefix_id for answer in answers} == {STORED[0].chunk_id.prefix_id}
     assert len(searched) == 2
     assert node.stats().counters["approximate_hits"] == len(answers)
@@ -179,7 +186,7 @@ def test_headers_on_disk_are_let_go_when_a_lookup_is_given_up(tmp_path: Path, af
         raise GoneError
 
     with pytest.raises(GoneError):
-        node.lookup(names, EXACT, lease_s=60, proceed=give_up)
+        node.lookup(LookupRequest(names, EXACT, lease_s=60), proceed=give_up)
     assert node.stats().leases == 0
     assert node.delete([chunk.chunk_id for chunk in chunks]) == len(chunks)
     node.check_integrity()
@@ -217,7 +224,9 @@ def test_a_lease_that_ends_between_two_slices_names_no_chunk_that_came_since() -
         put(node, other, PutOptions(tenant="other"))
 
     asked = [first.chunk_id, *[MISSING.chunk_id] * (SLICE_CHUNKS - 1), last.chunk_id]
-    lease_id = node.lookup(asked, EXACT, lease_s=0.1, use_follows=True, proceed=meanwhile).lease_id
+    lease_id = node.lookup(
+        LookupRequest(asked, EXACT, lease_s=0.1, use_follows=True), proceed=meanwhile
+    ).lease_id
     assert lease_id is not None
     assert node.use(lease_id, b"\xff" * 300, 100)
     assert node.stats().counters["hits"] == 1
@@ -243,7 +252,7 @@ def test_a_lookup_tells_the_policies_a_bounded_number_of_uses(
     wanted = [stored.chunk_id for stored in STORED]
     for _ in range(20):
         told.clear()
-        node.lookup(wanted, EXACT)
+        node.lookup(LookupRequest(wanted, EXACT))
         assert len(told) <= len(wanted)
         assert len(waiting) <= most
     assert told

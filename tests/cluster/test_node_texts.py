@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore_cluster.disk import SegmentStore
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.errors import ArenaFullError, TextTooLongError
@@ -66,7 +67,9 @@ def test_a_lookup_that_gives_nothing_keeps_nothing(node: StorageNode) -> None:
     node.delete([chunk_at(long[0]).chunk_id])
     before = node.stats().counters
     for _ in range(5):
-        result = node.lookup([chunk_at(place).chunk_id for place in long], EXACT, lease_s=9, use_follows=True)
+        result = node.lookup(
+            LookupRequest([chunk_at(place).chunk_id for place in long], EXACT, lease_s=9, use_follows=True)
+        )
         assert result.lease_id is not None
         assert node.stats().leases == 1
         assert node.use(result.lease_id, bytes(2), 0)
@@ -81,7 +84,9 @@ def test_a_lookup_that_gives_nothing_keeps_nothing(node: StorageNode) -> None:
 def test_use_is_counted_once_and_in_tokens(node: StorageNode) -> None:
     places = text(1, 5)
     ask(node, places)
-    result = node.lookup([chunk_at(place).chunk_id for place in places], EXACT, lease_s=9, use_follows=True)
+    result = node.lookup(
+        LookupRequest([chunk_at(place).chunk_id for place in places], EXACT, lease_s=9, use_follows=True)
+    )
     assert result.lease_id is not None
     assert node.stats().counters["hits"] == 0
     assert node.use(result.lease_id, b"\x07", 3 * 256)
@@ -89,7 +94,7 @@ def test_use_is_counted_once_and_in_tokens(node: StorageNode) -> None:
     counters = node.stats().counters
     assert (counters["hits"], counters["hit_tokens"], counters["unusable"]) == (3, 768, 2)
     assert node.release_lease(result.lease_id)
-    counted = node.lookup([chunk_at(places[0]).chunk_id], EXACT, lease_s=9).lease_id
+    counted = node.lookup(LookupRequest([chunk_at(places[0]).chunk_id], EXACT, lease_s=9)).lease_id
     assert counted is not None
     assert not node.use(counted, b"\xff", 1)
     assert node.stats().counters["hits"] == 4
@@ -99,7 +104,7 @@ def test_use_is_counted_once_and_in_tokens(node: StorageNode) -> None:
 def test_a_claim_of_more_than_was_found_is_bounded(node: StorageNode) -> None:
     ask(node, text(1, 2))
     ids = [chunk_at(place).chunk_id for place in text(1, 3)]
-    lease_id = node.lookup(ids, EXACT, lease_s=9, use_follows=True).lease_id
+    lease_id = node.lookup(LookupRequest(ids, EXACT, lease_s=9, use_follows=True)).lease_id
     assert lease_id is not None
     assert node.use(lease_id, b"\xff" * 100, 1 << 60)
     counters = node.stats().counters
@@ -112,7 +117,7 @@ def test_the_lease_ends_on_what_cannot_be_used(node: StorageNode) -> None:
     places = text(1, ROOM)
     ask(node, places)
     lease_id = node.lookup(
-        [chunk_at(place).chunk_id for place in places], EXACT, lease_s=9, use_follows=True
+        LookupRequest([chunk_at(place).chunk_id for place in places], EXACT, lease_s=9, use_follows=True)
     ).lease_id
     assert lease_id is not None
     with pytest.raises(ArenaFullError):
@@ -126,7 +131,7 @@ def test_the_lease_ends_on_what_cannot_be_used(node: StorageNode) -> None:
 def test_a_leased_chunk_keeps_those_before_it(node: StorageNode) -> None:
     places = text(1, 5)
     ask(node, places)
-    lease_id = node.lookup([chunk_at(places[3]).chunk_id], EXACT, lease_s=9).lease_id
+    lease_id = node.lookup(LookupRequest([chunk_at(places[3]).chunk_id], EXACT, lease_s=9)).lease_id
     assert lease_id is not None
     for other in range(2, 30):
         put(node, (other,))
@@ -138,7 +143,7 @@ def test_chunks_of_another_tenant_are_not_held_by_a_text(node: StorageNode) -> N
     assert put(node, (1,), tenant="a")
     assert put(node, (1, 0), tenant="b")
     for _ in range(20):
-        node.lookup([chunk_at((1, 0)).chunk_id], EXACT)
+        node.lookup(LookupRequest([chunk_at((1, 0)).chunk_id], EXACT))
         for other in range(2, 2 + ROOM):
             put(node, (other,))
     assert not there(node, (1,))
@@ -214,7 +219,9 @@ def test_memory_above_a_disk_keeps_beginnings_too(policy: str, tmp_path: Path) -
         for place in places:
             with node.open(chunk_at(place).chunk_id, "exact-zstd") as reader:
                 assert b"".join(v for p in reader.pieces(0, 0, 1 << 20) for v in p) == chunk_at(place).data
-    answers = node.lookup([chunk_at(place).chunk_id for place in places], EXACT, peek=True).answers
+    answers = node.lookup(
+        LookupRequest([chunk_at(place).chunk_id for place in places], EXACT, peek=True)
+    ).answers
     in_memory = [number for number, answer in enumerate(answers) if not answer.on_disk]
     assert in_memory[: ROOM - 2] == list(range(ROOM - 2))
     node.check_integrity()

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.errors import ArenaFullError, ChunkNotFoundError
 from tests.sample_chunk import SampleChunk, sample_chunk
@@ -78,7 +79,9 @@ def test_put_read_delete_and_evict_at_once(chunks: list[SampleChunk]) -> None:
 
     def leased_read(generator: random.Random) -> None:
         wanted = generator.sample(chunks, 3)
-        result = node.lookup([chunk.chunk_id for chunk in wanted], ["exact-zstd"], lease_s=0.02)
+        result = node.lookup(
+            LookupRequest([chunk.chunk_id for chunk in wanted], ["exact-zstd"], lease_s=0.02)
+        )
         for chunk, answer in zip(wanted, result.answers, strict=True):
             if answer.encoding is not None:
                 assert answer.header == chunk.data[: chunk.header.header_bytes]

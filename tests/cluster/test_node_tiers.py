@@ -10,6 +10,7 @@ from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import POLICIES
 from kvstore_cluster.leases import LeaseTable
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_cluster.scrub import scrub
@@ -95,7 +96,10 @@ def read(node: StorageNode, chunk: SampleChunk, first: int = 0, count: int = 0) 
 
 
 def stored(node: StorageNode, chunk: SampleChunk) -> bool:
-    return node.lookup([chunk.chunk_id], [chunk.encoding], peek=True).answers[0].encoding is not None
+    return (
+        node.lookup(LookupRequest([chunk.chunk_id], [chunk.encoding], peek=True)).answers[0].encoding
+        is not None
+    )
 
 
 def test_what_does_not_fit_into_memory_is_on_disk(opened: Opener) -> None:
@@ -106,7 +110,7 @@ def test_what_does_not_fit_into_memory_is_on_disk(opened: Opener) -> None:
     stats = node.stats()
     assert (stats.chunks, stats.gauges["disk_chunks"], stats.counters["evictions"]) == (40, 40, 0)
     assert stats.counters["demotions"] == 40 - stats.gauges["memory_chunks"] > 0
-    answers = node.lookup([chunk.chunk_id for chunk in chunks], ["exact-zstd"]).answers
+    answers = node.lookup(LookupRequest([chunk.chunk_id for chunk in chunks], ["exact-zstd"])).answers
     assert [answer.header for answer in answers] == [
         chunk.data[: chunk.header.header_bytes] for chunk in chunks
     ]
@@ -126,7 +130,7 @@ def test_a_read_of_most_of_a_chunk_brings_it_into_memory_a_small_one_does_not(op
     assert node.stats().counters["promotions"] == 0
     assert read(node, first, 0, 7) == first.frames(0, 7)
     assert node.stats().counters["promotions"] == 1
-    (answer,) = node.lookup([first.chunk_id], [first.encoding]).answers
+    (answer,) = node.lookup(LookupRequest([first.chunk_id], [first.encoding])).answers
     assert not answer.on_disk
 
 
@@ -146,7 +150,9 @@ def test_what_is_on_a_slow_disk_is_only_there(opened: Opener) -> None:
     for _ in range(2):
         for chunk in (first, second, memory_only):
             assert read(node, chunk) == chunk.data
-            assert node.lookup([chunk.chunk_id], [chunk.encoding], peek=True).answers[0].on_disk
+            assert (
+                node.lookup(LookupRequest([chunk.chunk_id], [chunk.encoding], peek=True)).answers[0].on_disk
+            )
     assert node.stats().counters["promotions"] == 0
     assert node.stats().gauges["disk_throttle_Bps"] == 100_000_000
     node.check_integrity()
@@ -307,7 +313,7 @@ def test_a_quota_evicts_what_its_tenant_used_least_lately(opened: Opener) -> Non
     assert sum(variant.size_bytes for variant in mine) <= 400_000
     assert stored(node, other)
     assert stored(node, chunk_of(19))
-    lease = node.lookup([variant.chunk_id for variant in mine], ["exact-zstd"], lease_s=60.0)
+    lease = node.lookup(LookupRequest([variant.chunk_id for variant in mine], ["exact-zstd"], lease_s=60.0))
     with pytest.raises(OverQuotaError, match="acme"):
         put(node, chunk_of(20), tenant="acme")
     assert lease.lease_id is not None
@@ -371,7 +377,7 @@ def test_encodings_that_the_disk_has_lost_are_left_out_of_an_answer(
                 data[position + len(header) - 1] ^= 1
         segment.write_bytes(data)
     names = [variant.encoding for variant in variants]
-    (answer,) = node.lookup([variants[0].chunk_id], names, all_encodings=True).answers
+    (answer,) = node.lookup(LookupRequest([variants[0].chunk_id], names, all_encodings=True)).answers
     found = [(answer.encoding, answer.header, answer.size_bytes)] if answer.encoding else []
     found += [(other.encoding, other.header, other.size_bytes) for other in answer.others]
     assert found == [
@@ -548,7 +554,7 @@ def test_a_lease_ends_with_its_chunk(opened: Opener) -> None:
     node = opened()
     chunk = chunk_of(0)
     put(node, chunk)
-    lease = node.lookup([chunk.chunk_id], [chunk.encoding], lease_s=60.0)
+    lease = node.lookup(LookupRequest([chunk.chunk_id], [chunk.encoding], lease_s=60.0))
     node.delete([chunk.chunk_id])
     node.set_quotas({"acme": 100_000})
     put(node, chunk_of(1), tenant="acme")

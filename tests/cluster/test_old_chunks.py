@@ -9,6 +9,7 @@ import pytest
 
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import RecordMeta, SegmentStore
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_cluster.scrub import scrub
@@ -60,7 +61,7 @@ def test_old_chunks_are_refused_by_name_wherever_they_come_from(name: str) -> No
 def test_a_node_with_old_chunks_on_its_disk_starts_and_has_none_of_them(opened: Opener) -> None:
     node = opened()
     for name in ENCODINGS:
-        assert node.lookup([CHUNK_ID], [name]).answers[0].encoding is None
+        assert node.lookup(LookupRequest([CHUNK_ID], [name])).answers[0].encoding is None
         with pytest.raises(ChunkNotFoundError), node.open(CHUNK_ID, name) as reader:
             reader.header  # noqa: B018
     assert [progress.damaged for progress in scrub(node)] == [()]
@@ -70,7 +71,7 @@ def test_a_node_with_old_chunks_on_its_disk_starts_and_has_none_of_them(opened: 
 def test_what_is_computed_again_takes_the_place_of_old_chunks(opened: Opener) -> None:
     node = opened()
     for name in ENCODINGS:
-        node.lookup([CHUNK_ID], [name])
+        node.lookup(LookupRequest([CHUNK_ID], [name]))
         data = b"".join(encode(SPEC, make_kv(SPEC, 16), Encoding.parse(name)).parts)
         put = node.begin_put(CHUNK_ID, name, len(data), options=PutOptions())
         assert put is not None

@@ -16,6 +16,7 @@ from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.disk import RecordMeta, SegmentStore
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.calibration import Calibration
 from kvstore_codec.chunk import read_header, verify_chunk
@@ -80,7 +81,7 @@ def test_a_node_serves_the_bytes_and_they_decode_to_the_kv_that_was_stored(folde
     texts: list[ChunkId] = []
     for entry in expected(folder)["chunks"]:
         name = entry["encoding"]
-        assert node.lookup([chunk_id(entry)], [name]).answers[0].encoding == name
+        assert node.lookup(LookupRequest([chunk_id(entry)], [name])).answers[0].encoding == name
         with node.open(chunk_id(entry), name) as reader:
             data = b"".join(view for piece in reader.pieces(0, 0, 1 << 20) for view in piece)
         assert blake3(data).hexdigest() == entry["blake3"]

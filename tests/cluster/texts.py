@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.eviction import POLICIES
 from kvstore_cluster.listing import MOST_BEHIND
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_codec.errors import TextTooLongError
@@ -71,7 +72,9 @@ def put(node: StorageNode, place: Path_, tenant: str = "", ttl_s: float = 0) -> 
 def ask(node: StorageNode, places: Sequence[Path_], ttl_s: float = 0) -> int:
     """As a client does: looks a text up, uses its stored beginning and puts what is missing behind it, until the node
     keeps the beginning instead. How many chunks were used."""
-    result = node.lookup([chunk_at(place).chunk_id for place in places], EXACT, lease_s=10, use_follows=True)
+    result = node.lookup(
+        LookupRequest([chunk_at(place).chunk_id for place in places], EXACT, lease_s=10, use_follows=True)
+    )
     found = [answer.encoding is not None for answer in result.answers]
     run = next((number for number, there in enumerate(found) if not there), len(found))
     if result.lease_id is not None:
@@ -86,7 +89,10 @@ def ask(node: StorageNode, places: Sequence[Path_], ttl_s: float = 0) -> int:
 
 
 def there(node: StorageNode, place: Path_) -> bool:
-    return node.lookup([chunk_at(place).chunk_id], EXACT, peek=True).answers[0].encoding is not None
+    return (
+        node.lookup(LookupRequest([chunk_at(place).chunk_id], EXACT, peek=True)).answers[0].encoding
+        is not None
+    )
 
 
 def kept(node: StorageNode, places: Sequence[Path_]) -> str:

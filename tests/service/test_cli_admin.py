@@ -18,6 +18,7 @@ from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.disk import SegmentStore
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_cluster.repair import RepairWorker
@@ -70,7 +71,9 @@ class Cluster:
         return {
             name
             for name, cell in self.cells.items()
-            if cell.node.lookup([chunk.chunk_id], [chunk.encoding], peek=True).answers[0].encoding
+            if cell.node.lookup(LookupRequest([chunk.chunk_id], [chunk.encoding], peek=True))
+            .answers[0]
+            .encoding
         }
 
 

@@ -18,6 +18,7 @@ from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.identity import ChunkId
@@ -51,7 +52,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     assert put is not None
     put.write(chunk.data)
     assert put.commit()
-    node.lookup([chunk.chunk_id] * 1_234, [chunk.encoding])
+    node.lookup(LookupRequest([chunk.chunk_id] * 1_234, [chunk.encoding]))
     coordinator.pin([chunk.chunk_id])
     coordinator.set_quota(TENANT, QUOTA_BYTES)
     yield server.address

@@ -16,6 +16,7 @@ from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.durability import Durability
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import ChunkNotFoundError, NodeDrainingError
@@ -273,7 +274,9 @@ def test_a_drain_that_cannot_end_says_what_is_left(make_cluster: Callable[[int],
     for chunk in others:
         full.put(chunk)
     evicted = full.node.stats().counters["evictions"]
-    lease = full.node.lookup([chunk.chunk_id for chunk in others], ["exact-zstd"], lease_s=60).lease_id
+    lease = full.node.lookup(
+        LookupRequest([chunk.chunk_id for chunk in others], ["exact-zstd"], lease_s=60)
+    ).lease_id
     assert lease is not None
     cluster.tick()
     wait_for(lambda: cluster.rested())

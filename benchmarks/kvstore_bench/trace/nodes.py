@@ -9,6 +9,7 @@ from kvstore_bench.trace.trace import Blocks
 from kvstore_client.texts import TextPlaces
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.eviction import EvictionPolicy
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.chunk import write_header
@@ -96,10 +97,12 @@ class NodeReplay:
         leases = []
         for node_id, indices in asked.items():
             result = self._nodes[node_id].lookup(
-                [ids[index] for index in indices],
-                [_ENCODING],
-                lease_s=_LEASE_S,
-                use_follows=self._knows_texts,
+                LookupRequest(
+                    [ids[index] for index in indices],
+                    [_ENCODING],
+                    lease_s=_LEASE_S,
+                    use_follows=self._knows_texts,
+                )
             )
             for index, answer in zip(indices, result.answers, strict=True):
                 there[index] = answer.encoding is not None

@@ -15,6 +15,7 @@ from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.recompute import Recompute, selector
 from kvstore_client.settings import SelectorName
+from kvstore_cluster.lookup import LookupRequest
 from tests.client.blend.library import GREEDY, PATIENT, QUESTION, SYSTEM, Library, check_close, joined, text
 from tests.client.blend.reference import sharp
 from tests.client.changed_settings import changed
@@ -122,7 +123,9 @@ def test_flipped_bits_are_found(remote: Remote, recompute: Recompute) -> None:
     prompt, lengths = joined(SYSTEM, *PAPERS, QUESTION)
     placed = remote.client.segment_chunks(remote.cached.spec, prompt[0].tolist(), lengths)
     bad = placed[4].chunk_id
-    node = next(n for n in remote.cluster.nodes if n.lookup([bad], ["exact-zstd"]).answers[0].encoding)
+    node = next(
+        n for n in remote.cluster.nodes if n.lookup(LookupRequest([bad], ["exact-zstd"])).answers[0].encoding
+    )
     with node.open(bad, "exact-zstd") as reader:
         flip_bit(next(reader.pieces(reader.header.geometry.frame_count - 1, 1, 1 << 20))[0])
     answer = remote.answer(*SEGMENTS, recompute=recompute)
