@@ -15,6 +15,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.grpc_failure import told
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.settings import ClientSettings
 from kvstore_codec.errors import PublishError
 
@@ -54,11 +55,15 @@ class Calibrations:
                 request, timeout=self._settings.timeouts.lookup_s
             )
         except grpc.RpcError as error:
-            self._failed(model_digest, f"rpc_{error.code().name.lower()}", told(error))
+            self._failed(model_digest, MissReason.of_calibration(error.code().name), told(error))
             return None
         digest: bytes = reply.digest
         if digest and len(digest) != DIGEST_BYTES:
-            self._failed(model_digest, "protocol", f"answered with a digest of {len(digest)} bytes")
+            self._failed(
+                model_digest,
+                MissReason.CALIBRATION_PROTOCOL,
+                f"answered with a digest of {len(digest)} bytes",
+            )
             return None
         self._view.recovered(_pause_key(model_digest))
         return digest or None
@@ -103,10 +108,15 @@ class Calibrations:
             for reply in call:
                 data.write(reply.data)
                 if data.tell() > MAX_CALIBRATION_BYTES:
-                    self._failed(digest, "too_large", f"sent more than {MAX_CALIBRATION_BYTES} bytes")
+                    self._failed(
+                        digest,
+                        MissReason.CALIBRATION_TOO_LARGE,
+                        f"sent more than {MAX_CALIBRATION_BYTES} bytes",
+                    )
                     return None
         except grpc.RpcError as error:
-            reason = "closed" if self._closed else f"rpc_{error.code().name.lower()}"
+            closed = MissReason.CALIBRATION_CLOSED if self._closed else None
+            reason = closed or MissReason.of_calibration(error.code().name)
             self._failed(digest, reason, told(error))
             return None
         finally:
@@ -114,7 +124,7 @@ class Calibrations:
             with self._lock:
                 self._downloads.discard(call)
         if blake3(data.getbuffer()).digest() != digest:
-            self._failed(digest, "damaged", "sent bytes of another digest")
+            self._failed(digest, MissReason.CALIBRATION_DAMAGED, "sent bytes of another digest")
             return None
         self._view.recovered(_pause_key(digest))
         self._metrics.received(data.tell())
@@ -127,14 +137,14 @@ class Calibrations:
             if blake3(data).digest() == digest:
                 return data
             self._metrics.missed(
-                "calibration_cache_damaged", detail=f"{path} was damaged and is fetched again"
+                MissReason.CALIBRATION_CACHE_DAMAGED, detail=f"{path} was damaged and is fetched again"
             )
             path.unlink(missing_ok=True)
         except FileNotFoundError:
             pass
         except OSError as error:
             self._metrics.missed(
-                "calibration_cache_unreadable", detail=f"{path} cannot be read: {error.strerror}"
+                MissReason.CALIBRATION_CACHE_UNREADABLE, detail=f"{path} cannot be read: {error.strerror}"
             )
         return None
 
@@ -152,21 +162,22 @@ class Calibrations:
                     raise
         except OSError as error:
             self._metrics.missed(
-                "calibration_cache_unwritable",
+                MissReason.CALIBRATION_CACHE_UNWRITABLE,
                 detail=f"{self._folder} cannot be written ({error.strerror}), so that every process fetches its "
                 "calibrations anew; set KVSTORE_CACHE_DIR to a writable folder",
             )
 
     def _may_ask(self, digest: bytes) -> bool:
-        reason = "closed" if self._closed else "paused" if self._view.is_paused(_pause_key(digest)) else None
+        paused = MissReason.CALIBRATION_PAUSED if self._view.is_paused(_pause_key(digest)) else None
+        reason = MissReason.CALIBRATION_CLOSED if self._closed else paused
         if reason is not None:
-            self._metrics.missed(f"calibration_{reason}", detail=None)  # what led to it was logged
+            self._metrics.missed(reason, detail=None)  # what led to it was logged
         return reason is None
 
-    def _failed(self, digest: bytes, reason: str, what: str) -> None:
+    def _failed(self, digest: bytes, reason: MissReason, what: str) -> None:
         """`what` is what the registry did."""
         detail = f"no calibration from the coordinator at {self._settings.address}, which {what}"
-        self._metrics.missed(f"calibration_{reason}", detail=None if reason == "closed" else detail)
+        self._metrics.missed(reason, detail=None if reason is MissReason.CALIBRATION_CLOSED else detail)
         self._view.pause(_pause_key(digest), detail)
 
 

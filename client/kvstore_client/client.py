@@ -20,6 +20,7 @@ from kvstore_client.grpc_failure import unreachable
 from kvstore_client.lookup import find_prefix, find_segments, release
 from kvstore_client.match import Match
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import AdaptivePlanner, FixedPlanner, KVFetcherPlanner, Links, Planner
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
 from kvstore_client.settings import ClientSettings, FetchPolicy, flat_name
@@ -255,7 +256,7 @@ class KVStoreClient:
         if not chunks:
             return Match(why_not=f"too_short: no part of the prompt fills a chunk of {CHUNK_TOKENS} tokens")
         if self._closed:
-            self.metrics.missed("closed")
+            self.metrics.missed(MissReason.CLOSED)
             return Match(why_not=self._why_closed)
         try:
             with (timeline or Timeline()).span("lookup"):
@@ -270,7 +271,9 @@ class KVStoreClient:
         return match
 
     def _unreachable(self, error: NodeUnavailableError) -> None:
-        self.metrics.missed("unreachable", detail=unreachable(error, self.settings.address), cause=str(error))
+        self.metrics.missed(
+            MissReason.UNREACHABLE, detail=unreachable(error, self.settings.address), cause=str(error)
+        )
 
     def __enter__(self) -> Self:
         return self

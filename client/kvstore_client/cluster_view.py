@@ -15,6 +15,7 @@ from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.channels import Channels
 from kvstore_client.grpc_failure import told
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.settings import ClientSettings
 from kvstore_client.transport import Transport, Transports
 from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
@@ -269,7 +270,7 @@ class ClusterView:
             self._fetched_at_s = time.monotonic()
         if not isinstance(error, NodeUnavailableError):
             detail = f"asking the coordinator at {self._address} for its members failed: {error}"
-            self._metrics.missed("membership_internal_error", detail=detail, error=error)
+            self._metrics.missed(MissReason.MEMBERSHIP_INTERNAL_ERROR, detail=detail, error=error)
 
     def _probe(self) -> None:
         """Find out which of the paused nodes answer again."""

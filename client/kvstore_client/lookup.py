@@ -12,6 +12,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.match import Match, StoredChunk, Variant
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.replicas import Lease, Search
 from kvstore_client.settings import EXACT, ClientSettings, FetchPolicy
 from kvstore_codec.chunk import ChunkHeader, read_header
@@ -133,7 +134,7 @@ class _Lookup:
         if failure is not None:
             raise failure
         if self.unready:
-            self._metrics.missed("calibration_loading")
+            self._metrics.missed(MissReason.CALIBRATION_LOADING)
             self.why_not = "calibration_loading: stored, but their calibration is not here yet"
 
     def matched(self, usable: Sequence[int]) -> Match:
@@ -168,9 +169,11 @@ class _Lookup:
             if search.failures:
                 why = search.failures[0]
                 self.why_not = f"unreachable: {why}"
-                self._metrics.missed("lookup_failed", detail=f"{why}; chunks there are computed", cause=why)
+                self._metrics.missed(
+                    MissReason.LOOKUP_FAILED, detail=f"{why}; chunks there are computed", cause=why
+                )
         if not search.asked:
-            self._metrics.missed("paused")
+            self._metrics.missed(MissReason.PAUSED)
             self.why_not = f"paused: {search.why_paused}"
 
     def _take(self, index: int, member: Member, answer: pb.LookupAnswer) -> bool:
@@ -183,7 +186,7 @@ class _Lookup:
             try:
                 chunk_id = ChunkId(asked.content_id, PrefixId(answer.prefix_id))
             except CodecError as error:
-                self._refuse("bad_header", member, error)
+                self._refuse(MissReason.BAD_HEADER, member, error)
                 return False
         variants: list[Variant] = []
         unready = False
@@ -197,9 +200,9 @@ class _Lookup:
             try:
                 variant = self._variant(chunk_id, encoding, offer.header, on_disk=offer.on_disk)
             except CalibrationError as error:
-                self._refuse("calibration_foreign", member, error)
+                self._refuse(MissReason.CALIBRATION_FOREIGN, member, error)
             except CodecError as error:
-                self._refuse("bad_header", member, error)
+                self._refuse(MissReason.BAD_HEADER, member, error)
             else:
                 if variant is None:
                     unready = True
@@ -218,7 +221,7 @@ class _Lookup:
             self.unready.add(index)
         return unready and not self._plain
 
-    def _refuse(self, reason: str, member: Member, error: CodecError) -> None:
+    def _refuse(self, reason: MissReason, member: Member, error: CodecError) -> None:
         self.why_not = f"{reason}: {error}"
         self._metrics.missed(
             reason, detail=f"an answer of the storage node at {member.endpoint} cannot be used: {error}"

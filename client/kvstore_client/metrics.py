@@ -8,6 +8,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from kvstore_client.failure_log import FailureLog
 from kvstore_client.fork import REGISTRY_LOCK
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.spans import STAGES
 from kvstore_client.timeline import Timeline
 
@@ -75,7 +76,7 @@ class ClientMetrics:
 
     def missed(
         self,
-        reason: str,
+        reason: MissReason,
         chunks: int = 0,
         *,
         events: int = 1,

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 
 from kvstore_client.calibrations import Calibrations
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.settings import ClientSettings
 from kvstore_client.threads import single_threaded
 from kvstore_codec.calibration import Calibration
@@ -88,7 +89,8 @@ class ReadyCalibrations:
                 thread.start()
             except RuntimeError:  # no thread left in this process
                 self._metrics.missed(
-                    "calibration_no_resources", detail="this process has no thread left to load a calibration"
+                    MissReason.CALIBRATION_NO_RESOURCES,
+                    detail="this process has no thread left to load a calibration",
                 )
                 loading.set_result(None)
                 return loading
@@ -103,7 +105,7 @@ class ReadyCalibrations:
             klt = load(digest)
         except Exception:  # a mistake of ours must not leave anybody waiting
             log.exception("loading calibration %s failed", digest.hex()[:12])
-            self._metrics.missed("calibration_internal_error")
+            self._metrics.missed(MissReason.CALIBRATION_INTERNAL_ERROR)
         finally:
             with self._lock:
                 self._loading.pop(digest, None)
@@ -120,7 +122,7 @@ class ReadyCalibrations:
         klt = ready or self._start(digest, self._load).result()
         if klt is not None and klt.calibration.model_digest != model_digest:
             self._metrics.missed(
-                "calibration_foreign",
+                MissReason.CALIBRATION_FOREIGN,
                 detail=f"calibration {digest.hex()[:12]}, which the registry named, is of another model",
             )
             return None
@@ -134,7 +136,7 @@ class ReadyCalibrations:
             klt = KLT(Calibration.from_bytes(data))
         except CodecError as error:
             log.warning("calibration %s cannot be used: %s", digest.hex()[:12], error)
-            self._metrics.missed("calibration_unusable")
+            self._metrics.missed(MissReason.CALIBRATION_UNUSABLE)
             with self._lock:
                 self._unusable.add(digest)
             return None

@@ -8,12 +8,19 @@ from dataclasses import dataclass, field
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.owner_write import OutgoingChunk, OwnerWrite
 from kvstore_client.settings import ClientSettings
 from kvstore_client.texts import TextPlaces
 
 _STORED = (pb.PUT_STATUS_STORED, pb.PUT_STATUS_ALREADY_STORED)
-_REASONS = {value: name.removeprefix("PUT_STATUS_").lower() for name, value in pb.PutStatus.items()}
+_REFUSALS: dict[int, MissReason] = {
+    pb.PUT_STATUS_INVALID: MissReason.STORE_INVALID,
+    pb.PUT_STATUS_TOO_LARGE: MissReason.STORE_TOO_LARGE,
+    pb.PUT_STATUS_FULL: MissReason.STORE_FULL,
+    pb.PUT_STATUS_OVER_QUOTA: MissReason.STORE_OVER_QUOTA,
+    pb.PUT_STATUS_NOT_DURABLE: MissReason.STORE_NOT_DURABLE,
+}
 
 
 @dataclass(slots=True)
@@ -26,8 +33,8 @@ class Written:
     """Nodes that it should be on."""
     copies: int = 0
     """Nodes that acknowledged it."""
-    refusals: list[str] = field(default_factory=list)
-    """Why other nodes did not take it: `full`, `text_cut`, `over_quota`, `invalid`, ..."""
+    refusals: list[MissReason] = field(default_factory=list)
+    """Why other nodes did not take it."""
 
 
 @dataclass(slots=True)
@@ -45,9 +52,9 @@ class ReplicatedWrite:
     `put_stall_timeout_s`. `put`, `is_cut` and `finish` are for one thread, `cancel` for any."""
 
     def __init__(self, view: ClusterView, settings: ClientSettings) -> None:
-        self.failures: Counter[str] = Counter()
+        self.failures: Counter[MissReason] = Counter()
         """Why streams broke, once `finish` has returned; their nodes are paused."""
-        self.details: dict[str, str] = {}
+        self.details: dict[MissReason, str] = {}
         """A sentence for each of these reasons."""
         self._view, self._settings = view, settings
         self._written: list[Written] = []
@@ -65,7 +72,7 @@ class ReplicatedWrite:
         self._written.append(written)
         for owner in owners:
             if (text, encoding, owner) in self._cut_at:
-                self._refused(written, "text_cut")
+                self._refused(written, MissReason.STORE_TEXT_CUT)
                 continue
             stream = self._begun(owner)
             if stream is not None:
@@ -90,9 +97,10 @@ class ReplicatedWrite:
             if failure is None and len(stream.write.answers) != len(stream.chunks):
                 failure = "protocol"
             if failure is not None:
-                self.failures[failure] += 1
+                reason = MissReason.of_store(failure)
                 why = f"the storage node at {owner.endpoint} did not take chunks: {stream.write.detail or failure}"
-                self.details[failure] = why
+                self.failures[reason] += 1
+                self.details[reason] = why
                 self._view.pause(owner.endpoint, why, until_it_answers=failure == "unreachable")
                 self._view.refresh()
             else:
@@ -117,11 +125,12 @@ class ReplicatedWrite:
                 continue
             if answer.text_cut:
                 self._cut_at.add((written.text, written.encoding, owner))
-            self._refused(written, "text_cut" if answer.text_cut else _REASONS.get(answer.status, "protocol"))
+            refusal = _REFUSALS.get(answer.status, MissReason.STORE_PROTOCOL)
+            self._refused(written, MissReason.STORE_TEXT_CUT if answer.text_cut else refusal)
 
-    def _refused(self, written: Written, reason: str) -> None:
+    def _refused(self, written: Written, reason: MissReason) -> None:
         written.refusals.append(reason)
-        if len(written.refusals) == written.owners and "text_cut" in written.refusals:
+        if len(written.refusals) == written.owners and MissReason.STORE_TEXT_CUT in written.refusals:
             self._cut.add((written.text, written.encoding))
 
     def _begun(self, owner: Member) -> _Stream | None:

@@ -17,6 +17,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.owner_write import OutgoingChunk
 from kvstore_client.ready_calibrations import ReadyCalibrations
 from kvstore_client.recompute.frequency import token_order
@@ -136,7 +137,7 @@ class Store:
             full = (
                 self._waiting_bytes and self._waiting_bytes + size_bytes > self._settings.store.backlog_bytes
             )
-            reason = "store_closed" if self._closed else "store_backlog" if full else None
+            reason = MissReason.STORE_CLOSED if self._closed else MissReason.STORE_BACKLOG if full else None
             if reason is None:
                 wanted = self.encodings if encodings is None else tuple(encodings)
                 new = _NewChunks(list(chunks), wanted, tuple(text))
@@ -144,15 +145,15 @@ class Store:
                     self._hand_over(partial(self._store, stored, spec, new, size_bytes))
                     self._waiting_bytes += size_bytes
                 except RuntimeError:
-                    reason = "store_no_resources"
+                    reason = MissReason.STORE_NO_RESOURCES
         if reason is not None:
             waiting = (
                 f"{len(chunks)} chunks are not stored: {self._waiting_bytes} bytes wait already. The service takes "
                 "them too slowly, or KVSTORE_STORE_BACKLOG_BYTES is too small"
             )
             details = {
-                "store_backlog": waiting,
-                "store_no_resources": "chunks are not stored: this process has no thread left to store them",
+                MissReason.STORE_BACKLOG: waiting,
+                MissReason.STORE_NO_RESOURCES: "chunks are not stored: this process has no thread left to store them",
             }
             self._metrics.missed(reason, detail=details.get(reason))
             stored.set_result(0)
@@ -180,7 +181,7 @@ class Store:
         _, late = wait([self._reached()], self._settings.timeouts.close_s)
         if late:
             self._metrics.missed(
-                "store_dropped_at_close",
+                MissReason.STORE_DROPPED_AT_CLOSE,
                 detail=f"chunks that were not stored within KVSTORE_CLOSE_TIMEOUT_S "
                 f"({self._settings.timeouts.close_s:g} s) are dropped",
             )
@@ -221,7 +222,7 @@ class Store:
                 BaseException
             ):  # of a caller's: from a `gather`, or from a callback of a future that it holds
                 log.exception("storing failed")
-                self._metrics.missed("store_internal_error")
+                self._metrics.missed(MissReason.STORE_INTERNAL_ERROR)
 
     def _store(
         self,
@@ -233,7 +234,7 @@ class Store:
         wanted, count = stored.set_running_or_notify_cancel(), 0
         try:
             if not wanted:
-                self._metrics.missed("store_cancelled")
+                self._metrics.missed(MissReason.STORE_CANCELLED)
             elif not self._stop.done():
                 count = self._put(spec, new)
         finally:
@@ -249,16 +250,16 @@ class Store:
             if calibrated:
                 klt = self._calibration(spec, calibrated)
                 if klt is None:
-                    self._metrics.missed("store_no_calibration")
+                    self._metrics.missed(MissReason.STORE_NO_CALIBRATION)
                     encodings = tuple(encoding for encoding in encodings if encoding not in calibrated)
             return self._write(spec, klt, replace(new, encodings=encodings)) if encodings else 0
         except NodeUnavailableError as error:
             detail = unreachable(error, self._settings.address)
-            self._metrics.missed("store_unreachable", detail=detail, cause=str(error))
+            self._metrics.missed(MissReason.STORE_UNREACHABLE, detail=detail, cause=str(error))
             return 0
         except Exception:  # a mistake of ours; nobody waits for this, so it is said here
             log.exception("storing %d chunks failed", len(new.chunks))
-            self._metrics.missed("store_internal_error")
+            self._metrics.missed(MissReason.STORE_INTERNAL_ERROR)
             return 0
 
     def _calibration(self, spec: ModelSpec, encodings: Sequence[Encoding]) -> KLT | None:
@@ -295,12 +296,12 @@ class Store:
         try:
             for number, (chunk, owners) in enumerate(zip(chunks, placed, strict=True)):
                 if self._stop.done() or not owners:
-                    self._metrics.missed("store_paused")
+                    self._metrics.missed(MissReason.STORE_PAUSED)
                     continue
                 text = texts[chunk.document]
                 left = tuple(e for e in encodings if not writing.is_cut(text, e.name))
                 if not left:
-                    self._metrics.missed("store_text_cut")
+                    self._metrics.missed(MissReason.STORE_TEXT_CUT)
                     continue
                 for encoded in self._encoded(spec, klt, chunk, left):
                     sent.append((number, encoded.size_bytes))
@@ -313,14 +314,14 @@ class Store:
             with self._lock:
                 self._writing = None
         for reason, times in writing.failures.items():
-            detail = None if reason == "cancelled" else writing.details[reason]
-            self._metrics.missed(f"store_{reason}", events=times, detail=detail)
+            detail = None if reason is MissReason.STORE_CANCELLED else writing.details[reason]
+            self._metrics.missed(reason, events=times, detail=detail)
         stored: set[int] = set()
         sparse: set[int] = set()
         for outcome, (number, size_bytes) in zip(written, sent, strict=True):
             for reason in outcome.refusals:
-                detail = f"a storage node refused a chunk: {reason}"
-                self._metrics.missed(f"store_{reason}", detail=detail)
+                detail = f"a storage node refused a chunk: {reason.removeprefix('store_')}"
+                self._metrics.missed(reason, detail=detail)
             if outcome.copies:
                 self._metrics.stored(int(number not in stored), outcome.copies * size_bytes)
                 stored.add(number)
@@ -374,4 +375,4 @@ class Store:
             yield encoded
 
     def _unencodable(self, error: CodecError) -> None:
-        self._metrics.missed("store_unencodable", detail=f"a chunk cannot be stored: {error}")
+        self._metrics.missed(MissReason.STORE_UNENCODABLE, detail=f"a chunk cannot be stored: {error}")

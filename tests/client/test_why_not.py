@@ -14,6 +14,7 @@ import kvstore_client
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.failure_log import INTERVAL_S, FailureLog
+from kvstore_client.miss_reason import MissReason
 from tests.client.conftest import ServedCluster
 from tests.client.models import random_prompt, tiny_model
 
@@ -21,9 +22,10 @@ GREEDY = {"max_new_tokens": 1, "do_sample": False}
 
 # Reasons of normal work, some that follow from one that was logged, and some that are logged where they are counted.
 EXPECTED = {
-    "closed", "paused", "calibration_loading", "store_behind_lossy", "store_paused", "layers_hooked",
-    "calibration_internal_error", "store_internal_error", "store_no_calibration", "calibration_unusable",
-    "store_text_cut", "store_cancelled",
+    MissReason.CLOSED, MissReason.PAUSED, MissReason.CALIBRATION_LOADING, MissReason.STORE_BEHIND_LOSSY,
+    MissReason.STORE_PAUSED, MissReason.CALIBRATION_INTERNAL_ERROR, MissReason.STORE_INTERNAL_ERROR,
+    MissReason.STORE_NO_CALIBRATION, MissReason.CALIBRATION_UNUSABLE, MissReason.STORE_TEXT_CUT,
+    MissReason.STORE_CANCELLED,
 }  # fmt: skip
 
 
@@ -127,8 +129,8 @@ def test_every_failure_that_is_counted_is_logged() -> None:
             if not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "missed"):
                 continue
             reason = node.args[0]
-            expected = isinstance(reason, ast.Constant) and reason.value in EXPECTED
-            bypass = isinstance(reason, ast.JoinedStr) and ast.unparse(reason).startswith("f'bypass_")
+            expected = isinstance(reason, ast.Attribute) and MissReason[reason.attr] in EXPECTED
+            bypass = ast.unparse(reason).startswith("MissReason.of_bypass(")
             if not (expected or bypass or any(keyword.arg == "detail" for keyword in node.keywords)):
                 silent.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
     assert silent == []

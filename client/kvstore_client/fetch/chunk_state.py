@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.cut import bytes_from, cut, slots_outside
 from kvstore_client.match import StoredChunk
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import COMPUTE
 
 
@@ -32,7 +33,7 @@ class ChunkState:
     """It cannot be read any more: it is missing, or some of it was thrown away."""
     is_engines: bool = False
     """The engine computes it, or has computed it."""
-    reason: str | None = None
+    reason: MissReason | None = None
     """Why it will not come, although it should have."""
 
     def __post_init__(self) -> None:

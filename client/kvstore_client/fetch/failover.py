@@ -15,6 +15,7 @@ from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.fetch_state import FetchState
 from kvstore_client.match import StoredChunk
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Links
 from kvstore_client.replicas import Lease, Search
 from kvstore_client.settings import ClientSettings
@@ -204,11 +205,11 @@ class Failover:
                 found.setdefault(places[task.chunk_index], []).append(task)
         return found, [task for task in tasks if task.chunk_index not in places]
 
-    def broke(self, member: Member, reason: str) -> None:
+    def broke(self, member: Member, reason: MissReason) -> None:
         """Have others leave this member alone for a while."""
         self.failed.add(member.endpoint)
         why = f"the storage node at {member.endpoint} did not bring chunks: {reason}"
-        self._view.pause(member.endpoint, why, until_it_answers=reason == "unreachable")
+        self._view.pause(member.endpoint, why, until_it_answers=reason is MissReason.UNREACHABLE)
         self._view.refresh()
 
     @contextmanager

@@ -11,6 +11,7 @@ from kvstore_client.fetch.ledger import FetchLedger
 from kvstore_client.fetch.replanner import Replanner
 from kvstore_client.fetch.report import FetchReport
 from kvstore_client.match import StoredChunk
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.timeline import Timeline
 
 
@@ -133,13 +134,13 @@ class FetchState:
             self._tell_if_ready()
         return settled
 
-    def fail(self, task: ReadTask, reason: str) -> None:
+    def fail(self, task: ReadTask, reason: MissReason) -> None:
         """What was to be decoded will not be."""
         with self._changed:
             self._ledger.states[task.chunk_index].decoding -= 1
         self.fail_chunks([task], reason)
 
-    def fail_chunks(self, tasks: Iterable[ReadTask], reason: str) -> None:
+    def fail_chunks(self, tasks: Iterable[ReadTask], reason: MissReason) -> None:
         """These reads will not come, so the engine computes their chunks; the first reason is kept."""
         with self._changed:
             if not self._ended:
@@ -226,7 +227,7 @@ class FetchState:
         with self._changed:
             return self._replanner.remaining_s() if self._replanner is not None else 0.0
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: MissReason) -> None:
         """Give up what is still open, for `reason`, and stop the stages."""
         with self._changed:
             if self._ended:
@@ -258,7 +259,7 @@ class FetchState:
         self._version += 1
         self._changed.notify_all()
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: MissReason) -> None:
         self._ledger.lose(range(len(self._ledger.states)), reason)
         self._notify()
 
@@ -294,4 +295,4 @@ class FetchState:
         return min(self._deadline, self._last_progress + self._stall_s) - time.monotonic()
 
     def _lose_patience(self) -> None:
-        self._give_up("timeout" if time.monotonic() >= self._deadline else "stalled")
+        self._give_up(MissReason.TIMEOUT if time.monotonic() >= self._deadline else MissReason.STALLED)

@@ -9,6 +9,7 @@ from kvstore_client.fetch.chunk_state import ChunkState
 from kvstore_client.fetch.replanner import Replanner
 from kvstore_client.fetch.report import FetchReport
 from kvstore_client.match import StoredChunk
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import COMPUTE
 from kvstore_codec.encoding import Encoding
 
@@ -34,7 +35,7 @@ class FetchLedger:
         self._replanner = replanner
         for state in self.states:
             if not any(variant.is_decodable for variant in state.chunk.variants):
-                state.is_lost, state.reason = True, "calibration_loading"
+                state.is_lost, state.reason = True, MissReason.CALIBRATION_LOADING
         if replanner is None or not replanner.begin(self.states):
             for state in self.states:
                 if not state.is_lost:
@@ -110,7 +111,7 @@ class FetchLedger:
             self._encodings.add(task.encoding)
         return state.is_settled
 
-    def lose(self, indices: Iterable[int], reason: str) -> None:
+    def lose(self, indices: Iterable[int], reason: MissReason) -> None:
         """The engine computes these chunks, except those that are delivered or its own. The first reason is kept."""
         for index in indices:
             state = self.states[index]

@@ -22,6 +22,7 @@ from kvstore_client.fetch.restore import Restorer
 from kvstore_client.lookup import release
 from kvstore_client.match import Match
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Links, Planner
 from kvstore_client.settings import ClientSettings
 from kvstore_client.threads import single_threaded
@@ -31,7 +32,7 @@ from kvstore_codec.rope import RotaryTable
 
 log = logging.getLogger(__name__)
 
-_EXPECTED = frozenset({"cancelled", "gone"})
+_EXPECTED = frozenset({MissReason.CANCELLED, MissReason.GONE})
 """Reasons of missing chunks that are no failures: nobody wants them any more, or they were evicted."""
 
 _PROMPT_S = 0.05
@@ -116,7 +117,7 @@ class Fetch:
                 thread.start()
                 started.append(thread)
         except RuntimeError:  # no thread left in this process
-            self._progress.end("no_resources")
+            self._progress.end(MissReason.NO_RESOURCES)
             for thread in started:
                 thread.join()
             raise
@@ -177,7 +178,7 @@ class Fetch:
             return self._finished or self._finish()
 
     def _finish(self) -> FetchReport:
-        self._progress.end("cancelled")
+        self._progress.end(MissReason.CANCELLED)
         for thread in self._threads:
             thread.join()
         release(self._view, (*self._match.leases, *self._failover.leases))
@@ -197,7 +198,7 @@ class Fetch:
         late = {
             self._match.chunks[index].member.endpoint
             for index, reason in report.missing.items()
-            if reason in ("timeout", "stalled")
+            if reason in (MissReason.TIMEOUT, MissReason.STALLED)
         }
         for endpoint in {member.endpoint for member in self._failover.members()} - self._failover.failed:
             if endpoint in late:
@@ -217,6 +218,6 @@ class Fetch:
             except Exception:
                 # A mistake of ours must not leave the engine waiting: the fetch is over, what is missing is computed.
                 log.exception("the %s stage of a fetch failed", stage)
-                self._progress.end("internal_error")
+                self._progress.end(MissReason.INTERNAL_ERROR)
 
         return threading.Thread(target=run, name=f"kvstore-{stage}", daemon=True)

@@ -15,6 +15,7 @@ from kvstore_client.fetch.failover import AHEAD_S, Failover, Reading
 from kvstore_client.fetch.fetch_state import FetchState
 from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import DEFAULT_BANDWIDTH_Bps
 from kvstore_codec.errors import NodeUnavailableError, TransferError
 
@@ -70,25 +71,22 @@ class Receiver:
                 may_stop=self.ahead and member == owner,
             )
             if attempt.instead_of is not None and not failed:
-                self.failover.broke(attempt.instead_of, "silent")
+                self.failover.broke(attempt.instead_of, MissReason.SILENT)
             for reason, unread in failed.items():
-                if reason == "slow":
-                    self.progress.give_back(unread)
-                    continue
-                if self.progress.is_over or reason in ("timeout", "closed"):
+                if self.progress.is_over or reason in (MissReason.TIMEOUT, MissReason.CLOSED):
                     self.progress.fail_chunks(unread, reason)
                     continue
-                if reason not in ("gone", "silent"):
+                if reason not in (MissReason.GONE, MissReason.SILENT):
                     self.failover.broke(member, reason)
                 places, nowhere = self.failover.elsewhere(unread)
                 if places:
                     self.metrics.failed_over(reason)
-                silent = member if reason == "silent" else None
+                silent = member if reason is MissReason.SILENT else None
                 waiting += [
                     _ReadAttempt(other, tasks, hurried=self.failover.has_others(tasks), instead_of=silent)
                     for other, tasks in places.items()
                 ]
-                if nowhere and reason == "silent":
+                if nowhere and reason is MissReason.SILENT:
                     waiting.append(_ReadAttempt(member, nowhere, hurried=False))  # it may only be slow
                 else:
                     self.progress.fail_chunks(nowhere, reason)
@@ -132,15 +130,15 @@ class Receiver:
         *,
         hurried: bool,
         may_stop: bool = False,
-    ) -> dict[str, list[ReadTask]]:
+    ) -> dict[MissReason, list[ReadTask]]:
         """One stream, until `take` is False; what it did not bring, by reason. With `hurried` it is ended when it falls
-        silent, with `may_stop` between two reads when it has become slow."""
+        silent, with `may_stop` between two reads when it has become slow: what is left goes back to the plan."""
         timeline = self.progress.timeline
         request = _request(tasks, self._piece_bytes(member))
         try:
             stream = self.view.transport(member).read(request, self.progress.remaining_s())
         except NodeUnavailableError:
-            return {"closed": list(tasks)}
+            return {MissReason.CLOSED: list(tasks)}
         reading = Reading(
             stream,
             self.failover.links,
@@ -150,9 +148,9 @@ class Receiver:
             is_waited_for=lambda: self.progress.is_engine_waiting,
             hurried=hurried,
         )
-        unread: dict[str, list[ReadTask]] = {}
+        unread: dict[MissReason, list[ReadTask]] = {}
         done = 0
-        reason = "protocol"
+        reason: MissReason | None = MissReason.PROTOCOL
         watching = ExitStack()
         watching.enter_context(self.progress.until_end(stream.cancel))
         try:
@@ -169,7 +167,7 @@ class Receiver:
                 task = tasks[done]
                 self.progress.progress(len(piece.data))
                 if piece.status != pb.READ_STATUS_OK:
-                    unread.setdefault("gone", []).append(task)
+                    unread.setdefault(MissReason.GONE, []).append(task)
                 else:
                     parts.append(piece.data)
                     received += len(piece.data)
@@ -187,15 +185,15 @@ class Receiver:
                         encoding=task.encoding.name,
                     )
                     if not take(ReceivedFrames(task, data)):
-                        return {"cancelled": list(tasks[done:])}
+                        return {MissReason.CANCELLED: list(tasks[done:])}
                 parts, received = [], 0
                 done += 1
                 start_s = timeline.now_s()
                 if may_stop and reading.is_slow and done < len(tasks):
-                    reason = "slow"
+                    reason = None
                     break
         except TransferError as error:
-            reason = "silent" if reading.is_silent else error.reason
+            reason = MissReason.SILENT if reading.is_silent else MissReason.of_fetch(error.reason)
             if not self.progress.is_over:
                 self.metrics.failures.warn(
                     reason, f"a read from {member.endpoint} broke off ({reason}): {error}"
@@ -203,7 +201,9 @@ class Receiver:
         finally:
             watching.close()
             stream.cancel()
-        if done < len(tasks):
+        if reason is None:
+            self.progress.give_back(tasks[done:])
+        elif done < len(tasks):
             unread[reason] = list(tasks[done:])
         return unread
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kvstore_client.miss_reason import MissReason
 from kvstore_codec.encoding import Encoding
 
 
@@ -13,7 +14,7 @@ class FetchReport:
     chunks: int
     delivered: int
     """Leading chunks that are complete in every layer: what may be reused as a prefix."""
-    missing: Mapping[int, str] = field(default_factory=dict)
+    missing: Mapping[int, MissReason] = field(default_factory=dict)
     """Chunk index -> reason."""
     received_bytes: int = 0
     encodings: frozenset[Encoding] = frozenset()

@@ -9,6 +9,7 @@ from typing import Literal
 from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
 from kvstore_client.fetch.decode import Predictions, decode
 from kvstore_client.fetch.receive import Receiver
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Costs
 from kvstore_codec.decoding import FramesTogether
 from kvstore_codec.errors import CalibrationError, ChecksumError, CodecError
@@ -67,7 +68,7 @@ class Restorer:
             return
         decoded.append(DecodedFrames(task, self._is_disturbed))
         item: ReceivedFrames | None = received
-        reason = ""
+        reason = MissReason.UNDECODABLE
         while item is not None:
             start_s = progress.timeline.now_s()
             try:
@@ -81,7 +82,7 @@ class Restorer:
                 decoded[-1].seconds = self._note("decode", start_s, task)
                 return
             # Bytes that are not what the header says may be so elsewhere, where the same header is.
-            item = self.receiver.read_again(task) if reason == "checksum" else None
+            item = self.receiver.read_again(task) if reason is MissReason.CHECKSUM else None
             if item is not None:
                 self.receiver.metrics.failed_over(reason)
         decoded.pop()
@@ -96,7 +97,7 @@ class Restorer:
         except BaseException:
             for decoded in batch:
                 if not decoded.is_in_place:
-                    self.receiver.progress.fail(decoded.task, "internal_error")
+                    self.receiver.progress.fail(decoded.task, MissReason.INTERNAL_ERROR)
             raise
 
     def finish_decode(self, together: FramesTogether, batch: list[DecodedFrames]) -> None:
@@ -150,7 +151,7 @@ def _joins(together: FramesTogether, item: ReceivedFrames) -> bool:
     )
 
 
-def _reason(error: CodecError) -> str:
+def _reason(error: CodecError) -> MissReason:
     if isinstance(error, ChecksumError):
-        return "checksum"
-    return "calibration" if isinstance(error, CalibrationError) else "undecodable"
+        return MissReason.CHECKSUM
+    return MissReason.CALIBRATION if isinstance(error, CalibrationError) else MissReason.UNDECODABLE

@@ -12,6 +12,7 @@ from kvstore_client.engines.transformers.identity.guard import ModelIdentity
 from kvstore_client.engines.transformers.probe import probe_for, run_probe
 from kvstore_client.fork import renew_in_children
 from kvstore_client.grpc_failure import unreachable
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.threads import single_threaded
 from kvstore_codec.canary.compare import ProbeKV
 from kvstore_codec.canary.probe import Probe
@@ -62,7 +63,7 @@ class ModelCanary:
         """Count, and log, that a call looks nothing up for `reason`, or does not store what it computed. Returns
         `why`."""
         why, metrics = self.why(reason), self._client.metrics
-        counted = f"store_{reason}" if storing else reason
+        counted = MissReason.of_canary(reason, storing=storing)
         if reason == "unreachable":
             told = why.removeprefix("unreachable: ")
             detail = unreachable(NodeUnavailableError(told), self._client.settings.address)

@@ -33,6 +33,7 @@ from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import loaded_model
 from kvstore_client.fetch import Computing
 from kvstore_client.match import Match
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.recompute import Recompute
 from kvstore_client.reuse.blend import (
     Blended,
@@ -226,7 +227,7 @@ class CachedModel:
     def _complete(self, pending: PendingGeneration) -> Any:
         input_ids, timeline = pending.input_ids, pending.timeline
         if pending.bypassed is not None or input_ids is None:
-            self.client.metrics.missed(f"bypass_{pending.bypassed}")
+            self.client.metrics.missed(MissReason.of_bypass(pending.bypassed or "batch"))
             self.last_report = GenerationReport(
                 0 if input_ids is None else input_ids.numel(),
                 0,
@@ -338,7 +339,7 @@ class CachedModel:
     def _holds(self, unchanged: bool) -> bool:
         if not unchanged:
             detail = "what a call computed is not stored: its model was changed meanwhile"
-            self.client.metrics.missed("store_model_changed", detail=detail)
+            self.client.metrics.missed(MissReason.STORE_MODEL_CHANGED, detail=detail)
         return unchanged
 
     @property
@@ -514,7 +515,7 @@ class CachedModel:
         except (RuntimeError, MemoryError) as error:
             pending.why_not = f"no_resources: {error}"
             detail = f"cannot fetch {len(match.chunks)} chunks, which are computed: {error}"
-            self.client.metrics.missed("no_resources", len(match.chunks), detail=detail)
+            self.client.metrics.missed(MissReason.NO_RESOURCES, len(match.chunks), detail=detail)
             if buffers is not None:
                 self.client.buffers.give_back(buffers)
 
@@ -558,14 +559,14 @@ class CachedModel:
     def _is_aligned(self, generated: Generated) -> bool:
         aligned = generated.capture.reaches(generated.tokens)
         if not aligned:
-            self.client.metrics.missed("store_unaligned", detail=_UNALIGNED)
+            self.client.metrics.missed(MissReason.STORE_UNALIGNED, detail=_UNALIGNED)
         return aligned
 
     def _store_new(self, pending: PendingGeneration, tokens: list[int], generated: Generated) -> None:
         report = generated.report
         encodings = self.client.store.encodings_behind(report.encodings if report is not None else ())
         if not encodings:
-            self.client.metrics.missed("store_behind_lossy")
+            self.client.metrics.missed(MissReason.STORE_BEHIND_LOSSY)
             return
         ids = self.client.chunk_ids(pending.spec, tokens)
         stored = set(range(len(pending.match.chunks)))

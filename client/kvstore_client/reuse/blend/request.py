@@ -11,6 +11,7 @@ from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
 from kvstore_client.fetch import Fetch, FetchReport
 from kvstore_client.match import Match
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Costs
 from kvstore_client.recompute import Recompute, select, selector
 from kvstore_client.reuse.blend.executor import Blend
@@ -158,7 +159,7 @@ class SegmentReuse:
 
     def _no_resources(self, verb: str, chunks: int, error: Exception) -> None:
         detail = f"cannot {verb} {chunks} chunks, which are computed: {error}"
-        self._client.metrics.missed("no_resources", chunks, detail=detail)
+        self._client.metrics.missed(MissReason.NO_RESOURCES, chunks, detail=detail)
 
     def _placed(
         self, spec: ModelSpec, tokens: Sequence[int], segments: Sequence[int]
