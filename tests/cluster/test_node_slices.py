@@ -268,8 +268,8 @@ def test_uses_of_the_same_chunks_wait_as_one_where_many_do(
     monkeypatch.setattr(node._catalog, "_touch", told.append)
     wanted = [stored.chunk_id for stored in STORED]
     for _ in range(20):
-        node.lookup(wanted, EXACT)
-        node.lookup(wanted[:3], EXACT)
+        node.lookup(LookupRequest(wanted, EXACT))
+        node.lookup(LookupRequest(wanted[:3], EXACT))
     assert not told
     node.maintain()
     assert len(told) <= 2 * len(STORED)
