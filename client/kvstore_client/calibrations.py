@@ -1,8 +1,6 @@
 """Calibrations: got once per machine, then read from its disk."""
 
 import io
-import os
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from kvstore_api.calibrations import DIGEST_BYTES, MAX_CALIBRATION_BYTES, MAX_PI
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.grpc_failure import told
+from kvstore_client.kept_file import replace_file
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.settings import ClientSettings
@@ -151,15 +150,7 @@ class Calibrations:
     def _keep(self, path: Path, data: bytes) -> None:
         """Into the cache. Not synced: every read verifies. Processes that write the same file replace each other's."""
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".unfinished-", delete=False) as file:
-                try:
-                    file.write(data)
-                    file.flush()
-                    os.replace(file.name, path)  # noqa: PTH105
-                except OSError:
-                    Path(file.name).unlink(missing_ok=True)
-                    raise
+            replace_file(path, data)
         except OSError as error:
             self._metrics.missed(
                 MissReason.CALIBRATION_CACHE_UNWRITABLE,

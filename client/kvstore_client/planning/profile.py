@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvstore_client.kept_file import UNUSABLE, replace_file
 from kvstore_codec import canonical
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import UnknownEncodingError
@@ -108,33 +107,14 @@ class ProfileStore:
             return _from_json(json.loads(path.read_bytes()))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-            UnknownEncodingError,
-        ) as error:
+        except (*UNUSABLE, UnknownEncodingError) as error:
             _log.warning("profile %s cannot be used and is measured anew: %.200r", path, error)
             return None
 
     def save(self, key: str, profile: Profile) -> None:
         """Raises OSError when it cannot be written."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": _FORMAT, **asdict(profile)}, indent=2)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=self._folder, prefix=".unfinished-", delete=False, encoding="utf-8"
-        ) as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.replace(file.name, self._folder / f"{key}.json")  # noqa: PTH105
-            except OSError:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        replace_file(self._folder / f"{key}.json", text.encode())
 
     def list(self) -> dict[str, Profile]:
         """All that can be used, by key."""

@@ -5,12 +5,11 @@ One for each storage tier that KV may come from: "dram", "disk", or how else the
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvstore_client.kept_file import UNUSABLE, replace_file
 from kvstore_client.recompute.tuning import Measurement, Tuned
 
 _FORMAT = 1
@@ -31,15 +30,7 @@ class TunedRatios:
             return _from_json(json.loads(path.read_bytes()))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
+        except UNUSABLE as error:
             _log.warning(
                 "tuned ratios %s cannot be used; `kvstore tune` makes them anew: %.200r",
                 path,
@@ -62,17 +53,7 @@ class TunedRatios:
                 for name, one in tiers.items()
             },
         }
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=self._folder, prefix=".unfinished-", delete=False, encoding="utf-8"
-        ) as file:
-            try:
-                json.dump(data, file, indent=2)
-                file.flush()
-                os.replace(file.name, self.path(model_digest))  # noqa: PTH105
-            except OSError:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        replace_file(self.path(model_digest), json.dumps(data, indent=2).encode())
 
     def path(self, model_digest: bytes) -> Path:
         """Where a model's ratios are kept."""
