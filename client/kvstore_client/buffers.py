@@ -26,8 +26,8 @@ class Copy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KVBuffers:
-    """`[layers, kv_heads, tokens, head_dim]` each. Values are decoded straight into place; keys are decoded into
-    place and rotated there."""
+    """`[layers, kv_heads, tokens, head_dim]` each. The contiguous `Destination` of a fetch: values are decoded straight
+    into place; keys are decoded into place and rotated there."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -35,6 +35,16 @@ class KVBuffers:
     """The flat bytes that both lie in."""
     copies: list[Copy] = field(default_factory=list, compare=False)
     """Copies to a device that may still read the memory when the buffers are given back."""
+
+    @property
+    def layers(self) -> int:
+        return self.keys.shape[0]
+
+    def prepare(self, layers: slice, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys[layers, :, tokens], self.values[layers, :, tokens]
+
+    def complete(self, layers: slice, tokens: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Everything is in its place already."""
 
 
 class BufferPool:

@@ -9,11 +9,11 @@ from typing import Any, Self
 
 from pydantic import ValidationError
 
-from kvstore_client.buffers import BufferPool, KVBuffers
+from kvstore_client.buffers import BufferPool
 from kvstore_client.calibrations import Calibrations
 from kvstore_client.canaries import Canaries
 from kvstore_client.cluster_view import ClusterView
-from kvstore_client.fetch import ChunkFeatures, Computing, Fetch
+from kvstore_client.fetch import ChunkFeatures, Computing, Destination, Fetch
 from kvstore_client.fetch.restore import Restorer
 from kvstore_client.fork import GATE, renew_in_children
 from kvstore_client.grpc_failure import unreachable
@@ -190,14 +190,15 @@ class KVStoreClient:
     def fetch(
         self,
         match: Match,
-        buffers: KVBuffers,
+        destination: Destination,
         rotary: tuple[RotaryTable, ...] | None,
         timeline: Timeline | None = None,
         features: ChunkFeatures | None = None,
         computing: Computing | None = None,
         computed: Sequence[range] = (),
     ) -> Fetch:
-        """Start bringing a match into `buffers`, whose token axis begins at the prompt's first token.
+        """Start bringing a match into `destination`, such as KVBuffers, whose positions begin at the prompt's first
+        token.
 
         Chunks coded with a calibration are predicted from their tokens: `features(index)` returns the `token_features`
         of the match's chunk `index`, f32 `[tokens, features]` in host memory, made without the tokens before it. It is
@@ -207,13 +208,14 @@ class KVStoreClient:
         the engine (`Fetch.next_to_compute`) where that is sooner; without, every chunk is read in its first variant.
 
         `computed` are ranges of positions whose KV the engine computes itself (not together with `computing`): frames
-        that lie wholly inside are not read, and what is there in the buffers stays as it is; they count as delivered.
+        that lie wholly inside are not read, and what is there in the destination stays as it is; they count as
+        delivered.
 
-        Take the buffers from `self.buffers`, and give them back after the fetch has finished and nobody reads them.
+        Take KVBuffers from `self.buffers`, and give them back after the fetch has finished and nobody reads them.
         """
         return Fetch(
             match,
-            buffers,
+            destination,
             rotary,
             features,
             view=self._view,

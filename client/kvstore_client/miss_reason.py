@@ -51,6 +51,8 @@ class MissReason(StrEnum):
     faulty encoder or other software: compare the versions."""
     CALIBRATION = "calibration"
     """A chunk cannot be decoded with its calibration. Make a new one with `kvstore calibrate --publish`."""
+    DESTINATION = "destination"
+    """The engine's memory could not take fetched KV; the log has the error of the engine's adapter."""
     PROTOCOL = "protocol"
     """A node's answer violates the protocol. Check that client and nodes have compatible versions."""
     TLS = "tls"

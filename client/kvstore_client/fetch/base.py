@@ -2,18 +2,8 @@
 
 from dataclasses import dataclass
 
-from kvstore_client.buffers import KVBuffers
 from kvstore_client.match import StoredChunk, Variant
 from kvstore_codec.encoding import Encoding
-from kvstore_codec.rope import RotaryTable
-
-
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """The buffers of a fetch, and each layer's rotation that its keys get there (None: keys are stored as cached)."""
-
-    buffers: KVBuffers
-    rotary: tuple[RotaryTable, ...] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""Decode stage: verified frames become KV in the destination, keys not yet rotated."""
+"""Decode stage: verified frames become KV in the memory of the destination, keys not yet rotated."""
 
 import threading
 from collections.abc import Callable, Sequence
 
 import torch
 
-from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
+from kvstore_client.fetch.base import ReadTask, ReceivedFrames
 from kvstore_client.match import StoredChunk
 from kvstore_codec.decoding import FramesTogether
 from kvstore_codec.errors import CalibrationError
@@ -47,18 +47,23 @@ class Predictions:
 
 
 def decode(
-    item: ReceivedFrames, destination: Destination, predictions: Predictions, together: FramesTogether
+    item: ReceivedFrames,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    predictions: Predictions,
+    together: FramesTogether,
 ) -> None:
-    """Raises CodecError for a frame that is not what its header says; the destination is then partly written. What
-    `together` restores is there only after that."""
+    """Decode into `keys` and `values`, `[layers, kv_heads, tokens, head_dim]` of the item's task each. Raises
+    CodecError for a frame that is not what its header says; the tensors are then partly written. What `together`
+    restores is there only after that."""
     task = item.task
     together.read(
         task.variant.header,
         task.first_frame,
         task.frame_count,
         item.data,
-        destination.buffers.keys[task.layers, :, task.tokens],
-        destination.buffers.values[task.layers, :, task.tokens],
+        keys,
+        values,
         klt=task.variant.klt,
         prediction=predictions.of(task),
     )

@@ -68,6 +68,12 @@ class FetchState:
         with self._changed:
             return self._ended
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing more will come."""
+        with self._changed:
+            return self._ended or not self._ledger.open_chunks
+
     def next_reads(self, member: Member, limit_bytes: float) -> list[ReadTask]:
         """What to ask this member for next, in the order it is needed: up to `limit_bytes`, one read at least. Waits
         while there is nothing but may be again. Empty when the fetch is over."""

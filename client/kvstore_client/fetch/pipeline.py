@@ -1,5 +1,6 @@
 """A fetch: the stages of one match, running beside the engine."""
 
+import itertools
 import logging
 import threading
 from collections import Counter
@@ -7,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kvstore_client.buffers import KVBuffers
 from kvstore_client.cluster_view import ClusterView
-from kvstore_client.fetch.base import Destination, ReceivedFrames
+from kvstore_client.fetch.base import ReceivedFrames
 from kvstore_client.fetch.cut import joined
 from kvstore_client.fetch.decode import ChunkFeatures, Predictions
+from kvstore_client.fetch.destination import Destination
 from kvstore_client.fetch.failover import Failover
 from kvstore_client.fetch.fetch_state import FetchState
 from kvstore_client.fetch.queue import StageQueue
@@ -35,24 +36,28 @@ log = logging.getLogger(__name__)
 _EXPECTED = frozenset({MissReason.CANCELLED, MissReason.GONE})
 """Reasons of missing chunks that are no failures: nobody wants them any more, or they were evicted."""
 
+_JOB_IDS = itertools.count(1)
+
 _PROMPT_S = 0.05
 """An engine that comes later than this had something else to do."""
 
 
 class Fetch:
-    """Brings the chunks of a match into buffers. Never raises and never outlives its deadline.
+    """Brings the chunks of a match into a destination. Never raises and never outlives its deadline.
 
     The engine calls `wait_layer(0)`, `wait_layer(1)`, ... as it computes, and `finish` at the end, whatever
-    happened. Threads: one per owner receives, and one looks whether any of them waits in vain; a few take what was
-    received through decode, restore and deliver, one range after the other, because keys that were just decoded are
-    still in the cache when they are rotated (and on two cores every further busy thread makes the fetch slower). All
-    have ended when `finish` returns.
+    happened. An engine that must not wait polls `finished` instead, until it returns a report.
+
+    Threads: one per owner receives, and one looks whether any of them waits in vain; a few take what was received
+    through decode, restore and deliver, one range after the other, because keys that were just decoded are still in
+    the cache when they are rotated (and on two cores every further busy thread makes the fetch slower). All have ended
+    when `finish` returns.
     """
 
     def __init__(
         self,
         match: Match,
-        buffers: KVBuffers,
+        destination: Destination,
         rotary: tuple[RotaryTable, ...] | None,
         features: ChunkFeatures | None,
         *,
@@ -74,6 +79,8 @@ class Fetch:
                 "a fetch either leaves out what the engine computes (`computed`), or plans what the engine had better "
                 "compute (`computing`)"
             )
+        self.job_id = next(_JOB_IDS)
+        """Names the fetch in this process."""
         self._match = match
         self._view = view
         self._metrics = metrics
@@ -87,14 +94,13 @@ class Fetch:
         self._replanner = replanner
         self._progress = FetchState(
             match.chunks,
-            layers=buffers.keys.shape[0],
+            layers=destination.layers,
             deadline_s=settings.timeouts.fetch_s,
             stall_s=settings.timeouts.fetch_stall_s,
             timeline=timeline,
             replanner=replanner,
             computed=joined(computed),
         )
-        destination = Destination(buffers, rotary)
         predictions = Predictions(match.chunks, features)
         workers = settings.fetch.decoders
         members = self._progress.members
@@ -105,7 +111,9 @@ class Fetch:
         over = threading.Event()
         self._progress.on_end(over.set)
         receiver = Receiver(view, self._failover, self._progress, received, metrics, ahead=replans)
-        restoring = restorer(receiver, destination, predictions, computing.costs if computing else None)
+        restoring = restorer(
+            receiver, destination, rotary, predictions, computing.costs if computing else None
+        )
         self._threads = [
             *(self._thread("receive", receiver.receive, member) for member in members),
             self._thread("watch", self._failover.watch, over),
@@ -171,6 +179,24 @@ class Fetch:
         report, replanner = self.finish(), self._replanner
         if replanner is not None and report.fetched == report.chunks and began_s - self._began_s < _PROMPT_S:
             replanner.learn(report.received_bytes, self._timeline.now_s() - ended_s)
+
+    def finished(self) -> FetchReport | None:
+        """How the fetch went, as soon as every chunk is delivered or missing and no thread of the fetch is left; None
+        until then. May be called from any thread and as often as wanted; waits for no thread and no network.
+
+        The fetch has then freed everything it held, as after `finish`, which need not be called. Somebody has to ask,
+        though: a fetch that nobody polls or finishes keeps its leases until they expire. Chunks that a plan leaves to
+        the engine are not waited for, as in `wait`."""
+        if self._finished is None and self._progress.is_settled:
+            # Nothing is left to be cancelled: this frees threads that wait for more.
+            self._progress.end(MissReason.CANCELLED)
+            ended = not any(thread.is_alive() for thread in self._threads)
+            if ended and self._finishing.acquire(blocking=False):
+                try:
+                    return self._finished or self._finish()
+                finally:
+                    self._finishing.release()
+        return self._finished
 
     def finish(self) -> FetchReport:
         """End the fetch, free everything it held and say how it went. Safe to call more than once."""

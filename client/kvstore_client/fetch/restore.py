@@ -6,34 +6,31 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from kvstore_client.fetch.base import Destination, ReadTask, ReceivedFrames
+import torch
+
+from kvstore_client.fetch.base import ReadTask, ReceivedFrames
 from kvstore_client.fetch.decode import Predictions, decode
+from kvstore_client.fetch.destination import Destination
 from kvstore_client.fetch.receive import Receiver
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Costs
 from kvstore_codec.decoding import FramesTogether
 from kvstore_codec.errors import CalibrationError, ChecksumError, CodecError
 from kvstore_codec.klt_frames import TOKENS_AT_ONCE
-from kvstore_codec.rope import rotate_layers_
-
-
-def restore(task: ReadTask, destination: Destination) -> None:
-    """Rotate the keys of a decoded range where they lie."""
-    if destination.rotary is not None:
-        layers = slice(task.layers.start, task.layers.stop)
-        rotate_layers_(
-            destination.buffers.keys[layers, :, task.tokens], destination.rotary[layers], task.tokens
-        )
+from kvstore_codec.rope import RotaryTable, rotate_layers_
 
 
 @dataclass(slots=True)
 class DecodedFrames:
-    """Frames of one task in the buffers, keys not rotated yet."""
+    """Frames of one task in the memory that the destination prepared for them, keys not rotated yet."""
 
     task: ReadTask
+    keys: torch.Tensor
+    values: torch.Tensor
     began_disturbed: bool
     seconds: float = 0.0
-    is_in_place: bool = False
+    is_settled: bool = False
+    """Whether they were delivered, or their chunk was reported missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +39,8 @@ class Restorer:
 
     receiver: Receiver
     destination: Destination
+    rotary: tuple[RotaryTable, ...] | None
+    """Each layer's rotation, by position in the prompt; None: keys are stored as the engine caches them."""
     predictions: Predictions
     costs: Costs | None
 
@@ -66,13 +65,18 @@ class Restorer:
         progress, task = self.receiver.progress, received.task
         if not progress.begin_decode(task):
             return
-        decoded.append(DecodedFrames(task, self._is_disturbed))
+        try:
+            keys, values = self.destination.prepare(task.layers, task.tokens)
+        except Exception as error:
+            self._fail_to_place(task, error)
+            return
+        decoded.append(DecodedFrames(task, keys, values, self._is_disturbed))
         item: ReceivedFrames | None = received
         reason = MissReason.UNDECODABLE
         while item is not None:
             start_s = progress.timeline.now_s()
             try:
-                decode(item, self.destination, self.predictions, together)
+                decode(item, keys, values, self.predictions, together)
             except CodecError as error:
                 reason = _reason(error)
                 self.receiver.metrics.failures.warn(
@@ -90,13 +94,13 @@ class Restorer:
 
     @contextmanager
     def failing_unfinished(self, batch: list[DecodedFrames]) -> Iterator[None]:
-        """When the block raises (a mistake, no memory), the tasks of `batch` that are not in place fail: nobody waits
+        """When the block raises (a mistake, no memory), the tasks of `batch` that are not settled fail: nobody waits
         for ever for places that are written no more."""
         try:
             yield
         except BaseException:
             for decoded in batch:
-                if not decoded.is_in_place:
+                if not decoded.is_settled:
                     self.receiver.progress.fail(decoded.task, MissReason.INTERNAL_ERROR)
             raise
 
@@ -110,12 +114,19 @@ class Restorer:
                 decoded.seconds += share_s
 
     def restore_all(self, batch: list[DecodedFrames]) -> None:
-        """Rotate the keys of decoded frames, and deliver them to the engine."""
-        progress, layers = self.receiver.progress, self.destination.buffers.keys.shape[0]
+        """Rotate the keys of decoded frames, put both into their place, and deliver them to the engine."""
+        progress, layers = self.receiver.progress, self.destination.layers
         for decoded in batch:
             task = decoded.task
             start_s = progress.timeline.now_s()
-            restore(task, self.destination)
+            if self.rotary is not None:
+                rotate_layers_(decoded.keys, self.rotary[task.layers], task.tokens)
+            try:
+                self.destination.complete(task.layers, task.tokens, decoded.keys, decoded.values)
+            except Exception as error:
+                decoded.is_settled = True
+                self._fail_to_place(task, error)
+                continue
             restore_s = self._note("restore", start_s, task)
             if self.costs is not None:
                 token_layers = (task.tokens.stop - task.tokens.start) * (task.layers.stop - task.layers.start)
@@ -126,9 +137,15 @@ class Restorer:
                     restore_s,
                     disturbed=(decoded.began_disturbed + self._is_disturbed) / 2,
                 )
-            decoded.is_in_place = True
+            decoded.is_settled = True
             if progress.deliver(task):
                 self.predictions.drop(task.chunk_index)
+
+    def _fail_to_place(self, task: ReadTask, error: Exception) -> None:
+        self.receiver.metrics.failures.warn(
+            MissReason.DESTINATION, f"fetched KV cannot be written to the engine's memory: {error!r}"
+        )
+        self.receiver.progress.fail(task, MissReason.DESTINATION)
 
     @property
     def _is_disturbed(self) -> bool:
