@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_cluster import node
+from kvstore_cluster import slices
 from kvstore_codec.errors import AbandonedRequestError, BusyError
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.model_spec import KVDtype
@@ -159,7 +159,7 @@ def test_a_large_lookup_of_a_client_that_has_gone_leases_nothing(
     storage: ServedNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     statuses(storage, steps(sample_chunk()))
-    monkeypatch.setattr(node, "PAUSE_S", 0.3)  # between two of its ten slices
+    monkeypatch.setattr(slices, "PAUSE_S", 0.3)  # between two of its ten slices
     call = storage.stub.Lookup.future(many(20_000))
     wait_until(lambda: storage.node.stats().leases == 1)
     call.cancel()
