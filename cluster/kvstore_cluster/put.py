@@ -1,7 +1,7 @@
 """A chunk on its way in: start, write, then commit or revoke."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvstore_cluster.arena import Arena, Extent
@@ -122,9 +122,7 @@ class PendingPut:
                 f"the bytes announced as chunk {self._chunk_id.short} in {self._encoding} are chunk "
                 f"{header.chunk_id.short} in {header.encoding.name}"
             )
-        meta = meta_of(header)
-        options = self.options
-        return replace(meta, tenant=options.tenant, cost=options.cost or meta.cost, number=options.number)
+        return _meta_of(header, self.options)
 
     def _end(self, *, rejected: bool) -> None:
         self._open = False
@@ -135,13 +133,15 @@ class PendingPut:
             raise PutStateError(f"the put of chunk {self._chunk_id.short} has ended already")
 
 
-def meta_of(header: ChunkHeader) -> RecordMeta:
-    """What a chunk's own header says of it."""
+def _meta_of(header: ChunkHeader, options: PutOptions) -> RecordMeta:
+    """What a chunk's own header says of it, and who put it."""
     return RecordMeta(
         header.chunk_id,
         header.encoding.name,
         header.size_bytes,
         header.header_bytes,
         calibration=header.calibration,
-        cost=float(header.geometry.tokens),
+        tenant=options.tenant,
+        cost=options.cost or float(header.geometry.tokens),
+        number=options.number,
     )

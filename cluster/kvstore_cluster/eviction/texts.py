@@ -32,8 +32,9 @@ class TextLinks:
     def grow(self, slot: int) -> None:
         for column in (self.number, self._before, self._before_age, self._ages):
             grow(column, slot)
-        for column in (self._places, self._slots):
-            column.extend(range(len(column), slot + 1))
+        if (slots := len(self._places)) <= slot:
+            self._places.extend(range(slots, slot + 1))
+            self._slots.extend(range(slots, slot + 1))
 
     def add(self, slot: int, number: int) -> None:
         """A new chunk, linked to nothing."""
