@@ -13,7 +13,7 @@ from kvstore_cluster.background import background_health
 from kvstore_cluster.intake import MAX_TENANT_BYTES
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
 from kvstore_cluster.listing import MAX_LISTED
-from kvstore_cluster.lookup import SMALL_HEADERS_BYTES, LookupRequest, LookupResult
+from kvstore_cluster.lookup import SMALL_HEADERS_BYTES, LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_cluster.scrub import scrub
@@ -35,6 +35,7 @@ from kvstore_service.grpc_puts import put_chunks
 from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, MAX_REPLY_BYTES, GrpcServer, parser, unary
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address
+from kvstore_service.lookup_reply import lookup_reply
 from kvstore_service.throttle import Throttle
 
 MAX_CHUNKS = 65_536
@@ -113,7 +114,7 @@ class StorageService:
         except StorageError as error:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
         try:
-            answer: bytes = _lookup_reply(chunks, result, self._bulk_endpoint).SerializeToString()
+            answer = lookup_reply(chunks, result, self._bulk_endpoint)
             proceed(0)
         except BaseException as error:
             if result.lease_id is not None:
@@ -272,36 +273,6 @@ def _lookup_request(request: pb.LookupRequest, chunks: Sequence[pb.ChunkRef]) ->
         any_context=request.any_context,
         use_follows=request.use_follows,
     )
-
-
-def _lookup_reply(chunks: Sequence[pb.ChunkRef], result: LookupResult, bulk_endpoint: str) -> pb.LookupReply:
-    """Raises InvalidKVError for a reference that names no chunk."""
-    reply = pb.LookupReply(lease_id=result.lease_id or b"", bulk_endpoint=bulk_endpoint)
-    for ref, answer in zip(chunks, result.answers, strict=True):
-        # Most fields of most answers are the default, and a thousand are to be made in a millisecond.
-        is_exact = answer.encoding is not None and not answer.prefix_id  # then its id is sound
-        if not (is_exact or len(ref.content_id) == len(ref.prefix_id) == DIGEST_BYTES):
-            ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id))
-        if answer.encoding is None:
-            added = reply.answers.add()
-        else:
-            added = reply.answers.add(
-                encoding=answer.encoding, size_bytes=answer.size_bytes, header=answer.header
-            )
-        if answer.prefix_id:
-            added.prefix_id = answer.prefix_id
-        if answer.other_contexts:
-            added.other_contexts = answer.other_contexts
-        if answer.on_disk:
-            added.on_disk = True
-        for other in answer.others:
-            added.others.add(
-                encoding=other.encoding,
-                size_bytes=other.size_bytes,
-                header=other.header,
-                on_disk=other.on_disk,
-            )
-    return reply
 
 
 def serve_storage(

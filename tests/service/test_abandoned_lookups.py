@@ -1,12 +1,13 @@
 """A lookup whose client does not get the answer leases nothing."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 import pytest
 
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.lookup import LookupResult
 from kvstore_service import grpc_storage
 from tests.sample_chunk import SampleChunk, sample_chunk
 from tests.service.conftest import ServedNode
@@ -16,25 +17,19 @@ CHUNK = sample_chunk()
 PATIENCE_S = 10
 
 
-class Answer:
-    """A reply whose serialisation does something first."""
-
-    def __init__(self, reply: pb.LookupReply, first: Callable[[], object]) -> None:
-        self._reply = reply
-        self._first = first
-
-    def SerializeToString(self) -> bytes:  # noqa: N802 (as protobuf's)
-        self._first()
-        return self._reply.SerializeToString()
-
-
 def request(chunk: SampleChunk) -> pb.LookupRequest:
     return pb.LookupRequest(chunks=[ref(chunk)], encodings=[chunk.encoding], lease_ms=60_000)
 
 
 def serialising(monkeypatch: pytest.MonkeyPatch, first: Callable[[], object]) -> None:
-    make = grpc_storage._lookup_reply
-    monkeypatch.setattr(grpc_storage, "_lookup_reply", lambda *arguments: Answer(make(*arguments), first))
+    """Has something done first whenever a reply is serialised."""
+    make = grpc_storage.lookup_reply
+
+    def after(chunks: Sequence[pb.ChunkRef], result: LookupResult, bulk_endpoint: str) -> bytes:
+        first()
+        return make(chunks, result, bulk_endpoint)
+
+    monkeypatch.setattr(grpc_storage, "lookup_reply", after)
 
 
 def test_a_client_that_goes_while_its_answer_is_made_leases_nothing(
