@@ -1,13 +1,13 @@
-"""What a model's KV looks like, learnt once from text: the linear maps between KV and few, independent numbers.
+"""Calibration of a model: linear maps, fitted once to sample text, between KV and a few independent coefficients.
 
 For one token and one period of layers, K before RoPE and V are one vector x of D = layers * 2 * kv_heads * head_dim
-values, in the order [layer, K/V, head, dim]. A calibration says
+values, in the order [layer, K/V, head, dim]. A calibration models it as
 
     x ~ mean + (features @ predictor_in) @ predictor_out + whitening^-1 (basis @ (integers * step))
 
-`features` are the input embeddings of the token and of the one before it, which a receiver knows without being sent
-anything. `whitening` is the square root of the metric in which errors matter to the model, so that one step everywhere
-is the rate-distortion optimum, and `basis` (KLT, Karhunen-Loève) leaves the rest uncorrelated.
+`features` are the input embeddings of the token and of the token before it, which the receiver already has.
+`whitening` is the square root of the metric that weighs errors by their effect on the model, so that one step for all
+coefficients is the rate-distortion optimum. `basis` (KLT, Karhunen-Loève) makes the residual uncorrelated.
 """
 
 from __future__ import annotations
@@ -31,34 +31,35 @@ from kvstore_codec.model_spec import ModelSpec
 
 MAX_CALIBRATION_BYTES = 1 << 30
 VERSION = 2
-# The half-precision matrices are far more exact than the integers they carry; means and metric stay in f32, as
-# keys with a bias may lie a hundred deviations from zero.
+# Largest deviation of the basis from orthonormality, as a change of a vector's length.
 _NOT_ORTHONORMAL = 0.01
+# Half precision is far more exact than the integers. Means and metric stay in f32, because keys with a bias may be a
+# hundred standard deviations from zero.
 _HALF = ("predictor_in", "predictor_out", "basis")
 _FULL = ("mean", "whitening", "variances")
 
 
 @dataclass(frozen=True, slots=True)
 class PeriodTransform:
-    """The maps of one period; all tensors f32 in host memory, some rounded to half precision.
+    """The maps of one period. All tensors are f32 in host memory; some are rounded to half precision.
 
-    Raises CalibrationError if they do not fit together."""
+    Raises CalibrationError if their shapes do not match."""
 
     mean: torch.Tensor
-    """[D], what is predicted for features of zero"""
+    """[D], the prediction for features of zero"""
     predictor_in: torch.Tensor
-    """[features, rank]; a rank of zero predicts nothing"""
+    """[features, rank]; with rank 0 the prediction is the mean"""
     predictor_out: torch.Tensor
     """[rank, D]"""
     whitening: torch.Tensor
     """[layers, 2, kv_heads, head_dim, head_dim], symmetric and positive definite"""
     basis: torch.Tensor
-    """[D, columns], orthonormal, by falling variance"""
+    """[D, columns], orthonormal, in order of falling variance"""
     variances: torch.Tensor
-    """[columns], of the calibration text's coefficients"""
+    """[columns], variances of the coefficients on the calibration's text"""
 
     def __post_init__(self) -> None:
-        for name in _HALF:  # what was fitted must code as what is read back
+        for name in _HALF:  # the fitted matrices must equal those read from a file
             object.__setattr__(self, name, getattr(self, name).half().float())
         if self.whitening.ndim != 5:
             raise CalibrationError("the whitening must be [layers, 2, kv_heads, head_dim, head_dim]")
@@ -83,7 +84,9 @@ class PeriodTransform:
                 raise CalibrationError(f"a calibration's {name} holds NaN or infinity")
         if pair != 2 or not 1 <= columns <= values:
             raise CalibrationError(f"a basis of {columns} columns does not fit {values} values")
-        probe = torch.ones(columns, 1, dtype=torch.float32, device="cpu").cumsum(0).cos()  # nothing special
+        probe = (
+            torch.ones(columns, 1, dtype=torch.float32, device="cpu").cumsum(0).cos()
+        )  # an arbitrary vector
         lengthened = float((self.basis @ probe).norm() / probe.norm())
         if not abs(lengthened - 1) < _NOT_ORTHONORMAL:
             raise CalibrationError(f"a calibration's basis is not orthonormal: it scales by {lengthened:.3g}")
@@ -94,7 +97,7 @@ class PeriodTransform:
 
     @property
     def values(self) -> int:
-        """D: values of one token in this period, K and V."""
+        """D: number of values of one token in this period, K and V together."""
         return self.basis.shape[0]
 
     @property
@@ -108,26 +111,26 @@ class PeriodTransform:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Everything about one model's KV that chunks of it refer to. Raises CalibrationError if its parts do not fit."""
+    """Calibration of one model, which its calibrated chunks name. Raises CalibrationError if its parts do not match."""
 
     model_digest: bytes
     period_layers: int
     sinks: int
-    """First tokens of a text that every rate keeps exact: what all later tokens attend to."""
+    """Number of first tokens of a text that every rate keeps exact, because all later tokens attend to them."""
     steps: Mapping[str, float]
     """rate -> quantiser step, in units of the metric"""
     errors: Mapping[str, tuple[float, ...]]
-    """rate -> mean squared error per value in the metric, in each period, on text like that of the calibration"""
+    """rate -> mean squared error per value, in the metric, per period, on the calibration's text"""
     periods: tuple[PeriodTransform, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Texts, tokens, measured KL: for people. JSON."""
+    """Texts, tokens and measured KL, as JSON, for information only."""
 
     def __post_init__(self) -> None:
         require_digest("the model digest", self.model_digest)
         if type(self.period_layers) is not int or type(self.sinks) is not int:
-            raise CalibrationError("a calibration counts layers and sinks in whole numbers")
+            raise CalibrationError("a calibration's period_layers and sinks must be integers")
         if not isinstance(self.provenance, Mapping):
-            raise CalibrationError("a calibration's provenance is a mapping")
+            raise CalibrationError("a calibration's provenance must be a mapping")
         if not 1 <= self.period_layers <= MAX_LAYERS or not 0 <= self.sinks <= 64 or not self.periods:
             raise CalibrationError("a calibration needs periods of at least one layer, and 0 to 64 sinks")
         if self.steps.keys() != self.errors.keys():
@@ -140,20 +143,20 @@ class Calibration:
             raise CalibrationError(f"a calibration with a period of other than {self.period_layers} layers")
         shapes = {(period.whitening.shape[2:], period.features) for period in self.periods}
         if len(shapes) != 1 or not 1 <= self.periods[-1].layers <= self.period_layers:
-            raise CalibrationError("the periods of a calibration are not of one model")
+            raise CalibrationError("the periods of a calibration have the shapes of different models")
 
     @property
     def features(self) -> int:
-        """Numbers a token is predicted from; see `token_features`."""
+        """Number of features of a token; see `token_features`."""
         return self.periods[0].features
 
     @cached_property
     def digest(self) -> bytes:
-        """blake3 of `to_bytes`: names the calibration in every chunk it coded."""
+        """blake3 of `to_bytes`. It names the calibration in every chunk that was coded with it."""
         return blake3(self.to_bytes()).digest()
 
     def require(self, spec: ModelSpec) -> None:
-        """Raises CalibrationError unless this is a calibration of exactly that model."""
+        """Raises CalibrationError unless this is a calibration of the model `spec`."""
         if self.model_digest != spec.digest:
             raise CalibrationError(
                 f"the calibration was made for model {self.model_digest.hex()[:16]}, not for {spec.model_id} "
@@ -161,10 +164,10 @@ class Calibration:
             )
         layers = sum(period.layers for period in self.periods)
         if (layers, *self.periods[0].whitening.shape[2:4]) != (spec.layers, spec.kv_heads, spec.head_dim):
-            raise CalibrationError(f"the calibration's shapes are not those of {spec.model_id}")
+            raise CalibrationError(f"the calibration's shapes differ from those of {spec.model_id}")
 
     def to_bytes(self) -> bytes:
-        """The artefact: a safetensors file."""
+        """Serialises the calibration as a safetensors file."""
         tensors: dict[str, torch.Tensor] = {}
         for index, period in enumerate(self.periods):
             for name in _FULL + _HALF:
@@ -180,13 +183,13 @@ class Calibration:
             "periods": len(self.periods),
             "provenance": dict(self.provenance),
         }
-        # One entry only: several would be written in an order that changes from run to run.
+        # One entry only: the order of several would change from run to run.
         return safetensors.torch.save(tensors, {"kvstore": json.dumps(facts, sort_keys=True)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Calibration:
-        """The inverse of `to_bytes`, up to the rounding that `to_bytes` does. Raises CalibrationError for anything
-        that is not a calibration; memory stays within a few times the bytes given."""
+        """Inverse of `to_bytes`, up to its rounding. Raises CalibrationError for bytes that are not a calibration.
+        Memory stays within a few times the size of `data`."""
         if len(data) > MAX_CALIBRATION_BYTES:
             raise CalibrationError(
                 f"a calibration of {len(data)} bytes is absurd: at most {MAX_CALIBRATION_BYTES}"
@@ -223,7 +226,7 @@ class Calibration:
             OverflowError,
         ) as error:
             raise CalibrationError(f"these bytes are not a calibration: {str(error)[:200]!r}") from error
-        # The name is that of these bytes: another version of safetensors may lay out the same content differently.
+        # The digest is that of these bytes: another version of safetensors may serialise the same content differently.
         calibration.__dict__["digest"] = blake3(data).digest()
         return calibration
 
@@ -241,12 +244,12 @@ def _require_version(version: object) -> None:
 
 
 def token_features(embeddings: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
-    """What KV is predicted from, f32 [tokens, 2 * hidden]: the input embeddings of each token and of the one before it,
-    each divided by its rms, as the norm in front of a layer's projections does.
+    """The input of the prediction, f32 [tokens, 2 * hidden]: the input embeddings of each token and of the token before
+    it, each divided by its rms, like the norm before a layer's projections.
 
-    `embeddings` is [tokens, hidden]; `previous` [hidden] belongs to the token before the first, and is None at the
-    beginning of a text. A chunk is coded as if it began a text: what it is decoded with then depends on nothing but its
-    own tokens, and it may be reused behind any other text.
+    `embeddings` is [tokens, hidden]. `previous`, [hidden], is the embedding of the token before the first one, or None
+    at the beginning of a text. A chunk is encoded as if it began a text, so its features depend only on its own
+    tokens, and it can be reused after any other text.
     """
     rows = embeddings.detach().float()
     before = torch.zeros_like(rows[:1]) if previous is None else previous.detach().float().reshape(1, -1)

@@ -1,8 +1,8 @@
-"""The one byte serialisation that digests and ids are computed over.
+"""Canonical byte serialisation of the input of digests and ids.
 
-A field is its length (u64 LE) followed by its bytes, so no two different field lists give the same bytes.
-Integers are decimal-free: i64 LE. The first field is always a domain tag that names what is hashed and the
-version of its layout; changing a layout means changing its tag.
+A field is serialised as its length (u64 LE) followed by its bytes, so different field lists always give different
+bytes. Integers are i64 LE. The first field is always a domain tag that names the hashed object and the version of
+its layout. A change of a layout requires a new tag.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DIGEST_BYTES = 32
 
 
 def length_prefixed(*fields: bytes) -> bytes:
-    """Joins `fields`, each behind its length as u64 LE."""
+    """Joins `fields`, each preceded by its length as u64 LE."""
     return b"".join(struct.pack("<Q", len(field)) + field for field in fields)
 
 
@@ -26,7 +26,7 @@ def integer(value: int) -> bytes:
 
 
 def digest(*fields: bytes) -> bytes:
-    """blake3 (32 bytes) over `length_prefixed(*fields)`."""
+    """blake3 (32 bytes) of `length_prefixed(*fields)`."""
     return blake3(length_prefixed(*fields)).digest()
 
 

@@ -2,15 +2,14 @@
 
     magic "KVC\\0" | version u16 | header length u32 | header (msgpack) | xxh3_64 of all that, u64 | frames
 
-All numbers are little-endian. The header names model, text, context, encoding and geometry, and holds the
-length (u32) and the xxh3_64 (u64) of every frame. Frames follow back to back in the order of `Geometry`;
-their offsets are sums of lengths, never stored, so that they cannot contradict them.
+All numbers are little-endian. The header names the model, text, context, encoding and geometry, and holds the
+length (u32) and the xxh3_64 (u64) of every frame. Frames follow without gaps in the order of `Geometry`.
+Their offsets are sums of lengths and are not stored, so they cannot contradict the lengths.
 
-A reader allocates nothing on the word of a length: each one is checked against a cap or against the bytes
-that are really there.
+A reader checks every length against a limit or against the number of available bytes before it allocates memory.
 
-Version 2 put a checksum of the decoded samples into every frame (see `payload`). Version 1 had none and is refused: a
-decoder may make anything of a frame of that version, and nothing would notice.
+Version 2 added a checksum of the decoded samples to every frame (see `payload`). Version 1 is refused: without that
+checksum, wrong output of a decoder would not be detected.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ MAX_FRAME_BYTES = int(np.iinfo(_LENGTH_DTYPE).max)
 
 @dataclass(frozen=True, slots=True)
 class ChunkHeader:
-    """What a chunk is and where its frames are. `header_bytes` is the offset of the first frame."""
+    """Parsed header of a chunk. `header_bytes` is the offset of the first frame."""
 
     model_digest: bytes
     chunk_id: ChunkId
@@ -66,9 +65,9 @@ class ChunkHeader:
     frame_checksums: tuple[int, ...]
     header_bytes: int
     calibration: bytes | None = None
-    """Digest of the calibration that its frames were coded with, if any was needed."""
+    """Digest of the calibration that the frames were coded with; None if the encoding needs none."""
     token_order: TokenOrder | None = None
-    """Which of its tokens matter most, where whoever stored it said so."""
+    """Ranking of the tokens by importance; None if the worker that stored the chunk gave none."""
     _offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -77,15 +76,15 @@ class ChunkHeader:
 
     @property
     def size_bytes(self) -> int:
-        """Of the whole chunk, header included."""
+        """Size of the whole chunk, header included, in bytes."""
         return self._offsets[-1]
 
     def frame_offset(self, frame: int) -> int:
-        """Offset of the frame's first byte in the chunk; `frame_count` gives the chunk's end."""
+        """Offset of the frame's first byte in the chunk. For the number of frames it returns the end of the chunk."""
         return self._offsets[frame]
 
     def range_bytes(self, first: int, count: int) -> tuple[int, int]:
-        """(offset, length) of `count` neighbouring frames. Raises ChunkFormatError outside the chunk."""
+        """(offset, length) in bytes of `count` consecutive frames. Raises ChunkFormatError outside the chunk."""
         if first < 0 or count < 0 or first + count > len(self.frame_lengths):
             raise ChunkFormatError(
                 f"chunk {self.chunk_id.short} has {len(self.frame_lengths)} frames; "
@@ -94,7 +93,7 @@ class ChunkHeader:
         return self._offsets[first], self._offsets[first + count] - self._offsets[first]
 
     def verify_frame(self, frame: int, data: Buffer) -> None:
-        """Raises TruncatedChunkError for a wrong length, ChecksumError for wrong bytes."""
+        """Verifies a frame's bytes. Raises TruncatedChunkError for a wrong length, ChecksumError for wrong bytes."""
         length = memoryview(data).nbytes
         if length != self.frame_lengths[frame]:
             raise TruncatedChunkError(
@@ -104,7 +103,7 @@ class ChunkHeader:
         self._compare_checksum(frame, xxhash.xxh3_64_intdigest(data))
 
     def require(self, *, model_digest: bytes, chunk_id: ChunkId) -> None:
-        """Raises ForeignChunkError, naming what differs, unless the chunk is the one that was asked for."""
+        """Raises ForeignChunkError if the chunk is not the requested one. The message names what differs."""
         for what, found, wanted in (
             ("model", self.model_digest, model_digest),
             ("content", self.chunk_id.content_id, chunk_id.content_id),
@@ -133,9 +132,9 @@ def write_header(
     calibration: bytes | None = None,
     token_order: TokenOrder | None = None,
 ) -> tuple[ChunkHeader, bytes]:
-    """The header of a chunk with these encoded `frames`, parsed and as bytes.
+    """Makes the header of a chunk with these encoded `frames`. Returns it parsed and as bytes.
 
-    Raises ChunkFormatError for frames or a `token_order` that are not of a chunk of this geometry."""
+    Raises ChunkFormatError for frames or a `token_order` that do not match the geometry."""
     lengths = [memoryview(frame).nbytes for frame in frames]
     if len(lengths) != geometry.frame_count or max(lengths) > MAX_FRAME_BYTES:
         raise ChunkFormatError(
@@ -182,13 +181,13 @@ def write_header(
 
 
 def header_length(first_bytes: Buffer) -> int:
-    """Bytes of the whole header, checksum included, told by the chunk's first FIXED_PREFIX_BYTES.
+    """Size of the whole header in bytes, checksum included, read from the first FIXED_PREFIX_BYTES of a chunk.
 
-    Raises a ChunkFormatError for bytes that do not begin a chunk of this version.
+    Raises ChunkFormatError or a subclass for bytes that do not begin a chunk of this version.
     """
     view = _bytes_view(first_bytes)
     if view.nbytes < FIXED_PREFIX_BYTES:
-        raise TruncatedChunkError(f"{view.nbytes} bytes are not even the beginning of a chunk")
+        raise TruncatedChunkError(f"{view.nbytes} bytes are too few for the beginning of a chunk")
     magic, version, length = _FIXED_PREFIX.unpack_from(view)
     if magic != MAGIC:
         raise ChunkFormatError(
@@ -206,11 +205,13 @@ def header_length(first_bytes: Buffer) -> int:
 
 
 def read_header(data: Buffer) -> ChunkHeader:
-    """`data` is a whole chunk or its beginning, at least the header. Raises ChunkFormatError children."""
+    """Reads the header of `data`, a chunk or its beginning. Raises ChunkFormatError or a subclass."""
     view = _bytes_view(data)
     total = header_length(view)
     if view.nbytes < total:
-        raise TruncatedChunkError(f"the chunk's header has {total} bytes, only {view.nbytes} are there")
+        raise TruncatedChunkError(
+            f"the chunk's header has {total} bytes, but only {view.nbytes} are available"
+        )
     signed = view[: total - _CHECKSUM.size]
     (stored,) = _CHECKSUM.unpack_from(view, len(signed))
     if xxhash.xxh3_64_intdigest(signed) != stored:
@@ -220,27 +221,29 @@ def read_header(data: Buffer) -> ChunkHeader:
         return _parse(fields, total)
     except ChunkFormatError:
         raise
-    # Bytes with a right checksum may still be anything: whatever does not parse is one thing, a bad header.
+    # Bytes with a valid checksum may still have any content. Every parse error becomes a ChunkFormatError.
     except (CodecError, ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
         raise ChunkFormatError(f"the chunk's header cannot be read: {repr(error)[:200]}") from error
 
 
 def verify_chunk(parts: Iterable[Buffer] | Buffer, size_bytes: int) -> ChunkHeader:
-    """Checks a whole chunk of `size_bytes` that may lie scattered over `parts`: header, total size and the
-    checksum of every frame. Copies nothing but a header that spans several parts.
+    """Verifies a whole chunk of `size_bytes` that may be split into `parts`: the header, the total size and the
+    checksum of every frame. Copies only a header that spans several parts.
 
-    Raises ChunkFormatError children.
+    Raises ChunkFormatError or a subclass.
     """
     views = _views(parts)
     available = sum(view.nbytes for view in views)
     if available < size_bytes:
-        raise TruncatedChunkError(f"the chunk should have {size_bytes} bytes, {available} are there")
+        raise TruncatedChunkError(
+            f"the chunk should have {size_bytes} bytes, but only {available} are available"
+        )
     first = _gather(views, min(FIXED_PREFIX_BYTES, size_bytes))
     header = read_header(_gather(views, min(header_length(first), size_bytes)))
     if header.size_bytes != size_bytes:
         raise TruncatedChunkError(
-            f"chunk {header.chunk_id.short} says it has {header.size_bytes} bytes, "
-            f"it was given as {size_bytes}"
+            f"the header of chunk {header.chunk_id.short} gives a size of {header.size_bytes} bytes, "
+            f"but the chunk has {size_bytes}"
         )
     pieces = _pieces(views, header.header_bytes)
     rest = memoryview(b"")
@@ -258,20 +261,22 @@ def verify_chunk(parts: Iterable[Buffer] | Buffer, size_bytes: int) -> ChunkHead
 def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
     dimensions = fields["geometry"]
     if len(dimensions) != _GEOMETRY_FIELDS:
-        raise ChunkFormatError(f"a chunk's geometry has {_GEOMETRY_FIELDS} fields, not {len(dimensions)}")
+        raise ChunkFormatError(
+            f"a chunk's geometry must have {_GEOMETRY_FIELDS} fields, not {len(dimensions)}"
+        )
     geometry = _geometry(*dimensions)
     lengths = np.frombuffer(fields["lengths"], _LENGTH_DTYPE)
     checksums = np.frombuffer(fields["checksums"], _CHECKSUM_DTYPE)
     if not len(lengths) == len(checksums) == geometry.frame_count:
         raise ChunkFormatError(
-            f"a chunk of {geometry.frame_count} frames indexes {len(lengths)} lengths and "
+            f"the header of a chunk of {geometry.frame_count} frames has {len(lengths)} lengths and "
             f"{len(checksums)} checksums"
         )
     require_digest("the model digest", fields["model"])
     encoding, calibration = Encoding.parse(fields["encoding"]), fields.get("calibration")
     if encoding.needs_calibration != (calibration is not None):
         raise ChunkFormatError(
-            f"a chunk coded as {encoding.name} names a calibration, or lacks one, against its kind"
+            f"a chunk in encoding {encoding.name} must {'' if encoding.needs_calibration else 'not '}name a calibration"
         )
     if calibration is not None:
         require_digest("the calibration's digest", calibration)
@@ -289,7 +294,7 @@ def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
     )
 
 
-@lru_cache(maxsize=256, typed=True)  # the chunks of a model have one
+@lru_cache(maxsize=256, typed=True)  # all chunks of a model share one
 def _geometry(
     layers: int, kv_heads: int, head_dim: int, dtype: str, tokens: int, frame_tokens: int, period_layers: int
 ) -> Geometry:
@@ -309,7 +314,7 @@ def _views(parts: Iterable[Buffer] | Buffer) -> list[memoryview]:
 
 
 def _gather(views: Sequence[memoryview], length: int) -> memoryview:
-    """The first `length` bytes; a view where they lie in one part."""
+    """The first `length` bytes. A view if they are in one part, otherwise a copy."""
     if views and views[0].nbytes >= length:
         return views[0][:length]
     taken = bytearray()
@@ -321,7 +326,7 @@ def _gather(views: Sequence[memoryview], length: int) -> memoryview:
 
 
 def _pieces(views: Sequence[memoryview], skip: int) -> Iterator[memoryview]:
-    """What lies behind the first `skip` bytes, part by part."""
+    """The bytes after the first `skip`, part by part."""
     for view in views:
         if view.nbytes > skip:
             yield view[skip:]

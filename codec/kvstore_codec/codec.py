@@ -1,4 +1,4 @@
-"""KV of one chunk <-> encoded frames."""
+"""Encodes the KV of a chunk to frames, and decodes frames to KV."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from kvstore_codec.quantise import STEP_PER_RMS, encode_quantised
 from kvstore_codec.token_order import TokenOrder
 from kvstore_codec.words import encode_words, words_of
 
-# A lossy frame with this share of its KV's bytes may be no smaller than an exact one.
+# A lossy frame above this fraction of its KV's bytes is compared with an exact frame, which may be smaller.
 _SUSPICIOUS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedChunk:
-    """A chunk ready to be sent: `parts` are the header's bytes and then each frame, in order, not joined."""
+    """An encoded chunk. `parts` holds the header's bytes and then each frame, in order, not joined."""
 
     header: ChunkHeader
     parts: list[bytes]
     guarded: Mapping[str, int]
-    """Frames whose KV is unlike the calibration's: how many were coded with a "finer" step, and how many "exact"."""
+    """Numbers of frames unlike the calibration's text: coded with a "finer" step, and coded "exact"."""
 
     @property
     def size_bytes(self) -> int:
@@ -56,13 +56,13 @@ def encode_chunk(
     """Encodes `keys` (before RoPE) and `values`, both [layers, kv_heads, tokens, head_dim] with any strides,
     on any device, of the dtype of `spec`.
 
-    An encoding with the transform "klt" needs the model's calibration, ready for use, and the chunk's `token_features`
-    [tokens, features]; its first `sinks` tokens are kept exact (`Calibration.sinks` where a chunk begins a text).
-    A `token_order` is told in the chunk's header.
+    An encoding with the transform "klt" needs the model's calibration as a KLT and the chunk's `token_features`
+    [tokens, features]. Its first `sinks` tokens are kept exact (`Calibration.sinks` if the chunk begins a text).
+    `token_order` is stored in the chunk's header.
 
-    Besides the result it needs scratch memory for one frame at a time: about 4 bytes per value of a frame for
-    `exact`, 24 for the lossy rates. Raises InvalidKVError for tensors that do not fit `spec`, CalibrationError for
-    a calibration that is missing or of another model, CoderUnavailableError for a coder this machine does not have.
+    Scratch memory, besides the result: about 4 bytes per value of one frame for `exact`, 24 for the lossy rates.
+    Raises InvalidKVError for tensors that do not fit `spec`, CalibrationError for a calibration that is missing or of
+    another model, CoderUnavailableError for a coder that cannot run on this machine.
     """
     if keys.ndim != 4 or not keys.numel():
         raise InvalidKVError(f"keys of shape {list(keys.shape)} are not [layers, kv_heads, tokens, head_dim]")
@@ -86,7 +86,7 @@ def encode_chunk(
 
 
 def chunk_geometry(spec: ModelSpec, tokens: int, encoding: Encoding, klt: KLT | None = None) -> Geometry:
-    """How a chunk is cut: its encoding and, with a KLT, its calibration say so."""
+    """Geometry of a chunk. It depends on the encoding and, with a KLT, on the calibration."""
     if klt is not None:
         period_layers = klt.calibration.period_layers
     else:
@@ -105,16 +105,16 @@ def decode_frames(
     klt: KLT | None = None,
     prediction: Prediction | None = None,
 ) -> None:
-    """Verifies the checksums of `data`, the bytes of neighbouring frames of one period back to back, and decodes them
-    into the caller's tensors, both [layers_in_period, kv_heads, tokens of these frames, head_dim] of the chunk's
-    dtype, with any strides. Frames of KLT coefficients are restored together, on the tensors' own device; all others
-    need host memory. `klt` is the calibration that the chunk names, `prediction` what it predicts for the chunk.
+    """Verifies and decodes `frame_count` consecutive frames of one period. `data` holds their bytes without gaps.
 
-    May be called from many threads at once; each keeps scratch memory for one frame: per value of it .5 bytes
-    for `exact` of 16 bits, 2 for `exact` of 32 bits, 8 for the lossy rates; KLT frames need 4 more per value while the
-    call lasts. Raises ChunkFormatError children for bad bytes (the tensors may then be partly written),
-    InvalidKVError for tensors of another shape, dtype or device, CalibrationError for a calibration other than the
-    one the chunk names.
+    `out_keys` and `out_values` are [layers_in_period, kv_heads, tokens of these frames, head_dim] of the chunk's dtype,
+    with any strides. Frames of KLT coefficients are restored on the tensors' own device; all others need host memory.
+    `klt` is the calibration that the chunk names, `prediction` its prediction for the chunk.
+
+    Thread-safe. Each thread keeps scratch memory for one frame, per value: .5 bytes for `exact` of 16 bits, 2 for
+    `exact` of 32 bits, 8 for the lossy rates. KLT frames need 4 more bytes per value during the call. Raises
+    ChunkFormatError or a subclass for invalid bytes (the tensors may be partly written), InvalidKVError for tensors
+    of another shape, dtype or device, CalibrationError for another calibration than the chunk names.
     """
     together = FramesTogether()
     together.read(
@@ -132,7 +132,7 @@ def _encode_klt(
     features: torch.Tensor | None,
     sinks: int,
 ) -> tuple[list[bytes], dict[str, int], Geometry]:
-    """Frames, what the guard did to them, and how the chunk is cut."""
+    """The frames, the counts of guarded frames (see `EncodedChunk.guarded`), and the chunk's geometry."""
     klt = require_klt(klt, encoding)
     klt.calibration.require(spec)
     tokens = keys.shape[2]

@@ -1,4 +1,4 @@
-"""Encoded frames -> KV."""
+"""Decodes frames of a chunk to KV."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from kvstore_codec.words import decode_words, words_of
 
 
 class FramesTogether:
-    """Frames of one period, of as many chunks as there are: each range is decoded when it is read, and frames of KLT
-    coefficients are restored together, in a fifth less time than one chunk after the other. Not thread-safe.
+    """Decodes frame ranges of one period, from any number of chunks. `read` decodes a range at once, except that frames
+    of KLT coefficients wait for `restore_`, which restores them together in a fifth less time than chunk by chunk. Not
+    thread-safe.
 
         together = FramesTogether()
         for each range: together.read(...)      # raises for this range only
-        together.restore_()                     # now all of them are in their tensors
+        together.restore_()                     # now all KV is in its tensors
     """
 
     def __init__(self) -> None:
@@ -43,12 +44,12 @@ class FramesTogether:
 
     @property
     def tokens(self) -> int:
-        """That `restore_` will restore. More than `klt_frames.TOKENS_AT_ONCE` together gain nothing."""
+        """Number of tokens that wait for `restore_`. More than `klt_frames.TOKENS_AT_ONCE` at a time gain nothing."""
         return sum(piece.tokens for piece in self._pieces)
 
     def takes(self, header: ChunkHeader, first_frame: int, klt: KLT | None) -> bool:
-        """Whether these frames may be read before what was read so far is restored: frames of the same period with
-        the same calibration, and all that need none."""
+        """Whether `read` accepts these frames before the next `restore_`. It accepts frames of the same period and
+        calibration as those that wait, and frames that need no calibration."""
         period = first_frame // header.geometry.frames_per_period
         return not self._pieces or header.calibration is None or (self._klt, self._period) == (klt, period)
 
@@ -64,16 +65,17 @@ class FramesTogether:
         klt: KLT | None = None,
         prediction: Prediction | None = None,
     ) -> None:
-        """As `decode_frames`, but frames of KLT coefficients wait for `restore_`; `data` is not needed any more then.
-        After an error nothing of this range waits, and ranges read before are as they were.
+        """Like `decode_frames`, except that frames of KLT coefficients wait for `restore_`. `data` is not needed after
+        this call. After an error no frame of this range waits, and earlier ranges are unaffected.
 
-        Raises InvalidKVError also for frames that `takes` says no to, and tensors on another device."""
+        Also raises InvalidKVError for frames that `takes` refuses, and for tensors on another device."""
         geometry = header.geometry
         period, slot = divmod(first_frame, geometry.frames_per_period)
         inside = 0 <= first_frame < first_frame + frame_count <= geometry.frame_count
         if not inside or slot + frame_count > geometry.frames_per_period:
             raise ChunkFormatError(
-                f"chunk {header.chunk_id.short} has no {frame_count} frames of one period from {first_frame} on"
+                f"chunk {header.chunk_id.short} does not have {frame_count} frames of one period "
+                f"from frame {first_frame} on"
             )
         begin, end = geometry.tokens_of(slot).start, geometry.tokens_of(slot + frame_count - 1).stop
         shape = len(geometry.layers_of(period)), geometry.kv_heads, end - begin, geometry.head_dim
@@ -81,7 +83,7 @@ class FramesTogether:
         require_kv("out_values", out_values, shape, geometry.dtype)
         if out_keys.device != out_values.device:
             raise InvalidKVError(
-                f"keys go to {out_keys.device}, values to {out_values.device}: one device is needed"
+                f"keys are on {out_keys.device}, values on {out_values.device}; they must be on one device"
             )
         waiting = self._pieces[0].out_keys if self._pieces and header.calibration else out_keys
         alike = (waiting.device, waiting.dtype) == (out_keys.device, out_keys.dtype)
@@ -96,7 +98,7 @@ class FramesTogether:
         neighbours: list[DecodedFrame] = []
 
         def wait(last: int) -> None:
-            """The neighbours up to this token wait for `restore_`."""
+            """Let the collected neighbours, which end at token `last`, wait for `restore_`."""
             if neighbours:
                 tokens = slice(last - sum(frame.tokens for frame in neighbours), last)
                 low = _require_prediction(header, prediction).at(
@@ -127,13 +129,13 @@ class FramesTogether:
                 reader.finish()
         wait(end - begin)
         if offset != view.nbytes:
-            raise ChunkFormatError(f"{view.nbytes - offset} bytes too many for {frame_count} frames")
+            raise ChunkFormatError(f"{frame_count} frames have {view.nbytes - offset} bytes too many")
         if pieces:
             self._klt, self._period = klt, period
             self._pieces += pieces
 
     def restore_(self) -> None:
-        """All that was read is in its tensors after this, and other frames may be read."""
+        """Restores the waiting frames to their tensors. Afterwards `read` accepts frames of any period."""
         pieces, self._pieces = self._pieces, []
         if pieces and self._klt is not None:
             restore_together_(self._klt.periods[self._period], pieces)
@@ -148,7 +150,7 @@ def require_kv(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: K
 
 
 def require_klt(klt: KLT | None, encoding: Encoding) -> KLT:
-    """Raises CalibrationError without one."""
+    """Returns `klt`; raises CalibrationError if it is None."""
     if klt is None:
         raise CalibrationError(
             f"{encoding.name} needs the model's calibration; make one with `kvstore calibrate`"
@@ -158,7 +160,9 @@ def require_klt(klt: KLT | None, encoding: Encoding) -> KLT:
 
 def _require_decoder(header: ChunkHeader, klt: KLT | None) -> KLT:
     if header.calibration is None:
-        raise ChunkFormatError(f"a frame of KLT coefficients in a chunk coded as {header.encoding.name}")
+        raise ChunkFormatError(
+            f"a frame of KLT coefficients is in a chunk that is coded as {header.encoding.name}"
+        )
     klt = require_klt(klt, header.encoding)
     if klt.calibration.digest != header.calibration:
         raise CalibrationError(
@@ -173,22 +177,24 @@ def _require_decoder(header: ChunkHeader, klt: KLT | None) -> KLT:
         geometry.head_dim,
     )
     if not fits or sum(period.layers for period in klt.calibration.periods) != geometry.layers:
-        raise ChunkFormatError(f"chunk {header.chunk_id.short} is not of the shape of its calibration")
+        raise ChunkFormatError(
+            f"the shape of chunk {header.chunk_id.short} differs from that of its calibration"
+        )
     return klt
 
 
 def _require_prediction(header: ChunkHeader, prediction: Prediction | None) -> Prediction:
     if prediction is None or prediction.tokens != header.geometry.tokens:
         raise InvalidKVError(
-            f"chunk {header.chunk_id.short} ({header.encoding.name}) needs what its calibration predicts for all its "
-            f"{header.geometry.tokens} tokens: KLT.predict of their token_features"
+            f"chunk {header.chunk_id.short} ({header.encoding.name}) needs the prediction of its calibration for all "
+            f"its {header.geometry.tokens} tokens: KLT.predict of their token_features"
         )
     return prediction
 
 
 @contextmanager
 def _naming(header: ChunkHeader, frame: int) -> Iterator[None]:
-    """An error in a frame says which one."""
+    """Adds the frame and chunk to errors raised inside."""
     try:
         yield
     except CodecError as error:

@@ -1,4 +1,4 @@
-"""How the frames of a chunk are coded: a rate, a transform, a coder, and how many tokens a frame holds."""
+"""Encodings: the rate, transform, coder and tokens per frame with which the frames of a chunk are coded."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from kvstore_codec.geometry import FRAME_TOKENS, MAX_CHUNK_TOKENS
 
 
 class Rate(StrEnum):
-    """EXACT keeps every bit. The others round to integers and keep those exactly; their steps are chosen for a KL
-    divergence of .005, .02 and .06 nats a token from what the model says with exact KV."""
+    """Fidelity. EXACT keeps every bit. The other rates round to integers, which are coded without loss. Their steps are
+    chosen for a KL divergence of .005, .02 and .06 nats per token from the model's predictions with exact KV."""
 
     EXACT = "exact"
     HIGH = "high"
@@ -22,34 +22,34 @@ class Rate(StrEnum):
 
     @property
     def rank(self) -> int:
-        """0 for the most faithful."""
+        """0 for the most faithful rate."""
         return _FAITHFUL.index(self)
 
     def is_at_least(self, other: Rate) -> bool:
-        """Whether it is as faithful as the other one."""
+        """Whether this rate is at least as faithful as `other`."""
         return self.rank <= other.rank
 
 
 _FAITHFUL = tuple(Rate)
-"""the most faithful first"""
+"""All rates, the most faithful first."""
 
 
 class Transform(StrEnum):
-    """NONE works for any model (see `quantise`); KLT needs the model's calibration, and is far smaller
-    (see `klt_frames`)."""
+    """Transform before quantisation. NONE works for any model (see `quantise`). KLT needs the model's calibration and
+    gives far smaller chunks (see `klt_frames`)."""
 
     NONE = "none"
     KLT = "klt"
 
 
 _VIDEO = ("hevc-cpu", "hevc-cpu-420", "hevc-nvenc")
-# EXACT has no video coder: planes of exponents are not pictures.
+# EXACT has no video coder: byte planes do not compress as pictures.
 _EXACT_CODERS = ("zstd", "raw")
 _CODERS = {
-    Transform.NONE: ("zstd", "hevc-cpu", "hevc-nvenc", "raw"),  # its pictures are 4:4:4 anyway
+    Transform.NONE: ("zstd", "hevc-cpu", "hevc-nvenc", "raw"),  # its pictures are always 4:4:4
     Transform.KLT: ("pco", "zstd", *_VIDEO, "raw"),
 }
-# Names come from foreign bytes: each has one way to match.
+# Names come from untrusted bytes: the expression matches in one way only, without backtracking.
 _NAME = re.compile(
     r"(?P<rate>exact|high|medium|low|step(?P<step>[0-9][0-9.]*(?:e[+-]?[0-9]+)?))-(?P<klt>klt-)?(?P<coder>[a-z][a-z0-9-]*)"
     r"(?:@(?P<tokens>[1-9][0-9]{0,5}))?",
@@ -57,28 +57,28 @@ _NAME = re.compile(
 )
 _LONGEST_NAME = 64
 SMALLEST_STEP, LARGEST_STEP = 1e-30, 1e30
-"""Times any integer they are far from the limits of f32."""
+"""The product of such a step and any integer is far from the limits of f32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """Raises UnknownEncodingError for a coder that rate and transform do not go with, and for a step or a number of
-    tokens that makes no sense."""
+    """How frames are coded. Raises UnknownEncodingError for a coder that does not support the rate and transform, and
+    for a step or a number of tokens out of range."""
 
     rate: Rate | float
-    """A number is an explicit step: in units of the calibration's metric with KLT, else a share of the residual's rms.
-    No guard refines it."""
+    """A number is an explicit step: in units of the calibration's metric with KLT, otherwise a fraction of the
+    residual's rms. The guard does not refine it."""
     coder: str
     transform: Transform = Transform.NONE
     frame_tokens: int = FRAME_TOKENS
-    """The resolution: a frame is one picture. More tokens make fewer, larger pictures, slightly smaller together."""
+    """The resolution: one picture per frame. More tokens give fewer, larger pictures with slightly fewer bytes."""
 
     def __post_init__(self) -> None:
         exact, coders = self.rate is Rate.EXACT, _CODERS[self.transform]
         if exact:
             coders = _EXACT_CODERS if self.transform is Transform.NONE else ()
         if not isinstance(self.rate, Rate):
-            object.__setattr__(self, "rate", float(self.rate))  # its spelling is part of the name
+            object.__setattr__(self, "rate", float(self.rate))  # 1 and 1.0 must have the same name
         step_fits = isinstance(self.rate, Rate) or SMALLEST_STEP <= self.rate <= LARGEST_STEP
         if self.coder not in coders or not step_fits or not 1 <= self.frame_tokens <= MAX_CHUNK_TOKENS:
             raise _unknown(self.name)
@@ -107,8 +107,8 @@ class Encoding:
         return self.transform is Transform.KLT
 
     def may_follow(self, other: Encoding) -> bool:
-        """Whether KV may be stored like this that was computed behind KV which came back from `other`: only if that
-        was no less faithful than this name promises."""
+        """Whether KV that was computed after reused KV of encoding `other` may be stored in this encoding: only if
+        `other` is at least as faithful."""
         if other.rate is Rate.EXACT:
             return True
         if isinstance(self.rate, Rate) and isinstance(other.rate, Rate):
@@ -116,7 +116,7 @@ class Encoding:
         return self.rate == other.rate and self.transform is other.transform
 
     @classmethod
-    @lru_cache(maxsize=1024)  # every header of every chunk has one, and they are few
+    @lru_cache(maxsize=1024)  # every chunk header names one, and there are few
     def parse(cls, name: str) -> Encoding:
         """The inverse of `name`. Raises UnknownEncodingError, listing the known names."""
         found = _NAME.fullmatch(name) if len(name) <= _LONGEST_NAME else None
@@ -134,7 +134,7 @@ class Encoding:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Of the named rates, in frames of 64 tokens."""
+        """Names of all encodings with a named rate and 64 tokens per frame."""
         return [cls(Rate.EXACT, coder).name for coder in _EXACT_CODERS] + [
             cls(rate, coder, transform).name
             for transform, coders in _CODERS.items()

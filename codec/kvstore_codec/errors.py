@@ -1,65 +1,65 @@
-"""The one error tree of the service.
+"""All errors of the project, as one tree.
 
 KVStoreError
-├── ConfigurationError            a setting is wrong; says which and what would be right
-│   └── FolderInUseError          a data folder that another process has
+├── ConfigurationError            a setting is invalid; the message names it and a valid value
+│   └── FolderInUseError          another process uses the data folder
 ├── CodecError
-│   ├── UnsupportedModelError     the model's KV cannot be described or reused; says why
-│   ├── InvalidKVError            tensors whose shape, dtype or values do not fit the ModelSpec
-│   ├── InvalidTokensError        token ids that are not whole numbers of 32 bits
-│   ├── UnknownEncodingError      a rate or coder that does not exist
-│   ├── CoderUnavailableError     a coder that exists but cannot run on this machine; says why
-│   ├── CalibrationError          a calibration that is damaged, of another model, or not at hand
-│   ├── CanaryError               KV of the probe that is damaged, of another model, or cannot be computed
-│   └── ChunkFormatError          bytes that are not a chunk, or not a whole one
+│   ├── UnsupportedModelError     the model's KV cannot be described or reused; the message says why
+│   ├── InvalidKVError            tensors whose shape, dtype or values do not match the ModelSpec
+│   ├── InvalidTokensError        token ids that are not 32-bit integers
+│   ├── UnknownEncodingError      an unknown rate or coder
+│   ├── CoderUnavailableError     a known coder that cannot run on this machine; the message says why
+│   ├── CalibrationError          a calibration that is damaged, of another model, or missing
+│   ├── CanaryError               KV of the probe that is damaged, of another model, or not computable
+│   └── ChunkFormatError          bytes that are not a whole chunk
 │       ├── UnsupportedVersionError
 │       ├── TruncatedChunkError
 │       ├── ChecksumError
-│       ├── SampleMismatchError    sound bytes that decode to other samples than were encoded
-│       └── ForeignChunkError     a sound chunk, but of another model, text or context than asked for
+│       ├── SampleMismatchError    intact bytes that decode to other samples than were encoded
+│       └── ForeignChunkError     an intact chunk of another model, text or context than requested
 ├── StorageError
-│   ├── ArenaFullError            nothing left that may be evicted
-│   │   └── TextTooLongError      but the beginning of the text itself
+│   ├── ArenaFullError            no chunk may be evicted to make room
+│   │   └── TextTooLongError      only the beginning of the same text could be evicted
 │   ├── ChunkTooLargeError
 │   ├── ChunkNotFoundError
 │   ├── FrameRangeError           frames that the stored chunk does not have
-│   ├── OverQuotaError            the tenant's quota is full of what may not be evicted
-│   ├── NotDurableError           durability was asked for that the node cannot promise now
-│   ├── DiskError                 a node's disk tier; the node goes on without it
+│   ├── OverQuotaError            the quota is full, and none of the tenant's chunks may be evicted
+│   ├── NotDurableError           the node cannot give the requested durability now
+│   ├── DiskError                 a failure of the disk tier; the node continues without it
 │   │   ├── DiskFullError
 │   │   ├── DiskReadOnlyError
 │   │   └── DiskFailedError       reading, writing or syncing failed
-│   └── PutStateError             put verbs out of order, or a size that differs from the announced one
+│   └── PutStateError             put steps out of order, or a size that differs from the announced one
 ├── ClusterError
 │   ├── CatalogueError            the coordinator's durable state cannot be read or written
-│   ├── UnknownNodeError          the cluster never heard of that storage node
+│   ├── UnknownNodeError          no storage node of that name has joined the cluster
 │   ├── TooManyPinsError
 │   ├── TooManyQuotasError
-│   ├── UnknownCalibrationError   the registry has no calibration of that digest
+│   ├── UnknownCalibrationError   the registry has no calibration with that digest
 │   ├── CalibrationSizeError      more or fewer bytes than announced
 │   ├── CalibrationTooLargeError
-│   ├── DamagedCalibrationError   bytes that do not have their digest
-│   └── UnknownModelError         the cluster keeps no canary of that ModelSpec digest
-├── MatchFormatError              bytes that are not a match of this model, or not a whole one
-├── NotCopyableError              an object that holds threads, hooks or connections was copied or pickled
-├── PublishError                  a calibration was not taken by the registry; says why
+│   ├── DamagedCalibrationError   bytes that do not match their digest
+│   └── UnknownModelError         the cluster has no canary for that ModelSpec digest
+├── MatchFormatError              bytes that are not a whole match of this model
+├── NotCopyableError              an object with threads, hooks or connections was copied or pickled
+├── PublishError                  the registry did not accept a calibration; the message says why
 ├── ServiceError
 │   ├── AddressInUseError
 │   ├── StartupError
-│   └── RequestError              a request that an endpoint does not serve
+│   └── RequestError              a request that an endpoint refuses
 │       ├── MalformedRequestError
-│       ├── BusyError             too much is under way; may be tried again
-│       └── AbandonedRequestError its client has gone
-└── FetchError                    never leaves the client: a fetch turns it into a miss with a reason
+│       ├── BusyError             too many requests are in progress; retry later
+│       └── AbandonedRequestError its client has disconnected
+└── FetchError                    never raised to users: a fetch turns it into a miss with a reason
     ├── NodeUnavailableError
-    └── TransferError             a read or put of KV bytes broke off; `reason` is one word for the metrics
+    └── TransferError             a read or put of KV bytes was interrupted; `reason` is a metric label
 
-It lives in the codec because every part knows the codec and the codec knows nobody.
+It is in the codec because every package imports the codec and the codec imports none.
 """
 
 
 class KVStoreError(Exception):
-    """Root of every error this project raises on purpose."""
+    """Base class of every error that this project raises."""
 
 
 class ConfigurationError(KVStoreError): ...
@@ -105,7 +105,7 @@ class ChecksumError(ChunkFormatError): ...
 
 
 class SampleMismatchError(ChunkFormatError):
-    """`found`: the checksum of the samples that came out."""
+    """The decoded samples differ from the encoded ones. `found` is the checksum of the decoded samples."""
 
     def __init__(self, found: int, expected: int) -> None:
         super().__init__(
@@ -230,11 +230,11 @@ class NodeUnavailableError(FetchError): ...
 
 
 class FetchIncompleteError(FetchError):
-    """Raised out of a forward pass whose reused KV will not all arrive; the adapter catches it and starts over."""
+    """Ends a forward pass whose reused KV will not all arrive. The engine adapter catches it and starts again."""
 
 
 class TransferError(FetchError):
-    """`reason`: timeout, unreachable, cancelled, protocol, or what the other side called it."""
+    """`reason` is timeout, unreachable, cancelled, protocol, or a reason that the node sent."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""How a chunk of KV is cut into frames: 64 tokens x one period of neighbouring layers."""
+"""How a chunk of KV is divided into frames of 64 tokens x one period (a group of consecutive layers)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from kvstore_codec.errors import ChunkFormatError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import KVDtype, ModelSpec
 
-# Far above any real model, and low enough that no field read from foreign bytes can size a huge buffer.
+# Limits far above any real model, and low enough that no field of an untrusted header can request a huge buffer.
 MAX_LAYERS = 1024
 MAX_KV_HEADS = 1024
 MAX_HEAD_DIM = 4096
 MAX_CHUNK_TOKENS = 65_536
-# A storage node keeps the header of every chunk parsed: three numbers a frame, beside the memory it was given.
+# A storage node keeps the parsed header of every chunk, three numbers per frame, outside its memory limit.
 MAX_FRAMES = 4_096
 MAX_FRAME_VALUES = 1 << 26
 
@@ -23,10 +23,10 @@ PERIOD_LAYERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Shape of a chunk. Frames are ordered period by period, within a period by tokens ("slots"), so that
-    what a layer-wise fetch needs first comes first: frame = period * frames_per_period + slot.
+    """Shape of a chunk. A slot is the token range of a frame. Frames are ordered by period, then by slot:
+    frame = period * frames_per_period + slot. So the frames that a layer-wise fetch needs first come first.
 
-    Raises ChunkFormatError for dimensions that no real chunk has.
+    Raises ChunkFormatError for dimensions beyond the limits above.
     """
 
     layers: int
@@ -78,21 +78,21 @@ class Geometry:
         return self.periods * self.frames_per_period
 
     def layers_of(self, period: int) -> range:
-        """The layers a period holds; the last period may be shorter."""
+        """Layers of a period. The last period may be shorter."""
         first = period * self.period_layers
         return range(first, min(first + self.period_layers, self.layers))
 
     def tokens_of(self, slot: int) -> range:
-        """The tokens of the chunk a slot holds; the last slot may be shorter."""
+        """Token indices within the chunk of a slot. The last slot may be shorter."""
         first = slot * self.frame_tokens
         return range(first, min(first + self.frame_tokens, self.tokens))
 
     def frame_shape(self, frame: int) -> tuple[int, int, int, int]:
-        """[layers_in_period, kv_heads, tokens_in_frame, head_dim] of the K (and of the V) of a frame."""
+        """Shape of the K, and of the V, of a frame: [layers_in_period, kv_heads, tokens_in_frame, head_dim]."""
         period, slot = divmod(frame, self.frames_per_period)
         return len(self.layers_of(period)), self.kv_heads, len(self.tokens_of(slot)), self.head_dim
 
     def frame_values(self, frame: int) -> int:
-        """Values in a frame, K and V together."""
+        """Number of values in a frame, K and V together."""
         layers, heads, tokens, dim = self.frame_shape(frame)
         return 2 * layers * heads * tokens * dim

@@ -1,4 +1,4 @@
-"""Names of chunks: what the tokens are (`ContentId`) and what stood before them (`PrefixId`)."""
+"""Names of chunks. A `ContentId` names the tokens; a `PrefixId` also names all tokens before them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blake3 import blake3
 from kvstore_codec import canonical
 from kvstore_codec.errors import InvalidTokensError
 
-if TYPE_CHECKING:  # storage nodes name chunks too, and start a second sooner without it
+if TYPE_CHECKING:  # storage nodes import this module too, and start a second faster without torch
     import torch
 
 ContentId = NewType("ContentId", bytes)
@@ -22,7 +22,7 @@ PrefixId = NewType("PrefixId", bytes)
 TokenIds: TypeAlias = "Sequence[int] | npt.NDArray[np.integer] | torch.Tensor"
 
 CHUNK_TOKENS = 256
-# What stands before the first chunk of a text.
+# Parent of the first chunk of a text.
 ROOT_PREFIX = PrefixId(bytes(canonical.DIGEST_BYTES))
 
 _CONTENT_DOMAIN = b"kvstore.content.v1"
@@ -33,7 +33,7 @@ _GENERATION_DOMAIN = b"kvstore.generation.v1"
 
 @dataclass(frozen=True, slots=True)
 class ChunkId:
-    """Equal `prefix_id`: exact reuse. Equal `content_id` alone: approximate reuse."""
+    """Name of a chunk. Chunks with equal `prefix_id` allow exact reuse; with only equal `content_id`, approximate."""
 
     content_id: ContentId
     prefix_id: PrefixId
@@ -44,18 +44,18 @@ class ChunkId:
 
     @property
     def short(self) -> str:
-        """8 + 8 hex digits, for messages."""
+        """Short form for messages: 8 + 8 hex digits."""
         return f"{self.content_id.hex()[:8]}+{self.prefix_id.hex()[:8]}"
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedChunk:
-    """A chunk of a prompt: its name there, the `prefix_id` of what stands before it, and where it begins."""
+    """A chunk at its place in a prompt. `parent` is the `prefix_id` of the text before it."""
 
     chunk_id: ChunkId
     parent: PrefixId
     first_token: int
-    """Position in the prompt."""
+    """Position of its first token in the prompt."""
 
 
 def content_id(spec_digest: bytes, tenant_salt: bytes, token_ids: TokenIds) -> ContentId:
@@ -73,28 +73,28 @@ def prefix_id(parent: PrefixId, content: ContentId) -> PrefixId:
 
 
 def behind_approximate(parent: PrefixId) -> PrefixId:
-    """What stands for `parent` once KV before it was only approximate: KV computed behind that is not what the exact
-    text gives, so it is named after a context that no exact text has."""
+    """Replacement for `parent` after approximately reused KV. KV that is computed after such KV differs from the KV of
+    the exact text, so its name uses a context that no exact text has."""
     return PrefixId(canonical.digest(_BEHIND_APPROXIMATE_DOMAIN, parent))
 
 
 def naming_digest(spec_digest: bytes, generation: int) -> bytes:
-    """What chunks are named with in place of the ModelSpec's digest once its canary has been replaced `generation`
-    times: chunks that were made before are never named again."""
+    """Digest that replaces the ModelSpec's digest in chunk names after its canary was replaced `generation` times.
+    Chunks of earlier generations are never named again."""
     if generation == 0:
         return spec_digest
     return canonical.digest(_GENERATION_DOMAIN, spec_digest, canonical.integer(generation))
 
 
 def begins_text(chunk_id: ChunkId) -> bool:
-    """Whether nothing stood before the chunk."""
+    """Whether the chunk is the first of its text."""
     return chunk_id.prefix_id == prefix_id(ROOT_PREFIX, chunk_id.content_id)
 
 
 def chunk_ids(
     spec_digest: bytes, tenant_salt: bytes, token_ids: TokenIds, chunk_tokens: int = CHUNK_TOKENS
 ) -> list[ChunkId]:
-    """One id per full chunk of `chunk_tokens`; the rest of the text has no name yet.
+    """Ids of the full chunks of `chunk_tokens` tokens. The shorter rest of the text has no id.
 
     Raises InvalidTokensError for ids outside 32 bits.
     """
@@ -109,26 +109,27 @@ def segment_chunks(
     segments: Sequence[int],
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> list[PlacedChunk]:
-    """The full chunks of a prompt made of neighbouring parts, `segments` tokens long each, in order of position.
+    """The full chunks of a prompt of adjacent segments, in order of position. `segments` gives the length of each.
 
-    Each segment is cut from its own start, so that the same document has the same `content_id`s wherever it stands.
-    What is left at the end of a segment is no chunk, but part of the context of all that follows. One segment gives
-    what `chunk_ids` gives.
+    Each segment is cut from its own start, so that a document has the same `content_id`s at any position. The shorter
+    rest of a segment is not a chunk, but is part of the context of all later chunks. With one segment the result has
+    the names of `chunk_ids`.
 
-    Raises InvalidTokensError for ids outside 32 bits, and unless lengths are 0 or more and sum to the tokens.
+    Raises InvalidTokensError for ids outside 32 bits, and for lengths that are negative or do not sum to the number of
+    tokens.
     """
     if chunk_tokens < 1:
-        raise InvalidTokensError(f"a chunk holds at least one token, not {chunk_tokens}")
+        raise InvalidTokensError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     tokens = _as_int32(token_ids)
     lengths = [operator.index(length) for length in segments]
     if min(lengths, default=0) < 0 or sum(lengths) != len(tokens):
         raise InvalidTokensError(
-            f"{len(lengths)} segments of {sum(lengths)} tokens together do not make a prompt of {len(tokens)}; "
-            "their lengths are 0 or more and sum to it"
+            f"{len(lengths)} segments of {sum(lengths)} tokens together do not make a prompt of {len(tokens)} tokens; "
+            "their lengths must be 0 or more and sum to the length of the prompt"
         )
     data = memoryview(tokens.tobytes())
     chunk_bytes = chunk_tokens * tokens.itemsize
-    # Everything before the tokens is the same for all chunks: hashed once.
+    # All chunks share the fields before the tokens, so they are hashed once.
     before_tokens = blake3(
         canonical.length_prefixed(_CONTENT_DOMAIN, spec_digest, tenant_salt)
         + chunk_bytes.to_bytes(8, "little")

@@ -1,11 +1,12 @@
-"""Frames of KLT coefficients: 64 tokens x one period as a plane of 8-bit samples, most important rows first.
+"""Frames of KLT coefficients. A frame holds 64 tokens x one period as a plane of 8-bit samples. Each row is one
+coefficient, the most important first.
 
     step f32 | coefficients u16 | exact tokens u16 | escapes u32 | exact token index u16 [n] | escape index u32 [m] |
     escape value i32 [m] | K and V of the exact tokens, as words | coded plane [coefficients, tokens]
 
-A sample is 128 + the integer. Integers outside 8 bits are listed as escapes, never clipped. Rows at the end whose few
-ones add next to nothing are not coded: without them there are 1.5 times fewer to decode and to multiply. Every frame
-says its own step: where text is unlike the calibration's, the guard has made it finer.
+A sample is 128 + the integer. Integers beyond 8 bits are listed as escapes, never clipped. Trailing rows that reduce
+the error hardly at all are not coded, which leaves 1.5 times fewer rows to decode and multiply. Every frame stores its
+own step, because the guard refines it for text that is unlike the calibration's.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from kvstore_codec.payload import PayloadKind, PayloadReader, PayloadWriter
 from kvstore_codec.scratch import ThreadScratch
 from kvstore_codec.words import decode_words, encode_words, words_of
 
-# Restored in one product: 256 take a third more time a token, because the matrix is rearranged for each product; more
-# than 1,024 gain little.
+# Tokens restored in one product. With 256 a token takes a third more time, because the matrix is rearranged for each
+# product. More than 1,024 gain little.
 TOKENS_AT_ONCE = 1024
-# Coefficients with this share of the step as their deviation are rounded to zero but for one in thousands.
+# Coefficients whose standard deviation is below this fraction of the step round to zero except for one in thousands.
 _SELDOM_ROUNDED_UP = 1 / 8
-# Frames are restored with a multiple of so many columns: a product of new sizes costs six times one of known ones,
-# because oneDNN compiles a kernel for it.
+# The number of columns in a product is a multiple of this. oneDNN compiles a kernel for every new size, which makes the
+# first product of a size six times as slow.
 _COLUMNS_AT_ONCE = 64
-# A product in bfloat16 may round up by 2^-8.
+# Largest value, as a fraction of the dtype's maximum: a product in bfloat16 may round up by 2^-8.
 _CLOSE_TO_INFINITY = 1 - 2**-7
 _ZERO_SAMPLE = 128
 
@@ -48,7 +49,7 @@ _SAMPLES = ThreadScratch()
 
 
 class KLT:
-    """A calibration made ready for coding. Thread-safe; build it once and keep it."""
+    """A calibration prepared for encoding and decoding. Thread-safe. Expensive to make: create it once and keep it."""
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
@@ -57,7 +58,7 @@ class KLT:
         self._predicting = torch.cat(predictors, dim=1).to(compute_dtype())
 
     def predict(self, features: torch.Tensor) -> Prediction:
-        """What is known of a chunk before a byte of it has come, from its `token_features` [tokens, features].
+        """Predicts the KV of a chunk from its `token_features` [tokens, features], without any of the chunk's bytes.
 
         Raises InvalidKVError for features of another shape."""
         if features.ndim != 2 or features.shape[1] != self.calibration.features:
@@ -69,7 +70,7 @@ class KLT:
         return Prediction(torch.split(low, [period.rank for period in self.periods], dim=1))
 
     def target(self, rate: Rate | float, period: int) -> Target:
-        """Raises CalibrationError for a rate that the calibration found no step for."""
+        """Step and error limit of a rate for a period. Raises CalibrationError for a rate without a step."""
         if not isinstance(rate, Rate):
             return Target(rate, math.inf)
         if rate not in self.calibration.steps:
@@ -80,10 +81,10 @@ class KLT:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """Features brought down to the rank of each period's predictor: what encoding and decoding a chunk start from."""
+    """Prediction of a chunk's KV: features reduced to the rank of each period's predictor."""
 
     low: tuple[torch.Tensor, ...]
-    """of each period, [tokens, rank]"""
+    """one tensor per period, [tokens, rank]"""
 
     @property
     def tokens(self) -> int:
@@ -97,7 +98,7 @@ class Prediction:
 class EncodedFrame:
     data: bytes
     guarded: bool
-    """The step is finer than the rate's."""
+    """Whether the guard chose a finer step than the rate's."""
 
 
 def encode_klt_frame(
@@ -109,10 +110,11 @@ def encode_klt_frame(
     exact_tokens: Sequence[int],
     coder_name: str,
 ) -> EncodedFrame | None:
-    """`keys` and `values` are [layers, heads, tokens, dim] in host memory, `low` [tokens, rank] of the Prediction.
+    """Encodes a frame. `keys` and `values` are [layers, heads, tokens, dim] in host memory; `low`, [tokens, rank], is
+    the Prediction of these tokens.
 
-    None for KV that only an exact frame keeps: NaN, infinities and what may be rounded up to them, or error that no
-    step brings down.
+    Returns None for KV that needs an exact frame: NaN, infinities, values that may round to infinity, or an error that
+    no step reduces enough.
     """
     largest = max(float(keys.abs().max()), float(values.abs().max()))
     if not largest <= _CLOSE_TO_INFINITY * torch.finfo(keys.dtype).max:
@@ -120,7 +122,7 @@ def encode_klt_frame(
     rows = token_vectors(keys, values)
     inexact = klt.transform.values * (len(rows) - len(exact_tokens))
     every = klt.transform.columns
-    # Text like the calibration's needs few columns, and a third of the work; other text needs all of them.
+    # Text like the calibration's needs only few columns, which is a third of the work. Other text needs all of them.
     few = klt.columns_above(target.step * _SELDOM_ROUNDED_UP) if target.error < math.inf else every
     rounded = None
     for columns in dict.fromkeys((few, every)):
@@ -160,15 +162,15 @@ def encode_klt_frame(
 
 @dataclass(frozen=True, slots=True)
 class DecodedFrame:
-    """A frame's integers and what it kept exactly: small, and independent of all other frames."""
+    """Decoded integers and exact tokens of one frame. It is small and does not depend on other frames."""
 
     step: float
     samples: torch.Tensor
     """i8 [tokens, coefficients]"""
     escaped: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
-    """token, coefficient and value of integers that are no sample"""
+    """token, coefficient and value of the integers beyond 8 bits"""
     exact: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
-    """tokens, and their K and V [layers, heads, exact tokens, dim]"""
+    """indices of the exact tokens, and their K and V [layers, heads, exact tokens, dim]"""
 
     @property
     def tokens(self) -> int:
@@ -181,13 +183,13 @@ class DecodedFrame:
 
 @dataclass(frozen=True, slots=True)
 class Restoration:
-    """Neighbouring frames of a chunk and where their KV goes."""
+    """Consecutive frames of a chunk, and the tensors for their KV."""
 
     frames: Sequence[DecodedFrame]
     low: torch.Tensor
-    """[tokens of these frames, rank] of the Prediction"""
+    """[tokens of these frames, rank], the Prediction of these tokens"""
     out_keys: torch.Tensor
-    """[layers, heads, tokens of these frames, dim], of any strides, and the values likewise"""
+    """[layers, heads, tokens of these frames, dim] with any strides; `out_values` has the same shape"""
     out_values: torch.Tensor
 
     @property
@@ -198,8 +200,8 @@ class Restoration:
 def decode_klt_frame(
     reader: PayloadReader, klt: PeriodKLT, like: torch.Tensor, coder_name: str
 ) -> DecodedFrame:
-    """`like` [layers, heads, tokens, dim] is where the frame's K will go. Raises ChunkFormatError for bytes that are no
-    frame."""
+    """Decodes a frame to integers. `like`, [layers, heads, tokens, dim], gives the shape and dtype of the frame's K.
+    Raises ChunkFormatError for invalid bytes."""
     layers, heads, tokens, dim = like.shape
     step, rows, exact, escaped = reader.unpack(_FRAME)
     absurd = rows > klt.transform.columns or exact > tokens or escaped > rows * tokens
@@ -211,7 +213,7 @@ def decode_klt_frame(
     index = _increasing(reader, _INDEX_DTYPE, escaped, rows * tokens)
     escapes = np.frombuffer(reader.take(escaped * _VALUE_DTYPE.itemsize), _VALUE_DTYPE)
     if len(escapes) and int(np.abs(escapes.astype(np.int64)).max()) > LARGEST_INTEGER:
-        raise ChunkFormatError("a frame escapes to integers that no KV has")
+        raise ChunkFormatError("a frame has escapes beyond the largest possible integer")
     kept = None
     if exact:
         keys, values = (
@@ -225,7 +227,7 @@ def decode_klt_frame(
         plane = _SAMPLES.array((rows, tokens), np.uint8)
         decoder(coder_name).decode(reader.take_rest(), plane)
         reader.decoded(plane)
-        plane ^= np.uint8(_ZERO_SAMPLE)  # less 128, as i8
+        plane ^= np.uint8(_ZERO_SAMPLE)  # subtracts 128, as i8
         samples[...] = plane.view(np.int8).T
     beyond = None
     if escaped:
@@ -235,8 +237,8 @@ def decode_klt_frame(
 
 
 def restore_together_(klt: PeriodKLT, pieces: Sequence[Restoration]) -> None:
-    """KV of frames of one period, of as many chunks as there are, on one device and of one dtype: one product for up to
-    TOKENS_AT_ONCE tokens, which bounds the memory it needs to two matrices of so many rows."""
+    """Restores the KV of frames of one period, from any number of chunks, to tensors on one device with one dtype. One
+    product covers up to TOKENS_AT_ONCE tokens, which limits the memory to two matrices of so many rows."""
     batch: list[Restoration] = []
     tokens = 0
     for piece in pieces:
@@ -278,8 +280,8 @@ def _place_exact_(piece: Restoration) -> None:
 
 
 def _dequantise(frame: DecodedFrame, room: torch.Tensor) -> None:
-    """Into [tokens, at least the frame's columns]."""
-    # Eight bits are exact in bfloat16, and its product with a number is that in f32, rounded once.
+    """Writes integers times step to `room`, [tokens, at least the frame's columns]."""
+    # Eight bits are exact in bfloat16, so a product in bfloat16 is the f32 product, rounded once.
     room[:, : frame.columns].copy_(frame.samples).mul_(frame.step)
     if frame.escaped:
         token, coefficient, value = frame.escaped
@@ -289,7 +291,7 @@ def _dequantise(frame: DecodedFrame, room: torch.Tensor) -> None:
 def _increasing(
     reader: PayloadReader, dtype: np.dtype[np.unsignedinteger], count: int, limit: int
 ) -> npt.NDArray[np.unsignedinteger]:
-    """`count` indices below `limit`, each larger than the one before."""
+    """Reads `count` increasing indices below `limit`. Raises ChunkFormatError for others."""
     index: npt.NDArray[np.unsignedinteger] = np.frombuffer(reader.take(count * dtype.itemsize), dtype)
     if count and (int(index[-1]) >= limit or bool((index[1:] <= index[:-1]).any())):
         raise ChunkFormatError(f"a frame's list of {count} indices below {limit} is not increasing")

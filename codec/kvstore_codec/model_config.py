@@ -1,4 +1,4 @@
-"""The ModelSpec that a Hugging Face config describes."""
+"""Makes the ModelSpec of a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 from kvstore_codec.errors import UnsupportedModelError
 from kvstore_codec.model_spec import KVDtype, ModelSpec, RopeSpec, Scalar
 
-# Families whose layers all cache plain attention keys and values, with K = RoPE(k_proj(x)) (qwen3, gemma3: of the
-# normed k_proj).
+# Model families in which all layers cache plain attention keys and values, with K = RoPE(k_proj(x)) (qwen3, gemma3:
+# RoPE(norm(k_proj(x)))).
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 _DEFAULT_ROPE_THETA = 10000.0
 _FIXED_ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 _LENGTH_DEPENDENT_ROPE_KINDS = ("dynamic", "longrope")
-# Kinds that scale from the length the model was trained at; transformers defaults it to the longest input.
+# Kinds that scale from the training length. Its default in transformers is the longest input.
 _ROPE_KINDS_WITH_ORIGINAL_LENGTH = ("llama3", "yarn")
 _NAMED_APART = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
-# What Gemma 3 configs may leave out.
+# Defaults for values that Gemma 3 configs may omit.
 _GEMMA_THETA = 1_000_000.0
 _GEMMA_SLIDING_THETA = 10000.0
 _GEMMA_PATTERN = 6
@@ -29,10 +29,10 @@ _FOREIGN_KV = {
     "linear_num_value_heads": "linear attention keeps a running state, not one KV per token",
     "ssm_cfg": "a state-space model keeps a running state, not one KV per token",
     "is_encoder_decoder": "cross-attention KV belongs to the encoder's input, not to the tokens",
-    "use_bidirectional_attention": "its tokens attend to later ones, so the KV of a prefix depends on what follows",
+    "use_bidirectional_attention": "its tokens attend to later ones, so the KV of a prefix depends on later text",
 }
 
-# What the supported families compute with besides their weights, sorted.
+# Settings besides the weights that affect the KV of the supported families, sorted by name.
 _NUMERICS = (
     "attn_logit_softcapping",
     "hidden_act",
@@ -45,11 +45,11 @@ _NUMERICS = (
 def spec_from_config(
     config: Mapping[str, Any], *, weights_digest: bytes, dtype: KVDtype, model_id: str | None = None
 ) -> ModelSpec:
-    """`config` is a Hugging Face config as a dict: transformers 5 (`rope_parameters`) or older
-    (`rope_theta`, `rope_scaling`). Without `model_id` the architecture's name is used, never a local path:
-    workers that keep the model in different folders must agree, and `weights_digest` tells models apart.
+    """Makes the ModelSpec of `config`, a Hugging Face config as a dict: of transformers 5 (`rope_parameters`) or older
+    (`rope_theta`, `rope_scaling`). The default of `model_id` is the architecture's name, never a local path:
+    workers with the model in different folders must agree, and `weights_digest` distinguishes models.
 
-    Raises UnsupportedModelError when the KV cannot be described, with the reason.
+    Raises UnsupportedModelError, with the reason, if the KV cannot be described.
     """
     family = config.get("model_type")
     name = model_id or (config.get("architectures") or [family])[0] or "model"
@@ -87,12 +87,12 @@ def _positive(config: Mapping[str, Any], key: str, name: str) -> int:
 
 
 def _ropes(config: Mapping[str, Any], head_dim: int, name: str) -> tuple[RopeSpec, RopeSpec | None]:
-    """Of the layers, and of those with a sliding window where the config names theirs apart."""
+    """RoPE of the layers, and of the layers with a sliding window if the config gives them separate parameters."""
     found: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = config.get("rope_theta")
     if config["model_type"] != "gemma3_text":
         return _rope(config, found, theta or _DEFAULT_ROPE_THETA, head_dim, name), None
-    # transformers 5 has parameters for each type of layer; before, `rope_scaling` meant the full ones alone.
+    # transformers 5 has parameters per layer type. Older `rope_scaling` applies to full-attention layers only.
     full, sliding = found.get("full_attention", found), found.get("sliding_attention", {})
     sliding_theta = config.get("rope_local_base_freq") or _GEMMA_SLIDING_THETA
     return (
@@ -124,7 +124,7 @@ def _rope(
             continue
         if not isinstance(value, float | int | str | bool):
             raise UnsupportedModelError(
-                f"{name}: RoPE parameter {key!r} is {value!r}, not a plain number or text"
+                f"{name}: RoPE parameter {key!r} is {value!r}, not a plain number or string"
             )
         named.append((key, value))
     partial = found.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
@@ -133,7 +133,7 @@ def _rope(
 
 def _sliding_windows(config: Mapping[str, Any], layers: int, name: str) -> tuple[int | None, ...]:
     family, window = config["model_type"], config.get("sliding_window")
-    # Llama has no windows; Qwen uses its window only when told to; Mistral and Gemma whenever they have one.
+    # Llama has no windows. Qwen uses its window only if `use_sliding_window` is set; Mistral and Gemma always use it.
     if family == "llama" or window is None:
         return ()
     if family.startswith("qwen") and not config.get("use_sliding_window"):
@@ -148,7 +148,7 @@ def _sliding_windows(config: Mapping[str, Any], layers: int, name: str) -> tuple
 
 
 def _default_layer_types(config: Mapping[str, Any], layers: int) -> list[str]:
-    """Of configs written before they named each layer's type."""
+    """Layer types for older configs, which do not have `layer_types`."""
     if config["model_type"] == "gemma3_text":
         pattern = config.get("sliding_window_pattern") or _GEMMA_PATTERN
         full = [(layer + 1) % pattern == 0 for layer in range(layers)]

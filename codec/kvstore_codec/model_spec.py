@@ -1,4 +1,4 @@
-"""What a model's KV depends on; its digest is in every key."""
+"""Description of everything that a model's KV depends on. Its digest is part of every chunk name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from kvstore_codec.errors import InvalidKVError, UnsupportedModelError
 _SPEC_DOMAIN = b"kvstore.ModelSpec.v1"
 _WEIGHTS_DOMAIN = b"kvstore.weights.v1"
 
-if TYPE_CHECKING:  # storage nodes read chunk headers too, and start a second sooner without it
+if TYPE_CHECKING:  # storage nodes import this module too, and start a second faster without torch
     import torch
 
-    # `KVDtype.torch` hides the module's name inside its class.
+    # Inside KVDtype, the property `torch` hides the module.
     TorchDtype: TypeAlias = torch.dtype
 
 Scalar = float | int | str | bool
@@ -47,7 +47,7 @@ class KVDtype(StrEnum):
 
     @classmethod
     def of(cls, dtype: TorchDtype) -> KVDtype:
-        """Raises InvalidKVError for a dtype that a KV cache cannot be stored in."""
+        """The KVDtype of a torch dtype. Raises InvalidKVError for a dtype that cannot be stored."""
         for known in cls:
             if known.torch == dtype:
                 return known
@@ -58,7 +58,7 @@ class KVDtype(StrEnum):
 class RopeSpec:
     """Rotary embedding whose frequencies do not depend on the sequence length.
 
-    `parameters` holds what the kind needs besides theta (scaling factors...), sorted by name.
+    `parameters` holds the parameters of the kind besides theta (such as scaling factors), sorted by name.
     """
 
     kind: str
@@ -75,10 +75,10 @@ class RopeSpec:
 class ModelSpec:
     """Everything that two workers must agree on before one may use the other's KV.
 
-    `kv_heads` counts the heads this tensor-parallel rank holds. `sliding_windows` has one entry per layer
-    (None: full attention) or is empty when every layer attends to everything. `rope` is None for models
-    without rotary embeddings: their KV can be reused at its own position only. `sliding_rope` is that of the layers
-    with a window, where they turn otherwise than the others (Gemma 3).
+    `kv_heads` counts the heads of this tensor-parallel rank. `sliding_windows` has one entry per layer
+    (None: full attention), or is empty if every layer has full attention. `rope` is None for models
+    without rotary embeddings; their KV can be reused only at its own position. `sliding_rope` is the RoPE of the layers
+    with a window, if it differs from that of the other layers (Gemma 3).
     """
 
     model_id: str
@@ -108,7 +108,9 @@ class ModelSpec:
                 f"{self.model_id}: {len(self.sliding_windows)} sliding windows for {self.layers} layers"
             )
         if self.sliding_rope is not None and not any(self.sliding_windows):
-            raise UnsupportedModelError(f"{self.model_id}: RoPE for sliding windows, but no layer has one")
+            raise UnsupportedModelError(
+                f"{self.model_id}: RoPE for sliding windows is given, but no layer has a window"
+            )
         if not 0 <= self.tp_rank < self.tp_size:
             raise UnsupportedModelError(
                 f"{self.model_id}: tensor-parallel rank {self.tp_rank} of {self.tp_size} does not exist"
@@ -127,7 +129,7 @@ class ModelSpec:
             yield canonical.integer(number)
         yield self.dtype.value.encode()
         yield b"" if self.rope is None else _rope_bytes(self.rope)
-        # 0 stands for "attends to everything": no real window is empty.
+        # 0 stands for full attention: a real window is never empty.
         yield b"".join(canonical.integer(window or 0) for window in self.sliding_windows)
         yield canonical.integer(self.tp_rank)
         yield canonical.integer(self.tp_size)
@@ -149,7 +151,7 @@ def _named_bytes(named: Iterable[tuple[str, Scalar]]) -> bytes:
 
 
 def _scalar_bytes(value: Scalar) -> bytes:
-    # 8 and 8.0 are one factor, written differently by different configs: every number is an f64.
+    # Configs write the same factor as 8 or 8.0, so every number is serialised as f64.
     if isinstance(value, bool):
         return b"b" + bytes([value])
     if isinstance(value, str):
@@ -158,12 +160,12 @@ def _scalar_bytes(value: Scalar) -> bytes:
 
 
 def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
-    """blake3 over the name, dtype, shape and bytes of every tensor, in the order of the names.
+    """blake3 over the name, dtype, shape and bytes of every tensor, sorted by name.
 
-    Takes e.g. `model.state_dict().items()`; tensors may live on any device. At most one tensor at a time is
-    copied, and only if it is not contiguous or not in host memory. Hashes on all cores.
+    `tensors` is for example `model.state_dict().items()`; tensors may be on any device. Copies at most one tensor at a
+    time, and only if it is not contiguous or not in host memory. Hashes on all cores.
 
-    Raises UnsupportedModelError for a tensor whose bytes are not at hand, before anything is hashed.
+    Raises UnsupportedModelError for a tensor whose bytes are not available, before any tensor is hashed.
     """
     named = dict(tensors)
     for name, tensor in sorted(named.items()):
@@ -172,13 +174,13 @@ def weights_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
 
 
 def streamed_weights_digest(names: Iterable[str], load: Callable[[str], torch.Tensor]) -> bytes:
-    """The `weights_digest` of tensors that `load` brings one at a time, in the order of their names.
+    """The `weights_digest` of tensors that `load` returns one at a time, in the order of their names.
 
-    Raises UnsupportedModelError as soon as one has no bytes at hand.
+    Raises UnsupportedModelError for the first tensor whose bytes are not available.
     """
     import torch
 
-    # Threads of this hasher alone: those of blake3.AUTO are shared, and hang in a forked child.
+    # These threads belong to this hasher. The threads of blake3.AUTO are shared and hang in a forked child.
     hasher = blake3(canonical.length_prefixed(_WEIGHTS_DOMAIN), max_threads=os.cpu_count() or 1)
     for name in sorted(names):
         tensor = load(name)
@@ -199,18 +201,18 @@ def _require_bytes(name: str, tensor: object) -> None:
 
 
 def _why_no_bytes(tensor: object) -> str | None:
-    """Why a weight cannot be hashed; None when it can."""
+    """The reason why a weight cannot be hashed; None if it can."""
     import torch
 
     if not isinstance(tensor, torch.Tensor):
         return (
-            f"is a {type(tensor).__name__}, not a tensor, as modules of dynamic quantisation pack theirs; use the "
+            f"is a {type(tensor).__name__}, not a tensor, as in modules with dynamic quantisation; use the "
             "model before quantisation"
         )
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return f"is a {type(tensor).__name__}, whose bytes are not those of a plain tensor"
     if tensor.is_meta:
-        return "has no bytes: it lies on the meta device, as offloaded weights do; load the model without offloading"
+        return "has no bytes: it is on the meta device, like offloaded weights; load the model without offloading"
     if tensor.layout != torch.strided:
         return f"is sparse ({tensor.layout}); make it dense"
     if tensor.is_quantized:

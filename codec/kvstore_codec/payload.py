@@ -1,11 +1,11 @@
-"""The bytes of one frame.
+"""Reading and writing the bytes of one frame.
 
-    kind u8 | checksum of the decoded samples u64 | what the kind says
+    kind u8 | checksum of the decoded samples u64 | fields of the kind
 
-The checksum covers what coders make of their bytes, so that a coder which conceals damage, or gives something else
-than the encoder meant, is found out, whichever coder it is. It is xxh3_64 over 256 zero bytes and then the samples of
-every coded plane of the frame, u8 in C order, plane after plane. The bytes that no coder touches (verbatim words, plain
-planes, steps, escapes) are those that the checksum of the frame in the chunk's header covers.
+The checksum covers the output of the coders. It detects a coder that conceals damage or returns samples other than
+those that were encoded. It is xxh3_64 over 256 zero bytes followed by the samples of every coded plane of the frame,
+u8 in C order, plane after plane. Bytes that are not coded (verbatim words, plain planes, steps, escapes) are covered by
+the frame's checksum in the chunk's header instead.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ Samples = npt.NDArray[np.uint8]
 
 _OPENING = struct.Struct("<BQ")
 OPENING_BYTES = _OPENING.size
-# Of an input up to 240 bytes, xxh3 multiplies neighbouring words: a word that the writer chooses can make the product
-# zero and so hide what its neighbour holds. Behind more bytes than that, every word reaches the digest by itself.
+# For inputs of up to 240 bytes, xxh3 multiplies adjacent words: a word that the writer chooses can make the product
+# zero and so hide the value of the next word. After more bytes than that, every word affects the digest by itself.
 _LEAD = bytes(256)
 
 
 class PayloadKind(IntEnum):
-    """First byte of a frame: how the rest is to be read."""
+    """First byte of a frame. It gives the format of the rest."""
 
-    VERBATIM = 0  # K, then V, as they lie in memory
+    VERBATIM = 0  # K, then V, as in memory
     BYTE_PLANES = 1  # see `words`
     QUANTISED = 2  # see `quantise`
     KLT = 3  # see `klt_frames`
 
 
 class _SampleChecksum:
-    """Of the samples of a frame's coded planes, in the order in which they are given."""
+    """Checksum of the samples of a frame's coded planes, in the order of the `update` calls."""
 
     def __init__(self) -> None:
         self._hasher = xxhash.xxh3_64(_LEAD)
@@ -54,7 +54,7 @@ class _SampleChecksum:
 
 
 def sample_checksum(*planes: Samples) -> int:
-    """What the frame of these coded planes says of them."""
+    """The sample checksum of a frame with these coded planes."""
     checksum = _SampleChecksum()
     for plane in planes:
         checksum.update(plane)
@@ -70,11 +70,11 @@ class PayloadWriter:
         self._parts: list[Buffer] = []
 
     def add(self, *parts: Buffer) -> None:
-        """Appends bytes that are read as they are."""
+        """Appends bytes that are stored without coding."""
         self._parts += parts
 
     def add_coded(self, coded: Buffer, samples: Samples) -> None:
-        """Appends a plane, coded, of these `samples`, which are C-contiguous."""
+        """Appends `coded`, the coded form of the plane `samples`, which is C-contiguous."""
         self._checksum.update(samples)
         self._parts.append(coded)
 
@@ -83,7 +83,7 @@ class PayloadWriter:
 
 
 class PayloadReader:
-    """Walks through a frame's bytes without copying them. Raises TruncatedChunkError past the end."""
+    """Reads a frame's bytes in order, without copying them. Raises TruncatedChunkError past the end."""
 
     def __init__(self, data: Buffer) -> None:
         """Raises ChunkFormatError for a frame of an unknown kind."""
@@ -97,7 +97,9 @@ class PayloadReader:
 
     def take(self, length: int) -> memoryview:
         if length > self._rest.nbytes:
-            raise TruncatedChunkError(f"a frame promises {length} more bytes, {self._rest.nbytes} are there")
+            raise TruncatedChunkError(
+                f"a frame needs {length} more bytes, but only {self._rest.nbytes} are left"
+            )
         taken, self._rest = self._rest[:length], self._rest[length:]
         return taken
 
@@ -108,15 +110,15 @@ class PayloadReader:
         return layout.unpack(self.take(layout.size))
 
     def decoded(self, samples: Samples) -> None:
-        """A coder has decoded a plane of the frame to these `samples`, C-contiguous. Every plane that went through
-        `PayloadWriter.add_coded` has to come back through here, in the same order."""
+        """Adds the decoded `samples` of a plane, C-contiguous, to the checksum. Call it for every plane that
+        `PayloadWriter.add_coded` wrote, in the same order."""
         self._checksum.update(samples)
 
     def finish(self) -> None:
-        """What was decoded may be used after this, and not before.
+        """Verifies the frame. Use its decoded samples only after this.
 
-        Raises ChunkFormatError when bytes are left over, SampleMismatchError when coders gave other samples than were
-        encoded."""
+        Raises ChunkFormatError if bytes are left over, SampleMismatchError if the decoded samples differ from the
+        encoded ones."""
         if self._rest.nbytes:
             raise ChunkFormatError(f"a frame has {self._rest.nbytes} bytes too many")
         found = self._checksum.value

@@ -1,17 +1,17 @@
-"""The lossy-then-lossless rates that need no calibration: KV rounded to integers of one uniform step, and those kept.
+"""Lossy encoding without a calibration: KV is rounded to integers with a uniform step, and the integers are coded.
 
-For every frame each channel (K or V, layer, head, dimension) gives up its mean over the frame's tokens, and
-every (layer, K or V) has one step, the rate's fraction of the rms of what remains. A value is then
+In every frame, the mean over the frame's tokens is subtracted from each channel (K or V, layer, head, dimension).
+Every (layer, K or V) has one step, the rate's fraction of the rms of the residual. A value is then
 
     x = (sample - 128 + mean) * step        sample 8 bits, mean a whole number of steps
 
-so the integers are added exactly and rounded once, by one f32 product and the cast to the KV's dtype: every
-decoder gives the same bits. Integers outside 8 bits are listed as escapes, never clipped.
+so the integers are added exactly and rounded once, by one f32 product and the cast to the KV's dtype. Every
+decoder returns the same bits. Integers beyond 8 bits are listed as escapes, never clipped.
 
     escapes u32 | step f32 [2, layers] | means i16 [2, layers, heads, dims], as words | escape index u32 [n] |
     escape value i32 [n] | coded samples
 
-A byte coder sees the samples as one plane [2 * layers * heads * tokens, dims], a video coder as `token_frames`.
+A byte coder codes the samples as one plane [2 * layers * heads * tokens, dims], a video coder as `token_frames`.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from kvstore_codec.payload import PayloadKind, PayloadReader, PayloadWriter
 from kvstore_codec.scratch import ThreadScratch
 from kvstore_codec.words import decode_words, encode_words
 
-# Step over residual rms; the error's variance is step^2 / 12.
+# Step / residual rms. The variance of the error is step^2 / 12.
 STEP_PER_RMS = {Rate.HIGH: 0.18, Rate.MEDIUM: 0.36, Rate.LOW: 0.62}
 
 _ZERO_SAMPLE = 128
 _LARGEST_MEAN = (1 << 15) - 1 - 2 * _ZERO_SAMPLE
-# Integers below this are exact in f32, so a product with the step rounds once; within the limits of the step it
-# neither overflows nor loses bits to denormals.
+# Integers below this limit are exact in f32, so a product with the step rounds once. Within the limits of the step the
+# product neither overflows nor loses bits to denormals.
 _INTEGER_LIMIT = 1 << 23
 _SMALLEST_STEP = float(np.finfo(np.float32).tiny) * _INTEGER_LIMIT
 _LARGEST_STEP = float(np.finfo(np.float32).max) / (2 * _INTEGER_LIMIT)
-# With more escapes than this the step does not fit the frame and `exact` is not larger.
+# With a larger fraction of escapes the step does not fit the frame, and an exact frame is not larger.
 _MOST_ESCAPES = 1 / 32
 
-# Values beyond so many rms are outliers, if without them it is less than half.
+# Values beyond this multiple of the rms are outliers if the rms without them is less than half.
 _OUTLIER = 6.0
 _OUTLIER_ROUNDS = 4
 
@@ -55,7 +55,8 @@ _MEANS, _SAMPLES, _SUMS, _FLOATS = (ThreadScratch() for _ in range(4))
 
 @dataclass(frozen=True, slots=True)
 class _Integers:
-    """samples u8 [2, layers, heads, tokens, dims], steps f32 [2, layers], means i16 [2, layers, heads, dims]."""
+    """A quantised frame: samples u8 [2, layers, heads, tokens, dims], steps f32 [2, layers], means i16
+    [2, layers, heads, dims], and the escapes."""
 
     steps: npt.NDArray[np.float32]
     means: npt.NDArray[np.int16]
@@ -67,10 +68,10 @@ class _Integers:
 def encode_quantised(
     keys: torch.Tensor, values: torch.Tensor, coder_name: str, step_per_rms: float
 ) -> bytes | None:
-    """The frame's bytes; `keys` and `values` are [layers, heads, tokens, dims].
+    """Encodes a frame. `keys` and `values` are [layers, heads, tokens, dims].
 
-    None for a frame that integers would damage: values that are not finite, or out of proportion to the
-    rest (a channel that is huge but hardly varies, a layer without any variation).
+    Returns None for a frame that integers would damage: values that are not finite, or out of proportion to the
+    rest (a channel that is huge but hardly varies, a layer without variation).
     """
     largest = float(torch.finfo(keys.dtype).max)
     found = _integers(torch.stack((keys, values)).float().numpy(), largest, step_per_rms)
@@ -87,7 +88,7 @@ def encode_quantised(
 def decode_quantised(
     reader: PayloadReader, keys: torch.Tensor, values: torch.Tensor, coder_name: str
 ) -> None:
-    """Writes K and V into tensors of the frame's shape, any strides. Raises ChunkFormatError children."""
+    """Decodes a frame into tensors of its shape with any strides. Raises ChunkFormatError or a subclass."""
     shape = (2, *keys.shape)
     layers, heads, _, dims = keys.shape
     size = 2 * keys.numel()
@@ -106,7 +107,7 @@ def decode_quantised(
     samples = _SAMPLES.array(shape, np.uint8)
     _decode_samples(reader.take_rest(), samples, coder_name)
     reader.decoded(samples)
-    reader.finish()  # nothing is written into the caller's tensors before their samples are known to be right
+    reader.finish()  # verifies the samples before anything is written to the caller's tensors
 
     offsets = means.view(np.int16)
     offsets -= _ZERO_SAMPLE
@@ -138,8 +139,8 @@ def _decode_samples(data: memoryview, out: Samples, coder_name: str) -> None:
 
 
 def _integers(x: npt.NDArray[np.float32], largest: float, step_per_rms: float) -> _Integers | None:
-    """`x` is [2, layers, heads, tokens, dims]; `largest` the biggest finite number of the KV's dtype."""
-    # Whatever overflows here ends as a number that is not finite, and is looked for.
+    """Quantises `x`, [2, layers, heads, tokens, dims]. `largest` is the largest finite number of the KV's dtype."""
+    # Overflows give numbers that are not finite, which the checks below detect.
     with np.errstate(all="ignore"):
         means = x.mean(axis=3, keepdims=True)
         rms = _rms(x - means)
@@ -170,10 +171,10 @@ def _integers(x: npt.NDArray[np.float32], largest: float, step_per_rms: float) -
 
 
 def _rms(residual: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """[2, layers, 1, 1, 1]; where a few values make up most of it, that of the others: those few become escapes."""
+    """Rms per layer, [2, layers, 1, 1, 1], without outliers if they dominate it; these become escapes."""
     squares = np.square(residual)
     mean = squares.mean(axis=(2, 3, 4), keepdims=True)
-    for _ in range(_OUTLIER_ROUNDS):  # an outlier shifts its channel's mean, which makes smaller ones
+    for _ in range(_OUTLIER_ROUNDS):  # an outlier shifts its channel's mean, which creates smaller outliers
         without = np.where(squares <= _OUTLIER**2 * mean, squares, 0).mean(axis=(2, 3, 4), keepdims=True)
         mean = np.where(without < mean / 4, without, mean)
     rms: npt.NDArray[np.float32] = np.sqrt(mean)
@@ -181,5 +182,5 @@ def _rms(residual: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _usable(steps: npt.NDArray[np.float32]) -> bool:
-    """False, too, for steps that are not numbers."""
+    """Whether all steps are within the limits; False for NaN."""
     return bool(steps.min() >= _SMALLEST_STEP and steps.max() <= _LARGEST_STEP)

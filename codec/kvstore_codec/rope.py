@@ -1,6 +1,6 @@
 """Rotary position embedding of stored keys (RoFormer, arXiv 2104.09864, eq. 34).
 
-Keys are stored before RoPE, so a chunk serves any position; the rotation is applied when it is restored.
+Keys are stored before RoPE, so a chunk can be used at any position. Restoring a chunk applies the rotation.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class RotaryTable:
-    """cos and sin for a run of positions, `[tokens, rotary_dim]` each, in the dtype the model rotates in."""
+    """cos and sin for consecutive positions, `[tokens, rotary_dim]` each, in the dtype in which the model rotates."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -22,16 +22,15 @@ class RotaryTable:
 
 
 _AT_ONCE = 1 << 18
-"""Values: 1 MiB of float32."""
+"""Number of values rotated at once, 1 MiB in float32, so that they and the scratch memory stay in the cache."""
 
 
 def rotate_(keys: torch.Tensor, table: RotaryTable) -> None:
     """Rotate `keys` in place.
 
-    `keys` is `[..., tokens, head_dim]` with any strides; the first `rotary_dim` channels of each head are rotated
-    as two halves, the others stay. Each product and the sum round in the tensor's own dtype, in the order in which
-    Llama-family models of transformers do it (`k * cos + rotate_half(k) * sin`): the result is bit-equal to theirs.
-    Works on so much at once that it and the scratch stay in the cache.
+    `keys` is `[..., tokens, head_dim]` with any strides. The first `rotary_dim` channels of each head are rotated
+    as two halves; the others are unchanged. Each product and the sum round in the tensor's own dtype and in the same
+    order as Llama-family models of transformers (`k * cos + rotate_half(k) * sin`), so the result is bit-equal.
     """
     if keys.is_cpu and keys.dim() > 2 and keys.numel() > _AT_ONCE:
         for part in keys:
@@ -46,8 +45,8 @@ def rotate_(keys: torch.Tensor, table: RotaryTable) -> None:
 
 
 def rotate_layers_(keys: torch.Tensor, tables: Sequence[RotaryTable], tokens: slice) -> None:
-    """Rotate `keys`, `[layers, kv_heads, tokens, head_dim]`, in place, each layer by its table, at these positions of
-    it. Neighbouring layers that share a table are rotated together."""
+    """Rotate `keys`, `[layers, kv_heads, tokens, head_dim]`, in place. Each layer uses its own table, at the rows
+    `tokens`. Consecutive layers that share a table are rotated together."""
     first = 0
     for _, alike in groupby(tables, key=id):
         end = first + sum(1 for _ in alike)

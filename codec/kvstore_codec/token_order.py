@@ -1,4 +1,4 @@
-"""Which tokens of a chunk matter most, as it is written into the chunk's header."""
+"""Ranking of a chunk's tokens by importance, as stored in the chunk's header."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ _SMALL_TOKENS = 1 << 8 * _SMALL.itemsize
 
 @dataclass(frozen=True, slots=True)
 class TokenOrder:
-    """Indices of a chunk's tokens, best first, so that any share of them is a prefix: by what is left of their KV at
-    `low` and at `high` frequencies along the text. Neither names a token twice; each may end early."""
+    """Two rankings of a chunk's tokens, most important first: by the part of their KV at `low` and at `high`
+    frequencies along the text. A prefix of a ranking is a selection of tokens. Neither ranking names a token twice;
+    each may list fewer than all tokens."""
 
     low: tuple[int, ...]
     high: tuple[int, ...]
@@ -25,23 +26,25 @@ class TokenOrder:
     def __post_init__(self) -> None:
         for name, order in (("low", self.low), ("high", self.high)):
             if len(set(order)) != len(order) or (order and min(order) < 0):
-                raise ChunkFormatError(f"the {name} token order of a chunk names a token twice, or none")
+                raise ChunkFormatError(
+                    f"the {name} token order of a chunk names a token twice, or a negative index"
+                )
 
     def require(self, tokens: int) -> None:
-        """Raises ChunkFormatError unless it is one of a chunk of so many tokens."""
+        """Raises ChunkFormatError if a ranking names a token beyond a chunk of `tokens` tokens."""
         worst = max(self.low + self.high, default=0)
         if worst >= tokens:
             raise ChunkFormatError(f"the token order of a chunk of {tokens} tokens names token {worst}")
 
     def pack(self, tokens: int) -> list[bytes]:
-        """As a header of a chunk of so many tokens holds it: u8 for each index, u16 LE from 257 tokens on. Raises
-        ChunkFormatError for a token that the chunk does not have."""
+        """Serialises both rankings for the header of a chunk of `tokens` tokens: u8 per index, u16 LE if the chunk has
+        more than 256 tokens. Raises ChunkFormatError for an index beyond the chunk."""
         self.require(tokens)
         return [np.array(order, _index_dtype(tokens)).tobytes() for order in (self.low, self.high)]
 
     @classmethod
     def unpack(cls, packed: Any, tokens: int) -> TokenOrder:
-        """Raises ChunkFormatError or ValueError for what `pack` did not make, TypeError for what is no bytes."""
+        """Inverse of `pack`. Raises ChunkFormatError or ValueError for other bytes, TypeError for other types."""
         low, high = (_indices(part, tokens) for part in packed)
         order = cls(low, high)
         order.require(tokens)

@@ -1,9 +1,9 @@
 """Bit-exact coding of 16- and 32-bit floats as byte planes.
 
-The upper byte of a float holds the sign and (most of) the exponent and compresses well; mantissa bits are
-noise. So words are cut into planes: upper byte, second byte and, for 32 bits, the lower half as it is. Each
-plane is coded only if that makes it smaller by a real margin (on KV of SmolLM2 the upper byte goes from 8 to
-2.9 bits and the others stay), else stored plainly and read in place.
+The upper byte of a float holds the sign and (most of) the exponent and compresses well. Mantissa bits are
+noise. So each word is split into planes: the upper byte, the second byte and, for 32 bits, the lower half. A
+plane is coded only if coding saves at least a sixteenth of its bytes (on KV of SmolLM2 the upper byte shrinks from
+8 to 2.9 bits, and the other planes are not coded). Other planes are stored plainly and read in place.
 
     plane = coder used (0 none, 1 zstd) u8 | length u32 | bytes
 """
@@ -32,21 +32,21 @@ _WORD_DTYPES = {
 }
 _PLANE = struct.Struct("<BI")
 _PLAIN, _ZSTD = 0, 1
-# Below this saving, reading a plane in place is worth more than its bytes.
+# Code a plane only if the result is smaller than this fraction of it; otherwise reading it in place is faster.
 _WORTHWHILE = 15 / 16
 
 _UPPER, _SECOND, _LOWER, _UPPER_HALF = (ThreadScratch() for _ in range(4))
 
 
 def words_of(tensor: torch.Tensor) -> Words:
-    """The bits of a float tensor in host memory, as a view."""
+    """View of a float tensor in host memory as unsigned integers with the same bits."""
     integers, words = _WORD_DTYPES[tensor.dtype.itemsize]
     view: Words = tensor.view(integers).numpy().view(words)
     return view
 
 
 def encode_words(words: Words, writer: PayloadWriter) -> None:
-    """Appends the planes of `words`, C-contiguous, of any shape."""
+    """Appends the planes of `words` to the frame. `words` is C-contiguous and has any shape."""
     for plane in _planes(words):
         coded = coder("zstd").encode(plane)
         if len(coded) > _WORTHWHILE * plane.nbytes:
@@ -57,9 +57,9 @@ def encode_words(words: Words, writer: PayloadWriter) -> None:
 
 
 def decode_words(reader: PayloadReader, out: Words) -> None:
-    """Writes words of the shape of `out` into `out`, whatever its strides.
+    """Decodes the next planes into `out`, an array with any strides.
 
-    Raises ChunkFormatError when the planes do not hold exactly that many words.
+    Raises ChunkFormatError if the planes do not hold exactly as many words as `out`.
     """
     upper = _read_plane(reader, out.shape, np.uint8, _UPPER)
     second = _read_plane(reader, out.shape, np.uint8, _SECOND)
@@ -74,13 +74,13 @@ def decode_words(reader: PayloadReader, out: Words) -> None:
 
 
 def _join_bytes(upper: Words, second: Words, out: Words) -> None:
-    # The product casts and shifts in one pass; the second pass finds `out` still in the cache.
+    # The product casts and shifts in one pass. `out` is still in the CPU cache for the second pass.
     np.multiply(upper, np.uint16(1 << 8), out=out, dtype=np.uint16)
     np.bitwise_or(out, second, out=out, dtype=np.uint16)
 
 
 def _planes(words: Words) -> Iterator[Plane]:
-    """Upper bytes, second bytes and, of 32-bit words, lower halves; each as one row."""
+    """Planes of `words`, one row each: upper bytes, second bytes and, for 32-bit words, lower halves."""
     columns = words.reshape(-1, 1).view(np.uint8)
     yield np.ascontiguousarray(columns[:, -1]).reshape(1, -1)
     yield np.ascontiguousarray(columns[:, -2]).reshape(1, -1)

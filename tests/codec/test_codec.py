@@ -306,7 +306,7 @@ def test_decode_frame_refuses_what_does_not_fit() -> None:
     out = torch.zeros(header.geometry.frame_shape(0), dtype=torch.bfloat16)
     decode_frames(header, 0, 1, data, out, out.clone())
     for frame in (-1, 1):
-        with pytest.raises(ChunkFormatError, match="has no 1 frames"):
+        with pytest.raises(ChunkFormatError, match="does not have 1 frames"):
             decode_frames(header, frame, 1, data, out, out.clone())
     for bad in (out[:1], out.half(), out[..., :1], out.to("meta")):
         with pytest.raises(InvalidKVError):

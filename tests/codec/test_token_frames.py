@@ -127,9 +127,9 @@ def test_the_search_finds_the_smallest_tiling() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(InvalidKVError, match="makes no tile"):
+    with pytest.raises(InvalidKVError, match="does not tile samples"):
         TokenFrames((3, 4, 10, 64), Tiling(2, 1, 8, 8))
-    with pytest.raises(InvalidKVError, match="makes no tile"):
+    with pytest.raises(InvalidKVError, match="does not tile samples"):
         TokenFrames((3, 4, 0, 64), Tiling(2, 2, 8, 8))
     layout = TokenFrames((3, 4, 10, 64), Tiling(2, 2, 8, 8))
     with pytest.raises(InvalidKVError, match="instead of uint8"):

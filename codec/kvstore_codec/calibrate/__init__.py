@@ -1,7 +1,7 @@
-"""Learning a `Calibration` from what a model does to real text. Knows tensors, no model.
+"""Fitting of a `Calibration` to a model's KV of sample text. This package works on tensors and imports no model.
 
-`Moments` gathers sums over a text, `error_metric` says which errors the model notices, `fit_periods` solves for the
-maps, and `find_step` finds the step of a wanted fidelity.
+`Moments` accumulates sums over a text, `error_metric` computes how much errors affect the model, `fit_periods` solves
+for the maps, and `find_step` searches for the step of a required fidelity.
 """
 
 from kvstore_codec.calibrate.fit import fit_periods

@@ -1,7 +1,7 @@
-"""The maps of a calibration, solved from moments alone.
+"""Computes the maps of a calibration from moments alone.
 
 Prediction is reduced-rank regression (Izenman 1975): ridge regression of the whitened values on the features,
-projected on the directions in which it explains most. The basis is the KLT of what prediction leaves.
+projected on the directions in which it explains most variance. The basis is the KLT of the residual.
 """
 
 import torch
@@ -11,16 +11,16 @@ from kvstore_codec.calibration import PeriodTransform
 from kvstore_codec.errors import CalibrationError
 
 _RIDGE = 1e-3
-"""Penalty on the predictor, as a share of the features' mean variance."""
+"""Ridge penalty of the predictor, as a fraction of the features' mean variance."""
 
 
 def fit_periods(moments: Moments, whitening: torch.Tensor, rank: int) -> tuple[PeriodTransform, ...]:
-    """One transform per period, with a basis of all its columns.
+    """Fits one transform per period, with a complete basis.
 
-    `whitening` is `[layers, 2, kv_heads, head_dim, head_dim]`, the square root of the metric. Periods with fewer than
-    `rank` features or values get as much as they have; a rank of zero predicts nothing.
+    `whitening` is `[layers, 2, kv_heads, head_dim, head_dim]`, the square root of the metric. The rank of a period is
+    at most its number of features and values. With rank 0 the prediction is the mean.
 
-    Raises CalibrationError if the moments hold fewer than two tokens or do not fit the whitening.
+    Raises CalibrationError if the moments have fewer than two tokens or another shape than the whitening.
     """
     if rank < 0:
         raise CalibrationError(f"the predictor's rank is {rank}; it must be 0 or more")
@@ -66,8 +66,8 @@ def _fit(
     cross = _blockwise(cross, blocks)
 
     weights, directions, deviations = _predictor(cross, feature_covariance, factor, rank)
-    # Scaled so that each prediction has a variance of one: then both matrices suit half precision, in which a
-    # PeriodTransform keeps them. Mean and basis belong to what is kept.
+    # Each prediction is scaled to a variance of one, so that both matrices suit half precision, in which a
+    # PeriodTransform keeps them. Mean and basis are computed from the rounded matrices.
     predictor_in = (weights / deviations).half().double()
     in_values = (_blockwise(directions.T, torch.linalg.inv(blocks)) * deviations[:, None]).half().double()
     predictor_out = _blockwise(in_values, blocks)
@@ -90,7 +90,7 @@ def _predictor(
     cross: torch.Tensor, feature_covariance: torch.Tensor, factor: torch.Tensor, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights `[features, r]`, whitened directions `[D, r]` and standard deviations `[r]` of at most `rank`
-    predictions, those that vary not at all left out."""
+    predictions. Predictions without variance are left out."""
     regression = torch.cholesky_solve(cross, factor)
     spread = regression.T @ feature_covariance @ regression
     variances, directions = torch.linalg.eigh((spread + spread.T) / 2)

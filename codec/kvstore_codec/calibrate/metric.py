@@ -1,21 +1,21 @@
-"""Which errors in KV a model notices.
+"""Error metric: how much errors in KV affect a model.
 
-An error e in a key changes the logit of a query q by q^T e, so its weight is E[q q^T], seen through RoPE; an error in
-a value is seen through the output projection W_o. How much a whole layer's keys or values matter is one scalar, the
-Fisher information tr E[g g^T] / dim, where g is the gradient of the log-likelihood of labels drawn from the model
-itself (Amari, "Natural Gradient Works Efficiently in Learning", 1998): the KL divergence is its quadratic form.
+An error e in a key changes the logit of a query q by q^T e, so its weight is E[q q^T], after RoPE. An error in a value
+passes through the output projection W_o. The weight of a whole layer's keys or values is one scalar, the Fisher
+information tr E[g g^T] / dim, where g is the gradient of the log-likelihood of labels drawn from the model itself
+(Amari, "Natural Gradient Works Efficiently in Learning", 1998). The KL divergence is its quadratic form.
 """
 
 import torch
 
 from kvstore_codec.errors import CalibrationError
 
-# Distances between a query and a key that the key metric is averaged over, log-spaced.
+# The key metric is averaged over log-spaced distances between a query and a key.
 _LONGEST_DISTANCE = 2000
 _DISTANCES = 64
-# Directions the text never showed still matter a little: this share of the metric is the identity.
+# Fraction of the metric that is the identity, because directions that the text does not contain still matter a little.
 _SHRINKAGE = 0.1
-# A layer whose gradient vanished still has errors of some weight.
+# Smallest weight of a layer, as a fraction of the largest: a layer whose gradient vanishes still matters.
 _SMALLEST_FISHER = 1e-6
 
 
@@ -25,11 +25,11 @@ def error_metric(
     fisher: torch.Tensor,
     inverse_frequencies: torch.Tensor,
 ) -> torch.Tensor:
-    """f64 `[layers, 2, kv_heads, head_dim, head_dim]`, symmetric positive definite.
+    """The metric, f64 `[layers, 2, kv_heads, head_dim, head_dim]`, symmetric positive definite.
 
     `query_covariance` and `output_weight` (W_o^T W_o) are `[layers, kv_heads, head_dim, head_dim]`, summed over the
     query heads of each KV head; `fisher` is `[layers, 2]`; `inverse_frequencies` `[layers, rotary_dim / 2]` in radians
-    a token.
+    per token.
 
     Raises CalibrationError for values that are not finite or a Fisher information of zero everywhere.
     """
@@ -57,14 +57,14 @@ def square_root(metric: torch.Tensor) -> torch.Tensor:
 
 
 def _seen_through_rope(covariance: torch.Tensor, inverse_frequencies: torch.Tensor) -> torch.Tensor:
-    """The mean of R_d C R_d^T over the distances d."""
+    """The covariance after RoPE: the mean of R_d C R_d^T over the distances d."""
     exponents = torch.linspace(0, 1, _DISTANCES, dtype=torch.float64, device="cpu")
     distances = torch.unique((_LONGEST_DISTANCE**exponents).round())
     angles = distances[:, None, None] * inverse_frequencies.detach().cpu().double()
     layers, half = inverse_frequencies.shape
     dim = covariance.shape[-1]
     if 2 * half > dim:
-        raise CalibrationError(f"RoPE turns {2 * half} channels of heads that have {dim}")
+        raise CalibrationError(f"RoPE rotates {2 * half} channels, but heads have only {dim}")
     total = torch.zeros_like(covariance)
     channels = torch.arange(half, device="cpu")
     for angle in angles:

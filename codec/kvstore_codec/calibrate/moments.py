@@ -1,7 +1,7 @@
-"""First and second moments of KV, gathered text by text.
+"""First and second moments of KV, accumulated text by text.
 
-Everything kept is a sum, so merging is adding, a run can stop after any text and go on later, and what is fitted
-never needs the KV again.
+The state consists of sums. So moments can be merged by addition, a run can stop after any text and continue later, and
+fitting does not need the KV.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _COUNTS = ("tokens", "query_tokens", "fisher_texts")
 class Moments:
     """Sums over the tokens of a calibration text, in f64 and host memory.
 
-    Build with `empty` or `load`. Products run in f32 on the device of the tensors given, after taking out the mean of
-    each text: keys with a bias lie far from zero, and their squares would drown the variance.
+    Create it with `empty` or `load`. Products are computed in f32 on the device of the given tensors, after the mean of
+    each text is subtracted: keys with a bias are far from zero, and their squares would hide the variance.
     """
 
     def __init__(self, sums: Mapping[str, torch.Tensor]) -> None:
@@ -33,7 +33,7 @@ class Moments:
     def empty(
         cls, *, layers: int, period_layers: int, kv_heads: int, head_dim: int, features: int
     ) -> Moments:
-        """Raises CalibrationError for shapes no model has."""
+        """Moments of no text. Raises CalibrationError for sizes below 1."""
         if min(layers, period_layers, kv_heads, head_dim, features) < 1:
             raise CalibrationError("layers, period_layers, kv_heads, head_dim and features must be positive")
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_COUNTS, ())
@@ -58,7 +58,7 @@ class Moments:
 
     @property
     def texts(self) -> int:
-        """How many texts the Fisher scalars, the last to come from a text, have seen."""
+        """Number of completed texts: those whose Fisher scalars, the last step of a text, were added."""
         return int(self._sums["fisher_texts"])
 
     @property
@@ -82,12 +82,12 @@ class Moments:
         return sum(name.endswith(".cross") for name in self._sums)
 
     def period_layers(self, period: int) -> int:
-        """Layers in this period; the last may have fewer than the others."""
+        """Number of layers in a period. The last period may have fewer than the others."""
         return self._sums[f"{period}.sum"].shape[0] // (2 * self.kv_heads * self.head_dim)
 
     def add_kv(self, keys: torch.Tensor, values: torch.Tensor, features: torch.Tensor) -> None:
-        """Tokens of one text: `keys` (before RoPE) and `values` `[layers, kv_heads, tokens, head_dim]`, `features`
-        `[tokens, features]`. Raises CalibrationError for other shapes or values that are not finite."""
+        """Adds the KV of one text: `keys` (before RoPE) and `values` `[layers, kv_heads, tokens, head_dim]`, and
+        `features` `[tokens, features]`. Raises CalibrationError for other shapes and for values that are not finite."""
         tokens = features.shape[0]
         expected = (self.layers, self.kv_heads, tokens, self.head_dim)
         if keys.shape != expected or values.shape != expected or features.shape[1:] != (self.features,):
@@ -98,7 +98,7 @@ class Moments:
         if tokens == 0:
             raise CalibrationError("a text without tokens has no moments")
         if not all(bool(tensor.isfinite().all()) for tensor in (keys, values, features)):
-            raise CalibrationError("the text makes the model compute KV that holds NaN or infinity")
+            raise CalibrationError("the model's KV of the text contains NaN or infinity")
         features = features.float()
         mean = features.mean(0, dtype=torch.float64)
         features = features - mean.float()
@@ -119,7 +119,8 @@ class Moments:
         self._sums["tokens"] += tokens
 
     def add_queries(self, queries: torch.Tensor) -> None:
-        """Queries before RoPE of one text, `[layers, heads, tokens, head_dim]`; consecutive heads share a KV head."""
+        """Adds the queries of one text, before RoPE, `[layers, heads, tokens, head_dim]`. Consecutive heads share a KV
+        head."""
         layers, heads, tokens, dim = queries.shape
         if (layers, dim) != (self.layers, self.head_dim) or heads % self.kv_heads:
             raise CalibrationError(
@@ -138,7 +139,7 @@ class Moments:
         self._sums["fisher_texts"] += 1
 
     def merge(self, other: Moments) -> None:
-        """Add what another run gathered. Raises CalibrationError if it is of another shape of model or period."""
+        """Adds the moments of another run. Raises CalibrationError for moments of another model or period shape."""
         if {n: s.shape for n, s in self._sums.items()} != {n: s.shape for n, s in other._sums.items()}:
             raise CalibrationError("moments of different models or periods cannot be merged")
         for name, total in self._sums.items():
@@ -167,14 +168,14 @@ class Moments:
         return mean, covariance, self._sums[f"{period}.cross"] / tokens - torch.outer(feature_mean, mean)
 
     def save(self, path: Path, key: str) -> None:
-        """Write to `path`, whole or not at all. `key` names what was gathered and how."""
+        """Writes the state to `path` atomically. `key` identifies the texts and settings of the run."""
         unfinished = path.with_name(path.name + ".unfinished")
         safetensors.torch.save_file(self._sums, unfinished, {"key": key})
         unfinished.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> tuple[Moments, str]:
-        """What `save` wrote, and its key. Raises CalibrationError if the file is not that."""
+        """Reads the state and key that `save` wrote. Raises CalibrationError for any other file."""
         try:
             with safe_open(path, framework="pt") as file:
                 key = (file.metadata() or {})["key"]
@@ -194,7 +195,7 @@ class Moments:
 
     def _needed(self, count: str, what: str) -> torch.Tensor:
         if self._sums[count] < 1:
-            raise CalibrationError(f"no {what} were gathered: the calibration text is empty")
+            raise CalibrationError(f"no {what} were added: the calibration text is empty")
         return self._sums[count]
 
 

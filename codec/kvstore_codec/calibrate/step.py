@@ -1,4 +1,4 @@
-"""The quantiser step at which a text comes back with a wanted fidelity."""
+"""Search for the quantiser step that gives a required fidelity."""
 
 import math
 from collections.abc import Callable
@@ -18,23 +18,23 @@ def find_step(
     tolerance: float = 0.03,
     evaluations: int = 8,
 ) -> float:
-    """A step at which `measure` (a KL that grows with the step) lies within `tolerance` of `target`, or the closest of
+    """A step at which `measure` (a KL that grows with the step) is within `tolerance` of `target`, or the closest of
     `evaluations` tries.
 
-    Interpolates log KL over log step, first along its small-step slope of 2, then between the closest tries on both
-    sides. At `largest`, where nothing is left to code, a model that does not notice is left alone.
+    Interpolates log KL over log step, first with its small-step slope of 2, then between the closest tries on both
+    sides. Returns `largest`, at which nothing is left to code, if even that step keeps the KL below the target.
 
     Raises CalibrationError if the measure is not finite.
     """
     if not (0 < start <= largest < math.inf and target > 0):
-        raise CalibrationError(f"no step can be sought from {start} up to {largest} for a KL of {target}")
+        raise CalibrationError(f"cannot search for a step from {start} up to {largest} for a KL of {target}")
     below: tuple[float, float] | None = None  # log step, log (KL / target)
     above: tuple[float, float] | None = None
     step, best = start, (math.inf, start)
     for _ in range(evaluations):
         kl = measure(step)
         if not math.isfinite(kl):
-            raise CalibrationError(f"the model answers with NaN or infinity at a step of {step:g}")
+            raise CalibrationError(f"the model returns NaN or infinity at a step of {step:g}")
         miss = math.log(max(kl, _SMALLEST_KL) / target)
         best = min(best, (abs(miss), step))
         if abs(miss) <= math.log1p(tolerance) or (miss < 0 and step >= largest):
@@ -52,6 +52,6 @@ def _next(below: tuple[float, float] | None, above: tuple[float, float] | None) 
         share = -below[1] / (above[1] - below[1])
         return math.exp(below[0] + min(max(share, 0.1), 0.9) * (above[0] - below[0]))
     known = below or above
-    assert known is not None  # noqa: S101  # one of the two was just measured
+    assert known is not None  # noqa: S101  # one of the two has just been measured
     move = min(max(-known[1] / 2, -math.log(_LARGEST_MOVE)), math.log(_LARGEST_MOVE))
     return math.exp(known[0] + move)

@@ -1,4 +1,4 @@
-"""Whether two workers' KV of the probe is the same but for rounding."""
+"""Comparison of two workers' KV of the probe: equal except for rounding, or different."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from kvstore_codec.model_spec import KVDtype, ModelSpec
 
 # Measured on a processor with AVX2, SmolLM2-135M and random Llama, Qwen3 and Gemma 3 models, between eager and fused
 # attention, torch.compile, matrix products in other precisions and orders, 1 and 2 threads, with and without vector
-# instructions. The first layer's KV follows from one norm and one product: it differed by at most 8e-7 (float32) and
-# 9.2e-3 (bfloat16: a compiled norm rounds once instead of three times). Behind it rounding adds up over the layers like
+# instructions. The first layer's KV is one norm and one product: it differed by at most 8e-7 (float32) and
+# 9.2e-3 (bfloat16: a compiled norm rounds once instead of three times). In later layers rounding accumulates like
 # a random walk: at most 1.0e-6 * sqrt(layer) and 2.0e-2 * sqrt(layer). Weights of SmolLM2 rounded to 8 bits differ by
 # 3e-2 in the first layer. float16 has 3 bits more than bfloat16.
 _FIRST_LAYER = {KVDtype.FLOAT32: 4e-6, KVDtype.FLOAT16: 2.5e-3, KVDtype.BFLOAT16: 1.8e-2}
 _LATER_LAYERS = {KVDtype.FLOAT32: 5e-6, KVDtype.FLOAT16: 4e-3, KVDtype.BFLOAT16: 3e-2}
-"""Times the square root of the layer's number."""
+"""Tolerance of a later layer, divided by the square root of its number."""
 
 _SHARE = 0.75
-"""Of the tokens that is looked at, those that differ least: what a single token attends to may tip over by rounding
-alone (seen in one of 16 tokens of SmolLM2 in bfloat16, compiled and not)."""
+"""Quantile over tokens that is compared. Rounding alone can change what a single token attends to (measured in one of
+16 tokens of SmolLM2 in bfloat16, compiled against not compiled), so the tokens that differ most are ignored."""
 
 _MOST = 0.3
-"""However deep: KV that has nothing in common with the canary's differs by about 1.4."""
+"""Largest tolerance at any depth. Unrelated KV differs by about 1.4."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeKV:
-    """What a model made of the probe, in host memory: keys before RoPE and values of the Sample of its ModelSpec,
+    """A model's KV of the probe, in host memory: keys before RoPE and values of the Sample of its ModelSpec,
     `[layers, kv_heads, tokens, head_dim]` in the model's dtype."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
     def to_bytes(self, spec: ModelSpec, probe: Probe) -> bytes:
-        """Raises CanaryError for KV of another shape or dtype, and for values that are not finite."""
+        """Serialises the KV. Raises CanaryError for another shape or dtype, and for values that are not finite."""
         shape = _shape(spec)
         for part in (self.keys, self.values):
             if tuple(part.shape) != shape or part.dtype != spec.dtype.torch:
@@ -55,8 +55,7 @@ class ProbeKV:
 
 
 def read_probe_kv(data: bytes, spec: ModelSpec) -> tuple[Probe, ProbeKV]:
-    """What `to_bytes` wrote; the tensors are views of `data`. Raises CanaryError for anything that is not a sketch of
-    this model."""
+    """Inverse of `to_bytes`. Raises CanaryError for bytes that are not a sketch of this model."""
     header, body = read_sketch(data)
     wanted = spec.digest, spec.dtype, _shape(spec)
     if (header.model_digest, header.dtype, header.shape) != wanted:
@@ -70,11 +69,11 @@ def read_probe_kv(data: bytes, spec: ModelSpec) -> tuple[Probe, ProbeKV]:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The layer, and which half of its KV, that differs most in terms of what is tolerated there."""
+    """Result of a comparison: the layer, and its keys or values, with the largest difference relative to tolerance."""
 
     difference: float
-    """Root mean square of a token's difference, as a share of how much the side that varies less varies over the
-    probe's tokens; three quarters of the tokens differ by less."""
+    """Upper quartile over tokens of the root mean square difference of a token, divided by the standard deviation over
+    the probe's tokens of the side that varies less."""
     tolerance: float
     layer: int
     kind: Literal["keys", "values"]
@@ -91,7 +90,7 @@ class Comparison:
 
 
 def compare(own: ProbeKV, kept: ProbeKV, spec: ModelSpec) -> Comparison:
-    """Both are of the same probe and of this model."""
+    """Compares two workers' KV of one probe and one model, layer by layer."""
     worst: Comparison | None = None
     halves: tuple[tuple[Literal["keys", "values"], torch.Tensor, torch.Tensor], ...] = (
         ("keys", own.keys, kept.keys),
@@ -109,16 +108,16 @@ def compare(own: ProbeKV, kept: ProbeKV, spec: ModelSpec) -> Comparison:
 
 
 def tolerance(dtype: KVDtype, layer: int) -> float:
-    """The greatest `Comparison.difference` that rounding explains in a layer."""
+    """The largest `Comparison.difference` of a layer that rounding can cause."""
     return _FIRST_LAYER[dtype] if layer == 0 else min(_LATER_LAYERS[dtype] * layer**0.5, _MOST)
 
 
 def _difference(mine: torch.Tensor, kept: torch.Tensor) -> float:
-    """`[kv_heads, tokens, head_dim]` each. What rounding each value once explains is no difference. Infinite where
-    either is not finite.
+    """Difference of one layer's keys or values, `[kv_heads, tokens, head_dim]` each. The part that one rounding of each
+    value explains is subtracted. Infinite if either side is not finite.
 
-    The scale is that of the side that varies less. So a kept sketch cannot stretch it beyond what this worker computes,
-    not even by the few tokens that may differ at will.
+    The scale is the standard deviation of the side that varies less. So a stored sketch cannot raise the scale beyond
+    that of this worker's KV, not even with the tokens above the quantile, which may differ by any amount.
     """
     rounding = torch.finfo(kept.dtype).eps / 2
     mine, kept = mine.double(), kept.double()
@@ -131,7 +130,7 @@ def _difference(mine: torch.Tensor, kept: torch.Tensor) -> float:
 
 
 def _centred(kv: torch.Tensor) -> torch.Tensor:
-    """Keys may have means of a hundred times what they vary by: the means are no part of the scale."""
+    """`kv` without its mean over tokens. Keys may have means of a hundred standard deviations."""
     return kv - kv.mean(1, keepdim=True) if kv.shape[1] > 1 else kv
 
 

@@ -1,4 +1,4 @@
-"""The fixed text, and which part of its KV is kept."""
+"""The fixed probe text, and the part of its KV that the canary keeps."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ MAX_LENGTH = 1 << 31
 _DOMAIN = b"kvstore.canary.probe.v1"
 _MOST_TOKENS = 16
 _MAX_KV_BYTES = 4 << 20
-"""KV that a sketch holds at most. A model of 70 billion parameters with 8 KV heads keeps 12 tokens of 320 KiB each."""
+"""Most KV bytes in a sketch. A model of 70 billion parameters and 8 KV heads keeps 12 tokens of 320 KiB each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A text of `TOKENS` token ids: the first `NEAR_TOKENS` at the positions from 0 on, the others spread evenly from
-    there to the last position below `length`. Most of what the spread ones attend to is far away, so an error in RoPE's
-    frequencies, which grows with the distance, shows in every layer but the first.
+    """A text of `TOKENS` token ids. The first `NEAR_TOKENS` are at the positions from 0 on. The others are spread
+    evenly from there to position `length` - 1. The spread tokens attend mostly to distant tokens, so an error in RoPE's
+    frequencies, which grows with distance, shows in every layer but the first.
 
-    The ids are drawn from the whole `vocabulary` by blake3, so they are the same in every process. Raises CanaryError
-    for numbers that no model has.
+    blake3 draws the ids from the whole `vocabulary`, so they are the same in every process. Raises CanaryError for
+    numbers that no model has.
     """
 
     vocabulary: int
@@ -43,19 +43,19 @@ class Probe:
 
     @classmethod
     def reaching(cls, vocabulary: int, longest_text: int) -> Probe:
-        """A probe as long as the longest text of a model, in positions, and at least `TOKENS` long."""
+        """A probe that spans the positions of a model's longest text, and at least `TOKENS` positions."""
         return cls(vocabulary, max(TOKENS, longest_text))
 
     def __str__(self) -> str:
         return f"a text from {self.vocabulary} token ids over {self.length} positions"
 
     def token_ids(self) -> npt.NDArray[np.int64]:
-        """`[TOKENS]`"""
+        """The token ids, `[TOKENS]`."""
         drawn = np.frombuffer(blake3(_DOMAIN).digest(length=8 * TOKENS), "<u8")
         return (drawn % np.uint64(self.vocabulary)).astype(np.int64)
 
     def positions(self) -> npt.NDArray[np.int64]:
-        """`[TOKENS]`, ascending."""
+        """The positions of the tokens, `[TOKENS]`, ascending."""
         steps = np.arange(1, SPREAD_TOKENS + 1, dtype=np.int64)
         spread = NEAR_TOKENS - 1 + steps * (self.length - NEAR_TOKENS) // SPREAD_TOKENS
         return np.concatenate((np.arange(NEAR_TOKENS, dtype=np.int64), spread))
@@ -63,16 +63,16 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The part of the probe's KV that is kept: whole tokens of these layers, all heads and dimensions."""
+    """The part of the probe's KV that the canary keeps: these tokens of these layers, all heads and dimensions."""
 
     layers: tuple[int, ...]
     tokens: tuple[int, ...]
-    """Indices into the probe, evenly spaced; the last one is its last token."""
+    """Evenly spaced indices into the probe. The last one is its last token."""
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Sample:
-        """As much as fits into a few MB: up to 16 tokens of every layer, and where not even one token fits, one token
-        of every n-th layer, the last layer among them. Raises CanaryError for a layer that does not fit either."""
+        """The sample of a model, as much as fits into 4 MiB: up to 16 tokens of every layer. If not even one token
+        fits, one token of every n-th layer, including the last. Raises CanaryError if one layer does not fit."""
         stride = -(-spec.kv_bytes_per_token // _MAX_KV_BYTES)
         layers = tuple(range(spec.layers - 1, -1, -stride))[::-1]
         token_bytes = len(layers) * (spec.kv_bytes_per_token // spec.layers)

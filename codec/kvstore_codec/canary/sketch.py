@@ -1,10 +1,10 @@
-"""The kept KV as bytes.
+"""Byte format of the KV of a canary (a sketch).
 
     magic "KVK\\0" | version u16 | header length u32 | header (msgpack) | keys | values | xxh3_64 of all that, u64
 
 All numbers are little-endian. Keys (before RoPE) and values are `[layers, kv_heads, tokens, head_dim]`, as in a chunk.
-A reader compares every length with the bytes that are there before it uses it. Needs no torch: the coordinator checks
-what it is given, too.
+A reader checks every length against the available bytes before it uses it. This module does not import torch, because
+the coordinator also checks sketches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvstore_codec.model_spec import KVDtype
 
 VERSION = 1
 MAX_SKETCH_BYTES = (4 << 20) + 4096
-"""Fits into one gRPC message of the service."""
+"""Small enough for one gRPC message of the service."""
 
 _MAGIC = b"KVK\0"
 _PREFIX = struct.Struct("<4sHI")
@@ -33,13 +33,13 @@ _CHECKSUM = struct.Struct("<Q")
 _MAX_HEADER_BYTES = 1024
 _MAX_DIMENSION = 1 << 20
 _LARGEST = {KVDtype.FLOAT32: 147 << 23, KVDtype.BFLOAT16: 147 << 7, KVDtype.FLOAT16: 0x7BFF}
-"""Bits of 2^20, in float16 of its largest number. KV comes out of a norm and a product, and biases reach some hundreds.
-"""
+"""Bits of the largest allowed magnitude: 2^20, in float16 its largest number. KV is the product of normed values, and
+biases reach some hundreds."""
 
 
 @dataclass(frozen=True, slots=True)
 class SketchHeader:
-    """What a sketch is of. `shape` is that of its keys, and of its values."""
+    """Header of a sketch. `shape` is the shape of its keys and of its values."""
 
     model_digest: bytes
     probe: Probe
@@ -48,12 +48,12 @@ class SketchHeader:
 
     @property
     def body_bytes(self) -> int:
-        """Of keys and values together."""
+        """Size of keys and values together, in bytes."""
         return 2 * math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_sketch(header: SketchHeader, body: bytes) -> bytes:
-    """`body` holds keys, then values. Raises CanaryError when it is not of that shape, or too large."""
+    """Serialises a sketch. `body` holds keys, then values. Raises CanaryError for another or a too large size."""
     fields = {
         "model": header.model_digest,
         "vocabulary": header.probe.vocabulary,
@@ -71,12 +71,12 @@ def write_sketch(header: SketchHeader, body: bytes) -> bytes:
 
 
 def read_sketch_header(data: bytes) -> SketchHeader:
-    """Checks all of `data`. Raises CanaryError unless it is a whole sketch."""
+    """Verifies all of `data` and returns its header. Raises CanaryError if it is not a whole sketch."""
     return read_sketch(data)[0]
 
 
 def read_sketch(data: bytes) -> tuple[SketchHeader, memoryview]:
-    """The header, and a view of keys and values. Raises CanaryError unless `data` is a whole sketch."""
+    """The header, and a view of keys and values. Raises CanaryError if `data` is not a whole sketch."""
     view = memoryview(data)
     if not _PREFIX.size + _CHECKSUM.size <= len(view) <= MAX_SKETCH_BYTES:
         raise CanaryError(f"{len(view)} bytes are not the KV of a probe; at most {MAX_SKETCH_BYTES} are")
@@ -105,13 +105,13 @@ def read_sketch(data: bytes) -> tuple[SketchHeader, memoryview]:
 
 
 def _require_plausible(body: bytes | memoryview, dtype: KVDtype) -> None:
-    """Raises CanaryError for NaN, infinity and numbers that are no KV. Without their sign, floats are ordered as the
-    integers of the same bits are."""
+    """Raises CanaryError for NaN, infinity and numbers too large for KV. Without the sign bit, floats have the same
+    order as the integers of the same bits."""
     bits = np.frombuffer(body, f"<u{dtype.itemsize}")
     magnitudes = bits & bits.dtype.type((1 << (8 * dtype.itemsize - 1)) - 1)
     if magnitudes.max() > _LARGEST[dtype]:
         raise CanaryError(
-            "a canary holds NaN, infinity or numbers beyond 2^20, which no model computes as KV"
+            "a canary contains NaN, infinity or numbers beyond 2^20, which no model computes as KV"
         )
 
 
@@ -119,6 +119,8 @@ def _parse(fields: Any) -> SketchHeader:
     require_digest("the model digest", fields["model"])
     shape = tuple(fields["shape"])
     if len(shape) != 4 or not all(type(size) is int and 1 <= size <= _MAX_DIMENSION for size in shape):
-        raise CanaryError("a canary's KV has four dimensions, each of a sensible size")
+        raise CanaryError(
+            f"a canary's KV must have four dimensions of 1 to {_MAX_DIMENSION}, not {str(shape)[:100]}"
+        )
     probe = Probe(fields["vocabulary"], fields["length"])
     return SketchHeader(fields["model"], probe, KVDtype(fields["dtype"]), shape)

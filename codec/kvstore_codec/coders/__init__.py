@@ -1,4 +1,4 @@
-"""Coders by name. A coder's module, and the library behind it, is imported when it is first used."""
+"""Registry of coders by name. A coder's module, and the library that it uses, is imported on first use."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _CODERS = {
 
 @functools.cache
 def coder(name: str) -> Coder:
-    """Raises UnknownEncodingError for a name that does not exist, CoderUnavailableError, with the reason,
-    for a coder that cannot run on this machine."""
+    """The coder of this name. Raises UnknownEncodingError for an unknown name, and CoderUnavailableError, with the
+    reason, for a coder that cannot run on this machine."""
     if name not in _CODERS:
         raise UnknownEncodingError(f"there is no coder {name!r}; known are {', '.join(_CODERS)}")
     module, _, class_name = _CODERS[name].partition(":")
@@ -36,14 +36,14 @@ def coder(name: str) -> Coder:
 
 
 def decoder(name: str) -> Coder:
-    """What reads the bytes of coder `name` on this machine: streams of NVENC are plain HEVC."""
+    """The coder that decodes the output of coder `name` on this machine. NVENC writes plain HEVC, which any decodes."""
     if name != "hevc-nvenc":
         return coder(name)
     return coder("hevc-cpu" if availability("hevc-nvdec") else "hevc-nvdec")
 
 
 def availability(name: str) -> str | None:
-    """Why the coder cannot run on this machine; None when it can."""
+    """The reason why the coder cannot run on this machine; None if it can."""
     try:
         coder(name)
     except CoderUnavailableError as error:

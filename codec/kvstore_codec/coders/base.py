@@ -1,4 +1,4 @@
-"""The contract of a coder: it turns planes of 8-bit samples into bytes and back, and knows nothing of KV."""
+"""Interface of a coder. A coder turns planes of 8-bit samples into bytes and back; it does not depend on KV."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Data = bytes | bytearray | memoryview
 
 
 class Coder(ABC):
-    """Lossless. One instance serves all threads; what is not thread-safe inside is kept per thread."""
+    """Lossless coder. All threads share one instance; state that is not thread-safe is kept per thread."""
 
     @abstractmethod
     def encode(self, plane: Plane) -> bytes:
-        """`plane` is C-contiguous, [rows, cols]. Each call stands alone: no state passes between planes."""
+        """Codes `plane`, C-contiguous [rows, cols]. Calls are independent: no state passes between planes."""
 
     @abstractmethod
     def decode(self, data: Data, out: Plane) -> None:
-        """Fills `out`, C-contiguous [rows, cols], with the plane that `data` was made from.
+        """Fills `out`, C-contiguous [rows, cols], with the plane that was coded as `data`.
 
-        Allocates in proportion to `out`, never to what `data` claims, and gives up the GIL while it works.
-        Raises ChunkFormatError when `data` cannot be such a plane.
+        Allocates memory in proportion to `out`, never to a size that `data` claims. Releases the GIL while it works.
+        Raises ChunkFormatError if `data` is not a plane of this shape.
         """

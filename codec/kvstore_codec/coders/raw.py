@@ -1,4 +1,4 @@
-"""No compression: for links that outrun every decoder."""
+"""Coder without compression, for links that are faster than every decoder."""
 
 from __future__ import annotations
 

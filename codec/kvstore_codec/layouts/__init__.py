@@ -1,1 +1,1 @@
-"""How integers of KV are laid out as pictures."""
+"""Layouts of quantised KV as pictures."""

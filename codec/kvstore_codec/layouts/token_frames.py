@@ -1,11 +1,11 @@
-"""KVFetcher's layout: a token is a tile, three layers are the planes of 4:4:4, neighbouring tokens are
-neighbouring pictures.
+"""KVFetcher's picture layout: a token is a tile, three layers are the planes of 4:4:4, and consecutive tokens are in
+consecutive pictures.
 
-The heads x head_dim integers of one token and layer become a rectangle, the tile: heads in rows and columns, each
-head's dimensions in rows and columns of its own, nothing reordered. Which split is best depends on the model and is
-found by search, once for a model's shape. Token t stands in picture t % pictures at place t // pictures of its grid, so
-inter prediction finds the token before at the same place. How many tiles a picture has is the resolution: fewer, larger
-pictures or more, smaller ones, with the same integers.
+The heads x head_dim integers of one token and layer form a rectangle, the tile. Heads are arranged in rows and columns,
+and each head's dimensions in rows and columns within it, without reordering. The best arrangement depends on the model
+and is searched for once per model shape. Token t is in picture t % pictures, at place t // pictures of its grid, so
+inter prediction finds the previous token at the same place. The resolution is the number of tiles in a picture: fewer,
+larger pictures or more, smaller ones, with the same integers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TILING = struct.Struct("<HH")  # head rows, dimension rows
 
 
 class Resolution(Enum):
-    """The largest picture, (width, height), that tiles are gathered into; a single tile may be larger."""
+    """Largest size of a picture of several tiles, (width, height). A picture of one tile may be larger."""
 
     P144 = (256, 144)
     P240 = (426, 240)
@@ -58,7 +58,7 @@ class Tiling:
 
 
 def tilings(kv_heads: int, head_dim: int) -> list[Tiling]:
-    """Every way to make a tile of so many heads and dimensions."""
+    """All possible tilings for `kv_heads` heads of `head_dim` dimensions."""
     return [
         Tiling(head_rows, kv_heads // head_rows, dim_rows, head_dim // dim_rows)
         for head_rows in _divisors(kv_heads)
@@ -68,9 +68,9 @@ def tilings(kv_heads: int, head_dim: int) -> list[Tiling]:
 
 @dataclass(frozen=True, slots=True)
 class TokenFrames:
-    """The layout of samples of shape [layers, kv_heads, tokens, head_dim].
+    """Layout of samples of `shape`, [layers, kv_heads, tokens, head_dim], as pictures.
 
-    Raises InvalidKVError for a tiling that does not make a tile of kv_heads x head_dim.
+    Raises InvalidKVError for a tiling that does not cover kv_heads x head_dim.
     """
 
     shape: tuple[int, int, int, int]
@@ -82,11 +82,11 @@ class TokenFrames:
         tiling = self.tiling
         made = tiling.head_rows * tiling.head_cols, tiling.dim_rows * tiling.dim_cols
         if min(self.shape) < 1 or made != (kv_heads, head_dim):
-            raise InvalidKVError(f"{tiling} makes no tile of samples of shape {self.shape}")
+            raise InvalidKVError(f"{tiling} does not tile samples of shape {self.shape}")
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of tiles in a picture; not more than the tokens fill."""
+        """Rows and columns of tiles in a picture, no more than the tokens fill."""
         width, height = self.resolution.value
         tokens = self.shape[2]
         cols = min(max(1, width // self.tiling.width), tokens)
@@ -94,13 +94,13 @@ class TokenFrames:
 
     @property
     def pictures_per_group(self) -> int:
-        """Pictures that hold all tokens of three layers."""
+        """Number of pictures for all tokens of three layers (a group)."""
         rows, cols = self.grid
         return -(-self.shape[2] // (rows * cols))
 
     @property
     def pictures_shape(self) -> tuple[int, int, int, int]:
-        """[pictures, 3, height, width]: group by group of three layers, in each the pictures in order."""
+        """[pictures, 3, height, width], ordered by group of three layers, then by picture within the group."""
         rows, cols = self.grid
         groups = -(-self.shape[0] // LAYERS_PER_PICTURE)
         return (
@@ -111,11 +111,11 @@ class TokenFrames:
         )
 
     def encode(self, samples: Samples, coder: HevcCoder, prediction: Prediction = Prediction.INTRA) -> bytes:
-        """`samples` is of `shape`."""
+        """Codes `samples`, which has the layout's `shape`."""
         return coder.encode_pictures(self.pictures(samples), prediction)
 
     def decode(self, data: Data, coder: HevcCoder, out: Samples) -> None:
-        """Fills `out`, of `shape`. Raises ChunkFormatError when `data` cannot be pictures of such samples."""
+        """Fills `out`, which has the layout's `shape`. Raises ChunkFormatError if `data` is not such samples."""
         self._require_shape(out)
         pictures = np.empty(self.pictures_shape, np.uint8)
         coder.decode_pictures(data, pictures)
@@ -123,7 +123,7 @@ class TokenFrames:
             tokens[...] = place
 
     def pictures(self, samples: Samples) -> Pictures:
-        """Pictures of `samples`; what no token fills, and the planes of missing layers, are padding."""
+        """Pictures of `samples`. Places without a token and planes without a layer are padding."""
         self._require_shape(samples)
         pictures = np.full(self.pictures_shape, PADDING, np.uint8)
         for place, tokens in self._places(pictures, samples):
@@ -135,8 +135,8 @@ class TokenFrames:
             raise InvalidKVError(f"{samples.dtype} {samples.shape} instead of uint8 {self.shape}")
 
     def _places(self, pictures: Pictures, samples: Samples) -> Iterator[tuple[Pictures, Samples]]:
-        """Views of equal shape, [pictures, layers, head_rows, dim_rows, head_cols, dim_cols]: one place of the grid
-        in the pictures of one group, and the tokens that belong there."""
+        """Pairs of views of equal shape, [pictures, layers, head_rows, dim_rows, head_cols, dim_cols]: one place of the
+        grid in all pictures of a group, and the tokens at that place."""
         layers, _, tokens, _ = self.shape
         tiling, per_group, (_, cols) = self.tiling, self.pictures_per_group, self.grid
         heads = tiling.head_rows, tiling.head_cols
@@ -159,10 +159,10 @@ class TokenFrames:
 
 
 def encode_token_frames(samples: Samples, coder: HevcCoder) -> bytes:
-    """`samples` is [layers, kv_heads, tokens, head_dim]; the bytes say how they are tiled.
+    """Codes `samples`, [layers, kv_heads, tokens, head_dim]. The result begins with the tiling.
 
-    All tokens go into one picture if a resolution has room for them. The tiling is searched for with the first samples
-    of their heads and dimensions that this process sees.
+    All tokens are put into one picture if a resolution has room for them. The tiling is searched for once per process
+    and shape, on the first samples with that number of heads and dimensions.
     """
     shape = _shape(samples)
     key = shape[1], shape[3]
@@ -175,13 +175,15 @@ def encode_token_frames(samples: Samples, coder: HevcCoder) -> bytes:
 
 
 def decode_token_frames(data: memoryview, coder: HevcCoder, out: Samples) -> None:
-    """The inverse. Raises ChunkFormatError when `data` cannot be such samples."""
+    """Inverse of `encode_token_frames`: fills `out`. Raises ChunkFormatError if `data` is not such samples."""
     shape = _shape(out)
     if data.nbytes < _TILING.size:
-        raise ChunkFormatError("token frames without a tiling")
+        raise ChunkFormatError("token frames lack their tiling")
     head_rows, dim_rows = _TILING.unpack_from(data)
     if not head_rows or not dim_rows or shape[1] % head_rows or shape[3] % dim_rows:
-        raise ChunkFormatError(f"{head_rows} and {dim_rows} rows tile no {shape[1]} heads of {shape[3]}")
+        raise ChunkFormatError(
+            f"{head_rows} head rows and {dim_rows} dimension rows do not tile {shape[1]} heads of {shape[3]}"
+        )
     tiling = Tiling(head_rows, shape[1] // head_rows, dim_rows, shape[3] // dim_rows)
     TokenFrames(shape, tiling, _resolution(shape, tiling)).decode(data[_TILING.size :], coder, out)
 
@@ -191,7 +193,7 @@ _SEARCH_TOKENS = 32
 
 
 def _resolution(shape: tuple[int, int, int, int], tiling: Tiling) -> Resolution:
-    """The smallest whose picture has room for all tokens, or the largest."""
+    """The smallest resolution whose picture has room for all tokens, or the largest if none has."""
     for resolution in Resolution:
         if TokenFrames(shape, tiling, resolution).pictures_per_group == 1:
             return resolution
@@ -204,8 +206,8 @@ def search_tiling(
     resolution: Resolution = Resolution.P240,
     prediction: Prediction = Prediction.INTRA,
 ) -> Tiling:
-    """The tiling that codes `samples`, [layers, kv_heads, tokens, head_dim], smallest; every one is tried, so a few
-    dozen tokens are enough to ask for."""
+    """The tiling that codes `samples`, [layers, kv_heads, tokens, head_dim], in the fewest bytes. It tries every
+    tiling, so pass only a few dozen tokens."""
     shape = _shape(samples)
     return min(
         tilings(shape[1], shape[3]),

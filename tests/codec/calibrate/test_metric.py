@@ -77,7 +77,7 @@ def test_bad_statistics_are_refused() -> None:
         metric(torch.tensor([[1.0, torch.nan], [1.0, 1.0]]))
     with pytest.raises(CalibrationError, match="not finite"):
         error_metric(covariances(0) * torch.inf, covariances(1), torch.ones(2, 2), FREQUENCIES.expand(2, -1))
-    with pytest.raises(CalibrationError, match="RoPE turns"):
+    with pytest.raises(CalibrationError, match="RoPE rotates"):
         metric(frequencies=torch.ones(DIM))
     with pytest.raises(CalibrationError, match="positive definite"):
         square_root(-torch.eye(3))

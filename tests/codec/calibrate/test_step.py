@@ -58,5 +58,5 @@ def test_measurements_are_limited_and_the_closest_is_taken() -> None:
 def test_nonsense_is_refused() -> None:
     with pytest.raises(CalibrationError, match="NaN"):
         find_step(lambda _: math.nan, 0.02, start=1.0, largest=10.0)
-    with pytest.raises(CalibrationError, match="no step"):
+    with pytest.raises(CalibrationError, match="cannot search for a step"):
         find_step(lambda _: 1.0, 0.02, start=0.0, largest=0.0)

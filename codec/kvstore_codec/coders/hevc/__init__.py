@@ -1,1 +1,1 @@
-"""Lossless HEVC, in software and on NVIDIA's engines. A stream does not tell who made it."""
+"""Lossless HEVC, in software and on NVIDIA's engines. A stream does not record its encoder."""

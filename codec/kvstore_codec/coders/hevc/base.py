@@ -1,4 +1,4 @@
-"""The contract of an HEVC coder: pictures in, one stream out, and the planes of `Coder` folded into pictures."""
+"""Interface of an HEVC coder. It codes pictures as one stream, and folds the planes of `Coder` into pictures."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from kvstore_codec.coders.hevc.pictures import Fold, Pictures
 
 
 class Prediction(Enum):
-    """INTRA: every picture stands alone (IDR). INTER: every picture but the first may point at the one before."""
+    """INTRA: every picture is independent (IDR). INTER: every picture but the first may refer to the previous one."""
 
     INTRA = "intra"
     INTER = "inter"
 
 
 class HevcCoder(Coder):
-    """A stream is raw Annex-B of exactly VPS, SPS, PPS and then slices, so that any HEVC decoder that takes its
-    chroma format reads it without having seen another one. Pictures of three planes are 4:4:4; those of one
-    plane are monochrome or 4:2:0 with constant chroma, and decoders take both."""
+    """Coder of raw Annex-B streams. A stream is exactly VPS, SPS, PPS and then slices, so any HEVC decoder that
+    supports the chroma format decodes it without any other stream. Pictures with three planes are 4:4:4. Pictures with
+    one plane are monochrome or 4:2:0 with constant chroma; `decoded` accepts both."""
 
     @abstractmethod
     def encode_pictures(self, pictures: Pictures, prediction: Prediction = Prediction.INTRA) -> bytes:
-        """`pictures` is [count, planes, height, width], any strides."""
+        """Codes `pictures`, [count, planes, height, width] with any strides, as one stream."""
 
     @abstractmethod
     def decoded(self, data: Data, shape: tuple[int, int, int, int]) -> Iterator[list[Plane]]:
-        """Decodes `data` as pictures of `shape`, [count, planes, height, width]: yields the planes of each,
-        [height, width or more], valid until the next one is asked for.
+        """Decodes `data` as pictures of `shape`, [count, planes, height, width]. Yields the planes of each picture,
+        [height, width or more], which are valid until the next picture is requested.
 
-        Exactly `count` of them, or ChunkFormatError.
+        Yields exactly `count` pictures, or raises ChunkFormatError.
         """
 
     def decode_pictures(self, data: Data, out: Pictures) -> None:
-        """Fills `out`, [count, planes, height, width], any strides. Raises ChunkFormatError when `data` cannot
-        be such pictures; `out` may then hold the first of them."""
+        """Fills `out`, [count, planes, height, width] with any strides. Raises ChunkFormatError if `data` does not
+        hold such pictures; `out` may then contain the first of them."""
         count, planes, height, width = out.shape
         for picture, decoded in zip(out, self.decoded(data, (count, planes, height, width)), strict=True):
             for into, samples in zip(picture, decoded, strict=True):
@@ -52,7 +52,7 @@ class HevcCoder(Coder):
             fold.unfold(picture, out)
 
 
-# What one plane becomes when it is encoded on its own: without chroma it is smallest.
+# Chroma format by number of planes. For one plane, a stream without chroma is smallest.
 MONOCHROME_OR_FULL = {1: Chroma.MONOCHROME, 3: Chroma.FULL}
-# 4:2:0 is what every hardware decoder reads.
+# The same for hardware decoders, all of which support 4:2:0.
 QUARTER_OR_FULL = {1: Chroma.QUARTER, 3: Chroma.FULL}

@@ -1,5 +1,5 @@
-"""Just enough of the HEVC bitstream (ITU-T H.265) to know, before a decoder allocates anything, that some
-bytes are so many pictures of an expected size, and where each begins."""
+"""Minimal parser of HEVC bitstreams (ITU-T H.265). Before a decoder allocates memory, it checks that the bytes are the
+expected number of pictures of the expected size, and finds the start of each picture."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _SPS_BYTES_READ = 96
 
 
 class Chroma(IntEnum):
-    """chroma_format_idc, table 6-1: no chroma; two planes of half the sides, which hold nothing here; three
-    equal planes."""
+    """chroma_format_idc, table 6-1: no chroma; two chroma planes of half the width and height, which hold no samples
+    here; three planes of equal size."""
 
     MONOCHROME = 0
     QUARTER = 1
@@ -36,25 +36,26 @@ class Chroma(IntEnum):
 
     @property
     def planes(self) -> int:
-        """Planes that hold samples."""
+        """Number of planes that hold samples."""
         return 3 if self is Chroma.FULL else 1
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """The pictures of a stream in coding order, parameter sets with the first: what decoders call packets."""
+    """A parsed stream: its pictures in coding order, as the packets that decoders take."""
 
     chroma: Chroma
     parameter_sets: bytes
-    """VPS, SPS and PPS. A decoder that cannot read one of them goes on with that of an earlier stream: only a decoder
-    that has read the same ones before, or none, decodes the clip as its bytes say."""
+    """VPS, SPS and PPS. A decoder that cannot read one of them continues with that of an earlier stream. So only a new
+    decoder, or one that has read the same parameter sets, decodes the clip correctly."""
     packets: list[memoryview]
+    """One per picture; the first one includes the parameter sets."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A NAL unit (7.3.1.2): its nal_unit_type, nuh_layer_id, nuh_temporal_id_plus1, where it starts (its start
-    code) and what follows its header, emulation prevention included."""
+    """A NAL unit (7.3.1.2): nal_unit_type, nuh_layer_id, nuh_temporal_id_plus1, the offset of its start code, and the
+    bytes after its header, emulation prevention included."""
 
     kind: int
     layer: int
@@ -64,9 +65,9 @@ class Unit:
 
 
 def read_clip(data: Data, shape: tuple[int, int, int, int]) -> Clip:
-    """Raises ChunkFormatError unless `data` is an Annex-B stream of one set of VPS, SPS and PPS and then
-    pictures of `shape`, [count, planes, height, width], in 8 bits, the first of them IDR, the others IDR or
-    trailing ones."""
+    """Parses an Annex-B stream: one set of VPS, SPS and PPS, then 8-bit pictures of `shape`,
+    [count, planes, height, width], the first of them IDR, the others IDR or trailing. Raises ChunkFormatError for
+    anything else."""
     count, planes, height, width = shape
     chroma: Chroma | None = None
     starts: list[int] = []
@@ -75,21 +76,21 @@ def read_clip(data: Data, shape: tuple[int, int, int, int]) -> Clip:
         if (unit.layer, unit.temporal_plus1) != (0, 1) or unit.kind not in expected:
             raise ChunkFormatError(
                 f"HEVC unit {position} is of kind {unit.kind}, layer {unit.layer}, time layer "
-                f"{unit.temporal_plus1 - 1}; a frame is parameter sets and pictures of one layer"
+                f"{unit.temporal_plus1 - 1}; a frame has parameter sets and pictures of one layer only"
             )
         if unit.kind == _SPS:
             chroma = _read_sps(unit.payload, planes, width, height)
         elif unit.kind not in PARAMETER_SETS and _opens_picture(unit):
             starts.append(unit.start)
     if chroma is None or len(starts) != count:
-        raise ChunkFormatError(f"an HEVC frame of {len(starts)} pictures instead of {count}")
+        raise ChunkFormatError(f"an HEVC frame has {len(starts)} pictures instead of {count}")
     view = memoryview(data)
     edges = [0, *starts[1:], len(view)]
     return Clip(chroma, bytes(view[: starts[0]]), [view[edge:end] for edge, end in itertools.pairwise(edges)])
 
 
 def nal_units(data: Data) -> Iterator[Unit]:
-    """Raises ChunkFormatError at a unit that is too short to have a header."""
+    """The NAL units of a stream. Raises ChunkFormatError for a unit that is too short for a header."""
     view = memoryview(data)
     edges = itertools.chain((match.start() for match in _START_CODE.finditer(view)), (len(view),))
     for edge, end in itertools.pairwise(edges):
@@ -102,12 +103,12 @@ def nal_units(data: Data) -> Iterator[Unit]:
 
 
 def _opens_picture(unit: Unit) -> bool:
-    """first_slice_segment_in_pic_flag (7.3.6.1)"""
+    """Whether first_slice_segment_in_pic_flag (7.3.6.1) is set."""
     return bool(unit.payload) and bool(unit.payload[0] >> 7)
 
 
 def _read_sps(sps: memoryview, planes: int, width: int, height: int) -> Chroma:
-    """Raises ChunkFormatError unless a sequence parameter set (7.3.2.2.1) announces such pictures."""
+    """Chroma format of a sequence parameter set (7.3.2.2.1). Raises ChunkFormatError if it announces other pictures."""
     bits = _Bits(bytes(sps[:_SPS_BYTES_READ]).replace(b"\0\0\3", b"\0\0"))
     bits.take(4)  # sps_video_parameter_set_id
     if bits.take(3):  # sps_max_sub_layers_minus1
@@ -118,7 +119,7 @@ def _read_sps(sps: memoryview, planes: int, width: int, height: int) -> Chroma:
     chroma_format_idc = bits.take_golomb()
     if chroma_format_idc not in tuple(Chroma) or (chroma := Chroma(chroma_format_idc)).planes != planes:
         raise ChunkFormatError(
-            f"an HEVC picture in chroma format {chroma_format_idc} has not {planes} planes"
+            f"an HEVC picture in chroma format {chroma_format_idc} does not have {planes} planes"
         )
     if chroma is Chroma.FULL and bits.take(1):  # separate_colour_plane_flag
         raise ChunkFormatError("an HEVC picture whose colours are coded as three pictures is not a frame")
@@ -139,7 +140,7 @@ def _read_sps(sps: memoryview, planes: int, width: int, height: int) -> Chroma:
 
 
 class _Bits:
-    """Reads from the most significant bit on. Raises ChunkFormatError past the end."""
+    """Bit reader, most significant bit first. Raises ChunkFormatError past the end."""
 
     def __init__(self, data: bytes) -> None:
         self._value = int.from_bytes(data, "big")
@@ -152,7 +153,7 @@ class _Bits:
         return self._value >> self._left & ((1 << count) - 1)
 
     def take_golomb(self) -> int:
-        """ue(v), 9.2"""
+        """An Exp-Golomb code, ue(v) (9.2)."""
         zeros = 0
         while not self.take(1):
             zeros += 1

@@ -21,9 +21,9 @@ _ENCODER, _DECODER = "libx265", "hevc"
 
 _PIXEL_FORMATS = {Chroma.MONOCHROME: "gray", Chroma.QUARTER: "yuv420p", Chroma.FULL: "yuv444p"}
 
-# One picture in, one picture out, in this thread alone. Blocks of 16 encode 1.6x as fast as blocks of 64 and
-# cost .8 % of the size; slower presets take about 4x the time and buy nothing on noise. No filter touches lossless
-# blocks, but while one is enabled x265 writes a flag that changes with the number of the picture.
+# x265 returns each picture at once and uses only the calling thread. Blocks of 16 encode 1.6x as fast as blocks of 64
+# for .8 % more bytes; slower presets take about 4x the time and save nothing on noise. Filters do not change lossless
+# blocks, but with a filter enabled x265 writes a flag that depends on the number of the picture.
 _X265_PARAMETERS = ":".join(
     (
         "lossless=1",
@@ -34,10 +34,10 @@ _X265_PARAMETERS = ":".join(
         "log-level=none",
     )
 )
-# INTER: a stream begins where IDR is forced and nowhere else.
+# With INTER, a stream begins only where an IDR picture is forced.
 _KEYINT = {Prediction.INTRA: "keyint=1", Prediction.INTER: "keyint=-1"}
 _DECODER_OPTIONS = {"err_detect": "explode"}
-# Pictures of KLT frames have as many rows as their text needs: a thread meets a handful of sizes again and again.
+# The height of KLT pictures depends on the text, and a thread sees the same few sizes repeatedly.
 _DECODERS_KEPT = 8
 
 
@@ -72,7 +72,7 @@ class _Format:
 
 
 class _Contexts(threading.local):
-    """One encoder, for pictures of the format this thread last encoded, and decoders by the parameter sets that they
+    """One encoder for the picture format that this thread last encoded, and decoders by the parameter sets that they
     have read, in order of use."""
 
     encoder: Any = None
@@ -83,6 +83,8 @@ class _Contexts(threading.local):
 
 
 class HevcCpuCoder(HevcCoder):
+    """Encodes with libx265 and decodes with FFmpeg."""
+
     _chroma: Mapping[int, Chroma] = MONOCHROME_OR_FULL
 
     def __init__(self) -> None:
@@ -119,13 +121,13 @@ class HevcCpuCoder(HevcCoder):
         clip = read_clip(data, shape)
         wanted = (_PIXEL_FORMATS[clip.chroma], width, height, False)
         decoders = self._contexts.decoders
-        # A decoder that has failed is not used again.
+        # A decoder is put back only after a success: one that failed is not reused.
         decoder = decoders.pop(clip.parameter_sets, None) or _new_decoder()
         seen: list[Any] = []
         for packet in (*clip.packets, None):
             try:
                 frames = decoder.decode(None if packet is None else av.Packet(packet))
-            except MemoryError:  # FFmpeg's is one of its own errors, too, but says nothing of the stream
+            except MemoryError:  # FFmpeg's own is also an FFmpegError, but the stream is not its cause
                 raise
             except av.FFmpegError as error:
                 raise ChunkFormatError(f"the HEVC decoder refuses a picture: {error}") from error
@@ -134,14 +136,14 @@ class HevcCpuCoder(HevcCoder):
                 seen.append(frame)
                 if found != wanted or len(seen) > count:
                     raise ChunkFormatError(
-                        f"the HEVC decoder gave {found} as picture {len(seen)} of {count}, not {wanted}"
+                        f"the HEVC decoder returned {found} as picture {len(seen)} of {count}, not {wanted}"
                     )
                 yield [
                     np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)
                     for plane in frame.planes[:planes]
                 ]
         if len(seen) != count:
-            raise ChunkFormatError(f"the HEVC decoder gave {len(seen)} pictures of {count}")
+            raise ChunkFormatError(f"the HEVC decoder returned {len(seen)} pictures of {count}")
         decoder.flush_buffers()
         _clear(seen)
         decoders[clip.parameter_sets] = decoder
@@ -150,14 +152,14 @@ class HevcCpuCoder(HevcCoder):
 
 
 class HevcCpu420Coder(HevcCpuCoder):
-    """The same, but one plane becomes 4:2:0 with constant chroma, for decoders that do not take monochrome."""
+    """`hevc-cpu`, but codes one plane as 4:2:0 with constant chroma, for decoders without monochrome."""
 
     _chroma = QUARTER_OR_FULL
 
 
 def _clear(pictures: list[Any]) -> None:
-    """FFmpeg decodes into memory of earlier pictures, and leaves it as it was where a damaged picture ends early. So
-    that memory is zero whenever a picture begins, as it is in a new decoder."""
+    """Zeroes the memory of decoded pictures. FFmpeg decodes into the memory of earlier pictures and leaves it unchanged
+    after the point where a damaged picture ends. With zeroed memory, reused decoders behave like new ones."""
     for picture in pictures:
         for plane in picture.planes:
             np.frombuffer(plane, np.uint8)[...] = 0
@@ -171,5 +173,5 @@ def _new_decoder() -> Any:
 
 
 def _without_parameter_sets(coded: bytes) -> bytes:
-    """A picture after the first: those of the first hold for it too."""
+    """`coded` from its first slice on: the parameter sets of the first picture also apply to later ones."""
     return coded[next(unit.start for unit in nal_units(coded) if unit.kind in SLICES) :]

@@ -1,7 +1,7 @@
-"""Lossless HEVC on NVIDIA's engines, through PyNvVideoCodec 2: NVDEC decodes, NVENC encodes where there is one (A100,
-H100, H200 and B200 have none).
+"""Lossless HEVC on NVIDIA's video engines, through PyNvVideoCodec 2. NVDEC decodes. NVENC encodes on GPUs that have it
+(A100, H100, H200 and B200 do not).
 
-Not yet run on a GPU: written against the library's documented interface.
+This module has not run on a GPU yet; it follows the library's documentation.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from kvstore_codec.errors import ChunkFormatError, CodecError, CoderUnavailableE
 
 _GPU = 0
 _NAMES = {Chroma.MONOCHROME: "monochrome", Chroma.QUARTER: "4:2:0", Chroma.FULL: "4:4:4"}
-# Sessions on one engine queue behind each other; a second one per engine hides the hand-over.
+# Sessions on one engine run one after another; a second session per engine hides the time between them.
 _SESSIONS_PER_ENGINE = 2
-# A decoder is made for one size, chroma format and parameter sets; this many kinds are kept, the oldest goes first.
+# A decoder has one size, chroma format and set of parameter sets. The last so many kinds are kept.
 _KINDS_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """`decodes`: 8-bit HEVC chroma formats and the largest (width, height) of each; `decode_engines`: how many work
-    side by side; `encodes`: the formats that NVENC codes without loss."""
+    """Video capabilities of a GPU. `decodes`: 8-bit HEVC chroma formats and the largest (width, height) of each.
+    `decode_engines`: number of NVDEC engines. `encodes`: the formats that NVENC codes without loss."""
 
     decodes: dict[Chroma, tuple[int, int]]
     decode_engines: int
@@ -44,15 +44,15 @@ class Capabilities:
 
 @cache
 def capabilities() -> Capabilities:
-    """What this machine's GPU says it can do. Raises CoderUnavailableError without the library or a GPU."""
+    """Capabilities of this machine's GPU. Raises CoderUnavailableError without the library or a GPU."""
     nvc = _library()
     decodes, engines = {}, 0
     for chroma in Chroma:
-        with _raised_as(CoderUnavailableError, "NVDEC does not say what it decodes"):
+        with _raised_as(CoderUnavailableError, "NVDEC does not report what it decodes"):
             caps = nvc.GetDecoderCaps(
                 gpuid=_GPU,
                 codec=nvc.cudaVideoCodec.HEVC,
-                chromaformat=nvc.cudaVideoChromaFormat(int(chroma)),  # numbered as chroma_format_idc is
+                chromaformat=nvc.cudaVideoChromaFormat(int(chroma)),  # same numbers as chroma_format_idc
                 bitdepth=8,
             )
         fits = max(caps.get("width_min", 0), caps.get("height_min", 0)) <= SMALLEST_SIDE
@@ -75,7 +75,7 @@ def capabilities() -> Capabilities:
 
 @cache
 def _library() -> Any:
-    """PyNvVideoCodec. Importing it loads the driver's video libraries, and fails with RuntimeError without them."""
+    """PyNvVideoCodec. Its import loads the driver's video libraries and raises RuntimeError if they are missing."""
     try:
         import PyNvVideoCodec
     except (ImportError, OSError, RuntimeError) as error:
@@ -89,7 +89,7 @@ def _library() -> Any:
 
 @contextlib.contextmanager
 def _raised_as(error_class: type[CodecError], what: str) -> Iterator[None]:
-    """The library raises exceptions of several classes that have no base of their own."""
+    """Maps the library's exceptions, which have no common base class, to `error_class`."""
     try:
         yield
     except Exception as error:
@@ -105,10 +105,10 @@ class _Kind:
 
 
 class _Sessions:
-    """Decoder sessions, each used by one thread at a time; threads beyond their number wait."""
+    """Pool of decoder sessions. One thread uses a session at a time; further threads wait for a free one."""
 
     def __init__(self, number: int) -> None:
-        # Each item holds the session's decoder by kind, in order of use.
+        # Each item maps kinds to the session's decoders, in order of use.
         self._idle: queue.Queue[dict[_Kind, Any]] = queue.LifoQueue()
         for _ in range(number):
             self._idle.put({})
@@ -116,20 +116,20 @@ class _Sessions:
     def decode(self, packets: list[memoryview], kind: _Kind, out: torch.Tensor) -> None:
         """Fills `out`, [count, planes, height, width] on the GPU."""
         decoders = self._idle.get()
-        # A decoder that has failed is not used again.
+        # A decoder is put back only after a success: one that failed is not reused.
         decoder = decoders.pop(kind, None)
         try:
             decoder = decoder or _new_decoder(kind)
             seen = 0
             for data in (*packets, memoryview(b"")):
-                # Surfaces are the decoder's own, and the next call overwrites them.
+                # Surfaces belong to the decoder, and its next call overwrites them.
                 for frame in _decode(decoder, data):
                     if seen < len(out):
                         out[seen].copy_(_planes(frame, kind, out.shape[1]))
                     seen += 1
                 torch.cuda.current_stream(_GPU).synchronize()
             if seen != len(out):
-                raise ChunkFormatError(f"NVDEC gave {seen} pictures of {len(out)}")
+                raise ChunkFormatError(f"NVDEC returned {seen} pictures of {len(out)}")
             decoders[kind] = decoder
             if len(decoders) > _KINDS_KEPT:
                 del decoders[next(iter(decoders))]
@@ -138,7 +138,7 @@ class _Sessions:
 
 
 class NvdecCoder(HevcCoder):
-    """Decodes only; what hevc-cpu or hevc-nvenc encoded."""
+    """Decodes streams of hevc-cpu and hevc-nvenc; does not encode."""
 
     def __init__(self) -> None:
         found = capabilities()
@@ -155,9 +155,9 @@ class NvdecCoder(HevcCoder):
         raise CoderUnavailableError("NVDEC only decodes: encode with hevc-cpu-420 or hevc-nvenc")
 
     def decode_on_gpu(self, data: Data, shape: tuple[int, int, int, int]) -> torch.Tensor:
-        """Pictures of `shape`, [count, planes, height, width], uint8 on the GPU.
+        """Decodes pictures of `shape`, [count, planes, height, width], to uint8 on the GPU.
 
-        Raises ChunkFormatError when `data` cannot be such pictures, CoderUnavailableError for a chroma format or a
+        Raises ChunkFormatError if `data` does not hold such pictures, CoderUnavailableError for a chroma format or
         size that this GPU does not decode.
         """
         clip = read_clip(data, shape)
@@ -178,7 +178,7 @@ class NvdecCoder(HevcCoder):
 
 
 class NvencCoder(NvdecCoder):
-    """Encodes too. One plane becomes 4:2:0 with constant chroma: NVENC has no monochrome."""
+    """Also encodes. It codes one plane as 4:2:0 with constant chroma, because NVENC has no monochrome."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class NvencCoder(NvdecCoder):
                 width,
                 height,
                 surface_format,
-                True,  # pictures come from host memory  # noqa: FBT003
+                True,  # pictures are in host memory  # noqa: FBT003
                 gpu_id=_GPU,
                 codec="hevc",
                 preset="P1",
@@ -222,7 +222,7 @@ class NvencCoder(NvdecCoder):
 
 def _new_decoder(kind: _Kind) -> Any:
     nvc = _library()
-    with _raised_as(CodecError, f"NVDEC opens no session for {kind}"):
+    with _raised_as(CodecError, f"NVDEC cannot open a session for {kind}"):
         return nvc.CreateDecoder(
             gpuid=_GPU,
             codec=nvc.cudaVideoCodec.HEVC,
@@ -230,17 +230,17 @@ def _new_decoder(kind: _Kind) -> Any:
             maxwidth=kind.width,
             maxheight=kind.height,
             outputColorType=nvc.OutputColorType.NATIVE,
-            # No picture points ahead, so decode order is display order and none has to wait.
+            # No picture refers to a later one, so decode order is display order and no picture is delayed.
             latency=nvc.DisplayDecodeLatencyType.ZERO,
         )
 
 
 def _decode(decoder: Any, data: memoryview) -> list[Any]:
-    """One whole picture, or the end of the stream."""
+    """Decodes one whole picture; an empty `data` ends the stream."""
     nvc = _library()
     packet = nvc.PacketData()
     if data:
-        # The decoder reads from this address: the array lives until it has.
+        # The decoder reads from this address: the array must live until Decode returns.
         samples = np.frombuffer(data, np.uint8)
         packet.bsl_data, packet.bsl = samples.ctypes.data, samples.size
         packet.decode_flag = int(nvc.VideoPacketFlag.ENDOFPICTURE)
@@ -250,17 +250,17 @@ def _decode(decoder: Any, data: memoryview) -> list[Any]:
 
 
 def _planes(frame: Any, kind: _Kind, planes: int) -> torch.Tensor:
-    """A view of the surface, [planes, height, width]: NV12 is the luma and then half as many rows of chroma, 4:4:4
-    the three planes after each other."""
+    """View of the surface, [planes, height, width]. An NV12 surface is the luma, then half as many rows of chroma; a
+    4:4:4 surface is three planes in a row."""
     surface = torch.utils.dlpack.from_dlpack(frame)
     rows = surface.numel() // kind.width
     if surface.numel() % kind.width or rows < planes * kind.height or surface.shape[-1] != kind.width:
-        raise ChunkFormatError(f"NVDEC gave a surface of {tuple(surface.shape)} for {kind}")
+        raise ChunkFormatError(f"NVDEC returned a surface of {tuple(surface.shape)} for {kind}")
     return surface.reshape(rows, kind.width)[: planes * kind.height].view(planes, kind.height, kind.width)
 
 
 def _slices_after_one_set(stream: bytes) -> bytes:
-    """The stream with one set of VPS, SPS and PPS in front, and no SEI or delimiters."""
+    """`stream` with one set of VPS, SPS and PPS at the start, and without SEI and delimiters."""
     units = list(nal_units(stream))
     ends = [unit.start for unit in units[1:]] + [len(stream)]
     kept, seen = [], set()

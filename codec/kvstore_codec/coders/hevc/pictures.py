@@ -1,4 +1,4 @@
-"""What a video coder sees: pictures of 8-bit samples, in one plane or in the three of 4:4:4."""
+"""Pictures of 8-bit samples for a video coder, with one plane or the three planes of 4:4:4."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from kvstore_codec.coders.base import Plane
 # [count, planes, height, width]; planes is 1 or 3, sides are even and at least SMALLEST_SIDE.
 Pictures = npt.NDArray[np.uint8]
 
-# What NVDEC asks of HEVC: at least 144 samples a side, even sides.
+# NVDEC requires HEVC pictures with even sides of at least 144 samples.
 SMALLEST_SIDE = 144
-# What stands where a picture holds nothing: the middle of the range, that is the integer 0.
+# Sample value of unused areas: the middle of the range, which represents the integer 0.
 PADDING = 128
 
 
 def picture_side(samples: int) -> int:
-    """The smallest allowed side that holds so many samples."""
+    """The smallest allowed side for a picture that is `samples` wide or high."""
     return max(SMALLEST_SIDE, samples + samples % 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """A [rows, cols] plane is cut into strips of `height` rows that stand side by side in the picture, which
-    is about square; what they leave open is padding."""
+    """Folding of a [rows, cols] plane into one picture that is about square. The plane is cut into strips of `height`
+    rows, which are placed side by side; the rest of the picture is padding."""
 
     width: int
     height: int
@@ -45,7 +45,7 @@ class Fold:
         return pictures
 
     def unfold(self, picture: Plane, out: Plane) -> None:
-        """`picture` is [height, width]; fills `out`, [rows, cols]."""
+        """Inverse of `fold`: fills `out`, [rows, cols], from `picture`, [height, width]."""
         for part, place in self._pairs(out, picture):
             part[...] = place
 
