@@ -23,6 +23,7 @@ from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.models import load_smollm2
+from kvstore_service.settings import settings_of
 
 QUESTION_TOKENS = 40
 
@@ -40,7 +41,7 @@ def main(
 ) -> None:
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        cluster = stack.enter_context(EmbeddedCluster(memory_bytes=4 << 30))
+        cluster = stack.enter_context(EmbeddedCluster(settings_of(memory=4 << 30)))
         client = stack.enter_context(connect(cluster.address, fetch_policy="fixed"))
         for dtype in dtypes.split(","):
             model, tokenizer = load_smollm2(getattr(torch, dtype))

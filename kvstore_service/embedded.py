@@ -4,7 +4,6 @@ import importlib.util
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,18 +12,17 @@ from typing import Any, NoReturn, Self
 from kvstore_cluster.arena import require_memory
 from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
 from kvstore_cluster.durability import Durability
-from kvstore_cluster.eviction import DEFAULT_POLICY
-from kvstore_cluster.storage_options import DEFAULT_REPAIR_BANDWIDTH_BPS, StorageOptions
-from kvstore_codec.errors import ConfigurationError, ServiceError, StartupError
+from kvstore_cluster.storage_options import StorageOptions
+from kvstore_codec.errors import ServiceError, StartupError
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.listen import Address, Reservation
 from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
 from kvstore_service.ray_cluster import existing_ray, on_node, on_this_node, ray_nodes
 from kvstore_service.scratch import scratch_folder
+from kvstore_service.settings import Settings, settings_of
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MEMORY_BYTES = 1 << 30
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0
 _GRACE_S = 1.0
@@ -41,54 +39,24 @@ _COORDINATOR_NAME = "kvstore-coordinator"
 class EmbeddedCluster:
     """Context manager; `address` is the coordinator's host:port once started.
 
-    `memory_bytes` and `disk_bytes` are those of each of the `nodes`; `data_dir` keeps the catalogue, unless that is in
-    Redis at `redis_url`, and the nodes' disks: a temporary folder when None. `tls` are the files of the bulk ports'
-    certificate and key. With `ray_address` it runs on that Ray
-    cluster, a storage node on each of its nodes, and `data_dir` is a path on each of them.
+    Without `settings` it is one small node on a free port. The catalogue, unless that is in Redis, and the nodes' disks
+    are in `data_dir`: a temporary folder when None. With `ray_address` it runs on that Ray cluster, a storage node on
+    each of its nodes, and `data_dir` is a path on each of them.
 
     Starting raises ConfigurationError, AddressInUseError and CatalogueError before Ray is touched, and
     StartupError for what goes wrong later.
     """
 
-    def __init__(
-        self,
-        *,
-        nodes: int = 1,
-        memory_bytes: int = DEFAULT_MEMORY_BYTES,
-        disk_bytes: int = 0,
-        listen: str = "127.0.0.1:0",
-        data_dir: Path | None = None,
-        durability: Durability = Durability.RELAXED,
-        policy: str = DEFAULT_POLICY,
-        replicas: int | None = None,
-        redis_url: str | None = None,
-        ray_address: str | None = None,
-        repair_bandwidth_bps: float = DEFAULT_REPAIR_BANDWIDTH_BPS,
-        tls: tuple[Path, Path] | None = None,
-    ) -> None:
-        if nodes < 1:
-            raise ConfigurationError(f"a cluster has at least one storage node, not {nodes}")
-        if disk_bytes and data_dir is None:
-            raise ConfigurationError("a disk needs a data folder: what is on it shall be found again")
-        if tls is not None:
+    def __init__(self, settings: Settings | None = None) -> None:
+        self._settings = settings = settings or settings_of()
+        self._tls = (settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
+        if self._tls is not None:
             from kvstore_service.bulk_server import server_tls  # needs packages that may be missing
 
-            server_tls(*tls)
-        require_memory(memory_bytes, nodes=1 if ray_address else nodes)
-        self._nodes = nodes
-        self._options = StorageOptions(
-            memory_bytes,
-            disk_bytes,
-            durability=durability,
-            policy=policy,
-            repair_bandwidth_bps=repair_bandwidth_bps,
-        )
-        self._replicas = replicas
-        self._redis_url = redis_url
-        self._ray_address = ray_address
-        self._tls = tls
-        self._listen = Address.parse(listen)
-        self._data_dir = data_dir
+            server_tls(*self._tls)
+        require_memory(settings.memory, nodes=1 if settings.ray_address else settings.nodes)
+        self._redis_url = settings.redis.get_secret_value() if settings.redis else None
+        self._listen = Address.parse(settings.listen)
         self._coordinator: Any = None  # Ray's actor handles know the actors' methods only at run time
         self._storage: dict[str, Any] = {}
         self._running = ExitStack()
@@ -108,12 +76,12 @@ class EmbeddedCluster:
             reservation = Reservation(self._listen)
             started.callback(reservation.release)
             scratch = started.enter_context(scratch_folder())
-            data_dir = self._data_dir or scratch / "catalogue"
+            data_dir = self._settings.data_dir or scratch / "catalogue"
             _check_catalogue(data_dir, self._redis_url)
-            if self._ray_address is None:
+            if self._settings.ray_address is None:
                 self._ray = started.enter_context(local_ray(scratch / "ray"))
             else:
-                started.enter_context(existing_ray(self._ray_address))
+                started.enter_context(existing_ray(self._settings.ray_address))
             started.callback(self._stop_actors)
             self._start_actors(data_dir.absolute(), reservation.address)
             self._running = started.pop_all()
@@ -165,8 +133,8 @@ class EmbeddedCluster:
         from kvstore_service.storage_server import StorageServer
 
         # Without a Ray cluster all are on this machine, and listen where the coordinator does.
-        homes = ray_nodes() if self._ray_address else []
-        placed = [on_node(home) for home in homes] or [{"num_cpus": 0}] * self._nodes
+        homes = ray_nodes() if self._settings.ray_address else []
+        placed = [on_node(home) for home in homes] or [{"num_cpus": 0}] * self._settings.nodes
         host = None if homes else address.host
         coordinator = ray.remote(CoordinatorActor).options(
             name=_COORDINATOR_NAME, **_ACTOR_OPTIONS, **(on_this_node() if homes else {"num_cpus": 0})
@@ -174,7 +142,7 @@ class EmbeddedCluster:
         self._coordinator = coordinator.remote(
             data_dir,
             partial(serve_coordinator, address=address),
-            replicas=self._replicas or min(2, max(1, len(homes))),
+            replicas=self._settings.replicas or min(2, max(1, len(homes))),
             redis_url=self._redis_url,
         )
         storage = ray.remote(StorageActor)
@@ -182,9 +150,9 @@ class EmbeddedCluster:
             name = f"node-{number}"
             self._storage[name] = storage.options(**_ACTOR_OPTIONS, **options).remote(
                 name,
-                replace(self._options, folder=data_dir / "nodes" / name),
+                self._storage_options(data_dir / "nodes" / name),
                 _COORDINATOR_NAME,
-                partial(StorageServer, host=host, tls=self._tls),
+                partial(StorageServer, host=host, tls=self._tls, experiments=self._settings.experiments),
                 GrpcPeers,
             )
         try:
@@ -195,6 +163,17 @@ class EmbeddedCluster:
             # Ray reports a failed constructor as a whole remote traceback; its last line is the reason.
             reason = str(error).strip().splitlines()[-1]
             raise StartupError(f"the cluster did not start: {reason}") from error
+
+    def _storage_options(self, folder: Path) -> StorageOptions:
+        settings = self._settings
+        return StorageOptions(
+            settings.memory,
+            settings.disk,
+            folder=folder,
+            durability=Durability[settings.durability.upper()],
+            policy=settings.policy,
+            repair_bandwidth_bps=8 * settings.repair_bandwidth,
+        )
 
     def _wait_until_joined(self) -> None:
         import ray

@@ -31,12 +31,12 @@ from kvstore_codec.errors import (
     StorageError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_service.experiments import START, Experiments, Opener
 from kvstore_service.grpc_puts import put_chunks
 from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, MAX_REPLY_BYTES, GrpcServer, parser, unary
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address
 from kvstore_service.lookup_reply import lookup_reply
-from kvstore_service.throttle import Throttle
 
 MAX_CHUNKS = 65_536
 MAX_ENCODINGS = 64
@@ -48,7 +48,7 @@ MAX_PIECE_BYTES = 1 << 20
 
 class StorageService:
     """`bulk_endpoint` is the host:port of the same node's bulk port, empty where it has none; `repair` what keeps its
-    chunks on their other owners, if anything does; `throttle` what limits the node's sending, on both its ports;
+    chunks on their other owners, if anything does; `experiments` what limits the node, if it may be limited;
     `large` admits what takes the node long."""
 
     def __init__(
@@ -56,13 +56,14 @@ class StorageService:
         node: StorageNode,
         bulk_endpoint: str = "",
         repair: RepairWorker | None = None,
-        throttle: Throttle | None = None,
+        experiments: Experiments | None = None,
         large: LargeRequests | None = None,
     ) -> None:
         self._node = node
         self._large = large or LargeRequests()
         self._verifying = threading.Lock()
-        self._throttle = throttle or Throttle()
+        self._experiments = experiments
+        self._open_chunk: Opener = node.open if experiments is None else experiments.open
         self._bulk_endpoint = bulk_endpoint
         self._repair = repair
 
@@ -212,8 +213,8 @@ class StorageService:
         if self._repair is not None:
             counters = counters | self._repair.counters()
             gauges = gauges | self._repair.gauges(stats.chunks)
-        if self._throttle.bandwidth_bps is not None:
-            gauges = gauges | {"throttle_bps": int(self._throttle.bandwidth_bps)}
+        if self._experiments is not None:
+            gauges = gauges | self._experiments.gauges()
         return pb.StatsReply(
             node_id=stats.node_id,
             chunks=stats.chunks,
@@ -226,12 +227,14 @@ class StorageService:
         )
 
     def throttle(self, request: pb.ThrottleRequest, context: grpc.ServicerContext) -> pb.ThrottleReply:
+        if self._experiments is None:
+            _refuse(
+                context,
+                f"{self._node.node_id} was not started for experiments and takes no limits; {START}",
+                grpc.StatusCode.FAILED_PRECONDITION,
+            )
         try:
-            if request.HasField("disk_read_Bps"):
-                self._node.limit_disk(request.disk_read_Bps or None)
-            # Who knows no other limit leaves this one out to take it away.
-            if request.HasField("bandwidth_bps") or not request.HasField("disk_read_Bps"):
-                self._throttle.set(request.bandwidth_bps or None)
+            self._experiments.set_limits(request)
         except ConfigurationError as error:
             _refuse(context, str(error))
         return pb.ThrottleReply()
@@ -250,10 +253,9 @@ class StorageService:
         piece_bytes = min(request.piece_bytes or MAX_PIECE_BYTES, MAX_PIECE_BYTES)
         for index, wanted in enumerate(request.ranges):
             try:
-                with self._node.open(chunks[wanted.chunk], request.encodings[wanted.chunk]) as reader:
+                with self._open_chunk(chunks[wanted.chunk], request.encodings[wanted.chunk]) as reader:
                     for piece in reader.pieces(wanted.first_frame, wanted.frame_count, piece_bytes):
-                        for views in self._throttle.paced(piece):
-                            yield encode_read_piece(index, views)
+                        yield encode_read_piece(index, piece)
             except (ChunkNotFoundError, ChunkFormatError):
                 yield _read_failure(index, pb.READ_STATUS_NOT_FOUND)
             except FrameRangeError:
@@ -282,13 +284,13 @@ def serve_storage(
     advertise_host: str | None = None,
     bulk_endpoint: str = "",
     repair: RepairWorker | None = None,
-    throttle: Throttle | None = None,
+    experiments: Experiments | None = None,
     large: LargeRequests | None = None,
 ) -> GrpcServer:
     """Starts the node's data endpoint on any free port of `host`. Raises AddressInUseError."""
     service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
     large = large or LargeRequests()
-    handlers = StorageService(node, bulk_endpoint, repair, throttle, large).handlers()
+    handlers = StorageService(node, bulk_endpoint, repair, experiments, large).handlers()
     return GrpcServer(Address(host, 0), service, handlers, advertise_host=advertise_host, large=large)
 
 
@@ -335,6 +337,8 @@ def _lease_id(lease_id: bytes, context: grpc.ServicerContext) -> LeaseId:
     return LeaseId(lease_id)
 
 
-def _refuse(context: grpc.ServicerContext, reason: str) -> NoReturn:
-    context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
+def _refuse(
+    context: grpc.ServicerContext, reason: str, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT
+) -> NoReturn:
+    context.abort(code, reason)
     raise AssertionError("abort raises")

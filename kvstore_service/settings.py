@@ -16,9 +16,11 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_api.environment import FORMER_DURABILITY, under_new_name, without_service_links
@@ -37,59 +39,63 @@ _MOST_BYTES = 1 << 60
 """Of a storage node; far beyond any machine, so that what is more is a mistake."""
 
 
+def _setting(default: Any, says: str, *, unset: str = "none", **bounds: Any) -> Any:
+    """A setting: `says` is its text in the command line's help, `unset` stands there for a default of nothing."""
+    return Field(default=default, description=says, json_schema_extra={"unset": unset}, **bounds)
+
+
 class Settings(BaseModel):
-    """What `kvstore serve` runs. Sizes are bytes, or text such as "4GiB"; `~` in a path is the user's home folder."""
+    """What `kvstore serve` runs: the one declaration of its options, its variables, the fields of its file, and of what
+    the processes that it starts are told. Sizes are bytes, or text such as "4GiB"; `~` in a path is the user's home
+    folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    nodes: int = Field(default=1, ge=1, le=256)
-    """Storage nodes to start on this machine."""
-
-    memory: ByteSize = Field(default=ByteSize(1 << 30), ge=DEFAULT_BLOCK_BYTES, le=_MOST_BYTES)
-    """DRAM of each storage node."""
-
-    listen: str = DEFAULT_ADDRESS
-    """host:port of the coordinator; port 0 takes any free one. Storage nodes take free ports on the same host."""
-
-    data_dir: Path | None = None
-    """Where the catalogue and the disks of storage nodes live; a temporary folder when not set."""
-
-    disk: ByteSize = Field(default=ByteSize(0), le=_MOST_BYTES)
-    """Disk of each storage node, below `data_dir`; none when 0."""
-
-    durability: Literal["memory", "relaxed", "durable"] = "relaxed"
-    """What a put survives that does not say: `memory` is written to disk later, `relaxed` before it is acknowledged,
-    `durable` also synced. Without disk it is `memory`."""
-
-    policy: str = DEFAULT_POLICY
-    """What is evicted first: `value`, `lru` or `s3-fifo`."""
-
-    replicas: int | None = Field(default=None, ge=1, le=256)
-    """Storage nodes that each chunk is put on; 1 when not set, or 2 on a Ray cluster of several nodes."""
-
-    redis: SecretStr | None = None
-    """redis://... of the catalogue; a file in `data_dir` when not set."""
-
-    ray_address: str | None = None
-    """A Ray cluster to run on, a storage node on each of its nodes; an own Ray on this machine when not set."""
-
-    repair_bandwidth: ByteSize = Field(default=ByteSize(100 << 20), le=_MOST_BYTES)
-    """Bytes a second that each storage node copies to others at most, after a loss or a join."""
-
-    tls_cert: Path | None = None
-    """Certificate chain (PEM) of the bulk ports; they speak plain TCP when not set."""
-
-    tls_key: Path | None = None
-    """Its private key (PEM)."""
-
-    metrics_port: int | None = Field(default=None, ge=1, le=65535)
-    """Port for Prometheus on the same host; none when not set."""
+    nodes: int = _setting(1, "Storage nodes on this machine.", le=256)
+    memory: ByteSize = _setting(ByteSize(1 << 30), "DRAM of each storage node, such as 4GiB.", le=_MOST_BYTES)
+    listen: str = _setting(
+        DEFAULT_ADDRESS,
+        "host:port of the coordinator; port 0 takes any free one. Storage nodes take free ports on the same host.",
+    )
+    data_dir: Path | None = _setting(
+        None, "Folder of the catalogue and of the nodes' disks.", unset="a temporary one"
+    )
+    disk: ByteSize = _setting(
+        ByteSize(0), "Disk of each storage node, such as 100GiB, below --data-dir.", le=_MOST_BYTES
+    )
+    durability: Literal["memory", "relaxed", "durable"] = _setting(
+        "relaxed",
+        "Of a put that asks for none: memory (on disk later), relaxed (on disk when acknowledged) or durable (synced). "
+        "Without disk it is memory.",
+    )
+    policy: str = _setting(DEFAULT_POLICY, "What is evicted first: value, lru or s3-fifo.")
+    replicas: int | None = _setting(
+        None, "Nodes that each chunk is put on.", unset="1, or 2 on a Ray cluster", ge=1, le=256
+    )
+    redis: SecretStr | None = _setting(
+        None, "redis://... that keeps the catalogue.", unset="a file in --data-dir"
+    )
+    ray_address: str | None = _setting(
+        None, "A Ray cluster to run on, a storage node on each of its nodes.", unset="an own one"
+    )
+    repair_bandwidth: ByteSize = _setting(
+        ByteSize(100 << 20),
+        "Bytes a second that each node copies to others at most, after a loss or a join.",
+        le=_MOST_BYTES,
+    )
+    tls_cert: Path | None = _setting(None, "PEM certificate chain of the bulk ports.", unset="plain TCP")
+    tls_key: Path | None = _setting(None, "PEM key of --tls-cert.")
+    metrics_port: int | None = _setting(None, "Port for Prometheus, on the same host.", ge=1, le=65535)
+    experiments: bool = _setting(
+        False,  # noqa: FBT003
+        "Let `kvstore throttle` make the nodes send and read slowly.",
+    )
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_plain(cls, value: object) -> object:
-        if isinstance(value, bool):  # which is a whole number in Python
-            raise ValueError("write a number or text, not true or false")  # noqa: TRY004 (pydantic's protocol)
+    def _is_plain(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and not _is_switch(info.field_name):  # which is a whole number in Python
+            raise ValueError("write a number or text, not true or false")
         if isinstance(value, str) and len(value) > _MAX_CHARACTERS:
             raise ValueError(f"has {len(value)} characters; at most {_MAX_CHARACTERS}")
         if isinstance(value, str) and not _is_encodable(value):
@@ -113,10 +119,24 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.disk and self.data_dir is None:
-            raise ValueError("disk needs data_dir: what is on disk shall be found again")
+            raise ValueError("disk needs data_dir, a data folder in which it is found again")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key come together")
         return self
+
+    @field_validator("nodes")
+    @classmethod
+    def _is_a_cluster(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError("a cluster has at least one storage node")
+        return value
+
+    @field_validator("memory")
+    @classmethod
+    def _holds_a_block(cls, value: ByteSize) -> ByteSize:
+        if value < DEFAULT_BLOCK_BYTES:
+            raise ValueError(f"a storage node needs {DEFAULT_BLOCK_BYTES} bytes or more; raise --memory")
+        return value
 
     @field_validator("policy")
     @classmethod
@@ -152,6 +172,19 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
+def _is_switch(name: str | None) -> bool:
+    return name is not None and Settings.model_fields[name].annotation is bool
+
+
+def shown_default(field: FieldInfo) -> str:
+    """The default of a setting, for a person."""
+    if not field.default and isinstance(field.json_schema_extra, dict):
+        return str(field.json_schema_extra["unset"])
+    return (
+        _shown(field.default).replace(".0", "") if isinstance(field.default, ByteSize) else str(field.default)
+    )
+
+
 def variable(name: str) -> str:
     """The environment variable of a setting."""
     return PREFIX + ("NODE_DURABILITY" if name == "durability" else name.upper())
@@ -163,6 +196,12 @@ def load_settings(config: Path | None = None, **flags: object) -> Settings:
     Raises ConfigurationError that names every setting that is wrong or unknown, and where it is from.
     """
     return _load(config, flags)[0]
+
+
+def settings_of(**values: object) -> Settings:
+    """Settings of a cluster that a program starts for itself, on any free port unless it names one; neither variables
+    nor a file count. Raises ConfigurationError as `load_settings`."""
+    return _validated({"listen": "127.0.0.1:0"} | values, {})
 
 
 def effective_settings(config: Path | None = None, **flags: object) -> list[EffectiveSetting]:
@@ -186,8 +225,12 @@ def _load(config: Path | None, flags: Mapping[str, object]) -> tuple[Settings, d
         present = {name: value for name, value in given.items() if not _is_empty(value)}
         values |= present
         sources |= {name: name_source(name) for name in present}
+    return _validated(values, sources), sources
+
+
+def _validated(values: Mapping[str, object], sources: Mapping[str, str]) -> Settings:
     try:
-        return Settings.model_validate(values), sources
+        return Settings.model_validate(values)
     except ValidationError as error:
         problems = [_describe(problem, sources) for problem in error.errors()]
         more = f"; and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""

@@ -6,14 +6,15 @@ from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import AddressInUseError
 from kvstore_service.bulk_server import serve_bulk, server_tls
+from kvstore_service.experiments import Experiments
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.large_requests import LargeRequests
-from kvstore_service.throttle import Throttle
 
 
 class StorageServer:
     """Serves from construction until `stop`, on free ports of `host`, or, when None, of the address that Ray knows this
-    machine by. `tls` are the files of the bulk port's certificate and key. Raises ConfigurationError,
+    machine by. `tls` are the files of the bulk port's certificate and key; with
+    `experiments` the node can be made slow. Raises ConfigurationError,
     AddressInUseError."""
 
     def __init__(
@@ -23,12 +24,14 @@ class StorageServer:
         *,
         host: str | None,
         tls: tuple[Path, Path] | None = None,
+        experiments: bool = False,
     ) -> None:
         host = host or _ray_address()
-        self._throttle = Throttle()
+        self._experiments = Experiments(node) if experiments else None
+        open_chunk = node.open if self._experiments is None else self._experiments.open
         large = LargeRequests()
         self._bulk = serve_bulk(
-            node, host=host, tls=server_tls(*tls) if tls else None, throttle=self._throttle, large=large
+            node, host=host, tls=server_tls(*tls) if tls else None, open_chunk=open_chunk, large=large
         )
         self.bulk_address = self._bulk.address
         try:
@@ -37,7 +40,7 @@ class StorageServer:
                 host=host,
                 bulk_endpoint=self.bulk_address,
                 repair=repair,
-                throttle=self._throttle,
+                experiments=self._experiments,
                 large=large,
             )
         except AddressInUseError:
@@ -46,7 +49,8 @@ class StorageServer:
         self.address = self._grpc.address
 
     def stop(self, grace_s: float = 1.0) -> None:
-        self._throttle.set(None)  # or whoever waits under it would outlast the grace
+        if self._experiments is not None:
+            self._experiments.end()  # or whoever waits under a limit would outlast the grace
         self._grpc.stop(grace_s)
         self._bulk.stop(grace_s)
 

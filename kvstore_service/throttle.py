@@ -39,11 +39,11 @@ class Throttle:
         if before is not None:
             before.over.set()
 
-    def paced(self, views: Sequence[memoryview]) -> Iterator[Sequence[memoryview]]:
+    def paced(self, views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
         """These bytes, each piece of them when it may leave: all at once without a limit, else pieces of 2 ms, so that
         all connections have their turn and a limit that changes in between is kept."""
         if self._limit is None:
-            yield views
+            yield list(views)
             return
         for view in views:
             rest = view

@@ -11,9 +11,9 @@ from kvstore_api.byte_stream import ByteStream
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.node import StorageNode
 from kvstore_service.bulk_server.session import RefusedError, Session
+from kvstore_service.experiments import Opener
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error
-from kvstore_service.throttle import Throttle
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class BulkServer:
         *,
         advertise_host: str | None = None,
         tls: ssl.SSLContext | None = None,
-        throttle: Throttle | None = None,
+        open_chunk: Opener | None = None,
         large: LargeRequests | None = None,
         max_connections: int = MAX_CONNECTIONS,
         patience_s: float = PATIENCE_S,
@@ -45,7 +45,7 @@ class BulkServer:
     ) -> None:
         self._node = node
         self._tls = tls
-        self._throttle = throttle or Throttle()
+        self._open_chunk = open_chunk or node.open
         self._large = large or LargeRequests()
         self._max_connections = max_connections
         self._patience_s = patience_s
@@ -137,7 +137,7 @@ class BulkServer:
         session = Session(
             self._node,
             stream,
-            self._throttle,
+            self._open_chunk,
             self._large,
             peer=peer,
             patience_s=self._patience_s,
@@ -178,11 +178,11 @@ def serve_bulk(
     host: str,
     advertise_host: str | None = None,
     tls: ssl.SSLContext | None = None,
-    throttle: Throttle | None = None,
+    open_chunk: Opener | None = None,
     large: LargeRequests | None = None,
 ) -> BulkServer:
     """Starts the node's bulk port on any free port of `host`. `large` is shared with the node's other server. Raises
     AddressInUseError."""
     return BulkServer(
-        node, Address(host, 0), advertise_host=advertise_host, tls=tls, throttle=throttle, large=large
+        node, Address(host, 0), advertise_host=advertise_host, tls=tls, open_chunk=open_chunk, large=large
     )

@@ -24,11 +24,11 @@ from kvstore_codec.errors import (
     MalformedRequestError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_service.experiments import Opener
 from kvstore_service.grpc_puts import begin_put, put_refusal
 from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES
 from kvstore_service.large_requests import SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import require_few_fields
-from kvstore_service.throttle import Throttle
 
 # A piece is sent or received within the session's patience. Less than that in a piece, and the calls begin to count.
 _SEND_BYTES = 4 << 20
@@ -52,7 +52,7 @@ class Session:
         self,
         node: StorageNode,
         stream: ByteStream,
-        throttle: Throttle,
+        open_chunk: Opener,
         large: LargeRequests,
         *,
         peer: str,
@@ -61,7 +61,7 @@ class Session:
     ) -> None:
         self._node = node
         self._stream = stream
-        self._throttle = throttle
+        self._open_chunk = open_chunk
         self._large = large
         self._peer = peer
         self._patience_s = patience_s
@@ -156,13 +156,12 @@ class Session:
         """What is sent stays in memory until the kernel has all of it."""
         began = False
         try:
-            with self._node.open(chunk_id, encoding) as reader:
+            with self._open_chunk(chunk_id, encoding) as reader:
                 first, count = wanted.first_frame, wanted.frame_count
                 header = pack_header(FrameKind.RANGE, reader.range_bytes(first, count), range_index=index)
                 for piece in reader.pieces(first, count, _SEND_BYTES):
-                    for views in self._throttle.paced(piece):
-                        self._stream.send(views if began else [header, *views], self._patience_s)
-                        began = True
+                    self._stream.send(piece if began else [header, *piece], self._patience_s)
+                    began = True
         except (ChunkNotFoundError, ChunkFormatError) as error:
             if began:  # and the rest was announced
                 raise ConnectionAbortedError(str(error)) from error

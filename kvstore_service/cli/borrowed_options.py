@@ -3,37 +3,15 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from kvstore_codec.errors import StartupError
 from kvstore_service.cli.extensions import extension_command
 
-Command = TypeVar("Command", bound=Callable[..., None])
 
-
-def borrow_options(name: str, panel: str) -> Callable[[Command], Command]:
-    """Adds to a command the options of the registered command `name` that it does not have itself. They come as its
-    keyword arguments, None where they were not given, and stand in `panel` of its help. Without that command
-    installed there are none."""
-
-    def add(command: Command) -> Command:
-        own = inspect.signature(command)
-        parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        borrowed = [p for p in _options_of(name, panel) if p.name not in own.parameters]
-        command.__signature__ = own.replace(parameters=[*parameters, *borrowed])  # type: ignore[attr-defined]
-        return command
-
-    return add
-
-
-def flag_of(command: Callable[..., None], name: str) -> str:
-    """How a person writes the option that is parameter `name` of `command`: `--json` of `json_file`."""
-    option = get_args(inspect.signature(command).parameters[name].annotation)[1]
-    declared = option.default if isinstance(option.default, str) else "--" + name.replace("_", "-")
-    return declared.partition("/")[0]
-
-
-def _options_of(name: str, panel: str) -> Iterator[inspect.Parameter]:
+def options_of(name: str, panel: str) -> Iterator[inspect.Parameter]:
+    """The options of the registered command `name`, to stand in `panel` of another command's help; None where they are
+    not given. There are none where the command is not installed."""
     try:
         command = extension_command(name)
     except StartupError:
@@ -48,3 +26,10 @@ def _options_of(name: str, panel: str) -> Iterator[inspect.Parameter]:
             option.show_default = str(parameter.default)
         optional: Any = Annotated[kind | None, option]
         yield inspect.Parameter(parameter.name, parameter.KEYWORD_ONLY, default=None, annotation=optional)
+
+
+def flag_of(command: Callable[..., None], name: str) -> str:
+    """How a person writes the option that is parameter `name` of `command`: `--json` of `json_file`."""
+    option = get_args(inspect.signature(command).parameters[name].annotation)[1]
+    declared = option.default if isinstance(option.default, str) else "--" + name.replace("_", "-")
+    return declared.partition("/")[0]

@@ -11,9 +11,10 @@ from blake3 import blake3
 from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError, StartupError
-from kvstore_service.cli.borrowed_options import borrow_options, flag_of
+from kvstore_service.cli.borrowed_options import flag_of, options_of
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.extensions import extension_command
+from kvstore_service.cli.signatures import add_options
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import DType, load_model
 
@@ -32,7 +33,7 @@ _STAGES = {
 _CODEC, _RATIO = "How KV is coded (needs --text and --out)", "How much is computed again (with --ratio)"
 
 
-@borrow_options("tune", _RATIO)
+@add_options(options_of("tune", _RATIO))
 def calibrate(
     model: Annotated[str, typer.Option(help="A folder in transformers format, or smollm2.")],
     text: Annotated[

@@ -31,7 +31,8 @@ def throttle(
     the limits.
 
     Each node has the whole bandwidth, and all its connections share it. While its disk is limited, what is on disk is
-    only there: nothing of it is kept in memory. Nothing is remembered: a node that restarts has no limit.
+    only there: nothing of it is kept in memory. Nothing is remembered: a node that restarts has no limit. Nodes take
+    limits when they were started with `kvstore serve --experiments`.
     """
     from rich.filesize import decimal
     from rich.markup import escape

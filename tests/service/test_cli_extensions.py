@@ -12,8 +12,9 @@ from kvstore_bench.cli.tune import tune
 from kvstore_codec.errors import StartupError
 from kvstore_service import extensions
 from kvstore_service.cli.app import app
-from kvstore_service.cli.borrowed_options import borrow_options
+from kvstore_service.cli.borrowed_options import options_of
 from kvstore_service.cli.extensions import add_extensions
+from kvstore_service.cli.signatures import add_options
 
 
 def test_the_measuring_equipment_adds_its_commands() -> None:
@@ -56,7 +57,7 @@ def test_a_command_borrows_nothing_where_nothing_is_installed(monkeypatch: pytes
     bare = typer.Typer()
 
     @bare.command()
-    @borrow_options("tune", "Borrowed")
+    @add_options(options_of("tune", "Borrowed"))
     def calibrate(model: Annotated[str, typer.Option()], **tune_options: object) -> None:
         print(model, tune_options)
 

@@ -17,6 +17,7 @@ from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_codec.errors import AddressInUseError, CatalogueError, ConfigurationError, StartupError
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.embedded import EmbeddedCluster
+from kvstore_service.settings import settings_of
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 MEMORY = 32 << 20
@@ -24,7 +25,7 @@ MEMORY = 32 << 20
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[EmbeddedCluster]:
-    with EmbeddedCluster(nodes=2, memory_bytes=MEMORY) as cluster:
+    with EmbeddedCluster(settings_of(nodes=2, memory=MEMORY)) as cluster:
         yield cluster
 
 
@@ -130,7 +131,7 @@ def test_a_stopped_cluster_leaves_neither_processes_nor_files(
     monkeypatch.setenv("TMPDIR", str(scratch))
     children = {child.pid for child in psutil.Process().children(recursive=True)}
     data_dir = tmp_path / "data"
-    again = EmbeddedCluster(memory_bytes=MEMORY, data_dir=data_dir)
+    again = EmbeddedCluster(settings_of(memory=MEMORY, data_dir=data_dir))
     again.start()
     again.stop()
     again.stop()
@@ -143,7 +144,7 @@ def test_a_stopped_cluster_leaves_neither_processes_nor_files(
         "catalogue.lock",
     ]
     # The port, the folder and the process are free for the next one.
-    with EmbeddedCluster(memory_bytes=MEMORY, listen=again.address, data_dir=data_dir) as successor:
+    with EmbeddedCluster(settings_of(memory=MEMORY, listen=again.address, data_dir=data_dir)) as successor:
         assert successor.address == again.address
         assert cluster_stats(successor.address).epoch > 1
     scratch.rmdir()
@@ -153,15 +154,15 @@ def test_a_stopped_cluster_leaves_neither_processes_nor_files(
     ("arguments", "error", "complaint"),
     [
         ({"nodes": 0}, ConfigurationError, "at least one storage node"),
-        ({"memory_bytes": 1 << 60}, ConfigurationError, "lower --memory"),
-        ({"memory_bytes": 1}, ConfigurationError, "raise --memory"),
+        ({"memory": 1 << 60}, ConfigurationError, "lower --memory"),
+        ({"memory": 1}, ConfigurationError, "raise --memory"),
         ({"listen": "nowhere"}, ConfigurationError, "host:port"),
         ({"data_dir": Path("/proc/kvstore")}, CatalogueError, "cannot be written"),
     ],
 )
 def test_what_cannot_work_is_refused_before_ray_starts(arguments, error, complaint: str) -> None:
     start = time.monotonic()
-    with pytest.raises(error, match=complaint), EmbeddedCluster(**arguments):
+    with pytest.raises(error, match=complaint), EmbeddedCluster(settings_of(**arguments)):
         pass
     assert time.monotonic() - start < 1
 
@@ -171,5 +172,5 @@ def test_a_taken_port_is_refused_before_ray_starts() -> None:
 
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(AddressInUseError), EmbeddedCluster(listen=f"127.0.0.1:{port}"):
+        with pytest.raises(AddressInUseError), EmbeddedCluster(settings_of(listen=f"127.0.0.1:{port}")):
             pass

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_cluster.durability import Durability
 from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.local_ray import ENVIRONMENT
+from kvstore_service.settings import settings_of
 from tests.sample_chunk import sample_chunk
 from tests.service.test_embedded import found, members, put, wait_until
 
@@ -22,7 +22,7 @@ CHUNKS = [sample_chunk(content=number, frame_bytes=20_000) for number in range(3
 
 
 def test_a_killed_node_comes_back_with_what_is_on_its_disk(tmp_path: Path) -> None:
-    with EmbeddedCluster(memory_bytes=MEMORY, disk_bytes=DISK, data_dir=tmp_path) as cluster:
+    with EmbeddedCluster(settings_of(memory=MEMORY, disk=DISK, data_dir=tmp_path)) as cluster:
         before = members(cluster)["node-0"]
         assert {put(before.endpoint, chunk) for chunk in CHUNKS} == {pb.PUT_STATUS_STORED}
         os.kill(cluster.storage_pids()["node-0"], signal.SIGKILL)
@@ -31,7 +31,7 @@ def test_a_killed_node_comes_back_with_what_is_on_its_disk(tmp_path: Path) -> No
         assert all(found(after.endpoint, chunk) for chunk in CHUNKS)
         (node,) = cluster_stats(cluster.address).nodes
         assert node.stats.gauges["disk_chunks"] == len(CHUNKS)
-    with EmbeddedCluster(memory_bytes=MEMORY, disk_bytes=DISK, data_dir=tmp_path) as cluster:
+    with EmbeddedCluster(settings_of(memory=MEMORY, disk=DISK, data_dir=tmp_path)) as cluster:
         again = members(cluster)["node-0"]
         assert all(found(again.endpoint, chunk) for chunk in CHUNKS)
 
@@ -40,7 +40,7 @@ def test_a_killed_node_comes_back_with_what_is_on_its_disk(tmp_path: Path) -> No
 def test_a_data_folder_that_is_removed_is_made_again_with_all_that_was_in_it(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     with EmbeddedCluster(
-        memory_bytes=MEMORY, disk_bytes=DISK, data_dir=folder, durability=Durability.DURABLE
+        settings_of(memory=MEMORY, disk=DISK, data_dir=folder, durability="durable")
     ) as cluster:
         endpoint = members(cluster)["node-0"].endpoint
         assert {put(endpoint, chunk) for chunk in CHUNKS[:20]} == {pb.PUT_STATUS_STORED}
@@ -54,14 +54,14 @@ def test_a_data_folder_that_is_removed_is_made_again_with_all_that_was_in_it(tmp
 
         wait_until(well, patience_s=30)
         os.kill(cluster.storage_pids()["node-0"], signal.SIGKILL)
-    with EmbeddedCluster(memory_bytes=MEMORY, disk_bytes=DISK, data_dir=folder) as cluster:
+    with EmbeddedCluster(settings_of(memory=MEMORY, disk=DISK, data_dir=folder)) as cluster:
         again = members(cluster)["node-0"]
         assert all(found(again.endpoint, chunk) for chunk in CHUNKS)
 
 
 def test_a_disk_needs_a_folder() -> None:
     with pytest.raises(ConfigurationError, match="data folder"):
-        EmbeddedCluster(disk_bytes=DISK)
+        EmbeddedCluster(settings_of(disk=DISK))
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_nodes_are_spread_over_a_ray_cluster_and_survive_the_loss_of_a_ray_node(
     three_ray_nodes, tmp_path: Path
 ) -> None:
     with EmbeddedCluster(
-        ray_address=three_ray_nodes.address, memory_bytes=MEMORY, disk_bytes=DISK, data_dir=tmp_path
+        settings_of(ray_address=three_ray_nodes.address, memory=MEMORY, disk=DISK, data_dir=tmp_path)
     ) as cluster:
         nodes = cluster_stats(cluster.address).nodes
         assert len({node.member.domain for node in nodes}) == cluster.size == 3
@@ -110,6 +110,6 @@ def test_nodes_are_spread_over_a_ray_cluster_and_survive_the_loss_of_a_ray_node(
 
 
 def test_no_ray_cluster_is_an_error_that_says_so() -> None:
-    cluster = EmbeddedCluster(ray_address="127.0.0.1:9", memory_bytes=MEMORY)
+    cluster = EmbeddedCluster(settings_of(ray_address="127.0.0.1:9", memory=MEMORY))
     with pytest.raises(StartupError, match=r"no Ray cluster can be joined at 127\.0\.0\.1:9 "):
         cluster.start()

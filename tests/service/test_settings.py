@@ -1,15 +1,20 @@
+import inspect
 import os
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from kvstore_api import environment
 from kvstore_codec.errors import ConfigurationError
+from kvstore_service.cli.app import app
+from kvstore_service.cli.serve import serve
 from kvstore_service.settings import (
     DEFAULT_ADDRESS,
     Settings,
     effective_settings,
     load_settings,
+    settings_of,
     variable,
 )
 
@@ -121,6 +126,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 FIELDS = sorted(Settings.model_fields)
 NUMBERS = [name for name in FIELDS if "int" in str(Settings.model_fields[name].annotation).lower()]
+SWITCHES = [name for name in FIELDS if Settings.model_fields[name].annotation is bool]
 PATHS = [name for name in FIELDS if "Path" in str(Settings.model_fields[name].annotation)]
 
 
@@ -146,6 +152,7 @@ VALUES = {
     "tls_cert": "/c",
     "tls_key": "/k",
     "metrics_port": "9100",
+    "experiments": "true",
 }
 TOGETHER = {"disk": ["data_dir"], "tls_cert": ["tls_key"], "tls_key": ["tls_cert"]}
 
@@ -187,13 +194,44 @@ def test_a_home_folder_that_is_none_is_named() -> None:
         load_settings(data_dir="~nobody-of-that-name/x")
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in SWITCHES])
 @pytest.mark.parametrize("kind", ["yaml", "toml"])
 def test_true_is_neither_a_number_nor_text(tmp_path: Path, name: str, kind: str) -> None:
     text = f"{name}: true" if kind == "yaml" else f"{name} = true"
     config = write(tmp_path / f"c.{kind}", text)
     with pytest.raises(ConfigurationError, match=f"{name} = .*not true or false.*{config}"):
         load_settings(config)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("'1'", True), ("no", False), ("'off'", False)])
+def test_a_switch_is_on_or_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: bool
+) -> None:
+    assert getattr(load_settings(write(tmp_path / "c.yaml", f"{name}: {text}")), name) is value
+    monkeypatch.setenv(variable(name), text.strip("'"))
+    assert getattr(load_settings(), name) is value
+    assert getattr(load_settings(**{name: not value}), name) is not value
+    with pytest.raises(ConfigurationError, match=f"{name} = 'perhaps': "):
+        load_settings(**{name: "perhaps"})
+
+
+def test_every_setting_is_an_option_of_serve() -> None:
+    options = inspect.signature(serve).parameters
+    assert set(options) == {"config", *FIELDS}
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).stdout
+    for name in FIELDS:
+        assert "--" + name.replace("_", "-") in shown
+    for default in ("(1GiB)", "(127.0.0.1:7420)", "(a temporary one)", "(none)", "(100MiB)", "(relaxed)"):
+        assert default in shown
+
+
+def test_a_cluster_of_a_programs_own_heeds_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVSTORE_NODES", "3")
+    settings = settings_of(memory="2GiB")
+    assert (settings.nodes, settings.memory, settings.listen) == (1, 2 << 30, "127.0.0.1:0")
+    with pytest.raises(ConfigurationError, match="no setting 'memroy'"):
+        settings_of(memroy="2GiB")
 
 
 @pytest.mark.parametrize("name", NUMBERS)

@@ -52,10 +52,11 @@ def test_a_read_that_nobody_takes_keeps_nothing(monkeypatch: pytest.MonkeyPatch)
         wait_until(lambda: large._kept_bytes.total() == node.node.stats().bytes_used == 0)
 
 
-def test_a_node_that_takes_long_itself_does_not_end_a_stream(storage: ServedNode) -> None:
+def test_a_node_that_takes_long_itself_does_not_end_a_stream() -> None:
     """Each piece waits under a throttle for less than the client has patience, all together for longer."""
     chunk = sample_chunk(frame_bytes=200)
-    statuses(storage, steps(chunk))
-    storage.stub.Throttle(pb.ThrottleRequest(bandwidth_bps=SLOWEST_BPS))
-    request = pb.ReadRequest(chunks=[ref(chunk)], encodings=[chunk.encoding], ranges=[pb.ReadRange()])
-    assert b"".join(reply.data for reply in storage.stub.Read(request)) == chunk.data
+    with served(4 << 20, experiments=True) as storage:
+        statuses(storage, steps(chunk))
+        storage.stub.Throttle(pb.ThrottleRequest(bandwidth_bps=SLOWEST_BPS))
+        request = pb.ReadRequest(chunks=[ref(chunk)], encodings=[chunk.encoding], ranges=[pb.ReadRange()])
+        assert b"".join(reply.data for reply in storage.stub.Read(request)) == chunk.data

@@ -28,9 +28,11 @@ from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import ConfigurationError, KVStoreError
 from kvstore_service.bandwidth import MIN_PIECE_BYTES
 from kvstore_service.cli.app import app
+from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.grpc_coordinator import serve_coordinator
 from kvstore_service.listen import Address
 from kvstore_service.peer_nodes import GrpcPeers
+from kvstore_service.settings import settings_of
 from kvstore_service.storage_server import StorageServer
 from kvstore_service.throttle import Throttle
 from tests.sample_chunk import sample_chunk
@@ -78,7 +80,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         assert put.commit()
         worker = RepairWorker(node, GrpcPeers(node), bytes_per_s=1e9)
         worker.start()
-        server = StorageServer(node, worker, host="127.0.0.1")
+        server = StorageServer(node, worker, host="127.0.0.1", experiments=True)
         coordinator.join(Member(node.node_id, server.address, bulk_endpoint=server.bulk_address), number + 1)
         nodes.append((node, worker))
         servers[node.node_id] = server
@@ -208,6 +210,27 @@ def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:
         node["bandwidth_bps"] is node["disk_read_Bps"] is None
         for node in cluster.kvstore("throttle")["nodes"]
     )
+
+
+def test_a_node_that_was_not_started_for_experiments_says_how_to_start_one(tmp_path: Path) -> None:
+    with EmbeddedCluster(settings_of(memory=4 << 20, disk=64 << 20, data_dir=tmp_path)) as running:
+        cluster = Cluster(running.address, {})
+        for arguments in (("50mbit",), ("--disk", "160MB/s"), ("off",)):
+            with pytest.raises(KVStoreError) as refusal:
+                cluster.kvstore("throttle", *arguments)
+            assert "node-0 was not started for experiments" in str(refusal.value)
+            assert "kvstore serve --experiments" in str(refusal.value)
+        nothing = {"node_id": "node-0", "bandwidth_bps": None, "disk_read_Bps": None}
+        assert cluster.kvstore("throttle")["nodes"] == [nothing]
+
+
+def test_a_cluster_that_was_started_for_experiments_takes_limits(tmp_path: Path) -> None:
+    settings = settings_of(memory=4 << 20, disk=64 << 20, data_dir=tmp_path, experiments=True)
+    with EmbeddedCluster(settings) as running:
+        cluster = Cluster(running.address, {})
+        cluster.kvstore("throttle", "50mbit")
+        limits = {"node_id": "node-0", "bandwidth_bps": 50e6, "disk_read_Bps": 160e6}
+        assert cluster.kvstore("throttle", "--disk", "160MB/s")["nodes"] == [limits]
 
 
 def taken(throttle: Throttle, size_bytes: int) -> Iterator[int]:

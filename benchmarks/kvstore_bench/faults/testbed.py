@@ -7,10 +7,10 @@ from pathlib import Path
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_bench.faults.ray_nodes import HEAD, RayNodes
-from kvstore_cluster.durability import Durability
 from kvstore_codec.errors import ServiceError, StartupError
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.embedded import EmbeddedCluster
+from kvstore_service.settings import settings_of
 
 NODES = 3
 REPLICAS = 2
@@ -71,11 +71,13 @@ def testbed(folder: Path) -> Iterator[Testbed]:
         for number in range(NODES):
             ray.start(f"ray-{number}")
         with EmbeddedCluster(
-            ray_address=ray.address,
-            memory_bytes=_MEMORY_BYTES,
-            disk_bytes=_DISK_BYTES,
-            data_dir=folder / "data",
-            durability=Durability.DURABLE,
-            replicas=REPLICAS,
+            settings_of(
+                ray_address=ray.address,
+                memory=_MEMORY_BYTES,
+                disk=_DISK_BYTES,
+                data_dir=folder / "data",
+                durability="durable",
+                replicas=REPLICAS,
+            )
         ) as cluster:
             yield Testbed(ray, cluster)

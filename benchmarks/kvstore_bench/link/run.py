@@ -25,6 +25,7 @@ from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.calibration import Report
 from kvstore_service.embedded import EmbeddedCluster
+from kvstore_service.settings import settings_of
 
 _MEMORY_BYTES = 2 << 30
 _STORE_S, _ANSWER_S = 1800.0, 900.0
@@ -52,7 +53,9 @@ def run(options: Options, report: Report) -> Result:
     with ExitStack() as stack:
         report.advance("start", 0, 3)
         links = stack.enter_context(links_of(options.shaper))
-        cluster = stack.enter_context(EmbeddedCluster(memory_bytes=_MEMORY_BYTES, listen=f"{links.host}:0"))
+        cluster = stack.enter_context(
+            EmbeddedCluster(settings_of(memory=_MEMORY_BYTES, listen=f"{links.host}:0"))
+        )
         source = stack.enter_context(ByteSource(links.host))
         report.advance("start", 1, 3)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-link-"))

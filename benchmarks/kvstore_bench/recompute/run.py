@@ -22,6 +22,7 @@ from kvstore_codec.errors import ConfigurationError
 from kvstore_service.calibration import Report
 from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.models import SMOLLM2, DType, load_model
+from kvstore_service.settings import settings_of
 
 DEFAULT_RATIOS = (0.0, 0.05, 0.15, 0.3, 1.0)
 _MEMORY_BYTES, _DISK_BYTES = 1 << 30, 4 << 30
@@ -71,7 +72,9 @@ def run(options: Options, report: Report) -> Result:
     report.advance("start", 0, 2)
     with (
         tempfile.TemporaryDirectory(prefix="kvstore-recompute-") as folder,
-        EmbeddedCluster(memory_bytes=_MEMORY_BYTES, disk_bytes=_DISK_BYTES, data_dir=Path(folder)) as cluster,
+        EmbeddedCluster(
+            settings_of(memory=_MEMORY_BYTES, disk=_DISK_BYTES, data_dir=Path(folder), experiments=True)
+        ) as cluster,
     ):
         report.advance("start", 1, 2)
         torch.manual_seed(0)

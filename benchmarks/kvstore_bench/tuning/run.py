@@ -26,6 +26,7 @@ from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_service.calibration.run import Report
 from kvstore_service.embedded import EmbeddedCluster
+from kvstore_service.settings import settings_of
 
 _PROMPTS = 3
 _ROOM = 2
@@ -77,7 +78,9 @@ def tune_tiers(
     rows: list[Row] = []
     with (
         _folder(options.data_dir) as folder,
-        EmbeddedCluster(memory_bytes=room, disk_bytes=2 * room, data_dir=Path(folder)) as cluster,
+        EmbeddedCluster(
+            settings_of(memory=room, disk=2 * room, data_dir=Path(folder), experiments=True)
+        ) as cluster,
     ):
         report.advance("start", 2, 3)
         # Planned by nobody: where prefilling is sooner, the ratio is to be known all the same.

@@ -86,9 +86,8 @@ class StorageActor:
             )
         except ray.exceptions.RayError as error:
             log.warning("node %s could not say that it goes: %s", self._member.node_id, error)
-        self._node.limit_disk(None)  # or whoever waits under it would outlast the grace
-        self._repair.stop()
         self._endpoint.stop(grace_s)
+        self._repair.stop()
         self._keeper.stop()
         self._node.close()
 

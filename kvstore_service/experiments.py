@@ -1,0 +1,68 @@
+"""What a storage node that was started for experiments can be told: to send, and to read its disk, slowly."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.node import StorageNode
+from kvstore_codec.identity import ChunkId
+from kvstore_service.throttle import Throttle
+
+START = "start it with `kvstore serve --experiments`, or KVSTORE_EXPERIMENTS=true"
+
+
+class OpenChunk(Protocol):
+    """A stored chunk as servers read it."""
+
+    def range_bytes(self, first_frame: int, frame_count: int) -> int: ...
+
+    def pieces(self, first_frame: int, frame_count: int, piece_bytes: int) -> Iterator[list[memoryview]]: ...
+
+
+Opener = Callable[[ChunkId, str], AbstractContextManager[OpenChunk]]
+"""`StorageNode.open`, or `Experiments.open` in its place."""
+
+
+class Experiments:
+    """The limits of one node, none at first. Thread-safe."""
+
+    def __init__(self, node: StorageNode) -> None:
+        self._node = node
+        self._throttle = Throttle()
+
+    @contextmanager
+    def open(self, chunk_id: ChunkId, encoding: str) -> Iterator[OpenChunk]:
+        """As `StorageNode.open`; what is read from it may leave as the limit says."""
+        with self._node.open(chunk_id, encoding) as reader:
+            yield _PacedChunk(reader, self._throttle)
+
+    def set_limits(self, request: pb.ThrottleRequest) -> None:
+        """Raises ConfigurationError."""
+        if request.HasField("disk_read_Bps"):
+            self._node.limit_disk(request.disk_read_Bps or None)
+        # Who knows no other limit leaves this one out to take it away.
+        if request.HasField("bandwidth_bps") or not request.HasField("disk_read_Bps"):
+            self._throttle.set(request.bandwidth_bps or None)
+
+    def gauges(self) -> dict[str, int]:
+        bandwidth_bps = self._throttle.bandwidth_bps
+        return {} if bandwidth_bps is None else {"throttle_bps": int(bandwidth_bps)}
+
+    def end(self) -> None:
+        """Lifts the limits: whoever waits under them goes on."""
+        self._throttle.set(None)
+        self._node.limit_disk(None)
+
+
+class _PacedChunk:
+    def __init__(self, chunk: OpenChunk, throttle: Throttle) -> None:
+        self._chunk = chunk
+        self._throttle = throttle
+
+    def range_bytes(self, first_frame: int, frame_count: int) -> int:
+        return self._chunk.range_bytes(first_frame, frame_count)
+
+    def pieces(self, first_frame: int, frame_count: int, piece_bytes: int) -> Iterator[list[memoryview]]:
+        for piece in self._chunk.pieces(first_frame, frame_count, piece_bytes):
+            yield from self._throttle.paced(piece)
