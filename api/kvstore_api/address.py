@@ -1,3 +1,3 @@
-"""Where the coordinator listens unless somebody says otherwise."""
+"""Default address of the coordinator."""
 
 DEFAULT_ADDRESS = "127.0.0.1:7420"

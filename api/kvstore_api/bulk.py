@@ -1,8 +1,8 @@
-"""The two messages that carry KV bytes, written and read by hand.
+"""Hand-written encoding and decoding of the two messages that carry KV bytes.
 
-Same bytes on the wire as the generated classes, but without their copies: a message is joined once from
-memoryviews, and its payload is a view into what arrived. Measured over loopback in 1 MiB pieces this reads a
-fifth faster than the generated code (1.5 instead of 1.25 GB/s) and halves the copies of a put.
+The bytes on the wire equal those of the generated classes, without their copies: a message is joined once from
+memoryviews, and its payload is a view of the received message. Over loopback in 1 MiB pieces this reads a fifth
+faster than the generated code (1.5 instead of 1.25 GB/s), and a put makes half as many copies.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _PUT_DATA = 2 << 3 | 2
 
 @dataclass(frozen=True, slots=True)
 class ReadPiece:
-    """A ReadReply whose data was not copied: `data` keeps the whole message alive."""
+    """A ReadReply without a copy of its data. `data` is a view that keeps the whole message alive."""
 
     range: int
     data: memoryview
@@ -29,26 +29,26 @@ class ReadPiece:
 
 
 def encode_read_piece(range_index: int, views: Sequence[memoryview]) -> bytes:
-    """A ReadReply with status OK that carries the bytes of `views`."""
+    """Encodes a ReadReply with status OK and the joined bytes of `views`."""
     length = sum(view.nbytes for view in views)
     start = bytes([_READ_RANGE]) + _varint(range_index) if range_index else b""
     return b"".join([start, bytes([_READ_DATA]), _varint(length), *views])
 
 
 def decode_read_reply(message: bytes) -> ReadPiece:
-    """Any ReadReply. Raises google.protobuf.message.DecodeError for bytes that are none."""
+    """Decodes any ReadReply. Raises google.protobuf.message.DecodeError for other bytes."""
     start, range_index = 0, 0
     if message[:1] == bytes([_READ_RANGE]):
         range_index, start = _read_varint(message, 1)
     data = _whole_field(message, start, _READ_DATA)
     if data is not None:
-        return ReadPiece(range_index & 0xFFFFFFFF, data)  # an uint32, however long it was written
+        return ReadPiece(range_index & 0xFFFFFFFF, data)  # a uint32, even if its varint is longer
     reply = ReadReply.FromString(message)
     return ReadPiece(reply.range, memoryview(reply.data), reply.status)
 
 
 def encode_put_request(step: PutRequest | memoryview) -> bytes:
-    """A step of a put; a memoryview stands for its `data`."""
+    """Encodes a step of a put. A memoryview is a step with these bytes as its `data`."""
     if isinstance(step, memoryview):
         return b"".join([bytes([_PUT_DATA]), _varint(step.nbytes), step])
     message: bytes = step.SerializeToString()
@@ -56,8 +56,8 @@ def encode_put_request(step: PutRequest | memoryview) -> bytes:
 
 
 def decode_put_request(message: bytes) -> PutRequest | memoryview:
-    """The inverse of `encode_put_request`. Raises google.protobuf.message.DecodeError, also for a step other than data
-    that has more than MAX_PUT_START_BYTES: empty fields take 20 times the memory that they came in."""
+    """Inverse of `encode_put_request`. Raises google.protobuf.message.DecodeError for other bytes, and for a step other
+    than data of more than MAX_PUT_START_BYTES: parsed empty fields take 20 times the memory of their bytes."""
     data = _whole_field(message, 0, _PUT_DATA)
     if data is not None:
         return data
@@ -69,7 +69,7 @@ def decode_put_request(message: bytes) -> PutRequest | memoryview:
 
 
 def _whole_field(message: bytes, start: int, tag: int) -> memoryview | None:
-    """The payload when `message` is from `start` to its end nothing but the field `tag`."""
+    """The payload of field `tag` if `message` from `start` on is exactly that field; otherwise None."""
     if message[start : start + 1] != bytes([tag]):
         return None
     length, start = _read_varint(message, start + 1)
@@ -86,7 +86,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(message: bytes, position: int) -> tuple[int, int]:
-    """(value, position behind it); a varint that does not end reads as the message's end."""
+    """(value, position after it). For a varint that does not end, the position is the end of the message."""
     value = 0
     for shift, byte in enumerate(message[position : position + 10]):
         value |= (byte & 0x7F) << 7 * shift

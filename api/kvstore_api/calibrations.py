@@ -1,4 +1,4 @@
-"""Limits of the calibration registry that both ends keep to."""
+"""Limits of the calibration registry, for clients and the coordinator."""
 
 MAX_CALIBRATION_BYTES = 1 << 30
 MAX_PIECE_BYTES = 1 << 20

@@ -1,4 +1,4 @@
-"""Environment variables: what Kubernetes sets by itself, told apart from settings, and settings' former names."""
+"""Environment variables of settings: ignores those that Kubernetes sets, and reads former names of settings."""
 
 import logging
 import re
@@ -10,16 +10,16 @@ _LINK = re.compile(r"(tcp|udp|sctp)://[^/]+:\d+")
 _named: set[str] = set()
 
 FORMER_DURABILITY = "kvstore_durability"
-"""Was read by clients and nodes alike, which mean different things by it."""
+"""Former name of two settings with different meanings, one of clients and one of nodes."""
 
 
 def without_service_links(
     variables: Mapping[str, str | None], settings: Iterable[str]
 ) -> dict[str, str | None]:
-    """The variables without those of `settings` (names of variables) that hold a Kubernetes service link.
+    """`variables` without those named in `settings` whose value is a Kubernetes service link.
 
-    Kubernetes sets `KVSTORE_METRICS_PORT=tcp://10.0.0.1:9090` in every pod beside a Service called `kvstore-metrics`.
-    Nobody chose that value as a setting. A warning names each such variable once in a process.
+    If a namespace has a Service `kvstore-metrics`, Kubernetes sets `KVSTORE_METRICS_PORT=tcp://10.0.0.1:9090` in every
+    pod. That value is not a setting. A warning names each such variable once per process.
     """
     links = {name for name in settings if (value := variables.get(name)) and _LINK.fullmatch(value)}
     for name in sorted(links - _named):
@@ -33,9 +33,9 @@ def without_service_links(
 
 
 def under_new_name(variables: Mapping[str, str | None], former: str, new: str) -> dict[str, str | None]:
-    """The variables, in small letters, with what stands under `former` moved to `new` unless that has a value.
+    """`variables` (names in lower case) with the value of `former` moved to `new`, unless `new` has a value.
 
-    A warning names both, once in a process.
+    A warning names both, once per process.
     """
     moved = dict(variables)
     value = moved.pop(former, None)

@@ -1,18 +1,18 @@
-"""The bulk port: KV bytes over plain TCP or TLS, with as little as possible between the socket and the memory.
+"""Wire format of the bulk port, which carries KV bytes over plain TCP or TLS directly between socket and memory.
 
-A connection begins with the client's PREFACE and then carries requests and their answers, one after the other; all
-numbers are big-endian. Everything begins with a header of 16 bytes:
+A connection begins with the client's PREFACE, followed by requests and their answers in order. All numbers are
+big-endian. Every request and answer begins with a header of 16 bytes:
 
     kind u16 | status u16 | index u32 | length u64
 
-A client sends READ, followed by `length` bytes of a ReadRequest, or PUT, followed by `length` bytes of a PutStart and
-then, whatever becomes of it, by the chunk's `size_bytes` bytes. Puts may follow each other without waiting.
+A client sends READ with `length` bytes of a ReadRequest, or PUT with `length` bytes of a PutStart. After a PUT it
+always sends the chunk's `size_bytes` bytes, even if the put will be refused. It may send several puts without waiting.
 
-A server answers a READ with one RANGE for each range asked for, in order: `index` is the range, `status` a ReadStatus,
-and `length` bytes of frames follow, none unless the status is OK. `piece_bytes` has no meaning here. It answers each
-PUT, in order, with PUT_REPLY and `length` bytes of a PutReply. Anything it does not understand or will not serve it
-answers with REFUSED, `length` bytes of text for a person, and the end of the connection. A put that was not sent
-whole before the connection ended leaves nothing behind.
+A server answers a READ with one RANGE per requested range, in order: `index` is the range, `status` a ReadStatus, and
+`length` bytes of frames follow, which is 0 unless the status is OK. `piece_bytes` has no effect here. It answers each
+PUT, in order, with PUT_REPLY and `length` bytes of a PutReply. It answers a request that it does not understand or
+serve with REFUSED and `length` bytes of text for the user, and closes the connection. A put that is incomplete when the
+connection ends is discarded.
 """
 
 import struct
@@ -24,7 +24,7 @@ PREFACE = b"KVBULK" + VERSION.to_bytes(2, "big")
 MAX_READ_REQUEST_BYTES = 8 << 20
 MAX_PUT_START_BYTES = 64 << 10
 MAX_TEXT_BYTES = 4 << 10
-"""Of a PutReply or a refusal."""
+"""Maximum size of a PutReply or of the text of a refusal."""
 
 _HEADER = struct.Struct("!HHIQ")
 HEADER_BYTES = _HEADER.size
@@ -39,7 +39,7 @@ class FrameKind(IntEnum):
 
 
 class FrameHeader(NamedTuple):
-    """As it came: neither the kind nor anything else was checked."""
+    """A received header. No field has been checked."""
 
     kind: int
     status: int

@@ -1,9 +1,9 @@
-"""Which storage nodes own a chunk: weighted rendezvous hashing over the membership.
+"""Placement of chunks on storage nodes by weighted rendezvous hashing over the membership.
 
-Every client and node computes this by itself from the same membership and gets the same answer, so no directory is
-asked. When a member comes or goes, only the chunks it wins or owned move (Thaler and Ravishankar 1998; the
-logarithmic weighting is that of Schindelhauer and Schomaker 2005). Loads differ by chance alone, so no virtual nodes
-are needed, however unequal the weights: of 180,000 chunks on 100 nodes the fullest has 1.06 times its share.
+Every client and node computes the owners from the same membership and gets the same result, so there is no directory.
+When a member joins or leaves, only the chunks that it gains or owned move (Thaler and Ravishankar 1998; the
+logarithmic weighting is from Schindelhauer and Schomaker 2005). Loads differ only by chance, so virtual nodes are
+not needed for any weights: with 180,000 chunks on 100 nodes, the fullest node has 1.06 times its share.
 """
 
 import math
@@ -15,11 +15,11 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 _BLOCK_VALUES = 1 << 16
-"""Costs computed at once: half a MiB, which stays in the processor's cache."""
+"""Number of costs computed at once, half a MiB, so that they stay in the processor's cache."""
 _FURTHER_READERS = 2
-"""Who comes after the owners in rank is a reader, too: owners may have joined a moment ago. Of 3 nodes without
-replicas, two that joined at once hide 10 % of the chunks with one further reader and none with two; three that joined
-hide 20 and 5 %. Each further one is asked for every chunk that is stored nowhere."""
+"""Number of members after the owners in rank that are also asked, because owners may just have joined and be empty.
+With 3 nodes and no replicas, two nodes that join at once hide 10 % of the chunks with one further reader and none with two;
+three that join hide 20 % and 5 %. A lookup of a chunk that is not stored asks every further reader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Member:
     bulk_endpoint: str = ""
     """host:port of its bulk port; empty: it has none."""
     domain: str = ""
-    """What fails together with it, such as a machine; empty: only itself."""
+    """Failure domain: members with the same domain, such as a machine, fail together. Empty: only itself."""
     draining: bool = False
-    """It owns nothing any more, but still answers for what it has."""
+    """It owns no chunks but still serves reads of the chunks that it has."""
 
     def __post_init__(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):
@@ -47,7 +47,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """The live members as of `epoch`, which grows with every change, and how many of them own each chunk."""
+    """The live members at `epoch`, which grows with every change. Each chunk has `replicas` owners."""
 
     epoch: int
     members: tuple[Member, ...]
@@ -60,9 +60,9 @@ def owners(content_id: bytes, members: Sequence[Member], replicas: int = 1) -> l
 
 
 class Placement:
-    """Where chunks belong in one membership. Immutable and thread-safe; made once per membership.
+    """Placement of chunks in one membership. Immutable and thread-safe. Create it once per membership.
 
-    Depends on ids, weights, domains and who is draining: neither the order of `members` nor their endpoints matter.
+    It depends on the members' ids, weights, domains and draining marks, not on their order or endpoints.
     """
 
     def __init__(self, members: Sequence[Member], replicas: int = 1) -> None:
@@ -71,7 +71,7 @@ class Placement:
         digests = (blake3(member.node_id.encode()).digest(length=8) for member in self._members)
         self._seeds = np.frombuffer(b"".join(digests), "<u8")
         weights = np.array([member.weight for member in self._members])
-        # One weight for all ranks by the hash itself, without the logarithms.
+        # With equal weights, members are ranked by the hash itself, without logarithms.
         self._weights = weights if len(set(weights.tolist())) > 1 else None
         self._draining = np.array([member.draining for member in self._members], bool)
         labels = [member.domain or (member.node_id,) for member in self._members]
@@ -80,14 +80,14 @@ class Placement:
         self._share_domains = len(numbers) < len(labels)
 
     def owners(self, content_ids: Sequence[bytes]) -> list[tuple[Member, ...]]:
-        """The `replicas` members that hold each of these contents, best first, of different domains as far as there
-        are enough; fewer when there are fewer members. A draining member owns nothing."""
+        """The `replicas` owners of each content, highest rank first, in different domains if there are enough. Fewer
+        owners if there are fewer members. A draining member is never an owner."""
         return self._named(content_ids, self._pick_owners)
 
     def readers(self, content_ids: Sequence[bytes]) -> list[tuple[Member, ...]]:
-        """Where to look for each of these contents, in this order: its owners; draining members that would own it;
-        and who owned it before one of its owners joined or came back. When several did so together, it is one of those
-        who owned it before, unless `replicas + 2` members that joined are the first in rank."""
+        """The members to ask for each content, in this order: its owners, draining members that would own it, and
+        members that owned it before one of its owners joined or returned. If several joined at once, the result
+        includes a former owner unless the first `replicas + 2` members in rank all joined."""
         return self._named(content_ids, self._pick_readers)
 
     def _named(
@@ -112,12 +112,12 @@ class Placement:
         return named
 
     def _costs(self, content_ids: Sequence[bytes]) -> Iterator[NDArray[np.float64]]:
-        """Blocks of `[contents, members]`: the member with the lowest cost owns the content."""
+        """Costs in blocks of `[contents, members]`. The member with the lowest cost owns the content."""
         words = np.frombuffer(b"".join([content_id[:8] for content_id in content_ids]), "<u8")
         rows = max(1, _BLOCK_VALUES // len(self._members))
         for begin in range(0, len(words), rows):
             mixed = _mix(words[begin : begin + rows, None] ^ self._seeds)
-            # 52 bits and a half: the largest value is still below 1 as a double, so the logarithm is never zero.
+            # 52 bits plus one half: the largest double is below 1, so the logarithm is never zero.
             uniform = ((mixed >> np.uint64(12)).astype(np.float64) + 0.5) / (1 << 52)
             yield -uniform if self._weights is None else np.log(uniform) / -self._weights
 
@@ -130,7 +130,7 @@ class Placement:
         found = [picked]
         if self._draining.any():
             found.append(self._pick(costs, np.ones_like(live)))
-        # The owners if one of them were not there.
+        # The owners if one of them were absent.
         for place in range(picked.shape[1] if self._share_domains else 0):
             if live.sum() > self._replicas:
                 others = np.tile(live, (len(costs), 1))
@@ -140,7 +140,7 @@ class Placement:
         return np.concatenate(found, axis=1)
 
     def _first_in_rank(self, costs: NDArray[np.float64], usable: NDArray[np.bool_]) -> NDArray[np.intp]:
-        """The owners if domains did not count, and those who would come next, `[contents, members]`."""
+        """The owners without regard to domains, and the next members in rank, `[contents, members]`."""
         left = np.where(usable, costs, np.inf)
         count = min(self._replicas + _FURTHER_READERS, int(usable.sum()))
         ranked = np.empty((len(costs), count), np.intp)
@@ -150,12 +150,12 @@ class Placement:
         return ranked
 
     def _pick(self, costs: NDArray[np.float64], usable: NDArray[np.bool_]) -> NDArray[np.intp]:
-        """The owners by these costs among the usable members, `[contents, replicas]`."""
+        """The owners among the `usable` members for these costs, `[contents, replicas]`."""
         left = np.where(usable, costs, np.inf)
         count = min(self._replicas, int(np.atleast_2d(usable).sum(axis=1)[0]))
         picked = np.empty((len(costs), count), np.intp)
         rows = np.arange(len(costs))
-        elsewhere = left.copy() if self._share_domains else left  # in domains without an owner yet
+        elsewhere = left.copy() if self._share_domains else left  # costs in domains without an owner yet
         for place in range(count):
             best = elsewhere.argmin(axis=1)
             if self._share_domains:
@@ -167,7 +167,8 @@ class Placement:
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every bit depends on every bit. Overwrites `words`."""
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): each output bit depends on every input bit. Overwrites
+    `words`."""
     words ^= words >> np.uint64(30)
     words *= np.uint64(0xBF58476D1CE4E5B9)
     words ^= words >> np.uint64(27)

@@ -1,9 +1,9 @@
-"""Text from elsewhere, made fit for a terminal or a log."""
+"""Escapes untrusted text for a terminal or a log."""
 
 
 def printable(text: str) -> str:
-    """The text with whatever cannot be printed written out, such as `\\x1b`; line breaks stay. What a client calls
-    itself might move the cursor of whoever reads it, or look like a line of somebody else."""
+    """`text` with characters that cannot be printed as escapes, such as `\\x1b`. Line breaks stay. Without this, a name
+    that a client chose could move the terminal's cursor or imitate another line of a log."""
     if text.isprintable():
         return text
     return "".join(
