@@ -18,8 +18,8 @@ _BLOCK_VALUES = 1 << 16
 """Number of costs computed at once, half a MiB, so that they stay in the processor's cache."""
 _FURTHER_READERS = 2
 """Number of members after the owners in rank that are also asked, because owners may just have joined and be empty.
-With 3 nodes and no replicas, two nodes that join at once hide 10 % of the chunks with one further reader and none with two;
-three that join hide 20 % and 5 %. A lookup of a chunk that is not stored asks every further reader."""
+With 3 nodes and no replicas, two nodes that join at once hide 10 % of the chunks with one further reader and none with
+two; three that join hide 20 % and 5 %. A lookup of a chunk that is not stored asks every further reader."""
 
 
 @dataclass(frozen=True, slots=True)
