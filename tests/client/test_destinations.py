@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from kvstore_client import KVStoreClient, connect
-from kvstore_client.fetch import Fetch, FetchReport
+from kvstore_client.fetch import Computing, Fetch, FetchReport
 from kvstore_client.match import Match
+from kvstore_client.planning import Costs, PrefillCost, Profile
 from kvstore_client.store import NewChunk
 from kvstore_codec.rope import RotaryTable
 from tests.client.chunks import SPEC, random_kv
@@ -115,6 +116,28 @@ def test_a_destination_that_raises_makes_its_chunk_missing(
         assert dict(report.missing) == {1: "destination"}
         assert (report.fetched, report.delivered) == (2, 1)
         assert client.metrics.snapshot()["miss_destination"] == 1
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_what_cannot_be_decoded_here_is_missing_at_once(
+    served: ServedCluster, tmp_path: Path, planned: bool
+) -> None:
+    """A match came from another process before the calibration did."""
+    with connect(served.address, encoding="medium-klt-pco", cache_dir=tmp_path / "a") as finder:
+        finder.prepare(SPEC).result(WAIT_S)
+        data = stored_match(finder, seed=5000 + planned).to_bytes()
+    costs = Costs(Profile({}, PrefillCost(0.01, 4e-4, 1e-8), 1.0, 2, {"model": "m"}))
+    with connect(served.address, cache_dir=tmp_path / "b") as client:
+        match = client.match_from_bytes(SPEC, data)
+        assert match.tokens == CHUNKS * 256
+        computing = Computing(costs, TOKENS, 10) if planned else None
+        destination = PagedKV(SPEC, TOKENS, packed=True)
+        report = client.fetch(match, destination, None, computing=computing).wait()
+        assert dict(report.missing) == dict.fromkeys(range(CHUNKS), "calibration_loading")
+        assert (report.received_bytes, report.computed) == (0, 0)
+        assert client.ready_calibrations.for_model(SPEC.digest).result(WAIT_S) is not None
+        again = client.match_from_bytes(SPEC, data)
+        assert client.fetch(again, destination, None, features=lambda _: features_of(256)).wait().complete
 
 
 def polled(fetch: Fetch) -> FetchReport:

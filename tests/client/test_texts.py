@@ -110,6 +110,42 @@ def test_a_look_without_use_changes_nothing(small: ServedCluster) -> None:
         assert "chunks_matched_exact" not in client.metrics.snapshot()
 
 
+def test_a_look_at_segments_changes_nothing_either(small: ServedCluster) -> None:
+    """Also where chunks are found in another context, and where nothing is found."""
+    with connect(small.address, fetch_policy="fixed") as client:
+        tokens = torch.randint(0, 500, (3 * 256,), generator=torch.Generator().manual_seed(9)).tolist()
+        Put(client)(client.chunk_ids(SPEC, tokens))
+        moved = client.segment_chunks(SPEC, [7] * 10 + tokens, [10, 256, 256, 256])
+        before, counted_before = small.nodes[0].stats(), client.metrics.snapshot()
+        match = client.match_segments(SPEC, moved, peek=True)
+        assert [(chunk.exact, chunk.first_token) for chunk in match.chunks] == [
+            (False, 10), (False, 266), (False, 522),
+        ]  # fmt: skip
+        assert client.match(SPEC, text(client, 10, 3), peek=True).why_not == "not stored"
+        assert match.leases == ()
+        assert small.nodes[0].stats() == before
+        assert client.metrics.snapshot() == counted_before
+
+
+@pytest.mark.parametrize("peek", [False, True])
+def test_a_look_keeps_nothing_from_eviction(small: ServedCluster, peek: bool) -> None:
+    """Of two texts the one that was used last stays, however often somebody looks at the other one."""
+    with connect(small.address, fetch_policy="fixed") as client:
+        put, first, second = Put(client), text(client, 1, 4), text(client, 2, 4)
+
+        def left(ids: Sequence[ChunkId]) -> int:
+            return len(client.match(SPEC, ids, peek=True).chunks)
+
+        assert put(first) == put(second) == 4
+        for _ in range(5):
+            client.release(client.match(SPEC, first, peek=peek))
+        assert eventually(lambda: counted(small, "hits") == (0 if peek else 20))
+        for seed in (3, 4):
+            assert put(text(client, seed, 4)) == 4
+        assert counted(small, "evictions") > 0
+        assert (left(first) == 4, left(second) == 4) == (not peek, peek)
+
+
 def test_documents_are_cut_apart(small: ServedCluster) -> None:
     """What does not fit of one document is left out; the next one is a text of its own."""
     with connect(small.address, fetch_policy="fixed") as client:
