@@ -21,6 +21,7 @@ from kvstore_client.lookup import find_prefix, find_segments, release
 from kvstore_client.match import Match
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.pages import PageNamespace, PageStore
 from kvstore_client.planning import AdaptivePlanner, FixedPlanner, KVFetcherPlanner, Links, Planner
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
 from kvstore_client.settings import ClientSettings, FetchPolicy, flat_name
@@ -77,6 +78,7 @@ class KVStoreClient:
         self._restorer = restorer
         self.links = Links()
         """How fast each node's bytes came lately."""
+        self._page_stores: list[PageStore] = []
         self._open()
         renew_in_children(self, KVStoreClient._renew)
 
@@ -229,12 +231,22 @@ class KVStoreClient:
             restorer=self._restorer,
         )
 
+    def pages(self, namespace: PageNamespace, **options: Any) -> PageStore:
+        """Where an engine that has keys and pages of its own reads and stores them; `options` are those of PageStore.
+        Its names also depend on the setting `tenant_salt`. Closed with the client."""
+        pages = PageStore(namespace, self.settings, lambda: (self._view, self.metrics), **options)
+        with self._lock:
+            self._page_stores = [*(store for store in self._page_stores if not store.is_closed), pages]
+        return pages
+
     def close(self) -> None:
         """Finish storing what was handed in, then disconnect."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+        for pages in self._page_stores:
+            pages.close()
         self.store.close()
         self.ready_calibrations.close()
         self._view.close()

@@ -48,6 +48,11 @@ _STAGE_S = Histogram(
 )
 _REPLANS = Counter("kvstore_client_replans", "Times a fetch was planned again while it ran.")
 _PLANNED = Counter("kvstore_client_planned_chunks", "Matched chunks, by what was decided.", ["decision"])
+_PAGES = Counter(
+    "kvstore_client_pages",
+    "Pages that jobs were about, by operation and how they ended.",
+    ["operation", "outcome"],
+)
 _WAITING = Gauge("kvstore_client_waiting_for_kv", "Requests that wait until their KV is here.")
 
 
@@ -160,6 +165,13 @@ class ClientMetrics:
             _TOKENS.labels("computed").inc(computed_tokens)
         self._add("tokens_reused", reused_tokens)
         self._add("tokens_computed", computed_tokens)
+
+    def paged(self, operation: str, ok: int, reasons: Mapping[str, int]) -> None:
+        """Count the pages of a job: those that are `ok`, and the others by reason."""
+        for outcome, pages in {"ok": ok, **reasons}.items():
+            with REGISTRY_LOCK:
+                _PAGES.labels(operation, outcome).inc(pages)
+            self._add(f"pages_{operation}_{outcome}", pages)
 
     def snapshot(self) -> dict[str, int]:
         with self._lock:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.settings import ClientSettings, Durability
 from kvstore_client.transport import Transport
+from kvstore_codec.chunk import ChunkHeader
 from kvstore_codec.codec import EncodedChunk
 from kvstore_codec.errors import TransferError
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
@@ -15,6 +17,24 @@ from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 _PIECE_BYTES = 1 << 20
 _AHEAD_BYTES = 16 << 20
 """What may wait for a slow owner while the others get theirs."""
+
+
+_DURABILITIES = {
+    Durability.DEFAULT: pb.DURABILITY_DEFAULT,
+    Durability.MEMORY: pb.DURABILITY_MEMORY,
+    Durability.RELAXED: pb.DURABILITY_RELAXED,
+    Durability.DURABLE: pb.DURABILITY_DURABLE,
+}
+
+
+def keep_as(settings: ClientSettings, cost: float) -> pb.PutStart:
+    """How nodes are to keep a client's new chunks; `cost` is that of computing one again."""
+    return pb.PutStart(
+        ttl_s=settings.store.ttl_s,
+        tenant=settings.store.tenant,
+        durability=_DURABILITIES[settings.store.durability],
+        cost=cost,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +47,21 @@ class OutgoingChunk:
     @classmethod
     def of(cls, encoded: EncodedChunk, keep: pb.PutStart) -> "OutgoingChunk":
         """`keep` holds the lifetime, tenant, durability and cost; what the chunk is, is filled in."""
-        header = encoded.header
+        return cls.with_header(encoded.header, tuple(memoryview(part) for part in encoded.parts), keep)
+
+    @classmethod
+    def with_header(
+        cls, header: ChunkHeader, parts: tuple[memoryview, ...], keep: pb.PutStart
+    ) -> "OutgoingChunk":
+        """As `of`, for a chunk whose `header` describes the bytes in `parts`."""
         start = pb.PutStart(
             chunk=pb.ChunkRef(content_id=header.chunk_id.content_id, prefix_id=header.chunk_id.prefix_id),
             encoding=header.encoding.name,
-            size_bytes=encoded.size_bytes,
+            size_bytes=header.size_bytes,
             calibration=header.calibration or b"",
         )
         start.MergeFrom(keep)
-        return cls(start, tuple(memoryview(part) for part in encoded.parts))
+        return cls(start, parts)
 
     @property
     def chunk_id(self) -> ChunkId:

@@ -51,12 +51,16 @@ class ReplicatedWrite:
     """One batch of chunks. Each owner has a stream of its own, so a dead one costs the others nothing but, at the end,
     `put_stall_timeout_s`. `put`, `is_cut` and `finish` are for one thread, `cancel` for any."""
 
-    def __init__(self, view: ClusterView, settings: ClientSettings) -> None:
+    def __init__(
+        self, view: ClusterView, settings: ClientSettings, *, timeout_s: float | None = None
+    ) -> None:
+        """All of it has to be stored within `timeout_s`; when not given, within `put_timeout_s`."""
         self.failures: Counter[MissReason] = Counter()
         """Why streams broke, once `finish` has returned; their nodes are paused."""
         self.details: dict[MissReason, str] = {}
         """A sentence for each of these reasons."""
         self._view, self._settings = view, settings
+        self._timeout_s = settings.timeouts.put_s if timeout_s is None else timeout_s
         self._written: list[Written] = []
         self._lock = threading.Lock()
         self._streams: dict[Member, _Stream] = {}
@@ -140,7 +144,7 @@ class ReplicatedWrite:
             if owner not in self._streams:
                 write = OwnerWrite(
                     self._view.transport(owner),
-                    timeout_s=self._settings.timeouts.put_s,
+                    timeout_s=self._timeout_s,
                     stall_s=self._settings.timeouts.put_stall_s,
                 )
                 self._streams[owner] = _Stream(write)

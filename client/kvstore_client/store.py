@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 
-from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
-from kvstore_client.owner_write import OutgoingChunk
+from kvstore_client.owner_write import OutgoingChunk, keep_as
 from kvstore_client.ready_calibrations import ReadyCalibrations
 from kvstore_client.recompute.frequency import token_order
 from kvstore_client.replicated_write import ReplicatedWrite
-from kvstore_client.settings import ClientSettings, Durability
+from kvstore_client.settings import ClientSettings
 from kvstore_client.texts import TextPlaces
 from kvstore_client.threads import single_threaded
 from kvstore_codec.codec import EncodedChunk, encode_chunk
@@ -33,13 +32,6 @@ from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
 
 log = logging.getLogger(__name__)
-
-_DURABILITIES = {
-    Durability.DEFAULT: pb.DURABILITY_DEFAULT,
-    Durability.MEMORY: pb.DURABILITY_MEMORY,
-    Durability.RELAXED: pb.DURABILITY_RELAXED,
-    Durability.DURABLE: pb.DURABILITY_DURABLE,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +297,7 @@ class Store:
                     continue
                 for encoded in self._encoded(spec, klt, chunk, left):
                     sent.append((number, encoded.size_bytes))
-                    writing.put(OutgoingChunk.of(encoded, self._keep(chunk)), owners, text)
+                    writing.put(OutgoingChunk.of(encoded, keep_as(self._settings, chunk.cost)), owners, text)
         except BaseException:
             writing.cancel()
             raise
@@ -329,15 +321,6 @@ class Store:
                     sparse.add(number)
         self._metrics.under_replicated(len(sparse))
         return len(stored)
-
-    def _keep(self, chunk: NewChunk) -> pb.PutStart:
-        settings = self._settings
-        return pb.PutStart(
-            ttl_s=settings.store.ttl_s,
-            tenant=settings.store.tenant,
-            durability=_DURABILITIES[settings.store.durability],
-            cost=chunk.cost,
-        )
 
     def _writes_order(self, spec: ModelSpec) -> bool:
         """Not under tensor parallelism: all ranks have to choose the same tokens, and one sees but its own heads."""

@@ -100,7 +100,7 @@ class ChunkHeader:
                 f"chunk {self.chunk_id.short}: frame {frame} has {self.frame_lengths[frame]} bytes, "
                 f"got {length}"
             )
-        self._compare_checksum(frame, xxhash.xxh3_64_intdigest(data))
+        self.compare_checksum(frame, xxhash.xxh3_64_intdigest(data))
 
     def require(self, *, model_digest: bytes, chunk_id: ChunkId) -> None:
         """Raises ForeignChunkError if the chunk is not the requested one. The message names what differs."""
@@ -115,7 +115,8 @@ class ChunkHeader:
                     f"{found.hex()[:16]} instead of {wanted.hex()[:16]}"
                 )
 
-    def _compare_checksum(self, frame: int, found: int) -> None:
+    def compare_checksum(self, frame: int, found: int) -> None:
+        """Raises ChecksumError unless `found` is the frame's xxh3_64."""
         if found != self.frame_checksums[frame]:
             raise ChecksumError(
                 f"chunk {self.chunk_id.short}: frame {frame} was damaged "
@@ -135,13 +136,34 @@ def write_header(
     """Makes the header of a chunk with these encoded `frames`. Returns it parsed and as bytes.
 
     Raises ChunkFormatError for frames or a `token_order` that do not match the geometry."""
-    lengths = [memoryview(frame).nbytes for frame in frames]
-    if len(lengths) != geometry.frame_count or max(lengths) > MAX_FRAME_BYTES:
+    return make_header(
+        model_digest,
+        chunk_id,
+        encoding,
+        geometry,
+        [memoryview(frame).nbytes for frame in frames],
+        [xxhash.xxh3_64_intdigest(frame) for frame in frames],
+        calibration,
+        token_order,
+    )
+
+
+def make_header(
+    model_digest: bytes,
+    chunk_id: ChunkId,
+    encoding: Encoding,
+    geometry: Geometry,
+    lengths: Sequence[int],
+    checksums: Sequence[int],
+    calibration: bytes | None = None,
+    token_order: TokenOrder | None = None,
+) -> tuple[ChunkHeader, bytes]:
+    """As `write_header`, for frames that are not in one buffer each: takes their `lengths` and xxh3_64 `checksums`."""
+    if not len(lengths) == len(checksums) == geometry.frame_count or max(lengths) > MAX_FRAME_BYTES:
         raise ChunkFormatError(
             f"chunk {chunk_id.short}: {len(lengths)} frames of up to {max(lengths, default=0)} bytes do not "
             f"make a chunk of {geometry.frame_count} frames of at most {MAX_FRAME_BYTES} bytes"
         )
-    checksums = [xxhash.xxh3_64_intdigest(frame) for frame in frames]
     fields: dict[str, Any] = {
         "model": model_digest,
         "content": chunk_id.content_id,
@@ -254,7 +276,7 @@ def verify_chunk(parts: Iterable[Buffer] | Buffer, size_bytes: int) -> ChunkHead
                 rest = next(pieces)
             hasher.update(rest[:length])
             length, rest = length - len(rest[:length]), rest[length:]
-        header._compare_checksum(frame, hasher.intdigest())
+        header.compare_checksum(frame, hasher.intdigest())
     return header
 
 

@@ -11,7 +11,13 @@ from typing_extensions import Buffer
 
 from kvstore_codec.chunk import ChunkHeader
 from kvstore_codec.encoding import Encoding
-from kvstore_codec.errors import CalibrationError, ChunkFormatError, CodecError, InvalidKVError
+from kvstore_codec.errors import (
+    CalibrationError,
+    ChunkFormatError,
+    CodecError,
+    ForeignChunkError,
+    InvalidKVError,
+)
 from kvstore_codec.klt import PeriodKLT
 from kvstore_codec.klt_frames import (
     KLT,
@@ -213,8 +219,13 @@ def _decode_byte_planes(reader: PayloadReader, keys: torch.Tensor, values: torch
         decode_words(reader, words_of(out))
 
 
+def _refuse_page(_reader: PayloadReader, _keys: torch.Tensor, _values: torch.Tensor, _coder: str) -> None:
+    raise ForeignChunkError("the frame is a page of an engine's cache, not KV of tokens")
+
+
 _DECODERS: dict[PayloadKind, Callable[[PayloadReader, torch.Tensor, torch.Tensor, str], None]] = {
     PayloadKind.VERBATIM: _decode_verbatim,
     PayloadKind.BYTE_PLANES: _decode_byte_planes,
     PayloadKind.QUANTISED: decode_quantised,
+    PayloadKind.PAGE: _refuse_page,
 }

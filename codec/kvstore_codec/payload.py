@@ -36,6 +36,7 @@ class PayloadKind(IntEnum):
     BYTE_PLANES = 1  # see `words`
     QUANTISED = 2  # see `quantise`
     KLT = 3  # see `klt_frames`
+    PAGE = 4  # not KV, but a page of an engine's cache: see `page`
 
 
 class _SampleChecksum:
@@ -61,6 +62,11 @@ def sample_checksum(*planes: Samples) -> int:
     return checksum.value
 
 
+def opening(kind: PayloadKind, checksum: int) -> bytes:
+    """The first OPENING_BYTES of a frame; `checksum` is that of its samples."""
+    return _OPENING.pack(kind, checksum)
+
+
 class PayloadWriter:
     """Collects the bytes of one frame."""
 
@@ -79,7 +85,7 @@ class PayloadWriter:
         self._parts.append(coded)
 
     def frame(self) -> bytes:
-        return b"".join((_OPENING.pack(self._kind, self._checksum.value), *self._parts))
+        return b"".join((opening(self._kind, self._checksum.value), *self._parts))
 
 
 class PayloadReader:

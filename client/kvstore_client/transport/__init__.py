@@ -1,6 +1,6 @@
 """How KV bytes of one storage node are read and written."""
 
-from kvstore_client.transport.base import PutStream, ReadStream, Transport
+from kvstore_client.transport.base import Memory, PutStream, ReadStream, Transport
 from kvstore_client.transport.bulk import BulkTransport
 from kvstore_client.transport.connections import Connections
 from kvstore_client.transport.grpc import GrpcTransport
@@ -11,6 +11,7 @@ __all__ = [
     "BulkTransport",
     "Connections",
     "GrpcTransport",
+    "Memory",
     "PutStream",
     "ReadStream",
     "ReceiveMemory",

@@ -52,11 +52,21 @@ class PutStream(Protocol):
         """End it now; also from another thread, and after the end. Chunks that were acknowledged stay stored."""
 
 
+class Memory(Protocol):
+    """Where received bytes lie."""
+
+    def take(self, size_bytes: int) -> memoryview:
+        """Writable memory for the next bytes: for `size_bytes` of them, or for fewer, and then it is asked again."""
+
+
 class Transport(Protocol):
     """One storage node's data path. Thread-safe: several streams may be under way."""
 
-    def read(self, request: pb.ReadRequest, timeout_s: float) -> ReadStream:
-        """Start reading; all of it has to arrive within `timeout_s`."""
+    def read(self, request: pb.ReadRequest, timeout_s: float, memory: Memory | None = None) -> ReadStream:
+        """Start reading; all of it has to arrive within `timeout_s`.
+
+        Who gives `memory` has the bytes received there, range after range, where the transport receives in place: a
+        piece's `data` is then the very view that `take` returned. Otherwise its pieces lie in memory of its own."""
 
     def put(self, steps: Iterator[pb.PutRequest | memoryview], timeout_s: float) -> PutStream:
         """Start storing chunks. Each goes start, data..., end or revoke; a memoryview is data, and what it shows must

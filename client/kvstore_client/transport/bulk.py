@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 from kvstore_api.bulk import ReadPiece
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_client.transport.base import Transport
+from kvstore_client.transport.base import Memory, Transport
 from kvstore_client.transport.connections import Connections
 from kvstore_client.transport.exchange import Exchange, UnreachableError
 from kvstore_client.transport.memory import ReceiveMemory
@@ -45,13 +45,15 @@ class BulkTransport:
         self._fallback = fallback
         self._fallback_until_s = 0.0
 
-    def read(self, request: pb.ReadRequest, timeout_s: float) -> Stream[ReadPiece]:
+    def read(
+        self, request: pb.ReadRequest, timeout_s: float, memory: Memory | None = None
+    ) -> Stream[ReadPiece]:
         fallback = self._fallback
         if fallback is not None and self._is_avoided():
             return fallback.read(request, timeout_s)
         return BulkStream(
             Exchange(self._connections, timeout_s),
-            partial(read_ranges, request=request, memory=self._memory),
+            partial(read_ranges, request=request, memory=self._memory if memory is None else memory),
             partial(fallback.read, request) if fallback is not None else None,
             self._avoid,
         )

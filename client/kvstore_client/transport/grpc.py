@@ -8,6 +8,7 @@ import grpc
 
 from kvstore_api.bulk import ReadPiece, decode_read_reply, encode_put_request
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.transport.base import Memory
 from kvstore_codec.errors import TransferError
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Storage"].full_name
@@ -34,7 +35,12 @@ class GrpcTransport:
             response_deserializer=pb.PutReply.FromString,
         )
 
-    def read(self, request: pb.ReadRequest, timeout_s: float) -> "GrpcStream[ReadPiece]":
+    def read(
+        self,
+        request: pb.ReadRequest,
+        timeout_s: float,
+        memory: Memory | None = None,  # noqa: ARG002 (gRPC receives into messages)
+    ) -> "GrpcStream[ReadPiece]":
         return GrpcStream(self._read(request, timeout=timeout_s))
 
     def put(self, steps: Iterator[pb.PutRequest | memoryview], timeout_s: float) -> "GrpcStream[pb.PutReply]":

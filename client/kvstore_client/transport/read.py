@@ -6,11 +6,12 @@ from typing import cast
 from kvstore_api.bulk import ReadPiece
 from kvstore_api.frames import FrameHeader, FrameKind, pack_header
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.transport.base import Memory
 from kvstore_client.transport.exchange import Exchange
-from kvstore_client.transport.memory import LARGEST_BYTES, ReceiveMemory
+from kvstore_client.transport.memory import LARGEST_BYTES
 
 
-def read_ranges(exchange: Exchange, request: pb.ReadRequest, memory: ReceiveMemory) -> Iterator[ReadPiece]:
+def read_ranges(exchange: Exchange, request: pb.ReadRequest, memory: Memory) -> Iterator[ReadPiece]:
     """Each range in one piece, or in several where it has more than LARGEST_BYTES. Not asking for more is what slows
     the node down: it sends as fast as this is iterated."""
     count = len(request.ranges)

@@ -1,0 +1,7 @@
+"""The page door: `PageStore`, for engines that speak opaque keys and whole pages. Imports no engine."""
+
+from kvstore_client.pages.base import JobId, PageResult
+from kvstore_client.pages.store import PageStore
+from kvstore_codec.page import PageNamespace
+
+__all__ = ["JobId", "PageNamespace", "PageResult", "PageStore"]

@@ -1,0 +1,200 @@
+"""Reading pages straight into their caller's views, from any node that has them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+
+from kvstore_api.placement import Member
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.lookup import release
+from kvstore_client.pages.base import PageResult
+from kvstore_client.pages.context import PageContext
+from kvstore_client.pages.destination import Destination, WantedPage
+from kvstore_client.pages.find import PageSearch, StoredPage
+from kvstore_client.pages.jobs import Job
+from kvstore_client.transport import ReadStream
+from kvstore_codec.errors import CodecError, InvalidKVError, NodeUnavailableError, TransferError
+from kvstore_codec.identity import ChunkId
+from kvstore_codec.page import may_fill
+
+
+class _Reading:
+    """A read that is watched: it is cancelled once nothing has come for `patience_s`."""
+
+    def __init__(self, stream: ReadStream, patience_s: float) -> None:
+        self._stream, self._patience_s = stream, patience_s
+        self.moved_at_s = time.monotonic()
+        self.is_silent = False
+
+    def check(self) -> None:
+        if time.monotonic() - max(self.moved_at_s, self._stream.moved_at_s) > self._patience_s:
+            self.is_silent = True
+            self._stream.cancel()
+
+    def cancel(self) -> None:
+        self._stream.cancel()
+
+
+class GetPages:
+    """One job. No view is written to after `run` has returned."""
+
+    def __init__(
+        self, context: PageContext, chunk_ids: Sequence[ChunkId], views: Sequence[memoryview | None]
+    ) -> None:
+        """`views` are rows of writable bytes; None for one that is not."""
+        self._context, self._chunk_ids, self._views = context, chunk_ids, views
+        self._outcomes: list[str | None] = ["not_stored"] * len(chunk_ids)
+        self._deadline_s = 0.0
+
+    def run(self, job: Job) -> PageResult:
+        context = self._context
+        self._deadline_s = job.deadline_s
+        search = PageSearch(
+            context.view, context.settings, context.metrics, context.namespace, self._chunk_ids
+        )
+        found: dict[int, StoredPage] = {}
+        unknown: list[int] = []
+        for index, (chunk_id, view) in enumerate(zip(self._chunk_ids, self._views, strict=True)):
+            if view is None:
+                self._outcomes[index] = "bad_view"
+            elif (stored := context.locks.find(chunk_id)) is not None:
+                found[index] = stored
+            else:
+                unknown.append(index)
+        try:
+            if unknown:
+                search.look(unknown, job.left_s)
+                self._note(unknown, search)
+            self._bring({**found, **search.found}, search)
+        finally:
+            release(context.view, search.uses(search.found))
+        return PageResult.of(self._outcomes)
+
+    def _note(self, indices: Sequence[int], search: PageSearch) -> None:
+        for index in indices:
+            if index not in search.found:
+                self._outcomes[index] = search.why_not
+
+    def _bring(self, places: Mapping[int, StoredPage], search: PageSearch) -> None:
+        """Read pages where they are, and what fails there at their other readers. A node that was given up for its
+        silence is asked again, with more patience, for what nobody else has."""
+        tried: dict[int, list[Member]] = {}
+        silent: dict[int, StoredPage] = {}
+        hurried = self._context.view.membership().replicas > 1 if places else False
+        while places:
+            failed = self._read_all(places, hurried=hurried)
+            places = {index: page for index, page in places.items() if index in failed}
+            for index, page in places.items():
+                self._outcomes[index] = failed[index]
+                tried.setdefault(index, []).append(page.member)
+                if failed[index] == "silent":
+                    silent[index] = page
+            again = [index for index in places if failed[index] not in ("wrong_size", "timeout", "closed")]
+            if not again or not self._left_s():
+                break
+            for index in again:
+                search.found.pop(index, None)
+            search.look(again, self._left_s(), tried)
+            places = {index: search.found[index] for index in again if index in search.found}
+            if places:
+                self._context.metrics.failed_over(failed[next(iter(places))])
+            elif hurried and silent:
+                hurried = False
+                places, silent = {i: p for i, p in silent.items() if self._outcomes[i] is not None}, {}
+
+    def _read_all(self, places: Mapping[int, StoredPage], *, hurried: bool) -> dict[int, str]:
+        """Read from all nodes at once; why pages did not come, by index."""
+        groups: dict[str, list[WantedPage]] = {}
+        failed: dict[int, str] = {}
+        for index, page in places.items():
+            view = self._views[index]
+            if view is not None and may_fill(page.header, view.nbytes):
+                groups.setdefault(page.member.node_id, []).append(WantedPage(index, page, view))
+            else:
+                failed[index] = "wrong_size"
+        *others, last = groups.values() if groups else [[]]
+        reads: list[Future[dict[int, str]]] = [
+            self._context.readers.submit(self._read, pages, hurried=hurried) for pages in others
+        ]
+        if last:
+            failed |= self._read(last, hurried=hurried)
+        for read in reads:
+            failed |= read.result()
+        return failed
+
+    def _read(self, pages: Sequence[WantedPage], *, hurried: bool) -> dict[int, str]:
+        """Read from one node; why pages did not come, by index."""
+        context, member = self._context, pages[0].stored.member
+        if not self._left_s():
+            return {page.index: "timeout" for page in pages}
+        destination = Destination(pages)
+        try:
+            stream = context.view.transport(member).read(
+                _request(pages, self._chunk_ids), self._left_s(), destination
+            )
+        except NodeUnavailableError:
+            return {page.index: "closed" for page in pages}
+        settings = context.settings
+        reading = _Reading(
+            stream, settings.timeouts.failover_s if hurried else settings.timeouts.fetch_stall_s
+        )
+        failed: dict[int, str] = {}
+        reason = "protocol"
+        try:
+            with context.watch.over(reading):
+                for piece in stream:
+                    reading.moved_at_s = time.monotonic()
+                    if destination.done == len(pages) or piece.range != destination.done:
+                        break
+                    page = destination.page
+                    if piece.status != pb.READ_STATUS_OK:
+                        failed[page.index] = "gone"
+                    else:
+                        destination.arrived(piece.data)
+                        if not destination.is_whole:
+                            continue
+                        outcome = self._finished(destination, member)
+                        if outcome is not None:
+                            failed[page.index] = outcome
+                    destination.next_page()
+        except TransferError as error:
+            reason = "silent" if reading.is_silent else error.reason
+            if self._left_s():
+                why = f"a read of pages from the storage node at {member.endpoint} broke off ({reason}): {error}"
+                context.metrics.failures.warn(f"page_{reason}", why)
+                context.view.pause(member.endpoint, why, until_it_answers=reason == "unreachable")
+                context.view.refresh()
+        finally:
+            stream.cancel()
+        return failed | {page.index: reason for page in pages[destination.done :]}
+
+    def _finished(self, destination: Destination, member: Member) -> str | None:
+        """Why a page of which all bytes have come cannot be used; None for one that is in its view."""
+        page = destination.page
+        try:
+            destination.finish_page()
+        except InvalidKVError:
+            return "wrong_size"
+        except CodecError as error:
+            self._context.metrics.failures.warn(
+                "page_damaged", f"a page from the storage node at {member.endpoint} is not used: {error}"
+            )
+            return "damaged"
+        self._outcomes[page.index] = None
+        self._context.metrics.received(page.stored.header.frame_lengths[0])
+        return None
+
+    def _left_s(self) -> float:
+        return max(0.0, self._deadline_s - time.monotonic())
+
+
+def _request(pages: Sequence[WantedPage], chunk_ids: Sequence[ChunkId]) -> pb.ReadRequest:
+    request = pb.ReadRequest()
+    for number, page in enumerate(pages):
+        chunk_id = chunk_ids[page.index]
+        request.chunks.add(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)
+        request.encodings.append(page.stored.header.encoding.name)
+        request.ranges.add(chunk=number, first_frame=0, frame_count=1)
+    return request

@@ -1,0 +1,204 @@
+"""Jobs over pages: a bounded queue, threads that work them off, and results to be collected."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from kvstore_client.metrics import ClientMetrics
+from kvstore_client.pages.base import JobId, Operation, PageResult
+from kvstore_client.pages.event import Event
+from kvstore_client.pages.watch import Watch
+
+log = logging.getLogger(__name__)
+
+_THREADS: Final = {Operation.EXISTS: 2, Operation.GET: 4, Operation.PUT: 2}
+"""How many jobs of a kind run at a time. Each kind has threads of its own: nobody who asks what exists waits for a put
+to a slow node."""
+_MOST_UNCOLLECTED = 4096
+"""Results that may wait for `finished`; of more, the oldest are forgotten."""
+_JOIN_S = 2.0
+"""How long `close` waits for threads whose streams it has cancelled."""
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """`work` runs in a thread of the queue; no view of the caller's is touched after `done`."""
+
+    job_id: JobId
+    operation: Operation
+    pages: int
+    size_bytes: int
+    deadline_s: float
+    work: Callable[[Job], PageResult] | None
+    is_awaited: bool
+    """Whether the caller waits for `done`, and collects the result there."""
+    done: threading.Event = field(default_factory=threading.Event)
+    result: PageResult = field(default_factory=lambda: PageResult(()))
+    """Valid once it is `done`."""
+
+    @property
+    def left_s(self) -> float:
+        """Time until its deadline; 0 afterwards."""
+        return max(0.0, self.deadline_s - time.monotonic())
+
+
+class JobQueue:
+    """Thread-safe. Nothing here waits, except `close`."""
+
+    def __init__(
+        self, metrics: ClientMetrics, watch: Watch, event: Event, *, max_jobs: int, max_bytes: int
+    ) -> None:
+        """At most `max_jobs`, whose views have `max_bytes` together, wait or run at a time."""
+        self._metrics, self._watch, self._event = metrics, watch, event
+        self._max_jobs, self._max_bytes = max_jobs, max_bytes
+        self._changed = threading.Condition()
+        self._waiting: dict[Operation, deque[Job]] = {operation: deque() for operation in Operation}
+        self._idle = dict.fromkeys(Operation, 0)
+        self._threads: dict[Operation, list[threading.Thread]] = {operation: [] for operation in Operation}
+        self._finished: deque[Job] = deque()
+        self._jobs = self._bytes = self._last_id = 0
+        self._closed = False
+
+    def submit(
+        self,
+        operation: Operation,
+        pages: int,
+        size_bytes: int,
+        timeout_s: float,
+        work: Callable[[Job], PageResult],
+        *,
+        is_awaited: bool,
+        refused: str | None = None,
+    ) -> Job:
+        """Queue a job, or finish it at once where it is refused: for the caller's reason, `queue_full`, `closed`, or
+        `no_resources` when this process has no thread left."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._changed:
+            self._last_id += 1
+            job_id = JobId(self._last_id)
+            job = Job(job_id, operation, pages, size_bytes, deadline_s, work, is_awaited)
+            if self._closed:
+                refused = "closed"
+            if refused is None and (
+                self._jobs >= self._max_jobs or self._bytes + size_bytes > self._max_bytes
+            ):
+                refused = "queue_full"
+            self._jobs += 1
+            self._bytes += size_bytes
+            if refused is None and not self._has_thread(operation):
+                refused = "no_resources"
+            if refused is None:
+                self._waiting[operation].append(job)
+                self._watch.add(self)
+                self._changed.notify_all()
+        if refused is not None:
+            self._finish(job, PageResult.failed(pages, refused))
+        return job
+
+    def finished(self) -> list[Job]:
+        """Jobs that have finished since the last call, except those that are awaited."""
+        with self._changed:
+            self._event.clear()
+            finished, self._finished = list(self._finished), deque()
+        return finished
+
+    def __len__(self) -> int:
+        """Jobs that wait or run."""
+        return self._jobs
+
+    def close(self, timeout_s: float) -> None:
+        """Refuse new jobs, give the others `timeout_s` to end, and then end them. Returns soon after that time."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._jobs, timeout_s)
+            waiting = [job for jobs in self._waiting.values() for job in jobs]
+            for jobs in self._waiting.values():
+                jobs.clear()
+        for job in waiting:
+            self._finish(job, PageResult.failed(job.pages, "closed"))
+        self._watch.stop(_JOIN_S)
+        until_s = time.monotonic() + _JOIN_S
+        for thread in [thread for threads in self._threads.values() for thread in threads]:
+            thread.join(max(0.0, until_s - time.monotonic()))
+
+    def check(self) -> None:
+        """Finish jobs whose deadline has passed before their turn came."""
+        now_s = time.monotonic()
+        with self._changed:
+            late = [job for jobs in self._waiting.values() for job in jobs if job.deadline_s <= now_s]
+            for job in late:
+                self._waiting[job.operation].remove(job)
+        for job in late:
+            self._finish(job, PageResult.failed(job.pages, "timeout"))
+
+    def cancel(self) -> None:
+        """Waiting jobs are ended by `close`."""
+
+    def _has_thread(self, operation: Operation) -> bool:
+        """Whether some thread will take a job; with the lock held."""
+        threads = self._threads[operation]
+        if self._idle[operation] > len(self._waiting[operation]) or len(threads) >= _THREADS[operation]:
+            return True
+        thread = threading.Thread(
+            target=self._run, args=(operation,), name=f"kvstore-page-{operation}", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            return bool(threads)
+        threads.append(thread)
+        return True
+
+    def _run(self, operation: Operation) -> None:
+        waiting = self._waiting[operation]
+        while True:
+            with self._changed:
+                self._idle[operation] += 1
+                self._changed.wait_for(lambda: waiting or self._closed)
+                self._idle[operation] -= 1
+                if not waiting:
+                    return
+                job = waiting.popleft()
+            self._finish(job, self._worked(job))
+            del job  # it keeps the caller's views alive
+
+    def _worked(self, job: Job) -> PageResult:
+        if not job.left_s or job.work is None:
+            return PageResult.failed(job.pages, "timeout")
+        try:
+            return job.work(job)
+        except Exception as error:  # a mistake of ours never reaches the engine
+            self._metrics.failures.warn(
+                "page_internal_error", f"a {job.operation} of {job.pages} pages failed: {error}", error
+            )
+            return PageResult.failed(job.pages, "internal_error")
+
+    def _finish(self, job: Job, result: PageResult) -> None:
+        self._metrics.paged(job.operation, result.ok.count(True), result.reasons)
+        forgotten = False
+        with self._changed:
+            job.work, job.result = None, result
+            self._jobs -= 1
+            self._bytes -= job.size_bytes
+            if not self._jobs:
+                self._watch.discard(self)
+            if not job.is_awaited:
+                forgotten = len(self._finished) >= _MOST_UNCOLLECTED
+                if forgotten:
+                    self._finished.popleft()
+                self._finished.append(job)
+                self._event.set()
+            job.done.set()
+            self._changed.notify_all()
+        if forgotten:
+            self._metrics.failures.warn(
+                "page_results_forgotten",
+                f"results of jobs over pages are forgotten: more than {_MOST_UNCOLLECTED} were never collected",
+            )

@@ -1,0 +1,82 @@
+"""Storing pages out of their caller's views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvstore_client.owner_write import OutgoingChunk, keep_as
+from kvstore_client.pages.base import PageResult
+from kvstore_client.pages.context import PageContext
+from kvstore_client.pages.jobs import Job
+from kvstore_client.replicated_write import ReplicatedWrite, Written
+from kvstore_client.texts import TextPlaces
+from kvstore_codec.errors import InvalidKVError, NodeUnavailableError
+from kvstore_codec.identity import ChunkId
+from kvstore_codec.page import write_page
+
+
+class _Writing:
+    """A write that ends when the store closes."""
+
+    def __init__(self, write: ReplicatedWrite) -> None:
+        self._write = write
+
+    def check(self) -> None:
+        """It ends by its own deadline."""
+
+    def cancel(self) -> None:
+        self._write.cancel()
+
+
+def put_pages(
+    context: PageContext, job: Job, chunk_ids: Sequence[ChunkId], views: Sequence[memoryview | None]
+) -> PageResult:
+    """Store each page on all of its owners; None stands for a view that is not a row of bytes. One copy is enough for a
+    page to count as stored."""
+    outcomes: list[str | None] = ["bad_view"] * len(chunk_ids)
+    try:
+        owners = context.view.writers([chunk_id.content_id for chunk_id in chunk_ids])
+    except NodeUnavailableError as error:
+        context.metrics.failures.warn(str(error), f"{error}: pages are not stored")
+        return PageResult.failed(len(chunk_ids), "unreachable")
+    replicas = context.view.membership().replicas
+    write = ReplicatedWrite(context.view, context.settings, timeout_s=job.left_s)
+    keep = keep_as(context.settings, cost=context.page_tokens)
+    sent: list[tuple[int, int]] = []
+    written: list[Written] = []
+    with context.watch.over(_Writing(write)):
+        try:
+            for index, (chunk_id, view) in enumerate(zip(chunk_ids, views, strict=True)):
+                if view is None or not owners[index]:
+                    outcomes[index] = "paused" if view is not None else "bad_view"
+                    continue
+                try:
+                    header, parts = write_page(context.namespace, chunk_id, context.encoding, view)
+                except InvalidKVError:
+                    outcomes[index] = "wrong_size"
+                    continue
+                sent.append((index, header.size_bytes))
+                write.put(OutgoingChunk.with_header(header, parts, keep), owners[index], TextPlaces((), ()))
+        except NodeUnavailableError:  # closed meanwhile
+            write.cancel()
+        except BaseException:
+            write.cancel()
+            raise
+        finally:
+            written = write.finish()
+    broke = next(iter(write.failures), "unreachable")
+    stored_bytes = sparse = 0
+    for (index, size_bytes), page in zip(sent, written, strict=False):
+        stored_bytes += page.copies * size_bytes
+        sparse += 0 < page.copies < replicas
+        if page.copies:
+            outcomes[index] = None
+        else:
+            outcomes[index] = (page.refusals[0] if page.refusals else broke).removeprefix("store_")
+    for index, _ in sent[len(written) :]:
+        outcomes[index] = "closed"
+    for reason, detail in write.details.items():
+        context.metrics.failures.warn(f"page_{reason}", detail)
+    context.metrics.stored(0, stored_bytes)
+    context.metrics.under_replicated(sparse)
+    return PageResult.of(outcomes)

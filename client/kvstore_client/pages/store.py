@@ -1,0 +1,251 @@
+"""The door for engines that speak opaque keys and whole pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+from typing_extensions import Buffer
+
+from kvstore_client.cluster_view import ClusterView
+from kvstore_client.fork import renew_in_children
+from kvstore_client.lookup import release
+from kvstore_client.metrics import ClientMetrics
+from kvstore_client.pages.base import JobId, Operation, PageResult
+from kvstore_client.pages.context import PageContext
+from kvstore_client.pages.event import Event
+from kvstore_client.pages.exists import lock_run
+from kvstore_client.pages.get import GetPages
+from kvstore_client.pages.jobs import Job, JobQueue
+from kvstore_client.pages.locks import PageLocks
+from kvstore_client.pages.put import put_pages
+from kvstore_client.pages.watch import Watch
+from kvstore_client.settings import ClientSettings
+from kvstore_codec.encoding import Encoding, Rate
+from kvstore_codec.errors import ConfigurationError
+from kvstore_codec.identity import ChunkId
+from kvstore_codec.page import PageNamespace
+
+MOST_KEYS = 16_384
+"""Of one job. A lookup's answer to that many stays far below what a message may have."""
+_READERS = 8
+
+
+class PageStore:
+    """Pages of one namespace, stored under their engine's own keys. Thread-safe. Made by `KVStoreClient.pages`.
+
+    A `submit_*` never waits: it returns a job id, and the job's result comes out of `finished`, once. `fileno` is
+    readable while results wait there. A job that the queue has no room for, or that comes after `close`, finishes at
+    once with the reason. `exists`, `get_into` and `put` wait for their job and return its result themselves.
+
+    Views belong to the caller, who keeps their bytes unchanged (put) or leaves them alone (get) until the job has
+    finished. A job finishes by its deadline, give or take a tenth of a second, and only when no thread touches its
+    views any more. A view whose page was not delivered holds anything.
+
+    Nothing here raises or hangs because the service misbehaves.
+    """
+
+    def __init__(
+        self,
+        namespace: PageNamespace,
+        settings: ClientSettings,
+        parts: Callable[[], tuple[ClusterView, ClientMetrics]],
+        *,
+        encoding: str = "exact-raw",
+        page_tokens: int = 16,
+        max_jobs: int = 256,
+        max_bytes: int = 1 << 30,
+    ) -> None:
+        """`parts` gives what the client has, also after a fork, where it is new. A page holds the KV of `page_tokens`
+        tokens, which says what computing it again costs. At most `max_jobs`, whose views have `max_bytes` together,
+        wait or run at a time.
+
+        Raises ConfigurationError for an encoding that is not exact, UnknownEncodingError for one that does not exist.
+        """
+        self.namespace = namespace
+        self._settings, self._parts = settings, parts
+        self._encoding = Encoding.parse(encoding)
+        if self._encoding.rate is not Rate.EXACT:
+            raise ConfigurationError(f"pages are stored as exact-raw or exact-zstd, not as {encoding}")
+        self._page_tokens = page_tokens
+        self._max_jobs, self._max_bytes = max_jobs, max_bytes
+        self._event = Event()
+        self._open()
+        renew_in_children(self, PageStore._renew)
+
+    def _open(self) -> None:
+        view, metrics = self._parts()
+        self._closed = False
+        self._context = PageContext(
+            view,
+            self._settings,
+            metrics,
+            self.namespace,
+            self._encoding,
+            self._page_tokens,
+            PageLocks(),
+            Watch(),
+            ThreadPoolExecutor(_READERS, "kvstore-page-read"),
+        )
+        self._jobs = JobQueue(
+            metrics, self._context.watch, self._event, max_jobs=self._max_jobs, max_bytes=self._max_bytes
+        )
+
+    def _renew(self) -> None:
+        """In a forked child: no job, no lock, and an event of its own under the same descriptor."""
+        if not self._closed:
+            self._event.renew()
+            self._open()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more jobs."""
+        return self._closed
+
+    def fileno(self) -> int:
+        """A descriptor for select, poll or an event loop: readable while `finished` has something to return."""
+        return self._event.fileno()
+
+    def finished(self) -> list[tuple[JobId, PageResult]]:
+        """Jobs that have finished since the last call, in that order. Of more than 4,096 that nobody collects, the
+        oldest are forgotten."""
+        return [(job.job_id, job.result) for job in self._jobs.finished()]
+
+    def submit_exists(self, keys: Sequence[bytes], timeout_s: float | None = None) -> JobId:
+        """Ask how many of the first pages are stored without a gap (`PageResult.run`). They are locked: no node evicts
+        them within `lease_s`, until `unlock`. The deadline is `lookup_timeout_s`, or `timeout_s` if that is sooner."""
+        return self._exists(keys, timeout_s, is_awaited=False).job_id
+
+    def submit_get(
+        self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None = None
+    ) -> JobId:
+        """Read each page into its view: writable, contiguous, exactly of the page's size. The deadline is
+        `fetch_timeout_s` unless `timeout_s` is given. Pages that are locked are read without a lookup."""
+        return self._get(keys, views, timeout_s, is_awaited=False).job_id
+
+    def submit_put(
+        self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None = None
+    ) -> JobId:
+        """Store what the contiguous views show, 1 byte to 128 MiB each. Pages that are stored already count as stored,
+        and stay as they are. The deadline is `put_timeout_s` unless `timeout_s` is given."""
+        return self._put(keys, views, timeout_s, is_awaited=False).job_id
+
+    def exists(self, keys: Sequence[bytes], timeout_s: float | None = None) -> int:
+        """As `submit_exists`; waits, and returns the length of the run."""
+        return self._awaited(self._exists(keys, timeout_s, is_awaited=True)).run
+
+    def get_into(
+        self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None = None
+    ) -> PageResult:
+        """As `submit_get`, and waits."""
+        return self._awaited(self._get(keys, views, timeout_s, is_awaited=True))
+
+    def put(
+        self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None = None
+    ) -> PageResult:
+        """As `submit_put`, and waits."""
+        return self._awaited(self._put(keys, views, timeout_s, is_awaited=True))
+
+    def unlock(self, keys: Sequence[bytes]) -> None:
+        """Take one lock off each of these pages. Never fails and does not wait: what is not locked stays so, and a
+        lease that cannot be given back runs out by itself."""
+        release(self._context.view, self._context.locks.release(self._names(keys)))
+
+    def close(self) -> None:
+        """Give jobs `close_timeout_s` to finish, then end them, and unlock everything. Results that were not collected
+        can still be; `fileno` is closed."""
+        if self._closed:
+            return
+        self._closed = True
+        self._jobs.close(self._settings.timeouts.close_s)
+        self._context.readers.shutdown(wait=False, cancel_futures=True)
+        release(self._context.view, self._context.locks.clear())
+        self._event.close()
+
+    def _exists(self, keys: Sequence[bytes], timeout_s: float | None, *, is_awaited: bool) -> Job:
+        def work(job: Job) -> PageResult:
+            return lock_run(self._context, job, self._names(keys))
+
+        return self._submit(
+            Operation.EXISTS, len(keys), 0, timeout_s, self._settings.timeouts.lookup_s, work, is_awaited
+        )
+
+    def _get(
+        self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None, *, is_awaited: bool
+    ) -> Job:
+        rows = [_row(view, writable=True) for view in views]
+
+        def work(job: Job) -> PageResult:
+            return GetPages(self._context, self._names(keys), rows).run(job)
+
+        default_s = self._settings.timeouts.fetch_s
+        return self._submit(
+            Operation.GET, len(keys), _bytes(rows), timeout_s, default_s, work, is_awaited, rows
+        )
+
+    def _put(
+        self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None, *, is_awaited: bool
+    ) -> Job:
+        rows = [_row(view, writable=False) for view in views]
+
+        def work(job: Job) -> PageResult:
+            return put_pages(self._context, job, self._names(keys), rows)
+
+        default_s = self._settings.timeouts.put_s
+        return self._submit(
+            Operation.PUT, len(keys), _bytes(rows), timeout_s, default_s, work, is_awaited, rows
+        )
+
+    def _submit(
+        self,
+        operation: Operation,
+        pages: int,
+        size_bytes: int,
+        timeout_s: float | None,
+        default_s: float,
+        work: Callable[[Job], PageResult],
+        is_awaited: bool,
+        rows: Sequence[memoryview | None] | None = None,
+    ) -> Job:
+        refused = None
+        if pages > MOST_KEYS:
+            refused = "too_many_keys"
+        elif rows is not None and len(rows) != pages:
+            refused = "bad_view"
+        timeout_s = default_s if timeout_s is None else timeout_s
+        return self._jobs.submit(
+            operation, pages, size_bytes, timeout_s, work, is_awaited=is_awaited, refused=refused
+        )
+
+    def _awaited(self, job: Job) -> PageResult:
+        job.done.wait()
+        return job.result
+
+    def _names(self, keys: Sequence[bytes]) -> list[ChunkId]:
+        salt = self._settings.tenant_salt.get_secret_value().encode()
+        return self.namespace.chunk_ids(keys, salt)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _row(view: Buffer, *, writable: bool) -> memoryview | None:
+    """The view's bytes; None where they do not lie in one row, or may not be written to."""
+    try:
+        row = memoryview(view)
+        if not row.nbytes or not row.c_contiguous or (writable and row.readonly):
+            return None
+        return row.cast("B")
+    except (TypeError, ValueError, BufferError):
+        return None
+
+
+def _bytes(rows: Sequence[memoryview | None]) -> int:
+    return sum(row.nbytes for row in rows if row is not None)

@@ -1,0 +1,84 @@
+"""Who ends what takes too long: reads that fall silent, and jobs whose deadline passes before their turn comes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+log = logging.getLogger(__name__)
+
+_PERIOD_S = 0.05
+"""How often watched objects are looked at. Silences are a quarter of a second long at least."""
+
+
+class Watched(Protocol):
+    def check(self) -> None:
+        """Called every now and then, in another thread."""
+
+    def cancel(self) -> None:
+        """Called when the store closes, in another thread."""
+
+
+class Watch:
+    """One thread that looks at whatever is watched, and sleeps while nothing is. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._watched: set[Watched] = set()
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    def add(self, watched: Watched) -> None:
+        """Watch it until `discard`. It is cancelled at once after `stop`."""
+        with self._changed:
+            stopped = self._stopped
+            self._watched.add(watched)
+            if self._thread is None and not stopped:
+                thread = threading.Thread(target=self._run, name="kvstore-page-watch", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._changed.notify()
+        if stopped:
+            watched.cancel()
+
+    def discard(self, watched: Watched) -> None:
+        """Watch it no longer."""
+        with self._changed:
+            self._watched.discard(watched)
+
+    @contextmanager
+    def over(self, watched: Watched) -> Iterator[None]:
+        """Watch it meanwhile."""
+        self.add(watched)
+        try:
+            yield
+        finally:
+            self.discard(watched)
+
+    def stop(self, timeout_s: float) -> None:
+        """Cancel everything that is watched, and end the thread."""
+        with self._changed:
+            self._stopped = True
+            watched, thread = list(self._watched), self._thread
+            self._changed.notify()
+        for each in watched:
+            each.cancel()
+        if thread is not None:
+            thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._watched or self._stopped)
+                if self._stopped:
+                    return
+                self._changed.wait_for(lambda: self._stopped, _PERIOD_S)
+                watched = list(self._watched)
+            for each in watched:
+                try:
+                    each.check()
+                except Exception:  # a mistake of ours must not end the watch over the others
+                    log.exception("looking at a job over pages failed")
