@@ -13,6 +13,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.grpc_failure import told
 from kvstore_client.settings import ClientSettings
+from kvstore_codec.canonical import DIGEST_BYTES
 from kvstore_codec.errors import NodeUnavailableError
 from kvstore_codec.identity import ChunkId
 
@@ -20,6 +21,10 @@ Take = Callable[[int, Member, pb.LookupAnswer], bool]
 """Index of a chunk, who has it, what it is there -> whether to look for it no further."""
 Groups = dict[str, tuple[Member, list[int]]]
 """Whom to ask for which chunks, by node_id."""
+
+# What comes before the two ids of a chunk in a serialised LookupRequest: protocol buffer tags and lengths.
+_PREFIX_ID = bytes([2 << 3 | 2, DIGEST_BYTES])
+_CHUNK = bytes([1 << 3 | 2, 2 * (2 + DIGEST_BYTES), 1 << 3 | 2, DIGEST_BYTES])
 
 
 class Lease(NamedTuple):
@@ -182,7 +187,6 @@ class Search:
 
     def _call(self, member: Member, asked: Sequence[int], *, any_context: bool) -> None:
         request = pb.LookupRequest(
-            chunks=[chunk_ref(self._chunk_ids[index]) for index in asked],
             lease_ms=0 if self._peek else round(self._settings.fetch.lease_s * 1000),
             with_headers=True,
             encodings=self._encodings,
@@ -191,6 +195,7 @@ class Search:
             peek=self._peek,
             use_follows=not self._peek,
         )
+        request.MergeFromString(asked_chunks(self._chunk_ids[index] for index in asked))
         now_s = time.monotonic()
         call = self._view.storage(member.endpoint).Lookup.future(request, timeout=self._deadline_s - now_s)
         self._open[call] = _Question(member, asked, now_s)
@@ -233,5 +238,9 @@ class Search:
         self._view.pause(question.member.endpoint, why, until_it_answers=True)
 
 
-def chunk_ref(chunk_id: ChunkId) -> pb.ChunkRef:
-    return pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)
+def asked_chunks(chunk_ids: Iterable[ChunkId]) -> bytes:
+    """The chunks of a LookupRequest, serialised: a message for each takes four times as long to make."""
+    parts: list[bytes] = []
+    for chunk_id in chunk_ids:
+        parts += (_CHUNK, chunk_id.content_id, _PREFIX_ID, chunk_id.prefix_id)
+    return b"".join(parts)

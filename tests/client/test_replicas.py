@@ -15,7 +15,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.match import Match
-from kvstore_client.replicas import chunk_ref
+from kvstore_client.replicas import asked_chunks
 from kvstore_client.store import NewChunk
 from kvstore_cluster.lookup import LookupRequest
 from kvstore_codec.identity import ChunkId
@@ -377,3 +377,15 @@ def test_the_membership_is_asked_for_again_whatever_went_wrong(
         assert client.metrics.snapshot()["miss_membership_internal_error"] == 3
     (record,) = [record for record in caplog.records if "a mistake" in record.getMessage()]
     assert record.exc_info is not None
+
+
+def chunk_ref(chunk_id: ChunkId) -> pb.ChunkRef:
+    return pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)
+
+
+def test_asked_chunks_are_serialised_as_the_generated_class_does() -> None:
+    asked = ids(8)
+    request = pb.LookupRequest()
+    request.MergeFromString(asked_chunks(asked))
+    assert request == pb.LookupRequest(chunks=map(chunk_ref, asked))
+    assert asked_chunks([]) == b""
