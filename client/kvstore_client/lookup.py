@@ -106,7 +106,8 @@ class _Lookup:
         self._encodings = settings.encodings.accept if settings.encodings.floor is None else ()
         self._all_encodings = len(self._encodings) != 1
         self._plain = any(not Encoding.parse(name).needs_calibration for name in self._encodings or [EXACT])
-        self._known: dict[tuple[Encoding, bytes], tuple[Geometry, int]] = {}
+        # By name of an encoding and digest of a calibration.
+        self._known: dict[tuple[str, bytes], tuple[Geometry, int]] = {}
         self._ranks: dict[str, tuple[int, int, str] | None] = {}
         self.found: dict[int, StoredChunk] = {}
         self._leases: list[Lease] = []
@@ -276,11 +277,12 @@ class _Lookup:
     def _expected(self, encoding: Encoding, klt: KLT | None) -> tuple[Geometry, int]:
         """How this model's chunks are cut, and what a frame has at most, in bytes. A long prompt's are alike."""
         digest = klt.calibration.digest if klt is not None else b""
-        if (encoding, digest) not in self._known:
+        known = self._known.get((encoding.name, digest))
+        if known is None:
             geometry = chunk_geometry(self._spec, self._chunk_tokens, encoding, klt)
             frame_limit = 2 * geometry.frame_values(0) * self._spec.dtype.itemsize + _FRAME_OVERHEAD_BYTES
-            self._known[encoding, digest] = geometry, frame_limit
-        return self._known[encoding, digest]
+            known = self._known[encoding.name, digest] = geometry, frame_limit
+        return known
 
 
 def say_used(view: ClusterView, leases: Iterable[Lease]) -> None:

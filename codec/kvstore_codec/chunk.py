@@ -68,11 +68,16 @@ class ChunkHeader:
     """Digest of the calibration that the frames were coded with; None if the encoding needs none."""
     token_order: TokenOrder | None = None
     """Ranking of the tokens by importance; None if the worker that stored the chunk gave none."""
-    _offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _kept_offsets: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
 
-    def __post_init__(self) -> None:
-        offsets = itertools.accumulate(self.frame_lengths, initial=self.header_bytes)
-        object.__setattr__(self, "_offsets", tuple(offsets))
+    @property
+    def _offsets(self) -> tuple[int, ...]:
+        """Of every frame and of the chunk's end; made when first asked for, because of most chunks that are looked up
+        only the lengths are wanted."""
+        if not self._kept_offsets:
+            offsets = itertools.accumulate(self.frame_lengths, initial=self.header_bytes)
+            object.__setattr__(self, "_kept_offsets", tuple(offsets))
+        return self._kept_offsets
 
     @property
     def size_bytes(self) -> int:
@@ -287,12 +292,14 @@ def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
             f"a chunk's geometry must have {_GEOMETRY_FIELDS} fields, not {len(dimensions)}"
         )
     geometry = _geometry(*dimensions)
-    lengths = np.frombuffer(fields["lengths"], _LENGTH_DTYPE)
-    checksums = np.frombuffer(fields["checksums"], _CHECKSUM_DTYPE)
-    if not len(lengths) == len(checksums) == geometry.frame_count:
+    frames, lengths, checksums = geometry.frame_count, fields["lengths"], fields["checksums"]
+    if (len(lengths), len(checksums)) != (
+        frames * _LENGTH_DTYPE.itemsize,
+        frames * _CHECKSUM_DTYPE.itemsize,
+    ):
         raise ChunkFormatError(
-            f"the header of a chunk of {geometry.frame_count} frames has {len(lengths)} lengths and "
-            f"{len(checksums)} checksums"
+            f"the header of a chunk of {frames} frames has {len(lengths)} bytes of lengths and {len(checksums)} of "
+            "checksums"
         )
     require_digest("the model digest", fields["model"])
     encoding, calibration = Encoding.parse(fields["encoding"]), fields.get("calibration")
@@ -308,8 +315,8 @@ def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
         ChunkId(ContentId(fields["content"]), PrefixId(fields["prefix"])),
         encoding,
         geometry,
-        tuple(lengths.tolist()),
-        tuple(checksums.tolist()),
+        struct.unpack(f"<{frames}I", lengths),
+        struct.unpack(f"<{frames}Q", checksums),
         header_bytes,
         calibration,
         None if packed is None else TokenOrder.unpack(packed, geometry.tokens),

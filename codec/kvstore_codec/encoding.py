@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 
@@ -72,6 +72,8 @@ class Encoding:
     transform: Transform = Transform.NONE
     frame_tokens: int = FRAME_TOKENS
     """The resolution: one picture per frame. More tokens give fewer, larger pictures with slightly fewer bytes."""
+    name: str = field(init=False, repr=False, compare=False)
+    """`<rate>-[klt-]<coder>[@<tokens>]`, e.g. "exact-zstd", "medium-klt-pco" or "step0.004-klt-hevc-cpu@256"."""
 
     def __post_init__(self) -> None:
         exact, coders = self.rate is Rate.EXACT, _CODERS[self.transform]
@@ -79,13 +81,12 @@ class Encoding:
             coders = _EXACT_CODERS if self.transform is Transform.NONE else ()
         if not isinstance(self.rate, Rate):
             object.__setattr__(self, "rate", float(self.rate))  # 1 and 1.0 must have the same name
+        object.__setattr__(self, "name", self._make_name())
         step_fits = isinstance(self.rate, Rate) or SMALLEST_STEP <= self.rate <= LARGEST_STEP
         if self.coder not in coders or not step_fits or not 1 <= self.frame_tokens <= MAX_CHUNK_TOKENS:
             raise _unknown(self.name)
 
-    @property
-    def name(self) -> str:
-        """`<rate>-[klt-]<coder>[@<tokens>]`, e.g. "exact-zstd", "medium-klt-pco" or "step0.004-klt-hevc-cpu@256"."""
+    def _make_name(self) -> str:
         rate = str(self.rate) if isinstance(self.rate, Rate) else f"step{self.rate!r}"
         transform = "" if self.transform is Transform.NONE else f"{self.transform}-"
         tokens = "" if self.frame_tokens == FRAME_TOKENS else f"@{self.frame_tokens}"
