@@ -153,7 +153,12 @@ class ChunkSearch:
 
     def findings(self, first_hit: int) -> Findings[int]:
         """What was found, from that one of `hits` on; before `read_headers`. Lock not needed."""
-        numbers = [n for n, answer in enumerate(self.answers) if answer.encoding for _ in (0, *answer.others)]
+        if self._request.all_encodings:
+            numbers = [
+                n for n, answer in enumerate(self.answers) if answer.encoding for _ in (0, *answer.others)
+            ]
+        else:
+            numbers = [n for n, answer in enumerate(self.answers) if answer.encoding]
         leased = numbers[first_hit:]
         return Findings(self.hits[first_hit:], leased, self.approximate & set(leased))
 

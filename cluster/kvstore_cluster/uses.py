@@ -54,6 +54,6 @@ class Uses:
         for begin in range(0, len(used), SLICE_CHUNKS):
             with locked_slice(catalog.lock, first=not begin):
                 # A slot without a lease may be free again by now.
-                catalog.touch(filter(catalog.index.is_linked, used[begin : begin + SLICE_CHUNKS]))
+                catalog.touch(catalog.index.linked(used[begin : begin + SLICE_CHUNKS]))
                 if len(used) > SLICE_CHUNKS:
                     catalog.flush_touches()  # or the next one who has to would do all of it at once
