@@ -1,7 +1,6 @@
-"""How fast a link is: bandwidths as people write them, and the schedule that a bandwidth imposes."""
+"""How fast a link is: bandwidths as people write them, and the pieces in which bytes go over a link."""
 
 import re
-import threading
 
 from kvstore_codec.errors import ConfigurationError
 
@@ -30,31 +29,6 @@ def format_bandwidth(bandwidth_bps: float) -> str:
     return f"{bandwidth_bps / _BITS[unit]:g}{unit}bit"
 
 
-class TokenBucket:
-    """The schedule of one direction: who may send which bytes when. Shared by all its connections.
-
-    Kept as the time at which the link is next free rather than as a count of tokens (the virtual scheduling
-    form of the token bucket, ITU-T I.371), so nothing has to run while nothing is sent.
-    """
-
-    def __init__(self, rate_bps: float, burst_bytes: int) -> None:
-        self._lock = threading.Lock()
-        self._burst_bytes = burst_bytes
-        self._free_at = 0.0
-        self.reserved_bytes = 0
-        self.set_rate(rate_bps)
-
-    def set_rate(self, rate_bps: float) -> None:
-        if not 0 < rate_bps < float("inf"):
-            raise ConfigurationError(f"a link needs a bandwidth above 0 bit/s, not {rate_bps}")
-        with self._lock:
-            self.rate_bps = rate_bps
-            self.piece_bytes = min(max(int(PIECE_S * rate_bps / 8), MIN_PIECE_BYTES), MAX_PIECE_BYTES)
-
-    def reserve(self, size_bytes: int, ready_at: float) -> float:
-        """When the last of these bytes, which were ready to go at `ready_at`, has left. Times are monotonic."""
-        with self._lock:
-            start = max(self._free_at, ready_at - self._burst_bytes * 8 / self.rate_bps)
-            self._free_at = start + size_bytes * 8 / self.rate_bps
-            self.reserved_bytes += size_bytes
-            return max(self._free_at, ready_at)
+def piece_bytes(bytes_per_s: float) -> int:
+    """How much to send at once over a link of that rate."""
+    return min(max(int(PIECE_S * bytes_per_s), MIN_PIECE_BYTES), MAX_PIECE_BYTES)

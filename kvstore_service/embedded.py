@@ -152,7 +152,7 @@ class EmbeddedCluster:
                 name,
                 self._storage_options(data_dir / "nodes" / name),
                 _COORDINATOR_NAME,
-                partial(StorageServer, host=host, tls=self._tls, experiments=self._settings.experiments),
+                partial(StorageServer, host=host, tls=self._tls),
                 GrpcPeers,
             )
         try:
@@ -173,6 +173,7 @@ class EmbeddedCluster:
             durability=Durability[settings.durability.upper()],
             policy=settings.policy,
             repair_bandwidth_bps=8 * settings.repair_bandwidth,
+            experiments=settings.experiments,
         )
 
     def _wait_until_joined(self) -> None:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_cluster.node import StorageNode
+from kvstore_cluster.slow_disk import SlowNode
 from kvstore_codec.identity import ChunkId
 from kvstore_service.throttle import Throttle
 
@@ -27,7 +27,7 @@ Opener = Callable[[ChunkId, str], AbstractContextManager[OpenChunk]]
 class Experiments:
     """The limits of one node, none at first. Thread-safe."""
 
-    def __init__(self, node: StorageNode) -> None:
+    def __init__(self, node: SlowNode) -> None:
         self._node = node
         self._throttle = Throttle()
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
+from kvstore_cluster.slow_disk import SlowNode
 from kvstore_codec.errors import AddressInUseError
 from kvstore_service.bulk_server import serve_bulk, server_tls
 from kvstore_service.experiments import Experiments
@@ -13,8 +14,7 @@ from kvstore_service.large_requests import LargeRequests
 
 class StorageServer:
     """Serves from construction until `stop`, on free ports of `host`, or, when None, of the address that Ray knows this
-    machine by. `tls` are the files of the bulk port's certificate and key; with
-    `experiments` the node can be made slow. Raises ConfigurationError,
+    machine by. `tls` are the files of the bulk port's certificate and key. Raises ConfigurationError,
     AddressInUseError."""
 
     def __init__(
@@ -24,10 +24,9 @@ class StorageServer:
         *,
         host: str | None,
         tls: tuple[Path, Path] | None = None,
-        experiments: bool = False,
     ) -> None:
         host = host or _ray_address()
-        self._experiments = Experiments(node) if experiments else None
+        self._experiments = Experiments(node) if isinstance(node, SlowNode) else None
         open_chunk = node.open if self._experiments is None else self._experiments.open
         large = LargeRequests()
         self._bulk = serve_bulk(

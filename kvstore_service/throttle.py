@@ -1,11 +1,10 @@
 """A limit on what a storage node sends to readers, for experiments with slow links."""
 
-import threading
-import time
 from collections.abc import Iterator, Sequence
 
+from kvstore_cluster.pacer import Limit
 from kvstore_codec.errors import ConfigurationError
-from kvstore_service.bandwidth import TokenBucket
+from kvstore_service.bandwidth import piece_bytes
 
 SLOWEST_BPS = 100e3
 """Below it one piece takes longer than readers have patience."""
@@ -19,13 +18,13 @@ class Throttle:
     reading of a field. Thread-safe."""
 
     def __init__(self) -> None:
-        self._limit: _Limit | None = None
+        self._limit: Limit | None = None
 
     @property
     def bandwidth_bps(self) -> float | None:
         """None: no limit."""
         limit = self._limit
-        return None if limit is None else limit.bucket.rate_bps
+        return None if limit is None else 8 * limit.bytes_per_s
 
     def set(self, bandwidth_bps: float | None) -> None:
         """From now on; whoever waits for a piece under another limit goes on at once. Raises ConfigurationError."""
@@ -35,9 +34,12 @@ class Throttle:
                 f"Gbit/s, not to {bandwidth_bps:g} bit/s"
             )
         # Two at once: the one that is not seen any more has nobody waiting for long.
-        before, self._limit = self._limit, None if bandwidth_bps is None else _Limit(bandwidth_bps)
+        before, self._limit = (
+            self._limit,
+            (None if bandwidth_bps is None else Limit(bandwidth_bps / 8, _BURST_BYTES)),
+        )
         if before is not None:
-            before.over.set()
+            before.lift()
 
     def paced(self, views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
         """These bytes, each piece of them when it may leave: all at once without a limit, else pieces of 2 ms, so that
@@ -49,18 +51,8 @@ class Throttle:
             rest = view
             while rest.nbytes:
                 limit = self._limit
-                size = rest.nbytes if limit is None else min(rest.nbytes, limit.bucket.piece_bytes)
+                size = rest.nbytes if limit is None else min(rest.nbytes, piece_bytes(limit.bytes_per_s))
                 if limit is not None:
-                    limit.wait(size)
+                    limit.wait_until(limit.reserve(size))
                 yield [rest[:size]]
                 rest = rest[size:]
-
-
-class _Limit:
-    def __init__(self, bandwidth_bps: float) -> None:
-        self.bucket = TokenBucket(bandwidth_bps, _BURST_BYTES)
-        self.over = threading.Event()
-
-    def wait(self, size_bytes: int) -> None:
-        departs_at_s = self.bucket.reserve(size_bytes, time.monotonic())
-        self.over.wait(departs_at_s - time.monotonic())

@@ -33,12 +33,6 @@ class DiskTier:
         """Whether the node has a disk."""
         return self._catalog.store is not None
 
-    @property
-    def is_slow(self) -> bool:
-        """Whether reads are made slow for an experiment."""
-        store = self._catalog.store
-        return store is not None and store.read_speed.limit_bytes_per_s is not None
-
     def recover(self) -> None:
         """Finds again what is on the disk. Lock not held; may block. Raises DiskError."""
         recovery = self._store.recover()

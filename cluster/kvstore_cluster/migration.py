@@ -2,8 +2,7 @@
 
 Puts arrive in memory and are written through to the disk, or back to it later (they are *flushed*). Memory that is
 needed is taken from chunks that are on disk too (they are *demoted*), what is read from the disk is *promoted*, and
-what is in neither tier any more was *evicted*. While the disk is made slow for an experiment, what is on it is only
-there: nothing is promoted, and all memory that may be demoted is.
+what is in neither tier any more was *evicted*.
 """
 
 import logging
@@ -15,23 +14,24 @@ from kvstore_cluster.disk import Location
 from kvstore_cluster.disk_tier import DiskTier
 from kvstore_cluster.index import NOWHERE
 from kvstore_cluster.memory_tier import MemoryTier
+from kvstore_cluster.residency import Residency
 from kvstore_cluster.slices import PAUSE_S, REMOVED_CHUNKS, SLICE_CHUNKS, locked_slice
 from kvstore_codec.errors import ArenaFullError, DiskError, StorageError
 
 log = logging.getLogger(__name__)
-
-# Demotion begins above the high watermark and stops at the low one, so that puts find free memory.
-HIGH_WATERMARK, LOW_WATERMARK = 0.95, 0.90
 
 
 class Migration:
     """Driven by the maintenance thread through `step`, and by puts and reads that need a chunk in the other tier now.
     Thread-safe; the lock of the catalog is not held by callers."""
 
-    def __init__(self, catalog: ChunkCatalog, memory: MemoryTier, disk: DiskTier) -> None:
+    def __init__(
+        self, catalog: ChunkCatalog, memory: MemoryTier, disk: DiskTier, residency: Residency
+    ) -> None:
         self._catalog = catalog
         self._memory = memory
         self._disk = disk
+        self._residency = residency
         self._promoting: set[int] = set()
 
     def step(self, now_s: float) -> bool:
@@ -129,11 +129,11 @@ class Migration:
                 catalog.lock.notify_all()
 
     def demote(self) -> None:
-        """Frees memory down to the low watermark when it is above the high one, as far as chunks are on disk too; all
-        of it while the disk is made slow. Lock not held."""
+        """Frees memory down to the low watermark when it is above the high one, as far as chunks are on disk too.
+        Lock not held."""
         if not self._disk.is_present:
             return
-        high, low = (0.0, 0.0) if self._disk.is_slow else (HIGH_WATERMARK, LOW_WATERMARK)
+        high, low = self._residency.watermarks()
         with self._catalog.lock:
             self._memory.demote(high, low)
 

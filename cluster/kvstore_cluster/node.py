@@ -21,11 +21,12 @@ from kvstore_cluster.memory_tier import MemoryTier
 from kvstore_cluster.migration import Migration
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_cluster.reader import ChunkBytes, ChunkReader
+from kvstore_cluster.residency import Residency
 from kvstore_cluster.slices import REMOVED_CHUNKS, SLICE_CHUNKS, locked_slice
 from kvstore_cluster.stats import NodeStats
 from kvstore_cluster.stored import StoredVariant
 from kvstore_cluster.uses import Uses
-from kvstore_codec.errors import ChunkNotFoundError, ConfigurationError
+from kvstore_codec.errors import ChunkNotFoundError
 from kvstore_codec.identity import ChunkId
 
 
@@ -47,6 +48,7 @@ class StorageNode:
         policy: Callable[[], EvictionPolicy] = POLICIES[DEFAULT_POLICY],
         leases: LeaseTable[int] | None = None,
         clock: Callable[[], float] = time.time,
+        residency: Residency = Residency(),  # noqa: B008 (has no state)
     ) -> None:
         self.node_id = node_id
         self._clock = clock
@@ -54,8 +56,8 @@ class StorageNode:
         self._catalog = catalog = ChunkCatalog(node_id, arena, store, policy, self._leases)
         self._index, self._lock, self._counters = catalog.index, catalog.lock, catalog.counters
         self._memory, self._disk = MemoryTier(catalog), DiskTier(catalog)
-        self._migration = Migration(catalog, self._memory, self._disk)
-        self._stored = ChunkBytes(catalog, self._disk, self._migration)
+        self._migration = Migration(catalog, self._memory, self._disk, residency)
+        self._stored = ChunkBytes(catalog, self._disk, self._migration, residency)
         self._uses = Uses(catalog)
         self._directives = Directives(catalog)
         self._intake = Intake(catalog, self._memory, self._disk, self._migration, durability, clock)
@@ -197,17 +199,6 @@ class StorageNode:
         with self._lock:
             self._intake.draining = draining
 
-    def limit_disk(self, read_bytes_per_s: float | None) -> None:
-        """Makes reads from the disk as slow as on another one, for experiments; None: as fast as they are. Under a
-        limit what is on disk is only there: memory that also has it is given back, at once or within a second of a put,
-        and nothing is promoted. Raises ConfigurationError."""
-        store = self._catalog.store
-        if store is not None:
-            store.read_speed.set(read_bytes_per_s)
-            self._migration.demote()
-        elif read_bytes_per_s is not None:
-            raise ConfigurationError(f"{self.node_id} has no disk that could be slow; start it with --disk")
-
     def list(
         self,
         cursor: int = 0,
@@ -238,7 +229,6 @@ class StorageNode:
         with self._lock:
             self._leases.expire()
             catalog, store = self._catalog, self._catalog.store
-            disk_limit = store.read_speed.limit_bytes_per_s if store else None
             return NodeStats(
                 self.node_id,
                 chunks=len(self._index),
@@ -254,8 +244,7 @@ class StorageNode:
                     "disk_bytes_limit": store.capacity_bytes if store else 0,
                     "pinned": len(catalog.pinned),
                     "dirty": len(catalog.dirty),
-                }
-                | ({} if disk_limit is None else {"disk_throttle_Bps": int(disk_limit)}),
+                },
                 disk_error=store.error if store else "",
             )
 

@@ -6,20 +6,21 @@ from functools import cached_property
 from kvstore_cluster.catalog import ChunkCatalog
 from kvstore_cluster.disk_tier import DiskTier
 from kvstore_cluster.migration import Migration
+from kvstore_cluster.residency import Residency
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.errors import FrameRangeError
-
-# A range of at least this part of a chunk brings the whole chunk into memory, a smaller one is read alone.
-PROMOTE_FROM = 0.5
 
 
 class ChunkBytes:
     """Bytes of acquired chunks, from the tier that has them."""
 
-    def __init__(self, catalog: ChunkCatalog, disk: DiskTier, migration: Migration) -> None:
+    def __init__(
+        self, catalog: ChunkCatalog, disk: DiskTier, migration: Migration, residency: Residency
+    ) -> None:
         self._catalog = catalog
         self._disk = disk
         self._migration = migration
+        self._residency = residency
 
     def known_header(self, slot: int) -> bytes | None:
         """The chunk's own header; None when it has to be read from the disk. Lock held."""
@@ -41,8 +42,7 @@ class ChunkBytes:
         chunk, else read from the disk. Lock not held; may block. Raises ChunkNotFoundError as `header` does."""
         index = self._catalog.index
         extent = index.extent[slot]
-        large = length >= PROMOTE_FROM * index.size_bytes[slot]
-        if extent is None and large and not self._disk.is_slow:
+        if extent is None and self._residency.promotes(length, index.size_bytes[slot]):
             extent = self._migration.promote(slot)
         if extent is not None:
             return self._catalog.arena.views(extent, offset, length)

@@ -11,7 +11,8 @@ DEFAULT_REPAIR_BANDWIDTH_BPS = 800e6
 
 @dataclass(frozen=True, slots=True)
 class StorageOptions:
-    """`folder` is where its disk lives, if it has `disk_bytes`; `repair_bandwidth_bps` are bits a second."""
+    """`folder` is where its disk lives, if it has `disk_bytes`; `repair_bandwidth_bps` are bits a second; with
+    `experiments` its disk can be made slow."""
 
     memory_bytes: int
     disk_bytes: int = 0
@@ -19,3 +20,4 @@ class StorageOptions:
     durability: Durability = Durability.RELAXED
     policy: str = DEFAULT_POLICY
     repair_bandwidth_bps: float = DEFAULT_REPAIR_BANDWIDTH_BPS
+    experiments: bool = False

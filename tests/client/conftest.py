@@ -17,6 +17,7 @@ from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.disk.store import SegmentStore
 from kvstore_cluster.node import StorageNode
+from kvstore_cluster.slow_disk import SlowNode, SlowStore
 from kvstore_service.bulk_server import BulkServer, serve_bulk
 from kvstore_service.grpc_coordinator import CoordinatorServer, serve_coordinator
 from kvstore_service.grpc_server import GrpcServer
@@ -71,9 +72,11 @@ def served_cluster(
     bulk: bool = False,
     disk_bytes: int = 0,
     canary_models: int = MAX_MODELS,
+    experiments: bool = False,
 ) -> Iterator[ServedCluster]:
-    stores = [SegmentStore(folder / f"disk-{i}", disk_bytes) if disk_bytes else None for i in range(nodes)]
-    plain = [StorageNode(f"node-{i}", Arena(memory_bytes), store=store) for i, store in enumerate(stores)]
+    store_type, node_type = (SlowStore, SlowNode) if experiments else (SegmentStore, StorageNode)
+    stores = [store_type(folder / f"disk-{i}", disk_bytes) if disk_bytes else None for i in range(nodes)]
+    plain = [node_type(f"node-{i}", Arena(memory_bytes), store=store) for i, store in enumerate(stores)]
     servers = [serve_storage(node, host="127.0.0.1") for node in plain]
     ports = [serve_bulk(node, host="127.0.0.1") for node in plain] if bulk else []
     coordinator = Coordinator(FileCatalogue(folder), replicas=replicas)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_cluster.scrub import scrub
+from kvstore_cluster.slow_disk import SlowNode, SlowStore
 from kvstore_codec.chunk import write_header
 from kvstore_codec.errors import (
     ArenaFullError,
@@ -33,7 +35,7 @@ BLOCK = 4 << 10
 FRAME = 6000  # chunks of about 70 KB: fourteen fit into memory
 
 
-Opener = Callable[..., StorageNode]
+Opener = Callable[..., Any]
 
 
 @pytest.fixture
@@ -47,12 +49,17 @@ def opened(tmp_path: Path, clock: Clock) -> Iterator[Opener]:
     nodes: list[tuple[StorageNode, SegmentStore]] = []
 
     def start(
-        *, disk_bytes: int = DISK, policy: str = "lru", durability: Durability = Durability.RELAXED
+        *,
+        disk_bytes: int = DISK,
+        policy: str = "lru",
+        durability: Durability = Durability.RELAXED,
+        experiments: bool = False,
     ) -> StorageNode:
         if nodes:
             nodes[-1][1].close()
-        store = SegmentStore(tmp_path / "disk", disk_bytes, segment_bytes=SEGMENT)
-        node = StorageNode(
+        store_type, node_type = (SlowStore, SlowNode) if experiments else (SegmentStore, StorageNode)
+        store = store_type(tmp_path / "disk", disk_bytes, segment_bytes=SEGMENT)
+        node = node_type(
             "node-0",
             Arena(MEMORY, BLOCK),
             store=store,
@@ -135,7 +142,7 @@ def test_a_read_of_most_of_a_chunk_brings_it_into_memory_a_small_one_does_not(op
 
 
 def test_what_is_on_a_slow_disk_is_only_there(opened: Opener) -> None:
-    node = opened()
+    node = opened(experiments=True)
     first, second, memory_only = chunk_of(0), chunk_of(1), chunk_of(2)
     put(node, first)
     put(node, memory_only, durability=Durability.MEMORY)
@@ -164,7 +171,7 @@ def test_what_is_on_a_slow_disk_is_only_there(opened: Opener) -> None:
 
 
 def test_a_node_without_a_disk_has_no_slow_one() -> None:
-    node = StorageNode("node-0", Arena(MEMORY, BLOCK))
+    node = SlowNode("node-0", Arena(MEMORY, BLOCK))
     node.limit_disk(None)
     with pytest.raises(ConfigurationError, match="node-0 has no disk"):
         node.limit_disk(100e6)

@@ -10,6 +10,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.node import StorageNode
+from kvstore_cluster.slow_disk import SlowNode
 from kvstore_service.experiments import Experiments
 from kvstore_service.grpc_server import MAX_REPLY_BYTES, GrpcServer
 from kvstore_service.grpc_storage import serve_storage
@@ -33,9 +34,12 @@ class ServedNode:
 def served(
     memory_bytes: int, large: LargeRequests | None = None, *, experiments: bool = False
 ) -> Iterator[ServedNode]:
-    node = StorageNode("node-0", Arena(memory_bytes, 4 << 10))
+    node = (SlowNode if experiments else StorageNode)("node-0", Arena(memory_bytes, 4 << 10))
     server = serve_storage(
-        node, host="127.0.0.1", large=large, experiments=Experiments(node) if experiments else None
+        node,
+        host="127.0.0.1",
+        large=large,
+        experiments=Experiments(node) if isinstance(node, SlowNode) else None,
     )
     options = [("grpc.max_receive_message_length", MAX_REPLY_BYTES)]
     try:

@@ -22,9 +22,8 @@ from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
-from kvstore_cluster.disk import SegmentStore
-from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
+from kvstore_cluster.slow_disk import SlowNode, SlowStore
 from kvstore_codec.errors import ConfigurationError, KVStoreError
 from kvstore_service.bandwidth import MIN_PIECE_BYTES
 from kvstore_service.cli.app import app
@@ -72,15 +71,15 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     front = serve_coordinator(coordinator, registry, canaries, address=Address("127.0.0.1", 0))
     nodes, servers = [], {}
     for number in range(2):
-        store = SegmentStore(tmp_path / f"disk-{number}", 64 << 20)
-        node = StorageNode(f"node-{number}", Arena(4 << 20, 4 << 10), store=store)
+        store = SlowStore(tmp_path / f"disk-{number}", 64 << 20)
+        node = SlowNode(f"node-{number}", Arena(4 << 20, 4 << 10), store=store)
         put = node.begin_put(CHUNK.chunk_id, CHUNK.encoding, len(CHUNK.data))
         assert put is not None
         put.write(CHUNK.data)
         assert put.commit()
         worker = RepairWorker(node, GrpcPeers(node), bytes_per_s=1e9)
         worker.start()
-        server = StorageServer(node, worker, host="127.0.0.1", experiments=True)
+        server = StorageServer(node, worker, host="127.0.0.1")
         coordinator.join(Member(node.node_id, server.address, bulk_endpoint=server.bulk_address), number + 1)
         nodes.append((node, worker))
         servers[node.node_id] = server

@@ -6,7 +6,8 @@ import threading
 import time
 from collections import deque
 
-from kvstore_service.bandwidth import MAX_PIECE_BYTES, TokenBucket
+from kvstore_cluster.pacer import Pacer
+from kvstore_service.bandwidth import MAX_PIECE_BYTES, piece_bytes
 
 # Kernel buffers of the forwarder: left to themselves they would swallow megabytes ahead of a slow link.
 SOCKET_BUFFER_BYTES = 256 * 1024
@@ -20,7 +21,7 @@ class Direction:
     """What one direction's connections share: the schedule, the latency and the switch."""
 
     def __init__(self, rate_bps: float, burst_bytes: int, latency_s: float, up: threading.Event) -> None:
-        self.bucket = TokenBucket(rate_bps, burst_bytes)
+        self.pacer = Pacer(rate_bps / 8, burst_bytes)
         self.latency_s = latency_s
         self.up = up
 
@@ -60,8 +61,8 @@ class _DelayLine:
 
     def put(self, data: bytes, departed_at: float) -> bool:
         """Hands over bytes that left the near end at `departed_at`; True when the far end made it wait."""
-        bucket = self._direction.bucket
-        limit_bytes = self._direction.latency_s * bucket.rate_bps / 8 + 2 * bucket.piece_bytes
+        bytes_per_s = self._direction.pacer.bytes_per_s
+        limit_bytes = self._direction.latency_s * bytes_per_s + 2 * piece_bytes(bytes_per_s)
         waited = False
         with self._changed:
             while self._in_flight_bytes > limit_bytes and self._error is None:
@@ -167,17 +168,19 @@ class Connection:
             while True:
                 waited |= direction.wait_until_up()
                 try:
-                    size = source.recv_into(buffer, direction.bucket.piece_bytes, socket.MSG_DONTWAIT)
+                    size = source.recv_into(
+                        buffer, piece_bytes(direction.pacer.bytes_per_s), socket.MSG_DONTWAIT
+                    )
                 except BlockingIOError:
                     waited = True
-                    size = source.recv_into(buffer, direction.bucket.piece_bytes)
+                    size = source.recv_into(buffer, piece_bytes(direction.pacer.bytes_per_s))
                 if not size:
                     return
                 # Bytes found waiting were held up by this thread, not by their sender: they count as ready since
                 # the last ones left, so that a late wake-up does not slow the link down.
                 now = time.monotonic()
                 ready_at = now if waited else max(departed_at, now - MAX_CATCH_UP_S)
-                departed_at = direction.bucket.reserve(size, ready_at)
+                departed_at = direction.pacer.reserve(size, ready_at)
                 _sleep_until(departed_at)
                 if line is None:
                     waited = direction.deliver(sink, buffer[:size])

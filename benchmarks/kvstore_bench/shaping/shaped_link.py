@@ -47,17 +47,17 @@ class ShapedLink:
     @property
     def to_target_bytes(self) -> int:
         """Bytes taken from clients so far, over all connections."""
-        return self._to_target.bucket.reserved_bytes
+        return self._to_target.pacer.reserved_bytes
 
     @property
     def from_target_bytes(self) -> int:
         """Bytes taken from the target so far, over all connections."""
-        return self._from_target.bucket.reserved_bytes
+        return self._from_target.pacer.reserved_bytes
 
     def set_bandwidth(self, bandwidth_bps: float) -> None:
         """Changes the rate of both directions; pieces already under way keep the old one."""
-        self._to_target.bucket.set_rate(bandwidth_bps)
-        self._from_target.bucket.set_rate(bandwidth_bps)
+        self._to_target.pacer.set_rate(bandwidth_bps / 8)
+        self._from_target.pacer.set_rate(bandwidth_bps / 8)
 
     def cut(self) -> None:
         """The link goes dead: nothing passes either way, and no socket learns of it."""

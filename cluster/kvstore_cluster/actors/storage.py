@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import ray
 import ray.exceptions
@@ -17,10 +18,13 @@ from kvstore_cluster.eviction import POLICIES
 from kvstore_cluster.maintenance import MaintenanceThread
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import PeerNodes, RepairWorker
+from kvstore_cluster.slow_disk import SlowNode, SlowStore
 from kvstore_cluster.storage_options import StorageOptions
 from kvstore_codec.errors import FolderInUseError
 
 log = logging.getLogger(__name__)
+
+Store = TypeVar("Store", bound=SegmentStore)
 
 # How soon a coordinator that lost its state hears of this node again.
 _REGISTER_PERIOD_S = 1.0
@@ -46,13 +50,7 @@ class StorageActor:
         peers: Callable[[StorageNode], PeerNodes],
     ) -> None:
         arena = Arena(options.memory_bytes)
-        self._node = StorageNode(
-            node_id,
-            arena,
-            store=_open_store(node_id, options),
-            durability=options.durability,
-            policy=POLICIES[options.policy],
-        )
+        self._node = _open_node(node_id, arena, options)
         self._repair = RepairWorker(
             self._node, peers(self._node), bytes_per_s=options.repair_bandwidth_bps / 8
         )
@@ -111,14 +109,24 @@ class StorageActor:
         self._registering.stopping.wait(_REGISTER_PERIOD_S)
 
 
-def _open_store(node_id: str, options: StorageOptions) -> SegmentStore | None:
+def _open_node(node_id: str, arena: Arena, options: StorageOptions) -> StorageNode:
+    """Raises DiskError."""
+    durability, policy = options.durability, POLICIES[options.policy]
+    if options.experiments:
+        slow = _open_store(node_id, options, SlowStore)
+        return SlowNode(node_id, arena, store=slow, durability=durability, policy=policy)
+    store = _open_store(node_id, options, SegmentStore)
+    return StorageNode(node_id, arena, store=store, durability=durability, policy=policy)
+
+
+def _open_store(node_id: str, options: StorageOptions, store_type: type[Store]) -> Store | None:
     """The node's disk, once its last process has let go of it. Raises DiskError."""
     if not options.disk_bytes or options.folder is None:
         return None
     deadline_s = time.monotonic() + _PREDECESSOR_PATIENCE_S
     while True:
         try:
-            return SegmentStore(options.folder, options.disk_bytes)
+            return store_type(options.folder, options.disk_bytes)
         except FolderInUseError:
             if time.monotonic() > deadline_s:
                 raise

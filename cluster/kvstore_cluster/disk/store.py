@@ -10,7 +10,6 @@ from kvstore_cluster.disk.location import MAX_SEGMENT_BLOCKS, Location, block_of
 from kvstore_cluster.disk.log import FEWEST_SEGMENTS, SegmentLog
 from kvstore_cluster.disk.record import BLOCK_BYTES, RecordHeader, RecordMeta, decode, is_header
 from kvstore_cluster.disk.recovery import Recovery, recover
-from kvstore_cluster.disk.speed import ReadSpeed
 from kvstore_cluster.disk.table import SegmentTable
 from kvstore_cluster.disk.upkeep import Upkeep
 from kvstore_codec.errors import (
@@ -58,7 +57,6 @@ class SegmentStore:
                 f"{limit_bytes} bytes are too few for a disk tier; give it {4 * BLOCK_BYTES * FEWEST_SEGMENTS} or more"
             )
         self.limit_bytes = limit_bytes
-        self.read_speed = ReadSpeed()
         self._folder = StoreFolder(folder, direct=direct, open_file=open_file)
         self._table = SegmentTable(self._folder)
         self._upkeep = Upkeep(sync_period_s)
@@ -132,7 +130,7 @@ class SegmentStore:
 
     def read(self, location: Location, offset: int, views: Sequence[memoryview]) -> None:
         """Fills the views with the chunk's bytes from `offset`. Fastest, without a copy, into page-aligned memory from
-        an offset that is a multiple of 4 KiB. What is read is not verified. Takes as long as `read_speed` says.
+        an offset that is a multiple of 4 KiB. What is read is not verified.
 
         Raises ChunkNotFoundError when the chunk was deleted or moved: ask the index again. TruncatedChunkError when
         its file was cut. DiskFailedError when the disk cannot read it, also when asked again.
@@ -146,7 +144,6 @@ class SegmentStore:
             segment, blocks = found
             if not 0 <= offset <= end <= (blocks - 1) * BLOCK_BYTES:
                 raise StorageError(f"bytes [{offset}, {end}) lie outside the chunk at {location}")
-            reading = self.read_speed.begin(size_bytes)
             try:
                 segment.file.read((block_of(location) + 1) * BLOCK_BYTES + offset, views)
             except FileEndsError as error:
@@ -155,8 +152,6 @@ class SegmentStore:
                 ) from error
             except OSError as error:
                 raise disk_error(error, f"reading segment {segment.number} in {self._folder.path}") from error
-        if reading is not None:
-            reading.finish()
 
     def delete(self, location: Location) -> None:
         """The chunk is dead; it may come back after a restart. Does nothing when it is dead already."""

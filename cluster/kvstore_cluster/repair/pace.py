@@ -1,8 +1,8 @@
 """How fast copies may be sent."""
 
-import math
 from collections.abc import Iterator, Sequence
 
+from kvstore_cluster.pacer import Pacer
 from kvstore_cluster.stored import StoredVariant
 
 # Sent at a stretch: enough that small copies do not each cost a call, little enough not to be noticed.
@@ -11,13 +11,12 @@ _BURST_S = 0.05
 
 
 class Pace:
-    """A leaky bucket: on average `bytes_per_s`, and never more than one burst ahead of that. Clocks are the caller's,
+    """On average `bytes_per_s`, and never more than one burst ahead of that. Clocks are the caller's,
     in seconds."""
 
     def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
+        self._pacer = Pacer(bytes_per_s)
         self._burst_bytes = min(_BURST_BYTES, bytes_per_s * _BURST_S)
-        self._free_at_s = -math.inf
 
     def bursts(self, variants: Sequence[StoredVariant]) -> Iterator[list[StoredVariant]]:
         """The variants in parts to send at a stretch, of one copy at least."""
@@ -34,7 +33,7 @@ class Pace:
 
     def wait_s(self, now_s: float) -> float:
         """How long the next burst has to wait."""
-        return max(0.0, self._free_at_s - now_s)
+        return max(0.0, self._pacer.free_at_s - now_s)
 
     def sent(self, size_bytes: int, now_s: float) -> None:
-        self._free_at_s = max(self._free_at_s, now_s) + size_bytes / self._bytes_per_s
+        self._pacer.reserve(size_bytes, now_s)

@@ -29,7 +29,7 @@ KNOWS_BEFOREHAND: dict[str, Any] = {"recompute_selector": "first_k", "recompute_
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[ServedCluster]:
-    with served_cluster(tmp_path, disk_bytes=64 << 20) as served:
+    with served_cluster(tmp_path, disk_bytes=64 << 20, experiments=True) as served:
         yield served
 
 

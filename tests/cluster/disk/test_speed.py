@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_cluster.disk import SegmentStore
+from kvstore_cluster.slow_disk import SlowStore
 from kvstore_codec.errors import ConfigurationError
 from tests.cluster.disk.chunks import append, read
 from tests.sample_chunk import sample_chunk
@@ -17,14 +17,14 @@ SIZE = len(CHUNK.data)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[SegmentStore]:
-    store = SegmentStore(tmp_path / "store", 64 << 20)
+def store(tmp_path: Path) -> Iterator[SlowStore]:
+    store = SlowStore(tmp_path / "store", 64 << 20)
     store.recover()
     yield store
     store.close()
 
 
-def test_readers_share_the_speed_until_it_is_taken_away(store: SegmentStore) -> None:
+def test_readers_share_the_speed_until_it_is_taken_away(store: SlowStore) -> None:
     location = append(store, CHUNK)
     store.read_speed.set(4e6)
     readers = [threading.Thread(target=read, args=(store, location, SIZE)) for _ in range(3)]
@@ -41,7 +41,7 @@ def test_readers_share_the_speed_until_it_is_taken_away(store: SegmentStore) -> 
     assert time.monotonic() - began_s < slow_s / 3
 
 
-def test_an_idle_disk_saves_nothing_up(store: SegmentStore) -> None:
+def test_an_idle_disk_saves_nothing_up(store: SlowStore) -> None:
     location = append(store, CHUNK)
     store.read_speed.set(4e6)
     for _ in range(2):
@@ -51,7 +51,7 @@ def test_an_idle_disk_saves_nothing_up(store: SegmentStore) -> None:
         assert time.monotonic() - began_s >= SIZE / 4e6
 
 
-def test_whoever_waits_goes_on_when_the_limit_is_lifted(store: SegmentStore) -> None:
+def test_whoever_waits_goes_on_when_the_limit_is_lifted(store: SlowStore) -> None:
     location = append(store, CHUNK)
     store.read_speed.set(1e6)
     readers = [threading.Thread(target=read, args=(store, location, SIZE)) for _ in range(60)]
@@ -65,7 +65,7 @@ def test_whoever_waits_goes_on_when_the_limit_is_lifted(store: SegmentStore) -> 
     assert not any(reader.is_alive() for reader in readers)
 
 
-def test_a_speed_that_no_disk_has_is_refused(store: SegmentStore) -> None:
+def test_a_speed_that_no_disk_has_is_refused(store: SlowStore) -> None:
     for speed in (0.0, 1e3, 1e15):
         with pytest.raises(ConfigurationError, match="1 MB/s or more"):
             store.read_speed.set(speed)
