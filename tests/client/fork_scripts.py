@@ -7,6 +7,7 @@ that it checks holds.
 import itertools
 import multiprocessing
 import os
+import select
 import socket
 import sys
 import threading
@@ -20,6 +21,7 @@ from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel, RequestQueue
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.fork import GATE
+from kvstore_client.pages import PageNamespace
 from tests.client.models import random_prompt, tiny_model
 
 GREEDY = {"max_new_tokens": 2, "do_sample": False}
@@ -195,6 +197,35 @@ class RequestQueueOf:
         self._queue.close()
 
 
+def paged(address: str) -> None:
+    """A child has a page store of its own, whose descriptor wakes nobody in its parent, and the other way round."""
+    client = connect(address, lookup_timeout_s=10.0)
+    pages = client.pages(PageNamespace(b"model", "fork"))
+    keys, bodies = [b"0", b"1"], [b"zero", b"one!"]
+    assert pages.put(keys, bodies).run == 2
+    assert pages.exists(keys) == 2
+
+    def works() -> None:
+        views = [bytearray(4), bytearray(4)]
+        job = pages.submit_get(keys, views)
+        assert select.select([pages.fileno()], [], [], 30)[0]
+        ((finished, result),) = pages.finished()
+        assert (finished, result.run) == (job, 2), result
+        assert views == bodies
+
+    def child() -> None:
+        works()
+        pages.submit_exists(keys)  # its result stays in the child
+        assert select.select([pages.fileno()], [], [], 30)[0]
+        client.close()
+
+    ended_well(forked(child))
+    assert select.select([pages.fileno()], [], [], 0)[0] == []
+    works()
+    pages.unlock(keys)
+    client.close()
+
+
 def refused(_: str) -> None:
     """A call that does not end in time keeps the child from using gRPC, and it says so."""
     spec = spec_of(tiny_model("llama"))
@@ -221,5 +252,7 @@ def refused(_: str) -> None:
 
 
 if __name__ == "__main__":
-    {"preload": preload, "busy": busy, "halfway": halfway, "refused": refused}[sys.argv[1]](sys.argv[2])
+    {"preload": preload, "busy": busy, "halfway": halfway, "refused": refused, "paged": paged}[sys.argv[1]](
+        sys.argv[2]
+    )
     print("done")

@@ -48,6 +48,14 @@ def test_what_was_begun_before_a_fork_ends_on_both_sides(cluster: ServedCluster)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("bulk", [True, False], ids=["bulk", "grpc"])
+def test_a_child_has_pages_of_its_own(tmp_path: Path, bulk: bool) -> None:
+    with served_cluster(tmp_path, nodes=2, bulk=bulk) as cluster:
+        run("paged", cluster.address)
+        cluster.check_nothing_is_held()
+
+
+@pytest.mark.slow
 def test_a_child_refuses_where_grpc_could_crash() -> None:
     run("refused", "")
 
