@@ -23,7 +23,7 @@ if (
 hypothesis.settings.register_profile("no_deadline", deadline=None)
 hypothesis.settings.load_profile("no_deadline")
 
-# See CachedModel.__init__: the first cosine of a process must not be computed by several threads at once.
+# See TransformersEngine.__init__: the first cosine of a process must not be computed by several threads at once.
 torch.ones(1).cos()
 
 

@@ -20,6 +20,7 @@ from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.capture import install_hooks
 from kvstore_client.engines.transformers.probe import probe_for, run_probe
 from kvstore_client.engines.transformers.spec import spec_of
+from kvstore_client.reuse.pending import ReusingGeneration
 from kvstore_codec.canary.compare import compare
 from kvstore_codec.errors import CanaryError, FetchError
 from kvstore_codec.model_spec import ModelSpec
@@ -200,7 +201,8 @@ def test_what_a_call_began_under_the_old_canary_is_not_stored_under_the_new_one(
     longer = torch.cat((PROMPT, random_prompt(300, seed=7)), dim=1)
     with worker(stored) as cached:
         begun = cached.begin(longer, **GREEDY)
-        assert begun.fetch is not None
+        assert isinstance(begun, ReusingGeneration)
+        assert begun.incoming is not None
         replace_canary(stored)
         cached.client._view._ask(1.0)
         assert cached.canary.refusal(cached.spec, wait_s=30) is None

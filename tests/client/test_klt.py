@@ -18,6 +18,7 @@ from kvstore_client import ClientSettings, KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.calibrate import ObservedModel
 from kvstore_client.engines.transformers.features import embedded
+from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.reuse.features import PromptFeatures
 from kvstore_client.store import NewChunk
@@ -369,7 +370,7 @@ def test_features_are_asked_for_once_though_a_frame_is_read_again(
                 return of_prompt(index)
 
             buffers = client.buffers.take(cached.spec, match.tokens)
-            rotary = cached._rotary(match.tokens)
+            rotary = rotary_tables(model, match.tokens, cached.spec.dtype.torch, "cpu")
             assert client.fetch(match, buffers, rotary, features=features).wait().complete
             assert client.metrics.snapshot()["failover_checksum"] == 1
             assert sorted(asked) == [0, 1]

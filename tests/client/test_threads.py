@@ -13,10 +13,10 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel, RequestQueue
-from kvstore_client.engines.transformers import model as model_module
+from kvstore_client.engines.transformers import call as call_module
 from kvstore_client.engines.transformers.cache import arriving_cache
-from kvstore_client.engines.transformers.pending import PendingGeneration
 from kvstore_client.fetch import restore
+from kvstore_client.reuse.pending import PendingGeneration
 from kvstore_client.store import NewChunk
 from kvstore_client.threads import single_threaded
 from kvstore_codec.rope import RotaryTable
@@ -145,7 +145,7 @@ def test_a_cache_that_was_not_asked_for_is_empty_afterwards(
         cached = CachedModel(tiny_model(), client)
         cached.generate(prompt, **GREEDY)
         client.store.flush()
-        monkeypatch.setattr(model_module, "arriving_cache", keep)
+        monkeypatch.setattr(call_module, "arriving_cache", keep)
         cached.generate(prompt, **GREEDY)
         assert cached.last_report.reused_tokens == 512
         assert [len(cache.layers) for cache in seen] == [0]

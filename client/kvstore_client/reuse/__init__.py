@@ -1,3 +1,4 @@
-"""Reuse of KV by token ids, for any engine: what a call computed, what it leaves to be stored, and selective recompute.
+"""Reuse of KV by token ids, for any engine: `session.ReuseSession`.
 
-Imports no engine. An engine adapter brings `TokenEmbeddings` and `DecoderLayers` (`engine.py`)."""
+Imports no engine. An engine adapter brings an `Engine` (`engine.py`), calls (`call.py`) and a `CanaryCheck`
+(`identity.py`)."""

@@ -1,10 +1,14 @@
-"""What reuse asks of an engine: token embeddings, and decoder layers that attend to keys and values they are given."""
+"""What reuse asks of an engine: token embeddings, rotary tables, the KV of some chunks, and decoder layers that attend
+to keys and values they are given."""
 
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from kvstore_client.buffers import KVBuffers
+from kvstore_client.reuse.capture import KeyCapture
+from kvstore_client.reuse.identity import DescribedModel
 from kvstore_codec.rope import RotaryTable
 
 
@@ -56,4 +60,38 @@ class DecoderLayers(Protocol):
 
     def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Hidden states that leave the layer, from the output of its attention, `[heads, tokens, head_dim]`."""
+        ...
+
+
+class Engine(Protocol):
+    """A loaded model. Called by one thread at a time, but for `embed` and `look`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes. On a processor a call's work is done when the call returns."""
+        ...
+
+    @property
+    def embed(self) -> TokenEmbeddings: ...
+
+    @property
+    def decoder(self) -> DecoderLayers | None:
+        """None for a model of which only the beginning of a prompt can be reused."""
+        ...
+
+    def look(self, tokens: torch.Tensor | None = None) -> DescribedModel:
+        """What the model is now, the embeddings of `tokens`, i64 `[tokens]`, in particular. Any thread may call it."""
+        ...
+
+    def renew_hooks(self) -> None:
+        """The model is another than it was: have its keys before RoPE noted by the active KeyCapture again."""
+        ...
+
+    def rotary(self, tokens: int) -> tuple[RotaryTable, ...]:
+        """How each layer rotates keys at positions from 0 on, in host memory, in the model's dtype."""
+        ...
+
+    def compute(self, tokens: torch.Tensor, buffers: KVBuffers, capture: KeyCapture) -> None:
+        """Put the KV of `tokens`, i64 `[tokens]`, into `buffers`, keys rotated, behind the `capture.first_token` tokens
+        whose KV lies there. Called in inference mode, while `capture` is active: it is told the keys before RoPE."""
         ...

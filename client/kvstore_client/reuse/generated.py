@@ -35,6 +35,8 @@ class Generated:
     """How a call ended."""
 
     output: Any
+    sequence: torch.Tensor
+    """Tokens of the prompt and behind it the generated ones, i64 `[tokens]`."""
     tokens: int
     """That passed through the model, the reused ones counted: the KV of so many is there."""
     values: tuple[torch.Tensor, ...]

@@ -10,6 +10,7 @@ from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.recompute import Recompute
+from kvstore_client.reuse.segments import SegmentGeneration
 from tests.client.blend.library import (
     CHUNKS,
     DOCUMENTS,
@@ -90,9 +91,11 @@ def test_cancelling_what_was_finished_gives_nothing_back_twice(library: Library)
     second = library.cached.begin(prompt, segments=lengths, **GREEDY)
     library.cached.cancel(first)
     third = library.cached.begin(prompt, segments=lengths, **GREEDY)
-    assert second.coming is not None
-    assert third.coming is not None
-    assert second.coming.buffers.memory.data_ptr() != third.coming.buffers.memory.data_ptr()
+    assert isinstance(second, SegmentGeneration)
+    assert isinstance(third, SegmentGeneration)
+    assert second.incoming is not None
+    assert third.incoming is not None
+    assert second.incoming.buffers.memory.data_ptr() != third.incoming.buffers.memory.data_ptr()
     library.cached.cancel(second)
     library.cached.cancel(third)
 

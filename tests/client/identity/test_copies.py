@@ -11,6 +11,7 @@ import torch
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.requests import RequestQueue
+from kvstore_client.reuse.capture import KeyCapture
 from kvstore_codec.errors import NotCopyableError
 from tests.client.conftest import ServedCluster
 from tests.client.models import random_prompt, tiny_model
@@ -81,7 +82,7 @@ def test_hooks_of_a_copy_record_nothing_of_the_original(client: KVStoreClient) -
     """Also when the copy's passes end at a projection, between one of the original's and its cache."""
     cached = CachedModel(tiny_model(), client)
     other = copy.deepcopy(cached.model)
-    capture = cached._capture(0)
+    capture = KeyCapture(cached.spec.layers, 0)
     with capture.active(), torch.inference_mode():
         other.model.layers[0].self_attn.k_proj(torch.zeros(1, 3, 64))
         assert capture._latest[0] is None

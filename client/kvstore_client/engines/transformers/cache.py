@@ -5,10 +5,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvstore_client.buffers import KVBuffers
-from kvstore_client.fetch import Fetch
+from kvstore_client.reuse.call import LayerArrives
 from kvstore_client.reuse.capture import KeyCapture
-from kvstore_client.timeline import Timeline
-from kvstore_codec.errors import FetchIncompleteError
 
 
 class CapturedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
@@ -65,26 +63,21 @@ class ArrivingLayer(PlacedLayer):
         layer: int,
         capture: KeyCapture,
         buffers: KVBuffers,
-        fetch: Fetch,
-        timeline: Timeline,
+        arrives: LayerArrives,
     ) -> None:
         super().__init__(layer, capture, buffers)  # views: their length is known before their content is
-        self._fetch, self._timeline = fetch, timeline
-        self._arrived = False
+        self._arrives: LayerArrives | None = arrives
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._arrived:
-            self._arrive(key_states.device)
+        if self._arrives is not None:
+            self._arrives(self._layer)
+            self._arrives = None
+            self._move(key_states.device)
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def _arrive(self, device: torch.device) -> None:
-        with self._timeline.span("wait", f"layer {self._layer}"):
-            arrived = self._fetch.wait_layer(self._layer)
-        if not arrived:
-            raise FetchIncompleteError(f"layer {self._layer} will not arrive whole")
-        self._arrived = True
+    def _move(self, device: torch.device) -> None:
         if device != self.device:
             self.keys, self.values = self.keys.to(device), self.values.to(device)
             self.device = device
@@ -96,10 +89,10 @@ def empty_cache(capture: KeyCapture, layers: int) -> DynamicCache:
     return _cache([CapturedLayer(layer, capture) for layer in range(layers)])
 
 
-def arriving_cache(buffers: KVBuffers, capture: KeyCapture, fetch: Fetch, timeline: Timeline) -> DynamicCache:
-    """A cache that holds the tokens before the captured ones as soon as `fetch` has delivered them."""
+def arriving_cache(buffers: KVBuffers, capture: KeyCapture, arrives: LayerArrives) -> DynamicCache:
+    """A cache that holds the tokens before the captured ones, each layer as soon as it `arrives`."""
     layers = range(buffers.keys.shape[0])
-    return _cache([ArrivingLayer(layer, capture, buffers, fetch, timeline) for layer in layers])
+    return _cache([ArrivingLayer(layer, capture, buffers, arrives) for layer in layers])
 
 
 def placed_cache(buffers: KVBuffers, capture: KeyCapture) -> DynamicCache:

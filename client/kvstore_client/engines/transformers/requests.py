@@ -1,7 +1,6 @@
 """Several requests for one model: who waits for KV does not hold up who does not."""
 
 import logging
-import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,8 +11,8 @@ import torch
 
 from kvstore_client.admission import AdmissionQueue
 from kvstore_client.engines.transformers.model import CachedModel
-from kvstore_client.engines.transformers.pending import PendingGeneration
 from kvstore_client.fork import renew_in_children
+from kvstore_client.reuse.pending import PendingGeneration
 from kvstore_codec.errors import NotCopyableError
 
 log = logging.getLogger(__name__)
@@ -43,8 +42,7 @@ class _Reuse:
         self._pending.on_ready(callback)
 
     def remaining_s(self) -> float:
-        fetch = self._pending.running
-        return 0.0 if fetch is None else fetch.planned_s() or math.inf
+        return self._pending.remaining_s()
 
     def cancel(self) -> None:
         self._cached.cancel(self._pending)

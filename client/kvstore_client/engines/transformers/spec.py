@@ -8,10 +8,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvstore_client.engines.transformers.capture import attention_modules
-from kvstore_client.engines.transformers.identity.base import Refusal
 from kvstore_client.engines.transformers.identity.modules import uncompiled, uncompiled_name
 from kvstore_client.engines.transformers.identity.reference import Reference, reference_of
 from kvstore_client.engines.transformers.identity.review import review
+from kvstore_client.reuse.identity import Refusal
 from kvstore_codec.errors import InvalidKVError, UnsupportedModelError
 from kvstore_codec.model_config import spec_from_config
 from kvstore_codec.model_spec import KVDtype, ModelSpec, weights_digest

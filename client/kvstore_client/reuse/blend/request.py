@@ -27,6 +27,7 @@ from kvstore_client.reuse.blend.ratio import Ratios
 from kvstore_client.reuse.blend.worth import worth_reusing
 from kvstore_client.reuse.engine import DecoderLayers, TokenEmbeddings
 from kvstore_client.reuse.features import PromptFeatures
+from kvstore_client.reuse.incoming import layers_of
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import FetchIncompleteError
 from kvstore_codec.identity import PlacedChunk
@@ -175,15 +176,11 @@ class SegmentReuse:
         *,
         question: bool,
     ) -> Blended:
-        is_whole = plan is coming.plan
+        is_whole, arrives = plan is coming.plan, layers_of(coming.fetch, timeline)
 
         def arrived(layer: int) -> None:
-            if not is_whole:
-                return  # what did not come was waited for
-            with timeline.span("wait", f"layer {layer}"):
-                there = coming.fetch.wait_layer(layer)
-            if not there:
-                raise FetchIncompleteError(f"layer {layer} will not arrive whole")
+            if is_whole:  # otherwise what did not come was waited for
+                arrives(layer)
 
         blend = Blend(
             self._decoder, coming.tokens, plan.chunks, plan.question, coming.buffers, coming.rotary, arrived,

@@ -2,17 +2,8 @@
 
 from dataclasses import dataclass
 
+from kvstore_client.reuse.identity import Refusal
 from kvstore_codec.model_spec import Scalar
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """Why a model's KV must be neither read nor stored."""
-
-    reason: str
-    """One word for metrics and reports, such as `forward_hook`."""
-    detail: str
-    """A sentence for the log: which module or function it is, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)

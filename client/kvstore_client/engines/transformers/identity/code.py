@@ -13,9 +13,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvstore_client.engines.transformers.identity.base import Refusal
 from kvstore_client.engines.transformers.identity.calls import called_by, called_of_torch, functions_of
 from kvstore_client.engines.transformers.identity.reference import Reference, ReferenceModule
+from kvstore_client.reuse.identity import Refusal
 
 _TRUSTED = (sys.stdlib_module_names | {"torch", "transformers"}) - {"unittest"}
 """Top packages whose functions may be part of a forward pass."""

@@ -8,10 +8,10 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from kvstore_client.engines.transformers.identity.base import Refusal
 from kvstore_client.engines.transformers.identity.state import ModelState
 from kvstore_client.engines.transformers.spec import Description, cannot_describe, describe
 from kvstore_client.fork import renew_in_children
+from kvstore_client.reuse.identity import Refusal
 from kvstore_codec.errors import CodecError
 from kvstore_codec.model_spec import ModelSpec
 

@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from kvstore_client.engines.transformers.identity.base import Refusal
 from kvstore_client.engines.transformers.identity.modules import uncompiled_name
+from kvstore_client.reuse.identity import Refusal
 
 _ONLY_LOOK = ("transformers.utils.output_capturing", "kvstore_client.engines.transformers.capture")
 """Modules whose hooks return nothing and write to nothing: transformers leaves some behind once it was asked for hidden

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from kvstore_client.engines.transformers.identity.base import Refusal, Review
+from kvstore_client.engines.transformers.identity.base import Review
 from kvstore_client.engines.transformers.identity.code import (
     classes_of,
     foreign_code,
@@ -15,6 +15,7 @@ from kvstore_client.engines.transformers.identity.modules import named_modules
 from kvstore_client.engines.transformers.identity.precision import float32_matmul_precision
 from kvstore_client.engines.transformers.identity.reference import Reference
 from kvstore_client.engines.transformers.identity.settings import differences
+from kvstore_client.reuse.identity import Refusal
 from kvstore_codec.model_spec import Scalar
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from kvstore_client.engines.transformers.identity.base import Refusal
 from kvstore_client.engines.transformers.identity.reference import ReferenceModule
+from kvstore_client.reuse.identity import Refusal
 from kvstore_codec.model_spec import Scalar, weights_digest
 
 # What no forward pass of a model in evaluation mode reads, or only RoPE whose frequencies change with the length, which

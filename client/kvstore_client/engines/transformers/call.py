@@ -1,0 +1,133 @@
+"""A `generate` call of a transformers model: its arguments, and its passes over caches of reused KV."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from kvstore_client.buffers import KVBuffers
+from kvstore_client.engines.transformers.bypass import bypass_reason
+from kvstore_client.engines.transformers.cache import (
+    arriving_cache,
+    computed_values,
+    empty_cache,
+    make_plain,
+    placed_cache,
+    whole_tokens,
+)
+from kvstore_client.recompute import Recompute
+from kvstore_client.reuse.call import ComputedKV, EngineOutput, LayerArrives
+from kvstore_client.reuse.capture import KeyCapture
+
+
+class GenerateCall:
+    """`model.generate(input_ids, **arguments)`; see `EngineCall`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor | None,
+        arguments: Mapping[str, Any],
+        segments: Sequence[int] | None = None,
+        recompute: Recompute | None = None,
+    ) -> None:
+        self._model, self._input_ids = model, input_ids
+        self.segments, self.recompute = segments, recompute
+        self._arguments = dict(arguments)
+        if self._arguments.get("streamer") is not None:
+            self._arguments["streamer"] = _PromptOnce(self._arguments["streamer"])
+
+    @property
+    def prompt_tokens(self) -> int:
+        return 0 if self._input_ids is None else self._input_ids.numel()
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return self._prompt[0]
+
+    def bypass_reason(self) -> str | None:
+        return bypass_reason(self._model, self._input_ids, self._arguments)
+
+    def pass_through(self) -> Any:
+        return self._model.generate(self._input_ids, **self._arguments)
+
+    def prompt_pass(
+        self, capture: KeyCapture, reused: KVBuffers | None = None, arrives: LayerArrives | None = None
+    ) -> "GeneratePass":
+        if reused is None:
+            cache = empty_cache(capture, self._model.config.num_hidden_layers)
+        elif arrives is None:
+            cache = placed_cache(reused, capture)
+        else:
+            cache = arriving_cache(reused, capture, arrives)
+        streamer = self._arguments.get("streamer")
+        if streamer is not None:
+            streamer.expect_prompt()
+        return GeneratePass(self._model, self._prompt, cache, capture, self._arguments)
+
+    @property
+    def _prompt(self) -> torch.Tensor:
+        if self._input_ids is None:
+            raise RuntimeError("a call without token ids is passed through")
+        return self._input_ids
+
+
+class GeneratePass:
+    """One run of a `generate` call over a cache; see `PromptPass`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        cache: DynamicCache,
+        capture: KeyCapture,
+        arguments: Mapping[str, Any],
+    ) -> None:
+        self._model, self._input_ids, self._arguments = model, input_ids, arguments
+        self._cache, self._capture = cache, capture
+        self._is_kept = False
+        """Whether the caller is given the cache."""
+
+    def run(self) -> EngineOutput:
+        output = self._model.generate(self._input_ids, past_key_values=self._cache, **self._arguments)
+        self._is_kept = getattr(output, "past_key_values", None) is not None
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        return EngineOutput(output, sequences[0])
+
+    def take(self, *, values: bool) -> ComputedKV:
+        if self._is_kept:
+            make_plain(self._cache)
+        kept = computed_values(self._cache, self._capture.first_token) if values else ()
+        computed = ComputedKV(self._cache.get_seq_length(), kept)
+        if not self._is_kept:
+            self._cache.layers.clear()  # nobody shall find in it what is put into the buffers next
+        return computed
+
+    def salvage(self) -> ComputedKV | None:
+        tokens = whole_tokens(self._cache, self._capture)
+        if tokens <= self._capture.first_token:
+            return None
+        return ComputedKV(tokens, computed_values(self._cache, self._capture.first_token))
+
+
+class _PromptOnce:
+    """A streamer to which the prompt is announced by the first pass only."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+        self._announced = False
+        self._prompt_comes = True
+
+    def expect_prompt(self) -> None:
+        self._prompt_comes = True
+
+    def put(self, value: torch.Tensor) -> None:
+        comes, self._prompt_comes = self._prompt_comes, False
+        if comes and self._announced:
+            return
+        self._announced = True
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        self._streamer.end()

@@ -1,0 +1,38 @@
+"""Reused KV on its way, and the buffers that it comes into."""
+
+import os
+from dataclasses import dataclass, field
+
+from kvstore_client.buffers import BufferPool, KVBuffers
+from kvstore_client.fetch import Fetch
+from kvstore_client.reuse.call import LayerArrives
+from kvstore_client.timeline import Timeline
+from kvstore_codec.errors import FetchIncompleteError
+
+
+@dataclass(frozen=True, slots=True)
+class IncomingKV:
+    """A fetch that was started, and its buffers, which are its own until `release`."""
+
+    fetch: Fetch
+    buffers: KVBuffers
+    _pool: BufferPool
+    _process: int = field(default_factory=os.getpid)
+
+    def release(self) -> None:
+        """End the fetch and give the buffers back. To be called once. In a forked child both are left to the parent."""
+        if self._process == os.getpid():
+            self.fetch.cancel()
+            self._pool.give_back(self.buffers)
+
+
+def layers_of(fetch: Fetch, timeline: Timeline) -> LayerArrives:
+    """Waits for the layers of a fetch, and records how long."""
+
+    def arrives(layer: int) -> None:
+        with timeline.span("wait", f"layer {layer}"):
+            arrived = fetch.wait_layer(layer)
+        if not arrived:
+            raise FetchIncompleteError(f"layer {layer} will not arrive whole")
+
+    return arrives

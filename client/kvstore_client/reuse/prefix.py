@@ -1,0 +1,109 @@
+"""A prompt whose beginning is reused."""
+
+from kvstore_client.buffers import KVBuffers
+from kvstore_client.fetch import Computing
+from kvstore_client.match import Match
+from kvstore_client.miss_reason import MissReason
+from kvstore_client.reuse.call import EngineCall
+from kvstore_client.reuse.features import PromptFeatures
+from kvstore_client.reuse.generated import Generated, new_chunks
+from kvstore_client.reuse.identity import ModelSnapshot
+from kvstore_client.reuse.incoming import IncomingKV
+from kvstore_client.reuse.parts import SessionParts
+from kvstore_client.reuse.pending import Completed, ReusingGeneration
+from kvstore_client.reuse.prompt_run import PromptRun
+from kvstore_client.reuse.report import GenerationReport, why_nothing_reused
+from kvstore_client.timeline import Timeline
+from kvstore_codec.model_spec import ModelSpec
+
+
+class PrefixGeneration(ReusingGeneration):
+    """A call that reuses the stored chunks from its prompt's first token on, or nothing."""
+
+    def __init__(
+        self,
+        parts: SessionParts,
+        call: EngineCall,
+        snapshot: ModelSnapshot,
+        timeline: Timeline,
+        incoming: IncomingKV | None = None,
+        why_not: str | None = None,
+        reused_chunks: int = 0,
+    ) -> None:
+        super().__init__(call, snapshot, timeline, incoming, why_not)
+        self._parts, self._reused_chunks = parts, reused_chunks
+
+    @classmethod
+    def begin(
+        cls, parts: SessionParts, call: EngineCall, snapshot: ModelSnapshot, timeline: Timeline
+    ) -> "PrefixGeneration":
+        """Look up what is stored of the prompt's beginning, and have it come."""
+        ids = parts.client.chunk_ids(snapshot.spec, call.tokens.tolist())
+        match = parts.client.match(snapshot.spec, ids, timeline)
+        incoming, why_not = None, match.why_not
+        try:
+            if match.chunks:
+                incoming, why_not = fetch_prefix(parts, match, call, snapshot.spec, timeline)
+        finally:
+            if incoming is None:
+                parts.client.release(match)
+        reused_chunks = len(match.chunks) if incoming is not None else 0
+        return cls(parts, call, snapshot, timeline, incoming, why_not, reused_chunks)
+
+    def complete(self) -> Completed:
+        run, storing = (
+            PromptRun(self._parts, self.call, self.snapshot.spec.layers, self.timeline),
+            self._parts.storing,
+        )
+        try:
+            generated = run.prefill() if self.incoming is None else run.behind(self.incoming)
+        except BaseException:
+            if run.aborted is not None and storing.may_store(self.snapshot):
+                self._store(run.aborted)
+            raise
+        finally:
+            self.cancel()
+        if storing.may_store(self.snapshot) and storing.is_aligned(generated):
+            self._store(generated)
+        reused, fetched = generated.reused_tokens, generated.report
+        why_not = why_nothing_reused(reused, fetched, self.why_not)
+        report = GenerationReport(len(self.call.tokens), reused, self.timeline, fetched, why_not=why_not)
+        return Completed(generated.output, report)
+
+    def _store(self, generated: Generated) -> None:
+        parts, spec, fetched = self._parts, self.snapshot.spec, generated.report
+        encodings = parts.storing.encodings_behind(fetched)
+        if not encodings:
+            parts.client.metrics.missed(MissReason.STORE_BEHIND_LOSSY)
+            return
+        tokens: list[int] = generated.sequence[: generated.tokens].tolist()
+        ids = parts.client.chunk_ids(spec, tokens)
+        stored = set(range(self._reused_chunks))
+        if fetched is not None:
+            stored.difference_update(fetched.missing)
+        features = parts.client.store.needs_features
+        chunks = new_chunks(parts.engine.embed, tokens, ids, stored, generated, features=features)
+        parts.storing.put(self.snapshot, chunks, encodings, text=ids)
+
+
+def fetch_prefix(
+    parts: SessionParts, match: Match, call: EngineCall, spec: ModelSpec, timeline: Timeline
+) -> tuple[IncomingKV | None, str | None]:
+    """Have the beginning of a prompt come; or say why not, when this process has no memory or thread left for it. The
+    match is then still to be released."""
+    client, tokens = parts.client, call.tokens
+    buffers: KVBuffers | None = None
+    try:
+        buffers = client.buffers.take(spec, len(tokens))  # what is computed goes behind what is fetched
+        rotary, features = parts.engine.rotary(match.tokens), PromptFeatures(parts.engine.embed, tokens)
+        computing = None
+        if parts.costs is not None:
+            computing = Computing(parts.costs, match.tokens, len(tokens) - match.tokens)
+        fetch = client.fetch(match, buffers, rotary, timeline, features, computing)
+        return IncomingKV(fetch, buffers, client.buffers), None
+    except (RuntimeError, MemoryError) as error:
+        detail = f"cannot fetch {len(match.chunks)} chunks, which are computed: {error}"
+        client.metrics.missed(MissReason.NO_RESOURCES, len(match.chunks), detail=detail)
+        if buffers is not None:
+            client.buffers.give_back(buffers)
+        return None, f"no_resources: {error}"

@@ -1,0 +1,107 @@
+"""The passes that a call makes through its model: over what is reused, and for chunks computed in its place."""
+
+import torch
+
+from kvstore_client.buffers import KVBuffers
+from kvstore_client.reuse.call import EngineCall, LayerArrives, PromptPass
+from kvstore_client.reuse.capture import KeyCapture
+from kvstore_client.reuse.generated import ComputedRun, Generated
+from kvstore_client.reuse.incoming import IncomingKV, layers_of
+from kvstore_client.reuse.parts import SessionParts
+from kvstore_client.timeline import Timeline
+from kvstore_codec.errors import FetchIncompleteError
+from kvstore_codec.identity import CHUNK_TOKENS
+
+
+class PromptRun:
+    """Runs one call, by one of `prefill`, `behind` and `over`. All raise what the engine raises."""
+
+    def __init__(self, parts: SessionParts, call: EngineCall, layers: int, timeline: Timeline) -> None:
+        self._parts, self._call, self._layers, self._timeline = parts, call, layers, timeline
+        self.aborted: Generated | None = None
+        """What was computed, if an exception of the engine's ended the call."""
+
+    def prefill(self) -> Generated:
+        """Compute the whole prompt."""
+        capture = self._capture(0)
+        generated = self._pass(capture)
+        costs = self._parts.costs
+        # How long a prompt took that was computed alone. On other devices the call returns before the work is done.
+        if costs is not None and self._parts.engine.device.type == "cpu" and capture.first_pass_s:
+            costs.observe_prefill(0, len(self._call.tokens), capture.first_pass_s)
+        return generated
+
+    def behind(self, incoming: IncomingKV) -> Generated:
+        """Compute chunks that do not come, or that are sooner computed, and then all that stands behind those that
+        come, while they come."""
+        fetch, buffers = incoming.fetch, incoming.buffers
+        runs: list[ComputedRun] = []
+        try:
+            while True:
+                while (run := fetch.next_to_compute()) is not None:
+                    runs.append(self._compute(buffers, range(*run)))
+                    fetch.computed(*run)
+                # At least one token must pass through the model: its logits are what comes next.
+                capture = self._capture(min(fetch.reusable_tokens, len(self._call.tokens) - 1))
+                began_s = self._timeline.now_s()
+                try:
+                    if capture.first_token:
+                        generated = self._pass(capture, buffers, layers_of(fetch, self._timeline))
+                    else:
+                        fetch.finish()
+                        generated = self._pass(capture)
+                except FetchIncompleteError:
+                    continue
+                report = fetch.finish()
+                if self._parts.engine.device.type == "cpu" and capture.first_token:
+                    fetch.learn(began_s, began_s + capture.first_pass_s)
+                return generated.behind(report, runs, buffers)
+        except BaseException:
+            if self.aborted is not None:
+                self.aborted = self.aborted.behind(fetch.finish(), runs, buffers)
+            raise
+
+    def over(self, kv: KVBuffers) -> Generated:
+        """Compute the prompt's last token behind the KV of all others."""
+        return self._pass(self._capture(len(self._call.tokens) - 1), kv)
+
+    def _capture(self, first_token: int) -> KeyCapture:
+        return KeyCapture(self._layers, first_token)
+
+    def _compute(self, buffers: KVBuffers, chunks: range) -> ComputedRun:
+        """Put the KV of a run of chunks into the buffers, where all before them lies."""
+        capture = self._capture(chunks.start * CHUNK_TOKENS)
+        tokens = self._call.tokens[chunks.start * CHUNK_TOKENS : chunks.stop * CHUNK_TOKENS]
+        with (
+            self._timeline.span("compute", f"chunks {chunks.start}-{chunks.stop - 1}"),
+            capture.active(),
+            self._parts.client.links.computing(),
+            torch.inference_mode(),
+        ):
+            self._parts.engine.compute(tokens, buffers, capture)
+        return ComputedRun(chunks, capture)
+
+    def _pass(
+        self, capture: KeyCapture, reused: KVBuffers | None = None, arrives: LayerArrives | None = None
+    ) -> Generated:
+        """Run the call over what is reused."""
+        attempt, storing = self._call.prompt_pass(capture, reused, arrives), self._parts.storing.active
+        # A few tokens wait for what is fetched; more of them keep the processor from those who bring it.
+        waits = len(self._call.tokens) - capture.first_token < CHUNK_TOKENS
+        computing = self._parts.client.links.computing(request=self._timeline, waits=waits)
+        with self._timeline.span("compute"), capture.active(), computing:
+            try:
+                ended = attempt.run()
+            except FetchIncompleteError:
+                raise
+            except BaseException:  # a streamer whose client has gone, say: what was computed is worth keeping
+                self.aborted = self._salvaged(attempt, capture) if storing else None
+                raise
+        left = attempt.take(values=storing)
+        return Generated(ended.output, ended.sequence, left.tokens, left.values, capture)
+
+    def _salvaged(self, attempt: PromptPass, capture: KeyCapture) -> Generated | None:
+        left, tokens = attempt.salvage(), self._call.tokens
+        if left is None:
+            return None
+        return Generated(None, tokens, min(left.tokens, len(tokens)), left.values, capture)

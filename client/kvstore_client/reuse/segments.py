@@ -1,0 +1,194 @@
+"""A prompt in segments, whose documents are reused wherever they stand."""
+
+from dataclasses import replace
+
+import torch
+
+from kvstore_client.reuse.blend import (
+    Blended,
+    SegmentFetch,
+    SegmentPlan,
+    SegmentReuse,
+    blended_chunks,
+    exact_beginning,
+    prefilled_chunks,
+)
+from kvstore_client.reuse.call import EngineCall
+from kvstore_client.reuse.generated import Generated
+from kvstore_client.reuse.identity import ModelSnapshot
+from kvstore_client.reuse.incoming import IncomingKV
+from kvstore_client.reuse.parts import SessionParts
+from kvstore_client.reuse.pending import Completed, ReusingGeneration
+from kvstore_client.reuse.prefix import fetch_prefix
+from kvstore_client.reuse.prompt_run import PromptRun
+from kvstore_client.reuse.report import GenerationReport, why_nothing_reused
+from kvstore_client.timeline import Timeline
+from kvstore_codec.errors import FetchError
+
+_NO_RESOURCES = "no_resources: there is no memory or thread left to fetch with"
+
+
+class SegmentGeneration(ReusingGeneration):
+    """A call that reuses documents in whatever context they are stored, or where that takes longer than prefilling,
+    the exact chunks that its prompt begins with."""
+
+    def __init__(
+        self,
+        parts: SessionParts,
+        segments: SegmentReuse,
+        call: EngineCall,
+        snapshot: ModelSnapshot,
+        timeline: Timeline,
+        plan: SegmentPlan,
+    ) -> None:
+        super().__init__(call, snapshot, timeline, None, plan.match.why_not)
+        self._parts, self._segments = parts, segments
+        self._plan = plan
+        """What is stored of the prompt."""
+        self._documents: SegmentFetch | None = None
+        """The documents, where they are what is on its way."""
+
+    @classmethod
+    def begin(
+        cls,
+        parts: SessionParts,
+        segments: SegmentReuse,
+        call: EngineCall,
+        snapshot: ModelSnapshot,
+        timeline: Timeline,
+    ) -> "SegmentGeneration":
+        """Look up what is stored of the prompt, and have come what is sooner reused than computed. Raises
+        InvalidTokensError for segments that do not make the prompt."""
+        begun = cls._planned(parts, segments, call, snapshot, timeline)
+        try:
+            better = segments.worth(begun._plan, len(call.tokens))
+            if better is not None:
+                begun._fetch_documents(better)
+            else:
+                begun._fetch_beginning()
+        finally:
+            if begun.incoming is None:
+                parts.client.release(begun._plan.match)
+        return begun
+
+    @classmethod
+    def begin_whole(
+        cls,
+        parts: SessionParts,
+        segments: SegmentReuse,
+        call: EngineCall,
+        snapshot: ModelSnapshot,
+        timeline: Timeline,
+    ) -> "SegmentGeneration":
+        """As `begin`, but have all come that is stored, however long that takes. Raises FetchError when this process
+        has no memory or thread left for it."""
+        begun = cls._planned(parts, segments, call, snapshot, timeline)
+        begun._fetch_documents(begun._plan)
+        if begun.incoming is None:
+            parts.client.release(begun._plan.match)
+            raise FetchError(_NO_RESOURCES)
+        return begun
+
+    @classmethod
+    def _planned(
+        cls,
+        parts: SessionParts,
+        segments: SegmentReuse,
+        call: EngineCall,
+        snapshot: ModelSnapshot,
+        timeline: Timeline,
+    ) -> "SegmentGeneration":
+        tokens: list[int] = call.tokens.tolist()
+        plan = segments.plan(snapshot.spec, tokens, call.segments or (), call.recompute, timeline)
+        return cls(parts, segments, call, snapshot, timeline, plan)
+
+    def complete(self) -> Completed:
+        run = PromptRun(self._parts, self.call, self.snapshot.spec.layers, self.timeline)
+        blended: Blended | None = None
+        try:
+            if self._documents is not None:
+                computing = self._parts.client.links.computing(request=self.timeline)
+                with computing, torch.inference_mode():
+                    blended = self._segments.blend(self._documents, self.timeline)
+            if blended is not None:
+                generated = replace(run.over(blended.blend.kv), report=blended.report)
+            elif self._documents is None and self.incoming is not None:
+                generated = run.behind(self.incoming)
+            else:
+                generated = run.prefill()
+            if blended is not None or self._parts.storing.is_aligned(generated):
+                self._store(blended, generated)
+            return Completed(generated.output, self._report(blended, generated))
+        except BaseException:
+            self._store(blended, run.aborted)
+            raise
+        finally:
+            self.cancel()
+
+    def question_states(self) -> tuple[torch.Tensor, GenerationReport]:
+        """What leaves the last layer for the question's tokens, `[1, tokens, hidden]`. Raises FetchError when what is
+        stored does not come. Holds nothing afterwards."""
+        try:
+            blended = None
+            if self._documents is not None:
+                blended = self._segments.blend(self._documents, self.timeline, question=True)
+            if blended is None:
+                raise FetchError(
+                    f"of {len(self._plan.match.chunks)} stored chunks too few came to reuse them"
+                )
+            return blended.question, self._blended_report(blended)
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        self._documents = None
+        super().cancel()
+
+    def _fetch_documents(self, plan: SegmentPlan) -> None:
+        """Have come what `plan` reuses; nothing, when this process has no memory or thread left for it."""
+        rotary = self._parts.engine.rotary(len(self.call.tokens))
+        coming = self._segments.start(plan, self.snapshot.spec, self.call.tokens, rotary, self.timeline)
+        if coming is None:
+            return
+        self._documents = coming
+        self.incoming = IncomingKV(coming.fetch, coming.buffers, self._parts.client.buffers)
+
+    def _fetch_beginning(self) -> None:
+        usable = exact_beginning(self._plan.match)
+        self.why_not = self.why_not or "slower: computing is sooner than reusing the documents"
+        if usable.chunks:
+            spec, timeline = self.snapshot.spec, self.timeline
+            self.incoming, why_not = fetch_prefix(self._parts, usable, self.call, spec, timeline)
+            self.why_not = why_not or self.why_not
+
+    def _store(self, blended: Blended | None, generated: Generated | None) -> None:
+        """Hand in the chunks of documents that were stored nowhere, while the buffers are held."""
+        client, embed, tokens = self._parts.client, self._parts.engine.embed, self.call.tokens.tolist()
+        new, report, features = [], None, client.store.needs_features
+        if blended is not None:
+            new, report = blended_chunks(embed, tokens, blended, features=features), blended.report
+        elif generated is not None:
+            new = prefilled_chunks(embed, tokens, self._plan, generated, features=features)
+            report = generated.report
+        encodings = self._parts.storing.encodings_behind(report)
+        if new and encodings and self._parts.storing.may_store(self.snapshot):
+            self._parts.storing.put(self.snapshot, new, encodings)
+
+    def _report(self, blended: Blended | None, generated: Generated) -> GenerationReport:
+        if blended is not None:
+            return self._blended_report(blended)
+        reused = generated.reused_tokens
+        fetched = generated.report if self._documents is None else self._documents.fetch.finish()
+        why_not = why_nothing_reused(reused, fetched, self.why_not)
+        return GenerationReport(len(self.call.tokens), reused, self.timeline, fetched, why_not=why_not)
+
+    def _blended_report(self, blended: Blended) -> GenerationReport:
+        chunks = blended.plan.chunks
+        return GenerationReport(
+            len(self.call.tokens),
+            sum(len(chunk.tokens) for chunk in chunks) - blended.recomputed,
+            self.timeline,
+            blended.report,
+            approximate_tokens=sum(len(chunk.tokens) for chunk in chunks if not chunk.exact),
+            recomputed_tokens=blended.recomputed,
+        )
