@@ -149,6 +149,7 @@ class SegmentGeneration(ReusingGeneration):
         rotary = self._parts.engine.rotary(len(self.call.tokens))
         coming = self._segments.start(plan, self.snapshot.spec, self.call.tokens, rotary, self.timeline)
         if coming is None:
+            self.why_not = _NO_RESOURCES
             return
         self._documents = coming
         self.incoming = IncomingKV(coming.fetch, coming.buffers, self._parts.client.buffers)

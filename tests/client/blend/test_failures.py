@@ -209,5 +209,6 @@ def test_no_memory_for_buffers_prefills(remote: Remote, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(remote.client.buffers, "take", full)
     assert torch.equal(remote.answer(*SEGMENTS), remote.plain(*SEGMENTS))
+    assert str(remote.cached.last_report.why_not).startswith("no_resources: ")
     assert remote.counted("chunks_missing") == 11
     remote.cluster.check_nothing_is_held()
