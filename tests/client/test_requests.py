@@ -75,6 +75,18 @@ def test_requests_are_answered_as_by_the_model(setup: Setup) -> None:
     assert setup.counted("waiting_for_kv") == 0
 
 
+def test_what_a_request_finds_counts_once(setup: Setup) -> None:
+    """A queue looks twice: whether to wait for KV, and when it is the request's turn to fetch."""
+    node = setup.cluster.nodes[0]
+    before = node.stats().counters["hits"]
+    setup.queue.submit(setup.long[0], **GREEDY).result(30)
+    assert setup.counted("chunks_matched_exact") == 8
+    deadline = time.monotonic() + 30  # a node is told what is used without waiting for it
+    while node.stats().counters["hits"] == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert node.stats().counters["hits"] == before + 8
+
+
 def test_a_slow_fetch_does_not_delay_who_needs_none(setup: Setup) -> None:
     setup.link.set_bandwidth(SLOW_BPS)
     slow = setup.queue.submit(setup.long[0], **GREEDY)
