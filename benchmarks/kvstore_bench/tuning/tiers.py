@@ -2,7 +2,7 @@
 
 from kvstore_bench.recompute.tiers import TIERS as OF_KNOWN_SPEED
 from kvstore_bench.recompute.tiers import Tier
-from kvstore_cluster.disk.speed import FASTEST_BPS
+from kvstore_cluster.slow_disk import FASTEST_BPS
 
 DISK = Tier("disk", FASTEST_BPS)
 """As it is: a limit that no disk reaches, under which what is on disk is only there."""
