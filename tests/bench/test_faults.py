@@ -1,9 +1,6 @@
 """What `kvstore bench faults` counts, and that it runs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,8 @@ from kvstore_bench.faults.documents import CHUNKS, Document
 from kvstore_bench.faults.events import Event
 from kvstore_bench.faults.inflict import Fault, Kind
 from kvstore_bench.faults.rows import failures, fault_rows, is_failure, totals
+from tests.bench.commands import output_of
 
-KVSTORE = str(Path(sys.executable).with_name("kvstore"))
 KILL = Fault(Kind.STORAGE, ("node-0",), at_s=100.0, back_s=103.0)
 PARTITION = Fault(Kind.PARTITION, ("node-1",), at_s=120.0, back_s=128.0)
 WELL = Audit(chunks=40, lost=0, under_replicated=0, wrong_copies=0, repair_s=2.0)
@@ -83,15 +80,7 @@ PATIENT = {"KVSTORE_LOOKUP_TIMEOUT_S": "20", "KVSTORE_STALL_TIMEOUT_S": "20"}
 @pytest.mark.timeout(400)
 def test_quick_keeps_everything(tmp_path: Path) -> None:
     arguments = ("--quick", "--json", str(tmp_path / "result.json"), "--plot", str(tmp_path / "plot.png"))
-    done = subprocess.run(
-        [KVSTORE, "bench", "faults", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=380,
-        check=False,
-        env=os.environ | PATIENT,
-    )
-    assert done.returncode == 0, done.stderr
+    output_of("faults", *arguments, timeout_s=380, **PATIENT)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     (total,) = json.loads((tmp_path / "result.json").read_text())["total"]
     assert total["acknowledged_puts"] >= 400

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import grpc
@@ -34,7 +35,7 @@ def audit(address: str, documents: Sequence[Document], patience_s: float) -> Aud
     """Asks for a round of repair and waits for it, then reads every copy. Raises grpc.RpcError, TransferError."""
     ids = [chunk_id for document in documents for chunk_id in document.ids()]
     began_s = time.monotonic()
-    with Copies(address) as copies:
+    with closing(Copies(address)) as copies:
         copies.repair()
         while True:
             members = copies.members()

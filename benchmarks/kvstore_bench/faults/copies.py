@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
 import grpc
 
@@ -68,14 +66,6 @@ class Copies:
     def close(self) -> None:
         self._open.close()
         self._channels.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _channel(self, endpoint: str) -> grpc.Channel:
         if endpoint not in self._channels:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import grpc
 import torch
@@ -99,7 +100,7 @@ class Load:
     def _holders(self, chunk_id: ChunkId) -> tuple[str, ...]:
         """Who has it now, as soon as the coordinator says who there is."""
         deadline_s = time.monotonic() + _HOLDERS_PATIENCE_S
-        with Copies(self._address) as copies:
+        with closing(Copies(self._address)) as copies:
             while True:
                 try:
                     members = copies.members()

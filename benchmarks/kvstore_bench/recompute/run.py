@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,14 +79,14 @@ def run(options: Options, report: Report) -> Result:
     ):
         report.advance("start", 1, 2)
         torch.manual_seed(0)
-        with _engine(cluster.address, options.dtype) as engine:
+        with closing(_engine(cluster.address, options.dtype)) as engine:
             report.advance("start", 2, 2)
             prompt = Prompts(sources, engine.tokenizer).timed(options.tokens)
             engine.store(Prompts(sources, engine.tokenizer), prompt)
             timed = [_time(engine, cluster.address, prompt, tier, cells, options, report) for tier in tiers]
         limit_disks(cluster.address, None)
         tuned_cells = [found.tuned.cell for found in timed if found.tuned is not None]
-        with _engine(cluster.address, DType.FLOAT32) as engine:
+        with closing(_engine(cluster.address, DType.FLOAT32)) as engine:
             prompts = Prompts(sources, engine.tokenizer)
             judged = [*prompts.text(options.prompts), *prompts.documents(options.prompts)]
             fidelity = judge(engine, prompts, judged, list(dict.fromkeys([*cells, *tuned_cells])), report)

