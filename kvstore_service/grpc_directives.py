@@ -6,6 +6,7 @@ from typing import Any
 
 import grpc
 
+from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.intake import MAX_TENANT_BYTES
@@ -16,10 +17,9 @@ from kvstore_codec.errors import (
     TooManyQuotasError,
     UnknownNodeError,
 )
-from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, unary
+from kvstore_service.wire import chunk_id
 
-_ID_BYTES = 32
 _STATUS: dict[type[ClusterError], grpc.StatusCode] = {
     CatalogueError: grpc.StatusCode.UNAVAILABLE,
     UnknownNodeError: grpc.StatusCode.NOT_FOUND,
@@ -44,11 +44,7 @@ class DirectiveService:
         return {"Pin": pin} | {name: unary(call, request) for name, call, request in calls}
 
     def pin(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.PinReply:
-        if any(len(ref.content_id) != _ID_BYTES or len(ref.prefix_id) != _ID_BYTES for ref in request.chunks):
-            context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT, f"content_id and prefix_id have {_ID_BYTES} bytes each"
-            )
-        chunks = [ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id)) for ref in request.chunks]
+        chunks = [chunk_id(ref) for ref in request.chunks]
         with _reported(context):
             pins = self._coordinator.unpin(chunks) if request.unpin else self._coordinator.pin(chunks)
         return pb.PinReply(pins=pins)
@@ -58,10 +54,8 @@ class DirectiveService:
         request: pb.ListPinsRequest,  # noqa: ARG002
         context: grpc.ServicerContext,  # noqa: ARG002
     ) -> pb.ListPinsReply:
-        pins = sorted((chunk.content_id, chunk.prefix_id) for chunk in self._coordinator.pins())
-        return pb.ListPinsReply(
-            chunks=[pb.ChunkRef(content_id=content, prefix_id=prefix) for content, prefix in pins]
-        )
+        pins = sorted(self._coordinator.pins(), key=lambda chunk: (chunk.content_id, chunk.prefix_id))
+        return pb.ListPinsReply(chunks=map(chunk_ref, pins))
 
     def set_quota(self, request: pb.SetQuotaRequest, context: grpc.ServicerContext) -> pb.SetQuotaReply:
         _require_short("a tenant's name", request.quota.tenant, context)

@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
@@ -17,6 +18,7 @@ from kvstore_cluster.repair import Outcome
 from kvstore_cluster.stored import StoredVariant
 from kvstore_codec.errors import ChunkNotFoundError, KVStoreError, NodeUnavailableError, TransferError
 from kvstore_codec.identity import ChunkId
+from kvstore_service.wire import put_start
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +57,7 @@ class GrpcPeers:
         self._closed = False
 
     def lookup(self, member: Member, chunks: Sequence[ChunkId], encoding: str) -> list[bool]:
-        refs = [pb.ChunkRef(content_id=chunk.content_id, prefix_id=chunk.prefix_id) for chunk in chunks]
-        request = pb.LookupRequest(chunks=refs, encodings=[encoding], peek=True)
+        request = pb.LookupRequest(chunks=map(chunk_ref, chunks), encodings=[encoding], peek=True)
         reply = self._call(member, "Lookup", request)
         if len(reply.answers) != len(chunks):
             raise NodeUnavailableError(
@@ -129,7 +130,7 @@ class GrpcPeers:
                 with self._node.open(variant.chunk_id, variant.encoding, peek=True) as reader:
                     started.append(index)
                     inside = True
-                    yield _start(variant, durable=durably and variant.on_disk)
+                    yield pb.PutRequest(start=put_start(variant, durable=durably and variant.on_disk))
                     for views in reader.pieces(0, 0, _PIECE_BYTES):
                         yield from views
                     yield pb.PutRequest(end=pb.PutEnd())
@@ -170,21 +171,3 @@ class GrpcPeers:
                 channel = grpc.insecure_channel(member.endpoint, _CHANNEL_OPTIONS)
                 self._channels[member.node_id] = member.endpoint, channel
             return channel
-
-
-def _start(variant: StoredVariant, *, durable: bool) -> pb.PutRequest:
-    chunk_id = variant.chunk_id
-    return pb.PutRequest(
-        start=pb.PutStart(
-            chunk=pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id),
-            encoding=variant.encoding,
-            size_bytes=variant.size_bytes,
-            calibration=variant.calibration or b"",
-            ttl_s=variant.ttl_left_s,
-            tenant=variant.tenant,
-            durability=pb.DURABILITY_DURABLE if durable else pb.DURABILITY_DEFAULT,
-            cost=variant.cost,
-            number=variant.number,
-            behind=[pb.ChunkRef(content_id=b.content_id, prefix_id=b.prefix_id) for b in variant.behind],
-        )
-    )

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.settings import ClientSettings, Durability
 from kvstore_client.transport import Transport
@@ -55,7 +56,7 @@ class OutgoingChunk:
     ) -> "OutgoingChunk":
         """As `of`, for a chunk whose `header` describes the bytes in `parts`."""
         start = pb.PutStart(
-            chunk=pb.ChunkRef(content_id=header.chunk_id.content_id, prefix_id=header.chunk_id.prefix_id),
+            chunk=chunk_ref(header.chunk_id),
             encoding=header.encoding.name,
             size_bytes=header.size_bytes,
             calibration=header.calibration or b"",
@@ -72,7 +73,7 @@ class OutgoingChunk:
         """The chunk as one node gets it: it is told the chunk's place in its text, and which one before it is there."""
         start = pb.PutStart(number=number)
         if behind is not None:
-            start.behind.add(content_id=behind.content_id, prefix_id=behind.prefix_id)
+            start.behind.append(chunk_ref(behind))
         start.MergeFrom(self.start)
         return replace(self, start=start)
 

@@ -7,12 +7,14 @@ from typing import Self
 
 import grpc
 
+from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_codec.errors import ServiceError
-from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_codec.identity import ChunkId
 from kvstore_service.admin.chunk_names import ChunkPattern, unique
 from kvstore_service.cluster_stats import cluster_stats
+from kvstore_service.wire import chunk_id
 
 _TIMEOUT_S = 10.0
 _BATCH = 8192
@@ -46,7 +48,7 @@ class NodeAdmin:
         deleted = 0
         for begin in range(0, len(chunks), _BATCH):
             with _clear(self._name):
-                request = pb.DeleteRequest(chunks=_refs(chunks[begin : begin + _BATCH]))
+                request = pb.DeleteRequest(chunks=map(chunk_ref, chunks[begin : begin + _BATCH]))
                 deleted += self._stub.Delete(request, timeout=_TIMEOUT_S).deleted
         return deleted
 
@@ -109,7 +111,7 @@ class ClusterAdmin:
                 found.append(whole)
                 continue
             nodes = nodes or self.nodes()
-            stored = (chunk_of(v.chunk) for node in nodes for v in node.variants(pattern.content_prefix))
+            stored = (chunk_id(v.chunk) for node in nodes for v in node.variants(pattern.content_prefix))
             found += pattern.choose(stored)
         return list(unique(found))
 
@@ -124,7 +126,7 @@ class ClusterAdmin:
     def pins(self) -> list[ChunkId]:
         with _clear(self._name):
             return [
-                chunk_of(ref)
+                chunk_id(ref)
                 for ref in self._coordinator().ListPins(pb.ListPinsRequest(), timeout=_TIMEOUT_S).chunks
             ]
 
@@ -183,7 +185,7 @@ class ClusterAdmin:
     def _pin(self, chunks: Sequence[ChunkId], *, unpin: bool) -> int:
         pins = 0
         for begin in range(0, len(chunks), _BATCH):
-            request = pb.PinRequest(chunks=_refs(chunks[begin : begin + _BATCH]), unpin=unpin)
+            request = pb.PinRequest(chunks=map(chunk_ref, chunks[begin : begin + _BATCH]), unpin=unpin)
             with _clear(self._name):
                 pins = self._coordinator().Pin(request, timeout=_TIMEOUT_S).pins
         return pins
@@ -193,14 +195,6 @@ class ClusterAdmin:
 
     def _channel(self, endpoint: str) -> grpc.Channel:
         return self._channels.enter_context(grpc.insecure_channel(endpoint, _CHANNEL_OPTIONS))
-
-
-def chunk_of(ref: pb.ChunkRef) -> ChunkId:
-    return ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id))
-
-
-def _refs(chunks: Sequence[ChunkId]) -> list[pb.ChunkRef]:
-    return [pb.ChunkRef(content_id=chunk.content_id, prefix_id=chunk.prefix_id) for chunk in chunks]
 
 
 @contextmanager

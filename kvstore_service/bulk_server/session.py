@@ -1,7 +1,6 @@
 """One connection to the bulk port: requests, and the node's answers to them."""
 
 import time
-from collections.abc import Sized
 from contextlib import ExitStack
 from typing import TypeVar
 
@@ -19,16 +18,14 @@ from kvstore_codec.errors import (
     ChunkFormatError,
     ChunkNotFoundError,
     FrameRangeError,
-    InvalidKVError,
     KVStoreError,
     MalformedRequestError,
 )
-from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_codec.identity import ChunkId
 from kvstore_service.experiments import Opener
-from kvstore_service.grpc_puts import begin_put, put_refusal
-from kvstore_service.grpc_storage import MAX_CHUNKS, MAX_RANGES
 from kvstore_service.large_requests import SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import require_few_fields
+from kvstore_service.wire import put_arguments, put_refusal, put_reply, read_targets
 
 # A piece is sent or received within the session's patience. Less than that in a piece, and the calls begin to count.
 _SEND_BYTES = 4 << 20
@@ -86,14 +83,17 @@ class Session:
         """Answer the request that began. Raises RefusedError, or OSError when the client has gone or is too slow."""
         self._stream.run_beside_peer()
         header = unpack_header(self._header)
-        if header.kind == FrameKind.READ:
-            _require_length(header.length, frames.MAX_READ_REQUEST_BYTES)
-            self._read(header.length)
-        elif header.kind == FrameKind.PUT:
-            _require_length(header.length, frames.MAX_PUT_START_BYTES)
-            self._put(_parsed(pb.PutStart(), self._message(header.length)))
-        else:
-            raise RefusedError(f"a request begins with READ or PUT, not with {header.kind}")
+        try:
+            if header.kind == FrameKind.READ:
+                _require_length(header.length, frames.MAX_READ_REQUEST_BYTES)
+                self._read(header.length)
+            elif header.kind == FrameKind.PUT:
+                _require_length(header.length, frames.MAX_PUT_START_BYTES)
+                self._put(_parsed(pb.PutStart(), self._message(header.length)))
+            else:
+                raise RefusedError(f"a request begins with READ or PUT, not with {header.kind}")
+        except MalformedRequestError as error:
+            raise RefusedError(str(error)) from error
 
     def refuse(self, reason: str) -> None:
         """Say why this is the end, and make sure that it is read: to close would take back what was sent."""
@@ -129,7 +129,7 @@ class Session:
         try:
             if size_bytes <= SMALL_BYTES:
                 request = _parsed(pb.ReadRequest(), self._message(size_bytes))
-                self._send_ranges(request, *_asked(request))
+                self._send_ranges(request, *read_targets(request))
             else:
                 self._read_large(size_bytes)
         except BusyError as error:
@@ -142,14 +142,14 @@ class Session:
             message = self._large_message(size_bytes, kept)
             with self._large.admitted(self._peer, self._stream.is_open, size_bytes=size_bytes):
                 request = _parsed(pb.ReadRequest(), message)
-                chunks, encodings = _asked(request)
+                chunks, encodings = read_targets(request)
             del message
             self._send_ranges(request, chunks, encodings)
 
     def _send_ranges(self, request: pb.ReadRequest, chunks: list[ChunkId], encodings: list[str]) -> None:
         for index, wanted in enumerate(request.ranges):
             if wanted.chunk >= len(chunks):
-                raise RefusedError(f"a range names a chunk beyond the {len(chunks)} given")
+                raise MalformedRequestError(f"a range names a chunk beyond the {len(chunks)} given")
             self._send_range(index, chunks[wanted.chunk], encodings[wanted.chunk], wanted)
 
     def _send_range(self, index: int, chunk_id: ChunkId, encoding: str, wanted: pb.ReadRange) -> None:
@@ -178,16 +178,16 @@ class Session:
 
     def _put(self, start: pb.PutStart) -> None:
         try:
-            put = begin_put(self._node, start)
-        except InvalidKVError as error:
-            raise RefusedError(str(error)) from error
+            put = self._node.begin_put(*put_arguments(start))
+        except MalformedRequestError:
+            raise
         except KVStoreError as error:
             self._skip(start.size_bytes)
             self._reply(put_refusal(error))
             return
         if put is None:
             self._skip(start.size_bytes)
-            self._reply(pb.PutReply(status=pb.PUT_STATUS_ALREADY_STORED))
+            self._reply(put_reply(stored=False))
             return
         try:
             self._receive(put)
@@ -195,8 +195,7 @@ class Session:
         except KVStoreError as error:
             self._reply(put_refusal(error))
         else:
-            status = pb.PUT_STATUS_STORED if stored else pb.PUT_STATUS_ALREADY_STORED
-            self._reply(pb.PutReply(status=status))
+            self._reply(put_reply(stored=stored))
         finally:
             put.revoke()  # has no effect when it was committed
 
@@ -227,35 +226,11 @@ def _parsed(message: Request, data: bytearray) -> Request:
     try:
         require_few_fields(data, name)
         message.ParseFromString(bytes(data))
-    except MalformedRequestError as error:
-        raise RefusedError(str(error)) from error
     except DecodeError as error:
-        raise RefusedError(f"not a {name}") from error
+        raise MalformedRequestError(f"not a {name}") from error
     return message
 
 
 def _require_length(length: int, limit_bytes: int) -> None:
     if length > limit_bytes:
         raise RefusedError(f"a request of {length} bytes; at most {limit_bytes}")
-
-
-def _asked(request: pb.ReadRequest) -> tuple[list[ChunkId], list[str]]:
-    _require_at_most(MAX_CHUNKS, "chunks", request.chunks)
-    _require_at_most(MAX_RANGES, "ranges", request.ranges)
-    chunks = [_chunk_id(chunk) for chunk in request.chunks]
-    encodings = list(request.encodings)
-    if len(encodings) != len(chunks):
-        raise RefusedError(f"{len(chunks)} chunks with {len(encodings)} encodings; give one for each")
-    return chunks, encodings
-
-
-def _require_at_most(limit: int, what: str, items: Sized) -> None:
-    if len(items) > limit:
-        raise RefusedError(f"{len(items)} {what} in one read; at most {limit}")
-
-
-def _chunk_id(ref: pb.ChunkRef) -> ChunkId:
-    try:
-        return ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id))
-    except InvalidKVError as error:
-        raise RefusedError(str(error)) from error

@@ -54,6 +54,6 @@ def evict(
 
 
 def _stored(node: "NodeAdmin", tenant: str | None) -> "list[ChunkId]":
-    from kvstore_service.admin.cluster import chunk_of
+    from kvstore_service.wire import chunk_id
 
-    return list({chunk_of(variant.chunk): None for variant in node.variants(tenant=tenant)})
+    return list({chunk_id(variant.chunk): None for variant in node.variants(tenant=tenant)})

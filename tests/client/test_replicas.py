@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.placement import Member, Membership, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_bench.shaping import ShapedLink
@@ -377,10 +378,6 @@ def test_the_membership_is_asked_for_again_whatever_went_wrong(
         assert client.metrics.snapshot()["miss_membership_internal_error"] == 3
     (record,) = [record for record in caplog.records if "a mistake" in record.getMessage()]
     assert record.exc_info is not None
-
-
-def chunk_ref(chunk_id: ChunkId) -> pb.ChunkRef:
-    return pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)
 
 
 def test_asked_chunks_are_serialised_as_the_generated_class_does() -> None:

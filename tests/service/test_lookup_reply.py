@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.leases import LeaseId
 from kvstore_cluster.lookup import FoundVariant, LookupAnswer, LookupResult
-from kvstore_codec.errors import InvalidKVError
+from kvstore_codec.errors import MalformedRequestError
 from kvstore_service.lookup_reply import lookup_reply
 
 REF = pb.ChunkRef(content_id=bytes(32), prefix_id=bytes(32))
@@ -56,5 +56,5 @@ def test_a_reply_has_the_bytes_of_the_generated_class(
 
 def test_a_missed_chunk_needs_a_sound_reference() -> None:
     missing = LookupResult([LookupAnswer(None, 0, b"", 0)], None)
-    with pytest.raises(InvalidKVError):
+    with pytest.raises(MalformedRequestError, match="32 bytes each"):
         lookup_reply([pb.ChunkRef(content_id=bytes(3), prefix_id=bytes(32))], missing, "")

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import grpc
 
+from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
@@ -75,4 +76,4 @@ class Copies:
 
 
 def _refs(chunk_ids: Sequence[ChunkId]) -> list[pb.ChunkRef]:
-    return [pb.ChunkRef(content_id=chunk.content_id, prefix_id=chunk.prefix_id) for chunk in chunk_ids]
+    return list(map(chunk_ref, chunk_ids))

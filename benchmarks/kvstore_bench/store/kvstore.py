@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import grpc
 from blake3 import blake3
 
+from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.transport import BulkTransport, Connections, GrpcTransport, ReceiveMemory, Transport
@@ -45,7 +46,7 @@ class Chunk:
         return cls(
             header,
             (data, *frames),
-            pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id),
+            chunk_ref(chunk_id),
         )
 
     def steps(self) -> Iterator[pb.PutRequest | memoryview]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
@@ -44,7 +45,7 @@ def measure_lookups(address: str, rounds: int) -> list[dict[str, Any]]:
     """`address` is what the benchmark's own server prints. Rows {system, op, chunks, p50_ms, p99_ms}."""
     storage, bulk, coordinator = address.split(",")
     ids = chunk_ids(_SPEC.digest, b"", [token % 49_000 for token in range(CHUNKS * CHUNK_TOKENS)])
-    refs = [pb.ChunkRef(content_id=chunk.content_id, prefix_id=chunk.prefix_id) for chunk in ids]
+    refs = list(map(chunk_ref, ids))
     settings = ClientSettings(address=coordinator, encoding=_ENCODING, accept=(_ENCODING,), routes={})
     metrics = ClientMetrics()
     view = ClusterView(settings)
@@ -96,7 +97,7 @@ def _steps(ids: list[ChunkId]) -> Iterator[pb.PutRequest | memoryview]:
     frames = [bytes(16)] * geometry.frame_count
     for chunk_id in ids:
         header, data = write_header(_SPEC.digest, chunk_id, encoding, geometry, frames)
-        ref = pb.ChunkRef(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)
+        ref = chunk_ref(chunk_id)
         start = pb.PutStart(chunk=ref, encoding=_ENCODING, size_bytes=header.size_bytes)
         yield pb.PutRequest(start=start)
         yield memoryview(data + b"".join(frames))
