@@ -1,6 +1,8 @@
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import pytest
@@ -9,12 +11,15 @@ from benchmarks.deaf_client import DeafClient
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.catalogue import FileCatalogue
+from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.slow_disk import SlowNode
 from kvstore_service.experiments import Experiments
 from kvstore_service.grpc_server import MAX_REPLY_BYTES, GrpcServer
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.large_requests import LargeRequests
+from tests.service.repair_cluster import Cluster
 
 
 @dataclass
@@ -77,3 +82,19 @@ def storage() -> Iterator[ServedNode]:
 def large_storage() -> Iterator[ServedNode]:
     with served(512 << 20) as node:
         yield node
+
+
+@pytest.fixture
+def make_cluster(tmp_path: Path) -> Iterator[Callable[[int], Cluster]]:
+    with ExitStack() as stack:
+
+        def make(replicas: int) -> Cluster:
+            catalogue = FileCatalogue(tmp_path)
+            stack.callback(catalogue.close)
+            coordinator = Coordinator(catalogue, replicas=replicas)
+            stack.callback(coordinator.close)
+            cluster = Cluster(coordinator)
+            stack.callback(lambda: [cell.stop() for cell in cluster.cells.values()])
+            return cluster
+
+        yield make

@@ -11,7 +11,7 @@ from kvstore_cluster.lookup import LookupResult
 from kvstore_service import grpc_storage
 from tests.sample_chunk import SampleChunk, sample_chunk
 from tests.service.conftest import ServedNode
-from tests.service.test_grpc_storage import ref, statuses, steps, wait_until
+from tests.service.storage_calls import ref, statuses, steps, wait_until
 
 CHUNK = sample_chunk()
 PATIENCE_S = 10

@@ -15,9 +15,9 @@ from kvstore_service.grpc_server import SMALL_REQUEST_BYTES
 from kvstore_service.large_requests import SMALL_BYTES
 from tests.sample_chunk import sample_chunk
 from tests.service.conftest import ServedNode
+from tests.service.storage_calls import END, ref
 from tests.service.test_bulk_server import reply, served
 from tests.service.test_grpc_directives import coordinator, stub  # noqa: F401 (fixtures)
-from tests.service.test_grpc_storage import END, ref
 
 CHUNK = sample_chunk()
 LONG_FIELDS = {

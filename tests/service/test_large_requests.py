@@ -22,7 +22,7 @@ from kvstore_service.large_requests import MAX_WAITING, MAX_WAITING_OF_PEER, SMA
 from kvstore_service.request_fields import MAX_FIELDS
 from tests.sample_chunk import sample_chunk
 from tests.service.conftest import ServedNode, deaf, served, verified
-from tests.service.test_grpc_storage import ref, statuses, steps, wait_until
+from tests.service.storage_calls import ref, statuses, steps, wait_until
 
 LARGE = SMALL_BYTES + 1
 MANY_FRAMES = Geometry(layers=1024, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)

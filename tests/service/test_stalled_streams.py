@@ -10,7 +10,7 @@ from kvstore_service.large_requests import LargeRequests
 from kvstore_service.throttle import SLOWEST_BPS
 from tests.sample_chunk import sample_chunk
 from tests.service.conftest import ServedNode, deaf, served, verified
-from tests.service.test_grpc_storage import ref, statuses, steps, wait_until
+from tests.service.storage_calls import ref, statuses, steps, wait_until
 
 CHUNK = sample_chunk()
 
