@@ -40,14 +40,14 @@ _MOST_BYTES = 1 << 60
 
 
 def _setting(default: Any, says: str, *, unset: str = "none", **bounds: Any) -> Any:
-    """A setting: `says` is its text in the command line's help, `unset` stands there for a default of nothing."""
+    """A setting. `says` is its help text; `unset` is the default shown in the help if the setting has none."""
     return Field(default=default, description=says, json_schema_extra={"unset": unset}, **bounds)
 
 
 class Settings(BaseModel):
-    """What `kvstore serve` runs: the one declaration of its options, its variables, the fields of its file, and of what
-    the processes that it starts are told. Sizes are bytes, or text such as "4GiB"; `~` in a path is the user's home
-    folder."""
+    """Settings of `kvstore serve`. This class declares its options, its environment variables, the fields of its file,
+    and the arguments of the processes that it starts. Sizes are bytes, or text such as "4GiB". `~` in a path is the
+    user's home folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,32 +55,34 @@ class Settings(BaseModel):
     memory: ByteSize = _setting(ByteSize(1 << 30), "DRAM of each storage node, such as 4GiB.", le=_MOST_BYTES)
     listen: str = _setting(
         DEFAULT_ADDRESS,
-        "host:port of the coordinator; port 0 takes any free one. Storage nodes take free ports on the same host.",
+        "host:port of the coordinator; port 0 selects a free port. Storage nodes use free ports on the same host.",
     )
     data_dir: Path | None = _setting(
-        None, "Folder of the catalogue and of the nodes' disks.", unset="a temporary one"
+        None, "Folder for the catalogue and the nodes' disks.", unset="a temporary one"
     )
     disk: ByteSize = _setting(
         ByteSize(0), "Disk of each storage node, such as 100GiB, below --data-dir.", le=_MOST_BYTES
     )
     durability: Literal["memory", "relaxed", "durable"] = _setting(
         "relaxed",
-        "Of a put that asks for none: memory (on disk later), relaxed (on disk when acknowledged) or durable (synced). "
-        "Without disk it is memory.",
+        "Durability of puts that do not set one: memory (written to disk later), relaxed (written before the "
+        "acknowledgement) or durable (synced before it). Without a disk it is memory.",
     )
-    policy: str = _setting(DEFAULT_POLICY, "What is evicted first: value, lru or s3-fifo.")
+    policy: str = _setting(DEFAULT_POLICY, "Eviction policy: value, lru or s3-fifo.")
     replicas: int | None = _setting(
-        None, "Nodes that each chunk is put on.", unset="1, or 2 on a Ray cluster", ge=1, le=256
+        None, "Number of nodes that store each chunk.", unset="1, or 2 on a Ray cluster", ge=1, le=256
     )
     redis: SecretStr | None = _setting(
-        None, "redis://... that keeps the catalogue.", unset="a file in --data-dir"
+        None, "redis://... URL of the server that stores the catalogue.", unset="a file in --data-dir"
     )
     ray_address: str | None = _setting(
-        None, "A Ray cluster to run on, a storage node on each of its nodes.", unset="an own one"
+        None,
+        "Address of a Ray cluster to run on, with one storage node on each of its nodes.",
+        unset="a local one",
     )
     repair_bandwidth: ByteSize = _setting(
         ByteSize(100 << 20),
-        "Bytes a second that each node copies to others at most, after a loss or a join.",
+        "Most bytes per second that each node copies to others after a loss or a join.",
         le=_MOST_BYTES,
     )
     tls_cert: Path | None = _setting(None, "PEM certificate chain of the bulk ports.", unset="plain TCP")
@@ -88,7 +90,7 @@ class Settings(BaseModel):
     metrics_port: int | None = _setting(None, "Port for Prometheus, on the same host.", ge=1, le=65535)
     experiments: bool = _setting(
         False,  # noqa: FBT003
-        "Let `kvstore throttle` make the nodes send and read slowly.",
+        "Allow `kvstore throttle` to limit how fast the nodes send and read.",
     )
 
     @field_validator("*", mode="before")
@@ -99,7 +101,7 @@ class Settings(BaseModel):
         if isinstance(value, str) and len(value) > _MAX_CHARACTERS:
             raise ValueError(f"has {len(value)} characters; at most {_MAX_CHARACTERS}")
         if isinstance(value, str) and not _is_encodable(value):
-            raise ValueError("has half of a surrogate pair, which no text has")
+            raise ValueError("contains half of a surrogate pair, which is not valid text")
         return value
 
     @field_validator("*")
@@ -119,16 +121,16 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.disk and self.data_dir is None:
-            raise ValueError("disk needs data_dir, a data folder in which it is found again")
+            raise ValueError("disk needs data_dir, a folder that stores it across restarts")
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise ValueError("tls_cert and tls_key come together")
+            raise ValueError("tls_cert and tls_key must be given together")
         return self
 
     @field_validator("nodes")
     @classmethod
     def _is_a_cluster(cls, value: int) -> int:
         if value < 1:
-            raise ValueError("a cluster has at least one storage node")
+            raise ValueError("a cluster needs at least one storage node")
         return value
 
     @field_validator("memory")

@@ -1,4 +1,4 @@
-"""The command line. Commands import what they need when they run, so that a plain install can show its help."""
+"""The command line. Commands import their dependencies when they run, so that a plain install can show the help."""
 
 import sys
 
@@ -37,14 +37,14 @@ add_extensions(app)
 
 
 def main() -> None:
-    """Entry point of `kvstore`. What went wrong on purpose is one line on stderr and exit status 1. A command that is
-    told to stop ends what it began, and then by that signal, which shells show as 128 and its number."""
+    """Entry point of `kvstore`. An error of the project is printed as one line on stderr, with exit status 1. A command
+    that receives a stop signal cleans up and then ends by that signal, which shells show as 128 plus its number."""
     stop = StopSignals()
     stop.install()
     try:
         app()
     except KVStoreError as error:
-        # A signal that a terminal sends reaches every process below this one; what they then lack is no news.
+        # A terminal sends a signal to all child processes too; the errors that their end causes are not reported.
         if stop.received is None:
             sys.exit(printable(f"kvstore: {error}"))
         end_by(stop.received)

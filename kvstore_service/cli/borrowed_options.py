@@ -1,4 +1,4 @@
-"""Options of a command that another command takes, too, and that only the first one declares."""
+"""Lets a command accept the options that another command declares."""
 
 import copy
 import inspect
@@ -10,8 +10,8 @@ from kvstore_service.cli.extensions import extension_command
 
 
 def options_of(name: str, panel: str) -> Iterator[inspect.Parameter]:
-    """The options of the registered command `name`, to stand in `panel` of another command's help; None where they are
-    not given. There are none where the command is not installed."""
+    """The options of the registered command `name`, for `panel` of another command's help. An option that is not given
+    is None. Without options if the command is not installed."""
     try:
         command = extension_command(name)
     except StartupError:
@@ -29,7 +29,7 @@ def options_of(name: str, panel: str) -> Iterator[inspect.Parameter]:
 
 
 def flag_of(command: Callable[..., None], name: str) -> str:
-    """How a person writes the option that is parameter `name` of `command`: `--json` of `json_file`."""
+    """The flag of parameter `name` of `command`, such as `--json` for `json_file`."""
     option = get_args(inspect.signature(command).parameters[name].annotation)[1]
     declared = option.default if isinstance(option.default, str) else "--" + name.replace("_", "-")
     return declared.partition("/")[0]

@@ -30,7 +30,7 @@ _STAGES = {
 }
 
 
-_CODEC, _RATIO = "How KV is coded (needs --text and --out)", "How much is computed again (with --ratio)"
+_CODEC, _RATIO = "How KV is coded (needs --text and --out)", "Recompute ratio (with --ratio)"
 
 
 @add_options(options_of("tune", _RATIO))
@@ -39,7 +39,7 @@ def calibrate(
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="UTF-8 text like that to be cached; repeat for more files.", rich_help_panel=_CODEC
+            help="UTF-8 text similar to the prompts; repeat for more files.", rich_help_panel=_CODEC
         ),
     ] = None,
     out: Annotated[
@@ -52,8 +52,7 @@ def calibrate(
         int | None,
         typer.Option(
             min=1,
-            help="How much text is learnt from, at most; with --ratio: of the documents in a prompt, a multiple of "
-            "512.",
+            help="Most tokens of text to use; with --ratio: tokens of the documents in a prompt, a multiple of 512.",
             show_default="65536, with --ratio 3072",
         ),
     ] = None,
@@ -61,7 +60,7 @@ def calibrate(
         int | None,
         typer.Option(
             min=0,
-            help="Rank of the prediction from token embeddings; 0: none.",
+            help="Rank of the prediction from token embeddings; 0: no prediction.",
             show_default="128",
             rich_help_panel=_CODEC,
         ),
@@ -71,22 +70,18 @@ def calibrate(
         typer.Option(
             min=1,
             max=64,
-            help="Neighbouring layers coded together.",
+            help="Number of consecutive layers coded together.",
             show_default="4",
             rich_help_panel=_CODEC,
         ),
     ] = None,
     dtype: Annotated[
-        DType, typer.Option(help="What workers run the model in; auto: as it was saved.")
+        DType, typer.Option(help="Dtype in which workers run the model; auto: as saved.")
     ] = DType.AUTO,
-    model_id: Annotated[
-        str | None, typer.Option(help="The model's name, if workers give it one of their own.")
-    ] = None,
+    model_id: Annotated[str | None, typer.Option(help="The model id, if workers set one.")] = None,
     publish: Annotated[
         str | None,
-        typer.Option(
-            help="host:port of a running cluster whose workers shall use the result.", rich_help_panel=_CODEC
-        ),
+        typer.Option(help="host:port of a running cluster to publish the result to.", rich_help_panel=_CODEC),
     ] = None,
     ratio: Annotated[
         bool,
@@ -94,16 +89,16 @@ def calibrate(
     ] = False,
     **tune_options: object,
 ) -> None:
-    """Learn from text how a model's KV is coded smallest, and what each rate costs in fidelity. A stopped run goes on
-    where it was.
+    """Fit a KV codec calibration for a model from sample text, and measure the fidelity of each rate. A stopped run
+    continues where it stopped.
 
-    With --ratio it is `kvstore tune`, and takes its options.
+    With --ratio this is `kvstore tune`, with its options.
     """
     of_codec: dict[str, object] = {
         "--text": text, "--out": out, "--rank": rank, "--period-layers": period_layers, "--publish": publish,
     }  # fmt: skip
     if ratio:
-        _refuse(of_codec, "is about how KV is coded, and cannot be used with --ratio")
+        _refuse(of_codec, "is an option of the codec and cannot be used with --ratio")
         given = {
             name: value for name, value in {"tokens": tokens, **tune_options}.items() if value is not None
         }
@@ -115,7 +110,9 @@ def calibrate(
             "is needed, unless --ratio is given", param_hint="--out" if text else "--text"
         )
     if find_spec("transformers") is None:
-        raise StartupError("calibrating needs transformers: pip install 'kvstore-service[transformers]'")
+        raise StartupError(
+            "`kvstore calibrate` needs transformers: pip install 'kvstore-service[transformers]'"
+        )
     from kvstore_client.engines.transformers.calibrate import ObservedModel
     from kvstore_service.calibration import Options, plan_passages, write_calibration
     from kvstore_service.calibration import calibrate as run
@@ -126,7 +123,7 @@ def calibrate(
     contents = [_read(path) for path in text]
     _require_folder(out)
     if publish is not None:
-        # Found out now, not after minutes of work.
+        # Fails now, not after minutes of work.
         list_calibrations(str(Address.parse(publish)))
     console = output()
     loaded, tokenizer = load_model(model, dtype)
@@ -162,7 +159,8 @@ def calibrate(
             f"published at {publish}: workers with KVSTORE_ENCODING=medium-klt-pco use it from now on"
         )
     console.print(
-        f"{out / _STATE} lets another --rank skip the reading; delete it when done.", soft_wrap=True
+        f"{out / _STATE} lets a run with another --rank skip reading the texts; delete it when done.",
+        soft_wrap=True,
     )
 
 
@@ -180,7 +178,7 @@ def _read(path: Path) -> str:
 
 
 def _require_folder(out: Path) -> None:
-    """Found out now, not after minutes of work."""
+    """Creates the output folder and checks that it can be written, before minutes of work."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -190,7 +188,7 @@ def _require_folder(out: Path) -> None:
 
 
 def _tokens(tokenizer: Any, content: str) -> Any:
-    """i64 [tokens]. Texts longer than the model's context are cut later, so the tokenizer's warning is not wanted."""
+    """Token ids, i64 [tokens]. Long texts are cut later, so the tokenizer's warning about length is suppressed."""
     import torch
 
     ids = tokenizer(content, add_special_tokens=False, verbose=False).input_ids

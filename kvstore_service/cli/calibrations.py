@@ -15,11 +15,12 @@ def calibrations(
         str, typer.Option(envvar="KVSTORE_ADDRESS", help="host:port of the coordinator.")
     ] = DEFAULT_ADDRESS,
     publish: Annotated[
-        Path | None, typer.Option(help="First add this .kvcal file; it becomes the newest of its model.")
+        Path | None,
+        typer.Option(help="Add this .kvcal file first; it becomes the newest calibration of its model."),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the calibrations a running cluster has, oldest first."""
+    """List the calibrations of a running cluster, oldest first."""
     from rich.filesize import decimal
     from rich.table import Table
 

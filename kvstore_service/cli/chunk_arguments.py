@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def chunk_patterns(names: list[str] | None, file: Path | None) -> "list[ChunkPattern]":
-    """Raises ConfigurationError."""
+    """Reads the chunks that arguments or a file name. Raises ConfigurationError for others."""
     from kvstore_service.admin import ChunkPattern
 
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""Where commands print what they found: whole, whatever it is printed to, and nothing that the terminal would obey."""
+"""Output of commands: complete on any kind of output, and without control characters."""
 
 import sys
 from typing import Any
@@ -9,12 +9,12 @@ from rich.text import Text
 
 from kvstore_api.printable import printable
 
-# Columns of a file or a pipe. Rich would take 80, or COLUMNS, and cut what is wider.
+# Width in columns of a file or a pipe. Rich would use 80, or COLUMNS, and cut wider text.
 _UNLIMITED = 1 << 16
 
 
 class _Console(Console):
-    """Prints the text that it is given, with markup; much of it was chosen by workers."""
+    """Console that prints text with markup but without control characters, because workers chose some of it."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
@@ -33,8 +33,7 @@ def notices() -> Console:
 def print_table(table: Table) -> None:
     """Prints a table to stdout with every character of its cells.
 
-    Cells are folded into several lines where a terminal is too narrow. Title and caption are lines of their own,
-    as long as they are.
+    Cells wrap if the terminal is too narrow. Title and caption are separate lines, which are not wrapped.
     """
     console = output()
     title, caption = table.title, table.caption

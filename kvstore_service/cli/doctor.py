@@ -1,4 +1,4 @@
-"""`kvstore doctor`: what this machine can do."""
+"""`kvstore doctor`: checks of this machine."""
 
 import json
 from dataclasses import asdict
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Show what was measured of models on this machine.")
+        bool, typer.Option("--profile", help="Show the measured profiles of models on this machine.")
     ] = False,
     model: Annotated[
         str | None,
         typer.Option(
-            help="With --profile: measure this model now; a folder in transformers format, or smollm2."
+            help="With --profile: measure this model now. A folder in transformers format, or smollm2."
         ),
     ] = None,
     dtype: Annotated[
-        DType, typer.Option(help="What workers run the model in; auto: as it was saved.")
+        DType, typer.Option(help="Dtype in which workers run the model; auto: as saved.")
     ] = DType.AUTO,
     config: Annotated[
-        str | None, typer.Option(help="The file that `kvstore serve` is started with.", metavar="PATH")
+        str | None, typer.Option(help="The settings file of `kvstore serve`.", metavar="PATH")
     ] = None,
 ) -> None:
-    """Say what this machine can do and, for what is missing, why and what to do; then what `kvstore serve` would be
-    set to here, and by what.
+    """Check which features work on this machine and, for those that do not, print the reason and a remedy. Then show
+    the settings that `kvstore serve` would use here, and their sources.
 
-    Exits with 1 when something essential is broken, with 0 otherwise.
+    Exits with status 1 if an essential feature is broken, otherwise with 0.
     """
     if profile:
         _profile(model, dtype, json_output=json_output)
         return
     if model is not None:
-        raise ConfigurationError("--model needs --profile: only profiles are measured of a model")
+        raise ConfigurationError("--model needs --profile: only profiles measure a model")
     with notices().status("Examining this machine ..."):
         checks = examine()
         wrong, settings = _settings(Path(config).expanduser() if config else None)
@@ -68,7 +68,7 @@ def doctor(
 
 
 def _settings(config: Path | None) -> tuple[list[Check], list[EffectiveSetting]]:
-    """The settings of the service, or a check that says why there are none."""
+    """The settings of the service, or a failed check with the reason why they cannot be read."""
     try:
         return [], effective_settings(config)
     except ConfigurationError as error:
@@ -100,8 +100,8 @@ def _profile(model: str | None, dtype: DType, *, json_output: bool) -> None:
             print_table(_profile_table(row))
     else:
         typer.echo(
-            "No model was measured on this machine yet: a worker does it on first use, "
-            "and so does --profile --model smollm2."
+            "No model has been measured on this machine yet. A worker measures its model on first use; "
+            "`kvstore doctor --profile --model smollm2` does it now."
         )
 
 
@@ -112,7 +112,7 @@ def _profile_table(row: "ProfileRow") -> Table:
     table = Table(
         title=escape(
             f"{row.model} {row.dtype} on {machine}, {row.machine.get('torch_threads', '?')} threads\n"
-            f"prefill {row.prefill_tokens_per_s:,.0f} tokens/s, behind 4,096 tokens "
+            f"prefill {row.prefill_tokens_per_s:,.0f} tokens/s, after 4,096 tokens "
             f"{row.prefill_tokens_per_s_at_4096:,.0f}\n"
             f"interference of decoding and computing {row.interference:.2f}, measured {row.measured}"
         ),

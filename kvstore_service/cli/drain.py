@@ -15,20 +15,23 @@ if TYPE_CHECKING:
     from kvstore_service.admin import ClusterAdmin
 
 _PERIOD_S = 0.5
-# Leases end and nodes come back; what nobody has taken for longer, nobody will.
+# Longer than leases last and nodes take to restart. Chunks that no node accepted for so long are stuck.
 _STUCK_S = 5.0
 
 
 def drain(
     node: Annotated[str, typer.Argument(help="Id of the node, as `kvstore status` shows it.")],
     wait: Annotated[
-        bool, typer.Option("--wait", help="Until it has given all it has, and may be removed.")
+        bool,
+        typer.Option("--wait", help="Wait until the node has no chunks left to copy and may be removed."),
     ] = False,
-    cancel: Annotated[bool, typer.Option("--cancel", help="Let it own chunks again.")] = False,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="End the draining: the node owns chunks again.")
+    ] = False,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """Let a node take no new chunks and give what it has to the others."""
+    """Drain a node: it stores no new chunks and copies its chunks to the other nodes."""
     from kvstore_service.admin import ClusterAdmin
     from kvstore_service.listen import Address
 
@@ -40,13 +43,15 @@ def drain(
     elif cancel:
         typer.echo(f"{node} owns chunks again")
     elif left == 0:
-        typer.echo(f"{node} has given all it has and may be removed")
+        typer.echo(f"{node} is drained and may be removed")
     else:
-        typer.echo(f"{node} is draining; `kvstore status` shows what is left, --wait waits for it")
+        typer.echo(
+            f"{node} is draining; `kvstore status` shows how many chunks are left, --wait waits for them"
+        )
 
 
 def _wait(cluster: "ClusterAdmin", node_id: str) -> int:
-    """Raises ServiceError when the node dies, is not draining any more, or has nobody to give the rest to."""
+    """Waits until the node is drained. Raises ServiceError if it dies or stops draining, or no node takes the rest."""
     from kvstore_service.cli.console import notices
     from kvstore_service.cli.stages import Stages
 
@@ -56,18 +61,18 @@ def _wait(cluster: "ClusterAdmin", node_id: str) -> int:
         while True:
             status = _status(cluster, node_id)
             if not status.member.draining:
-                raise ServiceError(f"{node_id} is not draining any more: somebody has cancelled it")
+                raise ServiceError(f"{node_id} is no longer draining: it was cancelled")
             if not status.HasField("stats"):
                 raise ServiceError(
-                    f"{node_id} does not answer ({status.error}); what it had not given is on it alone"
+                    f"{node_id} does not answer ({status.error}); chunks that it had not copied are only on it"
                 )
             left = _left_of(status)
             if left is None or left > status.stats.gauges.get("drain_stuck", 0):
                 moved_s = time.monotonic()
             elif left and time.monotonic() - moved_s > _STUCK_S:
                 raise ServiceError(
-                    f"{node_id} has {left} chunks that no other node takes: none has room, or none is there that does "
-                    "not drain. Add one or `kvstore evict` something; the node goes on trying until "
+                    f"{node_id} has {left} chunks that no other node accepts: all are full or draining. "
+                    "Add a node, or make room with `kvstore evict`; the node keeps trying until "
                     f"`kvstore drain {node_id} --cancel`"
                 )
             if left is not None:
@@ -83,7 +88,7 @@ def _left(cluster: "ClusterAdmin", node_id: str) -> int | None:
 
 
 def _left_of(status: "pb.NodeStatus") -> int | None:
-    """None while the node has not heard of it."""
+    """Chunks left to copy; None until the node knows that it is draining."""
     gauges = status.stats.gauges
     return int(gauges["drain_left"]) if gauges.get("draining") else None
 

@@ -18,21 +18,21 @@ def evict(
     chunks: options.Chunks = None,
     from_file: options.ChunkFile = None,
     tenant: Annotated[
-        str | None, typer.Option(help="All that this tenant stored; '' is the default one.")
+        str | None, typer.Option(help="All chunks of this tenant; '' is the default tenant.")
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="All that is stored.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="All chunks.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """Remove chunks from all nodes, in every encoding, whether they are pinned or not."""
+    """Remove chunks from all nodes, in every encoding, including pinned ones."""
     from kvstore_service.admin import ClusterAdmin
     from kvstore_service.cli.chunk_arguments import chunk_patterns
     from kvstore_service.listen import Address
 
     patterns = chunk_patterns(chunks, from_file)
     if bool(patterns) + (tenant is not None) + everything != 1:
-        raise ConfigurationError("say what to evict: chunks, --tenant, or --all")
+        raise ConfigurationError("name what to evict by one of: chunks, --tenant, --all")
     deleted: dict[str, int] = {}
     with ClusterAdmin(str(Address.parse(address))) as cluster:
         nodes = cluster.nodes()

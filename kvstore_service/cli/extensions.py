@@ -12,8 +12,8 @@ _GROUP: Group = "kvstore.commands"
 
 
 def add_extensions(app: typer.Typer) -> None:
-    """Adds every registered command or group to `app`. One that cannot be imported says what is missing when it is
-    called, so that the other commands work."""
+    """Adds every registered command or group to `app`. A command that cannot be imported reports the missing package
+    when it is called, so that the other commands still work."""
     for extension in load_extensions(_GROUP):
         if extension.reason:
             _add_refusal(app, extension.name, extension.reason)
@@ -24,7 +24,7 @@ def add_extensions(app: typer.Typer) -> None:
 
 
 def extension_command(name: str) -> Callable[..., Any]:
-    """The function behind a registered command. Raises StartupError where it is not installed."""
+    """The function of a registered command. Raises StartupError if it is not installed."""
     found = {extension.name: extension for extension in load_extensions(_GROUP)}
     if name not in found:
         _refuse(name, "no package provides it")

@@ -19,16 +19,18 @@ _MOST = 1 << 30
 
 
 def ls(
-    node: Annotated[str | None, typer.Option(help="Only what this node has.")] = None,
+    node: Annotated[str | None, typer.Option(help="Only chunks on this node.")] = None,
     tenant: Annotated[
-        str | None, typer.Option(help="Only what this tenant stored; '' is the default one.")
+        str | None, typer.Option(help="Only chunks of this tenant; '' is the default tenant.")
     ] = None,
-    prefix: Annotated[str, typer.Option(help="Only contents whose id begins with these digits.")] = "",
+    prefix: Annotated[
+        str, typer.Option(help="Only chunks whose content_id begins with these hex digits.")
+    ] = "",
     limit: Annotated[int, typer.Option(min=0, max=_MOST, help="Lines to show; 0 shows all.")] = 100,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """List the chunks that are stored, node by node."""
+    """List the stored chunks, node by node."""
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
@@ -93,6 +95,6 @@ def _hexadecimal(prefix: str) -> bytes:
         bytes.fromhex(prefix + "0" * (len(prefix) % 2))
     except ValueError as error:
         raise ConfigurationError(
-            f"--prefix {prefix!r} is no beginning of a content_id in hexadecimal digits"
+            f"--prefix {prefix!r} is not the beginning of a content_id in hexadecimal digits"
         ) from error
     return bytes.fromhex(prefix[: len(prefix) // 2 * 2])

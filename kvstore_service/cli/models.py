@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvstore_api.v1 import kvstore_pb2 as pb
 
 models = typer.Typer(
-    help="Models the cluster keeps a canary of: KV that every worker compares with its own before it reuses any.",
+    help="Models with a canary in the cluster: KV that every worker compares with its own before it reuses KV.",
     invoke_without_command=True,
 )
 
@@ -25,8 +25,8 @@ def list_models(
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """List models with their canary, its age and origin, and the workers that were refused because they compute
-    something else."""
+    """List models with their canary, its age and the worker that made it, and the workers that were refused because
+    their KV differs."""
     if context.invoked_subcommand is not None:
         return
     from kvstore_service.admin import ClusterAdmin
@@ -43,14 +43,14 @@ def list_models(
 @models.command()
 def replace(
     digest: Annotated[
-        str, typer.Argument(help="Of the model, as `kvstore models` shows it; any unique beginning.")
+        str, typer.Argument(help="Digest of the model, as `kvstore models` shows it; any unique beginning.")
     ],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """Drop a model's canary, because the worker that made it was wrong. The next worker makes it anew, and what is
-    stored of the model is not served again."""
+    """Remove a model's canary, because the worker that made it was wrong. The next worker makes a new one, and stored
+    chunks of the model are not used again."""
     from kvstore_service.admin import ClusterAdmin
     from kvstore_service.listen import Address
 
@@ -58,14 +58,14 @@ def replace(
         model = cluster.model(digest)
         name = printable(f"{model.origin.model_id or 'model'} ({model.model_digest.hex()[:12]})")
         if not yes:
-            typer.confirm(f"Forget everything stored of {name}?", abort=True, err=True)
+            typer.confirm(f"Discard all stored chunks of {name}?", abort=True, err=True)
         generation = cluster.replace_canary(model.model_digest)
     if json_output:
         row = {"model_digest": model.model_digest.hex(), "generation": generation}
         typer.echo(json.dumps(row, indent=2))
     else:
         typer.echo(
-            f"the canary of {name} is dropped; its next worker makes it anew (generation {generation})"
+            f"the canary of {name} is removed; its next worker makes a new one (generation {generation})"
         )
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +11,9 @@ Chunks = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="CHUNK...",
-        help="content_id[+prefix_id], as `kvstore ls` shows them; any unique beginning will do.",
+        help="content_id[+prefix_id], as `kvstore ls` shows them; any unique beginning.",
     ),
 ]
 ChunkFile = Annotated[
-    Path | None, typer.Option("--from", help="A file with a chunk in each line; - is standard input.")
+    Path | None, typer.Option("--from", help="A file with one chunk per line; - is standard input.")
 ]

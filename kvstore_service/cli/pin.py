@@ -19,7 +19,7 @@ def pin(
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """Keep chunks from being evicted, wherever they are or come to be. Without chunks, list what is pinned."""
+    """Protect chunks from eviction, on all nodes, now and later. Without chunks, list the pinned chunks."""
     from kvstore_service.admin import ClusterAdmin
     from kvstore_service.cli.chunk_arguments import chunk_patterns
     from kvstore_service.listen import Address
@@ -40,7 +40,7 @@ def unpin(
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """Let pinned chunks be evicted again."""
+    """Allow the eviction of pinned chunks again."""
     from kvstore_codec.errors import ConfigurationError
     from kvstore_service.admin import ClusterAdmin
     from kvstore_service.admin.chunk_names import unique
@@ -49,7 +49,7 @@ def unpin(
 
     patterns = chunk_patterns(chunks, from_file)
     if not patterns:
-        raise ConfigurationError("no chunks were given; `kvstore pin` lists those that are pinned")
+        raise ConfigurationError("no chunks were given; `kvstore pin` lists the pinned chunks")
     with ClusterAdmin(str(Address.parse(address))) as cluster:
         pinned = cluster.pins()
         chosen = list(unique(chunk for pattern in patterns for chunk in pattern.choose(pinned)))

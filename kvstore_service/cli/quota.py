@@ -13,11 +13,11 @@ from kvstore_service.cli.console import print_table
 
 def quota(
     tenant: Annotated[str | None, typer.Argument(help="'' is the default tenant.")] = None,
-    size: Annotated[str | None, typer.Argument(help="Such as 20GiB; 0 takes the quota away.")] = None,
+    size: Annotated[str | None, typer.Argument(help="A size such as 20GiB; 0 removes the quota.")] = None,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """Say how much a tenant may keep in the whole cluster, replicas counted. Without arguments, list the quotas."""
+    """Limit the bytes of a tenant in the whole cluster, replicas included. Without arguments, list the quotas."""
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
@@ -26,7 +26,7 @@ def quota(
     from kvstore_service.listen import Address
 
     if tenant is not None and size is None:
-        raise ConfigurationError(f"how much may tenant {tenant!r} keep? Write a size, such as 20GiB")
+        raise ConfigurationError(f"a quota for tenant {tenant!r} needs a size, such as 20GiB")
     with ClusterAdmin(str(Address.parse(address))) as cluster:
         if tenant is not None and size is not None:
             cluster.set_quota(tenant, _size(size))
@@ -47,7 +47,9 @@ def _size(text: str) -> int:
     try:
         size_bytes = int(TypeAdapter(ByteSize).validate_python(text))
     except ValidationError as error:
-        raise ConfigurationError(f"{text!r} is not a size; write bytes, or such as 20GiB") from error
+        raise ConfigurationError(
+            f"{text!r} is not a size; write a number of bytes, or for example 20GiB"
+        ) from error
     if not 0 <= size_bytes < 1 << 64:
-        raise ConfigurationError(f"{text!r} is not a size a quota can have")
+        raise ConfigurationError(f"{text!r} is not a valid size for a quota")
     return size_bytes

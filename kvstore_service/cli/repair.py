@@ -17,11 +17,11 @@ _PERIOD_S = 0.5
 
 
 def repair(
-    wait: Annotated[bool, typer.Option("--wait", help="Until every node that lives is through.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until every live node has finished.")] = False,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """Have every node look now whether its chunks are on all of their owners, and copy what is missing."""
+    """Make every node check now that its chunks are on all of their owners, and copy the missing ones."""
     from kvstore_service.admin import ClusterAdmin
     from kvstore_service.listen import Address
 
@@ -32,7 +32,7 @@ def repair(
             if json_output:
                 typer.echo(json.dumps({"round": number}, indent=2))
             else:
-                typer.echo(f"round {number} of repair has begun; --wait waits for it")
+                typer.echo(f"repair round {number} has started; --wait waits for it")
             return
         nodes = _wait(cluster, number)
         sent = {name: copies - before.get(name, 0) for name, copies in _copies(cluster).items()}
@@ -47,7 +47,7 @@ def repair(
 
 
 def _wait(cluster: "ClusterAdmin", number: int) -> dict[str, int]:
-    """How many chunks each node has checked. Raises ServiceError when there is no node."""
+    """Waits for the round. Returns the number of chunks that each node checked; raises ServiceError without a node."""
     from kvstore_service.cli.console import notices
     from kvstore_service.cli.stages import Stages
 
@@ -64,7 +64,7 @@ def _wait(cluster: "ClusterAdmin", number: int) -> dict[str, int]:
                 total += gauges.get("repair_total", 0)
                 checked[node.member.node_id] = gauges.get("repair_checked", 0)
             if not checked:
-                raise ServiceError("no storage node answers, so nothing is repaired; see `kvstore status`")
+                raise ServiceError("no storage node answers, so no chunk was repaired; see `kvstore status`")
             stages.advance("repair", sum(checked.values()), total)
             if not waiting:
                 return checked

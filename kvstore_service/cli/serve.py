@@ -20,18 +20,18 @@ _CHECK_PERIOD_S = 2.0
 def serve(
     config: Annotated[
         str | None,
-        typer.Option(help="A .yaml or .toml file with these settings, a regular one.", metavar="PATH"),
+        typer.Option(help="A regular .yaml or .toml file with these settings.", metavar="PATH"),
     ] = None,
     **flags: object,
 ) -> None:
-    """Run a cluster in the foreground: one line when it is ready, a clean stop on SIGTERM, SIGHUP or Ctrl-C.
+    """Run a cluster in the foreground. Prints one line when it is ready; SIGTERM, SIGHUP and Ctrl-C stop it cleanly.
 
     Each option may also be a KVSTORE_* variable (--durability: KVSTORE_NODE_DURABILITY) or stand in the file; one that
     is empty is not set.
 
-    Ends with exit status 1 when the cluster is lost."""
+    Exits with status 1 if the cluster is lost."""
     settings = load_settings(Path(config).expanduser() if config else None, **flags)
-    # No handler: Ray's calls would be broken off wherever they stand.
+    # No handler, because it would interrupt Ray's calls.
     stopping = signals.block()
 
     from kvstore_service.cluster_stats import cluster_stats
@@ -49,7 +49,7 @@ def serve(
         try:
             running.enter_context(cluster)
         except StartupError:
-            # Ctrl-C in a terminal reaches every process of the cluster, and then it is no news what is missing.
+            # Ctrl-C in a terminal also stops the cluster's processes; the errors that this causes are not reported.
             if signal.sigpending() & stopping:
                 return
             raise

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 
 class Stages:
-    """A progress bar for each stage, shown from its first `advance` on."""
+    """Progress bars, one per stage. A bar appears with the first `advance` of its stage."""
 
     def __init__(self, console: Console, labels: Mapping[str, str]) -> None:
         self._labels = labels

@@ -80,7 +80,7 @@ def _table(address: str, reply: "pb.ClusterStatsReply", *, background_works: boo
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    # What is nowhere to be seen takes no room: a table of everything would not fit a terminal.
+    # Columns that are empty for all nodes are left out: a table of all columns would not fit a terminal.
     shown = [name for name in _COLUMNS if name not in _RARE or any(row.get(name) for row in rows)]
     for name in shown:
         table.add_column(name, justify="left" if name in _TEXT_COLUMNS else "right", no_wrap=True)

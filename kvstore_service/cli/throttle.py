@@ -16,13 +16,15 @@ _OFF = "off"
 def throttle(
     bandwidth: Annotated[
         str | None,
-        typer.Argument(help="Such as 50mbit or 1gbit, from 100kbit on; `off` takes all limits away."),
+        typer.Argument(
+            help="A bandwidth such as 50mbit or 1gbit, at least 100kbit; `off` removes all limits."
+        ),
     ] = None,
     disk: Annotated[
-        str | None, typer.Option(help="Such as 160MB/s, from 1MB/s on; `off` takes this limit away.")
+        str | None, typer.Option(help="A rate such as 160MB/s, at least 1MB/s; `off` removes this limit.")
     ] = None,
     node: Annotated[
-        str | None, typer.Option(help="Id of one node, as `kvstore status` shows it; default: each of them.")
+        str | None, typer.Option(help="Id of one node, as `kvstore status` shows it; default: all nodes.")
     ] = None,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
@@ -30,9 +32,9 @@ def throttle(
     """Limit how fast storage nodes send to readers and read from their disks, for experiments. Without arguments, list
     the limits.
 
-    Each node has the whole bandwidth, and all its connections share it. While its disk is limited, what is on disk is
-    only there: nothing of it is kept in memory. Nothing is remembered: a node that restarts has no limit. Nodes take
-    limits when they were started with `kvstore serve --experiments`.
+    Each node has the whole bandwidth, and all its connections share it. While its disk is limited, chunks on disk are
+    not kept in memory. Limits are not stored: a node that restarts has none. Nodes accept limits only if they were
+    started with `kvstore serve --experiments`.
     """
     from rich.filesize import decimal
     from rich.markup import escape
@@ -44,7 +46,7 @@ def throttle(
 
     if node is not None and bandwidth is None and disk is None:
         raise ConfigurationError(
-            f"how fast may {node} be? Write a bandwidth, such as 50mbit, --disk 160MB/s, or off"
+            f"a limit for {node} needs a bandwidth, such as 50mbit, --disk 160MB/s, or off"
         )
     limit_bps = None if bandwidth in (None, _OFF) else parse_bandwidth(str(bandwidth))
     disk = _OFF if bandwidth == _OFF and disk is None else disk
@@ -86,4 +88,4 @@ def _parse_disk_speed(text: str) -> float:
     try:
         return float(TypeAdapter(ByteSize).validate_python(text.removesuffix("/s")))
     except ValidationError as error:
-        raise ConfigurationError(f"{text!r} is no speed of a disk; write for example 160MB/s") from error
+        raise ConfigurationError(f"{text!r} is not a disk rate; write for example 160MB/s") from error

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def verify(
-    node: Annotated[str | None, typer.Option(help="Only what this node has.")] = None,
+    node: Annotated[str | None, typer.Option(help="Only chunks on this node.")] = None,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
-    """Read everything back and check every checksum; what is damaged is removed. Exit status 1 when something is."""
+    """Read all stored chunks and verify every checksum. Damaged chunks are removed, and the exit status is then 1."""
     from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table

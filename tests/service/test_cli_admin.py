@@ -195,12 +195,12 @@ def test_names_that_do_not_name_one_chunk_are_refused(cluster: Cluster) -> None:
         (("unpin", content), "there is no chunk"),
         (("unpin",), "no chunks were given"),
         (("pin", "--from", "/nowhere/chunks"), "cannot read chunks from"),
-        (("ls", "--prefix", "zz"), "no beginning"),
+        (("ls", "--prefix", "zz"), "is not the beginning"),
         (("ls", "--node", "node-9"), "those that live: node-0, node-1"),
-        (("evict",), "say what to evict"),
-        (("evict", content, "--all"), "say what to evict"),
+        (("evict",), "name what to evict"),
+        (("evict", content, "--all"), "name what to evict"),
         (("drain", "node-9"), "no node 'node-9'; known are node-0, node-1"),
-        (("quota", "blue"), "how much"),
+        (("quota", "blue"), "needs a size"),
         (("quota", "blue", "much"), "not a size"),
     ):
         with pytest.raises(KVStoreError, match=reason) as refused:
@@ -333,7 +333,7 @@ def test_draining_the_last_node_ends_with_the_reason(
 ) -> None:
     monkeypatch.setattr(sys.modules["kvstore_service.cli.drain"], "_STUCK_S", 0.5)
     cluster.kvstore("drain", "node-0", "--wait")
-    with pytest.raises(KVStoreError, match="20 chunks that no other node takes"):
+    with pytest.raises(KVStoreError, match="20 chunks that no other node accepts"):
         cluster.text("drain", "node-1", "--wait")
     assert "may be removed" not in cluster.text("drain", "node-1")
 

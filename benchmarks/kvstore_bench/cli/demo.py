@@ -34,15 +34,16 @@ class DType(StrEnum):
 
 def demo(
     bandwidth: Annotated[
-        str, typer.Option(help="Limit of worker B's link, such as 50mbit or 1gbit.")
+        str, typer.Option(help="Bandwidth of worker B's link, such as 50mbit or 1gbit.")
     ] = "1gbit",
     document: Annotated[
-        Path | None, typer.Option(help="A text file; default: Python's own data model chapter.")
+        Path | None,
+        typer.Option(help="A text file; default: the data model chapter of Python's documentation."),
     ] = None,
     document_tokens: Annotated[
-        int, typer.Option(min=256, max=7800, help="How much of the document is read.")
+        int, typer.Option(min=256, max=7800, help="Tokens of the document to use.")
     ] = 3000,
-    new_tokens: Annotated[int, typer.Option(min=1, max=256, help="Length of the answer.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, max=256, help="Tokens of the answer.")] = 32,
     dtype: Annotated[
         DType,
         typer.Option(
@@ -51,7 +52,7 @@ def demo(
     ] = DType.FLOAT32,
     out: Annotated[Path, typer.Option(help="Folder for demo.json, demo.png and demo.trace.json.")] = Path(),
 ) -> None:
-    """Two workers, one document: prefilled by A, reused by B over a slow link."""
+    """Show reuse between two workers: A prefills a document, and B reuses its KV over a slow link."""
     _require_extra()
     from kvstore_bench import write_results
     from kvstore_bench.demo.document import read_document
@@ -121,7 +122,7 @@ def _require_extra() -> None:
 
 
 def _require_folder(folder: Path) -> None:
-    """Found out now, not after minutes of work."""
+    """Creates the output folder and checks that it can be written, before minutes of work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

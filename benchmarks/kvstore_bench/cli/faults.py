@@ -28,21 +28,23 @@ _QUICK_PUTS, _QUICK_KILLS = 400, 3
 
 
 def faults(
-    puts: Annotated[int, typer.Option(min=1, help="Chunks to be acknowledged at least.")] = 10_000,
-    kills: Annotated[int, typer.Option(min=0, help="Processes to be killed.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of what is killed when.")] = 0,
+    puts: Annotated[int, typer.Option(min=1, help="Smallest number of acknowledged chunks.")] = 10_000,
+    kills: Annotated[int, typer.Option(min=0, help="Number of processes to kill.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the order and times of the kills.")] = 0,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help=f"A look in a minute: {_QUICK_PUTS} puts and {_QUICK_KILLS} kills."),
+        typer.Option(
+            "--quick", help=f"A short run of a minute: {_QUICK_PUTS} puts and {_QUICK_KILLS} kills."
+        ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG of every read over time.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with every read over time.")] = None,
 ) -> None:
-    """What a cluster keeps while its processes are killed: three Ray nodes, two copies, durable puts.
+    """Count lost chunks while processes of a cluster are killed: three Ray nodes, two copies, durable puts.
 
-    Storage actors, raylets with everything below them and the coordinator are killed at random, one after the other,
-    and storage nodes are partitioned, while documents are put and got. Every byte read is compared with what was
-    stored; at the end every copy of every acknowledged chunk is.
+    During puts and gets of documents, storage actors, raylets with their child processes and the coordinator are killed
+    at random, one after another, and storage nodes are partitioned. Every byte that is read is compared with the stored
+    one. At the end, every copy of every acknowledged chunk is compared.
     """
     require_packages("ray", "psutil")
     require_outputs(json_file, plot)

@@ -50,58 +50,66 @@ class Floor(StrEnum):
 
 def link(
     bandwidth: Annotated[
-        str | None, typer.Option(help="Of the link, comma-separated.", show_default=_BANDWIDTHS)
+        str | None, typer.Option(help="Bandwidths of the link, comma-separated.", show_default=_BANDWIDTHS)
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(help="Of the reused document, comma-separated multiples of 256.", show_default=_TOKENS),
+        typer.Option(
+            help="Tokens of the reused document, comma-separated multiples of 256.", show_default=_TOKENS
+        ),
     ] = None,
     policy: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: cold, raw, cachegen, kvfetcher, adaptive, adaptive-kept (no new plan while it "
-            "fetches), adaptive-serial (one stage after the other), and encodings (medium-klt-pco, ...).",
+            help="Comma-separated: cold, raw, cachegen, kvfetcher, adaptive, adaptive-kept (no replanning during "
+            "a fetch), adaptive-serial (one stage after the other), and encodings (medium-klt-pco, ...).",
             show_default="what the project compares",
         ),
     ] = None,
     shaper: Annotated[
-        ShaperName, typer.Option(help="netns: by the kernel, in a network namespace; needs root.")
+        ShaperName,
+        typer.Option(help="userspace, or netns: the kernel shapes a network namespace, which needs root."),
     ] = ShaperName.USERSPACE,
     jitter: Annotated[
         list[str] | None,
         typer.Option(
-            help="What the bandwidth does while a question is answered, repeatable: none, step, "
+            help="Pattern of the bandwidth during an answer, repeatable: none, step, "
             "step:1gbit,50mbit,at=0.1s,for=2s, saw, saw:50mbit,period=0.5s, trace:FILE of lines 'seconds bit/s'.",
             show_default="none",
         ),
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Of model and KV.")] = DType.BFLOAT16,
+    dtype: Annotated[DType, typer.Option(help="Dtype of model and KV.")] = DType.BFLOAT16,
     repeats: Annotated[
-        int | None, typer.Option(min=1, help="Rounds after the first, which warms up.", show_default="5")
+        int | None,
+        typer.Option(min=1, help="Rounds after the first one, which is a warm-up.", show_default="5"),
     ] = None,
     floor: Annotated[
         Floor, typer.Option(help="The least faithful rate that adaptive may use.")
     ] = Floor.MEDIUM,
     pipelined: Annotated[bool, typer.Option(help="Whether the stages of adaptive overlap.")] = True,
-    replan: Annotated[bool, typer.Option(help="Whether adaptive plans again while it fetches.")] = True,
+    replan: Annotated[bool, typer.Option(help="Whether adaptive replans during a fetch.")] = True,
     quick: Annotated[
         bool,
         typer.Option(
             "--quick",
-            help="A look in minutes: less of all that was not asked for, and a poor calibration.",
+            help="A short run of minutes: fewer values of every option that is not given, and a small calibration.",
         ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG of seconds over bandwidth.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Chrome trace of the last adaptive run.")] = None,
-    timeline: Annotated[Path | None, typer.Option(help="PNG of the last adaptive run's stages.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with seconds over bandwidth.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="File for a Chrome trace of the last adaptive run.")
+    ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="PNG file with the stages of the last adaptive run.")
+    ] = None,
 ) -> None:
-    """Seconds to the first token of a question about a document whose KV is behind a slow link, by what is done.
+    """Measure, by policy, the time to the first token of a question about a document whose KV is behind a slow link.
 
-    Policies take turns in one process. cold prefills everything, raw reuses uncompressed KV, an encoding's name reuses
-    KV in it whatever the link, kvfetcher and adaptive choose. cachegen moves the bytes of LMCache's CacheGen and
-    decodes them for nothing; it takes part once `python benchmarks/peers/install.py lmcache` has run. Whoever has no
-    choice and is far slower than cold is asked less often; the rows say how often.
+    Policies take turns in one process. cold prefills everything, raw reuses uncompressed KV, the name of an encoding
+    always reuses KV in that encoding, kvfetcher and adaptive choose. cachegen transfers the bytes of LMCache's
+    CacheGen, and its decoding counts as free; it is included if `python benchmarks/peers/install.py lmcache` has
+    run. A policy without choices that is far slower than cold is measured less often; the rows give the number.
     """
     require_packages("grpc_reflection", "psutil", "ray", "transformers")
     require_outputs(json_file, plot)

@@ -43,14 +43,14 @@ def recompute(
     selector: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: focus (ours), focus-nodrift, query, hkvd, first_k, frequency, frequency-high, "
+            help="Comma-separated: focus, focus-nodrift, query, hkvd, first_k, frequency, frequency-high, "
             "random.",
             show_default=_SELECTORS,
         ),
     ] = None,
     ratio: Annotated[
         str | None,
-        typer.Option(help="Shares of tokens computed again, comma-separated.", show_default=_RATIOS),
+        typer.Option(help="Recompute ratios, comma-separated.", show_default=_RATIOS),
     ] = None,
     tier: Annotated[
         str | None,
@@ -60,33 +60,38 @@ def recompute(
         ),
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, max=10, help="Of each kind, to judge by.", show_default="8")
+        int | None, typer.Option(min=1, max=10, help="Prompts of each kind for KL.", show_default="8")
     ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
-            help="Of the documents in the prompt that is timed, a multiple of 512.", show_default="3072"
+            help="Tokens of the documents in the timed prompt, a multiple of 512.", show_default="3072"
         ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=0, help="Requests at once, 0: leave that out.", show_default="16")
+        int | None,
+        typer.Option(min=0, help="Number of concurrent requests; 0 skips this part.", show_default="16"),
     ] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Rounds.", show_default="5")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Measured rounds.", show_default="5")] = None,
     dtype: Annotated[
-        DType, typer.Option(help="Of model and KV that are timed; KL is measured in float32.")
+        DType, typer.Option(help="Dtype of model and KV for times; KL is measured in float32.")
     ] = DType.BFLOAT16,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A look in a minute: less of all that was not asked for.")
+        bool,
+        typer.Option(
+            "--quick", help="A short run of a minute: fewer values of every option that is not given."
+        ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG of KL and seconds over the ratio.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with KL and seconds over the ratio.")] = None,
 ) -> None:
-    """Documents reused in another order and context: how faithful and how soon the answer is, by which of their tokens
-    are computed again.
+    """Measure fidelity and time to the first token of documents reused in another order and context, by selector and
+    ratio of recomputed tokens.
 
-    Each document is stored by a request of its own, behind the system prefix. KL is that of the question's tokens
-    against full recompute; seconds are those to the first token, against the plain model in the same rounds. Selectors
-    of others go as they were published; ours spreads what recomputing shows to the tokens beside.
+    Each document is stored by a separate request, after the system prefix. KL compares the predictions at the
+    question's tokens with full recompute. Seconds are the time to the first token; the plain model is measured in the
+    same rounds. Published selectors run as published; focus also shifts neighbouring tokens by the change of
+    recomputed ones.
     """
     require_packages("grpc_reflection", "psutil", "ray", "transformers")
     require_outputs(json_file, plot)

@@ -22,23 +22,32 @@ _CLIENTS = "1,2,4,8"
 
 
 def store(
-    sizes: Annotated[str, typer.Option(help="KiB of a value, comma-separated.")] = _SIZES,
-    clients: Annotated[str, typer.Option(help="Client processes at once, comma-separated.")] = _CLIENTS,
+    sizes: Annotated[str, typer.Option(help="Sizes of values in KiB, comma-separated.")] = _SIZES,
+    clients: Annotated[
+        str, typer.Option(help="Numbers of concurrent client processes, comma-separated.")
+    ] = _CLIENTS,
     systems: Annotated[
-        str | None, typer.Option(help="Comma-separated; default: all that are installed.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Systems to measure, comma-separated; default: all that are installed.", show_default=False
+        ),
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.05, help="Of each measurement in each round.")] = 0.4,
-    rounds: Annotated[int, typer.Option(min=1, help="In which every system has its turn.")] = 5,
+    seconds: Annotated[
+        float, typer.Option(min=0.05, help="Duration of each measurement in each round, in seconds.")
+    ] = 0.4,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Number of rounds; in each round every system is measured.")
+    ] = 5,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A look in a minute: one client, up to 4 MiB, short rounds.")
+        bool, typer.Option("--quick", help="A short run of a minute: one client, up to 4 MiB, short rounds.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG of throughput over size.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with throughput over size.")] = None,
 ) -> None:
-    """Reading and writing values, beside Redis, Mooncake's store, LMCache's server, and TCP alone on this machine.
+    """Measure reading and writing of values, compared with Redis, Mooncake's store, LMCache's server and TCP alone.
 
-    Every client is a process. Values are resident, differ from key to key, and are compared byte for byte outside the
-    timing; puts are acknowledged, ours after every checksum was verified. Peers take part once
+    Every client is a process. Values are in memory, differ between keys, and are compared byte by byte outside the
+    measured time. Puts are acknowledged; kvstore verifies every checksum before. Other systems are included if
     `python benchmarks/peers/install.py redis` (mooncake, lmcache) has run.
     """
     require_packages("grpc_reflection", "psutil")

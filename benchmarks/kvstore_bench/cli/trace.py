@@ -30,31 +30,31 @@ def trace(
         Path,
         typer.Argument(
             metavar="TRACE.jsonl",
-            help="JSON lines of timestamp (ms), input_length, output_length, hash_ids, as Mooncake publishes them.",
+            help="JSON lines with timestamp (ms), input_length, output_length, hash_ids, in Mooncake's format.",
         ),
     ],
     capacity: Annotated[
-        str, typer.Option(help="Comma-separated, in percent of the trace's different blocks.")
+        str, typer.Option(help="Cache sizes, comma-separated, in percent of the trace's distinct blocks.")
     ] = "1%,2%,5%,10%,20%,50%",
-    policy: Annotated[str, typer.Option(help="Comma-separated.")] = "lru,s3-fifo,value",
-    nodes: Annotated[str, typer.Option(help="Comma-separated sizes of clusters.")] = "3,10,100,1000",
+    policy: Annotated[str, typer.Option(help="Eviction policies, comma-separated.")] = "lru,s3-fifo,value",
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes, comma-separated.")] = "3,10,100,1000",
     quick: Annotated[
-        bool, typer.Option("--quick", help="The first 2,000 prompts, and no other workloads.")
+        bool, typer.Option("--quick", help="A short run: the first 2,000 prompts, without other workloads.")
     ] = False,
     through_nodes: Annotated[
         bool,
         typer.Option(
             "--through-nodes",
-            help="Also put and look everything up on real storage nodes, and texts larger than memory: some minutes.",
+            help="Also replay on real storage nodes, and with texts larger than memory; takes some minutes.",
         ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture of hit rates over capacity.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with hit rates over capacity.")] = None,
 ) -> None:
-    """Replays a trace of prompts through the eviction policies and the placement, in virtual time.
+    """Replay a trace of prompts through the eviction policies and the placement, in virtual time.
 
-    A prefix hit counts only when all earlier blocks of its prompt hit too. Optimal is what a policy that knows the
-    future would hit.
+    A prefix hit counts only if all earlier blocks of its prompt also hit. `optimal` is the hit rate of a policy that
+    knows the future.
     """
     require_outputs(json_file, plot)
     from kvstore_bench import write_results

@@ -25,15 +25,15 @@ def tune(
         str | None,
         typer.Option(
             help="Where documents are stored, comma-separated: dram, ssd (a disk of 550 MB/s), hdd (160 MB/s), disk "
-            "(the disk of --data-dir at its own speed). Workers use the ratio of dram or disk; without one of disk "
-            "that of ssd, or of the tier that KVSTORE_DISK_TIER names.",
+            "(the disk of --data-dir at its own speed). Workers use the ratio of dram or disk; without a ratio for "
+            "disk, that of ssd or of KVSTORE_DISK_TIER.",
             show_default=_TIERS,
         ),
     ] = None,
     selector: Annotated[
         str | None,
         typer.Option(
-            help="Which tokens are recomputed; the same as in the workers.",
+            help="Selector of recomputed tokens; use that of the workers.",
             show_default="KVSTORE_RECOMPUTE_SELECTOR, else focus",
         ),
     ] = None,
@@ -41,14 +41,14 @@ def tune(
         bool | None,
         typer.Option(
             "--drift/--no-drift",
-            help="Whether neighbours of recomputed tokens are corrected with them.",
+            help="Whether the change of recomputed tokens also shifts their neighbours.",
             show_default="KVSTORE_RECOMPUTE_DRIFT, else yes",
         ),
     ] = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of the documents in a prompt, a multiple of 512.")
     ] = 3072,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds behind each measurement.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds per measurement.")] = 3,
     sweep: Annotated[
         int,
         typer.Option(
@@ -59,23 +59,21 @@ def tune(
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Folder on the disk to measure; nothing stays there.", show_default="a temporary one"
+            help="Folder on the disk to measure; only temporary files are written.",
+            show_default="a temporary one",
         ),
     ] = None,
     dtype: Annotated[
-        DType, typer.Option(help="The dtype that workers run the model in; auto: as it was saved.")
+        DType, typer.Option(help="Dtype in which workers run the model; auto: as saved.")
     ] = DType.AUTO,
-    model_id: Annotated[
-        str | None, typer.Option(help="The model's name, if workers give it one of their own.")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Where the result goes.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG of seconds over the ratio.")] = None,
+    model_id: Annotated[str | None, typer.Option(help="The model id, if workers set one.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG file with seconds over the ratio.")] = None,
 ) -> None:
     """Tune the recompute ratio to this machine.
 
-    Starts a cluster of its own and measures, for each tier that stored text may come from, which share of the tokens
-    reused in another context is best recomputed to get the first token soonest. Workers with the same cache folder
-    (KVSTORE_CACHE_DIR) use the result.
+    Starts its own cluster. For each tier that may store a text, it searches for the recompute ratio with the shortest
+    time to the first token. Workers with the same cache folder (KVSTORE_CACHE_DIR) use the result.
     """
     require_packages("grpc_reflection", "psutil", "ray", "transformers")
     require_outputs(json_file, plot)
