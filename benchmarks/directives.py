@@ -4,8 +4,8 @@ python benchmarks/directives.py [--before COMMIT] [--chunks 1000000] [--seconds 
 
 A thread looks up 256 chunks without a pause. Beside it another one, in turn: does nothing; pins and unpins 100,000
 chunks; gives a tenant that has half of all chunks a quota and takes it away; lets 10,000 chunks expire in each round of
-the keeper; or runs the keeper where nothing expires, as it does after each chunk that it writes back. With `--before`
-the same is measured with the cluster package of that commit, in a process of its own.
+the maintenance thread; or runs it where nothing expires, as it does after each chunk that it writes back. With
+`--before` the same is measured with the cluster package of that commit, in a process of its own.
 
 Times are processor time of the process, both threads together: one waits while the other computes, so that is what a
 lookup takes on a machine that does nothing else.
@@ -108,7 +108,7 @@ def measure(count: int, seconds: float) -> list[dict[str, float | str]]:
 
     kinds: dict[str, Callable[[], object]] = {
         "nothing": lambda: None,
-        "keeper": node.maintain,
+        "maintenance": node.maintain,
         "pins": pin,
         "quotas": limit,
         "expiry": expire,

@@ -11,7 +11,8 @@ from kvstore_codec.errors import StorageError
 
 def check_integrity(catalog: ChunkCatalog, reserved: Sequence[Extent]) -> None:
     """Raises StorageError unless every block of memory is owned once, by a chunk or as `reserved` for a put, and the
-    index, both eviction orders, the quotas and the texts name the same chunks. Lock held."""
+    index, both eviction orders, the quotas and the texts name the same chunks, and nothing is kept of others. Lock
+    held."""
     index, node_id = catalog.index, catalog.node_id
     extents = [extent for extent in index.extent if extent is not None]
     catalog.arena.check_integrity([*extents, *catalog.dropped_extents(), *reserved])
@@ -23,6 +24,11 @@ def check_integrity(catalog: ChunkCatalog, reserved: Sequence[Extent]) -> None:
         raise StorageError(f"{node_id}: the index names a chunk that lies nowhere")
     if not catalog.dirty.keys() <= in_memory - on_disk:
         raise StorageError(f"{node_id}: a chunk waits for a disk that it is on, or is not in memory")
+    for slot, extent in enumerate(index.extent):
+        if extent is not None and not (index.is_linked(slot) or catalog.is_acquired(slot)):
+            raise StorageError(f"{node_id}: a chunk that has gone and is not read keeps its memory")
+    if not catalog.pinned | catalog.unreadable | catalog.disk_headers.keys() <= set(index):
+        raise StorageError(f"{node_id}: something is kept of a chunk that has gone")
     if sorted(index.expiries) != [slot for slot in index if index.expires_at_s(slot)]:
         raise StorageError(f"{node_id}: other chunks are to expire than have a time")
     for slot in index:

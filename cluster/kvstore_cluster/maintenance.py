@@ -16,7 +16,7 @@ class MaintenanceThread:
         self._period_s = period_s
         self._populating = True
         # What could not be moved stays where it is until the next round.
-        self._loop = BackgroundLoop("kvstore-keeper", self._look_after, longest_pause_s=period_s)
+        self._loop = BackgroundLoop("kvstore-maintenance", self._look_after, longest_pause_s=period_s)
 
     def start(self) -> None:
         self._loop.start()

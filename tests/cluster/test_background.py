@@ -132,10 +132,10 @@ def test_a_node_is_looked_after_whatever_went_wrong(
 ) -> None:
     maintain = Faulty(node.maintain)
     monkeypatch.setattr(node, "maintain", maintain)
-    keeper = MaintenanceThread(node, Arena(1 << 20, 4 << 10), period_s=0.01)
-    keeper.start()
+    maintenance = MaintenanceThread(node, Arena(1 << 20, 4 << 10), period_s=0.01)
+    maintenance.start()
     assert maintain.works.wait(SOON_S)
-    keeper.stop()
+    maintenance.stop()
 
 
 def test_memory_that_cannot_be_made_ready_keeps_no_node_from_being_looked_after(
@@ -145,10 +145,10 @@ def test_memory_that_cannot_be_made_ready_keeps_no_node_from_being_looked_after(
     maintain = Faulty(node.maintain, times=0)
     monkeypatch.setattr(node, "maintain", maintain)
     monkeypatch.setattr(arena, "populate", Faulty(arena.populate, times=1 << 30))
-    keeper = MaintenanceThread(node, arena, period_s=0.01)
-    keeper.start()
+    maintenance = MaintenanceThread(node, arena, period_s=0.01)
+    maintenance.start()
     assert maintain.works.wait(SOON_S)
-    keeper.stop()
+    maintenance.stop()
 
 
 @pytest.mark.parametrize("task", ["give_up_removed", "measure"])

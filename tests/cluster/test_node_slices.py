@@ -243,7 +243,8 @@ def slot_of(node: StorageNode, chunk: SampleChunk) -> int:
 def test_a_lookup_tells_the_policies_a_bounded_number_of_uses(
     node: StorageNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Uses wait for the keeper. Where it does not come, each lookup tells as many as it adds, not all of them."""
+    """Uses wait for the maintenance thread. Where it does not run, each lookup tells as many as it
+    adds, not all of them."""
     waiting, most = node._catalog._touched, len(STORED) // 2
     monkeypatch.setattr(waiting_uses, "MOST_WAITING", most)
     told: list[int] = []

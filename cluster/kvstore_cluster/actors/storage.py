@@ -63,12 +63,12 @@ class StorageActor:
             domain=ray.get_runtime_context().get_node_id(),
         )
         self._incarnation = time.time_ns()
-        self._keeper = MaintenanceThread(self._node, arena)
+        self._maintenance = MaintenanceThread(self._node, arena)
         # By name: Ray cannot restart an actor whose constructor was given a handle that it has forgotten.
         self._coordinator = ray.get_actor(coordinator)
         self._directives_version = 0
         self._registering = BackgroundLoop("kvstore-join", self._stay_registered)
-        for background in (self._keeper, self._repair, self._registering):
+        for background in (self._maintenance, self._repair, self._registering):
             background.start()
 
     def pid(self) -> int:
@@ -86,7 +86,7 @@ class StorageActor:
             log.warning("node %s could not say that it goes: %s", self._member.node_id, error)
         self._endpoint.stop(grace_s)
         self._repair.stop()
-        self._keeper.stop()
+        self._maintenance.stop()
         self._node.close()
 
     def _stay_registered(self) -> None:
