@@ -1,4 +1,4 @@
-"""The SDK of the KV cache service, for use inside an inference worker."""
+"""Client SDK of the KV cache service, for use inside an inference worker."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ __all__ = ["ClientSettings", "KVStoreClient", "connect"]
 
 
 def __getattr__(name: str) -> object:
-    """Imported when used: storage nodes send chunks to each other with `kvstore_client.transport`, without torch."""
+    """Import public names on first use: storage nodes use `kvstore_client.transport` and must not import torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from kvstore_client import client, settings

@@ -1,4 +1,4 @@
-"""The client: match a prompt, fetch what matches, store what does not."""
+"""The cache client: look up a prompt's stored KV, fetch it, and store newly computed KV."""
 
 import atexit
 import logging
@@ -50,11 +50,11 @@ _PLANNERS: dict[FetchPolicy, Callable[[], Planner]] = {
 
 
 def connect(address: str | None = None, **settings: Any) -> "KVStoreClient":
-    """A client of the cluster whose coordinator listens on `address` (`host:port`).
+    """Create a client of the cluster whose coordinator listens on `address` (`host:port`).
 
-    Nothing is contacted yet, and a service that is away is no error: prompts are then prefilled. `settings` go by their
-    flat names, such as `lookup_timeout_s` (docs/settings.md); what is not given comes from `KVSTORE_*` environment
-    variables. Raises ConfigurationError that names the setting that does not exist or cannot have its value.
+    The call makes no connection, and an unreachable service is not an error: prompts are then prefilled. `settings` are
+    given by their flat names, such as `lookup_timeout_s` (docs/settings.md); all others come from `KVSTORE_*`
+    environment variables. Raises ConfigurationError, which names the unknown or invalid setting.
     """
     if address is not None:
         settings["address"] = address
@@ -65,43 +65,43 @@ def connect(address: str | None = None, **settings: Any) -> "KVStoreClient":
         return KVStoreClient(ClientSettings(**settings))
     except ValidationError as error:
         problems = "; ".join(f"{flat_name(e['loc'])}: {e['msg']}" for e in error.errors())
-        # The original would print what was given, and that may be the tenant's salt.
+        # Pydantic's own error prints the given values, and one of them may be the tenant's salt.
         raise ConfigurationError(f"cannot use these client settings: {problems}") from None
 
 
 class KVStoreClient:
-    """Engine-neutral access to the cluster. Thread-safe. Nothing here raises because the service misbehaves."""
+    """Engine-neutral access to the cluster. Thread-safe. A misbehaving service never makes a method raise."""
 
     def __init__(self, settings: ClientSettings, restorer: type[Restorer] = Restorer) -> None:
-        """A benchmark passes its own `restorer` to measure another order of the stages."""
+        """`restorer` restores fetched chunks; benchmarks pass another one to measure a different order of stages."""
         self.settings = settings
         self._restorer = restorer
         self.links = Links()
-        """How fast each node's bytes came lately."""
+        """Recent throughput of each node's endpoint."""
         self._page_stores: list[PageStore] = []
         self._open()
         renew_in_children(self, KVStoreClient._renew)
 
     def _open(self) -> None:
-        """Make all parts that have locks, threads or sockets. Threads and sockets come when they are first needed."""
+        """Create every part that owns locks, threads or sockets. Threads and sockets start on first use."""
         settings = self.settings
         self.metrics = ClientMetrics()
         self.buffers = BufferPool(settings.fetch.pool_bytes)
         self._view = ClusterView(settings, self.metrics, self.links.keep)
         self.calibrations = Calibrations(self._view, settings, self.metrics)
-        """What is known about models' KV, by digest."""
+        """Calibrations of KV codecs, by digest."""
         self.ready_calibrations = ReadyCalibrations(self.calibrations, settings, self.metrics)
         self.store = Store(self._view, self.ready_calibrations, settings, self.metrics)
-        """Where new chunks are handed in."""
+        """Encodes and sends new chunks in the background."""
         self.canaries = Canaries(self._view, settings)
-        """Whether a model computes here what the cluster's KV of it was computed with."""
+        """Compares the KV of local models with the canaries of the cluster."""
         self._lock = threading.Lock()
         self._closed = False
         self._why_closed = "closed: the client was closed"
 
     def _renew(self) -> None:
-        """In a forked child: everything anew, and all that is the parent's left to the parent. Calibrations that are
-        ready stay; they are only read."""
+        """Recreate all parts in a forked child and leave the parent's threads and connections alone. Loaded
+        calibrations are read-only and stay."""
         parents, ready, was_closed = self._view, self.ready_calibrations, self._closed
         for part in (self.store, ready):
             atexit.unregister(part.close)
@@ -113,32 +113,32 @@ class KVStoreClient:
                 "forked: gRPC calls were under way in the parent, so this process cannot use the client"
             )
             log.warning(
-                "A process was forked while gRPC calls of its cache client were under way, so that gRPC cannot be used "
-                "in the child: nothing is reused or stored there. Make the client after the fork."
+                "A process was forked while gRPC calls of its cache client were under way, so gRPC cannot be used "
+                "in the child: it neither reuses nor stores KV. Create the client after the fork."
             )
         if GATE.calls_at_fork or was_closed:
             self.close()
 
     @property
     def is_closed(self) -> bool:
-        """Whether it neither reads nor stores any more."""
+        """Whether the client no longer reads or stores."""
         return self._closed
 
     def chunk_ids(self, spec: ModelSpec, token_ids: Sequence[int]) -> list[ChunkId]:
-        """The ids of a text's full chunks, for this client's tenant."""
+        """Ids of the full chunks of `token_ids`, for this client's tenant."""
         return chunk_ids(self._naming(spec), self._salt, token_ids, CHUNK_TOKENS)
 
     def segment_chunks(
         self, spec: ModelSpec, token_ids: Sequence[int], segments: Sequence[int]
     ) -> list[PlacedChunk]:
-        """The full chunks of a prompt made of neighbouring parts (system prefix, documents, question) of `segments`
-        tokens, for this client's tenant. Each part is cut from its own start, so that a document is found again
-        wherever it stands. Raises InvalidTokensError unless the lengths sum to the tokens."""
+        """Full chunks of a prompt that consists of consecutive segments (system prefix, documents, question) with the
+        lengths `segments`, for this client's tenant. Each segment is chunked from its own start, so a document is found
+        at any position. Raises InvalidTokensError unless the lengths sum to the number of tokens."""
         return segment_chunks(self._naming(spec), self._salt, token_ids, segments, CHUNK_TOKENS)
 
     def prepare(self, spec: ModelSpec) -> Loading:
-        """Start getting what will be needed for this model's KV, so that not the first prompt finds it missing: its
-        newest calibration, if any accepted encoding needs one. Nobody has to wait for the future."""
+        """Preload what this model's KV needs, so that the first prompt finds it ready: the newest calibration, if any
+        accepted encoding needs one. Returns a future; waiting for it is optional."""
         encodings = self.settings.encodings
         lossy = encodings.floor not in (None, Rate.EXACT)
         if lossy or any(Encoding.parse(n).needs_calibration for n in (*encodings.stored, *encodings.accept)):
@@ -155,11 +155,11 @@ class KVStoreClient:
         *,
         peek: bool = False,
     ) -> Match:
-        """The longest stored prefix of a text, leased. Empty when there is none or the service cannot be asked.
-        A `peek` only looks: nothing is leased, and nowhere does it count as use.
+        """Look up and lease the longest stored prefix of a text. The match is empty when nothing is stored or the
+        service cannot be asked. With `peek` the lookup takes no lease and does not count as a use.
 
-        Takes at most `lookup_timeout_s` for each of membership and lookup; a node that failed is left alone for
-        `retry_after_s`, and longer each time it fails again. Hand the match to `fetch`, or to `release`.
+        Membership and lookup take at most `lookup_timeout_s` each. A failed node is skipped for `retry_after_s`, twice
+        as long after each further failure. Pass the match to `fetch` or to `release`.
         """
         return self._matched(find_prefix, spec, ids, timeline, peek=peek)
 
@@ -171,22 +171,25 @@ class KVStoreClient:
         *,
         peek: bool = False,
     ) -> Match:
-        """All chunks of a prompt in segments that are stored, as `segment_chunks` named them, in order of position and
-        with gaps: exact ones, and in place of those that are not stored in their own context approximate ones, which
-        are of the same content in another. Otherwise as `match`."""
+        """Look up and lease all stored chunks of a segmented prompt (`segment_chunks`), ordered by position, with gaps.
+
+        An exact chunk was computed in the prompt's own context. Where none is stored, an approximate chunk is used: the
+        same tokens, computed in another context. Otherwise like `match`.
+        """
         return self._matched(find_segments, spec, placed, timeline, peek=peek)
 
     def match_from_bytes(self, spec: ModelSpec, data: bytes) -> Match:
-        """A match of this model that another process found and passed on with `Match.to_bytes`, to be fetched or
-        released here. Calibrations are this client's own: one that is not ready yet is loaded meanwhile, and a chunk
-        that can only be decoded with it is missing from a fetch that starts before that (`calibration_loading`).
-        Waits for nothing.
+        """Read a match of this model that another process found and serialised with `Match.to_bytes`, to fetch or
+        release it here. Does not block.
 
-        Raises MatchFormatError for bytes that are no match of this model."""
+        This client uses its own calibrations. A calibration that is not loaded yet starts to load; a fetch that begins
+        earlier misses the chunks that need it (`calibration_loading`). Raises MatchFormatError for bytes that are not a
+        match of this model.
+        """
         return Match.from_bytes(data, spec, self.ready_calibrations.klt)
 
     def release(self, match: Match) -> None:
-        """Give back a match that will not be fetched. Has no effect on leases that have ended."""
+        """Release the leases of a match that will not be fetched. Leases that have ended are ignored."""
         release(self._view, match.leases)
 
     def fetch(
@@ -199,21 +202,22 @@ class KVStoreClient:
         computing: Computing | None = None,
         computed: Sequence[range] = (),
     ) -> Fetch:
-        """Start bringing a match into `destination`, such as KVBuffers, whose positions begin at the prompt's first
+        """Start fetching a match into `destination`, such as KVBuffers, whose positions begin at the prompt's first
         token.
 
-        Chunks coded with a calibration are predicted from their tokens: `features(index)` returns the `token_features`
-        of the match's chunk `index`, f32 `[tokens, features]` in host memory, made without the tokens before it. It is
-        called at most once for each such chunk, in a thread of the fetch. Without it these chunks are missing.
+        Chunks that are coded with a calibration are predicted from their tokens: `features(index)` returns the
+        `token_features` of the match's chunk `index`, f32 `[tokens, features]` in host memory, computed without the
+        preceding tokens. It is called at most once per such chunk, in a thread of the fetch. Without `features` these
+        chunks are missing.
 
-        With the engine's `computing` the fetch is planned as the setting `fetch_policy` says, and may leave chunks to
-        the engine (`Fetch.next_to_compute`) where that is sooner; without, every chunk is read in its first variant.
+        With the engine's `computing`, the fetch is planned by the setting `fetch_policy` and may leave chunks to the
+        engine (`Fetch.next_to_compute`) where computing is faster. Without it, every chunk is read in its first
+        variant.
 
-        `computed` are ranges of positions whose KV the engine computes itself (not together with `computing`): frames
-        that lie wholly inside are not read, and what is there in the destination stays as it is; they count as
-        delivered.
+        `computed` are ranges of positions whose KV the engine computes itself (not together with `computing`). Frames
+        inside these ranges are not read, the destination keeps its content there, and they count as delivered.
 
-        Take KVBuffers from `self.buffers`, and give them back after the fetch has finished and nobody reads them.
+        Acquire KVBuffers from `self.buffers`, and release them after the fetch has finished and nothing reads them.
         """
         return Fetch(
             match,
@@ -232,15 +236,15 @@ class KVStoreClient:
         )
 
     def pages(self, namespace: PageNamespace, **options: Any) -> PageStore:
-        """Where an engine that has keys and pages of its own reads and stores them; `options` are those of PageStore.
-        Its names also depend on the setting `tenant_salt`. Closed with the client."""
+        """Open a store of pages for an engine that has its own page keys and layout; `options` are those of PageStore.
+        The stored names also depend on the setting `tenant_salt`. The client closes the store when it is closed."""
         pages = PageStore(namespace, self.settings, lambda: (self._view, self.metrics), **options)
         with self._lock:
             self._page_stores = [*(store for store in self._page_stores if not store.is_closed), pages]
         return pages
 
     def close(self) -> None:
-        """Finish storing what was handed in, then disconnect."""
+        """Finish storing the chunks in the queue, then disconnect."""
         with self._lock:
             if self._closed:
                 return

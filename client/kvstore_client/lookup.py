@@ -1,4 +1,4 @@
-"""Lookup: which chunks of a prompt are stored, and where."""
+"""Chunk lookup: which chunks of a prompt are stored, and on which nodes."""
 
 import math
 import time
@@ -24,8 +24,8 @@ from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PlacedChunk, PrefixId
 from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
 
-_RELEASE_TIMEOUT_S = 10.0  # a node that many read from at once is slow to answer, and nobody waits
-# No encoder makes a frame twice as large as its KV; one that claims to be is not waited for.
+_RELEASE_TIMEOUT_S = 10.0  # a node under heavy load answers slowly, and no caller waits for this call
+# No encoder makes a frame twice as large as its KV; a larger announced frame is refused.
 _FRAME_OVERHEAD_BYTES = 64 << 10
 
 
@@ -40,12 +40,13 @@ def find_prefix(
     *,
     peek: bool = False,
 ) -> Match:
-    """The longest run of stored chunks at the beginning of a text. All are looked for at once. Their nodes are told
-    which these are, and count nothing else as used; a `peek` neither counts nor leases.
+    """Look up the longest run of stored chunks at the beginning of a text.
 
-    A variant whose calibration `ready_klt` does not have yet is left out: one that needs none will do. Raises
-    NodeUnavailableError when no owner answered. An owner that does not answer, or answers with headers that are not
-    this chunk's, counts as one that does not have it, and the reason is counted.
+    All chunks are looked up at once. The nodes are told which chunks the run uses, and count only these as used; with
+    `peek` nothing is counted or leased. Variants whose calibration `ready_klt` does not have yet are skipped.
+
+    An owner that does not answer, or that answers with headers of other chunks, is treated as not having the chunk, and
+    the reason is counted. Raises NodeUnavailableError when no owner answers.
     """
     first_tokens = range(0, len(chunk_ids) * chunk_tokens, chunk_tokens)
     lookup = _Lookup(
@@ -69,8 +70,9 @@ def find_segments(
     *,
     peek: bool = False,
 ) -> Match:
-    """All stored chunks of a prompt in segments, with gaps where one is stored nowhere: in their own context or else in
-    another one of their content. `placed` are in order of position. Otherwise as `find_prefix`."""
+    """Look up all stored chunks of a segmented prompt, with gaps where nothing is stored. A chunk in the prompt's own
+    context is preferred; otherwise one with the same tokens in another context is used. `placed` is ordered by
+    position. Otherwise like `find_prefix`."""
     ids = [chunk.chunk_id for chunk in placed]
     first_tokens = [chunk.first_token for chunk in placed]
     lookup = _Lookup(
@@ -81,7 +83,7 @@ def find_segments(
 
 
 class _Lookup:
-    """What is known of a prompt's chunks so far."""
+    """State of one prompt's lookup."""
 
     def __init__(
         self,
@@ -102,29 +104,29 @@ class _Lookup:
         self._ready_klt = ready_klt
         self._spec, self._chunk_ids, self._chunk_tokens = spec, chunk_ids, chunk_tokens
         self._first_tokens, self._any_context = first_tokens, any_context
-        # A floor allows more names than can be listed: nodes name all they have.
+        # A floor accepts more encodings than a request can list, so nodes return every encoding they have.
         self._encodings = settings.encodings.accept if settings.encodings.floor is None else ()
         self._all_encodings = len(self._encodings) != 1
         self._plain = any(not Encoding.parse(name).needs_calibration for name in self._encodings or [EXACT])
-        # By name of an encoding and digest of a calibration.
+        # Geometry and frame limit, by encoding name and calibration digest.
         self._known: dict[tuple[str, bytes], tuple[Geometry, int]] = {}
         self._ranks: dict[str, tuple[int, int, str] | None] = {}
         self.found: dict[int, StoredChunk] = {}
         self._leases: list[Lease] = []
         self.unready: set[int] = set()
-        """Chunks that are stored, but only with a calibration that is not at hand."""
+        """Chunks that are stored only with a calibration that is not loaded yet."""
         self.why_not = "not stored"
-        """Why chunks were not found, should none have been."""
+        """Reason for an empty match."""
 
     def ask(self) -> None:
-        """Raises NodeUnavailableError when no owner answered."""
+        """Look up all chunks. Raises NodeUnavailableError when no owner answers."""
         deadline_s, wanted = time.monotonic() + self._settings.timeouts.lookup_s, range(len(self._chunk_ids))
         failure: NodeUnavailableError | None = None
         try:
             self._search(wanted)
         except NodeUnavailableError as error:
             failure = error
-        # All that had a chunk may have died together and be back elsewhere: that is heard of only by asking.
+        # All owners of a chunk may have failed and rejoined at other addresses: only the coordinator knows.
         missing = [index for index in wanted if index not in self.found and index not in self.unready]
         if missing and self._view.renew(deadline_s - time.monotonic()):
             try:
@@ -136,10 +138,10 @@ class _Lookup:
             raise failure
         if self.unready:
             self._metrics.missed(MissReason.CALIBRATION_LOADING)
-            self.why_not = "calibration_loading: stored, but their calibration is not here yet"
+            self.why_not = "calibration_loading: stored, but the calibration is not loaded yet"
 
     def matched(self, usable: Sequence[int]) -> Match:
-        """The chunks at these indices, which were found. Who holds them is told that they are used."""
+        """The match of the found chunks at these indices. Tells their nodes which chunks are used."""
         chunks = [self.found[index] for index in usable]
         holders = dict(zip(usable, (chunk.member for chunk in chunks), strict=True))
         leases = []
@@ -171,14 +173,14 @@ class _Lookup:
                 why = search.failures[0]
                 self.why_not = f"unreachable: {why}"
                 self._metrics.missed(
-                    MissReason.LOOKUP_FAILED, detail=f"{why}; chunks there are computed", cause=why
+                    MissReason.LOOKUP_FAILED, detail=f"{why}; its chunks are computed", cause=why
                 )
         if not search.asked:
             self._metrics.missed(MissReason.PAUSED)
             self.why_not = f"paused: {search.why_paused}"
 
     def _take(self, index: int, member: Member, answer: pb.LookupAnswer) -> bool:
-        """Whether this is the chunk, and nobody else needs to be asked for another variant of it."""
+        """Record an answer. Returns whether it is usable and no other node needs to be asked for another variant."""
         asked = self._chunk_ids[index]
         chunk_id = asked
         if self._any_context and answer.prefix_id:
@@ -197,7 +199,7 @@ class _Lookup:
         for offer in offers:
             encoding = offer.encoding
             if self._rank(encoding) is None and self._settings.encodings.floor is not None:
-                continue  # the node names all it has
+                continue  # the node returned every encoding it has
             try:
                 variant = self._variant(chunk_id, encoding, offer.header, on_disk=offer.on_disk)
             except CalibrationError as error:
@@ -229,8 +231,8 @@ class _Lookup:
         )
 
     def _variant(self, chunk_id: ChunkId, encoding: str, data: bytes, *, on_disk: bool) -> Variant | None:
-        """None when its calibration is not at hand. Raises CodecError for what is not this chunk or was not asked for,
-        CalibrationError for a calibration of another model."""
+        """The variant described by a header; None when its calibration is not loaded yet. Raises CodecError for another
+        chunk or an encoding that was not requested, and CalibrationError for a calibration of another model."""
         header = read_header(data)
         header.require(model_digest=self._spec.digest, chunk_id=chunk_id)
         klt = None
@@ -243,25 +245,25 @@ class _Lookup:
         return Variant(header, data[: header.header_bytes], klt, on_disk)
 
     def _rank(self, name: str) -> tuple[int, int, str] | None:
-        """Where an encoding comes in the order of variants; None for one that may not be used."""
+        """Sort key of an encoding among a chunk's variants; None for an encoding that may not be used."""
         if name not in self._ranks:
             accept = self._settings.encodings.accept
             rank = None
             if self._settings.encodings.accepts(name):
                 rate = Encoding.parse(name).rate
-                # How faithful an explicit step is, nobody knows.
+                # The fidelity of an explicit quantisation step is unknown.
                 faithful = rate.rank if isinstance(rate, Rate) else len(Rate)
                 if (
                     self._settings.fetch.policy is FetchPolicy.FIXED
                     and self._settings.encodings.floor is None
                 ):
-                    faithful = 0  # as the user ordered them
+                    faithful = 0  # the user's order
                 rank = faithful, accept.index(name) if name in accept else len(accept), name
             self._ranks[name] = rank
         return self._ranks[name]
 
     def _require_expected(self, header: ChunkHeader, encoding: str, klt: KLT | None) -> None:
-        """Raises ForeignChunkError if the chunk is in an encoding that was not asked for, or unlike this model's KV."""
+        """Raises ForeignChunkError if the encoding was not requested, or the shape is not that of this model's KV."""
         geometry, frame_limit = self._expected(header.encoding, klt)
         if self._rank(encoding) is None or max(header.frame_lengths) > frame_limit:
             raise ForeignChunkError(
@@ -275,7 +277,7 @@ class _Lookup:
             )
 
     def _expected(self, encoding: Encoding, klt: KLT | None) -> tuple[Geometry, int]:
-        """How this model's chunks are cut, and what a frame has at most, in bytes. A long prompt's are alike."""
+        """Geometry of this model's chunks, and the largest frame in bytes. Cached: all chunks of a prompt share it."""
         digest = klt.calibration.digest if klt is not None else b""
         known = self._known.get((encoding.name, digest))
         if known is None:
@@ -286,8 +288,8 @@ class _Lookup:
 
 
 def say_used(view: ClusterView, leases: Iterable[Lease]) -> None:
-    """Tell nodes what is used of the chunks that they were asked for, without waiting. The leases on the others end."""
-    with suppress(NodeUnavailableError):  # closed meanwhile: the leases expire
+    """Tell nodes which of the looked up chunks are used, without waiting. The nodes end the leases on the others."""
+    with suppress(NodeUnavailableError):  # the client was closed: the leases expire
         for lease in leases:
             request = pb.UseRequest(lease_id=lease.lease_id, used=lease.used, tokens=lease.tokens)
             call = view.storage(lease.member.endpoint).Use.future(request, timeout=_RELEASE_TIMEOUT_S)
@@ -295,8 +297,8 @@ def say_used(view: ClusterView, leases: Iterable[Lease]) -> None:
 
 
 def release(view: ClusterView, leases: Iterable[Lease]) -> None:
-    """Give leases back, without waiting; one that cannot be given back expires by itself."""
-    with suppress(NodeUnavailableError):  # closed meanwhile
+    """Release leases without waiting. A lease whose release fails expires by itself."""
+    with suppress(NodeUnavailableError):  # the client was closed: the leases expire
         for lease in leases:
             request = pb.ReleaseLeaseRequest(lease_id=lease.lease_id, used=lease.used, tokens=lease.tokens)
             call = view.storage(lease.member.endpoint).ReleaseLease.future(

@@ -1,13 +1,13 @@
-"""What a lookup found: the stored chunks of a prompt, the nodes that hold them, and the leases on them.
+"""Result of a lookup: the stored chunks of a prompt, the nodes that hold them, and the leases on them.
 
-A match may be found in one process and fetched in another, as in engines whose scheduler runs in a process of its own.
+One process may find a match and another one fetch it, as in engines whose scheduler runs in its own process.
 `Match.to_bytes` writes
 
-    magic "KVM\\0" | version u16 | msgpack values, none of which holds others | xxh3_64 of all that, u64
+magic "KVM\\0" | version u16 | msgpack values without nesting | xxh3_64 of all preceding bytes, u64
 
-The values are counts, names and the headers of chunks as their nodes sent them. There are no tensors: a calibration
-travels by its digest, and the receiving process uses the one that it has itself. A reader allocates memory in
-proportion to the bytes that are there, and never recurses.
+The values are counts, names and chunk headers as the nodes sent them. The bytes hold no tensors: they name a
+calibration by its digest, and the receiving process uses its own copy. A reader allocates memory in proportion to the
+bytes that it is given, and never recurses.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_MATCH_BYTES = 16 << 20
 """A chunk takes up to 2 KiB with three encodings: enough for two million tokens."""
 _MAX_TEXT_BYTES = 4096
 _MAX_CALIBRATIONS = 16
-"""Each one that is not here yet is loaded by a thread."""
+"""The reader starts one thread for each calibration that is not loaded yet."""
 _MAX_NUMBER = (1 << 31) - 1
 _PREFIX = struct.Struct("<4sH")
 _MAGIC, _VERSION = b"KVM\0", 1
@@ -46,16 +46,16 @@ Value = TypeVar("Value", bool, int, float, str, bytes)
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One of the encodings that a chunk is stored in."""
+    """One encoding in which a chunk is stored."""
 
     header: ChunkHeader
     header_data: bytes = field(repr=False)
-    """The bytes of `header`, as the node sent them."""
+    """Bytes of `header`, as the node sent them."""
     klt: KLT | None = None
-    """The calibration that its header names, if it names one. None also where that is not at hand: such a variant
-    cannot be decoded."""
+    """Calibration named in the header. None if the header names none, or if it is not loaded yet: the variant cannot be
+    decoded then."""
     on_disk: bool = False
-    """Whether its node has it on disk only."""
+    """Whether the node has it only on disk."""
 
     @property
     def is_decodable(self) -> bool:
@@ -64,19 +64,19 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """A chunk of the prompt that is stored: what its headers say, and who holds it."""
+    """A stored chunk of the prompt: its variants and the node that holds it."""
 
     chunk_id: ChunkId
-    """As it is stored, which is how it is read."""
+    """Id under which the chunk is stored and read."""
     variants: tuple[Variant, ...]
-    """Those that can be used now, one at least: the most faithful first, and of equally faithful ones in the order of
+    """Usable variants, at least one: the most faithful first, and equally faithful ones in the order of
     `EncodingSettings.accept`."""
     member: Member
     first_token: int
-    """Position in the prompt of the chunk's first token."""
+    """Position of the chunk's first token in the prompt."""
     exact: bool = True
-    """Whether it is stored in the context that it has in the prompt. Otherwise the KV is that of the same tokens behind
-    another text, and only approximately what the prompt's would be."""
+    """Whether the KV was computed in the prompt's own context. Otherwise it is that of the same tokens behind another
+    text, and only approximates the prompt's KV."""
 
     @property
     def header(self) -> ChunkHeader:
@@ -92,29 +92,30 @@ class StoredChunk:
 
     @property
     def body_bytes(self) -> int:
-        """Total size of all frames of its first variant."""
+        """Total size of all frames of the first variant, bytes."""
         return self.header.size_bytes - self.header.header_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The chunks of a prompt that are to be reused, in order of position, leased until released."""
+    """Chunks of a prompt to reuse, ordered by position and leased until the match is fetched or released."""
 
     chunks: tuple[StoredChunk, ...] = ()
     leases: tuple[Lease, ...] = ()
     why_not: str | None = field(default=None, compare=False)
-    """Why there are no chunks, if there are none: `not stored`, or what was wrong, a sentence for people."""
+    """Why the match is empty, a sentence for people: `not stored`, or the failure."""
 
     @property
     def tokens(self) -> int:
-        """Total tokens of its chunks."""
+        """Total tokens of the chunks."""
         return sum(chunk.header.geometry.tokens for chunk in self.chunks)
 
     def to_bytes(self) -> bytes:
-        """The match for another process, which reads it with `from_bytes`. The leases go with it: whichever process
-        finishes a fetch of it or releases it first ends them, and a second release has no effect.
+        """Serialise the match for another process, which reads it with `from_bytes`. The leases go with it: the first
+        fetch or release that finishes in either process ends them, and a second release has no effect.
 
-        Raises MatchFormatError for a match that takes more than MAX_MATCH_BYTES."""
+        Raises MatchFormatError for a match of more than MAX_MATCH_BYTES.
+        """
         holders = [chunk.member for chunk in self.chunks] + [lease.member for lease in self.leases]
         members = list(dict.fromkeys(holders))
         number = {member: index for index, member in enumerate(members)}
@@ -135,30 +136,31 @@ class Match:
         signed = _PREFIX.pack(_MAGIC, _VERSION) + b"".join(map(msgpack.packb, values))
         if len(signed) + _CHECKSUM.size > MAX_MATCH_BYTES:
             raise MatchFormatError(
-                f"a match of {len(self.chunks)} chunks takes {len(signed)} bytes; {MAX_MATCH_BYTES} can be passed on"
+                f"a match of {len(self.chunks)} chunks takes {len(signed)} bytes; the limit is {MAX_MATCH_BYTES}"
             )
         return signed + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(signed))
 
     @classmethod
     def from_bytes(cls, data: bytes, spec: ModelSpec, ready_klt: Callable[[bytes], KLT | None]) -> Match:
-        """A match of this model that `to_bytes` wrote. It names the endpoints that a client connects to, with its
-        credentials: take it only from processes that are trusted with these.
+        """Read a match of this model that `to_bytes` wrote. The client connects with its credentials to the endpoints
+        that the match names, so accept a match only from processes that are trusted with these credentials.
 
-        Variants whose calibration `ready_klt` does not have are left out where the chunk has others. Where it has none
-        the chunk stays in the match, which is a run of neighbours, and a fetch reports it as missing at once.
+        Variants whose calibration `ready_klt` does not have are dropped where the chunk has others. A chunk without
+        others stays, because a prefix match is a run of neighbours; a fetch reports it as missing at once.
 
-        Raises MatchFormatError for any other bytes."""
+        Raises MatchFormatError for any other bytes.
+        """
         try:
             return _Reader(data, spec, ready_klt).match()
         except MatchFormatError:
             raise
-        # Bytes with a right checksum may still be anything: whatever does not parse is one thing, a bad match.
+        # Bytes with a valid checksum may still hold anything: whatever does not parse is reported as a bad match.
         except (CodecError, ValueError, msgpack.UnpackException) as error:
             raise MatchFormatError(f"the match cannot be read: {repr(error)[:200]}") from error
 
 
 def bytes_of_endpoints(chunks: Iterable[StoredChunk]) -> Counter[str]:
-    """Bytes that each endpoint sends of these chunks, each in its first variant."""
+    """Bytes that each endpoint sends for these chunks, each in its first variant."""
     sizes: Counter[str] = Counter()
     for chunk in chunks:
         sizes[chunk.member.endpoint] += chunk.body_bytes
@@ -166,11 +168,13 @@ def bytes_of_endpoints(chunks: Iterable[StoredChunk]) -> Counter[str]:
 
 
 class _Reader:
-    """Reads one match, value by value."""
+    """Reads the values of one serialised match."""
 
     def __init__(self, data: bytes, spec: ModelSpec, ready_klt: Callable[[bytes], KLT | None]) -> None:
         if not _PREFIX.size + _CHECKSUM.size <= len(data) <= MAX_MATCH_BYTES:
-            raise MatchFormatError(f"{len(data)} bytes are no match, or more than {MAX_MATCH_BYTES}")
+            raise MatchFormatError(
+                f"{len(data)} bytes are too short for a match, or more than {MAX_MATCH_BYTES}"
+            )
         magic, version = _PREFIX.unpack_from(data)
         if (magic, version) != (_MAGIC, _VERSION):
             raise MatchFormatError(
@@ -213,13 +217,13 @@ class _Reader:
     def _take(self, kind: type[Value]) -> Value:
         value = self._values.unpack()
         if type(value) is not kind:
-            raise MatchFormatError(f"a match has a {type(value).__name__} in place of a {kind.__name__}")
+            raise MatchFormatError(f"a match has a {type(value).__name__} where a {kind.__name__} belongs")
         return value
 
     def _number(self, most: int = _MAX_NUMBER) -> int:
         number = self._take(int)
         if not 0 <= number <= most:
-            raise MatchFormatError(f"a match has the number {number} where 0 to {most} can be")
+            raise MatchFormatError(f"a match has the number {number}; 0 to {most} is allowed")
         return number
 
     def _member(self) -> Member:

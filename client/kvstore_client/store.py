@@ -1,4 +1,4 @@
-"""Storing chunks behind the engine's back: encode in every wanted encoding, then stream to the owners."""
+"""Background storing of chunks: encode each chunk in every wanted encoding, and stream it to its owners."""
 
 import atexit
 import logging
@@ -36,34 +36,34 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NewChunk:
-    """KV to be stored. `gather` is called in the background and returns keys (before RoPE) and values,
-    `[layers, kv_heads, tokens, head_dim]` each; until then it holds on to the tensors it needs."""
+    """A chunk of KV to store. `gather` runs in the background and returns keys (before RoPE) and values, `[layers,
+    kv_heads, tokens, head_dim]` each; until then it keeps the tensors that it needs alive."""
 
     chunk_id: ChunkId
     gather: Callable[[], tuple[torch.Tensor, torch.Tensor]]
     features: Callable[[], torch.Tensor] | None = None
-    """`token_features` of the chunk's tokens, f32 `[tokens, features]` in host memory, called in the background. What
-    an encoding with a calibration needs besides the KV; `Store.needs_features` says whether it will be asked for."""
+    """Returns `token_features` of the chunk's tokens, f32 `[tokens, features]` in host memory; runs in the background.
+    Encodings with a calibration need it besides the KV (`Store.needs_features`)."""
     begins_text: bool = False
-    """Whether nothing stands before it: its first tokens are those that everything attends to."""
+    """Whether the chunk is the first of its text: its first tokens are attention sinks."""
     cost: float = 0.0
-    """Of computing it again; 0: as much as its tokens. It should not grow along a text, although the computing does:
-    the end is worth nothing without the beginning, and would outlive it."""
+    """Relative cost of computing the chunk again; 0 means its number of tokens. The cost should not grow along a text,
+    although the compute does: the end of a text is useless without its beginning, and must not outlive it."""
     document: int = 0
-    """Of what is put together, each document is a text of its own: a node that has no room for all of it keeps its
-    beginning, and what is behind that is not encoded in vain."""
+    """Number of the document in a segmented prompt. Each document is a text of its own: a node without room for all of
+    it keeps its beginning, and the chunks behind the cut are not encoded."""
 
 
 @dataclass(frozen=True, slots=True)
 class _NewChunks:
-    """What was handed in together."""
+    """The chunks of one `put`."""
 
     chunks: list[NewChunk]
     encodings: tuple[Encoding, ...]
     text: tuple[ChunkId, ...]
 
     def texts(self) -> dict[int, Sequence[ChunkId]]:
-        """By document the chunks of its text, in order."""
+        """Chunk ids of each document's text, in order, by document."""
         documents: dict[int, list[ChunkId]] = {}
         for chunk in self.chunks:
             documents.setdefault(chunk.document, []).append(chunk.chunk_id)
@@ -71,9 +71,9 @@ class _NewChunks:
 
 
 class Store:
-    """Takes new chunks and stores them in the background, one text after the other. Thread-safe.
+    """Stores new chunks in the background, one text after the other. Thread-safe.
 
-    What cannot be stored is counted and dropped: the next worker prefills it again.
+    A chunk that cannot be stored is counted and dropped; the next worker prefills it again.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Store:
         self._settings = settings
         self._metrics = metrics
         self.encodings = tuple(map(Encoding.parse, settings.encodings.stored))
-        """What new chunks are stored in, unless a `put` says otherwise."""
+        """Encodings of new chunks, unless a `put` names others."""
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
@@ -104,8 +104,8 @@ class Store:
         return any(encoding.needs_calibration for encoding in self.encodings)
 
     def encodings_behind(self, fetched: Collection[Encoding]) -> tuple[Encoding, ...]:
-        """Those of its encodings in which KV may be stored that was computed behind KV fetched in these: an encoding
-        that is more faithful than what its KV was computed from would promise too much."""
+        """Encodings in which KV may be stored that was computed behind KV fetched in the encodings `fetched`. An
+        encoding must not be more faithful than the KV that its input was computed from."""
         return tuple(mine for mine in self.encodings if all(map(mine.may_follow, fetched)))
 
     def put(
@@ -116,12 +116,12 @@ class Store:
         *,
         text: Sequence[ChunkId] = (),
     ) -> "Future[int]":
-        """Store chunks without waiting, each in all of `encodings` (when not given, the store's). The future gives the
-        number of chunks that are stored afterwards, in one of them at least: a fetch can use those. `text` names all
-        chunks of the text that they belong to, in order, where they are not all of it. Cancelling the future drops
-        chunks whose turn has not come; those under way are stored.
+        """Queue chunks for storing, each in all of `encodings` (default: the store's), and return at once.
 
-        When `store_backlog_bytes` of KV wait already, or the client was closed, new ones are dropped and counted.
+        The future's result is the number of chunks that are stored in at least one encoding, which is enough to fetch
+        them. `text` names all chunks of the text in order, where `chunks` are only a part of it. Cancelling the future
+        drops queued chunks; chunks in progress are stored. Chunks are dropped and counted when `store_backlog_bytes` of
+        KV are queued already, or when the client is closed.
         """
         size_bytes = len(chunks) * CHUNK_TOKENS * spec.kv_bytes_per_token
         stored: Future[int] = Future()
@@ -152,7 +152,7 @@ class Store:
         return stored
 
     def flush(self) -> None:
-        """Wait until everything handed in so far is stored or dropped. During a `close`, as long as that takes."""
+        """Block until every chunk queued so far is stored or dropped. During `close`, blocks as long as that takes."""
         with self._lock:
             worker = self._worker
             reached = None if worker is None or self._closed else self._reached()
@@ -162,7 +162,7 @@ class Store:
             worker.join()
 
     def close(self) -> None:
-        """Give what waits `close_timeout_s` to be stored, then drop it. Also called when the interpreter exits."""
+        """Store queued chunks for up to `close_timeout_s`, then drop the rest. Also runs at interpreter exit."""
         with self._lock:
             if self._closed:
                 return
@@ -187,20 +187,20 @@ class Store:
         self._finalizer.cancel()
 
     def _hand_over(self, job: Callable[[], object]) -> None:
-        """With the lock held. The worker begins with the first job: a client that stores nothing needs no thread.
-        Raises RuntimeError where none can be had."""
+        """Queue a job; the caller holds the lock. The first job starts the worker, so a client that stores nothing has
+        no thread. Raises RuntimeError when no thread can be started."""
         if self._worker is None:
-            # A daemon, so that a silent node cannot keep the interpreter from exiting; `close` has its own patience.
+            # A daemon, so that a silent node cannot keep the interpreter from exiting; `close` has its own timeout.
             worker = threading.Thread(target=self._work, name="kvstore-store", daemon=True)
             worker.start()
             self._worker = worker
-            # A child that multiprocessing has forked or spawned ends without what atexit knows.
+            # Children of multiprocessing exit without running atexit handlers.
             self._finalizer = multiprocessing.util.Finalize(None, self.close, exitpriority=0)
         self._jobs.put(job)
 
     def _reached(self) -> "Future[None]":
-        """Done when the worker has come this far. It never does behind the end that `close` puts there: who is not
-        `close` calls this with the lock held, while the store is open."""
+        """A future that is done when the worker reaches this point of the queue. It is never done behind the end mark
+        that `close` queues, so all other callers hold the lock while the store is open."""
         reached: Future[None] = Future()
         self._jobs.put(partial(reached.set_result, None))
         return reached
@@ -210,9 +210,7 @@ class Store:
         while (job := self._jobs.get()) is not None:
             try:
                 job()
-            except (
-                BaseException
-            ):  # of a caller's: from a `gather`, or from a callback of a future that it holds
+            except BaseException:  # raised by a caller's `gather`, or by a callback of its future
                 log.exception("storing failed")
                 self._metrics.missed(MissReason.STORE_INTERNAL_ERROR)
 
@@ -249,13 +247,13 @@ class Store:
             detail = unreachable(error, self._settings.address)
             self._metrics.missed(MissReason.STORE_UNREACHABLE, detail=detail, cause=str(error))
             return 0
-        except Exception:  # a mistake of ours; nobody waits for this, so it is said here
+        except Exception:  # a bug in this package; no caller waits, so it is logged here
             log.exception("storing %d chunks failed", len(new.chunks))
             self._metrics.missed(MissReason.STORE_INTERNAL_ERROR)
             return 0
 
     def _calibration(self, spec: ModelSpec, encodings: Sequence[Encoding]) -> KLT | None:
-        """Waits `calibration_timeout_s` for it, and not longer than `close` lets the store live."""
+        """Wait for the model's calibration for `calibration_timeout_s`, and no longer than `close` allows."""
         loading = self._ready.for_model(spec.digest)
         either: tuple[Future[Any], ...] = (loading, self._stop)
         wait(either, self._settings.timeouts.calibration_s, return_when=FIRST_COMPLETED)
@@ -271,9 +269,9 @@ class Store:
         return klt
 
     def _write(self, spec: ModelSpec, klt: KLT | None, new: "_NewChunks") -> int:
-        """Encode each chunk once in each encoding and send it to all its owners; how many chunks have one copy at
-        least in one of them. What follows in a text that the nodes have cut is left out. Raises NodeUnavailableError
-        when there is no node."""
+        """Encode each chunk once per encoding and send it to all its owners. Returns the number of chunks that have at
+        least one copy in at least one encoding. Skips the chunks of a text behind the point where nodes cut it. Raises
+        NodeUnavailableError when the cluster has no node."""
         chunks, encodings = new.chunks, new.encodings
         placed = self._view.writers([chunk.chunk_id.content_id for chunk in chunks])
         texts = {
@@ -323,14 +321,13 @@ class Store:
         return len(stored)
 
     def _writes_order(self, spec: ModelSpec) -> bool:
-        """Not under tensor parallelism: all ranks have to choose the same tokens, and one sees but its own heads."""
+        """False under tensor parallelism: all ranks must select the same tokens, and a rank sees only its own heads."""
         return self._settings.recompute.selector.needs_order and spec.tp_size == 1
 
     def _encoded(
         self, spec: ModelSpec, klt: KLT | None, chunk: NewChunk, encodings: tuple[Encoding, ...]
     ) -> Iterator[EncodedChunk]:
-        """The chunk in each encoding that it can be coded in, one after the other: the first is on its way already
-        while the next is coded."""
+        """Yield the chunk in each possible encoding, so that the first is sent while the next is encoded."""
         try:
             keys, values = chunk.gather()
             features = chunk.features() if klt and chunk.features else None

@@ -68,7 +68,7 @@ def test_a_dead_storage_node_is_named(cluster: ServedCluster, caplog: pytest.Log
         for _ in range(3):
             cached.generate(prompt, **GREEDY)
             assert endpoint in str(cached.last_report.why_not)
-    assert len([line for line in warnings_of(caplog) if "; chunks there are computed" in line]) == 1
+    assert len([line for line in warnings_of(caplog) if "; its chunks are computed" in line]) == 1
 
 
 def test_a_report_says_why_nothing_was_reused(cluster: ServedCluster) -> None:
