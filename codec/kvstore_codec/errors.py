@@ -41,6 +41,7 @@ KVStoreError
 │   ├── DamagedCalibrationError   bytes that do not match their digest
 │   └── UnknownModelError         the cluster has no canary for that ModelSpec digest
 ├── MatchFormatError              bytes that are not a whole match of this model
+├── UnsupportedEngineError        an engine whose version or KV layout is unknown; the message says why
 ├── NotCopyableError              an object with threads, hooks or connections was copied or pickled
 ├── PublishError                  the registry did not accept a calibration; the message says why
 ├── ServiceError
@@ -194,6 +195,9 @@ class UnknownModelError(ClusterError): ...
 
 
 class MatchFormatError(KVStoreError): ...
+
+
+class UnsupportedEngineError(KVStoreError): ...
 
 
 class NotCopyableError(KVStoreError, TypeError): ...

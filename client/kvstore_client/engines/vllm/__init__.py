@@ -1,0 +1,1 @@
+"""vLLM: reads and writes the paged KV memory of its workers."""
