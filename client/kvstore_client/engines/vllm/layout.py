@@ -115,8 +115,9 @@ class RowMajorCpuLayout(BlockLayout):
 
     def views(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = _halves(tensor)
-        transposed = keys.unflatten(-1, (self.head_dim, self.block_tokens)).transpose(-1, -2)
-        return _one_group(transposed), _one_group(values.unflatten(-1, (self.block_tokens, self.head_dim)))
+        of_head = keys.shape[:2]
+        transposed = keys.view(*of_head, self.head_dim, self.block_tokens).transpose(-1, -2)
+        return _one_group(transposed), _one_group(values.view(*of_head, self.block_tokens, self.head_dim))
 
 
 class AmxCpuLayout(BlockLayout):
@@ -126,14 +127,10 @@ class AmxCpuLayout(BlockLayout):
 
     def views(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = _halves(tensor)
-        return (
-            keys.unflatten(-1, (self.block_tokens // 16, self.head_dim // 2, 16, 2)).permute(
-                0, 1, 2, 4, 3, 5
-            ),
-            values.unflatten(-1, (self.head_dim // 16, self.block_tokens // 2, 16, 2)).permute(
-                0, 1, 3, 5, 2, 4
-            ),
-        )
+        of_head = keys.shape[:2]
+        key_tiles = keys.view(*of_head, self.block_tokens // 16, self.head_dim // 2, 16, 2)
+        value_tiles = values.view(*of_head, self.head_dim // 16, self.block_tokens // 2, 16, 2)
+        return key_tiles.permute(0, 1, 2, 4, 3, 5), value_tiles.permute(0, 1, 3, 5, 2, 4)
 
 
 class PackedLayout(BlockLayout):
