@@ -1,7 +1,7 @@
 """The ModelSpec of a checkpoint on disk, for processes that hold no weights or hold them fused.
 
-A serving engine's scheduler loads no weights, and its workers fuse and shard theirs. The files of the checkpoint are
-the same for both, and for a transformers worker: its `state_dict` has the same names, shapes and bytes.
+A serving engine's scheduler loads no weights, and its workers fuse and shard theirs. The checkpoint's files are the
+same for both, and for a transformers worker, whose `state_dict` has the same names, shapes and bytes.
 """
 
 import json
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NOT_LOADED = ".rotary_emb.inv_freq"
-"""Ending of tensors in old checkpoints that models compute instead of loading."""
+"""Suffix of tensors in old checkpoints that models compute instead of loading."""
 
 
 def spec_of_checkpoint(
@@ -36,12 +36,12 @@ def spec_of_checkpoint(
     model_id: str | None = None,
     cache_dir: Path | None = None,
 ) -> ModelSpec:
-    """The ModelSpec of the checkpoint in `folder` when its weights are loaded as `dtype`: the one that
-    `kvstore_client.engines.transformers` gives the model loaded from it.
+    """The ModelSpec of the checkpoint in `folder` with its weights loaded as `dtype`. It equals the one that
+    `kvstore_client.engines.transformers` gives the loaded model.
 
     `config` is the Hugging Face config with its defaults filled in (`AutoConfig.from_pretrained(folder).to_dict()`).
-    Reading the weights takes about a second per 2 GB, one tensor in memory at a time; with `cache_dir` their digest is
-    kept there, and read again while no file has another size or modification time.
+    Reading the weights takes about a second per 2 GB, with one tensor in memory at a time. With `cache_dir` the digest
+    is kept there and reused until a file's size or modification time changes.
 
     Raises UnsupportedModelError for a checkpoint that is quantised, damaged, or not in safetensors files.
     """
@@ -102,7 +102,7 @@ def _named(opened: ExitStack, path: Path) -> Iterator[tuple[str, Any]]:
 
 
 class _DigestCache:
-    """One digest in one small file, with what the checkpoint's files looked like when it was taken."""
+    """One digest in one small file, with size and time of the checkpoint's files when it was computed."""
 
     def __init__(self, cache_dir: Path | None, folder: Path, files: tuple[Path, ...], reading: str) -> None:
         name = blake3(f"{folder.resolve()} {reading}".encode()).hexdigest()[:32]
@@ -121,7 +121,7 @@ class _DigestCache:
             return None
 
     def write(self, digest: bytes) -> None:
-        if self._path is None or self._look() != self._seen:  # somebody replaced a file meanwhile
+        if self._path is None or self._look() != self._seen:  # a file was replaced meanwhile
             return
         unfinished = self._path.with_suffix(f".{os.getpid()}")
         try:

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: `CachedModel` wraps a causal language model."""
+"""Adapter for Hugging Face transformers: `CachedModel` wraps a causal language model."""
 
 from kvstore_client.engines.transformers.model import CachedModel
 from kvstore_client.engines.transformers.requests import RequestQueue

@@ -1,4 +1,4 @@
-"""Which `generate` calls are left alone, and why."""
+"""Decides which `generate` calls run without KV reuse, and why."""
 
 import copy
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 
-# Arguments that leave the KV of the prompt what a plain prefill makes it. Anything else is passed through untouched:
-# an argument unknown here may change what the model computes, and a wrong answer is worse than a slow one.
+# Arguments that leave the prompt's KV as a plain prefill computes it. Calls with any other argument run without reuse:
+# an unknown argument may change what the model computes, and a wrong answer is worse than a slow one.
 _HARMLESS = frozenset({
     "attention_mask", "generation_config", "logits_processor", "stopping_criteria", "streamer", "tokenizer",
     "return_dict_in_generate", "output_scores", "output_logits", "use_cache",
@@ -27,7 +27,7 @@ _HARMLESS = frozenset({
 _PLAIN: Mapping[str, tuple[object, ...]] = {
     "num_return_sequences": (None, 1),
     "guidance_scale": (None, 1),
-    # transformers ignores "hybrid", which older configs of models with sliding windows name.
+    # transformers ignores "hybrid", which older configs of sliding-window models name.
     "cache_implementation": (None, "dynamic", "hybrid"),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
@@ -35,7 +35,7 @@ _PLAIN: Mapping[str, tuple[object, ...]] = {
     "token_healing": (None, False),
     "use_cache": (None, True),
 }
-# What else chooses between plain decoding and the other modes, all of which go through the cache in ways of their own.
+# Arguments that select other decoding modes, which use the cache in their own ways.
 _MODE = frozenset({
     "num_beams", "num_beam_groups", "penalty_alpha", "dola_layers", "constraints", "force_words_ids", "use_mtp",
     "prompt_lookup_num_tokens", "assistant_early_exit",
@@ -46,11 +46,11 @@ _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 def bypass_reason(
     model: PreTrainedModel, input_ids: torch.Tensor | None, arguments: Mapping[str, Any]
 ) -> str | None:
-    """Why this call must run without reuse, or None when reuse gives what the plain call would."""
+    """Why this call must run without reuse; None when reuse gives the same result as the plain call."""
     if (reason := mode_reason(model)) is not None:
         return reason
     if getattr(model, "peft_config", None) or getattr(model, "_hf_peft_config_loaded", False):
-        return "adapter"  # which adapter is active shows in no weight
+        return "adapter"  # no weight shows which adapter is active
     if input_ids is None or input_ids.ndim != 2 or input_ids.shape[0] != 1 or input_ids.shape[1] == 0:
         return "batch"
     for name in arguments:
@@ -67,12 +67,12 @@ def bypass_reason(
 
 
 def mode_reason(model: PreTrainedModel) -> str | None:
-    """Why nothing may be reused while the model, or torch in the calling thread, is in the mode that it is in now."""
+    """Why the current mode of the model, or of torch in the calling thread, forbids reuse; None when it does not."""
     if model.training:
         return "training"
-    device = model.device.type  # of offloaded weights: meta, which knows no autocast
+    device = model.device.type  # offloaded weights are on meta, which has no autocast
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return "autocast"  # the cache would hold another dtype than the model's
+        return "autocast"  # the cache would have another dtype than the model
     if _get_current_dispatch_mode_stack():
         return "dispatch_mode"
     function_modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
@@ -82,10 +82,10 @@ def mode_reason(model: PreTrainedModel) -> str | None:
 
 
 def _hides_tokens(config: GenerationConfig, input_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether the model would not attend to every token of the prompt."""
+    """Whether the model ignores some token of the prompt."""
     if mask is not None:
         return mask.shape != input_ids.shape or not bool((mask == 1).all())
-    # Without a mask, transformers hides pad tokens that stand in the prompt, unless pad and end are one token.
+    # Without a mask, transformers masks pad tokens in the prompt, unless the pad token is also an end token.
     pad, ends = config.pad_token_id, config.eos_token_id
     if pad is None or not bool((input_ids == pad).any()):
         return False
@@ -93,7 +93,8 @@ def _hides_tokens(config: GenerationConfig, input_ids: torch.Tensor, mask: torch
 
 
 def _effective_config(model: PreTrainedModel, arguments: Mapping[str, Any]) -> GenerationConfig:
-    """What `generate` will go by: arguments before the given config before the model's own."""
+    """The config that `generate` will use: arguments take precedence over the given config, and that over the
+    model's."""
     config = copy.deepcopy(arguments.get("generation_config") or GenerationConfig())
     config.update(**model.generation_config.to_dict(), defaults_only=True)
     config.update(**{name: value for name, value in arguments.items() if name != "generation_config"})

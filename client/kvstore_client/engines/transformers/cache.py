@@ -1,4 +1,4 @@
-"""A transformers `Cache` whose first tokens arrive while the model already computes."""
+"""A transformers `Cache` whose reused tokens arrive while the model already computes."""
 
 import torch
 from transformers import DynamicCache
@@ -10,7 +10,7 @@ from kvstore_client.reuse.capture import KeyCapture
 
 
 class CapturedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
-    """A dynamic layer that tells a KeyCapture what it took."""
+    """A dynamic layer that reports the tokens it caches to a KeyCapture."""
 
     def __init__(self, layer: int, capture: KeyCapture) -> None:
         super().__init__()
@@ -25,14 +25,14 @@ class CapturedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not 
 
 
 class PlacedLayer(CapturedLayer):
-    """One layer behind reused KV that lies in buffers: what the model computes is put behind it while there is room,
-    and nothing is copied. Afterwards it is an ordinary layer."""
+    """A layer whose reused KV is in buffers. New KV is written behind it in the same buffers while there is room, so
+    nothing is copied; after that it is an ordinary dynamic layer."""
 
     def __init__(self, layer: int, capture: KeyCapture, buffers: KVBuffers) -> None:
         super().__init__(layer, capture)
         self._all_keys, self._all_values = (b[layer].unsqueeze(0) for b in (buffers.keys, buffers.values))
         self.is_in_buffers = True
-        """Whether its tensors are views of buffers that will be given back."""
+        """Whether the tensors are views of buffers that will be released."""
         self._show(capture.first_token)
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.is_initialized = True
@@ -56,7 +56,7 @@ class PlacedLayer(CapturedLayer):
 
 
 class ArrivingLayer(PlacedLayer):
-    """One layer of reused KV. The first `update` waits for it."""
+    """A layer of reused KV whose first `update` waits until the KV has arrived."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class ArrivingLayer(PlacedLayer):
         buffers: KVBuffers,
         arrives: LayerArrives,
     ) -> None:
-        super().__init__(layer, capture, buffers)  # views: their length is known before their content is
+        super().__init__(layer, capture, buffers)  # views: their length is known before their content
         self._arrives: LayerArrives | None = arrives
 
     def update(
@@ -85,23 +85,24 @@ class ArrivingLayer(PlacedLayer):
 
 
 def empty_cache(capture: KeyCapture, layers: int) -> DynamicCache:
-    """A cache for a prompt of which nothing is reused."""
+    """A cache for a prompt without reused KV."""
     return _cache([CapturedLayer(layer, capture) for layer in range(layers)])
 
 
 def arriving_cache(buffers: KVBuffers, capture: KeyCapture, arrives: LayerArrives) -> DynamicCache:
-    """A cache that holds the tokens before the captured ones, each layer as soon as it `arrives`."""
+    """A cache that holds the tokens before the captured ones. Each layer is complete once `arrives` returns for it."""
     layers = range(buffers.keys.shape[0])
     return _cache([ArrivingLayer(layer, capture, buffers, arrives) for layer in layers])
 
 
 def placed_cache(buffers: KVBuffers, capture: KeyCapture) -> DynamicCache:
-    """A cache whose tokens before the captured ones are in the buffers, and that puts the captured ones there."""
+    """A cache whose reused tokens are in the buffers already, and that writes the captured tokens behind them."""
     return _cache([PlacedLayer(layer, capture, buffers) for layer in range(buffers.keys.shape[0])])
 
 
 def make_plain(cache: DynamicCache) -> None:
-    """Give a finished cache ordinary layers: it may be copied, pickled and kept, and holds on to nothing of ours."""
+    """Give a finished cache ordinary layers, which can be copied, pickled and kept, and which refer to no shared
+    buffers."""
     for index, layer in enumerate(cache.layers):
         plain = DynamicLayer()
         if layer.is_initialized:
@@ -111,17 +112,18 @@ def make_plain(cache: DynamicCache) -> None:
 
 
 def computed_values(cache: DynamicCache, first_token: int) -> tuple[torch.Tensor, ...]:
-    """What a finished cache holds from position `first_token` on, by layer `[kv_heads, tokens, head_dim]`, to be kept
-    when the buffers are given back. Empty for a cache that no pass has filled."""
+    """Values in a finished cache from position `first_token` on, by layer `[kv_heads, tokens, head_dim]`. They stay
+    valid after the buffers are released. Empty for a cache that no pass has filled."""
     if not all(layer.is_initialized for layer in cache.layers):
         return ()
     return tuple(_kept(layer, layer.values[0, :, first_token:]) for layer in cache.layers)
 
 
 def whole_tokens(cache: DynamicCache, capture: KeyCapture) -> int:
-    """Position up to which a cache holds KV of every layer, when its last forward pass may have been broken off.
+    """Position up to which every layer of a cache holds KV, when its last forward pass may have been interrupted.
 
-    Where the captured keys do not fit what the cache took, that is the first captured token: nothing can be told."""
+    Returns the first captured token when the captured keys do not match the cached tokens.
+    """
     ends = []
     for index, layer in enumerate(cache.layers):
         end = layer.values.shape[-2] if layer.is_initialized else 0

@@ -1,4 +1,4 @@
-"""What a calibration needs to see of a running model: its KV, its queries, and how much it minds errors in them."""
+"""Observes what a calibration is fitted to: a model's KV, its queries, and its sensitivity to errors in KV."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,24 +19,24 @@ from kvstore_codec.rope import RotaryTable, rotate_
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """One text as the model sees it, f32 on its device."""
+    """One text after a prefill, f32 on the model's device."""
 
     keys: torch.Tensor
-    """before RoPE, [layers, kv_heads, tokens, head_dim]"""
+    """Before RoPE, `[layers, kv_heads, tokens, head_dim]`."""
     values: torch.Tensor
-    """[layers, kv_heads, tokens, head_dim]"""
+    """`[layers, kv_heads, tokens, head_dim]`."""
     queries: torch.Tensor
-    """before RoPE, [layers, heads, tokens, head_dim]"""
+    """Before RoPE, `[layers, heads, tokens, head_dim]`."""
     features: torch.Tensor
-    """[tokens, 2 * hidden], see `token_features`"""
+    """`[tokens, 2 * hidden]`, see `token_features`."""
 
 
 class ObservedModel:
-    """Reads what a calibration is made of out of a model of the supported families.
+    """Observes a model of a supported family for a calibration.
 
-    The ModelSpec is taken as the model comes; then its weights are cast to f32 in place, because gradients and small
-    divergences drown in half precision. They also no longer ask for gradients. Raises UnsupportedModelError for a
-    model whose KV cannot be reused, or that was changed (hooks, patches): others would read its calibration.
+    The ModelSpec is read first; then the weights are cast to f32 in place, because half precision hides gradients and
+    small divergences. The weights no longer require gradients. Raises UnsupportedModelError for a model whose KV cannot
+    be reused, or that was modified (hooks, patches): other workers would use its calibration.
     """
 
     def __init__(self, model: PreTrainedModel, model_id: str | None = None) -> None:
@@ -50,12 +50,12 @@ class ObservedModel:
 
     @property
     def longest_text(self) -> int:
-        """Tokens."""
+        """Length of the longest text that the model accepts, tokens."""
         return int(self.model.config.max_position_embeddings)
 
     @torch.no_grad()
     def prefill(self, tokens: torch.Tensor) -> Prefilled:
-        """`tokens` is i64 `[tokens]`, from position 0 on."""
+        """Prefill `tokens`, i64 `[tokens]`, from position 0 on."""
         seen: dict[tuple[str, int], torch.Tensor] = {}
         cache = DynamicCache()
         ids = tokens.unsqueeze(0).to(self.model.device)
@@ -72,10 +72,10 @@ class ObservedModel:
     def fisher(
         self, text: Prefilled, continuation: torch.Tensor, generator: torch.Generator, *, sinks: int
     ) -> torch.Tensor:
-        """Mean squared gradient per layer and K/V, f32 `[layers, 2]`, over the tokens after the first `sinks`.
+        """Mean squared gradient per layer for K and V, f32 `[layers, 2]`, over the tokens after the first `sinks`.
 
-        The gradient is that of the log-likelihood of one label per `continuation` token `[tokens]`, drawn with
-        `generator` (on the CPU) from what the model itself predicts.
+        The gradient is that of the log-likelihood of one label per token of `continuation`, `[tokens]`. `generator` (on
+        the CPU) draws the labels from the model's own predictions.
         """
         keys, values = (
             [tensor.clone().requires_grad_() for tensor in part] for part in (text.keys, text.values)
@@ -96,7 +96,7 @@ class ObservedModel:
     def log_probabilities(
         self, keys: torch.Tensor, values: torch.Tensor, continuation: torch.Tensor
     ) -> torch.Tensor:
-        """What the model predicts at each token of `continuation` `[tokens]` behind this KV (keys before RoPE), f32
+        """Log-probabilities at each token of `continuation`, `[tokens]`, behind this KV (keys before RoPE), f32
         `[tokens, vocabulary]`."""
         cache = DynamicCache()
         for layer, table in enumerate(self._rotary(keys.shape[2])):
@@ -107,21 +107,20 @@ class ObservedModel:
 
     @torch.no_grad()
     def output_weight(self) -> torch.Tensor:
-        """W_o^T W_o, summed over the query heads of each KV head, in host memory.
-
-        `[layers, kv_heads, head_dim, head_dim]`."""
+        """W_o^T W_o, summed over the query heads of each KV head, in host memory, `[layers, kv_heads, head_dim,
+        head_dim]`."""
         heads, dim = self.spec.kv_heads, self.spec.head_dim
         weights = []
         for attention in self._attentions:
             weight = attention.get_submodule("o_proj").weight
             assert isinstance(weight, torch.Tensor)  # noqa: S101  # narrows nn.Module's attribute type
-            # Rows are grouped by KV head: [kv_heads, query heads of it * hidden, head_dim].
+            # Rows are grouped by KV head: [kv_heads, its query heads * hidden, head_dim].
             rows = weight.float().T.reshape(heads, -1, dim, weight.shape[0]).transpose(2, 3).flatten(1, 2)
             weights.append((rows.transpose(1, 2) @ rows).cpu())
         return torch.stack(weights)
 
     def inverse_frequencies(self) -> torch.Tensor:
-        """Of RoPE, radians a token, `[layers, rotary_dim / 2]`."""
+        """Inverse frequencies of RoPE, radians per token, `[layers, rotary_dim / 2]`."""
         return inverse_frequencies(self.model)
 
     def _continue(self, cache: DynamicCache, continuation: torch.Tensor) -> torch.Tensor:
@@ -134,7 +133,7 @@ class ObservedModel:
 
     @contextmanager
     def _watching(self, seen: dict[tuple[str, int], torch.Tensor]) -> Iterator[None]:
-        """Note the queries and keys of every layer before RoPE, `[heads, tokens, head_dim]`."""
+        """Record the queries and keys of every layer before RoPE, `[heads, tokens, head_dim]`."""
 
         def note(kind: str, layer: int, heads: torch.Tensor) -> None:
             seen[kind, layer] = heads[0].transpose(0, 1)
@@ -151,7 +150,7 @@ class ObservedModel:
 
 
 def _rotated(keys: torch.Tensor, table: RotaryTable) -> torch.Tensor:
-    """`rotate_`, into a new tensor that gradients flow through."""
+    """Like `rotate_`, but into a new tensor through which gradients flow."""
     size = table.cos.shape[-1]
     turned, rest = keys[..., :size], keys[..., size:]
     first, second = turned.chunk(2, dim=-1)

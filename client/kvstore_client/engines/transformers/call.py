@@ -1,4 +1,4 @@
-"""A `generate` call of a transformers model: its arguments, and its passes over caches of reused KV."""
+"""A `generate` call of a transformers model: its arguments, and its passes over caches with reused KV."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ from kvstore_client.reuse.capture import KeyCapture
 
 
 class GenerateCall:
-    """`model.generate(input_ids, **arguments)`; see `EngineCall`."""
+    """The call `model.generate(input_ids, **arguments)`; see `EngineCall`."""
 
     def __init__(
         self,
@@ -69,12 +69,12 @@ class GenerateCall:
     @property
     def _prompt(self) -> torch.Tensor:
         if self._input_ids is None:
-            raise RuntimeError("a call without token ids is passed through")
+            raise RuntimeError("a call without token ids must run without reuse")
         return self._input_ids
 
 
 class GeneratePass:
-    """One run of a `generate` call over a cache; see `PromptPass`."""
+    """One run of a `generate` call over one cache; see `PromptPass`."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class GeneratePass:
         self._model, self._input_ids, self._arguments = model, input_ids, arguments
         self._cache, self._capture = cache, capture
         self._is_kept = False
-        """Whether the caller is given the cache."""
+        """Whether the cache is returned to the caller."""
 
     def run(self) -> EngineOutput:
         output = self._model.generate(self._input_ids, past_key_values=self._cache, **self._arguments)
@@ -101,7 +101,7 @@ class GeneratePass:
         kept = computed_values(self._cache, self._capture.first_token) if values else ()
         computed = ComputedKV(self._cache.get_seq_length(), kept)
         if not self._is_kept:
-            self._cache.layers.clear()  # nobody shall find in it what is put into the buffers next
+            self._cache.layers.clear()  # the buffers behind these layers are used again
         return computed
 
     def salvage(self) -> ComputedKV | None:
@@ -112,7 +112,7 @@ class GeneratePass:
 
 
 class _PromptOnce:
-    """A streamer to which the prompt is announced by the first pass only."""
+    """A streamer wrapper that passes on the prompt only once, however many passes run."""
 
     def __init__(self, streamer: Any) -> None:
         self._streamer = streamer

@@ -1,4 +1,4 @@
-"""Whether a loaded model computes what the cluster's KV of it was computed with: found out in the background."""
+"""Checks in the background whether a loaded model computes the same KV as the model's canary in the cluster."""
 
 import logging
 import threading
@@ -23,44 +23,44 @@ log = logging.getLogger(__name__)
 
 
 class ModelCanary:
-    """Compares a model with the canary of its `spec`, which every method is told. Thread-safe.
+    """Compares a model with the canary of its `spec`, which every method takes. Thread-safe.
 
-    A comparison runs in a thread of its own, which ends with it: one prefill of 256 tokens the first time, an exchange
-    with the coordinator when a canary was replaced. A probe during which the model was not, by its `identity`, what
-    `spec` describes says nothing.
+    Each comparison runs in a thread of its own: a prefill of 256 tokens the first time, and one exchange with the
+    coordinator when a canary was replaced. A comparison gives no verdict when the model's `identity` did not match
+    `spec` all the time.
     """
 
     def __init__(self, model: PreTrainedModel, client: KVStoreClient, identity: ModelIdentity) -> None:
         self._model, self._client, self._identity = model, client, identity
         self._lock = threading.Lock()
         self._probing = threading.Lock()
-        """Held while the model runs over the probe."""
+        """Held while the model computes the probe."""
         self._closed = False
         self._spec: ModelSpec | None = None
         self._own: tuple[Probe, ProbeKV] | None = None
         self._verdict: Verdict | None = None
         self._running: threading.Event | None = None
-        """Set when the comparison under way has ended."""
+        """Event of the comparison in progress; set when it ends."""
         self._began_s = 0.0
         self._spent_s = 0.0
-        """What comparisons of the spec that ended took together."""
+        """Total duration of the finished comparisons of this spec, seconds."""
         renew_in_children(self, ModelCanary._renew)
 
     @property
     def verdict(self) -> Verdict | None:
-        """Of the latest comparison; its message is for a person."""
+        """The latest verdict; its message is for people."""
         with self._lock:
             return self._verdict
 
     def why(self, reason: str) -> str:
-        """A refusal's word and sentence."""
+        """The refusal's one-word reason followed by a sentence."""
         verdict = self.verdict
         if verdict is not None and verdict.reason == reason:
             return f"{reason}: {verdict.message}"
-        return f"{reason}: this model's KV is not compared yet with the canary that the cluster keeps of it"
+        return f"{reason}: this model's KV has not been compared with the cluster's canary yet"
 
     def count(self, reason: str, *, storing: bool = False) -> str:
-        """Count, and log, that a call looks nothing up for `reason`, or does not store what it computed. Returns
+        """Count and log that a call, for `reason`, looks nothing up, or with `storing` stores nothing. Returns
         `why`."""
         why, metrics = self.why(reason), self._client.metrics
         counted = MissReason.of_canary(reason, storing=storing)
@@ -73,18 +73,19 @@ class ModelCanary:
         return why
 
     def watch(self, spec: ModelSpec) -> None:
-        """The model is this one from now on: forget what was found of another, and start to compare."""
+        """Set the model's spec: drop the verdict of another spec, and start to compare."""
         with self._lock:
             self._spec, self._own, self._verdict, self._running = spec, None, None, None
             self._spent_s = 0.0
         self.refusal(spec, wait_s=0)
 
     def refusal(self, spec: ModelSpec, *, wait_s: float) -> str | None:
-        """Why KV must be neither reused nor stored now, in one word; None when it may be. A client that is closed
-        neither reads nor stores anyway: None.
+        """Why KV must not be reused or stored now, in one word; None when it may be. Also None for a closed client,
+        which neither reads nor stores.
 
-        A comparison under way is waited for, unless it repeats one that failed: then calls go on without it. All
-        comparisons of a spec together are waited for `wait_s` at most."""
+        Waits for a comparison in progress, unless it repeats a failed one: calls then run without waiting. All
+        comparisons of a spec together delay calls by `wait_s` at most.
+        """
         while not self._client.is_closed:
             with self._lock:
                 verdict, running = self._verdict, self._running
@@ -103,31 +104,32 @@ class ModelCanary:
         return None
 
     def close(self) -> None:
-        """Compare no more: when this returns nothing runs the model any more, and nothing of it becomes a canary. Waits
-        for a probe that is being computed, which takes a prefill of 256 tokens."""
+        """Stop comparing. Blocks until a probe in progress ends, which takes a prefill of 256 tokens; afterwards
+        nothing runs the model or creates a canary."""
         with self._lock:
             self._closed = True
         with self._probing:
             pass
 
     def _renew(self) -> None:
-        """In a forked child, which has not the parent's thread. What the model computes is known still."""
+        """Reset in a forked child, which does not have the parent's thread. The verdict stays valid."""
         self._lock, self._probing = threading.Lock(), threading.Lock()
         self._verdict = self._running = None
         self._spent_s = 0.0
 
     def _is_stale(self, spec: ModelSpec, verdict: Verdict) -> bool:
-        """Whether it is to be found out anew."""
+        """Whether the model must be compared again."""
         if verdict.reason in (*FAILED, "canary_pending"):
             return not self._client.canaries.is_paused(spec)
         return verdict.changes != self._client.canaries.changes
 
     def _start(self, spec: ModelSpec) -> threading.Event | None:
-        """Called with the lock. None after `close`, and when there is no thread left in this process."""
+        """Start a comparison; the caller holds the lock. None after `close`, and when no thread can be started."""
         if self._closed:
             return None
         ended = threading.Event()
-        # Not a daemon: the interpreter must not end while a thread is inside torch. It lasts seconds at most.
+        # Not a daemon: the interpreter must not exit while a thread is inside torch. The thread lives for seconds at
+        # most.
         thread = threading.Thread(target=self._run, args=(spec, ended), name="kvstore-canary")
         try:
             thread.start()
@@ -138,14 +140,14 @@ class ModelCanary:
 
     @single_threaded()
     def _run(self, spec: ModelSpec, ended: threading.Event) -> None:
-        verdict = Verdict("canary_failed", "an error of kvstore; see the log")
+        verdict = Verdict("canary_failed", "an internal error of kvstore; see the log")
         try:
             verdict = self._found(spec)
         except NodeUnavailableError as error:
             verdict = Verdict("unreachable", str(error))
         except _NothingFoundError as error:
             verdict = Verdict("canary_pending", str(error))
-        except Exception as error:  # whatever the model raises is not the engine's to see from here
+        except Exception as error:  # an error of the model must not reach the engine here
             verdict = Verdict("canary_failed", f"{spec.model_id} cannot compute the probe: {error!r}"[:1000])
         finally:
             with self._lock:
@@ -162,7 +164,7 @@ class ModelCanary:
         return self._client.canaries.compared(spec, kept, probe, own, self._model.device.type)
 
     def _computed(self, spec: ModelSpec) -> tuple[Probe, ProbeKV]:
-        """The model's own probe, whatever a kept canary says it was made of, and its KV."""
+        """The probe for this model, whatever the kept canary was made of, and the model's KV of it."""
         probe = probe_for(self._model)
         with self._lock:
             known = self._own
@@ -190,7 +192,7 @@ class ModelCanary:
             raise _NothingFoundError("the model is in training mode")
 
     def _say(self, spec: ModelSpec, verdict: Verdict) -> None:
-        """Called with the lock."""
+        """Log a verdict; the caller holds the lock."""
         self._client.canaries.note(spec, verdict)
         if verdict.reason is None:
             log.info("%s", verdict.message)
@@ -199,4 +201,4 @@ class ModelCanary:
 
 
 class _NothingFoundError(CanaryError):
-    """The comparison says nothing, and is to be made again if the model is still used."""
+    """A comparison without a verdict, to be repeated while the model is used."""

@@ -1,4 +1,4 @@
-"""Taking keys before RoPE out of a running model."""
+"""Hooks that capture keys before RoPE, and queries, from a running model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,12 +12,13 @@ from kvstore_client.engines.transformers.identity.modules import uncompiled
 from kvstore_client.reuse.capture import active_capture
 from kvstore_codec.errors import UnsupportedModelError
 
-# Families whose attention norms `[batch, heads, tokens, head_dim]`, by how its class is called.
+# Class name prefixes of the families whose norms see `[batch, heads, tokens, head_dim]`.
 _HEADS_BEFORE_TOKENS = ("Gemma",)
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention of each layer, in order. Raises UnsupportedModelError if keys cannot be taken from all of them."""
+    """The attention module of each layer, in order. Raises UnsupportedModelError if some layer's keys cannot be
+    captured."""
     modules = dict.fromkeys(map(uncompiled, model.modules()))
     attentions = [m for m in modules if hasattr(m, "k_proj") and hasattr(m, "layer_idx")]
     if len(attentions) != model.config.num_hidden_layers:
@@ -29,7 +30,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def install_hooks(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHandle]:
-    """Have each layer's keys before RoPE noted by the KeyCapture that is active in the thread, if any."""
+    """Report each layer's keys before RoPE to the KeyCapture that is active in the calling thread, if any."""
     return [
         watch_heads(attention, "k", partial(_note_keys, layer))
         for layer, attention in enumerate(attention_modules(model))
@@ -39,9 +40,9 @@ def install_hooks(model: PreTrainedModel) -> list[torch.utils.hooks.RemovableHan
 def watch_heads(
     attention: nn.Module, kind: Literal["q", "k"], see: Callable[[torch.Tensor], None]
 ) -> torch.utils.hooks.RemovableHandle:
-    """Show `see` the queries or keys of every forward pass before RoPE, `[batch, tokens, heads, head_dim]`.
+    """Call `see` with the queries or keys of every forward pass before RoPE, `[batch, tokens, heads, head_dim]`.
 
-    They are what leaves the projection, or the norm behind it (Qwen3, Gemma 3). Raises UnsupportedModelError.
+    They are the output of the projection, or of the norm behind it (Qwen3, Gemma 3). Raises UnsupportedModelError.
     """
     name = next((name for name in (f"{kind}_norm", f"{kind}_proj") if hasattr(attention, name)), None)
     if name is None:
@@ -55,8 +56,7 @@ def watch_heads(
 
 
 class _SeeHeads:
-    """A forward hook of one module. It stays behind when the model is copied or pickled: what the copy computes is no
-    business of whoever watches the original."""
+    """A forward hook of one module. Copies and pickles of the model get a no-op instead: a copy is not observed."""
 
     def __init__(self, see: Callable[[torch.Tensor], None], head_dim: int, *, heads_first: bool) -> None:
         self._see, self._head_dim, self._heads_first = see, head_dim, heads_first
@@ -73,7 +73,7 @@ class _SeeHeads:
 
 
 def _blind_hook() -> Callable[[nn.Module, object, object], None]:
-    """What stands for a hook of ours in a copy of the model."""
+    """The no-op hook for a copy of the model."""
     return _see_nothing
 
 

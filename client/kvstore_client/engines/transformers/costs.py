@@ -1,4 +1,4 @@
-"""What a model costs on this machine: measured when it is first used, and kept."""
+"""The costs of a model on this machine: measured at its first use, then kept on disk."""
 
 from transformers import PreTrainedModel
 
@@ -11,7 +11,7 @@ from kvstore_codec.model_spec import ModelSpec
 
 
 def costs_of(model: PreTrainedModel, spec: ModelSpec, client: KVStoreClient) -> Costs | None:
-    """None when the client's policy is fixed. Takes seconds once on a machine."""
+    """The model's costs; None for the fetch policy `fixed`. The first call on a machine measures for seconds."""
     settings = client.settings
     if settings.fetch.policy is FetchPolicy.FIXED:
         return None
@@ -24,7 +24,7 @@ def costs_of(model: PreTrainedModel, spec: ModelSpec, client: KVStoreClient) -> 
 
 
 def _likely(encodings: EncodingSettings) -> list[str]:
-    """Encodings that fetches will meet. What others cost is guessed after them, and learned."""
+    """Encodings that fetches are likely to meet. The costs of others are estimated from these, and learned."""
     names = [*encodings.stored, *encodings.accept]
     if encodings.floor is not None:
         names += [f"{rate}-klt-pco" for rate in Rate if rate is not Rate.EXACT]

@@ -1,4 +1,4 @@
-"""How long stored KV takes to be decoded and restored, as a fetch does it."""
+"""Measures how long stored KV takes to decode and restore, with the code that a fetch uses."""
 
 import threading
 import time
@@ -23,11 +23,11 @@ from kvstore_codec.rope import rotate_layers_
 
 _ROUNDS = 3
 _ENOUGH_S = 0.3
-"""Of decoding: after that long another round is not worth its time."""
+"""Decoding time after which no further round is measured, seconds."""
 
 
 class SampleChunk:
-    """A chunk of real KV: what `model` makes of the second chunk of a sample text. To be used in inference mode."""
+    """A chunk of real KV: the second chunk of a sample text, computed by `model`. Use it in inference mode."""
 
     def __init__(self, model: PreTrainedModel, spec: ModelSpec, speed: PrefillSpeed) -> None:
         seen: dict[int, torch.Tensor] = {}
@@ -58,7 +58,7 @@ class SampleChunk:
         self.rotary = rotary_tables(model, place.stop, spec.dtype.torch, "cpu")
 
     def encode(self, encoding: Encoding, klt: KLT | None) -> "EncodedSample":
-        """Raises CodecError for an encoding that this machine or `klt` cannot make."""
+        """Encode the sample. Raises CodecError for an encoding that this machine or `klt` does not support."""
         chunk = encode_chunk(
             self._keys,
             self._values,
@@ -72,7 +72,7 @@ class SampleChunk:
 
 
 class EncodedSample:
-    """The sample in one encoding, decoded period by period into memory that was written before. To be used by one
+    """The sample in one encoding. It is decoded period by period into memory that was written before. Use it from one
     thread at a time, in inference mode."""
 
     def __init__(self, sample: SampleChunk, chunk: EncodedChunk, klt: KLT | None) -> None:
@@ -95,7 +95,7 @@ class EncodedSample:
         return len(self._periods)
 
     def decode(self, period: int) -> float:
-        """Seconds. Neighbouring frames are decoded together, as they are read."""
+        """Decode a period; returns seconds. Neighbouring frames are decoded together, as in a fetch."""
         layers = self._header.geometry.layers_of(period)
         keys, values = self._out[:, layers.start : layers.stop]
         begin_s = time.perf_counter()
@@ -112,7 +112,7 @@ class EncodedSample:
         return time.perf_counter() - begin_s
 
     def restore(self, period: int) -> float:
-        """Seconds."""
+        """Rotate the keys of a decoded period; returns seconds."""
         begin_s = time.perf_counter()
         of = self._header.geometry.layers_of(period)
         layers = slice(of.start, of.stop)
@@ -121,7 +121,7 @@ class EncodedSample:
 
     @single_threaded()
     def measure(self) -> CodecCost:
-        """The quickest of a few rounds, a token."""
+        """Costs per token, from the fastest of a few rounds."""
         rounds: list[tuple[float, float]] = []
         begin_s = time.perf_counter()
         while len(rounds) < _ROUNDS and (not rounds or time.perf_counter() - begin_s < _ENOUGH_S):
@@ -132,8 +132,8 @@ class EncodedSample:
 
 
 def measure_interference(sample: EncodedSample, cost_s: float, computing: Callable[[], float]) -> float:
-    """How much decoding, which takes `cost_s` for the whole sample when alone, and `computing`, which answers with its
-    seconds, slow each other: see `Profile.interference`."""
+    """How much decoding and `computing` slow each other (see `Profile.interference`). Decoding the whole sample alone
+    takes `cost_s`; each call of `computing` returns its seconds."""
     alone_s = min(computing() for _ in range(2))
     stop = threading.Event()
     decoded: list[int] = []

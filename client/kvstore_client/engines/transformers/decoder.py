@@ -1,4 +1,4 @@
-"""The layers of a Llama-family model, cut open where keys and values are made and where they are attended to."""
+"""Decoder layers of a Llama-family model, split into projection of keys and values and the part behind attention."""
 
 from typing import Any
 
@@ -15,18 +15,18 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class Decoder:
-    """A loaded model's layers. They are the model's own modules: nothing of its weights is copied.
+    """A loaded model's layers. Uses the model's own modules; no weights are copied.
 
     Hidden states are `[1, tokens, hidden]`, in the model's dtype and on its device. Raises UnsupportedModelError for a
-    model of another family than FAMILIES.
+    model of a family outside FAMILIES.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
         if config.model_type not in FAMILIES:
             raise UnsupportedModelError(
-                f"tokens of {config.model_type} models cannot be recomputed selectively; those of "
-                f"{', '.join(FAMILIES)} can"
+                f"tokens of {config.model_type} models cannot be recomputed selectively; supported are "
+                f"{', '.join(FAMILIES)}"
             )
         self._model = model
         devices = {parameter.device for parameter in model.parameters()}
@@ -54,18 +54,18 @@ class Decoder:
         return self._model.get_decoder()
 
     def scale(self, layer: int) -> float:
-        """Of the products of queries and keys."""
+        """Scale factor of the query-key products."""
         return float(self._decoder.layers[layer].self_attn.scaling)
 
     def window(self, layer: int) -> int | None:
-        """How many tokens back, itself included, a token of this layer sees; None: all."""
+        """Number of tokens, itself included, that a token of this layer attends to; None: all before it."""
         window = getattr(self._decoder.layers[layer].self_attn, "sliding_window", None)
         if window is None and self._model.config.model_type == "mistral":
             window = self._model.config.sliding_window
         return None if window is None else int(window)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states that enter layer 0, of `tokens`, i64 `[tokens]`."""
+        """Hidden states that enter layer 0, for `tokens`, i64 `[tokens]`."""
         hidden: torch.Tensor = self._decoder.embed_tokens(tokens[None])
         return hidden
 
@@ -81,7 +81,7 @@ class Decoder:
         return Projected(rotated(queries, rotary), rotated(keys, rotary), values, keys)
 
     def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """What leaves the layer, of what its attention gave, `[heads, tokens, head_dim]`."""
+        """Hidden states that leave the layer, from its attention output `[heads, tokens, head_dim]`."""
         module = self._decoder.layers[layer]
         joined = attended.transpose(0, 1).reshape(1, hidden.shape[1], -1)
         hidden = hidden + module.self_attn.o_proj(joined)
@@ -89,7 +89,7 @@ class Decoder:
         return output
 
     def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        """f32 `[tokens, vocabulary]` of what left the last layer."""
+        """Log-probabilities, f32 `[tokens, vocabulary]`, from the hidden states that leave the last layer."""
         head: Any = self._model.get_output_embeddings()
         logits: torch.Tensor = head(_normed(self._decoder.norm, hidden[0]))
         return logits.float().log_softmax(-1)
@@ -103,5 +103,5 @@ def _heads(attention: Any, norm: str, projected: torch.Tensor) -> torch.Tensor:
 
 
 def _normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
-    # One pass over the memory instead of five; bit-equal to the module on f32, and where seen on bf16.
+    # One pass over the memory instead of five; bit-equal to the module on f32, and on bf16 in all measured cases.
     return rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)

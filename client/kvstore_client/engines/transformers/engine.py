@@ -1,4 +1,4 @@
-"""What reuse drives of a transformers model: see `Engine`."""
+"""The transformers implementation of `Engine`, which reuse drives."""
 
 import logging
 from functools import partial
@@ -28,8 +28,9 @@ class TransformersEngine:
         self.embed = partial(embedded, model)
         self.decoder = _decoder_of(model)
         self._hooks = install_hooks(model)
-        # MKL's first cosine in a process is off by 2e-4 in some threads when several compute it at once (seen in
-        # about one start of fifteen), and the model's would be that one. One position takes one thread only.
+        # MKL's first cosine in a process is off by 2e-4 in some threads when several threads compute it at once (seen
+        # in about one start of fifteen), and the model's cosine would be that one. A single position takes only one
+        # thread.
         self.rotary(1)
 
     @property
@@ -44,7 +45,7 @@ class TransformersEngine:
         self.close()
         try:
             self._hooks = install_hooks(self._model)
-        except UnsupportedModelError as error:  # nothing can be stored; what is stored may be read
+        except UnsupportedModelError as error:  # nothing can be stored; stored KV may be read
             log.warning("%s", error)
 
     def rotary(self, tokens: int) -> tuple[RotaryTable, ...]:
@@ -55,7 +56,7 @@ class TransformersEngine:
         self._model.get_decoder()(input_ids=tokens[None], past_key_values=cache, use_cache=True)
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         while self._hooks:
             self._hooks.pop().remove()
 

@@ -1,4 +1,4 @@
-"""`CachedModel`: a transformers model that reuses KV which any worker has computed before."""
+"""`CachedModel`: a transformers model that reuses KV computed earlier by any worker."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,11 +24,11 @@ from kvstore_codec.model_spec import ModelSpec
 class CachedModel:
     """Wraps a causal language model of the Llama, Qwen2, Qwen3, Mistral or Gemma 3 (text) family.
 
-    `generate` takes what the model's own takes and returns what it returns. Tokens whose KV is stored are fetched
-    instead of computed, layer by layer under the computation of the rest; what was computed is stored afterwards in
-    the background. Whatever the service does, the answer comes: what does not arrive is computed.
+    `generate` takes the same arguments and returns the same result as the model's own. Stored KV is fetched layer by
+    layer while the model computes the other tokens, and newly computed KV is stored in the background. When the service
+    fails, the missing KV is computed and the call still returns its answer.
 
-    The wrapped model is not changed but for hooks on its key projections, which `close` takes off again. Raises
+    The wrapper changes nothing on the model except for hooks on its key projections, which `close` removes. Raises
     UnsupportedModelError for a model whose KV cannot be reused.
     """
 
@@ -46,18 +46,18 @@ class CachedModel:
         costs = costs_of(model, self.spec, client)
         self._engine = TransformersEngine(model, self._identity)
         self.canary = ModelCanary(model, client, self._identity)
-        """Whether the model computes what the cluster's KV was computed with; calls wait for its first verdict."""
+        """Compares the model's KV with its canary in the cluster; calls wait for the first verdict."""
         self._session = ReuseSession(self._engine, client, self.canary, costs, store=store)
         client.buffers.reserve(model.config.max_position_embeddings * self.spec.kv_bytes_per_token)
 
     @property
     def spec(self) -> ModelSpec:
-        """What names this model's chunks; another one once the model computes something else."""
+        """Identity of the model, which names its chunks. It changes when the model is changed."""
         return self._identity.spec
 
     @property
     def store(self) -> bool:
-        """Whether what is computed is stored."""
+        """Whether newly computed KV is stored."""
         return self._session.storing.active
 
     @store.setter
@@ -66,7 +66,7 @@ class CachedModel:
 
     @property
     def last_report(self) -> GenerationReport:
-        """What the latest `generate` reused; empty before the first."""
+        """What the latest `generate` reused; empty before the first call."""
         return self._session.last_report
 
     def generate(
@@ -78,15 +78,16 @@ class CachedModel:
         recompute: Recompute | None = None,
         **arguments: Any,
     ) -> Any:
-        """Like the model's own `generate`; reuses for `input_ids` of `[1, tokens]` and plain decoding or sampling.
+        """Like the model's own `generate`. Reuses KV for `input_ids` of shape `[1, tokens]` with greedy decoding or
+        sampling.
 
-        Other calls are passed on as they are, and `last_report.bypassed` says why.
+        Other calls run without reuse, and `last_report.bypassed` gives the reason.
 
-        `segments` are the lengths of neighbouring parts of the prompt, which sum to its tokens: a beginning that all
-        prompts share, documents, and last the question. Then a document is found again wherever it stands, and what is
-        reused in another context than its own is repaired as `recompute` says (when not given: as the client's settings
-        say, with the share of tokens that was tuned for where it is stored).
-        Raises InvalidTokensError for segments that do not make the prompt.
+        `segments` are the lengths of the prompt's consecutive parts and sum to its tokens: a beginning shared by all
+        prompts, documents, and the question as the last part. A document is then found at any position. Where its KV
+        was computed in another context, `recompute` says how it is repaired; by default the client's settings say so,
+        with the recompute ratio that was tuned for the storage tier. Raises InvalidTokensError for segments that do not
+        sum to the prompt.
         """
         if input_ids is None:
             input_ids = arguments.pop("inputs", None)
@@ -102,9 +103,11 @@ class CachedModel:
         recompute: Recompute | None = None,
         **arguments: Any,
     ) -> PendingGeneration:
-        """The first half of `generate`: what is stored of the prompt is looked up, and begins to come. Nothing is
-        computed and nothing waited for but the lookup, so a prompt whose KV is on its way need not hold up another
-        (`PendingGeneration.on_ready`). Hand it to `finish`, or to `cancel`."""
+        """Look up the prompt's stored KV and start to fetch it: the first half of `generate`.
+
+        Computes nothing and waits only for the lookup, so that other prompts can be answered while the KV arrives
+        (`PendingGeneration.on_ready`). Pass the result to `finish` or to `cancel`.
+        """
         return self._session.begin(GenerateCall(self.model, input_ids, arguments, segments, recompute))
 
     def is_stored(
@@ -115,24 +118,25 @@ class CachedModel:
         recompute: Recompute | None = None,
         **arguments: Any,
     ) -> bool:
-        """Whether `begin`, called like this, would find anything to fetch. Raises as it does."""
+        """Whether `begin`, called with the same arguments, would find KV to fetch. Raises the same errors."""
         return self._session.is_stored(GenerateCall(self.model, input_ids, arguments, segments, recompute))
 
     def finish(self, pending: PendingGeneration) -> Any:
-        """The second half of `generate`, with its result."""
+        """Compute the rest of the answer: the second half of `generate`, with its result."""
         return self._session.finish(pending)
 
     def cancel(self, pending: PendingGeneration) -> None:
-        """Nobody will finish it. Safe to call more than once, and afterwards."""
+        """Abandon a pending generation and release its resources. May be called repeatedly, and after `finish`."""
         pending.cancel()
 
     @torch.inference_mode()
     def question_log_probabilities(
         self, input_ids: torch.Tensor, *, segments: Sequence[int], recompute: Recompute | None = None
     ) -> torch.Tensor:
-        """What the model says at each token of the last segment, f32 `[tokens, vocabulary]`, when the rest is reused as
-        `generate` would, however much of it has to be computed: for measuring what reuse does to the answer. Raises
-        UnsupportedModelError where segments cannot be reused, and FetchError when what is stored does not come."""
+        """Log-probabilities at each token of the last segment, f32 `[tokens, vocabulary]`, with the other segments
+        reused as in `generate`, but whatever share of them must be computed. For measuring how reuse changes the
+        answer. Raises UnsupportedModelError where segments cannot be reused, and FetchError when stored KV does not
+        arrive."""
         decoder = self._engine.decoder
         if decoder is None:
             raise UnsupportedModelError(f"segments of {self.spec.model_id} cannot be reused")
@@ -146,6 +150,6 @@ class CachedModel:
         )
 
     def close(self) -> None:
-        """Take the hooks off the model, and end its comparison with the canary. The client stays open."""
+        """Remove the hooks from the model and stop its canary comparison. The client stays open."""
         self.canary.close()
         self._engine.close()

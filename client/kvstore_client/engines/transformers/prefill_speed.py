@@ -1,4 +1,4 @@
-"""How long a model's forward passes take."""
+"""Measures how long a model's forward passes take."""
 
 import itertools
 import time
@@ -13,19 +13,19 @@ from kvstore_client.planning.profile import PrefillCost
 
 LONG_TOKENS = 1024
 _PATIENCE_S = 5.0
-"""A pass over LONG_TOKENS that takes longer is not waited for: a quarter of it says enough."""
+"""A pass over LONG_TOKENS that takes longer is not measured; a pass over a quarter of the tokens is enough."""
 
 _ROUNDS = 3
 _ENOUGH_PASSES, _ENOUGH_S = 3, 3.0
-"""After so many different ones, and so long, another pass is not worth its time."""
+"""Measuring stops after this many different passes that took this many seconds together."""
 
 _WORDS = 4096
-"""In a sample text: the first ids of a vocabulary are the frequent ones."""
+"""Vocabulary of the sample text: the first token ids are the most frequent ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """A forward pass that was timed."""
+    """A timed forward pass."""
 
     first_token: int
     tokens: int
@@ -33,7 +33,7 @@ class Pass:
 
 
 class PrefillSpeed:
-    """Runs and times the forward passes of `model` over a sample text. To be used in inference mode."""
+    """Runs and times forward passes of `model` over a sample text. Use it in inference mode."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model, self._decoder = model, model.get_decoder()
@@ -47,7 +47,7 @@ class PrefillSpeed:
         self.long_tokens = min(LONG_TOKENS if patient else LONG_TOKENS // 4, longest // 2)
 
     def timed(self, cache: DynamicCache, tokens: int) -> Pass:
-        """The next `tokens` tokens of the text, behind those in `cache`."""
+        """Time the next `tokens` tokens of the text, behind those in `cache`."""
         first = cache.get_seq_length()
         begin_s = time.perf_counter()
         self._decoder(self.text[None, first : first + tokens], past_key_values=cache, use_cache=True)
@@ -56,7 +56,7 @@ class PrefillSpeed:
         return Pass(first, tokens, time.perf_counter() - begin_s)
 
     def measure(self) -> PrefillCost:
-        """From passes of three lengths, with and without others before them, the quickest of each."""
+        """Costs from the fastest passes of three lengths, with and without preceding tokens."""
         lengths = (max(1, self.long_tokens // 32), max(1, self.long_tokens // 4), self.long_tokens)
         found: dict[tuple[int, int], Pass] = {}
         begin_s = time.perf_counter()
@@ -80,7 +80,7 @@ class PrefillSpeed:
 
 
 def fit(passes: Sequence[Pass]) -> PrefillCost:
-    """The three costs, none of them negative, with the least relative error."""
+    """Fit the three costs, none negative, with the least relative error."""
     rows = np.array([(1.0, one.tokens, one.tokens * (one.first_token + one.tokens / 2)) for one in passes])
     weighted = rows / np.array([[one.seconds] for one in passes])
     best, least = np.zeros(3), np.inf
@@ -94,7 +94,7 @@ def fit(passes: Sequence[Pass]) -> PrefillCost:
 
 
 def sample_text(tokens: int, vocabulary: int) -> torch.Tensor:
-    """i64 `[tokens]` with what text has and noise has not: few words are frequent (Zipf), and phrases come again."""
+    """Token ids, i64 `[tokens]`, with properties of text: a few frequent words (Zipf) and repeated phrases."""
     random = np.random.default_rng(0)
     words = min(_WORDS, vocabulary)
     frequent = random.permutation(words)

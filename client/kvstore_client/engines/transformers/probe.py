@@ -1,4 +1,4 @@
-"""Running a loaded model over the canary's probe."""
+"""Runs a loaded model over the canary's probe."""
 
 import torch
 from transformers import PreTrainedModel
@@ -13,11 +13,12 @@ from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.rope import rotate_
 
 _ROTATION = 4
-"""Times what two workers may differ by in the first layer: a compiled model rounds sines and cosines otherwise."""
+"""Tolerance of the first layer, as a multiple of what two workers may differ by: compiled models round sines and
+cosines differently."""
 
 
 def probe_for(model: PreTrainedModel) -> Probe:
-    """The only probe that this model is run over: none of its token ids is beyond the embedding."""
+    """The one probe for this model: all its token ids are within the embedding."""
     config = model.config.get_text_config()
     embedded = int(model.get_input_embeddings().weight.shape[0])
     return Probe.reaching(min(int(config.vocab_size), embedded), int(config.max_position_embeddings))
@@ -25,11 +26,11 @@ def probe_for(model: PreTrainedModel) -> Probe:
 
 @torch.inference_mode()
 def run_probe(model: PreTrainedModel, spec: ModelSpec, probe: Probe) -> ProbeKV:
-    """What this model makes of the probe, taken as it is taken to be stored: all but the last token in one forward
-    pass, and the last one alone behind them, as an answer is generated. Needs the hooks of `install_hooks`.
+    """The model's KV of the probe, captured as for storing: all tokens but the last in one forward pass, then the last
+    one alone, as in generation. Needs the hooks of `install_hooks`.
 
-    Uses the model beside other calls of it: hooks, cache and grad mode are this thread's own. Raises CanaryError where
-    keys as they are turned on restore are not the model's own, besides whatever the model raises.
+    May run while other threads use the model: hooks, cache and grad mode are per thread. Raises CanaryError when keys
+    rotated on restore differ from the model's own keys, and whatever the model raises.
     """
     capture = KeyCapture(spec.layers, 0)
     cache = empty_cache(capture, spec.layers)
@@ -58,7 +59,7 @@ def run_probe(model: PreTrainedModel, spec: ModelSpec, probe: Probe) -> ProbeKV:
 def _require_same_rotation(
     model: PreTrainedModel, spec: ModelSpec, capture: KeyCapture, cached: list[torch.Tensor]
 ) -> None:
-    """`cached`: keys of each layer as the model turned them, `[kv_heads, tokens, head_dim]`."""
+    """`cached` are the keys of each layer as the model rotated them, `[kv_heads, tokens, head_dim]`."""
     tables = rotary_tables(model, NEAR_TOKENS, spec.dtype.torch, model.device)
     most = _ROTATION * tolerance(spec.dtype, 0)
     for layer, table in enumerate(tables):

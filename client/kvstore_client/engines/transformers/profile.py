@@ -1,4 +1,4 @@
-"""What this machine needs for a model, measured once and kept."""
+"""Profile of a model on this machine: measured once, then kept on disk."""
 
 import logging
 import os
@@ -23,10 +23,10 @@ from kvstore_codec.model_spec import ModelSpec
 
 _LIBRARIES = ("kvstore-service", "torch", "transformers", "av", "pcodec", "zstandard")
 _BUDGET_S = 8.0
-"""What a worker's first use may spend, about."""
+"""Approximate time that a worker's first use may spend on measuring, seconds."""
 
 _BUSY, _QUIET = 1.5, 0.75
-"""Processes that want to run, a core. What was measured on a busy machine is measured anew on a quiet one."""
+"""Load per core, in runnable processes. A profile measured on a busy machine is measured again on a quiet one."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def machine_of(model: PreTrainedModel) -> dict[str, str | int]:
-    """What the speed of `model` in this process depends on, besides the model."""
+    """What the speed of `model` in this process depends on, apart from the model."""
     device = model.device
     return {
         "processor": _processor(),
@@ -55,10 +55,11 @@ def profile_of(
     *,
     decode_threads: int,
 ) -> Profile:
-    """The kept profile, with what is missing of `encodings` measured and added; takes seconds the first time. Those
-    that cannot be measured here (no calibration, no coder) are left out.
+    """The kept profile, extended by measurements of the missing `encodings`; the first measurement takes seconds.
+    Encodings that cannot be measured here (no calibration, no coder) are left out.
 
-    One that cannot be kept is used all the same, and a warning says so."""
+    A profile that cannot be kept on disk is used anyway, and a warning is logged.
+    """
     key = profile_key(spec, machine_of(model))
     known = store.load(key)
     if known is not None and known.provenance.get("load_per_core", 0.0) > _BUSY and _load_per_core() < _QUIET:
@@ -89,10 +90,11 @@ def measure_profile(
     known: Profile | None = None,
     budget_s: float = _BUDGET_S,
 ) -> Profile:
-    """Measure forward passes, decoding and restoring in each of `encodings`, and how both slow each other. What `known`
-    says of other encodings is taken over. Nothing else should compute meanwhile.
+    """Measure forward passes, decoding and restoring in each of `encodings`, and how they slow each other. `known`
+    provides other encodings' costs. Nothing else should compute meanwhile.
 
-    After `budget_s` no further encoding is begun: those left out cost what similar ones do until they are measured."""
+    No further encoding is measured after `budget_s`; the costs of similar ones are used for those left out.
+    """
     begin_s, load = time.perf_counter(), _load_per_core()
     speed = PrefillSpeed(model)
     prefill = speed.measure()

@@ -1,4 +1,4 @@
-"""Several requests for one model: who waits for KV does not hold up who does not."""
+"""A queue of requests for one model: requests that wait for KV do not block the others."""
 
 import logging
 import threading
@@ -24,15 +24,15 @@ class _Question:
     arguments: dict[str, Any]
     answer: "Future[Any]" = field(default_factory=Future)
     pending: PendingGeneration | None = None
-    """Its fetch, once that has pending."""
+    """Its fetch, once it has started."""
 
 
 class _Reuse:
-    """The Arrival of a question of which something is stored."""
+    """The Arrival of a question for which stored KV exists."""
 
     def __init__(self, cached: CachedModel, question: _Question) -> None:
         self._cached, self._question = cached, question
-        # What is computed goes into the same buffers.
+        # Computed KV is written into the same buffers.
         self.size_bytes = question.input_ids.numel() * cached.spec.kv_bytes_per_token
 
     def start(self) -> None:
@@ -55,15 +55,15 @@ class _Reuse:
 
 
 class RequestQueue:
-    """Answers requests one after the other in a thread of its own, each when its KV is there: in order, except that who
-    waits for KV is passed by who does not. Thread-safe.
+    """Answers requests one at a time in its own thread, as soon as their KV has arrived. Requests keep their order,
+    except that one that waits for KV is passed by those that do not. Thread-safe.
 
-    At most `fetches` requests fetch at a time, into buffers of at most `buffer_bytes` (default: the client's
-    `pool_bytes`). While there is nothing else to do, a request is taken `early_s` before its KV is expected, and
-    computes behind the rest as it arrives.
+    At most `fetches` requests fetch at a time, into buffers of at most `buffer_bytes` in total (default: the client's
+    `pool_bytes`). When the engine is idle, a request starts `early_s` before its KV is expected, and computes while the
+    rest arrives.
 
-    On a processor the model computes about a tenth slower in this thread when another one has computed with torch, too
-    (measured on two cores; `threads` says why).
+    On a CPU the model computes about 10 % slower in this thread after another thread has computed with torch (measured
+    on two cores; the module `threads` explains why).
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class RequestQueue:
         renew_in_children(self, RequestQueue._start)
 
     def _start(self) -> None:
-        """Empty: requests that wait when a process forks are answered by the parent."""
+        """Start with an empty queue: requests that wait when a process forks are answered by the parent."""
         self._queue = AdmissionQueue[_Question](
             self._cached.client.metrics,
             fetches=self._fetches,
@@ -88,12 +88,12 @@ class RequestQueue:
         self._engine.start()
 
     def submit(self, input_ids: torch.Tensor, **arguments: Any) -> "Future[Any]":
-        """What `CachedModel.generate` would return, `segments` and `recompute` among its arguments. The future's
-        `cancel` ends what has not reached the model yet.
+        """Queue a request and return a future with the result of `CachedModel.generate`; `arguments` may include
+        `segments` and `recompute`. The future's `cancel` drops a request that has not reached the model yet.
 
-        Looks up in the caller's thread what is stored: about 2 ms, at most `lookup_timeout_s`. It may be long until it
-        is this request's turn to fetch, so nothing stays leased meanwhile. Raises InvalidTokensError for segments that
-        do not make the prompt, ValueError after `close`.
+        The lookup runs in the caller's thread: about 2 ms, at most `lookup_timeout_s`. It takes no lease, because the
+        fetch may start much later. Raises InvalidTokensError for segments that do not sum to the prompt, and ValueError
+        after `close`.
         """
         question = _Question(input_ids, arguments)
         waits = self._cached.is_stored(input_ids, **arguments)
@@ -103,11 +103,11 @@ class RequestQueue:
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise NotCopyableError(
-            "a RequestQueue runs a thread and cannot be copied or pickled; make another one"
+            "a RequestQueue runs a thread and cannot be copied or pickled; create another one"
         )
 
     def close(self) -> None:
-        """Cancel what has not reached the model, and wait for the answer that is being given."""
+        """Cancel requests that have not reached the model, and wait for the one being answered."""
         for question in self._queue.close():
             question.answer.cancel()
         self._engine.join()
@@ -121,16 +121,16 @@ class RequestQueue:
                     self._cached.cancel(question.pending)
             except (
                 BaseException
-            ):  # a mistake of ours, or of a callback of the future: the next are to be answered
-                log.exception("a request was not ended as it should be")
+            ):  # a bug in this package or a failing callback: the next requests are still answered
+                log.exception("a request did not end properly")
             finally:
                 self._queue.finished(question)
-                del question  # an idle queue holds on to nobody's buffers
+                del question  # an idle queue must not keep buffers alive
 
     def _give_answer(self, question: _Question) -> None:
         try:
             result = self._result(question)
-        except BaseException as error:  # the asker's to handle, whatever it is
+        except BaseException as error:  # any error belongs to the caller
             question.answer.set_exception(error)
         else:
             question.answer.set_result(result)

@@ -1,4 +1,4 @@
-"""The ModelSpec of a loaded transformers model: what its config says, its weights, and what differs from both."""
+"""The ModelSpec of a loaded transformers model, from its config, its weights, and its deviations from both."""
 
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -19,20 +19,20 @@ from kvstore_codec.model_spec import KVDtype, ModelSpec, weights_digest
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a model computes, and what is kept to describe it again."""
+    """What a model computes, with the data needed to describe it again."""
 
     spec: ModelSpec
     refusal: Refusal | None
-    """Why its KV must be neither read nor stored, although it has a name."""
+    """Why its KV must not be read or stored, although the model has a spec."""
     reference: Reference
     weights_known: bool = True
     """Whether the weights in `spec` are the model's."""
 
 
 def spec_of(model: PreTrainedModel, model_id: str | None = None) -> ModelSpec:
-    """What the KV of `model` depends on, its weights included (about a second per 2 GB of them).
+    """Everything that the KV of `model` depends on, including its weights (about a second per 2 GB of weights).
 
-    Raises UnsupportedModelError when its KV cannot be reused, and says why.
+    Raises UnsupportedModelError, with the reason, when its KV cannot be reused.
     """
     return describe(model, model_id).spec
 
@@ -44,9 +44,9 @@ def describe(
     *,
     same_weights: bool = False,
 ) -> Description:
-    """Describe `model`, with the weights of `known` where they are the same, and with what its config implies.
+    """Describe `model` relative to what its config implies; unchanged weights are taken from `known`.
 
-    Raises UnsupportedModelError with the reason, whatever is odd about the model.
+    Raises UnsupportedModelError, with the reason, for any unexpected property of the model.
     """
     try:
         return _describe(model, model_id, known, same_weights=same_weights)
@@ -57,19 +57,19 @@ def describe(
 
 
 def cannot_describe(model: PreTrainedModel, error: Exception) -> UnsupportedModelError:
-    """What to raise when `error` came up while `model` was looked at."""
+    """The error to raise when inspecting `model` raised `error`."""
     return UnsupportedModelError(
         f"this {type(model).__name__} cannot be described ({type(error).__name__}: {error}); its KV is not reused"
     )
 
 
 def loaded_model(model: Any) -> PreTrainedModel:
-    """`model` without the wrapper of `torch.compile`: tensors keep their names, and `generate` works on it anyway.
+    """`model` without the wrapper of `torch.compile`: tensors keep their names, and `generate` works on either.
 
-    Raises UnsupportedModelError for what is no transformers model.
+    Raises UnsupportedModelError for anything that is not a transformers model.
     """
     if not isinstance(model, nn.Module):
-        raise UnsupportedModelError(f"a {type(model).__name__} is no model; pass one of transformers")
+        raise UnsupportedModelError(f"a {type(model).__name__} is not a model; pass a transformers model")
     inner: Any = uncompiled(model)
     if not hasattr(inner, "generate") or not hasattr(inner, "config"):
         raise UnsupportedModelError(
@@ -109,7 +109,7 @@ def _kv_dtype(model: PreTrainedModel) -> KVDtype:
 
 
 def _require_one_dtype(model: PreTrainedModel, dtype: KVDtype) -> None:
-    """Raises UnsupportedModelError when layers make keys and values of another type than the model's."""
+    """Raises UnsupportedModelError when some layer computes keys or values in another dtype than the model's."""
     for attention in attention_modules(model):
         for name in ("k_proj", "v_proj"):
             weight = getattr(attention.get_submodule(name), "weight", None)

@@ -1,6 +1,6 @@
-"""Which KV a loaded model makes: the name of what it computes, or why its KV must not be shared.
+"""Identity of a loaded model's KV: a name for what the model computes, or the reason why its KV must not be shared.
 
-`guard.ModelIdentity` is what an adapter asks before and after each call. It notices changes cheaply (`state`), and then
-compares the model with what its config implies (`reference`): differences that a name can express go into the
-`ModelSpec` (`settings`), others are a reason to leave the call alone (`hooks`, `code`, `settings`).
+An adapter asks `guard.ModelIdentity` before and after each call. It detects changes cheaply (`state`), then compares
+the model with what its config implies (`reference`). Differences that can be part of a name go into the `ModelSpec`
+(`settings`); all others are reasons to run calls without reuse (`hooks`, `code`, `settings`).
 """

@@ -1,4 +1,4 @@
-"""What a look at a loaded model finds."""
+"""Result of a review of a loaded model."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ class Review:
     """How a model differs from the one that its config describes."""
 
     refusal: Refusal | None
-    """None when `numerics` says all of it."""
+    """None when `numerics` describes every difference."""
     numerics: tuple[tuple[str, Scalar], ...] = ()
-    """Settings and buffers with other values than the config implies, for `ModelSpec.numerics`; sorted by name."""
+    """Settings and buffers whose values differ from what the config implies, for `ModelSpec.numerics`; sorted by
+    name."""

@@ -1,4 +1,4 @@
-"""Code that a model runs and that is neither torch's nor transformers': patched functions, replaced modules."""
+"""Detects code from outside torch and transformers that a model runs: patched functions, replaced modules."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,28 +18,28 @@ from kvstore_client.engines.transformers.identity.reference import Reference, Re
 from kvstore_client.reuse.identity import Refusal
 
 _TRUSTED = (sys.stdlib_module_names | {"torch", "transformers"}) - {"unittest"}
-"""Top packages whose functions may be part of a forward pass."""
+"""Top-level packages whose functions may be part of a forward pass."""
 
 _MOVE_THE_MODEL = frozenset({"to", "cuda", "musa", "mlu", "npu", "sdaa", "xpu"})
 """Methods that accelerate replaces by ones that warn; no forward pass calls them."""
 
 _ONLY_MOVE = ("AlignDevicesHook", "CpuOffload")
-"""accelerate's hooks that bring inputs to a module's device, and change no value."""
+"""accelerate's hooks that move inputs to a module's device and change no value."""
 
 
 _CACHES = (DynamicCache, DynamicLayer, DynamicSlidingWindowLayer)
-"""What keeps the KV that a model computes."""
+"""Classes that keep the KV computed by a model."""
 
 
 def classes_of(modules: Iterable[nn.Module]) -> list[type]:
-    """The classes of these modules and of the caches that they fill, and their bases, each once."""
+    """Classes of these modules and of the caches that they fill, with their bases, each once."""
     classes = (*map(type, modules), *_CACHES)
     return list(dict.fromkeys(c for each in classes for c in each.__mro__ if c is not object))
 
 
 def namespaces_of(classes: Iterable[type]) -> list[ModuleType]:
-    """The files whose functions these classes call by name: transformers' modeling files, those of masks, attention and
-    caches, and torch.nn.functional, where others put their attention kernels."""
+    """Files whose functions these classes call by name: transformers' modeling files, those of masks, attention and
+    caches, and torch.nn.functional, where other packages install their attention kernels."""
     files = [sys.modules[c.__module__] for c in classes if c.__module__.startswith("transformers.models.")]
     attention = [
         sys.modules[f.__module__] for f in (ALL_ATTENTION_FUNCTIONS["sdpa"],) if f.__module__ in sys.modules
@@ -48,10 +48,10 @@ def namespaces_of(classes: Iterable[type]) -> list[ModuleType]:
 
 
 def foreign_code(model: PreTrainedModel, classes: Iterable[type]) -> Refusal | None:
-    """A function of these classes, of the files they call into, or of attention, that somebody else has put there."""
+    """A function of these classes, of the files they call, or of attention, that was replaced by foreign code."""
     for owner in classes:
         if _top(owner.__module__) not in _TRUSTED:
-            continue  # of somebody else as a whole: `replaced_module` decides
+            continue  # entirely foreign: `replaced_module` decides
         for name, value in list(vars(owner).items()):
             if _is_foreign(called_by(value)):
                 return _patched(f"{owner.__qualname__}.{name}", called_by(value))
@@ -67,7 +67,8 @@ def foreign_code(model: PreTrainedModel, classes: Iterable[type]) -> Refusal | N
         if _has_foreign_code(function):
             written_in = function.__code__.co_filename
             return Refusal(
-                "patched_module", f"the code of {function.__qualname__} was replaced by some of {written_in}"
+                "patched_module",
+                f"the code of {function.__qualname__} was replaced by code from {written_in}",
             )
     implementation = model.config._attn_implementation
     for kind, functions in (("attention", ALL_ATTENTION_FUNCTIONS), ("mask", ALL_MASK_ATTENTION_FUNCTIONS)):
@@ -78,7 +79,7 @@ def foreign_code(model: PreTrainedModel, classes: Iterable[type]) -> Refusal | N
 
 
 def replaced_module(name: str, module: nn.Module, implied: ReferenceModule) -> Refusal | None:
-    """Whether this module is of another class than implied, or has methods or modules of its own."""
+    """Why this module differs from the implied one: another class, or methods or modules of its own."""
     if not _behaves_like(type(module), implied.module_class):
         return Refusal(
             "patched_module",
@@ -94,7 +95,7 @@ def replaced_module(name: str, module: nn.Module, implied: ReferenceModule) -> R
 
 
 def replaced_model(model: PreTrainedModel, reference: Reference) -> Refusal | None:
-    """The same of the model around the decoder, whose other modules see what the decoder has computed."""
+    """Why the model around the decoder differs: its other modules see what the decoder has computed."""
     if not _behaves_like(type(model), reference.model_class):
         return Refusal(
             "patched_module",
@@ -105,7 +106,7 @@ def replaced_model(model: PreTrainedModel, reference: Reference) -> Refusal | No
 
 
 def replaced_method(name: str, module: nn.Module) -> Refusal | None:
-    """A method that was set on the module itself. Compiled ones, and those that only move inputs, do the same."""
+    """A method that was set on the module object. Compiled methods, and those that only move inputs, are allowed."""
     for key, value in list(vars(module).items()):
         replaces = callable(value) and hasattr(type(module), key) and key not in _MOVE_THE_MODEL
         if replaces and not _does_the_same(module, key, value):
@@ -137,7 +138,7 @@ def _only_moves(hook: Any) -> bool:
 
 
 def _behaves_like(actual: type, implied: type) -> bool:
-    """Whether `actual` is that class, or one of somebody else that adds to it and replaces nothing."""
+    """Whether `actual` is the implied class, or a subclass that adds to it and replaces nothing."""
     if actual is implied:
         return _top(implied.__module__) in _TRUSTED
     if not issubclass(actual, implied):
@@ -150,12 +151,12 @@ def _behaves_like(actual: type, implied: type) -> bool:
 
 
 def _is_foreign(value: Any) -> bool:
-    """Whether it is a function, or another thing to call, from outside the trusted packages. Looks below decorators."""
+    """Whether a function or other callable is from outside the trusted packages. Looks below decorators."""
     return any(_top(origin) not in _TRUSTED for origin in _origins(value))
 
 
 def _has_foreign_code(function: FunctionType) -> bool:
-    """Whether its code was written in another file than the function itself (`function.__code__ = other.__code__`)."""
+    """Whether the code comes from another file than the function itself (`function.__code__ = other.__code__`)."""
     own, code = function.__globals__.get("__file__"), function.__code__.co_filename
     return own is not None and not code.startswith("<frozen") and PurePath(code).stem != PurePath(own).stem
 
@@ -165,7 +166,7 @@ def _origins(value: Any) -> Iterator[str]:
         if isinstance(value, FunctionType):
             yield str(value.__globals__.get("__name__"))
         elif callable(value) and not isinstance(value, type):
-            # Compiled functions have a class of builtins; other objects come from where their class does.
+            # Compiled functions have a builtin class; the origin of other objects is that of their class.
             yield type(value).__module__
         value = getattr(value, "__wrapped__", None) if callable(value) else None
 

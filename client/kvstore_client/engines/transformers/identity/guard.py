@@ -1,4 +1,4 @@
-"""What a model is, before and after each call."""
+"""Identity of a model before and after each call."""
 
 import logging
 import threading
@@ -20,28 +20,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A model at one time. Equal ones make interchangeable KV."""
+    """A model at one time. Models that compare equal compute interchangeable KV."""
 
     spec: ModelSpec
-    """What names its chunks."""
+    """Names the model's chunks."""
     refusal: Refusal | None
-    """Why its KV must be neither read nor stored, if so."""
+    """Why its KV must not be read or stored; None when it may be."""
     _state: ModelState | None = field(compare=False, repr=False)
-    """None for a model that cannot be looked at."""
+    """None for a model that cannot be inspected."""
     _hooks_made: int = field(compare=False, repr=False)
 
     def still_holds(self) -> bool:
-        """Whether the model has not changed since, nor had another hook for a while. About 1 ms for 30 layers."""
+        """Whether the model is unchanged, and had no other hook in between. About 1 ms for 30 layers."""
         unhooked = self._hooks_made == _hooks_made()
         return unhooked and self._state is not None and self._state.is_current()
 
     def rows_hold(self) -> bool:
-        """Whether a value of every row of the model's weights is what it was: about 2 ms for 30 small layers."""
+        """Whether one value in every row of the weights is unchanged: about 2 ms for 30 small layers."""
         return self._state is not None and self._state.rows_are_current()
 
 
 class ModelIdentity:
-    """Names what `model` computes, and notices when that changes. Thread-safe.
+    """Names what `model` computes, and detects changes. Thread-safe.
 
     Raises UnsupportedModelError for a model whose KV cannot be described.
     """
@@ -57,23 +57,23 @@ class ModelIdentity:
 
     @property
     def spec(self) -> ModelSpec:
-        """Of the model as it was last looked at."""
+        """The spec from the latest inspection."""
         return self._description.spec
 
     def current(self, token_ids: torch.Tensor | None = None, *, every_row: bool = False) -> Described:
-        """Look at the model, and closely at the embeddings of these tokens, or at a value of every row of its weights
-        (2 ms more): about 1 ms for 30 layers, 10 ms after a change, and a second per 2 GB when weights have changed
-        (another dtype, a merged adapter, a training step)."""
+        """Inspect the model, and in particular the embeddings of these tokens; with `every_row` also one value of every
+        row of its weights (2 ms more). Takes about 1 ms for 30 layers, 10 ms after a change, and a second per 2 GB when
+        the weights have changed (another dtype, a merged adapter, a training step)."""
         with self._lock:
             hooks_made = _hooks_made()
             if every_row and self._state is not None:
-                self._state.rows_are_current()  # if not, the look says so
+                self._state.rows_are_current()  # a change shows in the inspection below
             if self._state is None or not self._state.is_current(token_ids):
                 self._renew()
             return Described(self.spec, self._refusal, self._state, hooks_made)
 
     def _renew_after_fork(self) -> None:
-        """In a child. A thread of the parent that held the lock may have been in the middle of a look."""
+        """Reset in a forked child: a thread of the parent may have been in the middle of an inspection."""
         if self._lock.locked():
             self._state = None
         self._lock = threading.Lock()
@@ -83,12 +83,12 @@ class ModelIdentity:
             self._description = self._look(self._description)
             self._note(self._description.refusal)
         except CodecError as error:
-            # Whatever was hashed belongs to other weights; the next look must not take it for these.
+            # Hashed weights may be outdated; the next inspection must not reuse the hash.
             self._description = Description(self.spec, None, self._description.reference, weights_known=False)
             self._note(Refusal("model_changed", str(error)))
 
     def _look(self, known: Description | None = None) -> Description:
-        """Raises UnsupportedModelError, whatever goes wrong."""
+        """Describe the model. Raises UnsupportedModelError for any error."""
         before, self._state = self._state, None
         try:
             state = self._state = ModelState(self._model)
@@ -110,5 +110,5 @@ class ModelIdentity:
 
 
 def _hooks_made() -> int:
-    """How many hooks were ever registered in this process."""
+    """Number of hooks that were ever registered in this process."""
     return int(RemovableHandle.next_id)

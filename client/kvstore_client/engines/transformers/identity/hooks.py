@@ -1,4 +1,4 @@
-"""Forward hooks that may change what a model computes."""
+"""Detects forward hooks that may change what a model computes."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,8 +10,8 @@ from kvstore_client.engines.transformers.identity.modules import uncompiled_name
 from kvstore_client.reuse.identity import Refusal
 
 _ONLY_LOOK = ("transformers.utils.output_capturing", "kvstore_client.engines.transformers.capture")
-"""Modules whose hooks return nothing and write to nothing: transformers leaves some behind once it was asked for hidden
-states, and ours take keys before RoPE."""
+"""Modules whose hooks return nothing and write nothing: transformers leaves some behind after a request for hidden
+states, and this package's hooks capture keys before RoPE."""
 
 _ASKS_FOR_GRADIENTS = (
     "transformers.modeling_utils",
@@ -23,12 +23,12 @@ _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
 
 def global_hooks() -> list[Mapping[int, Callable[..., Any]]]:
-    """Those that torch runs for every module of the process."""
+    """Hooks that torch runs for every module of the process."""
     return [getattr(torch_module, name) for name in _GLOBAL]
 
 
 def foreign_hook(modules: Iterable[tuple[str, nn.Module]]) -> Refusal | None:
-    """The first hook on one of these modules, by name, or on all, that is not known to look only."""
+    """The first hook on one of these modules, or on all, that is not known to be read-only."""
     for hooks in global_hooks():
         for hook in list(hooks.values()):
             return Refusal(

@@ -1,27 +1,27 @@
-"""The modules of a model under the names that they have when nothing is compiled."""
+"""Modules of a model under the names that they have without compilation."""
 
 from collections.abc import Iterator
 
 from torch import nn
 
 _COMPILED = "_orig_mod"
-"""What `torch.compile(module)` calls the module it wraps, in names of tensors too."""
+"""Attribute under which `torch.compile(module)` keeps the wrapped module; also part of tensor names."""
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """The module itself, or the one inside when `torch.compile` has wrapped it."""
+    """The module, or the wrapped module when `torch.compile` has wrapped it."""
     while (inner := module._modules.get(_COMPILED)) is not None:
         module = inner
     return module
 
 
 def uncompiled_name(name: str) -> str:
-    """The name of a tensor or module as it was before any module on its path was compiled."""
+    """Name of a tensor or module before any module on its path was compiled."""
     return name.replace(f"{_COMPILED}.", "")
 
 
 def named_modules(root: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module below `root` and itself, by its name before compilation. A module in two places comes twice."""
+    """Every module below `root`, and `root` itself, by its uncompiled name. A module in two places comes twice."""
     module = uncompiled(root)
     yield name, module
     for child_name, child in module._modules.items():

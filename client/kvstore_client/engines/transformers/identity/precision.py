@@ -1,4 +1,4 @@
-"""How torch multiplies float32 matrices."""
+"""Precision at which torch multiplies float32 matrices."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,16 +11,16 @@ _WORDS: Mapping[tuple[str, ...], str] = {
     ("tf32", "tf32"): "high",
     ("tf32", "bf16"): "medium",
 }
-"""What `torch.set_float32_matmul_precision` sets in the backends, in their order, for each of its words. `none` means
-`ieee`."""
+"""Backend settings that `torch.set_float32_matmul_precision` makes for each of its words, in order of the backends.
+`none` means `ieee`."""
 
 _of_backend: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
 """None before torch 2.9, which has one setting for all backends."""
 
 
 def float32_matmul_precision() -> str:
-    """The word that `torch.set_float32_matmul_precision` would have to be given for what is in effect: `highest`,
-    `high` or `medium`. Where the backends are set apart from each other, each one's setting: `cuda=tf32 mkldnn=ieee`.
+    """The word that would have to be passed to `torch.set_float32_matmul_precision` for the current settings:
+    `highest`, `high` or `medium`. Where the backends differ, each backend's setting: `cuda=tf32 mkldnn=ieee`.
 
     torch's own `get_float32_matmul_precision` raises RuntimeError in that case.
     """

@@ -1,4 +1,4 @@
-"""What a config implies: the modules that transformers makes of it, their settings, and buffers in float32."""
+"""What a config implies: the modules that transformers builds from it, their settings, and float32 buffers."""
 
 import copy
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ class ReferenceModule:
 
     module_class: type[nn.Module]
     settings: Mapping[str, object]
-    """Its public attributes, torch's own left out."""
+    """Public attributes of the module, without those of torch."""
     children: frozenset[str]
     buffers: Mapping[str, torch.Tensor]
-    """Those outside `state_dict`, in host memory."""
+    """Buffers outside `state_dict`, in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +33,21 @@ class Reference:
     """A decoder as its config implies it."""
 
     config: Mapping[str, Any]
-    """That it was made of."""
+    """Config that the decoder was built from."""
     model_class: type[PreTrainedModel]
-    """Of the causal language model."""
+    """Class of the causal language model."""
     modules: Mapping[str, ReferenceModule]
-    """Of the decoder, by name."""
+    """Modules of the decoder, by name."""
 
 
 def reference_of(config: PreTrainedConfig) -> Reference:
-    """Builds the decoder without memory for its weights: .1 s for 30 layers. `config` is of a supported family."""
+    """Build the decoder without memory for its weights: 0.1 s for 30 layers. `config` is of a supported family."""
     own = copy.deepcopy(config)
-    own._attn_implementation = "eager"  # not every one can be chosen before there are weights
+    own._attn_implementation = "eager"  # some choices are impossible without weights
     config_class = type(own) if type(own) in MODEL_MAPPING else CONFIG_MAPPING[own.model_type]
     with torch.device("meta"):
         decoder = MODEL_MAPPING[config_class](own).eval()
-    with torch.device("cpu"):  # where the buffers are filled, whatever the engine's default device is
+    with torch.device("cpu"):  # buffers are filled there, whatever the default device is
         modules = {name: _module(decoder, module) for name, module in named_modules(decoder)}
     return Reference(config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING[config_class], modules)
 
@@ -56,7 +56,7 @@ def reference_of(config: PreTrainedConfig) -> Reference:
 def _module(decoder: PreTrainedModel, module: nn.Module) -> ReferenceModule:
     names = sorted(module._non_persistent_buffers_set)
     if names:
-        # As from_pretrained does it: buffers that no checkpoint holds get their values from `_init_weights`.
+        # Like from_pretrained: `_init_weights` fills the buffers that no checkpoint holds.
         for name in names:
             if (unfilled := module._buffers[name]) is not None:
                 module._buffers[name] = torch.empty_like(unfilled, device="cpu")

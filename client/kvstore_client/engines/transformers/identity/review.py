@@ -1,4 +1,4 @@
-"""One look at a whole model."""
+"""Full review of a model."""
 
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +22,7 @@ from kvstore_codec.model_spec import Scalar
 def review(model: PreTrainedModel, reference: Reference) -> Review:
     """Compare `model` with what its config implies: about 10 ms for 30 layers.
 
-    What lies behind the decoder (the head) is left out: KV does not depend on it.
+    Modules behind the decoder (the head) are left out: KV does not depend on them.
     """
     decoder = model.get_decoder()
     numerics: dict[str, Scalar] = {}

@@ -1,4 +1,4 @@
-"""Values of every row of a model's weights. Writes that torch does not count (`weight.data[5] *= 2`) show in them."""
+"""Samples of every row of a model's weights, which reveal writes that torch does not count (`weight.data[5] *= 2`)."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 
 COMPARED_WHOLE = 4096
-"""Values: smaller tensors are compared value by value."""
+"""Tensors with fewer values are compared in full."""
 
 _BATCH = 8192
-"""Values that are compared at a time. They lie far apart: .1 ms."""
+"""Number of values compared at a time. They are far apart in memory: 0.1 ms."""
 
 
 class Strided(NamedTuple):
-    """Values of a tensor that lie evenly in memory: what `torch.as_strided` takes. It raises RuntimeError when the
-    memory became smaller."""
+    """Evenly spaced values of a tensor: the arguments of `torch.as_strided`, which raises RuntimeError when the memory
+    became smaller."""
 
     tensor: torch.Tensor
     size: tuple[int]
@@ -29,13 +29,13 @@ def strided(tensor: torch.Tensor, length: int, step: int, first: int = 0) -> Str
 
 
 def reach_of(tensor: torch.Tensor) -> int:
-    """How many values lie between the first and the last of `tensor` in memory, both included."""
+    """Number of values from the first to the last of `tensor` in memory, inclusive."""
     return 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def every_row(tensor: torch.Tensor) -> Strided:
-    """A value of each row of `tensor`, each time of the column before: of a large matrix that is none of the narrowest,
-    every column is among them, too. A small tensor is taken whole."""
+    """One value of each row of `tensor`, each one column before the last. In a large matrix with enough rows this
+    covers every column, too. A small tensor is taken in full."""
     reach = reach_of(tensor)
     step = 1 if reach <= COMPARED_WHOLE else max(1, reach // tensor.shape[0] - 1)
     return strided(tensor, -(-reach // step), step)
@@ -43,12 +43,12 @@ def every_row(tensor: torch.Tensor) -> Strided:
 
 @torch.no_grad()
 def read(samples: Iterable[Strided]) -> torch.Tensor:
-    """Their values as one row of bytes. All tensors are on one device."""
+    """Values of the samples as one row of bytes. All tensors are on one device."""
     return torch.cat([torch.as_strided(*sample) for sample in samples]).view(torch.uint8)
 
 
 class WeightRows:
-    """A value of every row of `tensors` as they are now. Once one was found to differ, every answer is that it does."""
+    """One value of every row of `tensors` as they are now. Once a value differs, every later answer is False."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], embedding: torch.Tensor | None) -> None:
         self._batches = [(samples, read(samples)) for samples in _batches(tensors)]
@@ -60,16 +60,16 @@ class WeightRows:
             self._embedding = sample, torch.as_strided(*sample).detach().clone()
 
     def are_current(self) -> bool:
-        """Whether all of them have the values that they had: 2 ms for SmolLM2."""
+        """Whether all samples are unchanged: 2 ms for SmolLM2."""
         return self._noted(all(map(_is_current, self._batches)))
 
     def next_are_current(self) -> bool:
-        """The same of a few thousand of them, each time of the next ones."""
+        """Whether the next few thousand samples are unchanged; each call checks the following ones."""
         return self._noted(not self._batches or _is_current(next(self._turns)))
 
     @torch.no_grad()
     def embed_alike(self, token_ids: torch.Tensor) -> bool:
-        """The same of the input embeddings of these tokens."""
+        """Whether the input embeddings of these tokens are unchanged."""
         if self._embedding is None:
             return True
         sample, values = self._embedding
@@ -83,7 +83,7 @@ class WeightRows:
         return self._same
 
     def same_as(self, other: "WeightRows") -> bool:
-        """Whether both found the same values in the same tensors."""
+        """Whether both hold the same values of the same tensors."""
         return len(self._batches) == len(other._batches) and all(
             torch.equal(mine[1], others[1])
             for mine, others in zip(self._batches, other._batches, strict=True)

@@ -1,4 +1,4 @@
-"""Settings and buffers of modules, compared with what the config implies."""
+"""Compares settings and buffers of modules with what the config implies."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -12,24 +12,25 @@ from kvstore_client.engines.transformers.identity.reference import ReferenceModu
 from kvstore_client.reuse.identity import Refusal
 from kvstore_codec.model_spec import Scalar, weights_digest
 
-# What no forward pass of a model in evaluation mode reads, or only RoPE whose frequencies change with the length, which
-# is not supported. Users set some of them in a config after loading (`pad_token_id`, `max_position_embeddings`).
+# Settings that no supported forward pass in evaluation mode reads: RoPE whose frequencies change with the length is not
+# supported. Users set some of them after loading (`pad_token_id`, `max_position_embeddings`).
 _WITHOUT_EFFECT = frozenset({
     "all_tied_weights_keys", "generation_config", "gradient_checkpointing", "kernel_config", "loss_type",
     "max_seq_len_cached", "name_or_path", "original_max_seq_len", "padding_idx", "vocab_size",
 })  # fmt: skip
 
 _CAST_WHEN_USED = frozenset({"embed_scale"})
-"""Buffers that the model casts to its weights' dtype before it uses them: their own dtype does not matter."""
+"""Buffers that the model casts to its weights' dtype before use: their own dtype does not matter."""
 
 _SAME_FREQUENCY = 2**-21
-"""Relative: four units of float32's last place. Devices compute powers that differently; bfloat16 rounds by 2**-9."""
+"""Relative tolerance: four units in the last place of float32. Devices compute powers differently; bfloat16 rounds by
+2**-9."""
 
 _MISSING = object()
 
 
 class Deviation(NamedTuple):
-    """A setting or buffer whose value is not the implied one, as an entry of `ModelSpec.numerics`."""
+    """A setting or buffer with another value than implied, as an entry of `ModelSpec.numerics`."""
 
     name: str
     value: Scalar
@@ -38,10 +39,10 @@ class Deviation(NamedTuple):
 def differences(
     name: str, module: nn.Module, implied: ReferenceModule, config: PreTrainedConfig
 ) -> Iterator[Deviation | Refusal]:
-    """How this module differs. Another float, or other values in a buffer of the same shape, are computed with as the
-    implied ones are, so a name can tell them apart. Anything else may change what is computed in any way."""
+    """How this module differs from the implied one. Another float, or other values in a buffer of the same shape,
+    become part of the name (Deviation): the computation is the same. Any other difference is refused."""
     actual = vars(module)
-    if module.training and implied.children:  # dropout belongs to modules that hold others
+    if module.training and implied.children:  # only modules with children have dropout
         yield _refused(name, "training", actual=True, implied=False)
     own_config = actual.get("config", config)
     if own_config is not config and vars(own_config) != vars(config):

@@ -1,4 +1,4 @@
-"""Noticing cheaply that a model is not what it was."""
+"""Detects cheaply that a model has changed."""
 
 import copy
 import itertools
@@ -30,14 +30,14 @@ from kvstore_client.engines.transformers.identity.rows import (
 _CODE = operator.attrgetter("__code__")
 
 _SAMPLES = 4
-"""Values of each parameter that every look compares."""
+"""Values of each parameter that every check compares."""
 
 
 class TensorState:
-    """Where a model's parameters and buffers lie, how often they were written to, and some of their values.
+    """Addresses and version counters of a model's parameters and buffers, and samples of their values.
 
-    Writes past autograd (`parameter.data += delta`, as when an adapter is merged) count as none. A look compares a few
-    values of every tensor, the embeddings of the tokens that it is told, and in turn some rows of the weights.
+    Writes past autograd (`parameter.data += delta`, as when an adapter is merged) do not change version counters. Each
+    check therefore compares a few values of every tensor, the embeddings of the given tokens, and some rows in turn.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -62,7 +62,7 @@ class TensorState:
         self.rows = WeightRows(self._tensors, next((t for t in self._tensors if t is embedding), None))
 
     def is_current(self, token_ids: torch.Tensor | None = None) -> bool:
-        """Raises RuntimeError when tensors became smaller than they were."""
+        """Whether nothing has changed. Raises RuntimeError when tensors became smaller."""
         return (
             self._marks == self._look()
             and all(map(torch.equal, self._values, map(read, self._samples)))
@@ -71,7 +71,7 @@ class TensorState:
         )
 
     def same_as(self, other: "TensorState") -> bool:
-        """Whether both saw the same tensors, under the same names."""
+        """Whether both describe the same tensors under the same names."""
         return (
             self._named == other._named
             and len(self._tensors) == len(other._tensors)
@@ -91,12 +91,11 @@ class TensorState:
 
 
 class ModelState:
-    """Everything of a model in which a change would show: its modules, their classes, attributes, hooks and tensors,
-    the code that they run, and the config. Keeps references, so that nothing that went away is taken for what came
-    after.
+    """Every part of a model in which a change would show: its modules, their classes, attributes, hooks and tensors,
+    the code that they run, and the config. Keeps references, so that a new object cannot be mistaken for a deleted one.
 
-    What users keep on the model object, such as counters or captured activations, is no part of it. Whatever raises
-    while a model is looked at for the first time is raised.
+    User data on the model object, such as counters or captured activations, is not part of it. Errors during the first
+    inspection are raised.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -126,13 +125,13 @@ class ModelState:
         self._sources += [ALL_ATTENTION_FUNCTIONS.values, ALL_MASK_ATTENTION_FUNCTIONS.values]
         self._objects = self._look()
         self._containers, self._contents = containers, copy.deepcopy(containers)
-        if self._containers != self._contents:  # raises for arrays, which no later look could compare
+        if self._containers != self._contents:  # raises for arrays, which cannot be compared later
             raise ValueError("its config holds values that do not equal their own copies")
         self._precision = float32_matmul_precision()
         self.tensors = TensorState(model)
 
     def watch_settings(self, model: PreTrainedModel, reference: Reference) -> None:
-        """From now on also notice changes inside the lists, dicts and sets that are settings of the model's modules."""
+        """Also detect changes inside lists, dicts and sets among the module settings from now on."""
         for name, module in named_modules(model.get_decoder()):
             implied = reference.modules.get(name)
             for key in implied.settings if implied is not None else ():
@@ -142,16 +141,15 @@ class ModelState:
                     self._contents.append(copy.deepcopy(value))
 
     def rows_are_current(self) -> bool:
-        """Whether a value of every row of the weights is what it was. When not, the model has changed for good. Never
-        raises."""
+        """Whether one value of every row of the weights is unchanged. False means a lasting change. Never raises."""
         try:
             return self.tensors.rows.are_current()
         except Exception:  # tensors became smaller
             return False
 
     def is_current(self, token_ids: torch.Tensor | None = None) -> bool:
-        """Whether nothing has changed, as far as a quick look tells, which includes the embeddings of these tokens.
-        About 1 ms for 30 layers. Safe to ask from any thread, and never raises."""
+        """Whether nothing has changed, as far as a quick check shows, including the embeddings of these tokens. About 1
+        ms for 30 layers. May be called from any thread, and never raises."""
         try:
             now = self._look()
             return (
@@ -161,7 +159,7 @@ class ModelState:
                 and self._precision == float32_matmul_precision()
                 and self.tensors.is_current(token_ids)
             )
-        except Exception:  # something changed while it was looked at, or cannot be compared any more
+        except Exception:  # changed during the check, or not comparable any more
             return False
 
     def _look(self) -> list[object]:
@@ -173,7 +171,7 @@ class ModelState:
 
 
 def _effective(attributes: Mapping[str, object]) -> list[object]:
-    """What of a model's own attributes may have an effect on what it computes. Its parts are looked at apart."""
+    """The model's own attributes that may affect its computation. Its modules are inspected separately."""
     return [
         value
         for name, value in attributes.items()
