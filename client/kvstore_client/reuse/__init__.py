@@ -1,4 +1,5 @@
-"""Reuse of KV by token ids, for any engine: `session.ReuseSession`.
+"""Engine-neutral reuse of KV by token ids: `session.ReuseSession`.
 
-Imports no engine. An engine adapter brings an `Engine` (`engine.py`), calls (`call.py`) and a `CanaryCheck`
-(`identity.py`)."""
+This package imports no engine. An adapter provides an `Engine` (`engine.py`), calls (`call.py`) and a `CanaryCheck`
+(`identity.py`).
+"""

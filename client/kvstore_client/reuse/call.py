@@ -1,4 +1,4 @@
-"""A call of an engine as reuse sees it: a prompt, and passes of it through the model over a cache that reuse fills."""
+"""Interface of an engine call: a prompt, and passes of it through the model over a cache with reused KV."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,58 +11,59 @@ from kvstore_client.recompute import Recompute
 from kvstore_client.reuse.capture import KeyCapture
 
 LayerArrives = Callable[[int], None]
-"""Waits until the reused KV of a layer is in its buffers. Raises FetchIncompleteError when it will not be."""
+"""Waits until a layer's reused KV is in its buffers. Raises FetchIncompleteError when it will not arrive."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
-    """How a pass of a whole prompt ended."""
+    """Result of a pass over a whole prompt."""
 
     output: Any
-    """What the caller of the engine is given."""
+    """Return value for the engine's caller."""
     sequence: torch.Tensor
-    """Tokens of the prompt and behind it the generated ones, i64 `[tokens]`."""
+    """Tokens of the prompt followed by the generated ones, i64 `[tokens]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComputedKV:
-    """What a pass left in its cache, to be kept when the buffers of the reused KV are given back."""
+    """KV that a pass left in its cache. Stays valid after the buffers of the reused KV are released."""
 
     tokens: int
-    """Tokens whose KV is there, the reused ones counted."""
+    """Number of tokens whose KV is in the cache, including the reused ones."""
     values: tuple[torch.Tensor, ...]
-    """By layer `[kv_heads, tokens, head_dim]`, from the first captured token on; empty if not asked for."""
+    """Values by layer, `[kv_heads, tokens, head_dim]`, from the first captured token on; empty if not requested."""
 
 
 class PromptPass(Protocol):
-    """One pass of a whole prompt, and of what is generated behind it, over a cache of its own."""
+    """One pass over a whole prompt, and over the tokens generated behind it, with a cache of its own."""
 
     def run(self) -> EngineOutput:
-        """Called once. Raises what the engine raises, FetchIncompleteError of a layer that will not arrive included."""
+        """Run the pass. Called once. Raises the engine's errors, and FetchIncompleteError for a layer that will not
+        arrive."""
         ...
 
     def take(self, *, values: bool) -> ComputedKV:
-        """What is in the cache. Called once, after `run` has returned; a cache that the caller did not ask for is empty
-        afterwards."""
+        """Take the KV out of the cache. Called once, after `run` has returned. Empties a cache that the caller did not
+        ask for."""
         ...
 
     def salvage(self) -> ComputedKV | None:
-        """What is whole in the cache after `run` has raised: the KV of tokens that passed through all layers. None when
-        there is none behind the reused tokens."""
+        """KV of the tokens that passed through all layers, after `run` has raised. None when there is none behind the
+        reused tokens."""
         ...
 
 
 class EngineCall(Protocol):
-    """A prompt, and what the engine was asked to do with it."""
+    """A prompt, and what the engine is asked to do with it."""
 
     @property
     def segments(self) -> Sequence[int] | None:
-        """Lengths of the prompt's parts, where it was given in parts."""
+        """Lengths of the prompt's segments; None for a prompt without segments."""
         ...
 
     @property
     def recompute(self) -> Recompute | None:
-        """How documents that are reused in another context are repaired, where the caller says so."""
+        """How documents reused in another context are repaired; None when the caller does not say."""
         ...
 
     @property
@@ -72,21 +73,22 @@ class EngineCall(Protocol):
 
     @property
     def tokens(self) -> torch.Tensor:
-        """Of the prompt, i64 `[tokens]`, in a call that need not be passed through."""
+        """Token ids of the prompt, i64 `[tokens]`, in a call that may reuse KV."""
         ...
 
     def bypass_reason(self) -> str | None:
-        """Why this call must run without reuse now, in one word, or None when reuse gives what the plain call would."""
+        """Why this call must run without reuse now, in one word; None when reuse gives the same result as the plain
+        call."""
         ...
 
     def pass_through(self) -> Any:
-        """Answer it without reuse."""
+        """Answer the call without reuse."""
         ...
 
     def prompt_pass(
         self, capture: KeyCapture, reused: KVBuffers | None = None, arrives: LayerArrives | None = None
     ) -> PromptPass:
-        """A pass over the first `capture.first_token` tokens in `reused`, each layer of which `arrives` is asked for
-        before it is read (None: all are there). Without `reused`, over an empty cache. The captured tokens may be put
-        into `reused` behind those. `capture` is active while the pass runs."""
+        """A pass over the first `capture.first_token` tokens in `reused`. `arrives` is called for each layer before the
+        layer is read (None: all layers are there). Without `reused`, a pass over an empty cache. The captured tokens
+        may be written into `reused` behind the reused ones. `capture` is active while the pass runs."""
         ...

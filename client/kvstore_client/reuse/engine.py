@@ -1,5 +1,5 @@
-"""What reuse asks of an engine: token embeddings, rotary tables, the KV of some chunks, and decoder layers that attend
-to keys and values they are given."""
+"""Interface of an engine: token embeddings, rotary tables, computing the KV of single chunks, and decoder layers that
+attend to given keys and values."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,7 +21,7 @@ class TokenEmbeddings(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Projected:
-    """What a layer makes of its tokens, `[heads, tokens, head_dim]` each; queries and keys are rotated."""
+    """A layer's projections of its tokens, `[heads, tokens, head_dim]` each; queries and keys are rotated."""
 
     queries: torch.Tensor
     keys: torch.Tensor
@@ -30,8 +30,9 @@ class Projected:
 
 
 class DecoderLayers(Protocol):
-    """A model's layers, cut open where keys and values are made and where they are attended to. Hidden states are
-    `[1, tokens, hidden]`, in the model's dtype and on its device. Called in inference mode, by one thread at a time."""
+    """A model's layers, split into projection of queries, keys and values, and the part behind attention. Hidden states
+    are `[1, tokens, hidden]`, in the model's dtype and on its device. Called in inference mode, by one thread at a
+    time."""
 
     @property
     def layers(self) -> int: ...
@@ -43,7 +44,7 @@ class DecoderLayers(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def scale(self, layer: int) -> float:
-        """Factor of the products of queries and keys."""
+        """Scale factor of the query-key products."""
         ...
 
     def window(self, layer: int) -> int | None:
@@ -51,7 +52,7 @@ class DecoderLayers(Protocol):
         ...
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Hidden states that enter layer 0, of `tokens`, i64 `[tokens]`."""
+        """Hidden states that enter layer 0, for `tokens`, i64 `[tokens]`."""
         ...
 
     def project(self, layer: int, hidden: torch.Tensor, rotary: RotaryTable) -> Projected:
@@ -59,16 +60,16 @@ class DecoderLayers(Protocol):
         ...
 
     def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """Hidden states that leave the layer, from the output of its attention, `[heads, tokens, head_dim]`."""
+        """Hidden states that leave the layer, from its attention output `[heads, tokens, head_dim]`."""
         ...
 
 
 class Engine(Protocol):
-    """A loaded model. Called by one thread at a time, but for `embed` and `look`."""
+    """A loaded model. One thread at a time calls it, except for `embed` and `look`."""
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes. On a processor a call's work is done when the call returns."""
+        """Device of the model. On a CPU a call's work is done when the call returns."""
         ...
 
     @property
@@ -76,22 +77,25 @@ class Engine(Protocol):
 
     @property
     def decoder(self) -> DecoderLayers | None:
-        """None for a model of which only the beginning of a prompt can be reused."""
+        """None for a model that can reuse only a prompt's prefix."""
         ...
 
     def look(self, tokens: torch.Tensor | None = None) -> DescribedModel:
-        """What the model is now, the embeddings of `tokens`, i64 `[tokens]`, in particular. Any thread may call it."""
+        """Inspect the model now, and in particular the embeddings of `tokens`, i64 `[tokens]`. Any thread may call
+        it."""
         ...
 
     def renew_hooks(self) -> None:
-        """The model is another than it was: have its keys before RoPE noted by the active KeyCapture again."""
+        """Install the key hooks again after the model has changed, so that the active KeyCapture sees its keys before
+        RoPE."""
         ...
 
     def rotary(self, tokens: int) -> tuple[RotaryTable, ...]:
-        """How each layer rotates keys at positions from 0 on, in host memory, in the model's dtype."""
+        """Rotary table of each layer for positions from 0 on, in host memory, in the model's dtype."""
         ...
 
     def compute(self, tokens: torch.Tensor, buffers: KVBuffers, capture: KeyCapture) -> None:
-        """Put the KV of `tokens`, i64 `[tokens]`, into `buffers`, keys rotated, behind the `capture.first_token` tokens
-        whose KV lies there. Called in inference mode, while `capture` is active: it is told the keys before RoPE."""
+        """Compute the KV of `tokens`, i64 `[tokens]`, into `buffers`, keys rotated, behind the `capture.first_token`
+        tokens whose KV is there. Called in inference mode, while `capture` is active and records the keys before
+        RoPE."""
         ...

@@ -1,4 +1,4 @@
-"""What a calibration predicts KV from: the input embeddings of tokens."""
+"""Input embeddings of tokens, from which a calibration predicts KV."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from kvstore_codec.identity import CHUNK_TOKENS
 
 class PromptFeatures:
     """`token_features` of a prompt's chunks, by index, computed on demand. Chunk `index` begins at
-    `first_tokens[index]`, or where it does when the whole prompt is cut into chunks."""
+    `first_tokens[index]`; by default at `index * CHUNK_TOKENS`."""
 
     def __init__(
         self, embed: TokenEmbeddings, tokens: torch.Tensor, first_tokens: Sequence[int] | None = None
@@ -26,6 +26,6 @@ class PromptFeatures:
 
 
 def features_of(embed: TokenEmbeddings, tokens: Sequence[int], begin: int) -> partial[torch.Tensor]:
-    """Features of the chunk at position `begin`. Its tokens are embedded now: the weights may have changed by the time
-    the chunk is stored."""
+    """Features of the chunk at position `begin`, computed later. Its tokens are embedded now, because the weights may
+    change before the chunk is stored."""
     return partial(token_features, embed(torch.tensor(tokens[begin : begin + CHUNK_TOKENS], device="cpu")))

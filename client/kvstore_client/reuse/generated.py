@@ -1,4 +1,4 @@
-"""How a `generate` call ended, and the chunks that it leaves to be stored."""
+"""Result of a `generate` call, and the new chunks to store from it."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,35 +22,35 @@ class ComputedRun:
     chunks: range
     capture: KeyCapture
     values: torch.Tensor | None = None
-    """`[layers, kv_heads, tokens, head_dim]`, of these chunks alone."""
+    """`[layers, kv_heads, tokens, head_dim]`, of these chunks only."""
 
     def keep(self, buffers: KVBuffers) -> "ComputedRun":
-        """With values of its own: the buffers are given back."""
+        """A copy with its own values, valid after the buffers are released."""
         tokens = slice(self.chunks.start * CHUNK_TOKENS, self.chunks.stop * CHUNK_TOKENS)
         return ComputedRun(self.chunks, self.capture, buffers.values[:, :, tokens].clone())
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """How a call ended."""
+    """Result of a call."""
 
     output: Any
     sequence: torch.Tensor
-    """Tokens of the prompt and behind it the generated ones, i64 `[tokens]`."""
+    """Tokens of the prompt followed by the generated ones, i64 `[tokens]`."""
     tokens: int
-    """That passed through the model, the reused ones counted: the KV of so many is there."""
+    """Number of tokens whose KV exists, including the reused ones."""
     values: tuple[torch.Tensor, ...]
-    """What the last pass computed, by layer `[kv_heads, tokens, head_dim]`; empty where nothing is to be stored."""
+    """Values of the last pass, by layer `[kv_heads, tokens, head_dim]`; empty where nothing is to be stored."""
     capture: KeyCapture
-    """Of the last pass: its keys."""
+    """Keys of the last pass."""
     report: FetchReport | None = None
     missing: Sequence[ComputedRun] = ()
-    """Computed because something of them had been missing."""
+    """Runs that were computed because some of their chunks were missing."""
     computed_chunks: int = 0
-    """All that were computed before the last pass."""
+    """Number of chunks computed before the last pass."""
 
     def behind(self, report: FetchReport, runs: Sequence[ComputedRun], buffers: KVBuffers) -> "Generated":
-        """With how the fetch ended, and the `runs` that were computed into its buffers before the last pass."""
+        """Add the fetch's report, and the `runs` that were computed into its buffers before the last pass."""
         missing = [run.keep(buffers) for run in runs if not report.missing.keys().isdisjoint(run.chunks)]
         return replace(
             self, report=report, missing=missing, computed_chunks=sum(len(run.chunks) for run in runs)
@@ -70,7 +70,7 @@ def new_chunks(
     *,
     features: bool,
 ) -> list[NewChunk]:
-    """The full chunks that were computed and are not `stored`, by index, in prompt order."""
+    """The full chunks that were computed and whose index is not in `stored`, in prompt order."""
     return [
         NewChunk(
             ids[index],
@@ -92,7 +92,7 @@ def _gathers(chunks: int, stored: Collection[int], generated: Generated) -> Iter
     new = [i for i in range(-(-generated.capture.first_token // CHUNK_TOKENS), chunks) if i not in stored]
     if not new:
         return
-    # Waiting chunks must not keep a long reused prefix alive.
+    # Chunks that wait to be stored must not keep a long reused prefix in memory.
     begin = new[0] * CHUNK_TOKENS
     values = tuple(tensor[:, begin - generated.capture.first_token :] for tensor in generated.values)
     if any(2 * tensor.nbytes < tensor.untyped_storage().nbytes() for tensor in values):
@@ -103,11 +103,11 @@ def _gathers(chunks: int, stored: Collection[int], generated: Generated) -> Iter
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Brings one chunk of computed KV together, when its turn to be stored has come."""
+    """Assembles one chunk of computed KV when the chunk is about to be stored."""
 
     capture: KeyCapture
     values: tuple[torch.Tensor, ...]
-    """Per layer `[kv_heads, tokens, head_dim]`, from position `values_begin` on."""
+    """By layer, `[kv_heads, tokens, head_dim]`, from position `values_begin` on."""
     begin: int
     values_begin: int
 

@@ -1,4 +1,4 @@
-"""Reused KV on its way, and the buffers that it comes into."""
+"""Reused KV that is being fetched, and its buffers."""
 
 import os
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from kvstore_codec.errors import FetchIncompleteError
 
 @dataclass(frozen=True, slots=True)
 class IncomingKV:
-    """A fetch that was started, and its buffers, which are its own until `release`."""
+    """A fetch in progress and its buffers, which it owns until `release`."""
 
     fetch: Fetch
     buffers: KVBuffers
@@ -20,14 +20,14 @@ class IncomingKV:
     _process: int = field(default_factory=os.getpid)
 
     def release(self) -> None:
-        """End the fetch and give the buffers back. To be called once. In a forked child both are left to the parent."""
+        """End the fetch and release the buffers. Call it once. A forked child leaves both to the parent."""
         if self._process == os.getpid():
             self.fetch.cancel()
             self._pool.give_back(self.buffers)
 
 
 def layers_of(fetch: Fetch, timeline: Timeline) -> LayerArrives:
-    """Waits for the layers of a fetch, and records how long."""
+    """A function that waits for a layer of the fetch and records how long it waited."""
 
     def arrives(layer: int) -> None:
         with timeline.span("wait", f"layer {layer}"):

@@ -1,4 +1,4 @@
-"""What all calls of a session share."""
+"""Parts that all calls of a session share."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ from kvstore_client.reuse.store_policy import StorePolicy
 
 @dataclass(frozen=True, slots=True)
 class SessionParts:
-    """An engine, the client it reuses with, and what is known and decided for both."""
+    """An engine, the client that it reuses KV with, the model's costs, and the store policy."""
 
     client: KVStoreClient
     engine: Engine
     costs: Costs | None
-    """What planning goes by; None when nothing is planned."""
+    """Costs for planning; None when fetches are not planned."""
     storing: StorePolicy

@@ -1,4 +1,4 @@
-"""A call that was begun and is to be finished: what is reused of its prompt may be on its way."""
+"""A call between its `begin` and its `finish`: its reused KV may be on the way."""
 
 import math
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ class BypassedGeneration:
     """One word for metrics and reports."""
     timeline: Timeline
     why_not: str | None = None
-    """The reason as a sentence, where a word does not say enough."""
+    """The reason as a sentence, where one word is not enough."""
 
     buffer_bytes = 0
 
@@ -33,7 +33,7 @@ class BypassedGeneration:
         return 0.0
 
     def cancel(self) -> None:
-        """Nothing to do."""
+        """Nothing to cancel."""
 
     @property
     def report(self) -> GenerationReport:
@@ -45,15 +45,15 @@ class BypassedGeneration:
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """How a call ended."""
+    """Result of a call."""
 
     output: Any
-    """What the caller of the engine is given."""
+    """Return value for the engine's caller."""
     report: GenerationReport
 
 
 class ReusingGeneration(ABC):
-    """A call of which something may be reused. The subclasses say what is reused of its prompt, and how."""
+    """A call that may reuse KV. Subclasses decide which KV of its prompt is reused, and how."""
 
     def __init__(
         self,
@@ -65,40 +65,40 @@ class ReusingGeneration(ABC):
     ) -> None:
         self.call, self.timeline = call, timeline
         self.snapshot = snapshot
-        """The model as it was when the prompt was looked up, or when it was seen last to be the same."""
+        """The model when the prompt was looked up, or when it was last seen unchanged."""
         self.incoming = incoming
-        """What is on its way; None when nothing is, or not any more."""
+        """The fetch in progress; None when there is none."""
         self.why_not = why_not
-        """Why nothing is on its way, if nothing is."""
+        """Why no KV is fetched, if none is."""
 
     @property
     def buffer_bytes(self) -> int:
-        """Size of the buffers that its KV is coming into."""
+        """Size of the fetch's buffers, bytes."""
         return self.incoming.buffers.memory.numel() if self.incoming is not None else 0
 
     def on_ready(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once, when the engine would not have to wait any more (`Fetch.on_ready`): in any thread, and
-        not for computing."""
+        """Call `callback` once, when the engine would no longer wait (`Fetch.on_ready`): in any thread, and not for
+        computing."""
         if self.incoming is None:
             callback()
         else:
             self.incoming.fetch.on_ready(callback)
 
     def remaining_s(self) -> float:
-        """Predicted time until the engine need not wait any more; infinite where there is no plan to go by."""
+        """Predicted seconds until the engine would no longer wait; infinite without a plan."""
         return 0.0 if self.incoming is None else self.incoming.fetch.planned_s() or math.inf
 
     def cancel(self) -> None:
-        """Nobody will finish it: end its fetch, and give its buffers back. Safe to call more than once."""
+        """Abandon the call: end its fetch and release its buffers. May be called repeatedly."""
         incoming, self.incoming = self.incoming, None
         if incoming is not None:
             incoming.release()
 
     @abstractmethod
     def complete(self) -> Completed:
-        """Compute what does not come, answer the call, and hand in what is to be stored of it. Raises what the engine
-        raises. Holds nothing afterwards."""
+        """Compute missing KV, answer the call, and queue its new chunks for storing. Raises the engine's errors.
+        Releases all resources."""
 
 
 PendingGeneration: TypeAlias = ReusingGeneration | BypassedGeneration
-"""Hand it to `ReuseSession.finish`, or `cancel` it."""
+"""Pass it to `ReuseSession.finish`, or `cancel` it."""

@@ -1,4 +1,4 @@
-"""A prompt whose beginning is reused."""
+"""Reuse of a prompt's prefix."""
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.fetch import Computing
@@ -37,7 +37,7 @@ class PrefixGeneration(ReusingGeneration):
     def begin(
         cls, parts: SessionParts, call: EngineCall, snapshot: ModelSnapshot, timeline: Timeline
     ) -> "PrefixGeneration":
-        """Look up what is stored of the prompt's beginning, and have it come."""
+        """Look up the prompt's stored prefix and start to fetch it."""
         ids = parts.client.chunk_ids(snapshot.spec, call.tokens.tolist())
         match = parts.client.match(snapshot.spec, ids, timeline)
         incoming, why_not = None, match.why_not
@@ -89,12 +89,12 @@ class PrefixGeneration(ReusingGeneration):
 def fetch_prefix(
     parts: SessionParts, match: Match, call: EngineCall, spec: ModelSpec, timeline: Timeline
 ) -> tuple[IncomingKV | None, str | None]:
-    """Have the beginning of a prompt come; or say why not, when this process has no memory or thread left for it. The
-    match is then still to be released."""
+    """Start to fetch a prompt's prefix. Returns the fetch, or the reason why this process has no memory or thread for
+    it; the caller then releases the match."""
     client, tokens = parts.client, call.tokens
     buffers: KVBuffers | None = None
     try:
-        buffers = client.buffers.take(spec, len(tokens))  # what is computed goes behind what is fetched
+        buffers = client.buffers.take(spec, len(tokens))  # computed KV follows the fetched KV
         rotary, features = parts.engine.rotary(match.tokens), PromptFeatures(parts.engine.embed, tokens)
         computing = None
         if parts.costs is not None:

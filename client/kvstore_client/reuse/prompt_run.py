@@ -1,4 +1,4 @@
-"""The passes that a call makes through its model: over what is reused, and for chunks computed in its place."""
+"""Passes of one call through the model: over reused KV, and over chunks computed in place of missing ones."""
 
 import torch
 
@@ -14,26 +14,26 @@ from kvstore_codec.identity import CHUNK_TOKENS
 
 
 class PromptRun:
-    """Runs one call, by one of `prefill`, `behind` and `over`. All raise what the engine raises."""
+    """Runs one call, by one of `prefill`, `behind` and `over`. All raise the engine's errors."""
 
     def __init__(self, parts: SessionParts, call: EngineCall, layers: int, timeline: Timeline) -> None:
         self._parts, self._call, self._layers, self._timeline = parts, call, layers, timeline
         self.aborted: Generated | None = None
-        """What was computed, if an exception of the engine's ended the call."""
+        """KV computed before an engine error ended the call, if any."""
 
     def prefill(self) -> Generated:
         """Compute the whole prompt."""
         capture = self._capture(0)
         generated = self._pass(capture)
         costs = self._parts.costs
-        # How long a prompt took that was computed alone. On other devices the call returns before the work is done.
+        # Duration of a prefill without reuse. On other devices the call returns before the work is done.
         if costs is not None and self._parts.engine.device.type == "cpu" and capture.first_pass_s:
             costs.observe_prefill(0, len(self._call.tokens), capture.first_pass_s)
         return generated
 
     def behind(self, incoming: IncomingKV) -> Generated:
-        """Compute chunks that do not come, or that are sooner computed, and then all that stands behind those that
-        come, while they come."""
+        """Compute the chunks that are missing or faster to compute, then all tokens behind the fetched ones while those
+        arrive."""
         fetch, buffers = incoming.fetch, incoming.buffers
         runs: list[ComputedRun] = []
         try:
@@ -41,7 +41,7 @@ class PromptRun:
                 while (run := fetch.next_to_compute()) is not None:
                     runs.append(self._compute(buffers, range(*run)))
                     fetch.computed(*run)
-                # At least one token must pass through the model: its logits are what comes next.
+                # At least one token must pass through the model: its logits give the next token.
                 capture = self._capture(min(fetch.reusable_tokens, len(self._call.tokens) - 1))
                 began_s = self._timeline.now_s()
                 try:
@@ -69,7 +69,7 @@ class PromptRun:
         return KeyCapture(self._layers, first_token)
 
     def _compute(self, buffers: KVBuffers, chunks: range) -> ComputedRun:
-        """Put the KV of a run of chunks into the buffers, where all before them lies."""
+        """Compute the KV of a run of chunks into the buffers; the KV of all preceding chunks is there."""
         capture = self._capture(chunks.start * CHUNK_TOKENS)
         tokens = self._call.tokens[chunks.start * CHUNK_TOKENS : chunks.stop * CHUNK_TOKENS]
         with (
@@ -84,9 +84,9 @@ class PromptRun:
     def _pass(
         self, capture: KeyCapture, reused: KVBuffers | None = None, arrives: LayerArrives | None = None
     ) -> Generated:
-        """Run the call over what is reused."""
+        """Run the call over reused KV."""
         attempt, storing = self._call.prompt_pass(capture, reused, arrives), self._parts.storing.active
-        # A few tokens wait for what is fetched; more of them keep the processor from those who bring it.
+        # A few tokens mostly wait for fetched KV; more of them take the processor from the fetch.
         waits = len(self._call.tokens) - capture.first_token < CHUNK_TOKENS
         computing = self._parts.client.links.computing(request=self._timeline, waits=waits)
         with self._timeline.span("compute"), capture.active(), computing:
@@ -94,7 +94,7 @@ class PromptRun:
                 ended = attempt.run()
             except FetchIncompleteError:
                 raise
-            except BaseException:  # a streamer whose client has gone, say: what was computed is worth keeping
+            except BaseException:  # for example a streamer whose client has left: the computed KV is kept
                 self.aborted = self._salvaged(attempt, capture) if storing else None
                 raise
         left = attempt.take(values=storing)

@@ -1,4 +1,4 @@
-"""A prompt in segments, whose documents are reused wherever they stand."""
+"""Reuse of documents in a segmented prompt, at any position."""
 
 from dataclasses import replace
 
@@ -29,8 +29,8 @@ _NO_RESOURCES = "no_resources: there is no memory or thread left to fetch with"
 
 
 class SegmentGeneration(ReusingGeneration):
-    """A call that reuses documents in whatever context they are stored, or where that takes longer than prefilling,
-    the exact chunks that its prompt begins with."""
+    """A call that reuses documents stored in any context, or only its prompt's exact prefix where reusing the documents
+    takes longer than a prefill."""
 
     def __init__(
         self,
@@ -44,9 +44,9 @@ class SegmentGeneration(ReusingGeneration):
         super().__init__(call, snapshot, timeline, None, plan.match.why_not)
         self._parts, self._segments = parts, segments
         self._plan = plan
-        """What is stored of the prompt."""
+        """Stored chunks of the prompt and how they are used."""
         self._documents: SegmentFetch | None = None
-        """The documents, where they are what is on its way."""
+        """Fetch of the documents; None when the prefix is fetched, or nothing."""
 
     @classmethod
     def begin(
@@ -57,8 +57,8 @@ class SegmentGeneration(ReusingGeneration):
         snapshot: ModelSnapshot,
         timeline: Timeline,
     ) -> "SegmentGeneration":
-        """Look up what is stored of the prompt, and have come what is sooner reused than computed. Raises
-        InvalidTokensError for segments that do not make the prompt."""
+        """Look up the prompt's stored chunks and fetch what is faster to reuse than to compute. Raises
+        InvalidTokensError for segments that do not sum to the prompt."""
         begun = cls._planned(parts, segments, call, snapshot, timeline)
         try:
             better = segments.worth(begun._plan, len(call.tokens))
@@ -80,8 +80,8 @@ class SegmentGeneration(ReusingGeneration):
         snapshot: ModelSnapshot,
         timeline: Timeline,
     ) -> "SegmentGeneration":
-        """As `begin`, but have all come that is stored, however long that takes. Raises FetchError when this process
-        has no memory or thread left for it."""
+        """Like `begin`, but fetch every stored chunk, however long that takes. Raises FetchError when this process has
+        no memory or thread for it."""
         begun = cls._planned(parts, segments, call, snapshot, timeline)
         begun._fetch_documents(begun._plan)
         if begun.incoming is None:
@@ -126,15 +126,15 @@ class SegmentGeneration(ReusingGeneration):
             self.cancel()
 
     def question_states(self) -> tuple[torch.Tensor, GenerationReport]:
-        """What leaves the last layer for the question's tokens, `[1, tokens, hidden]`. Raises FetchError when what is
-        stored does not come. Holds nothing afterwards."""
+        """Hidden states that leave the last layer for the question's tokens, `[1, tokens, hidden]`. Raises FetchError
+        when stored chunks do not arrive. Releases all resources."""
         try:
             blended = None
             if self._documents is not None:
                 blended = self._segments.blend(self._documents, self.timeline, question=True)
             if blended is None:
                 raise FetchError(
-                    f"of {len(self._plan.match.chunks)} stored chunks too few came to reuse them"
+                    f"too few of {len(self._plan.match.chunks)} stored chunks arrived to reuse them"
                 )
             return blended.question, self._blended_report(blended)
         finally:
@@ -145,7 +145,7 @@ class SegmentGeneration(ReusingGeneration):
         super().cancel()
 
     def _fetch_documents(self, plan: SegmentPlan) -> None:
-        """Have come what `plan` reuses; nothing, when this process has no memory or thread left for it."""
+        """Start to fetch the chunks of `plan`; does nothing when this process has no memory or thread for it."""
         rotary = self._parts.engine.rotary(len(self.call.tokens))
         coming = self._segments.start(plan, self.snapshot.spec, self.call.tokens, rotary, self.timeline)
         if coming is None:
@@ -156,14 +156,14 @@ class SegmentGeneration(ReusingGeneration):
 
     def _fetch_beginning(self) -> None:
         usable = exact_beginning(self._plan.match)
-        self.why_not = self.why_not or "slower: computing is sooner than reusing the documents"
+        self.why_not = self.why_not or "slower: computing is faster than reusing the documents"
         if usable.chunks:
             spec, timeline = self.snapshot.spec, self.timeline
             self.incoming, why_not = fetch_prefix(self._parts, usable, self.call, spec, timeline)
             self.why_not = why_not or self.why_not
 
     def _store(self, blended: Blended | None, generated: Generated | None) -> None:
-        """Hand in the chunks of documents that were stored nowhere, while the buffers are held."""
+        """Queue the documents' chunks that were not stored anywhere, while the buffers are held."""
         client, embed, tokens = self._parts.client, self._parts.engine.embed, self.call.tokens.tolist()
         new, report, features = [], None, client.store.needs_features
         if blended is not None:

@@ -1,4 +1,4 @@
-"""`ReuseSession`: the door by which an engine that knows a prompt's tokens reuses KV that any worker has computed."""
+"""`ReuseSession`: lets an engine that knows a prompt's tokens reuse KV computed earlier by any worker."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,10 +25,11 @@ from kvstore_codec.errors import FetchError, UnsupportedModelError
 
 
 class ReuseSession:
-    """Answers the calls of one model. What is stored of a prompt is fetched while the rest is computed, and what was
-    computed is stored in the background. Whatever the service does, the answer comes: what does not arrive is computed.
+    """Answers the calls of one model. Stored KV of a prompt is fetched while the rest is computed, and newly computed
+    KV is stored in the background. When the service fails, missing KV is computed and the call still returns its
+    answer.
 
-    Used by one thread at a time, but for `begin` and `is_stored`.
+    One thread at a time uses a session, except for `begin` and `is_stored`.
     """
 
     def __init__(
@@ -46,17 +47,17 @@ class ReuseSession:
         self._parts = SessionParts(client, engine, costs, self.storing)
         self._client, self._engine, self._canary = client, engine, canary
         self._segments = None
-        """None for a model of which only the beginning of a prompt can be reused."""
+        """None for a model that can reuse only a prompt's prefix."""
         if engine.decoder is not None:
             self._segments = SegmentReuse(engine.decoder, engine.embed, client, costs)
         self._model = engine.look()
-        """The model as it was seen last."""
+        """The model at its latest inspection."""
         self._watch(self._model)
 
     def begin(self, call: EngineCall) -> PendingGeneration:
-        """Look up what is stored of the prompt, and have it come. Nothing is computed and nothing waited for but the
-        lookup, and the first comparison of the model with its canary. Raises InvalidTokensError for segments that do
-        not make the prompt."""
+        """Look up the prompt's stored KV and start to fetch it. Computes nothing, and waits only for the lookup and for
+        the first comparison of the model with its canary. Raises InvalidTokensError for segments that do not sum to the
+        prompt."""
         timeline = Timeline()
         reason = call.bypass_reason()
         if reason is not None:
@@ -80,7 +81,8 @@ class ReuseSession:
         return PrefixGeneration.begin(self._parts, call, snapshot, timeline)
 
     def is_stored(self, call: EngineCall) -> bool:
-        """Whether `begin` would find anything to fetch. Nothing is leased or counted as used. Raises as `begin`."""
+        """Whether `begin` would find KV to fetch. Takes no lease and does not count as a use. Raises the same
+        errors."""
         if call.bypass_reason() is not None:
             return False
         model = self._engine.look(call.tokens)
@@ -92,27 +94,28 @@ class ReuseSession:
         return bool(self._peek(call, model).chunks)
 
     def finish(self, pending: PendingGeneration) -> Any:
-        """What the engine answers. A call whose model has changed since `begin`, whose canary was replaced, or that was
-        begun in the parent of this process, is begun again."""
+        """The engine's answer. A call is begun again when its model has changed or its canary was replaced since
+        `begin`, or when it was begun in the parent process."""
         if isinstance(pending, ReusingGeneration):
             model = self._current()
             generation = self._client.canaries.generation(model.spec.digest)
             if pending.snapshot.is_still(model, generation) and pending.call.bypass_reason() is None:
                 pending.snapshot = replace(pending.snapshot, model=model)
-            else:  # what is on its way is of no use: to another model, process or mode of the engine
+            else:  # the fetched KV is for another model, process or engine mode
                 pending.cancel()
                 pending = self.begin(pending.call)
         return self._complete(pending)
 
     def answer(self, call: EngineCall) -> Any:
-        """`begin` and `finish` in one."""
+        """Run `begin` and `finish`."""
         return self._complete(self.begin(call))
 
     @torch.inference_mode()
     def question_states(self, call: EngineCall) -> torch.Tensor:
-        """What leaves the last layer for the tokens of the last segment, `[1, tokens, hidden]`, when the rest is reused
-        as `begin` would, however much of it has to be computed: for measuring what reuse does to the answer. Raises
-        UnsupportedModelError where segments cannot be reused, and FetchError when what is stored does not come."""
+        """Hidden states that leave the last layer for the tokens of the last segment, `[1, tokens, hidden]`, with the
+        other segments reused as in `begin`, but whatever share of them must be computed. For measuring how reuse
+        changes the answer. Raises UnsupportedModelError where segments cannot be reused, and FetchError when stored KV
+        does not arrive."""
         if self._segments is None:
             raise UnsupportedModelError(f"segments of {self._model.spec.model_id} cannot be reused")
         model = self._current()
@@ -139,11 +142,11 @@ class ReuseSession:
         return completed.output
 
     def _current(self, tokens: torch.Tensor | None = None) -> DescribedModel:
-        """What the model is now, the embeddings of these tokens in particular. Prepares for it when it is another than
-        it was."""
+        """Inspect the model, and in particular the embeddings of these tokens. Renews hooks and preparation when the
+        model has changed."""
         model = self._engine.look(tokens)
         if model != self._model:
-            self._engine.renew_hooks()  # modules may be others than those that were watched
+            self._engine.renew_hooks()  # its modules may not be the hooked ones
             self._watch(model)
             model = self._model = self._engine.look()
         return model
@@ -161,7 +164,7 @@ class ReuseSession:
         return self._client.match(model.spec, ids, peek=True)
 
     def _require_segments(self, call: EngineCall, model: DescribedModel) -> None:
-        """Raises InvalidTokensError for segments that do not make the prompt."""
+        """Raises InvalidTokensError for segments that do not sum to the prompt."""
         if call.segments is not None:
             self._client.segment_chunks(model.spec, call.tokens.tolist(), call.segments)
 

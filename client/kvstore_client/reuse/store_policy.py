@@ -1,4 +1,4 @@
-"""What of a call's KV may be stored, and in which encodings."""
+"""Decides which KV of a call is stored, and in which encodings."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from kvstore_client.store import NewChunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.identity import ChunkId
 
-_UNALIGNED = "what a call computed is not stored: the keys of some of its tokens were not seen"
+_UNALIGNED = "what a call computed is not stored: the keys of some of its tokens were not captured"
 _CHANGED = "what a call computed is not stored: its model was changed meanwhile"
 
 
 class StorePolicy:
-    """Decides for the calls of one model, and counts what is not stored under its reason."""
+    """Store policy for the calls of one model. Counts KV that is not stored, by reason."""
 
     def __init__(self, client: KVStoreClient, canary: CanaryCheck, *, active: bool) -> None:
         self.active = active
@@ -24,8 +24,8 @@ class StorePolicy:
         self._client, self._canary = client, canary
 
     def may_store(self, snapshot: ModelSnapshot) -> bool:
-        """Whether the model is still what the call began with (KV that another one computed has another name), and its
-        canary agrees now, and is the one that the call read by, if it read."""
+        """Whether the call's KV may be stored: the model is unchanged since the call began (other KV has other names),
+        its canary agrees now, and is still the one that the call's lookup was compared with, if there was a lookup."""
         if not self.active or not self._holds(snapshot.model.still_holds()):
             return False
         refusal = self._canary.refusal(snapshot.spec, wait_s=0)
@@ -37,14 +37,15 @@ class StorePolicy:
         return refusal is None
 
     def is_aligned(self, generated: Generated) -> bool:
-        """Whether a key was captured of every token that passed through the model."""
+        """Whether a key was captured for every token that passed through the model."""
         aligned = generated.capture.reaches(generated.tokens)
         if not aligned:
             self._client.metrics.missed(MissReason.STORE_UNALIGNED, detail=_UNALIGNED)
         return aligned
 
     def encodings_behind(self, report: FetchReport | None) -> tuple[Encoding, ...]:
-        """Encodings for KV that was computed behind what a fetch brought; none where it came in lossy ones only."""
+        """Encodings for KV computed behind a fetch's KV; none where the fetched KV was lossy and no encoding is as
+        lossy."""
         return self._client.store.encodings_behind(report.encodings if report is not None else ())
 
     def put(

@@ -119,9 +119,7 @@ class RequestQueue:
                     self._give_answer(question)
                 elif question.pending is not None:
                     self._cached.cancel(question.pending)
-            except (
-                BaseException
-            ):  # a bug in this package or a failing callback: the next requests are still answered
+            except BaseException:  # a bug here or in a callback: the next requests are still answered
                 log.exception("a request did not end properly")
             finally:
                 self._queue.finished(question)

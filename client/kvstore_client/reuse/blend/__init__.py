@@ -1,4 +1,4 @@
-"""Selective recompute: of a prompt in segments much is reused, and only some tokens pass through the model."""
+"""Selective recompute: most of a segmented prompt is reused, and only some tokens pass through the model."""
 
 from kvstore_client.reuse.blend.executor import Blend
 from kvstore_client.reuse.blend.plan import SegmentPlan, exact_beginning

@@ -1,4 +1,4 @@
-"""Recomputing some tokens of a prompt, layer by layer, into the KV that was reused for the others."""
+"""Recomputes some tokens of a prompt, layer by layer, into the KV that is reused for the others."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,21 +14,22 @@ from kvstore_client.reuse.rotation import half_turned, turned_back
 from kvstore_codec.rope import RotaryTable
 
 SCORED_TOKENS = 128
-"""Of the question, its last: what they attend to chooses the tokens."""
+"""Number of last question tokens whose attention selects the tokens to recompute."""
 
 _Look = Callable[[int, Projected, torch.Tensor], None]
-"""Sees a layer's number, what it made of its tokens, and all its keys."""
+"""Called with a layer's number, its projections of the computed tokens, and all its keys."""
 
 
 class Blend:
-    """One prompt whose reused KV lies, or comes to lie, in `buffers`, keys rotated to their positions.
+    """One prompt whose reused KV is in `buffers`, or arrives there, with keys rotated to their positions.
 
-    `chunks` are the reused ones, in order of position; every other token is computed. `question` is the position of the
+    `chunks` are the reused ones, ordered by position; every other token is computed. `question` is the position of the
     question's first token. `arrived(layer)` waits until a layer's reused KV is in the buffers, and raises when it will
-    not be: the pass ends there. Nothing waits for layers behind the one that is computed, so the others come meanwhile.
-    `rotary` turns keys to positions 0 to the prompt's last; `keep` are positions whose keys will be wanted before RoPE.
+    not arrive: the pass ends there. The pass waits only for the layer that it computes, so later layers arrive
+    meanwhile. `rotary` holds positions 0 to the prompt's last; `keep` are positions whose keys before RoPE will be
+    read.
 
-    To be used in inference mode, by one thread. Is the `Probe` of selectors.
+    Use it in inference mode, from one thread. Implements the `Probe` of selectors.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Blend:
         self._reused[positions_of(chunks).to(device)] = True
         approximate = [chunk for chunk in chunks if not chunk.exact]
         self._lead = approximate[0].tokens.start if approximate else question
-        """All before it is as it should be once it is computed, whatever is chosen later."""
+        """All KV before this position is final once it is computed, whatever is selected later."""
         self._lead_is_there = False
         self._slots = torch.full((self._total,), -1, dtype=torch.int64, device=device)
         kept = torch.cat([torch.arange(part.start, part.stop, device=device) for part in (*keep, range(0))])
@@ -63,18 +64,18 @@ class Blend:
 
     @property
     def kv(self) -> KVBuffers:
-        """Where the prompt's KV is, on the model's device."""
+        """The prompt's KV on the model's device."""
         return self._layers.kv
 
     def choose(self, selector: Selector, ratio: float) -> torch.Tensor:
-        """The positions of the reused tokens to compute again, i64, ascending."""
+        """Positions of the reused tokens to recompute, i64, ascending."""
         chosen = select(selector, self._chunks, self._total, ratio, self if selector.needs_kv else None)
         return chosen.to(self._tokens.device)
 
     def compute(self, selected: torch.Tensor, *, drift: bool, question: bool) -> torch.Tensor:
-        """Compute the `selected` tokens and all that are not reused, but for the prompt's last; with `drift` the others
-        move as the selected show. Where the `question` is asked for, that last token, too, and what left the last layer
-        for the question's tokens is returned, `[1, tokens, hidden]`."""
+        """Compute the `selected` tokens and all that are not reused, except the prompt's last. With `drift` the other
+        reused tokens move as the selected ones show. With `question` the last token is computed, too, and the hidden
+        states that leave the last layer for the question's tokens are returned, `[1, tokens, hidden]`."""
         wanted = ~self._reused
         if self._lead_is_there:
             wanted[: self._lead] = False
@@ -85,13 +86,13 @@ class Blend:
         return self._pass(positions, drift=moving, last_from=self._question if question else self._total)
 
     def unrotated_keys(self, tokens: range) -> torch.Tensor:
-        """Of positions that were to be kept, `[layers, kv_heads, tokens, head_dim]`."""
+        """Keys of kept positions, `[layers, kv_heads, tokens, head_dim]`."""
         slots = self._slots[tokens.start : tokens.stop]
         return self._kept_keys[:, :, slots]
 
     def question_attention(self, see: Callable[[torch.Tensor], None], every: int = 1) -> None:
-        """See `Probe`. Computes the prompt's beginning for good, and the question over what is reused; whatever else is
-        to be computed is hidden from it."""
+        """See `Probe`. Computes the prompt's beginning for good, and the question over the reused KV; other tokens that
+        are still to be computed are hidden from it."""
         before = (~self._reused[: self._lead]).nonzero().flatten()
         question = torch.arange(self._question, self._total, device=before.device)
         positions = torch.cat([before, question])
@@ -112,8 +113,8 @@ class Blend:
         self._lead_is_there = True
 
     def fresh_kv(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `Probe`. Exact chunks are what they are, and are not computed. Below `layer` what was computed is
-        put into the buffers, where it is better than what is there."""
+        """See `Probe`. Exact chunks are valid as stored and are not computed. Below `layer` the computed KV is written
+        into the buffers, where it replaces less accurate KV."""
         layer = min(layer, self._decoder.layers - 1)
         exact = positions_of([chunk for chunk in self._chunks if chunk.exact]).to(self._tokens.device)
         wanted = torch.ones_like(self._reused)
@@ -156,10 +157,9 @@ class Blend:
         layers: int | None = None,
         put_layers: int | None = None,
     ) -> torch.Tensor:
-        """Take the tokens at `positions` through the first `layers` layers (None: all of them); in the first
-        `put_layers`, put their keys and values where they belong. In the last one only the tokens from position
-        `last_from` on are attended for, and what left it for them is returned: of the others nobody needs more than
-        keys and values."""
+        """Compute the tokens at `positions` in the first `layers` layers (None: all); in the first `put_layers`, write
+        their keys and values to the buffers. In the last one only the tokens from position `last_from` on attend, and
+        their output is returned: of the others only keys and values are needed."""
         decoder, count = self._decoder, self._decoder.layers if layers is None else layers
         states, rotary = decoder.embed(self._tokens[positions]), self._rotary_at(positions)
         masks: dict[int | None, CausalBlocks] = {}
@@ -167,7 +167,7 @@ class Blend:
         for layer in range(count):
             keys, values = self._layers[layer]
             if empty is not None:
-                # Memory that nothing was put in may hold NaN, which no mask takes out of a product.
+                # Memory that was never written may hold NaN, which no mask removes from a product.
                 keys.index_fill_(1, empty, 0)
                 values.index_fill_(1, empty, 0)
             made = decoder.project(layer, states, rotary)
@@ -193,8 +193,9 @@ class Blend:
         return states
 
     def _move(self, drift: Drift, made: Projected, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Drift is measured, and spread, in keys before RoPE: what it turns them by has nothing to do with it. Turning
-        is linear, so keys and their other halves are spread together with the values, and turned as they are added."""
+        """Measure drift, and spread it, in keys before RoPE, because it does not depend on position. Rotation is
+        linear, so keys and their half-turned counterparts are spread together with the values, and rotated as they are
+        added."""
         rows, seen = drift.rows, drift.seen
         shift = made.keys.index_select(1, rows) - keys.index_select(1, seen)
         shift = turned_back(shift, self._rotary_at(seen))
@@ -202,7 +203,7 @@ class Blend:
         spread = drift.spread(torch.cat((shift, half_turned(shift), values_shift), dim=-1))
         moved, moved_half, moved_values = torch.split(spread[:, :, None], shift.shape[-1], dim=-1)
         for cells, places, of in drift.places:
-            # Added to cells of tokens where they are: writing it out for each token first takes longer than all else.
+            # Added in place, cell by cell: expanding the drift per token first takes longer than all other steps.
             in_cells = (-1, of, shift.shape[-1])
             cos, sin = self._rotary.cos[places].view(in_cells), self._rotary.sin[places].view(in_cells)
             moving = keys[:, places].view(len(keys), *in_cells)

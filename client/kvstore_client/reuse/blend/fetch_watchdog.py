@@ -1,4 +1,4 @@
-"""A fetch that turns out to take longer than computing everything is given up."""
+"""Aborts a fetch that would take longer than computing everything."""
 
 import threading
 import time
@@ -7,12 +7,12 @@ from kvstore_client.fetch import Fetch
 
 _LOOK_S = 0.05
 _LEAST_S, _LEAST_SHARE = 0.1, 0.1
-"""What it may take in any case, the second of the prefill: the first bytes say little about a link."""
+"""Least time that any fetch gets, in seconds and as a share of the prefill: the first bytes say little about a link."""
 
 
 class FetchWatchdog:
-    """Looks now and then how far `fetch` is, of which `size_bytes` are to come, until nobody would have to wait for it.
-    Where it would take longer than `prefill_s`, as it goes, it is cancelled; who waits for it prefills then."""
+    """Checks the progress of `fetch`, which expects `size_bytes`, until nobody would wait for it any more. Cancels the
+    fetch when at its current speed it would take longer than `prefill_s`; its caller prefills then."""
 
     def __init__(self, fetch: Fetch, size_bytes: int, prefill_s: float) -> None:
         self._fetch, self._size_bytes, self._prefill_s = fetch, size_bytes, prefill_s
@@ -21,7 +21,7 @@ class FetchWatchdog:
         fetch.on_ready(self._ready.set)
 
     def start(self) -> None:
-        """Raises nothing: where no thread can be had, the fetch has its own deadline."""
+        """Start watching. Raises nothing: when no thread can be started, the fetch still has its own deadline."""
         try:
             threading.Thread(target=self._watch, name="kvstore-patience", daemon=True).start()
         except RuntimeError:

@@ -1,4 +1,4 @@
-"""Where the model finds a prompt's reused KV, layer by layer."""
+"""Access to a prompt's reused KV on the model's device, layer by layer."""
 
 from collections.abc import Callable
 
@@ -8,21 +8,21 @@ from kvstore_client.buffers import KVBuffers
 
 
 class HostLayers:
-    """The buffers themselves, for a model that computes where they are."""
+    """The buffers themselves, for a model in host memory."""
 
     def __init__(self, buffers: KVBuffers, arrived: Callable[[int], None]) -> None:
         self.kv = buffers
         self._arrived = arrived
 
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values, `[kv_heads, tokens, head_dim]`, to be read and written."""
+        """Keys and values, `[kv_heads, tokens, head_dim]`, to read and write."""
         self._arrived(layer)
         return self.kv.keys[layer], self.kv.values[layer]
 
 
 class DeviceLayers:
-    """Copies on a CUDA device, made in a stream of their own: who computes only enqueues kernels, so the copy of a
-    layer runs under the computation of the one before it (CacheTune, section on pipelined transfer)."""
+    """Copies on a CUDA device, made in a stream of their own. The host only enqueues kernels, so the copy of a layer
+    runs during the computation of the one before it (CacheTune, section on pipelined transfer)."""
 
     def __init__(self, buffers: KVBuffers, arrived: Callable[[int], None], device: torch.device) -> None:
         keys, values = (torch.empty_like(t, device=device) for t in (buffers.keys, buffers.values))
@@ -33,7 +33,7 @@ class DeviceLayers:
         self._copied: set[int] = set()
 
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Like those of HostLayers; what is computed with them waits for the copy on the device."""
+        """Like HostLayers; kernels that use the result wait for the copy on the device."""
         keys, values = self.kv.keys[layer], self.kv.values[layer]
         if layer not in self._copied:
             self._arrived(layer)

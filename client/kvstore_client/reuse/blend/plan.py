@@ -1,4 +1,4 @@
-"""How a prompt in segments is answered: what of it is reused."""
+"""Plan for a segmented prompt: which chunks are reused."""
 
 import operator
 from bisect import bisect_right
@@ -14,21 +14,21 @@ from kvstore_codec.identity import CHUNK_TOKENS, PlacedChunk, begins_text
 
 @dataclass(frozen=True, slots=True)
 class SegmentPlan:
-    """Of one prompt."""
+    """Plan of one prompt."""
 
     placed: tuple[PlacedChunk, ...]
-    """The full chunks of all segments but the question."""
+    """Full chunks of all segments but the question."""
     question: int
     """Position of the question's first token."""
     recompute: Recompute
     documents: tuple[int, ...] = ()
-    """Where each segment begins."""
+    """Position at which each segment begins."""
     match: Match = field(default_factory=Match)
-    """What is reused."""
+    """Chunks to reuse."""
     stored: frozenset[int] = frozenset()
-    """First tokens of the chunks that are stored, in whatever context."""
+    """First tokens of the chunks that are stored, in any context."""
     prefill_s: float | None = None
-    """What the whole prompt would take without reuse, where that is known."""
+    """Predicted duration of a prefill of the whole prompt, seconds; None where it is not known."""
 
     @property
     def unstored(self) -> list[PlacedChunk]:
@@ -39,18 +39,19 @@ class SegmentPlan:
         return [reused_chunk(chunk, self.document(chunk.first_token)) for chunk in self.match.chunks]
 
     def document(self, position: int) -> int:
-        """The number of the segment that a token is part of, counted from 1."""
+        """Number of the segment that contains a token, counted from 1."""
         return bisect_right(self.documents, position)
 
 
 def without_false_beginning(match: Match) -> Match:
-    """A text's first tokens take much of all later tokens' attention. A chunk from the middle of a text has no such
-    tokens, and nothing repairs a prompt that begins with it (measured: KL .49, and .006 where it is computed)."""
+    """Drop a first chunk that comes from the middle of a text. A text's first tokens are attention sinks; such a chunk
+    has none, and nothing repairs a prompt that begins with it (measured: KL 0.49, and 0.006 where the chunk is
+    computed)."""
     return replace(match, chunks=tuple(c for c in match.chunks if c.exact or c.first_token))
 
 
 def exact_beginning(match: Match) -> Match:
-    """The exact chunks that follow each other from the prompt's first token on."""
+    """The contiguous exact chunks from the prompt's first token on."""
     chunks: list[StoredChunk] = []
     for chunk in match.chunks:
         if not chunk.exact or chunk.first_token != len(chunks) * CHUNK_TOKENS:
@@ -60,15 +61,15 @@ def exact_beginning(match: Match) -> Match:
 
 
 def chunk_tokens(chunk: PlacedChunk) -> range:
-    """Its positions in the prompt."""
+    """Positions of the chunk in the prompt."""
     return range(chunk.first_token, chunk.first_token + CHUNK_TOKENS)
 
 
 def documents_of(
     placed: Sequence[PlacedChunk], segments: Sequence[int]
 ) -> tuple[tuple[PlacedChunk, ...], int]:
-    """The chunks that may be reused, and where the question begins: the last segment, or if that is empty the last
-    token, which always passes through the model."""
+    """The chunks that may be reused, and the position of the question: the last segment, or the last token if that is
+    empty, because the last token always passes through the model."""
     lengths = [operator.index(length) for length in segments]
     total = sum(lengths)
     question = min(total - lengths[-1], total - 1)
@@ -88,7 +89,7 @@ def reused_chunk(stored: StoredChunk, document: int | None = None) -> ReusedChun
 
 
 def skipped(selected: torch.Tensor) -> list[range]:
-    """Runs of neighbouring positions: what is computed anyway need not travel."""
+    """Runs of contiguous positions, which are computed and need not be fetched."""
     if not len(selected):
         return []
     breaks = (selected.diff() != 1).nonzero().flatten() + 1

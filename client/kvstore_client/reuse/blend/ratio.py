@@ -1,5 +1,5 @@
-"""Which share of a prompt's reused text is computed again, when the caller does not say: what the settings say, else
-what was tuned for where the text is stored. Where computed tokens need not travel, it then follows the link."""
+"""Recompute ratio of a prompt when the caller gives none: the settings' ratio, else the one tuned for the storage tier.
+Where recomputed tokens need not be fetched, it then follows the link's bandwidth."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,26 +15,26 @@ from kvstore_client.settings import ClientSettings
 
 DRAM, DISK = "dram", "disk"
 _LIKE_DISK = "ssd"
-"""What disks are taken for as long as only those of a known speed were tuned."""
+"""Tier whose ratio stands for unknown disks while only disks of known speed were tuned."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """Of one model."""
+    """Tuned ratios of one model, and its online controllers."""
 
     digest: bytes
     of_tier: Mapping[str, RatioOnline]
 
 
 class Ratios:
-    """Of one client and engine. What was tuned is read when a model is first met. Thread-safe."""
+    """Recompute ratios of one client and engine. Tuned ratios are read at a model's first use. Thread-safe."""
 
     def __init__(self, settings: ClientSettings, links: Links) -> None:
         self._settings, self._links = settings, links
         self._follows_link = (
             not settings.recompute.drift and not selector(settings.recompute.selector).needs_kv
         )
-        """Otherwise everything travels, and computing more saves nothing of that."""
+        """Without this every token is fetched, and a higher ratio saves no transfer."""
         self._known: _Known | None = None
 
     def recompute(self, model_digest: bytes, match: Match) -> Recompute:
@@ -46,7 +46,7 @@ class Ratios:
         return Recompute(settings.recompute.selector, ratio, settings.recompute.drift)
 
     def computed(self, tokens: int, seconds: float) -> None:
-        """So many tokens passed through the model in so many seconds, without what they waited for KV."""
+        """Record that this many tokens passed through the model in `seconds`, without the waits for KV."""
         if self._known is not None:
             for online in self._known.of_tier.values():
                 online.computed(tokens, seconds)
@@ -80,7 +80,8 @@ class Ratios:
         return tuned.get(DISK) or tuned.get(_LIKE_DISK)
 
     def _bandwidth_Bps(self, match: Match) -> float | None:  # noqa: N802
-        """Of all endpoints together, which send at once: until the last one has sent its share."""
+        """Effective bandwidth of all endpoints together, which send in parallel: until the last one has sent its
+        share."""
         sizes = bytes_of_endpoints(match.chunks)
         slowest_s = 0.0
         for endpoint, size in sizes.items():
@@ -92,7 +93,7 @@ class Ratios:
 
 
 def tier_of(match: Match) -> str:
-    """Where most of its bytes come from."""
+    """Tier that holds most of the match's bytes."""
     on_disk = sum(chunk.body_bytes for chunk in match.chunks if chunk.on_disk)
     return DISK if 2 * on_disk > _bytes(match) else DRAM
 

@@ -1,4 +1,4 @@
-"""One prompt in segments, from what is stored of it to the KV of all its tokens but the last."""
+"""One segmented prompt: from its lookup to the KV of all its tokens but the last."""
 
 import itertools
 import operator
@@ -37,7 +37,7 @@ from kvstore_codec.rope import RotaryTable
 
 @dataclass(slots=True)
 class SegmentFetch:
-    """Reused KV on its way."""
+    """A fetch of reused chunks in progress."""
 
     plan: SegmentPlan
     tokens: torch.Tensor
@@ -45,20 +45,21 @@ class SegmentFetch:
     fetch: Fetch
     rotary: RotaryTable
     selected: torch.Tensor | None
-    """What is computed again, where that is known beforehand."""
+    """Positions to recompute, where they are known before the fetch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blended:
-    """The KV of a prompt, some of it reused."""
+    """KV of a prompt, partly reused."""
 
     plan: SegmentPlan
     blend: Blend
     report: FetchReport
     recomputed: int
-    """Reused tokens that were computed again."""
+    """Number of reused tokens that were recomputed."""
     question: torch.Tensor
-    """What left the last layer for the question's tokens, `[1, tokens, hidden]`; empty unless it was asked for."""
+    """Hidden states that leave the last layer for the question's tokens, `[1, tokens, hidden]`; empty unless
+    requested."""
 
 
 class SegmentReuse:
@@ -79,8 +80,8 @@ class SegmentReuse:
         recompute: Recompute | None,
         timeline: Timeline,
     ) -> SegmentPlan:
-        """Looks up what is stored. Without `recompute`, how it is repaired follows from where it is stored. Raises
-        InvalidTokensError for segments that do not make the prompt."""
+        """Look up the stored chunks. Without `recompute`, the storage tier decides how they are repaired. Raises
+        InvalidTokensError for segments that do not sum to the prompt."""
         placed, question = self._placed(spec, tokens, segments)
         match = without_false_beginning(self._client.match_segments(spec, placed, timeline))
         try:
@@ -93,11 +94,11 @@ class SegmentReuse:
         return SegmentPlan(placed, question, recompute, begins, match, stored)
 
     def peek(self, spec: ModelSpec, tokens: Sequence[int], segments: Sequence[int]) -> Match:
-        """What `plan` would find, not leased, and not counted as used."""
+        """The match that `plan` would find, without a lease and without counting as a use."""
         return self._client.match_segments(spec, self._placed(spec, tokens, segments)[0], peek=True)
 
     def worth(self, plan: SegmentPlan, total: int) -> SegmentPlan | None:
-        """The plan as it is best carried out; None when the prompt is better prefilled."""
+        """The plan with its best encodings; None when a prefill is faster."""
         profile = self._costs.snapshot() if self._costs is not None else None
         return worth_reusing(plan, total, profile, self._client.links, self._client.settings.fetch.decoders)
 
@@ -109,13 +110,13 @@ class SegmentReuse:
         rotary: tuple[RotaryTable, ...],
         timeline: Timeline,
     ) -> SegmentFetch | None:
-        """Have what is reused of `tokens`, i64 `[tokens]`, come. None when this process has no memory or thread
-        left for it; the match is then still to be released."""
+        """Start to fetch the reused chunks of `tokens`, i64 `[tokens]`. None when this process has no memory or thread
+        for it; the caller then releases the match."""
         chosen, recompute = None, plan.recompute
         choose = selector(recompute.selector)
         if not choose.needs_kv:
             chosen = select(choose, plan.chunks, len(tokens), recompute.ratio)
-        # What drift is measured by has to come, too.
+        # Drift is measured against stored KV, so the recomputed tokens are fetched, too.
         computed = skipped(chosen) if chosen is not None and not recompute.drift else []
         buffers: KVBuffers | None = None
         try:
@@ -132,12 +133,12 @@ class SegmentReuse:
         return SegmentFetch(plan, tokens, buffers, fetch, rotary[0], chosen)
 
     def blend(self, coming: SegmentFetch, timeline: Timeline, *, question: bool = False) -> Blended | None:
-        """Compute what is to be computed as the rest arrives. None when too little of it came, or too late to choose
-        anew, or this process has no memory left: the prompt is then to be prefilled. With `question` the question's
-        last token is computed, too."""
+        """Compute the remaining tokens while the reused KV arrives. None when too little of it arrived, or too late to
+        select again, or this process has no memory left: the caller then prefills the prompt. With `question` the
+        question's last token is computed, too."""
         try:
             return self._blend_what_comes(coming, timeline, question=question)
-        except (RuntimeError, MemoryError) as error:  # a device without memory is a RuntimeError
+        except (RuntimeError, MemoryError) as error:  # an out-of-memory device raises RuntimeError
             self._no_resources("reuse", len(coming.plan.match.chunks), error)
             coming.fetch.cancel()
             return None
@@ -150,7 +151,7 @@ class SegmentReuse:
         except _ChoiceFailedError:
             report = coming.fetch.wait()
         except FetchIncompleteError:
-            coming.fetch.cancel()  # the rest would come for nothing
+            coming.fetch.cancel()  # the rest would arrive for nothing
             return None
         came = tuple(c for i, c in enumerate(coming.plan.match.chunks) if i not in report.missing)
         plan = replace(coming.plan, match=Match(came))
@@ -179,7 +180,7 @@ class SegmentReuse:
         is_whole, arrives = plan is coming.plan, layers_of(coming.fetch, timeline)
 
         def arrived(layer: int) -> None:
-            if is_whole:  # otherwise what did not come was waited for
+            if is_whole:  # otherwise the duration includes waits for missing KV
                 arrives(layer)
 
         blend = Blend(
@@ -195,13 +196,12 @@ class SegmentReuse:
                 raise _ChoiceFailedError(str(error)) from error
         with timeline.span("compute", f"{len(selected)} tokens again"):
             hidden = blend.compute(selected, drift=recompute.drift, question=question)
-        if (
-            coming.selected is not None and self._decoder.device.type == "cpu"
-        ):  # others compute behind the call
+        # Other devices still work when the call returns.
+        if coming.selected is not None and self._decoder.device.type == "cpu":
             computed = len(coming.tokens) - plan.match.tokens + len(selected)
             self._ratios.computed(computed, timeline.busy_s("compute"))
         return Blended(plan, blend, coming.fetch.finish(), len(selected), hidden)
 
 
 class _ChoiceFailedError(FetchIncompleteError):
-    """Nothing of what was reused has been written over yet."""
+    """Raised before any reused KV was overwritten."""

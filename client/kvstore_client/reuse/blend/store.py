@@ -1,4 +1,4 @@
-"""What a prompt in segments leaves to be stored: the chunks of its documents that were stored nowhere."""
+"""New chunks of a segmented prompt to store: those of its documents that were not stored anywhere."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,8 @@ def prefilled_chunks(
     *,
     features: bool,
 ) -> list[NewChunk]:
-    """Of a prompt that was computed whole, or but for its beginning, or up to where an exception ended the call."""
+    """New chunks of a prompt that was computed in full, or behind a reused prefix, or until an exception ended the
+    call."""
     first_token = generated.capture.first_token
     return [
         NewChunk(
@@ -37,8 +38,8 @@ def prefilled_chunks(
 def blended_chunks(
     embed: TokenEmbeddings, tokens: Sequence[int], blended: Blended, *, features: bool
 ) -> list[NewChunk]:
-    """Of a prompt that was computed in part. Behind the first chunk that was reused in another context than its own,
-    KV is not what the text gives, and must not be taken for it."""
+    """New chunks of a partly computed prompt. Chunks behind one that was reused in another context get approximate ids,
+    because their KV differs from that of a plain prefill."""
     approximate = [chunk.first_token for chunk in blended.plan.match.chunks if not chunk.exact]
     new: list[NewChunk] = []
     for chunk in blended.plan.unstored:

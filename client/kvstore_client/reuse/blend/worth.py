@@ -1,4 +1,4 @@
-"""Whether reusing a prompt's segments is sooner than prefilling it, and in which encoding."""
+"""Decides whether reusing a prompt's segments is faster than a prefill, and in which encoding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,22 +9,23 @@ from kvstore_client.recompute import selector
 from kvstore_client.reuse.blend.plan import SegmentPlan
 
 MOST_COMPUTED = 0.6
-"""Of a prompt's tokens. Beyond it reuse saves less than looking at the reused costs, and the prompt is prefilled."""
+"""Largest share of a prompt's tokens to compute. Above it reuse saves less than its overhead, and the prompt is
+prefilled."""
 
 _SCATTERED = 1.5
-"""How much longer attention takes for tokens that are not neighbours: it cannot leave out as much as a causal pass."""
+"""Slowdown of attention for tokens that are not contiguous: it cannot skip as much as a causal pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What reuse leaves to the model."""
+    """Work that reuse leaves to the model."""
 
     question: int
-    """Tokens of it."""
+    """Number of the question's tokens."""
     computed: int
-    """Tokens that are not reused, the question's among them."""
+    """Number of tokens that are not reused, including the question's."""
     recomputed: int
-    """Reused ones that are computed again."""
+    """Number of reused tokens that are recomputed."""
     looks: bool
     """Whether the question passes through the model twice."""
 
@@ -40,15 +41,15 @@ class Work:
 
     @property
     def passed(self) -> int:
-        """Tokens that pass through the model, those that do so twice counted twice."""
+        """Tokens that pass through the model, counted once per pass."""
         return self.computed + self.recomputed + (self.question if self.looks else 0)
 
 
 def worth_reusing(
     plan: SegmentPlan, total: int, profile: Profile | None, links: Links, decode_threads: int
 ) -> SegmentPlan | None:
-    """The plan with each chunk in the encoding that is there soonest, of those that may be used; None when prefilling
-    the prompt is sooner. Without a `profile` of what computing takes, chunks come in their first encoding."""
+    """The plan with each chunk in the usable encoding that arrives first; None when a prefill is faster. Without a
+    `profile` of the model's costs, chunks are fetched in their first encoding."""
     work = Work.of(plan, total)
     if not plan.match.chunks or work.passed > MOST_COMPUTED * total:
         return None
@@ -69,7 +70,7 @@ def worth_reusing(
         if all(name in available for available in names):
             chunks = tuple(_only(chunk, name) for chunk in plan.match.chunks)
             seconds = _fetch_s(chunks, profile, links, decode_threads)
-            # The most faithful come first: a later one has to be clearly sooner.
+            # The most faithful encodings come first: a later one must be clearly faster.
             if best is None or seconds + computing_s < 0.8 * (best[0] + computing_s):
                 best = seconds, chunks
     fetch_s, chunks = best or (_fetch_s(plan.match.chunks, profile, links, decode_threads), plan.match.chunks)
@@ -85,7 +86,8 @@ def _only(chunk: StoredChunk, name: str) -> StoredChunk:
 
 
 def _fetch_s(chunks: Sequence[StoredChunk], profile: Profile, links: Links, decode_threads: int) -> float:
-    """Until all chunks are there, each in its first variant: receiving from each endpoint, and decoding, at once."""
+    """Seconds until all chunks have arrived, each in its first variant: endpoints send, and threads decode, in
+    parallel."""
     decode_s = 0.0
     for chunk in chunks:
         header = chunk.header

@@ -34,8 +34,8 @@ def reach_of(tensor: torch.Tensor) -> int:
 
 
 def every_row(tensor: torch.Tensor) -> Strided:
-    """One value of each row of `tensor`, each one column before the last. In a large matrix with enough rows this
-    covers every column, too. A small tensor is taken in full."""
+    """One value of each row of `tensor`, each one column before the previous. In a large matrix with enough rows
+    this covers every column, too. A small tensor is taken in full."""
     reach = reach_of(tensor)
     step = 1 if reach <= COMPARED_WHOLE else max(1, reach // tensor.shape[0] - 1)
     return strided(tensor, -(-reach // step), step)
