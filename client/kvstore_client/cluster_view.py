@@ -85,8 +85,9 @@ class ClusterView:
         self._unrest_until_s = 0.0
         self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvstore-membership")
 
-    def membership(self) -> Membership:
-        """The members as last heard. Raises NodeUnavailableError when none were ever heard of in time."""
+    def membership(self, timeout_s: float = math.inf) -> Membership:
+        """The members as last heard. Only the first time it waits for them, for `timeout_s` and `lookup_timeout_s` at
+        most. Raises NodeUnavailableError when none were ever heard of in time."""
         with self._lock:
             known = self._membership
             ttl_s = self._settings.transport.membership_ttl_s
@@ -96,7 +97,7 @@ class ClusterView:
         if known is None:
             if self.is_paused(self._address):
                 raise NodeUnavailableError(self.why_paused(self._address))
-            return self._ask(self._settings.timeouts.lookup_s)
+            return self._ask(min(self._settings.timeouts.lookup_s, timeout_s))
         if stale:
             self.refresh()
         return known
@@ -112,11 +113,11 @@ class ClusterView:
         with self._lock:
             self._canary_changes = changes
 
-    def readers(self, content_ids: Sequence[bytes]) -> list[tuple[Member, ...]]:
+    def readers(self, content_ids: Sequence[bytes], timeout_s: float = math.inf) -> list[tuple[Member, ...]]:
         """Where each content may be, best first, and last who owned it before the membership changed a moment ago:
-        chunks have not followed yet, and a coordinator that was restarted hears of its nodes one by one. Raises
-        NodeUnavailableError when there is no node at all."""
-        membership = self.membership()
+        chunks have not followed yet, and a coordinator that was restarted hears of its nodes one by one. Waits as
+        `membership`. Raises NodeUnavailableError when there is no node at all."""
+        membership = self.membership(timeout_s)
         with self._lock:
             placement, before = self._placement, self._before
             if time.monotonic() > self._before_until_s:
@@ -132,11 +133,11 @@ class ClusterView:
             joined[now, once] = tuple(dict.fromkeys((*now, *again)))
         return [joined[row] for row in rows]
 
-    def writers(self, content_ids: Sequence[bytes]) -> list[tuple[Member, ...]]:
+    def writers(self, content_ids: Sequence[bytes], timeout_s: float = math.inf) -> list[tuple[Member, ...]]:
         """Where each content is to be stored now: on its owners, and in place of one that is paused or not heard of on
-        the next that readers try. Fewer than there are replicas when there are not enough such members. Raises
-        NodeUnavailableError when there is no node at all."""
-        rows = self.readers(content_ids)
+        the next that readers try. Fewer than there are replicas when there are not enough such members. Waits as
+        `membership`. Raises NodeUnavailableError when there is no node at all."""
+        rows = self.readers(content_ids, timeout_s)
         with self._lock:
             replicas = self._membership.replicas if self._membership is not None else 1
         unlike = {id(row): row for row in rows}
@@ -295,7 +296,11 @@ class ClusterView:
             reply = self.coordinator().Membership(pb.MembershipRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
             why = f"the coordinator at {self._address} {told(error)}"
-            self.pause(self._address, why)
+            # A coordinator that had too little time to answer has not failed.
+            timeouts = self._settings.timeouts
+            hasty = timeout_s < min(timeouts.failover_s, timeouts.lookup_s)
+            if not (hasty and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED):
+                self.pause(self._address, why)
             raise NodeUnavailableError(why) from error
         membership = _membership(reply)
         placement = Placement(membership.members, membership.replicas)

@@ -142,7 +142,8 @@ class Search:
 
     def _best(self, wanted: Sequence[int], tried: Mapping[int, Iterable[Member]]) -> Groups:
         """The first reader of each chunk that is not paused; the others are kept for later."""
-        rows = self._view.readers([self._chunk_ids[index].content_id for index in wanted])
+        contents = [self._chunk_ids[index].content_id for index in wanted]
+        rows = self._view.readers(contents, self._deadline_s - time.monotonic())
         # Rows that are alike are one object, and few: thousands of chunks are sorted without comparing members.
         unlike = {id(row): row for row in rows}
         paused = {m for row in unlike.values() for m in row if self._view.is_paused(m.endpoint)}

@@ -35,7 +35,7 @@ def put_pages(
     page to count as stored."""
     outcomes: list[str | None] = ["bad_view"] * len(chunk_ids)
     try:
-        owners = context.view.writers([chunk_id.content_id for chunk_id in chunk_ids])
+        owners = context.view.writers([chunk_id.content_id for chunk_id in chunk_ids], job.left_s)
     except NodeUnavailableError as error:
         context.metrics.failures.warn(str(error), f"{error}: pages are not stored")
         return PageResult.failed(len(chunk_ids), "unreachable")

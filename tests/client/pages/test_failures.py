@@ -1,9 +1,13 @@
 """Whatever fails, pages come from a replica or are missing with a reason, in time."""
 
+import socket
 import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
+
+import pytest
 
 from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
@@ -125,3 +129,18 @@ def test_closing_ends_jobs(slow: PageStore) -> None:
     assert not any(result.ok)
     assert slow.put(keys(1), [b"late"]).reasons == {"closed": 1}
     assert not any(t.name.startswith("kvstore-page") for t in threading.enumerate())
+
+
+@pytest.mark.parametrize("operation", ["exists", "get_into", "put"])
+def test_a_coordinator_that_never_answered_is_not_waited_for_beyond_the_deadline(
+    operation: Literal["exists", "get_into", "put"],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with connect(address, lookup_timeout_s=600.0) as client, client.pages(NAMESPACE) as store:
+            views = {"exists": (), "get_into": (empty([5]),), "put": (pages([5]),)}[operation]
+            getattr(store, operation)(keys(1), *views, timeout_s=0.2)
+            counted = client.metrics.snapshot()
+            assert counted[f"pages_{operation.removesuffix('_into')}_unreachable"] == 1
+            # The next lookup has more time, and asks for itself.
+            assert not client._view.is_paused(address)
