@@ -30,7 +30,9 @@ from kvstore_codec.payload import OPENING_BYTES, PayloadKind, PayloadReader, ope
 MAX_PAGE_BYTES = 128 << 20
 # Every header has a geometry. A page has no layers, heads or tokens: one of each makes one frame.
 PAGE_GEOMETRY = Geometry(1, 1, 1, KVDtype.BFLOAT16, tokens=1, frame_tokens=1, period_layers=1)
-RAW = Encoding(Rate.EXACT, "raw")
+RAW, ZSTD = Encoding(Rate.EXACT, "raw"), Encoding(Rate.EXACT, "zstd")
+ENCODINGS = (RAW, ZSTD)
+"""Every encoding that a page may be stored in, the one that is read sooner first."""
 
 _NAMESPACE_DOMAIN = b"kvstore.page-namespace.v1"
 _CONTENT_DOMAIN = b"kvstore.page.v1"
@@ -114,7 +116,7 @@ def write_page(
 def require_page(header: ChunkHeader, namespace: PageNamespace, chunk_id: ChunkId) -> None:
     """Raises ForeignChunkError unless the chunk is this page."""
     header.require(model_digest=namespace.digest, chunk_id=chunk_id)
-    if header.geometry != PAGE_GEOMETRY or header.encoding.rate is not Rate.EXACT:
+    if header.geometry != PAGE_GEOMETRY or header.encoding not in ENCODINGS:
         raise ForeignChunkError(
             f"chunk {chunk_id.short} is not a page, but {header.encoding.name} of {header.geometry}"
         )

@@ -17,10 +17,9 @@ from kvstore_client.settings import ClientSettings
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.errors import CodecError, NodeUnavailableError
 from kvstore_codec.identity import ChunkId
-from kvstore_codec.page import PageNamespace, require_page
+from kvstore_codec.page import ENCODINGS, PageNamespace, require_page
 
-_ENCODINGS = ("exact-raw", "exact-zstd")
-"""Every encoding that a page may be stored in, the one that is read sooner first."""
+_ENCODINGS = tuple(encoding.name for encoding in ENCODINGS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,10 +23,10 @@ from kvstore_client.pages.locks import PageLocks
 from kvstore_client.pages.put import put_pages
 from kvstore_client.pages.watch import Watch
 from kvstore_client.settings import ClientSettings
-from kvstore_codec.encoding import Encoding, Rate
+from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.identity import ChunkId
-from kvstore_codec.page import PageNamespace
+from kvstore_codec.page import ENCODINGS, PageNamespace
 
 MOST_KEYS = 16_384
 """Of one job. A lookup's answer to that many stays far below what a message may have."""
@@ -62,12 +62,13 @@ class PageStore:
         tokens, which says what computing it again costs. At most `max_jobs`, whose views have `max_bytes` together,
         wait or run at a time.
 
-        Raises ConfigurationError for an encoding that is not exact, UnknownEncodingError for one that does not exist.
+        Raises ConfigurationError for an encoding that pages are not stored in, UnknownEncodingError for one that does
+        not exist.
         """
         self.namespace = namespace
         self._settings, self._parts = settings, parts
         self._encoding = Encoding.parse(encoding)
-        if self._encoding.rate is not Rate.EXACT:
+        if self._encoding not in ENCODINGS:
             raise ConfigurationError(f"pages are stored as exact-raw or exact-zstd, not as {encoding}")
         self._page_tokens = page_tokens
         self._max_jobs, self._max_bytes = max_jobs, max_bytes
@@ -162,7 +163,6 @@ class PageStore:
         self._jobs.close(self._settings.timeouts.close_s)
         self._context.readers.shutdown(wait=False, cancel_futures=True)
         release(self._context.view, self._context.locks.clear())
-        self._event.close()
 
     def _exists(self, keys: Sequence[bytes], timeout_s: float | None, *, is_awaited: bool) -> Job:
         def work(job: Job) -> PageResult:

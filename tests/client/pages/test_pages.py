@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kvstore_client.pages import PageNamespace
+from kvstore_codec.errors import ConfigurationError
 from tests.client.chunks import flip_bit
 from tests.client.pages.conftest import NAMESPACE, Pages, empty, keys, page, pages
 
@@ -220,3 +221,9 @@ def test_a_locked_page_is_read_without_a_lookup_and_unlocked_once(single: Pages)
     assert sum(node.stats().leases for node in single.cluster.nodes) > 0
     store.unlock([*names, *keys(3, 100)])
     single.cluster.check_nothing_is_held()
+
+
+def test_pages_have_no_resolution(single: Pages) -> None:
+    """It would be stored under a name that nobody asks for."""
+    with pytest.raises(ConfigurationError, match="exact-raw@8"):
+        single.store(encoding="exact-raw@8")
