@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
@@ -115,17 +116,39 @@ class GetPages:
             else:
                 failed[index] = "wrong_size"
         *others, last = groups.values() if groups else [[]]
-        reads: list[Future[dict[int, str]]] = [
-            self._context.readers.submit(self._read, pages, hurried=hurried) for pages in others
-        ]
+        reads = [(pages, self._begin_read(pages, hurried=hurried)) for pages in others]
         if last:
             failed |= self._read(last, hurried=hurried)
-        for read in reads:
-            failed |= read.result()
+        for pages, read in reads:
+            # What no other thread has begun is read here.
+            failed |= self._read(pages, hurried=hurried) if read.cancel() else read.result()
         return failed
 
+    def _begin_read(self, pages: Sequence[WantedPage], *, hurried: bool) -> Future[dict[int, str]]:
+        """`_read` in another thread, unless it is cancelled before that thread takes it. The future is not that of the
+        executor, which keeps the work although it raises when there is no thread left: then it may still run."""
+        read: Future[dict[int, str]] = Future()
+
+        def run() -> None:
+            if read.set_running_or_notify_cancel():
+                read.set_result(self._read(pages, hurried=hurried))
+
+        with suppress(RuntimeError):  # no thread left, or closed meanwhile
+            self._context.readers.submit(run)
+        return read
+
     def _read(self, pages: Sequence[WantedPage], *, hurried: bool) -> dict[int, str]:
-        """Read from one node; why pages did not come, by index."""
+        """Read from one node; why pages did not come, by index. Never raises: other threads may read for the same job,
+        which must not end before they do."""
+        try:
+            return self._read_from_node(pages, hurried=hurried)
+        except Exception as error:  # a mistake of ours costs this node's pages only
+            self._context.metrics.failures.warn(
+                "page_internal_error", f"a read of {len(pages)} pages failed: {error}", error
+            )
+            return {page.index: "internal_error" for page in pages}
+
+    def _read_from_node(self, pages: Sequence[WantedPage], *, hurried: bool) -> dict[int, str]:
         context, member = self._context, pages[0].stored.member
         if not self._left_s():
             return {page.index: "timeout" for page in pages}

@@ -95,7 +95,6 @@ class JobQueue:
                 refused = "no_resources"
             if refused is None:
                 self._waiting[operation].append(job)
-                self._watch.add(self)
                 self._changed.notify_all()
         if refused is not None:
             self._finish(job, PageResult.failed(pages, refused))
@@ -113,7 +112,8 @@ class JobQueue:
         return self._jobs
 
     def close(self, timeout_s: float) -> None:
-        """Refuse new jobs, give the others `timeout_s` to end, and then end them. Returns soon after that time."""
+        """Refuse new jobs, give the others `timeout_s` to end, and then end them and close the event. Returns soon
+        after that time."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -127,6 +127,8 @@ class JobQueue:
         until_s = time.monotonic() + _JOIN_S
         for thread in [thread for threads in self._threads.values() for thread in threads]:
             thread.join(max(0.0, until_s - time.monotonic()))
+        with self._changed:  # a thread that has not ended may still set it
+            self._event.close()
 
     def check(self) -> None:
         """Finish jobs whose deadline has passed before their turn came."""
@@ -142,7 +144,12 @@ class JobQueue:
         """Waiting jobs are ended by `close`."""
 
     def _has_thread(self, operation: Operation) -> bool:
-        """Whether some thread will take a job; with the lock held."""
+        """Whether some thread will take a job, and another one end it when its deadline passes before; with the lock
+        held."""
+        try:
+            self._watch.add(self)
+        except RuntimeError:
+            return False
         threads = self._threads[operation]
         if self._idle[operation] > len(self._waiting[operation]) or len(threads) >= _THREADS[operation]:
             return True

@@ -32,14 +32,15 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def add(self, watched: Watched) -> None:
-        """Watch it until `discard`. It is cancelled at once after `stop`."""
+        """Watch it until `discard`. It is cancelled at once after `stop`. Raises RuntimeError, and watches nothing,
+        when this process has no thread left."""
         with self._changed:
             stopped = self._stopped
-            self._watched.add(watched)
             if self._thread is None and not stopped:
                 thread = threading.Thread(target=self._run, name="kvstore-page-watch", daemon=True)
                 thread.start()
                 self._thread = thread
+            self._watched.add(watched)
             self._changed.notify()
         if stopped:
             watched.cancel()
