@@ -261,10 +261,10 @@ class ChunkCatalog:
             self._unlink(slot)
             self.counters.evictions += 1
 
-    def drop_memory_copy(self, slot: int) -> None:
-        """The copy in memory of an acquired chunk is damaged. Drops it, and the chunk where the disk does not have it.
-        Lock held."""
-        if not self.index.is_linked(slot):
+    def drop_memory_copy(self, slot: int, extent: Extent) -> None:
+        """The copy of an acquired chunk in `extent` is damaged. Drops it, unless it was dropped already, and the chunk
+        where the disk does not have it. Lock held."""
+        if not self.index.is_linked(slot) or self.index.extent[slot] is not extent:
             return
         self.counters.damaged += 1
         if self.index.location[slot] == NOWHERE:
@@ -272,7 +272,7 @@ class ChunkCatalog:
             return
         self.flush_touches()
         self.in_memory.remove(slot, evicted=False)
-        self._dropped.setdefault(slot, []).append(self.extent(slot))
+        self._dropped.setdefault(slot, []).append(extent)
         self.index.extent[slot] = None
 
     def drop_disk_copy(self, slot: int) -> None:

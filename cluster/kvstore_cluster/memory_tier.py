@@ -81,7 +81,7 @@ class MemoryTier:
             require_sound(self._catalog.index, slot, list(self._arena.views(extent)))
         except ChunkFormatError as error:
             with self._catalog.lock:
-                self._catalog.drop_memory_copy(slot)
+                self._catalog.drop_memory_copy(slot, extent)
             return f"in memory: {error}"
         return None
 

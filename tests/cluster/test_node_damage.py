@@ -1,14 +1,17 @@
 """Damaged chunks on a storage node: they are found, dropped, and never given out."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvstore_cluster import memory_tier
+from kvstore_cluster.disk_reads import require_sound
 from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.scrub import scrub
-from kvstore_codec.errors import (
-    ChunkNotFoundError,
-)
+from kvstore_codec.errors import ChunkNotFoundError
 from tests.cluster.disk_node import Opener, chunk_of, put, read, stored
 
 
@@ -91,6 +94,34 @@ def test_damage_in_memory_leaves_the_copy_on_disk(opened: Opener) -> None:
     assert read(node, chunk) == chunk.data
     assert node.verify(chunk.chunk_id, chunk.encoding) is None
     node.check_integrity()
+
+
+def test_two_that_find_the_same_damage_in_memory_drop_one_copy(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = opened()
+    chunk = chunk_of(0)
+    pending = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data))
+    assert pending is not None
+    views = list(pending.views())
+    pending.write(chunk.data)
+    pending.commit()
+    views[-1][len(views[-1]) - 1] ^= 1
+    both_found_it = threading.Barrier(2)
+
+    def find(*arguments: Any) -> None:
+        try:
+            require_sound(*arguments)
+        finally:
+            both_found_it.wait(10)
+
+    monkeypatch.setattr(memory_tier, "require_sound", find)
+    with ThreadPoolExecutor(2) as threads:
+        found = [threads.submit(node.verify, chunk.chunk_id, chunk.encoding) for _ in range(2)]
+    assert all("in memory" in (reason.result() or "") for reason in found)
+    node.check_integrity()
+    assert node.stats().counters["damaged"] == 1
+    assert read(node, chunk) == chunk.data
 
 
 def damage(folder: Path, data: bytes) -> None:
