@@ -1,4 +1,4 @@
-"""What passes between the stages of a fetch."""
+"""Data that the stages of a fetch pass to each other."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from kvstore_codec.encoding import Encoding
 
 @dataclass(frozen=True, slots=True)
 class ReadTask:
-    """The piece of work that travels through the stages: neighbouring frames of one period of a chunk's variant."""
+    """One read: neighbouring frames of one period of a chunk's variant. Passes through all stages."""
 
     chunk_index: int
     chunk: StoredChunk

@@ -1,4 +1,4 @@
-"""What a fetch knows of each chunk: how it comes, and what of it is still to come."""
+"""State of one chunk in a fetch: its source, and which reads are still to come."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -23,18 +23,18 @@ class ChunkState:
     choice: int = COMPUTE
     """Index into the chunk's variants, or COMPUTE."""
     unread: deque[ReadTask] = field(default_factory=deque)
-    """Not asked for yet, in that variant, the first layers first."""
+    """Reads of that variant that were not requested yet, first layers first."""
     decoding: int = 0
-    """Reads of it that are being written to their place now."""
+    """Number of its reads that are being written to the destination now."""
     open_tokens: list[int] = field(default_factory=list)
-    """Of each layer, how many tokens have not been delivered."""
+    """Number of tokens not delivered yet, by layer."""
     open_token_layers: int = 0
     is_lost: bool = False
-    """It cannot be read any more: it is missing, or some of it was thrown away."""
+    """The chunk cannot be read any more: it is missing, or some of it was discarded."""
     is_engines: bool = False
-    """The engine computes it, or has computed it."""
+    """The engine computes the chunk, or has computed it."""
     reason: MissReason | None = None
-    """Why it will not come, although it should have."""
+    """Why the chunk is missing."""
 
     def __post_init__(self) -> None:
         self.open_tokens = [self.tokens] * self.layers
@@ -54,11 +54,11 @@ class ChunkState:
 
     @property
     def is_settled(self) -> bool:
-        """Nothing more of it will come."""
+        """No more of the chunk will arrive."""
         return self.is_computed or self.is_delivered
 
     def left_bytes(self, variant: int) -> int | None:
-        """Bytes still to be asked for when the rest comes in `variant`; None when it cannot."""
+        """Bytes still to be requested when the rest is read in `variant`; None when it cannot be."""
         if variant == self.choice:
             return sum(task.size_bytes for task in self.unread)
         next_layer = 0 if self.is_computed else self._next_layer()
@@ -67,7 +67,7 @@ class ChunkState:
         return None if left_bytes is None else begun_bytes + left_bytes
 
     def left_share(self) -> float:
-        """Share of the chunk that has not been asked for."""
+        """Share of the chunk that was not requested yet."""
         if self.is_computed:
             return 1.0
         values: int = sum(
@@ -77,7 +77,8 @@ class ChunkState:
         return values / (self.tokens * self.layers)
 
     def choose(self, choice: int) -> None:
-        """Have the rest come in another variant, or the chunk be computed. What was asked for of it is then lost."""
+        """Read the rest in another variant, or have the engine compute the chunk. Reads already requested are then
+        lost."""
         if choice == self.choice:
             return
         if choice == COMPUTE:
@@ -100,24 +101,24 @@ class ChunkState:
         self.choice = choice
 
     def took(self, task: ReadTask) -> None:
-        """This read is in its place."""
+        """Record that this read was delivered."""
         tokens = task.tokens.stop - task.tokens.start
         for layer in range(task.layers.start, task.layers.stop):
             self.open_tokens[layer] -= tokens
             self.open_token_layers -= tokens
 
     def gave_back(self, tasks: list[ReadTask]) -> None:
-        """These reads, the latest that were asked for, are to be asked for again."""
+        """Queue these reads, the latest requested ones, to be requested again."""
         self.unread.extendleft(reversed(tasks))
 
     def _begun(self) -> list[ReadTask]:
-        """Reads of a period of which some has been asked for: that one is brought to its end as it was begun."""
+        """Remaining reads of a period that was partly requested; such a period is finished in its variant."""
         if not self.unread or self.unread[0].tokens.start == self.chunk.first_token:
             return []
         layer = self.unread[0].layers.start
         return [task for task in self.unread if task.layers.start == layer]
 
     def _next_layer(self) -> int:
-        """The first layer that may still come in any variant one of whose periods begins there."""
+        """The first layer that may still be read in any variant with a period that begins there."""
         begun = self._begun()
         return self.unread[len(begun)].layers.start if len(self.unread) > len(begun) else self.layers

@@ -1,4 +1,4 @@
-"""Cutting a chunk into reads: neighbouring frames of one period, the first layers first."""
+"""Splits a chunk into reads: neighbouring frames of one period, first layers first."""
 
 from bisect import bisect_right
 from collections import deque
@@ -8,14 +8,14 @@ from kvstore_client.fetch.base import ReadTask
 from kvstore_client.match import StoredChunk, Variant
 
 RANGE_BYTES = 1 << 20
-"""Neighbouring frames are asked for together up to this size: a range then arrives as one message, unsplit."""
+"""Neighbouring frames are read together up to this size: a range then arrives as one message, unsplit."""
 
 
 def cut(
     index: int, chunk: StoredChunk, variant: Variant, first_layer: int = 0, slots: Sequence[int] | None = None
 ) -> deque[ReadTask]:
-    """The reads that bring a chunk's layers from `first_layer` on, with which one of the variant's periods begins: all
-    frames of them, or only those in `slots`."""
+    """Reads of a chunk's layers from `first_layer` on, which begins a period of the variant: all frames of these
+    layers, or only those in `slots`."""
     geometry = variant.header.geometry
     runs = _runs(range(geometry.frames_per_period) if slots is None else slots)
     tasks: deque[ReadTask] = deque()
@@ -26,7 +26,7 @@ def cut(
 
 
 def joined(ranges: Iterable[range]) -> list[range]:
-    """The same positions, in order, as few ranges as there can be."""
+    """The same positions in order, as the fewest possible ranges."""
     found: list[range] = []
     for piece in sorted((piece for piece in ranges if piece), key=_start):
         if found and piece.start <= found[-1].stop:
@@ -37,7 +37,7 @@ def joined(ranges: Iterable[range]) -> list[range]:
 
 
 def slots_outside(chunk: StoredChunk, variant: Variant, computed: Sequence[range]) -> list[int]:
-    """The slots of a variant that do not lie wholly inside one of `computed`, which are `joined`."""
+    """Slots of a variant that are not entirely inside one of `computed`, which are `joined`."""
     geometry = variant.header.geometry
     outside: list[int] = []
     for slot in range(geometry.frames_per_period):
@@ -64,7 +64,7 @@ def _start(piece: range) -> int:
 
 
 def _runs(slots: Sequence[int]) -> list[range]:
-    """Neighbours together."""
+    """Group contiguous slots."""
     return joined(map(range, slots, (slot + 1 for slot in slots)))
 
 

@@ -1,4 +1,4 @@
-"""Decode stage: verified frames become KV in the memory of the destination, keys not yet rotated."""
+"""Decode stage: decodes verified frames into the destination's memory, with keys not yet rotated."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,12 +12,12 @@ from kvstore_codec.errors import CalibrationError
 from kvstore_codec.klt_frames import KLT, Prediction
 
 ChunkFeatures = Callable[[int], torch.Tensor]
-"""Index of a chunk in the match -> its `token_features`, f32 `[tokens, features]` in host memory."""
+"""Maps a chunk's index in the match to its `token_features`, f32 `[tokens, features]` in host memory."""
 
 
 class Predictions:
-    """What the chunks of a fetch are predicted to be: made when the first of a chunk's frames is decoded, and kept
-    until it is dropped. Thread-safe."""
+    """Predictions for the chunks of a fetch: made when the first frame of a chunk is decoded, kept until dropped.
+    Thread-safe."""
 
     def __init__(self, chunks: Sequence[StoredChunk], features: ChunkFeatures | None) -> None:
         self._features = features
@@ -25,23 +25,24 @@ class Predictions:
         self._made: list[tuple[KLT, Prediction] | None] = [None] * len(chunks)
 
     def of(self, task: ReadTask) -> Prediction | None:
-        """None for a chunk that was coded without a calibration. Raises CalibrationError without features."""
+        """Prediction of the read's chunk; None for a chunk coded without a calibration. Raises CalibrationError without
+        features."""
         klt, index = task.variant.klt, task.chunk_index
         if klt is None:
             return None
-        with self._locks[index]:  # not one lock for all: decoders work on several chunks
+        with self._locks[index]:  # one lock per chunk: decoders work on several chunks
             made = self._made[index]
             if made is None or made[0] is not klt:
                 if self._features is None:
                     raise CalibrationError(
                         f"chunk {task.chunk.chunk_id.short} is coded as {task.encoding.name}: "
-                        "give `fetch` the features of its tokens"
+                        "pass the features of its tokens to `fetch`"
                     )
                 made = self._made[index] = klt, klt.predict(self._features(index))
             return made[1]
 
     def drop(self, index: int) -> None:
-        """Nothing more of this chunk will be decoded."""
+        """Drop the prediction of a chunk that is fully decoded."""
         with self._locks[index]:
             self._made[index] = None
 
@@ -53,9 +54,9 @@ def decode(
     predictions: Predictions,
     together: FramesTogether,
 ) -> None:
-    """Decode into `keys` and `values`, `[layers, kv_heads, tokens, head_dim]` of the item's task each. Raises
-    CodecError for a frame that is not what its header says; the tensors are then partly written. What `together`
-    restores is there only after that."""
+    """Decode into `keys` and `values`, `[layers, kv_heads, tokens, head_dim]` each, for the read of `item`. Frames that
+    `together` decodes jointly are complete only after its own decoding. Raises CodecError for a frame that does not
+    match its header; the tensors are then partly written."""
     task = item.task
     together.read(
         task.variant.header,

@@ -1,4 +1,4 @@
-"""Where a fetch puts restored KV: what an engine's memory has to offer."""
+"""Interface of the memory that a fetch writes restored KV to."""
 
 from typing import Protocol
 
@@ -6,27 +6,28 @@ import torch
 
 
 class Destination(Protocol):
-    """Memory that a fetch fills, range by range: some neighbouring layers at some neighbouring positions of the prompt.
+    """Memory that a fetch fills range by range. A range is some contiguous layers at some contiguous positions of the
+    prompt.
 
-    The restore threads of a fetch call both methods, several threads at once, each for another range, in
-    `torch.inference_mode`. For each range there is one `prepare`, then one `complete`, unless the range cannot be
-    decoded: then it is not completed. Ranges that succeed never overlap. After `Fetch.finish` has returned, or
-    `Fetch.finished` has returned a report, there are no more calls, and every range that was delivered is complete.
+    The restore threads of a fetch call both methods concurrently, each for another range, in `torch.inference_mode`.
+    Each range gets one `prepare`, then one `complete`; a range that cannot be decoded is not completed. Ranges that
+    succeed never overlap. After `Fetch.finish` has returned, or `Fetch.finished` has returned a report, there are no
+    more calls, and every delivered range is complete.
 
-    Neither method may block: `Fetch.finish` waits until it has returned, also after the deadline. It may raise: then
-    the chunk is missing, for the reason `destination`, and the engine computes it.
+    Neither method may block: `Fetch.finish` waits for them, even after the deadline. Both may raise: the chunk is then
+    missing with the reason `destination`, and the engine computes it.
     """
 
     @property
     def layers(self) -> int:
-        """Number of layers that the model has."""
+        """Number of the model's layers."""
 
     def prepare(self, layers: slice, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory for the keys and the values of a range, `[layers, kv_heads, tokens, head_dim]` each, of the model's
-        dtype, whose head_dim is contiguous. Values are decoded into it, and keys are decoded and rotated there. It is
-        the place itself where that has such a shape, and scratch memory elsewhere. Nobody else writes it before
-        `complete`."""
+        """Memory for the keys and the values of a range, `[layers, kv_heads, tokens, head_dim]` each, in the model's
+        dtype, with contiguous head_dim. Values are decoded into it; keys are decoded and rotated there. Return the
+        final memory where it has such a shape, otherwise scratch memory. Nobody else writes it before `complete`."""
 
     def complete(self, layers: slice, tokens: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """The tensors of `prepare` hold the range now: put it into its place, unless it is there already. When this
-        returns, the engine may be told that the range has arrived. Nobody reads or writes the tensors after that."""
+        """Write the range, which the tensors of `prepare` now hold, to its final memory, unless it is there already.
+        The engine may be told that the range has arrived as soon as this returns. The tensors are not used
+        afterwards."""

@@ -1,4 +1,4 @@
-"""What a fetch does when a member does not bring its chunks: go on with another one that has the same bytes."""
+"""Failover of a fetch: reads chunks from another member when the first one fails or falls silent."""
 
 import math
 import threading
@@ -26,12 +26,12 @@ from kvstore_codec.errors import CodecError, NodeUnavailableError
 _CHECKS_PER_LIMIT = 5
 _LOOK_EVERY_S = 0.05
 AHEAD_S = 0.1
-"""Where the plan may change, so much is asked for at once: what was asked for cannot be planned anew."""
+"""While the plan may change, reads are requested this far ahead, seconds: requested reads cannot be replanned."""
 _TOO_LONG_S = 3 * AHEAD_S
 
 
 class Reading:
-    """A stream that is being read: since when the next piece of it is waited for, and how fast it comes."""
+    """A stream in progress: how long its next piece has been awaited, and how fast bytes arrive."""
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class Reading:
         is_waited_for: Callable[[], bool],
         hurried: bool,
     ) -> None:
-        """`sizes_bytes` are those of the reads it brings. `hurried`: it is given up when it falls silent. `links` are
-        told how fast its bytes come, for what `request`, and whether that keeps the engine waiting."""
+        """`sizes_bytes` are the sizes of its reads. A `hurried` stream is aborted when it falls silent. `links` learns
+        the speed of the bytes, the `request` that they belong to, and whether the engine is waiting for it."""
         self._stream = stream
         self._links, self._endpoint, self._request = links, endpoint, request
         self._is_waited_for = is_waited_for
@@ -56,21 +56,21 @@ class Reading:
         self._waiting_since_s = math.inf
         self._seen_at_s = math.inf
         self._seen_bytes = 0
-        """Of the piece that is waited for, those that the links were told of, and when."""
+        """Bytes of the awaited piece that `links` has been told of, and when."""
         self.is_silent = False
-        """Whether it was given up because nothing came."""
+        """Whether the stream was aborted because nothing arrived."""
         self.is_slow = False
-        """Whether it had better be given up after the read that is under way: what is behind that comes too late."""
+        """Abort after the current read; later reads would arrive too late."""
 
     def __iter__(self) -> Iterator[ReadPiece]:
-        """Raises TransferError."""
+        """Iterate over the pieces. Raises TransferError."""
         first = True
         try:
             self._wait()
             for piece in self._stream:
                 self._arrived(len(piece.data), first=first)
                 first = False
-                yield piece  # whatever the reader does now is not the sender's silence
+                yield piece  # time that the reader spends on a piece is not the sender's silence
                 self._wait()
         finally:
             with self._lock:
@@ -78,11 +78,11 @@ class Reading:
 
     @property
     def moved_at_s(self) -> float:
-        """When bytes last came, as far as the transport knows."""
+        """Monotonic time at which bytes last arrived, as far as the transport knows."""
         return self._stream.moved_at_s
 
     def look(self) -> None:
-        """Observe what has come of an incomplete piece."""
+        """Observe the received bytes of an incomplete piece."""
         with self._lock:
             now_s, incomplete_bytes = time.monotonic(), self._stream.incomplete_bytes
             if now_s > self._seen_at_s and incomplete_bytes > self._seen_bytes:
@@ -97,8 +97,8 @@ class Reading:
             self._stream.cancel()
 
     def check_speed(self, bandwidth_Bps: float | None, limit_s: float) -> None:  # noqa: N803
-        """It is slow when what is behind the read under way would take longer than `limit_s`. That read itself is
-        brought to its end, however long it takes: otherwise a link could be too slow for any."""
+        """Mark the stream as slow when the reads behind the current one would take longer than `limit_s`. The current
+        read is finished in any case: otherwise a link could be too slow for any read."""
         under_way = bisect_right(self._ends_bytes, self._received_bytes)
         if bandwidth_Bps is not None and under_way < len(self._ends_bytes):
             behind_bytes = self._ends_bytes[-1] - self._ends_bytes[under_way]
@@ -113,12 +113,12 @@ class Reading:
         with self._lock:
             seconds = time.monotonic() - self._seen_at_s
             if first and not self._seen_bytes:
-                # The first piece also took the way there and back, which is not the link's bandwidth.
+                # The first piece includes the round trip, which does not count as bandwidth.
                 bandwidth_Bps = self._links.bandwidth_Bps(self._endpoint)  # noqa: N806
                 if bandwidth_Bps:
                     self._links.first_byte(self._endpoint, max(0.0, seconds - size_bytes / bandwidth_Bps))
                 seconds = max(seconds - self._links.latency_s(self._endpoint), seconds / 2)
-            if size_bytes:  # otherwise it is the news that a chunk has gone
+            if size_bytes:  # otherwise the piece reports an evicted chunk
                 self._observe(size_bytes - self._seen_bytes, seconds)
             self._received_bytes += size_bytes - self._seen_bytes
             self._waiting_since_s = self._seen_at_s = math.inf
@@ -130,8 +130,8 @@ class Reading:
 
 
 class Failover:
-    """Knows for the chunks of one fetch who else has them, and ends streams that fell silent. Thread-safe, as long as
-    the tasks of one chunk are in one thread."""
+    """Finds other members for the chunks of one fetch, and ends silent streams. Thread-safe, as long as each chunk's
+    tasks are handled by one thread."""
 
     def __init__(
         self,
@@ -150,12 +150,12 @@ class Failover:
         self._lock = threading.Lock()
         self._readings: set[tuple[Member, Reading]] = set()
         self.leases: list[Lease] = []
-        """What was leased on the way."""
+        """Leases taken during failover."""
         self.failed: set[str] = set()
-        """Endpoints that broke down, and were paused."""
+        """Endpoints that failed and were paused."""
 
     def members(self) -> set[Member]:
-        """Everybody who was asked to bring a chunk."""
+        """All members that chunks were requested from."""
         return set().union(*self._tried)
 
     def has_others(self, tasks: Iterable[ReadTask]) -> bool:
@@ -170,7 +170,8 @@ class Failover:
         return any(set(members) - self._tried[i] for i, members in zip(indices, readers, strict=True))
 
     def elsewhere(self, tasks: Sequence[ReadTask]) -> tuple[dict[Member, list[ReadTask]], list[ReadTask]]:
-        """Who has the very same chunks besides those that were tried, and the tasks for which there is nobody."""
+        """Members that have the same chunks, apart from those tried before, with the tasks for each; and the tasks that
+        no other member has."""
         places: dict[int, Member] = {}
         wanted: dict[int, set[ChunkHeader]] = {}
         for task in tasks:
@@ -206,16 +207,16 @@ class Failover:
         return found, [task for task in tasks if task.chunk_index not in places]
 
     def broke(self, member: Member, reason: MissReason) -> None:
-        """Have others leave this member alone for a while."""
+        """Pause this member for all fetches."""
         self.failed.add(member.endpoint)
-        why = f"the storage node at {member.endpoint} did not bring chunks: {reason}"
+        why = f"the storage node at {member.endpoint} did not send chunks: {reason}"
         self._view.pause(member.endpoint, why, until_it_answers=reason is MissReason.UNREACHABLE)
         self._view.refresh()
 
     @contextmanager
     def watched(self, member: Member, reading: Reading) -> Iterator[Reading]:
-        """Meanwhile the stream ends when it is hurried and nothing comes for `failover_s`, or when it has become so
-        slow that the rest had better be planned anew."""
+        """Inside the block the stream is ended when it is hurried and silent for `failover_s`, or so slow that its
+        remaining reads should be replanned."""
         with self._lock:
             self._readings.add((member, reading))
         try:
@@ -225,7 +226,7 @@ class Failover:
                 self._readings.discard((member, reading))
 
     def watch(self, over: threading.Event) -> None:
-        """The loop of the thread that watches, until the fetch is over."""
+        """Loop of the thread that watches the streams, until the fetch ends."""
         limit_s = self._settings.timeouts.failover_s
         while not over.wait(min(limit_s / _CHECKS_PER_LIMIT, _LOOK_EVERY_S)):
             self._progress.check_patience()

@@ -1,4 +1,4 @@
-"""The state that the stages of a fetch and its engine share: who waits for what, and when the fetch ends."""
+"""Shared state of a fetch's stages and its engine: who waits for what, and when the fetch ends."""
 
 import threading
 import time
@@ -16,10 +16,11 @@ from kvstore_client.timeline import Timeline
 
 
 class FetchState:
-    """The state of one fetch. Thread-safe.
+    """State of one fetch. Thread-safe.
 
-    A chunk is read in one of its variants, or computed by the engine: as planned, or because it is missing. A fetch
-    ends when everything is there or computed, at its deadline, when nothing arrived for `stall_s`, or by `end`.
+    The plan has each chunk read in one of its variants or computed by the engine; missing chunks are computed, too. A
+    fetch ends when every chunk is delivered or computed, at its deadline, when nothing arrives for `stall_s`, or by
+    `end`.
     """
 
     def __init__(
@@ -33,7 +34,8 @@ class FetchState:
         replanner: Replanner | None = None,
         computed: Sequence[range] = (),
     ) -> None:
-        """`computed` are positions that are not read, because the engine computes them; not with a `replanner`."""
+        """`computed` are positions that are not read, because the engine computes them; not together with a
+        `replanner`."""
         self.timeline = timeline
         self._deadline = time.monotonic() + deadline_s
         self._stall_s = stall_s
@@ -50,7 +52,7 @@ class FetchState:
 
     @property
     def members(self) -> list[Member]:
-        """Who has chunks of this fetch."""
+        """Members that hold chunks of this fetch."""
         return list(self._ledger.by_member)
 
     @property
@@ -70,13 +72,13 @@ class FetchState:
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether nothing more will arrive."""
         with self._changed:
             return self._ended or not self._ledger.open_chunks
 
     def next_reads(self, member: Member, limit_bytes: float) -> list[ReadTask]:
-        """What to ask this member for next, in the order it is needed: up to `limit_bytes`, one read at least. Waits
-        while there is nothing but may be again. Empty when the fetch is over."""
+        """The next reads from this member, in the order in which they are needed: up to `limit_bytes`, at least one
+        read. Blocks while there are none but may be later. Empty when the fetch is over."""
         with self._changed:
             while not self._ended:
                 for idle in (False, True):
@@ -85,7 +87,7 @@ class FetchState:
                         return tasks
                 if self._replanner is None or not self._replanner.replan:
                     return []
-                # An end sooner than the fetch's lets the stages' threads go, whose idling costs the engine.
+                # An early end lets the stages' threads exit; idle threads slow the engine down.
                 if not self._ledger.may_read(member):
                     self._ledger.leave(member)
                     return []
@@ -93,7 +95,7 @@ class FetchState:
             return []
 
     def give_back(self, tasks: Sequence[ReadTask]) -> None:
-        """These reads were asked for and have not come: they are planned anew."""
+        """Replan requested reads that did not arrive."""
         with self._changed:
             self._ledger.give_back(tasks)
             self._adjust()
@@ -110,19 +112,19 @@ class FetchState:
             self._last_progress = time.monotonic()
 
     def moved(self, at_s: float) -> None:
-        """Bytes came at this time, of a piece that is not complete."""
+        """Record that bytes of an incomplete piece arrived at this time."""
         with self._changed:
             self._last_progress = max(self._last_progress, at_s)
 
     def check_patience(self) -> None:
-        """Called now and then: gives up what is too late, also when no engine waits for it."""
+        """Called periodically: ends a fetch that is late or stalled, even when no engine waits for it."""
         with self._changed:
             if self._ledger.open_chunks and not self._ended and self._patience_s() <= 0:
                 self._lose_patience()
         self._tell_if_ready()
 
     def begin_decode(self, task: ReadTask) -> bool:
-        """Whether this read is still wanted. If so its place is the decoder's until `deliver` or `fail`."""
+        """Whether this read is still wanted. If so, the decoder owns its memory until `deliver` or `fail`."""
         with self._changed:
             state = self._ledger.states[task.chunk_index]
             if state.is_computed or self._ended:
@@ -131,7 +133,7 @@ class FetchState:
             return True
 
     def deliver(self, task: ReadTask) -> bool:
-        """What was decoded is in its place; whether its chunk is complete."""
+        """Record that a read is in its place; returns whether no more of its chunk will arrive."""
         with self._changed:
             self._last_progress = time.monotonic()
             settled = self._ledger.deliver(task)
@@ -141,13 +143,13 @@ class FetchState:
         return settled
 
     def fail(self, task: ReadTask, reason: MissReason) -> None:
-        """What was to be decoded will not be."""
+        """Record that a read will not be decoded."""
         with self._changed:
             self._ledger.states[task.chunk_index].decoding -= 1
         self.fail_chunks([task], reason)
 
     def fail_chunks(self, tasks: Iterable[ReadTask], reason: MissReason) -> None:
-        """These reads will not come, so the engine computes their chunks; the first reason is kept."""
+        """Record that reads will not arrive: the engine computes their chunks. The first reason is kept."""
         with self._changed:
             if not self._ended:
                 self._ledger.lose(dict.fromkeys(task.chunk_index for task in tasks), reason)
@@ -155,7 +157,7 @@ class FetchState:
         self._tell_if_ready()
 
     def on_end(self, callback: Callable[[], object]) -> None:
-        """Call `callback` when the fetch ends, at once if it has."""
+        """Call `callback` when the fetch ends; at once if it has ended."""
         with self._changed:
             if not self._ended:
                 self._end_callbacks.append(callback)
@@ -164,19 +166,19 @@ class FetchState:
 
     @contextmanager
     def until_end(self, callback: Callable[[], object]) -> Iterator[None]:
-        """As `on_end`, while the block runs: a fetch may read from many streams, one after the other."""
+        """Like `on_end`, but only inside the block: a fetch may read from many streams, one after the other."""
         self.on_end(callback)
         try:
             yield
         finally:
-            with self._changed, suppress(ValueError):  # it was called
+            with self._changed, suppress(ValueError):  # the callback was called
                 self._end_callbacks.remove(callback)
 
     # ---- called by the engine
 
     def on_ready(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once, when the engine would not have to wait: something is there to be computed, or nothing
-        more will come."""
+        """Call `callback` once, when the engine would no longer wait: there is a chunk to compute, or nothing more will
+        arrive."""
         with self._changed:
             if not (self._ended or self._ledger.is_ready):
                 self._ready_callbacks.append(callback)
@@ -184,9 +186,9 @@ class FetchState:
         callback()
 
     def next_to_compute(self) -> tuple[int, int] | None:
-        """The next run of chunks `[first, end)` that the engine is to compute before its last pass, which begins behind
-        the last chunk that is read. Waits until all before the run is there. None when there is no such run: the rest
-        comes by itself, or is computed by the last pass."""
+        """The next run of chunks `[first, end)` for the engine to compute before its last pass, which begins behind the
+        last fetched chunk. Blocks until all chunks before the run are delivered. None when there is no such run: the
+        remaining chunks arrive by themselves, or the last pass computes them."""
         with self._changed:
             self._ledger.return_last_pass()
             self._notify()
@@ -205,7 +207,7 @@ class FetchState:
                 self._wait_for_news()
 
     def computed(self, first: int, end: int) -> None:
-        """The engine has put these chunks in their place."""
+        """Record that the engine has written the KV of these chunks."""
         with self._changed:
             self._ledger.computed(first, end)
             self._last_progress = time.monotonic()
@@ -213,28 +215,28 @@ class FetchState:
 
     @property
     def reusable_tokens(self) -> int:
-        """Where the last pass begins."""
+        """Position at which the last pass begins."""
         with self._changed:
             return self._ledger.reusable_tokens
 
     def wait_layer(self, layer: int) -> bool:
-        """Wait until a layer is there for all chunks. False as soon as any chunk must be computed first."""
+        """Block until a layer of all chunks is delivered. False as soon as some chunk must be computed first."""
         with self._changed:
             self._wait_for(lambda: not self._ledger.open_by_layer[layer] or bool(self._ledger.uncomputed))
             return not self._ledger.open_by_layer[layer] and not self._ledger.uncomputed
 
     def wait(self) -> None:
-        """Wait until nothing more will come."""
+        """Block until nothing more will arrive."""
         with self._changed:
             self._wait_for(lambda: not self._ledger.open_chunks)
 
     def planned_s(self) -> float:
-        """Until the engine's last pass ends, as planned; 0 without a plan."""
+        """Planned seconds until the engine's last pass ends; 0 without a plan."""
         with self._changed:
             return self._replanner.remaining_s() if self._replanner is not None else 0.0
 
     def end(self, reason: MissReason) -> None:
-        """Give up what is still open, for `reason`, and stop the stages."""
+        """Abandon all open chunks with this reason, and stop the stages."""
         with self._changed:
             if self._ended:
                 return
@@ -270,7 +272,7 @@ class FetchState:
         self._notify()
 
     def _tell_if_ready(self) -> None:
-        """Without the lock."""
+        """Call the `on_ready` callback if the engine need not wait. Called without the lock."""
         with self._changed:
             if not self._ready_callbacks or not self._ledger.is_ready:
                 return
@@ -292,7 +294,7 @@ class FetchState:
 
     def _wait_for_news(self) -> None:
         version = self._version
-        if self._ended or not self._ledger.open_chunks:  # only decoders are in the way: they end, or fail
+        if self._ended or not self._ledger.open_chunks:  # only decoders remain: they finish or fail
             self._changed.wait_for(lambda: self._version != version)
         else:
             self._wait_for(lambda: self._version != version)

@@ -1,4 +1,5 @@
-"""The chunks of one fetch together: what is still to be read, what the engine computes, what was delivered or lost."""
+"""Accounts for all chunks of one fetch: which are to be read, which the engine computes, which are delivered or
+lost."""
 
 import heapq
 from collections.abc import Iterable, Sequence
@@ -14,12 +15,12 @@ from kvstore_client.planning import COMPUTE
 from kvstore_codec.encoding import Encoding
 
 _PASS_TOKENS = 1024
-"""The engine computes so many tokens of the front at a time: fewer make slow products, more could not be handed back
+"""Number of leading tokens that the engine computes at a time: fewer make slow products, more could not be returned
 when the link gets faster."""
 
 
 class FetchLedger:
-    """Counts what each chunk of a fetch still needs. Used with the lock of `FetchState` held; never waits."""
+    """Tracks what each chunk of a fetch still needs. The caller holds the lock of `FetchState`; no method blocks."""
 
     def __init__(
         self,
@@ -41,16 +42,16 @@ class FetchLedger:
                 if not state.is_lost:
                     state.choose(0)
         self.open_by_layer = [0] * layers
-        """Tokens of each layer that have not been delivered, and that the engine does not compute."""
+        """Number of tokens, by layer, that are not delivered and that the engine does not compute."""
         self.open_chunks = 0
-        """Chunks of which something is still to be read."""
+        """Number of chunks with outstanding reads."""
         self.uncomputed = 0
-        """Chunks that the engine is to compute and has not taken."""
+        """Number of chunks that the engine is to compute and has not taken yet."""
         self._encodings: set[Encoding] = set()
         self.recount()
 
     def recount(self) -> None:
-        """Count anew after a seldom change: chunks come in another way than before."""
+        """Recount everything after a rare change of the chunks' sources."""
         self.open_by_layer = [0] * len(self.open_by_layer)
         self.open_chunks = self.uncomputed = 0
         for state in self.states:
@@ -63,7 +64,7 @@ class FetchLedger:
     # ---- reads
 
     def next_reads(self, member: Member, limit_bytes: float) -> list[ReadTask]:
-        """Take the next reads from this member, in the order of the plan: up to `limit_bytes`, one read at least."""
+        """Take the next reads from this member, in the order of the plan: up to `limit_bytes`, at least one read."""
         states = self.by_member[member]
         if self._replanner is not None and self._replanner.order == "back":
             ordered: Iterable[ReadTask] = (task for state in reversed(states) for task in state.unread)
@@ -81,7 +82,7 @@ class FetchLedger:
         return tasks
 
     def give_back(self, tasks: Sequence[ReadTask]) -> None:
-        """These reads did not come and are to be taken again."""
+        """Return reads that did not arrive, to be taken again."""
         back: dict[int, list[ReadTask]] = {}
         for task in tasks:
             back.setdefault(task.chunk_index, []).append(task)
@@ -90,16 +91,16 @@ class FetchLedger:
                 self.states[index].gave_back(tasks_of)
 
     def may_read(self, member: Member) -> bool:
-        """Whether a new plan may still read chunks from this member that the engine is to compute now."""
+        """Whether a new plan may read chunks from this member that the engine is to compute in the current one."""
         return any(s.is_computed and not (s.is_engines or s.is_lost) for s in self.by_member[member])
 
     def leave(self, member: Member) -> None:
-        """Nothing more is read from this member: what the engine is to compute of its chunks stays the engine's."""
+        """Read nothing more from this member; chunks of it that the engine is to compute stay the engine's."""
         for state in self.by_member[member]:
             state.is_lost |= state.is_computed
 
     def deliver(self, task: ReadTask) -> bool:
-        """The read is in its place. Returns whether nothing more of its chunk will come."""
+        """Record that the read is in its place. Returns whether no more of its chunk will arrive."""
         state = self.states[task.chunk_index]
         state.decoding -= 1
         if not state.is_computed:
@@ -112,7 +113,8 @@ class FetchLedger:
         return state.is_settled
 
     def lose(self, indices: Iterable[int], reason: MissReason) -> None:
-        """The engine computes these chunks, except those that are delivered or its own. The first reason is kept."""
+        """Have the engine compute these chunks, except those that are delivered or its own. The first reason is
+        kept."""
         for index in indices:
             state = self.states[index]
             if not state.is_delivered and state.reason is None and not state.is_engines:
@@ -122,10 +124,10 @@ class FetchLedger:
                 state.choose(COMPUTE)
         self.recount()
 
-    # ---- what the engine computes
+    # ---- chunks that the engine computes
 
     def return_last_pass(self) -> None:
-        """The engine broke off its last pass: what that was to compute is open again."""
+        """Reopen the chunks of a last pass that the engine aborted."""
         for state in self.states:
             state.is_engines &= state.is_delivered
         self.recount()
@@ -139,8 +141,8 @@ class FetchLedger:
         return all(state.is_settled for state in self.states[:index])
 
     def take_last_pass(self) -> bool:
-        """The engine's last pass has all chunks behind the last one that is read. False while a decoder still writes
-        there: it must not write over what the last pass computes."""
+        """Assign all chunks behind the last fetched one to the engine's last pass. False while a decoder still writes
+        there: it must not overwrite what the last pass computes."""
         tail = self.states[self.last_read() + 1 :]
         if any(state.decoding for state in tail):
             return False
@@ -150,7 +152,7 @@ class FetchLedger:
         return True
 
     def take_run(self, first: int) -> int | None:
-        """The end of the chunks for one pass of the engine from `first` on, which it has now. None while a decoder
+        """Assign a run of chunks from `first` on to one pass of the engine, and return its end. None while a decoder
         still writes there."""
         end, tokens = first, 0
         while end < len(self.states) and tokens < _PASS_TOKENS:
@@ -168,7 +170,7 @@ class FetchLedger:
         return end
 
     def computed(self, first: int, end: int) -> None:
-        """The engine has put these chunks in their place."""
+        """Record that the engine has written the KV of these chunks."""
         for state in self.states[first:end]:
             state.open_token_layers = 0
         if self._replanner is not None:
@@ -176,7 +178,7 @@ class FetchLedger:
         self.recount()
 
     def last_read(self) -> int:
-        """Index of the last chunk that is read, or has been computed; -1: none."""
+        """Index of the last chunk that is fetched or was computed; -1 for none."""
         for state in reversed(self.states):
             if not state.is_computed or state.is_delivered:
                 return state.index
@@ -184,12 +186,12 @@ class FetchLedger:
 
     @property
     def reusable_tokens(self) -> int:
-        """Tokens up to the end of the last chunk that is read, or has been computed."""
+        """Number of tokens up to the end of the last chunk that is fetched or was computed."""
         return sum(state.tokens for state in self.states[: self.last_read() + 1])
 
     @property
     def is_ready(self) -> bool:
-        """Whether the engine would not have to wait: a chunk is there to be computed, or nothing more will come."""
+        """Whether the engine would not wait: there is a chunk to compute, or nothing more will arrive."""
         for state in self.states:
             if not state.is_settled:
                 return False

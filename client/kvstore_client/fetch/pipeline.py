@@ -1,4 +1,4 @@
-"""A fetch: the stages of one match, running beside the engine."""
+"""A fetch: runs the stages for one match beside the engine."""
 
 import itertools
 import logging
@@ -34,24 +34,24 @@ from kvstore_codec.rope import RotaryTable
 log = logging.getLogger(__name__)
 
 _EXPECTED = frozenset({MissReason.CANCELLED, MissReason.GONE})
-"""Reasons of missing chunks that are no failures: nobody wants them any more, or they were evicted."""
+"""Reasons for missing chunks that are not failures: nobody wants them any more, or they were evicted."""
 
 _JOB_IDS = itertools.count(1)
 
 _PROMPT_S = 0.05
-"""An engine that comes later than this had something else to do."""
+"""An engine that begins its last pass later than this after the fetch had other work, seconds."""
 
 
 class Fetch:
-    """Brings the chunks of a match into a destination. Never raises and never outlives its deadline.
+    """Fetches the chunks of a match into a destination. Never raises, and ends by its deadline.
 
-    The engine calls `wait_layer(0)`, `wait_layer(1)`, ... as it computes, and `finish` at the end, whatever
-    happened. An engine that must not wait polls `finished` instead, until it returns a report.
+    The engine calls `wait_layer(0)`, `wait_layer(1)`, ... as it computes, and always `finish` at the end. An engine
+    that must not block polls `finished` instead, until it returns a report.
 
-    Threads: one per owner receives, and one looks whether any of them waits in vain; a few take what was received
-    through decode, restore and deliver, one range after the other, because keys that were just decoded are still in
-    the cache when they are rotated (and on two cores every further busy thread makes the fetch slower). All have ended
-    when `finish` returns.
+    Threads: one per owner receives, and one watches for stalled streams. A few more take the received frames through
+    decode, restore and deliver, one range after the other, because freshly decoded keys are still in the cache when
+    they are rotated (and on two cores every further busy thread slows the fetch down). All threads have ended when
+    `finish` returns.
     """
 
     def __init__(
@@ -71,16 +71,16 @@ class Fetch:
         computed: Sequence[range] = (),
         restorer: type[Restorer] = Restorer,
     ) -> None:
-        """Without a `planner` every chunk is read in its first variant. Frames that lie wholly inside one of the
-        `computed` ranges of positions are not read, and count as delivered. Raises ConfigurationError when a plan is
-        asked for, too: it knows of whole chunks only."""
+        """Without a `planner` every chunk is read in its first variant. Frames entirely inside one of the `computed`
+        ranges of positions are not read, and count as delivered. Raises ConfigurationError for `computed` together with
+        a plan, which covers only whole chunks."""
         if computing is not None and computed:
             raise ConfigurationError(
-                "a fetch either leaves out what the engine computes (`computed`), or plans what the engine had better "
-                "compute (`computing`)"
+                "a fetch either skips positions that the engine computes (`computed`), "
+                "or plans what the engine computes (`computing`)"
             )
         self.job_id = next(_JOB_IDS)
-        """Names the fetch in this process."""
+        """Unique id of the fetch in this process."""
         self._match = match
         self._view = view
         self._metrics = metrics
@@ -124,71 +124,74 @@ class Fetch:
             for thread in self._threads:
                 thread.start()
                 started.append(thread)
-        except RuntimeError:  # no thread left in this process
+        except RuntimeError:  # this process has no thread left
             self._progress.end(MissReason.NO_RESOURCES)
             for thread in started:
                 thread.join()
             raise
 
     def next_to_compute(self) -> tuple[int, int] | None:
-        """The next run of chunks `[first, end)` that the engine is to compute before its last pass, because that is
-        sooner than fetching them, or because they are missing. Waits until all before the run is in the buffers, and
-        wants the run's keys (rotated) and values there when `computed` is called. None: begin the last pass."""
+        """The next run of chunks `[first, end)` for the engine to compute before its last pass, because computing them
+        is faster than fetching or because they are missing. Blocks until all chunks before the run are in the
+        destination. The engine writes the run's keys (rotated) and values there and then calls `computed`. None: begin
+        the last pass."""
         return self._progress.next_to_compute()
 
     def computed(self, first: int, end: int) -> None:
-        """The engine has put these chunks into the buffers."""
+        """Report that the engine has written the KV of these chunks to the destination."""
         self._progress.computed(first, end)
 
     @property
     def reusable_tokens(self) -> int:
-        """Where the last pass begins: all before it is there or will come. To be asked after `next_to_compute`."""
+        """Position at which the last pass begins: all chunks before it are delivered or will be. Ask after
+        `next_to_compute`."""
         return self._progress.reusable_tokens
 
     def wait_layer(self, layer: int) -> bool:
-        """Wait until `layer` is in the buffers for every chunk. False when that will not happen: break off, and ask
-        `next_to_compute` again."""
+        """Block until `layer` of every chunk is in the destination. False when that will not happen: abort the pass,
+        and call `next_to_compute` again."""
         return self._progress.wait_layer(layer)
 
     def on_ready(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once, when the engine would not have to wait for this fetch any more: in any thread, where it
-        must not compute (it would hold up the fetch, and with one processor only)."""
+        """Call `callback` once, when the engine would no longer wait for this fetch. Any thread may run it; it must not
+        compute, which would delay the fetch, on a single thread."""
         self._progress.on_ready(callback)
 
     def planned_s(self) -> float:
-        """Until the engine's last pass ends, as planned; 0 when there is no plan."""
+        """Planned seconds until the engine's last pass ends; 0 without a plan."""
         return self._progress.planned_s()
 
     def wait(self) -> FetchReport:
-        """Wait until every chunk is delivered or known to be missing, and finish."""
+        """Block until every chunk is delivered or known to be missing, and finish."""
         self._progress.wait()
         return self.finish()
 
     @property
     def received_bytes(self) -> int:
-        """So far."""
+        """Bytes received so far."""
         return self._progress.received_bytes
 
     def cancel(self) -> FetchReport:
-        """Stop now. What was not delivered is missing."""
+        """Stop now. Chunks that were not delivered are missing."""
         return self.finish()
 
     def learn(self, began_s: float, ended_s: float) -> None:
-        """The engine's last pass began and ended at these times of the timeline: the next plan knows better. Only what
-        came whole, and was not kept waiting by the engine, teaches anything."""
+        """Improve later plans with the times at which the engine's last pass began and ended, in seconds of the
+        timeline. Only a fetch that is complete, and that the engine did not delay, counts."""
         report, replanner = self.finish(), self._replanner
         if replanner is not None and report.fetched == report.chunks and began_s - self._began_s < _PROMPT_S:
             replanner.learn(report.received_bytes, self._timeline.now_s() - ended_s)
 
     def finished(self) -> FetchReport | None:
-        """How the fetch went, as soon as every chunk is delivered or missing and no thread of the fetch is left; None
-        until then. May be called from any thread and as often as wanted; waits for no thread and no network.
+        """The fetch's report as soon as every chunk is delivered or missing and all its threads have ended; None until
+        then. Any thread may call it, repeatedly; it waits for no thread and no network.
 
-        The fetch has then freed everything it held, as after `finish`, which need not be called. Somebody has to ask,
-        though: a fetch that nobody polls or finishes keeps its leases until they expire. Chunks that a plan leaves to
-        the engine are not waited for, as in `wait`."""
+        Once it returns a report, all resources are released, as after `finish`, which need not be called. Somebody must
+        ask: a fetch that is neither polled nor finished keeps its leases until they expire. As in `wait`, chunks that a
+        plan leaves to the engine are not waited for.
+        """
         if self._finished is None and self._progress.is_settled:
-            # Nothing is left to be cancelled: this frees threads that wait for more.
+            # No chunk is left to cancel: this frees threads that wait for more.
             self._progress.end(MissReason.CANCELLED)
             ended = not any(thread.is_alive() for thread in self._threads)
             if ended and self._finishing.acquire(blocking=False):
@@ -199,7 +202,7 @@ class Fetch:
         return self._finished
 
     def finish(self) -> FetchReport:
-        """End the fetch, free everything it held and say how it went. Safe to call more than once."""
+        """End the fetch, release its resources and return its report. May be called repeatedly."""
         with self._finishing:
             return self._finished or self._finish()
 
@@ -214,13 +217,15 @@ class Fetch:
         self._metrics.planned(fetched=report.chunks - report.computed, computed=report.computed)
         self._metrics.fetched(self._timeline, self._timeline.now_s() - self._began_s)
         for reason, chunks in sorted(Counter(report.missing.values()).items()):
-            detail = f"{chunks} of {report.chunks} chunks of a fetch did not come and are computed: {reason}"
+            detail = (
+                f"{chunks} of {report.chunks} chunks of a fetch did not arrive and are computed: {reason}"
+            )
             self._metrics.missed(reason, chunks, detail=None if reason in _EXPECTED else detail)
         self._judge_owners(report)
         return report
 
     def _judge_owners(self, report: FetchReport) -> None:
-        """Leave owners alone whose chunks did not come in time: the next prompt shall not wait for them again."""
+        """Pause owners whose chunks did not arrive in time, so that the next prompt does not wait for them again."""
         late = {
             self._match.chunks[index].member.endpoint
             for index, reason in report.missing.items()
@@ -228,21 +233,21 @@ class Fetch:
         }
         for endpoint in {member.endpoint for member in self._failover.members()} - self._failover.failed:
             if endpoint in late:
-                self._view.pause(endpoint, f"the storage node at {endpoint} did not bring chunks in time")
+                self._view.pause(endpoint, f"the storage node at {endpoint} did not send chunks in time")
             elif report.complete:
                 self._view.recovered(endpoint)
         if report.missing:
             self._view.refresh()
 
     def _thread(self, stage: str, target: Callable[..., None], *args: object) -> threading.Thread:
-        # Inference mode is a property of a thread, and the engine may have made the buffers under it.
+        # Inference mode is set per thread, and the engine may have allocated the buffers under it.
         @single_threaded()
         @torch.inference_mode()
         def run() -> None:
             try:
                 target(*args)
             except Exception:
-                # A mistake of ours must not leave the engine waiting: the fetch is over, what is missing is computed.
+                # A bug in a stage must not leave the engine waiting: the fetch ends, and missing chunks are computed.
                 log.exception("the %s stage of a fetch failed", stage)
                 self._progress.end(MissReason.INTERNAL_ERROR)
 

@@ -1,4 +1,4 @@
-"""The bounded queue between two stages."""
+"""Bounded queue between two stages."""
 
 import threading
 from collections import deque
@@ -9,10 +9,10 @@ Item = TypeVar("Item")
 
 
 class StageQueue(Generic[Item]):
-    """First in, first out, bounded by the weight of what waits in it.
+    """First in, first out, bounded by the total weight of the queued items.
 
-    A producer blocks while the queue is full, which is how a slow stage slows the ones before it. `close` says that
-    nothing more comes; `abort` also drops what waits and frees everyone who is blocked.
+    A producer blocks while the queue is full, so that a slow stage slows the stages before it. `close` announces the
+    end of the items; `abort` drops queued items and wakes every blocked thread.
     """
 
     def __init__(self, capacity: int, producers: int = 1) -> None:
@@ -62,7 +62,7 @@ class StageQueue(Generic[Item]):
             return item
 
     def close(self) -> None:
-        """Called once by each producer when it is done."""
+        """Each producer calls it once, after its last item."""
         with self._changed:
             self._producers -= 1
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Receive stage: frame ranges from one owner, or from another in its place, as they come off the wire."""
+"""Receive stage: receives frame ranges from an owner, or from another member in its place."""
 
 import math
 from collections import deque
@@ -19,14 +19,14 @@ from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import DEFAULT_BANDWIDTH_Bps
 from kvstore_codec.errors import NodeUnavailableError, TransferError
 
-# Asked for at once where the plan may change: less is not worth a request; and where nothing is known of the link.
+# Sizes requested at once where the plan may change: the least that is worth a request, and the size on an unknown link.
 _LEAST_BYTES, _UNKNOWN_BYTES = 128 << 10, 256 << 10
 _PIECE_S, _LEAST_PIECE_BYTES = 0.05, 32 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class _ReadAttempt:
-    """What is to be read from a member, perhaps because another one fell silent."""
+    """Reads to request from one member, possibly because another one fell silent."""
 
     member: Member
     tasks: Sequence[ReadTask]
@@ -36,7 +36,7 @@ class _ReadAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """Receives for one fetch, in a thread per owner."""
+    """Receives the frames of one fetch, in one thread per owner."""
 
     view: ClusterView
     failover: Failover
@@ -44,13 +44,14 @@ class Receiver:
     out: StageQueue[ReceivedFrames]
     metrics: ClientMetrics
     ahead: bool
-    """Whether the plan may change, so that no more is asked for than what the link brings soon."""
+    """Whether the plan may change, so that only what the link delivers soon is requested."""
 
     def receive(self, owner: Member) -> None:
-        """Ask one owner for what is to come from it, as long as the plan has something, and pass it on.
+        """Request the planned reads from one owner while there are any, and pass the received frames on.
 
-        What the owner no longer has, or still owes when its stream breaks or falls silent, is read from others that
-        have the same bytes; where nobody has, the chunk is missing. Returns early when the fetch is over.
+        Reads that the owner no longer has, or that are outstanding when its stream breaks or falls silent, are
+        requested from other members with the same bytes; without one the chunk is missing. Returns early when the fetch
+        is over.
         """
         try:
             while tasks := self.progress.next_reads(owner, self._ahead_bytes(owner)):
@@ -92,14 +93,14 @@ class Receiver:
                     self.progress.fail_chunks(nowhere, reason)
 
     def _ahead_bytes(self, owner: Member) -> float:
-        """What to ask for at once."""
+        """Bytes to request at once."""
         if not self.ahead:
             return math.inf
         bandwidth_Bps = self.failover.links.bandwidth_Bps(owner.endpoint)  # noqa: N806
         return _UNKNOWN_BYTES if bandwidth_Bps is None else max(_LEAST_BYTES, AHEAD_S * bandwidth_Bps)
 
     def read_again(self, damaged: ReadTask) -> ReceivedFrames | None:
-        """The same frames from another member; None when there is nobody left who has them."""
+        """Read the same frames from another member; None when no other member has them."""
         received: list[ReceivedFrames] = []
 
         def keep(item: ReceivedFrames) -> bool:
@@ -115,7 +116,7 @@ class Receiver:
         return received[0] if received else None
 
     def _piece_bytes(self, member: Member) -> int:
-        """Through gRPC nothing is seen of a piece before all of it has come: on a slow link that is soon."""
+        """Maximum piece size, bytes. gRPC shows a piece only when it is complete, so a slow link gets small pieces."""
         bandwidth_Bps = self.failover.links.bandwidth_Bps(member.endpoint) or DEFAULT_BANDWIDTH_Bps  # noqa: N806
         return int(min(max(_PIECE_S * bandwidth_Bps, _LEAST_PIECE_BYTES), RANGE_BYTES))
 
@@ -131,8 +132,9 @@ class Receiver:
         hurried: bool,
         may_stop: bool = False,
     ) -> dict[MissReason, list[ReadTask]]:
-        """One stream, until `take` is False; what it did not bring, by reason. With `hurried` it is ended when it falls
-        silent, with `may_stop` between two reads when it has become slow: what is left goes back to the plan."""
+        """Read one stream until `take` returns False. Returns the tasks that did not arrive, by reason. A `hurried`
+        stream is ended when it falls silent; with `may_stop` a stream that has become slow is ended between two reads,
+        and its other reads are replanned."""
         timeline = self.progress.timeline
         request = _request(tasks, self._piece_bytes(member))
         try:

@@ -1,4 +1,4 @@
-"""The plan of one fetch: made before it starts, and again while it runs and things move."""
+"""Plans one fetch before it starts, and replans it while conditions change."""
 
 import logging
 import time
@@ -25,31 +25,31 @@ from kvstore_client.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
-# A new plan must be so much better than the old one, because what was begun has been paid for.
+# A new plan must take less than this share of the old plan's time, because work in progress has been paid for.
 _WORTH_A_CHANGE = 0.9
-# The link has moved when its bandwidth is so many times what the plan reckoned with, or the inverse of it.
+# Change in bandwidth, as a factor or its inverse, that triggers a new plan.
 _MOVED = 1.5
 _SHORTEST_INTERVAL_S = 0.02
 # A computing engine does not stop a link.
 _LEAST_BUSY_SHARE = 0.1
-# Planning for thousands of chunks takes a while, and holds up the fetch.
+# Planning thousands of chunks takes a while, and delays the fetch.
 _MOST_PLANNING = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Computing:
-    """What the engine would have to do without the service, and with it in any case."""
+    """Work of the engine for a prompt, with and without the service."""
 
     costs: Costs
-    """Of its model."""
+    """Costs of the model."""
     suffix_first: int
     """Position of the first token behind the match."""
     suffix_tokens: int
-    """To be computed in any case."""
+    """Number of tokens that the engine computes in any case."""
 
 
 class Replanner:
-    """Asks the planner, and has the chunks come as it says. Used with the fetch's lock held."""
+    """Runs the planner and applies its plans to the chunks. The caller holds the fetch's lock."""
 
     def __init__(
         self,
@@ -73,12 +73,12 @@ class Replanner:
         self.replans = 0
 
     def begin(self, states: Sequence[ChunkState]) -> bool:
-        """The first plan; False when there is none to be had."""
+        """Apply the first plan; False when no plan can be made."""
         try:
             with self._timeline.span("plan"):
                 work, variants = self._work(states)
                 self._adopt(self._planner.plan(work), states, variants)
-        except Exception:  # a mistake of ours must not reach the engine
+        except Exception:  # a bug in a planner must not reach the engine
             log.exception("a fetch could not be planned")
             self.replan = False
             return False
@@ -86,7 +86,8 @@ class Replanner:
         return True
 
     def adjust(self, states: Sequence[ChunkState], *, idle: bool = False) -> bool:
-        """Plan again if the link has moved, or at once when somebody would be `idle`; whether anything changed."""
+        """Replan if the link's bandwidth has changed, or at once when a receiver would be `idle`. Returns whether
+        anything changed."""
         if not self.replan or time.monotonic() < self._rest_until_s:
             return False
         if not (idle or self._has_moved()):
@@ -102,8 +103,8 @@ class Replanner:
                 plan = self._planner.plan(work)
                 better = plan.predicted_s < _WORTH_A_CHANGE * kept.predicted_s
                 changed = self._adopt(plan if better else kept, open_states, variants)
-        except Exception:  # a mistake of ours must not reach the engine
-            log.exception("a fetch could not be planned anew")
+        except Exception:  # a bug in a planner must not reach the engine
+            log.exception("a fetch could not be replanned")
             self.replan = False
             return False
         took_s = time.monotonic() - began_s
@@ -122,12 +123,13 @@ class Replanner:
         self._busy_until_s = 0.0
 
     def learn(self, size_bytes: int, ended_s_ago: float) -> None:
-        """So many bytes were read and nothing was computed before the engine's last pass, which ended then."""
+        """Learn from a fetch that read this many bytes and computed nothing before the engine's last pass, which ended
+        then."""
         late_s = time.monotonic() - ended_s_ago - self._ends_at_s
         self._computing.costs.observe_fetch(size_bytes, late_s)
 
     def remaining_s(self) -> float:
-        """Until the engine's last forward pass ends, as planned."""
+        """Planned seconds until the engine's last forward pass ends."""
         return max(0.0, self._ends_at_s - time.monotonic())
 
     def _bandwidth_Bps(self, endpoint: str) -> float | None:  # noqa: N802
@@ -141,11 +143,11 @@ class Replanner:
         return False
 
     def _work(self, states: Sequence[ChunkState]) -> tuple[Work, dict[int, list[int]]]:
-        """What is left to do, and which variant each option of a chunk is."""
+        """Remaining work, and for each chunk the variant behind each option."""
         profile = self._computing.costs.snapshot()
         endpoints = {state.chunk.member.endpoint for state in states}
         bandwidths = {e: self._bandwidth_Bps(e) for e in endpoints}
-        # The engine stands back until something is known of the links: it would be in the way.
+        # The engine does not compute ahead until the links are known: it would slow the fetch down.
         computable = not self.replan or None not in bandwidths.values()
         chunks: list[ChunkWork] = []
         variants: dict[int, list[int]] = {}
@@ -161,7 +163,7 @@ class Replanner:
                 cost = profile.codec(name)
                 decode_s = cost.decode_s * tokens_left + profile.receive_s_per_byte * left_bytes
                 option = Option(name, left_bytes, decode_s, cost.restore_s * tokens_left)
-                # One that is no more faithful, no smaller and no quicker only makes the search longer.
+                # An option that is no more faithful, smaller or faster only makes the search longer.
                 if number == state.choice or not any(_is_better(other, option) for other in options):
                     options.append(option)
                     variants[state.index].append(number)
@@ -194,7 +196,7 @@ class Replanner:
         for endpoint, known_Bps in bandwidths_Bps.items():  # noqa: N806
             bandwidth_Bps = known_Bps or DEFAULT_BANDWIDTH_Bps  # noqa: N806
             busy_Bps = self._links.busy_Bps(endpoint)  # noqa: N806
-            if busy_Bps is None:  # until that is seen: as much as decoding
+            if busy_Bps is None:  # not measured yet: assume as much as decoding
                 busy_Bps = max(LEAST_BUSY_Bps, bandwidth_Bps / (1.0 + interference))  # noqa: N806
             together_Bps += bandwidth_Bps  # noqa: N806
             busy_together_Bps += min(busy_Bps, bandwidth_Bps)  # noqa: N806
@@ -229,7 +231,7 @@ class Replanner:
 
 
 def _choices(states: Sequence[ChunkState], variants: Mapping[int, list[int]]) -> dict[int, int]:
-    """How the chunks come now, as a plan would say it."""
+    """The current sources of the chunks, in the form of a plan."""
     return {s.index: COMPUTE if s.is_computed else variants[s.index].index(s.choice) for s in states}
 
 
@@ -238,7 +240,7 @@ def _is_better(more_faithful: Option, option: Option) -> bool:
 
 
 def _is_open(state: ChunkState) -> bool:
-    """Whether it may still come in another way."""
+    """Whether its source may still change."""
     if state.is_engines or state.is_lost:
         return False
     return state.is_computed or bool(state.unread)

@@ -1,4 +1,4 @@
-"""What a fetch leaves to be known of it."""
+"""Report of a fetch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,20 +9,20 @@ from kvstore_codec.encoding import Encoding
 
 @dataclass(frozen=True, slots=True)
 class FetchReport:
-    """How a fetch ended."""
+    """Result of a fetch."""
 
     chunks: int
     delivered: int
-    """Leading chunks that are complete in every layer: what may be reused as a prefix."""
+    """Number of leading chunks that are complete in every layer and may be reused as a prefix."""
     missing: Mapping[int, MissReason] = field(default_factory=dict)
-    """Chunk index -> reason."""
+    """Reason for each missing chunk, by chunk index."""
     received_bytes: int = 0
     encodings: frozenset[Encoding] = frozenset()
-    """What the chunks came in."""
+    """Encodings in which chunks arrived."""
     fetched: int = 0
-    """Chunks that came whole."""
+    """Number of chunks that arrived completely."""
     computed: int = 0
-    """Chunks that the engine computes because that is sooner."""
+    """Number of chunks that the engine computes because that is faster."""
     replans: int = 0
 
     @property

@@ -1,4 +1,4 @@
-"""Restore stage: what was received becomes keys and values in their place, keys rotated to their position."""
+"""Restore stage: writes received KV to its place, with keys rotated to their positions."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from kvstore_codec.rope import RotaryTable, rotate_layers_
 
 @dataclass(slots=True)
 class DecodedFrames:
-    """Frames of one task in the memory that the destination prepared for them, keys not rotated yet."""
+    """Decoded frames of one task in the destination's memory, with keys not yet rotated."""
 
     task: ReadTask
     keys: torch.Tensor
@@ -35,18 +35,18 @@ class DecodedFrames:
 
 @dataclass(frozen=True, slots=True)
 class Restorer:
-    """Takes what was received through decode, restore and deliver. Thread-safe: several threads may run it."""
+    """Takes received frames through decode, restore and deliver. Several threads may run it."""
 
     receiver: Receiver
     destination: Destination
     rotary: tuple[RotaryTable, ...] | None
-    """Each layer's rotation, by position in the prompt; None: keys are stored as the engine caches them."""
+    """Each layer's rotary table, by position in the prompt; None: keys are stored as the engine caches them."""
     predictions: Predictions
     costs: Costs | None
 
     def run(self) -> None:
-        """One range after the other, until nothing more is received. Ranges that are waiting and can be restored in
-        one product are."""
+        """Process one range after the other until nothing more is received. Queued ranges that can be restored in one
+        matrix product are processed together."""
         for first in self.receiver.out:
             together = FramesTogether()
             decoded: list[DecodedFrames] = []
@@ -61,7 +61,7 @@ class Restorer:
     def decode(
         self, received: ReceivedFrames, together: FramesTogether, decoded: list[DecodedFrames]
     ) -> None:
-        """If it is wanted and good. A frame that is bad wherever it is read makes its chunk missing."""
+        """Decode wanted frames. Frames that are invalid on every member make their chunk missing."""
         progress, task = self.receiver.progress, received.task
         if not progress.begin_decode(task):
             return
@@ -85,7 +85,7 @@ class Restorer:
             else:
                 decoded[-1].seconds = self._note("decode", start_s, task)
                 return
-            # Bytes that are not what the header says may be so elsewhere, where the same header is.
+            # Another member with the same header may have the same invalid bytes.
             item = self.receiver.read_again(task) if reason is MissReason.CHECKSUM else None
             if item is not None:
                 self.receiver.metrics.failed_over(reason)
@@ -94,8 +94,8 @@ class Restorer:
 
     @contextmanager
     def failing_unfinished(self, batch: list[DecodedFrames]) -> Iterator[None]:
-        """When the block raises (a mistake, no memory), the tasks of `batch` that are not settled fail: nobody waits
-        for ever for places that are written no more."""
+        """When the block raises (a bug, no memory), fail all unsettled tasks of `batch`, so that nobody waits for
+        them."""
         try:
             yield
         except BaseException:
@@ -105,7 +105,7 @@ class Restorer:
             raise
 
     def finish_decode(self, together: FramesTogether, batch: list[DecodedFrames]) -> None:
-        """Compute the values of the frames that `decode` put into `together`."""
+        """Compute the values of the frames that `decode` added to `together`."""
         if together.tokens:
             start_s = self.receiver.progress.timeline.now_s()
             together.restore_()
@@ -114,7 +114,7 @@ class Restorer:
                 decoded.seconds += share_s
 
     def restore_all(self, batch: list[DecodedFrames]) -> None:
-        """Rotate the keys of decoded frames, put both into their place, and deliver them to the engine."""
+        """Rotate the keys of decoded frames, write keys and values to their place, and deliver them to the engine."""
         progress, layers = self.receiver.progress, self.destination.layers
         for decoded in batch:
             task = decoded.task
@@ -149,7 +149,7 @@ class Restorer:
 
     @property
     def _is_disturbed(self) -> bool:
-        """Whether the engine computes rather than waits for this."""
+        """Whether the engine computes rather than waits for this fetch."""
         return self.receiver.failover.links.is_computing and not self.receiver.progress.is_engine_waiting
 
     def _note(self, stage: Literal["decode", "restore"], start_s: float, task: ReadTask) -> float:
