@@ -1,4 +1,4 @@
-"""Planning of fetches: what is fetched in which encoding, and what the engine computes instead."""
+"""Planning of fetches: which chunks are fetched in which encoding, and which the engine computes instead."""
 
 from kvstore_client.planning.adaptive import AdaptivePlanner
 from kvstore_client.planning.base import COMPUTE, Bound, ChunkWork, Option, Order, Plan, Planner, Work

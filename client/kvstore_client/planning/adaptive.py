@@ -1,8 +1,9 @@
-"""The ratio controller: fetch what is quicker to fetch, compute what is quicker to compute, both at once.
+"""Adaptive planner: fetches what is faster to fetch and computes what is faster to compute, in parallel.
 
-Computing from one end of the prompt while the other arrives is the idea of Cake (arXiv 2410.03065); choosing what to
-fetch by the link's last bandwidth and a table of decoding speeds is KVFetcher's (arXiv 2602.09725), which chooses
-among resolutions only. Here rate, coder, resolution and where to stop fetching are one search over one time model.
+Computing from one end of the prompt while the other end arrives is the idea of Cake (arXiv 2410.03065). Choosing what
+to fetch by the link's last bandwidth and a table of decoding speeds is KVFetcher's (arXiv 2602.09725), which chooses
+among resolutions only. Here rate, coder, resolution and the split between fetching and computing are one search over
+one time model.
 """
 
 from dataclasses import dataclass
@@ -15,25 +16,26 @@ from kvstore_client.planning.predict import predict
 from kvstore_client.planning.space import Ends, Floats, Indices, Space
 
 TIE = 1.02
-"""Of plans this close to the quickest the more faithful is taken: a prediction is not more exact than that."""
+"""Among plans within this factor of the fastest, the more faithful one wins: predictions are not more exact."""
 
 WORTH_MIXING = 1.3
-"""Fetching some and computing the rest must be so many times quicker than either alone, two encodings than one: where
-they are not, what the plan does not know decides (who else needs the processor, how the link will move, what is
-restored in one product), and that is on the side of the simple plan."""
+"""A mix of fetching and computing must be this many times faster than either alone, and two encodings than one. Below
+that the unknown decides (other users of the processor, changes of the link, chunks restored in one product), and it
+favours the simple plan."""
 
 _SLOWER = 0.75
-"""What is more faithful must tie as well when the links bring no more than this share of what is expected."""
+"""A more faithful plan must also tie when the links have only this share of their expected bandwidth."""
 
 _MIXES = (0.25, 0.5, 0.75)
 _GRID = 40
-"""Chunks at each end that are tried one by one; of longer prompts so many places, then those between the best."""
+"""Number of chunks at each end that are tried one by one. In longer prompts this many places are tried, then those
+between the best."""
 _SPLITS = 64
 
 
 class AdaptivePlanner:
-    """Minimises the predicted time, with a handicap for plans that mix; among plans within 2 % of the least takes the
-    most faithful. Stateless."""
+    """Minimises the predicted time, with a handicap for mixed plans. Among plans within 2 % of the least time it takes
+    the most faithful. Stateless."""
 
     def plan(self, work: Work) -> Plan:
         if not work.chunks:
@@ -41,7 +43,7 @@ class AdaptivePlanner:
         space = Space(work)
         block = _search(space)
         if block.front:
-            # The engine computes towards what arrives: with whole chunks, the place where they meet may still be moved.
+            # The engine computes towards the arriving chunks: with whole chunks the meeting point may still be moved.
             back = _plan(space, block, "back")
             if back.predicted_s <= block.limit_s:
                 return back
@@ -50,20 +52,21 @@ class AdaptivePlanner:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """The chunks that are fetched: all but `front` and `tail`."""
+    """The fetched chunks: all but `front` and `tail`."""
 
     front: int
     tail: int
     small: Indices
-    """Options, by chunk."""
+    """Option of each chunk with less receiving."""
     large: Indices
-    """Options that take less decoding and more receiving. The block is a mixture of these two."""
+    """Option of each chunk with less decoding and more receiving. The block is a mixture of `small` and `large`."""
     limit_s: float
-    """Whatever takes no longer than this ties with the quickest."""
+    """Plans up to this time tie with the fastest."""
 
 
 def _plan(space: Space, block: _Block, order: Order) -> Plan:
-    """Of a mixture, what is small comes first: there is something to decode while the rest arrives (Johnson's rule)."""
+    """Plan the block. Chunks with small options come first: they are decoded while the rest arrives (Johnson's
+    rule)."""
     ends = (block.small, block.large) if order == "layers" else (block.large, block.small)
     options = _more_faithful(space, block, _split(space, *ends, block), order)
     choices = {
@@ -80,7 +83,7 @@ def _search(space: Space) -> _Block:
     whole = [*hull, *space.uniform()]
     pairs = [(one, one) for one in whole] + [pair for pair in pairwise(hull) for _ in _MIXES]
     costs = [space.costs(options) for options in whole]
-    # Costs add up, so a mixture of two assignments is one of their costs.
+    # Costs add up, so the costs of a mixture are a mixture of costs.
     mixed = [
         share * one + (1 - share) * other for one, other in pairwise(costs[: len(hull)]) for share in _MIXES
     ]
@@ -113,7 +116,7 @@ def _search(space: Space) -> _Block:
 
 
 def _finish_s(space: Space, sums: Floats, ends: Ends) -> tuple[Floats, Floats]:
-    """As expected, and with slower links."""
+    """Predicted seconds with the expected and with slower links."""
     return space.finish_s(sums, ends, "layers"), space.finish_s(sums, ends, "layers", link_share=_SLOWER)
 
 
@@ -129,7 +132,7 @@ def _running_sums(costs: Floats) -> Floats:
 
 
 def _split(space: Space, one: Indices, other: Indices, block: _Block) -> Indices:
-    """The first chunks of the block as in `one`, the rest as in `other`: split where that is quickest."""
+    """Options of the block with the first chunks as in `one` and the rest as in `other`, split where it is fastest."""
     splits, seconds, _ = _split_seconds(space, one, other, block)
     return np.where(np.arange(space.count) < splits[np.argmin(seconds)], one, other)
 
@@ -137,7 +140,7 @@ def _split(space: Space, one: Indices, other: Indices, block: _Block) -> Indices
 def _split_seconds(
     space: Space, one: Indices, other: Indices, block: _Block
 ) -> tuple[Indices, Floats, Floats]:
-    """Places to split the block at, and the seconds of each: as expected, and with slower links."""
+    """Places to split the block, and the predicted seconds of each with the expected and with slower links."""
     front, end = block.front, space.count - block.tail
     splits = np.unique(np.linspace(front, end, min(_SPLITS, end - front) + 1).astype(np.intp))
     ones, others = _running_sums(space.costs(one)), _running_sums(space.costs(other))
@@ -147,8 +150,8 @@ def _split_seconds(
 
 
 def _more_faithful(space: Space, block: _Block, options: Indices, order: Order) -> Indices:
-    """As many chunks as the tie has room for in more faithful options; from the end that arrives last, as above. All or
-    none where the block is no mixture."""
+    """Give as many chunks as the tie allows more faithful options, starting with the chunks that arrive last. Without a
+    mixture all chunks change or none."""
     rows = np.arange(space.count)
     seconds = np.maximum(space.receive, space.decode)
     mixes = not np.array_equal(block.small, block.large)

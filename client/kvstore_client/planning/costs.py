@@ -1,4 +1,4 @@
-"""The costs of a model as they are now: a profile, corrected by what every fetch sees."""
+"""Current costs of a model: a profile, corrected by the observations of every fetch."""
 
 import math
 import threading
@@ -14,18 +14,18 @@ _MEMORY_TOKENS = 2048.0
 
 
 _FORGOTTEN_S = 60.0
-"""A machine that was found slower or quicker than its profile is half way back to it after this time: where nothing is
-computed whole any more, because fetching looks better, nobody would find out that it is quick again."""
+"""Half-life, in seconds, of a correction of the prefill cost back to the profile. When fetching looks better and
+nothing is computed in full any more, no observation would show that the machine is fast again."""
 _LARGE_BYTES = 4 << 20
-"""Smaller fetches say nothing about what a byte costs."""
+"""Smaller fetches do not show what a byte costs."""
 _LEARNING, _FORGETTING = 0.5, 0.98
 
 
 class Costs:
-    """Of one model in one process. Thread-safe.
+    """Costs of one model in one process. Thread-safe.
 
-    Observations are exponentially weighted by the tokens they cover. The costs are undisturbed ones: the planner adds
-    the interference of decoding and computing itself.
+    Observations are exponentially weighted by the number of tokens. The costs are those of undisturbed work: the
+    planner adds the interference of decoding and computing.
     """
 
     def __init__(self, profile: Profile, clock: Callable[[], float] = time.monotonic) -> None:
@@ -44,15 +44,15 @@ class Costs:
     def observe_decode(
         self, encoding: str, token_layers: float, decode_s: float, restore_s: float, *, disturbed: float = 0.0
     ) -> None:
-        """`token_layers`: tokens * layers decoded / layers of the model. Nothing is learned from 0 of them.
-        `disturbed`: the share of the time in which the engine computed."""
+        """`token_layers` is decoded tokens * layers / layers of the model; 0 teaches nothing. `disturbed` is the share
+        of the time in which the engine computed."""
         if token_layers <= 0:
             return
         taken = token_layers * (1.0 + self._profile.interference * disturbed)
         seen = CodecCost(decode_s / taken, restore_s / taken)
         with self._lock:
             known = self._codecs.get(encoding)
-            # A guess after a similar encoding is worth nothing beside the first thing seen.
+            # The first observation replaces an estimate from a similar encoding.
             share = 1.0 if known is None else _share(token_layers)
             known = known or seen
             self._codecs[encoding] = CodecCost(
@@ -61,7 +61,7 @@ class Costs:
             )
 
     def observe_prefill(self, first_token: int, tokens: int, seconds: float) -> None:
-        """Of one forward pass. One factor for all three costs: what changes is the speed of the machine."""
+        """Learn from one forward pass. One factor scales all three costs, because only the machine's speed changes."""
         predicted_s = self._profile.prefill.seconds(first_token, tokens)
         if predicted_s <= 0:
             return
@@ -71,14 +71,14 @@ class Costs:
             self._prefill_seen_s = self._clock()
 
     def observe_fetch(self, size_bytes: int, late_s: float) -> None:
-        """How much later than predicted the engine's last pass ended, of a fetch of which everything was read. What all
-        fetches take longer is something else than what large ones do."""
+        """Learn from a fetch in which every chunk was read, and whose last pass ended `late_s` after the prediction.
+        The delay common to all fetches is separated from that of large fetches."""
         with self._lock:
             if size_bytes < _LARGE_BYTES:
                 self._overhead_s += _LEARNING * (max(late_s, 0.0) - self._overhead_s)
-                self._receive_s_per_byte *= _FORGETTING  # or it would never be tried again
+                self._receive_s_per_byte *= _FORGETTING  # otherwise large fetches would never be tried again
                 return
-            # Already within the prediction: what was learned so far.
+            # The prediction already includes what was learned before.
             correction = (late_s - self._overhead_s) / size_bytes
             self._receive_s_per_byte = max(0.0, self._receive_s_per_byte + _LEARNING * correction)
 

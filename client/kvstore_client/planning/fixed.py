@@ -1,11 +1,11 @@
-"""Every chunk as it was stored first: what there is without a controller, and what it is measured against."""
+"""Fixed planner: every chunk in its first encoding. The baseline for the other planners."""
 
 from kvstore_client.planning.base import COMPUTE, Plan, Work
 from kvstore_client.planning.predict import predict
 
 
 class FixedPlanner:
-    """The first option of each chunk; computes only what cannot be fetched."""
+    """Reads the first option of each chunk; computes only chunks that cannot be fetched."""
 
     def plan(self, work: Work) -> Plan:
         choices = {chunk.index: 0 if chunk.options else COMPUTE for chunk in work.chunks}

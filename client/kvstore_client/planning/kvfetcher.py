@@ -1,8 +1,8 @@
-"""Adaptive resolution as KVFetcher publishes it (arXiv 2602.09725).
+"""Adaptive resolution as published by KVFetcher (arXiv 2602.09725).
 
-The precision is fixed, and so is what is fetched: everything. For the next chunk a table of decoding times and the
-bandwidth that the chunk before it saw choose the resolution (how many tokens are tiled into a picture) at which
-receiving and decoding, one behind the other, wait least for each other.
+The precision is fixed, and every chunk is fetched. The resolution (number of tokens tiled into a picture) of the next
+chunk is chosen from a table of decoding times and the bandwidth of the previous chunk, so that receiving and decoding
+wait least for each other.
 """
 
 from kvstore_client.planning.base import COMPUTE, ChunkWork, Option, Plan, Work
@@ -11,7 +11,8 @@ from kvstore_codec.encoding import Encoding
 
 
 class KVFetcherPlanner:
-    """Never computes a chunk that can be fetched. Asked again in mid-fetch, it sees the last chunks' bandwidth."""
+    """Computes only chunks that cannot be fetched. When it replans during a fetch, it sees the last chunks'
+    bandwidth."""
 
     def plan(self, work: Work) -> Plan:
         return predict(work, {chunk.index: _resolution(work, chunk) for chunk in work.chunks}, "layers")
@@ -30,7 +31,7 @@ def _resolution(work: Work, chunk: ChunkWork) -> int:
 
 
 def _one_precision(options: tuple[Option, ...]) -> list[int]:
-    """The resolutions of the most faithful token-wise video; without one, what is most faithful."""
+    """The resolutions of the most faithful token-wise video; without such video, the most faithful option."""
     encodings = [Encoding.parse(option.encoding) for option in options]
     videos = [encoding for encoding in encodings if encoding.is_video and encoding.layout == "token_frames"]
     if not videos:

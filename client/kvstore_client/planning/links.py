@@ -1,7 +1,7 @@
-"""How fast bytes come from each endpoint, from the last transfers rather than from all there ever were.
+"""Bandwidth of each endpoint, estimated from its latest transfers.
 
-KVFetcher (arXiv 2602.09725) takes the bandwidth that the previous chunk saw for the next one's. A single chunk is too
-little to go by where it takes a millisecond, so here it is the last tenth of a second of receiving.
+KVFetcher (arXiv 2602.09725) uses the bandwidth of the previous chunk for the next one. A single chunk is too short a
+sample where it takes a millisecond, so the estimate covers the last tenth of a second of receiving.
 """
 
 import math
@@ -15,40 +15,41 @@ from dataclasses import dataclass, field
 from kvstore_client.fork import renew_in_children
 
 DEFAULT_BANDWIDTH_Bps = 125e6
-"""1 Gbit/s: of an endpoint when none has sent anything yet."""
+"""Bandwidth of an endpoint before any endpoint has sent anything: 1 Gbit/s."""
 
 WINDOW_S = 0.1
-"""Receiving time that an estimate covers. Longer is steadier, shorter is quicker to see a step."""
+"""Receiving time that an estimate covers, seconds. Longer is steadier, shorter follows a step faster."""
 
 _SAMPLE_S, _SAMPLE_BYTES = 0.005, 256 << 10
-"""Less than both is one sample with what comes next: a clock's tick or a buffer's worth says nothing about a link."""
+"""A transfer below both limits is merged with the next: a clock tick or one buffer says nothing about a link."""
 
 _STALE_S = 2.0
-"""After so long a silence the next sample replaces all before it. Until then they are the best there is."""
+"""After this much silence, in seconds, the next sample replaces all earlier ones. Until then they are the best
+estimate."""
 
 _HOPE_S = 30.0
-"""An estimate that nobody has seen confirmed doubles in this time, up to the default: a link too slow to be worth a
-fetch would otherwise never be tried again."""
+"""Doubling time, in seconds, of an unconfirmed estimate, up to the default: otherwise a link that is too slow for any
+fetch would never be tried again."""
 
 _MEAN_S = 2.0
-"""Receiving time of which a mean remembers 63 %."""
+"""Receiving time, in seconds, of which a mean remembers 63 %."""
 
 _MOST_SAMPLES = 1024
-"""From memory, a window has more of them than tell anything."""
+"""Limit on the samples in a window: transfers from memory produce more than are useful."""
 _SHORTEST_S = 1e-6
 
 _LATENCY_SHARE = 0.25
 
 
 LEAST_BUSY_Bps = 40e6
-"""What comes at least while the engine computes, unless it is the link that is slow: as long as nothing is known."""
+"""Assumed bandwidth while the engine computes, before any measurement, unless the link itself is slower."""
 _BUSY_SHARE = 0.33
-"""What is less than this share of it is the link's doing."""
+"""Below this share of the bandwidth that computing explains, the link itself is slow."""
 _CLEARLY = 0.7
 _LEARNING = 0.25
 
 _DOUBT_S = 5.0
-"""While nothing but what comes beside the engine is seen, the difference to what came before it halves in this time."""
+"""Half-life, in seconds, for decaying the idle-bandwidth estimate toward the busy one."""
 
 
 @dataclass(slots=True)
@@ -56,21 +57,21 @@ class _Window:
     """The last tenth of a second of receiving."""
 
     samples: deque[tuple[int, float, float]] = field(default_factory=deque)
-    """(bytes, seconds of receiving, when)."""
+    """(bytes, seconds of receiving, time of arrival)."""
     size_bytes: int = 0
     seconds: float = 0.0
     """Sums over the samples."""
     pending_bytes: int = 0
     pending_s: float = 0.0
-    """Too little for a sample yet."""
+    """Transfers too small for a sample yet."""
     seen_s: float = -math.inf
-    """When the last sample came."""
+    """Time of the last sample."""
     mean_bytes: float = 0.0
     mean_s: float = 0.0
-    """Sums over all samples, of which older ones count for less and less."""
+    """Decayed sums over all samples."""
 
     def add(self, size_bytes: int, seconds: float, now_s: float) -> bool:
-        """Whether there is one sample more."""
+        """Add a transfer; returns whether it completed a sample."""
         self.pending_bytes += size_bytes
         self.pending_s += seconds
         if self.pending_s < _SAMPLE_S and self.pending_bytes < _SAMPLE_BYTES:
@@ -98,7 +99,7 @@ class _Window:
         return self.size_bytes / max(self.seconds, _SHORTEST_S)
 
     def rate_since_Bps(self, since_s: float) -> float:  # noqa: N802
-        """Of the last tenth of a second, as far as that was after `since_s`; for the rest of it, the mean."""
+        """Rate of the last tenth of a second, as far as it was after `since_s`; for the rest of it, the mean."""
         size_bytes, seconds = 0.0, 0.0
         for sample_bytes, sample_s, at_s in reversed(self.samples):
             if at_s <= since_s:
@@ -113,9 +114,9 @@ class _Window:
 class _Link:
     quiet: _Window = field(default_factory=_Window)
     busy: _Window = field(default_factory=_Window)
-    """While the engine computes: it, the receiver and, on one machine, the sender are in each other's way."""
+    """Transfers while the engine computes: engine, receiver and, on one machine, the sender slow each other."""
     busy_Bps: float | None = None  # noqa: N815  (bytes, not bits)
-    """What was taken in meanwhile, as far as that was not the link's doing."""
+    """Bandwidth observed meanwhile, except where the link itself was slow."""
     latency_s: float | None = None
 
     @property
@@ -134,7 +135,7 @@ class _Link:
             slower_Bps = self.busy.rate_Bps  # noqa: N806
             if not self.quiet.samples or slower_Bps > seen_Bps or self._is_links_doing(slower_Bps):
                 seen_Bps = slower_Bps  # noqa: N806
-            else:  # the longer the engine computes, the less is known of what would come if it did not
+            else:  # the longer the engine computes, the less is known about the idle bandwidth
                 doubt = max(self.busy.seen_s - self.quiet.seen_s - _STALE_S, 0.0) / _DOUBT_S
                 seen_Bps = slower_Bps + (seen_Bps - slower_Bps) * 2.0**-doubt  # noqa: N806
         unseen_s = now_s - self.seen_s - _STALE_S
@@ -144,7 +145,7 @@ class _Link:
         return min(DEFAULT_BANDWIDTH_Bps, seen_Bps * hope)
 
     def learn(self, *, busy: bool) -> None:
-        """What computing explains, once a window is full."""
+        """Learn the busy bandwidth, once a window is full."""
         seen_Bps, quiet_Bps = self.busy.rate_Bps, self.quiet.rate_Bps  # noqa: N806
         if busy and self.busy.seconds >= WINDOW_S:
             if seen_Bps > self._explained_Bps:
@@ -162,7 +163,7 @@ class _Link:
             and seen_Bps < _CLEARLY * quiet_Bps
             and self._is_links_doing(seen_Bps)
         ):
-            # As soon as the engine has ended the link is fast again: so it was not the link.
+            # The link is fast again as soon as the engine stops: the engine was the cause.
             self.busy_Bps = seen_Bps
 
     @property
@@ -170,7 +171,7 @@ class _Link:
         return LEAST_BUSY_Bps if self.busy_Bps is None else self.busy_Bps
 
     def _is_links_doing(self, busy_Bps: float) -> bool:  # noqa: N803
-        """Whether that little comes beside the engine because the link is slow."""
+        """Whether the link itself, and not the engine's work, explains this low bandwidth."""
         return busy_Bps < _BUSY_SHARE * self._explained_Bps
 
 
@@ -182,10 +183,10 @@ class _Pass:
 
 
 class Links:
-    """Of one client, shared by its fetches. Thread-safe.
+    """Links of one client, shared by its fetches. Thread-safe.
 
-    As BBR (ACM Queue 14:5, 2016) does not let what a sender had no data for lower its estimate of the link, what comes
-    while the engine computes does not lower this one, unless it is less than computing explains.
+    BBR (ACM Queue 14:5, 2016) does not let application-limited samples lower its estimate of a link. Likewise, samples
+    taken while the engine computes do not lower this estimate, unless they are lower than computing explains.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -195,12 +196,12 @@ class Links:
         renew_in_children(self, Links._renew)
 
     def _renew(self) -> None:
-        """Whoever held the lock or computed in the parent does not exist in a child."""
+        """Reset in a forked child: threads that held the lock or computed in the parent do not exist there."""
         self._lock = threading.Lock()
         self._passes: list[_Pass] = []
 
     def keep(self, endpoints: Collection[str]) -> None:
-        """Forget all others, but not the last one that was heard of: it stands for those that were not."""
+        """Forget all other endpoints, except the last one heard of, which stands for unknown endpoints."""
         with self._lock:
             last = max(self._links, key=lambda endpoint: self._links[endpoint].seen_s, default=None)
             gone = self._links.keys() - set(endpoints) - {last}
@@ -209,8 +210,8 @@ class Links:
 
     @contextmanager
     def computing(self, *, request: object = None, waits: bool = False) -> Iterator[None]:
-        """The engine computes meanwhile, for this request; `waits`: little, and most of the time it waits for what is
-        fetched for that request."""
+        """Inside the block the engine computes for this request. `waits`: it computes little and mostly waits for KV of
+        that request."""
         one = _Pass(request, waits)
         with self._lock:
             self._passes.append(one)
@@ -230,8 +231,8 @@ class Links:
         request: object = None,
         waited_for: bool = False,
     ) -> None:
-        """A reader has received `size_bytes`, and `seconds` is the time it waited for them and took them in: without
-        the time in which it had no room for more. `waited_for`: the engine does nothing but wait for this request."""
+        """Record that a reader received `size_bytes`. `seconds` is the time it waited for them and received them,
+        without the time in which it had no room. `waited_for`: the engine does nothing but wait for this request."""
         with self._lock:
             link = self._links.setdefault(endpoint, _Link())
             now_s = self._clock()
@@ -250,23 +251,24 @@ class Links:
             return any(one.ended_s == math.inf for one in self._passes)
 
     def busy_Bps(self, endpoint: str) -> float | None:  # noqa: N802
-        """What comes from there at most while the engine computes; None when nothing ever showed it."""
+        """Highest bandwidth of the endpoint while the engine computes; None when it was never observed."""
         with self._lock:
             link = self._links.get(endpoint)
             return link.busy_Bps if link is not None else None
 
     def first_byte(self, endpoint: str, seconds: float) -> None:
-        """It took `seconds` from a request to the first byte of its answer."""
+        """Record the latency from a request to the first byte of its answer."""
         with self._lock:
             link = self._links.setdefault(endpoint, _Link())
             known_s = seconds if link.latency_s is None else link.latency_s
             link.latency_s = known_s + _LATENCY_SHARE * (seconds - known_s)
 
     def bandwidth_Bps(self, endpoint: str, *, since_s: float | None = None) -> float | None:  # noqa: N802
-        """Of the last tenth of a second; with `since_s` (of the clock), for what came before that, the mean of the
-        last seconds: how the last fetch ended says little about the next one on a link that goes up and down.
+        """Bandwidth over the last tenth of a second. With `since_s` (of the clock), transfers before that count as the
+        mean of the last seconds: on a varying link the end of the last fetch says little about the next one.
 
-        Of an endpoint not heard of yet: that of the one heard of last. None when nothing was ever received."""
+        An unknown endpoint gets the bandwidth of the endpoint heard of last. None when nothing was ever received.
+        """
         with self._lock:
             link = self._links.get(endpoint)
             if link is None or not link.seen_s > -math.inf:
@@ -276,7 +278,7 @@ class Links:
             return link.bandwidth_Bps(self._clock(), since_s)
 
     def latency_s(self, endpoint: str) -> float:
-        """0 for an endpoint that was never asked."""
+        """Latency of the endpoint, seconds; 0 for an unknown one."""
         with self._lock:
             link = self._links.get(endpoint)
             return (link.latency_s or 0.0) if link is not None else 0.0

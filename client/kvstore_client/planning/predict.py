@@ -1,8 +1,8 @@
-"""How long a plan takes: the one time model that planners search and that plans quote.
+"""Time model of a plan, which planners search and plans quote.
 
-Three things go on at once. Bytes come through the endpoints' links, each for itself. Decoding threads turn them into
-KV. The engine computes: the *front* (chunks with nothing unfinished before them) needs nothing that is fetched; what
-comes *behind* fetched chunks waits for them, in the order "layers" layer by layer, in the order "back" as a whole.
+Three stages run in parallel. Bytes arrive through the endpoints' links, independently. Decoding threads turn them into
+KV. The engine computes: the *front* (chunks with only finished chunks before them) needs nothing that is fetched;
+tokens *behind* fetched chunks wait for them, layer by layer in the order "layers", as a whole in the order "back".
 Decoding and computing share the processor, as far as `interference` says.
 """
 
@@ -17,31 +17,31 @@ from kvstore_client.planning.links import DEFAULT_BANDWIDTH_Bps
 from kvstore_client.planning.profile import PrefillCost
 
 PASS_TOKENS = 1024
-"""The front is computed in forward passes of up to this many tokens: what is computed by then need not be fetched."""
+"""The front is computed in forward passes of up to this many tokens; computed chunks need not be fetched."""
 
 _PERIODS = 8
-"""Of a model, about: a chunk is read in so many pieces, and the engine goes on with each."""
+"""Approximate number of periods of a model: a chunk is read in this many pieces, and the engine proceeds with each."""
 
 _SLOWEST_Bps = 1.0
-"""Of a link whose estimate is nothing: its time must stay a number."""
+"""Least bandwidth of a link, so that its time stays finite."""
 
 Seconds = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a plan asks of each stage, in seconds: of one plan (arrays of no dimension), or of many at once."""
+    """Seconds that a plan needs of each stage: of one plan (0-dimensional arrays), or of many at once."""
 
     receive: Seconds
-    """Until the last byte, with the latency."""
+    """Until the last byte, including latency."""
     latency: Seconds
     work: Seconds
-    """Decoding and restoring, by all threads."""
+    """Decoding and restoring, sum over all threads."""
     pieces: Seconds
-    """Chunks that are fetched."""
+    """Number of fetched chunks."""
     front: Seconds
     behind: Seconds
-    """The first forward pass that needs what is fetched."""
+    """The first forward pass that needs fetched KV."""
     rest: Seconds
     """The passes after that one."""
 
@@ -51,9 +51,9 @@ def bandwidth_of(work: Work, endpoint: str) -> float:
 
 
 def finish_s(load: Load, order: Order, work: Work) -> Seconds:
-    """Seconds to the end of the last forward pass, elementwise. A stage can begin when the one before it has done its
-    first piece, and ends one piece after it; none ends before it has done all its own."""
-    # What comes more slowly while the engine computes chunks; the suffix waits for what comes, and is in nobody's way.
+    """Seconds to the end of the last forward pass, elementwise. A stage begins when the one before it has finished its
+    first piece, and ends at least one piece after it; no stage ends before its own work is done."""
+    # Links are slower while the engine computes chunks; the suffix only waits for them and does not slow them down.
     suffix_s = work.prefill.seconds(work.suffix_first, work.suffix_tokens)
     computing = np.maximum(load.front + load.behind + load.rest - suffix_s, 0.0)
     disturbed = np.minimum(computing, load.receive / work.busy_share)
@@ -87,7 +87,7 @@ def _together(one: Seconds, other: Seconds, interference: float) -> Seconds:
 
 
 def predict(work: Work, choices: Mapping[int, int], order: Order) -> Plan:
-    """The plan of these choices. They must be ones that the chunks offer."""
+    """The plan with these choices, which must be among the chunks' options."""
     received_s: dict[str, float] = {}
     work_s, fetched = 0.0, 0
     for chunk in work.chunks:
@@ -116,8 +116,8 @@ def predict(work: Work, choices: Mapping[int, int], order: Order) -> Plan:
 
 
 def _passes(work: Work, choices: Mapping[int, int]) -> tuple[float, float, float]:
-    """Seconds of the front, of the first forward pass behind fetched chunks, and of those after it. Where nothing is
-    fetched nothing is in front: the engine computes it all at once."""
+    """Seconds of the front, of the first forward pass behind fetched chunks, and of the passes after it. Without
+    fetched chunks there is no front: the engine computes everything at once."""
     computed = [choices[chunk.index] == COMPUTE for chunk in work.chunks]
     leading = 0 if all(computed) else computed.index(False)
     front = work.engine_busy_s + sum(
@@ -134,7 +134,7 @@ def _passes(work: Work, choices: Mapping[int, int]) -> tuple[float, float, float
 
 
 def runs(chunks: Iterable[ChunkWork]) -> list[tuple[int, int]]:
-    """First token and tokens of each stretch of neighbouring chunks."""
+    """First token and number of tokens of each stretch of contiguous chunks."""
     found: list[tuple[int, int]] = []
     for chunk in chunks:
         if found and sum(found[-1]) == chunk.first_token:
@@ -145,6 +145,6 @@ def runs(chunks: Iterable[ChunkWork]) -> list[tuple[int, int]]:
 
 
 def run_s(prefill: PrefillCost, first_token: int, tokens: int) -> float:
-    """Of a stretch computed in passes of up to PASS_TOKENS."""
+    """Seconds of a stretch that is computed in passes of up to PASS_TOKENS."""
     passes = -(-tokens // PASS_TOKENS)
     return prefill.seconds(first_token, tokens) + max(passes - 1, 0) * prefill.fixed_s

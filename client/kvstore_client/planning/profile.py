@@ -1,6 +1,6 @@
-"""What this machine needs for a model: seconds of decoding, of restoring, and of computing instead.
+"""Profile of a model on this machine: seconds of decoding, of restoring, and of computing instead.
 
-Measured on first use (by the engine's adapter, which has the model), kept in a file per model and machine.
+The engine's adapter, which has the model, measures it at first use. It is kept in a file per model and machine.
 """
 
 from __future__ import annotations
@@ -31,28 +31,27 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CodecCost:
-    """What one thread needs for a token of an encoding, all layers, while nothing else computes: `decode_s` from bytes
-    to KV, `restore_s` to rotate its keys."""
+    """Seconds that one undisturbed thread needs per token of an encoding, all layers: `decode_s` from bytes to KV,
+    `restore_s` to rotate its keys."""
 
     decode_s: float
     restore_s: float
 
 
 UNMEASURED = CodecCost(decode_s=150e-6, restore_s=10e-6)
-"""Where nothing at all is measured: a small model's KV at some 150 MB/s. The first chunks correct it."""
+"""Default when nothing is measured: a small model's KV at about 150 MB/s. The first chunks correct it."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillCost:
-    """Of one forward pass: what every pass costs, what every token costs, and what attention costs for each token and
-    token before it."""
+    """Costs of forward passes: per pass, per token, and for attention per token and preceding token."""
 
     fixed_s: float
     per_token_s: float
     per_pair_s: float
 
     def seconds(self, first_token: int, tokens: int) -> float:
-        """Of a pass over `tokens` tokens behind `first_token` others; 0 tokens are no pass."""
+        """Seconds of a pass over `tokens` tokens behind `first_token` others; 0 for no tokens."""
         if not tokens:
             return 0.0
         pairs = tokens * (first_token + tokens / 2)
@@ -62,20 +61,20 @@ class PrefillCost:
 @dataclass(frozen=True, slots=True)
 class Profile:
     codecs: Mapping[str, CodecCost]
-    """By name of the encoding."""
+    """By encoding name."""
     prefill: PrefillCost
     interference: float
-    """0: decoding does not slow computing. 1: they take turns. What takes A alone and B alone takes
-    max(A, B) + interference * min(A, B) at once."""
+    """0: decoding does not slow computing. 1: they take turns. Work that takes A and B alone takes max(A, B) +
+    interference * min(A, B) in parallel."""
     decode_threads: int
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """Which model, machine and versions, and when: for people."""
+    """Model, machine, versions and time of the measurement: for people."""
     receive_s_per_byte: float = 0.0
-    """What receiving takes from decoding and computing. Not measured but learned, because it is not the client's alone:
-    the processor, memory, and whatever else sends or forwards on this machine."""
+    """Slowdown of decoding and computing per received byte. Learned, not measured, because it does not depend on the
+    client alone: processor, memory, and other senders on this machine count."""
 
     def codec(self, encoding: str) -> CodecCost:
-        """The measured cost, else that of the most similar encoding that was measured."""
+        """The measured cost, else that of the most similar measured encoding."""
         if encoding in self.codecs:
             return self.codecs[encoding]
         wanted = Encoding.parse(encoding)
@@ -88,42 +87,44 @@ def _similarity(one: Encoding, other: Encoding) -> tuple[bool, bool, bool]:
 
 
 def profile_key(spec: ModelSpec, machine: Mapping[str, str | int]) -> str:
-    """64 hex digits: blake3 over the model's digest and all that the speed depends on (processor, cores, accelerator,
-    threads, versions of libraries...)."""
+    """64 hex digits: blake3 over the model's digest and everything that its speed depends on (processor, cores,
+    accelerator, threads, library versions...)."""
     named = (part for name in sorted(machine) for part in (name.encode(), str(machine[name]).encode()))
     return canonical.digest(_DOMAIN, spec.digest, *named).hex()
 
 
 class ProfileStore:
-    """The profiles of this machine: `<cache_dir>/profiles/<key>.json`. Processes may share the folder."""
+    """Profiles of this machine: `<cache_dir>/profiles/<key>.json`. Processes may share the folder."""
 
     def __init__(self, cache_dir: Path) -> None:
         self._folder = cache_dir / "profiles"
 
     def load(self, key: str) -> Profile | None:
-        """None when there is none, and when the file cannot be used: it is then measured anew, and replaced."""
+        """The profile of this key. None when there is none or its file is unusable: it is then measured again and
+        replaced."""
         path = self._folder / f"{key}.json"
         try:
             return _from_json(json.loads(path.read_bytes()))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (*UNUSABLE, UnknownEncodingError) as error:
-            _log.warning("profile %s cannot be used and is measured anew: %.200r", path, error)
+            _log.warning("profile %s cannot be used and is measured again: %.200r", path, error)
             return None
 
     def save(self, key: str, profile: Profile) -> None:
-        """Raises OSError when it cannot be written."""
+        """Write a profile. Raises OSError when that fails."""
         text = json.dumps({"format": _FORMAT, **asdict(profile)}, indent=2)
         replace_file(self._folder / f"{key}.json", text.encode())
 
     def list(self) -> dict[str, Profile]:
-        """All that can be used, by key."""
+        """All usable profiles, by key."""
         keys = sorted(path.stem for path in self._folder.glob("*.json") if _KEY.fullmatch(path.stem))
         return {key: profile for key in keys if (profile := self.load(key)) is not None}
 
 
 def _from_json(data: dict[str, Any]) -> Profile:
-    """Raises ValueError, TypeError, KeyError, AttributeError or UnknownEncodingError for what is not a profile."""
+    """Parse a profile. Raises ValueError, TypeError, KeyError, AttributeError or UnknownEncodingError for invalid
+    data."""
     if data["format"] != _FORMAT:
         raise ValueError(f"format {data['format']!r} is not {_FORMAT}")
     for name in data["codecs"]:

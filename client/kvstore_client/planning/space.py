@@ -1,4 +1,4 @@
-"""The plans there are for a fetch, as arrays: what each asks of every stage is a difference of two running sums."""
+"""Search space of plans, as arrays: a plan's demand on each stage is the difference of two running sums."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ Indices = npt.NDArray[np.intp]
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """How many chunks are computed at the front and at the end of the match: arrays of one shape."""
+    """Number of chunks computed at the front and at the end of the match: arrays of one shape."""
 
     front: Indices
     tail: Indices
 
 
 class Space:
-    """Chunks are fetched in one block; before it and behind it they are computed.
+    """All plans that fetch one block of chunks and compute the chunks before and behind it.
 
     A *cost* is what one chunk adds to the stages: seconds of each endpoint's link, of the decoding threads, of forward
-    passes in the middle (for chunks that cannot be fetched), then 1 if it is fetched, then its loss: tokens * how many
-    more faithful rates there are. Costs add up, so `[..., costs]` arrays of sums stand for whole plans.
+    passes in the middle (for chunks that cannot be fetched), then 1 if it is fetched, then its loss: tokens * number of
+    more faithful rates. Costs add up, so `[..., costs]` arrays of sums describe whole plans.
     """
 
     def __init__(self, work: Work) -> None:
@@ -61,12 +61,12 @@ class Space:
 
     @property
     def least_front(self) -> int:
-        """Chunks computed at the front at least: those that cannot be fetched."""
+        """Number of unfetchable chunks at the front, which must be computed."""
         return int(np.isfinite(self._front).argmax())
 
     def assignments(self) -> list[Indices]:
-        """Options of all chunks: from the fewest seconds of decoding to the fewest of the links, along the lower hull.
-        Neighbours in this list may be mixed."""
+        """Options of all chunks, along the lower hull from the least decoding to the least receiving. Neighbours in
+        this list may be mixed."""
         found: list[Indices] = []
         for weight in (0.0, *(1 / (1 + 4.0**power) for power in range(3, -4, -1)), 1.0):
             options = np.argmin(_weighted(self.receive, weight) + _weighted(self.decode, 1 - weight), axis=1)
@@ -75,7 +75,7 @@ class Space:
         return found
 
     def uniform(self) -> list[Indices]:
-        """All chunks in one encoding, where they have it, else in their quickest: one for every encoding."""
+        """For every encoding: all chunks in that encoding, or in their fastest one where they do not have it."""
         quickest = np.argmin(np.maximum(self.receive, self.decode), axis=1)
         found: list[Indices] = []
         for name in dict.fromkeys(name for names in self._alike for name in names):
@@ -99,8 +99,8 @@ class Space:
         return costs
 
     def all_ends(self, front: Sequence[int], tail: Sequence[int]) -> Ends:
-        """Those of `front` x `tail` that are possible: what cannot be computed is between them, what cannot be fetched
-        is not at the block's edge."""
+        """Possible combinations of `front` x `tail`: chunks that cannot be computed are between them, and chunks that
+        cannot be fetched are not at the block's edge."""
         fronts, tails = np.meshgrid(np.asarray(front, np.intp), np.asarray(tail, np.intp), indexing="ij")
         fits = fronts + tails <= self.count
         fits &= np.isfinite(self._front[np.clip(fronts, 0, self.count)])
@@ -108,7 +108,8 @@ class Space:
         return Ends(fronts[fits], tails[fits])
 
     def finish_s(self, sums: Floats, ends: Ends, order: Order, *, link_share: float = 1.0) -> Floats:
-        """Of plans that fetch what costs `sums` `[..., costs]`, when the links have this share of their bandwidth."""
+        """Predicted seconds of plans whose fetched chunks cost `sums` `[..., costs]`, with this share of the links'
+        bandwidth."""
         links = sums[..., :-4] / link_share
         latencies = np.where(links > 0, self._latencies, 0.0)
         holes, last = sums[..., -3], np.broadcast_to(self._tail[ends.tail], sums.shape[:-1])
@@ -124,12 +125,12 @@ class Space:
         return finish_s(load, order, self.work)
 
     def _front_seconds(self) -> Floats:
-        """By the number of chunks computed there; inf where that is not possible."""
+        """Seconds by number of chunks computed at the front; inf where that is impossible."""
         prefill, seconds = self.work.prefill, np.full(self.count + 1, np.inf)
         spent = self.work.engine_busy_s
         pass_tokens, end = PASS_TOKENS, -1
         for number, chunk in enumerate(self.chunks):
-            if self.fetchable[number]:  # a chunk that cannot be fetched is computed with those before it
+            if self.fetchable[number]:  # an unfetchable chunk is computed with those before it
                 seconds[number] = spent
             if not (chunk.computable or not chunk.options):
                 return seconds
@@ -142,7 +143,7 @@ class Space:
         return seconds
 
     def _tail_seconds(self) -> Floats:
-        """Of the last forward pass, by the number of chunks that are computed in it; inf where not possible."""
+        """Seconds of the last forward pass by number of chunks computed in it; inf where that is impossible."""
         work, seconds = self.work, np.full(self.count + 1, np.inf)
         first, tokens = work.suffix_first, work.suffix_tokens
         for number, chunk in enumerate(reversed(self.chunks)):
@@ -156,12 +157,12 @@ class Space:
         return seconds
 
     def _hole_seconds(self) -> Floats:
-        """Of forward passes in the middle, by chunk."""
+        """Seconds of forward passes in the middle, by chunk."""
         seconds, end = np.zeros(self.count), -1
         for row in np.flatnonzero(~self.fetchable):
             chunk = self.chunks[row]
             seconds[row] = self.work.prefill.seconds(chunk.first_token, chunk.tokens)
-            if chunk.first_token == end:  # one pass with the one before it
+            if chunk.first_token == end:  # one pass with the chunk before it
                 seconds[row] -= self.work.prefill.fixed_s
             end = chunk.first_token + chunk.tokens
         return seconds
@@ -172,7 +173,7 @@ def _weighted(seconds: Floats, weight: float) -> Floats:
 
 
 def _losses(encodings: Sequence[str]) -> list[int]:
-    """Of each, how many more faithful rates there are among them; the most faithful come first."""
+    """Loss of each encoding: the number of more faithful rates among them, which come first."""
     rates = [Encoding.parse(name).rate for name in encodings]
     order = list(dict.fromkeys(rates))
     return [order.index(rate) for rate in rates]

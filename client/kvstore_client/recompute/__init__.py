@@ -1,4 +1,4 @@
-"""Selective recompute: of KV that was computed in another context, which tokens are worth computing again."""
+"""Selective recompute: which tokens to recompute in KV that was computed in another context."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
@@ -27,9 +27,9 @@ _SELECTORS: Mapping[str, Callable[[], Selector]] = {
 }
 
 
-@lru_cache(maxsize=len(_SELECTORS))  # each says only once what it has to complain about
+@lru_cache(maxsize=len(_SELECTORS))  # each selector logs a warning only once
 def selector(name: str) -> Selector:
-    """Raises ConfigurationError for a name that no selector has."""
+    """The selector of this name. Raises ConfigurationError for an unknown name."""
     try:
         return _SELECTORS[name]()
     except KeyError:

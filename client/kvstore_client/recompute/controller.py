@@ -1,4 +1,4 @@
-"""The recompute ratio while requests come and go: it follows the link."""
+"""Online controller of the recompute ratio: follows the link from request to request."""
 
 import threading
 
@@ -6,17 +6,17 @@ from kvstore_client.fork import renew_in_children
 from kvstore_client.recompute.tuning import LEAST_RATIO, balance, require_bounds
 
 _SHARE = 0.25
-"""Of the way to where the ratio should be, and to what the last pass took."""
+"""Smoothing factor of the ratio and of the measured compute time."""
 MOST_STEP = 0.1
-"""Of the ratio, from one request to the next: a bandwidth that is wrong for a moment costs little."""
+"""Largest change of the ratio between two requests: a briefly wrong bandwidth costs little."""
 
 
 class RatioOnline:
-    """Of one model and engine. Thread-safe.
+    """Recompute ratio of one model and engine. Thread-safe.
 
-    Begins at `ratio`, best a tuned one, and moves towards the balance of T(r) (`kvstore_client.recompute.tuning`) with
-    the bandwidth that was measured last, between `least`, below which the answers suffer, and `most`. Raises
-    ConfigurationError for bounds that are none.
+    Begins at `ratio`, ideally a tuned one, and moves toward the balance of T(r) (`kvstore_client.recompute.tuning`) at
+    the latest measured bandwidth, between `least`, below which answers suffer, and `most`. Raises ConfigurationError
+    for invalid bounds.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class RatioOnline:
         most: float = 1.0,
         compute_s: float | None = None,
     ) -> None:
-        """`compute_s`: what computing a token takes, where that is known already."""
+        """`compute_s` is the known compute time per token, if any."""
         require_bounds(least, most)
         self._least, self._most = least, most
         self._ratio = min(max(ratio, least), most)
@@ -36,11 +36,11 @@ class RatioOnline:
         renew_in_children(self, RatioOnline._renew)
 
     def _renew(self) -> None:
-        """In a forked child: another thread of the parent may have held the lock."""
+        """Reset in a forked child: another thread of the parent may have held the lock."""
         self._lock = threading.Lock()
 
     def computed(self, tokens: int, seconds: float) -> None:
-        """A pass over so many tokens took so long, without what it waited for KV. A pass over none says nothing."""
+        """Record a pass over this many tokens, without its waits for KV. A pass over no tokens is ignored."""
         if tokens < 1 or seconds <= 0:
             return
         with self._lock:
@@ -48,8 +48,8 @@ class RatioOnline:
             self._compute_s = known_s + _SHARE * (seconds / tokens - known_s)
 
     def ratio(self, token_bytes: float, bandwidth_Bps: float | None) -> float:  # noqa: N803
-        """For the next request, which would fetch `token_bytes` a token over a link of so much (`Links.bandwidth_Bps`;
-        None when nothing is known of it: the ratio then stays)."""
+        """Ratio of the next request, which would fetch `token_bytes` per token over a link of this bandwidth
+        (`Links.bandwidth_Bps`; None when it is unknown: the ratio then stays)."""
         with self._lock:
             if bandwidth_Bps is not None and bandwidth_Bps > 0 and self._compute_s is not None:
                 wanted = balance(self._compute_s, token_bytes / bandwidth_Bps)

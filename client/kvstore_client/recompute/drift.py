@@ -1,4 +1,4 @@
-"""`drift`: tokens that are not computed again move the way those did that were."""
+"""`drift`: tokens that are not recomputed move like their recomputed neighbours."""
 
 from collections.abc import Sequence
 
@@ -8,24 +8,24 @@ from kvstore_client.recompute.base import ReusedChunk
 
 _REACH_TOKENS = 16.0
 _FAR = 0.02
-"""Weight of the chunk's tokens out of reach: what moves all of a chunk alike."""
+"""Weight of the chunk's distant tokens: the part of the shift that the whole chunk shares."""
 _CELL_TOKENS = 8
-"""Neighbours that move alike, as their middle does: less work, and what is spread is smoother than that."""
+"""Number of neighbouring tokens that move like their middle: less work, and the spread shift is smoother than that."""
 _MIDDLE = (_CELL_TOKENS - 1) / 2
 _SHARE = 0.7
-"""Of what neighbours show. Measured: 1 closes less of the gap, and .5 not much less."""
+"""Share of the neighbours' shift that is applied. Measured: 1 closes less of the gap, and 0.5 not much less."""
 
 
 class Drift:
-    """What another context does to a chunk's KV is much the same for tokens that stand near each other. Tokens that are
-    computed again show it, new minus stored; each other token of their chunk takes .7 of its neighbours' mean, weighted
-    exp(-distance / 16) + .02, the distance from the middle of its eight tokens.
+    """Another context shifts a chunk's KV by similar amounts for neighbouring tokens. Recomputed tokens show the shift,
+    new minus stored. Each other token of their chunk moves by 0.7 of its neighbours' mean shift, weighted exp(-distance
+    / 16) + 0.02, with the distance from the middle of its eight tokens.
 
-    Measured on SmolLM2, 15 % of the tokens computed again: closes 80 % of the gap in KL instead of 50 (one text) and 70
-    (documents). What moves the keys matters most: it says how much of the attention goes to each document.
+    Measured on SmolLM2 with 15 % of the tokens recomputed: closes 80 % of the gap in KL instead of 50 % (one text) and
+    70 % (documents). The shift of the keys matters most: it decides how much attention each document gets.
 
-    `selected` are the positions computed again, i64, ascending, of a pass over `computed`, which has them all. Chunks
-    with fewer than two of them, and exact ones, stay as they are.
+    `selected` are the recomputed positions, i64, ascending, in a pass over `computed`, which contains them. Exact
+    chunks, and chunks with fewer than two selected tokens, stay unchanged.
     """
 
     def __init__(
@@ -45,13 +45,14 @@ class Drift:
         most = max((len(inside) for _, inside in moved), default=0)
         cells = max((-(-len(tokens) // _CELL_TOKENS) for tokens, _ in moved), default=0)
         self.seen = torch.cat([inside for _, inside in moved]) if moved else selected[:0]
-        """Positions of the computed tokens by which others move, i64 `[seen]`, ascending."""
+        """Positions of the recomputed tokens that move others, i64 `[seen]`, ascending."""
         self.rows = torch.searchsorted(computed, self.seen)
-        """Where the pass over `computed` has them."""
+        """Rows of these positions in the pass over `computed`."""
         self.places: list[tuple[slice, slice, int]] = []
-        """Where what is spread belongs: cells of it, the neighbouring positions that they cover, and how many each."""
+        """Destinations of the spread shift: cells, the contiguous positions that they cover, and tokens per cell."""
         self._padded = torch.zeros(len(moved), most, dtype=torch.int64, device=device)
-        """Of `seen`, by chunk: as many of each, so that all are spread at once. What fills up has no weight."""
+        """Indices into `seen`, by chunk, padded to one length so that all chunks are spread at once. Padding has weight
+        0."""
         weights = torch.zeros(len(moved), cells, most, dtype=torch.float32, device=device)
         first_seen = 0
         for row, (tokens, inside) in enumerate(moved):
@@ -64,12 +65,12 @@ class Drift:
         self._weights = weights.to(dtype)
 
     def spread(self, shift: torch.Tensor) -> torch.Tensor:
-        """`shift` is what the seen tokens show, `[kv_heads, seen, ...]`; gives what is to be added at `places`,
+        """Spread `shift`, the shift of the seen tokens, `[kv_heads, seen, ...]`. Returns the shift to add at `places`,
         `[kv_heads, cells, ...]`."""
         return torch.matmul(self._weights, shift[:, self._padded]).flatten(1, 2)
 
     def _place(self, cell: int, tokens: range) -> None:
-        """Whole cells go behind the last, if they go on there: fewer and larger pieces are added sooner."""
+        """Add a cell, joined to the last place where it continues it: fewer and larger pieces are added faster."""
         whole = len(tokens) // _CELL_TOKENS
         middle = tokens.start + whole * _CELL_TOKENS
         if whole:

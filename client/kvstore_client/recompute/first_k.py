@@ -1,5 +1,5 @@
-"""EPIC (arXiv 2410.15332): the first tokens of each document, which took too much attention where nothing stood before.
-What EPIC calls a chunk is what was prefilled apart: a document, not our unit of storage."""
+"""EPIC (arXiv 2410.15332): the first tokens of each document, which became attention sinks when nothing preceded them.
+A chunk in EPIC is what was prefilled separately: a document, not this project's unit of storage."""
 
 from collections.abc import Sequence
 

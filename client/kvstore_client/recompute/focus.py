@@ -1,4 +1,4 @@
-"""`focus`: what single tokens of the question look at closely, our default."""
+"""`focus`, the default: tokens that single tokens of the question attend to strongly."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ import torch
 from kvstore_client.recompute.base import Probe, ReusedChunk, ShareOf, require_probe
 
 _EVERY = 3
-"""Layers apart whose attention is looked at; of SmolLM2's 30, ten tell what all tell."""
+"""Distance of the layers whose attention is used; of SmolLM2's 30 layers, ten select like all."""
 
 
 class Focus:
     """The question's attention over the reused KV, squared, summed over its tokens and the heads of every third layer.
 
-    Like `query`, but squared: a head that looks at one token with all it has says more than many that glance at it.
-    What it saves the KL is what the square of an error costs.
+    Like `query`, but squared: a head that attends to one token alone counts more than many that attend to it weakly.
+    The KL grows with the square of an error.
     """
 
     name = "focus"

@@ -1,7 +1,7 @@
-"""CacheTune (arXiv 2605.24022): the tokens that a low-pass filter along the text leaves most of.
+"""CacheTune (arXiv 2605.24022): the tokens that keep most energy behind a low-pass filter along the text.
 
-Chosen when a chunk is stored, of the chunk alone, and stored with it as an order of its tokens: any ratio then is a
-prefix of that, and the tokens that will be computed need not be fetched.
+The order of tokens is computed when a chunk is stored, from the chunk alone, and stored with it. The tokens of any
+ratio are a prefix of this order, and need not be fetched.
 """
 
 import logging
@@ -17,23 +17,25 @@ from kvstore_codec.token_order import TokenOrder
 _log = logging.getLogger(__name__)
 
 ALPHA = 0.5
-"""Share of the spectrum that counts as low, in the paper."""
+"""Share of the spectrum that counts as low, as in the paper."""
 
 
 def token_order(keys: torch.Tensor, values: torch.Tensor, alpha: float = ALPHA) -> TokenOrder:
-    """Of a chunk's keys (before RoPE) and values, both `[layers, kv_heads, tokens, head_dim]`."""
+    """Order of a chunk's tokens, from keys (before RoPE) and values, both `[layers, kv_heads, tokens, head_dim]`."""
     return order_of(band_energies(keys, values, alpha))
 
 
 def band_energies(keys: torch.Tensor, values: torch.Tensor, alpha: float = ALPHA) -> torch.Tensor:
-    """f32 `[low and high, K and V, layers, tokens]`: each token's squared norm over the heads given and head_dim,
-    behind a filter that keeps the first floor(alpha * (tokens // 2 + 1)) frequencies, and behind its complement.
+    """Energies f32 `[low and high, K and V, layers, tokens]`: each token's squared norm over the given heads and
+    head_dim, behind a filter that keeps the first floor(alpha * (tokens // 2 + 1)) frequencies, and behind its
+    complement.
 
-    Under tensor parallelism each rank has some of the heads: sum over the ranks gives that of all of them."""
+    Under tensor parallelism each rank has some of the heads: the sum over the ranks gives the energies of all heads.
+    """
     layers, _, tokens, _ = keys.shape
     kept = math.floor(alpha * (tokens // 2 + 1))
     energies = torch.empty((2, 2, layers, tokens), dtype=torch.float32, device=keys.device)
-    for layer in range(layers):  # scratch memory for one at a time
+    for layer in range(layers):  # scratch memory for one layer at a time
         for kind, tensor in enumerate((keys[layer], values[layer])):
             whole = tensor.float()
             spectrum = torch.fft.rfft(whole, dim=1)
@@ -45,8 +47,8 @@ def band_energies(keys: torch.Tensor, values: torch.Tensor, alpha: float = ALPHA
 
 
 def order_of(energies: torch.Tensor) -> TokenOrder:
-    """From the `band_energies` of all heads. A token's score is (|K| + |V|) / 2, as a share of its layer, averaged over
-    the layers; of equal scores the smaller index wins."""
+    """Order of tokens from the `band_energies` of all heads. A token's score is (|K| + |V|) / 2, as a share of its
+    layer, averaged over the layers; equal scores are ordered by index."""
     norms = energies.cpu().double().sqrt().mean(1)
     shares = norms / norms.sum(-1, keepdim=True).clamp_min(torch.finfo(norms.dtype).tiny)
     low, high = shares.mean(1).sort(dim=-1, descending=True, stable=True).indices.tolist()
@@ -54,7 +56,7 @@ def order_of(energies: torch.Tensor) -> TokenOrder:
 
 
 class Frequency:
-    """The stored order. A chunk that was stored without one gets its first tokens computed."""
+    """The stored order. The first tokens of a chunk stored without one are recomputed."""
 
     share_of: ShareOf = "chunk"
     needs_kv = False
@@ -83,8 +85,8 @@ class Frequency:
         if missing and not self._warned:
             self._warned = True
             _log.warning(
-                "%d of %d reused chunks were stored without the order of tokens that selector %s goes by; their first "
-                "tokens are computed. Workers store it that have KVSTORE_RECOMPUTE_SELECTOR=%s.",
+                "%d of %d reused chunks were stored without the order of tokens that selector %s uses; their first "
+                "tokens are recomputed. Workers with KVSTORE_RECOMPUTE_SELECTOR=%s store it.",
                 missing, len(chunks), self.name, self.name,
             )  # fmt: skip
         return scores

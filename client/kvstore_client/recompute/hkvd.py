@@ -1,4 +1,4 @@
-"""CacheBlend (arXiv 2405.16444): the tokens whose KV another context changes most, seen at an early layer."""
+"""CacheBlend (arXiv 2405.16444): the tokens whose KV another context changes most, measured at an early layer."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,12 @@ import torch
 from kvstore_client.recompute.base import Probe, ReusedChunk, ShareOf, positions_of, require_probe
 
 _LAYER = 1
-"""At layer 0 nothing has looked at the context yet."""
+"""At layer 0 no token has attended to the context yet."""
 
 
 class HKVD:
-    """High KV deviation: the squared difference of V, computed anew and stored, at layer 1. As the authors' code does,
-    it compares V alone: K's larger numbers would drown it."""
+    """High KV deviation: the squared difference of recomputed and stored V at layer 1. Like the authors' code it
+    compares only V: K's larger numbers would dominate."""
 
     name = "hkvd"
     share_of: ShareOf = "prompt"

@@ -1,4 +1,4 @@
-"""What is asked of selective recompute."""
+"""Options of selective recompute."""
 
 from dataclasses import dataclass
 
@@ -8,14 +8,14 @@ from kvstore_codec.errors import ConfigurationError
 
 @dataclass(frozen=True, slots=True)
 class Recompute:
-    """How text that is reused in another context is repaired. Raises ConfigurationError for what makes no sense."""
+    """How text reused in another context is repaired. Raises ConfigurationError for invalid options."""
 
     selector: str = SelectorName.FOCUS
     """Name of the selector that chooses the tokens."""
     ratio: float = 0.15
-    """Share of the text's tokens that is computed again."""
+    """Share of the text's tokens that is recomputed."""
     drift: bool = True
-    """Whether their neighbours move as they do; see `Drift`."""
+    """Whether neighbours of recomputed tokens move with them; see `Drift`."""
 
     def __post_init__(self) -> None:
         if self.selector not in list(SelectorName):

@@ -1,4 +1,4 @@
-"""What the question looks at: an error there is an error in the answer."""
+"""Tokens that the question attends to: an error there is an error in the answer."""
 
 from collections.abc import Sequence
 

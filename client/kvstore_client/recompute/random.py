@@ -1,4 +1,4 @@
-"""Any tokens: what a selector has to be better than."""
+"""Random tokens: the baseline for all selectors."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ _DOMAIN = b"kvstore.recompute.random.v1"
 
 
 class Random:
-    """The same tokens of the same text, wherever and whenever it is reused."""
+    """Random but reproducible: the same text gets the same tokens, wherever and whenever it is reused."""
 
     name = "random"
     share_of: ShareOf = "prompt"

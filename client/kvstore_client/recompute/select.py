@@ -1,4 +1,4 @@
-"""From scores to tokens: what a budget buys."""
+"""Selection of tokens by score within a budget."""
 
 import math
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from kvstore_client.recompute.base import Probe, ReusedChunk, Selector, ShareOf,
 from kvstore_codec.errors import ConfigurationError
 
 FORCED_TOKENS = 8
-"""Of a chunk that began its own text but does not begin this one, so many first tokens are always computed: what
-everything attends to at a beginning would stand in the middle (measured: KL .067 instead of .035 without)."""
+"""Number of first tokens that are always recomputed in a chunk that began its own text but does not begin the prompt:
+its attention sinks would be in the middle (measured: KL 0.067 instead of 0.035 without)."""
 
 _ROUNDING = 1e-9
-"""What .29 * 100 lacks to 29."""
+"""Makes up for rounding: .29 * 100 is less than 29."""
 
 
 def select(
@@ -23,12 +23,12 @@ def select(
     ratio: float,
     probe: Probe | None = None,
 ) -> torch.Tensor:
-    """i64, ascending: the positions of the reused tokens to compute again, floor(ratio * N) of the N tokens of the
-    chunks that are not exact, or of each such chunk or document (`Selector.share_of`). Of equal scores the smaller
-    position wins. Forced tokens are part of that as far as it goes, and come on top of it beyond.
+    """Positions of the reused tokens to recompute, i64, ascending: floor(ratio * N) of the N tokens of all inexact
+    chunks, or of each such chunk or document (`Selector.share_of`). Equal scores are ordered by position. Forced tokens
+    are part of that number, or exceed it.
 
-    `chunks` do not overlap and are in order of position; `probe` is needed where `selector.needs_kv`. Raises
-    ConfigurationError for a ratio that is none.
+    `chunks` do not overlap and are ordered by position; `probe` is needed where `selector.needs_kv`. Raises
+    ConfigurationError for a ratio that is not between 0 and 1.
     """
     if not 0 <= ratio <= 1:
         raise ConfigurationError(f"a recompute ratio of {ratio} is not between 0 and 1")
@@ -42,7 +42,7 @@ def select(
         if chunk.begins_text and chunk.tokens.start:
             forced[chunk.tokens.start : chunk.tokens.stop][:FORCED_TOKENS] = True
     if ratio * sum(len(chunk.tokens) for chunk in approximate) + _ROUNDING < 1:
-        return forced.nonzero().flatten()  # nothing to choose: nothing is scored
+        return forced.nonzero().flatten()  # no choice is left, so nothing is scored
     scores = selector.scores(chunks, prompt_tokens, probe).cpu().masked_fill(forced, math.inf)
     together = _groups(approximate, selector.share_of)
     chosen = [_best(scores, forced, positions_of(group), ratio) for group in together]
@@ -60,7 +60,7 @@ def _groups(chunks: Sequence[ReusedChunk], share_of: ShareOf) -> list[Sequence[R
 
 
 def _best(scores: torch.Tensor, forced: torch.Tensor, positions: torch.Tensor, ratio: float) -> torch.Tensor:
-    """`positions` ascend, so that a stable sort prefers the smaller of equals."""
+    """The best positions. `positions` ascend, so that a stable sort prefers the smaller of equals."""
     budget = max(math.floor(ratio * len(positions) + _ROUNDING), int(forced[positions].sum()))
     order = scores[positions].sort(descending=True, stable=True).indices
     return positions[order[:budget]]

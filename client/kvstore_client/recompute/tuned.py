@@ -1,6 +1,6 @@
-"""Ratios that were tuned on this machine, kept between runs: `<cache_dir>/ratios/<model digest>.json`.
+"""Ratios tuned on this machine, kept between runs: `<cache_dir>/ratios/<model digest>.json`.
 
-One for each storage tier that KV may come from: "dram", "disk", or how else the place was called when it was measured.
+There is one ratio for each storage tier: "dram", "disk", or the name given when it was measured.
 """
 
 import json
@@ -18,13 +18,13 @@ _log = logging.getLogger(__name__)
 
 
 class TunedRatios:
-    """Processes may share the folder; of two that save for the same model at once, one is forgotten."""
+    """Processes may share the folder; of two that save for the same model at once, one write is lost."""
 
     def __init__(self, cache_dir: Path) -> None:
         self._folder = cache_dir / "ratios"
 
     def load(self, model_digest: bytes) -> Mapping[str, Tuned]:
-        """By tier; empty when nothing was tuned, and, with a warning, when the file cannot be used."""
+        """Tuned ratios by tier. Empty when there are none and, with a warning, when the file is unusable."""
         path = self.path(model_digest)
         try:
             return _from_json(json.loads(path.read_bytes()))
@@ -32,19 +32,19 @@ class TunedRatios:
             return {}
         except UNUSABLE as error:
             _log.warning(
-                "tuned ratios %s cannot be used; `kvstore tune` makes them anew: %.200r",
+                "tuned ratios %s cannot be used; `kvstore tune` measures them again: %.200r",
                 path,
                 error,
             )
             return {}
 
     def ratio(self, model_digest: bytes, tier: str) -> float | None:
-        """None where that was not tuned."""
+        """The tuned ratio of this tier; None where it was not tuned."""
         tuned = self.load(model_digest).get(tier)
         return tuned.ratio if tuned is not None else None
 
     def save(self, model_digest: bytes, tier: str, tuned: Tuned) -> None:
-        """Beside those of the model's other tiers. Raises OSError when it cannot be written."""
+        """Save a tier's ratio and keep those of the model's other tiers. Raises OSError when writing fails."""
         tiers = {**self.load(model_digest), tier: tuned}
         data = {
             "format": _FORMAT,
@@ -56,12 +56,12 @@ class TunedRatios:
         replace_file(self.path(model_digest), json.dumps(data, indent=2).encode())
 
     def path(self, model_digest: bytes) -> Path:
-        """Where a model's ratios are kept."""
+        """File with a model's ratios."""
         return self._folder / f"{model_digest.hex()}.json"
 
 
 def _from_json(data: dict[str, Any]) -> dict[str, Tuned]:
-    """Raises ValueError, TypeError, KeyError or AttributeError for what is none."""
+    """Parse the file. Raises ValueError, TypeError, KeyError or AttributeError for invalid data."""
     if data["format"] != _FORMAT:
         raise ValueError(f"format {data['format']!r} is not {_FORMAT}")
     return {str(tier): _tuned(fields) for tier, fields in data["tiers"].items()}

@@ -1,9 +1,9 @@
-"""Which share of the tokens to recompute so that the first new token comes soonest: Algorithm 1 of CacheTune
-(arXiv 2605.24022). Where a request waits for the slower of computing r*N tokens and fetching the others,
+"""Search for the recompute ratio with the lowest time to first token: Algorithm 1 of CacheTune (arXiv 2605.24022). A
+request waits for the slower of computing r*N tokens and fetching the others:
 
-    T(r) = max(r * N * compute_s, (1 - r) * N * transfer_s)
+T(r) = max(r * N * compute_s, (1 - r) * N * transfer_s)
 
-is least where both take equally long. Measurements, not this model, decide.
+T(r) is least where both take equally long. Measurements, not this model, decide.
 """
 
 import math
@@ -14,11 +14,11 @@ from typing import NamedTuple
 from kvstore_codec.errors import ConfigurationError
 
 LEAST_RATIO = 0.15
-"""Of the paper: with less, the answers suffer."""
+"""From the paper: below it the answers suffer."""
 TOLERANCE = 0.01
 
 _GOLDEN = (3 - math.sqrt(5)) / 2
-"""Of a section, the part behind which to measure next: .38."""
+"""Golden section: the next measurement divides an interval at this share, 0.38."""
 
 
 class Measurement(NamedTuple):
@@ -28,14 +28,15 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """`ratio` is the fastest that was measured; `measurements` are all, in the order in which they were made."""
+    """`ratio` is the fastest measured ratio; `measurements` are all measurements, in the order in which they were
+    made."""
 
     ratio: float
     measurements: tuple[Measurement, ...]
 
 
 def balance(compute_s: float, transfer_s: float) -> float:
-    """The ratio at which T(r) is least, 0 to 1; seconds of computing a token and of fetching it."""
+    """The ratio, 0 to 1, at which T(r) is least, from the seconds to compute and to fetch a token."""
     both_s = compute_s + transfer_s
     return transfer_s / both_s if both_s > 0 else 0.0
 
@@ -43,7 +44,7 @@ def balance(compute_s: float, transfer_s: float) -> float:
 def initial_ratio(
     compute_s: float, transfer_s: float, most: float = 1.0, least: float = LEAST_RATIO
 ) -> float:
-    """Where the search begins: `balance` within the bounds. Raises ConfigurationError for bounds that are none."""
+    """First ratio of the search: `balance` within the bounds. Raises ConfigurationError for invalid bounds."""
     require_bounds(least, most)
     return min(max(balance(compute_s, transfer_s), least), most)
 
@@ -56,11 +57,12 @@ def golden_section(
     tolerance: float = TOLERANCE,
 ) -> Tuned:
     """Narrows [low, high] down to `tolerance` around the ratio with the least `measure(ratio)`, a mean TTFT in seconds,
-    beginning at `first`. No ratio is measured twice. The lower bound is always measured: where there is less to compute
-    it is the fastest, and a noisy measurement beside it would hide that. The upper one is when the search ends there.
+    beginning at `first`. No ratio is measured twice. The lower bound is always measured: with little to compute it is
+    the fastest, and a noisy measurement near it would hide that. The upper bound is measured when the search ends
+    there.
 
-    Right where the true curve has one valley. Where measurements are noisy, what comes out was never measured slower
-    than `first`. Raises ConfigurationError for bounds or a `first` that are none.
+    Correct where the true curve has one minimum. With noisy measurements the result was never measured slower than
+    `first`. Raises ConfigurationError for invalid bounds, or a `first` outside them.
     """
     require_bounds(low, high)
     if not low <= first <= high or not tolerance > 0:
@@ -97,8 +99,8 @@ def golden_section(
 
 
 class BesideFirst:
-    """Mean TTFT of one ratio after another, for `golden_section`. The one measured first is measured again beside each,
-    so that a machine that grows slower in the course of the search does not make later ratios look worse than they are.
+    """Mean TTFT of one ratio after another, for `golden_section`. The first ratio is measured again beside each later
+    one, so that a machine that slows down during the search does not make later ratios look worse than they are.
 
     `mean_ttfts_s` measures several ratios in the same rounds.
     """
@@ -119,4 +121,6 @@ class BesideFirst:
 def require_bounds(least: float, most: float) -> None:
     """Raises ConfigurationError unless 0 <= least <= most <= 1."""
     if not 0 <= least <= most <= 1:
-        raise ConfigurationError(f"there is no recompute ratio between {least} and {most}")
+        raise ConfigurationError(
+            f"recompute ratios between {least} and {most} are not possible: 0 <= least <= most <= 1 is required"
+        )

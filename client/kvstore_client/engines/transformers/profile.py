@@ -72,7 +72,7 @@ def profile_of(
         store.save(key, profile)
     except OSError as error:
         log.warning(
-            "the profile of %s cannot be kept (%s), so that every process measures it anew; "
+            "the profile of %s cannot be kept (%s), so every process measures it again; "
             "set KVSTORE_CACHE_DIR to a writable folder",
             spec.model_id, error,
         )  # fmt: skip
