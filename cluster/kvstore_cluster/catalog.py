@@ -1,12 +1,14 @@
-"""What a storage node knows of its chunks, behind the node's one lock: names, places, eviction orders, leases, pins,
-quotas, and who reads what.
+"""Metadata of the chunks on a storage node: names, locations, eviction orders, leases, pins, quotas and reference
+counts.
 
-A chunk is in memory, on disk, or in both. Blocks of memory and room on the disk are accounted for here, which moves no
-byte. The tiers (`memory_tier.py`, `disk_tier.py`) read and write bytes without the lock, in chunks that are acquired.
+A chunk is in memory, on disk, or in both. The catalog accounts for memory blocks and disk space, and moves no bytes.
+The tiers (`memory_tier.py`, `disk_tier.py`) read and write the bytes of acquired chunks without holding the lock.
 
-In this package, "Lock held" in a docstring means that the caller has `ChunkCatalog.lock`, and that the method does not
-block. "Lock not held" means that the caller must not have it, because the method takes it; it "may block" where it does
-I/O or waits.
+A "text" is the token sequence of a prompt, stored as consecutive chunks. A "slot" is the number of a stored chunk.
+
+In this package, "Lock held" in a docstring means that the caller holds `ChunkCatalog.lock` and that the method does not
+block. "Lock not held" means that the caller must not hold the lock, because the method acquires it. "May block" means
+that the method does I/O or waits.
 """
 
 import threading
@@ -28,12 +30,12 @@ from kvstore_cluster.waiting_uses import WaitingUses
 from kvstore_codec.errors import StorageError
 from kvstore_codec.identity import ChunkId
 
-# Headers of chunks that are on disk only: what lookups answer with.
+# Cached headers of chunks that are on disk only. Lookups return headers, and need no disk read for a cached one.
 HEADER_CACHE_BYTES = 32 << 20
 
 
 class ChunkCatalog:
-    """Metadata of all chunks of one node. Every attribute is read and changed with `lock` held."""
+    """Metadata of all chunks of one node. Read and change every attribute with `lock` held."""
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class ChunkCatalog:
     ) -> None:
         self.node_id = node_id
         self.lock = threading.Condition()
-        """Notified when a chunk waits for the disk, and when one has been written or promoted."""
+        """Notified when a chunk becomes dirty, and when a chunk has been written to disk or promoted to memory."""
         self.arena = arena
         self.store = store
         self.leases = leases
@@ -55,19 +57,19 @@ class ChunkCatalog:
         self.in_memory = EvictionOrder(policy(), self.index.texts)
         self.on_disk = EvictionOrder(policy(), self.index.texts)
         self.pins: Set[ChunkId] = frozenset()
-        """Chunks that are pinned when they arrive."""
+        """Chunks that operators pinned. Such a chunk is pinned as soon as it is inserted."""
         self.pinned: set[int] = set()
         self.dirty: dict[int, None] = {}
-        """Slots that are in memory and still have to be written to the disk, oldest first."""
+        """Slots in memory that are not written to disk yet, oldest first."""
         self.unreadable: set[int] = set()
-        """Slots whose last read from the disk failed."""
+        """Slots whose last disk read failed."""
         self.disk_headers: LRUCache[int, bytes] = LRUCache(HEADER_CACHE_BYTES, len)
-        """Headers that were read from the disk lately, by slot."""
+        """Headers recently read from disk, by slot."""
         self._orders = (self.in_memory, self.on_disk, self.quotas)
         self._readers: Counter[int] = Counter()
-        # Copies in memory that were dropped while they are read; their chunks stay.
+        # Memory of dropped copies that readers still use, by slot. The chunks themselves stay in the index.
         self._dropped: dict[int, list[Extent]] = {}
-        # Free slots that a lease still names: the next chunk there would profit.
+        # Unlinked slots that a lease still covers. A new chunk in such a slot would inherit the lease.
         self._resting: deque[int] = deque()
         self._touched = WaitingUses()
 
@@ -83,9 +85,9 @@ class ChunkCatalog:
         before: int = NO_SLOT,
         replaced: int = NO_SLOT,
     ) -> int:
-        """Adds a chunk and returns its slot. `before` is the slot of the nearest chunk before it in its text.
-        `replaced` is the slot of the same chunk, which is removed; what stands behind that one stands behind this one,
-        if the tenant is the same. Lock held."""
+        """Adds a chunk and returns its slot. `before` is the slot of the nearest stored chunk before it in its text.
+        `replaced` is the slot of an older copy of the same chunk, which is removed. Chunks that follow the older copy
+        in their text follow the new one, if the tenant is the same. Lock held."""
         self.flush_touches()
         slot = self.index.add(meta, extent=extent, location=location)
         if replaced != NO_SLOT:
@@ -107,21 +109,21 @@ class ChunkCatalog:
         return slot
 
     def enter(self, order: EvictionOrder, slot: int) -> None:
-        """The chunk came into a tier. Lock held."""
+        """Adds the chunk to the eviction order of a tier. Lock held."""
         index = self.index
         order.add(
             slot, identity=index.identity(slot), size_bytes=index.size_bytes[slot], cost=index.cost(slot)
         )
 
     def link_behind(self, slot: int, before: int) -> None:
-        """The chunk stands behind `before` in their text, unless it stands behind one already. Lock held."""
+        """Links the chunk to `before`, the chunk before it in its text, unless it has such a link. Lock held."""
         if self.index.texts.before(slot) == NO_SLOT and self.index.link_behind(slot, before):
             for order in self._orders:
                 order.linked(slot)
 
     def remove(self, slot: int) -> None:
-        """The chunk is no longer found, although it may come back from the disk after a restart. Its memory is freed
-        when the last reader has gone. Lock held."""
+        """Removes the chunk from the index and the tiers. A restart may recover it from disk. Its memory is freed when
+        the last reader releases it. Lock held."""
         self.flush_touches()
         if self.index.extent[slot] is not None:
             self.in_memory.remove(slot, evicted=False)
@@ -130,25 +132,22 @@ class ChunkCatalog:
         self._unlink(slot)
 
     def free_rested(self, most: int) -> None:
-        """Frees slots of chunks that have gone, unless a lease names them still; looks at `most` of them. Lock
-        held."""
+        """Frees slots of removed chunks that no lease covers any more. Examines at most `most` slots. Lock held."""
         for _ in range(min(most, len(self._resting))):
             self._rest_or_free(self._resting.popleft())
 
     # Use.
 
     def touch(self, slots: Iterable[int]) -> None:
-        """The chunks were used, in this order. The policies hear of it before they are next asked for anything, or from
-        the maintenance thread: a lookup of a thousand chunks need not wait for that. Lock held."""
+        """Records uses of chunks, in this order. The eviction policies are told later: before their next decision, or
+        by the maintenance thread, so that a lookup of a thousand chunks does not wait for them. Lock held."""
         self._touched.add(slots)
-        if (
-            excess := self._touched.excess
-        ):  # and no more: telling 65,536 uses at once takes a tenth of a second
+        if excess := self._touched.excess:  # only the excess: flushing 65,536 uses at once takes 0.1 s
             self.flush_touches(excess)
 
     def put_again(self, slot: int, before: int) -> None:
-        """The chunk came again with its text, behind `before`: that is a use, and it is worth no more than that one.
-        Lock held."""
+        """Records a put of a stored chunk as a use. `before` is the chunk before it in its text; the eviction orders
+        place the chunk just before that one. Lock held."""
         self.flush_touches()
         self._touch(slot)
         if before != NO_SLOT:
@@ -157,13 +156,13 @@ class ChunkCatalog:
             order.follow(slot)
 
     def flush_touches(self, most: int | None = None) -> bool:
-        """Tells the policies the uses that wait, the oldest `most` of them; True when there are more. Lock held."""
+        """Tells the eviction policies up to `most` recorded uses, oldest first. True when more are left. Lock held."""
         for slot in self._touched.take(most):
             self._touch(slot)
         return len(self._touched) > 0
 
     def report(self, slot: int, score: float) -> None:
-        """Attention, 0 to 1, that a model paid to the chunk. Lock held."""
+        """Records the share of attention, 0 to 1, that a model paid to the chunk. Lock held."""
         if self.index.extent[slot] is not None:
             self.in_memory.report(slot, score)
         if self.index.location[slot] != NOWHERE:
@@ -172,11 +171,11 @@ class ChunkCatalog:
     # Reference counts.
 
     def acquire(self, slot: int) -> None:
-        """The slot's bytes stay where they are until `release`. Lock held."""
+        """Keeps the bytes of the slot in place until `release`. Lock held."""
         self._readers[slot] += 1
 
     def release(self, slot: int) -> None:
-        """Ends one `acquire`. The last one frees the memory of a chunk or copy that has gone meanwhile. Lock held."""
+        """Ends one `acquire`. The last one frees the memory of a chunk or copy removed in the meantime. Lock held."""
         self._readers[slot] -= 1
         if not self._readers[slot]:
             del self._readers[slot]
@@ -186,32 +185,32 @@ class ChunkCatalog:
                 self._free(slot)
 
     def is_acquired(self, slot: int) -> bool:
-        """Whether somebody reads or writes the slot's bytes. Lock held."""
+        """Whether a reader or writer has acquired the slot. Lock held."""
         return slot in self._readers
 
     def dropped_extents(self) -> list[Extent]:
-        """Memory of copies that were dropped and are still read. Lock held."""
+        """Memory of dropped copies that readers still use. Lock held."""
         return [extent for extents in self._dropped.values() for extent in extents]
 
-    # What may leave, and leaving.
+    # Demotion and eviction.
 
     def is_protected(self, slot: int) -> bool:
-        """Whether the chunk must stay on the node: it is read, pinned or leased, as of the last `leases.expire`. Lock
-        held."""
+        """Whether the chunk must stay on the node because it is acquired, pinned or leased. Leases count as of the last
+        `leases.expire`. Lock held."""
         return slot in self._readers or slot in self.pinned or self.leases.holds(slot)
 
     def may_demote(self, slot: int) -> bool:
-        """Whether the chunk may leave memory and stay on the node. Lock held."""
+        """Whether the chunk may leave memory and stay on disk. Lock held."""
         return self.index.location[slot] != NOWHERE and slot not in self._readers
 
     def may_leave_memory(self, slot: int) -> bool:
-        """Whether the chunk may be demoted, or evicted where the disk does not have it. Lock held."""
+        """Whether the chunk may be demoted, or evicted if it is not on disk. Lock held."""
         if self.index.location[slot] != NOWHERE:
             return slot not in self._readers
         return slot not in self.dirty and not self.is_protected(slot)
 
     def is_readable(self, slot: int) -> bool:
-        """Whether memory has the chunk, or its last read from the disk did not fail. Lock held."""
+        """Whether the chunk is in memory, or its last disk read did not fail. Lock held."""
         return self.index.extent[slot] is not None or slot not in self.unreadable
 
     def choose(
@@ -223,14 +222,14 @@ class ChunkCatalog:
         *,
         spared: int = NO_SLOT,
     ) -> Choice:
-        """What is to leave a tier, so that it has `missing_bytes` more. Nothing has left yet. Lock held."""
+        """Chooses chunks whose removal from a tier frees `missing_bytes`. Removes none of them. Lock held."""
         self.flush_touches()
         return order.choose(missing_bytes, size_of, may_go, pinned=self.pinned, spared=spared)
 
     def over_quota(self, tenant: str, size_bytes: int, before: int = NO_SLOT) -> list[int]:
-        """What has to go so that the tenant may have `size_bytes` more: what it used least lately, but not `before`,
-        the chunk before the new one in its text. Raises OverQuotaError, TextTooLongError where only that is left. Lock
-        held."""
+        """Chunks to remove so that the tenant may store `size_bytes` more: its least recently used ones, except
+        `before`, the chunk before the new one in its text. Raises OverQuotaError where the tenant's chunks are all
+        protected, and TextTooLongError where only the beginning of the same text is left to evict. Lock held."""
         excess_bytes = self.quotas.excess_bytes(tenant, size_bytes)
         if not excess_bytes:
             return []
@@ -244,7 +243,7 @@ class ChunkCatalog:
         return choice.victims
 
     def leave_memory(self, slot: int) -> None:
-        """Demotes a chunk that was chosen, or evicts it where the disk does not have it. Lock held."""
+        """Demotes a chosen chunk, or evicts it if it is not on disk. Lock held."""
         self.in_memory.remove(slot, evicted=True)
         if self.index.location[slot] == NOWHERE:
             self._unlink(slot)
@@ -255,15 +254,15 @@ class ChunkCatalog:
             self.counters.demotions += 1
 
     def leave_disk(self, slot: int) -> None:
-        """Takes a chunk that was chosen off the disk, and evicts it where memory does not have it. Lock held."""
+        """Removes a chosen chunk from disk, and evicts it if it is not in memory. Lock held."""
         self._leave_disk(slot, evicted=True)
         if self.index.extent[slot] is None:
             self._unlink(slot)
             self.counters.evictions += 1
 
     def drop_memory_copy(self, slot: int, extent: Extent) -> None:
-        """The copy of an acquired chunk in `extent` is damaged. Drops it, unless it was dropped already, and the chunk
-        where the disk does not have it. Lock held."""
+        """Drops the damaged memory copy in `extent` of an acquired chunk, unless it was dropped already. Drops the
+        chunk itself if it is not on disk. Lock held."""
         if not self.index.is_linked(slot) or self.index.extent[slot] is not extent:
             return
         self.counters.damaged += 1
@@ -276,17 +275,17 @@ class ChunkCatalog:
         self.index.extent[slot] = None
 
     def drop_disk_copy(self, slot: int) -> None:
-        """The copy on the disk is lost. Drops it, and the chunk where memory does not have it. Lock held."""
+        """Drops the lost or damaged disk copy of a chunk, and the chunk itself if it is not in memory. Lock held."""
         if self.index.is_linked(slot) and self.index.location[slot] != NOWHERE:
             self._leave_disk(slot, evicted=False)
             if self.index.extent[slot] is None:
                 self._unlink(slot)
-            else:  # the copy in memory is sound, or not read yet: it is written again, once it has been read
+            else:  # the maintenance thread writes the memory copy back to disk
                 self.dirty[slot] = None
             self.counters.damaged += 1
 
     def extent(self, slot: int) -> Extent:
-        """Where a chunk that is in memory lies there. Lock held, or the chunk acquired."""
+        """Memory of a chunk. Raises StorageError when it is not in memory. Lock held, or the chunk acquired."""
         extent = self.index.extent[slot]
         if extent is None:
             raise StorageError(f"{self.node_id} does not have the chunk in slot {slot} in memory")
@@ -302,7 +301,7 @@ class ChunkCatalog:
             self.quotas.touch(slot)
 
     def _succeed(self, slot: int, old: int) -> None:
-        """The chunk in `slot`, new, keeps what is known of its text where it was stored in `old`."""
+        """Moves the text links of the replaced chunk in `old` to the new chunk in `slot`."""
         index = self.index
         known = index.texts.number[old] or self.in_memory.followed(old) or self.on_disk.followed(old)
         if known and index.tenant(slot) == index.tenant(old):
@@ -343,6 +342,6 @@ class ChunkCatalog:
         self._forget_reads(slot)
 
     def _forget_reads(self, slot: int) -> None:
-        """The slot's copy on the disk has gone."""
+        """Forgets cached headers and failed reads of a disk copy that was removed."""
         self.disk_headers.pop(slot, None)
         self.unreadable.discard(slot)

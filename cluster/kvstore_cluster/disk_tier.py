@@ -1,4 +1,4 @@
-"""The disk tier of a storage node: writing chunks, making room for them, and what the disk says of them later."""
+"""The disk tier of a storage node: writes, recovers, verifies and deletes chunks on disk, and makes room for them."""
 
 import logging
 from collections import deque
@@ -19,13 +19,13 @@ _DISK_TRIES = 3
 
 
 class DiskTier:
-    """Chunks in the segment store, on a node that has one. Thread-safe as each method says; `catalog.py` says what that
-    means."""
+    """Chunks in the segment store, on a node that has a disk. Each method states its lock requirements, in the terms
+    defined in `catalog.py`."""
 
     def __init__(self, catalog: ChunkCatalog) -> None:
         self._catalog = catalog
         self.reads = DiskReads(catalog)
-        # Deleted records that the disk still has to be told about.
+        # Deleted chunks without a tombstone on disk yet, and the newest sequence number at their deletion.
         self._deleted: deque[tuple[RecordMeta, int]] = deque()
 
     @property
@@ -34,7 +34,7 @@ class DiskTier:
         return self._catalog.store is not None
 
     def recover(self) -> None:
-        """Finds again what is on the disk. Lock not held; may block. Raises DiskError."""
+        """Rebuilds the index from the records on disk. Lock not held; may block. Raises DiskError."""
         recovery = self._store.recover()
         for line in recovery.dropped:
             log.warning("%s: %s", self._catalog.node_id, line)
@@ -42,8 +42,8 @@ class DiskTier:
             self._adopt(recovery.records)
 
     def write(self, meta: RecordMeta, extent: Extent, *, sync: bool, before: int = NO_SLOT) -> Location:
-        """Appends a chunk to the disk, evicting from it what is not protected, but not `before`, the chunk before it in
-        its text. Lock not held; may block. Raises DiskError."""
+        """Appends a chunk to the disk. Evicts unprotected chunks from disk to make room, but not `before`, the chunk
+        before it in its text. Lock not held; may block. Raises DiskError."""
         views = list(self._catalog.arena.views(extent))
         tries = _DISK_TRIES
         while True:
@@ -52,20 +52,20 @@ class DiskTier:
             try:
                 return self._store.append(meta, views, sync=sync)
             except DiskFullError:
-                # What was evicted takes room until its segment is compacted. Where there is nothing to compact, the
-                # maintenance thread or another put has just done it, and maybe taken the room.
+                # Evicted records take space until their segment is compacted. Where nothing is left to compact, the
+                # maintenance thread or another put has just compacted, and another put may have taken the space.
                 if not self.compact():
                     tries -= 1
                 if not tries:
                     raise
 
     def sync(self) -> None:
-        """Returns once all that was written would survive a power loss. Lock not held; may block. Raises DiskError."""
+        """Syncs all appended records, so that they survive a power loss. Lock not held; may block. Raises DiskError."""
         self._store.sync()
 
     def verify(self, slot: int) -> str | None:
-        """Why the copy on the disk of an acquired chunk is damaged or unreadable, if there is one and it is. A damaged
-        copy is dropped. Lock not held; may block."""
+        """Verifies the disk copy of an acquired chunk. Returns why it is damaged or unreadable, or None when it is
+        sound or absent. Drops a damaged copy. Lock not held; may block."""
         index = self._catalog.index
         if index.location[slot] == NOWHERE:
             return None
@@ -73,23 +73,23 @@ class DiskTier:
             self.reads.chunk(slot, [memoryview(bytearray(index.size_bytes[slot]))])
         except (LostChunkError, UnreadableChunkError) as error:
             return str(error)
-        except ChunkNotFoundError:  # evicted or deleted meanwhile
+        except ChunkNotFoundError:  # evicted or deleted in the meantime
             return None
         return None
 
     def compact(self) -> bool:
-        """One step; True when there may be more to do. Lock not held; may block. Raises DiskError."""
+        """Runs one compaction step. True when there may be more to do. Lock not held; may block. Raises DiskError."""
         return self._store.compact(self._relocate, self._lost)
 
     def delete(self, meta: RecordMeta) -> None:
-        """The chunk was deleted and is not to come back after a restart, once `write_tombstones` has said so. Lock
-        held."""
+        """Queues a tombstone for a deleted chunk. A restart no longer recovers the chunk once `write_tombstones` has
+        written it. Lock held."""
         if self._catalog.store is not None:
             self._deleted.append((meta, self._catalog.store.newest_sequence))
 
     def write_tombstones(self) -> None:
-        """Tells the disk what was deleted. Lock not held; may block. Raises DiskError; what it was not told is kept for
-        the next time."""
+        """Writes the queued tombstones to disk. Lock not held; may block. Raises DiskError, and then keeps the
+        unwritten tombstones for the next call."""
         while self._catalog.store is not None:
             with self._catalog.lock:
                 if not self._deleted:
@@ -104,17 +104,20 @@ class DiskTier:
 
     @property
     def _store(self) -> SegmentStore:
-        """Used only where a chunk is, or may be, on disk."""
+        """The segment store. Raises StorageError when the node has no disk."""
         store = self._catalog.store
         if store is None:
             raise StorageError(f"{self._catalog.node_id} has no disk")
         return store
 
     def _adopt(self, records: Iterable[tuple[RecordMeta, Location]]) -> None:
-        """Of a text the end may come before the beginning: compaction moves records. What the index has no room for is
-        dropped."""
+        """Inserts recovered records into the index. Drops records that the index has no room for. A chunk may come
+        before the chunk that precedes it in its text, because compaction moves records; it is linked once that one
+        comes."""
         catalog = self._catalog
-        waiting: dict[tuple[ChunkId, str], list[int]] = {}  # for the chunk that they stand behind
+        waiting: dict[
+            tuple[ChunkId, str], list[int]
+        ] = {}  # by the chunk before them in their text, and tenant
         refused: list[Location] = []
         for meta, location in records:
             behind = () if meta.behind is None else (meta.behind,)
@@ -130,12 +133,12 @@ class DiskTier:
                 waiting.setdefault((meta.behind, meta.tenant), []).append(slot)
             for follower in waiting.pop((meta.chunk_id, meta.tenant), ()):
                 catalog.link_behind(follower, slot)
-        for location in refused:  # not before all records are read
+        for location in refused:  # only after all records are read
             self._store.delete(location)
 
     def _make_room(self, size_bytes: int, before: int) -> None:
-        """Raises DiskFullError when what is on disk is all protected, or the text's own beginning; then nothing was
-        evicted."""
+        """Evicts chunks from disk until a record of `size_bytes` fits. Lock held. Raises DiskFullError, and evicts
+        nothing, when all chunks on disk are protected or the beginning of the same text."""
         catalog, store = self._catalog, self._store
         excess_bytes = store.live_bytes + record_bytes(size_bytes) - store.capacity_bytes
         if excess_bytes <= 0:
@@ -161,7 +164,7 @@ class DiskTier:
         return record_bytes(self._catalog.index.size_bytes[slot])
 
     def _relocate(self, meta: RecordMeta, old: Location, new: Location) -> bool:
-        """Compaction moved a record to another segment; False when it is not in the index any more."""
+        """Updates the location of a record that compaction moved. False when the index no longer has the record."""
         index = self._catalog.index
         with self._catalog.lock:
             slot = index.find(meta.chunk_id, meta.encoding)
@@ -171,7 +174,7 @@ class DiskTier:
             return True
 
     def _lost(self, meta: RecordMeta, location: Location) -> None:
-        """Compaction found a record damaged."""
+        """Drops the disk copy of a chunk whose record compaction found damaged."""
         index = self._catalog.index
         with self._catalog.lock:
             slot = index.find(meta.chunk_id, meta.encoding)

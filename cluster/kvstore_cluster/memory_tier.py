@@ -1,4 +1,4 @@
-"""The memory tier of a storage node: room for chunks, and their verification."""
+"""The memory tier of a storage node: reserves memory for chunks, and verifies chunks in memory."""
 
 import time
 
@@ -12,7 +12,7 @@ from kvstore_codec.errors import ArenaFullError, ChunkFormatError, TextTooLongEr
 
 
 class MemoryTier:
-    """Chunks in the arena. Thread-safe as each method says; `catalog.py` says what that means."""
+    """Chunks in the arena. Each method states its lock requirements, in the terms defined in `catalog.py`."""
 
     def __init__(self, catalog: ChunkCatalog) -> None:
         self._catalog = catalog
@@ -26,12 +26,14 @@ class MemoryTier:
         may_demote_before: bool = True,
         patience_s: float = 0.0,
     ) -> Extent:
-        """Memory for a chunk. Demotes or evicts what is not protected, but not `before`, the chunk before it in its
-        text, unless that stays on disk and `may_demote_before`. Raises ArenaFullError, and TextTooLongError where only
-        `before` could go; then nothing was evicted.
+        """Allocates memory for a chunk. Demotes or evicts unprotected chunks to make room.
 
-        Lock held. Waits up to `patience_s` for chunks that are being written to the disk, and gives up the lock
-        meanwhile.
+        `before`, the chunk before it in its text, is never evicted. It may be demoted if it is or will be on disk and
+        `may_demote_before` is set. Raises ArenaFullError when all chunks are protected, and TextTooLongError when only
+        `before` is left to evict. In both cases nothing was evicted.
+
+        Lock held. Waits up to `patience_s` for dirty chunks to be written to disk, and releases the lock while it
+        waits.
         """
         catalog, arena = self._catalog, self._arena
         needed_bytes = arena.footprint_bytes(size_bytes)
@@ -48,8 +50,8 @@ class MemoryTier:
                 return arena.allocate(size_bytes)
             if choice.own_text:
                 raise TextTooLongError(
-                    f"{catalog.node_id} keeps the beginning of a text rather than what follows it, and in its "
-                    f"{arena.capacity_bytes} bytes has nothing else that could go; give the node more memory"
+                    f"{catalog.node_id} keeps the beginning of a text rather than what follows it, and has nothing "
+                    f"else to evict from its {arena.capacity_bytes} bytes of memory; give the node more memory"
                 )
             patience_s = deadline_s - time.monotonic()
             if not catalog.dirty or patience_s <= 0:
@@ -61,8 +63,8 @@ class MemoryTier:
             catalog.lock.wait(patience_s)
 
     def demote(self, high: float, low: float) -> None:
-        """Frees memory down to the share `low` when more than `high` of it is used, as far as chunks are on disk too.
-        Lock held."""
+        """Demotes chunks until at most the share `low` of memory is used, if at least the share `high` is used now.
+        Chunks that are not on disk stay. Lock held."""
         catalog, capacity_bytes = self._catalog, self._arena.capacity_bytes
         if self._arena.used_bytes < high * capacity_bytes:
             return
@@ -72,8 +74,8 @@ class MemoryTier:
             catalog.leave_memory(slot)
 
     def verify(self, slot: int) -> str | None:
-        """Why the copy in memory of an acquired chunk is damaged, if there is one and it is. A damaged copy is dropped.
-        Lock not held."""
+        """Verifies the memory copy of an acquired chunk. Returns why it is damaged, or None when it is sound or absent.
+        Drops a damaged copy. Lock not held."""
         extent = self._catalog.index.extent[slot]
         if extent is None:
             return None
@@ -86,7 +88,7 @@ class MemoryTier:
         return None
 
     def _make_room(self, missing_bytes: int, spared: int) -> Choice | None:
-        """None, or the choice that does not suffice; then nothing was freed."""
+        """Frees `missing_bytes` and returns None. Frees nothing and returns the choice when it is too small."""
         catalog = self._catalog
         catalog.leases.expire()
         choice = catalog.choose(

@@ -1,8 +1,8 @@
-"""How chunks move between the tiers of a storage node, and leave it when their time is over.
+"""Moves chunks between the tiers of a storage node, and removes expired chunks.
 
-Puts arrive in memory and are written through to the disk, or back to it later (they are *flushed*). Memory that is
-needed is taken from chunks that are on disk too (they are *demoted*), what is read from the disk is *promoted*, and
-what is in neither tier any more was *evicted*.
+A put stores a chunk in memory. The chunk is written through to disk, or *flushed* to disk later. A chunk that is also
+on disk is *demoted* to free its memory. A chunk read from disk into memory is *promoted*. A chunk that has left both
+tiers is *evicted*.
 """
 
 import logging
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 class Migration:
-    """Driven by the maintenance thread through `step`, and by puts and reads that need a chunk in the other tier now.
-    Thread-safe; the lock of the catalog is not held by callers."""
+    """Moves chunks between memory and disk. The maintenance thread calls `step`; puts and reads call the other methods
+    for a chunk that they need in the other tier now. Thread-safe. Callers must not hold the lock of the catalog."""
 
     def __init__(
         self, catalog: ChunkCatalog, memory: MemoryTier, disk: DiskTier, residency: Residency
@@ -35,8 +35,9 @@ class Migration:
         self._promoting: set[int] = set()
 
     def step(self, now_s: float) -> bool:
-        """Tells the policies what was used, removes what expired at unix time `now_s`, writes one chunk back, demotes,
-        and compacts one segment; True when there is more to do at once. Lock not held; may block. Raises DiskError."""
+        """Runs one round of maintenance: flushes uses to the eviction policies, removes chunks that expired by unix
+        time `now_s`, writes one dirty chunk back, demotes, and runs one compaction step. True when there is more to do
+        at once. Lock not held; may block. Raises DiskError."""
         more = True
         while more:
             with locked_slice(self._catalog.lock, first=False):
@@ -50,12 +51,12 @@ class Migration:
             try:
                 busy |= self._disk.compact()
             except DiskError:
-                if not busy:  # what is to be written back does not wait for it
+                if not busy:  # a failed compaction does not delay write-back
                     raise
         return busy
 
     def flush(self) -> bool:
-        """Writes the oldest dirty chunk to the disk; False when there is none. Lock not held; may block."""
+        """Writes the oldest dirty chunk to disk. False when no chunk is dirty. Lock not held; may block."""
         catalog = self._catalog
         with catalog.lock:
             if not catalog.dirty:
@@ -80,7 +81,8 @@ class Migration:
         return True
 
     def make_durable(self, slot: int) -> None:
-        """Returns once an acquired chunk would survive a power loss. Lock not held; may block. Raises DiskError."""
+        """Syncs an acquired chunk to disk, so that it survives a power loss. Lock not held; may block. Raises
+        DiskError."""
         index = self._catalog.index
         with self._catalog.lock:
             meta, extent = index.meta(slot), index.extent[slot]
@@ -94,8 +96,8 @@ class Migration:
             self._written(slot, location)
 
     def promote(self, slot: int) -> Extent | None:
-        """Reads an acquired chunk into memory; None where there is no room. One thread reads it, the others wait for
-        that. Lock not held; may block. Raises ChunkNotFoundError."""
+        """Reads an acquired chunk from disk into memory. None when memory has no room. One thread reads the chunk, and
+        other callers wait for that read. Lock not held; may block. Raises ChunkNotFoundError."""
         catalog, index = self._catalog, self._catalog.index
         with catalog.lock:
             catalog.lock.wait_for(lambda: slot not in self._promoting)
@@ -129,8 +131,8 @@ class Migration:
                 catalog.lock.notify_all()
 
     def demote(self) -> None:
-        """Frees memory down to the low watermark when it is above the high one, as far as chunks are on disk too.
-        Lock not held."""
+        """Demotes chunks down to the low watermark when memory use is above the high one. Chunks that are not on disk
+        stay. Lock not held."""
         if not self._disk.is_present:
             return
         high, low = self._residency.watermarks()
@@ -138,8 +140,8 @@ class Migration:
             self._memory.demote(high, low)
 
     def expire(self, now_s: float) -> bool:
-        """Removes chunks whose time is over at unix time `now_s`, unless they are read or leased. Looks at
-        REMOVED_CHUNKS at most; True when there are more. Lock not held."""
+        """Removes chunks that expired by unix time `now_s` and are neither acquired nor leased. Examines at most
+        REMOVED_CHUNKS of them. True when there are more. Lock not held."""
         catalog = self._catalog
         with catalog.lock:
             catalog.leases.expire()
@@ -151,8 +153,8 @@ class Migration:
             return catalog.index.expiries.has_due(now_s)
 
     def _written(self, slot: int, location: Location) -> None:
-        """The chunk is on disk too now; the caller has the lock. Another copy there, or none in the index any more,
-        makes this one garbage."""
+        """Records that the chunk is on disk. Lock held. Deletes the new record if the chunk already has a disk copy or
+        is no longer in the index."""
         catalog = self._catalog
         catalog.dirty.pop(slot, None)
         if catalog.index.is_linked(slot) and catalog.index.location[slot] == NOWHERE:
