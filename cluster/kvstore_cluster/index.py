@@ -1,7 +1,8 @@
-"""What a storage node holds: content -> contexts -> variants, each a slot in columns of plain numbers.
+"""The index of stored chunks: content -> contexts -> variants. A variant is one encoding of a chunk, and occupies one
+slot in columns of plain numbers.
 
-A node indexes millions of chunks, most of them on its disk, so a chunk costs about 250 bytes here and no Python object
-but its content id, its number, and its extent while it is in memory.
+A node indexes millions of chunks, most of them on disk. A chunk takes about 250 bytes in the index. Its only Python
+objects are its content id, its slot number, and its extent while it is in memory.
 """
 
 from array import array
@@ -18,18 +19,18 @@ from kvstore_cluster.names import ChunkNames, Description
 from kvstore_codec.identity import ROOT_PREFIX, ChunkId, ContentId, PrefixId, prefix_id
 
 NOWHERE = Location(-1)
-# No model has so much KV in 256 tokens: who announces more is mistaken, or wants the memory.
+# Limit of the announced size of a chunk. No model has this much KV in 256 tokens.
 MAX_CHUNK_BYTES = (1 << 30) - 1
 _ID_BYTES = 32
 _NOT_WANTED = 1 << 30
-# Contexts of one content that are looked at, and of those that will do, among which one is chosen: a text that all
-# quotes has thousands.
+# Limits of the contexts of one content that a lookup examines, and of the usable ones among which it chooses. Widely
+# quoted content has thousands of contexts.
 _MOST_CONTEXTS, _MOST_USABLE = 512, 16
 _NO_SLOTS: tuple[int, ...] = ()
 
 
 class ChunkName(Protocol):
-    """A ChunkId, or what a client sent in its place: ids of any length, since no other than a ChunkId's are stored."""
+    """A ChunkId, or unchecked ids of any length from a client. Ids of another length match no stored chunk."""
 
     @property
     def content_id(self) -> bytes: ...
@@ -38,16 +39,16 @@ class ChunkName(Protocol):
 
 
 class ChunkIndex:
-    """Not thread-safe: used under the storage node's lock. Finding a chunk takes a constant number of dictionary
-    look-ups, however many contexts its content has.
+    """Index of all variants on a node. Not thread-safe: used with the storage node's lock held. Finding a chunk takes a
+    constant number of dictionary look-ups, independent of the number of contexts of its content.
 
-    The columns are indexed by slot. `extent` is where the chunk lies in memory and `location` where on disk; None and
-    NOWHERE say that it does not.
+    The columns are indexed by slot. `extent` is the memory of the chunk, or None when it is not in memory. `location`
+    is its location on disk, or NOWHERE when it is not on disk.
     """
 
     def __init__(self) -> None:
-        # Nearly every content has one context in one encoding: then there is only its slot. Several contexts are in
-        # the order of their last use.
+        # Nearly every content has one context in one encoding, and then maps to its slot. Otherwise it maps from
+        # prefix id to slots, in the order of last use.
         self._contents: dict[bytes, int | dict[bytes, list[int]]] = {}
         self._ids: list[ContentId] = []
         self._prefixes = bytearray()
@@ -58,7 +59,7 @@ class ChunkIndex:
         self._encoding, self._calibration, self._tenant = array("H"), array("H"), array("H")
         self._expires_at_s = array("d")
         self.expiries = ExpiryQueue(self._expires_at_s)
-        """Of linked slots."""
+        """Expiry times of linked slots."""
         self._cost = array("f")
         self.size_bytes, self.header_bytes = array("I"), array("I")
         self.location = array("q")
@@ -66,7 +67,7 @@ class ChunkIndex:
         self.texts = TextLinks()
 
     def add(self, meta: RecordMeta, *, extent: Extent | None = None, location: Location = NOWHERE) -> int:
-        """The slot of a new variant. Raises StorageError when it cannot be described, as `admit`."""
+        """Adds a variant and returns its slot. Raises StorageError and OverQuotaError as `admit` does."""
         encoding, calibration, tenant = self.admit(meta)
         slot = self._free.pop() if self._free else self._grow()
         content_id, prefix_id = meta.chunk_id.content_id, meta.chunk_id.prefix_id
@@ -84,7 +85,7 @@ class ChunkIndex:
             if isinstance(found, int):
                 found = {self._prefix_id(found): [found]}
                 self._contents[content_id] = found
-            # Not the caller's equal bytes, so that there is one copy of them.
+            # Share the stored bytes object instead of keeping the caller's equal copy.
             self._ids[slot] = self._ids[next(reversed(found.values()))[0]]
             found.setdefault(prefix_id, []).append(slot)
         self._linked[slot] = True
@@ -94,16 +95,16 @@ class ChunkIndex:
         return slot
 
     def admit(self, meta: RecordMeta) -> Description:
-        """Makes sure that `add` will not fail, until `dismiss`. Raises StorageError when there are too many tenants,
-        encodings or calibrations, and OverQuotaError when there are of this tenant."""
+        """Reserves the names of a variant, so that `add` cannot fail until `dismiss`. Raises StorageError when the node
+        has too many tenants, encodings or calibrations, and OverQuotaError when this tenant has."""
         return self._names.acquire(meta.encoding, meta.calibration, meta.tenant)
 
     def dismiss(self, description: Description) -> None:
-        """Ends what `admit` began."""
+        """Releases the names that `admit` reserved."""
         self._names.release(description)
 
     def unlink(self, slot: int) -> None:
-        """The variant is no longer found; its columns stay until `free`."""
+        """Removes the variant from searches. Its columns stay valid until `free`."""
         content_id = self._ids[slot]
         found = self._contents[content_id]
         if isinstance(found, int):
@@ -124,7 +125,7 @@ class ChunkIndex:
         self.texts.forget(slot)
 
     def free(self, slot: int) -> None:
-        """The slot, unlinked, may name another variant from now on."""
+        """Frees an unlinked slot for reuse by another variant."""
         self._names.release(Description(self._encoding[slot], self._calibration[slot], self._tenant[slot]))
         self._ids[slot] = ContentId(b"")
         self.extent[slot] = None
@@ -133,7 +134,7 @@ class ChunkIndex:
         self._free.append(slot)
 
     def variants(self, chunk_id: ChunkId) -> Sequence[int]:
-        """The slots of one exact chunk, one for each encoding. The caller must not change it."""
+        """Slots of one exact chunk, one for each encoding. The caller must not change the sequence."""
         found = self._contents.get(chunk_id.content_id)
         if found is None:
             return _NO_SLOTS
@@ -142,8 +143,9 @@ class ChunkIndex:
         return found.get(chunk_id.prefix_id, _NO_SLOTS)
 
     def stands_behind(self, tenant: str, number: int, behind: Sequence[ChunkId], encoding: str) -> int:
-        """The slot that a variant of a text's chunk is to be linked to: of the first of `behind` that is here, stored
-        by the same tenant and by its number an earlier one; the same encoding is preferred. NO_SLOT: there is none."""
+        """Slot of the chunk that a new variant is linked to in its text: the first of `behind` that the same tenant
+        stored and whose number in the text is less than `number`. Prefers the variant with the same encoding. NO_SLOT
+        when none is stored."""
         for chunk_id in behind:
             slots = [
                 slot
@@ -155,43 +157,44 @@ class ChunkIndex:
         return NO_SLOT
 
     def link_behind(self, slot: int, before: int) -> bool:
-        """The chunk in `slot` stands behind `before` in their text from now on. False, and nothing is done, where that
-        one is another tenant's or, by its number, no earlier one."""
+        """Links the chunk in `slot` to `before` as its predecessor in the text. Does nothing and returns False when
+        `before` belongs to another tenant or does not precede the chunk by its number."""
         return self._tenant[slot] == self._tenant[before] and self.texts.link(slot, before)
 
     def find(self, chunk_id: ChunkId, encoding: str) -> int | None:
-        """The slot of a variant."""
+        """Slot of a variant. None when it is not stored."""
         for slot in self.variants(chunk_id):
             if self.encoding(slot) == encoding:
                 return slot
         return None
 
     def find_alive(self, chunk_id: ChunkId, encoding: str, now_s: float) -> int | None:
-        """As `find`, but for a variant whose time is over."""
+        """Slot of a variant. None when it is not stored or has expired at unix time `now_s`."""
         slot = self.find(chunk_id, encoding)
         return slot if slot is not None and self.is_alive(slot, now_s) else None
 
     def is_alive(self, slot: int, now_s: float) -> bool:
-        """Whether the variant's time is not over."""
+        """Whether the variant has not expired at unix time `now_s`."""
         return not 0 < self._expires_at_s[slot] <= now_s
 
     @property
     def any_encoding(self) -> Mapping[int, int]:
-        """The `preference` of whom every encoding will do."""
+        """The `preference` of a caller that accepts every encoding."""
         return self._names.all_encodings
 
     def preference(self, encodings: Sequence[str]) -> dict[int, int]:
-        """What `best` and its like want to know of `encodings`, best first."""
+        """The `preference` argument of `best`, `another_context` and `others`: the rank of each encoding number.
+        `encodings` are ordered from most to least preferred."""
         numbers = map(self._names.encoding_number, encodings)
         return {number: rank for rank, number in reversed([*enumerate(numbers)]) if number is not None}
 
     def best(self, chunk_id: ChunkName, preference: Mapping[int, int], now_s: float) -> tuple[int, int]:
-        """The slot of the exact chunk in the encoding preferred most, -1 when there is none that has not expired; and
-        how many other contexts hold the same content."""
+        """(slot, number of other contexts with the same content). The slot is that of the exact chunk in the most
+        preferred encoding, or -1 when there is no unexpired one."""
         found = self._contents.get(chunk_id.content_id)
         if found is None:
             return -1, 0
-        if isinstance(found, int):  # as of most chunks: without a list and a call for each
+        if isinstance(found, int):  # the common case avoids a list and a call
             start = found * _ID_BYTES
             if self._prefixes[start : start + _ID_BYTES] != chunk_id.prefix_id:
                 return -1, 1
@@ -201,8 +204,8 @@ class ChunkIndex:
         return self._preferred(slots, preference, now_s), len(found) - bool(slots)
 
     def another_context(self, chunk_id: ChunkName, preference: Mapping[int, int], now_s: float) -> int:
-        """As `best`, of another context of the same content: one that does not begin its text, if there is any; of
-        those one in memory; of those the one used last."""
+        """Slot of the same content in another context, in the most preferred encoding, or -1 when there is none.
+        Prefers contexts that are not the first chunk of a text, then those in memory, then the most recently used."""
         found = self._contents.get(chunk_id.content_id)
         if found is None:
             return -1
@@ -223,7 +226,7 @@ class ChunkIndex:
         return best
 
     def used(self, slot: int) -> None:
-        """Its context is the one of its content that was used last."""
+        """Marks the context of this slot as the most recently used one of its content."""
         found = self._contents[self._ids[slot]]
         if not isinstance(found, int):
             context = self._prefix_id(slot)
@@ -232,7 +235,7 @@ class ChunkIndex:
     def others(
         self, chunk_id: ChunkName, best: int, preference: Mapping[int, int], now_s: float
     ) -> Sequence[int]:
-        """The slots of the exact chunk, but for the `best`, in the preferred encodings, in their order."""
+        """Slots of the exact chunk in the preferred encodings, except `best`, most preferred first."""
         found = self._contents.get(chunk_id.content_id)
         if not isinstance(found, dict):
             return _NO_SLOTS
@@ -264,12 +267,12 @@ class ChunkIndex:
         return self._cost[slot]
 
     def identity(self, slot: int) -> int:
-        """64 bits that name the variant wherever it is stored."""
+        """A 64-bit key of the variant for the eviction policies: the prefix id XOR the number of the encoding."""
         prefix = int.from_bytes(self._prefixes[slot * _ID_BYTES : slot * _ID_BYTES + 8], "little")
         return prefix ^ self._encoding[slot]
 
     def expires_at_s(self, slot: int) -> float:
-        """Unix time; 0: never."""
+        """Unix time at which the variant expires. 0 means never."""
         return self._expires_at_s[slot]
 
     def meta(self, slot: int) -> RecordMeta:
@@ -288,20 +291,21 @@ class ChunkIndex:
         )
 
     def is_linked(self, slot: int) -> bool:
-        """Whether the variant is still found by its name."""
+        """Whether searches still find the variant."""
         return bool(self._linked[slot])
 
     def linked(self, slots: Sequence[int]) -> Iterator[int]:
-        """Those of `slots` that are linked: for a thousand, in a third of the time that as many calls take."""
+        """Those of `slots` that are linked. For 1,000 slots this takes a third of the time of 1,000 `is_linked`
+        calls."""
         return compress(slots, map(self._linked.__getitem__, slots))
 
     @property
     def slots(self) -> int:
-        """Every slot is below it."""
+        """Number of slots ever allocated. Every slot is below it."""
         return len(self._ids)
 
     def __iter__(self) -> Iterator[int]:
-        """Every linked slot, in order."""
+        """Iterates over the linked slots in ascending order."""
         return (slot for slot, linked in enumerate(self._linked) if linked)
 
     def __len__(self) -> int:

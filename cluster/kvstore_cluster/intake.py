@@ -1,4 +1,4 @@
-"""How chunks come into a storage node: what is reserved for a put, and how one that was written becomes visible."""
+"""Puts of chunks into a storage node: reserves memory for a put, and makes a written chunk visible."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,15 +29,17 @@ from kvstore_codec.errors import (
 from kvstore_codec.identity import ChunkId
 
 MAX_TENANT_BYTES = 255
-# For which a put waits for memory that holds chunks still to be written to the disk.
+# Longest wait of a put for memory of dirty chunks, which is freed once they are written to disk.
 FLUSH_PATIENCE_S = 2.0
-# Texts that were cut lately: those who put them have the rest on its way.
+# Number and lifetime of remembered chunks that were refused for their text's length. Clients send the chunks that
+# follow a refused one shortly after it.
 _MOST_CUT, _CUT_S = 4096, 60.0
 
 
 class Intake:
-    """Puts of a node: changes metadata with the lock of the catalog held, and writes and verifies bytes without it.
-    Thread-safe. `durability` is what a put gets that does not say; `clock` gives unix time, for TTLs."""
+    """Puts of a node. Changes metadata with the lock of the catalog held, and writes and verifies bytes without it.
+    Thread-safe. `durability` is the default for puts that do not specify one. `clock` returns unix time, and is used
+    for TTLs."""
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class Intake:
         clock: Callable[[], float],
     ) -> None:
         self.draining = False
-        """While it is set, nothing new is stored."""
+        """While this is set, puts are rejected."""
         self._catalog = catalog
         self._memory = memory
         self._disk = disk
@@ -62,7 +64,7 @@ class Intake:
         self._counters = catalog.counters
         self._node_id = catalog.node_id
         self._pending: set[PendingPut] = set()
-        # Whose text was cut before it, by tenant and chunk.
+        # Recently refused chunks whose text was cut before them, by tenant and chunk.
         self._cut: TTLCache[tuple[str, ChunkId], None] = TTLCache(_MOST_CUT, _CUT_S)
 
     def begin(
@@ -73,7 +75,7 @@ class Intake:
         calibration: bytes | None,
         options: PutOptions,
     ) -> PendingPut | None:
-        """As `StorageNode.begin_put`. Lock not held; may block."""
+        """Implements `StorageNode.begin_put`. Lock not held; may block."""
         durable = self._asked(options) is Durability.DURABLE
         try:
             Encoding.parse(encoding)
@@ -87,7 +89,7 @@ class Intake:
                     or self._ends_much_sooner(slot, options.ttl_s)
                 ):
                     return self._reserve(chunk_id, encoding, size_bytes, options)
-                # What one tenant says of a text says nothing of another one's chunks.
+                # A tenant's put must not link chunks of another tenant.
                 own = self._index.tenant(slot) == options.tenant
                 self._catalog.put_again(slot, self._before(encoding, options) if own else NO_SLOT)
                 self._catalog.acquire(slot)
@@ -104,22 +106,22 @@ class Intake:
         return None
 
     def extents(self) -> list[Extent]:
-        """Memory of all puts under way. Lock held."""
+        """Memory of all pending puts. Lock held."""
         return [put.extent for put in self._pending]
 
     def _asked(self, options: PutOptions) -> Durability:
         return self._durability if options.durability is Durability.DEFAULT else options.durability
 
     def _reserve(self, chunk_id: ChunkId, encoding: str, size_bytes: int, options: PutOptions) -> PendingPut:
-        """The caller has the lock."""
+        """Reserves memory and quota for a put. Lock held."""
         self._require_open(chunk_id)
         catalog, tenant = self._catalog, options.tenant
         before = self._before(encoding, options)
         try:
             self._require_beginning(chunk_id, before, options)
-            catalog.over_quota(tenant, size_bytes, before)  # before anything is evicted
+            catalog.over_quota(tenant, size_bytes, before)  # raises before anything is evicted
             extent = self._memory.reserve(size_bytes, before=before, patience_s=FLUSH_PATIENCE_S)
-            before = self._before(encoding, options)  # others may have put and deleted while it waited
+            before = self._before(encoding, options)  # `reserve` may have released the lock while it waited
             try:
                 victims = catalog.over_quota(tenant, size_bytes, before)
             except StorageError:
@@ -134,7 +136,7 @@ class Intake:
             catalog.remove(slot)
         self._counters.evictions += len(victims)
         if before != NO_SLOT:
-            catalog.acquire(before)  # nothing that comes meanwhile may cut the text here
+            catalog.acquire(before)  # keeps the preceding chunk until the put ends
         put = PendingPut(
             self._arena,
             extent,
@@ -150,15 +152,15 @@ class Intake:
         return put
 
     def _before(self, encoding: str, options: PutOptions) -> int:
-        """The slot of what is here of the text before a chunk that is put; NO_SLOT: nothing, as far as is known."""
+        """Slot of the nearest stored chunk before the new one in its text. NO_SLOT when none is known."""
         return self._index.stands_behind(options.tenant, options.number, options.behind, encoding)
 
     def _require_beginning(self, chunk_id: ChunkId, before: int, options: PutOptions) -> None:
-        """What stands behind a chunk that was refused for being too far from its text's beginning is, too."""
+        """Raises TextTooLongError for a chunk that follows a chunk recently refused with that error."""
         if before == NO_SLOT and any((options.tenant, behind) in self._cut for behind in options.behind):
             raise TextTooLongError(
-                f"chunk {chunk_id.short} is not stored: {self._node_id} has just refused the one before it in its "
-                "text, of which it keeps the beginning; give the node more memory"
+                f"chunk {chunk_id.short} is not stored: {self._node_id} has just refused the chunk before it in its "
+                "text, and keeps only the beginning of the text; give the node more memory"
             )
 
     def _require_open(self, chunk_id: ChunkId) -> None:
@@ -168,18 +170,18 @@ class Intake:
             )
 
     def _end(self, put: PendingPut) -> None:
-        """The put is no longer under way; the caller has the lock."""
+        """Ends the reservation of a put. Lock held."""
         self._pending.remove(put)
         self._catalog.quotas.reserve(put.options.tenant, -put.extent.size_bytes)
         self._counters.bytes_in += put.written_bytes
 
     def _release_before(self, put: PendingPut) -> None:
-        """The last that is done with a put; the caller has the lock."""
+        """Releases the preceding chunk, as the last step of a put. Lock held."""
         if put.before != NO_SLOT:
             self._catalog.release(put.before)
 
     def _ends_much_sooner(self, slot: int, ttl_s: float) -> bool:
-        """Whether a stored chunk would be forgotten long before one that is put now."""
+        """Whether the stored chunk expires before half of `ttl_s` has passed. A `ttl_s` of 0 never expires."""
         expires_at_s = self._index.expires_at_s(slot)
         return expires_at_s > 0 and (ttl_s == 0 or expires_at_s - self._clock() < ttl_s / 2)
 
@@ -205,15 +207,15 @@ class Intake:
             )
 
     def _make_durable(self, slot: int) -> None:
-        """Returns once an acquired chunk would survive a power loss. Raises NotDurableError."""
+        """Syncs an acquired chunk to disk, so that it survives a power loss. Raises NotDurableError."""
         try:
             self._migration.make_durable(slot)
         except DiskError as error:
             raise NotDurableError(str(error)) from error
 
     def _accept(self, put: PendingPut, meta: RecordMeta) -> bool:
-        """Makes a verified chunk visible, on disk first if it shall survive; False when another put of the same chunk
-        was first. When that raises, the put is taken back."""
+        """Makes a verified chunk visible, after writing it to disk if its durability requires that. False when another
+        put of the same chunk was first. An exception revokes the put."""
         if put.options.ttl_s > 0:
             meta = replace(meta, expires_at_s=self._clock() + put.options.ttl_s)
         try:
@@ -235,13 +237,14 @@ class Intake:
                 self._index.dismiss(description)
 
     def _admit(self, meta: RecordMeta) -> Description:
-        """Until `dismiss` the chunk can be inserted, whatever else comes. Raises StorageError, NodeDrainingError."""
+        """Ensures that the chunk can be inserted at any time until `dismiss`. Raises StorageError,
+        NodeDrainingError."""
         with self._lock:
             self._require_open(meta.chunk_id)
             return self._index.admit(meta)
 
     def _place(self, put: PendingPut, meta: RecordMeta, location: Location) -> bool:
-        """Lists an admitted chunk, whose put ends. False as `_accept`."""
+        """Inserts an admitted chunk into the catalog, and ends its put. False when another put was first."""
         with self._lock:
             self._end(put)
             stored = self._index.find(meta.chunk_id, meta.encoding)
@@ -256,8 +259,8 @@ class Intake:
                 meta,
                 extent=put.extent,
                 location=location,
-                write_back=self._disk.is_present,  # also what the disk has refused: once more
-                before=self._before(meta.encoding, put.options),  # it may have been replaced meanwhile
+                write_back=self._disk.is_present,  # a chunk that the disk refused is tried once more
+                before=self._before(meta.encoding, put.options),  # may have been replaced since the put began
                 replaced=NO_SLOT if stored is None else stored,
             )
             self._release_before(put)
@@ -266,8 +269,8 @@ class Intake:
             return True
 
     def _write_through(self, put: PendingPut, meta: RecordMeta) -> Location:
-        """Where the chunk is on disk now; NOWHERE when it is to be there later, or the disk refused it and it need not
-        survive. Raises NotDurableError."""
+        """Writes the chunk to disk if its durability requires that, and returns its location. NOWHERE when it is not
+        written now, or the disk refused a chunk that need not be durable. Raises NotDurableError."""
         asked = self._asked(put.options)
         if not self._disk.is_present or asked is Durability.MEMORY:
             return NOWHERE
@@ -280,8 +283,9 @@ class Intake:
             return NOWHERE
 
     def _replaces(self, meta: RecordMeta, location: Location, stored: int, ttl_s: float) -> bool:
-        """Whether a chunk that was put takes the place of the stored one, because that one cannot be read, ends sooner,
-        or would not survive where this one does. The bytes of two workers may differ, so it is one or the other."""
+        """Whether a new chunk replaces the stored one, because the stored one has another calibration, cannot be read,
+        expires sooner, or is not on disk while the new one is. Two workers may encode the same chunk to different
+        bytes, so the tiers must not hold a mix of both."""
         return (
             self._index.calibration(stored) != meta.calibration
             or not self._catalog.is_readable(stored)
@@ -291,7 +295,7 @@ class Intake:
         )
 
     def _drop(self, put: PendingPut, *, rejected: bool) -> None:
-        """Takes back what a put had reserved."""
+        """Revokes a put: frees its memory and quota."""
         with self._lock:
             self._end(put)
             self._arena.free(put.extent)

@@ -1,5 +1,5 @@
-"""A storage node: chunks in memory and on disk, found by content, kept by worth, protected by leases and pins. No
-network, no Ray."""
+"""A storage node: stores chunks in memory and on disk, finds them by content, evicts them by value, and protects them
+by leases and pins. Uses no network and no Ray."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -31,11 +31,14 @@ from kvstore_codec.identity import ChunkId
 
 
 class StorageNode:
-    """Thread-safe. One lock guards the metadata; bytes are written, verified and read outside it. Callers hold no lock;
+    """A storage node without its network service.
+
+    Thread-safe. One lock guards the metadata; bytes are written, verified and read without it. Callers hold no lock.
     `lookup`, `begin_put`, `open`, `delete`, `verify`, `maintain` and `close` may block on the disk.
 
-    With a `store` chunks are kept on disk too, and those that are there already are found again. `durability` is what a
-    put gets that does not say; `policy` makes the eviction policy of each tier. `clock` gives unix time, for TTLs.
+    With a `store`, chunks are also kept on disk, and the node recovers the chunks that are already there. `durability`
+    is the default for puts that do not specify one. `policy` creates the eviction policy of each tier. `clock` returns
+    unix time, and is used for TTLs.
     """
 
     def __init__(
@@ -67,16 +70,16 @@ class StorageNode:
     def lookup(
         self, request: LookupRequest, proceed: Callable[[int], object] = lambda _header_bytes: None
     ) -> LookupResult:
-        """Answers each chunk of the request, in order.
+        """Looks up the chunks of a request, and returns one answer for each, in order.
 
-        Holds the lock for SLICE_CHUNKS chunks at a time and calls `proceed` without it in between, with the size of the
-        headers found so far. What that raises ends the lookup; then nothing is leased. Raises StorageError when the
-        headers of one encoding of each chunk have more than `max_header_bytes`; then nothing is leased.
+        Holds the lock for SLICE_CHUNKS chunks at a time. Between slices it calls `proceed` without the lock, with the
+        size of the headers found so far in bytes. An exception from `proceed` ends the lookup. Raises StorageError when
+        the headers of one encoding of each chunk exceed `max_header_bytes`. After an exception nothing is leased.
         """
         lease_s, peek, use_follows = request.lease_s, request.peek, request.use_follows
         search = ChunkSearch(self._catalog, self._stored, request, self._clock())
         lease_id: LeaseId | None = None
-        first_leased = 0  # of `search.hits`
+        first_leased = 0  # index into `search.hits`
         try:
             for begin in range(0, len(request.chunks), SLICE_CHUNKS):
                 if begin:
@@ -86,7 +89,9 @@ class StorageNode:
                     self._leases.expire()
                     if found and lease_s > 0:
                         lease = self._leases.cover(lease_id, found, lease_s)
-                        if lease != lease_id:  # also when the one before has ended since
+                        if (
+                            lease != lease_id
+                        ):  # the first lease, or a new one because the previous lease has ended
                             lease_id, first_leased = lease, len(search.hits) - len(found)
             if use_follows:
                 if lease_id is not None:
@@ -106,9 +111,9 @@ class StorageNode:
         return LookupResult(search.answers, lease_id)
 
     def use(self, lease_id: LeaseId, used: bytes, tokens: int) -> bool:
-        """What of a lookup that said `use_follows` its caller can use: bit i % 8 of byte i / 8 of `used` says it of
-        answer i; they have so many tokens. Those chunks are used now, once; the lease on the others ends. False when
-        the lease has ended or this was said before."""
+        """Records which answers of a lookup with `use_follows` its caller uses: bit i % 8 of byte i / 8 of `used`
+        stands for answer i. `tokens` is the number of tokens in the used answers. Counts one use of each used chunk,
+        and ends the lease on the others. False when the lease has ended or its use was recorded before."""
         return self._uses.report(lease_id, used, tokens)
 
     def begin_put(
@@ -119,21 +124,21 @@ class StorageNode:
         calibration: bytes | None = None,
         options: PutOptions = PutOptions(),  # noqa: B008 (frozen)
     ) -> PendingPut | None:
-        """Reserves memory for a chunk, evicting what nobody uses; None when the chunk is here already, as durable as
-        was asked for and for about as long. One that was coded with another `calibration` (a digest) is replaced: who
-        puts this could not read that.
+        """Reserves memory for a chunk, and evicts unprotected chunks to make room. Returns None when the chunk is
+        already stored with the requested durability and does not expire much sooner. A stored chunk that was encoded
+        with another `calibration` (a digest) is replaced, because the client that puts the new one could not decode it.
 
-        The caller must end the put with `commit` or `revoke`. Raises UnknownEncodingError, PutStateError for
-        an empty chunk, ChunkTooLargeError, ArenaFullError, TextTooLongError, OverQuotaError, NotDurableError,
-        NodeDrainingError; then nothing was reserved and nothing evicted.
+        The caller must end the put with `commit` or `revoke`. Raises UnknownEncodingError, PutStateError for an empty
+        chunk, ChunkTooLargeError, ArenaFullError, TextTooLongError, OverQuotaError, NotDurableError, NodeDrainingError.
+        In these cases nothing is reserved and nothing is evicted.
         """
         return self._intake.begin(chunk_id, encoding, size_bytes, calibration, options)
 
     @contextmanager
     def open(self, chunk_id: ChunkId, encoding: str, *, peek: bool = False) -> Iterator[ChunkReader]:
-        """A reader of the chunk's frames. Views of what is in memory stay valid until the block is left, even when the
-        chunk is deleted meanwhile. Counts as use, unless it is a `peek`, or the chunk is leased: then its lookup has
-        counted. Raises ChunkNotFoundError."""
+        """Opens a reader of the chunk's frames. Views of memory stay valid until the `with` block ends, even if the
+        chunk is deleted before that. Counts as a use of the chunk, except with `peek` and except for a leased chunk,
+        whose lookup has counted the use. Raises ChunkNotFoundError."""
         with self._lock:
             slot = self._index.find_alive(chunk_id, encoding, self._clock())
             if slot is None:
@@ -153,18 +158,18 @@ class StorageNode:
                 self._catalog.release(slot)
 
     def renew_lease(self, lease_id: LeaseId, lease_s: float) -> bool:
-        """Lets the lease run `lease_s` from now; False when it has ended."""
+        """Extends the lease to `lease_s` seconds from now. False when it has ended."""
         with self._lock:
             return self._leases.renew(lease_id, lease_s)
 
     def release_lease(self, lease_id: LeaseId) -> bool:
-        """Ends the lease; False when it has ended already."""
+        """Ends the lease. False when it has already ended."""
         with self._lock:
             return self._leases.release(lease_id)
 
     def delete(self, chunks: Sequence[ChunkId]) -> int:
-        """Removes every encoding of these chunks, leased or pinned or not, also from a later start, and returns how
-        many variants that were. Memory that is being read is given back when the last reader has gone."""
+        """Removes every encoding of these chunks, even if leased or pinned, and returns the number of removed variants.
+        A restart does not recover them. Memory that is being read is freed when the last reader releases it."""
         deleted = 0
         for begin in range(0, len(chunks), REMOVED_CHUNKS):
             with self._slice(begin):
@@ -178,7 +183,7 @@ class StorageNode:
         return deleted
 
     def report(self, chunks: Sequence[ChunkId], scores: Sequence[float]) -> None:
-        """Attention, 0 to 1, that a model paid to these chunks; unknown ones are ignored."""
+        """Records the share of attention, 0 to 1, that a model paid to each chunk. Ignores unknown chunks."""
         for begin in range(0, len(chunks), SLICE_CHUNKS):
             end = begin + SLICE_CHUNKS
             with self._slice(begin):
@@ -187,15 +192,16 @@ class StorageNode:
                         self._catalog.report(slot, score)
 
     def set_pins(self, pins: Set[ChunkId]) -> None:
-        """These chunks, and no others, are not evicted from now on; they need not be here yet."""
+        """Replaces the set of pinned chunks, which are never evicted. The set may name chunks that are not stored
+        yet."""
         self._directives.set_pins(pins)
 
     def set_quotas(self, limits: Mapping[str, int]) -> None:
-        """Bytes that each of these tenants may have on this node; others have no limit."""
+        """Replaces the quotas: the bytes that each tenant may store on this node. Other tenants have no limit."""
         self._directives.set_quotas(limits)
 
     def set_draining(self, draining: bool) -> None:
-        """While it is set, nothing new is stored: who counts what there is to give away has all of it."""
+        """Starts or ends draining. A draining node rejects puts, so that the set of chunks to move away cannot grow."""
         with self._lock:
             self._intake.draining = draining
 
@@ -207,13 +213,13 @@ class StorageNode:
         content_prefix: bytes = b"",
         tenant: str | None = None,
     ) -> tuple[list[StoredVariant], int]:
-        """Up to `limit` stored variants from `cursor` (0 at first) on, and the cursor of the next page, 0 at the end.
-        What comes or goes meanwhile may be missing or appear."""
+        """Returns a page of up to `limit` stored variants, and the cursor of the next page, 0 after the last one. The
+        first page has cursor 0. Variants stored or removed between pages may or may not be listed."""
         return list_variants(self._catalog, cursor, limit, content_prefix, tenant, self._clock())
 
     def verify(self, chunk_id: ChunkId, encoding: str) -> str | None:
-        """Reads a variant back, in each tier that it is in, and says why it is damaged or unreadable, if so. A damaged
-        copy is dropped, and the chunk with the last one. One that is not here is not damaged."""
+        """Verifies a variant in each tier that has it. Returns why it is damaged or unreadable, or None when it is
+        sound or not stored. Drops a damaged copy, and the chunk when no other copy is left."""
         with self._lock:
             slot = self._index.find(chunk_id, encoding)
             if slot is None:
@@ -249,24 +255,24 @@ class StorageNode:
             )
 
     def maintain(self) -> bool:
-        """One round of the maintenance thread's work: see `Migration.step`. Lock not held; may block."""
+        """Runs one round of maintenance, as `Migration.step` describes. Lock not held; may block."""
         return self._migration.step(self._clock())
 
     def wait_for_work(self, timeout_s: float) -> None:
-        """Returns when something is to be written back, or after the time."""
+        """Waits until a chunk is dirty, for at most `timeout_s`."""
         with self._lock:
             self._lock.wait_for(lambda: self._catalog.dirty, timeout_s)
 
     def close(self) -> None:
-        """Writes back what is only in memory and closes the disk. No put or read may be under way."""
+        """Writes dirty chunks to disk and closes the disk. No put or read may be in progress."""
         if self._catalog.store is not None:
             while self._migration.flush():
                 pass
             self._catalog.store.close()
 
     def check_integrity(self) -> None:
-        """Raises StorageError unless memory, index, eviction orders, quotas and texts agree. Looks at every chunk with
-        the lock held: for tests."""
+        """Raises StorageError unless memory, index, eviction orders, quotas and text links agree. For tests: it
+        examines every chunk with the lock held."""
         with self._lock:
             check_integrity(self._catalog, self._intake.extents())
 

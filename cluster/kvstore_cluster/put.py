@@ -1,4 +1,4 @@
-"""A chunk on its way in: start, write, then commit or revoke."""
+"""A pending put of one chunk: begin, write, then commit or revoke."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from kvstore_codec.identity import ChunkId
 
 @dataclass(frozen=True, slots=True)
 class PutOptions:
-    """What a client may say of a chunk besides its bytes. `ttl_s` 0: stays; `cost` 0: its tokens count. In its text
-    `number` chunks stand before it, and of those that are on the same node `behind` names some, nearest first: hints,
-    which say what is evicted before what of the same tenant."""
+    """Options of a put. A `ttl_s` of 0 means that the chunk does not expire. A `cost` of 0 means that the cost is the
+    chunk's number of tokens. `number` chunks precede the chunk in its text; `behind` names some of those that are on
+    the same node, nearest first. `number` and `behind` are hints for the eviction order among chunks of one tenant."""
 
     durability: Durability = Durability.DEFAULT
     ttl_s: float = 0.0
@@ -35,8 +35,8 @@ class Drop(Protocol):
 
 
 class PendingPut:
-    """Memory reserved for one chunk, invisible until committed. Used by one thread; made by
-    `StorageNode.begin_put`. It ends exactly once, through `accept` or `drop`."""
+    """Memory reserved for one chunk, which is invisible until `commit`. `StorageNode.begin_put` creates it. Used by one
+    thread. A put ends exactly once, through `accept` or `drop`."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class PendingPut:
         accept: Accept,
         drop: Drop,
     ) -> None:
-        """`before` is the acquired slot of the chunk before it in its text, or NO_SLOT."""
+        """`before` is the acquired slot of the preceding chunk in the text, or NO_SLOT."""
         self._arena = arena
         self.extent = extent
         self.options = options
@@ -63,7 +63,7 @@ class PendingPut:
         self.written_bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Appends bytes to the chunk. Raises PutStateError past the announced size or after the end."""
+        """Appends bytes to the chunk. Raises PutStateError past the announced size or after the put has ended."""
         self._require_open()
         if self.written_bytes + len(data) > self.extent.size_bytes:
             raise PutStateError(
@@ -76,24 +76,24 @@ class PendingPut:
         self.written_bytes += len(data)
 
     def views(self) -> Iterator[memoryview]:
-        """Writable views of all that is still to come, in order, for who receives straight into them and says so with
-        `advance`. Raises PutStateError after the end."""
+        """Writable views of the bytes that are still missing, in order. A caller may receive bytes directly into them,
+        and must then call `advance`. Raises PutStateError after the put has ended."""
         self._require_open()
         missing_bytes = self.extent.size_bytes - self.written_bytes
         return self._arena.views(self.extent, self.written_bytes, missing_bytes)
 
     def advance(self, size_bytes: int) -> None:
-        """The next `size_bytes` of `views` were filled."""
+        """Records that the next `size_bytes` of `views` were filled. Raises PutStateError past the announced size."""
         if not 0 <= size_bytes <= self.extent.size_bytes - self.written_bytes:
             raise PutStateError(f"chunk {self._chunk_id.short} has no {size_bytes} bytes left to come")
         self.written_bytes += size_bytes
 
     def commit(self) -> bool:
-        """Verifies the whole chunk and makes it visible; False when the same chunk was stored meanwhile. Returns once
-        it survives what its durability says.
+        """Verifies the whole chunk and makes it visible. False when another put stored the same chunk first. Returns
+        once the chunk is as durable as its options require.
 
-        Raises ChunkFormatError when the bytes are not a sound chunk, or not the one announced, PutStateError when some
-        are missing, and NotDurableError; then nothing is stored. Either way the put has ended.
+        Raises ChunkFormatError when the bytes are not a sound chunk or not the announced one, PutStateError when bytes
+        are missing, and NotDurableError. After an exception nothing is stored. The put has ended in every case.
         """
         self._require_open()
         try:
@@ -105,7 +105,7 @@ class PendingPut:
         return self._accept(self, meta)
 
     def revoke(self) -> None:
-        """Takes the put back. Does nothing when it has ended."""
+        """Cancels the put. Does nothing when it has ended."""
         if self._open:
             self._end(rejected=False)
 
@@ -134,7 +134,7 @@ class PendingPut:
 
 
 def _meta_of(header: ChunkHeader, options: PutOptions) -> RecordMeta:
-    """What a chunk's own header says of it, and who put it."""
+    """Metadata of a chunk, from its header and the options of its put."""
     return RecordMeta(
         header.chunk_id,
         header.encoding.name,

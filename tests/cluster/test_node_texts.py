@@ -38,7 +38,7 @@ def test_a_refusal_says_why_and_holds_for_what_follows(node: StorageNode) -> Non
         assert put(node, place)
     with pytest.raises(TextTooLongError, match="keeps the beginning of a text"):
         put(node, long[ROOM])
-    with pytest.raises(TextTooLongError, match="has just refused the one before it"):
+    with pytest.raises(TextTooLongError, match="has just refused the chunk before it"):
         put(node, long[ROOM + 1])
     assert kept(node, long) == "1" * ROOM + "000"
 
