@@ -99,7 +99,8 @@ class SegmentGeneration(ReusingGeneration):
         timeline: Timeline,
     ) -> "SegmentGeneration":
         tokens: list[int] = call.tokens.tolist()
-        plan = segments.plan(snapshot.spec, tokens, call.segments or (), call.recompute, timeline)
+        lengths = () if call.segments is None else call.segments  # a tensor has no truth value
+        plan = segments.plan(snapshot.spec, tokens, lengths, call.recompute, timeline)
         return cls(parts, segments, call, snapshot, timeline, plan)
 
     def complete(self) -> Completed:

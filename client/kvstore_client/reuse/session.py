@@ -158,7 +158,8 @@ class ReuseSession:
     def _peek(self, call: EngineCall, model: DescribedModel) -> Match:
         tokens: list[int] = call.tokens.tolist()
         if self._segments is not None and _has_documents(call):
-            return self._segments.peek(model.spec, tokens, call.segments or ())
+            segments = () if call.segments is None else call.segments  # a tensor has no truth value
+            return self._segments.peek(model.spec, tokens, segments)
         self._require_segments(call, model)
         ids = self._client.chunk_ids(model.spec, tokens)
         return self._client.match(model.spec, ids, peek=True)

@@ -171,6 +171,7 @@ def test_lengths_may_be_of_any_whole_number(library: Library) -> None:
     expected = library.cached.generate(prompt, segments=lengths, **GREEDY)
     for given in (torch.tensor(lengths), torch.tensor(lengths).numpy(), tuple(lengths)):
         assert torch.equal(library.cached.generate(prompt, segments=given, **GREEDY), expected)
+        assert library.cached.is_stored(prompt, segments=given)
         assert library.cached.last_report.approximate_tokens == 1024
 
 
