@@ -1,7 +1,7 @@
-"""Fetch-aware admission: requests that wait for their KV stand beside the engine's queue, not in it.
+"""Fetch-aware admission: requests that wait for their KV do not block the engine's queue.
 
-KVFetcher (arXiv 2602.09725) calls it `waiting_for_kv`: an engine that takes requests in order would stand still behind
-one whose KV comes over a slow link, although those behind it could compute.
+KVFetcher (arXiv 2602.09725) calls this `waiting_for_kv`: an engine that takes requests in order would idle behind one
+whose KV arrives over a slow link, although later requests could compute.
 """
 
 import heapq
@@ -24,25 +24,25 @@ Request = TypeVar("Request")
 
 
 class Arrival(Protocol):
-    """KV that a request waits for. The queue never holds its own lock when it calls these."""
+    """KV that a request waits for. The queue holds no lock when it calls these methods."""
 
     @property
     def size_bytes(self) -> int:
-        """Memory that is taken by `start`, and given back when the request has been answered, or by `cancel`."""
+        """Memory that `start` allocates. It is released when the request has been answered, or by `cancel`."""
 
     def start(self) -> None:
-        """Begin to bring it. Called at most once, in a thread of the queue, when there is room; others wait meanwhile.
-        If it raises, the request is ready without it."""
+        """Start the fetch. Called at most once, in a thread of the queue, when there is room; other requests wait
+        meanwhile. If it raises, the request is ready without its KV."""
 
     def on_ready(self, callback: Callable[[], object]) -> None:
-        """Call `callback` once when nothing more will come, for better or worse; at once if that is so. Called after
-        `start`."""
+        """Call `callback` once when nothing more will arrive, whether complete or not; at once if that is so already.
+        Called after `start`."""
 
     def remaining_s(self) -> float:
-        """Predicted time until it is ready. Called after `start`."""
+        """Predicted seconds until the KV is ready. Called after `start`."""
 
     def cancel(self) -> None:
-        """Nobody wants it any more. Called at most once, after `start`."""
+        """Abandon the fetch. Called at most once, after `start`."""
 
 
 class _NothingToFetch:
@@ -51,7 +51,7 @@ class _NothingToFetch:
     size_bytes = 0
 
     def start(self) -> None:
-        """Nothing to do."""
+        """Nothing to start."""
 
     def on_ready(self, callback: Callable[[], object]) -> None:
         callback()
@@ -60,7 +60,7 @@ class _NothingToFetch:
         return 0.0
 
     def cancel(self) -> None:
-        """Nothing to do."""
+        """Nothing to cancel."""
 
 
 @dataclass(slots=True, eq=False)
@@ -74,28 +74,27 @@ class _Entry(Generic[Request]):
 
 
 class AdmissionQueue(Generic[Request]):
-    """Gives out requests whose KV is there, or that need none, in the order they came. Thread-safe.
+    """Returns requests whose KV has arrived, or that need none, in the order of submission. Thread-safe.
 
-    A request that waits for KV is passed by those that do not; no other order is changed, so nobody starves. At most
-    `fetches` fetch at a time, and together hold at most `buffer_bytes` (one alone may hold more); who comes later
-    waits for a turn, in order, with nothing started. A request whose KV will not come is ready as well: the engine
-    computes. Requests are told apart by identity.
+    A request that waits for KV is passed by those that do not; the order is otherwise kept, so no request starves. At
+    most `fetches` requests fetch at a time and hold at most `buffer_bytes` together (a single one may hold more). Later
+    requests wait for their turn without having started. A request whose KV will not arrive is ready, too: the engine
+    computes it. Requests are distinguished by identity.
     """
 
     def __init__(
         self, metrics: ClientMetrics, *, fetches: int, buffer_bytes: int, early_s: float = 0.0
     ) -> None:
-        """`early_s`: an engine with nothing else to do takes a request whose KV is that near, and waits for the rest
-        itself. It is the longest that a request which needs no KV can then wait for one that does, as far as the
-        prediction holds."""
+        """An idle engine takes a request whose KV is predicted to arrive within `early_s`, and waits for the rest
+        itself. That is also the longest wait that it can cause a request without KV, as far as the prediction holds."""
         self._metrics = metrics
         self._fetches, self._buffer_bytes, self._early_s = fetches, buffer_bytes, early_s
         self._changed = threading.Condition()
         self._entries: dict[int, _Entry[Request]] = {}
-        """By identity of the request: all that are not yet finished."""
+        """All unfinished requests, by identity of the request."""
         self._queued: deque[_Entry[Request]] = deque()
         self._ready: list[tuple[int, _Entry[Request]]] = []
-        """A heap. What was cancelled is skipped when it comes up."""
+        """A heap. Cancelled requests are skipped when they come up."""
         self._submitted = 0
         self._fetching = 0
         self._held_bytes = 0
@@ -104,7 +103,7 @@ class AdmissionQueue(Generic[Request]):
         self._starter.start()
 
     def submit(self, request: Request, waits_for: Arrival | None = None) -> None:
-        """Hand in a request. Raises ValueError for one that is here already, or after `close`."""
+        """Queue a request. Raises ValueError for a request that is queued already, and after `close`."""
         with self._changed:
             if self._closed or id(request) in self._entries:
                 raise ValueError(
@@ -121,8 +120,8 @@ class AdmissionQueue(Generic[Request]):
             self._changed.notify_all()
 
     def next_ready(self, timeout_s: float) -> Request | None:
-        """The first request that can be computed now; None when there is none in time, or the queue was closed. Say
-        `finished` when it has been answered."""
+        """The next request that can be computed; None after `timeout_s` or `close`. Call `finished` once it has been
+        answered."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             near_s = self._admit_early()
@@ -138,13 +137,13 @@ class AdmissionQueue(Generic[Request]):
                 self._changed.wait(min(patience_s, near_s, threading.TIMEOUT_MAX))
 
     def finished(self, request: Request) -> None:
-        """This request was answered, and its buffers are free again."""
+        """Report that this request was answered and its buffers are free."""
         with self._changed:
             entry = self._entries.pop(id(request))
             self._release(entry)
 
     def cancel(self, request: Request) -> bool:
-        """Forget a request and end its fetch. False when the engine has taken it, or it is not here."""
+        """Drop a request and end its fetch. False when the engine has taken it, or it is unknown."""
         with self._changed:
             entry = self._entries.get(id(request))
             if entry is None or entry.state == "taken":
@@ -155,7 +154,7 @@ class AdmissionQueue(Generic[Request]):
                 self._queued.remove(entry)
             if entry.state != "ready":
                 self._metrics.waiting_for_kv(-1)
-            if entry.state != "starting":  # else who starts it sees to it
+            if entry.state != "starting":  # the starting thread handles it
                 self._release(entry)
             entry.state = "gone"
         if started:
@@ -163,7 +162,7 @@ class AdmissionQueue(Generic[Request]):
         return True
 
     def close(self) -> list[Request]:
-        """Cancel and return what no engine has taken. `next_ready` returns None from now on."""
+        """Cancel and return all requests that no engine has taken. `next_ready` returns None from now on."""
         with self._changed:
             self._closed = True
             left = [entry.request for entry in self._entries.values() if entry.state != "taken"]
@@ -174,7 +173,7 @@ class AdmissionQueue(Generic[Request]):
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for KV, started or not."""
+        """Number of requests that wait for KV, started or not."""
         with self._changed:
             return sum(e.state in ("queued", "starting", "fetching") for e in self._entries.values())
 
@@ -197,25 +196,25 @@ class AdmissionQueue(Generic[Request]):
                 elif started:
                     entry.state = "fetching"
                 else:
-                    entry.kv = _NothingToFetch()  # what never began cannot be cancelled
+                    entry.kv = _NothingToFetch()  # a fetch that never started cannot be cancelled
                     self._arrived(entry)
             try:
                 if cancelled and started:
                     entry.kv.cancel()
                 elif started:
                     entry.kv.on_ready(partial(self._on_ready, entry))
-            except Exception:  # as if nothing came: the next are to be started
-                log.exception("a fetch for a request cannot be followed: the request will be computed")
+            except Exception:  # treated as if nothing arrived: the next requests must start
+                log.exception("the fetch of a request cannot be followed: the request will be computed")
                 self._on_ready(entry)
-            del entry  # an idle queue holds on to nobody's buffers
+            del entry  # an idle queue must not keep buffers alive
 
     @staticmethod
     def _started(kv: Arrival) -> bool:
         try:
             kv.start()
         except Exception:
-            # Whatever is wrong with reuse, the request is to be answered.
-            log.exception("cannot fetch for a request: it will be computed")
+            # The request is answered whatever is wrong with reuse.
+            log.exception("the fetch of a request cannot start: the request will be computed")
             return False
         return True
 
@@ -229,7 +228,7 @@ class AdmissionQueue(Generic[Request]):
             self._arrived(entry)
 
     def _admit_early(self) -> float:
-        """Make the first request ready whose KV is near, if none is; else when to look again, in seconds."""
+        """Make the first request ready whose KV is near, if none is ready. Returns the seconds until the next check."""
         if self._early_s <= 0:
             return math.inf
         with self._changed:
@@ -246,7 +245,7 @@ class AdmissionQueue(Generic[Request]):
                         self._make_ready(entry)
                 return 0.0
             soonest_s = min(soonest_s, remaining_s - self._early_s)
-        return max(soonest_s, self._early_s / 4)  # predictions move; asking costs little
+        return max(soonest_s, self._early_s / 4)  # predictions change; checking is cheap
 
     # ---- with the lock held
 

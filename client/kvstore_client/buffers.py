@@ -1,7 +1,7 @@
-"""Host memory that fetched KV is written to, kept and used again.
+"""Pool of host memory for fetched KV.
 
-The first write to fresh pages runs at 1-2 GB/s, slower than a fast link and slower than decoding; warm memory takes
-25 GB/s. Where there is a CUDA device the memory is page-locked, because a copy from pageable memory blocks its caller.
+The first write to fresh pages runs at 1-2 GB/s, slower than a fast link and slower than decoding; warm memory takes 25
+GB/s. With a CUDA device the memory is page-locked, because a copy from pageable memory blocks its caller.
 """
 
 import logging
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class Copy(Protocol):
-    """A copy to a device that runs behind its caller, such as `torch.cuda.Event` recorded behind it."""
+    """An asynchronous copy to a device, such as a `torch.cuda.Event` recorded behind the copy."""
 
     def query(self) -> bool:
         """Whether the copy has ended. Does not block."""
@@ -26,15 +26,15 @@ class Copy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class KVBuffers:
-    """`[layers, kv_heads, tokens, head_dim]` each. The contiguous `Destination` of a fetch: values are decoded straight
-    into place; keys are decoded into place and rotated there."""
+    """Keys and values, `[layers, kv_heads, tokens, head_dim]` each. The contiguous `Destination` of a fetch: values are
+    decoded in place; keys are decoded and rotated in place."""
 
     keys: torch.Tensor
     values: torch.Tensor
     memory: torch.Tensor
-    """The flat bytes that both lie in."""
+    """Flat bytes that hold both tensors."""
     copies: list[Copy] = field(default_factory=list, compare=False)
-    """Copies to a device that may still read the memory when the buffers are given back."""
+    """Copies to a device that may still read the memory after the buffers are released."""
 
     @property
     def layers(self) -> int:
@@ -44,7 +44,7 @@ class KVBuffers:
         return self.keys[layers, :, tokens], self.values[layers, :, tokens]
 
     def complete(self, layers: slice, tokens: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Everything is in its place already."""
+        """Nothing to do: the range is in its place already."""
 
 
 class BufferPool:
@@ -56,15 +56,15 @@ class BufferPool:
         self._free: list[torch.Tensor] = []
         self._being_copied: list[KVBuffers] = []
 
-    @single_threaded()  # a team of threads that exists here would hang the first one that a forked child makes
+    @single_threaded()  # a thread team created here would hang the first one that a forked child creates
     def reserve(self, size_bytes: int) -> None:
-        """Have that much memory ready, or what the pool may keep at most, touched ahead of time."""
+        """Allocate and touch this much memory in advance, up to the pool's limit."""
         size_bytes = min(size_bytes, self._limit_bytes)
         memory = self._smallest(size_bytes)
         self._keep(_host_memory(size_bytes).zero_() if memory is None else memory)
 
     def take(self, spec: ModelSpec, tokens: int) -> KVBuffers:
-        """Buffers for `tokens` tokens: the smallest free memory that holds them, or new memory."""
+        """Buffers for `tokens` tokens, in the smallest free memory that fits, or in new memory."""
         shape = (spec.layers, spec.kv_heads, tokens, spec.head_dim)
         half_bytes = tokens * spec.kv_bytes_per_token // 2
         memory = self._smallest(2 * half_bytes)
@@ -76,14 +76,14 @@ class BufferPool:
         return KVBuffers(keys, values, memory)
 
     def give_back(self, buffers: KVBuffers) -> None:
-        """The caller no longer reads or writes these buffers. They are used again when their copies have ended."""
+        """Return buffers that the caller no longer reads or writes. They are reused when their copies have ended."""
         with self._lock:
             self._being_copied.append(buffers)
         self._keep_copied()
 
     def _keep_copied(self) -> None:
-        """Keep the memory that no copy reads any more. Memory that one still reads counts to nobody's limit: there is
-        no more of it than requests in flight took."""
+        """Keep memory whose copies have ended. Memory that a copy still reads does not count towards the limit; there
+        is no more of it than the requests in flight have acquired."""
         with self._lock:
             copied = [b for b in self._being_copied if all(copy.query() for copy in b.copies)]
             self._being_copied = [b for b in self._being_copied if all(b is not other for other in copied)]
@@ -113,7 +113,7 @@ class BufferPool:
 
 
 def _host_memory(size_bytes: int) -> torch.Tensor:
-    """Bytes that were not touched yet; page-locked where there is a CUDA device and memory left to lock."""
+    """Untouched memory; page-locked where there is a CUDA device and memory left to lock."""
     if torch.cuda.is_available():
         try:
             return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -1,4 +1,4 @@
-"""What a client knows of the cluster: its members, and a channel to each."""
+"""A client's view of the cluster: its members, and a channel to each."""
 
 import math
 import threading
@@ -22,18 +22,18 @@ from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
 
 _LONGEST_PAUSE_S = 30.0
 _FORGET_PAUSE_S = 300.0
-"""After its end: who fails again then is paused briefly."""
+"""Time after the end of a pause until it is forgotten, seconds; the next failure then pauses briefly."""
 _PROBE_TIMEOUT_S = 0.25
 _LAST_CALLS_S = 1.0
-"""How long `close` waits for calls that nobody else waits for."""
+"""How long `close` waits for calls that no other code waits for."""
 _UNREST_S = 10.0
 _UNREST_TTL_S = 0.5
 _RENEW_TIMEOUT_S = 0.2
-"""While something fails, the membership is refreshed this often for `_UNREST_S`."""
+"""Timeout of the membership refresh while something fails, seconds; refreshes repeat for `_UNREST_S`."""
 _MAX_MEMBERS = 4096
 _MAX_REPLICAS = 16
 _CHANGE_S = 10.0
-"""How long those who owned chunks before a change are still asked for them."""
+"""How long the former owners of chunks are still asked after a change of membership, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class _Pause:
 class ClusterView:
     """Membership cached from the coordinator, and one gRPC channel per address. Thread-safe.
 
-    Only the very first membership is waited for. Later it is refreshed behind the caller's back, and an old one is
-    used while the coordinator is away: losing the coordinator never stops reads.
+    Only the first membership is waited for. Later it is refreshed in the background, and the old one is used while the
+    coordinator is unreachable: losing the coordinator never stops reads.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class ClusterView:
         metrics: ClientMetrics | None = None,
         keep: Callable[[Collection[str]], object] = lambda _: None,
     ) -> None:
-        """`metrics` count what goes wrong where nobody waits for it. `keep` is told which nodes' addresses are in use,
-        whenever the members are heard of."""
+        """`metrics` count failures that no caller waits for. `keep` is called with the addresses in use whenever the
+        membership is received."""
         host, _, port = settings.address.rpartition(":")
         if not host or not (port.isascii() and port.isdigit()):
             raise ConfigurationError(
@@ -86,8 +86,8 @@ class ClusterView:
         self._refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvstore-membership")
 
     def membership(self, timeout_s: float = math.inf) -> Membership:
-        """The members as last heard. Only the first time it waits for them, for `timeout_s` and `lookup_timeout_s` at
-        most. Raises NodeUnavailableError when none were ever heard of in time."""
+        """The latest membership. Only the first call waits, for at most `timeout_s` and `lookup_timeout_s`. Raises
+        NodeUnavailableError when no membership was received in time."""
         with self._lock:
             known = self._membership
             ttl_s = self._settings.transport.membership_ttl_s
@@ -104,19 +104,19 @@ class ClusterView:
 
     @property
     def canary_changes(self) -> int:
-        """Differs from what it was when a canary has been replaced; as old as the membership."""
+        """Counter that changes when a canary is replaced; as old as the membership."""
         with self._lock:
             return self._canary_changes
 
     def heard_canary_changes(self, changes: int) -> None:
-        """The coordinator said so in an answer to something else."""
+        """Record the counter from another answer of the coordinator."""
         with self._lock:
             self._canary_changes = changes
 
     def readers(self, content_ids: Sequence[bytes], timeout_s: float = math.inf) -> list[tuple[Member, ...]]:
-        """Where each content may be, best first, and last who owned it before the membership changed a moment ago:
-        chunks have not followed yet, and a coordinator that was restarted hears of its nodes one by one. Waits as
-        `membership`. Raises NodeUnavailableError when there is no node at all."""
+        """Members that may hold each content, best first, followed by those that owned it before a recent change:
+        chunks move later, and a restarted coordinator learns of its nodes one by one. Waits like
+        `membership`. Raises NodeUnavailableError when the cluster has no node."""
         membership = self.membership(timeout_s)
         with self._lock:
             placement, before = self._placement, self._before
@@ -134,9 +134,9 @@ class ClusterView:
         return [joined[row] for row in rows]
 
     def writers(self, content_ids: Sequence[bytes], timeout_s: float = math.inf) -> list[tuple[Member, ...]]:
-        """Where each content is to be stored now: on its owners, and in place of one that is paused or not heard of on
-        the next that readers try. Fewer than there are replicas when there are not enough such members. Waits as
-        `membership`. Raises NodeUnavailableError when there is no node at all."""
+        """Members to store each content on now: its owners, with the next reader in place of one that is paused or
+        unknown. Fewer than the number of replicas when there are not enough such members. Waits like `membership`.
+        Raises NodeUnavailableError when the cluster has no node."""
         rows = self.readers(content_ids, timeout_s)
         with self._lock:
             replicas = self._membership.replicas if self._membership is not None else 1
@@ -146,19 +146,19 @@ class ClusterView:
         return [chosen[id(row)] for row in rows]
 
     def refresh(self) -> None:
-        """Start asking for the membership, unless that is under way."""
+        """Start a refresh of the membership, unless one is in progress."""
         with self._lock:
             if self._refreshing:
                 return
             self._refreshing = True
         try:
             self._refresher.submit(self._refresh)
-        except RuntimeError:  # closed meanwhile
+        except RuntimeError:  # the client was closed
             self._refreshing = False
 
     def renew(self, timeout_s: float) -> bool:
-        """Whether the members have changed: asks the coordinator now, while something fails, for who has lost every
-        reader and has nothing else to wait for."""
+        """Ask the coordinator now and return whether the members have changed. For callers that have lost every reader
+        and have nothing else to wait for."""
         with self._lock:
             known, unrest = self._membership, time.monotonic() < self._unrest_until_s
         if timeout_s <= 0 or not unrest or self.is_paused(self._address):
@@ -170,8 +170,8 @@ class ClusterView:
         return known is None or renewed.members != known.members
 
     def pause(self, endpoint: str, why: str = "", *, until_it_answers: bool = False) -> None:
-        """Leave an address that failed alone for a while, twice as long each time it fails again; `why` is a sentence
-        for people. With `until_it_answers` no longer than until it does: it was out of reach, rather than slow or
+        """Skip a failed address for a while, twice as long after each further failure; `why` is a sentence for people.
+        With `until_it_answers` the pause ends as soon as the address answers: it was unreachable, rather than slow or
         wrong."""
         now_s = time.monotonic()
         with self._lock:
@@ -188,19 +188,19 @@ class ClusterView:
             return known is not None and time.monotonic() < known.until_s
 
     def why_paused(self, endpoint: str) -> str:
-        """What was wrong with an address that is paused."""
+        """Why an address is paused."""
         with self._lock:
             known = self._pauses.get(endpoint)
         return known.why if known is not None and known.why else f"{endpoint} failed a moment ago"
 
     def is_out_of_reach(self, endpoint: str) -> bool:
-        """Whether it is paused until it answers again, rather than for being slow or wrong."""
+        """Whether the address is paused until it answers again, rather than for being slow or wrong."""
         with self._lock:
             known = self._pauses.get(endpoint)
             return known is not None and known.until_it_answers and time.monotonic() < known.until_s
 
     def recovered(self, endpoint: str) -> None:
-        """The address works again: its next failure pauses it briefly."""
+        """Report that the address works again: its next failure pauses it briefly."""
         with self._lock:
             self._pauses.pop(endpoint, None)
 
@@ -208,18 +208,18 @@ class ClusterView:
         return rpc.CoordinatorStub(self._channels.to(self._address))
 
     def storage(self, endpoint: str) -> rpc.StorageStub:
-        """The calls that carry no KV bytes. Raises NodeUnavailableError after `close`, as `coordinator` and
-        `transport` do."""
+        """Stub for the calls that carry no KV bytes. Like `coordinator` and `transport` it raises NodeUnavailableError
+        after `close`."""
         return rpc.StorageStub(self._channels.to(endpoint))
 
     def transport(self, member: Member) -> Transport:
-        """How this member's KV bytes are read and written."""
+        """The transport for this member's KV bytes."""
         return self._transports.to(member, self._channels.to(member.endpoint))
 
     def finish_later(self, call: grpc.Future) -> None:
-        """Nobody waits for this call, except `close`."""
+        """Let a call finish that no code but `close` waits for."""
         with self._lock:
-            self._unawaited.add(call)  # a call that is collected is cancelled
+            self._unawaited.add(call)  # gRPC cancels a call whose object is collected
         call.add_done_callback(self._forget)
 
     def close(self) -> None:
@@ -236,7 +236,7 @@ class ClusterView:
         self._transports.close()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: give up what is the parent's, without a trace on its connections. Nothing else may be
+        """In a forked child: release the parent's resources without touching its connections. Nothing else may be
         called afterwards."""
         self._transports.leave_to_parent()
         self._channels.leave_to_parent()
@@ -253,7 +253,7 @@ class ClusterView:
 
     def _refresh(self) -> None:
         try:
-            # Before the probe: a node that came back elsewhere is not to be waited for where it was.
+            # Before the probe: a node that returned at another address must not be awaited at the old one.
             self._ask(self._settings.timeouts.lookup_s)
         except Exception as error:
             self._not_refreshed(error)
@@ -266,7 +266,7 @@ class ClusterView:
                 self._refreshing = False
 
     def _not_refreshed(self, error: Exception) -> None:
-        """Keep the old membership, and try again a whole interval later."""
+        """Keep the old membership, and try again after a full interval."""
         with self._lock:
             self._fetched_at_s = time.monotonic()
         if not isinstance(error, NodeUnavailableError):
@@ -305,10 +305,10 @@ class ClusterView:
         membership = _membership(reply)
         placement = Placement(membership.members, membership.replicas)
         with self._lock:
-            # Whatever its epoch: a coordinator that lost its catalogue starts counting anew.
+            # Any epoch is accepted: a coordinator that lost its catalogue counts from the start.
             known = self._membership
             if known is not None and known.members != membership.members and self._before is None:
-                # Of several changes the first counts.
+                # Of several changes, the first one counts.
                 self._before, self._before_until_s = self._placement, time.monotonic() + _CHANGE_S
                 self._members_before = known.members
             self._membership, self._placement = membership, placement
@@ -324,7 +324,7 @@ class ClusterView:
 
 
 def _membership(reply: pb.MembershipReply) -> Membership:
-    """Without members that nobody could talk to."""
+    """Membership from a reply, without members of unusable endpoint or weight."""
     usable = (m for m in reply.members[:_MAX_MEMBERS] if m.endpoint and 0 < m.weight < math.inf)
     members = tuple(
         Member(m.node_id, m.endpoint, m.weight, m.bulk_endpoint, m.domain, m.draining) for m in usable

@@ -1,4 +1,4 @@
-"""How KV bytes of one storage node are read and written."""
+"""Transports: how KV bytes are read from and written to one storage node."""
 
 from kvstore_client.transport.base import Memory, PutStream, ReadStream, Transport
 from kvstore_client.transport.bulk import BulkTransport

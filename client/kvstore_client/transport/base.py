@@ -1,4 +1,4 @@
-"""What every way to a storage node's KV bytes can do."""
+"""Interface of a transport for a storage node's KV bytes."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -8,66 +8,65 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 
 
 class ReadStream(Protocol):
-    """The answer to one read, in the order of its ranges; a range comes in one piece or in several.
+    """The answer to one read, in the order of its ranges; a range arrives in one or several pieces.
 
-    A piece's `data` stays as it is for as long as anybody refers to it or to a slice of it; then its memory may be
-    used again for another piece. Iterating raises TransferError, and only that. An answer that is not iterated to its
-    end must be cancelled.
+    A piece's `data` stays valid as long as anything refers to it or to a slice of it; afterwards its memory may be used
+    for another piece. Iterating raises only TransferError. A stream that is not iterated to its end must be cancelled.
     """
 
     @property
     def moved_at_s(self) -> float:
-        """When bytes last came, in monotonic time, also those of a piece that is not complete; -inf where a transport
-        sees pieces only."""
+        """Monotonic time at which bytes last arrived, including those of an incomplete piece; -inf where a transport
+        sees only whole pieces."""
 
     @property
     def incomplete_bytes(self) -> int:
-        """What has come of the piece that is waited for; 0 where a transport sees pieces only."""
+        """Received bytes of the incomplete piece; 0 where a transport sees only whole pieces."""
 
     def __iter__(self) -> Iterator[ReadPiece]: ...
 
     def cancel(self) -> None:
-        """End it now; also from another thread, and after the end."""
+        """End the stream now. Any thread may call it, also after the end."""
 
 
 class PutStream(Protocol):
-    """One reply per chunk of a put, in order. The steps are taken, in any thread, while the replies are waited for.
+    """One reply per chunk of a put, in order. The `steps` are consumed, in any thread, while the replies are awaited.
 
-    Iterating raises TransferError, and only that: a `steps` iterator that fails ends the put with the reason
-    `cancelled`, and nothing of the unfinished chunk is stored. Replies that are not iterated to their end must be
-    cancelled.
+    Iterating raises only TransferError: a failing `steps` iterator ends the put with the reason `cancelled`, and
+    nothing of the unfinished chunk is stored. A stream that is not iterated to its end must be cancelled.
     """
 
     @property
     def moved_at_s(self) -> float:
-        """As a ReadStream's."""
+        """Like that of a ReadStream."""
 
     @property
     def incomplete_bytes(self) -> int:
-        """As a ReadStream's."""
+        """Like that of a ReadStream."""
 
     def __iter__(self) -> Iterator[pb.PutReply]: ...
 
     def cancel(self) -> None:
-        """End it now; also from another thread, and after the end. Chunks that were acknowledged stay stored."""
+        """End the put now. Any thread may call it, also after the end. Acknowledged chunks stay stored."""
 
 
 class Memory(Protocol):
-    """Where received bytes lie."""
+    """Memory for received bytes, provided by the caller."""
 
     def take(self, size_bytes: int) -> memoryview:
-        """Writable memory for the next bytes: for `size_bytes` of them, or for fewer, and then it is asked again."""
+        """Writable memory for the next bytes: `size_bytes` of it, or less, and then the rest is requested again."""
 
 
 class Transport(Protocol):
-    """One storage node's data path. Thread-safe: several streams may be under way."""
+    """Data path of one storage node. Thread-safe: several streams may run at once."""
 
     def read(self, request: pb.ReadRequest, timeout_s: float, memory: Memory | None = None) -> ReadStream:
-        """Start reading; all of it has to arrive within `timeout_s`.
+        """Start a read, which must be complete within `timeout_s`.
 
-        Who gives `memory` has the bytes received there, range after range, where the transport receives in place: a
-        piece's `data` is then the very view that `take` returned. Otherwise its pieces lie in memory of its own."""
+        With `memory`, a transport that receives in place writes the bytes there, range after range, and a piece's
+        `data` is the view that `take` returned. Other transports use memory of their own.
+        """
 
     def put(self, steps: Iterator[pb.PutRequest | memoryview], timeout_s: float) -> PutStream:
-        """Start storing chunks. Each goes start, data..., end or revoke; a memoryview is data, and what it shows must
-        stay until its chunk was answered."""
+        """Start storing chunks. Each chunk is start, data..., and end or revoke. A memoryview is data; its content must
+        not change until its chunk is answered."""

@@ -1,4 +1,4 @@
-"""KV bytes through the bulk port: the fast way (kvstore_api.frames says what goes over the wire)."""
+"""Transport over the bulk port, the fast path for KV bytes (wire format: kvstore_api.frames)."""
 
 import logging
 import time
@@ -34,8 +34,8 @@ class Stream(Protocol[Message]):
 
 
 class BulkTransport:
-    """A pool of connections to one node. While nobody answers there, `fallback` is used instead, if there is one, and
-    the port is tried again every now and then."""
+    """A pool of connections to one node. While the port is unreachable, `fallback` is used instead, if there is one,
+    and the port is tried again periodically."""
 
     def __init__(
         self, connections: Connections, memory: ReceiveMemory, fallback: Transport | None = None
@@ -85,7 +85,7 @@ class BulkTransport:
 
 
 class BulkStream(Generic[Message]):
-    """What comes back from one exchange, or from the call that is made instead when there is no bulk port."""
+    """Answers of one exchange, or of the fallback's call when the bulk port is unreachable."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Connections to one node's bulk port, kept for the next request."""
+"""Pool of connections to one node's bulk port."""
 
 import socket
 import ssl
@@ -13,10 +13,10 @@ _IDLE_CONNECTIONS = 8
 
 
 class Connections:
-    """Thread-safe. A stream that was taken belongs to the taker, who keeps it, closes it or gives it back."""
+    """Thread-safe. An acquired connection belongs to the caller, who keeps it, closes it or releases it."""
 
     def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, name: str) -> None:
-        """`name` is who the certificate must speak for."""
+        """`name` is the name that the certificate must prove."""
         self._address = (host, port)
         self._tls = tls
         self.name = name
@@ -24,10 +24,10 @@ class Connections:
         self._idle: deque[ByteStream] = deque()
         self._closed = False
         self._open: weakref.WeakSet[ByteStream] = weakref.WeakSet()
-        """All that live, taken or idle."""
+        """All live connections, acquired or idle."""
 
     def kept(self) -> ByteStream | None:
-        """An idle connection that seems alive, the one used last."""
+        """The most recently used idle connection that seems alive, if any."""
         while True:
             with self._lock:
                 if not self._idle:
@@ -38,7 +38,7 @@ class Connections:
             stream.close()
 
     def connect(self, timeout_s: float) -> ByteStream:
-        """A new one. Raises OSError."""
+        """Open a new connection. Raises OSError."""
         connected = socket.create_connection(self._address, timeout_s)
         try:
             if self._tls is not None:
@@ -55,7 +55,7 @@ class Connections:
         return stream
 
     def give_back(self, stream: ByteStream) -> None:
-        """Nothing of the last answer is still to come."""
+        """Return a connection whose last answer has been received completely."""
         with self._lock:
             if not self._closed and len(self._idle) < _IDLE_CONNECTIONS:
                 self._idle.append(stream)
@@ -63,14 +63,14 @@ class Connections:
         stream.close()
 
     def drop_idle(self) -> None:
-        """The node was restarted: none of them is of use."""
+        """Close all idle connections: the node was restarted, so they are dead."""
         with self._lock:
             idle, self._idle = self._idle, deque()
         for stream in idle:
             stream.close()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: close its copies of the sockets, which does nothing to the connections."""
+        """In a forked child: close the child's copies of the sockets, which leaves the connections open."""
         for stream in list(self._open):
             stream.close()
 

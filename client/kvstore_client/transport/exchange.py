@@ -1,4 +1,4 @@
-"""One request to the bulk port: the connection it has, the time it has left, and how it ends."""
+"""One request to the bulk port: its connection, its remaining time, and its end."""
 
 import math
 import ssl
@@ -17,7 +17,7 @@ CONNECT_TIMEOUT_S = 1.0
 
 
 class UnreachableError(Exception):
-    """Nobody answers at the bulk port: there is no connection, or a new one has ended before its first answer."""
+    """The bulk port does not answer: connecting failed, or a new connection ended before its first answer."""
 
 
 class Exchange:
@@ -32,11 +32,11 @@ class Exchange:
         self._cancelled = False
         self._header = bytearray(frames.HEADER_BYTES)
         self.is_unproven = False
-        """Whether the connection is left from another request and may have ended since, unnoticed."""
+        """Whether the connection is reused from another request and may have ended unnoticed."""
         self._is_new = False
         self._is_answered = False
         self._received_bytes = 0
-        """By the connection, before what is received now."""
+        """Bytes received on the connection before the current receive."""
 
     @property
     def is_open(self) -> bool:
@@ -44,13 +44,13 @@ class Exchange:
 
     @property
     def moved_at_s(self) -> float:
-        """When bytes last came, in monotonic time."""
+        """Monotonic time at which bytes last arrived."""
         stream = self._stream
         return stream.received_at_s if stream is not None else -math.inf
 
     @property
     def incomplete_bytes(self) -> int:
-        """What has come since `receive_into` last returned."""
+        """Bytes received since `receive_into` last returned."""
         stream = self._stream
         return stream.received_bytes - self._received_bytes if stream is not None else 0
 
@@ -62,7 +62,7 @@ class Exchange:
         return max(0.0, self._until - time.monotonic())
 
     def open(self, *, fresh: bool = False) -> None:
-        """Get a connection. Raises UnreachableError."""
+        """Acquire a connection. Raises UnreachableError."""
         stream = None if fresh else self._connections.kept()
         self.is_unproven = stream is not None
         self._is_new = stream is None
@@ -70,10 +70,10 @@ class Exchange:
             try:
                 stream = self._connections.connect(min(CONNECT_TIMEOUT_S, self.remaining_s() + 1e-3))
             except ssl.SSLError as error:
-                raise TransferError("tls", f"no TLS with {self._connections.name}: {error}") from error
+                raise TransferError("tls", f"TLS with {self._connections.name} failed: {error}") from error
             except OSError as error:
                 raise UnreachableError(
-                    f"the bulk port of {self._connections.name} is not there: {error}"
+                    f"the bulk port of {self._connections.name} cannot be reached: {error}"
                 ) from error
         with self._lock:
             self._received_bytes = stream.received_bytes
@@ -82,7 +82,8 @@ class Exchange:
                 stream.abort()
 
     def open_again(self) -> None:
-        """What was kept has ended: the node was restarted, so the others have ended too. Raises UnreachableError."""
+        """Replace a reused connection that has ended: the node was restarted, so the other idle ones have ended, too.
+        Raises UnreachableError."""
         self.break_off()
         self._connections.drop_idle()
         self.open(fresh=True)
@@ -91,7 +92,7 @@ class Exchange:
         self.is_unproven = False
 
     def staying(self, *, anew: bool) -> AbstractContextManager[None]:
-        """Around what is sent and received; see ByteStream.staying."""
+        """Context for sending and receiving; see ByteStream.staying."""
         return self._connected().staying(anew=anew)
 
     def send(self, views: Sequence[memoryview | bytes]) -> None:
@@ -104,7 +105,7 @@ class Exchange:
         self._received_bytes = stream.received_bytes
 
     def receive_header(self, kind: FrameKind) -> FrameHeader:
-        """Of the next answer. Raises TransferError when it is of another kind."""
+        """Receive the header of the next answer. Raises TransferError when it is of another kind."""
         self.receive_into(self._header)
         self._is_answered = True
         header = unpack_header(self._header)
@@ -128,12 +129,12 @@ class Exchange:
         return TransferError("protocol", f"{self._connections.name} sent {what}")
 
     def rest(self, *, resting: bool) -> None:
-        """While it rests nothing is under way, and `cancel` leaves the connection to others."""
+        """While the exchange rests nothing is in progress, and `cancel` leaves the connection to others."""
         with self._lock:
             self._resting = resting
 
     def complete(self) -> None:
-        """All of the answer has come."""
+        """End the exchange after its last answer, and release the connection."""
         with self._lock:
             stream, self._stream = self._stream, None
         if stream is not None:
@@ -146,7 +147,7 @@ class Exchange:
                 stream.reset()
 
     def cancel(self) -> None:
-        """From any thread: whoever waits for this exchange fails."""
+        """End the exchange from any thread: whoever waits for it gets an error."""
         with self._lock:
             self._cancelled = True
             stream = self._stream
@@ -160,20 +161,20 @@ class Exchange:
 
     @contextmanager
     def beginning(self) -> Iterator[None]:
-        """Around what may be the first answer: raises UnreachableError when a new connection ends before it. So does
-        one to a port that speaks TLS, or that has too many connections already."""
+        """Context for what may be the first answer. Raises UnreachableError when a new connection ends before it, as
+        connections do to a port that speaks TLS, or that has too many connections."""
         try:
             yield
         except ConnectionError as error:
             if not self._is_new or self._is_answered or self._cancelled:
                 raise
             raise UnreachableError(
-                f"the bulk port of {self._connections.name} ended a new connection: {error}"
+                f"the bulk port of {self._connections.name} closed a new connection: {error}"
             ) from error
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """What goes wrong breaks the exchange off, and becomes a TransferError."""
+        """Context that breaks the exchange off after any error and raises it as TransferError."""
         try:
             yield
         except (OSError, UnreachableError) as error:

@@ -1,4 +1,4 @@
-"""KV bytes through the Storage service's own streams: works wherever gRPC does."""
+"""Transport over the Storage service's streams, which works wherever gRPC does."""
 
 import math
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ Message = TypeVar("Message", covariant=True)
 
 
 class GrpcTransport:
-    """The two calls that carry KV bytes, freed of the copies that the generated classes make."""
+    """The two calls that carry KV bytes, without the copies that the generated classes make."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._read = channel.unary_stream(
@@ -48,7 +48,7 @@ class GrpcTransport:
 
 
 class GrpcStream(Generic[Message]):
-    """A call's answers, with its errors as TransferError."""
+    """Answers of a call; its errors are raised as TransferError."""
 
     moved_at_s = -math.inf
     incomplete_bytes = 0

@@ -1,4 +1,4 @@
-"""Where received bytes lie: memory that was touched before, given back by itself."""
+"""Pool of receive memory, which returns by itself."""
 
 import weakref
 from collections import deque
@@ -9,19 +9,18 @@ from numpy.typing import NDArray
 LARGEST_BYTES = 32 << 20
 _SMALLEST_BYTES = 64 << 10
 _KEPT_BYTES = 64 << 20
-"""In all: what a fetch may have waiting for its decoder."""
+"""Limit on pooled memory in total: what a fetch may queue for its decoder."""
 
 
 class ReceiveMemory:
-    """Lends memory until nobody refers to it any more, and then lends it again. Thread-safe.
+    """Lends memory until nothing refers to it any more, then lends it again. Thread-safe.
 
-    The first write to fresh pages runs at 1-2 GB/s, warm memory takes 25 GB/s. Sizes are powers of two, so that what
-    one range leaves fits the next.
+    The first write to fresh pages runs at 1-2 GB/s, warm memory takes 25 GB/s. Sizes are powers of two, so that memory
+    of one range fits the next.
     """
 
     def __init__(self) -> None:
-        # Memory may come back in the middle of anything, whenever an object is collected: appending to a deque and
-        # popping from it take no lock.
+        # Memory may return at any time, whenever an object is collected: deque.append and deque.pop take no lock.
         self._free: dict[int, deque[NDArray[np.uint8]]] = {}
         size_bytes = _SMALLEST_BYTES
         while size_bytes <= LARGEST_BYTES:
@@ -29,7 +28,7 @@ class ReceiveMemory:
             size_bytes *= 2
 
     def take(self, size_bytes: int) -> memoryview:
-        """`size_bytes` writable bytes, at most LARGEST_BYTES. They are lent for as long as the view or a slice of it
+        """`size_bytes` writable bytes, at most LARGEST_BYTES. They are lent as long as the view or a slice of it
         exists."""
         if size_bytes < _SMALLEST_BYTES // 2:
             return memoryview(bytearray(size_bytes))

@@ -1,4 +1,4 @@
-"""Storing over the bulk port."""
+"""Puts over the bulk port."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -8,15 +8,15 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.transport.exchange import Exchange
 from kvstore_codec.errors import TransferError
 
-# Chunks that may be unanswered while the next one is encoded.
+# Maximum number of unanswered chunks while the next one is encoded.
 _MOST_UNANSWERED = 8
-# Sent at once where the steps come in smaller pieces.
+# Smaller pieces are collected up to this size before they are sent.
 _SEND_BYTES = 4 << 20
 Step = pb.PutRequest | memoryview
 
 
 class Steps:
-    """The steps of a put. What was taken is kept until a chunk is answered, so that they can begin `again`."""
+    """The steps of a put. Keeps consumed steps until a chunk is answered, so that they can be repeated by `again`."""
 
     def __init__(self, steps: Iterator[Step]) -> None:
         self._steps = steps
@@ -40,10 +40,11 @@ class Steps:
 
 
 def put_chunks(exchange: Exchange, steps: Steps) -> Iterator[pb.PutReply]:
-    """Sends up to _SEND_BYTES at once, and everything of a chunk before it asks for more than the chunk's end.
+    """Send the chunks and yield their replies. Sends up to _SEND_BYTES at once, and all of a chunk before the chunk's
+    end is consumed.
 
-    A chunk that is revoked, or has another size than announced, costs the connection: that is how the node learns
-    that it must not be stored.
+    A chunk that is revoked, or does not have its announced size, costs the connection: that tells the node not to store
+    it.
     """
     unanswered = 0
     for start in steps:
@@ -64,9 +65,9 @@ def put_chunks(exchange: Exchange, steps: Steps) -> Iterator[pb.PutReply]:
 
 
 def _send_chunk(exchange: Exchange, first: Step, steps: Iterator[Step]) -> pb.PutReply | None:
-    """Takes a chunk's steps. Returns None when it was sent, or else what became of it instead."""
+    """Consume and send a chunk's steps. Returns None when the chunk was sent, else the reply in place of the node's."""
     if isinstance(first, memoryview) or first.WhichOneof("step") != "start":
-        raise TransferError("protocol", "a put begins with its start")
+        raise TransferError("protocol", "a put begins with a start step")
     message: bytes = first.start.SerializeToString()
     waiting: list[memoryview | bytes] = [pack_header(FrameKind.PUT, len(message)), message]
     waiting_bytes = 0
@@ -89,17 +90,19 @@ def _send_chunk(exchange: Exchange, first: Step, steps: Iterator[Step]) -> pb.Pu
             return None
         elif kind == "end":
             came = first.start.size_bytes - left
-            reason = f"the chunk was announced with {first.start.size_bytes} bytes, but {came} came"
+            reason = f"the chunk was announced with {first.start.size_bytes} bytes, but has {came}"
             return pb.PutReply(status=pb.PUT_STATUS_INVALID, message=reason)
         elif kind == "revoke":
             return pb.PutReply(status=pb.PUT_STATUS_REVOKED)
         else:
             break
-    raise TransferError("protocol", "a put goes start, data..., end or revoke; this one breaks off")
+    raise TransferError(
+        "protocol", "a put consists of start, data..., and end or revoke; this one is cut off"
+    )
 
 
 def _send(exchange: Exchange, views: Sequence[memoryview | bytes]) -> None:
-    """Once more, if the connection had ended unnoticed since the last request."""
+    """Send, and try once more if a reused connection had ended unnoticed."""
     if not exchange.is_open:
         exchange.open()
     try:

@@ -1,4 +1,4 @@
-"""Reading over the bulk port."""
+"""Reads over the bulk port."""
 
 from collections.abc import Iterator
 from typing import cast
@@ -12,8 +12,8 @@ from kvstore_client.transport.memory import LARGEST_BYTES
 
 
 def read_ranges(exchange: Exchange, request: pb.ReadRequest, memory: Memory) -> Iterator[ReadPiece]:
-    """Each range in one piece, or in several where it has more than LARGEST_BYTES. Not asking for more is what slows
-    the node down: it sends as fast as this is iterated."""
+    """Each range in one piece, or in several if it has more than LARGEST_BYTES. The node sends only as fast as the
+    caller iterates."""
     count = len(request.ranges)
     if not count:
         exchange.complete()
@@ -36,7 +36,7 @@ def read_ranges(exchange: Exchange, request: pb.ReadRequest, memory: Memory) -> 
             continue
         left = header.length
         while left:
-            # Whatever length is announced, no more memory is taken than comes to be filled.
+            # Memory is taken only for the next piece, whatever length is announced.
             data = memory.take(min(left, LARGEST_BYTES))
             with exchange.staying(anew=False):
                 exchange.receive_into(data)
@@ -48,7 +48,7 @@ def read_ranges(exchange: Exchange, request: pb.ReadRequest, memory: Memory) -> 
 
 
 def _ask(exchange: Exchange, request: pb.ReadRequest) -> FrameHeader:
-    """Send the request and wait for the first answer; once more, if the connection had ended unnoticed."""
+    """Send the request and wait for the first answer; try once more if a reused connection had ended unnoticed."""
     message = request.SerializeToString()
     question = [pack_header(FrameKind.READ, len(message)), message]
     try:

@@ -1,4 +1,4 @@
-"""Which transport goes to which storage node."""
+"""Selects the transport for each storage node."""
 
 import ssl
 import threading
@@ -17,9 +17,9 @@ from kvstore_codec.errors import ConfigurationError
 
 
 class Transports:
-    """The bulk port of a member that has one, and gRPC for the others or while the port cannot be reached. Thread-safe.
+    """The bulk port of members that have one; gRPC for others, and while the port is unreachable. Thread-safe.
 
-    With `tls_ca` nothing but TLS is spoken: KV bytes of a member without a bulk port cannot be had then.
+    With `tls_ca` only TLS is used: KV bytes of a member without a bulk port are then unavailable.
     """
 
     def __init__(self, settings: ClientSettings) -> None:
@@ -30,27 +30,27 @@ class Transports:
         self._bulk: dict[str, tuple[Member, BulkTransport]] = {}  # by node_id
 
     def to(self, member: Member, channel: grpc.Channel) -> Transport:
-        """`channel` leads to the member's gRPC endpoint."""
+        """The member's transport; `channel` leads to its gRPC endpoint."""
         if self._tls is None and not self._reaches_bulk(member):
             return GrpcTransport(channel)
         with self._lock:
             known, transport = self._bulk.get(member.node_id, (None, None))
             if transport is None or known != member:
-                if transport is not None:  # the node was started anew, elsewhere
+                if transport is not None:  # the node was restarted at another address
                     transport.close()
                 transport = self._connect(member, channel)
                 self._bulk[member.node_id] = member, transport
             return transport
 
     def keep(self, node_ids: Collection[str]) -> None:
-        """Forget all other members, whose idle connections are closed."""
+        """Forget all other members and close their idle connections."""
         with self._lock:
             gone = [self._bulk.pop(node_id)[1] for node_id in self._bulk.keys() - set(node_ids)]
         for transport in gone:
             transport.close()
 
     def _reaches_bulk(self, member: Member) -> bool:
-        """Who routes a member's gRPC endpoint elsewhere means all of its bytes."""
+        """Whether to use the bulk port. Not where a route exists for the gRPC endpoint alone: it is meant for all bytes."""
         routes = self._settings.transport.routes
         return bool(_port(member.bulk_endpoint)) and (
             member.endpoint not in routes or member.bulk_endpoint in routes
@@ -64,12 +64,12 @@ class Transports:
         return BulkTransport(connections, self._memory, None if self._tls else GrpcTransport(channel))
 
     def leave_to_parent(self) -> None:
-        """See ClusterView. Locks are left alone: nobody will release them."""
+        """See ClusterView. Takes no lock: a thread of the parent may hold it."""
         for _, transport in self._bulk.values():
             transport.leave_to_parent()
 
     def close(self) -> None:
-        """Idle connections; those in use are closed by their users."""
+        """Close idle connections; users close the others."""
         with self._lock:
             transports = list(self._bulk.values())
             self._bulk.clear()
@@ -78,7 +78,7 @@ class Transports:
 
 
 def _port(address: str) -> int:
-    """0 for an address that names none."""
+    """Port of an address; 0 for an address without one."""
     port = address.rpartition(":")[2]
     return int(port) if port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 1 << 16 else 0
 
