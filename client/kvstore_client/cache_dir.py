@@ -1,4 +1,4 @@
-"""Where a machine keeps what it can get again: calibrations, profiles, tuned ratios, converted models."""
+"""Folder for this machine's reproducible files: calibrations, profiles, tuned ratios, converted models."""
 
 import os
 import stat
@@ -6,14 +6,14 @@ import tempfile
 from pathlib import Path
 
 NOWHERE = Path(os.devnull) / "kvstore"
-"""A folder that never exists and cannot be made: readers find nothing, and writers fail with an OSError."""
+"""A folder that never exists and cannot be created: readers find nothing, and writers fail with an OSError."""
 
 
 def default_cache_dir() -> Path:
     """`KVSTORE_CACHE_DIR`, else `$XDG_CACHE_HOME/kvstore`, else `~/.cache/kvstore`.
 
     A user without a home folder (a container that runs under a user id of its own) gets `kvstore-<uid>` in the folder
-    for temporary files, which this makes, readable by that user only. Where not even that can be had, NOWHERE.
+    for temporary files; this call creates it, readable by that user only. Where that fails, NOWHERE.
     """
     for variable, below in (("KVSTORE_CACHE_DIR", ""), ("XDG_CACHE_HOME", "kvstore")):
         if chosen := os.environ.get(variable):
@@ -25,7 +25,7 @@ def default_cache_dir() -> Path:
 
 
 def expanded(path: Path) -> Path:
-    """`path` with `~` replaced. Raises ValueError when that user has no home folder."""
+    """`path` with `~` expanded. Raises ValueError when that user has no home folder."""
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -35,7 +35,7 @@ def expanded(path: Path) -> Path:
 
 
 def _temporary_folder() -> Path:
-    """Anybody may write into the folder for temporary files, so one that was made by somebody else is not used."""
+    """Every user may write into the folder for temporary files, so a folder that another user created is not used."""
     try:
         folder = Path(tempfile.gettempdir()) / f"kvstore-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)

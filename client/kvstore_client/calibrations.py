@@ -1,4 +1,4 @@
-"""Calibrations: got once per machine, then read from its disk."""
+"""Calibrations: downloaded once per machine, then read from its disk."""
 
 import io
 import threading
@@ -23,7 +23,7 @@ class Calibrations:
     """The cluster's calibration registry, and this machine's cache of it in `<cache_dir>/calibrations`, which any
     number of processes share. Thread-safe.
 
-    A calibration is bytes here. What `load` returns always has the digest that was asked for, wherever it came from.
+    A calibration is a byte string here. What `load` returns always has the requested digest, whatever its source.
     """
 
     def __init__(self, view: ClusterView, settings: ClientSettings, metrics: ClientMetrics) -> None:
@@ -36,7 +36,7 @@ class Calibrations:
         self._closed = False
 
     def close(self) -> None:
-        """From now on only the cache is read. Downloads under way are broken off."""
+        """Read only from the cache from now on, and abort downloads in progress."""
         with self._lock:
             self._closed = True
             downloads = list(self._downloads)
@@ -44,8 +44,9 @@ class Calibrations:
             call.cancel()
 
     def find(self, model_digest: bytes) -> bytes | None:
-        """The digest of the model's newest calibration. None when it has none, or when the registry does not say so
-        within `lookup_timeout_s`; that is counted as `calibration_...`, and not asked again for a while."""
+        """Digest of the model's newest calibration. None when the model has none, or when the registry does not answer
+        within `lookup_timeout_s`; that is counted as `calibration_...`, and the registry is not asked again for a
+        while."""
         request = pb.FindCalibrationRequest(model_digest=model_digest)
         if not self._may_ask(model_digest):
             return None
@@ -68,8 +69,8 @@ class Calibrations:
         return digest or None
 
     def load(self, digest: bytes) -> bytes | None:
-        """The calibration of that digest, from the disk when it is there, else from the registry within
-        `calibration_timeout_s`. None when it cannot be had; the reason is counted as `calibration_...`."""
+        """The calibration with this digest, from the disk if it is there, else from the registry within
+        `calibration_timeout_s`. None when it is unavailable; the reason is counted as `calibration_...`."""
         path = self._folder / f"{digest.hex()}.kvcal"
         data = self._read(path, digest)
         if data is None and self._may_ask(digest):
@@ -79,8 +80,8 @@ class Calibrations:
         return data
 
     def publish(self, data: bytes, model_digest: bytes, *, timeout_s: float = 600.0) -> bytes:
-        """Makes `data` the newest calibration of a model and returns its digest. An act of an operator, so unlike the
-        others it raises: PublishError, which says why the registry did not take it."""
+        """Make `data` the newest calibration of a model and return its digest. An operator's action, so unlike the
+        others it raises: PublishError with the registry's reason."""
         digest = blake3(data).digest()
         if self._closed:
             raise PublishError(f"calibration {digest.hex()[:12]} was not published: this client is closed")
@@ -89,7 +90,7 @@ class Calibrations:
             self._view.coordinator().PutCalibration(_steps(info, data), timeout=timeout_s)
         except grpc.RpcError as error:
             raise PublishError(
-                f"calibration {digest.hex()[:12]} was not taken by {self._settings.address}: "
+                f"calibration {digest.hex()[:12]} was not accepted by {self._settings.address}: "
                 f"{error.code().name}: {error.details()}"
             ) from error
         return digest
@@ -130,13 +131,13 @@ class Calibrations:
         return data.getvalue()
 
     def _read(self, path: Path, digest: bytes) -> bytes | None:
-        """From the cache. A damaged file is deleted, so that it is got again."""
+        """Read a calibration from the cache. A damaged file is deleted, so that it is downloaded again."""
         try:
             data = path.read_bytes()
             if blake3(data).digest() == digest:
                 return data
             self._metrics.missed(
-                MissReason.CALIBRATION_CACHE_DAMAGED, detail=f"{path} was damaged and is fetched again"
+                MissReason.CALIBRATION_CACHE_DAMAGED, detail=f"{path} is damaged and is downloaded again"
             )
             path.unlink(missing_ok=True)
         except FileNotFoundError:
@@ -148,32 +149,33 @@ class Calibrations:
         return None
 
     def _keep(self, path: Path, data: bytes) -> None:
-        """Into the cache. Not synced: every read verifies. Processes that write the same file replace each other's."""
+        """Write a calibration to the cache. Not synced: every read verifies. Processes that write the same file replace
+        each other's."""
         try:
             replace_file(path, data)
         except OSError as error:
             self._metrics.missed(
                 MissReason.CALIBRATION_CACHE_UNWRITABLE,
-                detail=f"{self._folder} cannot be written ({error.strerror}), so that every process fetches its "
-                "calibrations anew; set KVSTORE_CACHE_DIR to a writable folder",
+                detail=f"{self._folder} cannot be written ({error.strerror}), so every process downloads its "
+                "calibrations again; set KVSTORE_CACHE_DIR to a writable folder",
             )
 
     def _may_ask(self, digest: bytes) -> bool:
         paused = MissReason.CALIBRATION_PAUSED if self._view.is_paused(_pause_key(digest)) else None
         reason = MissReason.CALIBRATION_CLOSED if self._closed else paused
         if reason is not None:
-            self._metrics.missed(reason, detail=None)  # what led to it was logged
+            self._metrics.missed(reason, detail=None)  # the cause was logged before
         return reason is None
 
     def _failed(self, digest: bytes, reason: MissReason, what: str) -> None:
-        """`what` is what the registry did."""
+        """Record a failure; `what` says what the registry did."""
         detail = f"no calibration from the coordinator at {self._settings.address}, which {what}"
         self._metrics.missed(reason, detail=None if reason is MissReason.CALIBRATION_CLOSED else detail)
         self._view.pause(_pause_key(digest), detail)
 
 
 def _pause_key(digest: bytes) -> str:
-    # Not the coordinator's address: a slow download, or one that does not exist, says nothing about membership.
+    # Not the coordinator's address: a slow or missing download does not affect the membership.
     return f"calibration {digest.hex()}"
 
 

@@ -1,4 +1,4 @@
-"""The cluster's canaries: whether a model computes here what the cluster's chunks of it were computed with."""
+"""The cluster's canaries: whether a model computes the same KV here as where the cluster's chunks were computed."""
 
 import logging
 import os
@@ -27,23 +27,23 @@ _TRANSFER_TIMEOUT_S = 10.0
 """A canary is up to 4 MiB: 3.4 s at 10 Mbit/s."""
 
 FINAL = ("canary_differs", "canary_failed")
-"""Reasons that do not go away by waiting: nothing of such a model is worth storing."""
+"""Reasons that do not go away by waiting: such a model's KV is not worth storing."""
 
 FAILED = ("unreachable", "canary_failed")
-"""Reasons that say nothing about the model: it is compared again after a pause."""
+"""Reasons that do not concern the model's KV: it is compared again after a pause."""
 
 _SOFTWARE = ("torch", "transformers", "kvstore-service")
 
 
 @dataclass(frozen=True, slots=True)
 class KeptCanary:
-    """What the cluster keeps of a model. `sketch` is empty where it keeps nothing at present."""
+    """The canary that the cluster keeps for a model. `sketch` is empty where it keeps none at present."""
 
     generation: int
     sketch: bytes
     origin: pb.Origin
     changes: int
-    """`ClusterView.canary_changes` as of then."""
+    """Value of `ClusterView.canary_changes` at that time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +53,16 @@ class Verdict:
     reason: str | None
     """None: it may. Otherwise one word for the metrics."""
     message: str
-    """For a person."""
+    """A sentence for people."""
     generation: int = 0
     changes: int = 0
     comparison: Comparison | None = None
-    """Where KV was compared."""
+    """Differences, where KV was compared."""
 
 
 class Canaries:
     """Thread-safe. Calls that ask the coordinator take seconds at most, and raise NodeUnavailableError when it does not
-    answer, or does not know canaries yet."""
+    answer or does not support canaries yet."""
 
     def __init__(self, view: ClusterView, settings: ClientSettings) -> None:
         self._view, self._settings = view, settings
@@ -70,48 +70,49 @@ class Canaries:
         self._generations: dict[bytes, int] = {}
 
     def generation(self, model_digest: bytes) -> int:
-        """What chunks of the model are named with besides its digest, as of the last verdict; 0 before the first."""
+        """Generation of the model's canary as of the last verdict; part of the chunks' names. 0 before the first
+        verdict."""
         with self._lock:
             return self._generations.get(model_digest, 0)
 
     @property
     def changes(self) -> int:
-        """Differs from that of a verdict when a canary has been replaced since."""
+        """Counter that differs from a verdict's when a canary was replaced since."""
         return self._view.canary_changes
 
     def is_paused(self, spec: ModelSpec) -> bool:
-        """Whether a comparison failed a moment ago."""
+        """Whether a comparison of this model failed recently."""
         return self._view.is_paused(_pause_key(spec))
 
     def note(self, spec: ModelSpec, verdict: Verdict) -> None:
-        """A comparison ended; one that failed is left alone for a while, longer each time."""
+        """Record the verdict of a comparison. A failed comparison is paused, longer after each further failure."""
         if verdict.reason is None:
             self._view.recovered(_pause_key(spec))
         else:
             self._view.pause(_pause_key(spec))
 
     def get(self, spec: ModelSpec) -> KeptCanary:
-        """What the cluster keeps of a model."""
-        self._view.membership()  # fails sooner where nobody listens
+        """The canary that the cluster keeps for a model."""
+        self._view.membership()  # fails sooner when the coordinator is unreachable
         request = pb.GetCanaryRequest(model_digest=spec.digest)
         with _unavailable():
             return self._kept(self._view.coordinator().GetCanary(request, timeout=_TRANSFER_TIMEOUT_S))
 
     def compared(self, spec: ModelSpec, kept: KeptCanary, probe: Probe, own: ProbeKV, device: str) -> Verdict:
-        """Compares what this worker computed of `probe` with `kept`, or makes it the model's canary where there is
-        none. Raises CanaryError when `own` is no KV of this model."""
+        """Compare this worker's KV of `probe` with `kept`, or make it the model's canary where there is none. Raises
+        CanaryError when `own` is not KV of this model."""
         origin = _origin(spec, device)
         if not kept.sketch:
             kept = self._put(spec, kept.generation, own.to_bytes(spec, probe), origin)
             if not kept.sketch:
-                return Verdict("canary_pending", "the canary was replaced meanwhile", changes=-1)
+                return Verdict("canary_pending", "the canary was replaced during the comparison", changes=-1)
         try:
             kept_probe, theirs = read_probe_kv(kept.sketch, spec)
         except CanaryError as error:
             return self._refused(spec, kept, origin, str(error))
         if kept_probe != probe:
             return self._refused(
-                spec, kept, origin, f"it was made of {kept_probe}, and {probe} is this model's"
+                spec, kept, origin, f"it was computed from {kept_probe}, and this model's probe is {probe}"
             )
         found = compare(own, theirs, spec)
         if not found.agrees:
@@ -142,7 +143,7 @@ class Canaries:
         made_by = kept.origin
         maker = printable(f"{made_by.host} (pid {made_by.pid}, {made_by.software}, {made_by.device})")
         message = (
-            f"{spec.model_id} computes something else here than where its canary was made, on {maker}: {how}. "
+            f"{spec.model_id} computes other KV here than where its canary was made, on {maker}: {how}. "
             "Nothing is reused or stored. Look for hooks, patched modules, other kernels or quantisation here; if the "
             f"other side was wrong: `kvstore models replace {spec.digest.hex()[:12]}`"
         )
@@ -163,7 +164,7 @@ def _unavailable() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise NodeUnavailableError(f"the coordinator {told(error)} when it was asked for a canary") from error
-    except ValueError as error:  # of a channel that was closed meanwhile
+    except ValueError as error:  # from a channel that was closed meanwhile
         raise NodeUnavailableError(f"the coordinator was not asked: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""The gRPC channels of a client: one to each address that is in use."""
+"""The gRPC channels of a client: one to each address in use."""
 
 import ctypes
 import threading
@@ -16,30 +16,30 @@ _OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A channel of a forked child must not find the connection of its parent's channel.
+    # A forked child's channel must not reuse the connection of the parent's channel.
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
 
 class Channels:
-    """Opened when first asked for, until `close`. Thread-safe."""
+    """Opens channels on first use, until `close`. Thread-safe."""
 
     def __init__(self, routes: Mapping[str, str], *, longest_call_s: float) -> None:
-        """`routes` are addresses to dial instead of others. Nobody begins a call on a channel that was given out
+        """`routes` maps addresses to the addresses to dial instead. No call begins on a channel returned more than
         `longest_call_s` ago, and no call lasts longer."""
         self._routes, self._longest_call_s = routes, longest_call_s
         self._lock = threading.Lock()
         self._closed = False
         self._open: dict[str, tuple[grpc.Channel, grpc.Channel]] = {}
-        """By address, and the same by which calls are made."""
+        """By address: the channel, and the intercepted channel for calls."""
         self._retired: list[tuple[float, grpc.Channel]] = []
-        """Those to addresses that are not in use any more, and until when they may still be called."""
+        """Channels to addresses no longer in use, and until when they may still be called."""
 
     def to(self, address: str) -> grpc.Channel:
-        """Raises NodeUnavailableError after `close`."""
+        """The channel to an address. Raises NodeUnavailableError after `close`."""
         with self._lock:
             if self._closed:
-                raise NodeUnavailableError(f"{address} is not called any more: the client was closed")
+                raise NodeUnavailableError(f"{address} is not called: the client was closed")
             if address not in self._open:
                 channel = grpc.insecure_channel(self._routes.get(address, address), options=_OPTIONS)
                 self._open[address] = channel, grpc.intercept_channel(channel, GATE)
@@ -57,12 +57,12 @@ class Channels:
             channel.close()
 
     def __len__(self) -> int:
-        """Channels to addresses in use."""
+        """Number of channels to addresses in use."""
         with self._lock:
             return len(self._open)
 
     def close(self) -> None:
-        """End all calls. What is still called afterwards is unavailable."""
+        """End all calls. Later calls are unavailable."""
         with self._lock:
             self._closed = True
             channels = [channel for channel, _ in self._open.values()]
@@ -73,6 +73,5 @@ class Channels:
             channel.close()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: gRPC's objects are never taken apart here, which would end the connections that the
-        parent uses."""
+        """In a forked child: keep gRPC's objects alive, because destroying them would end the parent's connections."""
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))

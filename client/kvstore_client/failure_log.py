@@ -1,4 +1,4 @@
-"""Failures that the engine never sees, told to people: a warning per cause and minute."""
+"""Log of failures that the engine never sees: one warning per cause and minute."""
 
 import logging
 import math
@@ -13,19 +13,19 @@ _MOST_CAUSES = 256
 
 
 class FailureLog:
-    """Writes one WARNING per cause and minute, however often it happens. Thread-safe.
+    """Logs one WARNING per cause and minute, however often the cause occurs. Thread-safe.
 
-    Remembers the 256 causes that were logged last; one that is forgotten is logged again.
+    Remembers the 256 most recently logged causes; a forgotten one is logged again.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._causes: dict[str, tuple[float, int]] = {}
-        """When each was logged, and how often it has happened since, the latest logged last."""
+        """Time of the last line and number of failures since, by cause; the latest logged cause is last."""
 
     def warn(self, cause: str, message: str, error: Exception | None = None) -> None:
-        """With the traceback of `error`, if one is given."""
+        """Log a failure, with the traceback of `error` if given."""
         now_s = self._clock()
         with self._lock:
             logged_at_s, since = self._causes.get(cause, (-math.inf, 0))

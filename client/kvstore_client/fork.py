@@ -1,10 +1,10 @@
-"""What happens to clients when their process forks.
+"""Fork safety of clients.
 
-A child has none of its parent's threads, shares its sockets, and finds locks as other threads held them. Objects that
-have any of these are renewed in the child before it runs anything else.
+A child has none of its parent's threads, shares its sockets, and inherits locks that other threads held. Objects with
+any of these are reset in the child before it runs anything else.
 
-gRPC survives a fork only while no call is under way. Measured with grpcio 1.85: with calls under way 3 % of the
-children crashed, and calls of the parent failed; without, none of 1,500. So a fork waits a moment for the calls of all
+gRPC survives a fork only while no call is in progress. Measured with grpcio 1.85: with calls in progress 3 % of the
+children crashed, and calls of the parent failed; without, none of 1,500. So a fork waits briefly for the calls of all
 clients, and new calls wait for the fork.
 """
 
@@ -20,7 +20,7 @@ import grpc
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 1.0
-"""How long a fork waits for calls that are under way. A lookup takes some milliseconds."""
+"""How long a fork waits for calls in progress, seconds. A lookup takes some milliseconds."""
 
 Owner = TypeVar("Owner")
 _renewals: "weakref.WeakKeyDictionary[Any, Callable[[Any], object]]" = weakref.WeakKeyDictionary()
@@ -28,7 +28,7 @@ _renewals: "weakref.WeakKeyDictionary[Any, Callable[[Any], object]]" = weakref.W
 
 def renew_in_children(owner: Owner, renew: Callable[[Owner], object]) -> None:
     """Call `renew(owner)` in every child that this process forks while `owner` lives, and in their children. The child
-    has one thread then. Owners that registered first come first."""
+    has one thread then. Owners are renewed in the order of registration."""
     _renewals[owner] = renew
 
 
@@ -36,8 +36,8 @@ def _renew_all() -> None:
     for owner, renew in list(_renewals.items()):
         try:
             renew(owner)
-        except Exception:  # a mistake of ours must not end the child
-            log.exception("%s could not be renewed after a fork", type(owner).__name__)
+        except Exception:  # a bug in this package must not end the child
+            log.exception("%s could not be reset after a fork", type(owner).__name__)
 
 
 class CallGate(
@@ -46,12 +46,12 @@ class CallGate(
     grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
     grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
 ):
-    """Counts the gRPC calls that pass through it, and holds new ones up while the process forks. Thread-safe."""
+    """Counts the gRPC calls that pass through it, and delays new ones while the process forks. Thread-safe."""
 
     def __init__(self) -> None:
         self._renew()
         self.calls_at_fork = 0
-        """In a child: calls that were under way when it was forked. gRPC may crash if it is used then."""
+        """In a child: number of calls in progress at the fork. If not 0, gRPC may crash when used."""
 
     def _renew(self) -> None:
         self._changed = threading.Condition()
@@ -59,7 +59,8 @@ class CallGate(
         self._calls = 0
 
     def before_fork(self) -> None:
-        """Leaves the lock held, so that no other thread holds it in the child."""
+        """Block new calls and wait for those in progress. Keeps the lock held, so that no other thread holds it in the
+        child."""
         self._changed.acquire()
         self._forking = True
         self._changed.wait_for(lambda: not self._calls, PATIENCE_S)
@@ -82,7 +83,7 @@ class CallGate(
         except BaseException:
             self._leave()
             raise
-        call.add_done_callback(self._leave)  # at once, if it has ended
+        call.add_done_callback(self._leave)  # called at once if the call has ended
         return call
 
     def _leave(self, _call: object = None) -> None:
@@ -98,8 +99,8 @@ GATE = CallGate()
 
 
 REGISTRY_LOCK = threading.RLock()
-"""Around every count in Prometheus' registry, whose own locks no other thread then holds in a child. The thread that
-forks may hold it itself: in a signal handler that interrupted a count."""
+"""Held around every count in Prometheus' registry, so that no other thread holds the registry's own locks at a fork.
+Reentrant: a signal handler that interrupted a count may fork."""
 
 
 def _in_child() -> None:

@@ -1,4 +1,4 @@
-"""What a failed gRPC call says to people."""
+"""Messages for people about failed gRPC calls."""
 
 import grpc
 
@@ -8,7 +8,7 @@ _MOST_CHARACTERS = 200
 
 
 def told(error: grpc.RpcError) -> str:
-    """The rest of a sentence that begins with an address: `refused the connection`, `did not answer in time`."""
+    """A predicate for a sentence that begins with an address: `refused the connection`, `did not answer in time`."""
     code, details = error.code(), (error.details() or "")[-_MOST_CHARACTERS:]
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "did not answer in time"
@@ -24,8 +24,8 @@ def told(error: grpc.RpcError) -> str:
 
 
 def unreachable(error: NodeUnavailableError, address: str) -> str:
-    """What to tell people when nothing can be reused or stored."""
+    """Message for people when nothing can be reused or stored."""
     return (
         f"{error}: KV is computed, and not shared. Check that `kvstore serve` runs and that KVSTORE_ADDRESS "
-        f"({address}) is where it listens; `kvstore status --address {address}` asks it"
+        f"({address}) is its address; `kvstore status --address {address}` asks it"
     )

@@ -1,17 +1,16 @@
-"""Files in `cache_dir` that are kept between runs: replaced whole, and ignored when they are damaged."""
+"""Files in `cache_dir`: replaced atomically, and ignored when damaged."""
 
 import os
 import tempfile
 from pathlib import Path
 
 UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError)
-"""What reading and interpreting a JSON file raises when it cannot be read, is no JSON, or holds something else than
-expected."""
+"""Exceptions raised by reading and interpreting a JSON file that is unreadable, invalid, or has unexpected content."""
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write the file and its folder, so that every reader sees either the former file or all of `data`. Not synced.
-    Raises OSError when it cannot be written."""
+    """Write the file, creating its folder, so that every reader sees either the old file or all of `data`. Not synced.
+    Raises OSError when writing fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".unfinished-", delete=False) as file:
         try:

@@ -1,4 +1,4 @@
-"""Counters of what reuse did and why it did not: for Prometheus, and readable in the process."""
+"""Counters of KV reuse, and of reasons against it: for Prometheus, and readable in the process."""
 
 import threading
 from collections import Counter as Counts
@@ -57,7 +57,7 @@ _WAITING = Gauge("kvstore_client_waiting_for_kv", "Requests that wait until thei
 
 
 class ClientMetrics:
-    """Counts for one client; every count also goes to the process-wide Prometheus registry. Thread-safe."""
+    """Counters of one client; every count also goes to the process-wide Prometheus registry. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,7 +65,7 @@ class ClientMetrics:
         self.failures = FailureLog()
 
     def matched(self, *, exact: int, approximate: int, tokens: int) -> None:
-        """Count chunks that a lookup found and the prompt can use, by whether in their own context."""
+        """Count chunks that a lookup found and the prompt can use, exact and approximate."""
         with REGISTRY_LOCK:
             _MATCHED.labels("exact").inc(exact)
             _MATCHED.labels("approximate").inc(approximate)
@@ -89,11 +89,12 @@ class ClientMetrics:
         cause: str | None = None,
         error: Exception | None = None,
     ) -> None:
-        """Count events of not reusing for `reason`, which cost `chunks` chunks that had been promised.
+        """Count `events` of not reusing for `reason`, which cost `chunks` matched chunks.
 
-        A failure says in `detail` what happened and what to do; it is logged once a minute for each `cause` (default:
-        the reason), with the traceback of `error`, which is a mistake of ours. Without `detail` it is part of normal
-        work."""
+        For a failure `detail` says what happened and what to do; it is logged once a minute per `cause` (default: the
+        reason), with the traceback of `error` if the cause is a bug in this package. Without `detail` the event is
+        normal operation.
+        """
         if detail is not None:
             self.failures.warn(reason if cause is None else cause, detail, error)
         with REGISTRY_LOCK:
@@ -124,7 +125,7 @@ class ClientMetrics:
         self._add(f"failover_{reason}", 1)
 
     def fetched(self, timeline: Timeline, fetch_s: float) -> None:
-        """A fetch that took `fetch_s` has ended. Counted for each stage is what has been recorded by now."""
+        """Count a finished fetch that took `fetch_s`. Stage times include what the timeline has recorded so far."""
         with REGISTRY_LOCK:
             _FETCH_S.observe(fetch_s)
         for stage in STAGES:
@@ -134,7 +135,7 @@ class ClientMetrics:
         self._add("fetches", 1)
 
     def planned(self, *, fetched: int, computed: int) -> None:
-        """Count matched chunks by what was decided for them at last."""
+        """Count matched chunks by the final decision."""
         with REGISTRY_LOCK:
             _PLANNED.labels("fetch").inc(fetched)
             _PLANNED.labels("compute").inc(computed)
@@ -147,13 +148,13 @@ class ClientMetrics:
         self._add("replans", 1)
 
     def waiting_for_kv(self, change: int) -> None:
-        """That many requests more, or fewer, wait for their KV."""
+        """Change the number of requests that wait for KV."""
         with REGISTRY_LOCK:
             _WAITING.inc(change)
         self._add("waiting_for_kv", change)
 
     def guarded(self, frames: Mapping[str, int]) -> None:
-        """Count frames that the codec's guard treated, by what it did: "finer" or "exact"."""
+        """Count frames that the codec's guard treated, by treatment: "finer" or "exact"."""
         for action, count in frames.items():
             with REGISTRY_LOCK:
                 _GUARDED.labels(action).inc(count)
@@ -167,7 +168,7 @@ class ClientMetrics:
         self._add("tokens_computed", computed_tokens)
 
     def paged(self, operation: str, ok: int, reasons: Mapping[str, int]) -> None:
-        """Count the pages of a job: those that are `ok`, and the others by reason."""
+        """Count the pages of a job: the `ok` ones, and the others by reason."""
         for outcome, pages in {"ok": ok, **reasons}.items():
             with REGISTRY_LOCK:
                 _PAGES.labels(operation, outcome).inc(pages)

@@ -1,4 +1,4 @@
-"""Chunks on their way to one of their owners."""
+"""Sends chunks to one of their owners."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 
 _PIECE_BYTES = 1 << 20
 _AHEAD_BYTES = 16 << 20
-"""What may wait for a slow owner while the others get theirs."""
+"""Bytes that may be queued for a slow owner while the others receive theirs."""
 
 
 _DURABILITIES = {
@@ -29,7 +29,7 @@ _DURABILITIES = {
 
 
 def keep_as(settings: ClientSettings, cost: float) -> pb.PutStart:
-    """How nodes are to keep a client's new chunks; `cost` is that of computing one again."""
+    """How nodes keep a client's new chunks; `cost` is that of computing one again."""
     return pb.PutStart(
         ttl_s=settings.store.ttl_s,
         tenant=settings.store.tenant,
@@ -40,21 +40,21 @@ def keep_as(settings: ClientSettings, cost: float) -> pb.PutStart:
 
 @dataclass(frozen=True, slots=True)
 class OutgoingChunk:
-    """A chunk to be sent: `parts` are its bytes, `start.size_bytes` of them, and `start` says how it is to be kept."""
+    """A chunk to send: `parts` are its bytes, `start.size_bytes` in total, and `start` says how nodes keep it."""
 
     start: pb.PutStart
     parts: tuple[memoryview, ...]
 
     @classmethod
     def of(cls, encoded: EncodedChunk, keep: pb.PutStart) -> "OutgoingChunk":
-        """`keep` holds the lifetime, tenant, durability and cost; what the chunk is, is filled in."""
+        """The chunk with the lifetime, tenant, durability and cost of `keep`; the other fields describe the chunk."""
         return cls.with_header(encoded.header, tuple(memoryview(part) for part in encoded.parts), keep)
 
     @classmethod
     def with_header(
         cls, header: ChunkHeader, parts: tuple[memoryview, ...], keep: pb.PutStart
     ) -> "OutgoingChunk":
-        """As `of`, for a chunk whose `header` describes the bytes in `parts`."""
+        """Like `of`, for a chunk whose `header` describes the bytes in `parts`."""
         start = pb.PutStart(
             chunk=chunk_ref(header.chunk_id),
             encoding=header.encoding.name,
@@ -70,7 +70,7 @@ class OutgoingChunk:
         return ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id))
 
     def standing(self, number: int, behind: ChunkId | None) -> "OutgoingChunk":
-        """The chunk as one node gets it: it is told the chunk's place in its text, and which one before it is there."""
+        """The chunk for one node, with its number in the text and the previous chunk of the text on that node."""
         start = pb.PutStart(number=number)
         if behind is not None:
             start.behind.append(chunk_ref(behind))
@@ -78,7 +78,7 @@ class OutgoingChunk:
         return replace(self, start=start)
 
     def steps(self) -> Iterator[pb.PutRequest | memoryview]:
-        """The chunk in a Put stream; a memoryview is a piece of its bytes."""
+        """Steps of the chunk in a Put stream; a memoryview is a piece of its bytes."""
         yield pb.PutRequest(start=self.start)
         for view in self.parts:
             for begin in range(0, len(view), _PIECE_BYTES):
@@ -89,16 +89,16 @@ class OutgoingChunk:
 class OwnerWrite:
     """One Put stream, fed chunk by chunk, and a thread that waits for the owner's answers.
 
-    An owner that neither takes nor answers anything for `stall_s` is given up: it holds the others up no longer than
-    that. `put`, `complete` and `finish` are for one thread, `cancel` for any.
+    An owner that neither receives nor answers anything for `stall_s` is abandoned: it delays the others no longer than
+    that. One thread calls `put`, `complete` and `finish`; any thread may call `cancel`.
     """
 
     def __init__(self, transport: Transport, *, timeout_s: float, stall_s: float) -> None:
         self.answers: list[pb.PutReply] = []
-        """The owner's, one per chunk in the order they were put; fewer when it failed."""
+        """The owner's answers, one per chunk in the order of the puts; fewer when it failed."""
         self.failure: str | None = None
         self.detail = ""
-        """What the transport says of it."""
+        """The transport's description of a failure."""
         self._stall_s = stall_s
         self._changed = threading.Condition()
         self._waiting: deque[OutgoingChunk] = deque()
@@ -110,7 +110,7 @@ class OwnerWrite:
         self._thread.start()
 
     def put(self, chunk: OutgoingChunk) -> None:
-        """Hand in a chunk, waiting while too much waits already. Nothing happens when the owner has failed."""
+        """Queue a chunk, waiting while too many bytes are queued. Does nothing when the owner has failed."""
         size_bytes = chunk.start.size_bytes
         self._await(
             lambda: not self._waiting or self._waiting_bytes + size_bytes <= _AHEAD_BYTES, time.monotonic()
@@ -123,7 +123,7 @@ class OwnerWrite:
             self._changed.notify_all()
 
     def complete(self) -> None:
-        """Nothing more is put."""
+        """Announce that no chunk follows."""
         with self._changed:
             self._complete = True
             self._moved_at_s = time.monotonic()
@@ -135,7 +135,7 @@ class OwnerWrite:
         self._thread.join()
 
     def cancel(self, reason: str) -> None:
-        """End it now. What was acknowledged stays stored."""
+        """End the stream now. Acknowledged chunks stay stored."""
         with self._changed:
             self.failure = self.failure or reason
             self._cancelled = True
@@ -144,7 +144,7 @@ class OwnerWrite:
         self._stream.cancel()
 
     def _await(self, condition: Callable[[], bool], began_s: float) -> None:
-        """Until the condition holds or the stream is over, which it is once the owner has not moved for `stall_s`."""
+        """Wait until the condition holds or the stream is over, also because the owner has stalled for `stall_s`."""
         while True:
             with self._changed:
                 if self._over or condition():
@@ -157,7 +157,7 @@ class OwnerWrite:
             began_s = time.monotonic()
 
     def _steps(self) -> Iterator[pb.PutRequest | memoryview]:
-        """Taken in whatever thread the transport likes."""
+        """Steps of the stream. The transport iterates in a thread of its choice."""
         while True:
             with self._changed:
                 self._changed.wait_for(

@@ -1,4 +1,4 @@
-"""Calibrations that are ready to code with: got and built behind the engine's back, then kept."""
+"""Loaded calibrations: downloaded and built in the background, then kept in memory."""
 
 import atexit
 import logging
@@ -21,11 +21,11 @@ Loading = Future[KLT | None]
 
 
 class ReadyCalibrations:
-    """Every calibration this client has come across, as a KLT, for as long as the client lives. Thread-safe.
+    """Every calibration that this client has met, as a KLT, kept as long as the client lives. Thread-safe.
 
-    Nothing here waits: what is not ready is loaded in a thread of its own, one for each calibration, and the caller
-    gets a future or None. A load that fails is counted as `calibration_...` and tried again when it is next asked for,
-    with the pauses of `Calibrations`; bytes that are no calibration never become one, so they are not read again.
+    Nothing here blocks: a calibration that is not loaded is loaded in a thread of its own, and the caller gets a future
+    or None. A failed load is counted as `calibration_...` and repeated at the next request, with the pauses of
+    `Calibrations`. Bytes that are not a calibration are not read again.
     """
 
     def __init__(self, calibrations: Calibrations, settings: ClientSettings, metrics: ClientMetrics) -> None:
@@ -34,16 +34,16 @@ class ReadyCalibrations:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._ready: dict[bytes, KLT] = {}
-        self._newest: dict[bytes, bytes] = {}  # model digest -> calibration digest, as last heard
+        self._newest: dict[bytes, bytes] = {}  # model digest -> latest known calibration digest
         self._unusable: set[bytes] = set()
         self._loading: dict[bytes, Loading] = {}  # by the digest of the calibration, or of the model
         self._threads: set[threading.Thread] = set()
         self._closed = False
-        # The interpreter must not end while one of them is inside torch.
+        # The interpreter must not exit while one of these threads is inside torch.
         atexit.register(self.close)
 
     def klt(self, digest: bytes) -> KLT | None:
-        """The calibration of that digest if it is ready. Otherwise None, and it is loaded for the next who asks."""
+        """The calibration with this digest if it is loaded. Otherwise None, and loading starts."""
         with self._lock:
             ready = self._ready.get(digest)
         if ready is None:
@@ -51,17 +51,17 @@ class ReadyCalibrations:
         return ready
 
     def for_model(self, model_digest: bytes) -> Loading:
-        """The model's newest calibration, or the newest that was heard of before the registry went away. The future
-        gives None when there is none, or none can be had within `lookup_timeout_s` and `calibration_timeout_s`."""
+        """The model's newest calibration, or the newest known one while the registry is unreachable. The future's
+        result is None when there is none, or none arrives within `lookup_timeout_s` and `calibration_timeout_s`."""
         return self._start(model_digest, self._load_newest)
 
     def inherit(self, parents: "ReadyCalibrations") -> None:
-        """In a forked child: what the parent had ready is ready here."""
+        """In a forked child: take over the parent's loaded calibrations."""
         self._ready.update(parents._ready)
         self._newest.update(parents._newest)
 
     def close(self) -> None:
-        """Break off downloads, and wait for what cannot be broken off, a second or two each."""
+        """Abort downloads, and wait for work that cannot be aborted, a second or two each."""
         with self._lock:
             if self._closed:
                 return
@@ -78,7 +78,7 @@ class ReadyCalibrations:
             if known is not None:
                 return known
             loading: Loading = Future()
-            loading.set_running_or_notify_cancel()  # one for all who ask: nobody can cancel it
+            loading.set_running_or_notify_cancel()  # shared by all callers: nobody can cancel it
             if self._closed or digest in self._unusable:
                 loading.set_result(None)
                 return loading
@@ -87,7 +87,7 @@ class ReadyCalibrations:
             )
             try:
                 thread.start()
-            except RuntimeError:  # no thread left in this process
+            except RuntimeError:  # this process has no thread left
                 self._metrics.missed(
                     MissReason.CALIBRATION_NO_RESOURCES,
                     detail="this process has no thread left to load a calibration",
@@ -103,7 +103,7 @@ class ReadyCalibrations:
         klt = None
         try:
             klt = load(digest)
-        except Exception:  # a mistake of ours must not leave anybody waiting
+        except Exception:  # a bug in this package must not leave anybody waiting
             log.exception("loading calibration %s failed", digest.hex()[:12])
             self._metrics.missed(MissReason.CALIBRATION_INTERNAL_ERROR)
         finally:
@@ -123,7 +123,7 @@ class ReadyCalibrations:
         if klt is not None and klt.calibration.model_digest != model_digest:
             self._metrics.missed(
                 MissReason.CALIBRATION_FOREIGN,
-                detail=f"calibration {digest.hex()[:12]}, which the registry named, is of another model",
+                detail=f"calibration {digest.hex()[:12]}, named by the registry, belongs to another model",
             )
             return None
         return klt

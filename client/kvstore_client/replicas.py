@@ -1,4 +1,4 @@
-"""Where chunks are: on their best reader, or on another one that has them."""
+"""Search for chunks: at their best reader, or at another member that has them."""
 
 import math
 import time
@@ -18,30 +18,31 @@ from kvstore_codec.errors import NodeUnavailableError
 from kvstore_codec.identity import ChunkId
 
 Take = Callable[[int, Member, pb.LookupAnswer], bool]
-"""Index of a chunk, who has it, what it is there -> whether to look for it no further."""
+"""Called with a chunk's index, the member that has it, and its answer; returns whether to stop looking for the
+chunk."""
 Groups = dict[str, tuple[Member, list[int]]]
-"""Whom to ask for which chunks, by node_id."""
+"""Members to ask and the indices of their chunks, by node_id."""
 
-# What comes before the two ids of a chunk in a serialised LookupRequest: protocol buffer tags and lengths.
+# Bytes before the two ids of a chunk in a serialised LookupRequest: protocol buffer tags and lengths.
 _PREFIX_ID = bytes([2 << 3 | 2, DIGEST_BYTES])
 _CHUNK = bytes([1 << 3 | 2, 2 * (2 + DIGEST_BYTES), 1 << 3 | 2, DIGEST_BYTES])
 
 
 class Lease(NamedTuple):
-    """What a node promised to keep for a while: all that it has of the chunks that it was asked for."""
+    """A node's promise to keep, for a while, all that it has of the requested chunks."""
 
     member: Member
     lease_id: bytes
     asked: Sequence[int]
-    """Indices of the chunks."""
+    """Indices of the requested chunks."""
     used: bytes = b""
-    """Which of them are used: bit i % 8 of byte i / 8, the lowest first."""
+    """Which of them are used: bit i % 8 of byte i / 8, lowest bit first."""
     tokens: int = 0
-    """Those of the chunks that are used."""
+    """Number of tokens in the used chunks."""
 
 
 class _Question(NamedTuple):
-    """A call that was made, for which chunks and when."""
+    """A call in progress, its chunks and its start time."""
 
     member: Member
     asked: Sequence[int]
@@ -49,15 +50,15 @@ class _Question(NamedTuple):
 
 
 class Search:
-    """Looks chunks up wherever they may be, within one deadline, `lookup_timeout_s`.
+    """Looks chunks up on all their readers, within one deadline, `lookup_timeout_s`.
 
-    A chunk is asked for at its best reader. What that one does not have, fails to say, or has not said after
-    `failover_s` is asked for at all its other readers at once: nobody waits for a dead node while another lives, and
-    a text that is stored nowhere costs two rounds. Paused readers are not asked, unless another one is out of reach:
-    then one that was paused for being slow may have the only copy. A reader that fails now is paused.
+    A chunk is requested from its best reader. A chunk that this reader does not have, fails to report, or has not
+    reported after `failover_s` is requested from all its other readers at once: no caller waits for a dead node while
+    another lives, and a text that is stored nowhere costs two rounds. Paused readers are skipped, unless another one is
+    unreachable: then a reader that was paused for being slow may have the only copy. A reader that fails now is paused.
 
-    What was found in another context only is asked for in its own at its other readers, as what was not found is; one
-    that is silent is not waited for then.
+    A chunk found only in another context is requested in its own context from its other readers, like one that was not
+    found; a silent reader is not waited for then.
     """
 
     def __init__(
@@ -72,23 +73,23 @@ class Search:
         any_context: bool = False,
         peek: bool = False,
     ) -> None:
-        """With `all_encodings` answers name every stored one of `encodings`, or any when there are none. With
-        `any_context` they may be about another context of a chunk's content. A `peek` changes nothing and leases
-        nothing."""
+        """With `all_encodings` answers list every stored one of `encodings`, or of all encodings when that is empty.
+        With `any_context` answers may be for another context of a chunk's tokens. A `peek` changes nothing and takes no
+        lease."""
         self.leases: list[Lease] = []
-        """Also of chunks that were not taken. Nothing counts as used, until the nodes are told what is."""
+        """Leases, also on chunks that were not taken. Nothing counts as used until the nodes are told."""
         self.asked = 0
-        """Calls made."""
+        """Number of calls made."""
         self.why_paused = ""
-        """Why a reader that had to be left alone failed before."""
+        """Why a skipped reader was paused."""
         self.failures: list[str] = []
-        """Why calls failed, a sentence each."""
+        """Reasons of failed calls, a sentence each."""
         self._view, self._settings = view, settings
         self._chunk_ids, self._encodings, self._take = chunk_ids, encodings, take
         self._all_encodings, self._any_context, self._peek = all_encodings, any_context, peek
         self._found: set[int] = set()
         self._found_elsewhere: set[int] = set()
-        """In another context only."""
+        """Chunks found only in another context."""
         self._others: dict[int, Sequence[Member]] = {}
         self._slow: dict[int, Sequence[Member]] = {}
         self._open: dict[grpc.Future, _Question] = {}
@@ -103,15 +104,15 @@ class Search:
         tried: Mapping[int, Iterable[Member]] | None = None,
         timeout_s: float = math.inf,
     ) -> None:
-        """Look for the chunks at `indices`, except where each was `tried` before, for `timeout_s` at most. Called once.
+        """Look for the chunks at `indices`, except at the members in `tried`, for at most `timeout_s`. Called once.
 
-        Raises NodeUnavailableError when there is no node, or when none answered.
+        Raises NodeUnavailableError when the cluster has no node, or when no node answered.
         """
         self._deadline_s = time.monotonic() + min(self._settings.timeouts.lookup_s, timeout_s)
         self._ask(self._best(list(indices), tried or {}))
         hurry_s = (
             time.monotonic() + self._patience_s
-        )  # for all that were asked, so that who is silent is paused
+        )  # waits for every asked reader, so that a silent one is paused
         hurried = False
         while self._open and not (hurried and self._is_settled()):
             until_s = self._deadline_s if hurried else min(hurry_s, self._deadline_s)
@@ -137,14 +138,14 @@ class Search:
                 raise NodeUnavailableError(self.failures[0])
 
     def cancel(self) -> None:
-        """From any thread: nobody waits for it any more."""
+        """Abort the search from any thread."""
         self._answered.put(None)
 
     def _best(self, wanted: Sequence[int], tried: Mapping[int, Iterable[Member]]) -> Groups:
         """The first reader of each chunk that is not paused; the others are kept for later."""
         contents = [self._chunk_ids[index].content_id for index in wanted]
         rows = self._view.readers(contents, self._deadline_s - time.monotonic())
-        # Rows that are alike are one object, and few: thousands of chunks are sorted without comparing members.
+        # Equal rows are one object, and few: thousands of chunks are sorted without comparing members.
         unlike = {id(row): row for row in rows}
         paused = {m for row in unlike.values() for m in row if self._view.is_paused(m.endpoint)}
         if paused:
@@ -169,7 +170,7 @@ class Search:
         return best
 
     def _next(self, indices: Iterable[int], *, failing: bool) -> Groups:
-        """The readers of these chunks that were not asked yet, also the slow ones after one that failed."""
+        """Readers of these chunks that were not asked yet, including the slow ones after a failure."""
         groups: Groups = {}
         for index in indices:
             slow = self._slow.pop(index, ()) if failing else ()
@@ -204,7 +205,7 @@ class Search:
         call.add_done_callback(self._answered.put)
 
     def _missing(self, call: grpc.Future) -> tuple[list[int], bool]:
-        """Take what came; which of the chunks that were asked for have not been found, and whether the call failed."""
+        """Take a call's answers. Returns the requested chunks that were not found, and whether the call failed."""
         question = self._open.pop(call)
         member, asked = question.member, question.asked
         failing = False
@@ -223,7 +224,7 @@ class Search:
         return [index for index in asked if index not in self._found], failing
 
     def _is_settled(self) -> bool:
-        """Whether everything that an open call could still find was found."""
+        """Whether open calls cannot find anything more."""
         return all(
             index in self._found or index in self._found_elsewhere
             for question in self._open.values()
@@ -231,7 +232,7 @@ class Search:
         )
 
     def _fail(self, question: _Question, reason: str, *, late: bool = True) -> None:
-        """Pause who failed. Who is `late` only because the search ends sooner than it could answer has not failed."""
+        """Pause a failed reader. With `late` False it only had less time than it may take, and has not failed."""
         if late and time.monotonic() - question.asked_at_s < self._patience_s:
             return
         why = f"the storage node at {question.member.endpoint} {reason}"
@@ -240,7 +241,7 @@ class Search:
 
 
 def asked_chunks(chunk_ids: Iterable[ChunkId]) -> bytes:
-    """The chunks of a LookupRequest, serialised: a message for each takes four times as long to make."""
+    """The chunks of a LookupRequest, serialised: creating a message for each takes four times as long."""
     parts: list[bytes] = []
     for chunk_id in chunk_ids:
         parts += (_CHUNK, chunk_id.content_id, _PREFIX_ID, chunk_id.prefix_id)

@@ -1,4 +1,4 @@
-"""Chunks on their way to all of their owners at once."""
+"""Sends chunks to all of their owners at once."""
 
 import threading
 from collections import Counter
@@ -25,38 +25,38 @@ _REFUSALS: dict[int, MissReason] = {
 
 @dataclass(slots=True)
 class Written:
-    """What became of one chunk in one encoding."""
+    """Result of writing one chunk in one encoding."""
 
     text: TextPlaces
     encoding: str
     owners: int
-    """Nodes that it should be on."""
+    """Number of nodes that should store it."""
     copies: int = 0
-    """Nodes that acknowledged it."""
+    """Number of nodes that acknowledged it."""
     refusals: list[MissReason] = field(default_factory=list)
-    """Why other nodes did not take it."""
+    """Reasons of the nodes that did not accept it."""
 
 
 @dataclass(slots=True)
 class _Stream:
-    """An owner's stream, and which chunks went into it."""
+    """An owner's stream, and the chunks that were sent through it."""
 
     write: OwnerWrite
     chunks: list[Written] = field(default_factory=list)
     counted: int = 0
-    """Answers that are counted already."""
+    """Number of answers counted so far."""
 
 
 class ReplicatedWrite:
-    """One batch of chunks. Each owner has a stream of its own, so a dead one costs the others nothing but, at the end,
-    `put_stall_timeout_s`. `put`, `is_cut` and `finish` are for one thread, `cancel` for any."""
+    """One batch of chunks. Each owner has its own stream, so a dead owner costs the others only `put_stall_timeout_s`
+    at the end. One thread calls `put`, `is_cut` and `finish`; any thread may call `cancel`."""
 
     def __init__(
         self, view: ClusterView, settings: ClientSettings, *, timeout_s: float | None = None
     ) -> None:
-        """All of it has to be stored within `timeout_s`; when not given, within `put_timeout_s`."""
+        """The batch must be stored within `timeout_s` (default: `put_timeout_s`)."""
         self.failures: Counter[MissReason] = Counter()
-        """Why streams broke, once `finish` has returned; their nodes are paused."""
+        """Why streams failed, once `finish` has returned; their nodes are paused."""
         self.details: dict[MissReason, str] = {}
         """A sentence for each of these reasons."""
         self._view, self._settings = view, settings
@@ -69,8 +69,8 @@ class ReplicatedWrite:
         self._cancelled = False
 
     def put(self, chunk: OutgoingChunk, owners: Sequence[Member], text: TextPlaces) -> None:
-        """Send a chunk of `text` to these owners, waiting while too much waits for one of them already. An owner that
-        has refused an earlier chunk because it keeps the text's beginning is left out."""
+        """Send a chunk of `text` to these owners, waiting while too many bytes are queued for one of them. An owner
+        that has refused an earlier chunk because it keeps the text's beginning is left out."""
         chunk_id, encoding = chunk.chunk_id, chunk.start.encoding
         written = Written(text, encoding, len(owners))
         self._written.append(written)
@@ -84,14 +84,14 @@ class ReplicatedWrite:
                 stream.write.put(chunk.standing(text.number(chunk_id), text.behind(chunk_id, owner)))
 
     def is_cut(self, text: TextPlaces, encoding: str) -> bool:
-        """Whether a chunk of it, as far as is known, is stored nowhere in this encoding because the nodes keep what is
-        before it: what follows it can be used by nobody."""
+        """Whether the text is cut: a chunk of it is known to be stored nowhere in this encoding, because the nodes keep
+        the chunks before it. Later chunks are useless then."""
         for owner, stream in self._streams.items():
             self._count(owner, stream)
         return (text, encoding) in self._cut
 
     def finish(self) -> list[Written]:
-        """Wait until every owner has answered or failed. What became of each chunk, in order."""
+        """Wait until every owner has answered or failed. Returns the result of each chunk, in order."""
         for stream in self._streams.values():
             stream.write.complete()
         for owner, stream in self._streams.items():
@@ -102,7 +102,7 @@ class ReplicatedWrite:
                 failure = "protocol"
             if failure is not None:
                 reason = MissReason.of_store(failure)
-                why = f"the storage node at {owner.endpoint} did not take chunks: {stream.write.detail or failure}"
+                why = f"the storage node at {owner.endpoint} did not accept chunks: {stream.write.detail or failure}"
                 self.failures[reason] += 1
                 self.details[reason] = why
                 self._view.pause(owner.endpoint, why, until_it_answers=failure == "unreachable")
@@ -112,7 +112,7 @@ class ReplicatedWrite:
         return self._written
 
     def cancel(self) -> None:
-        """End it now. What was acknowledged stays stored."""
+        """End all streams now. Acknowledged chunks stay stored."""
         with self._lock:
             self._cancelled = True
             streams = list(self._streams.values())
@@ -120,7 +120,7 @@ class ReplicatedWrite:
             stream.write.cancel("cancelled")
 
     def _count(self, owner: Member, stream: _Stream) -> None:
-        """Take note of the answers that have come since the last time."""
+        """Count the answers that arrived since the last call."""
         answers = stream.write.answers
         for written, answer in zip(stream.chunks[stream.counted :], answers[stream.counted :], strict=False):
             stream.counted += 1

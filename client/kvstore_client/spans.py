@@ -1,4 +1,4 @@
-"""What a timeline is made of: spans of work, and marks of what was decided."""
+"""Elements of a timeline: spans of work, and marks of decisions."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -7,7 +7,7 @@ Stage = Literal["lookup", "plan", "receive", "decode", "restore", "compute", "wa
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 Fact = str | float | None
-"""What JSON can say in one word."""
+"""A JSON scalar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,14 +18,14 @@ class Span:
     end_s: float
     label: str = ""
     chunk: int | None = None
-    """Index in the prompt of the chunk that was worked on."""
+    """Index of the chunk in the prompt."""
     encoding: str | None = None
-    """What that chunk is stored as."""
+    """Encoding that the chunk is stored in."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Something that happened at one instant, with the facts that explain it."""
+    """An event at one instant, with the facts that explain it."""
 
     name: str
     at_s: float

@@ -1,4 +1,4 @@
-"""What a storage node is told of the text that a chunk belongs to."""
+"""The place of chunks in their text, as told to storage nodes."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ from kvstore_codec.identity import ChunkId
 
 
 class TextPlaces:
-    """Where the chunks of one text stand. A node keeps the beginning of a text rather than its end, and sees only the
-    chunks that it owns: so it is told of each which one before it is there, too."""
+    """Places of a text's chunks. A node keeps the beginning of a text rather than its end, but sees only the chunks
+    that it owns, so each chunk is sent with the id of the previous chunk on that node."""
 
     def __init__(self, chunks: Sequence[ChunkId], owners: Sequence[Sequence[Member]]) -> None:
-        """All chunks of the text, in order, and to which nodes each goes."""
+        """`chunks` are all chunks of the text, in order; `owners` are the nodes of each."""
         self._numbers: dict[ChunkId, int] = {}
         self._behind: dict[tuple[ChunkId, str], ChunkId] = {}
         latest: dict[str, ChunkId] = {}
@@ -23,9 +23,9 @@ class TextPlaces:
                 latest[member.node_id] = chunk_id
 
     def number(self, chunk_id: ChunkId) -> int:
-        """How many chunks are before it."""
+        """Number of chunks before this one."""
         return self._numbers.get(chunk_id, 0)
 
     def behind(self, chunk_id: ChunkId, owner: Member) -> ChunkId | None:
-        """The nearest chunk before it that goes to `owner`, too."""
+        """The nearest preceding chunk that goes to `owner`, too."""
         return self._behind.get((chunk_id, owner.node_id))

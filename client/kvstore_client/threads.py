@@ -1,4 +1,4 @@
-"""Threads of ours beside the engine's."""
+"""Cap OpenMP/MKL threads in background workers."""
 
 import ctypes
 from collections.abc import Iterator
@@ -7,22 +7,22 @@ from contextlib import contextmanager
 import torch
 from threadpoolctl import ThreadpoolController
 
-# What torch has loaded by now. Only OpenMP's limit is a thread's own, so no other pool is touched.
+# Libraries that torch has loaded by now. Only OpenMP's limit is per thread, so no other pool is touched.
 _openmp = ThreadpoolController().select(user_api="openmp")
-# MKL is a part of torch, where threadpoolctl does not find it. None in a build without it.
+# MKL is part of torch, where threadpoolctl does not find it. None in a build without it.
 _set_mkl_threads = getattr(ctypes.CDLL(torch._C.__file__), "MKL_Set_Num_Threads_Local", None)
 
 
 @contextmanager
 def single_threaded() -> Iterator[None]:
-    """What the calling thread computes meanwhile, it computes by itself: torch makes no team of threads for it.
+    """Let torch compute in the calling thread alone inside the block, without a thread team.
 
-    Every thread that computes has a team of its own, which lives as long as it does. With more threads in teams than
-    processors, libgomp's stop spinning for work and sleep, those of the engine, too, which are then woken for every
-    operation: on two processors, one such team that did nothing at all made a pass of 40 tokens through SmolLM2 35 %
+    Every thread that computes gets a team of its own, which lives as long as the thread. With more threads in teams
+    than processors, libgomp's threads, including the engine's, sleep instead of spinning for work, and are then woken
+    for every operation: on two processors, one idle team of this kind made a pass of 40 tokens through SmolLM2 35 %
     slower, and one of 400 tokens 15 %.
     """
-    torch.get_num_threads()  # sets the thread up, and would undo what follows when first called later
+    torch.get_num_threads()  # initialises the thread's settings; a later first call would undo the cap
     mkl_threads = _set_mkl_threads(1) if _set_mkl_threads is not None else 0
     try:
         with _openmp.limit(limits=1):

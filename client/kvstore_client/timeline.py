@@ -1,4 +1,4 @@
-"""When each stage of a request worked, and what was decided meanwhile: spans and marks for traces, tables, pictures."""
+"""Timeline of a request: spans of each stage and marks of decisions, for traces, tables and charts."""
 
 import time
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from kvstore_client.trace import chrome_trace
 
 
 class Timeline:
-    """Spans and marks of one request, recorded from any thread. It can be sent to another process.
+    """Spans and marks of one request, recorded from any thread. Can be pickled.
 
-    Recording is one append to a list, which needs no lock in CPython; objects are made when somebody reads.
+    Recording is one append to a list, which needs no lock in CPython; objects are created when the timeline is read.
     """
 
     def __init__(self) -> None:
@@ -46,27 +46,27 @@ class Timeline:
             self.add(stage, start_s, self.now_s(), label, chunk=chunk, encoding=encoding)
 
     def mark(self, name: str, label: str = "", **facts: Fact) -> None:
-        """Record what happens now, such as "replan"."""
+        """Record an event now, such as "replan"."""
         self._marks.append((name, self.now_s(), label, facts))
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """All spans so far, by start."""
+        """All spans so far, ordered by start."""
         return tuple(Span(*record) for record in sorted(self._spans, key=lambda record: record[1]))
 
     @property
     def marks(self) -> tuple[Mark, ...]:
-        """All marks so far, by time."""
+        """All marks so far, ordered by time."""
         return tuple(Mark(*record) for record in sorted(self._marks, key=lambda record: record[1]))
 
     def busy(self, stage: Stage, until_s: float = float("inf")) -> list[tuple[float, float]]:
-        """When a stage worked, as intervals `(start_s, end_s)` that do not touch: the union of its spans, up to
-        `until_s`. The engine computes when it does not wait for a layer, so "compute" is without the waits in it."""
+        """Disjoint intervals `(start_s, end_s)` in which a stage worked: the union of its spans, up to `until_s`. For
+        "compute" the engine's waits for layers are subtracted."""
         busy = self._union(stage, until_s)
         return _without(busy, self._union("wait", until_s)) if stage == "compute" else busy
 
     def busy_s(self, stage: Stage, until_s: float = float("inf")) -> float:
-        """Seconds in which a stage worked, however many of its threads did."""
+        """Seconds in which a stage worked, independent of the number of its threads."""
         return sum(end_s - start_s for start_s, end_s in self.busy(stage, until_s))
 
     def chrome_trace(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Timeline:
 
 
 def _without(busy: list[tuple[float, float]], holes: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Both are in order and do not overlap themselves."""
+    """Subtract `holes` from `busy`. Both are ordered and without overlaps."""
     pieces: list[tuple[float, float]] = []
     next_hole = 0
     for start_s, end_s in busy:

@@ -14,20 +14,20 @@ _MARKS_TRACK = 0
 
 
 class Recorded(Protocol):
-    """A timeline."""
+    """Interface of a timeline."""
 
     @property
     def spans(self) -> Sequence[Span]:
-        """By start."""
+        """Spans ordered by start."""
 
     @property
     def marks(self) -> Sequence[Mark]:
-        """By time."""
+        """Marks ordered by time."""
 
 
 def chrome_trace(timelines: Mapping[str, Recorded]) -> dict[str, Any]:
-    """Each timeline is a process, each stage a track in it. Spans of a stage that overlap, because several threads
-    worked, are spread over as many tracks as it takes. Times are microseconds since the timeline began."""
+    """The trace of all timelines: each is a process, each stage a track in it. Overlapping spans of a stage with
+    several threads are spread over as many tracks as needed. Times are microseconds since the timeline began."""
     events: list[dict[str, Any]] = []
     for process, (name, timeline) in enumerate(timelines.items(), start=1):
         events.append(_metadata("process_name", process, _MARKS_TRACK, name=name))
@@ -41,7 +41,7 @@ def _spans(process: int, timeline: Recorded) -> Iterator[dict[str, Any]]:
     track = _MARKS_TRACK
     for stage in STAGES:
         free: list[tuple[int, int]] = []
-        """When each track of the stage is free again, in nanoseconds."""
+        """Time at which each track of the stage is free again, nanoseconds."""
         for span in (span for span in spans if span.stage == stage):
             start_ns, end_ns = round(span.start_s * 1e9), round(span.end_s * 1e9)
             if free and free[0][0] <= start_ns:
@@ -89,5 +89,5 @@ def _about(span: Span) -> dict[str, Any]:
 
 
 def _json(fact: Fact) -> Fact:
-    """JSON has no word for an unlimited bandwidth."""
+    """Facts for JSON, which cannot express an infinite bandwidth."""
     return str(fact) if isinstance(fact, float) and not math.isfinite(fact) else fact

@@ -59,7 +59,7 @@ def test_a_model_is_run_over_its_own_probe_only(
         client.store.flush()
         assert set(run_over) == {own}
         assert cached.last_report.bypassed == "canary_differs"
-        assert f"it was made of {foreign(own)}" in str(cached.last_report.why_not)
+        assert f"it was computed from {foreign(own)}" in str(cached.last_report.why_not)
         cached.close()
     assert cluster.stored_chunks() == 0
 

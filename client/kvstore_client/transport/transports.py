@@ -50,7 +50,7 @@ class Transports:
             transport.close()
 
     def _reaches_bulk(self, member: Member) -> bool:
-        """Whether to use the bulk port. Not where a route exists for the gRPC endpoint alone: it is meant for all bytes."""
+        """Whether to use the bulk port. Not where only the gRPC endpoint has a route, which is meant for all bytes."""
         routes = self._settings.transport.routes
         return bool(_port(member.bulk_endpoint)) and (
             member.endpoint not in routes or member.bulk_endpoint in routes
