@@ -63,7 +63,7 @@ class BufferPool:
         memory = self._smallest(size_bytes)
         self._keep(_host_memory(size_bytes).zero_() if memory is None else memory)
 
-    def take(self, spec: ModelSpec, tokens: int) -> KVBuffers:
+    def acquire(self, spec: ModelSpec, tokens: int) -> KVBuffers:
         """Buffers for `tokens` tokens, in the smallest free memory that fits, or in new memory."""
         shape = (spec.layers, spec.kv_heads, tokens, spec.head_dim)
         half_bytes = tokens * spec.kv_bytes_per_token // 2
@@ -75,7 +75,7 @@ class BufferPool:
         )
         return KVBuffers(keys, values, memory)
 
-    def give_back(self, buffers: KVBuffers) -> None:
+    def release(self, buffers: KVBuffers) -> None:
         """Return buffers that the caller no longer reads or writes. They are reused when their copies have ended."""
         with self._lock:
             self._being_copied.append(buffers)

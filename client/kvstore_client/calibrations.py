@@ -11,7 +11,7 @@ from blake3 import blake3
 from kvstore_api.calibrations import DIGEST_BYTES, MAX_CALIBRATION_BYTES, MAX_PIECE_BYTES
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
-from kvstore_client.grpc_failure import told
+from kvstore_client.grpc_failure import predicate_of
 from kvstore_client.kept_file import replace_file
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
@@ -55,7 +55,7 @@ class Calibrations:
                 request, timeout=self._settings.timeouts.lookup_s
             )
         except grpc.RpcError as error:
-            self._failed(model_digest, MissReason.of_calibration(error.code().name), told(error))
+            self._failed(model_digest, MissReason.of_calibration(error.code().name), predicate_of(error))
             return None
         digest: bytes = reply.digest
         if digest and len(digest) != DIGEST_BYTES:
@@ -117,7 +117,7 @@ class Calibrations:
         except grpc.RpcError as error:
             closed = MissReason.CALIBRATION_CLOSED if self._closed else None
             reason = closed or MissReason.of_calibration(error.code().name)
-            self._failed(digest, reason, told(error))
+            self._failed(digest, reason, predicate_of(error))
             return None
         finally:
             call.cancel()

@@ -14,7 +14,7 @@ import grpc
 from kvstore_api.printable import printable
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
-from kvstore_client.grpc_failure import told
+from kvstore_client.grpc_failure import predicate_of
 from kvstore_client.settings import ClientSettings
 from kvstore_codec.canary.compare import Comparison, ProbeKV, compare, read_probe_kv
 from kvstore_codec.canary.probe import Probe
@@ -163,7 +163,9 @@ def _unavailable() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        raise NodeUnavailableError(f"the coordinator {told(error)} when it was asked for a canary") from error
+        raise NodeUnavailableError(
+            f"the coordinator {predicate_of(error)} when it was asked for a canary"
+        ) from error
     except ValueError as error:  # from a channel that was closed meanwhile
         raise NodeUnavailableError(f"the coordinator was not asked: {error}") from error
 

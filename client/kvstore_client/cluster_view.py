@@ -13,7 +13,7 @@ from kvstore_api.placement import Member, Membership, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.channels import Channels
-from kvstore_client.grpc_failure import told
+from kvstore_client.grpc_failure import predicate_of
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.settings import ClientSettings
@@ -295,7 +295,7 @@ class ClusterView:
         try:
             reply = self.coordinator().Membership(pb.MembershipRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
-            why = f"the coordinator at {self._address} {told(error)}"
+            why = f"the coordinator at {self._address} {predicate_of(error)}"
             # A coordinator that had too little time to answer has not failed.
             timeouts = self._settings.timeouts
             hasty = timeout_s < min(timeouts.failover_s, timeouts.lookup_s)

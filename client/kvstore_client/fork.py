@@ -19,7 +19,7 @@ import grpc
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 1.0
+CALLS_WAIT_S = 1.0
 """How long a fork waits for calls in progress, seconds. A lookup takes some milliseconds."""
 
 Owner = TypeVar("Owner")
@@ -63,7 +63,7 @@ class CallGate(
         child."""
         self._changed.acquire()
         self._forking = True
-        self._changed.wait_for(lambda: not self._calls, PATIENCE_S)
+        self._changed.wait_for(lambda: not self._calls, CALLS_WAIT_S)
 
     def in_parent(self) -> None:
         self._forking = False

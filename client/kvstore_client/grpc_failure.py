@@ -7,7 +7,7 @@ from kvstore_codec.errors import NodeUnavailableError
 _MOST_CHARACTERS = 200
 
 
-def told(error: grpc.RpcError) -> str:
+def predicate_of(error: grpc.RpcError) -> str:
     """A predicate for a sentence that begins with an address: `refused the connection`, `did not answer in time`."""
     code, details = error.code(), (error.details() or "")[-_MOST_CHARACTERS:]
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

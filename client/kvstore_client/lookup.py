@@ -150,7 +150,7 @@ class _Lookup:
             bits = np.packbits(used, bitorder="little").tobytes()
             tokens = int(used.sum()) * self._chunk_tokens
             leases.append(lease._replace(used=bits, tokens=tokens))
-        say_used(self._view, leases)
+        report_use(self._view, leases)
         kept = tuple(lease for lease in leases if lease.tokens)
         return Match(tuple(chunks), kept, None if chunks else self.why_not)
 
@@ -287,7 +287,7 @@ class _Lookup:
         return known
 
 
-def say_used(view: ClusterView, leases: Iterable[Lease]) -> None:
+def report_use(view: ClusterView, leases: Iterable[Lease]) -> None:
     """Tell nodes which of the looked up chunks are used, without waiting. The nodes end the leases on the others."""
     with suppress(NodeUnavailableError):  # the client was closed: the leases expire
         for lease in leases:

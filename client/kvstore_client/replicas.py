@@ -11,7 +11,7 @@ import grpc
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
-from kvstore_client.grpc_failure import told
+from kvstore_client.grpc_failure import predicate_of
 from kvstore_client.settings import ClientSettings
 from kvstore_codec.canonical import DIGEST_BYTES
 from kvstore_codec.errors import NodeUnavailableError
@@ -95,7 +95,7 @@ class Search:
         self._open: dict[grpc.Future, _Question] = {}
         self._answered: SimpleQueue[grpc.Future | None] = SimpleQueue()
         self._any_answer = False
-        self._patience_s = min(settings.timeouts.failover_s, settings.timeouts.lookup_s / 2)
+        self._silence_limit_s = min(settings.timeouts.failover_s, settings.timeouts.lookup_s / 2)
         self._deadline_s = 0.0
 
     def run(
@@ -111,7 +111,7 @@ class Search:
         self._deadline_s = time.monotonic() + min(self._settings.timeouts.lookup_s, timeout_s)
         self._ask(self._best(list(indices), tried or {}))
         hurry_s = (
-            time.monotonic() + self._patience_s
+            time.monotonic() + self._silence_limit_s
         )  # waits for every asked reader, so that a silent one is paused
         hurried = False
         while self._open and not (hurried and self._is_settled()):
@@ -213,7 +213,7 @@ class Search:
             reply = call.result()
         except (grpc.RpcError, grpc.FutureCancelledError):
             failing = True
-            self._fail(question, told(call), late=call.code() == grpc.StatusCode.DEADLINE_EXCEEDED)
+            self._fail(question, predicate_of(call), late=call.code() == grpc.StatusCode.DEADLINE_EXCEEDED)
         else:
             self._any_answer = True
             if reply.lease_id:
@@ -233,7 +233,7 @@ class Search:
 
     def _fail(self, question: _Question, reason: str, *, late: bool = True) -> None:
         """Pause a failed reader. With `late` False it only had less time than it may take, and has not failed."""
-        if late and time.monotonic() - question.asked_at_s < self._patience_s:
+        if late and time.monotonic() - question.asked_at_s < self._silence_limit_s:
             return
         why = f"the storage node at {question.member.endpoint} {reason}"
         self.failures.append(why)

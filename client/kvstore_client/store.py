@@ -134,7 +134,7 @@ class Store:
                 wanted = self.encodings if encodings is None else tuple(encodings)
                 new = _NewChunks(list(chunks), wanted, tuple(text))
                 try:
-                    self._hand_over(partial(self._store, stored, spec, new, size_bytes))
+                    self._enqueue(partial(self._store, stored, spec, new, size_bytes))
                     self._waiting_bytes += size_bytes
                 except RuntimeError:
                     reason = MissReason.STORE_NO_RESOURCES
@@ -155,7 +155,7 @@ class Store:
         """Block until every chunk queued so far is stored or dropped. During `close`, blocks as long as that takes."""
         with self._lock:
             worker = self._worker
-            reached = None if worker is None or self._closed else self._reached()
+            reached = None if worker is None or self._closed else self._barrier()
         if reached is not None:
             reached.result()
         elif worker is not None:
@@ -170,7 +170,7 @@ class Store:
         atexit.unregister(self.close)
         if self._worker is None:
             return
-        _, late = wait([self._reached()], self._settings.timeouts.close_s)
+        _, late = wait([self._barrier()], self._settings.timeouts.close_s)
         if late:
             self._metrics.missed(
                 MissReason.STORE_DROPPED_AT_CLOSE,
@@ -186,7 +186,7 @@ class Store:
         self._worker.join()
         self._finalizer.cancel()
 
-    def _hand_over(self, job: Callable[[], object]) -> None:
+    def _enqueue(self, job: Callable[[], object]) -> None:
         """Queue a job; the caller holds the lock. The first job starts the worker, so a client that stores nothing has
         no thread. Raises RuntimeError when no thread can be started."""
         if self._worker is None:
@@ -198,7 +198,7 @@ class Store:
             self._finalizer = multiprocessing.util.Finalize(None, self.close, exitpriority=0)
         self._jobs.put(job)
 
-    def _reached(self) -> "Future[None]":
+    def _barrier(self) -> "Future[None]":
         """A future that is done when the worker reaches this point of the queue. It is never done behind the end mark
         that `close` queues, so all other callers hold the lock while the store is open."""
         reached: Future[None] = Future()

@@ -37,7 +37,7 @@ def bring(address: str, cache_dir: Path, encoding: str, pipe: Connection) -> Non
         except MatchFormatError as error:
             pipe.send(("refused", str(error)))
             return
-        buffers = client.buffers.take(SPEC, match.tokens)
+        buffers = client.buffers.acquire(SPEC, match.tokens)
         fetch = client.fetch(match, buffers, None, features=lambda _: features_of(256))
         report = fetch.wait()
         wrong = 0.0

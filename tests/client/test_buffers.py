@@ -21,24 +21,24 @@ class RunningCopy:
 
 
 def address(pool: BufferPool) -> int:
-    return pool.take(SPEC, 64).memory.data_ptr()
+    return pool.acquire(SPEC, 64).memory.data_ptr()
 
 
 def test_memory_that_was_given_back_is_used_again() -> None:
     pool = BufferPool(ROOMY)
-    buffers = pool.take(SPEC, 64)
-    pool.give_back(buffers)
+    buffers = pool.acquire(SPEC, 64)
+    pool.release(buffers)
     assert address(pool) == buffers.memory.data_ptr()
 
 
 def test_memory_that_a_copy_still_reads_is_not_used_again_before_the_copy_has_ended() -> None:
     pool, copies = BufferPool(ROOMY), [RunningCopy(), RunningCopy()]
-    buffers = pool.take(SPEC, 64)
+    buffers = pool.acquire(SPEC, 64)
     buffers.copies.extend(copies)
-    pool.give_back(buffers)
-    others = [pool.take(SPEC, 64)]
+    pool.release(buffers)
+    others = [pool.acquire(SPEC, 64)]
     copies[0].ended = True
-    others.append(pool.take(SPEC, 64))
+    others.append(pool.acquire(SPEC, 64))
     assert all(other.memory.data_ptr() != buffers.memory.data_ptr() for other in others)
     copies[1].ended = True
     assert address(pool) == buffers.memory.data_ptr()
@@ -46,8 +46,8 @@ def test_memory_that_a_copy_still_reads_is_not_used_again_before_the_copy_has_en
 
 def test_memory_over_the_limit_is_let_go() -> None:
     pool = BufferPool(0)
-    buffers = pool.take(SPEC, 64)
-    pool.give_back(buffers)
+    buffers = pool.acquire(SPEC, 64)
+    pool.release(buffers)
     assert address(pool) != buffers.memory.data_ptr()
 
 
@@ -55,4 +55,4 @@ def test_memory_over_the_limit_is_let_go() -> None:
 def test_memory_is_page_locked_where_there_is_a_gpu() -> None:
     pool = BufferPool(ROOMY)
     pool.reserve(4096)
-    assert pool.take(SPEC, 1).memory.is_pinned()
+    assert pool.acquire(SPEC, 1).memory.is_pinned()

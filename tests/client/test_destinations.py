@@ -68,7 +68,7 @@ def test_blocks_in_any_order_hold_what_buffers_hold(
     with connect(served.address, encoding=name, cache_dir=tmp_path, decode_threads=2) as client:
         client.prepare(SPEC).result(WAIT_S)
         match = stored_match(client, seed=sum(name.encode()) + packed)
-        buffers = client.buffers.take(SPEC, TOKENS)
+        buffers = client.buffers.acquire(SPEC, TOKENS)
         buffers.keys.fill_(-1)
         buffers.values.fill_(-1)
         paged = PagedKV(SPEC, TOKENS, packed=packed, seed=len(name))

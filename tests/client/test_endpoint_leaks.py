@@ -57,7 +57,7 @@ def matched(client: KVStoreClient, chunks: int) -> Match:
 
 
 def fetched(client: KVStoreClient, match: Match) -> KVBuffers:
-    buffers = client.buffers.take(SPEC, match.tokens)
+    buffers = client.buffers.acquire(SPEC, match.tokens)
     assert client.fetch(match, buffers, None).wait().complete
     return buffers
 
@@ -112,7 +112,7 @@ def test_pauses_that_ended_long_ago_are_forgotten(
 def test_a_closed_client_opens_no_channel_and_raises_nothing(client: KVStoreClient) -> None:
     put(client, ids(2))
     fetch_late, release_late = matched(client, 2), matched(client, 2)
-    buffers = client.buffers.take(SPEC, fetch_late.tokens)
+    buffers = client.buffers.acquire(SPEC, fetch_late.tokens)
     client.close()
     client.release(release_late)
     report = client.fetch(fetch_late, buffers, None).wait()

@@ -59,7 +59,7 @@ class Busy:
         """Start one, have `act` end it, and give everything back."""
         match = self.client.match(SPEC, ids(CHUNKS))
         assert len(match.chunks) == CHUNKS
-        buffers = self.client.buffers.take(SPEC, match.tokens)
+        buffers = self.client.buffers.acquire(SPEC, match.tokens)
         fetch = self.client.fetch(match, buffers, None)
         self.fetches.add(fetch)
         try:
@@ -69,7 +69,7 @@ class Busy:
                 assert torch.equal(buffers.values, self.values)
         finally:
             fetch.finish()
-            self.client.buffers.give_back(buffers)
+            self.client.buffers.release(buffers)
 
     def check_nothing_is_left(self) -> None:
         self.cluster.check_nothing_is_held()
@@ -96,9 +96,9 @@ def busy(tmp_path: Path, request: pytest.FixtureRequest, one_thread: None) -> It
         with connect(cluster.address, **PATIENT) as client:
             keys, values = zip(*map(random_kv, range(CHUNKS)), strict=True)
             busy = Busy(cluster, client, before, torch.cat(keys, dim=2), torch.cat(values, dim=2))
-            taken = [client.buffers.take(SPEC, 256 * CHUNKS) for _ in range(3)]
+            taken = [client.buffers.acquire(SPEC, 256 * CHUNKS) for _ in range(3)]
             for buffers in taken:
-                client.buffers.give_back(buffers)
+                client.buffers.release(buffers)
             del taken, buffers
             busy.fetch(Fetch.wait)
             client._view.refresh()

@@ -58,7 +58,7 @@ def timed_fetch(
     assert len(match.chunks) == CHUNKS
     node = replicated.busiest(match)
     before_bytes = replicated.cables[node].from_target_bytes
-    buffers = replicated.client.buffers.take(SPEC, match.tokens)
+    buffers = replicated.client.buffers.acquire(SPEC, match.tokens)
     started = time.monotonic()
     fetch = replicated.client.fetch(match, buffers, None)
     if meanwhile is not None:
@@ -70,7 +70,7 @@ def timed_fetch(
         tokens = slice(256 * index, 256 * (index + 1))
         assert torch.equal(buffers.keys[:, :, tokens], keys)
         assert torch.equal(buffers.values[:, :, tokens], values)
-    replicated.client.buffers.give_back(buffers)
+    replicated.client.buffers.release(buffers)
     return took_s, report
 
 

@@ -43,7 +43,7 @@ def test_no_more_is_asked_for_than_wanted_but_one_read_at_least() -> None:
     progress = FetchState(stored_chunks(2), layers=SPEC.layers, deadline_s=5, stall_s=5, timeline=Timeline())
     reads = [progress.next_reads(MEMBER, 1) for _ in range(5)]
     assert list(map(len, reads)) == [1, 1, 1, 1, 0]
-    progress.give_back([*reads[2], *reads[3]])
+    progress.requeue([*reads[2], *reads[3]])
     assert progress.next_reads(MEMBER, 1 << 40) == [*reads[2], *reads[3]]
 
 
@@ -191,10 +191,10 @@ def test_a_fetch_that_nobody_waits_for_loses_patience_too() -> None:
     progress, _ = progress_of(1, stall_s=0.1)
     told: list[str] = []
     progress.on_ready(lambda: told.append("ready"))
-    progress.check_patience()
+    progress.check_stall()
     assert not told
     time.sleep(0.15)
-    progress.check_patience()
+    progress.check_stall()
     assert told == ["ready"]
     assert progress.report().missing == {0: "stalled"}
 

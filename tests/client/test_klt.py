@@ -343,7 +343,7 @@ def test_a_fetch_without_features_misses_its_chunks(
         wait_for_calibration(cached)
         match = client.match(cached.spec, client.chunk_ids(cached.spec, PROMPT[0].tolist()))
         assert len(match.chunks) == 2
-        report = client.fetch(match, client.buffers.take(cached.spec, 512), None).wait()
+        report = client.fetch(match, client.buffers.acquire(cached.spec, 512), None).wait()
         assert report.missing == {0: "calibration", 1: "calibration"}
 
 
@@ -369,7 +369,7 @@ def test_features_are_asked_for_once_though_a_frame_is_read_again(
                 asked.append(index)
                 return of_prompt(index)
 
-            buffers = client.buffers.take(cached.spec, match.tokens)
+            buffers = client.buffers.acquire(cached.spec, match.tokens)
             rotary = rotary_tables(model, match.tokens, cached.spec.dtype.torch, "cpu")
             assert client.fetch(match, buffers, rotary, features=features).wait().complete
             assert client.metrics.snapshot()["failover_checksum"] == 1

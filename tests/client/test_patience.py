@@ -91,7 +91,7 @@ def test_a_fetch_does_not_look_for_others_beyond_its_deadline(replicated: Replic
         for cable in replicated.cables:
             cable.cut()
         started = time.monotonic()
-        report = client.fetch(match, client.buffers.take(SPEC, match.tokens), None).wait()
+        report = client.fetch(match, client.buffers.acquire(SPEC, match.tokens), None).wait()
         assert time.monotonic() - started < 0.9
         assert not report.complete
         for cable in replicated.cables:
@@ -147,7 +147,7 @@ def test_a_node_that_sends_a_piece_too_many_is_read(tmp_path: Path, monkeypatch:
         put(client, document)
         for _ in range(5):
             match = client.match(SPEC, document)
-            buffers = client.buffers.take(SPEC, match.tokens)
+            buffers = client.buffers.acquire(SPEC, match.tokens)
             assert client.fetch(match, buffers, None).wait().complete
 
 
@@ -167,7 +167,7 @@ def test_a_slow_link_is_not_a_silent_one(tmp_path: Path, replicas: int) -> None:
             routes[address] = link.address
         client = opened.enter_context(connect(cluster.address, routes=routes, **patience))
         match = client.match(spec, document)
-        report = client.fetch(match, client.buffers.take(spec, match.tokens), None).wait()
+        report = client.fetch(match, client.buffers.acquire(spec, match.tokens), None).wait()
         assert report.complete, report
         assert "failover_silent" not in client.metrics.snapshot()
 

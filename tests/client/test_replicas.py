@@ -78,7 +78,7 @@ class Replicated:
     def fetch(self, match: Match, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Everything comes, and is what was stored."""
         assert len(match.chunks) == len(self.document)
-        buffers = self.client.buffers.take(SPEC, match.tokens)
+        buffers = self.client.buffers.acquire(SPEC, match.tokens)
         fetch = self.client.fetch(match, buffers, None)
         meanwhile()
         report = fetch.wait()
@@ -215,7 +215,7 @@ def test_chunks_that_went_everywhere_are_missing(replicated: Replicated) -> None
     match = replicated.match()
     for node in replicated.cluster.nodes:
         node.delete(replicated.document[5:6])
-    buffers = replicated.client.buffers.take(SPEC, match.tokens)
+    buffers = replicated.client.buffers.acquire(SPEC, match.tokens)
     report = replicated.client.fetch(match, buffers, None).wait()
     assert (report.delivered, dict(report.missing)) == (5, {5: "gone"})
     assert len(replicated.match().chunks) == 5
@@ -232,7 +232,7 @@ def test_other_bytes_of_the_same_chunk_are_not_mixed(replicated: Replicated) -> 
                 holder.delete([chunk.chunk_id])
         other.store.put(SPEC, [NewChunk(chunk.chunk_id, lambda: random_kv(99))]).result(timeout=10)
     node.delete([chunk.chunk_id])
-    buffers = replicated.client.buffers.take(SPEC, match.tokens)
+    buffers = replicated.client.buffers.acquire(SPEC, match.tokens)
     assert dict(replicated.client.fetch(match, buffers, None).wait().missing) == {0: "gone"}
 
 

@@ -79,14 +79,14 @@ def fetch(
     meanwhile: Callable[[], object] = lambda: None,
     **options: Any,
 ) -> tuple[FetchReport, torch.Tensor, torch.Tensor]:
-    buffers = client.buffers.take(SPEC, tokens)
+    buffers = client.buffers.acquire(SPEC, tokens)
     buffers.keys.fill_(-1)
     buffers.values.fill_(-1)
     fetching = client.fetch(match, buffers, rotary(tokens), computed=computed, **options)
     meanwhile()
     report = fetching.wait()
     keys, values = buffers.keys.clone(), buffers.values.clone()
-    client.buffers.give_back(buffers)
+    client.buffers.release(buffers)
     return report, keys, values
 
 

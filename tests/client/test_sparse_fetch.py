@@ -78,7 +78,7 @@ def stored_match(client: KVStoreClient, seed: int) -> Match:
 def fetch(
     client: KVStoreClient, match: Match, computed: Sequence[range] = (), **options: Any
 ) -> tuple[FetchReport, torch.Tensor, torch.Tensor]:
-    buffers = client.buffers.take(SPEC, TOKENS)
+    buffers = client.buffers.acquire(SPEC, TOKENS)
     buffers.keys.fill_(-1)
     buffers.values.fill_(-1)
     fetching = client.fetch(
@@ -88,7 +88,7 @@ def fetch(
         assert fetching.wait_layer(layer)
     report = fetching.wait()
     keys, values = buffers.keys.clone(), buffers.values.clone()
-    client.buffers.give_back(buffers)
+    client.buffers.release(buffers)
     return report, keys, values
 
 

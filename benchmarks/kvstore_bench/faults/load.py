@@ -86,11 +86,11 @@ class Load:
             end_s = time.monotonic()
             reason = _last_reason(client)
             return Event("get", document.number, begin_s, end_s, 0, 0, reason, self._holders(ids[0]))
-        buffers = client.buffers.take(SPEC, match.tokens)
+        buffers = client.buffers.acquire(SPEC, match.tokens)
         report = client.fetch(match, buffers, None).wait()
         end_s = time.monotonic()
         wrong = document.wrong_bytes(buffers.keys, buffers.values, report.delivered)
-        client.buffers.give_back(buffers)
+        client.buffers.release(buffers)
         if report.delivered == CHUNKS:
             return Event("get", document.number, begin_s, end_s, CHUNKS, wrong)
         reason = ", ".join(sorted(set(report.missing.values()))) or "not found"

@@ -100,14 +100,14 @@ class ChunkState:
                 self.unread += cut(self.index, self.chunk, self.chunk.variants[choice], next_layer)
         self.choice = choice
 
-    def took(self, task: ReadTask) -> None:
+    def deliver(self, task: ReadTask) -> None:
         """Record that this read was delivered."""
         tokens = task.tokens.stop - task.tokens.start
         for layer in range(task.layers.start, task.layers.stop):
             self.open_tokens[layer] -= tokens
             self.open_token_layers -= tokens
 
-    def gave_back(self, tasks: list[ReadTask]) -> None:
+    def requeue(self, tasks: list[ReadTask]) -> None:
         """Queue these reads, the latest requested ones, to be requested again."""
         self.unread.extendleft(reversed(tasks))
 

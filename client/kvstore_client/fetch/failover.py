@@ -169,7 +169,7 @@ class Failover:
             return False
         return any(set(members) - self._tried[i] for i, members in zip(indices, readers, strict=True))
 
-    def elsewhere(self, tasks: Sequence[ReadTask]) -> tuple[dict[Member, list[ReadTask]], list[ReadTask]]:
+    def find_others(self, tasks: Sequence[ReadTask]) -> tuple[dict[Member, list[ReadTask]], list[ReadTask]]:
         """Members that have the same chunks, apart from those tried before, with the tasks for each; and the tasks that
         no other member has."""
         places: dict[int, Member] = {}
@@ -206,7 +206,7 @@ class Failover:
                 found.setdefault(places[task.chunk_index], []).append(task)
         return found, [task for task in tasks if task.chunk_index not in places]
 
-    def broke(self, member: Member, reason: MissReason) -> None:
+    def pause(self, member: Member, reason: MissReason) -> None:
         """Pause this member for all fetches."""
         self.failed.add(member.endpoint)
         why = f"the storage node at {member.endpoint} did not send chunks: {reason}"
@@ -229,7 +229,7 @@ class Failover:
         """Loop of the thread that watches the streams, until the fetch ends."""
         limit_s = self._settings.timeouts.failover_s
         while not over.wait(min(limit_s / _CHECKS_PER_LIMIT, _LOOK_EVERY_S)):
-            self._progress.check_patience()
+            self._progress.check_stall()
             with self._lock:
                 readings = list(self._readings)
             for member, reading in readings:

@@ -94,10 +94,10 @@ class FetchState:
                 self._changed.wait()
             return []
 
-    def give_back(self, tasks: Sequence[ReadTask]) -> None:
+    def requeue(self, tasks: Sequence[ReadTask]) -> None:
         """Replan requested reads that did not arrive."""
         with self._changed:
-            self._ledger.give_back(tasks)
+            self._ledger.requeue(tasks)
             self._adjust()
             self._notify()
 
@@ -116,11 +116,11 @@ class FetchState:
         with self._changed:
             self._last_progress = max(self._last_progress, at_s)
 
-    def check_patience(self) -> None:
+    def check_stall(self) -> None:
         """Called periodically: ends a fetch that is late or stalled, even when no engine waits for it."""
         with self._changed:
-            if self._ledger.open_chunks and not self._ended and self._patience_s() <= 0:
-                self._lose_patience()
+            if self._ledger.open_chunks and not self._ended and self._until_stalled_s() <= 0:
+                self._end_stalled()
         self._tell_if_ready()
 
     def begin_decode(self, task: ReadTask) -> bool:
@@ -284,11 +284,11 @@ class FetchState:
         self._engine_waits = True
         try:
             while not (condition() or self._ended):
-                patience_s = self._patience_s()
-                if patience_s <= 0:
-                    self._lose_patience()
+                stalled_in_s = self._until_stalled_s()
+                if stalled_in_s <= 0:
+                    self._end_stalled()
                     return
-                self._changed.wait(patience_s)
+                self._changed.wait(stalled_in_s)
         finally:
             self._engine_waits = False
 
@@ -299,8 +299,8 @@ class FetchState:
         else:
             self._wait_for(lambda: self._version != version)
 
-    def _patience_s(self) -> float:
+    def _until_stalled_s(self) -> float:
         return min(self._deadline, self._last_progress + self._stall_s) - time.monotonic()
 
-    def _lose_patience(self) -> None:
+    def _end_stalled(self) -> None:
         self._give_up(MissReason.TIMEOUT if time.monotonic() >= self._deadline else MissReason.STALLED)

@@ -81,14 +81,14 @@ class FetchLedger:
             self.states[task.chunk_index].unread.popleft()
         return tasks
 
-    def give_back(self, tasks: Sequence[ReadTask]) -> None:
+    def requeue(self, tasks: Sequence[ReadTask]) -> None:
         """Return reads that did not arrive, to be taken again."""
         back: dict[int, list[ReadTask]] = {}
         for task in tasks:
             back.setdefault(task.chunk_index, []).append(task)
         for index, tasks_of in back.items():
             if not self.states[index].is_computed:
-                self.states[index].gave_back(tasks_of)
+                self.states[index].requeue(tasks_of)
 
     def may_read(self, member: Member) -> bool:
         """Whether a new plan may read chunks from this member that the engine is to compute in the current one."""
@@ -104,7 +104,7 @@ class FetchLedger:
         state = self.states[task.chunk_index]
         state.decoding -= 1
         if not state.is_computed:
-            state.took(task)
+            state.deliver(task)
             tokens = task.tokens.stop - task.tokens.start
             for layer in range(task.layers.start, task.layers.stop):
                 self.open_by_layer[layer] -= tokens

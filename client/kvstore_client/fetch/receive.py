@@ -72,14 +72,14 @@ class Receiver:
                 may_stop=self.ahead and member == owner,
             )
             if attempt.instead_of is not None and not failed:
-                self.failover.broke(attempt.instead_of, MissReason.SILENT)
+                self.failover.pause(attempt.instead_of, MissReason.SILENT)
             for reason, unread in failed.items():
                 if self.progress.is_over or reason in (MissReason.TIMEOUT, MissReason.CLOSED):
                     self.progress.fail_chunks(unread, reason)
                     continue
                 if reason not in (MissReason.GONE, MissReason.SILENT):
-                    self.failover.broke(member, reason)
-                places, nowhere = self.failover.elsewhere(unread)
+                    self.failover.pause(member, reason)
+                places, nowhere = self.failover.find_others(unread)
                 if places:
                     self.metrics.failed_over(reason)
                 silent = member if reason is MissReason.SILENT else None
@@ -108,7 +108,7 @@ class Receiver:
             return True
 
         while not self.progress.is_over and not received:
-            places, _ = self.failover.elsewhere([damaged])
+            places, _ = self.failover.find_others([damaged])
             if not places:
                 return None
             for member, tasks in places.items():
@@ -204,7 +204,7 @@ class Receiver:
             watching.close()
             stream.cancel()
         if reason is None:
-            self.progress.give_back(tasks[done:])
+            self.progress.requeue(tasks[done:])
         elif done < len(tasks):
             unread[reason] = list(tasks[done:])
         return unread

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvstore_client.lookup import release, say_used
+from kvstore_client.lookup import release, report_use
 from kvstore_client.pages.base import PageResult
 from kvstore_client.pages.context import PageContext
 from kvstore_client.pages.find import PageSearch
@@ -20,7 +20,7 @@ def lock_run(context: PageContext, job: Job, chunk_ids: Sequence[ChunkId]) -> Pa
     while run in search.found:
         run += 1
     leases = search.uses(range(run))
-    say_used(context.view, leases)
+    report_use(context.view, leases)
     for lease in leases:
         locked = {
             chunk_ids[index]: search.found[index]

@@ -23,7 +23,7 @@ class IncomingKV:
         """End the fetch and release the buffers. Call it once. A forked child leaves both to the parent."""
         if self._process == os.getpid():
             self.fetch.cancel()
-            self._pool.give_back(self.buffers)
+            self._pool.release(self.buffers)
 
 
 def layers_of(fetch: Fetch, timeline: Timeline) -> LayerArrives:

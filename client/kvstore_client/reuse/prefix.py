@@ -94,7 +94,7 @@ def fetch_prefix(
     client, tokens = parts.client, call.tokens
     buffers: KVBuffers | None = None
     try:
-        buffers = client.buffers.take(spec, len(tokens))  # computed KV follows the fetched KV
+        buffers = client.buffers.acquire(spec, len(tokens))  # computed KV follows the fetched KV
         rotary, features = parts.engine.rotary(match.tokens), PromptFeatures(parts.engine.embed, tokens)
         computing = None
         if parts.costs is not None:
@@ -105,5 +105,5 @@ def fetch_prefix(
         detail = f"cannot fetch {len(match.chunks)} chunks, which are computed: {error}"
         client.metrics.missed(MissReason.NO_RESOURCES, len(match.chunks), detail=detail)
         if buffers is not None:
-            client.buffers.give_back(buffers)
+            client.buffers.release(buffers)
         return None, f"no_resources: {error}"

@@ -148,12 +148,14 @@ class SegmentGeneration(ReusingGeneration):
     def _fetch_documents(self, plan: SegmentPlan) -> None:
         """Start to fetch the chunks of `plan`; does nothing when this process has no memory or thread for it."""
         rotary = self._parts.engine.rotary(len(self.call.tokens))
-        coming = self._segments.start(plan, self.snapshot.spec, self.call.tokens, rotary, self.timeline)
-        if coming is None:
+        segment_fetch = self._segments.start(
+            plan, self.snapshot.spec, self.call.tokens, rotary, self.timeline
+        )
+        if segment_fetch is None:
             self.why_not = _NO_RESOURCES
             return
-        self._documents = coming
-        self.incoming = IncomingKV(coming.fetch, coming.buffers, self._parts.client.buffers)
+        self._documents = segment_fetch
+        self.incoming = IncomingKV(segment_fetch.fetch, segment_fetch.buffers, self._parts.client.buffers)
 
     def _fetch_beginning(self) -> None:
         usable = exact_beginning(self._plan.match)

@@ -26,7 +26,7 @@ class Connections:
         self._open: weakref.WeakSet[ByteStream] = weakref.WeakSet()
         """All live connections, acquired or idle."""
 
-    def kept(self) -> ByteStream | None:
+    def acquire_idle(self) -> ByteStream | None:
         """The most recently used idle connection that seems alive, if any."""
         while True:
             with self._lock:
@@ -54,7 +54,7 @@ class Connections:
         self._open.add(stream)
         return stream
 
-    def give_back(self, stream: ByteStream) -> None:
+    def release(self, stream: ByteStream) -> None:
         """Return a connection whose last answer has been received completely."""
         with self._lock:
             if not self._closed and len(self._idle) < _IDLE_CONNECTIONS:

@@ -63,7 +63,7 @@ class Exchange:
 
     def open(self, *, fresh: bool = False) -> None:
         """Acquire a connection. Raises UnreachableError."""
-        stream = None if fresh else self._connections.kept()
+        stream = None if fresh else self._connections.acquire_idle()
         self.is_unproven = stream is not None
         self._is_new = stream is None
         if stream is None:
@@ -138,7 +138,7 @@ class Exchange:
         with self._lock:
             stream, self._stream = self._stream, None
         if stream is not None:
-            self._connections.give_back(stream)
+            self._connections.release(stream)
 
     def break_off(self) -> None:
         with self._lock:
@@ -157,7 +157,7 @@ class Exchange:
                 stream.abort()
                 return
             self._stream = None
-        self._connections.give_back(stream)
+        self._connections.release(stream)
 
     @contextmanager
     def beginning(self) -> Iterator[None]:

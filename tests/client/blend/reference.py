@@ -88,7 +88,7 @@ class Prompt:
         """A new one, the KV of whose layers comes when it is waited for."""
         spec = spec_of(self.model)
         total = len(self.tokens)
-        buffers: KVBuffers = BufferPool(0).take(spec, total)
+        buffers: KVBuffers = BufferPool(0).acquire(spec, total)
         buffers.keys.fill_(torch.nan)
         buffers.values.fill_(torch.nan)
         rotary = rotary_tables(self.model, total, spec.dtype.torch, "cpu")[0]

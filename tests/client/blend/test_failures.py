@@ -207,7 +207,7 @@ def test_no_memory_for_buffers_prefills(remote: Remote, monkeypatch: pytest.Monk
     def full(*_: object) -> None:
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(remote.client.buffers, "take", full)
+    monkeypatch.setattr(remote.client.buffers, "acquire", full)
     assert torch.equal(remote.answer(*SEGMENTS), remote.plain(*SEGMENTS))
     assert str(remote.cached.last_report.why_not).startswith("no_resources: ")
     assert remote.counted("chunks_missing") == 11

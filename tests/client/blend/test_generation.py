@@ -45,14 +45,14 @@ def check_exact_chunks(library: Library, *segments: torch.Tensor) -> None:
     spec, own = library.cached.spec, kv_of(library.cached.model, prompt[0])
     placed = library.client.segment_chunks(spec, prompt[0].tolist(), lengths)
     match = library.client.match_segments(spec, placed)
-    buffers = library.client.buffers.take(spec, prompt.shape[1])
+    buffers = library.client.buffers.acquire(spec, prompt.shape[1])
     assert library.client.fetch(match, buffers, None).wait().complete
     for chunk in match.chunks:
         if chunk.exact:
             place = slice(chunk.first_token, chunk.first_token + 256)
             check_close(buffers.keys[:, :, place], own.keys[:, :, place])
             check_close(buffers.values[:, :, place], own.values[:, :, place])
-    library.client.buffers.give_back(buffers)
+    library.client.buffers.release(buffers)
 
 
 def by_hand(

@@ -144,13 +144,13 @@ def test_frames_that_are_computed_do_not_travel(library: Library) -> None:
     assert received[0] / received[1] == pytest.approx((4 + 4 * 2) / (4 + 4 * 4), rel=0.02)
     nothing_travels_less = Recompute(SelectorName.FIRST_K, 0.5, drift=False)
     one = library.asked(*REORDERED, recompute=nothing_travels_less)
-    library.cached.client.buffers.give_back(spoiled(library))
+    library.cached.client.buffers.release(spoiled(library))
     check_close(library.asked(*REORDERED, recompute=nothing_travels_less), one)
 
 
 def spoiled(library: Library) -> object:
     """The buffers that come next, full of NaN."""
-    buffers = library.client.buffers.take(library.cached.spec, 4000)
+    buffers = library.client.buffers.acquire(library.cached.spec, 4000)
     buffers.keys.fill_(torch.nan)
     buffers.values.fill_(torch.nan)
     return buffers
@@ -170,5 +170,5 @@ def test_what_was_in_the_buffers_does_not_matter(library: Library, name: str) ->
     segments = [SYSTEM, text(40, 50), BOTH[1], text(300, 51), BOTH[0], QUESTION]
     recompute = Recompute(name, 0.15, name == SelectorName.FOCUS)
     one = library.asked(*segments, recompute=recompute)
-    library.client.buffers.give_back(spoiled(library))  # type: ignore[arg-type]
+    library.client.buffers.release(spoiled(library))  # type: ignore[arg-type]
     assert torch.equal(library.asked(*segments, recompute=recompute), one)

@@ -142,10 +142,10 @@ class ModelCanary:
     def _run(self, spec: ModelSpec, ended: threading.Event) -> None:
         verdict = Verdict("canary_failed", "an internal error of kvstore; see the log")
         try:
-            verdict = self._found(spec)
+            verdict = self._compare(spec)
         except NodeUnavailableError as error:
             verdict = Verdict("unreachable", str(error))
-        except _NothingFoundError as error:
+        except _NoVerdictError as error:
             verdict = Verdict("canary_pending", str(error))
         except Exception as error:  # an error of the model must not reach the engine here
             verdict = Verdict("canary_failed", f"{spec.model_id} cannot compute the probe: {error!r}"[:1000])
@@ -154,10 +154,10 @@ class ModelCanary:
                 if self._running is ended:
                     self._spent_s += time.monotonic() - self._began_s
                     self._verdict, self._running = verdict, None
-                    self._say(spec, verdict)
+                    self._log_verdict(spec, verdict)
             ended.set()
 
-    def _found(self, spec: ModelSpec) -> Verdict:
+    def _compare(self, spec: ModelSpec) -> Verdict:
         kept = self._client.canaries.get(spec)
         probe, own = self._computed(spec)
         self._require_open()
@@ -182,16 +182,16 @@ class ModelCanary:
 
     def _require_open(self) -> None:
         if self._closed or self._client.is_closed:
-            raise _NothingFoundError("the model or its client was closed before the comparison ended")
+            raise _NoVerdictError("the model or its client was closed before the comparison ended")
 
     def _require_unchanged(self, spec: ModelSpec) -> None:
         described = self._identity.current(every_row=True)
         if described.spec != spec or described.refusal is not None:
-            raise _NothingFoundError("the model was changed while it computed the probe")
+            raise _NoVerdictError("the model was changed while it computed the probe")
         if self._model.training:
-            raise _NothingFoundError("the model is in training mode")
+            raise _NoVerdictError("the model is in training mode")
 
-    def _say(self, spec: ModelSpec, verdict: Verdict) -> None:
+    def _log_verdict(self, spec: ModelSpec, verdict: Verdict) -> None:
         """Log a verdict; the caller holds the lock."""
         self._client.canaries.note(spec, verdict)
         if verdict.reason is None:
@@ -200,5 +200,5 @@ class ModelCanary:
             self._client.metrics.failures.warn(f"{verdict.reason} {verdict.message}", verdict.message)
 
 
-class _NothingFoundError(CanaryError):
+class _NoVerdictError(CanaryError):
     """A comparison without a verdict, to be repeated while the model is used."""

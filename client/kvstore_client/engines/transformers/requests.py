@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Question:
+class _Request:
     input_ids: torch.Tensor
     arguments: dict[str, Any]
     answer: "Future[Any]" = field(default_factory=Future)
@@ -27,16 +27,16 @@ class _Question:
     """Its fetch, once it has started."""
 
 
-class _Reuse:
-    """The Arrival of a question for which stored KV exists."""
+class _RequestArrival:
+    """The Arrival of a request for which stored KV exists."""
 
-    def __init__(self, cached: CachedModel, question: _Question) -> None:
-        self._cached, self._question = cached, question
+    def __init__(self, cached: CachedModel, request: _Request) -> None:
+        self._cached, self._request = cached, request
         # Computed KV is written into the same buffers.
-        self.size_bytes = question.input_ids.numel() * cached.spec.kv_bytes_per_token
+        self.size_bytes = request.input_ids.numel() * cached.spec.kv_bytes_per_token
 
     def start(self) -> None:
-        self._question.pending = self._cached.begin(self._question.input_ids, **self._question.arguments)
+        self._request.pending = self._cached.begin(self._request.input_ids, **self._request.arguments)
 
     def on_ready(self, callback: Callable[[], object]) -> None:
         self._pending.on_ready(callback)
@@ -49,9 +49,9 @@ class _Reuse:
 
     @property
     def _pending(self) -> PendingGeneration:
-        if self._question.pending is None:
+        if self._request.pending is None:
             raise RuntimeError("the fetch was not started")
-        return self._question.pending
+        return self._request.pending
 
 
 class RequestQueue:
@@ -78,7 +78,7 @@ class RequestQueue:
 
     def _start(self) -> None:
         """Start with an empty queue: requests that wait when a process forks are answered by the parent."""
-        self._queue = AdmissionQueue[_Question](
+        self._queue = AdmissionQueue[_Request](
             self._cached.client.metrics,
             fetches=self._fetches,
             buffer_bytes=self._buffer_bytes,
@@ -95,11 +95,11 @@ class RequestQueue:
         fetch may start much later. Raises InvalidTokensError for segments that do not sum to the prompt, and ValueError
         after `close`.
         """
-        question = _Question(input_ids, arguments)
+        request = _Request(input_ids, arguments)
         waits = self._cached.is_stored(input_ids, **arguments)
-        self._queue.submit(question, _Reuse(self._cached, question) if waits else None)
-        question.answer.add_done_callback(lambda answer: answer.cancelled() and self._queue.cancel(question))
-        return question.answer
+        self._queue.submit(request, _RequestArrival(self._cached, request) if waits else None)
+        request.answer.add_done_callback(lambda answer: answer.cancelled() and self._queue.cancel(request))
+        return request.answer
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise NotCopyableError(
@@ -108,32 +108,32 @@ class RequestQueue:
 
     def close(self) -> None:
         """Cancel requests that have not reached the model, and wait for the one being answered."""
-        for question in self._queue.close():
-            question.answer.cancel()
+        for request in self._queue.close():
+            request.answer.cancel()
         self._engine.join()
 
     def _answer(self) -> None:
-        while (question := self._queue.next_ready(threading.TIMEOUT_MAX)) is not None:
+        while (request := self._queue.next_ready(threading.TIMEOUT_MAX)) is not None:
             try:
-                if question.answer.set_running_or_notify_cancel():
-                    self._give_answer(question)
-                elif question.pending is not None:
-                    self._cached.cancel(question.pending)
+                if request.answer.set_running_or_notify_cancel():
+                    self._give_answer(request)
+                elif request.pending is not None:
+                    self._cached.cancel(request.pending)
             except BaseException:  # a bug here or in a callback: the next requests are still answered
                 log.exception("a request did not end properly")
             finally:
-                self._queue.finished(question)
-                del question  # an idle queue must not keep buffers alive
+                self._queue.finished(request)
+                del request  # an idle queue must not keep buffers alive
 
-    def _give_answer(self, question: _Question) -> None:
+    def _give_answer(self, request: _Request) -> None:
         try:
-            result = self._result(question)
+            result = self._result(request)
         except BaseException as error:  # any error belongs to the caller
-            question.answer.set_exception(error)
+            request.answer.set_exception(error)
         else:
-            question.answer.set_result(result)
+            request.answer.set_result(result)
 
-    def _result(self, question: _Question) -> Any:
-        if question.pending is None:
-            return self._cached.generate(question.input_ids, **question.arguments)
-        return self._cached.finish(question.pending)
+    def _result(self, request: _Request) -> Any:
+        if request.pending is None:
+            return self._cached.generate(request.input_ids, **request.arguments)
+        return self._cached.finish(request.pending)

@@ -120,44 +120,48 @@ class SegmentReuse:
         computed = skipped(chosen) if chosen is not None and not recompute.drift else []
         buffers: KVBuffers | None = None
         try:
-            buffers = self._client.buffers.take(spec, len(tokens))
+            buffers = self._client.buffers.acquire(spec, len(tokens))
             features = PromptFeatures(self._embed, tokens, [c.first_token for c in plan.match.chunks])
             fetch = self._client.fetch(plan.match, buffers, rotary, timeline, features, computed=computed)
         except (RuntimeError, MemoryError) as error:
             self._no_resources("fetch", len(plan.match.chunks), error)
             if buffers is not None:
-                self._client.buffers.give_back(buffers)
+                self._client.buffers.release(buffers)
             return None
         if self._costs is not None and plan.prefill_s is not None:
             FetchWatchdog(fetch, sum(chunk.body_bytes for chunk in plan.match.chunks), plan.prefill_s).start()
         return SegmentFetch(plan, tokens, buffers, fetch, rotary[0], chosen)
 
-    def blend(self, coming: SegmentFetch, timeline: Timeline, *, question: bool = False) -> Blended | None:
+    def blend(
+        self, segment_fetch: SegmentFetch, timeline: Timeline, *, question: bool = False
+    ) -> Blended | None:
         """Compute the remaining tokens while the reused KV arrives. None when too little of it arrived, or too late to
         select again, or this process has no memory left: the caller then prefills the prompt. With `question` the
         question's last token is computed, too."""
         try:
-            return self._blend_what_comes(coming, timeline, question=question)
+            return self._blend_arrived(segment_fetch, timeline, question=question)
         except (RuntimeError, MemoryError) as error:  # an out-of-memory device raises RuntimeError
-            self._no_resources("reuse", len(coming.plan.match.chunks), error)
-            coming.fetch.cancel()
+            self._no_resources("reuse", len(segment_fetch.plan.match.chunks), error)
+            segment_fetch.fetch.cancel()
             return None
 
-    def _blend_what_comes(
-        self, coming: SegmentFetch, timeline: Timeline, *, question: bool
+    def _blend_arrived(
+        self, segment_fetch: SegmentFetch, timeline: Timeline, *, question: bool
     ) -> Blended | None:
         try:
-            return self._blend(coming, coming.plan, coming.selected, timeline, question=question)
+            return self._blend(
+                segment_fetch, segment_fetch.plan, segment_fetch.selected, timeline, question=question
+            )
         except _ChoiceFailedError:
-            report = coming.fetch.wait()
+            report = segment_fetch.fetch.wait()
         except FetchIncompleteError:
-            coming.fetch.cancel()  # the rest would arrive for nothing
+            segment_fetch.fetch.cancel()  # the rest would arrive for nothing
             return None
-        came = tuple(c for i, c in enumerate(coming.plan.match.chunks) if i not in report.missing)
-        plan = replace(coming.plan, match=Match(came))
-        if self.worth(plan, len(coming.tokens)) is None:
+        came = tuple(c for i, c in enumerate(segment_fetch.plan.match.chunks) if i not in report.missing)
+        plan = replace(segment_fetch.plan, match=Match(came))
+        if self.worth(plan, len(segment_fetch.tokens)) is None:
             return None
-        return self._blend(coming, plan, None, timeline, question=question)
+        return self._blend(segment_fetch, plan, None, timeline, question=question)
 
     def _no_resources(self, verb: str, chunks: int, error: Exception) -> None:
         detail = f"cannot {verb} {chunks} chunks, which are computed: {error}"
@@ -170,21 +174,22 @@ class SegmentReuse:
 
     def _blend(
         self,
-        coming: SegmentFetch,
+        segment_fetch: SegmentFetch,
         plan: SegmentPlan,
         selected: torch.Tensor | None,
         timeline: Timeline,
         *,
         question: bool,
     ) -> Blended:
-        is_whole, arrives = plan is coming.plan, layers_of(coming.fetch, timeline)
+        is_whole, arrives = plan is segment_fetch.plan, layers_of(segment_fetch.fetch, timeline)
 
         def arrived(layer: int) -> None:
-            if is_whole:  # otherwise the duration includes waits for missing KV
+            if is_whole:  # otherwise the fetch has ended already
                 arrives(layer)
 
         blend = Blend(
-            self._decoder, coming.tokens, plan.chunks, plan.question, coming.buffers, coming.rotary, arrived,
+            self._decoder, segment_fetch.tokens, plan.chunks, plan.question,
+            segment_fetch.buffers, segment_fetch.rotary, arrived,
             keep=[chunk_tokens(chunk) for chunk in plan.unstored],
         )  # fmt: skip
         recompute = plan.recompute
@@ -197,10 +202,10 @@ class SegmentReuse:
         with timeline.span("compute", f"{len(selected)} tokens again"):
             hidden = blend.compute(selected, drift=recompute.drift, question=question)
         # Other devices still work when the call returns.
-        if coming.selected is not None and self._decoder.device.type == "cpu":
-            computed = len(coming.tokens) - plan.match.tokens + len(selected)
+        if segment_fetch.selected is not None and self._decoder.device.type == "cpu":
+            computed = len(segment_fetch.tokens) - plan.match.tokens + len(selected)
             self._ratios.computed(computed, timeline.busy_s("compute"))
-        return Blended(plan, blend, coming.fetch.finish(), len(selected), hidden)
+        return Blended(plan, blend, segment_fetch.fetch.finish(), len(selected), hidden)
 
 
 class _ChoiceFailedError(FetchIncompleteError):
