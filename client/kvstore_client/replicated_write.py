@@ -24,7 +24,7 @@ _REFUSALS: dict[int, MissReason] = {
 
 
 @dataclass(slots=True)
-class Written:
+class WriteResult:
     """Result of writing one chunk in one encoding."""
 
     text: TextPlaces
@@ -42,7 +42,7 @@ class _Stream:
     """An owner's stream, and the chunks that were sent through it."""
 
     write: OwnerWrite
-    chunks: list[Written] = field(default_factory=list)
+    chunks: list[WriteResult] = field(default_factory=list)
     counted: int = 0
     """Number of answers counted so far."""
 
@@ -61,7 +61,7 @@ class ReplicatedWrite:
         """A sentence for each of these reasons."""
         self._view, self._settings = view, settings
         self._timeout_s = settings.timeouts.put_s if timeout_s is None else timeout_s
-        self._written: list[Written] = []
+        self._written: list[WriteResult] = []
         self._lock = threading.Lock()
         self._streams: dict[Member, _Stream] = {}
         self._cut: set[tuple[TextPlaces, str]] = set()
@@ -72,7 +72,7 @@ class ReplicatedWrite:
         """Send a chunk of `text` to these owners, waiting while too many bytes are queued for one of them. An owner
         that has refused an earlier chunk because it keeps the text's beginning is left out."""
         chunk_id, encoding = chunk.chunk_id, chunk.start.encoding
-        written = Written(text, encoding, len(owners))
+        written = WriteResult(text, encoding, len(owners))
         self._written.append(written)
         for owner in owners:
             if (text, encoding, owner) in self._cut_at:
@@ -90,7 +90,7 @@ class ReplicatedWrite:
             self._count(owner, stream)
         return (text, encoding) in self._cut
 
-    def finish(self) -> list[Written]:
+    def finish(self) -> list[WriteResult]:
         """Wait until every owner has answered or failed. Returns the result of each chunk, in order."""
         for stream in self._streams.values():
             stream.write.complete()
@@ -132,7 +132,7 @@ class ReplicatedWrite:
             refusal = _REFUSALS.get(answer.status, MissReason.STORE_PROTOCOL)
             self._refused(written, MissReason.STORE_TEXT_CUT if answer.text_cut else refusal)
 
-    def _refused(self, written: Written, reason: MissReason) -> None:
+    def _refused(self, written: WriteResult, reason: MissReason) -> None:
         written.refusals.append(reason)
         if len(written.refusals) == written.owners and MissReason.STORE_TEXT_CUT in written.refusals:
             self._cut.add((written.text, written.encoding))

@@ -182,7 +182,7 @@ def test_a_fetch_is_not_finished_while_a_thread_of_it_may_write(
         match, paged = stored_match(client, seed=3000), BlockingKV()
         fetch = client.fetch(match, paged, None)
         assert paged.entered.wait(WAIT_S)
-        fetch._progress.wait()
+        fetch._fetch_state.wait()
         assert fetch.finished() is None
         paged.go.set()
         assert dict(polled(fetch).missing) == {0: "timeout", 1: "timeout", 2: "timeout"}

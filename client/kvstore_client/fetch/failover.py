@@ -30,7 +30,7 @@ AHEAD_S = 0.1
 _TOO_LONG_S = 3 * AHEAD_S
 
 
-class Reading:
+class WatchedStream:
     """A stream in progress: how long its next piece has been awaited, and how fast bytes arrive."""
 
     def __init__(
@@ -139,16 +139,16 @@ class Failover:
         links: Links,
         settings: ClientSettings,
         chunks: Sequence[StoredChunk],
-        progress: FetchState,
+        fetch_state: FetchState,
         *,
         replans: bool,
     ) -> None:
         self.links = links
         self._replans = replans
-        self._view, self._settings, self._chunks, self._progress = view, settings, chunks, progress
+        self._view, self._settings, self._chunks, self._fetch_state = view, settings, chunks, fetch_state
         self._tried = [{chunk.member} for chunk in chunks]
         self._lock = threading.Lock()
-        self._readings: set[tuple[Member, Reading]] = set()
+        self._readings: set[tuple[Member, WatchedStream]] = set()
         self.leases: list[Lease] = []
         """Leases taken during failover."""
         self.failed: set[str] = set()
@@ -194,8 +194,8 @@ class Failover:
         search = Search(self._view, self._settings, ids, encodings, take, all_encodings=len(encodings) > 1)
         try:
             tried = {index: self._tried[index] for index in indices}
-            with self._progress.until_end(search.cancel):
-                search.run(indices, tried, self._progress.remaining_s())
+            with self._fetch_state.until_end(search.cancel):
+                search.run(indices, tried, self._fetch_state.remaining_s())
         except NodeUnavailableError:
             return {}, list(tasks)
         finally:
@@ -214,7 +214,7 @@ class Failover:
         self._view.refresh()
 
     @contextmanager
-    def watched(self, member: Member, reading: Reading) -> Iterator[Reading]:
+    def watched(self, member: Member, reading: WatchedStream) -> Iterator[WatchedStream]:
         """Inside the block the stream is ended when it is hurried and silent for `failover_s`, or so slow that its
         remaining reads should be replanned."""
         with self._lock:
@@ -229,12 +229,12 @@ class Failover:
         """Loop of the thread that watches the streams, until the fetch ends."""
         limit_s = self._settings.timeouts.failover_s
         while not over.wait(min(limit_s / _CHECKS_PER_LIMIT, _LOOK_EVERY_S)):
-            self._progress.check_stall()
+            self._fetch_state.check_stall()
             with self._lock:
                 readings = list(self._readings)
             for member, reading in readings:
                 reading.look()
-                self._progress.moved(reading.moved_at_s)
+                self._fetch_state.note_moved(reading.moved_at_s)
                 reading.end_if_silent(limit_s)
                 if self._replans:
                     reading.check_speed(self.links.bandwidth_Bps(member.endpoint), _TOO_LONG_S)

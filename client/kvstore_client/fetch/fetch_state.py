@@ -106,12 +106,12 @@ class FetchState:
         with self._changed:
             return self._received_bytes
 
-    def progress(self, received_bytes: int) -> None:
+    def count_received(self, received_bytes: int) -> None:
         with self._changed:
             self._received_bytes += received_bytes
             self._last_progress = time.monotonic()
 
-    def moved(self, at_s: float) -> None:
+    def note_moved(self, at_s: float) -> None:
         """Record that bytes of an incomplete piece arrived at this time."""
         with self._changed:
             self._last_progress = max(self._last_progress, at_s)

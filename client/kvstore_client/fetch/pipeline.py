@@ -92,7 +92,7 @@ class Fetch:
         if planner is not None and computing is not None:
             replanner = Replanner(planner, links, computing, timeline, metrics, replan=settings.fetch.replan)
         self._replanner = replanner
-        self._progress = FetchState(
+        self._fetch_state = FetchState(
             match.chunks,
             layers=destination.layers,
             deadline_s=settings.timeouts.fetch_s,
@@ -103,14 +103,14 @@ class Fetch:
         )
         predictions = Predictions(match.chunks, features)
         workers = settings.fetch.decoders
-        members = self._progress.members
+        members = self._fetch_state.members
         received = StageQueue[ReceivedFrames](settings.fetch.inflight_bytes, producers=len(members))
-        self._progress.on_end(received.abort)
+        self._fetch_state.on_end(received.abort)
         replans = replanner is not None and replanner.replan
-        self._failover = Failover(view, links, settings, match.chunks, self._progress, replans=replans)
+        self._failover = Failover(view, links, settings, match.chunks, self._fetch_state, replans=replans)
         over = threading.Event()
-        self._progress.on_end(over.set)
-        receiver = Receiver(view, self._failover, self._progress, received, metrics, ahead=replans)
+        self._fetch_state.on_end(over.set)
+        receiver = Receiver(view, self._failover, self._fetch_state, received, metrics, ahead=replans)
         restoring = restorer(
             receiver, destination, rotary, predictions, computing.costs if computing else None
         )
@@ -125,7 +125,7 @@ class Fetch:
                 thread.start()
                 started.append(thread)
         except RuntimeError:  # this process has no thread left
-            self._progress.end(MissReason.NO_RESOURCES)
+            self._fetch_state.end(MissReason.NO_RESOURCES)
             for thread in started:
                 thread.join()
             raise
@@ -135,41 +135,41 @@ class Fetch:
         is faster than fetching or because they are missing. Blocks until all chunks before the run are in the
         destination. The engine writes the run's keys (rotated) and values there and then calls `computed`. None: begin
         the last pass."""
-        return self._progress.next_to_compute()
+        return self._fetch_state.next_to_compute()
 
     def computed(self, first: int, end: int) -> None:
         """Report that the engine has written the KV of these chunks to the destination."""
-        self._progress.computed(first, end)
+        self._fetch_state.computed(first, end)
 
     @property
     def reusable_tokens(self) -> int:
         """Position at which the last pass begins: all chunks before it are delivered or will be. Ask after
         `next_to_compute`."""
-        return self._progress.reusable_tokens
+        return self._fetch_state.reusable_tokens
 
     def wait_layer(self, layer: int) -> bool:
         """Block until `layer` of every chunk is in the destination. False when that will not happen: abort the pass,
         and call `next_to_compute` again."""
-        return self._progress.wait_layer(layer)
+        return self._fetch_state.wait_layer(layer)
 
     def on_ready(self, callback: Callable[[], object]) -> None:
         """Call `callback` once, when the engine would no longer wait for this fetch. Any thread may run it; it must not
         compute, which would delay the fetch, on a single thread."""
-        self._progress.on_ready(callback)
+        self._fetch_state.on_ready(callback)
 
     def planned_s(self) -> float:
         """Planned seconds until the engine's last pass ends; 0 without a plan."""
-        return self._progress.planned_s()
+        return self._fetch_state.planned_s()
 
     def wait(self) -> FetchReport:
         """Block until every chunk is delivered or known to be missing, and finish."""
-        self._progress.wait()
+        self._fetch_state.wait()
         return self.finish()
 
     @property
     def received_bytes(self) -> int:
         """Bytes received so far."""
-        return self._progress.received_bytes
+        return self._fetch_state.received_bytes
 
     def cancel(self) -> FetchReport:
         """Stop now. Chunks that were not delivered are missing."""
@@ -190,9 +190,9 @@ class Fetch:
         ask: a fetch that is neither polled nor finished keeps its leases until they expire. As in `wait`, chunks that a
         plan leaves to the engine are not waited for.
         """
-        if self._finished is None and self._progress.is_settled:
+        if self._finished is None and self._fetch_state.is_settled:
             # No chunk is left to cancel: this frees threads that wait for more.
-            self._progress.end(MissReason.CANCELLED)
+            self._fetch_state.end(MissReason.CANCELLED)
             ended = not any(thread.is_alive() for thread in self._threads)
             if ended and self._finishing.acquire(blocking=False):
                 try:
@@ -207,11 +207,11 @@ class Fetch:
             return self._finished or self._finish()
 
     def _finish(self) -> FetchReport:
-        self._progress.end(MissReason.CANCELLED)
+        self._fetch_state.end(MissReason.CANCELLED)
         for thread in self._threads:
             thread.join()
         release(self._view, (*self._match.leases, *self._failover.leases))
-        report = self._finished = self._progress.report()
+        report = self._finished = self._fetch_state.report()
         self._metrics.received(report.received_bytes)
         self._metrics.delivered(report.fetched)
         self._metrics.planned(fetched=report.chunks - report.computed, computed=report.computed)
@@ -249,6 +249,6 @@ class Fetch:
             except Exception:
                 # A bug in a stage must not leave the engine waiting: the fetch ends, and missing chunks are computed.
                 log.exception("the %s stage of a fetch failed", stage)
-                self._progress.end(MissReason.INTERNAL_ERROR)
+                self._fetch_state.end(MissReason.INTERNAL_ERROR)
 
         return threading.Thread(target=run, name=f"kvstore-{stage}", daemon=True)

@@ -11,7 +11,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch.base import ReadTask, ReceivedFrames
 from kvstore_client.fetch.cut import RANGE_BYTES
-from kvstore_client.fetch.failover import AHEAD_S, Failover, Reading
+from kvstore_client.fetch.failover import AHEAD_S, Failover, WatchedStream
 from kvstore_client.fetch.fetch_state import FetchState
 from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.metrics import ClientMetrics
@@ -40,7 +40,7 @@ class Receiver:
 
     view: ClusterView
     failover: Failover
-    progress: FetchState
+    fetch_state: FetchState
     out: StageQueue[ReceivedFrames]
     metrics: ClientMetrics
     ahead: bool
@@ -54,7 +54,7 @@ class Receiver:
         is over.
         """
         try:
-            while tasks := self.progress.next_reads(owner, self._ahead_bytes(owner)):
+            while tasks := self.fetch_state.next_reads(owner, self._ahead_bytes(owner)):
                 self._bring(owner, tasks)
         finally:
             self.out.close()
@@ -74,8 +74,8 @@ class Receiver:
             if attempt.instead_of is not None and not failed:
                 self.failover.pause(attempt.instead_of, MissReason.SILENT)
             for reason, unread in failed.items():
-                if self.progress.is_over or reason in (MissReason.TIMEOUT, MissReason.CLOSED):
-                    self.progress.fail_chunks(unread, reason)
+                if self.fetch_state.is_over or reason in (MissReason.TIMEOUT, MissReason.CLOSED):
+                    self.fetch_state.fail_chunks(unread, reason)
                     continue
                 if reason not in (MissReason.GONE, MissReason.SILENT):
                     self.failover.pause(member, reason)
@@ -90,7 +90,7 @@ class Receiver:
                 if nowhere and reason is MissReason.SILENT:
                     waiting.append(_ReadAttempt(member, nowhere, hurried=False))  # it may only be slow
                 else:
-                    self.progress.fail_chunks(nowhere, reason)
+                    self.fetch_state.fail_chunks(nowhere, reason)
 
     def _ahead_bytes(self, owner: Member) -> float:
         """Bytes to request at once."""
@@ -107,7 +107,7 @@ class Receiver:
             received.append(item)
             return True
 
-        while not self.progress.is_over and not received:
+        while not self.fetch_state.is_over and not received:
             places, _ = self.failover.find_others([damaged])
             if not places:
                 return None
@@ -135,26 +135,26 @@ class Receiver:
         """Read one stream until `take` returns False. Returns the tasks that did not arrive, by reason. A `hurried`
         stream is ended when it falls silent; with `may_stop` a stream that has become slow is ended between two reads,
         and its other reads are replanned."""
-        timeline = self.progress.timeline
+        timeline = self.fetch_state.timeline
         request = _request(tasks, self._piece_bytes(member))
         try:
-            stream = self.view.transport(member).read(request, self.progress.remaining_s())
+            stream = self.view.transport(member).read(request, self.fetch_state.remaining_s())
         except NodeUnavailableError:
             return {MissReason.CLOSED: list(tasks)}
-        reading = Reading(
+        reading = WatchedStream(
             stream,
             self.failover.links,
             member.endpoint,
             [task.size_bytes for task in tasks],
             request=timeline,
-            is_waited_for=lambda: self.progress.is_engine_waiting,
+            is_waited_for=lambda: self.fetch_state.is_engine_waiting,
             hurried=hurried,
         )
         unread: dict[MissReason, list[ReadTask]] = {}
         done = 0
         reason: MissReason | None = MissReason.PROTOCOL
         watching = ExitStack()
-        watching.enter_context(self.progress.until_end(stream.cancel))
+        watching.enter_context(self.fetch_state.until_end(stream.cancel))
         try:
             parts: list[memoryview] = []
             received = 0
@@ -167,7 +167,7 @@ class Receiver:
                 ):
                     break
                 task = tasks[done]
-                self.progress.progress(len(piece.data))
+                self.fetch_state.count_received(len(piece.data))
                 if piece.status != pb.READ_STATUS_OK:
                     unread.setdefault(MissReason.GONE, []).append(task)
                 else:
@@ -196,7 +196,7 @@ class Receiver:
                     break
         except TransferError as error:
             reason = MissReason.SILENT if reading.is_silent else MissReason.of_fetch(error.reason)
-            if not self.progress.is_over:
+            if not self.fetch_state.is_over:
                 self.metrics.failures.warn(
                     reason, f"a read from {member.endpoint} broke off ({reason}): {error}"
                 )
@@ -204,7 +204,7 @@ class Receiver:
             watching.close()
             stream.cancel()
         if reason is None:
-            self.progress.requeue(tasks[done:])
+            self.fetch_state.requeue(tasks[done:])
         elif done < len(tasks):
             unread[reason] = list(tasks[done:])
         return unread

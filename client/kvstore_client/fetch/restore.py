@@ -62,8 +62,8 @@ class Restorer:
         self, received: ReceivedFrames, together: FramesTogether, decoded: list[DecodedFrames]
     ) -> None:
         """Decode wanted frames. Frames that are invalid on every member make their chunk missing."""
-        progress, task = self.receiver.progress, received.task
-        if not progress.begin_decode(task):
+        fetch_state, task = self.receiver.fetch_state, received.task
+        if not fetch_state.begin_decode(task):
             return
         try:
             keys, values = self.destination.prepare(task.layers, task.tokens)
@@ -74,7 +74,7 @@ class Restorer:
         item: ReceivedFrames | None = received
         reason = MissReason.UNDECODABLE
         while item is not None:
-            start_s = progress.timeline.now_s()
+            start_s = fetch_state.timeline.now_s()
             try:
                 decode(item, keys, values, self.predictions, together)
             except CodecError as error:
@@ -90,7 +90,7 @@ class Restorer:
             if item is not None:
                 self.receiver.metrics.failed_over(reason)
         decoded.pop()
-        progress.fail(task, reason)
+        fetch_state.fail(task, reason)
 
     @contextmanager
     def failing_unfinished(self, batch: list[DecodedFrames]) -> Iterator[None]:
@@ -101,13 +101,13 @@ class Restorer:
         except BaseException:
             for decoded in batch:
                 if not decoded.is_settled:
-                    self.receiver.progress.fail(decoded.task, MissReason.INTERNAL_ERROR)
+                    self.receiver.fetch_state.fail(decoded.task, MissReason.INTERNAL_ERROR)
             raise
 
     def finish_decode(self, together: FramesTogether, batch: list[DecodedFrames]) -> None:
         """Compute the values of the frames that `decode` added to `together`."""
         if together.tokens:
-            start_s = self.receiver.progress.timeline.now_s()
+            start_s = self.receiver.fetch_state.timeline.now_s()
             together.restore_()
             share_s = self._note("decode", start_s, batch[0].task) / len(batch)
             for decoded in batch:
@@ -115,10 +115,10 @@ class Restorer:
 
     def restore_all(self, batch: list[DecodedFrames]) -> None:
         """Rotate the keys of decoded frames, write keys and values to their place, and deliver them to the engine."""
-        progress, layers = self.receiver.progress, self.destination.layers
+        fetch_state, layers = self.receiver.fetch_state, self.destination.layers
         for decoded in batch:
             task = decoded.task
-            start_s = progress.timeline.now_s()
+            start_s = fetch_state.timeline.now_s()
             if self.rotary is not None:
                 rotate_layers_(decoded.keys, self.rotary[task.layers], task.tokens)
             try:
@@ -138,22 +138,22 @@ class Restorer:
                     disturbed=(decoded.began_disturbed + self._is_disturbed) / 2,
                 )
             decoded.is_settled = True
-            if progress.deliver(task):
+            if fetch_state.deliver(task):
                 self.predictions.drop(task.chunk_index)
 
     def _fail_to_place(self, task: ReadTask, error: Exception) -> None:
         self.receiver.metrics.failures.warn(
             MissReason.DESTINATION, f"fetched KV cannot be written to the engine's memory: {error!r}"
         )
-        self.receiver.progress.fail(task, MissReason.DESTINATION)
+        self.receiver.fetch_state.fail(task, MissReason.DESTINATION)
 
     @property
     def _is_disturbed(self) -> bool:
         """Whether the engine computes rather than waits for this fetch."""
-        return self.receiver.failover.links.is_computing and not self.receiver.progress.is_engine_waiting
+        return self.receiver.failover.links.is_computing and not self.receiver.fetch_state.is_engine_waiting
 
     def _note(self, stage: Literal["decode", "restore"], start_s: float, task: ReadTask) -> float:
-        timeline = self.receiver.progress.timeline
+        timeline = self.receiver.fetch_state.timeline
         end_s = timeline.now_s()
         timeline.add(stage, start_s, end_s, task.label, chunk=task.chunk_index, encoding=task.encoding.name)
         return end_s - start_s

@@ -8,7 +8,7 @@ from kvstore_client.owner_write import OutgoingChunk, keep_as
 from kvstore_client.pages.base import PageResult
 from kvstore_client.pages.context import PageContext
 from kvstore_client.pages.jobs import Job
-from kvstore_client.replicated_write import ReplicatedWrite, Written
+from kvstore_client.replicated_write import ReplicatedWrite, WriteResult
 from kvstore_client.texts import TextPlaces
 from kvstore_codec.errors import InvalidKVError, NodeUnavailableError
 from kvstore_codec.identity import ChunkId
@@ -43,7 +43,7 @@ def put_pages(
     write = ReplicatedWrite(context.view, context.settings, timeout_s=job.left_s)
     keep = keep_as(context.settings, cost=context.page_tokens)
     sent: list[tuple[int, int]] = []
-    written: list[Written] = []
+    written: list[WriteResult] = []
     with context.watch.over(_Writing(write)):
         try:
             for index, (chunk_id, view) in enumerate(zip(chunk_ids, views, strict=True)):

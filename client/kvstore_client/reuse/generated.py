@@ -31,7 +31,7 @@ class ComputedRun:
 
 
 @dataclass(frozen=True, slots=True)
-class Generated:
+class GenerationResult:
     """Result of a call."""
 
     output: Any
@@ -49,7 +49,9 @@ class Generated:
     computed_chunks: int = 0
     """Number of chunks computed before the last pass."""
 
-    def behind(self, report: FetchReport, runs: Sequence[ComputedRun], buffers: KVBuffers) -> "Generated":
+    def behind(
+        self, report: FetchReport, runs: Sequence[ComputedRun], buffers: KVBuffers
+    ) -> "GenerationResult":
         """Add the fetch's report, and the `runs` that were computed into its buffers before the last pass."""
         missing = [run.keep(buffers) for run in runs if not report.missing.keys().isdisjoint(run.chunks)]
         return replace(
@@ -66,7 +68,7 @@ def new_chunks(
     tokens: Sequence[int],
     ids: Sequence[ChunkId],
     stored: Collection[int],
-    generated: Generated,
+    generated: GenerationResult,
     *,
     features: bool,
 ) -> list[NewChunk]:
@@ -82,7 +84,9 @@ def new_chunks(
     ]
 
 
-def _gathers(chunks: int, stored: Collection[int], generated: Generated) -> Iterator[tuple[int, "Gather"]]:
+def _gathers(
+    chunks: int, stored: Collection[int], generated: GenerationResult
+) -> Iterator[tuple[int, "Gather"]]:
     for run in generated.missing:
         if run.values is not None:
             for index in run.chunks:

@@ -44,7 +44,7 @@ class BypassedGeneration:
 
 
 @dataclass(frozen=True, slots=True)
-class Completed:
+class CompletedCall:
     """Result of a call."""
 
     output: Any
@@ -95,7 +95,7 @@ class ReusingGeneration(ABC):
             incoming.release()
 
     @abstractmethod
-    def complete(self) -> Completed:
+    def complete(self) -> CompletedCall:
         """Compute missing KV, answer the call, and queue its new chunks for storing. Raises the engine's errors.
         Releases all resources."""
 

@@ -6,11 +6,11 @@ from kvstore_client.match import Match
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.reuse.call import EngineCall
 from kvstore_client.reuse.features import PromptFeatures
-from kvstore_client.reuse.generated import Generated, new_chunks
+from kvstore_client.reuse.generated import GenerationResult, new_chunks
 from kvstore_client.reuse.identity import ModelSnapshot
 from kvstore_client.reuse.incoming import IncomingKV
 from kvstore_client.reuse.parts import SessionParts
-from kvstore_client.reuse.pending import Completed, ReusingGeneration
+from kvstore_client.reuse.pending import CompletedCall, ReusingGeneration
 from kvstore_client.reuse.prompt_run import PromptRun
 from kvstore_client.reuse.report import GenerationReport, why_nothing_reused
 from kvstore_client.timeline import Timeline
@@ -50,7 +50,7 @@ class PrefixGeneration(ReusingGeneration):
         reused_chunks = len(match.chunks) if incoming is not None else 0
         return cls(parts, call, snapshot, timeline, incoming, why_not, reused_chunks)
 
-    def complete(self) -> Completed:
+    def complete(self) -> CompletedCall:
         run, storing = (
             PromptRun(self._parts, self.call, self.snapshot.spec.layers, self.timeline),
             self._parts.storing,
@@ -68,9 +68,9 @@ class PrefixGeneration(ReusingGeneration):
         reused, fetched = generated.reused_tokens, generated.report
         why_not = why_nothing_reused(reused, fetched, self.why_not)
         report = GenerationReport(len(self.call.tokens), reused, self.timeline, fetched, why_not=why_not)
-        return Completed(generated.output, report)
+        return CompletedCall(generated.output, report)
 
-    def _store(self, generated: Generated) -> None:
+    def _store(self, generated: GenerationResult) -> None:
         parts, spec, fetched = self._parts, self.snapshot.spec, generated.report
         encodings = parts.storing.encodings_behind(fetched)
         if not encodings:

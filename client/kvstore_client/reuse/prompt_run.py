@@ -5,7 +5,7 @@ import torch
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.reuse.call import EngineCall, LayerArrives, PromptPass
 from kvstore_client.reuse.capture import KeyCapture
-from kvstore_client.reuse.generated import ComputedRun, Generated
+from kvstore_client.reuse.generated import ComputedRun, GenerationResult
 from kvstore_client.reuse.incoming import IncomingKV, layers_of
 from kvstore_client.reuse.parts import SessionParts
 from kvstore_client.timeline import Timeline
@@ -18,10 +18,10 @@ class PromptRun:
 
     def __init__(self, parts: SessionParts, call: EngineCall, layers: int, timeline: Timeline) -> None:
         self._parts, self._call, self._layers, self._timeline = parts, call, layers, timeline
-        self.aborted: Generated | None = None
+        self.aborted: GenerationResult | None = None
         """KV computed before an engine error ended the call, if any."""
 
-    def prefill(self) -> Generated:
+    def prefill(self) -> GenerationResult:
         """Compute the whole prompt."""
         capture = self._capture(0)
         generated = self._pass(capture)
@@ -31,7 +31,7 @@ class PromptRun:
             costs.observe_prefill(0, len(self._call.tokens), capture.first_pass_s)
         return generated
 
-    def behind(self, incoming: IncomingKV) -> Generated:
+    def behind(self, incoming: IncomingKV) -> GenerationResult:
         """Compute the chunks that are missing or faster to compute, then all tokens behind the fetched ones while those
         arrive."""
         fetch, buffers = incoming.fetch, incoming.buffers
@@ -61,7 +61,7 @@ class PromptRun:
                 self.aborted = self.aborted.behind(fetch.finish(), runs, buffers)
             raise
 
-    def over(self, kv: KVBuffers) -> Generated:
+    def over(self, kv: KVBuffers) -> GenerationResult:
         """Compute the prompt's last token behind the KV of all others."""
         return self._pass(self._capture(len(self._call.tokens) - 1), kv)
 
@@ -83,7 +83,7 @@ class PromptRun:
 
     def _pass(
         self, capture: KeyCapture, reused: KVBuffers | None = None, arrives: LayerArrives | None = None
-    ) -> Generated:
+    ) -> GenerationResult:
         """Run the call over reused KV."""
         attempt, storing = self._call.prompt_pass(capture, reused, arrives), self._parts.storing.active
         # A few tokens mostly wait for fetched KV; more of them take the processor from the fetch.
@@ -98,10 +98,10 @@ class PromptRun:
                 self.aborted = self._salvaged(attempt, capture) if storing else None
                 raise
         left = attempt.take(values=storing)
-        return Generated(ended.output, ended.sequence, left.tokens, left.values, capture)
+        return GenerationResult(ended.output, ended.sequence, left.tokens, left.values, capture)
 
-    def _salvaged(self, attempt: PromptPass, capture: KeyCapture) -> Generated | None:
+    def _salvaged(self, attempt: PromptPass, capture: KeyCapture) -> GenerationResult | None:
         left, tokens = attempt.salvage(), self._call.tokens
         if left is None:
             return None
-        return Generated(None, tokens, min(left.tokens, len(tokens)), left.values, capture)
+        return GenerationResult(None, tokens, min(left.tokens, len(tokens)), left.values, capture)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from kvstore_client.reuse.blend import (
-    Blended,
+    BlendedPrompt,
     SegmentFetch,
     SegmentPlan,
     SegmentReuse,
@@ -14,11 +14,11 @@ from kvstore_client.reuse.blend import (
     prefilled_chunks,
 )
 from kvstore_client.reuse.call import EngineCall
-from kvstore_client.reuse.generated import Generated
+from kvstore_client.reuse.generated import GenerationResult
 from kvstore_client.reuse.identity import ModelSnapshot
 from kvstore_client.reuse.incoming import IncomingKV
 from kvstore_client.reuse.parts import SessionParts
-from kvstore_client.reuse.pending import Completed, ReusingGeneration
+from kvstore_client.reuse.pending import CompletedCall, ReusingGeneration
 from kvstore_client.reuse.prefix import fetch_prefix
 from kvstore_client.reuse.prompt_run import PromptRun
 from kvstore_client.reuse.report import GenerationReport, why_nothing_reused
@@ -103,9 +103,9 @@ class SegmentGeneration(ReusingGeneration):
         plan = segments.plan(snapshot.spec, tokens, lengths, call.recompute, timeline)
         return cls(parts, segments, call, snapshot, timeline, plan)
 
-    def complete(self) -> Completed:
+    def complete(self) -> CompletedCall:
         run = PromptRun(self._parts, self.call, self.snapshot.spec.layers, self.timeline)
-        blended: Blended | None = None
+        blended: BlendedPrompt | None = None
         try:
             if self._documents is not None:
                 computing = self._parts.client.links.computing(request=self.timeline)
@@ -119,7 +119,7 @@ class SegmentGeneration(ReusingGeneration):
                 generated = run.prefill()
             if blended is not None or self._parts.storing.is_aligned(generated):
                 self._store(blended, generated)
-            return Completed(generated.output, self._report(blended, generated))
+            return CompletedCall(generated.output, self._report(blended, generated))
         except BaseException:
             self._store(blended, run.aborted)
             raise
@@ -165,7 +165,7 @@ class SegmentGeneration(ReusingGeneration):
             self.incoming, why_not = fetch_prefix(self._parts, usable, self.call, spec, timeline)
             self.why_not = why_not or self.why_not
 
-    def _store(self, blended: Blended | None, generated: Generated | None) -> None:
+    def _store(self, blended: BlendedPrompt | None, generated: GenerationResult | None) -> None:
         """Queue the documents' chunks that were not stored anywhere, while the buffers are held."""
         client, embed, tokens = self._parts.client, self._parts.engine.embed, self.call.tokens.tolist()
         new, report, features = [], None, client.store.needs_features
@@ -178,7 +178,7 @@ class SegmentGeneration(ReusingGeneration):
         if new and encodings and self._parts.storing.may_store(self.snapshot):
             self._parts.storing.put(self.snapshot, new, encodings)
 
-    def _report(self, blended: Blended | None, generated: Generated) -> GenerationReport:
+    def _report(self, blended: BlendedPrompt | None, generated: GenerationResult) -> GenerationReport:
         if blended is not None:
             return self._blended_report(blended)
         reused = generated.reused_tokens
@@ -186,7 +186,7 @@ class SegmentGeneration(ReusingGeneration):
         why_not = why_nothing_reused(reused, fetched, self.why_not)
         return GenerationReport(len(self.call.tokens), reused, self.timeline, fetched, why_not=why_not)
 
-    def _blended_report(self, blended: Blended) -> GenerationReport:
+    def _blended_report(self, blended: BlendedPrompt) -> GenerationReport:
         chunks = blended.plan.chunks
         return GenerationReport(
             len(self.call.tokens),

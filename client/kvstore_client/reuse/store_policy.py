@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from kvstore_client.client import KVStoreClient
 from kvstore_client.fetch import FetchReport
 from kvstore_client.miss_reason import MissReason
-from kvstore_client.reuse.generated import Generated
+from kvstore_client.reuse.generated import GenerationResult
 from kvstore_client.reuse.identity import CanaryCheck, ModelSnapshot
 from kvstore_client.store import NewChunk
 from kvstore_codec.encoding import Encoding
@@ -36,7 +36,7 @@ class StorePolicy:
             self._canary.count(refusal, storing=True)
         return refusal is None
 
-    def is_aligned(self, generated: Generated) -> bool:
+    def is_aligned(self, generated: GenerationResult) -> bool:
         """Whether a key was captured for every token that passed through the model."""
         aligned = generated.capture.reaches(generated.tokens)
         if not aligned:

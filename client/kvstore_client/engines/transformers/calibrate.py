@@ -18,7 +18,7 @@ from kvstore_codec.rope import RotaryTable, rotate_
 
 
 @dataclass(frozen=True, slots=True)
-class Prefilled:
+class PrefilledText:
     """One text after a prefill, f32 on the model's device."""
 
     keys: torch.Tensor
@@ -54,7 +54,7 @@ class ObservedModel:
         return int(self.model.config.max_position_embeddings)
 
     @torch.no_grad()
-    def prefill(self, tokens: torch.Tensor) -> Prefilled:
+    def prefill(self, tokens: torch.Tensor) -> PrefilledText:
         """Prefill `tokens`, i64 `[tokens]`, from position 0 on."""
         seen: dict[tuple[str, int], torch.Tensor] = {}
         cache = DynamicCache()
@@ -62,7 +62,7 @@ class ObservedModel:
         with self._watching(seen):
             self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         layers = range(self.spec.layers)
-        return Prefilled(
+        return PrefilledText(
             torch.stack([seen["k", layer] for layer in layers]),
             torch.stack([cache.layers[layer].values[0] for layer in layers]),
             torch.stack([seen["q", layer] for layer in layers]),
@@ -70,7 +70,7 @@ class ObservedModel:
         )
 
     def fisher(
-        self, text: Prefilled, continuation: torch.Tensor, generator: torch.Generator, *, sinks: int
+        self, text: PrefilledText, continuation: torch.Tensor, generator: torch.Generator, *, sinks: int
     ) -> torch.Tensor:
         """Mean squared gradient per layer for K and V, f32 `[layers, 2]`, over the tokens after the first `sinks`.
 

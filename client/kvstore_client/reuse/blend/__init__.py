@@ -2,12 +2,12 @@
 
 from kvstore_client.reuse.blend.executor import Blend
 from kvstore_client.reuse.blend.plan import SegmentPlan, exact_beginning
-from kvstore_client.reuse.blend.request import Blended, SegmentFetch, SegmentReuse
+from kvstore_client.reuse.blend.request import BlendedPrompt, SegmentFetch, SegmentReuse
 from kvstore_client.reuse.blend.store import blended_chunks, prefilled_chunks
 
 __all__ = [
     "Blend",
-    "Blended",
+    "BlendedPrompt",
     "SegmentFetch",
     "SegmentPlan",
     "SegmentReuse",

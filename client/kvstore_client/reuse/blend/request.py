@@ -49,7 +49,7 @@ class SegmentFetch:
 
 
 @dataclass(frozen=True, slots=True)
-class Blended:
+class BlendedPrompt:
     """KV of a prompt, partly reused."""
 
     plan: SegmentPlan
@@ -134,7 +134,7 @@ class SegmentReuse:
 
     def blend(
         self, segment_fetch: SegmentFetch, timeline: Timeline, *, question: bool = False
-    ) -> Blended | None:
+    ) -> BlendedPrompt | None:
         """Compute the remaining tokens while the reused KV arrives. None when too little of it arrived, or too late to
         select again, or this process has no memory left: the caller then prefills the prompt. With `question` the
         question's last token is computed, too."""
@@ -147,7 +147,7 @@ class SegmentReuse:
 
     def _blend_arrived(
         self, segment_fetch: SegmentFetch, timeline: Timeline, *, question: bool
-    ) -> Blended | None:
+    ) -> BlendedPrompt | None:
         try:
             return self._blend(
                 segment_fetch, segment_fetch.plan, segment_fetch.selected, timeline, question=question
@@ -180,7 +180,7 @@ class SegmentReuse:
         timeline: Timeline,
         *,
         question: bool,
-    ) -> Blended:
+    ) -> BlendedPrompt:
         is_whole, arrives = plan is segment_fetch.plan, layers_of(segment_fetch.fetch, timeline)
 
         def arrived(layer: int) -> None:
@@ -205,7 +205,7 @@ class SegmentReuse:
         if segment_fetch.selected is not None and self._decoder.device.type == "cpu":
             computed = len(segment_fetch.tokens) - plan.match.tokens + len(selected)
             self._ratios.computed(computed, timeline.busy_s("compute"))
-        return Blended(plan, blend, segment_fetch.fetch.finish(), len(selected), hidden)
+        return BlendedPrompt(plan, blend, segment_fetch.fetch.finish(), len(selected), hidden)
 
 
 class _ChoiceFailedError(FetchIncompleteError):

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from kvstore_client.reuse.blend.plan import SegmentPlan, chunk_tokens
-from kvstore_client.reuse.blend.request import Blended
+from kvstore_client.reuse.blend.request import BlendedPrompt
 from kvstore_client.reuse.engine import TokenEmbeddings
 from kvstore_client.reuse.features import features_of
-from kvstore_client.reuse.generated import Gather, Generated
+from kvstore_client.reuse.generated import Gather, GenerationResult
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PlacedChunk, behind_approximate, prefix_id
 
@@ -15,7 +15,7 @@ def prefilled_chunks(
     embed: TokenEmbeddings,
     tokens: Sequence[int],
     plan: SegmentPlan,
-    generated: Generated,
+    generated: GenerationResult,
     *,
     features: bool,
 ) -> list[NewChunk]:
@@ -36,7 +36,7 @@ def prefilled_chunks(
 
 
 def blended_chunks(
-    embed: TokenEmbeddings, tokens: Sequence[int], blended: Blended, *, features: bool
+    embed: TokenEmbeddings, tokens: Sequence[int], blended: BlendedPrompt, *, features: bool
 ) -> list[NewChunk]:
     """New chunks of a partly computed prompt. Chunks behind one that was reused in another context get approximate ids,
     because their KV differs from that of a plain prefill."""
