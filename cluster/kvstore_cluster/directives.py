@@ -1,4 +1,4 @@
-"""What people decide about stored chunks takes effect a slice at a time."""
+"""Applies pins and quotas of operators to the stored chunks, one slice at a time."""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -10,14 +10,15 @@ from kvstore_codec.identity import ChunkId
 
 
 class Directives:
-    """Thread-safe: changes one thing at a time, and gives up the lock of the catalog between two slices."""
+    """Thread-safe. Applies one change at a time, and releases the lock of the catalog between slices of chunks. Every
+    method: lock not held; may block."""
 
     def __init__(self, catalog: ChunkCatalog) -> None:
         self._catalog = catalog
         self._turn = threading.Lock()
 
     def set_pins(self, pins: Set[ChunkId]) -> None:
-        """What comes is pinned, or not, at once; what is here already, when this returns."""
+        """Replaces the set of pinned chunks. New chunks follow the new set at once, stored chunks when this returns."""
         catalog = self._catalog
         with self._turn:
             with catalog.lock:
@@ -26,7 +27,7 @@ class Directives:
             self._each_variant(pins - before, catalog.pinned.add)
 
     def set_quotas(self, limits: Mapping[str, int]) -> None:
-        """The limits hold when this returns; until then those before them do."""
+        """Replaces the quotas, in bytes by tenant. The previous quotas hold until this returns."""
         catalog, quotas = self._catalog, self._catalog.quotas
         with self._turn:
             with catalog.lock:

@@ -1,4 +1,4 @@
-"""Which chunks' time is over, without a look at the others."""
+"""A queue that finds expired chunks without examining the others."""
 
 from array import array
 from collections import OrderedDict
@@ -9,15 +9,14 @@ from kvstore_cluster.eviction.columns import grow
 
 
 class ExpiryQueue:
-    """The slots that end at some time, soonest first: a binary heap that knows where each slot is in it, so that one
-    that leaves early leaves nothing behind. Each operation takes a time that grows with the logarithm of their number;
-    8 bytes a slot. Not thread-safe."""
+    """Slots with an expiry time, soonest first: a binary heap that knows the position of each slot, so that a slot can
+    be removed before it expires. Each operation takes logarithmic time. 8 bytes per slot. Not thread-safe."""
 
     def __init__(self, times: "array[float]") -> None:
-        """`times` has for each slot when it ends, which does not change while the slot is in here."""
+        """`times` holds the expiry time of each slot, which must not change while the slot is in the queue."""
         self._times = times
         self._heap = array("i")
-        self._places = array("i")  # by slot
+        self._places = array("i")  # position in the heap, by slot
         self._overdue: OrderedDict[int, None] = OrderedDict()
 
     def add(self, slot: int) -> None:
@@ -27,15 +26,15 @@ class ExpiryQueue:
         self._rise(slot)
 
     def remove(self, slot: int) -> None:
-        """A slot that was added and not removed since."""
+        """Removes a slot, which must be in the queue."""
         if slot in self._overdue:
             del self._overdue[slot]
         else:
             self._take(slot)
 
     def due(self, now_s: float, most: int) -> list[int]:
-        """Up to `most` slots whose time is over, those that never were returned before first. What the caller does not
-        remove is returned again, after the others."""
+        """Returns up to `most` slots that expired by `now_s`, slots that were not returned before first. Slots that the
+        caller does not remove are returned again later, after the others."""
         due: list[int] = []
         while len(due) < most and self.has_due(now_s):
             due.append(self._heap[0])
@@ -46,11 +45,11 @@ class ExpiryQueue:
         return due
 
     def has_due(self, now_s: float) -> bool:
-        """Whether a slot's time is over that `due` has not returned yet."""
+        """Whether a slot expired by `now_s` that `due` has not returned yet."""
         return bool(self._heap) and self._times[self._heap[0]] <= now_s
 
     def __iter__(self) -> Iterator[int]:
-        """Every slot, in no order."""
+        """Iterates over all slots, in no particular order."""
         return chain(self._heap, self._overdue)
 
     def _take(self, slot: int) -> None:

@@ -1,4 +1,4 @@
-"""Leases: promises that chunks are not evicted while somebody fetches them."""
+"""Leases: a leased chunk is not evicted while a client fetches it."""
 
 import heapq
 import secrets
@@ -16,24 +16,25 @@ LeaseId = NewType("LeaseId", bytes)
 LEASE_ID_BYTES = 16
 MAX_LEASE_S = 120.0
 MAX_LEASED = 1 << 20
-"""Keys that all leases of a table cover, each lease its own, and those whose use is expected: 100 to 200 bytes each."""
+"""Limit of the keys in all leases of a table and in their expected uses. A key in several leases counts once in each. A
+key takes 100 to 200 bytes."""
 _OWN_KEYS = 8
-"""A lease counts as so many keys, besides those that it covers."""
+"""Fixed cost of a lease, in keys."""
 _MOST_STALE = 1024
-"""Expiries of leases that were renewed or released since, besides one for each lease."""
+"""Stale entries that the expiry heap may keep, besides two entries for each lease."""
 
 
 @dataclass(frozen=True, slots=True)
 class Findings(Generic[K]):
-    """What a lookup found, for who says later what of it is used: the keys, with each the number of the answer that it
-    is part of, and the numbers of answers in another context than was asked for."""
+    """Result of a lookup whose uses are reported later: the keys, the number of the answer that each key belongs to,
+    and the numbers of the approximate answers, which are in another context than the requested one."""
 
     keys: list[K]
     answers: Sequence[int]
     approximate: Set[int] = field(default_factory=frozenset)
 
     def used(self, bits: bytes) -> "Findings[K]":
-        """Only what belongs to answers whose bit is set: bit i % 8 of byte i / 8, the lowest first."""
+        """The findings of used answers. Bit i % 8 of byte i / 8 of `bits`, lowest bit first, stands for answer i."""
         set_bits = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little").tolist()
         answers = len(set_bits)
         kept = [
@@ -53,11 +54,11 @@ class _Lease(Generic[K]):
 
 
 class LeaseTable(Generic[K]):
-    """Grants leases over sets of keys. Not thread-safe: called under the storage node's lock.
+    """Grants leases over sets of keys. Not thread-safe: called with the storage node's lock held.
 
-    A lease ends when it is released or when its time is over; `max_lease_s` caps every grant and renewal, so
-    a client that dies cannot hold memory for longer than that. All leases together cover `max_leased` keys at most.
-    `clock` is monotonic, in seconds.
+    A lease ends when it is released or expires. `max_lease_s` caps every grant and renewal, so that a client that dies
+    cannot hold memory for longer. `max_leased` limits the keys in all leases together. `clock` is monotonic, in
+    seconds.
     """
 
     def __init__(
@@ -72,11 +73,11 @@ class LeaseTable(Generic[K]):
         self._clock = clock
         self._leases: dict[LeaseId, _Lease[K]] = {}
         self._holders: Counter[K] = Counter()
-        # (expiry, lease) in order; an item older than its lease's expiry was renewed since and is skipped.
+        # A heap of (expiry, lease). An entry whose expiry differs from its lease's is stale: the lease was renewed.
         self._expiries: list[tuple[float, LeaseId]] = []
 
     def grant(self, keys: Iterable[K], duration_s: float) -> LeaseId | None:
-        """None when so much is leased that these keys would be too many."""
+        """Grants a lease on the keys. None when that would exceed the limit of leased keys."""
         lease: _Lease[K] = _Lease(set(keys))
         if not self._take(_OWN_KEYS + len(lease.keys)):
             return None
@@ -87,9 +88,9 @@ class LeaseTable(Generic[K]):
         return lease_id
 
     def cover(self, lease_id: LeaseId | None, keys: Iterable[K], duration_s: float) -> LeaseId | None:
-        """Adds these keys to a lease, which ends when it would have ended. Grants a new one for `duration_s` where
-        there is none or it has ended. Returns the lease that holds the keys; None when there are too many, and then the
-        lease has ended."""
+        """Adds keys to a lease and keeps its expiry. Grants a new lease for `duration_s` when `lease_id` is None or has
+        ended. Returns the lease that covers the keys. Ends the lease and returns None when the keys would exceed the
+        limit of leased keys."""
         lease = self._leases.get(lease_id) if lease_id is not None else None
         if lease_id is None or lease is None:
             return self.grant(keys, duration_s)
@@ -102,14 +103,15 @@ class LeaseTable(Generic[K]):
         return lease_id
 
     def expect_use(self, lease_id: LeaseId, findings: Findings[K]) -> None:
-        """Its holder will say what of that, which is all that the lease covers, is used. Has no effect when so much is
-        leased that this would be too much: then the lease covers all until it ends, and nothing counts as used."""
+        """Lets the holder of the lease report later which of `findings`, the keys of the lease, it uses. Has no effect
+        when that would exceed the limit of leased keys: the lease then covers all its keys until it ends, and no use is
+        counted."""
         lease = self._leases.get(lease_id)
         if lease is not None and self._take(len(findings.keys)):
             lease.findings = findings
 
     def expected_use(self, lease_id: LeaseId) -> Findings[K] | None:
-        """What was found, once; None when the lease has ended, or when that was not expected or said already."""
+        """Returns and removes the findings of the lease. None when the lease has ended or has no findings (left)."""
         self.expire()
         lease = self._leases.get(lease_id)
         if lease is None:
@@ -117,7 +119,7 @@ class LeaseTable(Generic[K]):
         return self._pop_findings(lease)
 
     def narrow(self, lease_id: LeaseId, keys: Iterable[K]) -> bool:
-        """The lease covers only these of its keys from now on; False when it has ended."""
+        """Removes all keys but these from the lease. False when it has ended."""
         lease = self._leases.get(lease_id)
         if lease is None:
             return False
@@ -129,7 +131,7 @@ class LeaseTable(Generic[K]):
         return True
 
     def renew(self, lease_id: LeaseId, duration_s: float) -> bool:
-        """Lets the lease run `duration_s` from now; False when it has ended."""
+        """Extends the lease to `duration_s` from now. False when it has ended."""
         self.expire()
         if lease_id not in self._leases:
             return False
@@ -137,7 +139,7 @@ class LeaseTable(Generic[K]):
         return True
 
     def release(self, lease_id: LeaseId) -> bool:
-        """Ends the lease; False when it has ended already."""
+        """Ends the lease. False when it has already ended."""
         lease = self._leases.pop(lease_id, None)
         if lease is None:
             return False
@@ -147,7 +149,7 @@ class LeaseTable(Generic[K]):
         return True
 
     def expire(self) -> None:
-        """Ends every lease whose time is over."""
+        """Ends every lease that has expired."""
         now = self._clock()
         while self._expiries and self._expiries[0][0] <= now:
             expires_s, lease_id = heapq.heappop(self._expiries)
@@ -156,14 +158,14 @@ class LeaseTable(Generic[K]):
                 self.release(lease_id)
 
     def holds(self, key: K) -> bool:
-        """Whether a lease covers `key`, as of the last `expire`."""
+        """Whether a lease covers `key`. Expired leases count until the next `expire`."""
         return key in self._holders
 
     def __len__(self) -> int:
         return len(self._leases)
 
     def _take(self, count: int) -> bool:
-        """Counts so many more keys, unless they would be too many."""
+        """Counts `count` more leased keys. Counts none and returns False when they would exceed the limit."""
         if self._leased + count > self._max_leased:
             return False
         self._leased += count

@@ -1,4 +1,4 @@
-"""Numbers for what clients name and millions of chunks share: tenants, encodings, calibrations."""
+"""Small numbers for the names that chunks share: tenants, encodings and calibrations."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -7,35 +7,35 @@ from typing import Generic, NamedTuple, TypeVar
 from kvstore_codec.errors import OverQuotaError, StorageError
 
 MOST_NAMES = 1 << 16
-"""Of one kind at a time: numbers have two bytes."""
+"""Limit of the names of one kind in use at a time. Numbers have two bytes."""
 MOST_ENCODINGS = 256
-"""That the chunks of one tenant are in at a time."""
+"""Limit of the encodings that the chunks of one tenant use at a time."""
 MOST_CALIBRATIONS = 1024
-"""That the chunks of one tenant need at a time: one for each model and setting."""
+"""Limit of the calibrations that the chunks of one tenant use at a time: one for each model and setting."""
 
 Name = TypeVar("Name")
 
 
 class NameTable(Generic[Name]):
-    """A number for each name, for as long as somebody uses it. Not thread-safe."""
+    """Assigns a number to each name in use. Counts the uses of each name. Not thread-safe."""
 
     def __init__(self, what: str) -> None:
-        """`what` the names are, for errors."""
+        """`what` is the plural noun for the names in error messages."""
         self._what = what
         self.names: dict[int, Name] = {}
-        """By number, those in use."""
+        """Names in use, by number."""
         self._numbers: dict[Name, int] = {}
         self._uses: Counter[int] = Counter()
         self._free: list[int] = []
         self.identity: dict[int, int] = {}
-        """From each number in use to itself."""
+        """Maps each number in use to itself."""
 
     def number(self, name: Name) -> int | None:
-        """None when nobody uses the name."""
+        """Number of a name. None when the name is not in use."""
         return self._numbers.get(name)
 
     def acquire(self, name: Name) -> int:
-        """Uses a name once more. Raises StorageError when MOST_NAMES others are in use."""
+        """Adds a use of a name and returns its number. Raises StorageError when MOST_NAMES other names are in use."""
         number = self._numbers.get(name)
         if number is None:
             if len(self._numbers) == MOST_NAMES:
@@ -50,7 +50,7 @@ class NameTable(Generic[Name]):
         return number
 
     def release(self, number: int) -> None:
-        """Uses it once less. After the last use another name may have the number."""
+        """Removes a use of a name. After the last one, another name may get the number."""
         self._uses[number] -= 1
         if not self._uses[number]:
             del self._uses[number], self._numbers[self.names.pop(number)], self.identity[number]
@@ -58,18 +58,21 @@ class NameTable(Generic[Name]):
 
 
 class TenantNames(Generic[Name]):
-    """As NameTable, of names that tenants use; each tenant may use `most_per_tenant` different ones at a time, so that
-    none can take all of them."""
+    """A NameTable whose names are used by tenants. Each tenant may use `most_per_tenant` different names at a time, so
+    that no tenant can exhaust the table. Not thread-safe."""
 
     def __init__(self, what: str, most_per_tenant: int) -> None:
         self._what = what
         self._most_per_tenant = most_per_tenant
-        self._uses: Counter[tuple[int, int]] = Counter()  # by tenant and number
-        self._different: Counter[int] = Counter()  # by tenant
+        self._uses: Counter[tuple[int, int]] = (
+            Counter()
+        )  # uses of a name by a tenant, by (tenant number, number)
+        self._different: Counter[int] = Counter()  # names in use, by tenant number
         self.table = NameTable[Name](what)
 
     def acquire(self, name: Name, tenant: int) -> int:
-        """Raises OverQuotaError, and StorageError as `NameTable.acquire`."""
+        """Adds a use of a name by a tenant and returns its number. Raises OverQuotaError when the tenant uses
+        `most_per_tenant` other names, and StorageError when MOST_NAMES other names are in use."""
         number = self.table.number(name)
         if number is None or (tenant, number) not in self._uses:
             if self._different[tenant] >= self._most_per_tenant:
@@ -93,7 +96,7 @@ class TenantNames(Generic[Name]):
 
 
 class Description(NamedTuple):
-    """The numbers of what a variant is."""
+    """Numbers of the names that a variant has."""
 
     encoding: int
     calibration: int
@@ -101,23 +104,24 @@ class Description(NamedTuple):
 
 
 class ChunkNames:
-    """The names that a node's chunks bear. A description is acquired for each chunk and released with it."""
+    """Names of a node's chunks. The index acquires a description for each chunk, and releases it with the chunk. Not
+    thread-safe."""
 
     def __init__(self) -> None:
         self._encodings = TenantNames[str]("encodings", MOST_ENCODINGS)
         self._calibrations = TenantNames[bytes | None]("calibrations", MOST_CALIBRATIONS)
         self._tenants = NameTable[str]("tenants")
-        # By number, those that chunks bear.
+        # Names in use, by number.
         self.encodings: Mapping[int, str] = self._encodings.table.names
         self.calibrations: Mapping[int, bytes | None] = self._calibrations.table.names
         self.tenants: Mapping[int, str] = self._tenants.names
-        # A description uses each of its names once, however many chunks it describes: one look-up for a chunk.
+        # A description uses each of its names once, independent of its number of chunks: one look-up for each chunk.
         self._described: dict[tuple[str, bytes | None, str], Description] = {}
         self._uses: dict[Description, int] = {}
 
     def acquire(self, encoding: str, calibration: bytes | None, tenant: str) -> Description:
-        """Raises StorageError when there are too many, and OverQuotaError when the tenant has; then nothing was
-        acquired."""
+        """Adds a use of a description. Raises StorageError when the node has too many names, and OverQuotaError when
+        the tenant has. In both cases nothing is acquired."""
         names = encoding, calibration, tenant
         described = self._described.get(names)
         if described is None:
@@ -150,10 +154,10 @@ class ChunkNames:
             raise
 
     def encoding_number(self, name: str) -> int | None:
-        """None when no chunk is in this encoding."""
+        """Number of an encoding. None when no chunk has this encoding."""
         return self._encodings.table.number(name)
 
     @property
     def all_encodings(self) -> Mapping[int, int]:
-        """Each number of an encoding that a chunk is in, with itself as its rank."""
+        """Maps the number of each encoding in use to itself, as its rank."""
         return self._encodings.table.identity

@@ -1,4 +1,4 @@
-"""How much each tenant has on a node, and what of it goes first when the tenant may not have more."""
+"""Quotas of tenants on a node: counts the bytes of each tenant, and chooses its chunks to evict above its quota."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -11,8 +11,8 @@ from kvstore_codec.errors import OverQuotaError, StorageError, TextTooLongError
 
 
 class Quotas:
-    """Not thread-safe: used under the storage node's lock. Only chunks of tenants with a limit, or
-    that had one, take time to keep in order."""
+    """Bytes stored by each tenant, and a least recently used order for each tenant that has or had a limit. Chunks of
+    other tenants cost no ordering work. Not thread-safe: used with the storage node's lock held."""
 
     def __init__(self, index: ChunkIndex) -> None:
         self._index = index
@@ -22,40 +22,39 @@ class Quotas:
         self._links = Links()
         self._oldest_first: dict[str, SlotQueue] = {}
         self._followers = Followers(index.texts)
-        self._entered = bytearray()  # by slot: whether it is in its tenant's order
+        self._entered = bytearray()  # whether a slot is in its tenant's order, by slot
 
     def begin_orders(self, tenants: Iterable[str]) -> bool:
-        """Keeps from now on an order of what these tenants have. Whether there is a new tenant among them: then what it
-        has already is to be entered with `enter_all`."""
+        """Creates an order for each of these tenants that has none. True when one was created: the caller must then
+        enter the chunks that are already stored with `enter_all`."""
         new = [tenant for tenant in tenants if tenant not in self._oldest_first]
         self._oldest_first.update((tenant, SlotQueue(self._links)) for tenant in new)
         return bool(new)
 
     def enter_all(self, begin: int, end: int) -> None:
-        """Enters what was stored before its tenant had an order, of these slots. The last ones come first, so that what
-        came since goes after all of it."""
+        """Enters the slots from `begin` to `end` that were stored before their tenant had an order. They are the first
+        to be evicted. The caller goes from the last slot range to the first, so that lower slots are evicted first."""
         for slot in reversed(range(begin, end)):
             if self._index.is_linked(slot) and not self._is_entered(slot):
                 order = self._oldest_first.get(self._index.tenant(slot))
                 if order is not None:
-                    self._enter(
-                        slot, order, first=True
-                    )  # what is behind what is looked at when something has to go
+                    # `choose` considers the text links, so the chunk need not follow them here.
+                    self._enter(slot, order, first=True)
 
     def set_limits(self, limits: Mapping[str, int]) -> None:
-        """Bytes a tenant may have on this node, each with an order by now. What is above a new limit goes when the
-        tenant puts something."""
+        """Replaces the limits: the bytes that each tenant may store on this node. Every tenant in `limits` must have an
+        order. Chunks above a new limit are evicted when the tenant next puts a chunk."""
         self._limits = dict(limits)
         for tenant in [tenant for tenant in self._oldest_first if tenant not in limits]:
             self._end_order(tenant)
 
     def excess_bytes(self, tenant: str, size_bytes: int) -> int:
-        """By how much the tenant would be above its limit with `size_bytes` more."""
+        """Bytes by which the tenant would exceed its limit with `size_bytes` more. 0 without a limit."""
         limit = self._limits.get(tenant)
         return 0 if limit is None else max(0, self._used[tenant] + self._coming[tenant] + size_bytes - limit)
 
     def reserve(self, tenant: str, size_bytes: int) -> None:
-        """A put of so many bytes has begun, or, when negative, ended."""
+        """Adds the size of a begun put to the tenant's reserved bytes. A negative size ends the put."""
         self._coming[tenant] += size_bytes
         if not self._coming[tenant]:
             del self._coming[tenant]
@@ -68,8 +67,8 @@ class Quotas:
     def choose(
         self, tenant: str, missing_bytes: int, may_go: Callable[[int], bool], *, spared: int = NO_SLOT
     ) -> Choice:
-        """Of what a tenant with a limit has, what goes first: what it used least lately, of a text its end before its
-        beginning, as `texts.choose` says."""
+        """Chooses chunks to evict of a tenant that has a limit: least recently used first, and the end of a text before
+        its beginning, as `texts.choose` defines."""
         order = self._oldest_first[tenant]
         choice = choose(
             order, missing_bytes, self._index.size_bytes.__getitem__, may_go, self._index.texts, self._followers,
@@ -83,16 +82,16 @@ class Quotas:
         return choice
 
     def refusal(self, tenant: str, node_id: str, *, own_text: bool) -> StorageError:
-        """Why a tenant above its limit may not put a chunk: what `choose` found does not suffice."""
+        """The error for a put above the tenant's limit when the chunks that `choose` found are not enough."""
         limit = self._limits[tenant]
         if own_text:
             return TextTooLongError(
-                f"of the {limit} bytes that tenant {tenant!r} may have on {node_id}, the beginning of the text has all "
-                "that could be had; it is kept. Raise the quota with `kvstore quota`"
+                f"tenant {tenant!r} may store {limit} bytes on {node_id}, and only the beginning of the same text is "
+                "left to evict; it is kept. Raise the quota with `kvstore quota`"
             )
         return OverQuotaError(
-            f"tenant {tenant!r} may have {limit} bytes on {node_id} and what it has there is leased, pinned or being "
-            "read; retry later or raise the quota with `kvstore quota`"
+            f"tenant {tenant!r} may store {limit} bytes on {node_id}, and all its chunks there are leased, pinned or "
+            "being read; retry later or raise the quota with `kvstore quota`"
         )
 
     def add(self, slot: int) -> None:
@@ -103,12 +102,12 @@ class Quotas:
             self.follow(slot)
 
     def linked(self, slot: int) -> None:
-        """A chunk that is here was linked to the one before it in its text only now."""
+        """Records a text link that was added after the chunk was stored."""
         if self._is_entered(slot):
             self._followers.add(slot)
 
     def succeed(self, slot: int, old: int) -> None:
-        """`slot`, not added yet, has the place of `old` in its text."""
+        """Gives the followers of `old` in its text to `slot`, which is not added yet."""
         self._followers.succeed(slot, old)
 
     def touch(self, slot: int) -> None:
@@ -118,7 +117,7 @@ class Quotas:
             order.push(slot)
 
     def follow(self, slot: int) -> None:
-        """The chunk, just added or touched, goes before the one that it stands behind, if that is the tenant's."""
+        """Moves a chunk that was just added or touched before its predecessor in the text, if both are in one order."""
         before = self._index.texts.before(slot)
         if before == NO_SLOT or not (self._is_entered(slot) and self._is_entered(before)):
             return
@@ -140,12 +139,12 @@ class Quotas:
                 self._end_order(tenant)
 
     def forget(self, slot: int) -> None:
-        """The chunk, which is not here, is no longer found."""
+        """Clears the count of followers of a removed chunk."""
         self._followers.forget(slot)
 
     def check_integrity(self) -> None:
-        """Raises StorageError unless what each tenant has is counted right and, where the tenant has an order, is in it
-        once. Looks at every chunk; not while directives take effect."""
+        """Raises StorageError unless the bytes of each tenant are counted correctly and each order has every chunk of
+        its tenant once. Examines every chunk. Must not run while new quotas are being applied."""
         used: Counter[str] = Counter()
         ordered: dict[str, set[int]] = {tenant: set() for tenant in self._oldest_first}
         for slot in self._index:
@@ -156,7 +155,7 @@ class Quotas:
         if used != self._used:
             raise StorageError(f"tenants have {dict(used)} bytes, but {dict(self._used)} are counted")
         for tenant, slots in ordered.items():
-            queued = list(islice(self._oldest_first[tenant], len(slots) + 1))  # a broken one may have no end
+            queued = list(islice(self._oldest_first[tenant], len(slots) + 1))  # a broken queue may be endless
             if len(queued) != len(slots) or set(queued) != slots:
                 raise StorageError(f"the queue of tenant {tenant!r} names other chunks than it has")
         self._followers.check_integrity(chain.from_iterable(ordered.values()))
@@ -173,7 +172,7 @@ class Quotas:
         self._followers.add(slot)
 
     def _end_order(self, tenant: str) -> None:
-        """Of a tenant without a limit, once it has nothing here: an order of some chunks only is not kept."""
+        """Drops the order of a tenant without a limit, once the tenant has no chunks on the node."""
         if not self._used[tenant]:
             self._oldest_first.pop(tenant, None)
 
@@ -181,5 +180,5 @@ class Quotas:
         return slot < len(self._entered) and bool(self._entered[slot])
 
     def _order(self, slot: int) -> SlotQueue:
-        """Of a slot that was entered."""
+        """The order that an entered slot is in."""
         return self._oldest_first[self._index.tenant(slot)]

@@ -1,4 +1,4 @@
-"""Uses of stored chunks: which chunks a lookup used, and what is counted of that."""
+"""Uses of stored chunks: reports them to the eviction policies and counts hits."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,17 @@ from kvstore_cluster.leases import LeaseId
 from kvstore_cluster.lookup import ChunkSearch
 from kvstore_cluster.slices import SLICE_CHUNKS, locked_slice
 
-_MOST_TOKENS = 1 << 16  # of a chunk, whatever a client says
+_MOST_TOKENS = 1 << 16  # limit of the tokens per chunk that a client may report
 
 
 class Uses:
-    """Touches and counts what lookups found. Lock not held, by any method."""
+    """Records and counts the chunks that lookups found. Every method: lock not held."""
 
     def __init__(self, catalog: ChunkCatalog) -> None:
         self._catalog = catalog
 
     def report(self, lease_id: LeaseId, used: bytes, tokens: int) -> bool:
-        """As `StorageNode.use`."""
+        """Implements `StorageNode.use`."""
         leases, counters = self._catalog.leases, self._catalog.counters
         with self._catalog.lock:
             found = leases.expected_use(lease_id)
@@ -37,7 +37,7 @@ class Uses:
         return True
 
     def count(self, search: ChunkSearch, *, used: bool) -> None:
-        """Counts one lookup, and as hits what it found when that is `used`."""
+        """Counts one lookup and its misses. Counts its hits only when `used`."""
         counters = self._catalog.counters
         with self._catalog.lock:
             counters.lookups += 1
@@ -47,13 +47,14 @@ class Uses:
                 counters.approximate_hits += len(search.approximate)
 
     def touch(self, slots: Sequence[int]) -> None:
-        """The chunks in these slots were used. Last chunk first: a later chunk is worth nothing without those before
-        it, so it is older. All that a chunk is stored as is used alike: what of it will be read is not known yet."""
+        """Records uses of the chunks in these slots. Touches the last chunk first, because a later chunk is worth
+        nothing without the chunks before it and must be evicted earlier. Touches all found encodings of a chunk,
+        because the node does not know yet which one the client will read."""
         catalog = self._catalog
         used = slots[::-1]
         for begin in range(0, len(used), SLICE_CHUNKS):
             with locked_slice(catalog.lock, first=not begin):
-                # A slot without a lease may be free again by now.
+                # A slot without a lease may have been freed in the meantime.
                 catalog.touch(catalog.index.linked(used[begin : begin + SLICE_CHUNKS]))
                 if len(used) > SLICE_CHUNKS:
-                    catalog.flush_touches()  # or the next one who has to would do all of it at once
+                    catalog.flush_touches()  # otherwise a later call would have to flush all of them at once
