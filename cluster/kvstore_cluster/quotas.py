@@ -86,8 +86,8 @@ class Quotas:
         limit = self._limits[tenant]
         if own_text:
             return TextTooLongError(
-                f"tenant {tenant!r} may store {limit} bytes on {node_id}, and only the beginning of the same text is "
-                "left to evict; it is kept. Raise the quota with `kvstore quota`"
+                f"of the {limit} bytes that tenant {tenant!r} may store on {node_id}, only the beginning of the same "
+                "text is left to evict, and it is kept. Raise the quota with `kvstore quota`"
             )
         return OverQuotaError(
             f"tenant {tenant!r} may store {limit} bytes on {node_id}, and all its chunks there are leased, pinned or "

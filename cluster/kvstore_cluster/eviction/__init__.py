@@ -1,12 +1,12 @@
-"""Which chunk goes first when room is needed.
+"""Eviction: which chunks leave a full tier first.
 
-base      what the tiers ask of a policy
+base      the interface of an eviction policy
 lru       least recently used
-s3_fifo   two queues and ghosts
-value     cost saved per byte x attention score x frequency, with ageing
-texts     which chunk stands before which in their text
-order     a policy's order, the end of a text before its beginning
-columns, ghosts, half_life    what they are made of: no object per chunk
+s3_fifo   two FIFO queues and a ghost table
+value     saved cost per byte x attention score x frequency, with ageing
+texts     links from each chunk to its predecessor in the text
+order     the order of a policy, changed so that the end of a text leaves before its beginning
+columns, ghosts, half_life    data structures of the policies, without a Python object per chunk
 """
 
 from collections.abc import Callable, Mapping

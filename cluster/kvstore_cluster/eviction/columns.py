@@ -7,13 +7,13 @@ NO_SLOT = -1
 
 
 def grow(column: "array[int]", slot: int) -> None:
-    """Lets `slot` be an index; new places hold 0."""
+    """Extends the column with zeros until `slot` is a valid index."""
     if slot >= len(column):
         column.frombytes(bytes(column.itemsize * (slot + 1 - len(column))))
 
 
 class Links:
-    """The neighbours of every slot in the one queue that it is in: eight bytes a slot, for all queues together."""
+    """Links of each slot to its neighbours in its queue. 8 bytes per slot, shared by all queues."""
 
     __slots__ = ("newer", "older")
 
@@ -27,8 +27,8 @@ class Links:
 
 
 class SlotQueue:
-    """First in, first out, and out of the middle, each in constant time. A slot is in at most one queue over the
-    same links."""
+    """A FIFO queue of slots that also inserts and removes in the middle, in constant time. A slot is in at most one of
+    the queues that share one `Links`."""
 
     __slots__ = ("_links", "_newest", "oldest")
 
@@ -48,7 +48,7 @@ class SlotQueue:
         self._newest = slot
 
     def insert_before(self, slot: int, newer: int) -> None:
-        """Puts `slot` where it leaves just before `newer`, which is in the queue."""
+        """Inserts `slot` so that it leaves just before `newer`, which must be in the queue."""
         links = self._links
         older = links.older[newer]
         links.older[slot], links.newer[slot] = older, newer
@@ -71,7 +71,7 @@ class SlotQueue:
             links.older[newer] = older
 
     def __iter__(self) -> Iterator[int]:
-        """Oldest first. The queue must not change meanwhile."""
+        """Iterates over the slots, oldest first. The queue must not change during the iteration."""
         slot = self.oldest
         while slot != NO_SLOT:
             yield slot

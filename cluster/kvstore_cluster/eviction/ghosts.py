@@ -1,4 +1,4 @@
-"""Memory of chunks that were evicted."""
+"""A ghost table: remembers evicted chunks."""
 
 from array import array
 
@@ -8,32 +8,32 @@ _SLACK = 1.125
 
 
 class GhostTable:
-    """A set-associative table of 13 bytes an entry: a full bucket forgets its oldest. It tells entries apart by 32 bits
-    beside the bucket, so in a table of a million one stranger in a billion is taken for an acquaintance.
+    """A set-associative table with 13 bytes per entry. A full bucket drops its oldest entry. An entry is identified by
+    its bucket and 32 more bits of its key, so about one lookup of an unknown chunk in a billion finds a wrong entry.
 
-    It has 262,144 entries (3.3 MiB) at least, for a small store has most to learn from what it could not keep; where it
-    forgets, prompts are remembered with holes.
+    The table has at least 262,144 entries (3.3 MiB), because a small store evicts soon what it needs again. A table
+    that drops entries remembers only some chunks of a prompt.
     """
 
     def __init__(self, entries: int = _FEWEST) -> None:
         self._resize(entries)
 
     def reserve(self, entries: int) -> None:
-        """Room for that many. Growing forgets everything, which is nothing as long as the store has never been full."""
+        """Makes room for `entries`. Growing clears the table. A store that was never full has no entries to lose."""
         if entries > len(self._tags):
             self._resize(int(entries * _SLACK))
 
     def put(self, identity: int, stamp: int, note: int) -> None:
-        """Remembers `stamp`, which grows from put to put, and `note` (0 to 255)."""
+        """Adds an entry with `stamp`, which must increase from put to put, and `note`, 0 to 255."""
         first = self._bucket(identity)
         ways = self._stamps[first : first + _WAYS]
         place = first + ways.index(min(ways))
         self._tags[place] = identity >> 32
-        self._stamps[place] = stamp + 1  # 0 says that the place is free
+        self._stamps[place] = stamp + 1  # 0 marks a free entry
         self._notes[place] = note
 
     def take(self, identity: int) -> tuple[int, int] | None:
-        """Stamp and note of the last put with this identity, once."""
+        """Removes the entry of this identity and returns its (stamp, note). None when there is no entry."""
         first = self._bucket(identity)
         tag = identity >> 32
         for place, held in enumerate(self._tags[first : first + _WAYS], first):

@@ -1,11 +1,12 @@
-"""How soon chunks are asked for again."""
+"""Estimates how soon chunks are used again."""
 
 
 class HalfLife:
-    """The median interval between the first and the second use of a chunk, followed as they come.
+    """Running estimate of the median interval between the first and the second use of a chunk, counted in uses of any
+    chunk.
 
-    A stochastic approximation of the median (Robbins and Monro 1951) in relative steps, which shrink to half a percent:
-    it needs one number, and follows a workload that changes over some hundred second uses.
+    A stochastic approximation of the median (Robbins and Monro 1951) in relative steps that shrink to 0.5%. It stores
+    one number, and adapts to a changed workload within a few hundred second uses.
     """
 
     _FINEST_STEP = 0.005

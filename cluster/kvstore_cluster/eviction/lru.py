@@ -1,4 +1,4 @@
-"""Least recently used."""
+"""The least-recently-used eviction policy."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from kvstore_cluster.eviction.columns import Links, SlotQueue
 
 
 class LeastRecentlyUsed(EvictionPolicy):
-    """Whatever has not been asked for longest goes first. Eight bytes a chunk."""
+    """Evicts the least recently used chunk first. 8 bytes per chunk."""
 
     def __init__(self) -> None:
         self._links = Links()

@@ -14,10 +14,12 @@ _IN_MAIN = 4  # the bit above the count of uses
 
 
 class S3Fifo(EvictionPolicy):
-    """New chunks wait in a small queue (a tenth of the bytes); those that are used twice there go on to the main one,
-    whose chunks go round once more for every use since the last round, three at most. Who left the small queue and
-    comes again while as many bytes as the main queue holds have left it goes to the main queue at once. About 34 bytes
-    a chunk.
+    """The S3-FIFO eviction policy. About 34 bytes per chunk.
+
+    A new chunk enters a small queue, which holds a tenth of the bytes. A chunk that is used twice there moves to the
+    main queue. A chunk at the end of the main queue is reinserted once for every use since its last round, at most
+    three times. An evicted chunk that is stored again enters the main queue directly, if no more bytes were evicted
+    from the small queue in between than the main queue holds.
     """
 
     def __init__(self) -> None:
@@ -30,7 +32,7 @@ class S3Fifo(EvictionPolicy):
         self._ghosts = GhostTable()
         self._small_bytes = 0
         self._total_bytes = 0
-        self._forgone_bytes = 0  # that ever left the small queue for good: the clock of the ghosts
+        self._forgone_bytes = 0  # total bytes ever evicted from the small queue: the clock of the ghost table
         self._count = 0
 
     def add(self, slot: int, *, identity: int, size_bytes: int, cost: float) -> None:  # noqa: ARG002
@@ -78,7 +80,7 @@ class S3Fifo(EvictionPolicy):
             self._ghosts.put(self._identities[slot], self._forgone_bytes, 0)
 
     def victims(self) -> Iterator[int]:
-        # Where the next victim is looked for in each queue; what was proposed already lies behind.
+        # The next candidate in each queue. Older slots have been proposed already.
         small, main = self._small.oldest, self._main.oldest
         small_bytes, total_bytes = self._small_bytes, self._total_bytes
         newer = self._links.newer

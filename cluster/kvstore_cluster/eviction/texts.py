@@ -1,4 +1,4 @@
-"""Which stored chunk stands before which in their text."""
+"""Links from stored chunks to their predecessors in their text, and the choice of victims that respects them."""
 
 from array import array
 from collections import Counter
@@ -12,20 +12,22 @@ _LARGEST_AGE = (1 << 32) - 1
 
 
 class TextLinks:
-    """For each slot the slot of the nearest chunk before it in its text that is on the same node. Texts that begin
-    alike share their beginning, so the links make trees; `number`, the chunks before it in the text, grows along every
-    link, which keeps a client that lies about its texts from making a circle. 24 bytes a slot.
+    """A link from each slot to its predecessor: the nearest earlier chunk of its text on the same node. 24 bytes per
+    slot.
 
-    A link names a place, which a chunk that is replaced hands over to its successor. It ends when the chunk in that
-    place is forgotten: the next one there is told from it by how often the place was left.
+    Texts with the same beginning share its chunks, so the links form trees. `number`, the number of earlier chunks in
+    the text, must be larger than the predecessor's. False claims of a client therefore cannot create a cycle.
+
+    A link points to a place rather than a slot. A chunk that is replaced passes its place to its replacement. A link
+    ends when the chunk in its place is forgotten: the place then gets a new age, which differs from the link's.
     """
 
     def __init__(self) -> None:
         self.number = array("I")
-        self._before = array("i")  # a place
+        self._before = array("i")  # the place of the predecessor, by slot
         self._before_age = array("I")
-        self._ages = array("I")  # of places
-        # Every slot has one place.
+        self._ages = array("I")  # how many chunks of a place were forgotten, by place
+        # A one-to-one mapping between slots and places.
         self._places = array("i")
         self._slots = array("i")
 
@@ -37,12 +39,12 @@ class TextLinks:
             self._slots.extend(range(slots, slot + 1))
 
     def add(self, slot: int, number: int) -> None:
-        """A new chunk, linked to nothing."""
+        """Adds a chunk without a predecessor."""
         self.grow(slot)
         self.number[slot], self._before[slot] = number, NO_SLOT
 
     def link(self, slot: int, before: int) -> bool:
-        """False, and nothing is done, unless `before` stands before the slot by its number."""
+        """Makes `before` the predecessor of `slot`. Does nothing and returns False unless its number is less."""
         if self.number[before] >= self.number[slot]:
             return False
         place = self._places[before]
@@ -50,8 +52,8 @@ class TextLinks:
         return True
 
     def succeed(self, slot: int, old: int) -> None:
-        """`slot`, to which nothing is linked, has the chunk of `old` anew: what was linked to that one is linked to it.
-        It has the number and the link of `old`, too."""
+        """Replaces `old` by `slot`, which has no followers yet. `slot` gets the followers, number and predecessor of
+        `old`."""
         places, slots = self._places, self._slots
         places[slot], places[old] = places[old], places[slot]
         slots[places[slot]], slots[places[old]] = slot, old
@@ -59,26 +61,26 @@ class TextLinks:
             column[slot] = column[old]
 
     def before(self, slot: int) -> int:
-        """NO_SLOT for a chunk that begins its text, or of whose text nothing before it is known here."""
+        """Slot of the predecessor. NO_SLOT for the first chunk of a text, or when no earlier chunk is known."""
         place = self._before[slot]
         if place == NO_SLOT or self._ages[place] != self._before_age[slot]:
             return NO_SLOT
         return self._slots[place]
 
     def all_before(self, slot: int) -> Iterator[int]:
-        """Nearest first."""
+        """Yields all earlier chunks of the text, nearest first."""
         while (slot := self.before(slot)) != NO_SLOT:
             yield slot
 
     def forget(self, slot: int) -> None:
-        """The chunk is no longer found: what is linked to it stands behind nothing from now on."""
+        """Removes the links from and to a chunk that was removed from the index."""
         place = self._places[slot]
         self._before[slot] = NO_SLOT
         self._ages[place] = self._ages[place] + 1 & _LARGEST_AGE
 
 
 class Followers:
-    """How many of a set of chunks are linked to each slot. Four bytes a slot."""
+    """For each slot, the number of chunks of a set that directly follow it in their text. 4 bytes per slot."""
 
     def __init__(self, links: TextLinks) -> None:
         self._links = links
@@ -88,7 +90,7 @@ class Followers:
         return self._counts[slot] if slot < len(self._counts) else 0
 
     def add(self, slot: int) -> None:
-        """Of a slot that came into the set, or was linked after that."""
+        """Counts a chunk that was added to the set, or linked after that."""
         before = self._links.before(slot)
         if before != NO_SLOT:
             grow(self._counts, before)
@@ -100,18 +102,18 @@ class Followers:
             self._counts[before] -= 1
 
     def succeed(self, slot: int, old: int) -> None:
-        """What was linked to `old` is linked to `slot`, to which nothing was."""
+        """Moves the count of `old` to `slot`, which has no followers yet."""
         if followers := self[old]:
             grow(self._counts, slot)
             self._counts[slot], self._counts[old] = followers, 0
 
     def forget(self, slot: int) -> None:
-        """The slot's chunk is no longer found, so nothing is linked to it."""
+        """Clears the count of a chunk that was removed from the index."""
         if slot < len(self._counts):
             self._counts[slot] = 0
 
     def check_integrity(self, members: Iterable[int]) -> None:
-        """Raises StorageError unless the chunks in the set, `members`, are what is counted."""
+        """Raises StorageError unless the counts match `members`, the chunks of the set."""
         before = map(self._links.before, members)
         found = Counter(slot for slot in before if slot != NO_SLOT)
         counted = Counter({slot: count for slot, count in enumerate(self._counts) if count})
@@ -122,9 +124,9 @@ class Followers:
 
 @dataclass(slots=True)
 class Choice:
-    """What is to leave, best first. Of what was proposed before it and stays, `next` are chunks whose text loses its
-    end now, first chunk first, and `kept` are pinned or have something to keep behind them, last chunk first.
-    `own_text`: the chunk to be spared was among what was proposed and could have gone."""
+    """A choice of victims, best first, and the proposed chunks that stay. `next` are chunks that become the end of
+    their text, and the chunks before them, first chunk first. `kept` are chunks that are pinned, spared, or followed by
+    a chunk that stays, last chunk first. `own_text` says that the spared chunk was proposed."""
 
     victims: list[int] = field(default_factory=list)
     next: list[int] = field(default_factory=list)
@@ -143,16 +145,19 @@ def choose(
     pinned: Container[int] = (),
     spared: int = NO_SLOT,
 ) -> Choice:
-    """The first of `proposed` that together make `missing_bytes`, or all there are: those that may go, and of a text
-    its end before its beginning. `spared`, the chunk behind which the room is wanted, stays: a text does not give its
-    beginning for what follows. Everything else goes first, also what the policy values more: a policy that knows a text
-    from few uses would otherwise shut out those that are new (measured on texts beyond memory: a third of the hits)."""
+    """Chooses the first of the `proposed` slots that together free `missing_bytes`, or all possible ones if they free
+    less. Chooses only slots for which `may_go` is true, and the end of a text before its beginning.
+
+    `spared` is the predecessor of the chunk that needs the room. It is never chosen, because a text must not lose its
+    beginning to its own continuation. All other chunks may be chosen, even ones that the policy values more than the
+    new chunk. Otherwise texts with more uses would keep new texts out: measured on texts larger than memory, that cost
+    a third of the hits."""
     choice = Choice()
     followed: dict[int, None] = {}
-    going: Counter[int] = Counter()  # followers that leave, too
+    going: Counter[int] = Counter()  # number of followers among the victims, by slot
     for proposal in proposed:
         slot = proposal
-        # With the last chunk behind it, one that was proposed before is free to go.
+        # A slot proposed earlier may go once its last follower is a victim.
         while slot != NO_SLOT:
             if followers[slot] > going[slot]:
                 followed[slot] = None

@@ -1,4 +1,4 @@
-"""What keeping a chunk is worth."""
+"""The default eviction policy: evicts the chunk whose expected saving per byte is least."""
 
 import heapq
 import math
@@ -10,12 +10,12 @@ from kvstore_cluster.eviction.columns import NO_SLOT, Links, SlotQueue, grow
 from kvstore_cluster.eviction.ghosts import GhostTable
 from kvstore_cluster.eviction.half_life import HalfLife
 
-_STEPS = 16  # of the columns, per doubling
+_STEPS = 16  # of the logarithms in columns, per doubling
 _STEPS_PER_QUEUE = 4
 _WIDEST = 32 * _STEPS
 _MOST_FREQUENCY = 255
 _FULL_SCORE = 255
-_FADE = 2  # half-lives in which the count of past uses halves
+_FADE = 2  # half-lives after which the weight of past uses is halved
 _SAME_USE_SHARE = 32
 _GHOSTS_PER_SLOT = 2 / 3
 
@@ -24,7 +24,8 @@ def _steps(value: float) -> int:
     return round(_STEPS * math.log2(value))
 
 
-# Below the first entry, one use more makes no difference to one use.
+# `_ONE_MORE[f - _FADED]` is the log2 of uses after one more use, for a log2 of `f` before. Past uses below `_FADED`
+# do not count beside one use.
 _FADED = -6 * _STEPS
 _ONE_MORE = [
     min(_MOST_FREQUENCY, _steps(1 + 2 ** (faded / _STEPS))) for faded in range(_FADED, _MOST_FREQUENCY + 1)
@@ -37,20 +38,22 @@ class ValueAware(EvictionPolicy):
 
         cost / size_bytes  x  (1 + attention score)  x  uses  x  2 ** -(age / half-life)
 
-    of which the first is the computing that a byte saves, the second and third are ContiguousKV's score x frequency
-    (arXiv 2601.13631), and the last two are frequency with ageing (LRFU, Lee et al. 2001). The score is what `Report`
-    said of the chunk, 0 where nobody did. The half-life is learned: it is the median interval between first and second
-    uses, also of chunks that were evicted in between. Time is counted in uses.
+    The first factor is the computation saved per byte. The second and third are the score x frequency of ContiguousKV
+    (arXiv 2601.13631). The last two are frequency with ageing (LRFU, Lee et al. 2001). The score is the attention that
+    clients reported for the chunk, or 0. The half-life is learned: it is the median interval between the first and
+    second use of a chunk, including chunks that were evicted in between. Age and half-life are counted in uses.
 
-    A logarithm turns that into `time of last use + half-life x log2(everything else)`, where only the last term tells
-    one chunk from another at the same time. So there is one queue per quarter of a doubling of it, each in order of
-    use, and the best victim is at the head of one of them: constant work per use, and per victim a look at the queues.
+    The half-life times the logarithm of the value is `time of last use + half-life x log2(other factors)`, up to a term
+    that is the same for all chunks. The policy has one queue for each quarter of a doubling of the other factors. Each
+    queue is in order of last use, so the best victim is at the head of one of the queues. A use takes constant time,
+    and a victim takes one comparison per queue.
 
-    A use so soon after the last that no order of eviction could have lost the chunk in between (before a 32nd of the
-    tier was used) refreshes it but counts as the same use: a read follows its lookup. About 40 bytes a chunk.
+    A use that follows the previous one before 1/32 of the tier was used refreshes the chunk but does not count as
+    another use: a read follows its lookup, and no policy would have evicted the chunk in between. About 40 bytes per
+    chunk.
 
-    A chunk is worth nothing without those before it in its prompt, so chunks of a prompt must not leave in the order of
-    what they happen to measure after compression: costs per byte within a factor of two count as the same.
+    A chunk is worth nothing without the chunks before it in its prompt, so differences in compressed size must not
+    decide the order within a prompt. Costs per byte within a factor of two therefore count as equal.
     """
 
     def __init__(self) -> None:
@@ -58,7 +61,7 @@ class ValueAware(EvictionPolicy):
         self._queues: dict[int, SlotQueue] = {}
         self._last_uses = array("Q")
         self._identities = array("Q")
-        self._merits = array("h")  # log2 of cost per byte x (1 + score)
+        self._merits = array("h")  # log2 of (cost per byte x (1 + score))
         self._frequencies = array("B")  # log2 of uses
         self._scores = array("B")
         self._known_savings: list[int] = []
@@ -110,12 +113,12 @@ class ValueAware(EvictionPolicy):
         queue.push(slot)
 
     def report(self, slot: int, score: float) -> None:
-        """Half of what is known of a chunk's score is the last report."""
+        """Updates the score to the mean of the old score and the report: an exponential moving average."""
         self._queue(slot).remove(slot)
         known = self._scores[slot]
         self._scores[slot] = score_now = (known + round(_FULL_SCORE * max(0.0, min(1.0, score))) + 1) // 2
         self._merits[slot] += _SCORE_STEPS[score_now] - _SCORE_STEPS[known]
-        self._last_uses[slot] = self._now  # it was: a queue stays in order of use
+        self._last_uses[slot] = self._now  # the chunk was just used, and its queue must stay in order of use
         self._queue(slot).push(slot)
 
     def remove(self, slot: int, *, evicted: bool) -> None:
@@ -151,22 +154,23 @@ class ValueAware(EvictionPolicy):
         self._ghosts.reserve(int(_GHOSTS_PER_SLOT * len(self._scores)))
 
     def _savings(self, steps: int) -> int:
-        """A known value that is at most a doubling away, or this one, known from now on."""
+        """Rounds to a known value that is at most a doubling away. Adds `steps` to the known values when there is
+        none."""
         nearest = min(self._known_savings, key=lambda known: abs(known - steps), default=None)
         if nearest is not None and abs(nearest - steps) <= _STEPS:
             return nearest
-        self._known_savings.append(steps)  # at most one per doubling between the widest
+        self._known_savings.append(steps)  # at most one per doubling of the value range
         return steps
 
     def _used_again(self, frequency: int, age_uses: int) -> int:
-        """The new frequency of a chunk that is used after `age_uses`."""
+        """The new frequency, as log2 in steps, of a chunk that is used again after `age_uses`."""
         if frequency == 0:
             self._half_life.learn(age_uses)
         faded = frequency - int(age_uses / self._half_life.uses * (_STEPS / _FADE))
         return _ONE_MORE[max(faded, _FADED) - _FADED]
 
     def _queue(self, slot: int) -> SlotQueue:
-        """Where the slot belongs. Queues that have become empty are few, and soon used again."""
+        """The queue that the slot belongs in. Empty queues are kept: they are few, and soon used again."""
         level = (self._merits[slot] + self._frequencies[slot]) // _STEPS_PER_QUEUE
         queue = self._queues.get(level)
         if queue is None:
