@@ -29,7 +29,8 @@ _LAST_CALLS_S = 1.0
 _UNREST_S = 10.0
 _UNREST_TTL_S = 0.5
 _RENEW_TIMEOUT_S = 0.2
-"""Timeout of the membership refresh while something fails, seconds; refreshes repeat for `_UNREST_S`."""
+"""While something fails, the membership is refreshed every `_UNREST_TTL_S` for `_UNREST_S`. A caller that needs it
+at once waits for `_RENEW_TIMEOUT_S`."""
 _MAX_MEMBERS = 4096
 _MAX_REPLICAS = 16
 _CHANGE_S = 10.0

@@ -59,8 +59,8 @@ class CallGate(
         self._calls = 0
 
     def before_fork(self) -> None:
-        """Block new calls and wait for those in progress. Keeps the lock held, so that no other thread holds it in the
-        child."""
+        """Block new calls, and wait up to CALLS_WAIT_S for those in progress. Keeps the lock held, so that no other
+        thread holds it in the child."""
         self._changed.acquire()
         self._forking = True
         self._changed.wait_for(lambda: not self._calls, CALLS_WAIT_S)

@@ -15,7 +15,7 @@ from kvstore_client.timeline import Timeline
 _CHUNKS = Counter("kvstore_client_chunks", "Chunks a fetch asked for, by how they ended.", ["result"])
 _MATCHED = Counter(
     "kvstore_client_matched_chunks",
-    "Chunks of prompts that were found stored: in their own context, or in another one of the same content.",
+    "Chunks of prompts that were found stored: in their own context, or with the same tokens in another one.",
     ["kind"],
 )
 _MATCHED_TOKENS = Counter(
@@ -25,11 +25,11 @@ _MISSES = Counter("kvstore_client_misses", "Reuse that did not happen, by reason
 _BYTES = Counter("kvstore_client_bytes", "Bytes of chunks moved, by direction.", ["direction"])
 _UNDER_REPLICATED = Counter(
     "kvstore_client_under_replicated_chunks",
-    "Chunks stored on fewer nodes than they should be; the cluster's repair makes up for it.",
+    "Chunks stored on fewer nodes than the number of replicas; the cluster repairs them.",
 )
 _FAILOVERS = Counter(
     "kvstore_client_failovers",
-    "Times a fetch went on with another node that holds the same chunks, by what was wrong with the first.",
+    "Times a fetch continued with another node that holds the same chunks, by the first node's failure.",
     ["reason"],
 )
 _GUARDED = Counter(
@@ -42,18 +42,18 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _FETCH_S = Histogram("kvstore_client_fetch_seconds", "How long a fetch took, start to end.", buckets=_SECONDS)
 _STAGE_S = Histogram(
     "kvstore_client_stage_seconds",
-    "How much of a fetch a stage worked, in any of its threads.",
+    "Time within a fetch that a stage worked, in any of its threads.",
     ["stage"],
     buckets=_SECONDS,
 )
-_REPLANS = Counter("kvstore_client_replans", "Times a fetch was planned again while it ran.")
-_PLANNED = Counter("kvstore_client_planned_chunks", "Matched chunks, by what was decided.", ["decision"])
+_REPLANS = Counter("kvstore_client_replans", "Times a fetch was replanned while it ran.")
+_PLANNED = Counter("kvstore_client_planned_chunks", "Matched chunks, by decision.", ["decision"])
 _PAGES = Counter(
     "kvstore_client_pages",
-    "Pages that jobs were about, by operation and how they ended.",
+    "Pages of finished jobs, by operation and result.",
     ["operation", "outcome"],
 )
-_WAITING = Gauge("kvstore_client_waiting_for_kv", "Requests that wait until their KV is here.")
+_WAITING = Gauge("kvstore_client_waiting_for_kv", "Requests that wait for their KV.")
 
 
 class ClientMetrics:
