@@ -1,4 +1,4 @@
-"""The page door: `PageStore`, for engines that speak opaque keys and whole pages. Imports no engine."""
+"""Page store: `PageStore`, for engines with opaque keys and whole pages. This package imports no engine."""
 
 from kvstore_client.pages.base import JobId, PageResult
 from kvstore_client.pages.store import PageStore

@@ -1,4 +1,4 @@
-"""What a job over pages is and how it ends."""
+"""Jobs over pages: operations, ids and results."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from itertools import takewhile
 from typing import NewType
 
 JobId = NewType("JobId", int)
-"""Names one job of one `PageStore`; never used twice."""
+"""Id of one job of one `PageStore`; never reused."""
 
 
 class Operation(StrEnum):
-    """What a job does with its pages."""
+    """Operation of a job on its pages."""
 
     EXISTS = "exists"
     GET = "get"
@@ -23,27 +23,27 @@ class Operation(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PageResult:
-    """How a job ended, page by page."""
+    """Result of a job, page by page."""
 
     ok: tuple[bool, ...]
-    """One per key, in order: the page belongs to the leading run of stored pages (`exists`), is in its view (`get`), or
-    is stored on one node at least (`put`)."""
+    """One per key, in order: whether the page belongs to the leading run of stored pages (`exists`), is in its view
+    (`get`), or is stored on at least one node (`put`)."""
     reasons: Mapping[str, int] = field(default_factory=dict)
-    """Why the other pages are not ok: pages by reason (`docs/pages.md` lists the reasons)."""
+    """Number of the other pages by reason (`docs/pages.md` lists the reasons)."""
 
     @property
     def run(self) -> int:
-        """Length of the leading run of pages that are ok."""
+        """Length of the leading run of ok pages."""
         return sum(1 for _ in takewhile(bool, self.ok))
 
     @classmethod
     def of(cls, outcomes: Iterable[str | None]) -> PageResult:
-        """`outcomes` has one entry per page: None for one that is ok, else the reason."""
+        """Result from one entry per page: None for an ok page, else the reason."""
         outcomes = list(outcomes)
         reasons = Counter(outcome for outcome in outcomes if outcome is not None)
         return cls(tuple(outcome is None for outcome in outcomes), dict(reasons))
 
     @classmethod
     def failed(cls, pages: int, reason: str) -> PageResult:
-        """No page is ok, all for the same reason."""
+        """Result without ok pages, with one reason for all."""
         return cls((False,) * pages, {reason: pages})

@@ -1,4 +1,4 @@
-"""What the jobs of one page store share."""
+"""Parts that the jobs of one page store share."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class PageContext:
     metrics: ClientMetrics
     namespace: PageNamespace
     encoding: Encoding
-    """What new pages are stored as."""
+    """Encoding of new pages."""
     page_tokens: int
     locks: PageLocks
     watch: Watch
     readers: Executor
-    """Threads that read from further nodes than the first of a job."""
+    """Threads that read from all nodes of a job but the first."""

@@ -1,4 +1,4 @@
-"""Where the bytes of a read go: the opening of each frame aside, and the page into its caller's view."""
+"""Memory for the bytes of a read: pages go to their caller's views, the frame headers to scratch memory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kvstore_codec.payload import OPENING_BYTES
 
 @dataclass(frozen=True, slots=True)
 class WantedPage:
-    """A page that is to be read into `view`, writable bytes of its size."""
+    """A page to read into `view`, writable bytes of its size."""
 
     index: int
-    """In its job."""
+    """Index in its job."""
     stored: StoredPage
     view: memoryview
 
 
 class _Frame:
-    """The frame of one page on its way in."""
+    """The incoming frame of one page."""
 
     def __init__(self, page: WantedPage) -> None:
         self._page = page
@@ -36,7 +36,7 @@ class _Frame:
             self._parts = [self._first]
 
     def take(self, size_bytes: int) -> memoryview:
-        """The next bytes of the frame, `size_bytes` at most."""
+        """Memory for the next bytes of the frame, at most `size_bytes`."""
         part = self._parts.pop()
         if len(part) > size_bytes:
             self._parts.append(part[size_bytes:])
@@ -45,7 +45,7 @@ class _Frame:
         return part
 
     def finish(self) -> None:
-        """Raises ChunkFormatError children unless the page is in its view."""
+        """Raises a ChunkFormatError unless the page is in its view."""
         page, header = self._page, self._page.stored.header
         if header.encoding == RAW:
             verify_raw_page(header, self._first, page.view)
@@ -54,49 +54,49 @@ class _Frame:
 
 
 class Destination:
-    """The memory of one read, whose ranges are the pages in order. Used by one thread."""
+    """Memory of one read, whose ranges are the pages in order. Used by one thread."""
 
     def __init__(self, pages: Sequence[WantedPage]) -> None:
         self._pages = pages
         self.done = 0
-        """Pages that are over, one way or the other."""
+        """Number of pages that are finished, with or without success."""
         self._lent: memoryview | None = None
         self._frame = _Frame(pages[0])
 
     @property
     def page(self) -> WantedPage:
-        """The one whose bytes come now."""
+        """The page whose bytes arrive next."""
         return self._pages[self.done]
 
     @property
     def is_whole(self) -> bool:
-        """Whether all bytes of the page have come."""
+        """Whether all bytes of the page have arrived."""
         return not self._frame.left_bytes
 
     def take(self, size_bytes: int) -> memoryview:
-        """Memory for the next bytes, of which a transport says that `size_bytes` or more are left of the range. Raises
-        TransferError where it is another number than there should be."""
+        """Memory for the next bytes; the transport says that at least `size_bytes` of the range are left. Raises
+        TransferError when that is not the expected number."""
         left_bytes = self._frame.left_bytes if self.done < len(self._pages) else 0
         if not left_bytes or size_bytes != min(left_bytes, LARGEST_BYTES):
             raise TransferError(
-                "protocol", f"a page of which {left_bytes} bytes are left comes with {size_bytes}"
+                "protocol", f"a page with {left_bytes} bytes left is announced with {size_bytes}"
             )
         self._lent = self._frame.take(size_bytes)
         return self._lent
 
     def arrived(self, data: memoryview) -> None:
-        """A piece of the page has come: in place, or else it is copied there."""
+        """Accept a piece of the page: it is in place already, or copied there."""
         if data is self._lent:
             return
         if len(data) > self._frame.left_bytes:
-            raise TransferError("protocol", "a page comes with more bytes than it has")
+            raise TransferError("protocol", "a page arrives with more bytes than its size")
         while data:
             part = self._frame.take(len(data))
             part[:] = data[: len(part)]
             data = data[len(part) :]
 
     def finish_page(self) -> None:
-        """All bytes of the page have come. Raises ChunkFormatError children unless they are those that were stored, and
+        """Verify a page whose bytes have all arrived. Raises a ChunkFormatError when they are not the stored bytes, and
         InvalidKVError for a page of another size than its view."""
         self._frame.finish()
 

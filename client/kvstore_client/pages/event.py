@@ -1,4 +1,4 @@
-"""A file descriptor that is readable while something has happened."""
+"""An event with a file descriptor that is readable while the event is set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Event:
         self._closed = False
 
     def fileno(self) -> int:
-        """The same for as long as the event lives, also in forked children."""
+        """File descriptor. It is the same as long as the event lives, also in forked children."""
         return self._read
 
     def set(self) -> None:
@@ -36,7 +36,7 @@ class Event:
             os.read(self._read, 8)
 
     def renew(self) -> None:
-        """In a forked child: stop sharing the event with the parent, and keep the number of its descriptor."""
+        """In a forked child: stop sharing the event with the parent, but keep the number of its descriptor."""
         if self._closed:
             return
         kept = self._read, self._write

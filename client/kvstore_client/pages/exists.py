@@ -1,4 +1,4 @@
-"""Which pages are stored, and locking them."""
+"""Lookup and locking of stored pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvstore_codec.identity import ChunkId
 
 
 def lock_run(context: PageContext, job: Job, chunk_ids: Sequence[ChunkId]) -> PageResult:
-    """The leading run of stored pages, each of which is locked; the leases on pages behind it end."""
+    """Lock the leading run of stored pages. The leases on pages behind it end."""
     search = PageSearch(context.view, context.settings, context.metrics, context.namespace, chunk_ids)
     search.look(range(len(chunk_ids)), job.left_s)
     run = 0

@@ -1,4 +1,4 @@
-"""Which pages are stored, and where."""
+"""Lookup of stored pages and their nodes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _ENCODINGS = tuple(encoding.name for encoding in ENCODINGS)
 
 @dataclass(frozen=True, slots=True)
 class StoredPage:
-    """A page that is stored: what its header says, and who holds it."""
+    """A stored page: its header and the node that holds it."""
 
     header: ChunkHeader
     member: Member
 
 
 class PageSearch:
-    """Looks for pages wherever they may be; for one thread. What was found is leased until `leases` are released."""
+    """Looks pages up on all their readers; used by one thread. Found pages are leased until `leases` are released."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class PageSearch:
         """By index of the page in `chunk_ids`."""
         self.leases: list[Lease] = []
         self.why_not = "not_stored"
-        """Why pages were not found, should some not have been."""
+        """Reason for pages that were not found."""
         self._view, self._settings, self._metrics = view, settings, metrics
         self._namespace, self._chunk_ids = namespace, chunk_ids
 
@@ -55,18 +55,17 @@ class PageSearch:
         timeout_s: float,
         tried: Mapping[int, Iterable[Member]] | None = None,
     ) -> None:
-        """Look for these pages, except where each was `tried` before, for no longer than `timeout_s` and
-        `lookup_timeout_s`."""
+        """Look these pages up, except at the members in `tried`, for at most `timeout_s` and `lookup_timeout_s`."""
         deadline_s = time.monotonic() + min(timeout_s, self._settings.timeouts.lookup_s)
         wanted = list(wanted)
         self._look(wanted, deadline_s, tried)
-        # All that had a page may have died together and be back elsewhere: that is heard of only by asking.
+        # All owners of a page may have failed and rejoined at other addresses: only the coordinator knows.
         missing = [index for index in wanted if index not in self.found]
         if missing and self._view.renew(deadline_s - time.monotonic()):
             self._look(missing, deadline_s, tried)
 
     def uses(self, used: Iterable[int]) -> list[Lease]:
-        """The leases, which say now what is used of what was found: these pages."""
+        """The leases, marked with the used pages among those found."""
         holders = {index: self.found[index].member for index in used}
         leases = []
         for lease in self.leases:

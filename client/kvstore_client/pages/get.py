@@ -1,4 +1,4 @@
-"""Reading pages straight into their caller's views, from any node that has them."""
+"""Reads pages directly into their caller's views, from any node that has them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from kvstore_codec.identity import ChunkId
 from kvstore_codec.page import may_fill
 
 
-class _Reading:
-    """A read that is watched: it is cancelled once nothing has come for `patience_s`."""
+class _WatchedRead:
+    """A watched read: it is cancelled when nothing arrives for `patience_s`."""
 
     def __init__(self, stream: ReadStream, patience_s: float) -> None:
         self._stream, self._patience_s = stream, patience_s
@@ -39,12 +39,12 @@ class _Reading:
 
 
 class GetPages:
-    """One job. No view is written to after `run` has returned."""
+    """One get job. No view is written to after `run` has returned."""
 
     def __init__(
         self, context: PageContext, chunk_ids: Sequence[ChunkId], views: Sequence[memoryview | None]
     ) -> None:
-        """`views` are rows of writable bytes; None for one that is not."""
+        """`views` are contiguous writable bytes; None for a view that is not."""
         self._context, self._chunk_ids, self._views = context, chunk_ids, views
         self._outcomes: list[str | None] = ["not_stored"] * len(chunk_ids)
         self._deadline_s = 0.0
@@ -79,8 +79,8 @@ class GetPages:
                 self._outcomes[index] = search.why_not
 
     def _bring(self, places: Mapping[int, StoredPage], search: PageSearch) -> None:
-        """Read pages where they are, and what fails there at their other readers. A node that was given up for its
-        silence is asked again, with more patience, for what nobody else has."""
+        """Read pages from their nodes, and failed ones from their other readers. A node that was abandoned for its
+        silence is asked again, with a longer limit, for pages that no other node has."""
         tried: dict[int, list[Member]] = {}
         silent: dict[int, StoredPage] = {}
         hurried = self._context.view.membership().replicas > 1 if places else False
@@ -106,7 +106,7 @@ class GetPages:
                 places, silent = {i: p for i, p in silent.items() if self._outcomes[i] is not None}, {}
 
     def _read_all(self, places: Mapping[int, StoredPage], *, hurried: bool) -> dict[int, str]:
-        """Read from all nodes at once; why pages did not come, by index."""
+        """Read from all nodes in parallel. Returns the reasons for missing pages, by index."""
         groups: dict[str, list[WantedPage]] = {}
         failed: dict[int, str] = {}
         for index, page in places.items():
@@ -120,29 +120,29 @@ class GetPages:
         if last:
             failed |= self._read(last, hurried=hurried)
         for pages, read in reads:
-            # What no other thread has begun is read here.
+            # Reads that no other thread has begun run here.
             failed |= self._read(pages, hurried=hurried) if read.cancel() else read.result()
         return failed
 
     def _begin_read(self, pages: Sequence[WantedPage], *, hurried: bool) -> Future[dict[int, str]]:
-        """`_read` in another thread, unless it is cancelled before that thread takes it. The future is not that of the
-        executor, which keeps the work although it raises when there is no thread left: then it may still run."""
+        """Start `_read` in another thread; it can be cancelled until that thread takes it. The future is not the
+        executor's, which keeps the work even if it raises for lack of a thread: the work may then still run."""
         read: Future[dict[int, str]] = Future()
 
         def run() -> None:
             if read.set_running_or_notify_cancel():
                 read.set_result(self._read(pages, hurried=hurried))
 
-        with suppress(RuntimeError):  # no thread left, or closed meanwhile
+        with suppress(RuntimeError):  # no thread left, or the store was closed
             self._context.readers.submit(run)
         return read
 
     def _read(self, pages: Sequence[WantedPage], *, hurried: bool) -> dict[int, str]:
-        """Read from one node; why pages did not come, by index. Never raises: other threads may read for the same job,
-        which must not end before they do."""
+        """Read from one node. Returns the reasons for missing pages, by index. Never raises: other threads may read for
+        the same job, which must not end before they do."""
         try:
             return self._read_from_node(pages, hurried=hurried)
-        except Exception as error:  # a mistake of ours costs this node's pages only
+        except Exception as error:  # a bug in this package costs only this node's pages
             self._context.metrics.failures.warn(
                 "page_internal_error", f"a read of {len(pages)} pages failed: {error}", error
             )
@@ -160,7 +160,7 @@ class GetPages:
         except NodeUnavailableError:
             return {page.index: "closed" for page in pages}
         settings = context.settings
-        reading = _Reading(
+        reading = _WatchedRead(
             stream, settings.timeouts.failover_s if hurried else settings.timeouts.fetch_stall_s
         )
         failed: dict[int, str] = {}
@@ -194,7 +194,7 @@ class GetPages:
         return failed | {page.index: reason for page in pages[destination.done :]}
 
     def _finished(self, destination: Destination, member: Member) -> str | None:
-        """Why a page of which all bytes have come cannot be used; None for one that is in its view."""
+        """Why a fully received page cannot be used; None for one that is in its view."""
         page = destination.page
         try:
             destination.finish_page()

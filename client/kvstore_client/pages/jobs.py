@@ -1,4 +1,4 @@
-"""Jobs over pages: a bounded queue, threads that work them off, and results to be collected."""
+"""Jobs over pages: a bounded queue, worker threads, and results to collect."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from kvstore_client.pages.watch import Watch
 log = logging.getLogger(__name__)
 
 _THREADS: Final = {Operation.EXISTS: 2, Operation.GET: 4, Operation.PUT: 2}
-"""How many jobs of a kind run at a time. Each kind has threads of its own: nobody who asks what exists waits for a put
-to a slow node."""
+"""Number of jobs that run at a time, by operation. Each operation has its own threads: an `exists` never waits for a
+put to a slow node."""
 _MOST_UNCOLLECTED = 4096
-"""Results that may wait for `finished`; of more, the oldest are forgotten."""
+"""Results that may wait for `finished`; beyond that the oldest are dropped."""
 _JOIN_S = 2.0
-"""How long `close` waits for threads whose streams it has cancelled."""
+"""How long `close` waits for threads whose streams it has cancelled, seconds."""
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """`work` runs in a thread of the queue; no view of the caller's is touched after `done`."""
+    """A job; `work` runs in a thread of the queue. No view of the caller is used after `done`."""
 
     job_id: JobId
     operation: Operation
@@ -40,16 +40,16 @@ class Job:
     """Whether the caller waits for `done`, and collects the result there."""
     done: threading.Event = field(default_factory=threading.Event)
     result: PageResult = field(default_factory=lambda: PageResult(()))
-    """Valid once it is `done`."""
+    """Valid once `done` is set."""
 
     @property
     def left_s(self) -> float:
-        """Time until its deadline; 0 afterwards."""
+        """Seconds until the deadline; 0 afterwards."""
         return max(0.0, self.deadline_s - time.monotonic())
 
 
 class JobQueue:
-    """Thread-safe. Nothing here waits, except `close`."""
+    """Thread-safe. Only `close` blocks."""
 
     def __init__(
         self, metrics: ClientMetrics, watch: Watch, event: Event, *, max_jobs: int, max_bytes: int
@@ -76,7 +76,7 @@ class JobQueue:
         is_awaited: bool,
         refused: str | None = None,
     ) -> Job:
-        """Queue a job, or finish it at once where it is refused: for the caller's reason, `queue_full`, `closed`, or
+        """Queue a job. A refused job finishes at once, with the caller's reason `refused`, `queue_full`, `closed`, or
         `no_resources` when this process has no thread left."""
         deadline_s = time.monotonic() + timeout_s
         with self._changed:
@@ -101,19 +101,19 @@ class JobQueue:
         return job
 
     def finished(self) -> list[Job]:
-        """Jobs that have finished since the last call, except those that are awaited."""
+        """Jobs finished since the last call, except awaited ones."""
         with self._changed:
             self._event.clear()
             finished, self._finished = list(self._finished), deque()
         return finished
 
     def __len__(self) -> int:
-        """Jobs that wait or run."""
+        """Number of waiting and running jobs."""
         return self._jobs
 
     def close(self, timeout_s: float) -> None:
-        """Refuse new jobs, give the others `timeout_s` to end, and then end them and close the event. Returns soon
-        after that time."""
+        """Refuse new jobs, give the others `timeout_s` to end, then end them and close the event. Returns soon after
+        that time."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -127,11 +127,11 @@ class JobQueue:
         until_s = time.monotonic() + _JOIN_S
         for thread in [thread for threads in self._threads.values() for thread in threads]:
             thread.join(max(0.0, until_s - time.monotonic()))
-        with self._changed:  # a thread that has not ended may still set it
+        with self._changed:  # a thread that is still running may set it
             self._event.close()
 
     def check(self) -> None:
-        """Finish jobs whose deadline has passed before their turn came."""
+        """Finish jobs whose deadline has passed in the queue."""
         now_s = time.monotonic()
         with self._changed:
             late = [job for jobs in self._waiting.values() for job in jobs if job.deadline_s <= now_s]
@@ -141,11 +141,11 @@ class JobQueue:
             self._finish(job, PageResult.failed(job.pages, "timeout"))
 
     def cancel(self) -> None:
-        """Waiting jobs are ended by `close`."""
+        """Nothing to do: `close` ends waiting jobs."""
 
     def _has_thread(self, operation: Operation) -> bool:
-        """Whether some thread will take a job, and another one end it when its deadline passes before; with the lock
-        held."""
+        """Whether a thread exists that will take a job, and another one that ends it at its deadline. The caller holds
+        the lock."""
         try:
             self._watch.add(self)
         except RuntimeError:
@@ -174,14 +174,14 @@ class JobQueue:
                     return
                 job = waiting.popleft()
             self._finish(job, self._worked(job))
-            del job  # it keeps the caller's views alive
+            del job  # it refers to the caller's views
 
     def _worked(self, job: Job) -> PageResult:
         if not job.left_s or job.work is None:
             return PageResult.failed(job.pages, "timeout")
         try:
             return job.work(job)
-        except Exception as error:  # a mistake of ours never reaches the engine
+        except Exception as error:  # a bug in this package must not reach the engine
             self._metrics.failures.warn(
                 "page_internal_error", f"a {job.operation} of {job.pages} pages failed: {error}", error
             )
@@ -207,5 +207,5 @@ class JobQueue:
         if forgotten:
             self._metrics.failures.warn(
                 "page_results_forgotten",
-                f"results of jobs over pages are forgotten: more than {_MOST_UNCOLLECTED} were never collected",
+                f"results of jobs over pages are dropped: more than {_MOST_UNCOLLECTED} were never collected",
             )

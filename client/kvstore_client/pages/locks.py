@@ -1,4 +1,4 @@
-"""Pages that are known to be stored and are leased until their caller unlocks them."""
+"""Locks on pages: stored pages stay leased until their caller unlocks them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvstore_client.replicas import Lease
 from kvstore_codec.identity import ChunkId
 
 MOST_LOCKED = 1 << 18
-"""Locks at a time; of more, the oldest are released."""
+"""Maximum number of locks; beyond that the oldest are released."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,12 +27,12 @@ class _Hold:
 
 
 class PageLocks:
-    """Thread-safe. A page that was found twice is locked twice. A lease that has run out takes its locks with it."""
+    """Thread-safe. A page found twice is locked twice. Locks end when their lease expires."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holds: deque[_Hold] = deque()
-        """The oldest first; those without locks leave when they are the oldest."""
+        """Oldest first. Holds without locks are removed when they are the oldest."""
         self._locked: dict[bytes, deque[tuple[_Hold, StoredPage]]] = {}
         self._count = 0
 
@@ -40,7 +40,7 @@ class PageLocks:
         return self._count
 
     def add(self, lease: Lease, pages: Mapping[ChunkId, StoredPage], lease_s: float) -> list[Lease]:
-        """Lock pages that were found under one lease. Leases that are to be released for lack of room."""
+        """Lock pages that were found under one lease. Returns the leases to release for lack of room."""
         hold = _Hold(lease, list(pages), time.monotonic() + lease_s, len(pages))
         with self._lock:
             self._holds.append(hold)
@@ -50,7 +50,7 @@ class PageLocks:
             return self._trim()
 
     def find(self, chunk_id: ChunkId) -> StoredPage | None:
-        """Where a locked page is; None for one that is not locked."""
+        """A locked page's location; None for a page that is not locked."""
         with self._lock:
             locks = self._locked.get(chunk_id.content_id)
             if not locks or locks[-1][0].until_s <= time.monotonic():
@@ -58,7 +58,7 @@ class PageLocks:
             return locks[-1][1]
 
     def release(self, chunk_ids: Iterable[ChunkId]) -> list[Lease]:
-        """Take one lock off each page, where it has one. Leases of which nothing is locked any more."""
+        """Remove one lock from each page that has one. Returns the leases without locked pages."""
         over: list[Lease] = []
         with self._lock:
             for chunk_id in chunk_ids:
@@ -76,7 +76,7 @@ class PageLocks:
         return over
 
     def clear(self) -> list[Lease]:
-        """Take off all locks. The leases that they kept."""
+        """Remove all locks. Returns their leases."""
         with self._lock:
             over = [hold.lease for hold in self._holds if hold.left]
             self._holds.clear()
@@ -85,7 +85,7 @@ class PageLocks:
         return over
 
     def _trim(self) -> list[Lease]:
-        """Drop the oldest holds that are over, have run out, or are too many. The leases of the last kind."""
+        """Drop the oldest holds that are unlocked, expired, or too many. Returns the leases of the last kind."""
         now_s, released = time.monotonic(), []
         while self._holds:
             oldest = self._holds[0]

@@ -1,4 +1,4 @@
-"""Storing pages out of their caller's views."""
+"""Stores pages from their caller's views."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kvstore_codec.identity import ChunkId
 from kvstore_codec.page import write_page
 
 
-class _Writing:
-    """A write that ends when the store closes."""
+class _WatchedWrite:
+    """A write that is cancelled when the store closes."""
 
     def __init__(self, write: ReplicatedWrite) -> None:
         self._write = write
 
     def check(self) -> None:
-        """It ends by its own deadline."""
+        """Nothing to check: the write ends by its own deadline."""
 
     def cancel(self) -> None:
         self._write.cancel()
@@ -31,8 +31,8 @@ class _Writing:
 def put_pages(
     context: PageContext, job: Job, chunk_ids: Sequence[ChunkId], views: Sequence[memoryview | None]
 ) -> PageResult:
-    """Store each page on all of its owners; None stands for a view that is not a row of bytes. One copy is enough for a
-    page to count as stored."""
+    """Store each page on all of its owners; None stands for a view that is not contiguous. A page with one copy counts
+    as stored."""
     outcomes: list[str | None] = ["bad_view"] * len(chunk_ids)
     try:
         owners = context.view.writers([chunk_id.content_id for chunk_id in chunk_ids], job.left_s)
@@ -44,7 +44,7 @@ def put_pages(
     keep = keep_as(context.settings, cost=context.page_tokens)
     sent: list[tuple[int, int]] = []
     written: list[WriteResult] = []
-    with context.watch.over(_Writing(write)):
+    with context.watch.over(_WatchedWrite(write)):
         try:
             for index, (chunk_id, view) in enumerate(zip(chunk_ids, views, strict=True)):
                 if view is None or not owners[index]:
@@ -57,7 +57,7 @@ def put_pages(
                     continue
                 sent.append((index, header.size_bytes))
                 write.put(OutgoingChunk.with_header(header, parts, keep), owners[index], TextPlaces((), ()))
-        except NodeUnavailableError:  # closed meanwhile
+        except NodeUnavailableError:  # the client was closed
             write.cancel()
         except BaseException:
             write.cancel()

@@ -1,4 +1,4 @@
-"""The door for engines that speak opaque keys and whole pages."""
+"""Page store for engines with opaque keys and whole pages."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from kvstore_codec.identity import ChunkId
 from kvstore_codec.page import ENCODINGS, PageNamespace
 
 MOST_KEYS = 16_384
-"""Of one job. A lookup's answer to that many stays far below what a message may have."""
+"""Maximum number of keys in a job. A lookup's answer for that many is far below the limit of a message."""
 _READERS = 8
 
 
 class PageStore:
-    """Pages of one namespace, stored under their engine's own keys. Thread-safe. Made by `KVStoreClient.pages`.
+    """Pages of one namespace, stored under their engine's own keys. Thread-safe. Created by `KVStoreClient.pages`.
 
-    A `submit_*` never waits: it returns a job id, and the job's result comes out of `finished`, once. `fileno` is
-    readable while results wait there. A job that the queue has no room for, or that comes after `close`, finishes at
-    once with the reason. `exists`, `get_into` and `put` wait for their job and return its result themselves.
+    A `submit_*` never blocks: it returns a job id, and `finished` returns the job's result once. `fileno` is readable
+    while results wait there. A job that the queue has no room for, or that is submitted after `close`, finishes at once
+    with the reason. `exists`, `get_into` and `put` wait for their job and return its result.
 
-    Views belong to the caller, who keeps their bytes unchanged (put) or leaves them alone (get) until the job has
-    finished. A job finishes by its deadline, give or take a tenth of a second, and only when no thread touches its
-    views any more. A view whose page was not delivered holds anything.
+    Views belong to the caller, who must not change (put) or use (get) their bytes until the job has finished. A job
+    finishes within a tenth of a second of its deadline, and only when no thread uses its views any more. The content of
+    a view whose page was not delivered is undefined.
 
-    Nothing here raises or hangs because the service misbehaves.
+    A misbehaving service never makes a method raise or hang.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class PageStore:
         max_jobs: int = 256,
         max_bytes: int = 1 << 30,
     ) -> None:
-        """`parts` gives what the client has, also after a fork, where it is new. A page holds the KV of `page_tokens`
-        tokens, which says what computing it again costs. At most `max_jobs`, whose views have `max_bytes` together,
-        wait or run at a time.
+        """`parts` returns the client's current parts, which are new ones after a fork. A page holds the KV of
+        `page_tokens` tokens, which determines its recompute cost. At most `max_jobs`, whose views have `max_bytes`
+        together, wait or run at a time.
 
-        Raises ConfigurationError for an encoding that pages are not stored in, UnknownEncodingError for one that does
-        not exist.
+        Raises ConfigurationError for an encoding that pages are not stored in, and UnknownEncodingError for one that
+        does not exist.
         """
         self.namespace = namespace
         self._settings, self._parts = settings, parts
@@ -95,68 +95,68 @@ class PageStore:
         )
 
     def _renew(self) -> None:
-        """In a forked child: no job, no lock, and an event of its own under the same descriptor."""
+        """In a forked child: start without jobs and locks, with a new event under the same descriptor."""
         if not self._closed:
             self._event.renew()
             self._open()
 
     @property
     def is_closed(self) -> bool:
-        """Whether it takes no more jobs."""
+        """Whether the store accepts no more jobs."""
         return self._closed
 
     def fileno(self) -> int:
-        """A descriptor for select, poll or an event loop: readable while `finished` has something to return."""
+        """A descriptor for select, poll or an event loop: readable while `finished` has results to return."""
         return self._event.fileno()
 
     def finished(self) -> list[tuple[JobId, PageResult]]:
-        """Jobs that have finished since the last call, in that order. Of more than 4,096 that nobody collects, the
-        oldest are forgotten."""
+        """Jobs finished since the last call, in order. Of more than 4,096 uncollected results the oldest are
+        dropped."""
         return [(job.job_id, job.result) for job in self._jobs.finished()]
 
     def submit_exists(self, keys: Sequence[bytes], timeout_s: float | None = None) -> JobId:
-        """Ask how many of the first pages are stored without a gap (`PageResult.run`). They are locked: no node evicts
-        them within `lease_s`, until `unlock`. The deadline is `lookup_timeout_s`, or `timeout_s` if that is sooner."""
+        """Ask how many of the first pages are stored without a gap (`PageResult.run`), and lock them: no node evicts
+        them within `lease_s`, until `unlock`. The deadline is `lookup_timeout_s`, or `timeout_s` if that is shorter."""
         return self._exists(keys, timeout_s, is_awaited=False).job_id
 
     def submit_get(
         self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None = None
     ) -> JobId:
         """Read each page into its view: writable, contiguous, exactly of the page's size. The deadline is
-        `fetch_timeout_s` unless `timeout_s` is given. Pages that are locked are read without a lookup."""
+        `fetch_timeout_s` unless `timeout_s` is given. Locked pages are read without a lookup."""
         return self._get(keys, views, timeout_s, is_awaited=False).job_id
 
     def submit_put(
         self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None = None
     ) -> JobId:
-        """Store what the contiguous views show, 1 byte to 128 MiB each. Pages that are stored already count as stored,
-        and stay as they are. The deadline is `put_timeout_s` unless `timeout_s` is given."""
+        """Store the content of contiguous views, 1 byte to 128 MiB each. Pages that are stored already count as stored,
+        and stay unchanged. The deadline is `put_timeout_s` unless `timeout_s` is given."""
         return self._put(keys, views, timeout_s, is_awaited=False).job_id
 
     def exists(self, keys: Sequence[bytes], timeout_s: float | None = None) -> int:
-        """As `submit_exists`; waits, and returns the length of the run."""
+        """Like `submit_exists`, but waits and returns the length of the run."""
         return self._awaited(self._exists(keys, timeout_s, is_awaited=True)).run
 
     def get_into(
         self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None = None
     ) -> PageResult:
-        """As `submit_get`, and waits."""
+        """Like `submit_get`, but waits."""
         return self._awaited(self._get(keys, views, timeout_s, is_awaited=True))
 
     def put(
         self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None = None
     ) -> PageResult:
-        """As `submit_put`, and waits."""
+        """Like `submit_put`, but waits."""
         return self._awaited(self._put(keys, views, timeout_s, is_awaited=True))
 
     def unlock(self, keys: Sequence[bytes]) -> None:
-        """Take one lock off each of these pages. Never fails and does not wait: what is not locked stays so, and a
-        lease that cannot be given back runs out by itself."""
+        """Remove one lock from each of these pages, without waiting. Never fails: pages without a lock are ignored, and
+        a lease whose release fails expires by itself."""
         release(self._context.view, self._context.locks.release(self._names(keys)))
 
     def close(self) -> None:
-        """Give jobs `close_timeout_s` to finish, then end them, and unlock everything. Results that were not collected
-        can still be; `fileno` is closed."""
+        """Give jobs `close_timeout_s` to finish, then end them, and unlock everything. Uncollected results stay
+        available; `fileno` is closed."""
         if self._closed:
             return
         self._closed = True
@@ -237,7 +237,7 @@ class PageStore:
 
 
 def _row(view: Buffer, *, writable: bool) -> memoryview | None:
-    """The view's bytes; None where they do not lie in one row, or may not be written to."""
+    """The view's bytes; None when they are not contiguous, or not `writable` although they must be."""
     try:
         row = memoryview(view)
         if not row.nbytes or not row.c_contiguous or (writable and row.readonly):

@@ -1,4 +1,4 @@
-"""Who ends what takes too long: reads that fall silent, and jobs whose deadline passes before their turn comes."""
+"""Watchdog of the page store: ends reads that fall silent, and jobs whose deadline passes in the queue."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Protocol
 log = logging.getLogger(__name__)
 
 _PERIOD_S = 0.05
-"""How often watched objects are looked at. Silences are a quarter of a second long at least."""
+"""Period of the checks, seconds. Silence limits are at least a quarter of a second."""
 
 
 class Watched(Protocol):
     def check(self) -> None:
-        """Called every now and then, in another thread."""
+        """Called periodically, in another thread."""
 
     def cancel(self) -> None:
         """Called when the store closes, in another thread."""
 
 
 class Watch:
-    """One thread that looks at whatever is watched, and sleeps while nothing is. Thread-safe."""
+    """One thread that checks all watched objects, and sleeps while there are none. Thread-safe."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -32,8 +32,8 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def add(self, watched: Watched) -> None:
-        """Watch it until `discard`. It is cancelled at once after `stop`. Raises RuntimeError, and watches nothing,
-        when this process has no thread left."""
+        """Watch an object until `discard`. After `stop` it is cancelled at once. Raises RuntimeError, and watches
+        nothing, when this process has no thread left."""
         with self._changed:
             stopped = self._stopped
             if self._thread is None and not stopped:
@@ -46,13 +46,13 @@ class Watch:
             watched.cancel()
 
     def discard(self, watched: Watched) -> None:
-        """Watch it no longer."""
+        """Stop watching an object."""
         with self._changed:
             self._watched.discard(watched)
 
     @contextmanager
     def over(self, watched: Watched) -> Iterator[None]:
-        """Watch it meanwhile."""
+        """Watch an object inside the block."""
         self.add(watched)
         try:
             yield
@@ -60,7 +60,7 @@ class Watch:
             self.discard(watched)
 
     def stop(self, timeout_s: float) -> None:
-        """Cancel everything that is watched, and end the thread."""
+        """Cancel all watched objects, and end the thread."""
         with self._changed:
             self._stopped = True
             watched, thread = list(self._watched), self._thread
@@ -81,5 +81,5 @@ class Watch:
             for each in watched:
                 try:
                     each.check()
-                except Exception:  # a mistake of ours must not end the watch over the others
-                    log.exception("looking at a job over pages failed")
+                except Exception:  # a bug in one object must not end the watch over the others
+                    log.exception("checking a job over pages failed")
