@@ -25,7 +25,7 @@ def run(script: str, address: str, timeout_s: float = 200.0) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("done\n"), done.stdout + done.stderr
     if script == "refused":
-        assert "Make the client after the fork" in done.stderr
+        assert "Create the client after the fork" in done.stderr
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ def test_a_wrapper_says_what_to_copy_instead(
     with pytest.raises(NotCopyableError, match=r"cached\.model.*CachedModel\(copy, client\)"):
         copied(cached)
     queue = RequestQueue(cached)
-    with pytest.raises(NotCopyableError, match="make another"):
+    with pytest.raises(NotCopyableError, match="create another"):
         copied(queue)
     queue.close()
 
