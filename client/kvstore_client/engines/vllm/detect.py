@@ -110,9 +110,12 @@ def verify(
     no request uses; it holds zeros afterwards.
     """
     tokens = layout.block_tokens * layout.split
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     shape = (layout.kv_heads, tokens, layout.head_dim)
-    keys, values = (torch.randn(shape, generator=generator).to(tensor) for _ in range(2))
+    keys, values = (
+        torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(tensor)
+        for _ in range(2)
+    )
     if engine_write is None:
         layout.write(tensor, [spare_block], 0, keys, values)
     else:

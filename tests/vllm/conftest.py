@@ -1,0 +1,11 @@
+"""Tests that need vLLM. It pins its own PyTorch, so they run in .venv-vllm: `make test-vllm`."""
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vllm_kernels() -> None:
+    pytest.importorskip("vllm", reason="vLLM is installed in .venv-vllm only; run make test-vllm")
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
