@@ -83,6 +83,7 @@ class Settings(BaseModel):
     repair_bandwidth: ByteSize = _setting(
         ByteSize(100 << 20),
         "Most bytes per second that each node copies to others after a loss or a join.",
+        gt=0,
         le=_MOST_BYTES,
     )
     tls_cert: Path | None = _setting(None, "PEM certificate chain of the bulk ports.", unset="plain TCP")

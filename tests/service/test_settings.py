@@ -71,6 +71,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         ("nodes: [", "cannot read the configuration"),
         ("nodes: 257", "nodes = 257: "),
         ("memory: 0", "memory = 0: "),
+        ("repair_bandwidth: 0", "repair_bandwidth = 0: "),
         ("memory: 2048PiB", "memory = '2048PiB': "),
         ("disk: 2048PiB\ndata_dir: /x", "disk = '2048PiB': "),
         ("nodes: 0x" + "F" * 5000, "whole number of more than 63 bits"),
