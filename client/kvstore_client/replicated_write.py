@@ -56,7 +56,8 @@ class ReplicatedWrite:
     ) -> None:
         """The batch must be stored within `timeout_s` (default: `put_timeout_s`)."""
         self.failures: Counter[MissReason] = Counter()
-        """Why streams failed, once `finish` has returned; their nodes are paused."""
+        """Why streams failed, once `finish` has returned. Their nodes are paused, unless the write was cancelled or had
+        less time than `put_timeout_s`."""
         self.details: dict[MissReason, str] = {}
         """A sentence for each of these reasons."""
         self._view, self._settings = view, settings
@@ -105,8 +106,9 @@ class ReplicatedWrite:
                 why = f"the storage node at {owner.endpoint} did not accept chunks: {stream.write.detail or failure}"
                 self.failures[reason] += 1
                 self.details[reason] = why
-                self._view.pause(owner.endpoint, why, until_it_answers=failure == "unreachable")
-                self._view.refresh()
+                if not self._is_own(failure):
+                    self._view.pause(owner.endpoint, why, until_it_answers=failure == "unreachable")
+                    self._view.refresh()
             else:
                 self._view.recovered(owner.endpoint)
         return self._written
@@ -118,6 +120,11 @@ class ReplicatedWrite:
             streams = list(self._streams.values())
         for stream in streams:
             stream.write.cancel("cancelled")
+
+    def _is_own(self, failure: str) -> bool:
+        """Whether the owner has not failed: the write was cancelled, or had less time than the settings give it."""
+        hasty = self._timeout_s < self._settings.timeouts.put_s
+        return failure == "cancelled" or (failure == "timeout" and hasty)
 
     def _count(self, owner: Member, stream: _Stream) -> None:
         """Count the answers that arrived since the last call."""

@@ -27,7 +27,7 @@ class _WatchedRead:
     def __init__(self, stream: ReadStream, patience_s: float) -> None:
         self._stream, self._patience_s = stream, patience_s
         self.moved_at_s = time.monotonic()
-        self.is_silent = False
+        self.is_silent = self.is_closed = False
 
     def check(self) -> None:
         if time.monotonic() - max(self.moved_at_s, self._stream.moved_at_s) > self._patience_s:
@@ -35,6 +35,7 @@ class _WatchedRead:
             self._stream.cancel()
 
     def cancel(self) -> None:
+        self.is_closed = True
         self._stream.cancel()
 
 
@@ -183,8 +184,8 @@ class GetPages:
                             failed[page.index] = outcome
                     destination.next_page()
         except TransferError as error:
-            reason = "silent" if reading.is_silent else error.reason
-            if self._left_s():
+            reason = "closed" if reading.is_closed else "silent" if reading.is_silent else error.reason
+            if self._left_s() and not reading.is_closed:
                 why = f"a read of pages from the storage node at {member.endpoint} broke off ({reason}): {error}"
                 context.metrics.failures.warn(f"page_{reason}", why)
                 context.view.pause(member.endpoint, why, until_it_answers=reason == "unreachable")

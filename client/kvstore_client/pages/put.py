@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.owner_write import OutgoingChunk, keep_as
 from kvstore_client.pages.base import PageResult
 from kvstore_client.pages.context import PageContext
@@ -20,11 +21,13 @@ class _WatchedWrite:
 
     def __init__(self, write: ReplicatedWrite) -> None:
         self._write = write
+        self.is_closed = False
 
     def check(self) -> None:
         """Nothing to check: the write ends by its own deadline."""
 
     def cancel(self) -> None:
+        self.is_closed = True
         self._write.cancel()
 
 
@@ -41,10 +44,11 @@ def put_pages(
         return PageResult.failed(len(chunk_ids), "unreachable")
     replicas = context.view.membership().replicas
     write = ReplicatedWrite(context.view, context.settings, timeout_s=job.left_s)
+    writing = _WatchedWrite(write)
     keep = keep_as(context.settings, cost=context.page_tokens)
     sent: list[tuple[int, int]] = []
     written: list[WriteResult] = []
-    with context.watch.over(_WatchedWrite(write)):
+    with context.watch.over(writing):
         try:
             for index, (chunk_id, view) in enumerate(zip(chunk_ids, views, strict=True)):
                 if view is None or not owners[index]:
@@ -58,13 +62,13 @@ def put_pages(
                 sent.append((index, header.size_bytes))
                 write.put(OutgoingChunk.with_header(header, parts, keep), owners[index], TextPlaces((), ()))
         except NodeUnavailableError:  # the client was closed
-            write.cancel()
+            writing.cancel()
         except BaseException:
             write.cancel()
             raise
         finally:
             written = write.finish()
-    broke = next(iter(write.failures), "unreachable")
+    broke = "closed" if writing.is_closed else next(iter(write.failures), "unreachable")
     stored_bytes = sparse = 0
     for (index, size_bytes), page in zip(sent, written, strict=False):
         stored_bytes += page.copies * size_bytes
@@ -76,7 +80,8 @@ def put_pages(
     for index, _ in sent[len(written) :]:
         outcomes[index] = "closed"
     for reason, detail in write.details.items():
-        context.metrics.failures.warn(f"page_{reason}", detail)
+        if reason is not MissReason.STORE_CANCELLED:
+            context.metrics.failures.warn(f"page_{reason}", detail)
     context.metrics.stored(0, stored_bytes)
     context.metrics.under_replicated(sparse)
     return PageResult.of(outcomes)

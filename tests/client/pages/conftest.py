@@ -3,6 +3,7 @@
 import select
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,18 @@ def roomy(tmp_path: Path) -> Iterator[Pages]:
         yield Pages(cluster, opened)
 
 
+@dataclass(frozen=True)
+class SlowPages:
+    """A store whose one node sends and takes 2 Mbit/s, and has a page of 4 MB: `keys(1)`."""
+
+    client: KVStoreClient
+    store: PageStore
+    endpoint: str
+    """Of the node."""
+
+
 @pytest.fixture(params=["grpc", "bulk"])
-def slow(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[PageStore]:
-    """A store whose one node sends 2 Mbit/s, and a page of 4 MB on it."""
+def slow_node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SlowPages]:
     with (
         served_cluster(tmp_path, bulk=request.param == "bulk") as cluster,
         ExitStack() as opened,
@@ -100,13 +110,18 @@ def slow(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[PageStore]:
         addresses = [*(s.address for s in cluster.servers), *(b.address for b in cluster.bulk)]
         links = [opened.enter_context(ShapedLink(address, bandwidth_bps=10e9)) for address in addresses]
         routes = {address: link.address for address, link in zip(addresses, links, strict=True)}
-        store = opened.enter_context(
-            connect(cluster.address, routes=routes, close_timeout_s=0.1, **PATIENT)
-        ).pages(NAMESPACE)
+        client = opened.enter_context(connect(cluster.address, routes=routes, close_timeout_s=0.1, **PATIENT))
+        store = client.pages(NAMESPACE)
         assert store.put(keys(1), [page(0, 4_000_000)]).ok == (True,)
         assert store.exists(keys(1)) == 1
         links[-1].set_bandwidth(2e6)
-        yield store
+        yield SlowPages(client, store, cluster.servers[0].address)
+
+
+@pytest.fixture
+def slow(slow_node: SlowPages) -> PageStore:
+    """A store whose one node sends 2 Mbit/s, and a page of 4 MB on it."""
+    return slow_node.store
 
 
 def wait_for(store: PageStore, count: int) -> list[tuple[JobId, PageResult]]:

@@ -13,7 +13,7 @@ from kvstore_bench.shaping import ShapedLink
 from kvstore_client import connect
 from kvstore_client.pages import PageStore
 from tests.client.conftest import served_cluster
-from tests.client.pages.conftest import NAMESPACE, PATIENT, Pages, empty, keys, pages, wait_for
+from tests.client.pages.conftest import NAMESPACE, PATIENT, Pages, SlowPages, empty, keys, pages, wait_for
 
 SIZES = [200_000] * 24
 
@@ -119,6 +119,29 @@ def test_a_job_that_waits_too_long_for_its_turn_ends_at_its_deadline(slow: PageS
     assert [job for job, _ in first] == [queued]
     assert first[0][1].reasons == {"timeout": 1}
     assert {job for job, _ in wait_for(slow, 4)} == set(running)
+
+
+@pytest.mark.parametrize("operation", ["get", "put"])
+def test_a_node_is_not_blamed_for_a_store_that_closes(
+    slow_node: SlowPages, operation: Literal["get", "put"]
+) -> None:
+    """Other stores of the client, and its prompts, go on with the node."""
+    store, view = slow_node.store, slow_node.client._view
+    if operation == "get":
+        job = store.submit_get(keys(1), [bytearray(4_000_000)])
+    else:
+        job = store.submit_put(keys(1, 1), [bytes(4_000_000)])
+    store.close()
+    ((finished, result),) = store.finished()
+    assert finished == job
+    assert result.reasons == {"closed": 1}
+    assert not view.is_paused(slow_node.endpoint)
+
+
+def test_a_node_is_not_blamed_for_a_short_deadline(slow_node: SlowPages) -> None:
+    result = slow_node.store.put(keys(1, 1), [bytes(4_000_000)], timeout_s=0.3)
+    assert result.reasons == {"timeout": 1}
+    assert not slow_node.client._view.is_paused(slow_node.endpoint)
 
 
 def test_closing_ends_jobs(slow: PageStore) -> None:
