@@ -1,4 +1,4 @@
-"""Which of all records that were found count."""
+"""Decides which of the records found at recovery are live."""
 
 import secrets
 from array import array
@@ -14,7 +14,7 @@ _LOW = (1 << 64) - 1
 
 
 class Census:
-    """A column for each thing that decides; 37 bytes a record."""
+    """Columns of the record fields that decide whether a record is live. 37 bytes per record."""
 
     def __init__(self) -> None:
         self._key_seed = secrets.randbits(64)
@@ -26,7 +26,7 @@ class Census:
         self._blocks = array("I")
 
     def add(self, location: Location, header: memoryview) -> bool:
-        """Counts a record with a sound header; whether it is a tombstone."""
+        """Adds a record with a sound header. Returns whether it is a tombstone."""
         kind, sequence, size_bytes, key = summary(header, self._key_seed)
         tombstone = kind == Kind.TOMBSTONE
         self._high.append(key >> 64)
@@ -42,10 +42,10 @@ class Census:
         return max(self._sequences, default=0)
 
     def books(self) -> Iterator[tuple[int, Column, Column, Column]]:
-        """(number, first blocks, blocks, states) of every segment with records, in the order of the blocks.
+        """Yields (segment number, first blocks, blocks, states) of every segment with records, in the order of blocks.
 
-        The last record of a key, in the order of the sequence numbers, counts when it is a put. A tombstone comes
-        after the put whose number it bears; the last one is kept as long as there is a put before it.
+        Records of one key are ordered by sequence number. The last record of a key is live if it is a put. A tombstone
+        comes after the put with the same number. The last tombstone of a key is kept while a put precedes it.
         """
         high, low, sequences, locations = (
             np.array(column) for column in (self._high, self._low, self._sequences, self._locations)

@@ -7,37 +7,37 @@ from kvstore_codec.errors import DiskError, DiskFailedError
 
 
 class GroupCommit:
-    """Of one file; thread-safe. After a sync failed nothing of the file is ever called synced again: the kernel may
-    have dropped what it could not write, and would report the next sync as a success."""
+    """Group commit of one file. Thread-safe. After a failed sync every later sync of the file fails, too: the kernel
+    may have dropped the pages that it could not write, and would report success for the next sync."""
 
     def __init__(self, file: SegmentFile, name: str) -> None:
         self._file = file
         self._name = name
         self._changed = threading.Condition()
-        self._unsynced = False  # something was written after the newest sync began
+        self._unsynced = False  # whether a write ended after the newest sync began
         self._begun = 0
         self._ended = 0
         self.failure: DiskError | None = None
 
     @property
     def unsynced(self) -> bool:
-        """Whether something that was written has not been synced."""
+        """Whether a write has not been synced yet."""
         with self._changed:
             return self._unsynced or self._ended < self._begun
 
     def wrote(self) -> None:
-        """To be called after each write."""
+        """Records a write. Call it after each write."""
         with self._changed:
             self._unsynced = True
 
     def fail(self, failure: DiskError) -> None:
-        """Nothing may be synced any more."""
+        """Makes every later sync raise `failure`."""
         with self._changed:
             self.failure = self.failure or failure
             self._changed.notify_all()
 
     def sync(self) -> None:
-        """Returns once what was written before the call would survive a power loss. Raises DiskError."""
+        """Syncs all writes before this call, so that they survive a power loss. May block. Raises DiskError."""
         with self._changed:
             wanted = self._begun + self._unsynced
             while self._ended < wanted:
@@ -49,7 +49,7 @@ class GroupCommit:
                     self._lead()
 
     def _lead(self) -> None:
-        """Syncs for everybody who waits, with the lock given up meanwhile."""
+        """Syncs the file for all waiting threads. Releases the lock during the sync."""
         self._begun += 1
         self._unsynced = False
         self._changed.release()

@@ -1,7 +1,9 @@
-"""Giving the space of dead records back: the live ones of a segment are copied to the log's end, then its file goes.
+"""Compaction: frees the space of dead records. It copies the live records of a segment to the end of the log, and then
+removes the segment's file.
 
-A copy keeps the number of its original, so that it does not overrule a newer record. The file goes only once the
-copies, and whatever else made its records dead, are synced; until then a crash finds both, which is the same as one.
+A copy keeps the sequence number of its original, so that it does not override a newer record. The file is removed only
+after the copies, and all newer records that replaced its records, are synced. Until then a recovery may find a record
+twice, which is harmless.
 """
 
 import logging
@@ -24,17 +26,17 @@ log = logging.getLogger(__name__)
 Relocate = Callable[[RecordMeta, Location, Location], bool]
 Lost = Callable[[RecordMeta, Location], None]
 
-# A segment is worth its copying when this share of it is dead, and this one when space is short.
+# Share of dead blocks above which a segment is compacted, normally and when space is short.
 _DEAD_SHARE = 0.5
 _DEAD_SHARE_SHORT = 0.1
-# For so long a record that the disk cannot read is left alone.
+# Pause before a record that the disk cannot read is tried again.
 _UNREADABLE_S = 60.0
-# Space is short when so many segments would not fit any more.
+# Space is short when fewer than this number of segments fit.
 _SHORT_SEGMENTS = 3
 
 
 class Compactor:
-    """One step at a time, from any thread."""
+    """Compacts segments. Thread-safe: runs one step at a time."""
 
     def __init__(self, table: SegmentTable, segment_log: SegmentLog) -> None:
         self._table = table
@@ -42,7 +44,8 @@ class Compactor:
         self._turn = threading.Lock()
 
     def step(self, relocate: Relocate, lost: Lost | None, stopping: threading.Event) -> bool:
-        """Compacts the segment that gives most; True when there may be more to do. Raises DiskError."""
+        """Compacts the segment that frees most space. True when there may be more to do. May block. Raises
+        DiskError."""
         full: DiskFullError | None = None
         with self._turn:
             for victim in self._victims():
@@ -53,7 +56,7 @@ class Compactor:
                 try:
                     if self._compact(victim, relocate, lost, stopping):
                         return True
-                except DiskFullError as error:  # what needs no copies may go all the same
+                except DiskFullError as error:  # segments without live records need no space
                     full = error
         if full is not None:
             raise full
@@ -62,15 +65,15 @@ class Compactor:
     def _compact(
         self, victim: Segment, relocate: Relocate, lost: Lost | None, stopping: threading.Event
     ) -> bool:
-        """Whether the segment could go."""
+        """Compacts one segment. Returns whether its file was removed."""
         if not victim.closed:
             self._log.close_active()
         if not (victim.sealed or victim.given_up):
             self._log.seal(victim)
         if not self._move_records(victim, relocate, lost, stopping):
             return False
-        # Not only the copies: a record may be dead because of a newer one that is not synced yet.
-        # Of a removed segment nothing was durable, so the copies are all that has to be.
+        # Sync more than the copies: a record may be dead because of a newer one that is not synced yet. The records
+        # of a removed file were not durable, so there only the copies need a sync.
         if victim.removed:
             self._log.sync_written()
         else:
@@ -79,19 +82,19 @@ class Compactor:
         return True
 
     def finish(self) -> None:
-        """Returns once no step is under way."""
+        """Waits until no step is running."""
         with self._turn:
             return
 
     def _victims(self) -> list[Segment]:
-        """What is worth compacting, best first."""
+        """Segments to compact, best first."""
         with self._table.lock:
             free_bytes = self._log.put_limit_bytes - self._table.used_blocks * BLOCK_BYTES
             short = free_bytes < _SHORT_SEGMENTS * self._log.segment_bytes
             least_share = _DEAD_SHARE_SHORT if short else _DEAD_SHARE
             shares = {number: self._dead_share(segment) for number, segment in self._table.segments.items()}
-            # The one that takes records now is closed for it only where nothing else gives room. A failed segment
-            # with live records comes before one without: until they have left it nothing can be removed.
+            # The active segment comes last, because compaction must close it. A failed segment with live records
+            # comes before one without: no file can be removed until the live records have been copied.
             return sorted(
                 (
                     segment
@@ -103,19 +106,20 @@ class Compactor:
             )
 
     def _dead_share(self, segment: Segment) -> float:
-        """Of its blocks those that need no copying; 2 where none may stay, 0 where none may go."""
+        """Share of the segment's blocks that need no copy. 2 when the segment must be compacted, 0 when it cannot
+        be."""
         needed = segment.live_blocks
         if segment.tombstone_blocks and not self._needs_tombstones(segment, segment.horizon):
             needed -= segment.tombstone_blocks
         if needed and time.monotonic() < segment.unmovable_until_s:
             return 0.0
-        if segment.given_up:  # what is in there may not be durable
+        if segment.given_up:  # its records may not be durable
             return 0.0 if segment.writing else 2.0
         return 1.0 - needed / max(1, segment.end_block - 1)
 
     def _needs_tombstones(self, segment: Segment, horizon: int) -> bool:
-        """Whether something that a tombstone in the segment deletes may lie in another one, dead: only there can it
-        be, because dead records are never copied."""
+        """Whether another segment may hold a dead record that a tombstone in this segment deletes. Dead records are
+        never copied, so only segments up to `horizon` may."""
         return any(
             other.dead_records and other.number <= horizon
             for other in self._table.segments.values()
@@ -125,7 +129,7 @@ class Compactor:
     def _move_records(
         self, victim: Segment, relocate: Relocate, lost: Lost | None, stopping: threading.Event
     ) -> bool:
-        """Whether nothing in the segment is needed any more."""
+        """Copies the live records out of the segment. Returns whether none is left."""
         with self._table.lock:
             remaining = victim.remaining()
         window = Window(victim.file)
@@ -135,9 +139,7 @@ class Compactor:
             try:
                 header, chunk, damage = self._read(victim, first, blocks, window)
             except OSError as error:
-                log.warning(
-                    "block %d of segment %d cannot be read and stays: %s", first, victim.number, error
-                )
+                log.warning("cannot read block %d of segment %d, keeping it: %s", first, victim.number, error)
                 self._leave_for(victim, _UNREADABLE_S)
                 continue
             old = location_of(victim.number, first)
@@ -157,7 +159,7 @@ class Compactor:
             return not victim.live_blocks
 
     def _leave_for(self, victim: Segment, duration_s: float) -> None:
-        """No step tries to move what is left in the segment before that time is over."""
+        """Excludes the segment from compaction for `duration_s`."""
         victim.unmovable_until_s = max(victim.unmovable_until_s, time.monotonic() + duration_s)
 
     def _move_chunk(self, old: Location, header: RecordHeader, chunk: memoryview, relocate: Relocate) -> None:
@@ -169,8 +171,8 @@ class Compactor:
         try:
             moved = relocate(header.meta, old, new)
         finally:
-            # When not moved, its owner has let go of the old one, or does not know it yet: that one stays until the
-            # owner buries it.
+            # When `relocate` refuses, the index has dropped the old location or does not have it yet. The old record
+            # then stays until the index deletes it.
             self._table.mark_dead(old if moved else new)
 
     def _move_tombstone(self, victim: Segment, old: Location, header: RecordHeader) -> None:
@@ -183,8 +185,8 @@ class Compactor:
     def _read(
         self, victim: Segment, first: int, blocks: int, window: Window
     ) -> tuple[RecordHeader | None, memoryview, str | None]:
-        """(header, chunk, why the chunk is damaged) of a record; a damaged header is taken from the index. Raises
-        OSError."""
+        """Reads a record: (header, chunk, why the chunk is damaged). Takes a damaged header from the segment's index.
+        Raises OSError."""
         header: RecordHeader | None
         record = window.view(first * BLOCK_BYTES, blocks * BLOCK_BYTES)
         if is_header(record[:BLOCK_BYTES], victim.seed):

@@ -1,4 +1,4 @@
-"""Reading and writing one segment file past the page cache."""
+"""Reads and writes one segment file without the page cache."""
 
 import errno
 import logging
@@ -26,20 +26,20 @@ _ERRORS = {
     errno.EACCES: DiskReadOnlyError,
     errno.EPERM: DiskReadOnlyError,
 }
-# Between the tries of a read that fails.
+# Pauses between attempts of a failed read.
 _READ_PAUSES_S = (0.001, 0.02)
 _scratch = threading.local()
 
 
 class FileEndsError(OSError):
-    """The file is shorter than what was to be read: it was cut, and to ask again is of no use."""
+    """The file ends before the requested range, because it was truncated. A retry is useless."""
 
 
 class SegmentFile:
-    """Positional I/O in whole blocks; several threads at once. Every method raises OSError.
+    """Positional I/O in whole blocks. Thread-safe. Every method may block and raises OSError.
 
-    With `direct` (O_DIRECT) bytes go straight between the disk and the caller's views where these are aligned, as
-    those of an arena are, and through a small buffer where not. Without it the page cache is told to forget them.
+    With `direct` (O_DIRECT), bytes move directly between the disk and aligned views, such as those of an arena.
+    Unaligned views go through a small buffer. Without `direct`, the file tells the page cache to drop the bytes.
     """
 
     def __init__(self, path: Path, *, create: bool, direct: bool) -> None:
@@ -48,7 +48,7 @@ class SegmentFile:
         self._direct = direct
 
     def is_at(self, path: Path) -> bool:
-        """Whether `path` still names this file. Where that cannot be told, it is taken to."""
+        """Whether `path` still names this file. True when the file system cannot tell."""
         try:
             return os.path.samestat(os.fstat(self._fd), path.stat())
         except (FileNotFoundError, NotADirectoryError):
@@ -60,10 +60,11 @@ class SegmentFile:
         return os.fstat(self._fd).st_size
 
     def write(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Writes the views back to back at `offset`, a block's, and zeros up to the end of the last block."""
+        """Writes the views one after another at `offset`, a multiple of the block size, and pads the last block with
+        zeros."""
         scratch = aligned_scratch()
         batch: list[memoryview] = []
-        start = used = 0  # of the part of `scratch` that is not in the batch yet
+        start = used = 0  # bounds of the part of `scratch` that is not in the batch yet
         for view in views:
             while view.nbytes:
                 if used % BLOCK_BYTES == 0 and view.nbytes >= BLOCK_BYTES and _is_aligned(view):
@@ -85,7 +86,7 @@ class SegmentFile:
         self._write_all(offset, batch)
 
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Fills the views with the bytes from `offset`, which need not be a block's."""
+        """Fills the views with the bytes from `offset` on. `offset` need not be a multiple of the block size."""
         scratch = aligned_scratch()
         batch, rest = _in_place(views) if offset % BLOCK_BYTES == 0 else ([], list(views))
         position = offset + sum(view.nbytes for view in batch)
@@ -105,7 +106,8 @@ class SegmentFile:
         self._forget(offset, position - offset)
 
     def read_some(self, offset: int, view: memoryview) -> int:
-        """Fills an aligned view of whole blocks from a block's offset on; returns how much of it there was."""
+        """Reads whole blocks into an aligned view from a block's offset on. Returns the bytes read, fewer at the file
+        end."""
         found = self._read_some(offset, [view])
         self._forget(offset, found)
         return found
@@ -133,13 +135,13 @@ class SegmentFile:
                 if not count:
                     return found
                 found += count
-                if count % BLOCK_BYTES:  # only the end of the file is not a block's
+                if count % BLOCK_BYTES:  # a partial block is the end of the file
                     return found
                 batch = _without(batch, count)
         return found
 
     def _preadv(self, views: Sequence[memoryview], offset: int) -> int:
-        """Asks again where the disk fails: memory may be short, or a cable loose, for a moment only."""
+        """Reads once, and retries a failed read: a lack of memory or a loose cable may be transient."""
         for pause_s in _READ_PAUSES_S:
             try:
                 return os.preadv(self._fd, views, offset)
@@ -154,12 +156,12 @@ class SegmentFile:
 
 
 def aligned_buffer(size_bytes: int) -> memoryview:
-    """Fresh zeroed memory that direct I/O can use."""
+    """Allocates zeroed memory that is aligned for direct I/O."""
     return memoryview(mmap.mmap(-1, max(size_bytes, BLOCK_BYTES)))
 
 
 def aligned_scratch() -> memoryview:
-    """A small buffer of the calling thread's own, for as long as it calls nothing that may use it as well."""
+    """A small aligned buffer of the calling thread. Valid until the thread calls another function that uses it."""
     if not hasattr(_scratch, "view"):
         _scratch.view = aligned_buffer(_SCRATCH_BYTES)
     view: memoryview = _scratch.view
@@ -167,7 +169,7 @@ def aligned_scratch() -> memoryview:
 
 
 def disk_error(error: OSError, what: str) -> DiskError:
-    """What an OSError means for who stores chunks. `what` failed, with the path."""
+    """Converts an OSError into a DiskError. `what` names the failed operation, with the path."""
     reason = error.strerror or str(error)
     kind = _ERRORS.get(error.errno or 0, DiskFailedError)
     if kind is DiskFullError:
@@ -183,7 +185,7 @@ def _is_aligned(view: memoryview) -> bool:
 
 
 def _in_place(views: Sequence[memoryview]) -> tuple[list[memoryview], list[memoryview]]:
-    """Which of these neighbouring views whole blocks can go to directly, and what is left after them."""
+    """Splits consecutive views into those that direct I/O can fill with whole blocks, and the rest."""
     batch: list[memoryview] = []
     for done, view in enumerate(views):
         whole = view.nbytes - view.nbytes % BLOCK_BYTES
@@ -196,7 +198,7 @@ def _in_place(views: Sequence[memoryview]) -> tuple[list[memoryview], list[memor
 
 
 def _scatter(source: memoryview, views: Sequence[memoryview]) -> list[memoryview]:
-    """Fills `views` with `source`, and returns what of them is left."""
+    """Copies `source` into `views`, and returns the unfilled rest of the views."""
     for done, view in enumerate(views):
         count = min(view.nbytes, source.nbytes)
         view[:count] = source[:count]
@@ -207,13 +209,13 @@ def _scatter(source: memoryview, views: Sequence[memoryview]) -> list[memoryview
 
 
 def _batches(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-    """As many views as one system call takes."""
+    """Splits the views into batches that one system call accepts."""
     for first in range(0, len(views), _MAX_VIEWS):
         yield [view for view in views[first : first + _MAX_VIEWS] if view.nbytes]
 
 
 def _without(views: Sequence[memoryview], count: int) -> list[memoryview]:
-    """The views but for their first `count` bytes."""
+    """The views without their first `count` bytes."""
     for done, view in enumerate(views):
         if count < view.nbytes:
             return [view[count:], *views[done + 1 :]]

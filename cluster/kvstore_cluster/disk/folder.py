@@ -1,4 +1,4 @@
-"""The folder of a store: the names in it, and whose it is."""
+"""The folder of a segment store: its file names and its lock."""
 
 import os
 import re
@@ -18,8 +18,8 @@ class OpenFile(Protocol):
 
 
 class StoreFolder:
-    """Made when missing; belongs to one process until it is closed. Raises FolderInUseError when it is taken, and
-    DiskError when it cannot be written."""
+    """A folder that is created when missing, and locked for one process until `close`. Raises FolderInUseError when
+    another process has locked it, and DiskError when it cannot be written."""
 
     def __init__(self, path: Path, *, direct: bool, open_file: OpenFile) -> None:
         self.path = path
@@ -35,8 +35,8 @@ class StoreFolder:
         self.direct = direct and self._offers_direct()
 
     def restore(self) -> None:
-        """Makes the folder, and takes it, again when it was removed. Raises OSError, BlockingIOError when it belongs to
-        another process by now."""
+        """Creates and locks the folder again when it was removed. Raises OSError, and BlockingIOError when another
+        process has locked a new folder of the same name."""
         try:
             self._lock_fd = relock_folder(self.path, _LOCK_NAME, self._lock_fd)
         except BlockingIOError as error:
@@ -45,7 +45,7 @@ class StoreFolder:
             ) from error
 
     def names(self, number: int, file: SegmentFile) -> bool:
-        """Whether the segment's file is still the one of that name in the folder; else a restart would not find it."""
+        """Whether the segment's file is still in the folder under its name. A restart finds only such files."""
         return file.is_at(self.segment(number))
 
     def segment(self, number: int) -> Path:
@@ -59,7 +59,7 @@ class StoreFolder:
         return self.path / f"segment-{number:08d}.index"
 
     def numbers(self) -> list[int]:
-        """Of the segments that are there, rising. Indexes without a segment are removed. Raises OSError."""
+        """Numbers of the segments in the folder, ascending. Removes index files without a segment. Raises OSError."""
         found: dict[str, set[int]] = {"kvs": set(), "index": set()}
         for path in self.path.iterdir():
             if match := _NAME.fullmatch(path.name):
@@ -69,19 +69,19 @@ class StoreFolder:
         return sorted(found["kvs"])
 
     def remove(self, number: int) -> None:
-        """Removes a segment for good: it does not come back after a power loss. Raises OSError."""
+        """Removes a segment durably: a power loss does not restore it. May block. Raises OSError."""
         self.index(number).unlink(missing_ok=True)
         self.segment(number).unlink(missing_ok=True)
         sync_folder(self.path)
 
     def set_aside(self, number: int) -> Path:
-        """Takes a segment that cannot be read at all out of the store, and says where it is. Raises OSError."""
+        """Renames a segment that cannot be read, so that recovery ignores it. Returns the new path. Raises OSError."""
         aside = self.segment(number).with_suffix(".damaged")
         self.segment(number).replace(aside)
         return aside
 
     def free_bytes(self) -> int | None:
-        """What the disk has left; None where the file system does not say. Raises OSError."""
+        """Free bytes on the disk. None when the file system does not report them. Raises OSError."""
         space = os.statvfs(self.path)
         return space.f_bavail * space.f_frsize if space.f_blocks else None
 
@@ -89,7 +89,7 @@ class StoreFolder:
         os.close(self._lock_fd)
 
     def _offers_direct(self) -> bool:
-        """Some file systems, such as those in memory, have no O_DIRECT."""
+        """Whether the file system supports O_DIRECT. In-memory file systems, for example, may not."""
         try:
             os.close(os.open(self.path / _LOCK_NAME, os.O_RDONLY | os.O_DIRECT))
         except OSError:

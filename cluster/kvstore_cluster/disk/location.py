@@ -1,9 +1,9 @@
-"""Where a record lies, in one number."""
+"""The location of a record in the store, as one integer."""
 
 from typing import NewType
 
 Location = NewType("Location", int)
-"""Number of the segment and first block of the record in it; fits a signed 64-bit column."""
+"""Segment number and first block of a record, packed to fit a signed 64-bit column."""
 
 BLOCK_BITS = 24
 MAX_SEGMENT_BLOCKS = 1 << BLOCK_BITS

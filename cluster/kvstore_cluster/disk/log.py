@@ -1,5 +1,4 @@
-"""The log that records are appended to: the segment that takes them now, syncing and sealing, and what happens when
-the disk does not take them."""
+"""The log of records: appends to the active segment, syncs and seals segments, and handles failed writes."""
 
 import logging
 import secrets
@@ -18,19 +17,19 @@ from kvstore_codec.errors import ChunkNotFoundError, DiskError, DiskFullError, S
 
 log = logging.getLogger(__name__)
 
-# A store has at least so many segments that compaction has something to choose.
+# Fewest segments of a store at its limit, so that compaction has a choice.
 FEWEST_SEGMENTS = 8
 
 
 class SegmentLog:
-    """Thread-safe. `_turn` is held by who makes room for a record, and while a new segment begins; `_sealing` until an
-    index is whole.
+    """Appends records to segments. Thread-safe; methods that write or sync may block. `_turn` is held to reserve room
+    for a record and to begin a segment. `_sealing` is held to write an index.
 
-    `error` is why nothing can be appended: a write or a sync failed. A segment in which that happened is closed for
-    good; `revive` clears the error once another one could be begun and synced.
+    `error` is the failed write or sync that prevents appends, or None. The segment with the failure is closed
+    permanently. `revive` clears the error once a new segment could be created and synced.
 
-    All files may take `room_bytes`: the limit, or what the disk has where that is less. Puts leave a part of that for
-    deletions and copies.
+    All files together may take `room_bytes`: the limit, or the space on the disk if that is less. Puts leave a part of
+    it free for tombstones and copies.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class SegmentLog:
         self.segment_bytes = segment_bytes
         self.limit_bytes = self.room_bytes = limit_bytes
         self.fitting_bytes = limit_bytes
-        """Live bytes for which the disk has had room; the limit unless a write has just found it full."""
+        """Live bytes that fit on the disk: the limit, or less after a write found the disk full."""
         self._copy_limit_bytes = limit_bytes + segment_bytes
         self._table = table
         self._folder = table.folder
@@ -57,11 +56,11 @@ class SegmentLog:
         self._next_sequence = 1
 
     def continue_after(self, newest_sequence: int) -> None:
-        """New records and segments get higher numbers than those that were found."""
+        """Sets the next sequence and segment numbers above all recovered ones."""
         self._next_sequence = newest_sequence + 1
         self._next_number = max(self._table.segments, default=0) + 1
-        # Deletions and, where the limit was lowered, what was found may fill the room that puts leave: copies of one
-        # segment more come before anything can be removed.
+        # Tombstones, or recovered records above a lowered limit, may fill the room that puts leave free. Compaction
+        # must still be able to copy one segment before it can remove one.
         largest_blocks = max((segment.end_block for segment in self._table.segments.values()), default=0)
         self._copy_limit_bytes = max(self.limit_bytes, self._table.used_blocks * BLOCK_BYTES) + max(
             self.segment_bytes, largest_blocks * BLOCK_BYTES
@@ -69,11 +68,11 @@ class SegmentLog:
 
     @property
     def put_limit_bytes(self) -> int:
-        """What all files may take after a put."""
+        """Limit of the total size of all files after a put, bytes."""
         return self.room_bytes - self._spare(self.room_bytes)
 
     def measure(self) -> None:
-        """Sees how much room there is; what others write to the same disk takes some. Raises DiskError."""
+        """Updates `room_bytes` from the free space on the disk, which other programs may use. Raises DiskError."""
         try:
             measured = self._table.measure()
         except OSError as error:
@@ -86,32 +85,32 @@ class SegmentLog:
             self.room_bytes = min(self.limit_bytes, used_blocks * BLOCK_BYTES + free_bytes)
 
     def append(self, meta: RecordMeta, views: Sequence[memoryview], *, sync: bool) -> Location:
-        """Writes a new record; with `sync`, returns once it would survive a power loss. Raises DiskError, and
-        StorageError for a description that is too long."""
+        """Writes a new record. With `sync`, syncs it, so that it survives a power loss. Raises DiskError, and
+        StorageError when the names in its header are too long."""
         header = RecordHeader(Kind.PUT, self._take_sequence(), meta)
         try:
             return self._append(header, views, sync=sync)
-        except SegmentRemovedError:  # a new one in a new folder is as good
+        except SegmentRemovedError:  # the folder was removed: append to a new segment in a new folder
             self.revive()
             return self._append(header, views, sync=sync)
 
     @property
     def newest_sequence(self) -> int:
-        """The number that was given last."""
+        """The last assigned sequence number."""
         with self._table.lock:
             return self._next_sequence - 1
 
     def append_tombstone(self, meta: RecordMeta, sequence: int) -> None:
-        """Deletes all records of a chunk and encoding up to that number. Raises DiskError."""
+        """Writes a tombstone that deletes all records of a chunk and encoding up to `sequence`. Raises DiskError."""
         self._write(RecordHeader(Kind.TOMBSTONE, sequence, meta), (), self.room_bytes)
 
     def copy(self, original: Location, header: RecordHeader, views: Sequence[memoryview]) -> Location:
-        """Writes a record once more. Raises ChunkNotFoundError when it is dead by now, DiskError."""
+        """Writes a copy of a live record. Raises ChunkNotFoundError when the original is dead, and DiskError."""
         _, location = self._write(header, views, self._copy_limit_bytes, original)
         return location
 
     def sync(self, segment: Segment) -> None:
-        """Returns once what was written to the segment would survive a power loss. Raises DiskError."""
+        """Syncs the records of a segment, so that they survive a power loss. Raises DiskError."""
         try:
             segment.commit.sync()
         except DiskError as failure:
@@ -120,7 +119,7 @@ class SegmentLog:
         self._require_name(segment)
 
     def sync_all(self) -> None:
-        """As `sync`, of everything. Raises DiskError, also when a failed segment still holds live records."""
+        """Syncs all segments. Raises DiskError, also when a failed segment still holds live records."""
         self.give_up_removed()
         with self._table.lock:
             segments = [segment for segment in self._table.segments.values() if not segment.sealed]
@@ -129,7 +128,7 @@ class SegmentLog:
                 self.sync(segment)
 
     def sync_written(self) -> None:
-        """Syncs what was written since the last time. Raises DiskError."""
+        """Syncs the segments with unsynced writes, except failed ones. Raises DiskError."""
         with self._table.lock:
             written = [
                 segment
@@ -158,7 +157,7 @@ class SegmentLog:
         self._wake()
 
     def seal_closed(self) -> None:
-        """Seals what takes no more records. Raises DiskError."""
+        """Seals all closed segments. Raises DiskError."""
         with self._table.lock:
             waiting = [
                 segment for segment in self._table.segments.values() if segment.closed and not segment.sealed
@@ -181,12 +180,12 @@ class SegmentLog:
                 segment.sealed = True
 
     def close_active(self) -> None:
-        """The next record begins a new segment."""
+        """Closes the active segment. The next record begins a new one."""
         with self._turn:
             self._close_active()
 
     def revive(self) -> None:
-        """Tries whether the disk takes writes again, if it did not. Raises DiskError."""
+        """After a failure, begins a new segment to test whether the disk accepts writes again. Raises DiskError."""
         with self._turn:
             if self.error is not None:
                 self._begin_segment()
@@ -206,7 +205,8 @@ class SegmentLog:
         return location
 
     def _require_name(self, segment: Segment) -> None:
-        """What is in a file without a name is lost with this process. Raises SegmentRemovedError."""
+        """Raises SegmentRemovedError when the segment's file was removed: its records are lost when this process
+        ends."""
         if not self._folder.names(segment.number, segment.file):
             self.give_up_removed()
             raise SegmentRemovedError(
@@ -225,7 +225,7 @@ class SegmentLog:
         with self._turn:
             segment = self._with_room(blocks, limit_bytes)
             with self._table.lock:
-                # A tombstone's horizon rests on this: of a dead record no copy is begun any more.
+                # The horizon of tombstones relies on this: no copy of a dead record may begin.
                 if original is not None and not self._table.is_live(original):
                     raise ChunkNotFoundError(f"chunk {header.meta.chunk_id.short} was deleted meanwhile")
                 first = segment.reserve(blocks)
@@ -265,14 +265,14 @@ class SegmentLog:
             return sequence
 
     def _with_room(self, blocks: int, limit_bytes: int) -> Segment:
-        """The active segment, a new one when the record does not fit any more."""
+        """The active segment, or a new one when the record does not fit. Raises DiskFullError."""
         if self.error is not None:
             raise type(self.error)(str(self.error))
         active = self._active
         begin = active is None or (
             active.end_block > 1 and (active.end_block + blocks) * BLOCK_BYTES > self._spare(self.room_bytes)
         )
-        # A new segment takes two blocks more, one of them in its index.
+        # A new segment takes two more blocks: its first block and one of its index.
         if (self._table.used_blocks + blocks + 2 * begin) * BLOCK_BYTES > limit_bytes:
             advice = "; free space on that disk" if self.room_bytes < self.limit_bytes else ""
             raise DiskFullError(
@@ -286,7 +286,7 @@ class SegmentLog:
         return active
 
     def _begin_segment(self) -> Segment:
-        """Makes a segment, proves that it can be written and synced, and makes it the active one."""
+        """Creates a segment, writes and syncs its first block, and makes it the active one. Raises DiskError."""
         number, seed = self._next_number, secrets.randbits(64)
         path = self._folder.segment(number)
         try:
@@ -314,12 +314,13 @@ class SegmentLog:
         return segment
 
     def _found_full(self) -> None:
-        """The disk took less than its free space promised, because of a quota or of others: something has to go."""
+        """Lowers `fitting_bytes` after a write found the disk full, so that chunks are evicted. A disk quota or other
+        programs can leave less room than the measured free space."""
         live_bytes = self._table.live_blocks * BLOCK_BYTES
         self.fitting_bytes = min(self.fitting_bytes, live_bytes - self._spare(live_bytes))
 
     def _spare(self, size_bytes: int) -> int:
-        """The part of a room that is left for what makes room: a segment, or less where the room is small."""
+        """Bytes that puts leave free for compaction: one segment, or less when the room is small."""
         return min(self.segment_bytes, size_bytes // FEWEST_SEGMENTS)
 
     def _close_active(self) -> None:
@@ -329,7 +330,8 @@ class SegmentLog:
             self._wake()
 
     def _fail(self, segment: Segment, failure: DiskError) -> None:
-        """The segment takes nothing more and nothing of it is called durable any more. Called without locks."""
+        """Closes a segment after a failed write or sync. Its records no longer count as durable. Called without
+        locks."""
         segment.commit.fail(failure)
         with self._turn:
             if not segment.given_up:

@@ -1,17 +1,17 @@
-"""One record of a segment: a block that says what the chunk is, then the chunk itself.
+"""The format of a record: one block with a header that describes the chunk, followed by the chunk.
 
     magic "KVR\\0" | version u8 | kind u8 | header length u16 | checksum u64
     sequence u64 | size u64 | chunk header length u32 | horizon u32 | cost f64 | expires at f64
     lengths of encoding u8, tenant u16, calibration u8 | content_id | prefix_id | encoding | tenant | calibration
-    number u32 | content_id | prefix_id of the chunk before it         only of chunks stored behind another one
+    number u32 | content_id | prefix_id of the chunk before it         only if the predecessor in the text is known
 
-All numbers are little-endian. The header has a block of its own, so that the chunk behind it is aligned for direct
-I/O; the chunk is padded with zeros to whole blocks. The checksum is xxh3_64 over the rest of the header, seeded with
-the segment's secret number: what it fits was written by this store as a record of that segment, and is no part of a
-chunk that only looks like one. The chunk is not covered: its own checksums do that.
+All numbers are little-endian. The header has its own block, so that the chunk after it is aligned for direct I/O. The
+chunk is padded with zeros to whole blocks. The checksum is xxh3_64 over the rest of the header, seeded with the secret
+seed of the segment. A matching checksum proves that this store wrote the header as a record of that segment: bytes in a
+chunk cannot imitate a header. The checksum does not cover the chunk, which has its own checksums.
 
-A tombstone is a header alone. It bears the number of the newest record there was when its chunk was deleted, and
-deletes every record of that chunk and encoding up to that number.
+A tombstone is a header without a chunk. It has the sequence number of the newest record at the time of the deletion,
+and deletes every record of its chunk and encoding up to that number.
 """
 
 import struct
@@ -48,7 +48,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class RecordMeta:
-    """What is known of a stored chunk without reading it: enough to index it."""
+    """Metadata of a stored chunk. Contains everything that the index needs."""
 
     chunk_id: ChunkId
     encoding: str
@@ -59,16 +59,16 @@ class RecordMeta:
     tenant: str = ""
     cost: float = 0.0
     expires_at_s: float = 0.0
-    """Unix time; 0: never."""
+    """Unix time at which the chunk expires. 0 means never."""
     number: int = 0
-    """How many chunks stand before it in its text, where that is known."""
+    """Number of chunks before this one in its text, or 0 when unknown."""
     behind: ChunkId | None = None
-    """The nearest of them that is on the same node."""
+    """The nearest earlier chunk of its text on the same node."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordHeader:
-    """What the first block of a record says. `horizon`, of a tombstone: the youngest segment that may hold a record
+    """The header of a record. The `horizon` of a tombstone is the number of the newest segment that may hold a record
     it deletes."""
 
     kind: Kind
@@ -77,7 +77,7 @@ class RecordHeader:
     horizon: int = 0
 
     def encode(self, seed: int) -> bytes:
-        """The header's bytes, at most a block. Raises StorageError when its names are too long for that."""
+        """Encodes the header, without padding. Raises StorageError when its names are too long for one block."""
         meta = self.meta
         encoding, tenant, calibration = meta.encoding.encode(), meta.tenant.encode(), meta.calibration or b""
         place = b""
@@ -108,22 +108,22 @@ class RecordHeader:
 
 
 def blocks_of(size_bytes: int) -> int:
-    """How many blocks `size_bytes` take."""
+    """Number of blocks that `size_bytes` take."""
     return -(-size_bytes // BLOCK_BYTES)
 
 
 def record_blocks(kind: int, size_bytes: int) -> int:
-    """Blocks of a whole record of a chunk of that size; a tombstone is its header alone."""
+    """Number of blocks of a record, including its header. A tombstone has only a header."""
     return 1 + blocks_of(size_bytes) if kind == Kind.PUT else 1
 
 
 def record_bytes(size_bytes: int) -> int:
-    """What a chunk of `size_bytes` takes on disk."""
+    """Bytes that a chunk of `size_bytes` takes on disk, including its header."""
     return (1 + blocks_of(size_bytes)) * BLOCK_BYTES
 
 
 def is_header(block: memoryview, seed: int) -> bool:
-    """Whether a sound header of a record of the segment with that seed begins here."""
+    """Whether `block` begins with a sound record header of the segment with this seed."""
     if block.nbytes < _NAMES_START:
         return False
     magic, version, _, length = _OPENING.unpack_from(block)
@@ -134,15 +134,15 @@ def is_header(block: memoryview, seed: int) -> bool:
 
 
 def header_length(header: memoryview) -> int:
-    """Bytes of a sound header."""
+    """Length of a sound header in bytes."""
     return int(_OPENING.unpack_from(header)[3])
 
 
 def summary(header: memoryview, key_seed: int) -> tuple[int, int, int, int]:
-    """(kind, sequence, size in bytes, key) of a sound header: what tells which record of a chunk is the newest.
+    """(kind, sequence, size in bytes, key) of a sound header: the fields that find the newest record of a chunk.
 
-    `key` is 128 bits of its ids and encoding. The keys of one comparison are made with one seed that nobody can guess,
-    so that nobody can make two chunks with the same key.
+    `key` is a 128-bit hash of the ids and the encoding. All compared keys use the same random `key_seed`, so that a
+    client cannot construct two chunks with the same key.
     """
     kind, sequence, size_bytes = _SUMMARY.unpack_from(header, _KIND)
     ids_end = _NAMES_START + header[_ENCODING_LENGTH]
@@ -150,7 +150,7 @@ def summary(header: memoryview, key_seed: int) -> tuple[int, int, int, int]:
 
 
 def decode(header: memoryview) -> RecordHeader:
-    """What a sound header says."""
+    """Decodes a sound header."""
     (
         sequence,
         size_bytes,
@@ -168,7 +168,7 @@ def decode(header: memoryview) -> RecordHeader:
     calibration_start = tenant_start + tenant_length
     place_start = calibration_start + calibration_length
     number, behind = 0, None
-    # Records of earlier versions end here, and what a later one may add is behind it.
+    # Headers of earlier versions end here. A later version may append more fields.
     if header_length(header) >= place_start + _PLACE.size:
         number, *before = _PLACE.unpack_from(header, place_start)
         behind = ChunkId(*before)
