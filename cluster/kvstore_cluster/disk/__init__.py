@@ -1,7 +1,8 @@
 """The disk tier: a crash-safe store of chunks in append-only segments.
 
-`store` is what a storage node uses. Under it, a `log` of segments takes records (`record`, `segment`, `segment_format`,
-`file`, `commit`), `recovery` opens it after a crash (`scan`, `census`), `compaction` frees space, `upkeep` syncs.
+`store` is the interface for a storage node. It appends records to a `log` of segments (`record`, `segment`,
+`segment_format`, `file`, `commit`). `recovery` rebuilds the store after a restart (`scan`, `census`), `compaction`
+frees space, and `upkeep` syncs periodically.
 """
 
 from kvstore_cluster.disk.location import Location

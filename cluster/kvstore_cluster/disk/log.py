@@ -139,7 +139,7 @@ class SegmentLog:
             self.sync(segment)
 
     def give_up_removed(self) -> None:
-        """Looks whether somebody removed files of segments; what lives in those is written again by compaction."""
+        """Marks segments whose files were removed as failed. Compaction then copies their live records."""
         removed = self._table.take_removed()
         if not removed:
             return

@@ -1,8 +1,8 @@
-"""Opening a store: which records there are, which of them count, and what was lost.
+"""Recovery of a store: finds its records, decides which are live, and reports what was lost.
 
-The newest record of a chunk and encoding counts, unless a tombstone deletes it. Records of sealed segments are known
-from the segments' indexes; any other segment is read, each chunk of it verified, what is left of it synced, and an
-index written, so that it is read only once.
+The newest record of a chunk and encoding is live, unless a tombstone deletes it. The records of a sealed segment are
+read from its index. A segment without an index is scanned: each chunk is verified, the segment is synced, and its index
+is written, so that it is scanned only once.
 """
 
 import os
@@ -25,15 +25,15 @@ from kvstore_codec.errors import DiskFailedError
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """What was found. `records` can be iterated once, before the store is used for anything else; `dropped` says in a
-    line each what was lost."""
+    """Result of a recovery. `records` are the live records; iterate over them once, before any other use of the store.
+    `dropped` has one line for each loss."""
 
     records: Iterator[tuple[RecordMeta, Location]]
     dropped: tuple[str, ...]
 
 
 def recover(table: SegmentTable, segment_log: SegmentLog) -> Recovery:
-    """Enters what the folder holds into the empty table and log. Raises DiskError when it cannot be read or written."""
+    """Fills the empty table and log from the folder. May block. Raises DiskError when it cannot be read or written."""
     dropped: list[str] = []
     found: dict[int, Segment] = {}
     census = Census()
@@ -62,14 +62,14 @@ def recover(table: SegmentTable, segment_log: SegmentLog) -> Recovery:
 def _open_segment(
     folder: StoreFolder, number: int, files: ExitStack, dropped: list[str]
 ) -> tuple[Segment, SegmentIndex] | None:
-    """None when there is nothing in it that could be read."""
+    """Opens a segment and its index. None when the segment is empty or its first block is damaged. Raises OSError."""
     path = folder.segment(number)
     size_bytes = path.stat().st_size
-    if size_bytes < BLOCK_BYTES:  # it was begun, but no record was ever promised to be in it
+    if size_bytes < BLOCK_BYTES:  # no record in it was ever acknowledged
         folder.remove(number)
         dropped.append(f"{path.name}: only begun, removed")
         return None
-    if size_bytes % BLOCK_BYTES:  # direct I/O knows whole blocks only
+    if size_bytes % BLOCK_BYTES:  # direct I/O needs whole blocks
         os.truncate(path, blocks_of(size_bytes) * BLOCK_BYTES)
     block = aligned_buffer(BLOCK_BYTES)
     with closing(folder.open_segment(number, create=False)) as file:
@@ -94,7 +94,7 @@ def _open_segment(
 
 
 def _read_segment(segment: Segment, name: str, dropped: list[str]) -> SegmentIndex:
-    """The index of a segment that has none."""
+    """Builds the index of a segment from its records."""
     index = SegmentIndex(bytearray())
     for part in scan(segment.file, segment.seed, segment.end_block):
         if isinstance(part, Found):

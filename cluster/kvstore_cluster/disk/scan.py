@@ -1,4 +1,4 @@
-"""Reading a segment from end to end: its records with what they hold, a few large reads at a time."""
+"""Scans all records of a segment with large sequential reads, and verifies them."""
 
 import logging
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ _WINDOW_BYTES = 4 << 20
 
 
 class Window:
-    """A file seen through a buffer that reads ahead. Views are valid until the next one is asked for."""
+    """A read-ahead buffer over a file. A view is valid until the next call of `view`."""
 
     def __init__(self, file: SegmentFile) -> None:
         self._file = file
@@ -31,21 +31,21 @@ class Window:
         self._start = self._end = 0
 
     def view(self, offset: int, length: int) -> memoryview:
-        """`length` bytes from a block's offset on, or as many as the file has. Raises OSError."""
+        """Up to `length` bytes from a block's offset on, fewer at the end of the file. Raises OSError."""
         if not self._start <= offset <= offset + length <= self._end:
             if length > self._buffer.nbytes:
                 self._buffer = aligned_buffer(length + -length % BLOCK_BYTES)
             self._start = self._end = offset
             try:
                 self._end += self._file.read_some(offset, self._buffer)
-            except OSError:  # perhaps of what was only to be read ahead
+            except OSError:  # the failure may be in the part that is only read ahead
                 self._end += self._file.read_some(offset, self._buffer[: length + -length % BLOCK_BYTES])
         return self._buffer[offset - self._start : min(offset + length, self._end) - self._start]
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A sound record: the bytes of its header, and what the header says."""
+    """A sound record: the bytes of its header, and the decoded header."""
 
     first_block: int
     header: memoryview
@@ -54,7 +54,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Neighbouring blocks without a sound record, and why."""
+    """Consecutive blocks without a sound record, and the reason."""
 
     first_block: int
     blocks: int
@@ -62,7 +62,7 @@ class Lost:
 
 
 def chunk_damage(chunk: memoryview, says: RecordHeader) -> str | None:
-    """Why these bytes are not the chunk that the record's header describes; None when they are."""
+    """Verifies a chunk against its record header. Returns why it is damaged, or None when it is sound."""
     try:
         found = verify_chunk(chunk, says.meta.size_bytes)
     except ChunkFormatError as error:
@@ -73,8 +73,8 @@ def chunk_damage(chunk: memoryview, says: RecordHeader) -> str | None:
 
 
 def scan(file: SegmentFile, seed: int, end_block: int) -> Iterator[Found | Lost]:
-    """Every record of a segment, verified, in order, and what lies between them. A damaged chunk is skipped by its
-    length, a damaged header block by block. Views are valid until the next step."""
+    """Yields every verified record of a segment and every damaged range, in order. Skips a damaged chunk by the length
+    in its header, and a damaged header block by block. Views are valid until the next iteration."""
     window = Window(file)
     block = lost_from = 1
     while block < end_block:
@@ -104,7 +104,7 @@ def scan(file: SegmentFile, seed: int, end_block: int) -> Iterator[Found | Lost]
 
 
 def _readable(window: Window, offset: int, length: int) -> memoryview:
-    """Nothing where the disk cannot read all of it."""
+    """Reads a range. Returns an empty view when the disk cannot read all of it."""
     try:
         return window.view(offset, length)
     except OSError as error:

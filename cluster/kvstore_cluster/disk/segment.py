@@ -1,4 +1,4 @@
-"""One segment: its file and the books about its records."""
+"""One segment: its file and the metadata of its records."""
 
 import logging
 from array import array
@@ -23,7 +23,7 @@ Column = npt.NDArray[np.integer[Any]]
 
 
 class State(IntEnum):
-    """Of a record. One is `PENDING` until it is written; a tombstone is live as long as it is needed."""
+    """State of a record. A record is `PENDING` until it is written. A tombstone is `TOMBSTONE` while it is needed."""
 
     PENDING = 0
     LIVE = 1
@@ -32,8 +32,9 @@ class State(IntEnum):
 
 
 class Segment:
-    """Takes records until it is closed, and is sealed once all of them are synced. The books take 9 bytes a record.
-    Not thread-safe: whoever owns the segment locks; `file` and `commit` need no lock."""
+    """A segment accepts records until it is closed, and is sealed once all of them are synced. Its metadata takes 9
+    bytes per record. Not thread-safe: use it with the lock of its SegmentTable held. `file` and `commit` need no
+    lock."""
 
     def __init__(self, number: int, file: SegmentFile, seed: int, end_block: int) -> None:
         self.number = number
@@ -42,30 +43,32 @@ class Segment:
         self.commit = GroupCommit(file, f"segment {number}")
         self.end_block = end_block
         self.index: SegmentIndex | None = SegmentIndex(bytearray())
-        """Headers of what is written; None when the index lies in a file."""
+        """Headers of the written records. None when the index is in a file."""
         self.index_bytes = self.index.file_bytes
-        """What that file takes, or will take."""
+        """Size of the index file, or of the file to be written."""
         self.writing = 0
         self.readers = 0
         self.closed = False
         self.sealed = False
         self.given_up = False
-        """Writing or syncing failed: what is in here may not be durable."""
+        """Set when a write or sync failed: the records may not be durable."""
         self.removed = False
-        """Somebody removed its file, which lives on without a name: a restart would not find what is in here."""
+        """Set when the file was removed from the folder. It stays readable while open, but a restart does not find
+        it."""
         self.unmovable_until_s = 0.0
-        """Until then, of the monotonic clock, it holds live records that cannot be moved; infinite for damaged ones."""
+        """Monotonic time until which compaction skips the segment, because a live record cannot be copied. Infinite for
+        damaged records."""
         self.live_blocks = 0
         self.dead_records = 0
         self.tombstone_blocks = 0
         self.horizon = 0
-        """The youngest segment with something that a tombstone in here deletes."""
+        """Number of the newest segment that may hold a record that a tombstone in this segment deletes."""
         self._first = array("I")
         self._blocks = array("I")
         self._state = bytearray()
 
     def adopt(self, first: Column, blocks: Column, states: Column) -> None:
-        """Enters the records that were found: first block, blocks and state of each, in the order of the blocks."""
+        """Adds the recovered records: first block, blocks and state of each, in the order of blocks."""
         self._first.frombytes(first.astype(np.uint32).tobytes())
         self._blocks.frombytes(blocks.astype(np.uint32).tobytes())
         self._state += states.astype(np.uint8).tobytes()
@@ -80,11 +83,12 @@ class Segment:
 
     @property
     def used_blocks(self) -> int:
-        """Of both files. The index has its room from the beginning: it is written later, when nobody asks for any."""
+        """Blocks of both files. Counts the index from the start, because it is written later without a check for
+        room."""
         return self.end_block + self.index_blocks
 
     def write_index(self, path: Path) -> None:
-        """Tries to write the index, unless that is done, to a file; it stays in memory where that fails."""
+        """Writes the index to a file, unless that is done. Keeps it in memory when the write fails. May block."""
         if self.index is None:
             return
         try:
@@ -95,7 +99,8 @@ class Segment:
         self.index = None
 
     def reserve(self, blocks: int) -> int:
-        """Room for a record at the end; returns its first block. `complete` or `abandon` must follow."""
+        """Reserves blocks for a record at the end, and returns the first. The caller must call `complete` or
+        `abandon`."""
         first = self.end_block
         self._first.append(first)
         self._blocks.append(blocks)
@@ -106,7 +111,7 @@ class Segment:
 
     @property
     def pending_blocks(self) -> int:
-        """Of records that are being written. They are among the last."""
+        """Blocks of records that are being written. These are among the last records."""
         found = found_blocks = 0
         for state, blocks in zip(reversed(self._state), reversed(self._blocks), strict=True):
             if found == self.writing:
@@ -116,7 +121,7 @@ class Segment:
         return found_blocks
 
     def complete(self, first: int, header: bytes, state: State) -> None:
-        """The record was written."""
+        """Marks a reserved record as written, in `state`."""
         if self.index is not None:
             self.index.add(first, header)
             self.index_bytes = self.index.file_bytes
@@ -124,8 +129,8 @@ class Segment:
         self._settle(self._find(first), state)
 
     def abandon(self, first: int) -> int:
-        """The record was not written, or not wholly; returns how many blocks the segment gets back: none when another
-        record lies behind it."""
+        """Gives up a reserved record after a failed write. Returns the number of freed blocks: 0 when another record
+        follows it."""
         self.writing -= 1
         if self._first[-1] != first:
             self._settle(self._find(first), State.DEAD)
@@ -135,7 +140,7 @@ class Segment:
         return self._blocks.pop()
 
     def mark_dead(self, first: int) -> int:
-        """The record is dead; returns how many live blocks that makes fewer."""
+        """Marks a record as dead. Returns the number of its blocks, or 0 when it was not live."""
         ordinal = self._find(first)
         if ordinal is None or self._state[ordinal] not in (State.LIVE, State.TOMBSTONE):
             return 0
@@ -146,21 +151,21 @@ class Segment:
         return blocks
 
     def blocks_at(self, first: int) -> int:
-        """Blocks of the live record there; 0 when there is none."""
+        """Number of blocks of the live record that begins at `first`. 0 when there is none."""
         ordinal = self._find(first)
         return 0 if ordinal is None or self._state[ordinal] != State.LIVE else self._blocks[ordinal]
 
     def is_live(self, first: int) -> bool:
-        """Whether a live record or a tombstone begins there."""
+        """Whether a live record or a tombstone begins at `first`."""
         ordinal = self._find(first)
         return ordinal is not None and self._state[ordinal] in (State.LIVE, State.TOMBSTONE)
 
     def remaining(self) -> list[tuple[int, int, State]]:
-        """(first block, blocks, state) of every live record and tombstone."""
+        """Every live record and tombstone, as (first block, blocks, state)."""
         return [record for record in self._records() if record[2] in (State.LIVE, State.TOMBSTONE)]
 
     def check_integrity(self) -> None:
-        """Raises StorageError unless the counts are those of the records, and no two records overlap."""
+        """Raises StorageError unless the counters match the records and no two records overlap."""
         end = 1
         pending = live = tombstones = dead = 0
         for first, blocks, state in self._records():
@@ -184,7 +189,7 @@ class Segment:
         return zip(self._first, self._blocks, map(State, self._state), strict=True)
 
     def _find(self, first: int) -> int | None:
-        """Which record begins there."""
+        """Ordinal of the record that begins at `first`. None when there is none."""
         ordinal = bisect_left(self._first, first)
         return ordinal if ordinal < len(self._first) and self._first[ordinal] == first else None
 

@@ -1,13 +1,13 @@
-"""What surrounds the records of a segment: its first block, and the index written beside it.
+"""The formats of a segment's first block and of its index file.
 
-First block, one 512-byte sector eight times, so that one bad sector does not cost the segment:
+The first block repeats one 512-byte sector eight times, so that a bad sector does not make the segment unreadable:
 
     magic "KVSEGMNT" | version u32 | number u32 | seed u64 | xxh3_64 of all that, u64
 
-`seed` is a random number that is told to nobody; the checksums of the records are made with it.
+`seed` is a secret random number, which seeds the checksums of the records.
 
-The index of a sealed segment is a copy of the headers of its records, so that opening a store reads those and not
-the segments. It is only ever an aid: without a sound one the segment itself is read.
+The index of a sealed segment is a copy of its record headers, so that recovery reads the indexes instead of the
+segments. When the index is missing or damaged, recovery scans the segment.
 
     magic "KVSINDEX" | version u32 | number u32 | seed u64 | bytes of the segment u64 | xxh3_64 of the rest, u64
     for every record: first block u32 | header
@@ -39,8 +39,8 @@ def first_block(number: int, seed: int) -> bytes:
 
 
 def seed_of(block: memoryview, number: int) -> int | None:
-    """The seed in the first block of segment `number`; None when no sector of it is sound. Raises DiskFailedError for
-    one that a newer version wrote."""
+    """The seed in the first block of segment `number`. None when no sector of the block is sound. Raises
+    DiskFailedError for a segment of another format version."""
     for start in range(0, block.nbytes - _SEGMENT.size - _CHECKSUM.size + 1, _SECTOR_BYTES):
         magic, version, found_number, seed = _SEGMENT.unpack_from(block, start)
         signed = block[start : start + _SEGMENT.size]
@@ -57,8 +57,8 @@ def seed_of(block: memoryview, number: int) -> int | None:
 
 @dataclass(slots=True)
 class SegmentIndex:
-    """The headers of a segment's records, back to back, each behind its first block: in memory about 200 bytes a
-    record."""
+    """The headers of a segment's records, each preceded by the number of its first block. About 200 bytes per record in
+    memory."""
 
     entries: bytearray
 
@@ -72,7 +72,7 @@ class SegmentIndex:
         self.entries += header
 
     def __iter__(self) -> Iterator[tuple[int, memoryview]]:
-        """(first block, header) of every record. The views are valid until something is added."""
+        """Yields (first block, header) of every record. The views are valid until the next `add`."""
         entries = memoryview(self.entries)
         position = 0
         while position < len(entries):
@@ -83,8 +83,8 @@ class SegmentIndex:
             position += len(header)
 
     def write(self, path: Path, number: int, seed: int, segment_bytes: int) -> None:
-        """Writes the index file. Not synced: what a power loss leaves of it is found to
-        be damaged. Raises OSError."""
+        """Writes the index file without a sync: its checksum detects a partial file after a power loss. Raises
+        OSError."""
         signed = _INDEX.pack(_INDEX_MAGIC, VERSION, number, seed, segment_bytes)
         hasher = xxhash.xxh3_64(signed)
         hasher.update(self.entries)
@@ -94,7 +94,7 @@ class SegmentIndex:
 
     @classmethod
     def read(cls, path: Path, number: int, seed: int, segment_bytes: int) -> "SegmentIndex | None":
-        """None when there is no sound index of a segment of that many bytes. Raises OSError."""
+        """Reads an index file. None when it is missing, damaged, or of a segment with another size. Raises OSError."""
         try:
             data = bytearray(path.read_bytes())
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The disk tier of a storage node: chunks in append-only segments that survive a crash."""
+"""The segment store: chunks on disk, in append-only segments that survive a crash."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,23 +21,24 @@ from kvstore_codec.errors import (
     TruncatedChunkError,
 )
 
-# A store has at most so many segments, each an open file.
+# Limit of the segments of a store. Each is an open file.
 _MOST_SEGMENTS = 512
-# Above this share of live bytes compaction would copy more than it frees.
+# Above this share of live bytes, compaction would copy more than it frees.
 _LIVE_SHARE = 0.85
 
 
 class SegmentStore:
-    """Thread-safe. `folder` is made when missing and belongs to one process; `limit_bytes` is what all files in it may
-    take (and a segment more for a moment, where only copying makes room). Call `recover` before anything else.
+    """Stores chunks in a folder. Thread-safe; all methods may block on the disk.
 
-    A chunk is put by `append`, known by its location from then on, and gone after `delete`. Room comes back only by
-    `compact`, so keep `live_bytes` under `capacity_bytes`. What was appended without `sync` is synced within
-    `sync_period_s`.
+    `folder` is created when missing, and locked for one process. `limit_bytes` limits the total size of its files;
+    compaction may briefly exceed the limit by one segment. Call `recover` before any other method.
 
-    Raises ConfigurationError for a folder in use or a limit that is too low, DiskReadOnlyError and other DiskErrors
-    for a folder that cannot be used. After a write or sync has failed, `append` raises that until the disk takes
-    writes again, which is tried every `sync_period_s`; what can be read is read all the while.
+    `append` stores a chunk and returns its location, and `delete` removes it. Only `compact` frees disk space, so keep
+    `live_bytes` under `capacity_bytes`. Records appended without `sync` are synced within `sync_period_s`.
+
+    Raises ConfigurationError for a folder in use or a limit that is too low, and DiskReadOnlyError or another DiskError
+    for a folder that cannot be used. After a failed write or sync, `append` raises that error until the disk accepts
+    writes again, which is tested every `sync_period_s`. Reads continue to work.
     """
 
     def __init__(
@@ -67,28 +68,28 @@ class SegmentStore:
 
     @property
     def direct(self) -> bool:
-        """Whether the page cache is bypassed; else it is told to forget what was read and written."""
+        """Whether I/O bypasses the page cache. Otherwise the store tells the page cache to drop what it read or
+        wrote."""
         return self._folder.direct
 
     @property
     def capacity_bytes(self) -> int:
-        """Live bytes up to which there is always room after enough compaction: less than the limit allows while the
-        disk itself is full."""
+        """Live bytes for which compaction can always make room. Less than the limit allows while the disk is full."""
         return min(int(self._log.put_limit_bytes * _LIVE_SHARE), self._log.fitting_bytes)
 
     @property
     def live_bytes(self) -> int:
-        """What the live records take on disk: chunks rounded up to whole blocks, and a block more for each."""
+        """Bytes of live records on disk: each chunk rounded up to whole blocks, and one block for its header."""
         return self._table.live_blocks * BLOCK_BYTES
 
     @property
     def used_bytes(self) -> int:
-        """What all files take."""
+        """Total size of all files, bytes."""
         return self._table.used_blocks * BLOCK_BYTES
 
     @property
     def error(self) -> str:
-        """Why nothing can be put, or what is there would not survive; empty when all is well."""
+        """Why appends fail or stored chunks are not durable. Empty without an error."""
         if self._log.error is not None:
             return str(self._log.error)
         homeless_bytes = self._table.homeless_blocks * BLOCK_BYTES
@@ -100,19 +101,19 @@ class SegmentStore:
         return ""
 
     def recover(self) -> Recovery:
-        """Opens what is there. Raises DiskError."""
+        """Recovers the records in the folder, and starts the upkeep thread. Raises DiskError."""
         recovery = recover(self._table, self._log)
-        # Not with the first append: whoever that comes from may have tied its thread to a processor.
+        # Not started by the first append: its calling thread may be pinned to a CPU, which a new thread inherits.
         self._upkeep.start(self._log)
         self._recovered = True
         return recovery
 
     def append(self, meta: RecordMeta, views: Sequence[memoryview], *, sync: bool) -> Location:
-        """Writes a chunk whose bytes are the views, back to back; with `sync` it returns once a power loss would not
-        lose it.
+        """Appends a chunk, whose bytes are the concatenated views. With `sync`, syncs it, so that it survives a power
+        loss.
 
-        Raises DiskFullError, DiskReadOnlyError, DiskFailedError, ChunkTooLargeError, StorageError; then nothing is
-        stored, although after a crash the chunk may be found.
+        Raises DiskFullError, DiskReadOnlyError, DiskFailedError, ChunkTooLargeError, StorageError. After an exception
+        the chunk is not stored, although a recovery after a crash may find it.
         """
         self._require_open()
         if not 0 < meta.size_bytes == sum(view.nbytes for view in views):
@@ -129,11 +130,11 @@ class SegmentStore:
         return self._log.append(meta, views, sync=sync)
 
     def read(self, location: Location, offset: int, views: Sequence[memoryview]) -> None:
-        """Fills the views with the chunk's bytes from `offset`. Fastest, without a copy, into page-aligned memory from
-        an offset that is a multiple of 4 KiB. What is read is not verified.
+        """Fills the views with the chunk's bytes from `offset` on, without verifying them. Reads directly, without a
+        copy, into page-aligned memory from an offset that is a multiple of 4 KiB.
 
-        Raises ChunkNotFoundError when the chunk was deleted or moved: ask the index again. TruncatedChunkError when
-        its file was cut. DiskFailedError when the disk cannot read it, also when asked again.
+        Raises ChunkNotFoundError when the chunk was deleted or moved: look up its location again. Raises
+        TruncatedChunkError when its file was truncated, and DiskFailedError when the disk cannot read it after retries.
         """
         self._require_open()
         size_bytes = sum(view.nbytes for view in views)
@@ -154,45 +155,46 @@ class SegmentStore:
                 raise disk_error(error, f"reading segment {segment.number} in {self._folder.path}") from error
 
     def delete(self, location: Location) -> None:
-        """The chunk is dead; it may come back after a restart. Does nothing when it is dead already."""
+        """Marks a chunk as dead. A restart may still recover it. Does nothing when it is already dead."""
         self._require_open()
         self._table.mark_dead(location)
 
     @property
     def newest_sequence(self) -> int:
-        """The number of the newest append; those that begin later have higher ones."""
+        """Sequence number of the newest append. Later appends have higher numbers."""
         return self._log.newest_sequence
 
     def forget(self, meta: RecordMeta, sequence: int) -> None:
-        """No record of this id and encoding up to number `sequence` that was deleted comes back after a restart (after
-        a power loss: unless that was less than `sync_period_s` ago). Take `newest_sequence` when the chunk is deleted:
-        later appends are not touched, one that overlaps with that may be forgotten as well. Raises DiskError."""
+        """Writes a tombstone, so that a restart does not recover deleted records of this id and encoding up to number
+        `sequence`. The tombstone survives a power loss after `sync_period_s`. Take `newest_sequence` when the chunk is
+        deleted: later appends are kept, but an append that overlaps with that call may be forgotten. Raises
+        DiskError."""
         self._require_open()
         self._log.append_tombstone(meta, sequence)
 
     def sync(self) -> None:
-        """Returns once everything that was appended would survive a power loss. Raises DiskError."""
+        """Syncs all appended records, so that they survive a power loss. Raises DiskError."""
         self._require_open()
         self._log.sync_all()
 
     def compact(self, relocate: Relocate, lost: Lost | None = None) -> bool:
-        """Frees the space of dead chunks in one segment, if that is worth while; True when there may be more to do.
+        """Frees the space of dead chunks in one segment, if enough of it is dead. True when there may be more to do.
 
-        Calls `relocate(meta, old, new)`, without a lock, for every live chunk that was moved: True when the index has
-        the new location now, False when the old one is not in the index; that one stays valid until it is deleted.
-        Calls `lost(meta, location)`, without a lock, for every live chunk that is damaged: its room comes back once
-        it is deleted. Raises DiskError; then nothing was freed, and nothing is lost.
+        Calls `relocate(meta, old, new)`, without a lock, for every live chunk that was copied. `relocate` returns True
+        when the index now has the new location, and False when the index does not have the old one, which then stays
+        valid until it is deleted. Calls `lost(meta, location)`, without a lock, for every damaged live chunk; its space
+        is freed once it is deleted. Raises DiskError; then nothing was freed and nothing is lost.
         """
         self._require_open()
         return self._compactor.step(relocate, lost, self._upkeep.stopping)
 
     def check_integrity(self) -> None:
-        """Raises StorageError unless the books of all segments agree."""
+        """Raises StorageError unless the metadata of all segments is consistent."""
         self._table.check_integrity()
 
     def close(self) -> None:
-        """Syncs and seals everything, after a compaction under way has stopped; appends must have ended. Raises
-        DiskError when what was appended could not be synced; the store is closed all the same."""
+        """Stops a running compaction, and syncs and seals all segments. No append may be in progress. Raises DiskError
+        when records could not be synced, and closes the store in any case."""
         if self._closed:
             return
         self._closed = True
@@ -206,7 +208,7 @@ class SegmentStore:
             self._folder.close()
 
     def _header(self, location: Location) -> RecordHeader | None:
-        """None when there is no live record; one that is damaged will not come back either."""
+        """Reads a record header. None when the record is not live or its header is damaged. Raises DiskError."""
         with self._table.reading(location) as found:
             if found is None:
                 return None

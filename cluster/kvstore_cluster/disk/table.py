@@ -1,4 +1,4 @@
-"""All segments of a store, and the books about them."""
+"""The table of all segments of a store, and their total sizes."""
 
 import threading
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from kvstore_cluster.disk.location import Location, block_of, segment_of
 from kvstore_cluster.disk.segment import Segment
 from kvstore_codec.errors import StorageError
 
-# How often the disk is asked how much it has left while records are being written.
+# Attempts to measure the free space while no record is being written.
 _MEASUREMENTS = 3
 
 
 class SegmentTable:
-    """Thread-safe. `lock` guards the books of all segments and is never held over I/O."""
+    """Thread-safe. `lock` guards the metadata of all segments and is never held during I/O."""
 
     def __init__(self, folder: StoreFolder) -> None:
         self.folder = folder
         self.lock = threading.Lock()
-        # Until the disk has the room of a segment back that the books do not count any more.
+        # Held while a segment is removed, until the disk and `used_blocks` agree about its space.
         self._removing = threading.Lock()
         self.segments: dict[int, Segment] = {}
         self.used_blocks = 0
@@ -33,9 +33,9 @@ class SegmentTable:
             self.live_blocks += segment.live_blocks
 
     def measure(self) -> tuple[int, int | None] | None:
-        """(blocks written, bytes the disk has left at that time; None where the file system does not say). None while
-        a segment is being removed. Raises OSError."""
-        if not self._removing.acquire(blocking=False):  # that may take a while, and others wait to be synced
+        """(blocks written, free bytes on the disk at that time). The free bytes are None when the file system does not
+        report them. Returns None while a segment is being removed. Raises OSError."""
+        if not self._removing.acquire(blocking=False):  # a removal may be slow, and the caller must also sync
             return None
         try:
             for _ in range(_MEASUREMENTS):
@@ -49,9 +49,9 @@ class SegmentTable:
             self._removing.release()
 
     def take_removed(self) -> list[Segment]:
-        """Segments whose files somebody has removed since the last call. They count as failed from now on: what lives
-        in them is to be moved, and nothing of it is durable."""
-        with self._removing:  # or one that is being dropped would look like one
+        """Returns segments whose files were removed since the last call, and marks them as failed: their live records
+        are not durable, and compaction must copy them."""
+        with self._removing:  # a segment that is being dropped must not count as removed
             with self.lock:
                 named = [segment for segment in self.segments.values() if not segment.removed]
             found = [segment for segment in named if not self.folder.names(segment.number, segment.file)]
@@ -63,17 +63,17 @@ class SegmentTable:
 
     @property
     def homeless_blocks(self) -> int:
-        """Of live records in removed files."""
+        """Blocks of live records whose segment files were removed."""
         with self.lock:
             return sum(segment.live_blocks for segment in self.segments.values() if segment.removed)
 
     def is_live(self, location: Location) -> bool:
-        """Whether a live record or a tombstone lies there. To be called with the lock held."""
+        """Whether a live record or a tombstone is at this location. Call with `lock` held."""
         segment = self.segments.get(segment_of(location))
         return segment is not None and segment.is_live(block_of(location))
 
     def mark_dead(self, location: Location) -> None:
-        """The record is dead. Does nothing when it is already."""
+        """Marks a record as dead. Does nothing when it is already dead."""
         with self.lock:
             segment = self.segments.get(segment_of(location))
             if segment is not None:
@@ -81,8 +81,8 @@ class SegmentTable:
 
     @contextmanager
     def reading(self, location: Location) -> Iterator[tuple[Segment, int] | None]:
-        """The segment of a live record, whose file stays open meanwhile, and how many blocks the record has; None when
-        there is no such record."""
+        """Yields (segment, number of blocks) of a live record, or None when there is none. Keeps the segment's file
+        open until the `with` block ends."""
         with self.lock:
             segment = self.segments.get(segment_of(location))
             blocks = segment.blocks_at(block_of(location)) if segment is not None else 0
@@ -99,7 +99,7 @@ class SegmentTable:
                     segment.file.close()
 
     def drop(self, segment: Segment) -> None:
-        """Removes a sealed or failed segment with its file. Raises DiskError."""
+        """Removes a sealed or failed segment and its file. May block. Raises DiskError."""
         with self._removing:
             try:
                 self.folder.remove(segment.number)
@@ -114,7 +114,7 @@ class SegmentTable:
                 segment.file.close()
 
     def _written_blocks(self) -> int:
-        """As `used_blocks`, without the room of what is not written yet: indices, and records under way."""
+        """`used_blocks` without reserved blocks that are not written yet: indexes and pending records."""
         with self.lock:
             return self.used_blocks - sum(
                 segment.index_blocks + segment.pending_blocks
@@ -123,7 +123,8 @@ class SegmentTable:
             )
 
     def close(self) -> None:
-        """Forgets all segments and closes their files, those that are being read once they are not."""
+        """Removes all segments from the table and closes their files. A file that is being read is closed after the
+        read."""
         with self.lock:
             segments = list(self.segments.values())
             self.segments.clear()
@@ -133,7 +134,7 @@ class SegmentTable:
             segment.file.close()
 
     def check_integrity(self) -> None:
-        """Raises StorageError unless the books agree."""
+        """Raises StorageError unless the metadata of all segments and the totals are consistent."""
         with self.lock:
             for segment in self.segments.values():
                 segment.check_integrity()
@@ -142,5 +143,5 @@ class SegmentTable:
             if (live_blocks, used_blocks) != (self.live_blocks, self.used_blocks):
                 raise StorageError(
                     f"{self.folder.path}: {live_blocks} live and {used_blocks} used blocks in the segments, "
-                    f"{self.live_blocks} and {self.used_blocks} in the books"
+                    f"{self.live_blocks} and {self.used_blocks} in the totals"
                 )

@@ -1,4 +1,4 @@
-"""What the log needs now and then: syncs, seals, a look how much room there is and whether a failed disk is well."""
+"""Periodic upkeep of the log: syncs, seals, measures free space, and tests whether a failed disk works again."""
 
 import logging
 import threading
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """A thread, started by the first `start`, that works every `period_s` of the monotonic clock or when woken."""
+    """A background thread that runs the upkeep tasks every `period_s`, or sooner after `wake`."""
 
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
@@ -26,7 +26,7 @@ class Upkeep:
         return self._loop.stopping
 
     def start(self, segments: SegmentLog) -> None:
-        """Does nothing when it runs already."""
+        """Starts the thread. Does nothing when it is running."""
         if self._segments is None:
             with self._starting:
                 if self._segments is None:
@@ -37,7 +37,7 @@ class Upkeep:
         self._due.set()
 
     def stop(self) -> None:
-        """Returns once the thread has ended."""
+        """Stops the thread and waits until it has ended."""
         self._loop.stop()
 
     def _work(self) -> None:
@@ -56,10 +56,10 @@ class Upkeep:
             try:
                 task()
             except DiskError as error:
-                if str(error) != self._reported:  # once, and not every period
+                if str(error) != self._reported:  # log an error once, not every period
                     log.warning("%s", error)
                 self._reported = str(error)
-            except Exception as error:  # a mistake in one task must not keep the others from their work
+            except Exception as error:  # a bug in one task must not prevent the others
                 mistake = mistake or error
         if mistake is not None:
             raise mistake
