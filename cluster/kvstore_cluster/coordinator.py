@@ -1,5 +1,5 @@
-"""Who is in the cluster and what its nodes shall keep: membership numbered by epochs, pins, quotas, draining nodes,
-rounds of repair. No network, no Ray."""
+"""The coordinator: membership with epochs, pins, quotas, draining nodes and repair rounds of a cluster. Uses no network
+and no Ray."""
 
 import logging
 import math
@@ -23,8 +23,8 @@ _RETRY_PERIOD_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Directives:
-    """What a storage node is told each time it reports. `version` numbers pins and quotas, which are None when the
-    node has that version. `quotas` are the node's own shares, in bytes by tenant."""
+    """The coordinator's answer to a report of a storage node. `version` is the version of pins and quotas, which are
+    None when the node already has that version. `quotas` are this node's shares, in bytes by tenant."""
 
     membership: Membership
     version: int
@@ -32,24 +32,24 @@ class Directives:
     quotas: dict[str, int] | None
     repair_round: int
     draining: bool
-    """The node itself."""
+    """Whether this node is draining."""
 
 
 class Coordinator:
-    """Thread-safe. Every change of the membership raises the epoch by one.
+    """The state of a cluster. Thread-safe. Every change of the membership increments the epoch.
 
-    Membership is what is true now, so it changes at once and is written to the catalogue as soon as that can be had:
-    while it cannot, the cluster goes on, and nobody waits for it. Pins, quotas, draining and repair are what somebody
-    decided: they are in the catalogue before they count, and raise CatalogueError when it cannot keep them.
+    The membership changes at once, and is written to the catalogue as soon as the catalogue is available. Until then
+    the cluster continues without waiting. Pins, quotas, draining and repair rounds are decisions of operators: they are
+    written to the catalogue before they take effect, and raise CatalogueError when that fails.
     """
 
     def __init__(self, catalogue: Catalogue, *, replicas: int = 1) -> None:
         self._catalogue = catalogue
         self._replicas = replicas
-        self._lock = threading.Lock()  # guards the books, never held for long
-        self._writing = threading.Lock()  # guards the catalogue, taken before the other one
+        self._lock = threading.Lock()  # guards the state; never held during I/O
+        self._writing = threading.Lock()  # guards the catalogue; acquired before `_lock`
         self._kept = catalogue.load()
-        # Whoever was alive when the last coordinator stopped may not be now: not members until seen again.
+        # Nodes that were alive when the last coordinator stopped may be dead now. They are no members until they join.
         self._state = replace(
             self._kept,
             nodes=tuple(
@@ -59,16 +59,16 @@ class Coordinator:
                 for node in self._kept.nodes
             ),
         )
-        # Nodes may know versions of a coordinator that could not keep them.
+        # Makes versions unique to this process: a node may know one that an earlier coordinator could not save.
         self._life = secrets.randbits(32)
         self._keeping: BackgroundLoop | None = None
         self._keep_failed = False
         self._closed = False
 
     def join(self, member: Member, incarnation: int) -> Membership:
-        """A node says that it is up; nodes repeat it, which changes nothing. Another `incarnation` than the
-        known one means that the node restarted, elsewhere. A smaller one comes too late and is ignored,
-        unless the known one is dead: then the clock of the node's machine went back."""
+        """Adds a node to the membership. Nodes call it repeatedly; a repeated call changes nothing. A larger
+        `incarnation` than the known one means that the node restarted. A smaller one is outdated and ignored, unless
+        the known incarnation is dead: then the clock of the node's machine was set back."""
         with self._lock:
             known = self._find(member.node_id)
             joins = (
@@ -84,8 +84,8 @@ class Coordinator:
         return self.membership()
 
     def leave(self, node_id: str, incarnation: int) -> None:
-        """A node goes on purpose and is forgotten, though not that it was draining. Ignored for another incarnation
-        than the known one."""
+        """Removes a node that shuts down. Keeps its draining flag. Ignored for another incarnation than the known
+        one."""
         with self._lock:
             known = self._find(node_id)
             if known is None or known.incarnation != incarnation:
@@ -95,8 +95,8 @@ class Coordinator:
         self._keep()
 
     def mark_dead(self, node_id: str, incarnation: int, reason: str) -> None:
-        """The node does not answer: no member until it joins anew or is marked alive. Ignored when it has
-        restarted meanwhile. Does not wait for the catalogue: there are other nodes to watch."""
+        """Removes an unresponsive node from the membership until it joins again or is marked alive. Ignored for another
+        incarnation than the known one. Does not wait for the catalogue, because the caller watches other nodes, too."""
         with self._lock:
             known = self._find(node_id)
             if known is None or not known.alive or known.incarnation != incarnation:
@@ -106,7 +106,7 @@ class Coordinator:
         self._keep_soon()
 
     def mark_alive(self, node_id: str, incarnation: int) -> None:
-        """The node answers again. Ignored when it has restarted meanwhile."""
+        """Returns a node that responds again to the membership. Ignored for another incarnation than the known one."""
         with self._lock:
             known = self._find(node_id)
             if known is None or known.alive or known.incarnation != incarnation:
@@ -116,17 +116,17 @@ class Coordinator:
         self._keep_soon()
 
     def membership(self) -> Membership:
-        """The live nodes, by node id."""
+        """The membership: the live nodes, sorted by node id."""
         with self._lock:
             return self._membership()
 
     def nodes(self) -> tuple[NodeRecord, ...]:
-        """Every known node, dead ones too, by node id."""
+        """Every known node, including dead ones, sorted by node id."""
         with self._lock:
             return tuple(replace(node, member=self._marked(node.member)) for node in self._state.nodes)
 
     def directives(self, node_id: str, known: int) -> Directives:
-        """What `node_id` shall do. `known` is the version it has, 0 for none."""
+        """The directives for a node. `known` is the version that the node has, 0 for none."""
         with self._lock:
             state, membership = self._state, self._membership()
             draining = node_id in state.draining
@@ -138,12 +138,12 @@ class Coordinator:
             return Directives(membership, version, state.pins, quotas, state.repair_round, draining)
 
     def pin(self, chunks: Sequence[ChunkId]) -> int:
-        """No node evicts these, wherever they are or come to be. Returns how many chunks are pinned now. Raises
-        CatalogueError, TooManyPinsError; then none of them was pinned."""
+        """Pins chunks on all nodes, so that they are never evicted. Returns the number of pinned chunks. Raises
+        CatalogueError and TooManyPinsError; then no chunk is pinned."""
         return self._set_pins(lambda pins: pins.union(chunks))
 
     def unpin(self, chunks: Sequence[ChunkId]) -> int:
-        """Returns how many chunks are pinned now. Raises CatalogueError."""
+        """Unpins chunks. Returns the number of pinned chunks. Raises CatalogueError."""
         return self._set_pins(lambda pins: pins.difference(chunks))
 
     def pins(self) -> frozenset[ChunkId]:
@@ -151,8 +151,8 @@ class Coordinator:
             return self._state.pins
 
     def set_quota(self, tenant: str, limit_bytes: int) -> None:
-        """Bytes that the tenant may keep in the whole cluster, replicas counted; 0: no limit. Raises CatalogueError,
-        TooManyQuotasError."""
+        """Limits the bytes that a tenant may store in the whole cluster, including replicas. 0 removes the limit.
+        Raises CatalogueError, TooManyQuotasError."""
 
         def changed(state: ClusterState) -> ClusterState:
             others = {name: limit for name, limit in state.quotas.items() if name != tenant}
@@ -168,12 +168,13 @@ class Coordinator:
         self._decide(changed)
 
     def quotas(self) -> dict[str, int]:
-        """Bytes in the whole cluster, by tenant."""
+        """Quotas in the whole cluster, in bytes by tenant."""
         with self._lock:
             return dict(self._state.quotas)
 
     def drain(self, node_id: str) -> None:
-        """The node shall own nothing any more, also after a restart. Raises UnknownNodeError, CatalogueError."""
+        """Starts draining a node: it no longer owns chunks, even after a restart. Raises UnknownNodeError,
+        CatalogueError."""
         with self._lock:
             if self._find(node_id) is None:
                 names = ", ".join(node.member.node_id for node in self._state.nodes) or "none"
@@ -181,7 +182,8 @@ class Coordinator:
         self._set_draining(lambda draining: draining | {node_id})
 
     def cancel_drain(self, node_id: str) -> None:
-        """The node owns chunks again. Raises UnknownNodeError when it was not draining, CatalogueError."""
+        """Lets a draining node own chunks again. Raises UnknownNodeError when it is not draining, and
+        CatalogueError."""
         with self._lock:
             if node_id not in self._state.draining:
                 names = ", ".join(sorted(self._state.draining)) or "none"
@@ -189,12 +191,12 @@ class Coordinator:
         self._set_draining(lambda draining: draining - {node_id})
 
     def repair(self) -> int:
-        """Begins a round in which every node looks what the other owners of its chunks lack, and returns its number.
-        Raises CatalogueError."""
+        """Begins a repair round, in which every node copies its chunks to owners that lack them. Returns the number of
+        the round. Raises CatalogueError."""
         return self._decide(lambda state: replace(state, repair_round=state.repair_round + 1)).repair_round
 
     def close(self) -> None:
-        """Gives up what could not be written. The catalogue is left open."""
+        """Stops saving the state. Does not close the catalogue."""
         with self._lock:
             self._closed = True
             keeping = self._keeping
@@ -224,7 +226,8 @@ class Coordinator:
         self._decide(changed)
 
     def _decide(self, change: Callable[[ClusterState], ClusterState]) -> ClusterState:
-        """Writes what `change` makes of the state, which leaves the nodes alone, and then lets it count."""
+        """Saves the state that `change` returns, and then puts it into effect. `change` must not change the nodes.
+        Raises CatalogueError."""
         with self._writing:
             with self._lock:
                 before = self._state
@@ -234,24 +237,24 @@ class Coordinator:
             self._catalogue.save(wanted)
             with self._lock:
                 self._kept = wanted
-                # Nodes may have come or gone meanwhile.
+                # Nodes may have joined or left in the meantime.
                 self._state = wanted if self._state is before else change(self._state)
                 state = self._state
         self._keep()
         return state
 
     def _keep(self) -> None:
-        """Writes the state, unless somebody tries that already. After a failure it is tried until it works."""
+        """Saves the state, unless a background thread is doing so. A failed save is retried in the background."""
         with self._lock:
             if self._keeping is not None:
                 return
         try:
             self._keep_now()
         except Exception:
-            self._keep_soon()  # which says why, if that is still so
+            self._keep_soon()  # logs the error if it persists
 
     def _keep_soon(self) -> None:
-        """Has a thread write the state, which tries until that works."""
+        """Starts a thread that saves the state and retries until it succeeds."""
         with self._lock:
             if self._keeping is None and self._state is not self._kept and not self._closed:
                 keeping = BackgroundLoop("kvstore-catalogue", lambda: self._try_to_keep(keeping))
@@ -259,7 +262,7 @@ class Coordinator:
                 keeping.start()
 
     def _keep_now(self) -> None:
-        """Raises CatalogueError."""
+        """Saves the current state, unless it is saved. Raises CatalogueError."""
         with self._writing:
             with self._lock:
                 state = self._state
@@ -270,12 +273,12 @@ class Coordinator:
                 self._kept = state
 
     def _try_to_keep(self, keeping: BackgroundLoop) -> None:
-        """A step of `keeping`, which ends when the state is written."""
+        """One attempt of the `keeping` thread to save the state. Stops the thread after success."""
         try:
             self._keep_now()
         except CatalogueError as error:
             if not self._keep_failed:
-                log.warning("the membership is not kept, and will be once that is possible: %s", error)
+                log.warning("cannot save the membership, retrying: %s", error)
             self._keep_failed = True
             keeping.stopping.wait(_RETRY_PERIOD_S)
             return
@@ -285,7 +288,7 @@ class Coordinator:
             self._keeping, failed = None, self._keep_failed
         keeping.stop()
         if failed:
-            log.info("the membership is kept again")
+            log.info("the membership is saved again")
 
     def _membership(self) -> Membership:
         alive = tuple(self._marked(node.member) for node in self._state.nodes if node.alive)
@@ -295,7 +298,7 @@ class Coordinator:
         return replace(member, draining=True) if member.node_id in self._state.draining else member
 
     def _share(self, node_id: str, limit_bytes: int) -> int:
-        """What is left of a quota for one node: as much as its weight is of the weights of all that own something."""
+        """A node's share of a quota, bytes: proportional to its weight among all nodes that own chunks."""
         weights = {
             node.member.node_id: node.member.weight
             for node in self._state.nodes

@@ -1,4 +1,4 @@
-"""Repair: every chunk on all of its owners again after nodes came, went or shall go."""
+"""Repair: copies chunks to owners that lack them, after nodes joined, failed or started draining."""
 
 from kvstore_cluster.repair.base import LocalInventory, Outcome, PeerNodes
 from kvstore_cluster.repair.worker import RepairWorker

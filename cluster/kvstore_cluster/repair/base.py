@@ -1,4 +1,4 @@
-"""What repair needs of its own node and of the others."""
+"""Interfaces through which repair uses its own node and the other nodes."""
 
 from collections.abc import Sequence
 from enum import Enum, auto
@@ -10,37 +10,37 @@ from kvstore_codec.identity import ChunkId
 
 
 class Outcome(Enum):
-    """What became of a copy."""
+    """Result of sending a copy."""
 
     SENT = auto()
     NOT_NEEDED = auto()
-    """The other node has it, or this one has it no more."""
+    """The other node has the variant, or this node no longer has it."""
     REFUSED = auto()
-    """The other node will not take it: it is full, or the tenant's quota is. Nothing that a retry would change soon."""
+    """The other node or the tenant's quota is full. A retry would soon fail again."""
     FAILED = auto()
 
 
 class LocalInventory(Protocol):
-    """A node's own chunks, as StorageNode has them."""
+    """The chunks of the local node. StorageNode implements it."""
 
     node_id: str
 
     def list(self, cursor: int, limit: int) -> tuple[Sequence[StoredVariant], int]:
-        """A page of what is stored and the cursor of the next one, 0 after the last."""
+        """A page of stored variants, and the cursor of the next page, 0 after the last one."""
 
 
 class PeerNodes(Protocol):
-    """The other storage nodes. Used by one thread, `close` by any."""
+    """The other storage nodes. Used by one thread, except `close`, which any thread may call. Methods may block."""
 
     def lookup(self, member: Member, chunks: Sequence[ChunkId], encoding: str) -> list[bool]:
-        """For each chunk whether `member` has it in `encoding`, coded with whatever calibration; that is no use of
-        it. Raises NodeUnavailableError."""
+        """For each chunk, whether `member` has it in `encoding`, with any calibration. Does not count as a use. Raises
+        NodeUnavailableError."""
 
     def room_bytes(self, member: Member) -> int:
-        """How much `member` could take without evicting. Raises NodeUnavailableError."""
+        """Bytes that `member` can store without evicting. Raises NodeUnavailableError."""
 
     def push(self, member: Member, variants: Sequence[StoredVariant]) -> list[Outcome]:
-        """Sends copies, which is no use of the variants either; one outcome for each. Never raises."""
+        """Sends copies to `member`, and returns one outcome for each. Does not count as a use. Never raises."""
 
     def close(self) -> None:
-        """Ends what is under way; calls fail from then on."""
+        """Aborts running calls. Later calls fail."""

@@ -1,8 +1,9 @@
-"""One look through all that a node has: who else should have it, who has, and what is to be sent to whom.
+"""Surveys the variants of a node, and finds those that the node must send to owners that lack them.
 
-For each variant the nodes are ranked: its owners, best first, then the others that readers try (draining nodes, and
-those that owned it before somebody joined). The first in rank that has the variant sends it to the owners that lack it,
-so no two nodes send the same. It is had in whatever calibration: a copy never replaces one.
+For each variant the nodes are ranked: its owners, best first, then the other nodes that readers try (draining nodes,
+and former owners from before a node joined). The first node in rank that has the variant sends it to the owners that
+lack it, so no two nodes send the same copy. A node with any calibration of the variant counts as having it, because a
+copy never replaces another one.
 """
 
 from collections import defaultdict
@@ -17,7 +18,7 @@ from kvstore_codec.errors import NodeUnavailableError
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """A variant that `owners` lack and this node sends."""
+    """A variant that this node must send to `owners`, which lack it."""
 
     variant: StoredVariant
     owners: tuple[Member, ...]
@@ -25,8 +26,9 @@ class Need:
 
 @dataclass(slots=True)
 class Findings:
-    """`lacking` counts variants that an owner lacks, `unclear` those of which that could not be asked, and `homeless`
-    those of the lacking that have no owner: every node is draining."""
+    """Result of a survey of one page. `lacking` counts variants that an owner lacks. `unclear` counts variants for
+    which a node did not answer. `homeless` counts lacking variants without any owner, because every node is
+    draining."""
 
     needs: list[Need] = field(default_factory=list)
     lacking: int = 0
@@ -36,8 +38,8 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class _Role:
-    """What this node does for contents of these owners. `before` would send rather than it; `asked` are all others
-    whose having matters."""
+    """The role of this node for contents with these owners. `before` are the nodes ranked before it. `asked` are all
+    other nodes that the survey must ask."""
 
     owners: tuple[Member, ...]
     before: tuple[Member, ...]
@@ -45,7 +47,7 @@ class _Role:
 
 
 class Survey:
-    """Asks the other nodes about pages of variants, in one membership. Who did not answer is not asked again."""
+    """Asks the other nodes about pages of variants, under one membership. Asks a node that did not answer only once."""
 
     def __init__(self, node_id: str, placement: Placement, peers: PeerNodes) -> None:
         self._node_id = node_id
@@ -63,7 +65,7 @@ class Survey:
                 findings.homeless += 1
                 continue
             if len(has) == len(role.asked):
-                continue  # everybody has it
+                continue  # all asked nodes have it
             if self._silent and not self._silent.isdisjoint(member.node_id for member in role.asked):
                 findings.unclear += 1
                 continue
@@ -77,8 +79,8 @@ class Survey:
 
     def _roles(self, contents: Sequence[bytes]) -> list[_Role]:
         owned, read = self._placement.owners(contents), self._placement.readers(contents)
-        # Equal answers are the same tuples, and there are few of them: hashing them for each content would take longer
-        # than all the rest.
+        # The placement returns the same few tuple objects. Comparing them by identity avoids hashing members for each
+        # content, which would dominate the time.
         known: dict[tuple[int, int], _Role] = {}
         roles: list[_Role] = []
         for owners, readers in zip(owned, read, strict=True):
@@ -98,7 +100,7 @@ class Survey:
         return _Role(owners, before, asked)
 
     def _having(self, variants: Sequence[StoredVariant], roles: Sequence[_Role]) -> list[set[str]]:
-        """For each variant the ids of the asked nodes that have it."""
+        """For each variant, the ids of the asked nodes that have it."""
         same: dict[tuple[int, str], list[int]] = defaultdict(list)  # variants of one role and one encoding
         for index, (variant, role) in enumerate(zip(variants, roles, strict=True)):
             same[id(role), variant.encoding].append(index)

@@ -1,4 +1,4 @@
-"""The thread of a storage node that keeps its chunks on all of their owners."""
+"""The repair thread of a storage node, which copies its chunks to owners that lack them."""
 
 import logging
 import threading
@@ -20,20 +20,22 @@ from kvstore_codec.errors import KVStoreError, NodeUnavailableError
 log = logging.getLogger(__name__)
 
 DEFAULT_PERIOD_S = 300.0
-# Nodes that come seldom do so alone, and most that go come back with their disks.
+# Delays before a walk after a node joined or was lost. Nodes often join together, and most lost nodes return with their
+# disks.
 _SETTLE_S = 0.5
 _SETTLE_LOST_S = 3.0
 _RETRY_S = 5.0
 _DRAIN_PERIOD_S = 1.0
-# Clients with the membership of before go on putting for a while after a change.
+# Clients may put chunks by the previous membership for this long after a change.
 _LATE_PUTS_S = 10.0
 _PAGE = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """`gentle`: a full node gets nothing. Where nothing has happened, it has evicted what it lacks and would do so
-    again; and what a draining node gives shall stay where it is given."""
+    """One pass over all variants of the node. A `gentle` walk sends only what the other node has room for without
+    evicting. A periodic walk is gentle, because a full node would evict the same chunks again. The walk of a draining
+    node is gentle, because its copies must stay where they are sent."""
 
     membership: Membership
     repair_round: int
@@ -43,7 +45,8 @@ class _Walk:
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """Variants of which an owner is `short` still, those of them that it was `denied`, and copies that `failed`."""
+    """Counts of variants that an owner still lacks (`short`), of those that it refused or has no room for (`denied`),
+    and of failed copies (`failed`)."""
 
     short: int
     denied: int
@@ -52,7 +55,7 @@ class _Given:
 
 @dataclass(slots=True)
 class RepairCounters:
-    """Only ever grow. Copies `refused` found a full node or quota, `failed` ones are tried again."""
+    """Counters that only increase. A refused copy met a full node or quota. A failed copy is retried."""
 
     repair_sent: int = 0
     repair_sent_bytes: int = 0
@@ -61,9 +64,10 @@ class RepairCounters:
 
 
 class RepairWorker:
-    """Walks through all that `node` has, asks the other owners what they lack, and sends it, at most `bytes_per_s` on
-    average: when the membership has changed, in every round of repair, and every `period_s`. A draining node does it
-    again and again. A walk of which the membership is old is given up; the next one finds what is there already.
+    """Walks through all variants of `node`, asks the other owners which they lack, and sends copies, at most
+    `bytes_per_s` on average. It walks after a change of the membership, in every repair round, and every `period_s`. A
+    draining node walks continuously. A change of the membership aborts the walk and starts a new one, which skips the
+    copies that were already sent.
 
     Runs from `start` to `stop`. Thread-safe.
     """
@@ -83,13 +87,13 @@ class RepairWorker:
         self._changed = threading.Condition()
         self._membership: Membership | None = None
         self._repair_round = 0
-        self._due_s = 0.0  # of the next walk
-        self._walk: _Walk | None = None  # under way
-        self._finished: _Walk | None = None  # the last one that was not given up
-        self._complete: _Walk | None = None  # the last one in which every node answered
+        self._due_s = 0.0  # monotonic time of the next walk
+        self._walk: _Walk | None = None  # the running walk
+        self._finished: _Walk | None = None  # the last walk that was not aborted
+        self._complete: _Walk | None = None  # the last walk in which every node answered
         self._checked = 0
-        self._left = 0  # variants that an owner lacked after the last walk; before it, while draining
-        self._stuck = 0  # those of them that nobody took
+        self._left = 0  # variants that an owner lacked after the last walk, or before it while draining
+        self._stuck = 0  # those of them that no node accepted
         self._counters = RepairCounters()
         self._loop = BackgroundLoop("kvstore-repair", self._walk_when_due, wake=self._interrupt)
 
@@ -97,11 +101,11 @@ class RepairWorker:
         self._loop.start()
 
     def stop(self) -> None:
-        """Ends the copy under way."""
+        """Stops the thread, and aborts a running copy."""
         self._loop.stop()
 
     def update(self, directives: Directives) -> None:
-        """What the coordinator says now; called every second or so."""
+        """Applies the coordinator's directives. Called about once a second."""
         with self._changed:
             if directives.membership != self._membership:
                 lost = _names(self._membership) - _names(directives.membership)
@@ -113,9 +117,10 @@ class RepairWorker:
             self._changed.notify_all()
 
     def gauges(self, chunks: int) -> dict[str, int]:
-        """`chunks` is how many variants the node has. `repair_round` and `repair_epoch` are those of the last walk in
-        which every other node answered. A draining node has `draining` 1, and `drain_left` variants that an owner
-        lacked when it looked last: at 0 it may go. `drain_stuck` of them no other node takes."""
+        """The gauges of repair. `chunks` is the number of variants on the node. `repair_round` and `repair_epoch`
+        belong to the last walk in which every other node answered. A draining node has `draining` 1. `drain_left` is
+        the number of its variants that an owner lacked in the last walk: at 0 the node can be shut down. `drain_stuck`
+        of them are accepted by no other node."""
         with self._changed:
             draining = self._is_draining()
             known = self._finished is not None and self._finished.membership == self._membership
@@ -148,7 +153,7 @@ class RepairWorker:
         try:
             complete = self._look_through(walk)
         except KVStoreError as error:
-            log.warning("repair stopped and will go on later: %s", error)
+            log.warning("repair failed and will be retried: %s", error)
         finally:
             with self._changed:
                 self._walk = None
@@ -159,7 +164,7 @@ class RepairWorker:
                         self._due_s = time.monotonic() + self._pause_s(walk, complete=complete)
 
     def _pause_s(self, walk: _Walk, *, complete: bool) -> float:
-        """Until the next walk."""
+        """Seconds until the next walk."""
         if self._is_draining():
             return _DRAIN_PERIOD_S
         if not complete:
@@ -167,7 +172,7 @@ class RepairWorker:
         return self._period_s if walk.gentle else min(_LATE_PUTS_S, self._period_s)
 
     def _next(self) -> _Walk | None:
-        """Waits until a walk is due; None when stopped."""
+        """Waits until a walk is due, and returns it. None after `stop`."""
         with self._changed:
             while not self._loop.stopping.is_set():
                 left_s = None
@@ -188,7 +193,7 @@ class RepairWorker:
         return last is not None and (last.membership, last.repair_round) == now
 
     def _look_through(self, walk: _Walk) -> bool:
-        """True when every node that was asked answered; False as well when the walk was given up."""
+        """Runs a walk. True when every asked node answered. False otherwise, and when the walk was aborted."""
         placement = Placement(walk.membership.members, walk.membership.replicas)
         survey = Survey(self._node.node_id, placement, self._peers)
         cursor = left = stuck = unclear = 0
@@ -204,19 +209,19 @@ class RepairWorker:
                 return False
             unclear += given.failed
             stuck += findings.homeless + given.denied
-            if not walk.draining:  # else the next walk sees whether it is still where it was given
+            if not walk.draining:  # while draining, the next walk checks that the copies are still there
                 left -= len(findings.needs) - given.short
             with self._changed:
                 self._checked += len(variants)
                 if not cursor:
                     self._finished, self._left, self._stuck = walk, left, stuck
                     return not unclear
-            # The node answers clients with the other half of the time.
+            # Pause as long as the survey took, to leave half of the time for clients.
             if not self._wait(walk, took_s):
                 return False
 
     def _give(self, walk: _Walk, needs: Sequence[Need]) -> _Given | None:
-        """None when the walk is given up."""
+        """Sends the needed copies. None when the walk was aborted."""
         wanting: dict[Member, list[StoredVariant]] = defaultdict(list)
         for need in needs:
             for owner in need.owners:
@@ -242,8 +247,8 @@ class RepairWorker:
         return _Given(len(short | denied), len(denied), failed)
 
     def _fitting(self, owner: Member, variants: Sequence[StoredVariant]) -> int:
-        """How many of these the owner has room for, from the first on. All for one that does not answer: then they
-        fail."""
+        """How many of the variants, from the first on, the owner has room for. All when the owner does not answer;
+        sending them then fails."""
         try:
             room_bytes = self._peers.room_bytes(owner)
         except NodeUnavailableError:
@@ -264,7 +269,7 @@ class RepairWorker:
             self._counters.repair_failed += outcomes.count(Outcome.FAILED)
 
     def _wait(self, walk: _Walk, wait_s: float) -> bool:
-        """False as soon as the walk is to be given up."""
+        """Waits for `wait_s`. Returns False as soon as the walk must be aborted."""
         with self._changed:
             return not self._changed.wait_for(
                 lambda: self._loop.stopping.is_set() or self._is_old(walk), wait_s
