@@ -1,1 +1,1 @@
-"""Ray shells: they give the plain classes a process, a life after death, and an endpoint. Never KV bytes."""
+"""Ray actors: run the coordinator and storage nodes as processes that Ray restarts. KV bytes never pass through Ray."""

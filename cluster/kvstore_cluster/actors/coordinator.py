@@ -21,11 +21,12 @@ Made = TypeVar("Made")
 
 
 class CoordinatorActor:
-    """Made through `ray.remote`. After a crash Ray runs the constructor again: the catalogue gives back epoch and
-    nodes, the folders beside it calibrations and canaries, and `serve` listens on the same address as before.
+    """The coordinator process. Created through `ray.remote`. After a crash, Ray runs the constructor again: it loads
+    the cluster state from the catalogue, opens the calibrations and canaries in the folders beside it, and `serve`
+    listens on the same address as before.
 
-    The catalogue is a file in `data_dir`, or in Redis when `redis_url` is given, with copies of those. Redis
-    is waited for, because Ray does not bring back an actor whose constructor failed.
+    The catalogue is a file in `data_dir`. With `redis_url` it is in Redis, which then also mirrors calibrations and
+    canaries. The constructor waits for Redis, because Ray does not restart an actor whose constructor failed.
 
     Raises ConfigurationError, CatalogueError, AddressInUseError.
     """
@@ -59,7 +60,7 @@ class CoordinatorActor:
         return self._coordinator.membership()
 
     def join(self, member: Member, incarnation: int, known: int = 0) -> Directives:
-        """`known` is the version of pins and quotas that the node has."""
+        """Adds a node and returns its directives. `known` is the version of pins and quotas that the node has."""
         self._coordinator.join(member, incarnation)
         return self._coordinator.directives(member.node_id, known)
 
@@ -77,5 +78,5 @@ def _waited_for(make: Callable[[], Made]) -> Made:
         try:
             return make()
         except CatalogueError as error:
-            log.warning("the coordinator waits: %s", error)
+            log.warning("the coordinator cannot start yet, retrying: %s", error)
             time.sleep(_RETRY_S)

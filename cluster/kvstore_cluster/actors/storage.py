@@ -26,19 +26,19 @@ log = logging.getLogger(__name__)
 
 Store = TypeVar("Store", bound=SegmentStore)
 
-# How soon a coordinator that lost its state hears of this node again.
+# Period of registrations. A coordinator that lost its state learns of this node within this time.
 _REGISTER_PERIOD_S = 1.0
 _REGISTER_TIMEOUT_S = 5.0
-# The node's last process may take a while to die after its raylet.
+# Longest wait for the folder: the node's previous process may outlive its raylet for a while.
 _PREDECESSOR_PATIENCE_S = 60.0
 
 
 class StorageActor:
-    """Made through `ray.remote`; `coordinator` is the name of a CoordinatorActor. After a crash Ray runs the
-    constructor again: the node then finds on its disk what was there, listens on another port and joins as a new
-    incarnation.
+    """The process of a storage node. Created through `ray.remote`. `coordinator` is the name of a CoordinatorActor.
+    After a crash, Ray runs the constructor again: the node recovers its chunks from disk, listens on another port, and
+    joins as a new incarnation.
 
-    Raises ConfigurationError when memory or disk cannot be had, AddressInUseError, DiskError.
+    Raises ConfigurationError when memory or disk cannot be allocated, AddressInUseError, DiskError.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StorageActor:
         )
         self._incarnation = time.time_ns()
         self._maintenance = MaintenanceThread(self._node, arena)
-        # By name: Ray cannot restart an actor whose constructor was given a handle that it has forgotten.
+        # Look up by name: Ray cannot restart an actor whose constructor argument is a handle that Ray no longer knows.
         self._coordinator = ray.get_actor(coordinator)
         self._directives_version = 0
         self._registering = BackgroundLoop("kvstore-join", self._stay_registered)
@@ -75,7 +75,7 @@ class StorageActor:
         return os.getpid()
 
     def stop(self, grace_s: float) -> None:
-        """Leaves the cluster, stops the endpoint, and writes to disk what is only in memory."""
+        """Leaves the cluster, stops the endpoint, and writes dirty chunks to disk."""
         self._registering.stop()
         try:
             ray.get(
@@ -83,14 +83,15 @@ class StorageActor:
                 timeout=_REGISTER_TIMEOUT_S,
             )
         except ray.exceptions.RayError as error:
-            log.warning("node %s could not say that it goes: %s", self._member.node_id, error)
+            log.warning("node %s could not leave the cluster: %s", self._member.node_id, error)
         self._endpoint.stop(grace_s)
         self._repair.stop()
         self._maintenance.stop()
         self._node.close()
 
     def _stay_registered(self) -> None:
-        """Joins, and repeats it: a coordinator that restarted may not know this node, and others have come and gone."""
+        """Registers the node once, applies the coordinator's directives, and waits for one period. Registration is
+        repeated, because a restarted coordinator may not know this node, and the membership changes."""
         try:
             directives = ray.get(
                 self._coordinator.join.remote(self._member, self._incarnation, self._directives_version),
@@ -110,7 +111,7 @@ class StorageActor:
 
 
 def _open_node(node_id: str, arena: Arena, options: StorageOptions) -> StorageNode:
-    """Raises DiskError."""
+    """Opens the node and its disk. Raises DiskError."""
     durability, policy = options.durability, POLICIES[options.policy]
     if options.experiments:
         slow = _open_store(node_id, options, SlowStore)
@@ -120,7 +121,7 @@ def _open_node(node_id: str, arena: Arena, options: StorageOptions) -> StorageNo
 
 
 def _open_store(node_id: str, options: StorageOptions, store_type: type[Store]) -> Store | None:
-    """The node's disk, once its last process has let go of it. Raises DiskError."""
+    """Opens the node's disk. Waits until the node's previous process has released the folder. Raises DiskError."""
     if not options.disk_bytes or options.folder is None:
         return None
     deadline_s = time.monotonic() + _PREDECESSOR_PATIENCE_S
@@ -130,5 +131,5 @@ def _open_store(node_id: str, options: StorageOptions, store_type: type[Store]) 
         except FolderInUseError:
             if time.monotonic() > deadline_s:
                 raise
-            log.warning("the disk of %s is still in use by its last process, waiting", node_id)
+            log.warning("the disk of %s is still in use by its previous process, waiting", node_id)
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The calibration registry: opaque artefacts, named by the blake3 digest of their bytes."""
+"""The calibration registry: opaque files, identified by the blake3 digest of their bytes."""
 
 from kvstore_cluster.calibrations.base import CalibrationMirror, CalibrationRecord
 from kvstore_cluster.calibrations.redis import RedisMirror

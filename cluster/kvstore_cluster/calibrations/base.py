@@ -1,4 +1,4 @@
-"""What is known of a calibration without reading it, and where copies may be kept."""
+"""Metadata of calibrations, and the interface of a mirror for their copies."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRecord:
-    """A calibration the registry has, or is about to be given. Digests have 32 bytes."""
+    """Metadata of a calibration that is stored or about to be stored. Digests have 32 bytes."""
 
     digest: bytes
     model_digest: bytes
@@ -16,14 +16,15 @@ class CalibrationRecord:
 
 
 class CalibrationMirror(Protocol):
-    """Keeps copies elsewhere. All methods raise CatalogueError when that cannot be reached."""
+    """Stores copies of calibrations outside the coordinator's disk. Every method raises CatalogueError when the copies
+    cannot be reached."""
 
     def keep(self, record: CalibrationRecord, file: Path) -> None:
-        """Copies a whole calibration and makes it the newest of its model: all of that or nothing."""
+        """Copies a calibration and makes it the newest of its model, atomically."""
 
     def records(self) -> list[CalibrationRecord]:
-        """Oldest first."""
+        """Records of all copies, oldest first."""
 
     def pieces(self, record: CalibrationRecord) -> Iterator[bytes]:
-        """The bytes, as they were kept; the caller checks the digest. Raises DamagedCalibrationError when some are
+        """Yields the bytes of a copy. The caller must verify the digest. Raises DamagedCalibrationError when bytes are
         missing."""

@@ -2,10 +2,10 @@
 
 Under `<namespace>:calibrations:`
 
-    index                     sorted set of `<model digest> <digest> <size>`, by the sequence number of their storing
-    sequence                  the last such number
+    index                     sorted set of `<model digest> <digest> <size>`, scored by sequence number
+    sequence                  the last sequence number
     data:<digest>:<number>    1 MiB of the bytes
-    unfinished:<token>:...    the same of an upload under way; what is left of one that broke off goes by itself
+    unfinished:<token>:...    1 MiB of the bytes of a running upload; those of an aborted upload expire
 """
 
 import secrets
@@ -20,7 +20,7 @@ from kvstore_codec.errors import CatalogueError, DamagedCalibrationError
 
 _UNFINISHED_LIFE_S = 3600
 
-# ARGV: the entry, what the names of unfinished and of finished pieces begin with, and how many there are.
+# ARGV: the index entry, the key prefixes of unfinished and of finished pieces, and the number of pieces.
 _PUBLISH = """
 for number = 0, tonumber(ARGV[4]) - 1 do
   redis.call('RENAME', ARGV[2] .. number, ARGV[3] .. number)
@@ -31,7 +31,8 @@ return redis.call('ZADD', KEYS[1], redis.call('INCR', KEYS[2]), ARGV[1])
 
 
 class RedisMirror:
-    """`url` and `namespace` as those of RedisCatalogue, whose owner is the only one to use them. Thread-safe."""
+    """A mirror of calibrations in Redis. Thread-safe. Takes the `url` and `namespace` of the RedisCatalogue, whose lock
+    also protects this mirror."""
 
     def __init__(self, url: str, namespace: str = DEFAULT_NAMESPACE) -> None:
         self._redis = RedisConnection(url)

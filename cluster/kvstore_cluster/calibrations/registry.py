@@ -1,7 +1,7 @@
 """The calibration registry on the coordinator's disk.
 
-Each is one file, `<sequence>-<model digest>-<digest>.kvcal`. The names are the whole index, so there is nothing beside
-the files that could disagree with them; the highest sequence number of a model is its newest calibration.
+Each calibration is one file, `<sequence>-<model digest>-<digest>.kvcal`. The file names are the only index, so index
+and files cannot disagree. The highest sequence number of a model belongs to its newest calibration.
 """
 
 import logging
@@ -33,11 +33,11 @@ _UNFINISHED = ".unfinished-"
 
 
 class CalibrationRegistry:
-    """Thread-safe. Keeps its files in `folder`, which is made when missing and belongs to one process at a time: the
-    one that holds the catalogue beside it.
+    """Stores calibrations. Thread-safe; methods may block on disk and mirror. Its files are in `folder`, which is
+    created when missing, and which belongs to the process that has locked the catalogue beside it.
 
-    With a `mirror` every calibration is there too. At the start either side gets what only the other one has, in the
-    mirror's order; later clients are served from the folder, whether the mirror can be reached or not.
+    With a `mirror`, the mirror has a copy of every calibration. At the start, calibrations that only one side has are
+    copied to the other, in the mirror's order. Reads use only the folder, so they need no connection to the mirror.
 
     Raises CatalogueError when folder or mirror cannot be used.
     """
@@ -64,17 +64,18 @@ class CalibrationRegistry:
             self._synchronise(mirror)
 
     def put(self, record: CalibrationRecord, pieces: Iterable[bytes]) -> None:
-        """Stores the bytes in `pieces` and makes them the newest calibration of their model. Returns once that would
-        survive a power loss; whatever is raised, also by `pieces`, nothing is stored.
+        """Stores the bytes in `pieces` durably, as the newest calibration of their model. After any exception,
+        including one from `pieces`, nothing is stored.
 
-        Raises CalibrationTooLargeError before a byte is taken, CalibrationSizeError as soon as the size cannot come out
-        as announced, DamagedCalibrationError for another digest, and CatalogueError when disk or mirror do not take it.
+        Raises CalibrationTooLargeError before it reads a byte, CalibrationSizeError for another size than announced,
+        DamagedCalibrationError for another digest, and CatalogueError when disk or mirror cannot store it.
         """
         self._store(record, pieces, self._mirror)
 
     def pieces(self, digest: bytes) -> Iterator[bytes]:
-        """The bytes of a calibration, at most 1 MiB at a time. Raises UnknownCalibrationError, CatalogueError when the
-        file cannot be read, and, after the last piece, DamagedCalibrationError when they do not have the digest."""
+        """Yields the bytes of a calibration in pieces of at most 1 MiB. Raises UnknownCalibrationError, CatalogueError
+        when the file cannot be read, and DamagedCalibrationError, after the last piece, when the digest does not
+        match."""
         try:
             with self._open(digest) as file:
                 found = blake3()
@@ -90,7 +91,7 @@ class CalibrationRegistry:
             )
 
     def find(self, model_digest: bytes) -> CalibrationRecord | None:
-        """The newest calibration of a model."""
+        """The newest calibration of a model. None when it has none."""
         with self._lock:
             self._forget_removed()
             return next(
@@ -99,7 +100,7 @@ class CalibrationRegistry:
             )
 
     def records(self) -> tuple[CalibrationRecord, ...]:
-        """Everything stored, oldest first."""
+        """Records of all stored calibrations, oldest first."""
         with self._lock:
             self._forget_removed()
             return tuple(self._stored.values())
@@ -129,7 +130,7 @@ class CalibrationRegistry:
                 f"at most {MAX_CALIBRATION_BYTES} are taken"
             )
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+            self._folder.mkdir(parents=True, exist_ok=True)  # the folder may have been removed
             with tempfile.NamedTemporaryFile(dir=self._folder, prefix=_UNFINISHED, delete=False) as file:
                 unfinished = Path(file.name)
                 try:
@@ -141,12 +142,12 @@ class CalibrationRegistry:
                         mirror.keep(record, unfinished)
                     self._publish(record, unfinished)
                 finally:
-                    unfinished.unlink(missing_ok=True)  # it has another name once it was published
+                    unfinished.unlink(missing_ok=True)  # already renamed if it was published
         except OSError as error:
             raise self._unusable(error) from error
 
     def _open(self, digest: bytes) -> BinaryIO:
-        with self._lock:  # until it is open: when it is stored anew, the file takes another name
+        with self._lock:  # held until the file is open, because storing the calibration again renames it
             self._forget_removed()
             newest = [sequence for sequence, record in self._stored.items() if record.digest == digest]
             if not newest:
@@ -164,8 +165,7 @@ class CalibrationRegistry:
         log.info("calibration %s stored, %d bytes", _short(record.digest), record.size_bytes)
 
     def _forget_removed(self) -> None:
-        """Lets go of calibrations whose files somebody has removed: they have to be published again. The caller has the
-        lock."""
+        """Drops calibrations whose files were removed; they must be published again. Call with the lock held."""
         for sequence, record in list(self._stored.items()):
             if not self._path(sequence, record).exists():
                 log.error(
@@ -186,7 +186,7 @@ class CalibrationRegistry:
 
 
 def _verified(record: CalibrationRecord, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Passes on `pieces` and raises unless they are what `record` announces."""
+    """Yields `pieces`. Raises CalibrationSizeError or DamagedCalibrationError unless they match `record`."""
     found, size_bytes = blake3(), 0
     for piece in pieces:
         size_bytes += len(piece)

@@ -1,4 +1,4 @@
-"""The canaries: for each model the KV of one fixed text, which every worker compares with its own."""
+"""Canaries: for each model, the KV of one fixed text, which every worker compares with the KV that it computes."""
 
 from kvstore_cluster.canaries.base import CanaryMirror, CanaryRecord, Origin, Refusal
 from kvstore_cluster.canaries.redis import RedisCanaryMirror

@@ -1,16 +1,16 @@
-"""What is known of a model's canary without reading it, and where copies may be kept."""
+"""Metadata of canaries, and the interface of a mirror for their copies."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 MAX_TEXT_BYTES = 256
-"""Of each text in an Origin."""
+"""Limit of each text in an Origin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The worker that computed something, in its own words."""
+    """Description of a worker, as the worker reports it."""
 
     model_id: str = ""
     host: str = ""
@@ -23,22 +23,22 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class CanaryRecord:
-    """One model's canary. `model_digest` has 32 bytes."""
+    """Metadata of a model's canary. `model_digest` has 32 bytes."""
 
     model_digest: bytes
     generation: int
-    """Another one for each canary that the model ever had. Chunks are named after it."""
+    """Number of the canary. Every new canary of a model has another one. It is part of the chunks' identity."""
     origin: Origin = Origin()
     created_unix_s: float = 0.0
     size_bytes: int = 0
-    """0: there is none at present; the next worker makes it."""
+    """Size of the KV in bytes. 0 means that the model has no canary now; its next worker computes one."""
     client: str = ""
-    """Where it came from, as the coordinator saw it."""
+    """Address of the client that put the canary, as seen by the coordinator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A worker that computes something else than the canary says, and therefore reuses nothing."""
+    """A report of a worker whose KV differs from the canary, and which therefore reuses no chunks."""
 
     origin: Origin
     generation: int
@@ -48,12 +48,13 @@ class Refusal:
 
 
 class CanaryMirror(Protocol):
-    """Keeps copies elsewhere. All methods raise CatalogueError when that cannot be reached."""
+    """Stores copies of canaries outside the coordinator's disk. Every method raises CatalogueError when the copies
+    cannot be reached."""
 
     def keep(self, model_digest: bytes, generation: int, content: bytes) -> None:
-        """In place of what it kept of this model."""
+        """Stores a copy, which replaces the previous one of this model."""
 
     def forget(self, model_digest: bytes) -> None: ...
 
     def copies(self) -> Iterator[tuple[bytes, int, bytes]]:
-        """Model digest, generation and content of each, as they were kept."""
+        """Yields (model digest, generation, content) of every copy, unverified."""

@@ -1,6 +1,6 @@
-"""A canary as the registry keeps it.
+"""The file format of a canary in the registry.
 
-    xxh3_64 of what follows, u64 | length u32 | facts (msgpack) | KV of the probe, or nothing
+    xxh3_64 of the rest, u64 | length u32 | facts (msgpack) | KV of the probe, or nothing
 
 All numbers are little-endian. Model digest and generation are in the file's name.
 """
@@ -29,7 +29,7 @@ def write_document(record: CanaryRecord, sketch: bytes) -> bytes:
 
 
 def read_document(content: bytes, model_digest: bytes, generation: int) -> tuple[CanaryRecord, bytes]:
-    """The record, and the KV of the probe. Raises CanaryError unless `content` is sound."""
+    """Parses a document into its record and the KV of the probe. Raises CanaryError unless `content` is sound."""
     if not _PREFIX.size <= len(content) <= MAX_DOCUMENT_BYTES:
         raise CanaryError(f"{len(content)} bytes are not a canary of the registry")
     checksum, length = _PREFIX.unpack_from(content)
@@ -41,14 +41,14 @@ def read_document(content: bytes, model_digest: bytes, generation: int) -> tuple
     try:
         facts = msgpack.unpackb(content[_PREFIX.size : _PREFIX.size + length])
         origin, created_unix_s = _origin(facts["origin"]), float(facts["created"])
-        client = _bounded_text(str(facts.get("client", "")))  # releases before this one wrote none
+        client = _bounded_text(str(facts.get("client", "")))  # absent in documents of earlier releases
     except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
         raise CanaryError(f"its facts cannot be read: {error!r}"[:300]) from error
     return CanaryRecord(model_digest, generation, origin, created_unix_s, len(sketch), client), sketch
 
 
 def bounded(origin: Origin) -> Origin:
-    """With texts cut to MAX_TEXT_BYTES, and a pid of 32 bits."""
+    """The origin with texts truncated to MAX_TEXT_BYTES, and a 32-bit pid."""
     texts = {
         field.name: _bounded_text(getattr(origin, field.name))
         for field in fields(Origin)

@@ -16,7 +16,8 @@ _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
 class RedisCanaryMirror:
-    """`url` and `namespace` as those of RedisCatalogue, whose owner is the only one to use them. Thread-safe."""
+    """A mirror of canaries in Redis. Thread-safe. Takes the `url` and `namespace` of the RedisCatalogue, whose lock
+    also protects this mirror."""
 
     def __init__(self, url: str, namespace: str = DEFAULT_NAMESPACE) -> None:
         self._redis = RedisConnection(url)

@@ -1,4 +1,4 @@
-"""Which workers were refused, as they report it: for a person to read. Kept in memory only."""
+"""Reports of workers whose KV differs from a canary, for operators. Kept in memory only."""
 
 import threading
 import time
@@ -12,8 +12,8 @@ MAX_MESSAGE_BYTES = 512
 
 
 class Refusals:
-    """Thread-safe. A worker that reports again counts again, whatever its process id; of each model, and of the models,
-    those that were refused last are remembered."""
+    """Recent refusals by model. Thread-safe. Repeated reports of one worker increase its count, even from another
+    process id. Keeps the last MAX_OF_A_MODEL workers of each model, and the last MAX_MODELS models."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -35,7 +35,7 @@ class Refusals:
                 self._models.popitem(last=False)
 
     def of(self, model_digest: bytes) -> tuple[Refusal, ...]:
-        """The latest last."""
+        """Refusals of a model, the latest last."""
         with self._lock:
             return tuple(self._models.get(model_digest, {}).values())
 

@@ -1,6 +1,6 @@
-"""The canaries on the coordinator's disk.
+"""The registry of canaries on the coordinator's disk.
 
-Each is one file, `<model digest>-<generation>.kvcanary` (`document.py` says what is in it).
+Each canary is one file, `<model digest>-<generation>.kvcanary`, in the format of `document.py`.
 """
 
 import itertools
@@ -29,24 +29,26 @@ MAX_TOTAL_BYTES = 1 << 30
 _NAME = re.compile(r"([0-9a-f]{64})-(\d{1,10})\.kvcanary")
 _UNFINISHED = ".unfinished-"
 _FORGOTTEN = b"\xff" * 32
-"""In place of a digest: a record without KV whose generation no forgotten model had a canary of."""
+"""Model digest of a special record without KV. Its generation is larger than that of any forgotten canary."""
 
 
 @dataclass(slots=True)
 class _Kept:
     record: CanaryRecord
     used: int
-    """Grows with every use of any canary."""
+    """Logical time of the last use, which increases with every use of any canary."""
 
 
 class CanaryRegistry:
-    """Thread-safe. Keeps its files in `folder`, which is made when missing and belongs to one process at a time: the
-    one that holds the catalogue beside it. With a `mirror` every canary is there too, and at the start either side gets
-    what only the other one has; of two the one of the later generation counts.
+    """Stores canaries. Thread-safe; methods may block on disk and mirror. Its files are in `folder`, which is created
+    when missing, and which belongs to the process that has locked the catalogue beside it.
 
-    At most `max_models` and `max_bytes` are kept: then models are forgotten, as `making_room` says. A model that is not
-    known begins at a generation that no forgotten one had a canary of, so what was stored under a forgotten canary is
-    never named again, and nothing but one number need be remembered of all of them.
+    With a `mirror`, the mirror has a copy of every canary. At the start, canaries that only one side has are copied to
+    the other. If both have one of the same model, the later generation wins.
+
+    The registry holds at most `max_models` models and `max_bytes`. Above that it forgets models, as `making_room`
+    chooses. A new model starts at a generation that no forgotten model had, so that chunks stored under a forgotten
+    canary are never found again. One number is enough to remember all forgotten generations.
 
     Raises CatalogueError when folder or mirror cannot be used.
     """
@@ -61,8 +63,8 @@ class CanaryRegistry:
     ) -> None:
         self._folder, self._mirror = folder, mirror
         self._max_models, self._max_bytes = max_models, max_bytes
-        self._lock = threading.Lock()  # guards the index
-        self._writing = threading.Lock()  # one change at a time; taken before the other one
+        self._lock = threading.Lock()  # guards `_kept` and `_changes`
+        self._writing = threading.Lock()  # one change at a time; acquired before `_lock`
         self._clock = itertools.count()
         self._kept: dict[bytes, _Kept] = {}
         try:
@@ -80,14 +82,14 @@ class CanaryRegistry:
 
     @property
     def changes(self) -> int:
-        """Grows with every replacement; at the start it is the sum of all generations. Stays where a model is
-        forgotten: its workers go on under the generation that they know, and whoever makes its next canary has another
-        one."""
+        """A number that increases with every replaced canary. It starts as the sum of all generations. Forgetting a
+        model does not change it: workers continue with the generation that they know, and the model's next canary has
+        another one."""
         with self._lock:
             return self._changes
 
     def get(self, model_digest: bytes) -> tuple[CanaryRecord, bytes]:
-        """The canary of a model and its KV; a record without any when there is none. Raises CatalogueError when its
+        """The canary of a model and its KV. A record with empty KV when there is none. Raises CatalogueError when its
         file cannot be read."""
         with self._lock:
             kept = self._kept.get(model_digest)
@@ -99,9 +101,9 @@ class CanaryRegistry:
         try:
             content = path.read_bytes()
             with suppress(OSError):
-                os.utime(path)  # the order of use outlives a restart
+                os.utime(path)  # the order of use survives a restart
             return read_document(content, model_digest, record.generation)
-        except FileNotFoundError:  # replaced or dropped meanwhile
+        except FileNotFoundError:  # replaced or dropped in the meantime
             return replace(record, size_bytes=0), b""
         except CanaryError as error:
             log.warning(
@@ -112,7 +114,7 @@ class CanaryRegistry:
             raise self._unusable(error) from error
 
     def count_use(self, model_digest: bytes) -> None:
-        """A worker compared itself with the canary."""
+        """Records that a worker compared its KV with the canary."""
         with self._lock:
             if kept := self._kept.get(model_digest):
                 kept.used = next(self._clock)
@@ -120,11 +122,11 @@ class CanaryRegistry:
     def put(
         self, model_digest: bytes, generation: int, origin: Origin, sketch: bytes, client: str = ""
     ) -> tuple[CanaryRecord, bytes]:
-        """Makes this the model's canary unless it has one, or was replaced since it had this generation. Returns what
-        is kept then, once that would survive a power loss. `client` is whose share of the room it takes.
+        """Stores a canary, unless the model has one or its generation is no longer `generation`. Returns the canary
+        that is now stored, which survives a power loss. `client` is charged for its space.
 
-        Raises CanaryError for KV that is not of a probe of this model, and CatalogueError when disk or mirror do not
-        take it."""
+        Raises CanaryError for KV that is not of a probe of this model, and CatalogueError when disk or mirror cannot
+        store it."""
         if read_sketch_header(sketch).model_digest != model_digest or model_digest == _FORGOTTEN:
             raise CanaryError(f"the KV is of another model than {model_digest.hex()[:12]}")
         with self._writing:
@@ -140,8 +142,8 @@ class CanaryRegistry:
         return new, sketch
 
     def replace(self, model_digest: bytes) -> int:
-        """Drop a model's canary for good: its next worker makes it anew, and what was stored under the old one is never
-        named again. Where none was made since the last time, nothing changes. Returns the generation of the next one.
+        """Drops a model's canary. The model's next worker computes a new one, and chunks stored under the old one are
+        never found again. Does nothing when the model has no canary now. Returns the generation of the next canary.
         Raises UnknownModelError, CatalogueError."""
         with self._writing:
             with self._lock:
@@ -160,13 +162,13 @@ class CanaryRegistry:
         return new.generation
 
     def records(self) -> tuple[CanaryRecord, ...]:
-        """Everything known, in the order of its last use."""
+        """Records of all models, least recently used first."""
         with self._lock:
             kept = sorted(self._kept.values(), key=lambda kept: kept.used)
         return tuple(one.record for one in kept if one.record.model_digest != _FORGOTTEN)
 
     def _first_generation(self) -> int:
-        """Of a model that is not known. Called with the lock."""
+        """First generation of an unknown model. Call with the lock held."""
         forgotten = self._kept.get(_FORGOTTEN)
         return forgotten.record.generation if forgotten is not None else 0
 
@@ -181,7 +183,7 @@ class CanaryRegistry:
         if known is not None and known.record.generation > generation:
             path.unlink()
             return
-        if known is not None:  # what a crash left beside its successor
+        if known is not None:  # an older file, which a crash left beside its successor
             self._path(model_digest, known.record.generation).unlink(missing_ok=True)
         self._kept[model_digest] = _Kept(record, next(self._clock))
 
@@ -211,7 +213,7 @@ class CanaryRegistry:
             self._forget(record)
 
     def _keep(self, record: CanaryRecord, sketch: bytes) -> None:
-        """Raises CatalogueError; what was kept then stays."""
+        """Stores a canary in mirror and folder. Raises CatalogueError, and then keeps the previous one."""
         if self._mirror is not None:
             self._mirror.keep(record.model_digest, record.generation, write_document(record, sketch))
         self._write(record, sketch)
@@ -236,7 +238,7 @@ class CanaryRegistry:
     def _forget(self, record: CanaryRecord) -> None:
         with self._lock:
             first = self._first_generation()
-        if record.generation >= first:  # before the record goes: a crash in between must not lose it
+        if record.generation >= first:  # before the record is removed, so that a crash cannot lose the number
             self._keep(CanaryRecord(_FORGOTTEN, record.generation + 1), b"")
         if self._mirror is not None:
             self._mirror.forget(record.model_digest)

@@ -1,4 +1,4 @@
-"""Which canaries make room for a new one."""
+"""Chooses the canaries to remove for a new one."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterable
@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from kvstore_cluster.canaries.base import CanaryRecord
 
 OWN_SHARE = 1 / 8
-"""Of the models or the bytes: a client that holds more makes room for its canaries with its own."""
+"""Share of the models or bytes. A client that holds more replaces its own canaries."""
 
 
 def making_room(
     kept: Iterable[CanaryRecord], new: CanaryRecord, max_models: int, max_bytes: int
 ) -> list[CanaryRecord]:
-    """The records of `kept`, which stand in the order of their last use, that are to go so that `new` fits beside the
-    rest: those that were used longest ago, of the client that holds most, or of the new one's client if that holds its
-    share already. So no client can push out what others made, however much it makes."""
+    """Chooses records of `kept` to remove, so that `new` and the rest fit the limits. `kept` is in the order of last
+    use. Removes the least recently used records of the client that holds most, or of the client of `new` if that client
+    holds more than OWN_SHARE. A client therefore cannot displace the canaries of others by storing many."""
     held: defaultdict[str, deque[CanaryRecord]] = defaultdict(deque)
     models: defaultdict[str, int] = defaultdict(int)
     size_bytes: defaultdict[str, int] = defaultdict(int)

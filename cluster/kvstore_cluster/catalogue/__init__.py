@@ -1,4 +1,4 @@
-"""The coordinator's durable state: what it is, and where it is kept (a file, or Redis)."""
+"""The catalogue: the durable state of the coordinator, in a file or in Redis."""
 
 from kvstore_cluster.catalogue.base import Catalogue, ClusterState, NodeRecord
 from kvstore_cluster.catalogue.file import FileCatalogue

@@ -1,4 +1,4 @@
-"""What the coordinator must not forget, and the contract of the places that keep it."""
+"""The durable state of the coordinator, and the interface of a catalogue that stores it."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,8 +9,8 @@ from kvstore_codec.identity import ChunkId
 
 @dataclass(frozen=True, slots=True)
 class NodeRecord:
-    """A storage node the cluster knows. `incarnation` grows with every restart of the node; `error` says why a
-    node that is not alive is not."""
+    """A known storage node. `incarnation` increases with every restart of the node. `error` says why a node is not
+    alive."""
 
     member: Member
     incarnation: int
@@ -25,22 +25,22 @@ class ClusterState:
     pins: frozenset[ChunkId] = frozenset()
     """Chunks that no node may evict."""
     quotas: dict[str, int] = field(default_factory=dict)
-    """Bytes in the whole cluster, by tenant."""
+    """Quotas in the whole cluster, in bytes by tenant."""
     draining: frozenset[str] = frozenset()
-    """Ids of nodes that shall own nothing, whether they are there or not."""
+    """Ids of nodes that must not own chunks, including nodes that are not in the cluster."""
     repair_round: int = 0
     changes: int = 0
-    """How often pins or quotas changed."""
+    """Number of changes of pins and quotas."""
 
 
 class Catalogue(Protocol):
-    """Keeps a ClusterState for one coordinator at a time. Used by one thread at a time."""
+    """Stores a ClusterState for one coordinator at a time. Used by one thread at a time. Methods may block."""
 
     def load(self) -> ClusterState:
-        """The state last saved; an empty one when there never was any. Raises CatalogueError."""
+        """The last saved state, or an empty one when none was saved. Raises CatalogueError."""
 
     def save(self, state: ClusterState) -> None:
-        """Returns once the state is kept. Raises CatalogueError; the old state then stays."""
+        """Saves the state durably. Raises CatalogueError, and then keeps the old state."""
 
     def close(self) -> None:
-        """Lets another coordinator have it."""
+        """Releases the catalogue for another coordinator."""

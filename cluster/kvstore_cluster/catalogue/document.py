@@ -1,6 +1,6 @@
-"""A ClusterState as text: JSON with a name, a version and a checksum.
+"""The text format of a ClusterState: JSON with a format name, a version and a checksum.
 
-Version 2 added pins, quotas, draining nodes and the repair round; version 1 is read as having none.
+Version 2 added pins, quotas, draining nodes and the repair round. A version 1 document is read as having none.
 """
 
 import json
@@ -18,7 +18,7 @@ _NAME, _VERSION = "kvstore-catalogue", 2
 _READABLE = (1, 2)
 _ID_BYTES = 32
 MAX_DOCUMENT_BYTES = 64 << 20
-"""Three times what the most pins that can be take."""
+"""Three times the size of a document with the most pins allowed."""
 _MAX_REASON = 200
 
 
@@ -37,7 +37,7 @@ def write_document(state: ClusterState) -> str:
 
 
 def read_document(text: str, name: str) -> ClusterState:
-    """`name` says in errors where the text is from. Raises CatalogueError unless it is sound, whatever it is."""
+    """Parses a document. `name` is its origin, for errors. Raises CatalogueError for any text that is not sound."""
     if len(text) > MAX_DOCUMENT_BYTES:
         raise unsound(name, f"it has {len(text)} characters, and at most {MAX_DOCUMENT_BYTES} make sense")
     try:
@@ -94,7 +94,7 @@ def _parse(content: dict[str, Any], version: int) -> ClusterState:
 
 
 def _whole(value: object) -> int:
-    """Raises TypeError for what is no whole number; true is none."""
+    """Returns an integer. Raises TypeError for any other value, including booleans."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{_short(repr(value))} is not a whole number")
     return value

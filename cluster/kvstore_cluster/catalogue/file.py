@@ -1,4 +1,4 @@
-"""The embedded catalogue: one small file."""
+"""A catalogue in one small file."""
 
 import logging
 import os
@@ -19,13 +19,13 @@ _WATCH_PERIOD_S = 1.0
 
 
 class FileCatalogue:
-    """Keeps a ClusterState in `folder`/catalogue.json: written aside, synced and renamed, so that a crash leaves
-    the old state or the new one. One process at a time; the folder is made when missing.
+    """Stores a ClusterState in `folder`/catalogue.json. Writes a temporary file, syncs it and renames it, so that a
+    crash leaves either the old state or the new one. Locks the folder for one process, and creates it when missing.
 
-    A file or folder that somebody removes is written again within about a second.
+    Writes a removed file or folder again within about a second.
 
-    Raises CatalogueError when the folder cannot be written, is in use, or holds a file that is not sound: a
-    damaged catalogue is never taken for an empty one.
+    Raises CatalogueError when the folder cannot be written, is in use, or holds a damaged file. A damaged catalogue is
+    never treated as an empty one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,19 +38,19 @@ class FileCatalogue:
             raise _unwritable(folder, error) from error
         self._writing = threading.Lock()
         self._kept: str | None = None
-        """What the file holds; None when there is none yet."""
+        """Content of the file. None when there is no file yet."""
         self._reported = ""
         self._watching = BackgroundLoop("kvstore-catalogue-file", self._watch)
         self._watching.start()
 
     def close(self) -> None:
-        """Lets another coordinator have the folder. What is saved afterwards raises CatalogueError."""
+        """Releases the folder for another coordinator. Later saves raise CatalogueError."""
         self._watching.stop()
         with self._writing:
             os.close(self._lock_fd)
 
     def load(self) -> ClusterState:
-        """The state last saved; an empty one when there never was any. Raises CatalogueError."""
+        """The last saved state, or an empty one when none was saved. Raises CatalogueError."""
         try:
             with self._path.open(encoding="utf-8") as file:
                 text = file.read(MAX_DOCUMENT_BYTES + 1)
@@ -63,21 +63,26 @@ class FileCatalogue:
         return state
 
     def save(self, state: ClusterState) -> None:
-        """Returns once the state would survive a power loss. Raises CatalogueError; the old state then stays."""
+        """Saves the state, so that it survives a power loss. May block. Raises CatalogueError, and then keeps the old
+        state."""
         text = write_document(state)
         with self._writing:
             self._write(text)
             self._kept = text
 
     def _write(self, text: str) -> None:
-        """Raises CatalogueError."""
+        """Writes the file durably. Raises CatalogueError."""
         folder = self._path.parent
-        if self._watching.stopping.is_set():  # the lock's descriptor may be somebody else's by now
+        if (
+            self._watching.stopping.is_set()
+        ):  # the closed descriptor of the lock may be in use for another file
             raise CatalogueError(f"the catalogue in {folder} was closed; nothing is written to it any more")
         aside = self._path.with_suffix(".tmp")
         try:
             self._lock_fd = relock_folder(folder, _LOCK_NAME, self._lock_fd)
-        except BlockingIOError as error:  # it was removed, and another coordinator was faster
+        except (
+            BlockingIOError
+        ) as error:  # the folder was removed, and another coordinator has locked a new one
             raise _in_use(folder) from error
         except OSError as error:
             raise _unwritable(folder, error) from error
@@ -93,7 +98,7 @@ class FileCatalogue:
             raise _unwritable(folder, error) from error
 
     def _watch(self) -> None:
-        """Waits a period, and writes the file again when it was removed."""
+        """Waits for one period, and then writes the file again if it was removed."""
         if self._watching.stopping.wait(_WATCH_PERIOD_S):
             return
         try:

@@ -1,12 +1,12 @@
-"""The catalogue in Redis (or Valkey), for clusters whose coordinator may lose its disk.
+"""A catalogue in Redis or Valkey, for clusters whose coordinator may lose its disk.
 
-Three keys, which begin with `<namespace>:catalogue:`
+It has three keys, which begin with `<namespace>:catalogue:`
 
-    owner      the token of the one coordinator that may write; it goes by itself _LOCK_S after its last renewal
+    owner      the token of the one coordinator that may write; expires _LOCK_S after its last renewal
     document   the state
-    revision   `<number> <token of who wrote it>`; the number grows with every save
+    revision   `<number> <token of the writer>`; the number increases with every save
 
-Every write is one script, so owner, document and revision agree whatever happens in between.
+Every write is one script, so owner, document and revision are always consistent.
 """
 
 import logging
@@ -28,10 +28,11 @@ _LOCK_S = 3.0
 _LOCK_MS = int(_LOCK_S * 1000)
 _RENEW_PERIOD_S = 1.0
 
-# ARGV: token, life of the lock, the revision we know, the new revision and its document (both empty: renew only).
-# A lost owner key (expired, or wiped) is taken again. A revision that is behind ours (wiped, or an old snapshot) is
-# overwritten, because nobody else can have written it, and so is one ahead that we wrote without hearing so. Any
-# other is another coordinator's.
+# ARGV: token, lifetime of the lock in ms, the known revision, the new revision and its document (both empty to renew
+# only). An owner key that expired or was deleted is set again. A revision older than the known one comes from a wiped
+# database or an old snapshot, and is overwritten, because no other coordinator can have written it. A newer revision
+# with this token comes from a write whose reply was lost, and is overwritten, too. Any other revision belongs to
+# another coordinator.
 _WRITE = """
 local owner = redis.call('GET', KEYS[1])
 if owner and owner ~= ARGV[1] then return {'refused', ''} end
@@ -51,7 +52,7 @@ _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL
 
 
 class _Saved(NamedTuple):
-    """What Redis should hold; revision 0: nothing yet."""
+    """The state that Redis should hold. Number 0 means that nothing was saved yet."""
 
     number: int
     writer: str
@@ -63,14 +64,14 @@ class _Saved(NamedTuple):
 
 
 class RedisCatalogue:
-    """`url` is redis://[user:password@]host[:port][/database], rediss:// with TLS, or unix://; clusters that share a
-    database need different namespaces. Neither messages nor logs show the URL, only the host.
+    """Stores a ClusterState in Redis. `url` is redis://[user:password@]host[:port][/database], rediss:// with TLS, or
+    unix://. Clusters that share a database need different namespaces. Errors and logs show only the host of the URL.
 
-    Holds the namespace from construction until `close`, so that another coordinator cannot have it meanwhile; one
-    that crashed is waited for, about 3 s. A Redis that comes back empty, or as it was some time ago, is given the
-    state again, and the log says so.
+    Locks the namespace from construction until `close`. The constructor waits about 3 s for the lock of a crashed
+    coordinator to expire. When Redis returns empty or with an older state, the catalogue writes its state again and
+    logs that.
 
-    Raises ConfigurationError for a URL that is none; CatalogueError when Redis does not answer or the namespace is in
+    Raises ConfigurationError for an invalid URL, and CatalogueError when Redis does not answer or the namespace is in
     use.
     """
 
@@ -79,7 +80,7 @@ class RedisCatalogue:
         self._keys = [f"{namespace}:catalogue:{key}" for key in ("owner", "document", "revision")]
         self._name = f"{self._keys[1]} in {self._redis.name}"
         self._token = secrets.token_hex(16)
-        self._lock = threading.Lock()  # one conversation at a time: renewals come from another thread
+        self._lock = threading.Lock()  # one command at a time, because another thread renews the lock
         self._saved = _Saved(0, "", "")
         self._usable = True
         try:
@@ -87,12 +88,12 @@ class RedisCatalogue:
         except CatalogueError:
             self._redis.close()
             raise
-        # No longer than a renewal's period: who does not renew loses the namespace.
+        # Pauses must not exceed the renewal period, or the lock of the namespace expires.
         self._renewing = BackgroundLoop("kvstore-redis-owner", self._renew, longest_pause_s=_RENEW_PERIOD_S)
         self._renewing.start()
 
     def load(self) -> ClusterState:
-        """The state last saved. Raises CatalogueError."""
+        """The last saved state, or an empty one when none was saved. Raises CatalogueError."""
         with self._lock:
             with self._redis.client() as client:
                 document, revision = client.mget(self._keys[1:])
@@ -112,14 +113,15 @@ class RedisCatalogue:
             return read_document(self._saved.document, self._name)
 
     def save(self, state: ClusterState) -> None:
-        """Returns once Redis has it; what that survives is for Redis' appendfsync to say. Raises CatalogueError."""
+        """Saves the state in Redis. The appendfsync setting of Redis determines its durability. Raises
+        CatalogueError."""
         with self._lock:
             new = _Saved(self._saved.number + 1, self._token, write_document(state))
             self._note_loss(self._write(new))
             self._saved = new
 
     def close(self) -> None:
-        """Lets another coordinator have the namespace."""
+        """Releases the namespace for another coordinator."""
         self._renewing.stop()
         try:
             with self._redis.client() as client:
@@ -129,7 +131,8 @@ class RedisCatalogue:
         self._redis.close()
 
     def _acquire(self) -> None:
-        """Waits for a coordinator that crashed to be forgotten, but not for one that lives."""
+        """Locks the namespace. Waits until the lock of a crashed coordinator has expired. Raises CatalogueError when a
+        live coordinator has the lock."""
         deadline_s = time.monotonic() + 2 * _LOCK_S
         while True:
             with self._redis.client() as client:
@@ -158,7 +161,8 @@ class RedisCatalogue:
             self._usable = True
 
     def _write(self, new: _Saved | None) -> str:
-        """Writes `new`, or renews the ownership alone, and returns the revision that was there before."""
+        """Writes `new`, or only renews the lock when it is None. Returns the previous revision. Raises
+        CatalogueError."""
         arguments = (new.revision, new.document) if new is not None else ("", "")
         with self._redis.client() as client:
             verdict, found = client.eval(
@@ -170,7 +174,8 @@ class RedisCatalogue:
         return revision
 
     def _note_loss(self, found: str) -> bool:
-        """Whether Redis had another revision than the one last saved."""
+        """Logs an error when Redis had an older revision than the last saved one. Returns whether the revisions
+        differ."""
         if found == self._saved.revision:
             return False
         number = found.partition(" ")[0] or "0"
