@@ -1,5 +1,5 @@
-"""What other packages add to the service by entry points: commands (`kvstore.commands`) and checks of `kvstore doctor`
-(`kvstore.checks`)."""
+"""Extensions that other packages register as entry points: commands of the CLI (`kvstore.commands`) and checks of
+`kvstore doctor` (`kvstore.checks`)."""
 
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -11,7 +11,7 @@ INSTALL = "pip install 'kvstore-service[bench]'"
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """One entry point. `reason` says why it cannot be imported; empty when `value` is what it names."""
+    """One entry point. `value` is the imported object. `reason` says why the import failed, or is empty."""
 
     name: str
     value: Any = None
@@ -19,7 +19,7 @@ class Extension:
 
 
 def load_extensions(group: Group) -> list[Extension]:
-    """All entry points of a group by name. One that cannot be imported is among them, so that the others work."""
+    """All entry points of a group, sorted by name, including those that cannot be imported."""
     loaded = []
     for entry in sorted(entry_points(group=group), key=lambda entry: entry.name):
         try:

@@ -1,4 +1,4 @@
-"""The calibration calls of the Coordinator service: a thin shell around a CalibrationRegistry."""
+"""Calibration calls of the Coordinator service, a thin shell around a CalibrationRegistry."""
 
 from collections.abc import Iterator
 from typing import NoReturn
@@ -52,7 +52,7 @@ class CalibrationService:
     ) -> pb.PutCalibrationReply:
         first = next(steps, pb.PutCalibrationRequest())
         if first.WhichOneof("step") != "start":
-            _refuse(context, "a calibration goes start, data...; it began without a start")
+            _refuse(context, "the steps of a calibration are start, data...; the first one was not a start")
         start = first.start
         record = CalibrationRecord(
             _digest(start.digest, context), _digest(start.model_digest, context), start.size_bytes
@@ -96,9 +96,11 @@ class CalibrationService:
 def _pieces(steps: Iterator[pb.PutCalibrationRequest], context: grpc.ServicerContext) -> Iterator[bytes]:
     for step in steps:
         if step.WhichOneof("step") != "data":
-            _refuse(context, "a calibration goes start, data...; got something else than data")
+            _refuse(
+                context, "the steps of a calibration are start, data...; a step after the start was not data"
+            )
         if len(step.data) > MAX_PIECE_BYTES:
-            _refuse(context, f"a piece of {len(step.data)} bytes; at most {MAX_PIECE_BYTES}")
+            _refuse(context, f"a piece has {len(step.data)} bytes; at most {MAX_PIECE_BYTES}")
         yield step.data
 
 

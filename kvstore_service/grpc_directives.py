@@ -1,4 +1,4 @@
-"""The calls of the Coordinator service that decide what storage nodes shall do: pins, quotas, draining, repair."""
+"""Coordinator service calls that direct storage nodes: pins, quotas, draining, repair."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +29,8 @@ _STATUS: dict[type[ClusterError], grpc.StatusCode] = {
 
 
 class DirectiveService:
+    """gRPC handlers for pins, quotas, draining and repair."""
+
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
 
@@ -93,12 +95,13 @@ def _require_short(what: str, text: str, context: grpc.ServicerContext) -> None:
     if len(text.encode()) > MAX_TENANT_BYTES:
         context.abort(
             grpc.StatusCode.INVALID_ARGUMENT,
-            f"{what} has at most {MAX_TENANT_BYTES} bytes, not {len(text.encode())}",
+            f"{what} has {len(text.encode())} bytes; at most {MAX_TENANT_BYTES}",
         )
 
 
 @contextmanager
 def _reported(context: grpc.ServicerContext) -> Iterator[None]:
+    """Ends the call with the gRPC status of a ClusterError that the block raises."""
     try:
         yield
     except ClusterError as error:

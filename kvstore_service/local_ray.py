@@ -44,7 +44,7 @@ def local_ray(folder: Path) -> Iterator["RayProcesses"]:
     import ray
 
     if ray.is_initialized():
-        raise StartupError("Ray runs in this process already; an embedded cluster needs a process without it")
+        raise StartupError("Ray already runs in this process; start the cluster in a process without Ray")
     patience_s = 0.0
     processes = RayProcesses(folder)
     try:

@@ -1,5 +1,5 @@
-"""The reply to a lookup, written by hand: the same bytes as those of the generated class, in a third of the time (for a
-thousand answers 0.3 instead of 0.8 ms, with headers of 1.4 KB 0.7 instead of 3.7 ms)."""
+"""A hand-written serialiser for LookupReply. It produces the same bytes as the generated class in a third of the time:
+for 1,000 answers 0.3 instead of 0.8 ms, and with headers of 1.4 KB each 0.7 instead of 3.7 ms."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,7 +19,7 @@ _SIZES_KEPT = 4096
 
 
 def lookup_reply(chunks: Sequence[ChunkName], result: LookupResult, bulk_endpoint: str) -> bytes:
-    """Serialised. Raises MalformedRequestError for a reference that names no chunk."""
+    """Returns the serialised LookupReply. Raises MalformedRequestError for a reference with ids of the wrong length."""
     parts: list[bytes] = []
     for ref, answer in zip(chunks, result.answers, strict=True):
         encoding, size_bytes, header, other_contexts, on_disk, others, prefix_id = answer
@@ -28,7 +28,7 @@ def lookup_reply(chunks: Sequence[ChunkName], result: LookupResult, bulk_endpoin
             body = _named(encoding) + _varint(size_bytes)
             if header:
                 body += _HEADER + _varint(len(header)) + header
-        # The id of a chunk that was found in its own context is sound.
+        # A chunk that was found in its own context has a valid id, so it is not checked again.
         if (encoding is None or prefix_id) and not len(ref.content_id) == len(ref.prefix_id) == DIGEST_BYTES:
             chunk_id(ref)
         if other_contexts:
@@ -53,7 +53,7 @@ def _other(variant: FoundVariant) -> bytes:
 
 @lru_cache(_SIZES_KEPT)
 def _named(encoding: str) -> bytes:
-    """The encoding, and the tag of the size that follows it."""
+    """The encoding field, and the tag of the size field after it."""
     return _ENCODING + _with_length(encoding.encode()) + _SIZE_BYTES
 
 

@@ -1,13 +1,14 @@
-"""Processes of ours end with the process that started them, also when that is killed."""
+"""Child processes that end with their parent process, even if the parent is killed."""
 
 import ctypes
 import signal
 
 _PR_SET_PDEATHSIG = 1
-# Loaded ahead: between fork and exec nothing may be imported.
+# Loaded at import: code between fork and exec must not import anything.
 _libc = ctypes.CDLL(None)
 
 
 def end_with_parent(number: signal.Signals = signal.SIGTERM) -> None:
-    """Called in a new process: the kernel sends it `number` when the thread that started it has ended."""
+    """Asks the kernel to send signal `number` to this process when the thread that started it ends. Called in the new
+    process."""
     _libc.prctl(_PR_SET_PDEATHSIG, int(number))

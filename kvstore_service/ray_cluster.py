@@ -1,4 +1,4 @@
-"""A Ray cluster that somebody else runs: joined, used, and left as it was."""
+"""An existing Ray cluster. This process connects to it, starts actors on it, and leaves it running."""
 
 import os
 import socket
@@ -18,18 +18,18 @@ _CONNECT_TIMEOUT_S = 5.0
 
 @contextmanager
 def existing_ray(address: str) -> Iterator[None]:
-    """Connects this process to the Ray cluster at `address`. Raises StartupError."""
+    """Connects this process to the Ray cluster at `address` while the block runs. Raises StartupError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", ENVIRONMENT["RAY_USAGE_STATS_ENABLED"])
     import ray
 
     if ray.is_initialized():
-        raise StartupError("Ray runs in this process already; a cluster needs a process without it")
+        raise StartupError("Ray already runs in this process; start the cluster in a process without Ray")
     _require_answer(address)
     try:
         with signals.deferred():
             ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise StartupError(f"no Ray cluster can be joined at {address}: {error}") from error
+        raise StartupError(f"cannot connect to a Ray cluster at {address}: {error}") from error
     try:
         yield
     finally:
@@ -37,26 +37,28 @@ def existing_ray(address: str) -> Iterator[None]:
 
 
 def ray_nodes() -> list[str]:
-    """The ids of the live nodes that run anything, the one of this process first. Raises StartupError."""
+    """Ids of the live Ray nodes that offer a CPU. This process's node comes first. Raises StartupError."""
     import ray
 
     here = _here()
     found = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     if not found:
-        raise StartupError("no node of the Ray cluster offers a CPU: nothing can run there")
+        raise StartupError(
+            "no node of the Ray cluster offers a CPU, so no storage node can start; add a node with a CPU"
+        )
     return sorted(found, key=lambda node_id: (node_id != here, node_id))
 
 
 def on_node(node_id: str) -> dict[str, Any]:
-    """Actor options: start there, and elsewhere should that node have died."""
+    """Actor options that start the actor on Ray node `node_id`, or on another one if that node is dead."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Ray puts an actor that asks for nothing anywhere.
+    # Ray places an actor that requests no resources on any node.
     return {"num_cpus": _SOME_CPU, "scheduling_strategy": NodeAffinitySchedulingStrategy(node_id, soft=True)}
 
 
 def on_this_node() -> dict[str, Any]:
-    """Actor options: start where this process is, whether or not anything else runs there."""
+    """Actor options that start the actor on the Ray node of this process, even if that node offers no CPU."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = _here()
@@ -66,7 +68,7 @@ def on_this_node() -> dict[str, Any]:
 
 
 def _require_answer(address: str) -> None:
-    """Ray itself tries for minutes."""
+    """Raises StartupError if nothing listens at `address`. Ray itself would retry for minutes."""
     if ":" not in address:  # "auto"
         return
     where = Address.parse(address)
@@ -74,7 +76,7 @@ def _require_answer(address: str) -> None:
         socket.create_connection((where.host, where.port), _CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise StartupError(
-            f"no Ray cluster can be joined at {address} ({error}); start one with `ray start --head --port ...`"
+            f"cannot connect to a Ray cluster at {address} ({error}); start one with `ray start --head --port ...`"
         ) from error
 
 

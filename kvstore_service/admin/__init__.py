@@ -1,4 +1,4 @@
-"""What an operator does to a running cluster, from outside: its chunks, pins, quotas, draining and repair."""
+"""Administration of a running cluster over gRPC: chunks, pins, quotas, draining and repair."""
 
 from kvstore_service.admin.chunk_names import ChunkPattern
 from kvstore_service.admin.cluster import ClusterAdmin, NodeAdmin

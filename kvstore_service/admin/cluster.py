@@ -1,4 +1,4 @@
-"""The calls an operator needs, with their failures as one clear line each."""
+"""Administrative calls to the coordinator and the storage nodes. Failures are one-line ServiceErrors."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +22,7 @@ _CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_le
 
 
 class NodeAdmin:
-    """One storage node. Its calls raise ServiceError."""
+    """Administrative calls to one storage node. They raise ServiceError."""
 
     def __init__(self, member: pb.Member, channel: grpc.Channel) -> None:
         self.node_id: str = member.node_id
@@ -32,11 +32,12 @@ class NodeAdmin:
     def variants(
         self, content_prefix: bytes = b"", tenant: str | None = None, page: int = 0
     ) -> Iterator[pb.StoredVariant]:
-        """What is stored; asks for the next page of `page` (0: as many as the node gives) when it is needed."""
+        """Stored variants of chunks on the node. Requests them lazily, `page` variants at a time (0: the node's own
+        page size)."""
         cursor = 0
         while True:
             request = pb.ListRequest(cursor=cursor, limit=page, content_prefix=content_prefix, tenant=tenant)
-            with _clear(self._name):
+            with _service_errors(self._name):
                 reply = self._stub.List(request, timeout=_TIMEOUT_S)
             yield from reply.variants
             cursor = reply.next_cursor
@@ -44,23 +45,24 @@ class NodeAdmin:
                 return
 
     def delete(self, chunks: Sequence[ChunkId]) -> int:
-        """How many stored variants that were."""
+        """Deletes chunks in all encodings, and returns the number of deleted variants."""
         deleted = 0
         for begin in range(0, len(chunks), _BATCH):
-            with _clear(self._name):
+            with _service_errors(self._name):
                 request = pb.DeleteRequest(chunks=map(chunk_ref, chunks[begin : begin + _BATCH]))
                 deleted += self._stub.Delete(request, timeout=_TIMEOUT_S).deleted
         return deleted
 
     def throttle(self, bandwidth_bps: float | None) -> None:
-        """Limit what it sends to readers; None: no limit."""
-        with _clear(self._name):
+        """Limits the bandwidth at which the node sends to readers. None removes the limit."""
+        with _service_errors(self._name):
             self._stub.Throttle(pb.ThrottleRequest(bandwidth_bps=bandwidth_bps or 0), timeout=_TIMEOUT_S)
 
     def throttle_disk(self, read_bytes_per_s: float | None) -> None:
-        """Have it read from its disk as slowly, and keep what is on disk there alone; None: no limit."""
-        with _clear(self._name):
-            # The other limit is said again: a node of an older version takes what is not said for none.
+        """Limits the rate at which the node reads its disk. Under the limit, chunks on disk are not kept in memory.
+        None removes the limit."""
+        with _service_errors(self._name):
+            # The request repeats the bandwidth limit, because an older node removes a limit that is not given.
             limits = self._stub.Stats(pb.StatsRequest(), timeout=_TIMEOUT_S).gauges
             request = pb.ThrottleRequest(
                 bandwidth_bps=limits.get("throttle_bps", 0), disk_read_Bps=read_bytes_per_s or 0
@@ -68,17 +70,17 @@ class NodeAdmin:
             self._stub.Throttle(request, timeout=_TIMEOUT_S)
 
     def verify(self) -> Iterator[pb.VerifyReply]:
-        """Progress until the last reply, which says `done`."""
-        with _clear(self._name):
+        """Verifies all chunks on the node, and yields its progress. The last reply has `done` set."""
+        with _service_errors(self._name):
             for reply in self._stub.Verify(pb.VerifyRequest()):
                 yield reply
                 if reply.done:
                     return
-        raise ServiceError(f"{self._name} stopped verifying before it was done; see its log")
+        raise ServiceError(f"{self._name} stopped before all chunks were verified; see its log")
 
 
 class ClusterAdmin:
-    """Context manager; entering and every call raise ServiceError, for a person to read."""
+    """Administrative calls to a cluster. A context manager; entering it and every call raise ServiceError."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -88,22 +90,22 @@ class ClusterAdmin:
         return cluster_stats(self._address)
 
     def nodes(self, only: str | None = None) -> list[NodeAdmin]:
-        """The nodes that live, or just the one called `only`. At least one."""
+        """All live nodes, or only the one with id `only`. Raises ServiceError if there is none."""
         members = [node.member for node in self.stats().nodes if node.alive]
         if not members:
             raise ServiceError(
-                "no storage node is alive; what is on their disks is there again when they are back. "
-                "`kvstore status` says what is known of them"
+                "no storage node is alive; chunks on their disks are available again when the nodes are back. "
+                "`kvstore status` shows why they are down"
             )
         if only is not None:
             names = ", ".join(member.node_id for member in members)
             members = [member for member in members if member.node_id == only]
             if not members:
-                raise ServiceError(f"there is no live node {only!r}; those that live: {names}")
+                raise ServiceError(f"there is no live node {only!r}; live nodes: {names}")
         return [NodeAdmin(member, self._channel(member.endpoint)) for member in members]
 
     def find(self, patterns: Sequence[ChunkPattern]) -> list[ChunkId]:
-        """The chunks that are meant, as far as names are not whole among what is stored."""
+        """Chunks that the patterns name. Abbreviated names are looked up among the stored chunks."""
         found: list[ChunkId] = []
         nodes: list[NodeAdmin] = []
         for pattern in patterns:
@@ -116,15 +118,15 @@ class ClusterAdmin:
         return list(unique(found))
 
     def pin(self, chunks: Sequence[ChunkId]) -> int:
-        """How many chunks are pinned then."""
+        """Pins chunks, and returns the number of pinned chunks of the cluster."""
         return self._pin(chunks, unpin=False)
 
     def unpin(self, chunks: Sequence[ChunkId]) -> int:
-        """How many chunks are pinned then."""
+        """Unpins chunks, and returns the number of chunks that are still pinned in the cluster."""
         return self._pin(chunks, unpin=True)
 
     def pins(self) -> list[ChunkId]:
-        with _clear(self._name):
+        with _service_errors(self._name):
             return [
                 chunk_id(ref)
                 for ref in self._coordinator().ListPins(pb.ListPinsRequest(), timeout=_TIMEOUT_S).chunks
@@ -132,41 +134,41 @@ class ClusterAdmin:
 
     def set_quota(self, tenant: str, limit_bytes: int) -> None:
         request = pb.SetQuotaRequest(quota=pb.Quota(tenant=tenant, limit_bytes=limit_bytes))
-        with _clear(self._name):
+        with _service_errors(self._name):
             self._coordinator().SetQuota(request, timeout=_TIMEOUT_S)
 
     def quotas(self) -> list[pb.Quota]:
-        with _clear(self._name):
+        with _service_errors(self._name):
             return list(self._coordinator().ListQuotas(pb.ListQuotasRequest(), timeout=_TIMEOUT_S).quotas)
 
     def drain(self, node_id: str, *, cancel: bool = False) -> None:
-        with _clear(self._name):
+        with _service_errors(self._name):
             self._coordinator().Drain(pb.DrainRequest(node_id=node_id, cancel=cancel), timeout=_TIMEOUT_S)
 
     def repair(self) -> int:
-        """The number of the round that begins."""
-        with _clear(self._name):
+        """Starts a round of repair, and returns its number."""
+        with _service_errors(self._name):
             return int(self._coordinator().Repair(pb.RepairRequest(), timeout=_TIMEOUT_S).round)
 
     def models(self) -> list[pb.ModelInfo]:
-        """Those whose canary is kept, or was replaced, by their last use."""
-        with _clear(self._name):
+        """Models with a stored or replaced canary, ordered by last use."""
+        with _service_errors(self._name):
             return list(self._coordinator().ListModels(pb.ListModelsRequest(), timeout=_TIMEOUT_S).models)
 
     def model(self, digest: str) -> pb.ModelInfo:
-        """The one whose digest begins with these hexadecimal digits."""
+        """The model whose digest begins with the hexadecimal digits `digest`."""
         models = self.models()
         found = [model for model in models if model.model_digest.hex().startswith(digest.lower())]
         if len(found) != 1 or not digest:
             names = ", ".join(model.model_digest.hex()[:12] for model in found or models) or "none"
-            what = "several models begin" if len(found) > 1 else "no model begins"
-            raise ServiceError(f"{what} with {digest!r}: {names}")
+            what = "several models have" if len(found) > 1 else "no model has"
+            raise ServiceError(f"{what} a digest that begins with {digest!r}: {names}")
         return found[0]
 
     def replace_canary(self, model_digest: bytes) -> int:
-        """The new generation."""
+        """Discards the model's canary, and returns the new generation."""
         request = pb.ReplaceCanaryRequest(model_digest=model_digest)
-        with _clear(self._name):
+        with _service_errors(self._name):
             return int(self._coordinator().ReplaceCanary(request, timeout=_TIMEOUT_S).generation)
 
     def __enter__(self) -> Self:
@@ -186,7 +188,7 @@ class ClusterAdmin:
         pins = 0
         for begin in range(0, len(chunks), _BATCH):
             request = pb.PinRequest(chunks=map(chunk_ref, chunks[begin : begin + _BATCH]), unpin=unpin)
-            with _clear(self._name):
+            with _service_errors(self._name):
                 pins = self._coordinator().Pin(request, timeout=_TIMEOUT_S).pins
         return pins
 
@@ -198,7 +200,8 @@ class ClusterAdmin:
 
 
 @contextmanager
-def _clear(name: str) -> Iterator[None]:
+def _service_errors(name: str) -> Iterator[None]:
+    """Turns a gRPC error of the block into a ServiceError that names the process `name`."""
     try:
         yield
     except grpc.RpcError as error:

@@ -1,4 +1,4 @@
-"""What this machine can do for the service, found out by trying, and for what is missing: why, and what to do."""
+"""Checks of `kvstore doctor`: each tries one capability of this machine and says what to do if it is missing."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,16 +13,16 @@ _NamedCheck = tuple[str, bool, Callable[[], Finding]]
 
 
 def added_checks() -> Iterator[_NamedCheck]:
-    """Checks of other packages. Those that cannot be imported are one check that finds that out."""
+    """Checks that other packages provide. A package whose checks cannot be imported gives one failing check."""
     for extension in load_extensions("kvstore.checks"):
         if extension.reason:
             reason = f"its checks cannot be imported: {extension.reason}"
-            yield extension.name, False, partial(missing, reason, f"If they are wanted: {INSTALL}")
+            yield extension.name, False, partial(missing, reason, f"To use them: {INSTALL}")
         else:
             yield from extension.value
 
 
-# Name, essential, and how to find out. Without what is essential nothing works.
+# Name, whether the service needs it, and the check itself.
 CHECKS: tuple[_NamedCheck, ...] = (
     ("Python", False, machine.python),
     ("CPU and memory", False, machine.cpu_and_memory),
@@ -43,7 +43,7 @@ CHECKS: tuple[_NamedCheck, ...] = (
 
 
 def examine() -> list[Check]:
-    """Runs every check; takes seconds. Whatever goes wrong in a check is its result, never an exception."""
+    """Runs all checks, which takes seconds. A check that raises an exception counts as missing."""
     return [_run(name, check, essential=essential) for name, essential, check in CHECKS]
 
 
@@ -53,6 +53,6 @@ def _run(name: str, check: Callable[[], Finding], *, essential: bool) -> Check:
     except Exception as error:
         found = missing(
             f"the check failed: {type(error).__name__}: {error}",
-            "Install again what it names, or report it as a bug.",
+            "Reinstall the package named there, or report a bug.",
         )
     return Check(name, found.available, found.detail, found.remedy, essential)

@@ -1,4 +1,4 @@
-"""The settings that the service would run with, and variables that mean nothing to it."""
+"""Check of the KVSTORE_* environment variables."""
 
 import difflib
 import os
@@ -9,7 +9,7 @@ from kvstore_client.settings import settings_by_name
 from kvstore_service.doctor.finding import Finding, missing, present
 from kvstore_service.settings import PREFIX, Settings, variable
 
-# What Kubernetes sets for a Service whose name begins with `kvstore`.
+# Variables that Kubernetes sets for a Service whose name begins with `kvstore`.
 _SERVICE_LINK = re.compile(
     r".*_(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
@@ -17,7 +17,7 @@ _MOST_SHOWN = 10
 
 
 def variables() -> Finding:
-    """Whether every KVSTORE_* variable is a setting: a misspelt one is ignored in silence."""
+    """Checks that every KVSTORE_* variable is a setting, because a misspelt one is silently ignored."""
     known = {variable(name) for name in Settings.model_fields}
     known |= {setting.variable for setting in settings_by_name().values()} | {FORMER_DURABILITY.upper()}
     found = {name.upper() for name in os.environ if name.upper().startswith(PREFIX)}
@@ -29,4 +29,4 @@ def variables() -> Finding:
         for name in unknown[:_MOST_SHOWN]
     ]
     more = f" and {len(unknown) - _MOST_SHOWN} more" if len(unknown) > _MOST_SHOWN else ""
-    return missing(f"no settings: {', '.join(hints)}{more}", "They are ignored: correct or unset them.")
+    return missing(f"unknown: {', '.join(hints)}{more}", "They are ignored: correct or unset them.")

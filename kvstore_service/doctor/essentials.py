@@ -1,4 +1,4 @@
-"""What nothing works without."""
+"""Checks of the packages that every use of the service needs: codec and client."""
 
 from kvstore_service.doctor.finding import Finding, missing, present
 
@@ -6,7 +6,7 @@ _REINSTALL = "Install kvstore-service again; run `make install` in a checkout."
 
 
 def codec() -> Finding:
-    """A chunk of made-up KV, encoded and decoded."""
+    """Encodes and decodes one chunk of random KV."""
     import torch
 
     from kvstore_codec.chunk import read_header
@@ -38,8 +38,8 @@ def codec() -> Finding:
         offset, length = header.range_bytes(frame, 1)
         decode_frames(header, frame, 1, memoryview(chunk)[offset : offset + length], keys, values)
     if not torch.equal(decoded, kv):
-        return missing("a chunk decodes to other values than were encoded", _REINSTALL)
-    return present(f"{CHUNK_TOKENS} tokens of KV encoded and decoded bit for bit")
+        return missing("a decoded chunk differs from the encoded one", _REINSTALL)
+    return present(f"{CHUNK_TOKENS} tokens of KV encoded and decoded bit-exactly")
 
 
 def client() -> Finding:
@@ -47,4 +47,4 @@ def client() -> Finding:
         import kvstore_client
     except ImportError as error:
         return missing(f"cannot be imported: {error}", _REINSTALL)
-    return present(f"imports, {len(kvstore_client.__all__)} public names")
+    return present(f"can be imported, {len(kvstore_client.__all__)} public names")

@@ -1,11 +1,11 @@
-"""The result of a check."""
+"""Results of the checks of `kvstore doctor`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found out: `detail` says what is there, or why it is not; `remedy` what to do about it."""
+    """Result of a check. `detail` says what is available, or why it is missing; `remedy` says how to get it."""
 
     available: bool
     detail: str
@@ -22,7 +22,7 @@ def missing(reason: str, remedy: str) -> Finding:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A finding with its name; the service works without it unless it is essential."""
+    """A finding and the name of its check. The service does not work if an essential check fails."""
 
     name: str
     available: bool

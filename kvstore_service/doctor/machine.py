@@ -1,4 +1,4 @@
-"""The machine itself: interpreter, cores, memory, PyTorch, GPU."""
+"""Checks of the machine: interpreter, cores, memory, PyTorch, GPU."""
 
 import os
 import platform
@@ -32,7 +32,8 @@ def torch() -> Finding:
 def cuda() -> Finding:
     import torch
 
-    with warnings.catch_warnings(record=True) as complaints:  # torch says here why a driver will not do
+    # torch warns when a driver does not work, and gives the reason.
+    with warnings.catch_warnings(record=True) as complaints:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if available:

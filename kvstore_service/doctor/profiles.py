@@ -1,4 +1,4 @@
-"""What this machine has measured of models: how fast they compute, and how fast their KV is decoded instead."""
+"""Profiles of models on this machine: the speed of prefill, and the speed of decoding their KV."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FAR_TOKENS = 4096
 _PASS_TOKENS = 1024
 _PATIENCE_S = 120.0
-"""Of who asks for it: a worker's first request does not wait so long."""
+"""Time budget of a measurement by the command. A worker's first request uses a shorter one."""
 
 _PLAIN = ("exact-zstd", "medium-zstd", "medium-hevc-cpu")
 _CALIBRATED = ("exact-zstd", "high-klt-pco", "medium-klt-pco", "low-klt-pco", "medium-klt-hevc-cpu")
@@ -25,7 +25,7 @@ _CALIBRATED = ("exact-zstd", "high-klt-pco", "medium-klt-pco", "low-klt-pco", "m
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """Of one encoding, one thread, MB (1e6 bytes) of KV a second."""
+    """Decode speed of one encoding in one thread, in MB (1e6 bytes) of KV per second."""
 
     encoding: str
     decode_mb_per_s: float
@@ -34,28 +34,30 @@ class DecodeRow:
 
 @dataclass(frozen=True, slots=True)
 class ProfileRow:
+    """Profile of one model on this machine."""
+
     key: str
     model: str
     dtype: str
     machine: dict[str, str | int]
     measured: str
     prefill_tokens_per_s: float
-    """At the beginning of a text."""
+    """Measured at the beginning of a text."""
     prefill_tokens_per_s_at_4096: float
     interference: float
     encodings: list[DecodeRow]
 
 
 def cached_profiles() -> list[ProfileRow]:
-    """Of all models, in the cache folder that the environment names."""
+    """Profiles of all models in the cache folder (KVSTORE_CACHE_DIR)."""
     return [_row(key, profile) for key, profile in ProfileStore(default_cache_dir()).list().items()]
 
 
 def measure(model_name: str, dtype: DType) -> ProfileRow:
-    """Measures a model, `models.SMOLLM2` or a folder, as its workers do on first use, and keeps the result. In what the
-    environment says new chunks are stored in, and some more; with the calibration that a worker got before, if any.
+    """Measures a model (`models.SMOLLM2` or a folder) as a worker does on first use, and saves the profile.
 
-    Raises ConfigurationError and StartupError."""
+    Measures the encodings that KVSTORE_* variables configure, and a few more. Uses a cached calibration of the model if
+    there is one. Raises ConfigurationError and StartupError."""
     if find_spec("transformers") is None:
         raise StartupError("measuring needs transformers: pip install 'kvstore-service[transformers]'")
     from kvstore_client.engines.transformers.profile import machine_of, measure_profile
@@ -82,7 +84,7 @@ def measure(model_name: str, dtype: DType) -> ProfileRow:
 
 
 def _cached_klt(spec: "ModelSpec") -> "KLT | None":
-    """Any calibration of the model that is at hand: they differ little in speed."""
+    """Any cached calibration of the model; calibrations of one model differ little in speed."""
     from kvstore_codec.calibration import Calibration
     from kvstore_codec.klt_frames import KLT
 

@@ -1,4 +1,4 @@
-"""What a cluster runs on: Ray, and Redis where it is wanted."""
+"""Checks of the services that a cluster uses: Ray, and optionally Redis."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ def ray() -> Finding:
         os.environ.update(ENVIRONMENT)
         import ray
     except ImportError as error:
-        return missing(f"cannot be imported: {error}", f"{_INSTALL_CLUSTER}; a client needs no Ray.")
+        return missing(f"cannot be imported: {error}", f"{_INSTALL_CLUSTER}; clients do not need Ray.")
     return present(str(ray.__version__))
 
 
@@ -46,7 +46,7 @@ def redis_connection() -> Finding:
         return missing(f"{REDIS_URL} is not set", _EMBEDDED)
     import redis
 
-    # Of the URL only host and port are shown, and no parser's message, which may quote a part of the password.
+    # Only host and port of the URL are shown. A parser's message is not: it may quote a part of the password.
     try:
         client = redis.Redis.from_url(
             url, socket_connect_timeout=REDIS_TIMEOUT_S, socket_timeout=REDIS_TIMEOUT_S, retry=None
@@ -54,7 +54,7 @@ def redis_connection() -> Finding:
         parts = urlsplit(url)
         where = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
     except ValueError:
-        return missing(f"{REDIS_URL} is no Redis URL", "It looks like redis://user:password@host:6379/0.")
+        return missing(f"{REDIS_URL} is not a Redis URL", "Write it as redis://user:password@host:6379/0.")
     try:
         info = client.info("server")
     except (redis.RedisError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Video coders: HEVC on the CPU, and NVIDIA's decoder and encoder engines."""
+"""Checks of the video coders: HEVC on the CPU, and NVIDIA's decoder (NVDEC) and encoder (NVENC) engines."""
 
 import ctypes
 import functools
@@ -11,14 +11,14 @@ from typing import Any
 
 from kvstore_service.doctor.finding import Finding, missing, present
 
-# Creating a CUDA context on a GPU that nothing else uses can take seconds.
+# Creating a CUDA context on an idle GPU can take seconds.
 NVIDIA_TIMEOUT_S = 10.0
 
 _CPU_INSTEAD = "The coders zstd and hevc-cpu need no GPU."
 _INSTALL = "pip install 'kvstore-service[nvidia]'"
 _VIDEO_CAPABILITY = "In a container set NVIDIA_DRIVER_CAPABILITIES=compute,utility,video."
 
-# Runs in a process of its own: importing PyNvVideoCodec loads driver libraries, which may hang or crash.
+# Runs in a separate process: importing PyNvVideoCodec loads driver libraries, which may hang or crash.
 _NVIDIA_PROBE = """
 import json
 import PyNvVideoCodec as nvc
@@ -38,7 +38,7 @@ print(json.dumps({
 
 
 def hevc_cpu() -> Finding:
-    """A picture of noise through x265 and back."""
+    """Encodes and decodes one picture of noise with x265."""
     import numpy as np
 
     from kvstore_codec.coders import coder
@@ -52,7 +52,7 @@ def hevc_cpu() -> Finding:
     decoded = np.empty_like(plane)
     hevc.decode(hevc.encode(plane), decoded)
     if not np.array_equal(plane, decoded):
-        return missing("a picture decodes to other samples than were encoded", "Use the coder zstd.")
+        return missing("a decoded picture differs from the encoded one", "Use the coder zstd.")
     return present(f"PyAV {version('av')}, a picture encoded and decoded without loss")
 
 
@@ -79,14 +79,14 @@ def nvenc() -> Finding:
 
 @functools.cache
 def _nvidia() -> dict[str, Any] | Finding:
-    """The engines' capabilities, or why there are none."""
+    """Capabilities of the video engines, or the finding that says why they are missing."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return missing("no NVIDIA GPU: its driver library libcuda.so.1 is not here", _CPU_INSTEAD)
+        return missing("no NVIDIA GPU: the driver library libcuda.so.1 cannot be loaded", _CPU_INSTEAD)
     if importlib.util.find_spec("PyNvVideoCodec") is None:
         return missing("PyNvVideoCodec is not installed", _INSTALL)
-    for library in ("libnvcuvid.so.1", "libnvidia-encode.so.1"):  # importing needs both, even to decode
+    for library in ("libnvcuvid.so.1", "libnvidia-encode.so.1"):  # the import needs both, even to decode
         try:
             ctypes.CDLL(library)
         except OSError as error:

@@ -188,7 +188,7 @@ def test_pin_and_unpin(cluster: Cluster, tmp_path: Path) -> None:
 def test_names_that_do_not_name_one_chunk_are_refused(cluster: Cluster) -> None:
     content = cluster.chunks[0].chunk_id.content_id.hex()
     for arguments, reason in (
-        (("pin", "xyz!"), "names no chunk"),
+        (("pin", "xyz!"), "is not the name of a chunk"),
         (("pin", "abc"), "4 to 64 hexadecimal digits"),
         (("pin", "0" * 64), "there is no chunk"),
         (("pin", f"{content}+{'0' * 10}"), "there is no chunk"),
@@ -196,7 +196,7 @@ def test_names_that_do_not_name_one_chunk_are_refused(cluster: Cluster) -> None:
         (("unpin",), "no chunks were given"),
         (("pin", "--from", "/nowhere/chunks"), "cannot read chunks from"),
         (("ls", "--prefix", "zz"), "is not the beginning"),
-        (("ls", "--node", "node-9"), "those that live: node-0, node-1"),
+        (("ls", "--node", "node-9"), "live nodes: node-0, node-1"),
         (("evict",), "name what to evict"),
         (("evict", content, "--all"), "name what to evict"),
         (("drain", "node-9"), "no node 'node-9'; known are node-0, node-1"),
@@ -217,7 +217,7 @@ def test_ambiguous_beginnings_name_what_they_could_be(cluster: Cluster) -> None:
         put.commit()
     content = contexts[0].chunk_id.content_id.hex()
     with pytest.raises(
-        KVStoreError, match=rf"could be {content[:16]}\+.*, {content[:16]}\+.*; write more digits"
+        KVStoreError, match=rf"matches {content[:16]}\+.*, {content[:16]}\+.*; write more digits"
     ):
         cluster.text("pin", content[:10])
     # The whole content_id alone is the chunk in all of its contexts.

@@ -118,7 +118,7 @@ def test_a_killed_coordinator_comes_back_at_its_address_knowing_everybody(cluste
 
 
 def test_ray_in_the_same_process_is_refused_by_name(cluster: EmbeddedCluster) -> None:
-    with pytest.raises(StartupError, match="Ray runs in this process already"), EmbeddedCluster():
+    with pytest.raises(StartupError, match="Ray already runs in this process"), EmbeddedCluster():
         pass
 
 

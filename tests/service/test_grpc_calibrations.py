@@ -79,12 +79,12 @@ def data(*pieces: bytes) -> list[pb.PutCalibrationRequest]:
 @pytest.mark.parametrize(
     ("requests", "status", "message"),
     [
-        ([], "INVALID_ARGUMENT", "without a start"),
-        (data(b"x"), "INVALID_ARGUMENT", "without a start"),
-        ([start(b"x"), start(b"x")], "INVALID_ARGUMENT", "something else than data"),
+        ([], "INVALID_ARGUMENT", "the first one was not a start"),
+        (data(b"x"), "INVALID_ARGUMENT", "the first one was not a start"),
+        ([start(b"x"), start(b"x")], "INVALID_ARGUMENT", "a step after the start was not data"),
         ([start(b"x", digest=b"short")], "INVALID_ARGUMENT", "a digest has 32 bytes, not 5"),
         ([start(b"x", model_digest=b"")], "INVALID_ARGUMENT", "a digest has 32 bytes, not 0"),
-        ([start(DATA), *data(DATA)], "INVALID_ARGUMENT", "a piece of 2097152 bytes"),
+        ([start(DATA), *data(DATA)], "INVALID_ARGUMENT", "a piece has 2097152 bytes"),
         ([start(b"xy"), *data(b"x")], "INVALID_ARGUMENT", "announced with 2 bytes, but 1 came"),
         ([start(b"xy"), *data(b"xyz")], "INVALID_ARGUMENT", "announced with 2 bytes, but more came"),
         ([start(b"xy"), *data(b"xz")], "DATA_LOSS", "send them again"),
