@@ -1,4 +1,4 @@
-"""Background loops of a process, as gRPC's health service tells of them."""
+"""Reports the state of a process's background loops through the gRPC health service."""
 
 import grpc
 from grpc_health.v1 import health, health_pb2
@@ -6,11 +6,13 @@ from grpc_health.v1 import health, health_pb2
 from kvstore_cluster.background import background_health
 
 BACKGROUND = "background"
-"""A name to ask the health service for, beside those of the services: SERVING while no background loop fails. It says
-nothing about requests, so it is no reason to take a process out of service."""
+"""Name in the health service for the background loops. It is SERVING while none of them fails. A failing loop does not
+stop requests, so it is not a reason to take the process out of service."""
 
 
 class HealthWithBackground(health.HealthServicer):  # type: ignore[misc]  # grpc is not typed
+    """gRPC's health service, with the additional name BACKGROUND."""
+
     def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: grpc.ServicerContext
     ) -> health_pb2.HealthCheckResponse:

@@ -1,4 +1,4 @@
-"""Asking a running cluster how it is."""
+"""Calls that ask a running cluster for its state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,28 +15,29 @@ _TIMEOUT_S = 5.0
 
 
 def cluster_stats(address: str) -> pb.ClusterStatsReply:
-    """Raises ServiceError when no coordinator answers at `address`."""
+    """Statistics of the cluster and its nodes. Raises ServiceError if no coordinator answers at `address`."""
     with _coordinator(address) as stub:
         reply: pb.ClusterStatsReply = stub.ClusterStats(pb.ClusterStatsRequest(), timeout=_TIMEOUT_S)
         return reply
 
 
 def background_works(address: str) -> bool:
-    """Whether none of the coordinator's background loops fails. Raises ServiceError when no coordinator answers at
+    """Whether all background loops of the coordinator work. Raises ServiceError if no coordinator answers at
     `address`."""
     with _coordinator_channel(address) as channel:
         request = health_pb2.HealthCheckRequest(service=BACKGROUND)
         try:
             reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=_TIMEOUT_S)
         except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.NOT_FOUND:  # an older one, which does not tell
+            if error.code() is grpc.StatusCode.NOT_FOUND:  # an older coordinator, which does not report it
                 return True
             raise
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def list_calibrations(address: str) -> list[pb.CalibrationInfo]:
-    """What the registry has, oldest first. Raises ServiceError when no coordinator answers at `address`."""
+    """Calibrations in the cluster's registry, oldest first. Raises ServiceError if no coordinator answers at
+    `address`."""
     with _coordinator(address) as stub:
         reply = stub.ListCalibrations(pb.ListCalibrationsRequest(), timeout=_TIMEOUT_S)
         return list(reply.calibrations)

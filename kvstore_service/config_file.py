@@ -1,5 +1,5 @@
-"""The --config file: a flat table of settings in YAML or TOML. Whatever a file holds, reading it ends in a table or in
-a short sentence."""
+"""Reads the --config file: a flat table of settings in YAML or TOML. Any content gives either a table or a short error
+text."""
 
 import os
 import stat
@@ -13,20 +13,20 @@ from kvstore_codec.errors import ConfigurationError
 
 MAX_BYTES = 64 << 10
 MAX_DEPTH = 8
-"""Levels of a YAML document: a table of settings has two."""
+"""Most nesting levels of a YAML document. A table of settings has two."""
 _MOST_BITS = 63
-"""Of a whole number: no setting is as large. Python refuses to print one of more than 4,300 digits."""
+"""Most bits of an integer; no setting needs more. Python refuses to print an integer of more than 4,300 digits."""
 _MAX_REASON = 300
-"""Characters of what a parser says."""
+"""Most characters of a parser's message in an error text."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads a regular file only: what else there is may keep a reader waiting for ever. Raises ConfigurationError that
-    names the file and what to do."""
+    """Reads a table of settings from a regular file. Other files, such as pipes, are refused because reading them may
+    block forever. Raises ConfigurationError, whose text names the file and the remedy."""
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise _unusable(path, "it is no regular file; write the settings into one")
+                raise _unusable(path, "it is not a regular file; write the settings into a regular file")
             data = file.read(MAX_BYTES + 1)
         if len(data) > MAX_BYTES:
             raise _unusable(
@@ -40,7 +40,7 @@ def read_config(path: Path) -> dict[str, Any]:
             case ".toml":
                 content = tomllib.loads(text)
             case _:
-                raise ConfigurationError(f"{path} is neither .yaml nor .toml")
+                raise ConfigurationError(f"the configuration {path} is neither a .yaml nor a .toml file")
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise _unusable(path, shortened(" ".join(str(error).split()), _MAX_REASON)) from error
     except RecursionError as error:
@@ -54,23 +54,24 @@ def read_config(path: Path) -> dict[str, Any]:
     for name in content:
         if not isinstance(name, str):
             raise ConfigurationError(
-                f"the configuration {path} names a setting {shortened(repr(name))}, which is not text"
+                f"the configuration {path} names a setting {shortened(repr(name))}; names must be text"
             )
     return content
 
 
 def shortened(text: str, most: int = 100) -> str:
-    """The text, or its beginning where it has more than `most` characters."""
+    """The text, cut to `most` characters if it is longer."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Does not wait for somebody who writes into a pipe."""
+    """Opens a file without blocking, even if it is a pipe without a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _require_plain(path: Path, text: str) -> None:
-    """Raises ConfigurationError for a document that would grow when it is loaded. Reading events needs no stack."""
+    """Raises ConfigurationError for a YAML document with aliases or deep nesting, which could grow when it is loaded.
+    Parsing events does not recurse, so it is safe for any nesting."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         line = event.start_mark.line + 1 if event.start_mark else 0
@@ -87,13 +88,13 @@ def _require_plain(path: Path, text: str) -> None:
 
 
 def _require_small_numbers(path: Path, content: object) -> None:
-    """Raises ConfigurationError for a whole number that cannot be shown, wherever it stands in the document."""
+    """Raises ConfigurationError for an integer of more than _MOST_BITS bits anywhere in the document."""
     values = [content]
     while values:
         value = values.pop()
         if isinstance(value, int) and value.bit_length() > _MOST_BITS:
             raise _unusable(
-                path, f"it has a whole number of more than {_MOST_BITS} bits; no setting is as large"
+                path, f"it contains an integer of more than {_MOST_BITS} bits; no setting is that large"
             )
         if isinstance(value, dict):
             values += [*value.keys(), *value.values()]

@@ -1,4 +1,5 @@
-"""A whole cluster: one coordinator and storage nodes, on a Ray of their own on this machine or on a Ray cluster."""
+"""A complete cluster: one coordinator and storage nodes, on a private Ray on this machine or on an existing Ray
+cluster."""
 
 import importlib.util
 import logging
@@ -27,24 +28,24 @@ _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0
 _GRACE_S = 1.0
 _PID_TIMEOUT_S = 30.0
-# Ray brings a coordinator back within seconds, unless it gave up on it.
+# Ray restarts a coordinator within seconds. After a longer silence it has given up.
 _SILENCE_S = 30.0
 
 _ACTOR_OPTIONS = {"max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
-# Of the extra `cluster`; imported where they are used, because an inference worker does without.
+# Packages of the extra `cluster`. They are imported where they are used, because inference workers do not need them.
 _PACKAGES = ("grpc_reflection", "psutil", "ray")
 _COORDINATOR_NAME = "kvstore-coordinator"
 
 
 class EmbeddedCluster:
-    """Context manager; `address` is the coordinator's host:port once started.
+    """Runs a cluster. A context manager; once started, `address` is the coordinator's host:port.
 
-    Without `settings` it is one small node on a free port. The catalogue, unless that is in Redis, and the nodes' disks
-    are in `data_dir`: a temporary folder when None. With `ray_address` it runs on that Ray cluster, a storage node on
-    each of its nodes, and `data_dir` is a path on each of them.
+    Without `settings` the cluster is one small node on a free port. The folder `data_dir` contains the nodes' disks,
+    and the catalogue unless that is in Redis. If it is None, a temporary folder is used. With `ray_address` the cluster
+    runs on that Ray cluster with one storage node on each Ray node, and `data_dir` is a path on each of them.
 
-    Starting raises ConfigurationError, AddressInUseError and CatalogueError before Ray is touched, and
-    StartupError for what goes wrong later.
+    Starting raises ConfigurationError, AddressInUseError and CatalogueError before Ray starts, and StartupError for
+    later failures.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -66,11 +67,11 @@ class EmbeddedCluster:
 
     @property
     def size(self) -> int:
-        """How many storage nodes it has."""
+        """Number of storage nodes."""
         return len(self._storage)
 
     def start(self) -> None:
-        """Returns when every node has joined and clients may come."""
+        """Starts the cluster. Blocks until every node has joined and clients can connect."""
         _require_packages()
         with ExitStack() as started:
             reservation = Reservation(self._listen)
@@ -87,13 +88,13 @@ class EmbeddedCluster:
             self._running = started.pop_all()
 
     def stop(self) -> None:
-        """Ends what `start` began and leaves neither processes nor temporary files. May be called again."""
+        """Stops the cluster, and removes its processes and temporary files. May be called more than once."""
         self._running.close()
 
     def check(self) -> None:
-        """Raises ServiceError when the cluster is gone for good: a process of Ray's has died, or the coordinator has
-        not answered for 30 s. For a caller that asks every few seconds; `stop` remains to be called."""
-        missing = set(ESSENTIAL).difference(self._ray.look()) if self._ray is not None else set()
+        """Raises ServiceError if the cluster is lost: a Ray process has died, or the coordinator has not answered for
+        30 s. Call it every few seconds. After an error, `stop` must still be called."""
+        missing = set(ESSENTIAL).difference(self._ray.find()) if self._ray is not None else set()
         if missing:
             self._lost(f"Ray's {' and '.join(sorted(missing))} ended")
         try:
@@ -103,12 +104,12 @@ class EmbeddedCluster:
             if self._silent_since_s is None:
                 self._silent_since_s = now_s
             if now_s - self._silent_since_s >= _SILENCE_S:
-                self._lost(f"its coordinator has not answered for {_SILENCE_S:.0f} s and does not come back")
+                self._lost(f"its coordinator has not answered for {_SILENCE_S:.0f} s")
         else:
             self._silent_since_s = None
 
     def storage_pids(self) -> dict[str, int]:
-        """Process id of each storage node; waits for a node that is being restarted."""
+        """Process id of each storage node, by node id. Blocks while a node restarts."""
         import ray
 
         pids = ray.get([node.pid.remote() for node in self._storage.values()], timeout=_PID_TIMEOUT_S)
@@ -132,7 +133,7 @@ class EmbeddedCluster:
         from kvstore_service.peer_nodes import GrpcPeers
         from kvstore_service.storage_server import StorageServer
 
-        # Without a Ray cluster all are on this machine, and listen where the coordinator does.
+        # Without a Ray cluster all nodes are on this machine, and listen on the coordinator's host.
         homes = ray_nodes() if self._settings.ray_address else []
         placed = [on_node(home) for home in homes] or [{"num_cpus": 0}] * self._settings.nodes
         host = None if homes else address.host
@@ -184,17 +185,17 @@ class EmbeddedCluster:
         while missing:
             if time.monotonic() > deadline_s:
                 raise StartupError(
-                    f"{', '.join(sorted(missing))} did not join within {_START_TIMEOUT_S:.0f} s"
+                    f"{', '.join(sorted(missing))} did not join the cluster within {_START_TIMEOUT_S:.0f} s"
                 )
             time.sleep(0.02)
             membership = ray.get(self._coordinator.membership.remote(), timeout=_START_TIMEOUT_S)
             missing = set(self._storage) - {member.node_id for member in membership.members}
 
     def _lost(self, reason: str) -> NoReturn:
-        # Nobody is left to be stopped in order.
+        # No actor is left that `stop` could stop in order.
         self._storage = {}
         self._coordinator = None
-        raise ServiceError(f"the cluster at {self.address} is gone: {reason}; start it again")
+        raise ServiceError(f"the cluster at {self.address} is lost: {reason}; start it again")
 
     def _stop_actors(self) -> None:
         import ray
@@ -210,7 +211,7 @@ class EmbeddedCluster:
                 self._coordinator.stop.options(max_task_retries=0).remote(_GRACE_S), timeout=_STOP_TIMEOUT_S
             )
         except ray.exceptions.RayError as error:
-            log.warning("the cluster did not stop in order and is ended: %s", error)
+            log.warning("the cluster did not stop in order, so its processes are killed: %s", error)
         self._storage = {}
         self._coordinator = None
 

@@ -1,4 +1,4 @@
-"""What a storage node that was started for experiments can be told: to send, and to read its disk, slowly."""
+"""Limits on the speed of a storage node, for experiments: how fast it sends, and how fast it reads its disk."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,7 +13,7 @@ START = "start it with `kvstore serve --experiments`, or KVSTORE_EXPERIMENTS=tru
 
 
 class OpenChunk(Protocol):
-    """A stored chunk as servers read it."""
+    """A stored chunk that is open for reading."""
 
     def range_bytes(self, first_frame: int, frame_count: int) -> int: ...
 
@@ -21,11 +21,11 @@ class OpenChunk(Protocol):
 
 
 Opener = Callable[[ChunkId, str], AbstractContextManager[OpenChunk]]
-"""`StorageNode.open`, or `Experiments.open` in its place."""
+"""`StorageNode.open` or `Experiments.open`."""
 
 
 class Experiments:
-    """The limits of one node, none at first. Thread-safe."""
+    """The speed limits of one node. It starts without limits. Thread-safe."""
 
     def __init__(self, node: SlowNode) -> None:
         self._node = node
@@ -33,15 +33,15 @@ class Experiments:
 
     @contextmanager
     def open(self, chunk_id: ChunkId, encoding: str) -> Iterator[OpenChunk]:
-        """As `StorageNode.open`; what is read from it may leave as the limit says."""
+        """Like `StorageNode.open`, but reading from the chunk blocks as the bandwidth limit demands."""
         with self._node.open(chunk_id, encoding) as reader:
             yield _PacedChunk(reader, self._throttle)
 
     def set_limits(self, request: pb.ThrottleRequest) -> None:
-        """Raises ConfigurationError."""
+        """Sets the limits that the request contains. Raises ConfigurationError."""
         if request.HasField("disk_read_Bps"):
             self._node.limit_disk(request.disk_read_Bps or None)
-        # Who knows no other limit leaves this one out to take it away.
+        # Older clients, which do not know the disk limit, leave out the bandwidth to remove its limit.
         if request.HasField("bandwidth_bps") or not request.HasField("disk_read_Bps"):
             self._throttle.set(request.bandwidth_bps or None)
 
@@ -50,7 +50,7 @@ class Experiments:
         return {} if bandwidth_bps is None else {"throttle_bps": int(bandwidth_bps)}
 
     def end(self) -> None:
-        """Lifts the limits: whoever waits under them goes on."""
+        """Removes the limits. Threads that wait under them continue."""
         self._throttle.set(None)
         self._node.limit_disk(None)
 

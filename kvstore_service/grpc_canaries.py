@@ -1,4 +1,4 @@
-"""The canary calls of the Coordinator service: a thin shell around a CanaryRegistry."""
+"""Canary calls of the Coordinator service, a thin shell around a CanaryRegistry."""
 
 from ipaddress import ip_network
 from typing import NoReturn
@@ -41,7 +41,8 @@ class CanaryService:
     def get(self, request: pb.GetCanaryRequest, context: grpc.ServicerContext) -> pb.CanaryReply:
         digest = _digest(request.model_digest, context)
         try:
-            changes = self._registry.changes  # before: a replacement in between is then noticed by the caller
+            # Read before the canary, so that the caller notices a replacement between the two reads.
+            changes = self._registry.changes
             return _reply(*self._registry.get(digest), changes)
         except KVStoreError as error:
             _abort(error, context)
@@ -103,8 +104,8 @@ class CanaryService:
 
 
 def client_of(peer: str) -> str:
-    """Whose share of the room a caller takes: of `ipv4:10.0.0.7:51204`, as gRPC says it, the address without the port,
-    and of an IPv6 address the network, of which one host has all addresses."""
+    """The client of a call, for limits per client. For an IPv4 peer such as `ipv4:10.0.0.7:51204` it is the address
+    without the port. For an IPv6 peer it is the /64 network, because one host can have all its addresses."""
     kind, _, rest = unquote(peer).partition(":")
     host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
     if kind != "ipv6":

@@ -1,4 +1,4 @@
-"""The Coordinator service: a thin shell around a Coordinator, its failure detector and the registries."""
+"""The Coordinator gRPC service, a thin shell around a Coordinator, its failure detector and the registries."""
 
 import threading
 from collections.abc import Sequence
@@ -29,14 +29,15 @@ _CHANNEL_OPTIONS = [
 
 
 class StorageProbe:
-    """Asks storage nodes for their stats at the endpoints clients use. Thread-safe; keeps a channel to each."""
+    """Asks storage nodes for their stats at the endpoints that clients use. Keeps a channel to each. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._channels: dict[str, grpc.Channel] = {}
 
     def stats(self, members: Sequence[Member]) -> list[pb.StatsReply | str]:
-        """For each node, all asked at once, its stats or the reason why there are none."""
+        """Stats of each node, or the reason why it did not answer. Asks all nodes at the same time; blocks for at most
+        _PROBE_TIMEOUT_S."""
         calls = [
             self._stub(member.endpoint).Stats.future(pb.StatsRequest(), timeout=_PROBE_TIMEOUT_S)
             for member in members
@@ -44,7 +45,7 @@ class StorageProbe:
         return [_answer(member, call) for member, call in zip(members, calls, strict=True)]
 
     def failures(self, members: Sequence[Member]) -> list[str | None]:
-        """For each node None when it is well, else the reason; and forgets nodes that were not asked about."""
+        """For each node None if it answers, or the reason why it did not. Closes the channels of all other nodes."""
         with self._lock:
             for endpoint in self._channels.keys() - {member.endpoint for member in members}:
                 self._channels.pop(endpoint).close()
@@ -102,7 +103,8 @@ class CoordinatorService:
 
 
 class CoordinatorServer:
-    """The coordinator's endpoint together with the failure detector behind it. Raises AddressInUseError."""
+    """Serves the coordinator's endpoint and runs its failure detector, from construction until `stop`. Raises
+    AddressInUseError."""
 
     def __init__(
         self,
@@ -113,7 +115,7 @@ class CoordinatorServer:
     ) -> None:
         self._probe = StorageProbe()
         self._detector = FailureDetector(coordinator, self._probe.failures)
-        # Nodes known from before are members again from the first answer on, not a period later.
+        # Checked at once, so that nodes of the catalogue that answer are members before the first client asks.
         self._detector.check()
         service = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
         handlers = (

@@ -16,11 +16,12 @@ def put_chunks(
     steps: Iterable[pb.PutRequest | memoryview],
     context: grpc.ServicerContext | None = None,  # noqa: ARG001 (of every call)
 ) -> Iterator[pb.PutReply]:
-    """Answers a chunk as soon as its fate is known and skips the rest of its steps, so that a client may stop sending
-    what is stored already or will not fit. Raises MalformedRequestError for steps out of turn."""
+    """Stores the chunks of a Put stream. Answers each chunk as soon as its result is known and skips the rest of its
+    steps, so that a client can stop sending a chunk that is already stored or does not fit. Raises
+    MalformedRequestError for steps in the wrong order."""
     stream = _PutStream(node)
     try:
-        # No variable here keeps a step, of up to 8 MiB, while the next one is waited for.
+        # `map` instead of a loop: a loop variable would keep a step of up to 8 MiB during the wait for the next one.
         yield from (reply for reply in map(stream.take, steps) if reply is not None)
     finally:
         stream.revoke()
@@ -36,7 +37,7 @@ class _PutStream:
         kind = "data" if isinstance(step, memoryview) else step.WhichOneof("step")
         if kind is None or self._inside == (kind == "start"):
             raise MalformedRequestError(
-                f"a put goes start, data..., end or revoke; got {kind or 'nothing'} out of turn"
+                f"the steps of a put are start, data..., end or revoke; got {kind or 'nothing'} in the wrong place"
             )
         self._inside = kind not in ("end", "revoke")
         try:
@@ -56,7 +57,7 @@ class _PutStream:
         return None
 
     def revoke(self) -> None:
-        """Ends the put that is under way, if any is."""
+        """Revokes the put in progress, if any."""
         put, self._put = self._put, None
         if put is not None:
             put.revoke()

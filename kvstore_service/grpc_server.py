@@ -1,4 +1,4 @@
-"""A gRPC server with what every endpoint of the service has: limits, health, reflection, a clean stop."""
+"""The gRPC server of every endpoint: limits, health, reflection and an orderly stop."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -21,28 +21,28 @@ from kvstore_service.unsent_answers import UnsentAnswers
 
 MAX_MESSAGE_BYTES = 8 << 20
 SMALL_REQUEST_BYTES = 16 << 10
-"""Of a request that names no chunks."""
-# The header of every found chunk comes back in one LookupReply.
+"""Size limit of a request that names no chunks."""
+# One LookupReply contains the headers of all chunks that were found.
 MAX_REPLY_BYTES = 64 << 20
-# A call holds a thread while it runs. Streams may last, be they bulk data or reflection, so together they may not
-# take all threads: lookups and leases are answered however many streams are open. (This is against crowds, not
-# against malice: a client may open calls whose one message it never sends.)
+# A running call holds a thread. Streams (bulk data, reflection) may last long, so together they must not take all
+# threads: lookups and leases are answered however many streams are open. This limit protects against many clients, not
+# against hostile ones: a client may open calls and never send their request.
 MAX_STREAMS = 192
 _THREADS = MAX_STREAMS + 32
-# Calls that are served or wait for a thread; more are refused before their request is received.
+# Calls that run or wait for a thread. Further calls are refused before their request is received.
 _MAX_CALLS = 1024
 MAX_CALLS_OF_CONNECTION = MAX_STREAMS + 64
-"""Open at a time, those included whose answer was not taken. A client keeps further ones to itself until some have
-ended; those of one that does not are refused before they cost anything."""
+"""Open calls of one connection, including those whose answer the client has not read. A client holds back further
+calls until some have ended. If it does not, they are refused before they use memory."""
 _HEALTH = f"/{health.SERVICE_NAME}/"
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_REPLY_BYTES),
     ("grpc.max_concurrent_streams", MAX_CALLS_OF_CONNECTION),
-    # Reservation (listen.py) has made sure that nobody else listens there.
+    # Reservation (listen.py) has checked that no other process listens there.
     ("grpc.so_reuseport", 1),
-    # A client whose machine or link is gone is noticed, and what its streams held is given back.
+    # Detects clients whose machine or link is down, and releases the resources of their streams.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -51,8 +51,8 @@ _OPTIONS = [
 
 
 class GrpcServer:
-    """Serves `handlers` of one service from construction until `stop`. `large` is shared by servers whose large
-    requests compete for the same node. Raises AddressInUseError."""
+    """Serves the `handlers` of one service from construction until `stop`. Servers of the same node share `large`,
+    which limits their large requests. Raises AddressInUseError."""
 
     def __init__(
         self,
@@ -92,7 +92,8 @@ class GrpcServer:
         self._server.start()
 
     def stop(self, grace_s: float = 1.0) -> None:
-        """Refuses new calls at once, as UNAVAILABLE, gives those under way `grace_s`, then cancels them."""
+        """Refuses new calls with UNAVAILABLE. Running calls get `grace_s` to end, and are then cancelled. Blocks until
+        all have ended."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait()
         self._stalled.stop()
@@ -100,7 +101,7 @@ class GrpcServer:
 
 
 class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Refuses a stream when MAX_STREAMS are open, and ends one whose client takes nothing."""
+    """Refuses a stream if MAX_STREAMS are open, and cancels a stream whose client does not read its answers."""
 
     def __init__(self, stalled: StalledStreams) -> None:
         self._stalled = stalled
@@ -112,7 +113,7 @@ class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
         details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler | None:
         handler = continuation(details)
-        # Watching somebody's health holds no thread.
+        # Health calls hold no thread, not even `Watch`.
         if handler is None or details.method.startswith(_HEALTH):
             return handler
         if handler.stream_stream:
@@ -146,7 +147,7 @@ class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
     def _stream(self, context: grpc.ServicerContext) -> Iterator[None]:
         if not self._free.acquire(blocking=False):
             context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_STREAMS} streams are open already; try again"
+                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_STREAMS} streams are already open; try again"
             )
         try:
             yield
@@ -155,9 +156,9 @@ class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
 
 
 class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Parses a request, and makes its answer, when LargeRequests admits it; the steps of a stream are small. Parsing
-    65,536 references takes as long as finding them, and gRPC itself would do it in the one thread that all calls go
-    through."""
+    """Parses and serves a request once LargeRequests admits it. The steps of a client's stream are small and always
+    admitted. gRPC itself would parse requests in the single thread that all calls pass through, and parsing 65,536
+    chunk references takes as long as looking them up."""
 
     def __init__(self, large: LargeRequests) -> None:
         self._large = large
@@ -194,7 +195,7 @@ class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
                     request = _parsed(handler, name, data)
                     answer = handler.response_serializer(handler.unary_unary(request, context))
                 return answer
-            finally:  # a refusal waits for its client as an answer does
+            finally:  # a refusal also waits in memory until the client reads it
                 self._unsent.add(context, len(answer))
 
         return serve
@@ -230,7 +231,7 @@ class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
 
 
 def _steps(handler: grpc.RpcMethodHandler, messages: Iterator[bytes], name: str) -> Iterator[object]:
-    """Keeps none of them while the next one is waited for."""
+    """Parsed steps of a stream. Does not keep a step in memory while it waits for the next one."""
     return map(partial(_parsed, handler, name), messages)
 
 
@@ -243,13 +244,12 @@ def _parsed(handler: grpc.RpcMethodHandler, name: str, data: bytes) -> object:
 
 
 def parser(request: type, max_bytes: int = SMALL_REQUEST_BYTES) -> Callable[[bytes], object]:
-    """Parses a message of type `request`. Raises MalformedRequestError for one of more bytes, DecodeError."""
+    """A parser of messages of type `request`. It raises MalformedRequestError for a message of more than `max_bytes`,
+    and DecodeError."""
 
     def parse(data: bytes) -> object:
         if len(data) > max_bytes:
-            raise MalformedRequestError(
-                f"a {request.__name__} has at most {max_bytes} bytes, not {len(data)}"
-            )
+            raise MalformedRequestError(f"a {request.__name__} has {len(data)} bytes; at most {max_bytes}")
         return request.FromString(data)  # type: ignore[attr-defined]
 
     return parse
@@ -257,7 +257,7 @@ def parser(request: type, max_bytes: int = SMALL_REQUEST_BYTES) -> Callable[[byt
 
 @contextmanager
 def reported(context: grpc.ServicerContext) -> Iterator[None]:
-    """Ends the call with the status of a request that is not served."""
+    """Ends the call with a gRPC status if the block refuses the request."""
     try:
         yield
     except MalformedRequestError as error:
@@ -271,7 +271,7 @@ def reported(context: grpc.ServicerContext) -> Iterator[None]:
 def unary(
     method: Callable[..., object], request: type, max_bytes: int = SMALL_REQUEST_BYTES
 ) -> grpc.RpcMethodHandler:
-    """A handler that takes one message of type `request`, of `max_bytes` at most, and returns one message."""
+    """A handler of a call that takes one message of type `request`, of at most `max_bytes`, and returns one message."""
     return grpc.unary_unary_rpc_method_handler(
         method,
         request_deserializer=parser(request, max_bytes),

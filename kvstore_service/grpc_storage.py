@@ -1,4 +1,4 @@
-"""The Storage service: a thin shell around a StorageNode."""
+"""The Storage gRPC service, a thin shell around a StorageNode."""
 
 import threading
 from collections.abc import Iterator
@@ -33,15 +33,17 @@ from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address
 from kvstore_service.lookup_reply import lookup_reply
 
-# The rest of a reply is for what else is said of wire.MAX_CHUNKS chunks.
+# 16 MiB of a reply are left for the other fields of wire.MAX_CHUNKS answers.
 MAX_HEADER_BYTES = MAX_REPLY_BYTES - (16 << 20)
 MAX_PIECE_BYTES = 1 << 20
 
 
 class StorageService:
-    """`bulk_endpoint` is the host:port of the same node's bulk port, empty where it has none; `repair` what keeps its
-    chunks on their other owners, if anything does; `experiments` what limits the node, if it may be limited;
-    `large` admits what takes the node long."""
+    """gRPC handlers of one storage node.
+
+    `bulk_endpoint` is the host:port of the node's bulk port, or empty. `repair` copies the node's chunks to their other
+    owners; None means no repair. `experiments` limits the node's speed; None refuses limits. `large` admits requests
+    that take the node long."""
 
     def __init__(
         self,
@@ -60,7 +62,8 @@ class StorageService:
         self._repair = repair
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
-        """Read and Put carry KV bytes and skip the generated message classes (kvstore_api.bulk)."""
+        """The handler of each call. Read and Put carry KV bytes, so they bypass the generated message classes
+        (kvstore_api.bulk)."""
         return {
             "Lookup": grpc.unary_unary_rpc_method_handler(
                 self.lookup, parser(pb.LookupRequest, MAX_MESSAGE_BYTES), response_serializer=bytes
@@ -89,14 +92,14 @@ class StorageService:
         }
 
     def lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> bytes:
-        """A serialised LookupReply: whether anybody still waits for it is looked at when it is all there, and what was
-        leased for an answer that cannot be given is released."""
+        """Returns a serialised LookupReply. Checks that the client still waits, during the lookup and once the reply is
+        complete. If the reply cannot be sent, its lease is released."""
         wanted = wire.lookup_request(request, MAX_HEADER_BYTES)
 
         def proceed(header_bytes: int) -> None:
             if not context.is_active():
-                raise AbandonedRequestError("the client of a lookup has gone")
-            if header_bytes > SMALL_HEADERS_BYTES:  # so will be the answer
+                raise AbandonedRequestError("the client disconnected during its lookup")
+            if header_bytes > SMALL_HEADERS_BYTES:  # then the reply is large too
                 self._large.wait_for_turn()
 
         try:
@@ -147,13 +150,13 @@ class StorageService:
         chunks = wire.chunk_ids(request.chunks)
         scores = list(request.scores)
         if len(scores) != len(chunks) or not all(0 <= score <= 1 for score in scores):
-            raise MalformedRequestError("a report has one score from 0 to 1 for each chunk")
+            raise MalformedRequestError("a report must have one score from 0 to 1 for each chunk")
         self._node.report(chunks, scores)
         return pb.ReportReply()
 
     def list(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListReply:  # noqa: ARG002
         content_prefix, tenant = wire.content_prefix(request), wire.tenant_of(request)
-        self._large.wait_for_turn()  # a page may take a look at every chunk of the node
+        self._large.wait_for_turn()  # one page may look at every chunk of the node
         variants, next_cursor = self._node.list(
             request.cursor,
             min(request.limit or MAX_LISTED, MAX_LISTED),
@@ -168,7 +171,7 @@ class StorageService:
         context: grpc.ServicerContext,
     ) -> Iterator[pb.VerifyReply]:
         if not self._verifying.acquire(blocking=False):
-            raise BusyError("this node is being verified already; wait until that has ended")
+            raise BusyError("this node is already being verified; wait until that has ended")
         try:
             yield from self._verify(context)
         finally:
@@ -213,7 +216,7 @@ class StorageService:
         if self._experiments is None:
             context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
-                f"{self._node.node_id} was not started for experiments and takes no limits; {START}",
+                f"{self._node.node_id} was not started for experiments and accepts no limits; {START}",
             )
         else:
             try:
@@ -223,10 +226,12 @@ class StorageService:
         return pb.ThrottleReply()
 
     def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:  # noqa: ARG002
-        """Yields serialised ReadReply messages. What is read stays in memory until its range was sent."""
+        """Yields serialised ReadReply messages. The chunk of a range stays in memory until the range is sent."""
         chunks, encodings = wire.read_targets(request)
         if any(wanted.chunk >= len(chunks) for wanted in request.ranges):
-            raise MalformedRequestError(f"a range names a chunk beyond the {len(chunks)} given")
+            raise MalformedRequestError(
+                f"a range has a chunk index beyond the {len(chunks)} chunks of the request"
+            )
         piece_bytes = min(request.piece_bytes or MAX_PIECE_BYTES, MAX_PIECE_BYTES)
         for index, wanted in enumerate(request.ranges):
             try:
@@ -249,7 +254,8 @@ def serve_storage(
     experiments: Experiments | None = None,
     large: LargeRequests | None = None,
 ) -> GrpcServer:
-    """Starts the node's data endpoint on any free port of `host`. Raises AddressInUseError."""
+    """Starts the node's gRPC server on a free port of `host`. `large` is shared with the node's bulk server. Raises
+    AddressInUseError."""
     service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
     large = large or LargeRequests()
     handlers = StorageService(node, bulk_endpoint, repair, experiments, large).handlers()

@@ -1,5 +1,5 @@
-"""Large requests wait for each other, so that small ones need not wait for them. Large is what is long itself, what has
-a long answer, and what takes the node long."""
+"""Serves large requests one at a time, so that small requests do not wait for them. A request is large if it is long,
+if its answer is long, or if it takes the node long."""
 
 import threading
 import time
@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from kvstore_codec.errors import AbandonedRequestError, BusyError
 
 SMALL_BYTES = 512 << 10
-"""A request of more bytes is large. A lookup of 7,000 chunks, a prompt of 1.8 million tokens, is not."""
+"""A longer request is large. A lookup of 7,000 chunks (a prompt of 1.8 million tokens) is still small."""
 MAX_WAITING = 16
-"""Large requests that wait to be served: each keeps a thread and its bytes, up to 8 MiB."""
+"""Large requests in the queue. Each holds a thread and its bytes, up to 8 MiB."""
 MAX_WAITING_OF_PEER = 2
 PATIENCE_S = 10.0
 MAX_KEPT_BYTES = 64 << 20
 MAX_KEPT_BYTES_OF_PEER = 16 << 20
-"""Large requests that are kept while their answers are streamed; parsed they take eight times as much."""
+"""Bytes of large requests whose answers are being streamed. A parsed request takes eight times its bytes."""
 _LOOK_S = 0.1
 _ADVICE = (
-    f"try again later, or ask for less at a time: up to {SMALL_BYTES} bytes with a short answer do not wait"
+    f"try again later, or send smaller requests: up to {SMALL_BYTES} bytes with a short answer need not wait"
 )
 
 
 class LargeRequests:
-    """Serves large requests one at a time, in the order in which they came: more at a time are not faster, because
-    Python computes in one thread, and each takes up to 200 MiB. Thread-safe."""
+    """Serves large requests one at a time, in the order of their arrival. Several at a time would not be faster,
+    because Python computes in one thread, and each takes up to 200 MiB. Thread-safe."""
 
     def __init__(self) -> None:
         self._served = _Served()
@@ -37,8 +37,8 @@ class LargeRequests:
 
     @contextmanager
     def admitted(self, peer: str, is_active: Callable[[], bool], *, size_bytes: int) -> Iterator[None]:
-        """Serves a request of the connection `peer` in the block; one of at most SMALL_BYTES at once, a large one when
-        its turn comes, as `wait_for_turn` says."""
+        """Admits a request of the connection `peer` for the duration of the block. A request of at most SMALL_BYTES is
+        admitted at once. A large one waits for its turn, and raises the errors of `wait_for_turn`."""
         request = self._served.request = _Request(peer, is_active)
         try:
             if size_bytes > SMALL_BYTES:
@@ -52,19 +52,20 @@ class LargeRequests:
                     self._changed.notify_all()
 
     def wait_for_turn(self) -> None:
-        """For a request that this thread serves and that turns out to be large, whatever its size; returns at once when
-        its turn has come before. Raises BusyError when too many wait or the turn does not come within PATIENCE_S, and
-        AbandonedRequestError when the client has gone meanwhile."""
+        """Blocks until it is the turn of the request that this thread serves. Called when a request turns out to be
+        large, whatever its size. Returns at once if the request already has its turn. Raises BusyError if too many
+        requests wait, or if the turn does not come within PATIENCE_S, and AbandonedRequestError if the client has
+        disconnected."""
         request = self._served.request
         if request is None:
-            raise RuntimeError("this thread serves no request that was admitted")
+            raise RuntimeError("this thread serves no admitted request")
         if not request.has_queued:
             self._queue_up(request)
 
     @contextmanager
     def kept(self, peer: str, *, size_bytes: int) -> Iterator[None]:
-        """Counts a large request that is in memory as long as the block runs. Raises BusyError when there are too
-        many."""
+        """Counts the bytes of a large request while the block runs. Raises BusyError if the connection, or all
+        connections together, would exceed its limit."""
         if size_bytes <= SMALL_BYTES:
             yield
             return
@@ -74,7 +75,7 @@ class LargeRequests:
                 or self._kept_bytes.total() + size_bytes > MAX_KEPT_BYTES
             ):
                 raise BusyError(
-                    f"requests of {self._kept_bytes.total()} bytes are being answered already; {_ADVICE}"
+                    f"requests of {self._kept_bytes.total()} bytes are already being answered; {_ADVICE}"
                 )
             self._kept_bytes[peer] += size_bytes
         try:
@@ -82,22 +83,24 @@ class LargeRequests:
         finally:
             with self._changed:
                 self._kept_bytes[peer] -= size_bytes
-                self._kept_bytes += Counter()  # without the connections that have none
+                self._kept_bytes += Counter()  # removes connections whose count is zero
 
     def _queue_up(self, request: "_Request") -> None:
         until_s = time.monotonic() + PATIENCE_S
         with self._changed:
             of_peer = sum(other.peer == request.peer for other in self._queue)
             if len(self._queue) > MAX_WAITING or of_peer > MAX_WAITING_OF_PEER:
-                raise BusyError(f"{len(self._queue)} large requests are under way already; {_ADVICE}")
+                raise BusyError(
+                    f"{len(self._queue)} large requests are already being served or wait; {_ADVICE}"
+                )
             self._queue.append(request)
             request.has_queued = True
             while self._queue[0] is not request:
                 self._changed.wait(_LOOK_S)
                 if not request.is_active():
-                    raise AbandonedRequestError("the client has gone while its request waited")
+                    raise AbandonedRequestError("the client disconnected while its request waited")
                 if time.monotonic() > until_s:
-                    raise BusyError(f"other large requests took all of {PATIENCE_S:.0f} s; {_ADVICE}")
+                    raise BusyError(f"other large requests took longer than {PATIENCE_S:.0f} s; {_ADVICE}")
 
 
 @dataclass(slots=True, eq=False)

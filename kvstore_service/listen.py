@@ -1,4 +1,4 @@
-"""Addresses to listen on: parsed, checked to be free, and kept while the server that needs them starts."""
+"""Listen addresses: parsing, checking that they are free, and reserving them until a server starts."""
 
 import errno
 import ipaddress
@@ -13,7 +13,7 @@ _PORT = re.compile("[0-9]{1,5}")
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """host:port; port 0 stands for any free one. An IPv6 host is written in brackets."""
+    """host:port; port 0 means any free port. An IPv6 host is written in brackets."""
 
     host: str
     port: int
@@ -33,7 +33,7 @@ class Address:
 
     @property
     def reachable_host(self) -> str:
-        """What others dial: the host itself, or for "all interfaces" this machine's address to the outside."""
+        """Host that others connect to: the host itself, or for "all interfaces" this machine's outgoing address."""
         try:
             wildcard = ipaddress.ip_address(self.host).is_unspecified
         except ValueError:
@@ -45,16 +45,16 @@ class Address:
 
 
 class Reservation:
-    """Keeps a port for a server that starts later, maybe in another process, maybe more than once.
+    """Reserves a port for a server that starts later, possibly in another process, possibly more than once.
 
-    The socket is bound but does not listen, with SO_REUSEPORT, so the server may bind beside it as long as it
-    sets that option too. Raises AddressInUseError when somebody else has the port, ConfigurationError when the
-    host is not one of this machine's.
+    The reservation is a socket that is bound with SO_REUSEPORT but does not listen. The server can bind the same port
+    if it sets that option too. Raises AddressInUseError if another process uses the port, and ConfigurationError if
+    the host is not an address of this machine.
     """
 
     def __init__(self, address: Address) -> None:
         with _bound(address, socket.SO_REUSEADDR) as probe:
-            # A plain socket, because with SO_REUSEPORT we would share the port with another server.
+            # Without SO_REUSEPORT, because with it the bind would succeed beside another server.
             port = probe.getsockname()[1]
         self._socket = _bound(Address(address.host, port), socket.SO_REUSEPORT)
         self.address = Address(address.host, port)
@@ -69,7 +69,7 @@ def _bound(address: Address, option: int) -> socket.socket:
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "this cannot be the name of a host"
+        reason = error.strerror if isinstance(error, OSError) else "this is not a valid host name"
         raise ConfigurationError(f"cannot listen on {address}: {reason}; choose another --listen") from error
     bound = socket.socket(family, kind, protocol)
     try:
@@ -88,12 +88,13 @@ def _bound(address: Address, option: int) -> socket.socket:
 
 def address_error(address: Address, reason: str) -> AddressInUseError:
     return AddressInUseError(
-        f"cannot listen on {address}: {reason}; stop what uses it, or choose another --listen (port 0 takes any free)"
+        f"cannot listen on {address}: {reason}; stop the process that uses it, or choose another --listen (port 0 "
+        "selects a free port)"
     )
 
 
 def _outside_host() -> str:
-    """The local address a packet to the outside would carry; sends nothing."""
+    """The local address that a packet to another network would have. Sends no packet."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
         try:
             route.connect(("192.0.2.1", 9))

@@ -1,4 +1,4 @@
-"""A Ray of our own on this machine: small, quiet, and gone without a trace afterwards."""
+"""A private Ray cluster on this machine. It is small, prints nothing, and leaves no processes or files."""
 
 import logging
 import os
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 # Read by Ray when it is imported or started.
 ENVIRONMENT = {
-    # A local cluster needs no token file, reports to nobody, and listens to this machine alone.
+    # A local cluster needs no token file, sends no usage reports, and listens on this machine only.
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # What Ray would print on this process's stdout stays in its log files.
+    # Keeps Ray's output in its log files, out of this process's stdout.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
 # Ray carries control calls only, so its object store is as small as Ray allows.
 _OBJECT_STORE_BYTES = 80 << 20
 _STOP_TIMEOUT_S = 5.0
-# Of Ray's processes those that a cluster cannot do without.
+# The Ray processes that a cluster needs.
 ESSENTIAL = ("gcs_server", "raylet")
 
 
 @contextmanager
 def local_ray(folder: Path) -> Iterator["RayProcesses"]:
-    """Runs Ray with its files in `folder`; its processes end with this one, whatever happens to it.
+    """Runs Ray with its files in `folder`. Ray's processes end with this process, even if it is killed.
 
-    Ray's own failure detection is left as slow as it is: with a single Ray node, faster settings only end the
-    whole cluster when the machine is busy. Storage nodes are watched by the coordinator instead.
+    Ray's failure detection keeps its slow defaults: with a single Ray node, faster settings only end the whole cluster
+    when the machine is busy. The coordinator watches the storage nodes instead.
 
     Raises StartupError.
     """
@@ -52,22 +52,22 @@ def local_ray(folder: Path) -> Iterator["RayProcesses"]:
         patience_s = _STOP_TIMEOUT_S
         yield processes
     finally:
-        # Also when a signal interrupts the start: Ray itself does not end what it has half started.
-        processes.look()
+        # Also after a signal interrupts the start, because Ray does not end processes of an unfinished start.
+        processes.find()
         ray.shutdown()
         processes.wait_until_gone(patience_s)
 
 
 class RayProcesses:
-    """Every process of the Ray that was started in `folder`, as far as `look` has seen them. It remembers them:
-    those of a dead raylet are no longer found below this process, and nobody else ends them."""
+    """The processes of the Ray in `folder` that `find` has found. They are remembered, because the children of a dead
+    raylet are no longer descendants of this process, and nothing else would end them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = str(folder)
         self._seen: set[psutil.Process] = set()
 
-    def look(self) -> list[str]:
-        """Which of the processes that Ray needs are running."""
+    def find(self) -> list[str]:
+        """Finds Ray's processes, and returns the names of those in ESSENTIAL that run."""
         import psutil
 
         running = []
@@ -82,7 +82,7 @@ class RayProcesses:
         return running
 
     def wait_until_gone(self, patience_s: float) -> None:
-        """Waits for the end of all that were seen, and brings it about after `patience_s`."""
+        """Blocks until all processes that were found have ended. Kills those still alive after `patience_s`."""
         import psutil
 
         deadline_s = time.monotonic() + patience_s
@@ -110,5 +110,5 @@ def _start(folder: Path) -> None:
                 namespace="kvstore",
                 _temp_dir=str(folder),
             )
-    except Exception as error:  # also plain ones, when it takes too long
+    except Exception as error:  # Ray raises a plain Exception if the start takes too long
         raise StartupError(f"Ray did not start: {error}") from error

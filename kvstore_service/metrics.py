@@ -1,4 +1,4 @@
-"""The cluster's numbers for Prometheus, asked for at every scrape and never kept twice."""
+"""Prometheus metrics of a cluster. Each scrape asks the cluster; no values are cached."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,39 +14,39 @@ from kvstore_service.listen import Address, address_error
 
 _GAUGES = {
     "chunks": "Stored variants of chunks.",
-    "bytes_used": "Bytes of memory taken by chunks.",
+    "bytes_used": "Bytes of memory used by chunks.",
     "bytes_limit": "Bytes of memory for chunks.",
-    "leases": "Leases that have not ended.",
+    "leases": "Active leases.",
 }
-# Those of a node's own gauges that need more words than their name has.
+# Help texts for those gauges of a node whose name does not explain them.
 _TEXTS = {
     "memory_chunks": "Stored variants that are in memory.",
     "disk_chunks": "Stored variants that are on disk.",
-    "disk_bytes_used": "Bytes of disk taken by chunks.",
+    "disk_bytes_used": "Bytes of disk used by chunks.",
     "disk_bytes_limit": "Bytes of disk for chunks.",
     "disk_unreadable": "Stored variants whose last read from the disk failed.",
     "pinned": "Stored variants that are pinned.",
     "draining": "Whether the node is draining.",
-    "drain_left": "Stored variants that a draining node has still to give.",
-    "background_failing": "Background loops of the node's process that fail now; its log says why.",
-    "repair_running": "Whether a walk of repair is under way.",
-    "repair_round": "Last round of repair in which every other node answered.",
-    "repair_epoch": "Epoch of the last walk in which every other node answered.",
-    "repair_checked": "Stored variants that the walk of repair has checked.",
-    "repair_total": "Stored variants that the walk of repair checks.",
-    "repair_left": "Stored variants that an owner lacked after the last walk of repair.",
+    "drain_left": "Stored variants that a draining node has not yet copied to other nodes.",
+    "background_failing": "Background loops of the node's process that are failing; its log says why.",
+    "repair_running": "Whether a repair pass is running.",
+    "repair_round": "Last repair round in which every other node answered.",
+    "repair_epoch": "Membership epoch of the last repair pass in which every other node answered.",
+    "repair_checked": "Stored variants that the repair pass has checked.",
+    "repair_total": "Stored variants that the repair pass has to check.",
+    "repair_left": "Stored variants that an owner lacked after the last repair pass.",
 }
 
 
 class ClusterCollector(Collector):
-    """kvstore_coordinator_up, kvstore_cluster_epoch, and for each node kvstore_node_up, kvstore_node_disk_ok, its
-    gauges and its counters. `stats` raises ServiceError when the cluster does not answer."""
+    """Collects kvstore_coordinator_up and kvstore_cluster_epoch, and for each node kvstore_node_up,
+    kvstore_node_disk_ok, its gauges and its counters. `stats` raises ServiceError if the cluster does not answer."""
 
     def __init__(self, stats: Callable[[], pb.ClusterStatsReply]) -> None:
         self._stats = stats
 
     def describe(self) -> list[Metric]:
-        """Nothing: registering must not ask the cluster."""
+        """Returns nothing, so that registering the collector does not ask the cluster."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -65,7 +65,7 @@ class ClusterCollector(Collector):
 
 @contextmanager
 def metrics_endpoint(address: Address) -> Iterator[CollectorRegistry]:
-    """Serves what is registered over HTTP at /metrics. Raises AddressInUseError."""
+    """Serves the metrics of the yielded registry over HTTP at /metrics. Raises AddressInUseError."""
     registry = CollectorRegistry()
     try:
         server, thread = start_http_server(address.port, address.host, registry)
@@ -82,7 +82,7 @@ def metrics_endpoint(address: Address) -> Iterator[CollectorRegistry]:
 def _node_metrics(reply: pb.ClusterStatsReply) -> Iterator[Metric]:
     up = GaugeMetricFamily("kvstore_node_up", "Whether the storage node answers.", labels=["node_id"])
     disk = GaugeMetricFamily(
-        "kvstore_node_disk_ok", "0 when the node does without a disk that it should have.", labels=["node_id"]
+        "kvstore_node_disk_ok", "0 if the node runs without its configured disk.", labels=["node_id"]
     )
     gauges: dict[str, Metric] = {}
     counters: dict[str, Metric] = {}

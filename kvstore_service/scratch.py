@@ -1,8 +1,8 @@
-"""A folder for files that live as long as a process, such as Ray's; what killed processes left is removed.
+"""A temporary folder that lives as long as its process, for files such as Ray's. Leftover folders are removed.
 
-A folder belongs to the process that holds the lock on the file `owner` in it. The kernel gives the lock up when that
-process ends, however it ends, so a folder whose lock can be had is a leftover. Only what is surely such a folder is
-removed: its name, kind, mode and user are those of a folder made here, and `owner` says so.
+The process that holds the lock on the file `owner` in a folder owns that folder. The kernel releases the lock when the
+process ends, however it ends. A folder whose lock is free is therefore a leftover of a killed process. A folder is only
+removed if its name, type, mode and user are those of a folder made by this module, and its `owner` file says so.
 """
 
 import fcntl
@@ -29,28 +29,28 @@ _NAME = re.compile(_PREFIX + "[a-z0-9_]{8}")  # as mkdtemp makes it
 _OWNER = "owner"
 _OWNER_LINE = b"scratch folder of kvstore process "
 _LONGEST_OWNER = len(_OWNER_LINE) + 20
-# Tells the processes that the owner of a folder starts whose they are.
+# Child processes inherit this variable, which names the folder of the process that started them.
 _VARIABLE = "KVSTORE_SCRATCH_FOLDER"
-# The path of a socket may have 107 bytes, and Ray puts them far below the folder.
+# The path of a Unix socket has at most 107 bytes, and Ray's sockets have long paths below the folder.
 _DEEPEST = f"/{_PREFIX}12345678/ray/session_2026-01-31_12-00-00_123456_4194304/sockets/plasma_store"
 LONGEST_PARENT_BYTES = 107 - len(_DEEPEST)
-# Ray writes half a MiB of logs until it is up.
+# Ray writes half a MiB of logs during its start.
 _PROBE_BYTES = 1 << 20
 _PARENT_VARIABLES = ("TMPDIR", "TEMP", "TMP")
-_DEFAULTS = ("/tmp", "/var/tmp")  # noqa: S108 (tried for whether they can be written)
+_DEFAULTS = ("/tmp", "/var/tmp")  # noqa: S108 (checked before use)
 _RAY_PROGRAMS = ("gcs_server", "raylet")
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A new folder with a short path, removed at the end. First removes what this user's killed processes left beside
-    it, and ends the Ray processes that still use that. Raises StartupError when no folder can be had."""
+    """A new folder with a short path, removed when the block ends. First removes folders that killed processes of this
+    user have left, and kills Ray processes that still use them. Raises StartupError if no folder can be made."""
     parent = _parent()
     _clear_leftovers(parent)
     try:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     except OSError as error:
-        raise StartupError(f"no temporary folder can be made in {parent}: {error.strerror}") from error
+        raise StartupError(f"cannot make a temporary folder in {parent}: {error.strerror}") from error
     lock_fd = -1
     try:
         lock_fd = _own(folder)
@@ -75,7 +75,7 @@ def _named_in_environment(folder: Path) -> Iterator[None]:
 
 
 def _parent() -> Path:
-    """The first folder that the environment names, or else the system's, that can be used. Raises StartupError."""
+    """The first usable folder among those of TMPDIR, TEMP, TMP and the system's. Raises StartupError."""
     named = [(f"{name}=", os.environ[name]) for name in _PARENT_VARIABLES if os.environ.get(name)]
     refused: list[str] = []
     for source, path in [*named, *(("", path) for path in _DEFAULTS)]:
@@ -92,7 +92,7 @@ def _parent() -> Path:
 
 
 def _unusable(path: str) -> str | None:
-    """Why Ray's files cannot be there."""
+    """The reason why Ray cannot use the folder `path`, or None."""
     length = len(os.fsencode(Path(path).absolute()))
     if length > LONGEST_PARENT_BYTES:
         return f"has {length} bytes, more than the {LONGEST_PARENT_BYTES} that leave room for Ray's sockets"
@@ -107,7 +107,8 @@ def _unusable(path: str) -> str | None:
 
 
 def _own(folder: Path) -> int:
-    """Takes the lock before others can see it: one that looks for leftovers must never get it first."""
+    """Makes the `owner` file and returns its locked descriptor. The file gets its name after it is locked, so that a
+    process that looks for leftovers never gets the lock first."""
     unseen = folder / f".{_OWNER}"
     lock_fd = os.open(unseen, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,7 +119,7 @@ def _own(folder: Path) -> int:
 
 def _clear_leftovers(parent: Path) -> None:
     folders: list[Path] = []
-    with suppress(OSError):  # the parent may be one that can be written, but not read
+    with suppress(OSError):  # the parent may be writable but not readable
         folders = [folder for folder in parent.iterdir() if _NAME.fullmatch(folder.name)]
     for folder in folders:
         lock_fd = _lock_leftover(folder)
@@ -127,7 +128,7 @@ def _clear_leftovers(parent: Path) -> None:
         ended = _end_processes(folder)
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock_fd)
-        what = "some of it could not be removed" if folder.exists() else "removed"
+        what = "some files could not be removed" if folder.exists() else "removed"
         log.warning(
             "%s was left by a service that was killed: %s%s",
             folder,
@@ -137,8 +138,8 @@ def _clear_leftovers(parent: Path) -> None:
 
 
 def _lock_leftover(folder: Path) -> int | None:
-    """The lock on a folder that a killed service of this user has left; None where the folder is anything else, however
-    much it looks like one, or its service lives."""
+    """Locked descriptor of the `owner` file of a folder that a killed service of this user has left. None if the
+    service is alive, or if the folder is of another kind."""
     try:
         found = folder.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_mode & 0o777 != 0o700 or found.st_uid != os.geteuid():
@@ -159,23 +160,25 @@ def _is_owner_line(line: bytes) -> bool:
 
 
 def _end_processes(folder: Path) -> int:
-    """Kills the Ray processes that this user's service with that folder has started, and says how many there were."""
+    """Kills the Ray processes that the folder's owner, a service of this user, has started. Returns their number."""
     import psutil
 
     ended = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.uids().effective == os.geteuid() and _is_rays(process, folder):
+            if process.uids().effective == os.geteuid() and _is_ray_process(process, folder):
                 process.kill()
                 ended.append(process)
     psutil.wait_procs(ended, timeout=1)
     return len(ended)
 
 
-def _is_rays(process: "psutil.Process", folder: Path) -> bool:
-    """Whether it is a process of the Ray session in the folder, started by the folder's owner, as its environment says.
-    Those that rename themselves have overwritten that and their arguments, but have their log open there. So may a
-    pager, which is none of Ray's."""
+def _is_ray_process(process: "psutil.Process", folder: Path) -> bool:
+    """Whether `process` belongs to the Ray session in the folder, and the folder's owner has started it.
+
+    The environment and the arguments show this. Ray processes that rename themselves overwrite both, but have their log
+    open in the folder. Other processes, such as a pager, may have that log open too, so the name must begin with
+    `ray::`."""
     arguments = process.cmdline()
     if not arguments:
         return False

@@ -1,8 +1,8 @@
-"""Signals that ask a process to stop: SIGTERM, Ctrl-C, a closed terminal.
+"""Signals that ask a process to stop: SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal).
 
-The first one unwinds the process, so that everything it began is ended in order; those after it change nothing. One
-that was ignored when the process started, as `nohup` does with SIGHUP, stays ignored. SIGQUIT is left as it is: it
-ends the process at once.
+The first signal raises an exception, so that the process releases its resources in order. Later signals have no effect.
+A signal that was ignored when the process started, as `nohup` does with SIGHUP, stays ignored. SIGQUIT is not handled:
+it ends the process at once.
 """
 
 import atexit
@@ -21,18 +21,18 @@ _blocked_here = False
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised in the main thread by the first signal. A KeyboardInterrupt, because Ray's calls swallow whatever else a
-    signal handler raises."""
+    """Raised in the main thread by the first signal. It is a KeyboardInterrupt because Ray's calls swallow every other
+    exception that a signal handler raises."""
 
 
 class StopSignals:
-    """Handlers that raise Stopped. `received` is the signal that did, None until then."""
+    """Signal handlers that raise Stopped. `received` is the first signal, or None before it."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
     def install(self) -> None:
-        """Main thread only."""
+        """Installs the handlers. Call it in the main thread."""
         for number in heeded():
             signal.signal(number, self._stop)
 
@@ -43,9 +43,9 @@ class StopSignals:
 
 
 def end_by(number: signal.Signals) -> NoReturn:
-    """Ends the process by a signal, so that its parent sees why it ended. As the first process of a container, which no
-    signal ends by default, it exits with 128 and the number."""
-    atexit._run_exitfuncs()  # such as multiprocessing's, which gives its semaphores back
+    """Ends the process with a signal, so that its parent sees the reason. The first process of a container, which no
+    signal ends by default, exits with status 128 + `number`."""
+    atexit._run_exitfuncs()  # for example multiprocessing releases its semaphores there
     sys.stdout.flush()
     sys.stderr.flush()
     signal.signal(number, signal.SIG_DFL)
@@ -55,15 +55,15 @@ def end_by(number: signal.Signals) -> NoReturn:
 
 
 def heeded() -> set[signal.Signals]:
-    """Signals that stop this process: all but those it ignores."""
+    """Signals that stop this process: SIGTERM, SIGINT and SIGHUP, except ignored ones."""
     return {number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN}
 
 
 def block() -> set[signal.Signals]:
-    """Keeps the signals pending, in this thread and those that it starts, and returns them for `sigtimedwait`.
+    """Blocks the stop signals in this thread and in threads that it starts. Returns them for `sigtimedwait`.
 
-    Processes that are started from now on inherit it but for SIGTERM: a closed terminal or Ctrl-C, which reach every
-    process of it, are for this one alone to heed.
+    Child processes inherit the blocked signals except SIGTERM. Ctrl-C and a closed terminal send signals to all
+    processes of the terminal, and only this process reacts to them.
     """
     global _blocked_here
     numbers = heeded()
@@ -74,7 +74,8 @@ def block() -> set[signal.Signals]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Defers the signals while a library starts that puts handlers of its own in place, and then restores ours."""
+    """Defers the stop signals during the block, and then restores their handlers. For the start of a library that
+    installs its own handlers."""
     global _blocked_here
     before = _blocked_here
     handlers = {number: signal.getsignal(number) for number in _STOPPING}
@@ -85,16 +86,14 @@ def deferred() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
-                if (
-                    handler is not None
-                ):  # else it was not put in place from Python, and is not ours to restore
+                if handler is not None:  # None: not installed from Python, so Python cannot restore it
                     signal.signal(number, handler)
         _blocked_here = before
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _unblock_in_child() -> None:
-    if _blocked_here:  # SIGTERM is how Ray ends its processes
+    if _blocked_here:  # Ray ends its processes with SIGTERM
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 

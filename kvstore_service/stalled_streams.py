@@ -1,4 +1,4 @@
-"""Streams whose client takes no answer are ended: each keeps a thread, what it reads, and a place among the streams."""
+"""Cancels streams whose client does not read. Such a stream would keep a thread, its data and one of MAX_STREAMS."""
 
 import threading
 import time
@@ -9,22 +9,22 @@ import grpc
 from kvstore_cluster.background import BackgroundLoop
 
 PATIENCE_S = 20.0
-"""For one answer, 1 MiB at most, to be taken: whoever is slower is cut off, as on the bulk port."""
-_LOOK_S = 1.0
+"""Time limit for a client to read one answer, at most 1 MiB. A slower stream is cancelled, as on the bulk port."""
+_PERIOD_S = 1.0
 
 
 class StalledStreams:
-    """Cancels calls that wait longer than PATIENCE_S for their client to take an answer, from construction until
-    `stop`. Thread-safe."""
+    """Cancels calls whose client takes longer than PATIENCE_S to read an answer, from construction until `stop`.
+    Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting_since_s: dict[grpc.ServicerContext, float] = {}
-        self._loop = BackgroundLoop("kvstore-rpc-stalled", self._look)
+        self._loop = BackgroundLoop("kvstore-rpc-stalled", self._cancel_stalled)
         self._loop.start()
 
     def watched(self, answers: Iterator[object], context: grpc.ServicerContext) -> Iterator[object]:
-        """Passes on the answers of a call."""
+        """Yields the answers of a call, and records how long its client takes to read each."""
         for answer in answers:
             with self._lock:
                 self._waiting_since_s[context] = time.monotonic()
@@ -37,8 +37,8 @@ class StalledStreams:
     def stop(self) -> None:
         self._loop.stop()
 
-    def _look(self) -> None:
-        if self._loop.stopping.wait(_LOOK_S):
+    def _cancel_stalled(self) -> None:
+        if self._loop.stopping.wait(_PERIOD_S):
             return
         limit_s = time.monotonic() - PATIENCE_S
         with self._lock:

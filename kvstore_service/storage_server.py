@@ -1,4 +1,4 @@
-"""A storage node's endpoints: gRPC for everything, and the bulk port for KV bytes."""
+"""The endpoints of a storage node: gRPC for all calls, and the bulk port for KV bytes."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from kvstore_service.large_requests import LargeRequests
 
 
 class StorageServer:
-    """Serves from construction until `stop`, on free ports of `host`, or, when None, of the address that Ray knows this
-    machine by. `tls` are the files of the bulk port's certificate and key. Raises ConfigurationError,
-    AddressInUseError."""
+    """Serves a node from construction until `stop`, on free ports of `host`. If `host` is None, it listens on the
+    address under which Ray knows this machine. `tls` names the files with the certificate and the key of the bulk port.
+    Raises ConfigurationError and AddressInUseError."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class StorageServer:
 
     def stop(self, grace_s: float = 1.0) -> None:
         if self._experiments is not None:
-            self._experiments.end()  # or whoever waits under a limit would outlast the grace
+            self._experiments.end()  # otherwise requests that wait under a limit would not end in time
         self._grpc.stop(grace_s)
         self._bulk.stop(grace_s)
 

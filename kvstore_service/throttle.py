@@ -1,4 +1,4 @@
-"""A limit on what a storage node sends to readers, for experiments with slow links."""
+"""A limit on the bandwidth at which a storage node sends to readers, for experiments with slow links."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,33 +7,34 @@ from kvstore_codec.errors import ConfigurationError
 from kvstore_service.bandwidth import piece_bytes
 
 SLOWEST_BPS = 100e3
-"""Below it one piece takes longer than readers have patience."""
+"""Lowest limit. Below it one piece takes longer than the timeout of readers."""
 FASTEST_BPS = 1e12
-"""Beyond all links; what a node says of itself are integers of 64 bits."""
+"""Highest limit, faster than any link. Gauges of a node are 64-bit integers."""
 _BURST_BYTES = 16 << 10
 
 
 class Throttle:
-    """One for all connections of a node; they share the bandwidth in turns. Off at first, and then it costs the
-    reading of a field. Thread-safe."""
+    """The bandwidth limit of one node. All its connections share it in turns. It is off at first, and then costs one
+    read of a field. Thread-safe."""
 
     def __init__(self) -> None:
         self._limit: Limit | None = None
 
     @property
     def bandwidth_bps(self) -> float | None:
-        """None: no limit."""
+        """The current limit, bits per second. None means no limit."""
         limit = self._limit
         return None if limit is None else 8 * limit.bytes_per_s
 
     def set(self, bandwidth_bps: float | None) -> None:
-        """From now on; whoever waits for a piece under another limit goes on at once. Raises ConfigurationError."""
+        """Sets the limit; None removes it. Threads that wait under the previous limit continue at once. Raises
+        ConfigurationError."""
         if bandwidth_bps is not None and not SLOWEST_BPS <= bandwidth_bps <= FASTEST_BPS:
             raise ConfigurationError(
                 f"a node can be limited to {SLOWEST_BPS / 1e3:.0f} kbit/s or more, up to {FASTEST_BPS / 1e9:.0f} "
                 f"Gbit/s, not to {bandwidth_bps:g} bit/s"
             )
-        # Two at once: the one that is not seen any more has nobody waiting for long.
+        # If two threads set limits at once, one limit is not lifted; its waiters then wait for one piece at most.
         before, self._limit = (
             self._limit,
             (None if bandwidth_bps is None else Limit(bandwidth_bps / 8, _BURST_BYTES)),
@@ -42,8 +43,8 @@ class Throttle:
             before.lift()
 
     def paced(self, views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
-        """These bytes, each piece of them when it may leave: all at once without a limit, else pieces of 2 ms, so that
-        all connections have their turn and a limit that changes in between is kept."""
+        """Yields the bytes of `views` when they may be sent. Without a limit it yields all at once, otherwise pieces of
+        2 ms, so that all connections get their turn and a changed limit takes effect. Blocks between pieces."""
         if self._limit is None:
             yield list(views)
             return

@@ -1,4 +1,4 @@
-"""Answers that wait in memory for their clients to take them."""
+"""Limits the memory of answers that clients have not read yet."""
 
 import threading
 from collections import defaultdict
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 import grpc
 
 CALL_BYTES = 24 << 10
-"""What a call that waits for its client takes besides its answer: 22 KiB, measured with 6,000 empty answers."""
+"""Memory of a waiting call besides its answer. Measured: 22 KiB, with 6,000 empty answers."""
 MAX_BYTES_OF_PEER = 96 << 20
-"""Of one connection: the largest answer and a half, or 4,096 of the smallest."""
+"""Limit per connection: 1.5 answers of the largest size, or 4,096 of the smallest."""
 MAX_BYTES = 256 << 20
 
 
 class UnsentAnswers:
-    """Keeps what waits within MAX_BYTES_OF_PEER and MAX_BYTES, the calls themselves included: a client that asks and
-    does not read has its oldest calls cancelled. gRPC counts a call among those under way only until its answer was
+    """Keeps unread answers and their calls within MAX_BYTES_OF_PEER and MAX_BYTES, by cancelling the oldest calls of
+    clients that send requests without reading the answers. gRPC's own limit counts a call only until its answer is
     made. Thread-safe."""
 
     def __init__(self) -> None:
@@ -28,8 +28,8 @@ class UnsentAnswers:
         return self._bytes
 
     def add(self, context: grpc.ServicerContext, answer_bytes: int) -> None:
-        """Counts an answer until its call has ended. Cancels others before it, the oldest of this connection and then
-        of whichever has most, where they are too many."""
+        """Counts an answer until its call ends. If a limit is exceeded, cancels the oldest calls: first those of this
+        connection, then those of the connection with the most bytes."""
         peer, size_bytes = context.peer(), CALL_BYTES + answer_bytes
         excess: list[grpc.ServicerContext] = []
         with self._lock:
@@ -41,7 +41,7 @@ class UnsentAnswers:
             self._waiting[peer].calls[context] = size_bytes
             self._waiting[peer].bytes += size_bytes
             self._bytes += size_bytes
-        if not context.add_callback(lambda: self._forget(peer, context)):  # it has ended already
+        if not context.add_callback(lambda: self._forget(peer, context)):  # the call has already ended
             self._forget(peer, context)
         for call in excess:
             call.cancel()
@@ -67,8 +67,8 @@ class UnsentAnswers:
 
 @dataclass(slots=True)
 class _Waiting:
-    """Of one connection."""
+    """Unread answers of one connection."""
 
     calls: dict[grpc.ServicerContext, int] = field(default_factory=dict)
-    """With the bytes of each, the oldest first."""
+    """Bytes of each call, the oldest call first."""
     bytes: int = 0

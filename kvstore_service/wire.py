@@ -1,7 +1,7 @@
-"""Messages of the Storage service as values of the storage node, and the other way round, for both of its ports.
+"""Conversion between messages of the Storage service and values of the storage node, for the gRPC and the bulk port.
 
-What a client sent is checked here. Each function that takes a request raises MalformedRequestError for one that makes
-no sense: INVALID_ARGUMENT over gRPC, a refusal on the bulk port.
+This module checks the requests of clients. Each function that takes a request raises MalformedRequestError for an
+invalid one. Over gRPC the client then gets INVALID_ARGUMENT, and on the bulk port a refusal.
 """
 
 import math
@@ -42,13 +42,13 @@ def chunk_id(ref: ChunkName) -> ChunkId:
         return ChunkId(ContentId(ref.content_id), PrefixId(ref.prefix_id))
     except InvalidKVError as error:
         raise MalformedRequestError(
-            f"content_id and prefix_id have {DIGEST_BYTES} bytes each, "
+            f"a content_id and a prefix_id have {DIGEST_BYTES} bytes each, "
             f"not {len(ref.content_id)} and {len(ref.prefix_id)}"
         ) from error
 
 
 def chunk_ids(refs: Collection[pb.ChunkRef]) -> list[ChunkId]:
-    """At most MAX_CHUNKS."""
+    """The ids of at most MAX_CHUNKS chunks."""
     _require_at_most(MAX_CHUNKS, "chunks", refs)
     return [chunk_id(ref) for ref in refs]
 
@@ -62,18 +62,20 @@ def lease_id(sent: bytes) -> LeaseId:
 def used_bits(request: pb.UseRequest | pb.ReleaseLeaseRequest) -> bytes:
     used: bytes = request.used
     if len(used) > MAX_CHUNKS // 8:
-        raise MalformedRequestError(f"{8 * len(used)} bits of use; a lookup has at most {MAX_CHUNKS} answers")
+        raise MalformedRequestError(
+            f"a request reports {8 * len(used)} used bits; a lookup has at most {MAX_CHUNKS} answers"
+        )
     return used
 
 
 def lookup_request(request: pb.LookupRequest, max_header_bytes: int) -> LookupRequest:
-    """Its chunks are as they were sent: `lookup_reply.py` refuses those that name none. To make a thousand ChunkIds
-    takes longer than to find them."""
+    """The arguments of a lookup. The chunk references are not checked here, because converting 1,000 of them to
+    ChunkIds takes longer than the lookup. `lookup_reply.py` refuses those of the wrong length."""
     _require_at_most(MAX_CHUNKS, "chunks", request.chunks)
     _require_at_most(MAX_ENCODINGS, "encodings", request.encodings)
     return LookupRequest(
         list(request.chunks),
-        # As a list: the message would make new strings, without a hash, for every chunk.
+        # A list, because the message would make new strings, without a cached hash, for every chunk.
         list(request.encodings),
         lease_s=request.lease_ms / 1000,
         max_header_bytes=max_header_bytes,
@@ -86,8 +88,8 @@ def lookup_request(request: pb.LookupRequest, max_header_bytes: int) -> LookupRe
 
 
 def read_targets(request: pb.ReadRequest) -> tuple[list[ChunkId], list[str]]:
-    """The chunks that the ranges of a read refer to, with the encoding of each. Whether a range refers to one of them
-    is not checked."""
+    """The chunks that the ranges of a read refer to, and the encoding of each. The chunk indices of the ranges are not
+    checked."""
     _require_at_most(MAX_CHUNKS, "chunks", request.chunks)
     _require_at_most(MAX_RANGES, "ranges", request.ranges)
     chunks = [chunk_id(ref) for ref in request.chunks]
@@ -100,19 +102,21 @@ def read_targets(request: pb.ReadRequest) -> tuple[list[ChunkId], list[str]]:
 
 
 def put_arguments(start: pb.PutStart) -> tuple[ChunkId, str, int, bytes | None, PutOptions]:
-    """What `StorageNode.begin_put` takes. Raises PutStateError, too: then the node refuses this put alone."""
+    """The arguments of `StorageNode.begin_put`. Also raises PutStateError, for which the node refuses only this put."""
     if len(start.calibration) not in (0, DIGEST_BYTES):
         raise PutStateError(
-            f"a put's calibration is a digest of {DIGEST_BYTES} bytes, or empty; {len(start.calibration)} bytes came"
+            f"the calibration of a put has {DIGEST_BYTES} bytes or none; this one has {len(start.calibration)}"
         )
     if len(start.encoding) > MAX_ENCODING_CHARACTERS:
         raise PutStateError(
-            f"a put's encoding has a name of {len(start.encoding)} characters; at most {MAX_ENCODING_CHARACTERS}"
+            f"the encoding of a put has {len(start.encoding)} characters; at most {MAX_ENCODING_CHARACTERS}"
         )
     if start.durability not in pb.Durability.values() or not 0 <= start.cost < math.inf:
-        raise PutStateError("a put's durability is one of the known ones, and its cost is not negative")
+        raise PutStateError(
+            "the durability of a put must be a known value, and its cost finite and not negative"
+        )
     if len(start.behind) > MOST_BEHIND:
-        raise PutStateError(f"a put names at most {MOST_BEHIND} chunks before it, not {len(start.behind)}")
+        raise PutStateError(f"a put names {len(start.behind)} preceding chunks; at most {MOST_BEHIND}")
     options = PutOptions(
         Durability(start.durability),
         start.ttl_s,
@@ -125,7 +129,7 @@ def put_arguments(start: pb.PutStart) -> tuple[ChunkId, str, int, bytes | None, 
 
 
 def put_start(variant: StoredVariant, *, durable: bool) -> pb.PutStart:
-    """Announces a stored variant to another node."""
+    """The message that starts a put of a stored variant to another node."""
     return pb.PutStart(
         chunk=chunk_ref(variant.chunk_id),
         encoding=variant.encoding,
@@ -141,7 +145,7 @@ def put_start(variant: StoredVariant, *, durable: bool) -> pb.PutStart:
 
 
 def put_reply(*, stored: bool) -> pb.PutReply:
-    """The chunk is there: by this put, or it was before."""
+    """The reply to a successful put. `stored` is False if the chunk was already stored."""
     return pb.PutReply(status=pb.PUT_STATUS_STORED if stored else pb.PUT_STATUS_ALREADY_STORED)
 
 
@@ -152,17 +156,19 @@ def put_refusal(error: KVStoreError) -> pb.PutReply:
 
 
 def tenant_of(request: pb.ListRequest) -> str | None:
-    """Whose chunks are to be listed; None: everybody's."""
+    """The tenant whose chunks are listed. None means all tenants."""
     tenant_bytes = len(request.tenant.encode())
     if tenant_bytes > MAX_TENANT_BYTES:
-        raise MalformedRequestError(f"a tenant has at most {MAX_TENANT_BYTES} bytes, not {tenant_bytes}")
+        raise MalformedRequestError(
+            f"the name of a tenant has {tenant_bytes} bytes; at most {MAX_TENANT_BYTES}"
+        )
     return request.tenant if request.HasField("tenant") else None
 
 
 def content_prefix(request: pb.ListRequest) -> bytes:
     prefix: bytes = request.content_prefix
     if len(prefix) > DIGEST_BYTES:
-        raise MalformedRequestError(f"a content_prefix has at most {DIGEST_BYTES} bytes, not {len(prefix)}")
+        raise MalformedRequestError(f"a content_prefix has {len(prefix)} bytes; at most {DIGEST_BYTES}")
     return prefix
 
 
@@ -197,4 +203,4 @@ def _put_status(error: KVStoreError) -> pb.PutStatus:
 
 def _require_at_most(limit: int, what: str, items: Collection[object]) -> None:
     if len(items) > limit:
-        raise MalformedRequestError(f"{len(items)} {what} in one request; at most {limit}")
+        raise MalformedRequestError(f"a request names {len(items)} {what}; at most {limit}")

@@ -1,4 +1,4 @@
-"""Accepting connections to the bulk port: how many, for how long, and how they end."""
+"""The server of the bulk port: accepts, limits and closes connections."""
 
 import contextlib
 import logging
@@ -18,12 +18,13 @@ from kvstore_service.listen import Address, address_error
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256
-"""Each has a thread, and at most one chunk that is being read or written. For one more the one that has been idle
-longest is closed, or the new one where none is idle."""
+"""Most open connections. Each has a thread, and reads or writes at most one chunk at a time. One more connection closes
+the one that has been idle longest, or is closed itself if none is idle."""
 PATIENCE_S = 20.0
-"""For 4 MiB to a client, or 256 KiB from it: whoever is slower is disconnected, and what it held is given back."""
+"""Time limit for sending 4 MiB to a client, or receiving 256 KiB from it. A slower client is disconnected, and its
+chunks are released."""
 IDLE_S = 600.0
-"""A connection without a request for so long is closed; clients connect again."""
+"""A connection without a request for this long is closed. Clients reconnect."""
 _RETRY_ACCEPT_S = 0.1
 
 
@@ -63,20 +64,21 @@ class BulkServer:
         self._lock = threading.Lock()
         self._stopping = False
         self._connections: dict[ByteStream, threading.Thread] = {}
-        self._idle: dict[ByteStream, None] = {}  # longest first
-        self._leaving: set[ByteStream] = set()  # closed by us, their threads about to notice
+        self._idle: dict[ByteStream, None] = {}  # the longest idle first
+        self._closing: set[ByteStream] = set()  # aborted by this server, threads not ended yet
         self._acceptor = BackgroundLoop("kvstore-bulk-accept", self._accept)
         self._acceptor.start()
 
     def stop(self, grace_s: float = 1.0) -> None:
-        """Refuses new connections and closes idle ones at once; requests under way get `grace_s`."""
+        """Refuses new connections and closes idle ones at once. Running requests get `grace_s` to end. Blocks until all
+        threads have ended."""
         until = time.monotonic() + grace_s
         with self._lock:
             self._stopping = True
             connections = dict(self._connections)
             for stream in self._idle:
                 stream.abort()
-        with contextlib.suppress(OSError):  # not connected, says the kernel, but the acceptor wakes
+        with contextlib.suppress(OSError):  # the kernel reports "not connected", but the acceptor wakes up
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._acceptor.stop()
@@ -92,12 +94,12 @@ class BulkServer:
         except OSError as error:
             if not self._stopping:
                 log.warning("the bulk port of %s cannot accept: %s", self._node.node_id, error)
-                # Out of file descriptors, most likely; somebody may return one.
+                # Most likely the process is out of file descriptors; a closed file may free one.
                 self._acceptor.stopping.wait(_RETRY_ACCEPT_S)
             return
         try:
             self._begin(connected, str(Address(peer[0], peer[1])))
-        except (OSError, RuntimeError) as error:  # gone already, or no more threads
+        except (OSError, RuntimeError) as error:  # the client has disconnected, or no thread can start
             log.warning("a bulk connection from %s was not served: %s", peer[0], error)
             connected.close()
         except BaseException:
@@ -110,8 +112,8 @@ class BulkServer:
         stream = ByteStream(connected)
         thread = threading.Thread(target=self._serve, args=(stream, peer), name="kvstore-bulk", daemon=True)
         with self._lock:
-            full = len(self._connections) - len(self._leaving) >= self._max_connections
-            if self._stopping or (full and not self._dismiss_idle()):
+            full = len(self._connections) - len(self._closing) >= self._max_connections
+            if self._stopping or (full and not self._close_longest_idle()):
                 stream.close()
                 return
             thread.start()
@@ -119,7 +121,7 @@ class BulkServer:
 
     def _serve(self, stream: ByteStream, peer: str) -> None:
         try:
-            self._converse(stream, peer)
+            self._serve_requests(stream, peer)
         except (TimeoutError, ssl.SSLError) as error:
             log.info("bulk connection from %s closed: %s", peer, error)
         except ConnectionError as error:
@@ -130,10 +132,10 @@ class BulkServer:
             with self._lock:
                 del self._connections[stream]
                 self._idle.pop(stream, None)
-                self._leaving.discard(stream)
+                self._closing.discard(stream)
                 stream.close()
 
-    def _converse(self, stream: ByteStream, peer: str) -> None:
+    def _serve_requests(self, stream: ByteStream, peer: str) -> None:
         session = Session(
             self._node,
             stream,
@@ -146,7 +148,7 @@ class BulkServer:
         try:
             stream.handshake(self._patience_s)
             session.greet()
-            while self._rest(stream):
+            while self._mark_idle(stream):
                 session.wait()
                 with self._lock:
                     self._idle.pop(stream, None)
@@ -154,20 +156,20 @@ class BulkServer:
         except RefusedError as refusal:
             session.refuse(str(refusal))
 
-    def _rest(self, stream: ByteStream) -> bool:
-        """False when there is to be no other request."""
+    def _mark_idle(self, stream: ByteStream) -> bool:
+        """Marks the connection as idle. Returns False if the server is stopping and serves no further request."""
         with self._lock:
             self._idle[stream] = None
             return not self._stopping
 
-    def _dismiss_idle(self) -> bool:
-        """Closes the connection that has waited longest for a request, if any does; its client connects again. The
-        caller has the lock."""
+    def _close_longest_idle(self) -> bool:
+        """Closes the connection that has been idle longest; its client reconnects. Returns False if none is idle. The
+        caller holds the lock."""
         stream = next(iter(self._idle), None)
         if stream is None:
             return False
         del self._idle[stream]
-        self._leaving.add(stream)
+        self._closing.add(stream)
         stream.abort()
         return True
 
@@ -181,7 +183,7 @@ def serve_bulk(
     open_chunk: Opener | None = None,
     large: LargeRequests | None = None,
 ) -> BulkServer:
-    """Starts the node's bulk port on any free port of `host`. `large` is shared with the node's other server. Raises
+    """Starts the node's bulk server on a free port of `host`. `large` is shared with the node's gRPC server. Raises
     AddressInUseError."""
     return BulkServer(
         node, Address(host, 0), advertise_host=advertise_host, tls=tls, open_chunk=open_chunk, large=large

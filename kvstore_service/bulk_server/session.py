@@ -1,4 +1,4 @@
-"""One connection to the bulk port: requests, and the node's answers to them."""
+"""One connection to the bulk port: receives requests, and sends the node's answers."""
 
 import time
 from contextlib import ExitStack
@@ -27,23 +27,23 @@ from kvstore_service.large_requests import SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import require_few_fields
 from kvstore_service.wire import put_arguments, put_refusal, put_reply, read_targets
 
-# A piece is sent or received within the session's patience. Less than that in a piece, and the calls begin to count.
+# Each piece has a time limit. With smaller pieces the cost of the system calls becomes noticeable.
 _SEND_BYTES = 4 << 20
-# Large enough that the calls do not count.
+# Large enough that the cost of the system calls is negligible.
 _RECEIVE_BYTES = 1 << 20
 
-# For the rest of a request of more than a piece: of 8 MiB, at 12 Mbit/s.
+# Time limit for the pieces of a request after its first one: a request of 8 MiB needs 12 Mbit/s.
 _REST_S = 5.0
 
 Request = TypeVar("Request", pb.ReadRequest, pb.PutStart)
 
 
 class RefusedError(Exception):
-    """What the client asks for is not served; the message says why, and the connection ends."""
+    """The server refuses a request, and then closes the connection. The message is sent to the client."""
 
 
 class Session:
-    """Serves requests one after the other, in one thread."""
+    """Serves the requests of one connection one after the other, in one thread."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Session:
         self._header = bytearray(frames.HEADER_BYTES)
 
     def greet(self) -> None:
-        """Raises RefusedError for a client that speaks something else."""
+        """Receives the client's preface. Raises RefusedError for another protocol or version."""
         preface = bytearray(len(frames.PREFACE))
         self._stream.receive_into(preface, self._patience_s)
         if preface != frames.PREFACE:
@@ -76,11 +76,12 @@ class Session:
             )
 
     def wait(self) -> None:
-        """Until a request begins. Raises OSError when the client has gone, or has had none for long."""
+        """Blocks until a request begins. Raises OSError if the client disconnects or is idle for too long."""
         self._stream.receive_into(self._header, self._idle_s)
 
     def serve(self) -> None:
-        """Answer the request that began. Raises RefusedError, or OSError when the client has gone or is too slow."""
+        """Answers the request that `wait` has seen. Raises RefusedError, and OSError if the client disconnects or is
+        too slow."""
         self._stream.run_beside_peer()
         header = unpack_header(self._header)
         try:
@@ -96,7 +97,7 @@ class Session:
             raise RefusedError(str(error)) from error
 
     def refuse(self, reason: str) -> None:
-        """Say why this is the end, and make sure that it is read: to close would take back what was sent."""
+        """Sends the reason, then reads until the client closes: closing first could discard the unread reason."""
         text = reason.encode()[: frames.MAX_TEXT_BYTES]
         self._stream.send([pack_header(FrameKind.REFUSED, len(text)), text], self._patience_s)
         self._stream.end_sending()
@@ -111,8 +112,8 @@ class Session:
         return message
 
     def _large_message(self, length: int, kept: ExitStack) -> bytearray:
-        """Takes memory, and a place among the large requests, for what has come, not for what was announced; and once
-        it has a place, the rest must come soon. Raises BusyError."""
+        """Receives a large request. Memory and a share of the limit on large requests are taken for received bytes, not
+        for announced ones. After the first piece, the rest must arrive within _REST_S. Raises BusyError."""
         message = bytearray()
         until = time.monotonic() + self._patience_s
         while length > len(message):
@@ -149,11 +150,13 @@ class Session:
     def _send_ranges(self, request: pb.ReadRequest, chunks: list[ChunkId], encodings: list[str]) -> None:
         for index, wanted in enumerate(request.ranges):
             if wanted.chunk >= len(chunks):
-                raise MalformedRequestError(f"a range names a chunk beyond the {len(chunks)} given")
+                raise MalformedRequestError(
+                    f"a range has a chunk index beyond the {len(chunks)} chunks of the request"
+                )
             self._send_range(index, chunks[wanted.chunk], encodings[wanted.chunk], wanted)
 
     def _send_range(self, index: int, chunk_id: ChunkId, encoding: str, wanted: pb.ReadRange) -> None:
-        """What is sent stays in memory until the kernel has all of it."""
+        """Sends one range of frames. Its chunk stays in memory until the kernel has all its bytes."""
         began = False
         try:
             with self._open_chunk(chunk_id, encoding) as reader:
@@ -163,7 +166,7 @@ class Session:
                     self._stream.send(piece if began else [header, *piece], self._patience_s)
                     began = True
         except (ChunkNotFoundError, ChunkFormatError) as error:
-            if began:  # and the rest was announced
+            if began:  # the header has announced the missing bytes, so the connection cannot go on
                 raise ConnectionAbortedError(str(error)) from error
             self._send_failure(index, pb.READ_STATUS_NOT_FOUND)
         except FrameRangeError:
@@ -197,10 +200,10 @@ class Session:
         else:
             self._reply(put_reply(stored=stored))
         finally:
-            put.revoke()  # has no effect when it was committed
+            put.revoke()  # no effect after a commit
 
     def _receive(self, put: PendingPut) -> None:
-        """Straight into the memory that was reserved."""
+        """Receives the chunk directly into the memory reserved for it."""
         for view in put.views():
             for begin in range(0, len(view), _RECEIVE_BYTES):
                 piece = view[begin : begin + _RECEIVE_BYTES]
@@ -208,7 +211,7 @@ class Session:
                 put.advance(len(piece))
 
     def _skip(self, size_bytes: int) -> None:
-        """Take the bytes of a chunk that will not be stored: the next request lies behind them."""
+        """Receives and discards the bytes of a chunk that is not stored, because the next request follows them."""
         scratch = memoryview(bytearray(min(size_bytes, _RECEIVE_BYTES)))
         while size_bytes:
             piece = scratch[: min(size_bytes, len(scratch))]
@@ -233,4 +236,4 @@ def _parsed(message: Request, data: bytearray) -> Request:
 
 def _require_length(length: int, limit_bytes: int) -> None:
     if length > limit_bytes:
-        raise RefusedError(f"a request of {length} bytes; at most {limit_bytes}")
+        raise RefusedError(f"a request has {length} bytes; at most {limit_bytes}")

@@ -1,4 +1,4 @@
-"""TLS of the bulk port."""
+"""TLS settings of the bulk port."""
 
 import ssl
 from pathlib import Path
@@ -7,14 +7,14 @@ from kvstore_codec.errors import ConfigurationError
 
 
 def server_tls(certificate: Path, key: Path) -> ssl.SSLContext:
-    """From PEM files: the certificate with what leads to its authority, and its key. Raises ConfigurationError."""
+    """TLS context from PEM files: the certificate chain, and its private key. Raises ConfigurationError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         context.load_cert_chain(certificate, key)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"no TLS with the certificate {certificate} and the key {key}: {error}; both must be PEM files that "
-            "belong together, and the key without a password"
+            f"cannot use TLS with the certificate {certificate} and the key {key}: {error}; both must be PEM files "
+            "that belong together, and the key must have no password"
         ) from error
     return context

@@ -1,11 +1,11 @@
-"""Calibrating a model: from text files to the artefact that the codec works by."""
+"""Fits the codec's calibration to a model, from text files."""
 
 from kvstore_service.calibration.file import write_calibration
 from kvstore_service.calibration.passages import Passage, Plan, plan_passages
-from kvstore_service.calibration.run import AIM, RATES, Options, Report, calibrate
+from kvstore_service.calibration.run import RATES, TARGET_SHARE, Options, Report, calibrate
 
 __all__ = [
-    "AIM",
+    "TARGET_SHARE",
     "RATES",
     "Options",
     "Passage",

@@ -1,4 +1,4 @@
-"""Calibrations as files."""
+"""Writes calibrations to files."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from kvstore_codec.calibration import Calibration
 
 
 def write_calibration(calibration: Calibration, path: Path) -> None:
-    """All of it or nothing, though several processes write the same file. Raises OSError."""
+    """Writes the file atomically, even if several processes write the same file. Raises OSError."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_bytes(calibration.to_bytes())
     unfinished.replace(path)

@@ -1,4 +1,4 @@
-"""How much a model minds a quantiser step, measured on passages that the calibration has not seen."""
+"""Measures how a quantiser step changes a model's predictions, on passages that the calibration was not fitted to."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,16 +15,18 @@ from kvstore_service.calibration.passages import Passage
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """What a step does."""
+    """Effect of a quantiser step."""
 
     kl: float
-    """mean KL divergence from the model's own prediction, nats a token"""
+    """mean KL divergence from the model's prediction with exact KV, nats per token"""
     errors: tuple[float, ...]
     """mean squared error per value of each period, in the metric"""
 
 
 @dataclass(frozen=True, slots=True)
 class _Coded:
+    """One passage: the coefficients of its KV, and the model's prediction with exact KV."""
+
     continuation: torch.Tensor
     reference: torch.Tensor
     sink_keys: torch.Tensor
@@ -34,7 +36,8 @@ class _Coded:
 
 
 class HeldOut:
-    """The passages' coefficients, computed once and rounded to many steps. The first `sinks` tokens stay exact."""
+    """Held-out passages. Their KV coefficients are computed once, and can be quantised with any step. The first `sinks`
+    tokens stay exact."""
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class HeldOut:
             advance()
 
     def measure(self, step: float) -> Damage:
+        """Quantises all passages with `step`, and compares the model's predictions with those after exact KV."""
         kl = 0.0
         squares, counts = torch.zeros(2, len(self._klt.periods), dtype=torch.float64)
         for coded in self._passages:
@@ -63,13 +67,14 @@ class HeldOut:
         return Damage(kl / len(self._passages), tuple((squares / counts).tolist()))
 
     def expected_step(self, kl: float) -> float:
-        """The step that the metric, a quadratic form of the KL of a whole continuation, predicts for small errors."""
+        """The step that should give a KL divergence of `kl` nats per token. For small errors the metric, a quadratic
+        form, approximates the KL divergence of a whole continuation."""
         passage = self._passages[0]
         values = sum(c.numel() for c in passage.coefficients)
         return math.sqrt(12 * 2 * kl * len(passage.continuation) / values)
 
     def largest_step(self) -> float:
-        """Beyond this every coefficient is zero."""
+        """A step beyond which every coefficient is quantised to zero."""
         return 4 * max(float(c.abs().max()) for coded in self._passages for c in coded.coefficients)
 
     def _code(self, passage: Passage) -> _Coded:
@@ -95,7 +100,7 @@ class HeldOut:
         )
 
     def _restore(self, coded: _Coded, step: float) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-        """Keys, values, and the squared error of each period."""
+        """Keys and values after quantisation with `step`, and the squared error of each period."""
         layers, heads, _, dim = coded.sink_keys.shape
         shape = (layers, heads, self._sinks + coded.prediction.tokens, dim)
         keys, values = (coded.sink_keys.new_empty(shape) for _ in range(2))
@@ -108,7 +113,7 @@ class HeldOut:
             chosen = slice(first, first + klt.transform.layers)
             first = chosen.stop
             integers = (coefficients / step).round_()
-            # The basis is whole and orthonormal: errors are what they are in its coordinates.
+            # The basis is complete and orthonormal, so errors have the same size in its coordinates.
             squares.append(float((coefficients - integers * step).double().square().sum()))
             used = int(integers.any(0).nonzero().max()) + 1 if bool(integers.any()) else 0
             inputs, room = klt.inputs(low, used)

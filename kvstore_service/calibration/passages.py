@@ -1,4 +1,4 @@
-"""Which pieces of the given texts a model is calibrated on, and which are kept back to measure it."""
+"""Cuts texts into passages: some to fit a calibration to, others held out to measure it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from kvstore_codec.errors import CalibrationError
 CONTEXT_TOKENS = 2048
 CONTINUATION_TOKENS = 384
 _HELD_OUT = 4
-"""Passages measured on, at most."""
+"""Most held-out passages."""
 _HELD_OUT_SHARE = 5
-"""One passage of so many is kept back, from the end of each text."""
+"""One passage in this many is held out, from the end of each text."""
 _FEWEST = 6
-"""Passages that the texts must yield; they become shorter for it."""
+"""Fewest passages. Short texts give shorter passages, so that there are this many."""
 _SHORTEST = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Neighbouring tokens of one text, i64: `context`'s KV is coded, `continuation` is what the model is asked."""
+    """Consecutive tokens of one text, i64. The KV of `context` is encoded, and the model predicts `continuation`."""
 
     context: torch.Tensor
     continuation: torch.Tensor
@@ -29,6 +29,8 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """Passages that a calibration is fitted to, and passages that it is measured on."""
+
     fitted: tuple[Passage, ...]
     held_out: tuple[Passage, ...]
 
@@ -58,7 +60,7 @@ def plan_passages(texts: Sequence[torch.Tensor], tokens: int, longest: int) -> P
     )
     if not fitted:
         raise CalibrationError(
-            "the texts give a single passage, which cannot be both learnt from and measured on"
+            "the texts give a single passage; a calibration needs one to fit and another to measure; add text"
         )
     wanted = max(1, -(-tokens // len(fitted[0].context)))
     return Plan(tuple(fitted[:wanted]), tuple(_in_turn(held_out)[:_HELD_OUT]))
@@ -73,5 +75,5 @@ def _cut(text: torch.Tensor, length: int) -> list[Passage]:
 
 
 def _in_turn(lists: list[list[Passage]]) -> list[Passage]:
-    """One of each list, then the next of each."""
+    """The first passage of each list, then the second of each, and so on."""
     return [passage for passage in chain(*zip_longest(*lists)) if passage is not None]

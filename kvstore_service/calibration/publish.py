@@ -1,4 +1,4 @@
-"""Making a calibration known to a running cluster."""
+"""Publishes a calibration to a running cluster."""
 
 from pathlib import Path
 
@@ -8,14 +8,15 @@ from kvstore_codec.errors import CalibrationError, ConfigurationError
 
 
 def publish_calibration(calibration: Calibration, address: str) -> bytes:
-    """Makes it the newest of its model at the coordinator `address`, and returns its digest. Raises PublishError when
-    the cluster does not take it, and says why."""
+    """Publishes the calibration at the coordinator `address` as the newest of its model, and returns its digest. Raises
+    PublishError with the reason if the cluster refuses it."""
     with connect(address) as client:
         return client.calibrations.publish(calibration.to_bytes(), calibration.model_digest)
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Raises ConfigurationError for a file that cannot be read, CalibrationError for one that is no calibration."""
+    """Reads a calibration. Raises ConfigurationError for an unreadable file, and CalibrationError for one that is not a
+    calibration."""
     try:
         data = path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""From passages to a Calibration: gather, fit, find the steps."""
+"""Fits a Calibration to passages: gathers moments, fits transforms, and finds the quantiser steps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,16 +16,16 @@ from kvstore_service.calibration.held_out import Damage, HeldOut
 from kvstore_service.calibration.passages import Plan
 
 RATES = {"high": 0.005, "medium": 0.02, "low": 0.06}
-"""rate -> the KL divergence, nats a token, that text like the calibration's should stay within"""
-AIM = 0.75
-"""Share of it that steps are chosen for. Text of other documents does worse than what was held out: SmolLM2 with steps
-chosen for .0049 and .0200 had .0057 and .0247 there."""
+"""rate -> limit of the KL divergence, nats per token, for text similar to the calibration's"""
+TARGET_SHARE = 0.75
+"""Share of the limit that steps are chosen for. Other documents have a higher divergence than held-out text: SmolLM2
+with steps chosen for .0049 and .0200 had .0057 and .0247 there."""
 _EVALUATIONS = 8
 _STATE_DOMAIN = b"kvstore.calibration.state.v1"
 
 
 class Report(Protocol):
-    """Where a run says how far it is."""
+    """Receives the progress of a run."""
 
     def advance(self, stage: str, done: int, total: int) -> None: ...
 
@@ -34,12 +34,14 @@ class Report(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Options:
+    """Parameters of a calibration."""
+
     period_layers: int = 4
     rank: int = 128
-    """of the prediction from token embeddings; 0 predicts nothing"""
+    """rank of the prediction from token embeddings; 0 means no prediction"""
     sinks: int = 4
     seed: int = 0
-    """of the labels that the Fisher scalars are drawn with"""
+    """seed of the labels that are drawn to compute the Fisher scalars"""
 
 
 def calibrate(
@@ -51,10 +53,11 @@ def calibrate(
     state: Path | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Calibration:
-    """The same input gives the same bytes on the same machine.
+    """Fits a calibration. The same input gives the same bytes on the same machine.
 
-    `state` is a file that a stopped run goes on from; it is kept, so that another rank need not read the texts again.
-    `provenance` is written into the calibration, with what was measured. Raises CalibrationError.
+    `state` is a file from which an interrupted run resumes. It is not deleted, so that a run with another rank need not
+    read the texts again. `provenance` is written into the calibration, together with the measurements. Raises
+    CalibrationError.
     """
     moments = _gather(observed, plan, options, report, state)
     report.advance("fit", 0, 1)
@@ -109,7 +112,7 @@ def _gather(
         keys, values = (part[:, :, options.sinks :] for part in (text.keys, text.values))
         moments.add_kv(keys, values, text.features[options.sinks :])
         moments.add_queries(text.queries)
-        # Seeded per passage: a resumed run draws what an uninterrupted one would have.
+        # A seed per passage, so that a resumed run draws the same labels as an uninterrupted one.
         generator = torch.Generator().manual_seed(options.seed + index)
         moments.add_fisher(observed.fisher(text, passage.continuation, generator, sinks=options.sinks))
         if state is not None:
@@ -127,12 +130,12 @@ def _resumed(state: Path, key: str, report: Report) -> Moments | None:
     if found != key:
         report.note(f"starting over: {state} belongs to another model, text or options")
         return None
-    report.note(f"going on from {state}: {moments.texts} passages are read already")
+    report.note(f"resuming from {state}: {moments.texts} passages are already read")
     return moments
 
 
 def _state_key(observed: ObservedModel, plan: Plan, options: Options) -> str:
-    """Names what the moments depend on; the rank does not matter to them."""
+    """Digest of everything that the moments depend on. They do not depend on the rank."""
     numbers = (options.period_layers, options.sinks, options.seed)
     tokens = (part for passage in plan.fitted for part in (passage.context, passage.continuation))
     return canonical.digest(
@@ -166,7 +169,7 @@ def _find_steps(
 
     found = {}
     for rate, limit in RATES.items():
-        target = AIM * limit
+        target = TARGET_SHARE * limit
         start = held_out.expected_step(target)
         if measured:  # a step already measured, moved along the slope of small errors
             nearest = min(measured, key=lambda step: abs(measured[step].kl - target))

@@ -115,7 +115,7 @@ def test_serve_ends_when_its_ray_is_gone(scratch: Path) -> None:
         (raylet,) = [child for child in children if child.name() == "raylet"]
         raylet.kill()
         output, errors = process.communicate(timeout=30)
-        reason = f"kvstore: the cluster at {address} is gone: Ray's raylet ended; start it again\n"
+        reason = f"kvstore: the cluster at {address} is lost: Ray's raylet ended; start it again\n"
         assert (process.returncode, output, errors) == (1, "", reason)
     _, alive = psutil.wait_procs(children, timeout=3)
     assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
@@ -162,7 +162,9 @@ def test_sigterm_while_starting_leaves_nothing(scratch: Path, delay_s: float) ->
 def test_a_port_in_use_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        assert "Address already in use; stop what uses it" in refused(run("serve", "--listen", address))
+        assert "Address already in use; stop the process that uses it" in refused(
+            run("serve", "--listen", address)
+        )
         metrics = refused(
             run("serve", "--listen", "127.0.0.1:0", "--metrics-port", address.rpartition(":")[2])
         )

@@ -102,7 +102,7 @@ def test_a_prefix_longer_than_what_it_begins_is_refused(storage: ServedNode) -> 
     with pytest.raises(grpc.RpcError) as refusal:
         storage.stub.List(pb.ListRequest(content_prefix=bytes(33)))
     assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "content_prefix has at most 32 bytes" in refusal.value.details()
+    assert "a content_prefix has 33 bytes; at most 32" in refusal.value.details()
 
 
 def test_a_list_of_a_tenant_longer_than_any_is_refused(
@@ -111,7 +111,7 @@ def test_a_list_of_a_tenant_longer_than_any_is_refused(
     """One of more than 512 KiB waited for itself, and had all others wait meanwhile."""
     monkeypatch.setattr(large_requests, "PATIENCE_S", 0.2)
     for tenant_bytes, limit in (
-        (MAX_TENANT_BYTES + 1, "tenant has at most 255 bytes"),
+        (MAX_TENANT_BYTES + 1, "tenant has 256 bytes; at most 255"),
         (SMALL_BYTES, "at most"),
     ):
         with pytest.raises(grpc.RpcError) as refusal:
@@ -146,5 +146,5 @@ def test_long_names_do_not_reach_the_catalogue(
         with pytest.raises(grpc.RpcError) as refusal:
             call(request)
         assert refusal.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert f"at most {MAX_TENANT_BYTES} bytes" in refusal.value.details()
+        assert f"bytes; at most {MAX_TENANT_BYTES}" in refusal.value.details()
     assert not stub.ListQuotas(pb.ListQuotasRequest()).quotas

@@ -195,7 +195,7 @@ def test_a_client_of_before_takes_its_limit_away(cluster: Cluster) -> None:
 
 def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:
     for arguments, reason in (
-        (("throttle", "fast"), "no bandwidth"),
+        (("throttle", "fast"), "is not a bandwidth"),
         (("throttle", "1kbit"), "100 kbit/s or more"),
         (("throttle", "30000000000gbit"), "up to 1000 Gbit/s"),
         (("throttle", "1mbit", "--node", "node-7"), "no live node"),

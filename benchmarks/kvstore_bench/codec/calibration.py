@@ -15,8 +15,8 @@ from kvstore_codec import canonical
 from kvstore_codec.calibration import VERSION, Calibration
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.calibration import (
-    AIM,
     RATES,
+    TARGET_SHARE,
     Options,
     Report,
     calibrate,
@@ -61,7 +61,7 @@ def _file(observed: ObservedModel, sources: Sequence[Source], tokens: int) -> Pa
     name = canonical.digest(
         _DOMAIN,
         observed.spec.digest,
-        json.dumps([VERSION, tokens, asdict(_OPTIONS), RATES, AIM], sort_keys=True).encode(),
+        json.dumps([VERSION, tokens, asdict(_OPTIONS), RATES, TARGET_SHARE], sort_keys=True).encode(),
         *(document.digest.encode() for source in sources for document in source.documents),
     ).hex()[:32]
     return default_cache_dir() / "bench" / f"{name}.kvcal"

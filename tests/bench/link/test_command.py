@@ -12,7 +12,7 @@ from tests.bench.commands import needs_the_demos_model, output_of, refuses
     ("arguments", "reason"),
     [
         (("--policy", "hot"), "no policy"),
-        (("--bandwidth", "fast"), "no bandwidth"),
+        (("--bandwidth", "fast"), "is not a bandwidth"),
         (("--jitter", "wild"), "no jitter"),
         (("--tokens", "many"), "whole numbers"),
         (("--tokens", "1000"), "multiples of 256"),

@@ -8,7 +8,7 @@ import torch
 
 from kvstore_client.engines.transformers.calibrate import ObservedModel
 from kvstore_codec.calibration import Calibration
-from kvstore_service.calibration import AIM, RATES, Options, Plan, calibrate, plan_passages
+from kvstore_service.calibration import RATES, TARGET_SHARE, Options, Plan, calibrate, plan_passages
 from tests.client.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,7 +63,7 @@ def test_every_rate_gets_the_step_of_its_fidelity(family: str) -> None:
     for high, medium, low in zip(*made.errors.values(), strict=True):
         assert high < medium < low
     for rate, limit in RATES.items():
-        assert made.provenance["kl"][rate] == pytest.approx(AIM * limit, rel=0.1)
+        assert made.provenance["kl"][rate] == pytest.approx(TARGET_SHARE * limit, rel=0.1)
     assert made.provenance["texts"] == ["random"]
     assert made.digest == Calibration.from_bytes(made.to_bytes()).digest
     assert log.stages[-1][1] == log.stages[-1][2]
