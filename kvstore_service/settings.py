@@ -1,6 +1,5 @@
-"""Settings of the service: CLI flags before KVSTORE_* variables before the --config file before defaults.
-
-What is empty is not set, wherever it stands: the next place decides.
+"""Settings of the service. CLI flags take precedence over KVSTORE_* variables, these over the --config file, and the
+file over defaults. An empty value counts as not set, whatever its source.
 """
 
 import os
@@ -32,11 +31,11 @@ from kvstore_service.listen import Address
 
 PREFIX = "KVSTORE_"
 _MAX_CHARACTERS = 4096
-"""Of a value: the longest path that Linux takes."""
+"""Most characters of a value: the longest path that Linux accepts."""
 _MAX_PROBLEMS = 8
-"""That one error names."""
+"""Most problems that one error text names."""
 _MOST_BYTES = 1 << 60
-"""Of a storage node; far beyond any machine, so that what is more is a mistake."""
+"""Most bytes of a storage node, far more than any machine has. A higher value is a mistake."""
 
 
 def _setting(default: Any, says: str, *, unset: str = "none", **bounds: Any) -> Any:
@@ -97,7 +96,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _is_plain(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, bool) and not _is_switch(info.field_name):  # which is a whole number in Python
+        if isinstance(value, bool) and not _is_switch(info.field_name):  # a bool is an int in Python
             raise ValueError("write a number or text, not true or false")
         if isinstance(value, str) and len(value) > _MAX_CHARACTERS:
             raise ValueError(f"has {len(value)} characters; at most {_MAX_CHARACTERS}")
@@ -159,7 +158,8 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class EffectiveSetting:
-    """`value` as text, hidden where it is a secret; `source` is a flag, a variable, the file, or "default"."""
+    """A setting in effect. `value` is text, and hidden if it is a secret; `source` is a flag, a variable, the file, or
+    "default"."""
 
     name: str
     value: str
@@ -167,7 +167,7 @@ class EffectiveSetting:
 
 
 def _is_encodable(text: str) -> bool:
-    """Whether a path or an argument can be that; names of files need not be UTF-8."""
+    """Whether the operating system can represent the text as a path or an argument. File names need not be UTF-8."""
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
@@ -180,7 +180,7 @@ def _is_switch(name: str | None) -> bool:
 
 
 def shown_default(field: FieldInfo) -> str:
-    """The default of a setting, for a person."""
+    """The default of a setting, as the help shows it."""
     if not field.default and isinstance(field.json_schema_extra, dict):
         return str(field.json_schema_extra["unset"])
     return (
@@ -189,26 +189,28 @@ def shown_default(field: FieldInfo) -> str:
 
 
 def variable(name: str) -> str:
-    """The environment variable of a setting."""
+    """The name of a setting's environment variable."""
     return PREFIX + ("NODE_DURABILITY" if name == "durability" else name.upper())
 
 
 def load_settings(config: Path | None = None, **flags: object) -> Settings:
-    """`config` is a .yaml, .yml or .toml file; a flag that is None or empty was not given.
+    """Loads the settings of the service. `config` is a .yaml, .yml or .toml file. A flag that is None or empty counts
+    as not given.
 
-    Raises ConfigurationError that names every setting that is wrong or unknown, and where it is from.
+    Raises ConfigurationError, whose text names wrong or unknown settings and their sources.
     """
     return _load(config, flags)[0]
 
 
 def settings_of(**values: object) -> Settings:
-    """Settings of a cluster that a program starts for itself, on any free port unless it names one; neither variables
-    nor a file count. Raises ConfigurationError as `load_settings`."""
+    """Settings of a cluster that a program starts. It listens on a free port unless `values` name one. Environment
+    variables and files are ignored. Raises ConfigurationError like `load_settings`."""
     return _validated({"listen": "127.0.0.1:0"} | values, {})
 
 
 def effective_settings(config: Path | None = None, **flags: object) -> list[EffectiveSetting]:
-    """What `load_settings` would use, and where each setting is from. Raises ConfigurationError likewise."""
+    """The settings that `load_settings` returns, each with its source. Raises ConfigurationError like
+    `load_settings`."""
     settings, sources = _load(config, flags)
     return [
         EffectiveSetting(name, _shown(getattr(settings, name)), sources.get(name, "default"))
@@ -217,7 +219,7 @@ def effective_settings(config: Path | None = None, **flags: object) -> list[Effe
 
 
 def _load(config: Path | None, flags: Mapping[str, object]) -> tuple[Settings, dict[str, str]]:
-    """The settings, and the source of each that is not a default."""
+    """The settings, and the source of each one that is not a default."""
     values: dict[str, object] = {}
     sources: dict[str, str] = {}
     for given, name_source in (
@@ -239,14 +241,14 @@ def _validated(values: Mapping[str, object], sources: Mapping[str, str]) -> Sett
         more = f"; and {len(problems) - _MAX_PROBLEMS} more" if len(problems) > _MAX_PROBLEMS else ""
         raise ConfigurationError(
             f"cannot use these settings: {'; '.join(problems[:_MAX_PROBLEMS])}{more}"
-        ) from None  # the cause quotes values, secrets too
+        ) from None  # the cause quotes values, including secrets
 
 
 def _environment() -> dict[str, str | None]:
-    """Settings by name, from variables in capitals or not."""
+    """Settings by name, from environment variables. The case of their names is ignored."""
     names = {variable(name).lower(): name for name in Settings.model_fields}
     given: dict[str, str | None] = {name.lower(): value for name, value in os.environ.items()}
-    if given.get(FORMER_DURABILITY) == "default":  # only clients ever knew this value
+    if given.get(FORMER_DURABILITY) == "default":  # only clients accept this value
         del given[FORMER_DURABILITY]
     given = under_new_name(given, FORMER_DURABILITY, variable("durability").lower())
     variables = {name: value for name, value in given.items() if name in names}
@@ -258,21 +260,19 @@ def _is_empty(value: object) -> bool:
 
 
 def _describe(problem: Any, sources: Mapping[str, str]) -> str:
-    if not problem["loc"]:  # of several settings together
+    if not problem["loc"]:  # a problem of several settings together
         return str(problem["msg"])
     name = str(problem["loc"][0])
     source = f" (from {sources[name]})" if name in sources else ""
     if problem["type"] == "extra_forbidden":
-        return (
-            f"there is no setting {shortened(name)!r}, known are {', '.join(Settings.model_fields)}{source}"
-        )
+        return f"there is no setting {shortened(name)!r}; known settings: {', '.join(Settings.model_fields)}{source}"
     secret = Settings.model_fields[name].annotation == SecretStr | None
     value = "..." if secret else shortened(_as_given(problem["input"]))
     return f"{name} = {value}: {shortened(problem['msg'], 300)}{source}"
 
 
 def _as_given(value: object) -> str:
-    """Numbers stand bare, whether a file gave them as numbers or a flag as text; other text is quoted."""
+    """The value for an error text. Numbers are not quoted, whether given as number or text; other text is quoted."""
     is_number = isinstance(value, str) and value.removeprefix("-").isdecimal()
     return str(value) if is_number else repr(value)
 

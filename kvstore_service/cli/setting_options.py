@@ -12,8 +12,8 @@ from kvstore_service.settings import Settings, shown_default
 
 
 def setting_options() -> Iterator[inspect.Parameter]:
-    """An option for each setting, None where it is not given. All but switches are text: the settings say what is
-    wrong with a value, whatever place it comes from."""
+    """One option per setting, which is None if it is not given. Options are text except switches, so that the settings
+    check values from every source and report errors in one way."""
     for name, field in Settings.model_fields.items():
         kind = bool if field.annotation is bool else str
         option = typer.Option(

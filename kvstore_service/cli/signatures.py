@@ -1,4 +1,4 @@
-"""Options that a command takes besides those that its own function declares."""
+"""Adds options to a command beyond the parameters of its function."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -8,8 +8,8 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def add_options(options: Iterable[inspect.Parameter]) -> Callable[[Command], Command]:
-    """Has a command take `options`, as Typer reads them, unless it declares one of that name itself. They come as the
-    command's further keyword arguments."""
+    """Adds `options` to the signature of a command that Typer reads, except those that the command declares itself. The
+    command receives them as keyword arguments."""
 
     def add(command: Command) -> Command:
         own = inspect.signature(command)

@@ -82,7 +82,7 @@ def throttle(
 
 
 def _parse_disk_speed(text: str) -> float:
-    """Bytes per second from `160MB/s`."""
+    """Parses a disk rate such as `160MB/s` into bytes per second. Raises ConfigurationError."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
     try:

@@ -60,7 +60,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("memroy: 1GiB", "there is no setting 'memroy', known are nodes, memory"),
+        ("memroy: 1GiB", "there is no setting 'memroy'; known settings: nodes, memory"),
         ("nodes: 0", "nodes = 0: "),
         ("memory: lots", "memory = 'lots': "),
         ("listen: nowhere", "'nowhere' is not an address"),
@@ -290,7 +290,7 @@ def test_whatever_a_file_holds_is_refused_in_a_short_sentence(
     assert reason in str(refusal.value)
     assert len(str(refusal.value)) < 4000
     assert "\n" not in str(refusal.value)
-    assert str(config) in str(refusal.value) or "known are" in str(refusal.value)
+    assert str(config) in str(refusal.value) or "known settings" in str(refusal.value)
 
 
 def test_an_exponential_document_is_refused_at_once(tmp_path: Path) -> None:
