@@ -49,7 +49,7 @@ def test_the_former_name_takes_the_options_of_the_command_with_their_defaults() 
     shown = CliRunner().invoke(app, ["calibrate", "--help"], env={"COLUMNS": "200"}).stdout
     for option in inspect.signature(tune).parameters:
         assert "--" + option.removesuffix("_file").replace("_", "-") in shown
-    assert "Rounds behind each measurement. [default: (3)]" in " ".join(shown.split())
+    assert "Rounds per measurement. [default: (3)]" in " ".join(shown.split())
 
 
 def test_a_command_borrows_nothing_where_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

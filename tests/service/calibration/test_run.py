@@ -85,7 +85,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> N
     log = Log()
     resumed = calibrate(observed, plan(), OPTIONS, log, state=state)
     assert log.read == len(plan().fitted) - 3
-    assert "3 passages are read already" in log.notes[0]
+    assert "3 passages are already read" in log.notes[0]
     assert resumed.digest == whole.digest
 
 
