@@ -1,6 +1,6 @@
-"""Measuring equipment: `kvstore bench`, `kvstore demo` and `kvstore tune`. A package for each thing measured.
+"""Measurement: `kvstore bench`, `kvstore demo` and `kvstore tune`, with one package per benchmark.
 
-The service never imports it. Its commands and checks reach the command line by entry points (`pyproject.toml`)."""
+The service never imports this package. Its commands and checks are registered as entry points (`pyproject.toml`)."""
 
 from kvstore_bench.results import write_results
 

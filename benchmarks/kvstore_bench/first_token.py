@@ -1,11 +1,11 @@
-"""Time to first token, seen where a user sees it: at the streamer."""
+"""Measures the time to the first token where a user sees it: at the streamer."""
 
 import time
 from typing import Any
 
 
 class FirstTokenTimer:
-    """A streamer for `generate`: `ttft_s` is the time from its making to the first token of the answer."""
+    """A streamer for `generate`. `ttft_s` is the time from its construction to the first token of the answer."""
 
     def __init__(self) -> None:
         self._prompt_seen = False
@@ -18,4 +18,4 @@ class FirstTokenTimer:
         self._prompt_seen = True
 
     def end(self) -> None:
-        """Nothing is buffered."""
+        """Does nothing, because the streamer buffers nothing."""

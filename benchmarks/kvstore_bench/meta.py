@@ -1,4 +1,4 @@
-"""What every result file says about how it came to be."""
+"""Metadata of a run, which every result file contains."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ def run_meta() -> dict[str, Any]:
 
 
 def _without_folders(argument: str) -> str:
-    """An absolute path says nothing to others but its last part."""
+    """The argument, with an absolute path cut to its last part. Folders of this machine mean nothing to others."""
     option, equals, value = argument.rpartition("=")
     return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else argument
 

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the result file."""
+"""Writes the result file of a benchmark."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ Row = Mapping[str, Any]
 def write_results(
     rows: Sequence[Row], path: Path | None, meta: Row | None = None, **more: Sequence[Row]
 ) -> None:
-    """Write `{"meta": ..., "rows": [...]}` to `path`, if there is one; `more` are further tables, by name."""
+    """Writes `{"meta": ..., "rows": [...]}` to `path`, unless it is None. `more` contains further tables by name."""
     if path is None:
         return
     tables = {name: list(table) for name, table in (("rows", rows), *more.items())}

@@ -1,4 +1,4 @@
-"""The picture of requests: when each stage worked until the first token, one panel a request, on one axis."""
+"""Plots requests: when each stage worked until the first token. One panel per request, with a common time axis."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ _COLOURS: dict[Stage, str] = {
     "restore": "#54A24B",
     "compute": "#B279A2",
 }
-"""Stages that are drawn. Waiting shows as a gap in computing."""
+"""Stages in the plot. Waiting appears as a gap in the compute stage."""
 _NARROWEST = 0.001
-"""Width of the shortest bar, as part of the axis: what was done can be seen."""
+"""Smallest width of a bar, as a share of the axis, so that short work stays visible."""
 
 
 @dataclass(frozen=True, slots=True)
 class TracedRun:
-    """One request to draw."""
+    """One request in the plot."""
 
     name: str
     timeline: Timeline
     ttft_s: float
-    """When its first token came, on its timeline. What was done later is not drawn."""
+    """Time of the first token on the timeline. Later work is not drawn."""
 
 
 def plot_timelines(runs: Sequence[TracedRun], title: str, path: Path) -> None:
-    """Draw the requests below each other; an empty `title` draws none. Raises ImportError without matplotlib."""
+    """Draws the requests below each other. An empty `title` is not drawn. Raises ImportError without matplotlib."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -48,7 +48,7 @@ def plot_timelines(runs: Sequence[TracedRun], title: str, path: Path) -> None:
             bars = [
                 (start_s, max(stop_s - start_s, _NARROWEST * end_s)) for start_s, stop_s in _bars(run, stage)
             ]
-            # Where several threads of a stage worked at once, its colour is darker.
+            # The colour is darker where several threads of a stage worked at the same time.
             panel.broken_barh(bars, (row - 0.4, 0.8), facecolors=_COLOURS[stage], alpha=0.7, linewidth=0)
         for mark in run.timeline.marks:
             if mark.at_s <= run.ttft_s:

@@ -93,7 +93,7 @@ def test_a_row_that_does_not_exist_is_refused(name: str) -> None:
 
 
 def test_nothing_to_measure_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="nothing to measure"):
+    with pytest.raises(ConfigurationError, match="no rows are given to measure"):
         require_rows([])
 
 

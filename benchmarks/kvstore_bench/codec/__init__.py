@@ -1,4 +1,4 @@
-"""`kvstore bench codec`: what encodings of KV cost in bits, fidelity and time, ours and others'.
+"""`kvstore bench codec`: bits, fidelity and speed of KV encodings of this project and of others.
 
 texts -> fidelity.Passage -> a Method (ours, minmax, cachegen) -> Coded -> fidelity.judge -> rows -> plot
 """

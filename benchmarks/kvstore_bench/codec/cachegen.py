@@ -1,7 +1,7 @@
-"""LMCache's own CacheGen as a method to be measured, in a process and an environment of its own.
+"""LMCache's CacheGen as a measured method. It runs in a separate process with its own virtual environment.
 
-It gets KV as an engine caches it: keys after RoPE, rotated in f32 and rounded once to the model's dtype. What it
-returns is rotated back in f32, exactly but for the rounding of f32, to where the model is asked about it.
+CacheGen gets KV as an engine caches it: keys after RoPE, rotated in f32 and rounded once to the model's dtype. Decoded
+keys are rotated back in f32, which is exact except for f32 rounding.
 """
 
 import json
@@ -26,15 +26,16 @@ _LIMIT_S = 1800
 
 
 def installed() -> bool:
-    """Peers live in the repository, not in an installed package."""
+    """Whether CacheGen is installed. Peers are in the repository, not in an installed package."""
     return (_PEER / ".venv" / ".installed").exists()
 
 
 class CacheGen:
-    """`cachegen-default` with the bins LMCache would use, `cachegen-<bins>` with so many for all layers."""
+    """CacheGen with LMCache's default bins (`cachegen-default`), or with one number of bins in all layers
+    (`cachegen-<bins>`)."""
 
     def __init__(self, bins: str, chunk_tokens: int, rotary: Sequence[RotaryTable]) -> None:
-        """`rotary` is of each layer, for the positions of a passage, in f32."""
+        """`rotary` has a table for each layer, in f32, for the positions of a passage."""
         self._bins = bins
         self._chunk_tokens = chunk_tokens
         self._rotary = rotary
@@ -79,8 +80,8 @@ class CacheGen:
 def round_trip(
     given: Sequence[tuple[torch.Tensor, torch.Tensor]], bins: str, chunk_tokens: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
-    """Keys, as an engine caches them after RoPE, and values `[layers, kv_heads, tokens, head_dim]` as CacheGen gives
-    them back, and its row of sizes and times for each. Raises StartupError."""
+    """Encodes and decodes KV with CacheGen. Yields keys (after RoPE) and values `[layers, kv_heads, tokens, head_dim]`
+    as CacheGen returns them, and its row of sizes and times. Raises StartupError."""
     with tempfile.TemporaryDirectory(prefix="kvstore-cachegen-") as scratch:
         sent, returned, sizes = (Path(scratch, name) for name in ("in", "out", "sizes.json"))
         sent.mkdir()
@@ -104,5 +105,5 @@ def _run(given: Path, returned: Path, sizes: Path, bins: str, chunk_tokens: int)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         raise StartupError(
-            f"LMCache's CacheGen with {bins} bins failed; {INSTALL} sets it up again:\n{said[-2000:]}"
+            f"LMCache's CacheGen with {bins} bins failed; run `{INSTALL}` to reinstall it:\n{said[-2000:]}"
         ) from error

@@ -1,4 +1,4 @@
-"""The calibration that rates with a KLT are measured with: given, found in the cache, or made."""
+"""The calibration for measuring rates with a KLT: given by the user, cached, or newly fitted."""
 
 import json
 from collections.abc import Sequence
@@ -28,12 +28,13 @@ TOKENS = 24_576
 QUICK_TOKENS = 2_048
 _OPTIONS = Options()
 _DOMAIN = b"kvstore.bench.calibration.v1"
-# `plan_passages` makes passages shorter where a text has fewer of them: short ones are enough for a look.
+# `plan_passages` makes shorter passages from shorter texts, and those are enough for a quick run.
 _QUICK_TEXT_TOKENS = 6 * 608
 
 
 def read_calibration(path: Path, observed: ObservedModel) -> Calibration:
-    """Raises ConfigurationError for a file that cannot be read, CalibrationError for one that does not fit."""
+    """Reads a calibration. Raises ConfigurationError for an unreadable file, and CalibrationError for one of another
+    model."""
     try:
         calibration = Calibration.from_bytes(path.read_bytes())
     except OSError as error:
@@ -45,8 +46,8 @@ def read_calibration(path: Path, observed: ObservedModel) -> Calibration:
 def default_calibration(
     observed: ObservedModel, tokenizer: Any, sources: Sequence[Source], report: Report, *, quick: bool
 ) -> Calibration:
-    """Made of `sources` once and kept in the cache folder, under a name of everything it depends on. A stopped run
-    goes on where it was. `quick` makes a small one, unless the proper one is there."""
+    """A calibration fitted to `sources`, cached under a digest of everything it depends on. An interrupted run resumes.
+    `quick` fits a small calibration, unless the full one is cached."""
     proper = _file(observed, sources, TOKENS)
     path = _file(observed, sources, QUICK_TOKENS) if quick and not proper.exists() else proper
     if not path.exists():
@@ -79,7 +80,7 @@ def _make(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(
-            f"cannot make {path.parent}: {error.strerror}; set KVSTORE_CACHE_DIR to a writable folder"
+            f"cannot create {path.parent}: {error.strerror}; set KVSTORE_CACHE_DIR to a writable folder"
         ) from error
     state = path.with_suffix(".state")
     calibration = calibrate(
@@ -102,5 +103,5 @@ def _make(
 
 
 def seen_digests(calibration: Calibration) -> set[str]:
-    """Of the texts that a calibration was made of, blake3 in hex."""
+    """Digests (blake3, hex) of the documents that a calibration was fitted to."""
     return {text["blake3"] for text in calibration.provenance.get("texts", ())}

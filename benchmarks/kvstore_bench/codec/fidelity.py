@@ -1,4 +1,4 @@
-"""What a model says about the continuation of a passage behind KV that was coded, against behind its exact KV."""
+"""Compares a model's predictions of a passage's continuation after decoded KV with those after exact KV."""
 
 import math
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from kvstore_codec.model_spec import ModelSpec
 
 @dataclass(frozen=True)
 class Passage:
-    """The context's exact KV, as a worker caches it: keys before RoPE."""
+    """A passage with the exact KV of its context, as a worker stores it: keys before RoPE."""
 
     spec: ModelSpec
     excerpt: Excerpt
     keys: torch.Tensor
-    """of the model's dtype, [layers, kv_heads, tokens, head_dim]"""
+    """in the model's dtype, [layers, kv_heads, tokens, head_dim]"""
     values: torch.Tensor
     embeddings: torch.Tensor
-    """of the tokens, as the model takes them in, [tokens, hidden]"""
+    """input embeddings of the tokens, [tokens, hidden]"""
     reference: torch.Tensor
-    """log-probabilities behind exact KV, f32 [continuation, vocabulary]"""
+    """log-probabilities after exact KV, f32 [continuation, vocabulary]"""
 
     @property
     def kv_values(self) -> int:
-        """Numbers in K and V."""
+        """Number of values in K and V together."""
         return 2 * self.keys.numel()
 
     def chunk_ids(self) -> list[ChunkId]:
@@ -38,12 +38,14 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
+    """Fidelity of decoded KV."""
+
     kl: float
-    """from what exact KV predicts, nats a token, mean over the continuation"""
+    """KL divergence from the prediction after exact KV, nats per token, mean over the continuation"""
     top1: float
-    """share of tokens whose likeliest successor is the same"""
+    """share of tokens with the same most likely successor"""
     nll: float
-    """of the text itself, nats a token"""
+    """negative log-likelihood of the text, nats per token"""
 
 
 def observe(observed: ObservedModel, excerpt: Excerpt) -> Passage:
@@ -61,7 +63,7 @@ def observe(observed: ObservedModel, excerpt: Excerpt) -> Passage:
 
 
 def judge(observed: ObservedModel, passage: Passage, keys: torch.Tensor, values: torch.Tensor) -> Fidelity:
-    """`keys` (before RoPE) and `values` stand for those of the passage, in any float dtype."""
+    """Fidelity of decoded `keys` (before RoPE) and `values` of the passage, in any float dtype."""
     exact, continuation = passage.reference, passage.excerpt.continuation
     said = observed.log_probabilities(keys.float(), values.float(), continuation)
     return Fidelity(

@@ -1,4 +1,4 @@
-"""What every way of coding KV gives to be judged by, ours or another's."""
+"""The interface of a measured way to encode KV, and helpers to time it."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,24 +14,24 @@ from kvstore_bench.codec.fidelity import Passage
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """One passage after coding. Times are one per chunk, or per what a peer times at once."""
+    """One passage after encoding and decoding. There is one time per chunk, or per part that a peer times as one."""
 
     keys: torch.Tensor
     """before RoPE, [layers, kv_heads, tokens, head_dim]"""
     values: torch.Tensor
     stored_bytes: int
-    """all that is stored"""
+    """bytes of everything that is stored"""
     timed_bytes: Sequence[int]
-    """KV of the model's dtype that each time stands for"""
+    """bytes of KV in the model's dtype that each time is for"""
     encode_s: Sequence[float]
     decode_s: Sequence[float]
-    """from bytes to integers"""
+    """seconds from bytes to integers"""
     restore_s: Sequence[float] = ()
-    """from integers to KV in the caller's tensors; none where that is part of decoding"""
+    """seconds from integers to KV in the caller's tensors; empty if that is part of decoding"""
     payload_bytes: int | None = None
-    """the entropy-coded part alone, where a peer stores tables beside it"""
+    """bytes of the entropy-coded part only, for a peer that also stores tables"""
     guarded: Mapping[str, int] = field(default_factory=dict)
-    """frames that the fidelity guard coded finer or exactly"""
+    """number of frames that the fidelity guard encoded with a finer step or exactly"""
 
 
 class Method(Protocol):
@@ -40,17 +40,17 @@ class Method(Protocol):
 
     @property
     def labels(self) -> Mapping[str, str | int]:
-        """{method, layout, coder, rate, frame_tokens} of a row"""
+        """The fields {method, layout, coder, rate, frame_tokens} of the method's row."""
         ...
 
     def code(self, passages: Sequence[Passage]) -> Iterator[Coded]:
-        """Encode and decode each, in order."""
+        """Encodes and decodes each passage, in order."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """MB (1e6 bytes) of KV a second: the median and the distance between its quartiles."""
+    """Speed in MB (1e6 bytes) of KV per second: the median, and the interquartile range."""
 
     median: float
     iqr: float
@@ -66,7 +66,7 @@ class Speed:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch computes in the calling thread alone."""
+    """Limits PyTorch to one thread during the block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -76,19 +76,19 @@ def one_thread() -> Iterator[None]:
 
 
 class Stopwatch:
-    """Seconds spent inside some methods."""
+    """Measures the seconds spent inside chosen methods."""
 
     def __init__(self) -> None:
         self.elapsed_s = 0.0
 
     def lap_s(self) -> float:
-        """Since the last lap."""
+        """Seconds since the last call."""
         elapsed_s, self.elapsed_s = self.elapsed_s, 0.0
         return elapsed_s
 
     @contextmanager
     def watching(self, owner: object, *methods: str) -> Iterator[None]:
-        """Time these methods of one object, which must not call each other, wherever they are called from."""
+        """Times calls of these methods of one object during the block. The methods must not call each other."""
         for name in methods:
             setattr(owner, name, self._timed(getattr(owner, name)))
         try:

@@ -1,4 +1,4 @@
-"""Names of rows, and the methods behind them."""
+"""The names of all rows of the benchmark, and the method of each."""
 
 import re
 from collections.abc import Sequence
@@ -44,9 +44,9 @@ _CACHEGEN = re.compile(r"cachegen-(default|\d+)(?:@(\d+))?")
 
 
 def require_rows(names: Sequence[str]) -> None:
-    """Raises UnknownEncodingError for a name that is no row, ConfigurationError for none at all."""
+    """Raises UnknownEncodingError for a name that is not a row, and ConfigurationError for an empty list."""
     if not names:
-        raise ConfigurationError(f"there is nothing to measure; --rows may name {', '.join(ROWS)}")
+        raise ConfigurationError(f"no rows are given to measure; --rows may name {', '.join(ROWS)}")
     for name in names:
         if found := _MINMAX.fullmatch(name):
             MinMax(int(found[1]), found[2])
@@ -64,7 +64,7 @@ def needs_calibration(name: str) -> bool:
 
 
 def method_named(name: str, observed: ObservedModel, klt: KLT | None) -> Method:
-    """`klt` is needed where `needs_calibration`."""
+    """The method of a row. `klt` is required if `needs_calibration(name)`."""
     if found := _MINMAX.fullmatch(name):
         return MinMax(int(found[1]), found[2])
     if found := _CACHEGEN.fullmatch(name):

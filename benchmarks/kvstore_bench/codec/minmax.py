@@ -1,8 +1,8 @@
-"""The textbook way to quantise KV, as a baseline: every channel's range cut into equal levels, no calibration.
+"""The textbook way to quantise KV, as a baseline: the range of each channel is divided into equal levels.
 
-For each chunk and channel (K or V, layer, head, dimension) the least and the largest value are kept as f16 and values
-become integers of 4, 6 or 8 bits between them. The integers are coded losslessly: as the pictures of `token_frames`, or
-by zstd as they lie in memory.
+It needs no calibration. For each chunk and channel (K or V, layer, head, dimension) it stores the minimum and the
+maximum as f16, and quantises values to integers of 4, 6 or 8 bits between them. The integers are encoded losslessly:
+as pictures of the layout `token_frames`, or with zstd in memory order.
 """
 
 import time
@@ -26,17 +26,17 @@ _CODERS = ("hevc-cpu", "zstd")
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """K and V of one chunk as integers of `bits` bits."""
+    """K and V of one chunk, quantised to integers of `bits` bits."""
 
     integers: Plane
     """[2 * layers, kv_heads, tokens, head_dim], K of all layers and then V"""
     ranges: npt.NDArray[np.float16]
-    """least and largest, [2, 2 * layers, kv_heads, 1, head_dim]"""
+    """minimum and maximum, [2, 2 * layers, kv_heads, 1, head_dim]"""
     bits: int
 
     @classmethod
     def of(cls, keys: torch.Tensor, values: torch.Tensor, bits: int) -> "Levels":
-        """Both [layers, kv_heads, tokens, head_dim]."""
+        """Quantises keys and values, [layers, kv_heads, tokens, head_dim] each."""
         both = torch.cat((keys, values)).float()
         found = torch.stack((both.amin(2, keepdim=True), both.amax(2, keepdim=True)))
         ranges: npt.NDArray[np.float16] = found.half().numpy()
@@ -52,12 +52,12 @@ class Levels:
 
 
 class MinMax:
-    """`minmax8-zstd`, `minmax4-hevc-cpu` and so on. Raises UnknownEncodingError for another coder."""
+    """The methods `minmax8-zstd`, `minmax4-hevc-cpu` and so on. Raises UnknownEncodingError for an unknown coder."""
 
     def __init__(self, bits: int, coder_name: str) -> None:
         if coder_name not in _CODERS or not 1 <= bits <= 8:
             raise UnknownEncodingError(
-                f"min/max is measured with 1 to 8 bits and {' or '.join(_CODERS)}, not {bits} and {coder_name}"
+                f"min/max supports 1 to 8 bits with {' or '.join(_CODERS)}, not {bits} bits with {coder_name}"
             )
         self._bits = bits
         self._coder = coder_name
@@ -121,7 +121,7 @@ class MinMax:
 
 
 def _grid(ranges: npt.NDArray[np.float16], bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least value and the distance of levels of each channel, as a decoder reads them."""
+    """The minimum of each channel and the distance between its levels, as a decoder reads them."""
     least, largest = torch.from_numpy(ranges).float()
     step = (largest - least) / ((1 << bits) - 1)
     return least, step.where(step > 0, torch.ones(()))

@@ -1,4 +1,4 @@
-"""An encoding of this codec as a method to be measured."""
+"""An encoding of this project's codec as a measured method."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,7 +54,7 @@ class Ours:
         guarded: dict[str, int] = {}
         with ExitStack() as stack:
             coding = Stopwatch()
-            if self._encoding.rate is not Rate.EXACT:  # whose words are decoded where they belong
+            if self._encoding.rate is not Rate.EXACT:  # exact values are decoded in place
                 chosen = decoder(self._encoding.coder)
                 methods = ("decode", "decode_pictures") if isinstance(chosen, HevcCoder) else ("decode",)
                 stack.enter_context(coding.watching(chosen, *methods))
@@ -99,7 +99,7 @@ class Ours:
         keys: torch.Tensor,
         values: torch.Tensor,
     ) -> None:
-        """As a worker does it that has received a whole chunk: period by period."""
+        """Decodes a whole chunk as a worker does, period by period."""
         klt, geometry = self._klt, chunk.header.geometry
         prediction = klt.predict(token_features(passage.embeddings[cut])) if klt else None
         frames = geometry.frames_per_period
@@ -119,6 +119,6 @@ class Ours:
 
 
 def _periods(chunk: EncodedChunk) -> list[bytes]:
-    """The bytes of each period's frames, back to back as they are stored."""
+    """The bytes of each period's frames, contiguous as they are stored."""
     frames = chunk.header.geometry.frames_per_period
     return [b"".join(chunk.parts[first : first + frames]) for first in range(1, len(chunk.parts), frames)]

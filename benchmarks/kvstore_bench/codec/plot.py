@@ -1,4 +1,4 @@
-"""Rate and distortion of every method, as a picture."""
+"""Plots rate and distortion of every method."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ _COLOURS = {
     "min/max, hevc-cpu": "#1F77B4",
     "CacheGen, 256-token chunks": "#000000",
     "CacheGen, 1,024-token chunks": "#7F7F7F",
-    "CacheGen as it comes, 256-token chunks": "#E377C2",
-    "CacheGen as it comes, 1,024-token chunks": "#F7B6D2",
+    "CacheGen default, 256-token chunks": "#E377C2",
+    "CacheGen default, 1,024-token chunks": "#F7B6D2",
 }
 _OTHER_COLOURS = ("#8C564B", "#BCBD22", "#17BECF", "#FF7F0E")
 _TICKS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
@@ -27,16 +27,18 @@ _TICKS = (0.125, 0.25, 0.5, 1, 2, 4, 8, 16)
 
 @dataclass(frozen=True, slots=True)
 class Curve:
+    """One line of the plot."""
+
     label: str
     method: str
     points: tuple[tuple[float, float, str], ...]
-    """(bits per value, KL, rate), by falling bits"""
+    """(bits per value, KL, rate), by descending bits"""
     colour: str
     dashed: bool = False
 
 
 def curves(rows: Sequence[Row]) -> list[Curve]:
-    """One per layout and coder, each in its usual size of frames; nothing is drawn of KV that came back exact."""
+    """One curve per layout and coder, each with its usual frame size. Exact encodings are left out."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["kl"] > 0 and "@" not in row["name"].removesuffix("@1024"):
@@ -49,7 +51,7 @@ def curves(rows: Sequence[Row]) -> list[Curve]:
 
 
 def plot_rate_distortion(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Writes a PNG: KL over bits per value, both logarithmic."""
+    """Writes a PNG of the KL divergence over bits per value, both logarithmic."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -83,8 +85,8 @@ def plot_rate_distortion(rows: Sequence[Row], title: str, path: Path) -> None:
         ticks = [tick for tick in _TICKS if min(points) / 1.4 <= tick <= max(points) * 1.25]
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.set_xticks([], minor=True)
-    panel.set_xlabel("bits per value of K and V, all bytes stored (bf16: 16)")
-    panel.set_ylabel("KL divergence from exact KV, nats a token")
+    panel.set_xlabel("bits per value of K and V, all stored bytes (bf16: 16)")
+    panel.set_ylabel("KL divergence from exact KV, nats per token")
     panel.set_title(title, loc="left", fontsize=11)
     panel.grid(visible=True, which="major", alpha=0.3)
     for side in ("top", "right"):
@@ -98,8 +100,8 @@ def plot_rate_distortion(rows: Sequence[Row], title: str, path: Path) -> None:
 
 def _label(row: Row) -> str:
     if row["method"] == "CacheGen":
-        # Its default mixes numbers of bins, so it lies on no curve of single numbers.
-        name = "CacheGen as it comes" if row["rate"] == "default" else "CacheGen"
+        # CacheGen's default uses different bins per layer, so it is not a point of the curve over one number of bins.
+        name = "CacheGen default" if row["rate"] == "default" else "CacheGen"
         return f"{name}, {row['frame_tokens']:,}-token chunks"
     family = "min/max" if row["method"] == "min/max" else row["layout"]
     return f"{family}, {row['coder']}"
@@ -110,7 +112,7 @@ def _of_group(method: str, label: str, group: Sequence[Row], other: str) -> Iter
     yield Curve(label, method, _points(group, "bits_per_value"), colour)
     if len(group) > 1 and all(row["payload_bits_per_value"] is not None for row in group):
         without = _points(group, "payload_bits_per_value")
-        yield Curve(f"{label}, payload alone", method, without, colour, dashed=True)
+        yield Curve(f"{label}, payload only", method, without, colour, dashed=True)
 
 
 def _points(group: Sequence[Row], bits: str) -> tuple[tuple[float, float, str], ...]:

