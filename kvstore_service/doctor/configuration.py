@@ -29,4 +29,4 @@ def variables() -> Finding:
         for name in unknown[:_MOST_SHOWN]
     ]
     more = f" and {len(unknown) - _MOST_SHOWN} more" if len(unknown) > _MOST_SHOWN else ""
-    return missing(f"unknown: {', '.join(hints)}{more}", "They are ignored: correct or unset them.")
+    return missing(f"unknown variables: {', '.join(hints)}{more}", "They are ignored: correct or unset them.")

@@ -105,7 +105,7 @@ def test_doctor_shows_the_settings_and_their_sources_and_misspelt_variables(
     assert settings["redis"] == ("hidden", str(config))
     (check,) = [check for check in found["checks"] if check["name"] == "KVSTORE_* variables"]
     assert not check["available"]
-    assert check["detail"] == "no settings: KVSTORE_MEMROY (did you mean KVSTORE_MEMORY?)"
+    assert check["detail"] == "unknown variables: KVSTORE_MEMROY (did you mean KVSTORE_MEMORY?)"
 
 
 def test_doctor_says_that_serve_would_not_start(report: Report) -> None:
