@@ -18,7 +18,7 @@ CHUNK = sample_chunk()
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stalled_streams, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(stalled_streams, "_LOOK_S", 0.05)
+    monkeypatch.setattr(stalled_streams, "_PERIOD_S", 0.05)
 
 
 def test_a_verification_that_nobody_takes_lets_others_verify(storage: ServedNode) -> None:
