@@ -47,15 +47,15 @@ def test_a_trace_is_read_in_order_of_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"timestamp": 1, "hash_ids": [1', "line 3: no JSON"),
-        ("[1, 2]", "line 3: not an object"),
-        ('{"hash_ids": [1]}', "line 3: no 'timestamp'"),
-        ('{"timestamp": 1}', "line 3: no 'hash_ids'"),
-        ('{"timestamp": "now", "hash_ids": [1]}', "line 3: 'timestamp' is no number but 'now'"),
-        ('{"timestamp": 1, "hash_ids": 7}', "line 3: 'hash_ids' is no list"),
-        ('{"timestamp": 1, "hash_ids": [1, "a"]}', "line 3: 'hash_ids' is no list of whole numbers"),
-        ('{"timestamp": 1, "hash_ids": [true]}', "line 3: 'hash_ids' is no list of whole numbers"),
-        ('{"timestamp": 1, "hash_ids": [-1]}', "line 3: 'hash_ids' is no list of whole numbers"),
+        ('{"timestamp": 1, "hash_ids": [1', "line 3: not JSON"),
+        ("[1, 2]", "line 3: not a JSON object"),
+        ('{"hash_ids": [1]}', "line 3: the field 'timestamp' is missing"),
+        ('{"timestamp": 1}', "line 3: the field 'hash_ids' is missing"),
+        ('{"timestamp": "now", "hash_ids": [1]}', "line 3: 'timestamp' is not a number: 'now'"),
+        ('{"timestamp": 1, "hash_ids": 7}', "line 3: 'hash_ids' is not a list"),
+        ('{"timestamp": 1, "hash_ids": [1, "a"]}', "line 3: 'hash_ids' is not a list of integers"),
+        ('{"timestamp": 1, "hash_ids": [true]}', "line 3: 'hash_ids' is not a list of integers"),
+        ('{"timestamp": 1, "hash_ids": [-1]}', "line 3: 'hash_ids' is not a list of integers"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, complaint: str) -> None:
@@ -72,7 +72,7 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="has no blocks"):
         read_trace(tmp_path / "empty.jsonl")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(ConfigurationError, match="is no text"):
+    with pytest.raises(ConfigurationError, match="is not UTF-8 text"):
         read_trace(tmp_path / "picture.png")
 
 
@@ -231,10 +231,10 @@ def test_the_command_writes_rows_and_a_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (("--policy", "lru,mru"), "no policy 'mru'; there are lru"),
+        (("--policy", "lru,mru"), "no policy 'mru'; policies are lru"),
         (("--capacity", "a lot"), "'a lot' is no capacity"),
-        (("--capacity", "0%"), "over 0 and up to 100 %"),
-        (("--capacity", "nan"), "over 0 and up to 100 %"),
+        (("--capacity", "0%"), "not above 0 and at most 100 %"),
+        (("--capacity", "nan"), "not above 0 and at most 100 %"),
         (("--nodes", "1"), "two or more"),
         (("--nodes", "three"), "'three' is no number of nodes"),
         (("--policy", ""), "at least one policy"),

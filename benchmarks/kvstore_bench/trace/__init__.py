@@ -1,4 +1,4 @@
-"""`kvstore bench trace`: what a recorded workload would have hit, in virtual time, through the real eviction and
+"""`kvstore bench trace`: the hit rates of a recorded workload, replayed in virtual time through the real eviction and
 placement code.
 
 trace | workloads -> replay (policies) and optimum (Belady) -> placement (balance, movement) -> rows -> plot

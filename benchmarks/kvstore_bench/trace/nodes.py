@@ -1,4 +1,4 @@
-"""A trace through storage nodes: what clients put, look up and use, in small chunks."""
+"""Replays a trace through real storage nodes, with the puts, lookups and uses of clients, in small chunks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ _REPORT_EVERY = 1000
 
 @dataclass(frozen=True, slots=True)
 class NodeHits:
-    """`prefix`: the share of all block references that prompts could use. `hits`: what the nodes count as hits, over
-    the same; `puts`: blocks that were stored."""
+    """Hits of a replay. `prefix` is the share of all block references that prompts could use. `hits` is the number of
+    hits that the nodes counted, divided by all references. `puts` is the number of stored blocks."""
 
     prefix: float
     hits: float
@@ -39,12 +39,13 @@ class NodeHits:
 
 
 class NodeReplay:
-    """Prompts against `nodes` real storage nodes that have room for `capacity_chunks` together, each of which sees the
-    blocks that placement gives it. A prompt is looked up, told what of it is used, and what is missing is put in order.
+    """Replays prompts through `nodes` real storage nodes, which have room for `capacity_chunks` together. Each node
+    gets the blocks that placement assigns to it. For each prompt the replay looks up its blocks, reports the used ones,
+    and puts the missing ones in order.
 
-    With `knows_texts` as clients do: they say of each chunk what stands before it, count what they can use, and put
-    nothing behind a chunk that was refused in favour of its text's beginning. Without, as clients did that knew chunks
-    only: all that is found counts as used, and all that is missing is put.
+    With `knows_texts` the replay acts like current clients: it names the chunks before each chunk, counts only usable
+    blocks as used, and stops putting a prompt after a node has refused a chunk in favour of its text's beginning.
+    Without, it acts like earlier clients: all found blocks count as used, and all missing blocks are put.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class NodeReplay:
         self._knows_texts = knows_texts
 
     def run(self, requests: Sequence[Blocks], advance: Callable[[int], None] = lambda _: None) -> NodeHits:
-        """`advance` is told of prompts done, now and then."""
+        """Replays the prompts. Calls `advance` from time to time with the number of finished prompts."""
         used = 0
         for number, request in enumerate(requests, 1):
             ids = [self._chunk_id(block) for block in request]
@@ -89,7 +90,7 @@ class NodeReplay:
         return NodeHits(used / references, hits / references, sum(counts["puts"] for counts in counters))
 
     def _look_up(self, ids: Sequence[ChunkId], owners: Sequence[Sequence[Member]]) -> int:
-        """The length of the prompt's beginning that is stored."""
+        """Number of blocks at the prompt's beginning that are stored."""
         asked: dict[str, list[int]] = {}
         for index, (owner,) in enumerate(owners):
             asked.setdefault(owner.node_id, []).append(index)
@@ -138,6 +139,6 @@ class NodeReplay:
                 put.commit()
 
     def _chunk_id(self, block: int) -> ChunkId:
-        # A block of a trace stands for all before it, too.
+        # The hash of a block in a trace also covers all blocks before it.
         name = self._content_ids[block]
         return ChunkId(ContentId(name), PrefixId(name))

@@ -1,4 +1,4 @@
-"""What no policy can beat."""
+"""An upper bound of the hit rate of every eviction policy."""
 
 import heapq
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from kvstore_bench.trace.trace import Blocks
 
 
 def optimal_hit_rate(requests: Sequence[Blocks], capacity_chunks: int) -> float:
-    """The share of block references that hit when after every prompt those blocks are kept whose next prompt is
-    nearest, of all that were there and its own (Belady 1966, with bypass, a prompt at a time). Knows the future. Where
-    a block stands for all before it, so that its prefix is wanted no later, they are prefix hits as well."""
+    """The hit rate, as a share of block references, of the optimal policy that knows the future (Belady 1966, with
+    bypass, one prompt at a time). After every prompt it keeps those cached and new blocks whose next use is nearest. If
+    the hash of a block covers all blocks before it, its prefix is used no later, so all hits are prefix hits."""
     never = len(requests)
     following: dict[int, int] = {}
     next_uses: list[list[int]] = []
@@ -17,7 +17,7 @@ def optimal_hit_rate(requests: Sequence[Blocks], capacity_chunks: int) -> float:
         next_uses.append([following.get(block, never) for block in requests[time]])
         following.update(dict.fromkeys(requests[time], time))
     kept: dict[int, int] = {}
-    furthest: list[tuple[int, int]] = []  # (-next use, block); stale unless `kept` says the same
+    furthest: list[tuple[int, int]] = []  # (-next use, block); stale if it differs from `kept`
     hits = 0
     for request, uses in zip(requests, reversed(next_uses), strict=True):
         hits += sum(block in kept for block in request)

@@ -1,4 +1,4 @@
-"""What a cache hits that keeps the beginnings of texts."""
+"""Hit rate of an ideal cache that keeps the beginnings of texts."""
 
 import heapq
 from collections.abc import Sequence
@@ -9,22 +9,22 @@ _ROOT = -1
 
 
 class BeginningsOracle:
-    """A radix tree of prompts over one cache that sees whole prompts. Room is made by the least recently used leaf, so
-    no block leaves before one behind it; and a prompt that finds no room keeps its beginning: it takes no block of its
-    own. A block stands for all before it, as in the traces."""
+    """One cache with a radix tree of whole prompts. It evicts the least recently used leaf, so that a block is never
+    evicted before the blocks after it. A prompt that does not fit keeps its beginning: it never evicts its own blocks.
+    The hash of a block covers all blocks before it, as in the traces."""
 
     def __init__(self, capacity_chunks: int) -> None:
         self._capacity = capacity_chunks
-        self._used: dict[int, int] = {}  # block -> when it was used last
+        self._used: dict[int, int] = {}  # block -> time of its last use
         self._parent: dict[int, int] = {}
         self._followers: dict[int, int] = {_ROOT: 0}
         self._leaves: list[
             tuple[int, int, int]
-        ] = []  # (last use, -depth, block); stale unless `_used` says the same
+        ] = []  # (last use, -depth, block); stale if it differs from `_used`
         self._time = 0
 
     def ask(self, request: Blocks) -> int:
-        """How many blocks of the prompt's beginning were there."""
+        """Processes a prompt, and returns the number of blocks at its beginning that were cached."""
         self._time += 1
         run = next((n for n, block in enumerate(request) if block not in self._used), len(request))
         for depth, block in enumerate(request[:run]):
@@ -45,7 +45,7 @@ class BeginningsOracle:
             heapq.heappush(self._leaves, (self._used[block], -depth, block))
 
     def _evict(self) -> bool:
-        """The leaf unused longest leaves; False when all leaves are of the prompt that is asked for now."""
+        """Evicts the least recently used leaf. Returns False if all leaves belong to the current prompt."""
         while self._leaves:
             last_use, depth, leaf = self._leaves[0]
             if last_use == self._time:
@@ -63,6 +63,6 @@ class BeginningsOracle:
 
 
 def beginnings_hit_rate(requests: Sequence[Blocks], capacity_chunks: int) -> float:
-    """The share of block references that such a cache hits behind an unbroken prefix."""
+    """The share of block references that hit in this cache and have an unbroken prefix of hits."""
     oracle = BeginningsOracle(capacity_chunks)
     return sum(map(oracle.ask, requests)) / sum(map(len, requests))

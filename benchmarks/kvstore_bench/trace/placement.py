@@ -1,4 +1,4 @@
-"""How evenly the chunks of a trace lie on nodes, and how many move when one comes or goes."""
+"""Measures how evenly placement distributes a trace's chunks, and how many move when a node joins or leaves."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from kvstore_api.placement import Member, Placement
 
-# Capacities of the nodes, in turn.
+# Capacities of the nodes, repeated in order.
 WEIGHTS = {"equal": (1.0,), "1:2:4": (1.0, 2.0, 4.0)}
 
 
@@ -22,8 +22,8 @@ def members(count: int, weights: Sequence[float] = (1.0,)) -> list[Member]:
 def balance_row(
     nodes: int, weights: str, content_ids: Mapping[int, bytes], uses: Counter[int]
 ) -> dict[str, Any]:
-    """The load of the fullest node over its share by weight: in chunks, and in references to them. The chunk that
-    is referred to most is on one node, whatever the placement: with less than `requests_bound` no one can do."""
+    """The load of the fullest node divided by its share by weight, in chunks and in references to them. The chunk with
+    the most references is on one node in every placement, so no placement is below `requests_bound`."""
     chosen = members(nodes, WEIGHTS[weights])
     numbers = {member.node_id: number for number, member in enumerate(chosen)}
     owners = Placement(chosen).owners(list(content_ids.values()))
@@ -42,8 +42,8 @@ def balance_row(
 
 
 def movement_row(nodes: int, content_ids: Sequence[bytes]) -> dict[str, Any]:
-    """Which part of the chunks has another owner when one node joins `nodes`, and when one of them leaves; no placement
-    that stays even moves less than 1 / (nodes + 1), or 1 / nodes."""
+    """The share of chunks whose owner changes when a node joins `nodes` nodes, and when one of them leaves. A placement
+    that stays even moves at least 1 / (nodes + 1), or 1 / nodes."""
     now = members(nodes)
     before = Placement(now).owners(content_ids)
     joined = Placement(members(nodes + 1)).owners(content_ids)

@@ -1,4 +1,4 @@
-"""Hit rate over capacity, as a picture."""
+"""Plots hit rate over capacity."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ _COLOURS = {"lru": "#1F77B4", "s3-fifo": "#2CA02C", "value": "#D62728"}
 
 
 def plot_hit_rates(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Writes a picture: a line per policy, the optimum above them."""
+    """Writes a plot with one line per policy, and the optimum."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -27,8 +27,8 @@ def plot_hit_rates(rows: Sequence[Row], title: str, path: Path) -> None:
     panel.set_xticks(fractions, [f"{100 * fraction:g} %" for fraction in fractions])
     panel.set_xticks([], minor=True)
     panel.set_ylim(bottom=0)
-    panel.set_xlabel("capacity, of the trace's different blocks")
-    panel.set_ylabel("blocks reused behind an unbroken prefix")
+    panel.set_xlabel("capacity, share of the trace's distinct blocks")
+    panel.set_ylabel("blocks reused with an unbroken prefix")
     panel.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
     panel.set_title(title, loc="left", fontsize=11)
     panel.grid(visible=True, which="major", alpha=0.3)
@@ -41,8 +41,8 @@ def plot_hit_rates(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def plot_through_nodes(rows: Sequence[Row], path: Path) -> None:
-    """Writes a picture: a panel per workload, of one node; a line per policy with clients that know texts, a dotted one
-    with such as do not."""
+    """Writes a plot with one panel per workload on one node. Each policy has a solid line for clients that know texts,
+    and a dotted one for clients that do not."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -70,11 +70,11 @@ def plot_through_nodes(rows: Sequence[Row], path: Path) -> None:
         panel.set_xticks(fractions, [f"{100 * fraction:g} %" for fraction in fractions])
         panel.set_xticks([], minor=True)
         panel.set_ylim(bottom=0)
-        panel.set_xlabel("capacity, of all different blocks")
+        panel.set_xlabel("capacity, share of distinct blocks")
         panel.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
         panel.set_title(workload, loc="left", fontsize=11)
         panel.grid(visible=True, which="major", alpha=0.3)
-    panels[0][0].set_ylabel("blocks reused behind an unbroken prefix")
+    panels[0][0].set_ylabel("blocks reused with an unbroken prefix")
     panels[0][0].legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140, bbox_inches="tight")

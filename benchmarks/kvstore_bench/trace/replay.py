@@ -1,4 +1,4 @@
-"""A trace through an eviction policy."""
+"""Replays a trace through an eviction policy."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from itertools import takewhile
 from kvstore_bench.trace.trace import Blocks
 from kvstore_cluster.eviction import EvictionPolicy
 
-# All blocks are alike: the trace says nothing of what they cost, and KV of as many tokens is as large.
+# All blocks have the same size and cost: the trace does not give costs, and blocks have equally many tokens.
 _BLOCK_BYTES = 1 << 20
 _BLOCK_COST = 512.0
 _REPORT_EVERY = 1000
@@ -15,12 +15,12 @@ _REPORT_EVERY = 1000
 
 @dataclass(frozen=True, slots=True)
 class HitRate:
-    """Shares of all block references."""
+    """Hit rates, as shares of all block references."""
 
     blocks: float
-    """The block was there."""
+    """The block was cached."""
     prefix: float
-    """It was, and so were all before it in its prompt: what a worker can use without recomputing in between."""
+    """The block and all blocks before it in its prompt were cached, so a worker can use it without recomputing any."""
 
 
 def replay(
@@ -30,9 +30,9 @@ def replay(
     identities: Mapping[int, int],
     advance: Callable[[int], None] = lambda _: None,
 ) -> HitRate:
-    """Every prompt is looked up, what is found is touched last block first, as a storage node does, and what is missing
-    is put in the order of the prompt, each evicting what the policy likes least. `identities`: 64 bits of each
-    block; `advance` is told of prompts done, now and then."""
+    """Replays prompts through an eviction policy. Each prompt is looked up. Found blocks are touched from last to
+    first, as a storage node does. Missing blocks are put in order, and each evicts what the policy chooses.
+    `identities` gives 64 bits for each block. `advance` is called now and then with the number of finished prompts."""
     slots: dict[int, int] = {}
     blocks = [0] * capacity_chunks
     hits = prefix_hits = references = 0

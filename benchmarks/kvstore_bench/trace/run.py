@@ -1,4 +1,4 @@
-"""The whole measurement."""
+"""Runs the trace benchmark."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +31,8 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`capacities`: fractions of the trace's different blocks. `quick`: the first 2,000 prompts, and nothing else."""
+    """Options of the benchmark. `capacities` are shares of the trace's distinct blocks. `quick` replays only the first
+    2,000 prompts."""
 
     trace: Path
     capacities: tuple[float, ...]
@@ -39,20 +40,20 @@ class Options:
     nodes: tuple[int, ...]
     quick: bool = False
     through_nodes: bool = False
-    """Real storage nodes instead of the policies alone: slower by far, and by whole prompts."""
+    """Whether to replay through real storage nodes instead of policies only. This is much slower."""
 
     def __post_init__(self) -> None:
         for name in self.policies:
             if name not in POLICIES:
-                raise ConfigurationError(f"no policy {name!r}; there are {', '.join(POLICIES)}")
+                raise ConfigurationError(f"there is no policy {name!r}; policies are {', '.join(POLICIES)}")
         for fraction in self.capacities:
             if not 0 < fraction <= 1:
                 raise ConfigurationError(
-                    f"a capacity of {fraction:.0%} of the trace's blocks; name one over 0 and up to 100 %"
+                    f"a capacity of {fraction:.0%} of the trace's blocks is not above 0 and at most 100 %"
                 )
         for count in self.nodes:
             if count < 2:
-                raise ConfigurationError(f"{count} nodes: balance and movement need two or more")
+                raise ConfigurationError(f"balance and movement need two or more nodes, not {count}")
         if not self.policies or not self.capacities:
             raise ConfigurationError("name at least one policy and one capacity")
 
@@ -68,7 +69,7 @@ class Result:
 
 
 def run(options: Options, progress: Progress) -> Result:
-    """Raises ConfigurationError for what cannot be read."""
+    """Runs the benchmark. Raises ConfigurationError for a trace that cannot be read."""
     trace = read_trace(options.trace)
     if options.quick:
         trace = Trace(trace.name, trace.requests[:_QUICK_REQUESTS])
@@ -132,7 +133,8 @@ def _hit_rates(
 def _through_nodes(
     traces: Sequence[Trace], policies: Sequence[str], capacities: Sequence[float], progress: Progress
 ) -> Rows:
-    """One node, with clients that know texts and with such as do not; and three nodes, with the former."""
+    """Hit rates of one node, with clients that know texts and with clients that do not, and of three nodes with clients
+    that know texts."""
     rows: Rows = []
     setups = ((1, False), (1, True), (3, True))
     total = len(policies) * len(capacities) * len(setups) * sum(len(trace.requests) for trace in traces)
@@ -183,5 +185,5 @@ def _placed(trace: Trace, nodes: Sequence[int], progress: Progress) -> dict[str,
 
 
 def content_id(block: int) -> bytes:
-    """As good as the id of a chunk: 32 evenly spread bytes."""
+    """A content_id for a block: 32 uniformly distributed bytes."""
     return blake3(block.to_bytes(8, "little")).digest()

@@ -1,5 +1,5 @@
-"""Traces as the Mooncake project publishes them: JSON lines of a timestamp in ms, lengths in tokens and the prompt's
-block hashes (`hash_ids`), one per 512 tokens, of which each stands for the block and all before it."""
+"""Reads traces in the format of the Mooncake project: JSON lines with a timestamp in ms, lengths in tokens, and the
+prompt's block hashes (`hash_ids`), one per 512 tokens. A hash covers its block and all blocks before it."""
 
 import json
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from pathlib import Path
 from kvstore_codec.errors import ConfigurationError
 
 Blocks = tuple[int, ...]
-"""The different blocks of one prompt, in order."""
+"""The distinct blocks of one prompt, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Prompts in order of time."""
+    """A trace: prompts in order of time."""
 
     name: str
     requests: tuple[Blocks, ...]
@@ -25,19 +25,21 @@ class Trace:
         return sum(map(len, self.requests))
 
     def footprint(self) -> frozenset[int]:
-        """All different blocks."""
+        """All distinct blocks."""
         return frozenset(chain.from_iterable(self.requests))
 
 
 def read_trace(path: Path) -> Trace:
-    """Raises ConfigurationError that names the first line which is not as it should be."""
+    """Reads a trace. Raises ConfigurationError, whose text names the first invalid line."""
     try:
         with path.open(encoding="utf-8") as lines:
             timed = list(_requests(path.name, lines))
     except OSError as error:
         raise ConfigurationError(f"cannot read the trace {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{path} is no text: {error.reason} at byte {error.start}") from error
+        raise ConfigurationError(
+            f"the trace {path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
     if not any(blocks for _, blocks in timed):
         raise ConfigurationError(f"the trace {path} has no blocks")
     timed.sort(key=lambda request: request[0])
@@ -51,16 +53,16 @@ def _requests(name: str, lines: Iterator[str]) -> Iterator[tuple[float, Blocks]]
         try:
             request = json.loads(line)
         except ValueError as error:
-            raise ConfigurationError(f"{name}, line {number}: no JSON: {error}") from error
+            raise ConfigurationError(f"{name}, line {number}: not JSON: {error}") from error
         if not isinstance(request, dict):
-            raise ConfigurationError(f"{name}, line {number}: not an object but {line.strip()[:40]}")
+            raise ConfigurationError(f"{name}, line {number}: not a JSON object: {line.strip()[:40]}")
         for field in ("timestamp", "hash_ids"):
             if field not in request:
-                raise ConfigurationError(f"{name}, line {number}: no {field!r}")
+                raise ConfigurationError(f"{name}, line {number}: the field {field!r} is missing")
         timestamp, blocks = request["timestamp"], request["hash_ids"]
         if isinstance(timestamp, bool) or not isinstance(timestamp, int | float):
-            raise ConfigurationError(f"{name}, line {number}: 'timestamp' is no number but {timestamp!r}")
-        # `type`, for True is an int.
+            raise ConfigurationError(f"{name}, line {number}: 'timestamp' is not a number: {timestamp!r}")
+        # `type` instead of isinstance, because a bool is an int.
         if not isinstance(blocks, list) or not all(type(block) is int and block >= 0 for block in blocks):
-            raise ConfigurationError(f"{name}, line {number}: 'hash_ids' is no list of whole numbers from 0")
+            raise ConfigurationError(f"{name}, line {number}: 'hash_ids' is not a list of integers from 0")
         yield timestamp, tuple(dict.fromkeys(blocks))

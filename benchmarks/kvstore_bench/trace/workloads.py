@@ -1,4 +1,4 @@
-"""Workloads unlike any conversation, to see whether a policy was made for one trace."""
+"""Workloads that differ from recorded conversations, to show whether a policy is tuned to one trace."""
 
 from collections.abc import Iterator
 from itertools import chain, islice, repeat
@@ -12,8 +12,8 @@ _BLOCKS = 50_000
 
 
 def workloads(trace: Trace) -> Iterator[Trace]:
-    """Both halves of the trace alone, and made ones: popularity by Zipf's law, the same interrupted by scans of blocks
-    that never come again, the same with all popularity dealt anew four times, and a loop."""
+    """The two halves of the trace, and synthetic workloads: popularity by Zipf's law, the same with scans of blocks
+    that are used once, the same with popularity reassigned four times, and a loop."""
     middle = len(trace.requests) // 2
     yield Trace("first half", trace.requests[:middle])
     yield Trace("second half", trace.requests[middle:])
@@ -29,9 +29,9 @@ def workloads(trace: Trace) -> Iterator[Trace]:
 
 
 def texts_beyond_memory() -> Trace:
-    """Texts of 60 to 500 blocks, more than a cache of a few percent of all blocks holds, asked by Zipf's law and often
-    twice in a row, among short ones. All begin with the same 8 blocks, and half of the prompts leave their text at some
-    point and end differently."""
+    """Texts of 60 to 500 blocks, more than a cache of a few percent of all blocks holds, among short ones. Texts are
+    chosen by Zipf's law, and often twice in a row. All begin with the same 8 blocks. Half of the prompts follow their
+    text up to some point and then end differently."""
     generator = np.random.default_rng(2)
     fresh = iter(range(8, 1 << 40))
     common = tuple(range(8))
@@ -59,5 +59,5 @@ def _zipf(
 
 
 def _single(name: str, blocks: list[int]) -> Trace:
-    """Prompts of one block."""
+    """A trace of prompts with one block each."""
     return Trace(name, tuple((block,) for block in blocks))

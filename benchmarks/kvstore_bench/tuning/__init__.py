@@ -1,10 +1,10 @@
-"""`kvstore tune`: which share of reused text to compute again, for each tier that it may come from.
+"""`kvstore tune`: finds the best recompute ratio of reused text for each storage tier.
 
-run.py       a cluster of its own, documents in it, one tier after the other
-tiers.py     memory, disks of a known speed, the disk as it is
-rounds.py    seconds to the first token, measured in turns
-tune.py      Algorithm 1 of CacheTune on one tier, and a sweep beside it
-plot.py      a picture of both
+run.py       starts a cluster, stores documents, and tunes one tier after the other
+tiers.py     the tiers: memory, disks of a known speed, and this machine's disk
+rounds.py    measures seconds to the first token in alternating rounds
+tune.py      Algorithm 1 of CacheTune on one tier, and a sweep for comparison
+plot.py      plots both
 """
 
 from kvstore_bench.tuning.plot import plot_ratios

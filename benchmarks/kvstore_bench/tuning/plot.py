@@ -1,4 +1,4 @@
-"""Seconds to the first token over the ratio, tier by tier: what the search measured, and the sweep."""
+"""Plots seconds to the first token over the recompute ratio, for each tier: the search and the sweep."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +14,10 @@ def plot_ratios(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.plot(*zip(*row["sweep"], strict=True), color="C0", marker="o", markersize=3, label="sweep")
         axes.plot(*zip(*row["measured"], strict=True), "x", color="0.4", label="search")
         axes.plot([row["ratio"]], [row["ttft_s"]], "*", color="C3", markersize=12, label="tuned")
-        axes.axvline(row["first_ratio"], color="0.7", linestyle=":", label="where it began")
+        axes.axvline(row["first_ratio"], color="0.7", linestyle=":", label="first ratio")
         axes.axhline(row["full_ttft_s"], color="0.4", linestyle="--", label="full recompute")
         axes.set_title(f"{row['tier']}: {row['ratio']:.2f}", fontsize=10)
-        axes.set_xlabel("share of tokens computed again")
+        axes.set_xlabel("recompute ratio")
         axes.set_ylim(bottom=0)
         axes.grid(visible=True, alpha=0.2)
     axes.legend(fontsize=8)

@@ -1,4 +1,5 @@
-"""Seconds to the first token, measured in turns: what the machine does meanwhile happens to all alike."""
+"""Measures seconds to the first token in alternating rounds, so that other load on the machine affects all ratios
+alike."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from kvstore_client.recompute import Recompute
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a token takes, in seconds, and a whole prompt without reuse."""
+    """Seconds per token, and seconds of a whole prompt without reuse."""
 
     compute_s: float
     transfer_s: float
@@ -19,24 +20,24 @@ class Costs:
 
 
 class Rounds:
-    """The same prompts again and again, with what is stored where it is. `recompute` says all but the ratio."""
+    """Repeats the same prompts with stored documents. `recompute` gives all parameters except the ratio."""
 
     def __init__(self, engine: Engine, prompts: Sequence[Prompt], recompute: Recompute, repeats: int) -> None:
         self._engine, self._prompts = engine, prompts
         self._recompute, self._repeats = recompute, repeats
 
     def warm_up(self) -> None:
-        """What is done for the first time, is done here."""
+        """Runs each prompt once, so that one-time costs are not measured."""
         self._full_ttft_s(self._prompts[0])
         for prompt in self._prompts:
             self._ttft_s(prompt, self._recompute.ratio)
 
     def mean_ttfts_s(self, ratios: Sequence[float]) -> list[float]:
-        """Of each ratio: the prompts' mean."""
+        """Seconds to the first token for each ratio, mean over the prompts."""
         return self._mean([lambda prompt, ratio=ratio: self._ttft_s(prompt, ratio) for ratio in ratios])  # type: ignore[misc]
 
     def costs(self) -> Costs:
-        """Of computing everything, and of fetching everything."""
+        """The costs of computing everything and of fetching everything."""
         prompt = self._prompts[0]
 
         def transfer_s(asked: Prompt) -> float:
@@ -46,7 +47,8 @@ class Rounds:
         return Costs(full_s / prompt.ids.shape[1], received_s / prompt.document_tokens, full_s)
 
     def _mean(self, ways: Sequence[Callable[[Prompt], float]]) -> list[float]:
-        """Each way goes first in some rounds. Of a prompt the median counts: a pause of the machine is no cost."""
+        """Mean over prompts of each way's median. The ways take turns in going first. The median leaves out pauses of
+        the machine."""
         seconds: list[list[list[float]]] = [[[] for _ in self._prompts] for _ in ways]
         for number in range(self._repeats):
             for index, prompt in enumerate(self._prompts):

@@ -1,4 +1,4 @@
-"""From a model to the ratios that its workers use."""
+"""Tunes the recompute ratios that workers of a model use."""
 
 import tempfile
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from kvstore_service.settings import settings_of
 
 _PROMPTS = 3
 _ROOM = 2
-"""Times what the documents have."""
+"""Capacity of a tier, as a multiple of the documents' bytes."""
 _LEAST_BYTES = 256 << 20
 
 Row = dict[str, Any]
@@ -40,17 +40,17 @@ Row = dict[str, Any]
 @dataclass(frozen=True, slots=True)
 class Options:
     recompute: Recompute
-    """The ratio aside."""
+    """All parameters except the ratio."""
     cache_dir: Path
-    """Where the workers look for tuned ratios."""
+    """Folder where workers look for tuned ratios."""
     tiers: Sequence[str] = ("dram", "ssd", "hdd")
     tokens: int = 3072
-    """of the documents in each prompt"""
+    """tokens of the documents in each prompt"""
     repeats: int = 3
     sweep: int = 0
-    """so many ratios are measured besides; 0: none"""
+    """number of additional ratios to measure; 0 means none"""
     data_dir: Path | None = None
-    """where the disk is"""
+    """folder on the disk to measure"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,15 +58,15 @@ class Result:
     rows: list[Row]
     meta: Row
     path: Path
-    """Where the ratios are kept."""
+    """File with the tuned ratios."""
 
 
 def tune_tiers(
     model: PreTrainedModel, tokenizer: Any, options: Options, report: Report, *, model_id: str | None = None
 ) -> Result:
-    """Each tier's ratio is kept as soon as it is found. Raises ConfigurationError for what cannot be tuned,
-    UnsupportedModelError for a model whose text is reused only where it stood, StartupError where something does not
-    work."""
+    """Tunes each tier, and saves its ratio as soon as it is found. Raises ConfigurationError for invalid options,
+    UnsupportedModelError for a model whose text can be reused only at its original position, and StartupError for other
+    failures."""
     tiers = tiers_named(options.tiers, TIERS)
     Decoder(model)
     spec = spec_of(model, model_id)
@@ -84,7 +84,7 @@ def tune_tiers(
         ) as cluster,
     ):
         report.advance("start", 2, 3)
-        # Planned by nobody: where prefilling is sooner, the ratio is to be known all the same.
+        # Without a planner: the ratio is measured even where a full prefill is faster.
         engine = Engine(
             cluster.address, model, tokenizer,
             model_id=model_id, encoding=EXACT, accept=(EXACT,), floor=None, fetch_policy="fixed",
@@ -110,13 +110,13 @@ def tune_tiers(
 def _prompt(made: Prompts, model: PreTrainedModel, tokens: int) -> Prompt:
     if tokens < 2 * DOCUMENT_TOKENS or tokens % DOCUMENT_TOKENS:
         raise ConfigurationError(
-            f"{tokens} tokens: documents have {DOCUMENT_TOKENS}, so ask for a multiple of that, two at least"
+            f"cannot use {tokens} tokens: documents have {DOCUMENT_TOKENS}, so give a multiple of that, at least two"
         )
     prompt = made.timed(tokens)
     asked, longest = prompt.ids.shape[1], model.config.max_position_embeddings
     if asked >= longest:
         raise ConfigurationError(
-            f"a prompt of {asked} tokens is too long for a model of {longest}; take fewer --tokens"
+            f"a prompt of {asked} tokens is too long for the model, which supports {longest}; give fewer --tokens"
         )
     return prompt
 
@@ -126,7 +126,7 @@ def _folder(parent: Path | None) -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(prefix="kvstore-ratio-", dir=parent)
     except OSError as error:
         raise ConfigurationError(
-            f"chunks cannot be put on a disk in {parent or tempfile.gettempdir()}: {error.strerror}"
+            f"cannot store chunks in the folder {parent or tempfile.gettempdir()}: {error.strerror}"
         ) from error
 
 
@@ -135,8 +135,8 @@ def _keep(ratios: TunedRatios, model_digest: bytes, tier: str, found: TunedTier)
         ratios.save(model_digest, tier, found.tuned)
     except OSError as error:
         raise StartupError(
-            f"the ratio {found.tuned.ratio:.3f} of {tier} cannot be kept in {ratios.path(model_digest).parent}: "
-            f"{error.strerror}; set KVSTORE_CACHE_DIR to a folder that can be written"
+            f"cannot save the ratio {found.tuned.ratio:.3f} of {tier} in {ratios.path(model_digest).parent}: "
+            f"{error.strerror}; set KVSTORE_CACHE_DIR to a writable folder"
         ) from error
 
 
@@ -168,9 +168,9 @@ def _meta(options: Options, spec: ModelSpec, prompt: Prompt) -> Row:
         "repeats": options.repeats,
         "bounds": [LEAST_RATIO, MOST_RATIO],
         "tiers": {tier.name: tier.disk_read_bytes_per_s for tier in tiers_named(options.tiers, TIERS)},
-        "compute_s": "seconds a token of a prompt takes that is computed whole",
-        "transfer_s": "seconds a token of the documents takes to come, nothing of them computed again",
+        "compute_s": "seconds per token of a prompt that is computed completely",
+        "transfer_s": "seconds per token of the documents that are fetched, without recompute",
         "ttft_s": "mean of the prompts' medians, lookup and fetch included, in the same rounds as the sweep",
-        "measured": "[ratio, seconds] of the search, each beside the first ratio",
-        "tier_rates": "bytes per second that the disk is slowed to; none: in memory",
+        "measured": "[ratio, seconds] of the search, each in the same rounds as the first ratio",
+        "tier_rates": "bytes per second that the disk is limited to; null: in memory",
     }

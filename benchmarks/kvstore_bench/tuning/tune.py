@@ -1,4 +1,4 @@
-"""The ratio with the least mean TTFT on one tier: Algorithm 1 of CacheTune (arXiv 2605.24022)."""
+"""Finds the ratio with the lowest mean TTFT on one tier, by Algorithm 1 of CacheTune (arXiv 2605.24022)."""
 
 import math
 from collections.abc import Callable
@@ -16,34 +16,34 @@ from kvstore_client.recompute.tuning import (
 from kvstore_client.reuse.blend.worth import MOST_COMPUTED
 
 MOST_RATIO = MOST_COMPUTED
-"""With more than that to compute, the engine prefills."""
+"""Highest ratio. With a higher one, the engine prefills instead."""
 _NARROWING = (math.sqrt(5) - 1) / 2
 _MORE = 3
-"""Measurements besides those that narrow the search: the first, and the bounds."""
+"""Measurements that do not narrow the search: the first ratio, and the two bounds."""
 
 Advance = Callable[[int, int], None]
-"""How far a stage is: done, of so many."""
+"""Reports progress of a stage: steps done, and steps in total."""
 
 
 @dataclass(frozen=True, slots=True)
 class TunedTier:
     costs: Costs
     first: float
-    """Where the search began: in the balance of computing and fetching."""
+    """First ratio of the search, at which computing and fetching take equally long."""
     tuned: Tuned
     ttft_s: float
-    """At the tuned ratio, in the same rounds as the sweep."""
+    """Seconds to the first token at the tuned ratio, in the same rounds as the sweep."""
     sweep: tuple[tuple[float, float], ...]
-    """Ratios evenly spaced, and their seconds to the first token."""
+    """Evenly spaced ratios, and their seconds to the first token."""
 
     @property
     def best(self) -> tuple[float, float] | None:
-        """Of the sweep, the ratio with the least seconds; None without one."""
+        """The ratio of the sweep with the fewest seconds; None without a sweep."""
         return min(self.sweep, key=lambda point: point[1], default=None)
 
 
 def tune(rounds: Rounds, sweep: int, advance: Advance, advance_sweep: Advance) -> TunedTier:
-    """`sweep`: so many ratios are measured besides."""
+    """Tunes the ratio. `sweep` is the number of additional ratios to measure."""
     most = _MORE + math.ceil(math.log(TOLERANCE / (MOST_RATIO - LEAST_RATIO), _NARROWING))
     advance(0, most)
     rounds.warm_up()

@@ -78,7 +78,7 @@ def test_each_tier_has_its_ratio_then(tmp_path: Path, cache_dir: Path) -> None:
         (("--tier", "tape"), "no tier"),
         (("--selector", "best"), "no selector"),
         (("--tokens", "1000"), "a multiple of"),
-        (("--tokens", "8192"), "too long for a model of 8192"),
+        (("--tokens", "8192"), "too long for the model, which supports 8192"),
         (("--data-dir", "nowhere"), "nowhere"),
         (("--plot", "picture.txt"), "png"),
     ],
