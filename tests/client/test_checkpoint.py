@@ -131,6 +131,7 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
         "[" * 9999,
         '{"weight_map": {"a": "../elsewhere.safetensors"}}',
         '{"weight_map": {"a": "gone"}}',
+        '{"weight_map": {"a": "a\\u0000b"}}',
     ):
         (folder / "model.safetensors.index.json").write_text(index)
         with pytest.raises(UnsupportedModelError):

@@ -6,7 +6,6 @@ same for both, and for a transformers worker, whose `state_dict` has the same na
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
+from kvstore_client.kept_file import UNUSABLE, replace_file
 from kvstore_codec.errors import UnsupportedModelError
 from kvstore_codec.model_config import spec_from_config
 from kvstore_codec.model_spec import KVDtype, ModelSpec, streamed_weights_digest
@@ -117,17 +117,15 @@ class _DigestCache:
             kept = json.loads(self._path.read_bytes())
             digest = bytes.fromhex(kept["weights_digest"])
             return digest if kept["files"] == self._seen and len(digest) == blake3.digest_size else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except UNUSABLE:
             return None
 
     def write(self, digest: bytes) -> None:
         if self._path is None or self._look() != self._seen:  # a file was replaced meanwhile
             return
-        unfinished = self._path.with_suffix(f".{os.getpid()}")
+        kept = {"weights_digest": digest.hex(), "files": self._seen}
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(json.dumps({"weights_digest": digest.hex(), "files": self._seen}))
-            unfinished.replace(self._path)
+            replace_file(self._path, json.dumps(kept).encode())
         except OSError as error:
             log.info("the digest of a checkpoint is not kept: %s", error)
 
@@ -135,6 +133,6 @@ class _DigestCache:
         """Size in bytes and modification time in nanoseconds of each file."""
         try:
             found = {file.name: file.stat() for file in self._files}
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
             raise UnsupportedModelError(f"the checkpoint is not whole: {error}") from error
         return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
