@@ -241,6 +241,9 @@ class KVStoreClient:
         pages = PageStore(namespace, self.settings, lambda: (self._view, self.metrics), **options)
         with self._lock:
             self._page_stores = [*(store for store in self._page_stores if not store.is_closed), pages]
+            closed = self._closed
+        if closed:  # `close` did not see it
+            pages.close()
         return pages
 
     def close(self) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kvstore_client import connect
 from kvstore_client.pages.event import Event
-from tests.client.pages.conftest import Pages, empty, keys, page, pages, wait_for
+from tests.client.pages.conftest import NAMESPACE, Pages, empty, keys, page, pages, wait_for
 
 MOST_THREADS = 2 + 4 + 2 + 8 + 1
 """Of one store: for jobs of each kind, for reads from further nodes, and the watch."""
@@ -111,6 +112,16 @@ def test_a_client_closes_its_page_stores(single: Pages) -> None:
     single.last_client.close()
     assert store.exists(keys(1)) == 0
     assert single.counted("pages_exists_closed") == 1
+
+
+def test_a_store_of_a_closed_client_is_closed() -> None:
+    client = connect("127.0.0.1:1")
+    client.close()
+    descriptors = open_descriptors()
+    store = client.pages(NAMESPACE)
+    assert store.is_closed
+    assert open_descriptors() == descriptors
+    assert store.put(keys(1), [b"page"]).reasons == {"closed": 1}
 
 
 @pytest.mark.parametrize("eventfd", [True, False])
