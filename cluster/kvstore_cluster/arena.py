@@ -1,9 +1,8 @@
-"""The DRAM tier's memory: one anonymous mapping cut into fixed blocks, handed out as runs of blocks.
+"""The memory of the DRAM tier: one anonymous mapping of fixed-size blocks, allocated as runs of blocks.
 
-Blocks are all alike, so a chunk fits whenever enough of them are free, wherever they lie: there is nothing to
-compact. Freed runs are handed out again before the rest of the mapping, because memory that was touched before is many
-times faster than fresh pages; `free_runs` keeps them long. Bytes go in and out through memoryviews; the arena itself
-never copies.
+A chunk fits whenever enough blocks are free, wherever they are, so the arena needs no compaction. Freed runs are
+allocated again before untouched memory, because memory that was touched before is many times faster than fresh pages.
+`free_runs` keeps the runs long. Callers read and write through memoryviews; only `beginning` copies bytes.
 """
 
 import math
@@ -19,7 +18,7 @@ from kvstore_cluster.free_runs import FreeRuns
 from kvstore_codec.errors import ArenaFullError, ConfigurationError, StorageError
 
 DEFAULT_BLOCK_BYTES = 64 << 10
-# First touch runs at 1 GB/s, during which no other thread of the process runs.
+# The first touch of a page runs at 1 GB/s and stops all other threads of the process: 2 MiB take 2 ms.
 _POPULATE_BYTES = 2 << 20
 _MADV_POPULATE_WRITE = 23
 
@@ -38,10 +37,10 @@ class Extent:
 
 
 class Arena:
-    """Allocates extents of blocks. Not thread-safe: the owner locks around `allocate` and `free`; the views
-    may be used from any thread for as long as the extent is allocated.
+    """Allocates extents of blocks. Not thread-safe: the owner calls `allocate` and `free` with its lock held. Any
+    thread may use the views of an extent as long as it is allocated.
 
-    Raises ConfigurationError when this machine cannot give that much memory.
+    Raises ConfigurationError when this machine has too little memory.
     """
 
     def __init__(self, memory_bytes: int, block_bytes: int = DEFAULT_BLOCK_BYTES) -> None:
@@ -65,20 +64,19 @@ class Arena:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the blocks that are taken: sizes rounded up to whole blocks."""
+        """Total size of the allocated blocks. Extents are rounded up to whole blocks."""
         return (self._block_count - self._free.blocks) * self._block_bytes
 
     def footprint_bytes(self, size_bytes: int) -> int:
-        """What `size_bytes` would take: whole blocks, at least one."""
+        """Memory that an extent of `size_bytes` occupies: whole blocks, at least one."""
         return max(1, -(-size_bytes // self._block_bytes)) * self._block_bytes
 
     def allocate(self, size_bytes: int) -> Extent:
-        """Takes blocks for `size_bytes`; their contents are undefined. Raises ArenaFullError, and then
-        nothing was taken."""
+        """Allocates `size_bytes` with undefined contents. Raises ArenaFullError, and then allocates nothing."""
         needed = self.footprint_bytes(size_bytes) // self._block_bytes
         if needed > self._free.blocks:
             raise ArenaFullError(
-                f"{size_bytes} bytes do not fit: {self._free.blocks * self._block_bytes} of "
+                f"{size_bytes} bytes do not fit in memory: {self._free.blocks * self._block_bytes} of "
                 f"{self.capacity_bytes} bytes are free"
             )
         runs = []
@@ -90,7 +88,7 @@ class Arena:
         return Extent(size_bytes, tuple(runs), tuple(accumulate(lengths, initial=0)))
 
     def free(self, extent: Extent) -> None:
-        """Gives the blocks back. Nobody may use a view of the extent afterwards."""
+        """Frees the blocks of the extent. Its views must not be used afterwards."""
         for first, count in extent.runs:
             self._free.give(first, count)
 
@@ -118,8 +116,8 @@ class Arena:
         return bytes(self._memory[start : start + length])
 
     def populate(self) -> bool:
-        """Has the kernel provide the next few pages now, so that no put waits for it; contents stay as they are. False
-        when all are there, or the kernel cannot do it ahead of time."""
+        """Makes the kernel provide the next 2 MiB of pages, so that no put waits for them. Keeps the contents. Returns
+        False when all pages are present, or the kernel cannot provide pages ahead of time."""
         length = min(_POPULATE_BYTES, self._block_count * self._block_bytes - self._populated_bytes)
         if length <= 0:
             return False
@@ -131,14 +129,14 @@ class Arena:
         return True
 
     def check_integrity(self, allocated: Iterable[Extent]) -> None:
-        """Raises StorageError unless `allocated` and the free runs together are every block exactly once."""
+        """Raises StorageError unless every block is either free or in one of the `allocated` extents, exactly once."""
         taken = [run for extent in allocated for run in extent.runs]
         position = 0
         self._free.check_integrity()
         for first, count in sorted([*taken, *self._free]):
             if first != position or count < 1:
                 raise StorageError(
-                    f"arena is corrupt: block {position} is lost or owned twice (run at {first})"
+                    f"arena is corrupt: block {position} is lost or allocated twice (run at {first})"
                 )
             position = first + count
         if position != self._block_count:
@@ -146,11 +144,11 @@ class Arena:
 
 
 def require_memory(memory_bytes: int, block_bytes: int = DEFAULT_BLOCK_BYTES, *, nodes: int = 1) -> None:
-    """Raises ConfigurationError unless `nodes` arenas of `memory_bytes` hold something and fit this machine, or
-    the container around this process.
+    """Raises ConfigurationError unless an arena of `memory_bytes` has at least one block, and `nodes` such arenas fit
+    the memory of this machine and of the container of this process.
 
-    A mapping larger than the memory usually succeeds and gets the process killed once it fills, so it is
-    refused here, where somebody can still read why.
+    A mapping larger than the memory usually succeeds, and the kernel kills the process once the mapping fills. So it
+    is refused at the start, with a message.
     """
     if memory_bytes < block_bytes:
         raise ConfigurationError(
@@ -169,7 +167,7 @@ def _physical_bytes() -> int:
 
 
 def _container_limit_bytes() -> float:
-    """The memory limit of the control group (version 2, then 1); infinite where none is set."""
+    """The memory limit of the control group (version 2, then 1). Infinite without a limit."""
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             limit = Path(path).read_text(encoding="ascii").strip()

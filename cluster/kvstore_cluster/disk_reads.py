@@ -1,4 +1,4 @@
-"""Reading chunks back from a node's disk: what comes is verified, and what cannot be read is told from what is lost."""
+"""Reads chunks from a node's disk, verifies them, and tells lost chunks from those that the disk fails to read."""
 
 import logging
 from bisect import bisect_left
@@ -21,22 +21,22 @@ log = logging.getLogger(__name__)
 
 
 class LostChunkError(ChunkNotFoundError):
-    """Its copy on the disk has been dropped: it is damaged, or of a format version that is not read any more."""
+    """The disk copy of the chunk was dropped, because it is damaged or has a format version that is no longer read."""
 
 
 class UnreadableChunkError(ChunkNotFoundError):
-    """The disk failed to read it, also when asked again. The copy stays: the next read may succeed."""
+    """The disk failed to read the chunk, in every attempt. The copy stays, because a later read may succeed."""
 
 
 class DiskReads:
-    """Reads acquired chunks from the disk. Lock not held; every method may block. A copy that is lost is dropped."""
+    """Reads acquired chunks from disk, and drops damaged copies. Every method may block; call without the lock."""
 
     def __init__(self, catalog: ChunkCatalog) -> None:
         self._catalog = catalog
         self._index = catalog.index
 
     def header(self, slot: int) -> bytes:
-        """Raises ChunkNotFoundError when the chunk has gone meanwhile, is lost or unreadable."""
+        """The header of the chunk. Raises ChunkNotFoundError when the chunk was removed, is lost or cannot be read."""
         buffer = bytearray(self._index.header_bytes[slot])
         self._read(slot, 0, [memoryview(buffer)])
         header = bytes(buffer)
@@ -50,7 +50,7 @@ class DiskReads:
         return header
 
     def chunk(self, slot: int, views: list[memoryview]) -> None:
-        """Fills the views with the whole chunk. Raises ChunkNotFoundError as `header`."""
+        """Reads the whole chunk into the views. Raises ChunkNotFoundError as `header` does."""
         self._read(slot, 0, views)
         try:
             require_sound(self._index, slot, views)
@@ -58,8 +58,8 @@ class DiskReads:
             self._lose(slot, error)
 
     def frames(self, slot: int, offset: int, length: int, header: Callable[[], bytes]) -> memoryview:
-        """Bytes of a chunk from `offset` on, whole frames or all of it; `header` gives that of the chunk. Raises
-        ChunkNotFoundError as `header`."""
+        """`length` bytes of a chunk from `offset`: whole frames, or the whole chunk. Calls `header` for the chunk's
+        header when it needs it. Raises ChunkNotFoundError as the method `header` does."""
         data = memoryview(bytearray(length))
         if offset == 0:
             self.chunk(slot, [data])
@@ -78,7 +78,7 @@ class DiskReads:
         return data
 
     def _read(self, slot: int, offset: int, views: list[memoryview]) -> None:
-        """Compaction may move the record meanwhile."""
+        """Reads part of a chunk. Tries again when compaction moves the record meanwhile."""
         catalog, index = self._catalog, self._index
         short = index.chunk_id(slot).short
         location = NOWHERE
@@ -86,7 +86,7 @@ class DiskReads:
             with catalog.lock:
                 previous, location = location, Location(index.location[slot])
             if location in (NOWHERE, previous) or catalog.store is None:
-                raise ChunkNotFoundError(f"chunk {short} has left {catalog.node_id}")
+                raise ChunkNotFoundError(f"chunk {short} was removed from {catalog.node_id}")
             try:
                 catalog.store.read(location, offset, views)
             except ChunkNotFoundError:
@@ -119,7 +119,7 @@ class DiskReads:
 
 
 def require_sound(index: ChunkIndex, slot: int, views: list[memoryview]) -> None:
-    """Raises ChunkFormatError unless the views hold the slot's chunk."""
+    """Raises ChunkFormatError unless the views contain the undamaged chunk of the slot."""
     header = verify_chunk(views, index.size_bytes[slot])
     if (header.chunk_id, header.encoding.name) != (index.chunk_id(slot), index.encoding(slot)):
-        raise ForeignChunkError("another chunk lies in its place")
+        raise ForeignChunkError("another chunk is stored in its place")

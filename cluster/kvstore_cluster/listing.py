@@ -1,4 +1,4 @@
-"""Pages of what a storage node holds."""
+"""Lists the stored variants of a storage node in pages."""
 
 from itertools import islice
 
@@ -9,13 +9,13 @@ from kvstore_cluster.stored import StoredVariant
 
 MAX_LISTED = 4096
 MOST_BEHIND = 16
-"""Chunks before a chunk in its text that are named, in a list and in a put."""
+"""Most predecessors in its text that a list or a put names for a chunk."""
 
 
 def list_variants(
     catalog: ChunkCatalog, cursor: int, limit: int, content_prefix: bytes, tenant: str | None, now_s: float
 ) -> tuple[list[StoredVariant], int]:
-    """As `StorageNode.list`, at unix time `now_s`. Lock not held."""
+    """One page, as `StorageNode.list` defines it, at unix time `now_s`. Call without the lock."""
     index = catalog.index
     listed: list[StoredVariant] = []
     while len(listed) < limit:

@@ -1,4 +1,4 @@
-"""Finding the chunks of one lookup, slice by slice, so that a long lookup never keeps the node's lock for long."""
+"""Finds the chunks of one lookup in slices, so that a long lookup never holds the node's lock for long."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,26 +12,28 @@ from kvstore_cluster.slices import SLICE_CHUNKS
 from kvstore_codec.errors import ChunkNotFoundError, StorageError
 
 SMALL_HEADERS_BYTES = 1 << 20
-"""Headers that are copied as their chunks are found; those beyond are read when nobody waits for the lock."""
+"""Most bytes of headers that a lookup copies with the lock held. `read_headers` reads the others without the lock."""
 _HEADERS_PER_CHECK = 64
-"""Headers that are read between two looks at whether anybody still wants them."""
+"""Headers that `read_headers` reads between two checks whether the caller still wants them."""
 _OTHER_ENCODING_BYTES = 128
-"""Of an answer, for each further encoding, besides its header."""
+"""Size of a further encoding in an answer, without its header."""
 
 
 @dataclass(frozen=True, slots=True)
 class LookupRequest:
-    """Asks for each of `chunks` in which of `encodings`, best first, it is stored, and how many other contexts hold the
-    same content.
+    """Asks for the best encoding that each of `chunks` is stored in, and for the number of other contexts that the same
+    content is stored in. `encodings` lists the acceptable encodings, best first.
 
-    `all_encodings` asks also in which others of them it is stored, or of any when there are none. With `any_context` a
-    chunk that is not stored in its own context is answered with another one of its content: one that does not begin its
-    text if there is any, of those one in memory, of those the one used last.
+    `all_encodings` also asks for the other acceptable encodings that a chunk is stored in. Without `encodings` it
+    accepts any encoding. With `any_context` the answer for a chunk that is not stored in its own context names a chunk
+    with the same content in another context: preferably one that does not begin its text, then one in memory, then the
+    most recently used one.
 
-    What is found is leased for `lease_s` when positive, unless too much is leased already. It counts as one use of it,
-    unless this is a `peek`, or `use_follows`: then `StorageNode.use` says what of it is used.
+    The chunks that are found are leased for `lease_s` when it is positive, unless too many are leased already. The
+    lookup counts as one use of them, except for a `peek`, and with `use_follows`: then `StorageNode.use` reports which
+    of them are used.
 
-    Further encodings of later chunks are left out where their headers would not fit into `max_header_bytes`.
+    Further encodings of a chunk are left out when their headers do not fit into `max_header_bytes`.
     """
 
     chunks: Sequence[ChunkName]
@@ -55,32 +57,32 @@ class FoundVariant(NamedTuple):
 
 
 class LookupAnswer(NamedTuple):
-    """`encoding` is None when the chunk is not here in an acceptable encoding: the exact one, unless `prefix_id` says
-    otherwise."""
+    """The answer for one chunk. `encoding` is None when the chunk is not stored on this node in an acceptable
+    encoding."""
 
     encoding: str | None
     size_bytes: int
     header: bytes
     other_contexts: int
     on_disk: bool = False
-    """Not in memory: a read comes from the disk."""
+    """Whether the chunk is only on disk, so that a read of it uses the disk."""
     others: Sequence[FoundVariant] = ()
-    """The same chunk in further encodings, if they were asked for."""
+    """Further encodings that the chunk is stored in. Empty unless the request has `all_encodings`."""
     prefix_id: bytes = b""
-    """The context that all this is about, where it is another than the one that was asked for."""
+    """Context of the chunk that was found, when it differs from the requested one."""
 
 
 @dataclass(frozen=True, slots=True)
 class LookupResult:
-    """One answer per asked chunk, in order; `lease_id` is None when nothing was leased."""
+    """One answer per requested chunk, in order. `lease_id` is None when nothing was leased."""
 
     answers: list[LookupAnswer]
     lease_id: LeaseId | None
 
 
 class ChunkSearch:
-    """The answers to one lookup, as far as they are known at unix time `now_s`. `find` is called for SLICE_CHUNKS
-    chunks at a time, and `read_headers` at the end. A caller that stops before that calls `release`."""
+    """Finds the chunks of one lookup. A chunk that expired before unix time `now_s` is not found. The caller calls
+    `find` for SLICE_CHUNKS chunks at a time, and then `read_headers`. A caller that stops earlier calls `release`."""
 
     def __init__(
         self, catalog: ChunkCatalog, stored: ChunkBytes, request: LookupRequest, now_s: float
@@ -90,28 +92,28 @@ class ChunkSearch:
         self._request = request
         self._now_s = now_s
         self.header_bytes = 0
-        """Of all answers so far, those included that `read_headers` is to read."""
-        # (number of the answer, place in it, slot), of slots that are acquired
+        """Total size of the headers in all answers so far, including those that `read_headers` has still to read."""
+        # (number of the answer, place in it, slot); the slots are acquired
         self._headers_to_read: list[tuple[int, int, int]] = []
         self.answers: list[LookupAnswer] = []
         self.hits: list[int] = []
-        """Slots of everything found, further encodings included, in the order of the chunks."""
+        """Slots of all variants found, including further encodings, in the order of the chunks."""
         self.missed = 0
         self.approximate: set[int] = set()
-        """Numbers of the chunks found in another context only."""
+        """Numbers of the chunks that were found only in another context."""
 
     def find(self, begin: int) -> list[int]:
-        """Answers for the chunks from number `begin` on, and returns the slots of what was found. Lock held. Raises
-        StorageError when the headers of all answers have more than `max_header_bytes`."""
+        """Adds the answers for the next SLICE_CHUNKS chunks from number `begin`, and returns the slots that were found.
+        Call with the lock held. Raises StorageError when the headers of all answers exceed `max_header_bytes`."""
         catalog, index, now_s, request = self._catalog, self._catalog.index, self._now_s, self._request
         anything = request.all_encodings and not request.encodings
         preference = index.any_encoding if anything else index.preference(request.encodings)
-        # A thousand chunks are to be found in a millisecond: what the loop needs is looked up once.
+        # A lookup of a thousand chunks should take a millisecond, so attributes are read once, before the loop.
         best, encoding_of, extents = index.best, index.encoding, index.extent
         sizes, header_sizes = index.size_bytes, index.header_bytes
         answers, hits, first_hit = self.answers, self.hits, len(self.hits)
         with_headers, max_header_bytes = request.with_headers, request.max_header_bytes
-        # By content. Finding it looks at up to 512 contexts, and a lookup may name one content thousands of times.
+        # Slot by content id. A search examines up to 512 contexts, and a lookup may name one content thousands of times.
         other_contexts: dict[bytes, int] = {}
         for chunk in request.chunks[begin : begin + SLICE_CHUNKS]:
             slot, contexts = best(chunk, preference, now_s)
@@ -119,7 +121,7 @@ class ChunkSearch:
             if slot < 0 and request.any_context and contexts:
                 content_id = chunk.content_id
                 if content_id not in other_contexts:
-                    catalog.flush_touches()  # which of them was used last counts
+                    catalog.flush_touches()  # the search prefers the most recently used
                     other_contexts[content_id] = index.another_context(chunk, preference, now_s)
                 slot = other_contexts[content_id]
                 if slot >= 0:
@@ -142,8 +144,8 @@ class ChunkSearch:
                 hits += slots[: len(others)]
             if max_header_bytes is not None and self.header_bytes > max_header_bytes:
                 raise StorageError(
-                    f"the headers of the first {len(answers) + 1} of {len(request.chunks)} chunks have more "
-                    f"than {max_header_bytes} bytes; look fewer chunks up at a time"
+                    f"the headers of the first {len(answers) + 1} of {len(request.chunks)} chunks exceed "
+                    f"{max_header_bytes} bytes; look fewer chunks up at a time"
                 )
             on_disk = extents[slot] is None
             answers.append(
@@ -152,7 +154,7 @@ class ChunkSearch:
         return hits[first_hit:]
 
     def findings(self, first_hit: int) -> Findings[int]:
-        """What was found, from that one of `hits` on; before `read_headers`. Lock not needed."""
+        """The chunks found from position `first_hit` of `hits` on. Call before `read_headers`. Needs no lock."""
         if self._request.all_encodings:
             numbers = [
                 n for n, answer in enumerate(self.answers) if answer.encoding for _ in (0, *answer.others)
@@ -163,15 +165,16 @@ class ChunkSearch:
         return Findings(self.hits[first_hit:], leased, self.approximate & set(leased))
 
     def read_headers(self, proceed: Callable[[int], object]) -> None:
-        """Reads the headers that `find` left out. Lock not held; may block. What the disk has lost is left out of its
-        answer. Calls `proceed` with `header_bytes` before and now and then, and passes on what it raises."""
+        """Reads the headers that `find` left out, and removes variants that the disk has lost from their answers. May
+        block; call without the lock. Calls `proceed` with `header_bytes` before each batch; an exception of `proceed`
+        ends the reading."""
         while self._headers_to_read:
             proceed(self.header_bytes)
             batch = self._headers_to_read[-_HEADERS_PER_CHECK:]
             with self._catalog.lock:
                 known = {slot: self._stored.known_header(slot) for _, _, slot in batch}
             try:
-                # From the back: an answer whose other encodings were lost has them in order until then.
+                # Last to first, because removing a lost encoding shifts the places of the later ones.
                 for number, place, slot in reversed(batch):
                     self.answers[number] = self._with_header_of(
                         slot, self.answers[number], place, known[slot]
@@ -183,12 +186,12 @@ class ChunkSearch:
                         self._catalog.release(slot)
 
     def release(self) -> None:
-        """Releases the chunks whose headers `read_headers` would have read. Lock held."""
+        """Releases the chunks whose headers have not been read. Call with the lock held."""
         while self._headers_to_read:
             self._catalog.release(self._headers_to_read.pop()[2])
 
     def _header(self, slot: int, number: int, place: int) -> bytes:
-        """Empty where it is read later; then the slot is acquired."""
+        """The header of the chunk. Empty when `read_headers` is to read it; the slot is acquired until then."""
         header = None
         if self.header_bytes <= SMALL_HEADERS_BYTES:
             header = self._stored.known_header(slot)
@@ -198,8 +201,8 @@ class ChunkSearch:
         return header or b""
 
     def _others(self, slot: int, slots: Sequence[int]) -> list[FoundVariant]:
-        """The further encodings of the chunk in `slot`; none where their headers leave too little room for the chunks
-        behind: every chunk has to be named before any is named twice."""
+        """The further encodings of the chunk in `slot`. Empty when their headers would leave too little room for the
+        later chunks of the request: the best encoding of every chunk comes first."""
         index, request = self._catalog.index, self._request
         own_bytes = index.header_bytes[slot] if request.with_headers else 0
         others_bytes = len(slots) * _OTHER_ENCODING_BYTES
@@ -222,8 +225,9 @@ class ChunkSearch:
     def _with_header_of(
         self, slot: int, answer: LookupAnswer, place: int, header: bytes | None
     ) -> LookupAnswer:
-        """Of the variant that the answer names, or of the other one at `place`, counted from 1; a header that is None
-        is read. Where the disk has lost what the answer names, the first other one takes its place."""
+        """The answer with the header of one of its variants: of the best one at `place` 0, or of a further encoding
+        from `place` 1 on. Reads the header when it is None. Removes the variant when the disk has lost it; the first
+        further encoding then replaces a lost best one."""
         others = list(answer.others)
         try:
             header = self._stored.header(slot) if header is None else header

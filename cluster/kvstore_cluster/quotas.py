@@ -32,9 +32,9 @@ class Quotas:
         return bool(new)
 
     def enter_all(self, begin: int, end: int) -> None:
-        """Enters the slots from `begin` to `end` that were stored before their tenant had an order. They leave before
-        chunks stored since. The caller goes from the last slot range to the first, so that lower slots are evicted
-        first."""
+        """Enters the slots from `begin` to `end` that were stored before their tenant had an order. They are evicted
+        before chunks stored since. The caller goes from the last slot range to the first, so that lower slots are
+        evicted first."""
         for slot in reversed(range(begin, end)):
             if self._index.is_linked(slot) and not self._is_entered(slot):
                 order = self._oldest_first.get(self._index.tenant(slot))

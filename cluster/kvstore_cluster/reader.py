@@ -1,4 +1,4 @@
-"""Reading stored chunks, frame range by frame range."""
+"""Reads stored chunks in frame ranges."""
 
 from collections.abc import Iterator
 from functools import cached_property
@@ -12,7 +12,7 @@ from kvstore_codec.errors import FrameRangeError
 
 
 class ChunkBytes:
-    """Bytes of acquired chunks, from the tier that has them."""
+    """Reads the bytes of acquired chunks from memory or from disk."""
 
     def __init__(
         self, catalog: ChunkCatalog, disk: DiskTier, migration: Migration, residency: Residency
@@ -23,7 +23,7 @@ class ChunkBytes:
         self._residency = residency
 
     def known_header(self, slot: int) -> bytes | None:
-        """The chunk's own header; None when it has to be read from the disk. Lock held."""
+        """The chunk's header. None when it must be read from disk. Call with the lock held."""
         catalog = self._catalog
         extent = catalog.index.extent[slot]
         if extent is None:
@@ -31,15 +31,16 @@ class ChunkBytes:
         return catalog.arena.beginning(extent, catalog.index.header_bytes[slot])
 
     def header(self, slot: int) -> bytes:
-        """The chunk's own header. Lock not held; may block. Raises ChunkNotFoundError when the chunk has gone, or its
-        disk has lost it or cannot read it."""
+        """The chunk's header. May block; call without the lock. Raises ChunkNotFoundError when the chunk was removed,
+        or the disk has lost it or cannot read it."""
         with self._catalog.lock:
             header = self.known_header(slot)
         return self._disk.reads.header(slot) if header is None else header
 
     def views(self, slot: int, offset: int, length: int) -> Iterator[memoryview]:
-        """Views that together are these bytes, in order: as they lie in memory, where a large range brings the whole
-        chunk, else read from the disk. Lock not held; may block. Raises ChunkNotFoundError as `header` does."""
+        """Views that together are these bytes, in order. A large range of a chunk on disk first promotes the whole
+        chunk to memory; a small range is read from disk alone. May block; call without the lock. Raises
+        ChunkNotFoundError as `header` does."""
         index = self._catalog.index
         extent = index.extent[slot]
         if extent is None and self._residency.promotes(length, index.size_bytes[slot]):
@@ -50,7 +51,7 @@ class ChunkBytes:
 
 
 class ChunkReader:
-    """Views of a chunk that does not go away while it is open. Made by `StorageNode.open`."""
+    """Reads one chunk, which is not removed while the reader is open. Created by `StorageNode.open`."""
 
     def __init__(self, source: ChunkBytes, slot: int, size_bytes: int) -> None:
         self._source = source
@@ -64,13 +65,13 @@ class ChunkReader:
         return read_header(self._source.header(self._slot))
 
     def range_bytes(self, first_frame: int, frame_count: int) -> int:
-        """How many bytes `pieces` would give. Raises FrameRangeError."""
+        """Total size of the pieces of these frames, bytes. Raises FrameRangeError."""
         return self._range(first_frame, frame_count)[1]
 
     def pieces(self, first_frame: int, frame_count: int, piece_bytes: int) -> Iterator[list[memoryview]]:
-        """The bytes of the frames, in order, in pieces of at most `piece_bytes`; of 0 frames from frame 0, those of the
-        whole chunk with its header. A piece is a list of read-only views, because a chunk may lie scattered over the
-        arena. Raises FrameRangeError, and ChunkNotFoundError when its disk has lost it."""
+        """The bytes of the frames, in order, in pieces of at most `piece_bytes`. 0 frames from frame 0 mean the whole
+        chunk with its header. A piece is a list of read-only views, because a chunk may occupy several runs of the
+        arena. Raises FrameRangeError, and ChunkNotFoundError when the disk has lost the chunk."""
         offset, length = self._range(first_frame, frame_count)
         self.ranges_read += 1
         piece: list[memoryview] = []
@@ -95,7 +96,7 @@ class ChunkReader:
         frames = self.header.geometry.frame_count
         if not 0 <= first_frame < first_frame + frame_count <= frames:
             raise FrameRangeError(
-                f"frames [{first_frame}, {first_frame + frame_count}) asked of chunk "
-                f"{self.header.chunk_id.short}, which has {frames}"
+                f"frames [{first_frame}, {first_frame + frame_count}) were requested of chunk "
+                f"{self.header.chunk_id.short}, which has {frames} frames"
             )
         return self.header.range_bytes(first_frame, frame_count)
