@@ -1,4 +1,4 @@
-"""Background work that outlives its errors, and tells how it fares."""
+"""Background loops that continue after errors, and report whether they fail."""
 
 import logging
 import threading
@@ -18,19 +18,19 @@ _MOST_KINDS = 64
 
 @dataclass(frozen=True, slots=True)
 class BackgroundHealth:
-    """Of all loops in this process: `errors` since it began, and what those fail at that fail now, by name."""
+    """State of all loops in this process: the `errors` since its start, and the last error of each failing loop."""
 
     errors: int
     failing: dict[str, str]
 
 
 class BackgroundLoop:
-    """Calls `step` again and again in a thread of its own, from `start` until `stop`. A step waits by itself until its
-    work is due, on `stopping` or on what `wake` ends.
+    """Calls `step` repeatedly in its own thread, from `start` until `stop`. The step itself waits until its work is
+    due: on `stopping`, or on a condition that `wake` ends.
 
-    A step that raises is repeated after a pause, which doubles up to `longest_pause_s` while it goes on raising. Each
-    kind of error is logged when it first occurs, with its traceback unless it is a KVStoreError, and later whenever its
-    count has doubled. `background_health` says which loops fail.
+    After an error the loop pauses before the next step. The pause doubles with each error in a row, up to
+    `longest_pause_s`. Each kind of error is logged at its first occurrence, with its traceback unless it is a
+    KVStoreError, and then whenever its count has doubled. `background_health` reports the failing loops.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class BackgroundLoop:
         self.name = name
         self.stopping = threading.Event()
         self._step, self._wake, self._longest_pause_s = step, wake, longest_pause_s
-        self._errors: Counter[str] = Counter()  # by kind
+        self._errors: Counter[str] = Counter()  # by kind of error
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Called once."""
+        """Starts the thread. Must be called only once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Waits for the step under way. A step may call it, too, and is then the last one."""
+        """Ends the loop after the current step, and waits for it. A step that calls `stop` is the last one."""
         self.stopping.set()
         self._wake()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
@@ -85,8 +85,10 @@ class BackgroundLoop:
         times = self._errors[kind]
         _book.fails(self, f"{type(error).__name__}: {error}")
         if times == 1:
-            is_told = isinstance(error, KVStoreError)  # its message is written for people
-            log.warning("%s failed and will go on: %s", self.name, error, exc_info=None if is_told else error)
+            is_told = isinstance(error, KVStoreError)  # its message is written for operators
+            log.warning(
+                "%s failed and will try again: %s", self.name, error, exc_info=None if is_told else error
+            )
         elif times & (times - 1) == 0:
             log.warning("%s failed %d times with: %s", self.name, times, error)
 
@@ -96,7 +98,7 @@ def background_health() -> BackgroundHealth:
 
 
 class _Book:
-    """How the loops of this process fare. Thread-safe."""
+    """The error counts of all loops of this process. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -121,7 +123,7 @@ _book = _Book()
 
 
 def _kind(error: Exception) -> str:
-    """By where it was raised: messages may differ each time."""
+    """The type of an error and the line that raised it. Excludes the message, which may differ each time."""
     frames = traceback.extract_tb(error.__traceback__)
     return (
         f"{type(error).__name__} {frames[-1].filename}:{frames[-1].lineno}"

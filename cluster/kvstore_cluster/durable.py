@@ -1,4 +1,4 @@
-"""What it takes for a file to survive a power loss, and for a folder to belong to one process."""
+"""Makes files survive a power loss, and locks folders for one process."""
 
 import fcntl
 import logging
@@ -9,14 +9,14 @@ log = logging.getLogger(__name__)
 
 
 def rename_durably(aside: Path, target: Path) -> None:
-    """Puts `aside`, written and synced in the same folder, in the place of `target`; returns once the rename would
-    survive a power loss. Raises OSError."""
+    """Renames `aside` to `target`, and returns once the rename survives a power loss. `aside` must be a synced file in
+    the same folder. May block. Raises OSError."""
     aside.replace(target)
     sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Returns once the names in `folder` would survive a power loss. Raises OSError."""
+    """Syncs a folder, so that the names in it survive a power loss. May block. Raises OSError."""
     folder_fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(folder_fd)
@@ -25,8 +25,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_folder(folder: Path, name: str) -> int:
-    """Makes the folder when it is missing and locks the file `name` in it; the lock is this process's until the
-    descriptor is closed. Raises OSError, BlockingIOError when another process has it."""
+    """Creates the folder when it is missing, and locks the file `name` in it. Returns the descriptor of the lock; this
+    process has the lock until the descriptor is closed. Raises OSError, and BlockingIOError when another process has
+    the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     lock_fd = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -38,18 +39,18 @@ def lock_folder(folder: Path, name: str) -> int:
 
 
 def relock_folder(folder: Path, name: str, lock_fd: int) -> int:
-    """Makes and locks the folder again where it was removed, and returns the descriptor of its lock, which is the old
-    one where nothing was. Raises as `lock_folder` does; then the old one stays."""
+    """Creates and locks the folder again when it was removed. Returns the descriptor of the lock: a new one, or
+    `lock_fd` when the folder is still there. Raises as `lock_folder` does, and then `lock_fd` stays open."""
     if holds_folder(folder, name, lock_fd):
         return lock_fd
     new_fd = lock_folder(folder, name)
-    log.warning("%s was removed while it is in use, and was made again", folder)
+    log.warning("%s was removed while in use, and was created again", folder)
     os.close(lock_fd)
     return new_fd
 
 
 def holds_folder(folder: Path, name: str, lock_fd: int) -> bool:
-    """Whether the locked file is still the one of that name. Where that cannot be told, it is taken to be."""
+    """Whether the locked file is still in the folder under its name. True when the check itself fails."""
     try:
         return os.path.samestat(os.fstat(lock_fd), (folder / name).stat())
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Notices storage nodes that stop answering, and those that answer again."""
+"""Detects storage nodes that stop responding, and those that respond again."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -9,15 +9,15 @@ from kvstore_cluster.catalogue import NodeRecord
 from kvstore_cluster.coordinator import Coordinator
 
 DEFAULT_PERIOD_S = 0.4
-# One unanswered probe may be a busy machine; the second in a row makes a node dead.
+# A busy machine may miss one probe. The second missed probe in a row marks a node as dead.
 MISSES_UNTIL_DEAD = 2
 
 
 class FailureDetector:
-    """Probes every known node at its data endpoint, the one clients use, and tells the coordinator.
+    """Probes every known node at its data endpoint, which clients use, and reports the results to the coordinator.
 
-    `probe` asks all given nodes at the same time and says for each None when it answered and is the one named,
-    else the reason. It must return within about a second.
+    `probe` probes all given nodes concurrently. It returns None for each node that responded under its own name, and
+    the reason for each of the others. It must return within about a second.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class FailureDetector:
         self._loop.start()
 
     def stop(self) -> None:
-        """Waits for the probe under way."""
+        """Ends the loop, and waits for the current probe."""
         self._loop.stop()
 
     def check(self) -> None:

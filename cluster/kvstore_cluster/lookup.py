@@ -113,7 +113,7 @@ class ChunkSearch:
         sizes, header_sizes = index.size_bytes, index.header_bytes
         answers, hits, first_hit = self.answers, self.hits, len(self.hits)
         with_headers, max_header_bytes = request.with_headers, request.max_header_bytes
-        # Slot by content id. A search examines up to 512 contexts, and a lookup may name one content thousands of times.
+        # Slot by content id. A search examines up to 512 contexts, and a lookup may name a content thousands of times.
         other_contexts: dict[bytes, int] = {}
         for chunk in request.chunks[begin : begin + SLICE_CHUNKS]:
             slot, contexts = best(chunk, preference, now_s)

@@ -1,4 +1,4 @@
-"""The thread that looks after a storage node: write-back, demotion, expiry, compaction."""
+"""The maintenance thread of a storage node: write-back, demotion, expiry and compaction."""
 
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.background import BackgroundLoop
@@ -8,21 +8,21 @@ PERIOD_S = 0.5
 
 
 class MaintenanceThread:
-    """Calls `StorageNode.maintain` from `start` until `stop`, and first has the memory ready that puts will need."""
+    """Calls `StorageNode.maintain` from `start` until `stop`, and populates the pages of the arena at the beginning."""
 
     def __init__(self, node: StorageNode, arena: Arena, period_s: float = PERIOD_S) -> None:
         self._node = node
         self._arena = arena
         self._period_s = period_s
         self._populating = True
-        # What could not be moved stays where it is until the next round.
+        # A chunk that could not be moved stays in its tier until the next round.
         self._loop = BackgroundLoop("kvstore-maintenance", self._look_after, longest_pause_s=period_s)
 
     def start(self) -> None:
         self._loop.start()
 
     def stop(self) -> None:
-        """Waits for the round under way."""
+        """Ends the loop, and waits for the current round."""
         self._loop.stop()
 
     def _look_after(self) -> None:

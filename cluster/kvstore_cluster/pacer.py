@@ -1,4 +1,4 @@
-"""How fast bytes may pass: the one schedule that repair, experiments and the links of benchmarks keep to."""
+"""Rate limits in bytes per second, for repair, slow disks in experiments and simulated links in benchmarks."""
 
 import threading
 import time
@@ -7,11 +7,11 @@ from kvstore_codec.errors import ConfigurationError
 
 
 class Pacer:
-    """Who may send which bytes when, so that they are `bytes_per_s` on average and at most `burst_bytes` ahead of that.
-    Shared by all who send. Thread-safe; clocks are the caller's, in seconds.
+    """Schedules transfers at an average rate of `bytes_per_s`, with bursts of up to `burst_bytes`. All senders under
+    one limit share a pacer. Thread-safe. Callers pass times in seconds on a clock of their choice.
 
-    Kept as the time at which the way is next free rather than as a count of tokens (the virtual scheduling form of the
-    token bucket, ITU-T I.371), so nothing has to run while nothing is sent.
+    The state is the time at which the link is next free, not a count of tokens (the virtual scheduling form of the
+    token bucket, ITU-T I.371). So an idle pacer needs no work.
     """
 
     def __init__(self, bytes_per_s: float, burst_bytes: float = 0) -> None:
@@ -22,14 +22,14 @@ class Pacer:
         self.set_rate(bytes_per_s)
 
     def set_rate(self, bytes_per_s: float) -> None:
-        """For what is reserved from now on. Raises ConfigurationError."""
+        """Changes the rate of later reservations. Raises ConfigurationError."""
         if not 0 < bytes_per_s < float("inf"):
-            raise ConfigurationError(f"a bandwidth is above 0 bytes a second, not {bytes_per_s}")
+            raise ConfigurationError(f"a bandwidth must be finite and above 0 bytes/s, not {bytes_per_s}")
         with self._lock:
             self.bytes_per_s = bytes_per_s
 
     def reserve(self, size_bytes: int, ready_at_s: float) -> float:
-        """When the last of these bytes, which are ready to go at `ready_at_s`, has left."""
+        """Reserves a transfer of bytes that are ready at `ready_at_s`. Returns the time at which it ends."""
         with self._lock:
             start_s = max(self.free_at_s, ready_at_s - self._burst_bytes / self.bytes_per_s)
             self.free_at_s = start_s + size_bytes / self.bytes_per_s
@@ -38,7 +38,7 @@ class Pacer:
 
 
 class Limit:
-    """A rate that threads wait under until `lift`."""
+    """A rate limit on a monotonic clock. Threads wait for their transfers, until `lift` ends the limit."""
 
     def __init__(self, bytes_per_s: float, burst_bytes: float = 0) -> None:
         self._pacer = Pacer(bytes_per_s, burst_bytes)
@@ -49,13 +49,13 @@ class Limit:
         return self._pacer.bytes_per_s
 
     def reserve(self, size_bytes: int) -> float:
-        """The monotonic time at which so many bytes have passed."""
+        """Reserves a transfer of bytes that are ready now. Returns the monotonic time at which it ends."""
         return self._pacer.reserve(size_bytes, time.monotonic())
 
     def wait_until(self, at_s: float) -> None:
-        """Returns at that monotonic time, or when the limit is lifted."""
+        """Waits until a monotonic time, or until the limit is lifted."""
         self._lifted.wait(max(0.0, at_s - time.monotonic()))
 
     def lift(self) -> None:
-        """Whoever waits goes on."""
+        """Ends the limit and wakes all waiting threads."""
         self._lifted.set()

@@ -1,4 +1,4 @@
-"""A connection to Redis (or Valkey) that answers soon or says that it does not, and keeps its password to itself."""
+"""A connection to Redis (or Valkey) with short timeouts, whose errors never contain the password."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,10 @@ _TIMEOUT_S = 1.0
 
 
 class RedisConnection:
-    """Thread-safe; connects when it is used, again after a failure. `name` says in messages where it is.
+    """A Redis client that connects at its first use, and again after a failure. Thread-safe. `name` describes the
+    server in messages.
 
-    Raises ConfigurationError for a URL that is none.
+    Raises ConfigurationError for an invalid URL.
     """
 
     def __init__(self, url: str) -> None:
@@ -25,11 +26,11 @@ class RedisConnection:
                 url,
                 socket_timeout=_TIMEOUT_S,
                 socket_connect_timeout=_TIMEOUT_S,
-                # Once: the connections of a server that restarted are all dead.
+                # One retry, because all pooled connections are dead after a restart of the server.
                 retry=Retry(NoBackoff(), 1),
             )
         except (ValueError, TypeError, redis.RedisError):
-            # Without the cause: it may quote the URL, password and all.
+            # Without the cause, which may contain the URL with its password.
             raise ConfigurationError(
                 "the URL of Redis cannot be used; write redis://[user:password@]host[:port][/database]"
             ) from None
@@ -39,8 +40,8 @@ class RedisConnection:
 
     @contextmanager
     def client(self) -> Iterator[Any]:
-        """The client; what it raises becomes a CatalogueError. Commands without their types: the library gives each
-        of them two."""
+        """The Redis client. Raises CatalogueError instead of the errors of Redis. Typed as Any, because the library
+        types every command as both synchronous and asynchronous."""
         import redis
 
         try:

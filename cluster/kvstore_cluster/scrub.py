@@ -1,4 +1,4 @@
-"""Reading everything back and checking every checksum."""
+"""Reads all stored chunks and verifies every checksum."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class ScrubProgress:
-    """`checked` variants of `bytes_checked` so far; `damaged` since the last progress."""
+    """`checked` variants with `bytes_checked` bytes so far, and the variants `damaged` since the last progress."""
 
     checked: int
     bytes_checked: int
@@ -25,8 +25,8 @@ class ScrubProgress:
 
 
 def scrub(node: StorageNode) -> Iterator[ScrubProgress]:
-    """Checks every stored variant, in each tier that it is in, page by page. A damaged copy is dropped, the chunk with
-    it when that was the last. What is evicted meanwhile is passed over."""
+    """Verifies every stored variant in every tier that has it. Yields the progress after each page. Drops damaged
+    copies; a chunk without another copy is removed. Skips variants that are evicted meanwhile."""
     cursor = checked = bytes_checked = 0
     while True:
         variants, cursor = node.list(cursor, _PAGE)

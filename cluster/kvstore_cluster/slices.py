@@ -1,4 +1,4 @@
-"""Long work on a node's metadata is done a slice at a time, so that lookups never wait for all of it."""
+"""Splits long work on a node's metadata into slices, so that lookups never wait for all of it."""
 
 import time
 from collections.abc import Iterator
@@ -6,17 +6,17 @@ from contextlib import contextmanager
 from threading import Condition
 
 SLICE_CHUNKS = 2048
-"""Chunks that are looked up under one acquisition of the lock: 3 ms of it. Common lookups have no more."""
+"""Chunks that are looked up in one slice, which takes 3 ms. Most lookups have fewer chunks."""
 REMOVED_CHUNKS = 256
-"""Chunks that are removed under one acquisition of the lock: 3 ms, too."""
+"""Chunks that are removed in one slice, which takes 3 ms."""
 PAUSE_S = 200e-6
-"""Between slices."""
+"""Pause between two slices."""
 
 
 @contextmanager
 def locked_slice(lock: Condition, *, first: bool) -> Iterator[None]:
-    """The lock, for a part of a long call. Lets whoever waits for it have it before, unless this is the first part:
-    a thread that only releases the lock takes it again before the other one has woken."""
+    """Holds the lock for one slice of a long call. Pauses before every slice but the `first`, so that waiting threads
+    get the lock: without the pause the same thread acquires it again before another one wakes."""
     if not first:
         time.sleep(PAUSE_S)
     with lock:

@@ -1,5 +1,5 @@
-"""A disk as slow as another one, for experiments: reads take at least as long as they would there, and what is on it is
-only there."""
+"""Simulates a slow disk for experiments: reads take at least as long as on that disk, and chunks on it are not kept in
+memory."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,14 +14,14 @@ from kvstore_cluster.stats import NodeStats
 from kvstore_codec.errors import ConfigurationError
 
 SLOWEST_BPS = 1e6
-"""Bytes per second. Below it one chunk takes longer than readers have patience."""
+"""Bytes per second. At a lower rate the read of one chunk exceeds the timeouts of readers."""
 FASTEST_BPS = 1e12
-"""Beyond all disks; what a node says of itself are integers of 64 bits."""
+"""Bytes per second. Faster than any disk, and small enough for the 64-bit integers of node statistics."""
 
 
 class ReadSpeed:
-    """Of all readers of a disk together, in the order in which they come: it does one thing at a time. Off at first.
-    Only its rate is that of the other disk, not how long it takes to find a place. Thread-safe."""
+    """A rate limit that all readers of a disk share. Serves one read at a time, in order of arrival. Simulates the
+    bandwidth of a disk, not its seek time. Without a limit until `set` is called. Thread-safe."""
 
     def __init__(self) -> None:
         self.limit: Limit | None = None
@@ -32,7 +32,8 @@ class ReadSpeed:
         return None if limit is None else limit.bytes_per_s
 
     def set(self, bytes_per_s: float | None) -> None:
-        """From now on; whoever waits under another limit goes on at once. Raises ConfigurationError."""
+        """Changes the limit; None removes it. Reads that wait under the old limit end at once. Raises
+        ConfigurationError."""
         if bytes_per_s is not None and not SLOWEST_BPS <= bytes_per_s <= FASTEST_BPS:
             raise ConfigurationError(
                 f"a disk can be limited to {SLOWEST_BPS / 1e6:.0f} MB/s or more, up to {FASTEST_BPS / 1e12:.0f} TB/s, "
@@ -44,7 +45,7 @@ class ReadSpeed:
 
 
 class SlowStore(SegmentStore):
-    """A segment store whose reads take as long as `read_speed` says."""
+    """A segment store whose reads are limited to `read_speed`."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -61,7 +62,7 @@ class SlowStore(SegmentStore):
 
 
 class SlowNode(StorageNode):
-    """A storage node whose disk, if it has one, can be made slow; it takes the options of `StorageNode`."""
+    """A storage node whose disk reads can be limited. Takes the options of `StorageNode`."""
 
     def __init__(self, node_id: str, arena: Arena, *, store: SlowStore | None = None, **options: Any) -> None:
         self._read_speed = None if store is None else store.read_speed
@@ -69,14 +70,13 @@ class SlowNode(StorageNode):
         super().__init__(node_id, arena, store=store, residency=residency, **options)
 
     def limit_disk(self, read_bytes_per_s: float | None) -> None:
-        """Makes reads from the disk as slow as on another one; None: as fast as they are. Under a limit memory that has
-        chunks of the disk is given back, at once or within a second of a put, and nothing is promoted. Raises
-        ConfigurationError."""
+        """Limits the rate of disk reads; None removes the limit. Under a limit chunks that are on disk leave memory, at
+        once or within a second of their put, and no chunk is promoted. Raises ConfigurationError."""
         if self._read_speed is not None:
             self._read_speed.set(read_bytes_per_s)
             self._migration.demote()
         elif read_bytes_per_s is not None:
-            raise ConfigurationError(f"{self.node_id} has no disk that could be slow; start it with --disk")
+            raise ConfigurationError(f"{self.node_id} has no disk to limit; start it with --disk")
 
     def stats(self) -> NodeStats:
         stats = super().stats()
@@ -89,7 +89,7 @@ class SlowNode(StorageNode):
 
 
 class _OnlyOnDisk(Residency):
-    """While the disk is slow, nothing of it is in memory."""
+    """Keeps no chunk that is on disk in memory while the disk is limited."""
 
     def __init__(self, read_speed: ReadSpeed) -> None:
         self._read_speed = read_speed

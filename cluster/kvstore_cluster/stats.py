@@ -1,17 +1,17 @@
-"""What a storage node counts about itself."""
+"""Counters and statistics of a storage node."""
 
 from dataclasses import asdict, dataclass, field
 
 
 @dataclass(slots=True)
 class NodeCounters:
-    """Only ever grow. `hits` are chunks that lookups found and could use, `hit_tokens` their tokens as far as clients
-    say, `approximate_hits` those of them that were found in another context than the one asked for, `misses` chunks
-    that were not found; `unusable` ones were found and gave nothing, because one before them in their text was not.
-    `lookups` counts calls, `reads` frame ranges; `evictions` are chunks that left the node for room, `demotions` those
-    that left memory alone, `texts_cut` puts refused because only the beginning of their own text could have made room,
-    `disk_refused` puts that the disk did not take, `damaged` copies that the disk lost, `disk_read_errors`
-    reads that it failed although it was asked several times, of chunks that stay."""
+    """Counters that only grow. Of lookups: `lookups` counts calls, `hits` chunks that were found and usable,
+    `hit_tokens` the tokens of hits as reported by clients, `approximate_hits` hits in another context than the
+    requested one, `misses` chunks that were not found, and `unusable` chunks that were found behind a missing chunk
+    of their text. `reads` counts frame ranges. `evictions` counts chunks removed from the node to free space,
+    `demotions` chunks removed only from memory. `texts_cut` counts puts refused because only the beginning of their
+    own text could be evicted, `disk_refused` puts that the disk refused, `damaged` copies that the disk lost, and
+    `disk_read_errors` reads that failed in every attempt and whose chunk stays on disk."""
 
     lookups: int = 0
     hits: int = 0
@@ -40,8 +40,8 @@ class NodeCounters:
 
 @dataclass(frozen=True, slots=True)
 class NodeStats:
-    """`chunks` counts stored variants; `bytes_used` are arena bytes taken, whole blocks. `gauges` are figures of now;
-    `disk_error` says why the disk is not used, if it should be."""
+    """Statistics of a storage node. `chunks` counts stored variants, `bytes_used` the bytes of allocated arena blocks.
+    `gauges` are current values. `disk_error` is the reason why a configured disk is not used, or empty."""
 
     node_id: str
     chunks: int

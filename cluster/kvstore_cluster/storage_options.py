@@ -1,4 +1,4 @@
-"""What a storage node is made of."""
+"""The storage options of a node."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,8 @@ DEFAULT_REPAIR_BANDWIDTH_BPS = 800e6
 
 @dataclass(frozen=True, slots=True)
 class StorageOptions:
-    """`folder` is where its disk lives, if it has `disk_bytes`; `repair_bandwidth_bps` are bits a second; with
-    `experiments` its disk can be made slow."""
+    """Storage options of a node. `folder` contains the disk tier, which exists when `disk_bytes` is above 0.
+    `repair_bandwidth_bps` is in bits per second. `experiments` allows limits on the speed of the disk."""
 
     memory_bytes: int
     disk_bytes: int = 0

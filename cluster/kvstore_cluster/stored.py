@@ -1,4 +1,4 @@
-"""A stored variant of a chunk, as lists of what a node holds name it."""
+"""Description of a stored variant of a chunk, for lists of the chunks on a node."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,9 @@ from kvstore_codec.identity import ChunkId
 
 @dataclass(frozen=True, slots=True)
 class StoredVariant:
-    """`calibration` is a digest, where the encoding needs one; `ttl_left_s` 0: stays. `number` chunks stand before
-    it in its text, and `behind` are those of them that are on the same node, nearest first, 16 at most."""
+    """One encoding of a chunk on a node. `calibration` is the digest of the calibration that the encoding needs, if
+    any. `ttl_left_s` is 0 for a variant that does not expire. `number` is the number of chunks before it in its text.
+    `behind` lists up to 16 of these chunks that are on the same node, nearest first."""
 
     chunk_id: ChunkId
     encoding: str

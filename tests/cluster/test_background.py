@@ -97,7 +97,7 @@ def test_an_error_that_is_told_in_words_needs_no_traceback(caplog: pytest.LogCap
     assert "kvstore-test" not in background_health().failing
     (record,) = caplog.records
     assert (record.getMessage(), record.exc_info) == (
-        "kvstore-test failed and will go on: the disk is full",
+        "kvstore-test failed and will try again: the disk is full",
         None,
     )
 
