@@ -161,7 +161,7 @@ class Coordinator:
                 return state
             if len(quotas) > max(MAX_QUOTAS, len(state.quotas)):
                 raise TooManyQuotasError(
-                    f"{MAX_QUOTAS} tenants have a quota, and no more can; take one away with 0 bytes first"
+                    f"at most {MAX_QUOTAS} tenants can have a quota; remove one by setting it to 0 bytes"
                 )
             return replace(state, quotas=quotas, changes=state.changes + 1)
 

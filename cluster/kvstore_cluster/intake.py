@@ -187,7 +187,7 @@ class Intake:
 
     def _require_possible(self, chunk_id: ChunkId, size_bytes: int, tenant: str, *, durable: bool) -> None:
         if size_bytes < 1:
-            raise PutStateError(f"chunk {chunk_id.short} was announced with {size_bytes} bytes")
+            raise PutStateError(f"chunk {chunk_id.short} was announced with a size of {size_bytes} bytes")
         if len(tenant.encode()) > MAX_TENANT_BYTES:
             raise PutStateError(
                 f"the tenant of chunk {chunk_id.short} has a name of more than {MAX_TENANT_BYTES} bytes"

@@ -67,7 +67,8 @@ class PendingPut:
         self._require_open()
         if self.written_bytes + len(data) > self.extent.size_bytes:
             raise PutStateError(
-                f"chunk {self._chunk_id.short} was announced with {self.extent.size_bytes} bytes and has more"
+                f"chunk {self._chunk_id.short} was announced with a size of {self.extent.size_bytes} bytes, "
+                "but has more"
             )
         source = memoryview(data)
         for view in self._arena.views(self.extent, self.written_bytes, len(source)):
@@ -112,8 +113,8 @@ class PendingPut:
     def _verified(self) -> RecordMeta:
         if self.written_bytes != self.extent.size_bytes:
             raise PutStateError(
-                f"chunk {self._chunk_id.short} was announced with {self.extent.size_bytes} bytes, "
-                f"but {self.written_bytes} came"
+                f"chunk {self._chunk_id.short} was announced with a size of {self.extent.size_bytes} bytes, "
+                f"but has {self.written_bytes}"
             )
         header = verify_chunk(self._arena.views(self.extent), self.extent.size_bytes)
         found, wanted = (header.chunk_id, header.encoding.name), (self._chunk_id, self._encoding)

@@ -91,7 +91,7 @@ def test_quotas_are_bounded(tmp_path: Path) -> None:
     catalogue = FileCatalogue(tmp_path)
     catalogue.save(ClusterState(quotas={str(number): 1 for number in range(MAX_QUOTAS)}))
     coordinator = Coordinator(catalogue)
-    with pytest.raises(TooManyQuotasError, match="take one away"):
+    with pytest.raises(TooManyQuotasError, match="remove one by setting it to 0 bytes"):
         coordinator.set_quota("one more", 1)
     coordinator.set_quota("0", 0)
     coordinator.set_quota("one more", 1)

@@ -119,7 +119,7 @@ class CalibrationRegistry:
             try:
                 self._store(record, mirror.pieces(record), None)
             except (DamagedCalibrationError, CalibrationSizeError) as error:
-                log.warning("calibration %s cannot be had from the mirror: %s", _short(record.digest), error)
+                log.warning("calibration %s cannot be read from the mirror: %s", _short(record.digest), error)
 
     def _store(
         self, record: CalibrationRecord, pieces: Iterable[bytes], mirror: CalibrationMirror | None
@@ -127,7 +127,7 @@ class CalibrationRegistry:
         if record.size_bytes > MAX_CALIBRATION_BYTES:
             raise CalibrationTooLargeError(
                 f"calibration {_short(record.digest)} has {record.size_bytes} bytes; "
-                f"at most {MAX_CALIBRATION_BYTES} are taken"
+                f"at most {MAX_CALIBRATION_BYTES} are accepted"
             )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)  # the folder may have been removed
@@ -197,7 +197,8 @@ def _verified(record: CalibrationRecord, pieces: Iterable[bytes]) -> Iterator[by
     if size_bytes != record.size_bytes:
         came = "more" if size_bytes > record.size_bytes else size_bytes
         raise CalibrationSizeError(
-            f"calibration {_short(record.digest)} was announced with {record.size_bytes} bytes, but {came} came"
+            f"calibration {_short(record.digest)} was announced with a size of {record.size_bytes} bytes, "
+            f"but has {came}"
         )
     if found.digest() != record.digest:
         raise DamagedCalibrationError(

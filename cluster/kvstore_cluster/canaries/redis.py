@@ -41,7 +41,7 @@ class RedisCanaryMirror:
             if generation.isdigit() and _DIGEST.fullmatch(name):
                 yield bytes.fromhex(name.decode()), int(generation), content
             else:
-                log.warning("%r in %s is no canary", name[:80], self._redis.name)
+                log.warning("%r in %s is not a canary", name[:80], self._redis.name)
 
     def close(self) -> None:
         self._redis.close()

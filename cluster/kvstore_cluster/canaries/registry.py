@@ -107,7 +107,9 @@ class CanaryRegistry:
             return replace(record, size_bytes=0), b""
         except CanaryError as error:
             log.warning(
-                "the canary of model %s is damaged (%s); it is made anew", model_digest.hex()[:12], error
+                "the canary of model %s is damaged (%s); the next worker computes a new one",
+                model_digest.hex()[:12],
+                error,
             )
             return replace(record, size_bytes=0), b""
         except OSError as error:
@@ -178,7 +180,7 @@ class CanaryRegistry:
             if path.stat().st_size <= MAX_DOCUMENT_BYTES:
                 record, _ = read_document(path.read_bytes(), model_digest, generation)
         except CanaryError as error:
-            log.warning("the canary %s is damaged (%s); it is made anew", path.name, error)
+            log.warning("the canary %s is damaged (%s); the next worker computes a new one", path.name, error)
         known = self._kept.get(model_digest)
         if known is not None and known.record.generation > generation:
             path.unlink()

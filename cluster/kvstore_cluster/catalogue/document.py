@@ -39,7 +39,7 @@ def write_document(state: ClusterState) -> str:
 def read_document(text: str, name: str) -> ClusterState:
     """Parses a document. `name` is its origin, for errors. Raises CatalogueError for any text that is not sound."""
     if len(text) > MAX_DOCUMENT_BYTES:
-        raise unsound(name, f"it has {len(text)} characters, and at most {MAX_DOCUMENT_BYTES} make sense")
+        raise unsound(name, f"it has {len(text)} characters, but at most {MAX_DOCUMENT_BYTES} are allowed")
     try:
         document = json.loads(text)
         kind, version = document["format"], document["version"]

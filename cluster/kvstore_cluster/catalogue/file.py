@@ -111,7 +111,7 @@ class FileCatalogue:
                 log.warning("%s was removed and cannot be written again: %s", self._path, error)
             self._reported = str(error)
         else:
-            log.error("%s was removed while it is in use; it was written again", self._path)
+            log.error("%s was removed while in use, and was written again", self._path)
             self._reported = ""
 
 

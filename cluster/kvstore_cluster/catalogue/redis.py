@@ -127,7 +127,9 @@ class RedisCatalogue:
             with self._redis.client() as client:
                 client.eval(_RELEASE, 1, self._keys[0], self._token)
         except CatalogueError as error:
-            log.warning("the catalogue is free in %.0f s: %s", _LOCK_S, error)
+            log.warning(
+                "cannot release the lock of the catalogue, which expires in %.0f s: %s", _LOCK_S, error
+            )
         self._redis.close()
 
     def _acquire(self) -> None:

@@ -146,7 +146,7 @@ class SegmentFile:
             try:
                 return os.preadv(self._fd, views, offset)
             except OSError as error:
-                log.info("reading at %d of a segment failed, trying again: %s", offset, error)
+                log.info("reading at offset %d of a segment failed, trying again: %s", offset, error)
                 time.sleep(pause_s)
         return os.preadv(self._fd, views, offset)
 

@@ -41,7 +41,7 @@ class StoreFolder:
             self._lock_fd = relock_folder(self.path, _LOCK_NAME, self._lock_fd)
         except BlockingIOError as error:
             raise BlockingIOError(
-                error.errno, "it was removed, and another process uses one of the same name by now"
+                error.errno, "it was removed, and another process has locked a new folder of the same name"
             ) from error
 
     def names(self, number: int, file: SegmentFile) -> bool:

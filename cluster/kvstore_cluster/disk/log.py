@@ -150,7 +150,7 @@ class SegmentLog:
             segment.commit.fail(failure)
         with self._turn:
             live_bytes = sum(segment.live_blocks for segment in removed) * BLOCK_BYTES
-            log.error("%s; %d bytes of chunks in them are written again", failure, live_bytes)
+            log.error("%s; writing %d bytes of chunks in them again", failure, live_bytes)
             if self._active in removed:
                 self._close_active()
                 self.error = failure
@@ -210,7 +210,7 @@ class SegmentLog:
         if not self._folder.names(segment.number, segment.file):
             self.give_up_removed()
             raise SegmentRemovedError(
-                f"segment {segment.number} was removed from {self._folder.path} while it is in use"
+                f"segment {segment.number} was removed from {self._folder.path} while in use"
             )
 
     def _write(
@@ -277,7 +277,7 @@ class SegmentLog:
             advice = "; free space on that disk" if self.room_bytes < self.limit_bytes else ""
             raise DiskFullError(
                 f"{blocks * BLOCK_BYTES} bytes do not fit on disk: {self._table.used_blocks * BLOCK_BYTES} of the "
-                f"{limit_bytes} bytes that chunks may take in {self._folder.path} are used, "
+                f"{limit_bytes} bytes available to chunks in {self._folder.path} are used, "
                 f"{self._table.live_blocks * BLOCK_BYTES} of them by live chunks{advice}"
             )
         if active is None or begin:
@@ -335,7 +335,7 @@ class SegmentLog:
         segment.commit.fail(failure)
         with self._turn:
             if not segment.given_up:
-                log.error("segment %d of the disk tier is given up: %s", segment.number, failure)
+                log.error("no longer writing to segment %d of the disk tier: %s", segment.number, failure)
                 segment.given_up = segment.closed = True
                 self.error = failure
                 self._close_active()

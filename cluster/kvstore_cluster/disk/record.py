@@ -86,7 +86,7 @@ class RecordHeader:
         length = _NAMES_START + len(encoding) + len(tenant) + len(calibration) + len(place)
         if length > BLOCK_BYTES or max(len(encoding), len(calibration)) > _MAX_NAME_BYTES:
             raise StorageError(
-                f"chunk {meta.chunk_id.short} cannot be put on disk: its description has {length} bytes, at most "
+                f"chunk {meta.chunk_id.short} cannot be put on disk: its metadata has {length} bytes, but at most "
                 f"{BLOCK_BYTES} fit; shorten the name of its tenant"
             )
         fields = _FIELDS.pack(

@@ -108,5 +108,5 @@ def _readable(window: Window, offset: int, length: int) -> memoryview:
     try:
         return window.view(offset, length)
     except OSError as error:
-        log.warning("%d bytes at %d of a segment cannot be read: %s", length, offset, error)
+        log.warning("%d bytes at offset %d of a segment cannot be read: %s", length, offset, error)
         return memoryview(b"")

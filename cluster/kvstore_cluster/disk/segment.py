@@ -94,7 +94,7 @@ class Segment:
         try:
             self.index.write(path, self.number, self.seed, self.file.size_bytes())
         except OSError as error:
-            log.warning("%s cannot be written, the next start reads all of the segment: %s", path, error)
+            log.warning("%s cannot be written, so the next start reads the whole segment: %s", path, error)
             return
         self.index = None
 
@@ -170,7 +170,7 @@ class Segment:
         pending = live = tombstones = dead = 0
         for first, blocks, state in self._records():
             if first < end:
-                raise StorageError(f"segment {self.number}: two records lie on block {first}")
+                raise StorageError(f"segment {self.number}: two records overlap at block {first}")
             end = first + blocks
             pending += state == State.PENDING
             dead += state == State.DEAD

@@ -48,7 +48,8 @@ def seed_of(block: memoryview, number: int) -> int | None:
         if magic == _SEGMENT_MAGIC and xxhash.xxh3_64_intdigest(signed) == checksum:
             if version != VERSION:
                 raise DiskFailedError(
-                    f"segment {number} has format version {version}, this service reads version {VERSION}; update it"
+                    f"segment {number} has format version {version}, but this release reads version {VERSION}; "
+                    "update the service"
                 )
             if found_number == number:
                 return int(seed)

@@ -118,8 +118,8 @@ class SegmentStore:
         self._require_open()
         if not 0 < meta.size_bytes == sum(view.nbytes for view in views):
             raise StorageError(
-                f"chunk {meta.chunk_id.short} was announced with {meta.size_bytes} bytes, "
-                f"but {sum(view.nbytes for view in views)} came"
+                f"chunk {meta.chunk_id.short} was announced with a size of {meta.size_bytes} bytes, "
+                f"but has {sum(view.nbytes for view in views)}"
             )
         most_bytes = self.limit_bytes - self._log.segment_bytes
         if meta.size_bytes > most_bytes - 4 * BLOCK_BYTES:

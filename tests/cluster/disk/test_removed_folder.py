@@ -107,7 +107,7 @@ def test_a_folder_that_another_process_has_taken_is_not_written(index: Index, tm
     with held_up(index):
         shutil.rmtree(tmp_path / "store")
         other = SegmentStore(tmp_path / "store", 4 << 20)
-    with pytest.raises(DiskFailedError, match="another process uses one of the same name"):
+    with pytest.raises(DiskFailedError, match="another process has locked a new folder of the same name"):
         index.put(2, sync=True)
     index.check()
     assert not list((tmp_path / "store").glob("*.kvs"))
