@@ -25,7 +25,10 @@ from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
-PATIENCE = {"lookup_timeout_s": 0.5, "stall_timeout_s": 0.5, "fetch_timeout_s": 5.0, "retry_after_s": 0.0}
+# A sound node of a busy machine may be silent for a moment, which must not be taken for a failure. The deadline of a
+# fetch is so long that whoever waits for it exceeds PROMPT_S, and nobody else does.
+PATIENCE = {"lookup_timeout_s": 1.5, "stall_timeout_s": 1.5, "fetch_timeout_s": 60.0, "retry_after_s": 0.0}
+PROMPT_S = 30.0
 LONG_DOCUMENT = pytest.mark.parametrize("worker", [16], indirect=True)
 """5.3 MB of KV: more than the sockets on the way can hold, so that a fetch is really cut short."""
 
@@ -42,10 +45,10 @@ class Worker:
     prompt: torch.Tensor
     expected: torch.Tensor
 
-    def answer(self, within_s: float = 8.0) -> torch.Tensor:
+    def answer(self) -> torch.Tensor:
         started = time.monotonic()
         answer = self.cached.generate(self.prompt, **GREEDY)
-        assert time.monotonic() - started < within_s
+        assert time.monotonic() - started < PROMPT_S
         return answer
 
     def counted(self, reason: str) -> int:
@@ -58,7 +61,7 @@ class Worker:
         before = storage.from_target_bytes
 
         def act() -> None:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + PROMPT_S
             while storage.from_target_bytes < before + 500_000 and time.monotonic() < deadline:
                 time.sleep(0.002)
             action()
@@ -137,14 +140,14 @@ def test_link_goes_silent_during_a_fetch(worker: Worker) -> None:
 def test_link_is_silent_before_the_lookup(worker: Worker) -> None:
     worker.answer()
     worker.links[1].cut()
-    assert torch.equal(worker.answer(within_s=3), worker.expected)
+    assert torch.equal(worker.answer(), worker.expected)
     assert worker.counted("unreachable") == 1
 
 
 def test_link_is_silent_from_the_start(worker: Worker) -> None:
     for link in worker.links:
         link.cut()
-    assert torch.equal(worker.answer(within_s=3), worker.expected)
+    assert torch.equal(worker.answer(), worker.expected)
     assert worker.counted("unreachable") == 1
 
 
@@ -211,13 +214,13 @@ def test_a_cancelled_fetch_frees_everything(worker: Worker) -> None:
     for pause_s in (0.0, 0.01, 0.1, 0.3):
         worker.links[1].set_bandwidth(10e9)
         match = worker.client.match(worker.cached.spec, ids)
-        worker.links[1].set_bandwidth(8e6)
+        worker.links[1].set_bandwidth(0.5e6)  # at which the fetch would take more than a minute
         buffers = worker.client.buffers.acquire(worker.cached.spec, match.tokens)
         fetch = worker.client.fetch(match, buffers, None)
         time.sleep(pause_s)
         started = time.monotonic()
         report = fetch.cancel()
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < PROMPT_S
         assert set(report.missing.values()) == {"cancelled"}
     worker.links[1].set_bandwidth(10e9)
     worker.cluster.check_nothing_is_held()
@@ -267,15 +270,14 @@ def test_closing_does_not_wait_for_a_silent_node(tmp_path: Path) -> None:
         endpoint = cluster.servers[0].address
         with ShapedLink(endpoint, bandwidth_bps=1e9) as link:
             link.cut()
-            client = connect(
-                cluster.address, routes={endpoint: link.address}, close_timeout_s=0.5, **PATIENCE
-            )
+            patience = {"close_timeout_s": 0.5, "put_stall_timeout_s": 60.0, "put_timeout_s": 120.0}
+            client = connect(cluster.address, routes={endpoint: link.address}, **PATIENCE, **patience)
             cached = CachedModel(tiny_model(), client)
             for seed in range(3):
                 cached.generate(random_prompt(300, seed=seed), **GREEDY)
             started = time.monotonic()
             client.close()
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < PROMPT_S
             cached.close()
 
 

@@ -25,7 +25,7 @@ from kvstore_codec.model_spec import RopeSpec
 from tests.client.changed_settings import changed
 from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import served_cluster
-from tests.client.test_replicas import CHUNKS, PATIENCE, Replicated, put, replicated
+from tests.client.test_replicas import CHUNKS, PATIENCE, PROMPT_S, Replicated, put, replicated
 
 __all__ = ["replicated"]
 
@@ -56,7 +56,7 @@ def test_a_slow_node_is_asked_when_the_other_owner_is_gone(tmp_path: Path) -> No
     document = ids(4)
     with (
         served_cluster(tmp_path, nodes=2, replicas=2) as cluster,
-        connect(cluster.address, **(PATIENCE | {"retry_after_s": 9.0})) as client,
+        connect(cluster.address, **PATIENCE) as client,
     ):
         put(client, document)
         client._view.pause(cluster.servers[1].address)  # as after a put that stalled
@@ -67,7 +67,9 @@ def test_a_slow_node_is_asked_when_the_other_owner_is_gone(tmp_path: Path) -> No
             client.release(match)
 
 
-def test_a_silent_bulk_port_is_waited_for_once(replicated: Replicated) -> None:
+def test_a_silent_bulk_port_is_waited_for_once(
+    replicated: Replicated, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The node's lookups are answered."""
     match = replicated.match()
     silent = replicated.busiest(match)
@@ -76,23 +78,21 @@ def test_a_silent_bulk_port_is_waited_for_once(replicated: Replicated) -> None:
     replicated.cables[silent].links[1].cut()
     replicated.fetch(match)
     assert replicated.counted("failover_silent") == 1
-    started = time.monotonic()
+    read_from = replicated.carriers(monkeypatch)
     replicated.fetch(replicated.match())
-    assert time.monotonic() - started < PATIENCE["failover_s"]
+    assert read_from == {"node-0", "node-1", "node-2"} - {f"node-{silent}"}
     assert replicated.counted("failover_silent") == 1
 
 
 def test_a_fetch_does_not_look_for_others_beyond_its_deadline(replicated: Replicated) -> None:
-    hasty = changed(
-        replicated.client.settings, fetch_timeout_s=0.6, stall_timeout_s=0.5, lookup_timeout_s=3.0
-    )
+    hasty = changed(replicated.client.settings, fetch_timeout_s=0.6, stall_timeout_s=0.5, failover_s=0.2)
     with KVStoreClient(hasty) as client:
         match = client.match(SPEC, replicated.document)
         for cable in replicated.cables:
             cable.cut()
         started = time.monotonic()
         report = client.fetch(match, client.buffers.acquire(SPEC, match.tokens), None).wait()
-        assert time.monotonic() - started < 0.9
+        assert time.monotonic() - started < PROMPT_S  # a lookup's own deadline is later
         assert not report.complete
         for cable in replicated.cables:
             cable.restore()
@@ -101,11 +101,13 @@ def test_a_fetch_does_not_look_for_others_beyond_its_deadline(replicated: Replic
 def test_owners_that_are_silent_are_waited_for_together(replicated: Replicated) -> None:
     for cable in replicated.cables:
         cable.cut()
-    patient = changed(replicated.client.settings, put_stall_timeout_s=0.6)
+    stall_s = 3.0
+    patient = changed(replicated.client.settings, put_stall_timeout_s=stall_s)
     with KVStoreClient(patient) as client:
         started = time.monotonic()
         assert put(client, ids(6, seed=3)) == 0
-        assert time.monotonic() - started < 1.2
+        # One after the other, they would take three times `stall_s`.
+        assert time.monotonic() - started < 2 * stall_s
         assert client.metrics.snapshot()["miss_store_stalled"] == 3
 
 
@@ -127,6 +129,7 @@ def test_a_failed_owner_keeps_no_chunks() -> None:
 def test_a_node_that_sends_a_piece_too_many_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Generous:
         moved_at_s = -math.inf
+        incomplete_bytes = 0
 
         def __init__(self, stream: ReadStream, ranges: int) -> None:
             self._stream, self._ranges = stream, ranges
@@ -143,7 +146,7 @@ def test_a_node_that_sends_a_piece_too_many_is_read(tmp_path: Path, monkeypatch:
         GrpcTransport, "read", lambda self, request, s: Generous(read(self, request, s), len(request.ranges))
     )
     document = ids(3)
-    with served_cluster(tmp_path) as cluster, connect(cluster.address) as client:
+    with served_cluster(tmp_path) as cluster, connect(cluster.address, **PATIENCE) as client:
         put(client, document)
         for _ in range(5):
             match = client.match(SPEC, document)
@@ -156,14 +159,14 @@ def test_a_slow_link_is_not_a_silent_one(tmp_path: Path, replicas: int) -> None:
     """A range takes longer than `failover_s` and `stall_timeout_s`, but its bytes keep coming."""
     spec = replace(SPEC, layers=4, kv_heads=8, head_dim=64, rope=RopeSpec("default", 10000.0, 64, ()))
     document = chunk_ids(spec.digest, b"", list(range(256)))
-    patience = PATIENCE | {"failover_s": 0.25, "stall_timeout_s": 0.3}
+    patience = PATIENCE | {"failover_s": 1.0, "stall_timeout_s": 1.2}
     with served_cluster(tmp_path, nodes=2, replicas=replicas, bulk=True) as cluster, ExitStack() as opened:
         with connect(cluster.address) as writer:
             chunk = NewChunk(document[0], lambda: random_kv(1, spec))
             assert writer.store.put(spec, [chunk]).result(timeout=10) == 1
         routes = {}
         for address in [s.address for s in cluster.servers] + [s.address for s in cluster.bulk]:
-            link = opened.enter_context(ShapedLink(address, bandwidth_bps=16e6))
+            link = opened.enter_context(ShapedLink(address, bandwidth_bps=4e6))
             routes[address] = link.address
         client = opened.enter_context(connect(cluster.address, routes=routes, **patience))
         match = client.match(spec, document)

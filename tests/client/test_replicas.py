@@ -2,9 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,12 @@ from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.placement import Member, Membership, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_bench.shaping import ShapedLink
-from kvstore_client import KVStoreClient, connect
+from kvstore_client import KVStoreClient, cluster_view, connect
+from kvstore_client.cluster_view import ClusterView
 from kvstore_client.match import Match
-from kvstore_client.replicas import asked_chunks
+from kvstore_client.replicas import Search, asked_chunks
 from kvstore_client.store import NewChunk
+from kvstore_client.transport import Transport
 from kvstore_cluster.lookup import LookupRequest
 from kvstore_codec.identity import ChunkId
 from kvstore_service.grpc_storage import serve_storage
@@ -26,14 +28,17 @@ from tests.client.chunks import SPEC, flip_bit, ids, random_kv
 from tests.client.conftest import ServedCluster, served_cluster
 
 CHUNKS = 24
+# A sound node of a busy machine may be silent for a moment, which must not be taken for a failure: `failover_s` is
+# longer. The deadlines are so long that whoever waits for one of them exceeds PROMPT_S, and nobody else does.
 PATIENCE = {
-    "lookup_timeout_s": 1.0,
-    "failover_s": 0.2,
-    "stall_timeout_s": 2.0,
-    "fetch_timeout_s": 8.0,
-    "retry_after_s": 5.0,  # longer than any of these tests takes, on a slow machine too
+    "lookup_timeout_s": 60.0,
+    "failover_s": 1.0,
+    "stall_timeout_s": 60.0,
+    "fetch_timeout_s": 60.0,
+    "retry_after_s": 60.0,
     "membership_ttl_s": 0.1,
 }
+PROMPT_S = 30.0
 
 
 @dataclass
@@ -92,6 +97,18 @@ class Replicated:
     def counted(self, name: str) -> int:
         return self.client.metrics.snapshot().get(name, 0)
 
+    def carriers(self, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+        """Ids of the nodes from which KV bytes are read, or to which they are written, from now on."""
+        used: set[str] = set()
+        transport = ClusterView.transport
+
+        def noted(view: ClusterView, member: Member) -> Transport:
+            used.add(member.node_id)
+            return transport(view, member)
+
+        monkeypatch.setattr(ClusterView, "transport", noted)
+        return used
+
     def busiest(self, match: Match) -> int:
         """Index of the node that most of the match is on."""
         names = [chunk.member.node_id for chunk in match.chunks]
@@ -139,23 +156,37 @@ def test_every_chunk_is_on_both_its_owners(replicated: Replicated) -> None:
 
 @pytest.mark.parametrize("dead", [0, 1, 2])
 def test_a_dead_node_is_noticed_by_nobody(replicated: Replicated, dead: int) -> None:
-    replicated.cluster.stop_node(dead)
-    started = time.monotonic()
-    replicated.fetch(replicated.match())
-    assert time.monotonic() - started < 1.5
+    """A node that is down is not taken for one that is silent: the other owner is asked at once."""
+    with KVStoreClient(
+        changed(replicated.client.settings, failover_s=60.0, lookup_timeout_s=120.0)
+    ) as client:
+        unhurried = replace(replicated, client=client)
+        unhurried.fetch(unhurried.match())
+        replicated.cluster.stop_node(dead)
+        started = time.monotonic()
+        unhurried.fetch(unhurried.match())
+        assert time.monotonic() - started < PROMPT_S
 
 
-def test_a_silent_node_is_not_waited_for(replicated: Replicated) -> None:
+def test_a_silent_node_is_not_waited_for(replicated: Replicated, monkeypatch: pytest.MonkeyPatch) -> None:
     silent = replicated.busiest(replicated.match())
     replicated.cables[silent].cut()
     started = time.monotonic()
     match = replicated.match()
-    assert time.monotonic() - started < PATIENCE["lookup_timeout_s"] - 0.2
+    assert time.monotonic() - started < PROMPT_S
     replicated.fetch(match)
-    assert time.monotonic() - started < 1.5
-    started = time.monotonic()
+    assert time.monotonic() - started < PROMPT_S
+    # From now on it is known to be silent.
+    asked: set[str] = set()
+    call = Search._call
+
+    def noted(search: Search, member: Member, chunks: Sequence[int], *, any_context: bool) -> None:
+        asked.add(member.node_id)
+        call(search, member, chunks, any_context=any_context)
+
+    monkeypatch.setattr(Search, "_call", noted)
     replicated.client.release(replicated.match())
-    assert time.monotonic() - started < 0.2, "it is known to be silent"
+    assert asked == {"node-0", "node-1", "node-2"} - {f"node-{silent}"}
 
 
 @pytest.mark.parametrize(("how", "reason"), [("stop", "unreachable"), ("cut", "silent")])
@@ -167,7 +198,7 @@ def test_a_node_that_fails_during_a_fetch_is_replaced(replicated: Replicated, ho
     before = cable.from_target_bytes
 
     def fail() -> None:
-        patience = time.monotonic() + 5
+        patience = time.monotonic() + PROMPT_S
         while cable.from_target_bytes < before + 100_000 and time.monotonic() < patience:
             time.sleep(0.002)
         if how == "stop":
@@ -180,10 +211,10 @@ def test_a_node_that_fails_during_a_fetch_is_replaced(replicated: Replicated, ho
     actor.start()
     started = time.monotonic()
     replicated.fetch(match, actor.join)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < PROMPT_S
     assert replicated.counted(f"failover_{reason}") == 1
     for index in {0, 1, 2} - {failing}:
-        patience = time.monotonic() + 3
+        patience = time.monotonic() + PROMPT_S
         while time.monotonic() < patience and replicated.cluster.nodes[index].stats().leases:
             time.sleep(0.01)
         assert replicated.cluster.nodes[index].stats().leases == 0
@@ -249,10 +280,10 @@ def test_a_slow_node_that_has_the_only_copy_is_waited_for(replicated: Replicated
     replicated.fetch(match, restored.join)
 
 
-def test_puts_go_on_when_an_owner_is_silent(replicated: Replicated) -> None:
+def test_puts_go_on_when_an_owner_is_silent(replicated: Replicated, monkeypatch: pytest.MonkeyPatch) -> None:
     document = ids(6, seed=3)
     replicated.cables[0].cut()
-    patient = changed(replicated.client.settings, put_stall_timeout_s=0.5, retry_after_s=9.0)
+    patient = changed(replicated.client.settings, put_stall_timeout_s=1.5)
     with KVStoreClient(patient) as client:
         assert put(client, document) == 6
         silent = client.metrics.snapshot()
@@ -260,21 +291,25 @@ def test_puts_go_on_when_an_owner_is_silent(replicated: Replicated) -> None:
         assert silent["miss_store_stalled"] == 1
         # Now it is known: the next in rank stands in for it.
         again = ids(6, seed=4)
-        started = time.monotonic()
+        written_to = replicated.carriers(monkeypatch)
         assert put(client, again) == 6
-        assert time.monotonic() - started < 0.5
+        assert written_to == {"node-1", "node-2"}
+        assert client.metrics.snapshot()["miss_store_stalled"] == 1
         assert client.metrics.snapshot()["chunks_under_replicated"] == silent["chunks_under_replicated"]
         for index in (1, 2):
             assert on_node(replicated.cluster, index, again) == list(range(6))
 
 
-def test_a_coordinator_that_forgot_its_nodes_stops_no_read(replicated: Replicated) -> None:
+def test_a_coordinator_that_forgot_its_nodes_stops_no_read(
+    replicated: Replicated, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It was restarted, and hears of its nodes one by one."""
+    monkeypatch.setattr(cluster_view, "_CHANGE_S", 300.0)
     view = replicated.client._view
     members = view.membership().members
     for forgotten in range(1, 4):
         replicated.cluster.books.leave(members[forgotten - 1].node_id, 1)
-        patience = time.monotonic() + 5
+        patience = time.monotonic() + PROMPT_S
         while len(view.membership().members) > 3 - forgotten and time.monotonic() < patience:
             time.sleep(0.02)
         assert len(view.membership().members) == 3 - forgotten
@@ -324,7 +359,7 @@ def test_a_node_that_answers_again_is_asked_again(replicated: Replicated) -> Non
         endpoint = replicated.cluster.servers[away].address
         assert client._view.is_paused(endpoint)
         replicated.cables[away].restore()
-        patience = time.monotonic() + 5
+        patience = time.monotonic() + PROMPT_S
         while client._view.is_paused(endpoint) and time.monotonic() < patience:
             client.release(client.match(SPEC, replicated.document))
             time.sleep(0.05)

@@ -27,21 +27,20 @@ def stored(transport: Transport) -> list[int]:
     return [reply.status for reply in transport.put(steps(CHUNK), 5)]
 
 
-def connections(served: Served) -> int:
-    return len(served.bulk._connections)
-
-
 def test_a_connection_is_used_again(served: Served) -> None:
     transport = served.over_bulk()
     stored(transport)
+    first = list(served.bulk._connections)
     for _ in range(5):
         assert whole(transport) == CHUNK.data
     # A reader that knows when to stop asking leaves it usable, too.
-    replies = transport.put(steps(CHUNK), 5)
-    assert next(iter(replies)).status == pb.PUT_STATUS_ALREADY_STORED
-    replies.cancel()
+    stream = transport.put(steps(CHUNK), 5)
+    replies = iter(stream)
+    assert next(replies).status == pb.PUT_STATUS_ALREADY_STORED
+    stream.cancel()
     assert whole(transport) == CHUNK.data
-    assert connections(served) == 1
+    assert list(served.bulk._connections) == first
+    assert len(first) == 1
 
 
 def test_an_answer_that_is_not_read_costs_the_connection_only(served: Served) -> None:
