@@ -1,4 +1,4 @@
-"""What the cluster keeps while its processes are killed: three Ray nodes, a steady load, and an audit at the end."""
+"""`kvstore bench faults`: kills processes of a cluster on three Ray nodes under load, and audits its chunks."""
 
 from kvstore_bench.faults.plot import plot_faults
 from kvstore_bench.faults.rows import failures

@@ -1,4 +1,4 @@
-"""After the storm: is every acknowledged chunk there, on all its owners, with the right bytes?"""
+"""Audits a cluster after the faults: whether every acknowledged chunk is on all its owners with the right bytes."""
 
 import time
 from collections.abc import Sequence
@@ -20,19 +20,21 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Audit:
+    """Result of an audit, in chunks."""
+
     chunks: int
     lost: int
-    """Acknowledged, and on no node."""
+    """Acknowledged chunks that no node has."""
     under_replicated: int
-    """On fewer nodes than they should be, when the patience was over."""
+    """Chunks that lacked an owner's copy when the time limit ended."""
     wrong_copies: int
-    """Copies whose bytes are not what was stored."""
+    """Copies whose bytes differ from the stored ones."""
     repair_s: float | None
-    """Until every chunk was on all its owners; None when it never was."""
+    """Seconds until every chunk was on all its owners; None if that was not reached."""
 
 
 def audit(address: str, documents: Sequence[Document], patience_s: float) -> Audit:
-    """Asks for a round of repair and waits for it, then reads every copy. Raises grpc.RpcError, TransferError."""
+    """Starts a round of repair, waits for it, and then reads every copy. Raises grpc.RpcError and TransferError."""
     ids = [chunk_id for document in documents for chunk_id in document.ids()]
     began_s = time.monotonic()
     with closing(Copies(address)) as copies:
@@ -51,7 +53,7 @@ def audit(address: str, documents: Sequence[Document], patience_s: float) -> Aud
 
 
 def _missing(copies: Copies, members: Sequence[Member], ids: Sequence[ChunkId]) -> int:
-    """Chunks that one of their owners lacks; all, while a node does not answer."""
+    """Number of chunks that one of their owners lacks. While a node does not answer, all chunks count."""
     owners = Placement(members, REPLICAS).owners([chunk_id.content_id for chunk_id in ids])
     complete = [len(owned) == REPLICAS for owned in owners]
     for member in members:

@@ -1,4 +1,4 @@
-"""Which nodes have which chunks, and their bytes: asked of every node itself, past client and placement."""
+"""Asks each node directly for its chunks and their bytes, without client and placement."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -19,8 +19,8 @@ _READ_CHUNKS = 64
 
 
 class Copies:
-    """Context manager; one connection to the coordinator and each node. Methods raise grpc.RpcError, `read`
-    TransferError."""
+    """The copies of chunks in a cluster. A context manager with one connection to the coordinator and to each node.
+    Methods raise grpc.RpcError, and `read` raises TransferError."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -36,7 +36,7 @@ class Copies:
         ]
 
     def repair(self) -> None:
-        """Have the nodes look now for what their chunks' other owners lack."""
+        """Starts a round of repair on all nodes."""
         rpc.CoordinatorStub(self._channel(self._address)).Repair(pb.RepairRequest(), timeout=_TIMEOUT_S)
 
     def held(self, member: Member, chunk_ids: Sequence[ChunkId]) -> list[bool]:
@@ -50,7 +50,7 @@ class Copies:
         return found
 
     def read(self, member: Member, chunk_ids: Sequence[ChunkId]) -> Iterator[bytes]:
-        """The whole bytes of each chunk as the node has it; empty when it does not."""
+        """All bytes of each chunk on the node; empty if the node lacks it."""
         transport = GrpcTransport(self._channel(member.endpoint))
         for begin in range(0, len(chunk_ids), _READ_CHUNKS):
             refs = _refs(chunk_ids[begin : begin + _READ_CHUNKS])

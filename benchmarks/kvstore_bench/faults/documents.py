@@ -1,4 +1,4 @@
-"""What is stored: KV that follows from a number, so that any wrong byte of it is found."""
+"""Documents for the benchmark. Their KV is derived from a number, so that any wrong byte is detected."""
 
 from dataclasses import dataclass
 
@@ -19,12 +19,12 @@ SPEC = ModelSpec(
     rope=None,
 )
 CHUNKS = 4
-"""Of a document; 32 KiB of KV each."""
+"""Chunks per document, with 32 KiB of KV each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that begins like no other, and its KV."""
+    """A text with a unique beginning, and its KV."""
 
     number: int
 
@@ -36,7 +36,7 @@ class Document:
         return [NewChunk(id_, lambda i=index: self.kv(i)) for index, id_ in enumerate(self.ids())]  # type: ignore[misc]
 
     def kv(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a chunk, `[layers, kv_heads, tokens, head_dim]` each: any 16 bits, NaNs among them."""
+        """Keys and values of a chunk, `[layers, kv_heads, tokens, head_dim]` each: random 16-bit patterns with NaNs."""
         generator = torch.Generator().manual_seed(self.number * CHUNKS + index)
         shape = (2, SPEC.layers, SPEC.kv_heads, CHUNK_TOKENS, SPEC.head_dim)
         words = torch.randint(-(1 << 15), 1 << 15, shape, generator=generator, dtype=torch.int16)
@@ -44,7 +44,7 @@ class Document:
         return keys, values
 
     def wrong_bytes(self, keys: torch.Tensor, values: torch.Tensor, delivered: int) -> int:
-        """How many bytes of the first `delivered` chunks differ; tensors `[layers, kv_heads, tokens, head_dim]`."""
+        """Number of wrong bytes in the first `delivered` chunks; tensors are `[layers, kv_heads, tokens, head_dim]`."""
         wrong = 0
         for index in range(delivered):
             tokens = slice(index * CHUNK_TOKENS, (index + 1) * CHUNK_TOKENS)

@@ -1,4 +1,4 @@
-"""What the load tells the benchmark, one line of JSON each."""
+"""Events that the load process reports to the benchmark, one line of JSON each."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One put or get of a document. Times as of `time.monotonic`, which processes of one machine share."""
+    """One put or get of a document. Times are those of `time.monotonic`, which processes of one machine share."""
 
     operation: str
     """`put` or `get`."""
@@ -14,12 +14,12 @@ class Event:
     begin_s: float
     end_s: float
     chunks: int
-    """Acknowledged, or delivered."""
+    """Number of chunks that were acknowledged or delivered."""
     wrong_bytes: int = 0
     missing: str = ""
-    """Why a get did not deliver everything."""
+    """Why a get did not deliver all chunks; empty if it did."""
     holders: tuple[str, ...] = ()
-    """Nodes that had the first missing chunk, asked directly afterwards."""
+    """Nodes that had the first missing chunk when asked directly afterwards."""
 
     @property
     def seconds(self) -> float:

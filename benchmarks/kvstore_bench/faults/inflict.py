@@ -1,4 +1,4 @@
-"""The faults, one at a time."""
+"""Inflicts faults on a cluster, one at a time."""
 
 import os
 import random
@@ -26,13 +26,13 @@ WEIGHTS = {Kind.STORAGE: 5, Kind.RAYLET: 2, Kind.COORDINATOR: 2, Kind.PARTITION:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happened, and to which storage nodes. Times as of `time.monotonic`."""
+    """A fault, and the storage nodes it affected. Times are those of `time.monotonic`."""
 
     kind: Kind
     nodes: tuple[str, ...]
     at_s: float
     back_s: float
-    """When every storage node was a member of the cluster again."""
+    """Time when every storage node was a member of the cluster again."""
 
     @property
     def is_kill(self) -> bool:
@@ -40,7 +40,7 @@ class Fault:
 
 
 def inflict(kind: Kind, testbed: Testbed, chance: random.Random) -> Fault:
-    """Returns when the cluster is whole again. Raises ServiceError when that takes too long."""
+    """Inflicts a fault. Blocks until all nodes are members again. Raises ServiceError if that takes too long."""
     return _FAULTS[kind](testbed, chance)
 
 
@@ -53,25 +53,25 @@ def _kill_storage(testbed: Testbed, chance: random.Random) -> Fault:
 
 
 def _kill_raylet(testbed: Testbed, chance: random.Random) -> Fault:
-    """The raylet and every process below it, as when a machine dies; the machine comes back at once."""
+    """Kills a raylet and all its child processes, as if a machine died, and then restarts the Ray node."""
     storage, endpoints = testbed.storage(), _endpoints(testbed)
     name = chance.choice(testbed.ray_names)
     processes = testbed.ray.processes(name)
     nodes = tuple(node for node, pid in sorted(storage.items()) if pid in processes)
     at_s = time.monotonic()
-    # The raylet first: it would report the deaths of the others, which a dead machine does not.
+    # The raylet is killed first. Otherwise it would report the deaths of the others, which a dead machine does not.
     for pid in sorted(processes, key=lambda pid: processes[pid] != "raylet"):
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
-            continue  # it went with its parent
+            continue  # it ended with its parent
     testbed.ray.wait_until_gone(name)
     testbed.ray.start(name)
     back_s = testbed.wait_until_whole({endpoints[node] for node in nodes}, _PATIENCE_S)
     return Fault(Kind.RAYLET, nodes, at_s, back_s)
 
 
-def _kill_coordinator(testbed: Testbed, chance: random.Random) -> Fault:  # noqa: ARG001 (there is but one)
+def _kill_coordinator(testbed: Testbed, chance: random.Random) -> Fault:  # noqa: ARG001 (there is only one)
     pid = testbed.coordinator()
     at_s = time.monotonic()
     os.kill(pid, signal.SIGKILL)
@@ -79,7 +79,7 @@ def _kill_coordinator(testbed: Testbed, chance: random.Random) -> Fault:  # noqa
 
 
 def _partition(testbed: Testbed, chance: random.Random) -> Fault:
-    """One storage node neither answers nor breaks its connections, and then goes on where it was."""
+    """Suspends one storage node, which keeps its connections but does not answer, and then resumes it."""
     storage = testbed.storage()
     node = chance.choice(sorted(storage))
     at_s = time.monotonic()

@@ -1,8 +1,8 @@
-"""The steady load: a process that puts new documents and gets old ones until its input is closed.
+"""The load process, which puts new documents and gets old ones until its standard input is closed.
 
     python -m kvstore_bench.faults.load ADDRESS SEED PUTS_PER_S GETS_PER_S
 
-Puts and gets go through the client that engines use. Each writes an `Event` to standard output.
+Puts and gets use the same client as engines. Each writes an `Event` to standard output.
 """
 
 import logging
@@ -29,7 +29,7 @@ _HOLDERS_PAUSE_S = 0.2
 
 
 class Load:
-    """Runs until `stop`. Thread-safe."""
+    """Puts and gets documents until `stop`. Thread-safe."""
 
     def __init__(self, address: str, seed: int) -> None:
         self._address = address
@@ -42,7 +42,7 @@ class Load:
         self._stopped.set()
 
     def put(self, per_s: float, number: int) -> None:
-        """Store documents, one after the other."""
+        """Stores documents one after the other."""
         numbers = iter(range(number, 1 << 20, _PUTTERS))
 
         def step(client: KVStoreClient, _: random.Random) -> Event:
@@ -58,7 +58,7 @@ class Load:
         self._repeat(step, per_s, self._seed + _GETTERS + number)
 
     def get(self, per_s: float, number: int) -> None:
-        """Fetch documents that were acknowledged, in random order."""
+        """Fetches acknowledged documents in random order."""
         self._repeat(self._get, per_s, self._seed + number)
 
     def _repeat(
@@ -98,7 +98,7 @@ class Load:
         return Event("get", document.number, begin_s, end_s, report.delivered, wrong, reason, holders)
 
     def _holders(self, chunk_id: ChunkId) -> tuple[str, ...]:
-        """Who has it now, as soon as the coordinator says who there is."""
+        """Nodes that have the chunk now. Waits until the coordinator answers with the members."""
         deadline_s = time.monotonic() + _HOLDERS_PATIENCE_S
         with closing(Copies(self._address)) as copies:
             while True:
@@ -115,7 +115,7 @@ class Load:
                     if copies.held(member, [chunk_id])[0]:
                         found.append(member.node_id)
                 except grpc.RpcError:
-                    continue  # it is down: what it has is not to be had
+                    continue  # a node that is down cannot deliver the chunk
             return tuple(found)
 
 
@@ -125,7 +125,7 @@ def _last_reason(client: KVStoreClient) -> str:
 
 
 def main() -> None:
-    logging.getLogger("kvstore_client").setLevel(logging.ERROR)  # that nodes go away is the point
+    logging.getLogger("kvstore_client").setLevel(logging.ERROR)  # lost nodes are expected
     address, seed, puts_per_s, gets_per_s = sys.argv[1:]
     load = Load(address, int(seed))
     jobs = [(load.put, float(puts_per_s) / _PUTTERS, number) for number in range(_PUTTERS)]

@@ -1,4 +1,4 @@
-"""Every read over time, and when what was killed."""
+"""Plots every read over time, with the faults."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _COLOURS = {
 
 
 def plot_faults(events: Sequence[Event], faults: Sequence[Fault], title: str, path: Path) -> None:
-    """Writes a picture; its format follows from the name."""
+    """Writes a plot. The suffix of `path` determines the format."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""Several Ray nodes on one machine: each a raylet of its own that can be killed and started again."""
+"""Several Ray nodes on one machine. Each has its own raylet, which can be killed and restarted."""
 
 import json
 import os
@@ -24,7 +24,7 @@ _STARTED = b"Ray runtime started."
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
 _OBJECT_STORE_BYTES = 80 << 20
-# Ray's default takes 13 s to notice a dead node. A probe may take long here, because the machine is busy.
+# Ray's defaults take 13 s to detect a dead node. The timeout of a probe is long, because the machine is busy.
 _DETECTION = {
     "health_check_initial_delay_ms": 0,
     "health_check_period_ms": 300,
@@ -34,8 +34,8 @@ _DETECTION = {
 
 
 class RayNodes:
-    """Context manager: a head, whose processes live as long as this, and named nodes that come and go. The head offers
-    no CPU, so storage goes to the others. Raises StartupError."""
+    """A Ray cluster with a head node and named nodes that can be started and killed. A context manager; the head runs
+    as long as the block. The head offers no CPU, so storage actors run on the other nodes. Raises StartupError."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -61,17 +61,17 @@ class RayNodes:
         self._wait_for_head()
 
     def start(self, name: str) -> None:
-        """Returns when the node's raylet runs."""
+        """Starts a node. Blocks until its raylet runs."""
         self._start(name, f"--address={self.address}", "--num-cpus=1")
         deadline_s = time.monotonic() + _START_TIMEOUT_S
-        # One after the other: raylets that start at the same time may choose the same port.
+        # Nodes start one after the other, because raylets that start at the same time may choose the same port.
         while (self._folder / f"{name}.log").read_bytes().count(_STARTED) < self._starts[name]:
             if time.monotonic() > deadline_s or self._started[name].poll() is not None:
                 raise StartupError(f"Ray node {name} did not start; see {self._folder / name}.log")
             time.sleep(0.05)
 
     def processes(self, name: str) -> dict[int, str]:
-        """A node's processes and what they are called: `raylet`, `ray::StorageActor`, ..."""
+        """Names of a node's processes by process id: `raylet`, `ray::StorageActor`, ..."""
         import psutil
 
         found: dict[int, str] = {}
@@ -81,7 +81,7 @@ class RayNodes:
         return found
 
     def wait_until_gone(self, name: str) -> None:
-        """After its raylet was killed."""
+        """Blocks until all processes of the node have ended. Called after its raylet was killed."""
         self._started.pop(name).wait(_STOP_TIMEOUT_S)
 
     def __enter__(self) -> Self:
@@ -98,7 +98,7 @@ class RayNodes:
         self.stop()
 
     def stop(self) -> None:
-        """Ends every process of every node, the head's last."""
+        """Ends the processes of all nodes, those of the head last."""
         for process in reversed(self._started.values()):
             process.terminate()
         for process in reversed(self._started.values()):
@@ -125,7 +125,7 @@ class RayNodes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # one process group, and Ctrl-C is for the benchmark alone
+                start_new_session=True,  # a separate process group, so that Ctrl-C reaches only the benchmark
                 preexec_fn=end_with_parent,
             )
 

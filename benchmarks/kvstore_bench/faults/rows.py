@@ -1,4 +1,4 @@
-"""From faults and events to what the benchmark says."""
+"""Makes the rows of the result from faults and events."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from kvstore_bench.faults.inflict import Fault, Kind
 Row = Mapping[str, Any]
 
 AFTERWARDS_S = 5.0
-"""How long after a fault reads count as those of a failover."""
+"""Time after a fault in which reads count as reads during a failover."""
 
 
 def fault_rows(faults: Sequence[Fault], events: Sequence[Event]) -> list[Row]:
-    """Reads without a fault, then those during each kind of fault."""
+    """One row for reads without a fault, and one for reads during each kind of fault."""
     gets = [event for event in events if event.operation == "get"]
     rows = [_row("none", [], [get for get in gets if _fault_of(get, faults) is None], faults)]
     for kind in Kind:
@@ -56,7 +56,8 @@ def totals(faults: Sequence[Fault], events: Sequence[Event], audit: Audit) -> Ro
 
 
 def failures(faults: Sequence[Fault], events: Sequence[Event]) -> list[Row]:
-    """Each read that failed although a copy lived: what it said, who had the chunk, and the last fault before it."""
+    """Reads that failed although a live node had the chunk, each with its reason, the nodes with the chunk, and the
+    last fault before it."""
     found: list[Row] = []
     for get in events:
         if get.operation != "get" or not is_failure(get, faults):
@@ -78,7 +79,7 @@ def failures(faults: Sequence[Fault], events: Sequence[Event]) -> list[Row]:
 
 
 def is_failure(get: Event, faults: Sequence[Fault]) -> bool:
-    """Whether a get did not deliver what a node had that was there all the time."""
+    """Whether a get missed a chunk that a node had, which was available during the whole get."""
     if get.chunks == CHUNKS:
         return False
     down = {
@@ -107,7 +108,7 @@ def _row(name: str, of_kind: Sequence[Fault], gets: Sequence[Event], faults: Seq
 
 
 def _fault_of(get: Event, faults: Sequence[Fault]) -> Fault | None:
-    """The latest fault that a get may have felt."""
+    """The latest fault that may have affected a get."""
     felt = [f for f in faults if get.end_s > f.at_s and get.begin_s < max(f.back_s, f.at_s + AFTERWARDS_S)]
     return felt[-1] if felt else None
 

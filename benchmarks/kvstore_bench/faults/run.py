@@ -1,4 +1,4 @@
-"""The benchmark: a steady load on a cluster whose processes die, one after the other, and what came of it."""
+"""Runs the benchmark: a steady load on a cluster while its processes are killed one after the other."""
 
 import random
 import subprocess
@@ -21,7 +21,7 @@ from kvstore_service.calibration import Report
 from kvstore_service.scratch import scratch_folder
 
 _CALM_S = (1.0, 3.0)
-"""Between the end of a failover and the next fault, besides `AFTERWARDS_S`."""
+"""Shortest and longest pause between a failover and the next fault, in addition to `AFTERWARDS_S`."""
 _WARM_UP_S = 3.0
 _STOP_TIMEOUT_S = 90.0
 _REPAIR_PATIENCE_S = 120.0
@@ -31,7 +31,7 @@ _SLOWEST_PUTS_PER_S = 4
 @dataclass(frozen=True, slots=True)
 class Options:
     puts: int = 10_000
-    """Chunks to be acknowledged at least."""
+    """Smallest number of acknowledged chunks."""
     kills: int = 20
     seed: int = 0
     puts_per_s: float = 120.0
@@ -44,14 +44,14 @@ class Options:
 class Outcome:
     meta: dict[str, Any]
     rows: list[Row]
-    """One per kind of fault, and one for the time between faults."""
+    """One row per kind of fault, and one for the time between faults."""
     total: Row
     faults: list[Fault]
     events: list[Event]
 
 
 def run(options: Options, report: Report) -> Outcome:
-    """Raises StartupError, and ServiceError when the cluster does not come back after a fault."""
+    """Runs the benchmark. Raises StartupError, and ServiceError if the cluster does not recover from a fault."""
     with scratch_folder() as folder:
         report.advance("start", 0, 1)
         with testbed(folder) as cluster:
@@ -70,21 +70,23 @@ def run(options: Options, report: Report) -> Outcome:
         "seed": options.seed,
         "puts_per_s": options.puts_per_s,
         "gets_per_s": options.gets_per_s,
-        "reads": f"one document of {CHUNKS} chunks; during a failover: begun within {AFTERWARDS_S:g} s after a "
-        "fault or before the cluster is whole again",
+        "reads": f"one document of {CHUNKS} chunks; during a failover: started within {AFTERWARDS_S:g} s after a "
+        "fault or before all nodes are members again",
     }
     return Outcome(meta, fault_rows(faults, events), totals(faults, events, found), faults, events)
 
 
 def _storm(options: Options, cluster: Testbed, events: list[Event], report: Report) -> list[Fault]:
-    """One fault after the other until there were enough of everything."""
+    """Inflicts faults one after the other until there are enough kills and acknowledged chunks."""
     chance = random.Random(options.seed)
     deadline_s = time.monotonic() + options.puts / _SLOWEST_PUTS_PER_S + 60 * options.kills
     faults: list[Fault] = []
     kills = acknowledged = 0
     while kills < options.kills or acknowledged < options.puts:
         if time.monotonic() > deadline_s:
-            raise ServiceError(f"only {acknowledged} chunks were acknowledged, and {kills} processes killed")
+            raise ServiceError(
+                f"only {acknowledged} chunks were acknowledged and {kills} processes killed in time"
+            )
         if kills < options.kills:
             kind = chance.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
             if not faults:
@@ -101,7 +103,7 @@ def _storm(options: Options, cluster: Testbed, events: list[Event], report: Repo
 
 @contextmanager
 def _load(address: str, options: Options) -> Iterator[list[Event]]:
-    """Runs the load in a process of its own; what it tells is appended to the list as it comes."""
+    """Runs the load in a separate process. Its events are appended to the yielded list as they arrive."""
     rates = [options.puts_per_s / CHUNKS, options.gets_per_s]
     process = subprocess.Popen(
         [
@@ -138,4 +140,4 @@ def _load(address: str, options: Options) -> Iterator[list[Event]]:
         assert process.stdout is not None  # noqa: S101
         process.stdout.close()
     if code:
-        raise ServiceError(f"the load ended with code {code}")
+        raise ServiceError(f"the load process ended with exit status {code}")

@@ -1,4 +1,4 @@
-"""A cluster of three storage nodes on three Ray nodes of this machine, whose processes can be found."""
+"""A cluster of three storage nodes on three Ray nodes on this machine, with access to its processes."""
 
 import time
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from kvstore_service.settings import settings_of
 NODES = 3
 REPLICAS = 2
 _MEMORY_BYTES = 64 << 20
-"""Of each node; less than is stored, so that much is read from disk."""
+"""Memory of each node. It is smaller than the stored bytes, so that many reads come from disk."""
 _DISK_BYTES = 4 << 30
 _POLL_S = 0.05
 _COORDINATOR = "ray::CoordinatorActor"
@@ -23,7 +23,7 @@ _STORAGE = "ray::StorageActor"
 
 
 class Testbed:
-    """What the faults are inflicted on."""
+    """The cluster that faults are inflicted on."""
 
     def __init__(self, ray: RayNodes, cluster: EmbeddedCluster) -> None:
         self.ray = ray
@@ -36,14 +36,14 @@ class Testbed:
         return self._cluster.storage_pids()
 
     def coordinator(self) -> int:
-        """Its process id. Raises StartupError."""
+        """Process id of the coordinator. Raises StartupError."""
         for pid, name in self.ray.processes(HEAD).items():
             if name.startswith(_COORDINATOR):
                 return pid
-        raise StartupError("the coordinator has no process")
+        raise StartupError("no process of the coordinator was found")
 
     def live(self) -> dict[str, pb.Member]:
-        """The members that the coordinator counts as alive and has heard of just now; none while it is away."""
+        """Live members that have just answered the coordinator. Empty while the coordinator is down."""
         try:
             nodes = cluster_stats(self.address).nodes
         except ServiceError:
@@ -51,7 +51,8 @@ class Testbed:
         return {node.member.node_id: node.member for node in nodes if node.alive and node.HasField("stats")}
 
     def wait_until_whole(self, without: set[str], patience_s: float) -> float:
-        """Until all nodes are members again, none of them at an endpoint of `without`. The time that it was."""
+        """Blocks until all nodes are members, none of them at an endpoint in `without`. Returns the time of that
+        (`time.monotonic`)."""
         deadline_s = time.monotonic() + patience_s
         while True:
             live = self.live()
@@ -59,13 +60,15 @@ class Testbed:
                 return time.monotonic()
             if time.monotonic() > deadline_s:
                 missing = NODES - len(live)
-                raise ServiceError(f"{missing} of {NODES} nodes did not come back within {patience_s:.0f} s")
+                raise ServiceError(
+                    f"{missing} of {NODES} nodes did not rejoin the cluster within {patience_s:.0f} s"
+                )
             time.sleep(_POLL_S)
 
 
 @contextmanager
 def testbed(folder: Path) -> Iterator[Testbed]:
-    """Its files are in `folder`, whose path has to be short. Raises StartupError."""
+    """Runs a testbed with its files in `folder`, whose path must be short. Raises StartupError."""
     (folder / "ray").mkdir()
     with RayNodes(folder / "ray") as ray:
         for number in range(NODES):

@@ -1,7 +1,7 @@
-"""A slow link without root: a TCP forwarder in user space that lets bytes through at a chosen rate.
+"""A slow link without root: a TCP forwarder in user space that forwards bytes at a chosen rate.
 
-Used by the demo, the benchmarks and the fault tests. Connect to `ShapedLink.address` instead of the target;
-everything else stays real: sockets, back-pressure, half-close, resets.
+The demo, the benchmarks and the fault tests use it. Clients connect to `ShapedLink.address` instead of the target.
+Sockets, back-pressure, half-close and resets behave as on a real connection.
 """
 
 from kvstore_bench.shaping.shaped_link import ShapedLink

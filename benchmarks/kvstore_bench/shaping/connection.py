@@ -1,4 +1,4 @@
-"""What happens to the bytes of one connection through the link."""
+"""Forwards the bytes of one connection through a shaped link."""
 
 import socket
 import struct
@@ -9,16 +9,16 @@ from collections import deque
 from kvstore_cluster.pacer import Pacer
 from kvstore_service.bandwidth import MAX_PIECE_BYTES, piece_bytes
 
-# Kernel buffers of the forwarder: left to themselves they would swallow megabytes ahead of a slow link.
+# Size of the forwarder's kernel buffers. The defaults would accept megabytes ahead of a slow link.
 SOCKET_BUFFER_BYTES = 256 * 1024
-# Time that the forwarder itself lost (scheduling, the GIL) is made good, so long as it is no more than this.
+# The forwarder catches up on time that it lost itself (scheduling, the GIL), up to this limit.
 MAX_CATCH_UP_S = 0.1
 CONNECT_TIMEOUT_S = 10.0
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s
 
 
 class Direction:
-    """What one direction's connections share: the schedule, the latency and the switch."""
+    """State that all connections share in one direction: the rate limit, the latency, and whether the link is up."""
 
     def __init__(self, rate_bps: float, burst_bytes: int, latency_s: float, up: threading.Event) -> None:
         self.pacer = Pacer(rate_bps / 8, burst_bytes)
@@ -26,14 +26,14 @@ class Direction:
         self.up = up
 
     def wait_until_up(self) -> bool:
-        """Returns at once, False, unless the link is cut."""
+        """Blocks while the link is cut. Returns whether it had to wait."""
         if self.up.is_set():
             return False
         self.up.wait()
         return True
 
     def deliver(self, sock: socket.socket, data: memoryview) -> bool:
-        """Sends all of `data`; True when the link or the receiver made it wait."""
+        """Sends all of `data`. Returns True if it waited for the link or the receiver."""
         waited = self.wait_until_up()
         while data:
             try:
@@ -46,7 +46,7 @@ class Direction:
 
 
 class _DelayLine:
-    """Bytes on their way over a link with latency: at most as many as the link holds."""
+    """Bytes in transit on a link with latency. Holds at most as many bytes as the link does."""
 
     def __init__(self, direction: Direction, sock: socket.socket) -> None:
         self._direction = direction
@@ -60,7 +60,7 @@ class _DelayLine:
         self._thread.start()
 
     def put(self, data: bytes, departed_at: float) -> bool:
-        """Hands over bytes that left the near end at `departed_at`; True when the far end made it wait."""
+        """Adds bytes that left the near end at `departed_at`. Returns True if it waited for the far end."""
         bytes_per_s = self._direction.pacer.bytes_per_s
         limit_bytes = self._direction.latency_s * bytes_per_s + 2 * piece_bytes(bytes_per_s)
         waited = False
@@ -76,7 +76,7 @@ class _DelayLine:
         return waited
 
     def finish(self) -> None:
-        """Returns when everything has arrived. Raises the error that stopped it."""
+        """Blocks until all bytes have arrived. Raises the error that stopped the delivery."""
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -107,7 +107,7 @@ class _DelayLine:
 
 
 class Connection:
-    """One client's connection and the one to the target that belongs to it."""
+    """A client's connection, and the matching connection to the target."""
 
     def __init__(self, client: socket.socket, family: int) -> None:
         self._client = client
@@ -118,7 +118,7 @@ class Connection:
             bound_buffers(sock)
 
     def run(self, target: tuple[str, int], to_target: Direction, from_target: Direction) -> None:
-        """Forwards until both ends have finished, or one has failed."""
+        """Forwards bytes until both ends have finished, or one has failed."""
         try:
             self._target.settimeout(CONNECT_TIMEOUT_S)
             self._target.connect(target)
@@ -136,12 +136,12 @@ class Connection:
             self._pump(self._client, self._target, to_target)
             back.join()
         for sock in (self._client, self._target):
-            if self._broken:  # what was no clean end here must not look like one over there
+            if self._broken:  # the other end must see a reset, not a clean end
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
             sock.close()
 
     def end(self) -> None:
-        """Wakes every thread that waits on these sockets, from another thread; `run` then returns."""
+        """Wakes all threads that wait on these sockets, so that `run` returns. Called from another thread."""
         self._broken = True
         for sock in (self._client, self._target):
             shutdown(sock, socket.SHUT_RDWR)
@@ -176,8 +176,8 @@ class Connection:
                     size = source.recv_into(buffer, piece_bytes(direction.pacer.bytes_per_s))
                 if not size:
                     return
-                # Bytes found waiting were held up by this thread, not by their sender: they count as ready since
-                # the last ones left, so that a late wake-up does not slow the link down.
+                # This thread, not the sender, delayed bytes that were already waiting. They count as ready since the
+                # previous bytes left, so that a late wake-up does not slow the link down.
                 now = time.monotonic()
                 ready_at = now if waited else max(departed_at, now - MAX_CATCH_UP_S)
                 departed_at = direction.pacer.reserve(size, ready_at)
@@ -199,7 +199,7 @@ def bound_buffers(sock: socket.socket) -> None:
 def shutdown(sock: socket.socket, how: int) -> None:
     try:
         sock.shutdown(how)
-    except OSError:  # not connected any more, or not yet: there is nobody to wake
+    except OSError:  # the socket is not connected, so no thread waits on it
         return
 
 

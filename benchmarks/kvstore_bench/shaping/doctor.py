@@ -1,4 +1,4 @@
-"""Checks of `kvstore doctor`: ways to make a link slow for demo, tests and benchmarks."""
+"""Checks of `kvstore doctor`: ways to slow a link down for the demo, tests and benchmarks."""
 
 import os
 import shutil
@@ -9,8 +9,8 @@ from kvstore_service.doctor.finding import Finding, missing, present
 
 NAMESPACE_TIMEOUT_S = 3.0
 
-_USER_SPACE_INSTEAD = "User-space shaping needs none of this."
-# In a network namespace of its own, so nothing of it outlives the command.
+_USER_SPACE_INSTEAD = "User-space shaping works without it."
+# Runs in a temporary network namespace, which ends with the command.
 _SHAPE_A_VETH_PAIR = (
     "ip link add near type veth peer name far && "
     "tc qdisc add dev near root tbf rate 1gbit burst 256kb latency 20ms"
@@ -47,7 +47,7 @@ def namespace_shaping() -> Finding:
     return present("a shaped veth pair in a namespace works")
 
 
-# Name, essential, and how to find out.
+# Name, whether the service needs it, and the check itself.
 CHECKS = (
     ("slow link in user space", False, user_space_shaping),
     ("slow link in namespaces", False, namespace_shaping),

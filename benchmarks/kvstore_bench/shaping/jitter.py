@@ -1,13 +1,13 @@
-"""Links that change their mind: patterns of bandwidth over time, and who plays them on a link.
+"""Patterns of bandwidth over time, and playing them on a link.
 
-A pattern is written as its kind and what differs from the default:
+A pattern is written as its kind and the parameters that differ from the defaults:
 
-    none                                the bandwidth stays
-    step                                full, then a twentieth from 0.1 s on for 1 s, then full again
-    step:1gbit,50mbit,at=0.1s,for=2s    the same in numbers of its own
-    saw                                 from full down to a tenth, up again at once, every second
-    saw:50mbit,period=0.5s              down to 50 Mbit/s, every half second
-    trace:FILE                          as recorded: lines of "seconds bit/s"; it starts over when it ends
+    none                                constant bandwidth
+    step                                full, from 0.1 s on a twentieth for 1 s, then full again
+    step:1gbit,50mbit,at=0.1s,for=2s    the same with given numbers
+    saw                                 falls from full to a tenth within a second, then starts again at full
+    saw:50mbit,period=0.5s              falls to 50 Mbit/s within half a second
+    trace:FILE                          recorded lines of "seconds bit/s"; starts again when it ends
 """
 
 import bisect
@@ -34,27 +34,27 @@ _OPTIONS = {"step": {"at": 0.1, "for": 1.0}, "saw": {"period": 1.0}}
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What bandwidth a link has when."""
+    """Bandwidth of a link over time."""
 
     starts_s: tuple[float, ...]
-    """Ascending, the first is 0."""
+    """Start times in ascending order; the first is 0."""
     bandwidths_bps: tuple[float, ...]
-    """From each start until the next one."""
+    """Bandwidth from each start until the next one."""
     period_s: float = math.inf
-    """After so long it starts over."""
+    """Time after which the schedule repeats."""
 
     def bandwidth_bps(self, at_s: float) -> float:
-        """At a time since the beginning."""
+        """The bandwidth at a time since the beginning."""
         within_s = at_s % self.period_s if self.period_s < math.inf else at_s
         return self.bandwidths_bps[bisect.bisect_right(self.starts_s, within_s) - 1]
 
     @property
     def settles(self) -> bool:
-        """Whether it changes, and then no more: before the first change the link has been as it is."""
+        """Whether the schedule changes, but does not repeat. Before its first change the link is in a steady state."""
         return len(self.starts_s) > 1 and self.period_s == math.inf
 
     def changes(self) -> Iterator[tuple[float, float]]:
-        """(seconds since the beginning, bit/s), from 0 s on; endless where it starts over."""
+        """(seconds since the beginning, bit/s) of each change, from 0 s on. Endless if the schedule repeats."""
         round_s = 0.0
         while True:
             for start_s, bandwidth_bps in zip(self.starts_s, self.bandwidths_bps, strict=True):
@@ -65,14 +65,14 @@ class Schedule:
 
 
 class Pattern(Protocol):
-    """A kind of jitter, before it is known how fast the link is."""
+    """A pattern of bandwidth, independent of the bandwidth of the link."""
 
     @property
     def full_bps(self) -> float | None:
-        """The bandwidth that it stands for, if it brings its own."""
+        """The pattern's own full bandwidth, or None if it uses the link's."""
 
     def schedule(self, bandwidth_bps: float) -> Schedule:
-        """For a link of this bandwidth."""
+        """The schedule for a link of this bandwidth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Down and up again."""
+    """A drop to a lower bandwidth, and back."""
 
     full_bps: float | None
     low_bps: float | None
@@ -100,7 +100,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Saw:
-    """Slower and slower, then at once as fast as before."""
+    """A bandwidth that falls step by step and then jumps back, repeatedly."""
 
     low_bps: float | None
     period_s: float
@@ -118,17 +118,17 @@ class Saw:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """As recorded; `full_bps` is the mean over its time."""
+    """A recorded pattern. `full_bps` is its mean over time."""
 
     recorded: Schedule
     full_bps: float
 
-    def schedule(self, bandwidth_bps: float) -> Schedule:  # noqa: ARG002 (it brings its own)
+    def schedule(self, bandwidth_bps: float) -> Schedule:  # noqa: ARG002 (a trace has its own bandwidths)
         return self.recorded
 
 
 def parse_jitter(text: str) -> Pattern:
-    """A pattern as written above. Raises ConfigurationError."""
+    """Parses a pattern as described above. Raises ConfigurationError."""
     kind, _, given = text.strip().partition(":")
     if kind == "none" and not given:
         return Constant()
@@ -145,23 +145,26 @@ def parse_jitter(text: str) -> Pattern:
 
 
 def read_trace(path: Path) -> Trace:
-    """Lines of "seconds bit/s": from then on so fast. Comments begin with #. Raises ConfigurationError."""
+    """Reads lines of "seconds bit/s", each the bandwidth from that time on. Comments begin with #. Raises
+    ConfigurationError."""
     try:
         lines = [line.partition("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
         points = [(float(at), float(bandwidth)) for at, bandwidth in filter(None, lines)]
     except OSError as error:
         raise ConfigurationError(f"cannot read the trace {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigurationError(f"{path} is no trace: every line has seconds and bit/s ({error})") from error
+        raise ConfigurationError(
+            f"{path} is not a trace: every line needs seconds and bit/s ({error})"
+        ) from error
     starts = [at for at, _ in points]
     rising = all(before < after for before, after in itertools.pairwise(starts))
     usable = all(math.isfinite(at) and 0 < bandwidth < math.inf for at, bandwidth in points)
     if len(points) < 2 or not rising or not usable:
         raise ConfigurationError(
-            f"{path} is no trace: two lines at least, later and later, of bandwidths above 0 bit/s"
+            f"{path} is not a trace: it needs two or more lines, with ascending times and bandwidths above 0 bit/s"
         )
     spans = [after - before for before, after in itertools.pairwise(starts)]
-    # How long the last one lasted was not recorded.
+    # The length of the last span is not recorded, so it gets the mean length.
     spans.append(sum(spans) / len(spans))
     schedule = Schedule(
         tuple(at - starts[0] for at in starts), tuple(bandwidth for _, bandwidth in points), sum(spans)
@@ -171,16 +174,16 @@ def read_trace(path: Path) -> Trace:
 
 
 class Adjustable(Protocol):
-    """A link whose bandwidth can be changed while it carries bytes."""
+    """A link whose bandwidth can change while it carries bytes."""
 
     def set_bandwidth(self, bandwidth_bps: float) -> None: ...
 
 
 @contextmanager
 def playing(link: Adjustable, schedule: Schedule) -> Iterator[None]:
-    """The link follows the schedule, whose time begins now; afterwards it has its first bandwidth again.
+    """Plays the schedule on the link during the block, and then restores the first bandwidth.
 
-    Raises what changing the link raised.
+    Raises the errors of changing the link.
     """
     began_s = time.monotonic()
     over = threading.Event()
@@ -217,7 +220,7 @@ def _without_first(schedule: Schedule) -> Iterator[tuple[float, float]]:
 def _parameters(
     text: str, given: str, defaults: dict[str, float]
 ) -> tuple[Sequence[float], dict[str, float]]:
-    """Bandwidths in order, and seconds by name."""
+    """Parsed parameters: bandwidths in order, and seconds by name."""
     rates: list[float] = []
     seconds = dict(defaults)
     for part in filter(None, given.split(",")):
@@ -234,6 +237,6 @@ def _parameters(
 
 def _unknown(text: str) -> ConfigurationError:
     return ConfigurationError(
-        f"{text!r} is no jitter; there are none, step, step:1gbit,50mbit,at=0.1s,for=2s, saw, "
+        f"{text!r} is not a jitter pattern; patterns are none, step, step:1gbit,50mbit,at=0.1s,for=2s, saw, "
         "saw:50mbit,period=0.5s and trace:FILE"
     )

@@ -1,7 +1,7 @@
 """A slow link with root: a network namespace behind a pair of virtual interfaces that the kernel shapes.
 
-What `ShapedLink` does in user space, done by `tc tbf` at both ends: nothing of it runs in a process of ours, and
-whatever is started inside the namespace has no other way out.
+`tc tbf` shapes both ends in the kernel, instead of `ShapedLink` in user space. No process of the benchmark forwards
+bytes, and processes in the namespace have no other route out.
 """
 
 import contextlib
@@ -16,32 +16,33 @@ from kvstore_codec.errors import ConfigurationError, StartupError
 
 _PREFIX = "kvlink"
 _LATENCY = "20ms"
-# A bucket holds what comes due while the kernel is busy elsewhere; smaller than a packet and nothing would pass.
+# The bucket holds the tokens that accrue while the kernel is busy. A bucket smaller than a packet would pass nothing.
 _BURST_S, _LEAST_BURST_BYTES = 0.002, 16 << 10
 _TIMEOUT_S = 10.0
 _numbers = itertools.count()
 
 
 class NetworkNamespace:
-    """Context manager. A server that listens on `host_address` is reached from inside, and a command that begins with
-    `command` runs inside.
+    """A network namespace with a shaped link to the host. A context manager. Processes inside reach servers that listen
+    on `host_address`; a command with the prefix `command` runs inside.
 
-    Both ways have `bandwidth_bps` each. What a run leaves behind that was killed is removed by the next one. Entering
-    raises StartupError where this cannot be had, and says why.
+    Each direction has `bandwidth_bps`. The next run removes leftovers of killed runs. Entering raises StartupError,
+    with the reason, if a namespace cannot be made.
     """
 
     def __init__(self, bandwidth_bps: float) -> None:
         self._bandwidth_bps = bandwidth_bps
         number = next(_numbers)
         self.name = f"{_PREFIX}-{os.getpid()}-{number}"
-        # An interface's name has 15 bytes at most.
+        # The name of an interface has at most 15 bytes.
         self._outer = f"kv{os.getpid():x}o{number:x}"
         self._inner = f"kv{os.getpid():x}i{number:x}"
         self.host_address = ""
         self.command = ("ip", "netns", "exec", self.name)
 
     def set_bandwidth(self, bandwidth_bps: float) -> None:
-        """Of both directions, while they carry bytes. Takes about 10 ms. Raises ConfigurationError, StartupError."""
+        """Changes the bandwidth of both directions, which may carry bytes. Takes about 10 ms. Raises ConfigurationError
+        and StartupError."""
         self._shape("change", bandwidth_bps)
 
     def __enter__(self) -> Self:
@@ -78,13 +79,13 @@ class NetworkNamespace:
         _run("tc", "-n", self.name, "qdisc", verb, "dev", self._inner, "root", "tbf", *bucket)
 
     def _remove(self) -> None:
-        # An interface goes with its other end, but only when the last process in the namespace has gone.
+        # The kernel deletes an interface with its other end, but only after the namespace's last process has ended.
         _try("ip", "link", "delete", self._outer)
         _try("ip", "netns", "delete", self.name)
 
 
 def unavailable() -> str | None:
-    """Why there are no network namespaces for us; None where there are."""
+    """The reason why this process cannot make network namespaces, or None if it can."""
     try:
         _require_permission()
     except StartupError as error:
@@ -93,7 +94,7 @@ def unavailable() -> str | None:
 
 
 def remove_leftovers() -> list[str]:
-    """Of runs whose process has ended. Returns the names of the namespaces."""
+    """Removes the namespaces of runs whose process has ended, and returns their names."""
     removed = []
     for line in _run("ip", "netns", "list").splitlines():
         name = line.split()[0] if line.strip() else ""
@@ -110,18 +111,18 @@ def _require_permission() -> None:
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
         raise StartupError(
-            f"no network namespaces without {' and '.join(missing)}: install iproute2, or shape in user space"
+            f"network namespaces need {' and '.join(missing)}: install iproute2, or shape in user space"
         )
     if os.geteuid() != 0:
         raise StartupError(
-            "network namespaces are made by root, and this is not root: use sudo, or shape in user space"
+            "network namespaces need root, and this process is not root: use sudo, or shape in user space"
         )
     probe = f"{_PREFIX}-{os.getpid()}-{next(_numbers)}"
     try:
         _run("ip", "netns", "add", probe)
     except StartupError as error:
         raise StartupError(
-            f"root may not make network namespaces here (a container without CAP_SYS_ADMIN?): {error}; "
+            f"root cannot make network namespaces here (a container without CAP_SYS_ADMIN?): {error}; "
             "shape in user space instead"
         ) from error
     finally:
@@ -129,7 +130,7 @@ def _require_permission() -> None:
 
 
 def _free_network() -> str:
-    """The first three numbers of one that nobody here uses. Raises StartupError."""
+    """The first three numbers of an unused /24 network. Raises StartupError."""
     taken = _run("ip", "-4", "route", "show", "table", "all") + _run("ip", "-4", "-o", "address", "show")
     for second, third in itertools.product(range(213, 223), range(256)):
         network = f"10.{second}.{third}"
@@ -159,6 +160,6 @@ def _run(*command: str) -> str:
 
 
 def _try(*command: str) -> None:
-    """What is to be removed may not be there."""
+    """Runs a command that removes something. Ignores failures, because it may not exist."""
     with contextlib.suppress(StartupError):
         _run(*command)

@@ -1,4 +1,4 @@
-"""A link with an address: clients connect to it instead of to the target."""
+"""A slow link with an address. Clients connect to the link instead of its target."""
 
 import socket
 import threading
@@ -9,27 +9,27 @@ from kvstore_codec.errors import ConfigurationError
 
 
 class ShapedLink:
-    """A link of `bandwidth_bps` bits per second each way, and `latency_s` one way, in front of `target`.
+    """A link with `bandwidth_bps` bits per second in each direction, and `latency_s` one way, in front of `target`.
 
-    Both directions are shaped apart; all connections of a direction share its bandwidth, in turns. After a
-    pause `burst_bytes` may pass at once. What a sender can push ahead of the rate is one piece (2 ms of the
-    link, 256 KiB at most) and the kernel's socket buffers (256 KiB asked for). Latency delays bytes and the end
-    of a stream, not the TCP handshake. A target that refuses a connection is a reset to the client.
+    The directions are shaped separately. All connections of a direction share its bandwidth in turns. After a pause
+    `burst_bytes` may pass at once. A sender can be ahead of the rate by one piece (2 ms of the link, at most 256 KiB)
+    and the kernel's socket buffers (256 KiB requested). Latency delays bytes and the end of a stream, but not the TCP
+    handshake. If the target refuses a connection, the client gets a reset.
 
     Accuracy on a 2-core machine (benchmarks/link_accuracy.py, transfers of 1 s): within 0.2 % from 50 Mbit/s to
-    1 Gbit/s; at 5 Gbit/s 1.5 % slow on a quiet machine, 3.5 % on a busy one, for a quarter of a core; 10 Gbit/s is
-    about the most it carries. Below 50 Mbit/s the burst shows (+1.2 % at 10 Mbit/s). Moving the bytes with
-    splice(2) instead was no cheaper. A thread that computes in pure Python in the same process starves the link
-    of the GIL (down to 0.2 Gbit/s): keep the two in different processes. Tensor operations do no such harm.
+    1 Gbit/s. At 5 Gbit/s it is 1.5 % slow on an idle machine and 3.5 % on a busy one, and uses a quarter of a core. The
+    maximum is about 10 Gbit/s. Below 50 Mbit/s the burst is visible (+1.2 % at 10 Mbit/s). Forwarding with splice(2)
+    was not cheaper. A thread that computes in pure Python in the same process takes the GIL from the link (down to
+    0.2 Gbit/s), so keep both in different processes. Tensor operations do not have this effect.
 
-    Raises ConfigurationError for a target, bandwidth or latency that makes no sense.
+    Raises ConfigurationError for an invalid target, bandwidth or latency.
     """
 
     def __init__(
         self, target: str, *, bandwidth_bps: float, latency_s: float = 0.0, burst_bytes: int = 16 * 1024
     ) -> None:
         if not 0 <= latency_s < float("inf"):
-            raise ConfigurationError(f"a link's latency cannot be {latency_s} s")
+            raise ConfigurationError(f"the latency of a link cannot be {latency_s} s")
         self._family, self._target = _resolve(target)
         self._up = threading.Event()
         self._up.set()
@@ -46,29 +46,29 @@ class ShapedLink:
 
     @property
     def to_target_bytes(self) -> int:
-        """Bytes taken from clients so far, over all connections."""
+        """Bytes received from clients so far, over all connections."""
         return self._to_target.pacer.reserved_bytes
 
     @property
     def from_target_bytes(self) -> int:
-        """Bytes taken from the target so far, over all connections."""
+        """Bytes received from the target so far, over all connections."""
         return self._from_target.pacer.reserved_bytes
 
     def set_bandwidth(self, bandwidth_bps: float) -> None:
-        """Changes the rate of both directions; pieces already under way keep the old one."""
+        """Changes the rate of both directions. Pieces in transit keep the previous rate."""
         self._to_target.pacer.set_rate(bandwidth_bps / 8)
         self._from_target.pacer.set_rate(bandwidth_bps / 8)
 
     def cut(self) -> None:
-        """The link goes dead: nothing passes either way, and no socket learns of it."""
+        """Cuts the link: no bytes pass in either direction, and no socket sees an error."""
         self._up.clear()
 
     def restore(self) -> None:
-        """The link is back; what was held up goes on."""
+        """Restores the link. Delayed bytes are forwarded."""
         self._up.set()
 
     def close(self) -> None:
-        """Ends every connection and stops; may be called again."""
+        """Ends all connections and stops the link. May be called more than once."""
         with self._lock:
             self._closed = True
             connections = dict(self._connections)
@@ -114,7 +114,7 @@ class ShapedLink:
 def _resolve(target: str) -> tuple[int, tuple[str, int]]:
     host, _, port = target.rpartition(":")
     if not host or not port.isdigit():
-        raise ConfigurationError(f"{target!r} is no host:port")
+        raise ConfigurationError(f"{target!r} is not host:port")
     try:
         family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
     except (OSError, OverflowError, UnicodeError) as error:

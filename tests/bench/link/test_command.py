@@ -13,7 +13,7 @@ from tests.bench.commands import needs_the_demos_model, output_of, refuses
     [
         (("--policy", "hot"), "no policy"),
         (("--bandwidth", "fast"), "is not a bandwidth"),
-        (("--jitter", "wild"), "no jitter"),
+        (("--jitter", "wild"), "is not a jitter pattern"),
         (("--tokens", "many"), "whole numbers"),
         (("--tokens", "1000"), "multiples of 256"),
         (("--plot", "picture.txt"), "png"),

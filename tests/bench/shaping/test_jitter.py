@@ -88,7 +88,7 @@ def test_a_trace_is_repeated_and_knows_its_mean(tmp_path: Path) -> None:
 def test_what_is_no_trace_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "trace.txt"
     file.write_text(text)
-    with pytest.raises(ConfigurationError, match="no trace"):
+    with pytest.raises(ConfigurationError, match="is not a trace"):
         read_trace(file)
     with pytest.raises(ConfigurationError, match="cannot read"):
         read_trace(tmp_path / "none.txt")
