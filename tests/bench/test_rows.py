@@ -138,7 +138,7 @@ def test_every_family_has_a_curve_by_falling_bits() -> None:
     drawn = {curve.label: curve for curve in curves(_ROWS)}
     assert [rate for *_, rate in drawn["klt_frames, pco"].points] == ["medium-klt-pco", "low-klt-pco"]
     assert len(drawn["CacheGen, 256-token chunks"].points) == 2
-    assert drawn["CacheGen, 256-token chunks, payload alone"].dashed
+    assert drawn["CacheGen, 256-token chunks, payload only"].dashed
     assert len(drawn) == 6  # exact KV has no place on a logarithmic axis
     assert len({(curve.colour, curve.dashed) for curve in drawn.values()}) == len(drawn)
 
