@@ -33,8 +33,12 @@ from kvstore_codec.identity import (
     CHUNK_TOKENS,
     ChunkId,
     PlacedChunk,
+    PrefixId,
     chunk_ids,
+    content_id,
     naming_digest,
+    prefix_id,
+    qualified_salt,
     segment_chunks,
 )
 from kvstore_codec.model_spec import ModelSpec
@@ -127,6 +131,15 @@ class KVStoreClient:
     def chunk_ids(self, spec: ModelSpec, token_ids: Sequence[int]) -> list[ChunkId]:
         """Ids of the full chunks of `token_ids`, for this client's tenant."""
         return chunk_ids(self._naming(spec), self._salt, token_ids, CHUNK_TOKENS)
+
+    def next_chunk_id(
+        self, spec: ModelSpec, parent: PrefixId, token_ids: Sequence[int], qualifier: bytes = b""
+    ) -> ChunkId:
+        """The id of the chunk of these tokens behind the text that `parent` names, for this client's tenant: for texts
+        that grow, and where KV depends on more than model and tokens, which `qualifier` then names. With an empty
+        qualifier the ids are those of `chunk_ids`."""
+        content = content_id(self._naming(spec), qualified_salt(self._salt, qualifier), token_ids)
+        return ChunkId(content, prefix_id(parent, content))
 
     def segment_chunks(
         self, spec: ModelSpec, token_ids: Sequence[int], segments: Sequence[int]
@@ -285,6 +298,8 @@ class KVStoreClient:
                 match = find(self._view, self.settings, self.metrics, ready_klt, spec, chunks, peek=peek)
         except NodeUnavailableError as error:
             self._unreachable(error)
+            # Asks in the background also while the coordinator is paused, so that the pause ends when it is back.
+            self._view.refresh()
             return Match(why_not=f"unreachable: {error}")
         if not peek:
             exact = sum(chunk.exact for chunk in match.chunks)

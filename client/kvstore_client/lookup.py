@@ -24,6 +24,9 @@ from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PlacedChunk, PrefixId
 from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
 
+NOT_STORED = "not stored"
+"""`Match.why_not` where the nodes were asked, and have nothing."""
+
 _RELEASE_TIMEOUT_S = 10.0  # a node under heavy load answers slowly, and no caller waits for this call
 # No encoder makes a frame twice as large as its KV; a larger announced frame is refused.
 _FRAME_OVERHEAD_BYTES = 64 << 10
@@ -115,7 +118,7 @@ class _Lookup:
         self._leases: list[Lease] = []
         self.unready: set[int] = set()
         """Chunks that are stored only with a calibration that is not loaded yet."""
-        self.why_not = "not stored"
+        self.why_not = NOT_STORED
         """Reason for an empty match."""
 
     def ask(self) -> None:

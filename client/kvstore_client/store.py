@@ -103,6 +103,11 @@ class Store:
     def needs_features(self) -> bool:
         return any(encoding.needs_calibration for encoding in self.encodings)
 
+    def has_room(self, size_bytes: int) -> bool:
+        """Whether `put` would take that much KV now, so that nobody copies KV only to have it dropped."""
+        with self._lock:
+            return not self._closed and not self._would_overflow(size_bytes)
+
     def encodings_behind(self, fetched: Collection[Encoding]) -> tuple[Encoding, ...]:
         """Encodings in which KV may be stored that was computed behind KV fetched in the encodings `fetched`. An
         encoding must not be more faithful than the KV that its input was computed from."""
@@ -126,9 +131,7 @@ class Store:
         size_bytes = len(chunks) * CHUNK_TOKENS * spec.kv_bytes_per_token
         stored: Future[int] = Future()
         with self._lock:
-            full = (
-                self._waiting_bytes and self._waiting_bytes + size_bytes > self._settings.store.backlog_bytes
-            )
+            full = self._would_overflow(size_bytes)
             reason = MissReason.STORE_CLOSED if self._closed else MissReason.STORE_BACKLOG if full else None
             if reason is None:
                 wanted = self.encodings if encodings is None else tuple(encodings)
@@ -185,6 +188,11 @@ class Store:
         self._jobs.put(None)
         self._worker.join()
         self._finalizer.cancel()
+
+    def _would_overflow(self, size_bytes: int) -> bool:
+        """Whether queued KV would exceed `store_backlog_bytes`; the caller holds the lock. An empty queue takes any."""
+        waiting = self._waiting_bytes
+        return waiting > 0 and waiting + size_bytes > self._settings.store.backlog_bytes
 
     def _enqueue(self, job: Callable[[], object]) -> None:
         """Queue a job; the caller holds the lock. The first job starts the worker, so a client that stores nothing has

@@ -29,6 +29,7 @@ _CONTENT_DOMAIN = b"kvstore.content.v1"
 _PREFIX_DOMAIN = b"kvstore.prefix.v1"
 _BEHIND_APPROXIMATE_DOMAIN = b"kvstore.behind-approximate.v1"
 _GENERATION_DOMAIN = b"kvstore.generation.v1"
+_QUALIFIED_DOMAIN = b"kvstore.qualified.v1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,12 @@ def content_id(spec_digest: bytes, tenant_salt: bytes, token_ids: TokenIds) -> C
     """
     tokens = _as_int32(token_ids)
     return ContentId(canonical.digest(_CONTENT_DOMAIN, spec_digest, tenant_salt, tokens.tobytes()))
+
+
+def qualified_salt(tenant_salt: bytes, qualifier: bytes) -> bytes:
+    """Salt that replaces the tenant's in the `content_id` of a chunk whose KV depends on something besides the model
+    and the tokens (an adapter, an image, an engine's own salt). An empty `qualifier` changes nothing."""
+    return canonical.digest(_QUALIFIED_DOMAIN, tenant_salt, qualifier) if qualifier else tenant_salt
 
 
 def prefix_id(parent: PrefixId, content: ContentId) -> PrefixId:

@@ -24,6 +24,7 @@ from kvstore_codec.identity import (
     chunk_ids,
     content_id,
     prefix_id,
+    qualified_salt,
     segment_chunks,
 )
 
@@ -250,3 +251,9 @@ def test_what_is_behind_approximate_kv_is_behind_no_exact_text() -> None:
     assert begins_text(chunk)
     assert not begins_text(follower)
     assert not begins_text(ChunkId(chunk.content_id, prefix_id(approximate, chunk.content_id)))
+
+
+def test_a_qualifier_names_other_content_and_none_names_the_same() -> None:
+    salts = {qualified_salt(b"tenant", qualifier) for qualifier in (b"", b"adapter a", b"adapter b")}
+    assert len(salts | {qualified_salt(b"", b"adapter a")}) == 4
+    assert qualified_salt(b"tenant", b"") == b"tenant"

@@ -1,6 +1,11 @@
 """Tests that need vLLM. It pins its own PyTorch, so they run in .venv-vllm: `make test-vllm`."""
 
+from importlib.util import find_spec
+
 import pytest
+
+collect_ignore = [] if find_spec("vllm") else ["test_scheduler_half.py"]
+"""Modules that import vLLM."""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,136 @@
+"""The class that vLLM loads: its hooks, each handed to the half of the connector that it belongs to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+
+from kvstore_client.client import connect
+from kvstore_client.engines.vllm.loads import LoadedBlocks
+from kvstore_client.engines.vllm.metadata import StepMetadata
+from kvstore_client.engines.vllm.naming import served_spec
+from kvstore_client.engines.vllm.requirements import require_cache, require_configuration, require_exact
+from kvstore_client.engines.vllm.scheduler import MAX_LOAD_BYTES, MAX_LOADS, LoadLimits, SchedulerHalf
+from kvstore_client.engines.vllm.versions import supported_version
+from kvstore_client.engines.vllm.worker import WorkerHalf
+from kvstore_client.miss_reason import MissReason
+
+log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+
+class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no types here
+    """Reuses KV of the store in vLLM, and stores what vLLM computes.
+
+    Each process has one: the scheduler's process the scheduler's half, the worker's process the worker's. An engine
+    that cannot be served is refused when it starts. Later nothing raises into the engine: what goes wrong is counted,
+    and the KV is computed.
+    """
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        """Raises UnsupportedEngineError, UnsupportedModelError and ConfigurationError, with the reason."""
+        super().__init__(vllm_config, role, kv_cache_config)
+        supported_version(vllm.__version__)
+        require_configuration(vllm_config)
+        settings = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        limits = LoadLimits(
+            int(settings.pop("max_loads", MAX_LOADS)), int(settings.pop("max_load_bytes", MAX_LOAD_BYTES))
+        )
+        client = connect(**settings)
+        require_exact(client.settings)
+        spec = served_spec(vllm_config.model_config, client.settings.cache_dir)
+        self._client, self._spec = client, spec
+        self._block_tokens = require_cache(kv_cache_config, spec)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        self._failed_blocks: set[int] = set()
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerHalf(client, spec, self._block_tokens, limits)
+        log.info("KV of %s is shared through %s", spec.model_id, client.settings.address)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A cache: what is not stored is computed again."""
+        return False
+
+    # ---- called in the scheduler's process
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self._scheduler is None:
+            return 0, False
+        nothing: tuple[int | None, bool] = 0, False
+        return self._guarded(nothing, self._scheduler.matched_tokens, request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if self._scheduler is not None and num_external_tokens:
+            # Without a guard: a load that the engine counts on and that nobody begins would never end.
+            self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        half = self._scheduler
+        if half is None:
+            return StepMetadata()
+        loads = half.take_loads()
+        return StepMetadata(loads, self._guarded((), half.saves, scheduler_output))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        half, received = self._scheduler, connector_output.finished_recving
+        if half is not None and received:
+            failed = connector_output.invalid_block_ids or ()
+            self._guarded(None, half.received, received, failed)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:  # noqa: ARG002
+        if self._scheduler is not None:
+            self._guarded(None, self._scheduler.finished, request.request_id)
+        return False, None
+
+    # ---- called in the worker's process
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Raises UnsupportedEngineError for a layout that is unknown."""
+        self._worker = WorkerHalf(self._client, self._spec, self._block_tokens, self._vllm_config, kv_caches)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if self._worker is not None and self.has_connector_metadata():
+            self._guarded(None, self._worker.start_loads, self._get_connector_metadata())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads run beside the engine: no layer waits."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """KV is copied when the whole step is computed."""
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None and self.has_connector_metadata():
+            self._guarded(None, self._worker.save, self._get_connector_metadata())
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        if self._worker is None:
+            return None, None
+        ended = self._guarded(LoadedBlocks(), self._worker.ended_loads, finished_req_ids)
+        self._failed_blocks |= ended.failed_blocks
+        return None, set(ended.request_ids) or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def shutdown(self) -> None:
+        for half in (self._scheduler, self._worker):
+            if half is not None:
+                self._guarded(None, half.close)
+
+    def _guarded(self, otherwise: Answer, hook: Callable[..., Answer], *args: Any) -> Answer:
+        """What `hook` returns. A mistake of ours is counted and logged, and means `otherwise`."""
+        try:
+            return hook(*args)
+        except Exception as error:
+            detail = f"{hook.__name__} failed in vLLM's connector: {error}"
+            self._client.metrics.missed(MissReason.INTERNAL_ERROR, detail=detail, error=error)
+            return otherwise

@@ -1,0 +1,163 @@
+"""Loads of one worker: fetches into the engine's blocks, begun and ended beside the engine."""
+
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+
+from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.vllm.metadata import LoadRequest
+from kvstore_client.fetch import Destination, Fetch
+from kvstore_client.match import Match
+from kvstore_client.miss_reason import MissReason
+from kvstore_codec.identity import CHUNK_TOKENS
+from kvstore_codec.model_spec import ModelSpec
+
+_THREADS = 4
+"""They look up, start fetches and cancel them. A fetch has threads of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadWindow:
+    """Lets through to `inner` only positions in `[first_token, end_token)`: blocks before it may be in use by other
+    requests, and there are none behind it. A `Destination` of a fetch."""
+
+    inner: Destination
+    first_token: int
+    end_token: int
+
+    @property
+    def layers(self) -> int:
+        return self.inner.layers
+
+    def prepare(self, layers: slice, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inner.prepare(layers, tokens)
+
+    def complete(self, layers: slice, tokens: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
+        inside = slice(max(tokens.start, self.first_token), min(tokens.stop, self.end_token))
+        if inside.start < inside.stop:
+            here = slice(inside.start - tokens.start, inside.stop - tokens.start)
+            self.inner.complete(layers, inside, keys[:, :, here], values[:, :, here])
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBlocks:
+    """Loads that have ended."""
+
+    request_ids: frozenset[str] = frozenset()
+    failed_blocks: frozenset[int] = frozenset()
+    """Blocks that were not filled."""
+
+
+class _Load:
+    """One load. Its thread of the pool writes `match` and `fetch` before `begun` is done."""
+
+    def __init__(self, request: LoadRequest) -> None:
+        self.request = request
+        self.match = Match()
+        self.fetch: Fetch | None = None
+        self.begun: Future[None] = Future()
+        self.is_cancelled = False
+
+    def is_ended(self) -> bool:
+        """Whether no thread writes into the blocks any more."""
+        return self.begun.done() and (self.fetch is None or self.fetch.finished() is not None)
+
+    def failed_blocks(self, block_tokens: int) -> tuple[int, ...]:
+        """The blocks from the first one on that was not filled; the engine computes all behind it. Of a load that has
+        ended."""
+        request, loaded = self.request, 0
+        report = self.fetch.finished() if self.fetch is not None else None
+        if report is not None:
+            loaded = min([len(self.match.chunks), *report.missing]) * CHUNK_TOKENS
+        if loaded >= request.end_token:
+            return ()
+        return request.block_ids[max(loaded, request.first_token) // block_tokens :]
+
+
+class Loads:
+    """The loads of one worker. No method waits but `close`. Used by the worker's thread."""
+
+    def __init__(
+        self,
+        client: KVStoreClient,
+        spec: ModelSpec,
+        block_tokens: int,
+        destination: Callable[[LoadRequest], Destination],
+    ) -> None:
+        self._client, self._spec, self._block_tokens = client, spec, block_tokens
+        self._destination = destination
+        self._threads = ThreadPoolExecutor(_THREADS, "kvstore-load")
+        self._loads: dict[str, _Load] = {}
+
+    def start(self, request: LoadRequest) -> None:
+        load = self._loads[request.request_id] = _Load(request)
+        try:
+            self._threads.submit(self._begin, load)
+        except (
+            RuntimeError
+        ) as error:  # closed, or no thread left; a later thread may still find it in the queue
+            if load.begun.cancel():
+                self._failed(load, MissReason.NO_RESOURCES, error)
+
+    def cancel(self, request_ids: Collection[str]) -> None:
+        """These requests are gone. Their loads end soon, and are reported as ended."""
+        for request_id in request_ids:
+            load = self._loads.get(request_id)
+            if load is not None and not load.is_cancelled:
+                load.is_cancelled = True
+                if load.begun.done() and load.fetch is not None:
+                    with suppress(RuntimeError):  # no thread left: the fetch ends at its deadline
+                        self._threads.submit(load.fetch.cancel)
+
+    def ended(self) -> LoadedBlocks:
+        """The loads that have ended since the last call, each once, those that failed among them."""
+        ended = [load for load in self._loads.values() if load.is_ended()]
+        failed: set[int] = set()
+        for load in ended:
+            del self._loads[load.request.request_id]
+            if not load.is_cancelled:
+                failed.update(load.failed_blocks(self._block_tokens))
+        return LoadedBlocks(frozenset(load.request.request_id for load in ended), frozenset(failed))
+
+    def close(self) -> None:
+        """End all loads."""
+        self.cancel(tuple(self._loads))
+        self._threads.shutdown(wait=True)
+
+    def _begin(self, load: _Load) -> None:
+        """In a thread of the pool."""
+        if not load.begun.set_running_or_notify_cancel():
+            return
+        try:
+            load.match = self._client.match(self._spec, load.request.chunk_ids)
+            if load.match.chunks and not load.is_cancelled:
+                load.fetch = self._fetch(load)
+        except Exception as error:
+            self._failed(load, MissReason.INTERNAL_ERROR, error)
+        finally:
+            if load.fetch is None:
+                self._client.release(load.match)
+            load.begun.set_result(None)
+            if load.is_cancelled and load.fetch is not None:
+                load.fetch.cancel()
+
+    def _fetch(self, load: _Load) -> Fetch | None:
+        request, found = load.request, load.match.tokens
+        window = LoadWindow(self._destination(request), request.first_token, request.end_token)
+        outside = [range(request.first_token), range(request.end_token, found)]
+        try:
+            return self._client.fetch(
+                load.match, window, None, computed=[positions for positions in outside if positions]
+            )
+        except (RuntimeError, MemoryError) as error:
+            self._failed(load, MissReason.NO_RESOURCES, error)
+            return None
+
+    def _failed(self, load: _Load, reason: MissReason, error: Exception) -> None:
+        chunks = len(load.request.chunk_ids)
+        detail = f"cannot load {chunks} chunks, which are computed: {error}"
+        traced = error if reason is MissReason.INTERNAL_ERROR else None
+        self._client.metrics.missed(reason, chunks, detail=detail, error=traced)

@@ -1,0 +1,46 @@
+"""What the scheduler's half of the connector tells the worker's half, step by step."""
+
+from dataclasses import dataclass
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+from kvstore_codec.identity import ChunkId
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """KV that a request waits for."""
+
+    request_id: str
+    chunk_ids: tuple[ChunkId, ...]
+    """Chunks of the prompt, from its beginning to the end of the load."""
+    first_token: int
+    """First position to load; the KV before it is in the engine's blocks already, which other requests may use."""
+    end_token: int
+    block_ids: tuple[int, ...]
+    """The request's blocks, from the beginning of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """Chunks whose KV is in the engine's blocks when the step's forward pass has ended."""
+
+    text: tuple[ChunkId, ...]
+    """All chunks of the request so far; the last ones are saved."""
+    first_chunk: int
+    """Index of the first chunk that is saved."""
+    block_ids: tuple[int, ...]
+    """Blocks of the chunks that are saved."""
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks that are saved."""
+        return len(self.text) - self.first_chunk
+
+
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM has no types here
+    """Everything to begin in one step of the engine."""
+
+    def __init__(self, loads: tuple[LoadRequest, ...] = (), saves: tuple[SaveRequest, ...] = ()) -> None:
+        self.loads = loads
+        self.saves = saves

@@ -1,0 +1,98 @@
+"""Names of what vLLM computes: the model that it serves, and the chunks of its requests."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgpack  # type: ignore[import-untyped]
+
+from kvstore_client.engines.checkpoint import spec_of_checkpoint
+from kvstore_codec.errors import UnsupportedEngineError
+from kvstore_codec.identity import CHUNK_TOKENS, ROOT_PREFIX, ChunkId, PrefixId
+from kvstore_codec.model_spec import KVDtype, ModelSpec
+
+MAX_QUALIFIER_BYTES = 64 << 10
+
+NextChunkId = Callable[[PrefixId, Sequence[int], bytes], ChunkId]
+"""Names the chunk of these tokens behind a parent, with what else its KV depends on."""
+
+
+def served_spec(model_config: Any, cache_dir: Path) -> ModelSpec:
+    """The ModelSpec of the KV that vLLM keeps of its model, from the checkpoint that it loaded.
+
+    vLLM keeps keys after RoPE, so this KV has names of its own, and can be reused only at its own position. The names
+    depend on the checkpoint's RoPE all the same. Raises UnsupportedModelError and UnsupportedEngineError.
+    """
+    folder = checkpoint_folder(model_config.model, model_config.revision)
+    plain = spec_of_checkpoint(
+        folder, model_config.hf_config.to_dict(), KVDtype.of(model_config.dtype), cache_dir=cache_dir
+    )
+    keys = ("keys", f"after RoPE of {plain.digest.hex()}")
+    return replace(plain, rope=None, sliding_rope=None, numerics=tuple(sorted((*plain.numerics, keys))))
+
+
+def checkpoint_folder(model: str, revision: str | None) -> Path:
+    """Where the model's files are. Raises UnsupportedEngineError when they are not on this machine."""
+    if os.path.isdir(model):  # noqa: PTH112  # `model` may be the name of a repository
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise UnsupportedEngineError(f"the files of {model} are not on this machine: {error}") from error
+
+
+@dataclass(slots=True)
+class RequestText:
+    """The chunks of one request's tokens, named as the tokens become known."""
+
+    request: Any
+    """vLLM's Request."""
+    ids: list[ChunkId] = field(default_factory=list)
+    next_feature: int = 0
+    """Where vLLM goes on looking through the request's images."""
+
+    @property
+    def known_tokens(self) -> int:
+        """Tokens of the prompt, and those that were generated so far."""
+        return int(self.request.num_tokens)
+
+    def name(self, tokens: int, next_id: NextChunkId) -> list[ChunkId]:
+        """Ids of the full chunks of the first `tokens` tokens, which are known. Each chunk is named once. Raises
+        UnsupportedEngineError where vLLM's own keys of the tokens cannot be interpreted."""
+        while (end := (len(self.ids) + 1) * CHUNK_TOKENS) <= min(tokens, self.known_tokens):
+            first = end - CHUNK_TOKENS
+            qualifier = self._qualifier(first, end)
+            parent = self.ids[-1].prefix_id if self.ids else ROOT_PREFIX
+            self.ids.append(next_id(parent, self.request.all_token_ids[first:end], qualifier))
+        return self.ids[: tokens // CHUNK_TOKENS]
+
+    def _qualifier(self, first: int, end: int) -> bytes:
+        """What the KV of these tokens depends on besides model and tokens: LoRA adapter, images, prompt embeddings and
+        the request's salt, as vLLM itself tells its blocks apart."""
+        from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+
+        keys, self.next_feature = generate_block_hash_extra_keys(self.request, first, end, self.next_feature)
+        if not keys:
+            return b""
+        try:
+            packed: bytes = msgpack.packb(keys, strict_types=False)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UnsupportedEngineError(f"vLLM's keys of a block cannot be interpreted: {error}") from error
+        if len(packed) > MAX_QUALIFIER_BYTES:
+            raise UnsupportedEngineError(f"vLLM's keys of a block take {len(packed)} bytes")
+        return packed
+
+
+def why_ineligible(request: Any) -> str | None:
+    """Why nothing of a request may be reused or stored, if so."""
+    if request.lora_request is not None:
+        return "its LoRA adapter is named by a path, which does not say what the adapter's weights are"
+    if getattr(request, "resumable", False):
+        return "its prompt grows while it runs"
+    if request.pooling_params is not None:
+        return "it generates nothing"
+    return None

@@ -1,0 +1,230 @@
+"""The scheduler's half of the connector: what is loaded, what is saved, and for which requests."""
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.vllm.lookups import Lookup, Lookups
+from kvstore_client.engines.vllm.metadata import LoadRequest, SaveRequest
+from kvstore_client.engines.vllm.naming import RequestText, why_ineligible
+from kvstore_client.engines.vllm.stored_names import StoredNames
+from kvstore_client.lookup import NOT_STORED
+from kvstore_codec.errors import KVStoreError
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PrefixId
+from kvstore_codec.model_spec import ModelSpec
+
+MAX_LOADS = 4
+MAX_LOAD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class LoadLimits:
+    """Bounds on loads in flight. Their requests hold blocks and cannot be preempted."""
+
+    loads: int = MAX_LOADS
+    size_bytes: int = MAX_LOAD_BYTES
+    """KV of all loads together; a single load may be larger."""
+
+
+@dataclass(slots=True)
+class _Tracked:
+    """One request of the engine."""
+
+    text: RequestText
+    why_ineligible: str | None
+    lookup: Lookup | None = None
+    was_loaded: bool = False
+    """Whether a load was begun. There is no second one: after a failure it would fail again."""
+    offered_from: int = 0
+    """Tokens that the engine had itself when it was last told what can be loaded."""
+    block_ids: list[int] = field(default_factory=list)
+    is_lookup_counted: bool = False
+    """Whether `saved_chunks` takes account of what the lookup found."""
+    saved_chunks: int = 0
+    """Leading chunks that are stored, or were handed over."""
+
+
+class SchedulerHalf:
+    """Answers the engine's scheduler at once, whatever the store does. Used by the scheduler's thread."""
+
+    def __init__(
+        self, client: KVStoreClient, spec: ModelSpec, block_tokens: int, limits: LoadLimits | None = None
+    ) -> None:
+        self._client, self._spec, self._block_tokens = client, spec, block_tokens
+        self._limits = limits or LoadLimits()
+        self._lookups = Lookups(self._peek)
+        self._wait_s = client.settings.timeouts.lookup_s
+        self._tracked: dict[str, _Tracked] = {}
+        self._to_start: list[LoadRequest] = []
+        self._in_flight: dict[str, LoadRequest] = {}
+        self._stored = StoredNames()
+
+    def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens behind the `computed_tokens` can be loaded, and whether loading goes on beside the engine
+        (always, where there is something). None: ask again. At least one token of the request stays to be computed.
+
+        May be called any number of times: only the first call begins a lookup, and its answer is waited for
+        `lookup_timeout_s` at most."""
+        tracked = self._track(request)
+        if tracked.why_ineligible is not None or tracked.was_loaded:
+            return 0, False
+        lookup = self._lookup(tracked)
+        usable = (request.num_tokens - 1) // self._block_tokens * self._block_tokens
+        if lookup is None or min(usable, len(tracked.text.ids) * CHUNK_TOKENS) <= computed_tokens:
+            return 0, False
+        if lookup.is_open(self._wait_s):
+            return None, False
+        match = lookup.match
+        end = min(usable, match.tokens) if match is not None else 0
+        if end <= computed_tokens:
+            return 0, False
+        if not self._has_room(end - computed_tokens):
+            waits = time.monotonic() < lookup.begun_s + self._wait_s
+            return (None if waits else 0), False
+        tracked.offered_from = computed_tokens
+        return end - computed_tokens, True
+
+    def allocated(self, request: Any, block_ids: Sequence[int], external_tokens: int) -> None:
+        """The engine has given the request blocks, into which `external_tokens` are to be loaded; 0: nothing is."""
+        if not external_tokens:
+            return
+        tracked = self._track(request)
+        end = tracked.offered_from + external_tokens
+        load = LoadRequest(
+            request.request_id,
+            tuple(tracked.text.ids[: -(-end // CHUNK_TOKENS)]),
+            tracked.offered_from,
+            end,
+            tuple(block_ids[: -(-end // self._block_tokens)]),
+        )
+        tracked.was_loaded = True
+        self._in_flight[load.request_id] = load
+        self._to_start.append(load)
+
+    def take_loads(self) -> tuple[LoadRequest, ...]:
+        """The loads that the worker has to begin now. Never fails: the engine waits for them."""
+        loads, self._to_start = tuple(self._to_start), []
+        return loads
+
+    def saves(self, output: Any) -> tuple[SaveRequest, ...]:
+        """What the worker saves when the step that the engine has scheduled is computed."""
+        try:
+            scheduled = [
+                (self._tracked[request_id], tokens) for request_id, tokens in self._scheduled(output)
+            ]
+        except Exception:
+            for tracked in self._tracked.values():  # their blocks are not known any more
+                tracked.why_ineligible = "its blocks are not known"
+            raise
+        found = (self._save(tracked, tokens) for tracked, tokens in scheduled)
+        return tuple(save for save in found if save is not None)
+
+    def received(self, request_ids: Collection[str], failed_blocks: Collection[int]) -> None:
+        """The loads of these requests have ended; these blocks were not filled."""
+        for request_id in request_ids:
+            load = self._in_flight.pop(request_id, None)
+            tracked = self._tracked.get(request_id)
+            if load is None or tracked is None or not set(load.block_ids).isdisjoint(failed_blocks):
+                continue
+            whole = load.end_token // CHUNK_TOKENS
+            self._stored.add(load.chunk_ids[:whole])
+            tracked.saved_chunks = max(tracked.saved_chunks, whole)
+
+    def finished(self, request_id: str) -> None:
+        """The engine has no such request any more."""
+        tracked = self._tracked.pop(request_id, None)
+        if tracked is not None and tracked.lookup is not None:
+            tracked.lookup.drop()
+
+    def close(self) -> None:
+        self._lookups.close()
+        self._client.close()
+
+    def _peek(self, chunk_ids: Sequence[ChunkId]) -> Any:
+        return self._client.match(self._spec, chunk_ids, peek=True)
+
+    def _next_id(self, parent: PrefixId, tokens: Sequence[int], qualifier: bytes) -> ChunkId:
+        return self._client.next_chunk_id(self._spec, parent, tokens, qualifier)
+
+    def _track(self, request: Any) -> _Tracked:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            tracked = _Tracked(RequestText(request), why_ineligible(request))
+            self._tracked[request.request_id] = tracked
+            self._name(tracked, tracked.text.known_tokens)
+        return tracked
+
+    def _name(self, tracked: _Tracked, tokens: int) -> list[ChunkId]:
+        """Ids of the full chunks of the first tokens; none for a request that is not eligible."""
+        if tracked.why_ineligible is None:
+            try:
+                return tracked.text.name(tokens, self._next_id)
+            except KVStoreError as error:
+                tracked.why_ineligible = str(error)
+        return []
+
+    def _lookup(self, tracked: _Tracked) -> Lookup | None:
+        """The request's lookup, begun now if it has none; None for a request without a full chunk, and where too many
+        lookups are under way."""
+        if tracked.lookup is None and tracked.text.ids:
+            tracked.lookup = self._lookups.begin(tracked.text.ids)
+        return tracked.lookup
+
+    def _has_room(self, tokens: int) -> bool:
+        if not self._in_flight:
+            return True
+        loading = sum(load.end_token - load.first_token for load in self._in_flight.values())
+        size_bytes = (loading + tokens) * self._spec.kv_bytes_per_token
+        return len(self._in_flight) < self._limits.loads and size_bytes <= self._limits.size_bytes
+
+    def _scheduled(self, output: Any) -> Iterator[tuple[str, int]]:
+        """Each request of a step, with the number of its tokens whose KV is there when the step ends."""
+        for new in output.scheduled_new_reqs:
+            if tracked := self._tracked.get(new.req_id):
+                tracked.block_ids = list(new.block_ids[0])
+                yield new.req_id, new.num_computed_tokens + output.num_scheduled_tokens[new.req_id]
+        cached = output.scheduled_cached_reqs
+        for request_id, blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if tracked := self._tracked.get(request_id):
+                if request_id in cached.resumed_req_ids:
+                    tracked.block_ids = []
+                if blocks is not None:
+                    tracked.block_ids += blocks[0]
+                yield request_id, computed + output.num_scheduled_tokens[request_id]
+
+    def _save(self, tracked: _Tracked, tokens: int) -> SaveRequest | None:
+        """The chunks of the first `tokens` tokens that are not stored yet. None where there are none, and as long as it
+        is not known whether the store can be reached."""
+        if tokens // CHUNK_TOKENS <= tracked.saved_chunks or not self._may_save(tracked):
+            return None
+        if len(tracked.block_ids) * self._block_tokens < tokens:
+            tracked.why_ineligible = f"it has {tokens} computed tokens in {len(tracked.block_ids)} blocks"
+            return None
+        ids = self._name(tracked, tokens)
+        first = tracked.saved_chunks
+        while first < len(ids) and ids[first] in self._stored:
+            first += 1
+        tracked.saved_chunks = max(first, len(ids))
+        if first >= len(ids):
+            return None
+        self._stored.add(ids[first:])
+        blocks = CHUNK_TOKENS // self._block_tokens
+        return SaveRequest(tuple(ids), first, tuple(tracked.block_ids[first * blocks : len(ids) * blocks]))
+
+    def _may_save(self, tracked: _Tracked) -> bool:
+        """Takes what the lookup found stored off what is saved."""
+        if tracked.why_ineligible is not None:
+            return False
+        if tracked.is_lookup_counted or tracked.lookup is None:
+            return True
+        match = tracked.lookup.match
+        if match is None or not (match.chunks or match.why_not == NOT_STORED):
+            return False
+        self._stored.add(chunk.chunk_id for chunk in match.chunks)
+        tracked.saved_chunks = max(tracked.saved_chunks, len(match.chunks))
+        tracked.is_lookup_counted = True
+        return True

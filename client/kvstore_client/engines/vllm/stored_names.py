@@ -1,0 +1,31 @@
+"""What an engine knows to be stored, so that it does not store it again."""
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from kvstore_codec.identity import ChunkId, PrefixId
+
+_MOST_NAMES = 65_536
+"""16.8 million tokens, in about 10 MB of memory."""
+_TRUSTED_S = 10.0
+"""How long a chunk counts as stored although a lookup does not find it: storing takes a while."""
+
+
+class StoredNames:
+    """Chunks that were found stored, or were handed over to be stored, the latest ones. Used by one thread."""
+
+    def __init__(self) -> None:
+        self._since: OrderedDict[PrefixId, float] = OrderedDict()
+
+    def add(self, chunk_ids: Iterable[ChunkId]) -> None:
+        now_s = time.monotonic()
+        for chunk_id in chunk_ids:
+            self._since[chunk_id.prefix_id] = now_s
+            self._since.move_to_end(chunk_id.prefix_id)
+        while len(self._since) > _MOST_NAMES:
+            self._since.popitem(last=False)
+
+    def __contains__(self, chunk_id: ChunkId) -> bool:
+        since_s = self._since.get(chunk_id.prefix_id)
+        return since_s is not None and time.monotonic() < since_s + _TRUSTED_S

@@ -1,0 +1,225 @@
+"""The scheduler's half with vLLM's own requests and a real store."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.request import Request
+
+from kvstore_client.client import KVStoreClient, connect
+from kvstore_client.engines.vllm.naming import RequestText
+from kvstore_client.engines.vllm.scheduler import LoadLimits, SchedulerHalf
+from kvstore_client.store import NewChunk
+from kvstore_codec.identity import CHUNK_TOKENS
+from kvstore_codec.model_spec import KVDtype, ModelSpec
+from tests.vllm.processes import StoreProcess, free_port, prompt
+
+pytestmark = pytest.mark.vllm
+
+SPEC = ModelSpec("tiny", bytes(32), 2, 2, 16, KVDtype.FLOAT32, None, numerics=(("keys", "after RoPE"),))
+BLOCK = 128
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
+    process = StoreProcess(tmp_path_factory.mktemp("store"), free_port())
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def client(store: StoreProcess, tmp_path: Path) -> Iterator[KVStoreClient]:
+    with connect(store.started["address"], cache_dir=tmp_path) as connected:
+        yield connected
+
+
+@pytest.fixture
+def half(client: KVStoreClient) -> Iterator[SchedulerHalf]:
+    made = SchedulerHalf(client, SPEC, BLOCK)
+    yield made
+    made.close()
+
+
+def request(tokens: list[int], name: str = "request", **options: Any) -> Request:
+    return Request(name, tokens, SamplingParams(max_tokens=8), None, **options)
+
+
+def put(client: KVStoreClient, tokens: list[int]) -> None:
+    shape = (SPEC.layers, SPEC.kv_heads, CHUNK_TOKENS, SPEC.head_dim)
+    kv = torch.zeros(shape), torch.zeros(shape)
+    chunks = [NewChunk(chunk_id, lambda: kv) for chunk_id in client.chunk_ids(SPEC, tokens)]
+    assert client.store.put(SPEC, chunks).result() == len(chunks)
+
+
+def answer(half: SchedulerHalf, asked: Request, computed: int = 0) -> tuple[int | None, bool]:
+    """What the scheduler is told in the end."""
+    deadline = time.monotonic() + 60
+    while (told := half.matched_tokens(asked, computed))[0] is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return told
+
+
+def scheduled(asked: Request, blocks: list[int], tokens: int, computed: int = 0) -> SchedulerOutput:
+    output = SchedulerOutput.make_empty()
+    asked.num_computed_tokens = computed
+    output.scheduled_new_reqs = [NewRequestData.from_request(asked, (blocks,))]
+    output.num_scheduled_tokens = {asked.request_id: tokens}
+    return output
+
+
+def continued(asked: Request, blocks: list[int], tokens: int, computed: int) -> SchedulerOutput:
+    output = SchedulerOutput.make_empty()
+    output.scheduled_cached_reqs = CachedRequestData(
+        [asked.request_id], set(), [], {}, [(blocks,) if blocks else None], [computed], [0]
+    )
+    output.num_scheduled_tokens = {asked.request_id: tokens}
+    return output
+
+
+def test_asking_again_begins_no_second_lookup(
+    half: SchedulerHalf, client: KVStoreClient, store: StoreProcess
+) -> None:
+    tokens = prompt(700, seed=1)
+    put(client, tokens)
+    before = store.stats()
+    asked = request(tokens)
+    assert half.matched_tokens(asked, 0) == (None, False)
+    assert answer(half, asked) == (512, True)
+    assert [half.matched_tokens(asked, 0) for _ in range(10)] == [(512, True)] * 10
+    assert half.matched_tokens(asked, 256) == (256, True)
+    assert half.matched_tokens(asked, 512) == (0, False)
+    after = store.stats()
+    assert after["leases"] == 0
+    assert after["hits"] == before["hits"], "a peek counts as no use"
+
+
+@pytest.mark.parametrize(
+    ("prompt_tokens", "loaded"), [(512, 384), (513, 512), (640, 512), (256, 128), (255, 0)]
+)
+def test_one_token_stays_to_be_computed(
+    half: SchedulerHalf, client: KVStoreClient, prompt_tokens: int, loaded: int
+) -> None:
+    tokens = prompt(640, seed=2)
+    put(client, tokens)
+    assert answer(half, request(tokens[:prompt_tokens])) == (loaded, loaded > 0)
+
+
+def test_a_store_out_of_reach_is_waited_for_with_a_bound(tmp_path: Path) -> None:
+    client = connect(f"127.0.0.1:{free_port()}", cache_dir=tmp_path, lookup_timeout_s=0.5)
+    half = SchedulerHalf(client, SPEC, BLOCK)
+    asked = request(prompt(700, seed=3))
+    assert answer(half, asked) == (0, False)
+    assert half.saves(scheduled(asked, list(range(6)), 700)) == (), (
+        "nothing is copied for a store that is away"
+    )
+    half.close()
+
+
+def test_loads_in_flight_are_bounded(client: KVStoreClient) -> None:
+    half = SchedulerHalf(client, SPEC, BLOCK, LoadLimits(loads=1))
+    tokens = prompt(700, seed=4)
+    put(client, tokens)
+    first, second = request(tokens, "first"), request(tokens, "second")
+    assert answer(half, first) == (512, True)
+    half.allocated(first, [1, 2, 3, 4], 512)
+    (load,) = half.take_loads()
+    assert (load.first_token, load.end_token, load.block_ids) == (0, 512, (1, 2, 3, 4))
+    assert load.chunk_ids == tuple(client.chunk_ids(SPEC, tokens))
+    assert half.take_loads() == ()
+    assert answer(half, second) == (0, False), "it is computed when no load ends in time"
+    half.received({"first"}, ())
+    assert answer(half, second) == (512, True)
+    half.close()
+
+
+def test_a_load_that_failed_is_not_begun_again(half: SchedulerHalf, client: KVStoreClient) -> None:
+    tokens = prompt(700, seed=5)
+    put(client, tokens)
+    asked = request(tokens)
+    assert answer(half, asked, 256) == (256, True)
+    half.allocated(asked, [7, 8, 9, 10], 256)
+    half.allocated(asked, [7, 8, 9, 10, 11], 0)
+    assert len(half.take_loads()) == 1
+    half.received({"request"}, {9})
+    assert half.matched_tokens(asked, 0) == (0, False)
+
+
+def test_new_chunks_are_saved_once_as_they_are_computed(half: SchedulerHalf) -> None:
+    tokens = prompt(900, seed=6)
+    asked = request(tokens)
+    assert answer(half, asked) == (0, False)
+    (save,) = half.saves(scheduled(asked, [5, 6, 7, 8], 400))
+    assert (save.first_chunk, save.chunks, save.block_ids) == (0, 1, (5, 6))
+    assert half.saves(continued(asked, [], 100, 400)) == ()
+    (save,) = half.saves(continued(asked, [9, 3, 2, 1], 400, 500))
+    assert (save.first_chunk, save.chunks, save.block_ids) == (1, 2, (7, 8, 9, 3))
+    half.finished("request")
+    again = request(tokens, "again")
+    assert half.matched_tokens(again, 0) == (None, False)
+    answer(half, again)
+    assert half.saves(scheduled(again, list(range(8)), 900)) == (), "the same engine has handed them over"
+
+
+def test_generated_tokens_are_saved_when_they_are_known(half: SchedulerHalf) -> None:
+    asked = request(prompt(250, seed=7))
+    assert answer(half, asked) == (0, False)
+    assert half.saves(scheduled(asked, [1, 2], 250)) == ()
+    asked.append_output_token_ids(list(range(2, 7)))
+    assert half.saves(continued(asked, [3], 10, 250)) == (), "computed ahead, but not known yet"
+    asked.append_output_token_ids(7)
+    (save,) = half.saves(continued(asked, [], 1, 260))
+    assert (save.chunks, save.block_ids) == (1, (1, 2))
+
+
+def test_what_is_stored_is_not_saved_again(half: SchedulerHalf, client: KVStoreClient) -> None:
+    tokens = prompt(700, seed=8)
+    put(client, tokens[:256])
+    asked = request(tokens)
+    assert answer(half, asked, 256) == (0, False)
+    (save,) = half.saves(scheduled(asked, [1, 2, 3, 4, 5, 6], 444, computed=256))
+    assert (save.first_chunk, save.chunks, save.block_ids) == (1, 1, (3, 4))
+
+
+def test_an_aborted_request_leaves_nothing(half: SchedulerHalf, client: KVStoreClient) -> None:
+    for number in range(300):
+        asked = request(prompt(300, seed=number), f"request {number}")
+        half.matched_tokens(asked, 0)
+        half.finished(asked.request_id)
+    assert not half._tracked
+
+
+def names(client: KVStoreClient, asked: Request) -> list[bytes]:
+    text = RequestText(asked)
+    ids = text.name(
+        asked.num_tokens, lambda parent, tokens, more: client.next_chunk_id(SPEC, parent, tokens, more)
+    )
+    return [chunk_id.prefix_id for chunk_id in ids]
+
+
+def test_requests_that_differ_in_more_than_tokens_never_meet(client: KVStoreClient) -> None:
+    tokens = prompt(512, seed=9)
+    plain = names(client, request(tokens))
+    assert plain == [chunk_id.prefix_id for chunk_id in client.chunk_ids(SPEC, tokens)]
+    others = [
+        request(tokens, cache_salt="a"),
+        request(tokens, cache_salt="b"),
+        request(tokens, prompt_embeds=torch.ones(512, 8)),
+        request(tokens, prompt_embeds=torch.zeros(512, 8)),
+    ]
+    found = [plain, *(names(client, other) for other in others)]
+    assert len({name for row in found for name in row}) == 2 * len(found)
+
+
+def test_an_adapter_makes_a_request_ineligible(half: SchedulerHalf, client: KVStoreClient) -> None:
+    tokens = prompt(700, seed=10)
+    put(client, tokens)
+    asked = request(tokens, lora_request=LoRARequest("adapter", 1, "/adapter"))
+    assert half.matched_tokens(asked, 0) == (0, False)
+    assert half.saves(scheduled(asked, list(range(6)), 700)) == ()
