@@ -55,8 +55,8 @@ class CanaryCheck(Protocol):
         """The refusal's one-word reason followed by a sentence."""
         ...
 
-    def count(self, reason: str, *, storing: bool = False) -> str:
-        """Count and log that a call, for `reason`, looks nothing up, or with `storing` stores nothing. Returns
+    def count_refusal(self, reason: str, *, storing: bool = False) -> str:
+        """Count and log that a call, for `reason`, looks nothing up, or with `storing` stores nothing. Return
         `why`."""
         ...
 

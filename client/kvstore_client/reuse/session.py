@@ -1,4 +1,9 @@
-"""`ReuseSession`: lets an engine that knows a prompt's tokens reuse KV computed earlier by any worker."""
+"""`ReuseSession`: lets an engine that knows a prompt's tokens reuse KV computed earlier by any worker.
+
+A *canary* is the KV of a fixed probe text, which the cluster keeps for each model. Each worker compares its own KV of
+the text with the canary before it reuses or stores any KV. A *refusal* is one word that says why KV must not be reused
+or stored. A *bypassed* call runs as if there were no service.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -55,9 +60,9 @@ class ReuseSession:
         self._watch(self._model)
 
     def begin(self, call: EngineCall) -> PendingGeneration:
-        """Look up the prompt's stored KV and start to fetch it. Computes nothing, and waits only for the lookup and for
-        the first comparison of the model with its canary. Raises InvalidTokensError for segments that do not sum to the
-        prompt."""
+        """Look up the prompt's stored KV and start to fetch it. Computes no KV of the prompt. Waits for the lookup, up
+        to `timeouts.lookup_s`, and for a comparison of the model with its canary; these waits of all calls together
+        take up to `timeouts.canary_s`. Raises InvalidTokensError for segments that do not sum to the prompt."""
         timeline = Timeline()
         reason = call.bypass_reason()
         if reason is not None:
@@ -67,22 +72,24 @@ class ReuseSession:
             return BypassedGeneration(call, model.refusal.reason, timeline)
         spec, client = model.spec, self._client
         refusal = self._canary.refusal(spec, wait_s=client.settings.timeouts.canary_s)
-        if refusal in FINAL:
+        if refusal in FINAL:  # other KV than the canary's, or the comparison failed: neither fetch nor store
             return BypassedGeneration(call, refusal, timeline, self._canary.why(refusal))
         generation = client.canaries.generation(spec.digest)
         snapshot = ModelSnapshot(model, generation, compared=refusal is None)
         if refusal is not None:
+            # The comparison is pending, or the coordinator is unreachable: do not fetch. The computed KV is stored if
+            # the comparison has succeeded by the end of the call.
             self._require_segments(call, model)
-            why_not = self._canary.count(refusal)
+            why_not = self._canary.count_refusal(refusal)
             return PrefixGeneration(self._parts, call, snapshot, timeline, why_not=why_not)
-        if self._segments is not None and _has_documents(call):
+        if self._segments is not None and _has_several_segments(call):
             return SegmentGeneration.begin(self._parts, self._segments, call, snapshot, timeline)
         self._require_segments(call, model)
         return PrefixGeneration.begin(self._parts, call, snapshot, timeline)
 
     def is_stored(self, call: EngineCall) -> bool:
-        """Whether `begin` would find KV to fetch. Takes no lease and does not count as a use. Raises the same
-        errors."""
+        """Whether `begin` would find KV to fetch. Takes no lease, and the lookup is not recorded as a use of the KV.
+        Raises InvalidTokensError as `begin` does."""
         if call.bypass_reason() is not None:
             return False
         model = self._engine.look(call.tokens)
@@ -94,8 +101,8 @@ class ReuseSession:
         return bool(self._peek(call, model).chunks)
 
     def finish(self, pending: PendingGeneration) -> Any:
-        """The engine's answer. A call is begun again when its model has changed or its canary was replaced since
-        `begin`, or when it was begun in the parent process."""
+        """Return the engine's answer. A call that reuses KV is begun again if, since `begin`, the model, its canary or
+        the engine's mode changed, or the process was forked. A bypassed call is not checked again."""
         if isinstance(pending, ReusingGeneration):
             model = self._current()
             generation = self._client.canaries.generation(model.spec.digest)
@@ -107,15 +114,15 @@ class ReuseSession:
         return self._complete(pending)
 
     def answer(self, call: EngineCall) -> Any:
-        """Run `begin` and `finish`."""
+        """Begin the call and complete it at once, without the checks of `finish`."""
         return self._complete(self.begin(call))
 
     @torch.inference_mode()
     def question_states(self, call: EngineCall) -> torch.Tensor:
-        """Hidden states that leave the last layer for the tokens of the last segment, `[1, tokens, hidden]`, with the
-        other segments reused as in `begin`, but whatever share of them must be computed. For measuring how reuse
-        changes the answer. Raises UnsupportedModelError where segments cannot be reused, and FetchError when stored KV
-        does not arrive."""
+        """Return the last layer's output for the tokens of the last segment, `[1, tokens, hidden]`. The other segments
+        are reused as in `begin`, however many of their tokens must be recomputed and however long that takes. For
+        measuring how reuse changes the answer. Raises UnsupportedModelError if the model or its state does not allow
+        reuse, and FetchError if the canary refuses reuse or if stored KV does not arrive."""
         if self._segments is None:
             raise UnsupportedModelError(f"segments of {self._model.spec.model_id} cannot be reused")
         model = self._current()
@@ -123,7 +130,7 @@ class ReuseSession:
             raise UnsupportedModelError(f"{model.spec.model_id}: {model.refusal.detail}")
         refusal = self._canary.refusal(model.spec, wait_s=self._client.settings.timeouts.canary_s)
         if refusal is not None:
-            raise FetchError(f"nothing may be reused: {self._canary.why(refusal)}")
+            raise FetchError(f"no KV of {model.spec.model_id} may be reused: {self._canary.why(refusal)}")
         snapshot = ModelSnapshot(model, self._client.canaries.generation(model.spec.digest))
         pending = SegmentGeneration.begin_whole(self._parts, self._segments, call, snapshot, Timeline())
         states, self.last_report = pending.question_states()
@@ -157,7 +164,7 @@ class ReuseSession:
 
     def _peek(self, call: EngineCall, model: DescribedModel) -> Match:
         tokens: list[int] = call.tokens.tolist()
-        if self._segments is not None and _has_documents(call):
+        if self._segments is not None and _has_several_segments(call):
             segments = () if call.segments is None else call.segments  # a tensor has no truth value
             return self._segments.peek(model.spec, tokens, segments)
         self._require_segments(call, model)
@@ -170,5 +177,7 @@ class ReuseSession:
             self._client.segment_chunks(model.spec, call.tokens.tolist(), call.segments)
 
 
-def _has_documents(call: EngineCall) -> bool:
+def _has_several_segments(call: EngineCall) -> bool:
+    """Whether the prompt has segments before its last one. Those are documents, which can be reused at any position; a
+    single segment is reused as a prefix."""
     return call.segments is not None and len(call.segments) > 1

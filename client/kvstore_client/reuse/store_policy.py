@@ -33,7 +33,7 @@ class StorePolicy:
         if refusal is None and snapshot.compared and snapshot.generation != generation:
             refusal = "canary_replaced"
         if refusal is not None:
-            self._canary.count(refusal, storing=True)
+            self._canary.count_refusal(refusal, storing=True)
         return refusal is None
 
     def is_aligned(self, generated: GenerationResult) -> bool:

@@ -247,6 +247,6 @@ class Agreeing:
     def why(self, reason: str) -> str:
         return f"{reason}: as the test says"
 
-    def count(self, reason: str, *, storing: bool = False) -> str:
+    def count_refusal(self, reason: str, *, storing: bool = False) -> str:
         self.counted.append(f"store_{reason}" if storing else reason)
         return self.why(reason)

@@ -59,8 +59,8 @@ class ModelCanary:
             return f"{reason}: {verdict.message}"
         return f"{reason}: this model's KV has not been compared with the cluster's canary yet"
 
-    def count(self, reason: str, *, storing: bool = False) -> str:
-        """Count and log that a call, for `reason`, looks nothing up, or with `storing` stores nothing. Returns
+    def count_refusal(self, reason: str, *, storing: bool = False) -> str:
+        """Count and log that a call, for `reason`, looks nothing up, or with `storing` stores nothing. Return
         `why`."""
         why, metrics = self.why(reason), self._client.metrics
         counted = MissReason.of_canary(reason, storing=storing)
