@@ -13,13 +13,21 @@ from kvstore_client.planning import COMPUTE
 
 @dataclass(slots=True, eq=False)
 class ChunkState:
-    """Guarded by the lock of its fetch."""
+    """One chunk of a fetch. Guarded by the lock of its fetch.
+
+    - Planned source: the chunk is to be read in one of its variants, or the engine is `to_compute` it.
+    - `is_taken`: the engine has begun to compute it, so its source is final.
+    - `is_delivered`: all of its KV is in the destination, read or computed.
+    - `is_settled`: no more of it will arrive, because it is delivered or the engine is to compute it.
+    - `is_lost`: it cannot be read (any more), so only the engine can provide it.
+    """
 
     index: int
     chunk: StoredChunk
     layers: int
-    computed: Sequence[range] = ()
-    """Positions that the engine computes in any case, `joined`. Only for chunks whose variant is chosen once."""
+    skipped: Sequence[range] = ()
+    """Positions that are not read because the engine computes them in any case, `joined`. Only for chunks whose variant
+    is chosen once."""
     choice: int = COMPUTE
     """Index into the chunk's variants, or COMPUTE."""
     unread: deque[ReadTask] = field(default_factory=deque)
@@ -29,10 +37,12 @@ class ChunkState:
     open_tokens: list[int] = field(default_factory=list)
     """Number of tokens not delivered yet, by layer."""
     open_token_layers: int = 0
+    """Sum of `open_tokens`."""
     is_lost: bool = False
-    """The chunk cannot be read any more: it is missing, or some of it was discarded."""
-    is_engines: bool = False
-    """The engine computes the chunk, or has computed it."""
+    """Whether the chunk cannot be read: it is missing, some of it was discarded, or nothing reads from its member any
+    more."""
+    is_taken: bool = False
+    """Whether the engine computes the chunk now, or has computed it."""
     reason: MissReason | None = None
     """Why the chunk is missing."""
 
@@ -45,30 +55,32 @@ class ChunkState:
         return self.chunk.header.geometry.tokens
 
     @property
-    def is_computed(self) -> bool:
+    def to_compute(self) -> bool:
+        """Whether the engine provides the chunk: it has computed it, computes it or will."""
         return self.choice == COMPUTE
 
     @property
     def is_delivered(self) -> bool:
+        """Whether all of its KV is in the destination, read or computed."""
         return not self.open_token_layers
 
     @property
     def is_settled(self) -> bool:
-        """No more of the chunk will arrive."""
-        return self.is_computed or self.is_delivered
+        """Whether no more of the chunk will arrive."""
+        return self.to_compute or self.is_delivered
 
     def left_bytes(self, variant: int) -> int | None:
         """Bytes still to be requested when the rest is read in `variant`; None when it cannot be."""
         if variant == self.choice:
             return sum(task.size_bytes for task in self.unread)
-        next_layer = 0 if self.is_computed else self._next_layer()
+        next_layer = 0 if self.to_compute else self._next_layer()
         begun_bytes = sum(task.size_bytes for task in self._begun())
         left_bytes = bytes_from(self.chunk.variants[variant], next_layer) if next_layer < self.layers else 0
         return None if left_bytes is None else begun_bytes + left_bytes
 
     def left_share(self) -> float:
         """Share of the chunk that was not requested yet."""
-        if self.is_computed:
+        if self.to_compute:
             return 1.0
         values: int = sum(
             (task.layers.stop - task.layers.start) * (task.tokens.stop - task.tokens.start)
@@ -86,15 +98,15 @@ class ChunkState:
             self.unread.clear()
             self.open_tokens = [self.tokens] * self.layers
             self.open_token_layers = self.tokens * self.layers
-        elif self.computed:
+        elif self.skipped:
             variant = self.chunk.variants[choice]
-            slots = slots_outside(self.chunk, variant, self.computed)
+            slots = slots_outside(self.chunk, variant, self.skipped)
             self.unread = cut(self.index, self.chunk, variant, slots=slots)
             tokens = sum(len(variant.header.geometry.tokens_of(slot)) for slot in slots)
             self.open_tokens = [tokens] * self.layers
             self.open_token_layers = tokens * self.layers
         else:
-            begun, next_layer = self._begun(), 0 if self.is_computed else self._next_layer()
+            begun, next_layer = self._begun(), 0 if self.to_compute else self._next_layer()
             self.unread = deque(begun)
             if next_layer < self.layers:
                 self.unread += cut(self.index, self.chunk, self.chunk.variants[choice], next_layer)

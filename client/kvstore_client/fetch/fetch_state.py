@@ -88,8 +88,8 @@ class FetchState:
                 if self._replanner is None or not self._replanner.replan:
                     return []
                 # An early end lets the stages' threads exit; idle threads slow the engine down.
-                if not self._ledger.may_read(member):
-                    self._ledger.leave(member)
+                if not self._ledger.can_switch_to_reading(member):
+                    self._ledger.forbid_switching(member)
                     return []
                 self._changed.wait()
             return []
@@ -127,7 +127,7 @@ class FetchState:
         """Whether this read is still wanted. If so, the decoder owns its memory until `deliver` or `fail`."""
         with self._changed:
             state = self._ledger.states[task.chunk_index]
-            if state.is_computed or self._ended:
+            if state.to_compute or self._ended:
                 return False
             state.decoding += 1
             return True
@@ -186,9 +186,9 @@ class FetchState:
         callback()
 
     def next_to_compute(self) -> tuple[int, int] | None:
-        """The next run of chunks `[first, end)` for the engine to compute before its last pass, which begins behind the
-        last fetched chunk. Blocks until all chunks before the run are delivered. None when there is no such run: the
-        remaining chunks arrive by themselves, or the last pass computes them."""
+        """The next run of chunks `[first, end)` for the engine to compute before its last pass, which begins after the
+        last chunk that is fetched. Blocks until all chunks before the run are delivered. None when there is no such
+        run: the remaining chunks arrive by themselves, or the last pass computes them."""
         with self._changed:
             self._ledger.return_last_pass()
             self._notify()
@@ -222,8 +222,8 @@ class FetchState:
     def wait_layer(self, layer: int) -> bool:
         """Block until a layer of all chunks is delivered. False as soon as some chunk must be computed first."""
         with self._changed:
-            self._wait_for(lambda: not self._ledger.open_by_layer[layer] or bool(self._ledger.uncomputed))
-            return not self._ledger.open_by_layer[layer] and not self._ledger.uncomputed
+            self._wait_for(lambda: not self._ledger.open_by_layer[layer] or bool(self._ledger.untaken))
+            return not self._ledger.open_by_layer[layer] and not self._ledger.untaken
 
     def wait(self) -> None:
         """Block until nothing more will arrive."""

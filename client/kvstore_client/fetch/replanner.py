@@ -217,7 +217,7 @@ class Replanner:
 
     def _mark(self, name: str, states: Sequence[ChunkState]) -> None:
         how = [
-            "computed" if s.is_computed else s.chunk.variants[s.choice].header.encoding.name for s in states
+            "computed" if s.to_compute else s.chunk.variants[s.choice].header.encoding.name for s in states
         ]
         bandwidth_Bps = min(self._reckoned_Bps.values(), default=0.0)  # noqa: N806
         self._timeline.mark(
@@ -232,7 +232,7 @@ class Replanner:
 
 def _choices(states: Sequence[ChunkState], variants: Mapping[int, list[int]]) -> dict[int, int]:
     """The current sources of the chunks, in the form of a plan."""
-    return {s.index: COMPUTE if s.is_computed else variants[s.index].index(s.choice) for s in states}
+    return {s.index: COMPUTE if s.to_compute else variants[s.index].index(s.choice) for s in states}
 
 
 def _is_better(more_faithful: Option, option: Option) -> bool:
@@ -241,6 +241,6 @@ def _is_better(more_faithful: Option, option: Option) -> bool:
 
 def _is_open(state: ChunkState) -> bool:
     """Whether its source may still change."""
-    if state.is_engines or state.is_lost:
+    if state.is_taken or state.is_lost:
         return False
-    return state.is_computed or bool(state.unread)
+    return state.to_compute or bool(state.unread)

@@ -4,6 +4,10 @@ Computing from one end of the prompt while the other end arrives is the idea of 
 to fetch by the link's last bandwidth and a table of decoding speeds is KVFetcher's (arXiv 2602.09725), which chooses
 among resolutions only. Here rate, coder, resolution and the split between fetching and computing are one search over
 one time model.
+
+A plan reads the fetched chunks in one of two orders. In the order "layers" the first layers of all chunks are read
+first, and the engine follows layer by layer. In the order "back" whole chunks are read, the last one first, while the
+engine computes chunks from the front until the two meet.
 """
 
 from dataclasses import dataclass
@@ -13,10 +17,11 @@ import numpy as np
 
 from kvstore_client.planning.base import COMPUTE, Order, Plan, Work
 from kvstore_client.planning.predict import predict
-from kvstore_client.planning.space import Ends, Floats, Indices, Space
+from kvstore_client.planning.space import LOSS, Ends, Floats, Indices, Space
 
 TIE = 1.02
-"""Among plans within this factor of the fastest, the more faithful one wins: predictions are not more exact."""
+"""Plans within this factor of the least predicted time tie: predictions are not more exact. Among tied plans the most
+faithful one wins."""
 
 WORTH_MIXING = 1.3
 """A mix of fetching and computing must be this many times faster than either alone, and two encodings than one. Below
@@ -27,15 +32,20 @@ _SLOWER = 0.75
 """A more faithful plan must also tie when the links have only this share of their expected bandwidth."""
 
 _MIXES = (0.25, 0.5, 0.75)
+"""Shares of the first assignment in the mixtures of two neighbouring assignments that the search tries."""
+
 _GRID = 40
 """Number of chunks at each end that are tried one by one. In longer prompts this many places are tried, then those
-between the best."""
+around the best one."""
+
 _SPLITS = 64
+"""Most places, in a block of two kinds of options, that are tried as the end of the first kind."""
 
 
 class AdaptivePlanner:
-    """Minimises the predicted time, with a handicap for mixed plans. Among plans within 2 % of the least time it takes
-    the most faithful. Stateless."""
+    """Minimises the predicted time, with a handicap for mixed plans (WORTH_MIXING). Among tied plans (TIE) it takes the
+    most faithful one. Plans in the order "back" only where the engine computes chunks at the front and the order does
+    not cost more than the tie. Stateless."""
 
     def plan(self, work: Work) -> Plan:
         if not work.chunks:
@@ -57,9 +67,10 @@ class _Block:
     front: int
     tail: int
     small: Indices
-    """Option of each chunk with less receiving."""
+    """For each chunk, the option with fewer bytes and more decoding."""
     large: Indices
-    """Option of each chunk with less decoding and more receiving. The block is a mixture of `small` and `large`."""
+    """For each chunk, the option with more bytes and less decoding. A block that is not a mixture has `large` equal to
+    `small`; otherwise some chunks take their `small` option and the others their `large` one."""
     limit_s: float
     """Plans up to this time tie with the fastest."""
 
@@ -79,16 +90,22 @@ def _plan(space: Space, block: _Block, order: Order) -> Plan:
 
 
 def _search(space: Space) -> _Block:
+    """Find the best block, in the order "layers". Tries all ends of the block on a grid, then on finer grids around the
+    best ends."""
+    # Assignments of options to chunks, from the least decoding to the least receiving. No other assignment needs less
+    # of a weighted sum of the two, so only neighbours are worth mixing.
     hull = space.assignments()
-    whole = [*hull, *space.uniform()]
-    pairs = [(one, one) for one in whole] + [pair for pair in pairwise(hull) for _ in _MIXES]
-    costs = [space.costs(options) for options in whole]
+    unmixed = [*hull, *space.uniform()]
+    pairs = [(options, options) for options in unmixed] + [pair for pair in pairwise(hull) for _ in _MIXES]
+    costs = [space.costs(options) for options in unmixed]
     # Costs add up, so the costs of a mixture are a mixture of costs.
     mixed = [
-        share * one + (1 - share) * other for one, other in pairwise(costs[: len(hull)]) for share in _MIXES
+        share * large + (1 - share) * small
+        for large, small in pairwise(costs[: len(hull)])
+        for share in _MIXES
     ]
     sums = _running_sums(np.stack(costs + mixed))
-    mixes = np.arange(len(pairs)) >= len(whole)
+    mixes = np.arange(len(pairs)) >= len(unmixed)
     fetchable = np.concatenate(([0], np.cumsum(space.fetchable)))
     stride = max(1, -(-space.count // _GRID))
     fronts = _places(0, space.count, stride, space.least_front)
@@ -96,15 +113,15 @@ def _search(space: Space) -> _Block:
     while True:
         ends = space.all_ends(fronts, tails)
         fetched = fetchable[space.count - ends.tail] - fetchable[ends.front]
-        both = (fetched > 0) & (fetched < fetchable[-1])
-        handicap = np.where(mixes[:, None] | both, WORTH_MIXING, 1.0)
-        asked = sums[:, space.count - ends.tail] - sums[:, ends.front]
-        seconds, slower = _finish_s(space, asked, ends)
+        fetches_a_part = (fetched > 0) & (fetched < fetchable[-1])
+        handicap = np.where(mixes[:, None] | fetches_a_part, WORTH_MIXING, 1.0)
+        block_costs = sums[:, space.count - ends.tail] - sums[:, ends.front]
+        seconds, slower = _finish_s(space, block_costs, ends)
         judged, judged_slower = seconds * handicap, slower * handicap
         quickest = np.argmin(judged)
         limit, limit_slower = TIE * judged.flat[quickest], TIE * judged_slower.flat[quickest]
         tied = np.flatnonzero((judged <= limit) & (judged_slower <= limit_slower))
-        best = tied[np.lexsort((judged.flat[tied], asked[..., -1].flat[tied]))[0]]
+        best = tied[np.lexsort((judged.flat[tied], block_costs[..., LOSS].flat[tied]))[0]]
         row, place = divmod(int(best), len(ends.front))
         front, tail = int(ends.front[place]), int(ends.tail[place])
         if stride == 1:
@@ -120,8 +137,10 @@ def _finish_s(space: Space, sums: Floats, ends: Ends) -> tuple[Floats, Floats]:
     return space.finish_s(sums, ends, "layers"), space.finish_s(sums, ends, "layers", link_share=_SLOWER)
 
 
-def _places(first: int, last: int, stride: int, possible: int) -> list[int]:
-    return sorted({*range(first, last + 1, stride), last, possible})
+def _places(first: int, last: int, stride: int, included: int) -> list[int]:
+    """Every `stride`-th place from `first` on, `last`, and the place `included`, which is between them and known to be
+    possible."""
+    return sorted({*range(first, last + 1, stride), last, included})
 
 
 def _running_sums(costs: Floats) -> Floats:
@@ -131,27 +150,30 @@ def _running_sums(costs: Floats) -> Floats:
     return sums
 
 
-def _split(space: Space, one: Indices, other: Indices, block: _Block) -> Indices:
-    """Options of the block with the first chunks as in `one` and the rest as in `other`, split where it is fastest."""
-    splits, seconds, _ = _split_seconds(space, one, other, block)
-    return np.where(np.arange(space.count) < splits[np.argmin(seconds)], one, other)
+def _split(space: Space, leading: Indices, trailing: Indices, block: _Block) -> Indices:
+    """Options of the block with the first chunks as in `leading` and the rest as in `trailing`, split where it is
+    fastest."""
+    splits, seconds, _ = _split_seconds(space, leading, trailing, block)
+    return np.where(np.arange(space.count) < splits[np.argmin(seconds)], leading, trailing)
 
 
 def _split_seconds(
-    space: Space, one: Indices, other: Indices, block: _Block
+    space: Space, leading: Indices, trailing: Indices, block: _Block
 ) -> tuple[Indices, Floats, Floats]:
-    """Places to split the block, and the predicted seconds of each with the expected and with slower links."""
+    """Places to split the block, and the predicted seconds of each with the expected and with slower links. Chunks
+    before the place are as in `leading`, and the rest as in `trailing`."""
     front, end = block.front, space.count - block.tail
     splits = np.unique(np.linspace(front, end, min(_SPLITS, end - front) + 1).astype(np.intp))
-    ones, others = _running_sums(space.costs(one)), _running_sums(space.costs(other))
-    sums = ones[splits] - ones[front] + others[end] - others[splits]
+    before, after = _running_sums(space.costs(leading)), _running_sums(space.costs(trailing))
+    sums = before[splits] - before[front] + after[end] - after[splits]
     ends = Ends(np.full_like(splits, front), np.full_like(splits, block.tail))
     return splits, *_finish_s(space, sums, ends)
 
 
 def _more_faithful(space: Space, block: _Block, options: Indices, order: Order) -> Indices:
-    """Give as many chunks as the tie allows more faithful options, starting with the chunks that arrive last. Without a
-    mixture all chunks change or none."""
+    """Replace options by more faithful ones, for as many chunks as possible while the plan still ties with the fastest
+    (TIE, also with slower links). The chunks that arrive last are replaced first. If the block is not a mixture, either
+    all of its chunks are replaced or none."""
     rows = np.arange(space.count)
     seconds = np.maximum(space.receive, space.decode)
     mixes = not np.array_equal(block.small, block.large)

@@ -17,7 +17,8 @@ from kvstore_client.planning.links import DEFAULT_BANDWIDTH_Bps
 from kvstore_client.planning.profile import PrefillCost
 
 PASS_TOKENS = 1024
-"""The front is computed in forward passes of up to this many tokens; computed chunks need not be fetched."""
+"""Number of tokens in one forward pass over the front. Shorter passes make small, slow matrix multiplications. The
+chunks of a begun pass cannot be fetched any more when the link gets faster, so passes are not longer."""
 
 _PERIODS = 8
 """Approximate number of periods of a model: a chunk is read in this many pieces, and the engine proceeds with each."""

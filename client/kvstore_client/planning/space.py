@@ -13,6 +13,9 @@ from kvstore_codec.encoding import Encoding
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
 
+# The last 4 columns of a cost; before them there is one column for each endpoint's link.
+WORK, HOLES, FETCHED, LOSS = -4, -3, -2, -1
+
 
 @dataclass(frozen=True, slots=True)
 class Ends:
@@ -25,9 +28,9 @@ class Ends:
 class Space:
     """All plans that fetch one block of chunks and compute the chunks before and behind it.
 
-    A *cost* is what one chunk adds to the stages: seconds of each endpoint's link, of the decoding threads, of forward
-    passes in the middle (for chunks that cannot be fetched), then 1 if it is fetched, then its loss: tokens * number of
-    more faithful rates. Costs add up, so `[..., costs]` arrays of sums describe whole plans.
+    A *cost* is what one chunk adds to the stages: seconds of each endpoint's link, of the decoding threads (WORK), of
+    forward passes in the middle for chunks that cannot be fetched (HOLES), then 1 if it is fetched (FETCHED), then its
+    LOSS: tokens * number of more faithful rates. Costs add up, so `[..., costs]` arrays of sums describe whole plans.
     """
 
     def __init__(self, work: Work) -> None:
@@ -92,10 +95,10 @@ class Space:
         costs = np.zeros((self.count, len(self._endpoints) + 4))
         fetched = self.fetchable
         costs[rows[fetched], self.link[fetched]] = self.receive[rows, options][fetched]
-        costs[fetched, -4] = self.decode[rows, options][fetched]
-        costs[:, -3] = self._holes
-        costs[fetched, -2] = 1.0
-        costs[fetched, -1] = self.loss[rows, options][fetched]
+        costs[fetched, WORK] = self.decode[rows, options][fetched]
+        costs[:, HOLES] = self._holes
+        costs[fetched, FETCHED] = 1.0
+        costs[fetched, LOSS] = self.loss[rows, options][fetched]
         return costs
 
     def all_ends(self, front: Sequence[int], tail: Sequence[int]) -> Ends:
@@ -110,14 +113,14 @@ class Space:
     def finish_s(self, sums: Floats, ends: Ends, order: Order, *, link_share: float = 1.0) -> Floats:
         """Predicted seconds of plans whose fetched chunks cost `sums` `[..., costs]`, with this share of the links'
         bandwidth."""
-        links = sums[..., :-4] / link_share
+        links = sums[..., :WORK] / link_share
         latencies = np.where(links > 0, self._latencies, 0.0)
-        holes, last = sums[..., -3], np.broadcast_to(self._tail[ends.tail], sums.shape[:-1])
+        holes, last = sums[..., HOLES], np.broadcast_to(self._tail[ends.tail], sums.shape[:-1])
         load = Load(
             receive=(links + latencies).max(axis=-1, initial=0.0),
             latency=latencies.max(axis=-1, initial=0.0),
-            work=sums[..., -4],
-            pieces=sums[..., -2],
+            work=sums[..., WORK],
+            pieces=sums[..., FETCHED],
             front=np.broadcast_to(self._front[ends.front], last.shape),
             behind=np.where(holes > 0, holes, last),
             rest=np.where(holes > 0, last, 0.0),
