@@ -7,8 +7,8 @@ The tiers (`memory_tier.py`, `disk_tier.py`) read and write the bytes of acquire
 A "text" is the token sequence of a prompt, stored as consecutive chunks. A "slot" is the number of a stored chunk.
 
 In this package, "Lock held" in a docstring means that the caller holds `ChunkCatalog.lock` and that the method does not
-block. "Lock not held" means that the caller must not hold the lock, because the method acquires it. "May block" means
-that the method does I/O or waits.
+block. "Call without the lock" means that the caller must not hold the lock, because the method acquires it. "May block"
+means that the method does I/O or waits.
 """
 
 import threading

@@ -34,7 +34,7 @@ class DiskTier:
         return self._catalog.store is not None
 
     def recover(self) -> None:
-        """Rebuilds the index from the records on disk. Lock not held; may block. Raises DiskError."""
+        """Rebuilds the index from the records on disk. Call without the lock; may block. Raises DiskError."""
         recovery = self._store.recover()
         for line in recovery.dropped:
             log.warning("%s: %s", self._catalog.node_id, line)
@@ -43,7 +43,7 @@ class DiskTier:
 
     def write(self, meta: RecordMeta, extent: Extent, *, sync: bool, before: int = NO_SLOT) -> Location:
         """Appends a chunk to the disk. Evicts unprotected chunks from disk to make room, but not `before`, the chunk
-        before it in its text. Lock not held; may block. Raises DiskError."""
+        before it in its text. Call without the lock; may block. Raises DiskError."""
         views = list(self._catalog.arena.views(extent))
         tries = _DISK_TRIES
         while True:
@@ -60,12 +60,13 @@ class DiskTier:
                     raise
 
     def sync(self) -> None:
-        """Syncs all appended records, so that they survive a power loss. Lock not held; may block. Raises DiskError."""
+        """Syncs all appended records, so that they survive a power loss. Call without the lock; may block. Raises
+        DiskError."""
         self._store.sync()
 
     def verify(self, slot: int) -> str | None:
         """Verifies the disk copy of an acquired chunk. Returns why it is damaged or unreadable, or None when it is
-        sound or absent. Drops a damaged copy. Lock not held; may block."""
+        sound or absent. Drops a damaged copy. Call without the lock; may block."""
         index = self._catalog.index
         if index.location[slot] == NOWHERE:
             return None
@@ -78,7 +79,8 @@ class DiskTier:
         return None
 
     def compact(self) -> bool:
-        """Runs one compaction step. True when there may be more to do. Lock not held; may block. Raises DiskError."""
+        """Runs one compaction step. True when there may be more to do. Call without the lock; may block. Raises
+        DiskError."""
         return self._store.compact(self._relocate, self._lost)
 
     def delete(self, meta: RecordMeta) -> None:
@@ -88,7 +90,7 @@ class DiskTier:
             self._deleted.append((meta, self._catalog.store.newest_sequence))
 
     def write_tombstones(self) -> None:
-        """Writes the queued tombstones to disk. Lock not held; may block. Raises DiskError, and then keeps the
+        """Writes the queued tombstones to disk. Call without the lock; may block. Raises DiskError, and then keeps the
         unwritten tombstones for the next call."""
         while self._catalog.store is not None:
             with self._catalog.lock:

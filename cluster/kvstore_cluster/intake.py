@@ -75,7 +75,7 @@ class Intake:
         calibration: bytes | None,
         options: PutOptions,
     ) -> PendingPut | None:
-        """Implements `StorageNode.begin_put`. Lock not held; may block."""
+        """Implements `StorageNode.begin_put`. Call without the lock; may block."""
         durable = self._asked(options) is Durability.DURABLE
         try:
             Encoding.parse(encoding)

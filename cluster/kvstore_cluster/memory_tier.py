@@ -75,7 +75,7 @@ class MemoryTier:
 
     def verify(self, slot: int) -> str | None:
         """Verifies the memory copy of an acquired chunk. Returns why it is damaged, or None when it is sound or absent.
-        Drops a damaged copy. Lock not held."""
+        Drops a damaged copy. Call without the lock."""
         extent = self._catalog.index.extent[slot]
         if extent is None:
             return None

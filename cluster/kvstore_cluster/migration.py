@@ -1,8 +1,10 @@
 """Moves chunks between the tiers of a storage node, and removes expired chunks.
 
-A put stores a chunk in memory. The chunk is written through to disk, or *flushed* to disk later. A chunk that is also
-on disk is *demoted* to free its memory. A chunk read from disk into memory is *promoted*. A chunk that has left both
-tiers is *evicted*.
+A put stores a chunk in memory. The chunk is written to disk before the put is acknowledged, or it is *dirty* until the
+maintenance thread *flushes* it to disk. A chunk that is also on disk is *demoted* to free its memory. A chunk read from
+disk into memory is *promoted*. A chunk that left both tiers to make room for others is *evicted*; one whose time to
+live has passed is *expired* and removed. A reader or writer of a chunk has *acquired* it: its bytes stay in place until
+it is released. A *tombstone* is a record on disk that says that a chunk was deleted.
 """
 
 import logging
@@ -35,9 +37,9 @@ class Migration:
         self._promoting: set[int] = set()
 
     def step(self, now_s: float) -> bool:
-        """Runs one round of maintenance: flushes uses to the eviction policies, removes chunks that expired by unix
-        time `now_s`, writes one dirty chunk back, demotes, and runs one compaction step. True when there is more to do
-        at once. Lock not held; may block. Raises DiskError."""
+        """Runs one round of maintenance, in this order: reports recorded uses to the eviction policies, removes chunks
+        that expired by unix time `now_s`, flushes one dirty chunk to disk, demotes, writes tombstones, and runs one
+        compaction step. True when there is more to do at once. Call without the lock; may block. Raises DiskError."""
         more = True
         while more:
             with locked_slice(self._catalog.lock, first=False):
@@ -56,17 +58,19 @@ class Migration:
         return busy
 
     def flush(self) -> bool:
-        """Writes the oldest dirty chunk to disk. False when no chunk is dirty. Lock not held; may block."""
+        """Writes the oldest dirty chunk to disk. False when no chunk was dirty. A chunk that the disk does not take is
+        no longer dirty: it stays in memory only, the counter `disk_refused` counts it, and it is not flushed again.
+        Only another put of it can still write it to disk. Call without the lock; may block."""
         catalog = self._catalog
         with catalog.lock:
             if not catalog.dirty:
                 return False
             slot = next(iter(catalog.dirty))
             catalog.acquire(slot)
-            meta, before = catalog.index.meta(slot), catalog.index.texts.before(slot)
+            meta, preceding = catalog.index.meta(slot), catalog.index.texts.before(slot)
         location = NOWHERE
         try:
-            location = self._disk.write(meta, catalog.extent(slot), sync=False, before=before)
+            location = self._disk.write(meta, catalog.extent(slot), sync=False, before=preceding)
         except StorageError as error:
             log.warning("%s keeps chunk %s in memory only: %s", catalog.node_id, meta.chunk_id.short, error)
         finally:
@@ -81,23 +85,23 @@ class Migration:
         return True
 
     def make_durable(self, slot: int) -> None:
-        """Syncs an acquired chunk to disk, so that it survives a power loss. Lock not held; may block. Raises
+        """Syncs an acquired chunk to disk, so that it survives a power loss. Call without the lock; may block. Raises
         DiskError."""
         index = self._catalog.index
         with self._catalog.lock:
             meta, extent = index.meta(slot), index.extent[slot]
             on_disk = index.location[slot] != NOWHERE
-            before = index.texts.before(slot)
+            preceding = index.texts.before(slot)
         if on_disk or extent is None:
             self._disk.sync()
             return
-        location = self._disk.write(meta, extent, sync=True, before=before)
+        location = self._disk.write(meta, extent, sync=True, before=preceding)
         with self._catalog.lock:
             self._written(slot, location)
 
     def promote(self, slot: int) -> Extent | None:
         """Reads an acquired chunk from disk into memory. None when memory has no room. One thread reads the chunk, and
-        other callers wait for that read. Lock not held; may block. Raises ChunkNotFoundError."""
+        other callers wait for that read. Call without the lock; may block. Raises ChunkNotFoundError."""
         catalog, index = self._catalog, self._catalog.index
         with catalog.lock:
             catalog.lock.wait_for(lambda: slot not in self._promoting)
@@ -132,7 +136,7 @@ class Migration:
 
     def demote(self) -> None:
         """Demotes chunks down to the low watermark when memory use is above the high one. Chunks that are not on disk
-        stay. Lock not held."""
+        stay. Call without the lock."""
         if not self._disk.is_present:
             return
         high, low = self._residency.watermarks()
@@ -141,7 +145,8 @@ class Migration:
 
     def expire(self, now_s: float) -> bool:
         """Removes chunks that expired by unix time `now_s` and are neither acquired nor leased. Examines at most
-        REMOVED_CHUNKS of them. True when there are more. Lock not held."""
+        REMOVED_CHUNKS expired chunks. True when some were not examined yet; those that are acquired or leased count as
+        examined, and later calls examine them again. Call without the lock."""
         catalog = self._catalog
         with catalog.lock:
             catalog.leases.expire()

@@ -255,7 +255,7 @@ class StorageNode:
             )
 
     def maintain(self) -> bool:
-        """Runs one round of maintenance, as `Migration.step` describes. Lock not held; may block."""
+        """Runs one round of maintenance, as `Migration.step` describes. Call without the lock; may block."""
         return self._migration.step(self._clock())
 
     def wait_for_work(self, timeout_s: float) -> None:

@@ -165,6 +165,25 @@ def test_what_expires_goes_a_slice_at_a_time(node: StorageNode, clock: Clock) ->
     assert not node._migration.expire(clock.now_s)
 
 
+@pytest.mark.usefixtures("between")
+def test_leased_chunks_that_expired_do_not_keep_the_maintenance_thread_busy(
+    node: StorageNode, clock: Clock
+) -> None:
+    for chunk in CHUNKS:
+        put(node, chunk, ttl_s=10.0)
+    ids = [chunk.chunk_id for chunk in CHUNKS]
+    lease = node.lookup(LookupRequest(ids, ["exact-zstd"], lease_s=60.0)).lease_id
+    assert lease is not None
+    clock.now_s += 11
+    for _ in range(2):
+        node.maintain()  # returns, although nothing that expired may be removed
+        assert node.stats().chunks == len(CHUNKS)
+    node.release_lease(lease)
+    for _ in range(len(CHUNKS)):
+        node.maintain()  # examines a slice of the chunks that were leased
+    assert node.stats().chunks == 0
+
+
 def test_a_leased_chunk_outlives_its_time_until_the_lease_ends(node: StorageNode, clock: Clock) -> None:
     put(node, CHUNKS[0], ttl_s=10.0)
     lease = node.lookup(LookupRequest([CHUNKS[0].chunk_id], ["exact-zstd"], lease_s=60.0)).lease_id
