@@ -11,12 +11,14 @@ from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_codec.errors import ServiceError
 from kvstore_service.background_health import BACKGROUND
 
+SERVE = "kvstore serve"
 _TIMEOUT_S = 5.0
 
 
-def cluster_stats(address: str) -> pb.ClusterStatsReply:
-    """Statistics of the cluster and its nodes. Raises ServiceError if no coordinator answers at `address`."""
-    with _coordinator(address) as stub:
+def cluster_stats(address: str, *, start: str = SERVE) -> pb.ClusterStatsReply:
+    """State of the cluster and its nodes. `start` is the command that the error advises. Raises ServiceError if no
+    coordinator answers at `address`."""
+    with _coordinator(address, start) as stub:
         reply: pb.ClusterStatsReply = stub.ClusterStats(pb.ClusterStatsRequest(), timeout=_TIMEOUT_S)
         return reply
 
@@ -44,18 +46,18 @@ def list_calibrations(address: str) -> list[pb.CalibrationInfo]:
 
 
 @contextmanager
-def _coordinator(address: str) -> Iterator[rpc.CoordinatorStub]:
-    with _coordinator_channel(address) as channel:
+def _coordinator(address: str, start: str = SERVE) -> Iterator[rpc.CoordinatorStub]:
+    with _coordinator_channel(address, start) as channel:
         yield rpc.CoordinatorStub(channel)
 
 
 @contextmanager
-def _coordinator_channel(address: str) -> Iterator[grpc.Channel]:
+def _coordinator_channel(address: str, start: str = SERVE) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
             yield channel
         except grpc.RpcError as error:
             raise ServiceError(
-                f"no coordinator answers at {address} ({error.code().name}); "
-                "start one with `kvstore serve`, or name another with --address"
+                f"no cluster answers at {address}; start one with `{start}`, or give another coordinator's host:port "
+                "with --address"
             ) from error

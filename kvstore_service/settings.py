@@ -266,6 +266,12 @@ def _describe(problem: Any, sources: Mapping[str, str]) -> str:
     source = f" (from {sources[name]})" if name in sources else ""
     if problem["type"] == "extra_forbidden":
         return f"there is no setting {shortened(name)!r}; known settings: {', '.join(Settings.model_fields)}{source}"
+    if problem["type"] in ("byte_size", "byte_size_unit"):
+        kind, example = (
+            ("a rate in bytes per second", "100MiB") if name.endswith("bandwidth") else ("a size", "4GiB")
+        )
+        given = shortened(repr(problem["input"]))
+        return f"{sources.get(name, name)}: {given} is not {kind}; write for example {example}"
     secret = Settings.model_fields[name].annotation == SecretStr | None
     value = "..." if secret else shortened(_as_given(problem["input"]))
     return f"{name} = {value}: {shortened(problem['msg'], 300)}{source}"

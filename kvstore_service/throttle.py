@@ -13,6 +13,15 @@ FASTEST_BPS = 1e12
 _BURST_BYTES = 16 << 10
 
 
+def require_bandwidth(bandwidth_bps: float | None) -> None:
+    """Raises ConfigurationError if a node cannot be limited to this bandwidth."""
+    if bandwidth_bps is not None and not SLOWEST_BPS <= bandwidth_bps <= FASTEST_BPS:
+        raise ConfigurationError(
+            f"a node can be limited to {SLOWEST_BPS / 1e3:.0f} kbit/s or more, up to {FASTEST_BPS / 1e9:.0f} "
+            f"Gbit/s, not to {bandwidth_bps:g} bit/s"
+        )
+
+
 class Throttle:
     """The bandwidth limit of one node. All its connections share it in turns. It is off at first, and then costs one
     read of a field. Thread-safe."""
@@ -29,11 +38,7 @@ class Throttle:
     def set(self, bandwidth_bps: float | None) -> None:
         """Sets the limit; None removes it. Threads that wait under the previous limit continue at once. Raises
         ConfigurationError."""
-        if bandwidth_bps is not None and not SLOWEST_BPS <= bandwidth_bps <= FASTEST_BPS:
-            raise ConfigurationError(
-                f"a node can be limited to {SLOWEST_BPS / 1e3:.0f} kbit/s or more, up to {FASTEST_BPS / 1e9:.0f} "
-                f"Gbit/s, not to {bandwidth_bps:g} bit/s"
-            )
+        require_bandwidth(bandwidth_bps)
         # If two threads set limits at once, one limit is not lifted; its waiters then wait for one piece at most.
         before, self._limit = (
             self._limit,

@@ -7,16 +7,12 @@ from typing import Any
 
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.disk import Location, SegmentStore
+from kvstore_cluster.disk_rate import require_disk_rate
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.pacer import Limit
 from kvstore_cluster.residency import Residency
 from kvstore_cluster.stats import NodeStats
 from kvstore_codec.errors import ConfigurationError
-
-SLOWEST_BPS = 1e6
-"""Bytes per second. At a lower rate the read of one chunk exceeds the timeouts of readers."""
-FASTEST_BPS = 1e12
-"""Bytes per second. Faster than any disk, and small enough for the 64-bit integers of node statistics."""
 
 
 class ReadSpeed:
@@ -34,11 +30,7 @@ class ReadSpeed:
     def set(self, bytes_per_s: float | None) -> None:
         """Changes the limit; None removes it. Reads that wait under the old limit end at once. Raises
         ConfigurationError."""
-        if bytes_per_s is not None and not SLOWEST_BPS <= bytes_per_s <= FASTEST_BPS:
-            raise ConfigurationError(
-                f"a disk can be limited to {SLOWEST_BPS / 1e6:.0f} MB/s or more, up to {FASTEST_BPS / 1e12:.0f} TB/s, "
-                f"not to {bytes_per_s:g} bytes/s"
-            )
+        require_disk_rate(bytes_per_s)
         before, self.limit = self.limit, None if bytes_per_s is None else Limit(bytes_per_s)
         if before is not None:
             before.lift()

@@ -13,7 +13,7 @@ from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_codec.errors import ServiceError
 from kvstore_codec.identity import ChunkId
 from kvstore_service.admin.chunk_names import ChunkPattern, unique
-from kvstore_service.cluster_stats import cluster_stats
+from kvstore_service.cluster_stats import SERVE, cluster_stats
 from kvstore_service.wire import chunk_id
 
 _TIMEOUT_S = 10.0
@@ -82,12 +82,13 @@ class NodeAdmin:
 class ClusterAdmin:
     """Administrative calls to a cluster. A context manager; entering it and every call raise ServiceError."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, address: str, *, start: str = SERVE) -> None:
+        """`start` is the command that errors advise when no cluster answers."""
+        self._address, self._start = address, start
         self._channels = ExitStack()
 
     def stats(self) -> pb.ClusterStatsReply:
-        return cluster_stats(self._address)
+        return cluster_stats(self._address, start=self._start)
 
     def nodes(self, only: str | None = None) -> list[NodeAdmin]:
         """All live nodes, or only the one with id `only`. Raises ServiceError if there is none."""

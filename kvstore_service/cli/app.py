@@ -5,7 +5,7 @@ import sys
 import typer
 
 from kvstore_api.printable import printable
-from kvstore_codec.errors import KVStoreError
+from kvstore_codec.errors import ConfigurationError, FolderInUseError, KVStoreError
 from kvstore_service.cli.calibrate import calibrate
 from kvstore_service.cli.calibrations import calibrations
 from kvstore_service.cli.doctor import doctor
@@ -37,8 +37,9 @@ add_extensions(app)
 
 
 def main() -> None:
-    """Entry point of `kvstore`. An error of the project is printed as one line on stderr, with exit status 1. A command
-    that receives a stop signal cleans up and then ends by that signal, which shells show as 128 plus its number."""
+    """Entry point of `kvstore`. An error of the project is printed as one line on stderr. The exit status is 2 for a
+    wrong argument, option or setting, and 1 for other errors. A command that receives a stop signal cleans up and then
+    ends by that signal, which shells show as 128 plus its number."""
     stop = StopSignals()
     stop.install()
     try:
@@ -46,9 +47,16 @@ def main() -> None:
     except KVStoreError as error:
         # A terminal sends a signal to all child processes too; the errors that their end causes are not reported.
         if stop.received is None:
-            sys.exit(printable(f"kvstore: {error}"))
+            typer.echo(printable(f"kvstore: {error}"), err=True)
+            sys.exit(_status(error))
         end_by(stop.received)
     except SystemExit:
         if stop.received is None:
             raise
         end_by(stop.received)
+
+
+def _status(error: KVStoreError) -> int:
+    # A folder that another process uses is not a wrong value: the same command works once that process has ended.
+    wrong_value = isinstance(error, ConfigurationError) and not isinstance(error, FolderInUseError)
+    return 2 if wrong_value else 1

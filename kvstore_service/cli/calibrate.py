@@ -35,7 +35,9 @@ _CODEC, _RATIO = "How KV is coded (needs --text and --out)", "Recompute ratio (w
 
 @add_options(options_of("tune", _RATIO))
 def calibrate(
-    model: Annotated[str, typer.Option(help="A folder in transformers format, or smollm2.")],
+    model: Annotated[
+        str | None, typer.Option(help="Required. A folder in transformers format, or smollm2.")
+    ] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(
@@ -98,6 +100,8 @@ def calibrate(
         "--text": text, "--out": out, "--rank": rank, "--period-layers": period_layers, "--publish": publish,
     }  # fmt: skip
     if ratio:
+        if model is None:
+            raise _missing({"--model": model})
         _refuse(of_codec, "is an option of the codec and cannot be used with --ratio")
         given = {
             name: value for name, value in {"tokens": tokens, **tune_options}.items() if value is not None
@@ -105,10 +109,8 @@ def calibrate(
         extension_command("tune")(model, dtype=dtype, model_id=model_id, **given)
         return
     _refuse({flag_of(calibrate, name): value for name, value in tune_options.items()}, "needs --ratio")
-    if not text or out is None:
-        raise typer.BadParameter(
-            "is needed, unless --ratio is given", param_hint="--out" if text else "--text"
-        )
+    if model is None or not text or out is None:
+        raise _missing({"--model": model, "--text": text, "--out": out})
     if find_spec("transformers") is None:
         raise StartupError(
             "`kvstore calibrate` needs transformers: pip install 'kvstore-service[transformers]'"
@@ -164,6 +166,12 @@ def calibrate(
     )
 
 
+def _missing(options: Mapping[str, object]) -> ConfigurationError:
+    """The error that names all missing options."""
+    names = ", ".join(name for name, value in options.items() if not value)
+    return ConfigurationError(f"missing options: {names}; `kvstore calibrate` takes options and no arguments")
+
+
 def _refuse(options: Mapping[str, object], reason: str) -> None:
     for name, value in options.items():
         if value is not None and value != []:
@@ -174,7 +182,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"cannot read the text {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error  # without the path
+        raise ConfigurationError(f"cannot read the text {path}: {reason}") from error
 
 
 def _require_folder(out: Path) -> None:

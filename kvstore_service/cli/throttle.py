@@ -40,9 +40,11 @@ def throttle(
     from rich.markup import escape
     from rich.table import Table
 
+    from kvstore_cluster.disk_rate import require_disk_rate
     from kvstore_service.admin import ClusterAdmin
     from kvstore_service.bandwidth import format_bandwidth, parse_bandwidth
     from kvstore_service.listen import Address
+    from kvstore_service.throttle import require_bandwidth
 
     if node is not None and bandwidth is None and disk is None:
         raise ConfigurationError(
@@ -51,7 +53,9 @@ def throttle(
     limit_bps = None if bandwidth in (None, _OFF) else parse_bandwidth(str(bandwidth))
     disk = _OFF if bandwidth == _OFF and disk is None else disk
     disk_limit = None if disk in (None, _OFF) else _parse_disk_speed(str(disk))
-    with ClusterAdmin(str(Address.parse(address))) as cluster:
+    require_bandwidth(limit_bps)
+    require_disk_rate(disk_limit)
+    with ClusterAdmin(str(Address.parse(address)), start="kvstore serve --experiments") as cluster:
         for chosen in cluster.nodes(node) if bandwidth or disk else ():
             if bandwidth is not None:
                 chosen.throttle(limit_bps)
@@ -85,6 +89,8 @@ def _parse_disk_speed(text: str) -> float:
     """Parses a disk rate such as `160MB/s` into bytes per second. Raises ConfigurationError."""
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
+    if text.replace(".", "", 1).isdecimal():
+        raise ConfigurationError(f"{text!r} has no unit; write for example 160MB/s")
     try:
         return float(TypeAdapter(ByteSize).validate_python(text.removesuffix("/s")))
     except ValidationError as error:

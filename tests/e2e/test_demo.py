@@ -68,7 +68,7 @@ def test_what_cannot_work_is_said_at_once_in_one_line(
     run = subprocess.run(
         [KVSTORE, "demo", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert message in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
     assert not run.stdout.strip()

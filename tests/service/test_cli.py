@@ -61,9 +61,9 @@ def serving(scratch: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[s
             process.kill()
 
 
-def refused(result: subprocess.CompletedProcess[str]) -> str:
+def refused(result: subprocess.CompletedProcess[str], status: int = 1) -> str:
     """The one line on stderr of a command that failed on purpose."""
-    assert result.returncode == 1
+    assert result.returncode == status
     assert result.stdout == ""
     assert result.stderr.startswith("kvstore: ")
     assert result.stderr.count("\n") == 1
@@ -94,7 +94,7 @@ def test_serve_status_and_sigterm(tmp_path: Path, scratch: Path) -> None:
         assert (process.returncode, output, errors) == (0, "", "")
     _, alive = psutil.wait_procs(children, timeout=3)
     assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
-    assert "no coordinator answers" in refused(run("status", "--address", address))
+    assert "no cluster answers" in refused(run("status", "--address", address))
 
 
 @pytest.mark.slow
@@ -174,15 +174,23 @@ def test_a_port_in_use_is_one_clear_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--data-dir", "/proc/kvstore"], "/proc/kvstore cannot be written"),
         (["--memory", "9999TiB"], "lower --memory"),
-        (["--memory", "lots"], "memory = 'lots'"),
+        (["--memory", "lots"], "--memory: 'lots' is not a size; write for example 4GiB"),
+        (["--disk", "4XB"], "--disk: '4XB' is not a size; write for example 4GiB"),
+        (
+            ["--repair-bandwidth", "fast"],
+            "--repair-bandwidth: 'fast' is not a rate in bytes per second; write for example 100MiB",
+        ),
         (["--nodes", "0"], "nodes = 0"),
         (["--config", "/nowhere.yaml"], "No such file"),
     ],
 )
 def test_wrong_settings_are_one_clear_line(arguments: list[str], complaint: str) -> None:
-    assert complaint in refused(run("serve", *arguments))
+    assert complaint in refused(run("serve", *arguments), status=2)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line() -> None:
+    assert "/proc/kvstore cannot be written" in refused(run("serve", "--data-dir", "/proc/kvstore"))
 
 
 def test_a_damaged_catalogue_is_refused_and_kept(tmp_path: Path) -> None:
@@ -194,7 +202,11 @@ def test_a_damaged_catalogue_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 def test_status_without_a_cluster_is_one_clear_line() -> None:
-    assert "no coordinator answers at 127.0.0.1:1" in refused(run("status", "--address", "127.0.0.1:1"))
+    complaint = refused(run("status", "--address", "127.0.0.1:1"))
+    assert complaint == (
+        "kvstore: no cluster answers at 127.0.0.1:1; start one with `kvstore serve`, or give another coordinator's "
+        "host:port with --address\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import inspect
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -9,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from kvstore_bench.cli.tune import tune
-from kvstore_codec.errors import StartupError
+from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service import extensions
 from kvstore_service.cli.app import app
 from kvstore_service.cli.borrowed_options import options_of
@@ -36,6 +37,36 @@ def test_a_command_that_cannot_be_imported_says_what_to_install(monkeypatch: pyt
         assert isinstance(error, StartupError)
         assert "kvstore_absent" in str(error)
         assert "pip install 'kvstore-service[bench]'" in str(error)
+
+
+def test_an_unknown_benchmark_is_answered_with_the_known_ones() -> None:
+    error = CliRunner().invoke(app, ["bench", "nosuch"]).exception
+    assert isinstance(error, ConfigurationError)
+    known = "codec, faults, link, recompute, store, trace"
+    assert str(error) == f"there is no benchmark 'nosuch'; benchmarks: {known}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        ((), "--model, --text, --out"),
+        (("--model", "smollm2"), "--text, --out"),
+        (("--model", "smollm2", "--text", "a.txt"), "--out"),
+        (("--ratio",), "--model"),
+    ],
+)
+def test_calibrate_names_all_missing_options(arguments: tuple[str, ...], missing: str) -> None:
+    error = CliRunner().invoke(app, ["calibrate", *arguments]).exception
+    assert isinstance(error, ConfigurationError)
+    assert str(error) == f"missing options: {missing}; `kvstore calibrate` takes options and no arguments"
+
+
+def test_calibrate_names_an_unreadable_text_once(tmp_path: Path) -> None:
+    text = tmp_path / "absent.txt"
+    arguments = ["calibrate", "--model", "smollm2", "--text", str(text), "--out", str(tmp_path / "out")]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, ConfigurationError)
+    assert str(error) == f"cannot read the text {text}: No such file or directory"
 
 
 def test_the_former_name_of_a_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

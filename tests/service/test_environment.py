@@ -63,7 +63,7 @@ def test_serve_starts_beside_services_of_its_name_with_everything_else_empty(
 
 
 def test_serve_names_a_wrong_variable_and_what_it_should_be() -> None:
-    complaint = refused(run("serve", KVSTORE_METRICS_PORT="http://10.0.0.1:9090"))
+    complaint = refused(run("serve", KVSTORE_METRICS_PORT="http://10.0.0.1:9090"), status=2)
     assert "KVSTORE_METRICS_PORT" in complaint
     assert "integer" in complaint
 
@@ -71,7 +71,7 @@ def test_serve_names_a_wrong_variable_and_what_it_should_be() -> None:
 def test_serve_refuses_a_file_that_is_no_table_in_one_line(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("nodes: " + "[" * 10_000)
-    complaint = refused(run("serve", "--config", str(config)))
+    complaint = refused(run("serve", "--config", str(config)), status=2)
     assert "nested too deeply" in complaint
     assert len(complaint) < 500
 

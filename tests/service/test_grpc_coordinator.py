@@ -183,7 +183,7 @@ def _serving(address: str, service: str) -> bool:
 
 
 def test_nobody_there_is_one_clear_error() -> None:
-    with pytest.raises(ServiceError, match=r"no coordinator answers at 127.0.0.1:1 .*kvstore serve"):
+    with pytest.raises(ServiceError, match=r"no cluster answers at 127.0.0.1:1; .*kvstore serve"):
         cluster_stats("127.0.0.1:1")
 
 

@@ -24,7 +24,7 @@ from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.repair import RepairWorker
 from kvstore_cluster.slow_disk import SlowNode, SlowStore
-from kvstore_codec.errors import ConfigurationError, KVStoreError
+from kvstore_codec.errors import ConfigurationError, KVStoreError, ServiceError
 from kvstore_service.bandwidth import MIN_PIECE_BYTES
 from kvstore_service.cli.app import app
 from kvstore_service.embedded import EmbeddedCluster
@@ -201,6 +201,7 @@ def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:
         (("throttle", "1mbit", "--node", "node-7"), "no live node"),
         (("throttle", "--node", "node-1"), "needs a bandwidth"),
         (("throttle", "--disk", "fast"), "is not a disk rate"),
+        (("throttle", "--disk", "1"), "'1' has no unit; write for example 160MB/s"),
         (("throttle", "--disk", "1kB/s"), "1 MB/s or more"),
     ):
         with pytest.raises(KVStoreError, match=reason):
@@ -209,6 +210,17 @@ def test_what_makes_no_sense_is_refused(cluster: Cluster) -> None:
         node["bandwidth_bps"] is node["disk_read_Bps"] is None
         for node in cluster.kvstore("throttle")["nodes"]
     )
+
+
+def test_a_wrong_limit_is_refused_before_the_cluster_is_asked() -> None:
+    nowhere = Cluster("127.0.0.1:1", {})
+    for arguments in (("1kbit",), ("--disk", "1"), ("--disk", "1kB/s")):
+        with pytest.raises(ConfigurationError):
+            nowhere.kvstore("throttle", *arguments)
+    with pytest.raises(
+        ServiceError, match=r"no cluster answers .*; start one with `kvstore serve --experiments`"
+    ):
+        nowhere.kvstore("throttle", "50mbit")
 
 
 def test_a_node_that_was_not_started_for_experiments_says_how_to_start_one(tmp_path: Path) -> None:

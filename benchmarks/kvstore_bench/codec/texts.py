@@ -71,7 +71,8 @@ def read_source(path: Path) -> Source:
     try:
         return Source(path.name, (Document(path.name, path.read_text(encoding="utf-8")),))
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"cannot read the text {path.name}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error  # without the path
+        raise ConfigurationError(f"cannot read the text {path}: {reason}") from error
 
 
 def split(source: Source) -> tuple[Source, Source]:

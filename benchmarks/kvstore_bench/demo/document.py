@@ -25,7 +25,8 @@ def read_document(path: Path | None) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"cannot read the document {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error  # without the path
+        raise ConfigurationError(f"cannot read the document {path}: {reason}") from error
 
 
 def prompt_tokens(tokenizer: Any, document: str, question: str, tokens: int) -> list[int]:

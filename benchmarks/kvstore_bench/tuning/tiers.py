@@ -2,7 +2,7 @@
 
 from kvstore_bench.recompute.tiers import TIERS as OF_KNOWN_SPEED
 from kvstore_bench.recompute.tiers import Tier
-from kvstore_cluster.slow_disk import FASTEST_BPS
+from kvstore_cluster.disk_rate import FASTEST_BPS
 
 DISK = Tier("disk", FASTEST_BPS)
 """The disk at its own speed. The limit is above every disk's speed; under a limit, chunks on disk are not in memory."""
