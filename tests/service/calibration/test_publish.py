@@ -38,5 +38,5 @@ def test_a_cluster_that_is_away_is_noticed_before_the_work(tmp_path: Path) -> No
     text.write_text("some text")
     with pytest.raises(ServiceError, match=r"no cluster answers at 127\.0\.0\.1:1"):
         calibrate("smollm2", [text], tmp_path, dtype=DType.FLOAT32, publish="127.0.0.1:1")
-    with pytest.raises(PublishError, match=r"not taken by 127\.0\.0\.1:1: UNAVAILABLE"):
+    with pytest.raises(PublishError, match=r"not accepted by 127\.0\.0\.1:1: UNAVAILABLE"):
         publish_calibration(make_calibration(make_spec()), "127.0.0.1:1")
