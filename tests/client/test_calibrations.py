@@ -130,12 +130,12 @@ def test_a_service_that_is_away(cache: Path) -> None:
 def test_a_slow_link_ends_at_the_deadline(client: KVStoreClient, cluster: ServedCluster, cache: Path) -> None:
     client.calibrations.publish(DATA, MODEL)
     with (
-        ShapedLink(cluster.address, bandwidth_bps=10e6) as link,  # 2.5 s
+        ShapedLink(cluster.address, bandwidth_bps=0.2e6) as link,  # more than two minutes
         connect(link.address, cache_dir=cache, calibration_timeout_s=0.5) as slow,
     ):
         started = time.monotonic()
         assert slow.calibrations.load(DIGEST) is None
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 60
         assert misses(slow) == {"calibration_rpc_deadline_exceeded"}
         assert not cached_file(cache).exists()
 

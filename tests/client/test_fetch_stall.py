@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextmanager
-def cabled(folder: Path, *, nodes: int, replicas: int, bulk: bool) -> Iterator[Replicated]:
-    """A client with default patience, behind a slow link to every node; nothing is stored yet."""
+def cabled(folder: Path, *, nodes: int, replicas: int, bulk: bool, **settings: float) -> Iterator[Replicated]:
+    """A client with default patience but for `settings`, behind a slow link to every node; nothing is stored yet."""
     with served_cluster(folder, nodes=nodes, replicas=replicas, bulk=bulk) as cluster, ExitStack() as opened:
         cables: list[Cable] = []
         routes: dict[str, str] = {}
@@ -38,7 +38,7 @@ def cabled(folder: Path, *, nodes: int, replicas: int, bulk: bool) -> Iterator[R
             links = [opened.enter_context(ShapedLink(a, bandwidth_bps=BANDWIDTH_BPS)) for a in addresses]
             routes |= {address: link.address for address, link in zip(addresses, links, strict=True)}
             cables.append(Cable(links))
-        client = opened.enter_context(connect(cluster.address, routes=routes))
+        client = opened.enter_context(connect(cluster.address, routes=routes, **settings))
         yield Replicated(cluster, client, cables, ids(CHUNKS))
 
 
@@ -91,7 +91,8 @@ def spoil_in_the_middle(replicated: Replicated, node: int, before_bytes: int, wa
 def test_with_a_replica_nothing_is_missing_and_little_time_lost(
     tmp_path: Path, way: str, bulk: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with cabled(tmp_path, nodes=3, replicas=2, bulk=bulk) as replicated:
+    unhurried = {"lookup_timeout_s": 60.0, "stall_timeout_s": 60.0, "fetch_timeout_s": 60.0}
+    with cabled(tmp_path, nodes=3, replicas=2, bulk=bulk, **unhurried) as replicated:
         assert put(replicated.client, replicated.document) == CHUNKS
         undisturbed_s = statistics.median(timed_fetch(replicated)[0] for _ in range(3))
         took_s, report = timed_fetch(
@@ -104,13 +105,13 @@ def test_with_a_replica_nothing_is_missing_and_little_time_lost(
                 f"\nan owner {way} ({'bulk' if bulk else 'grpc'}): {took_s:.2f} s "
                 f"instead of {undisturbed_s:.2f} s, {took_s - undisturbed_s:.2f} s added"
             )
-        assert took_s - undisturbed_s < 1.5
+        assert took_s - undisturbed_s < 30  # the owner was not waited for
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bulk", [False, True], ids=["grpc", "bulk"])
 def test_without_a_replica_what_is_missing_is_said_in_time(tmp_path: Path, way: str, bulk: bool) -> None:
-    with cabled(tmp_path, nodes=2, replicas=1, bulk=bulk) as replicated:
+    with cabled(tmp_path, nodes=2, replicas=1, bulk=bulk, fetch_timeout_s=60.0) as replicated:
         assert put(replicated.client, replicated.document) == CHUNKS
         undisturbed_s, _ = timed_fetch(replicated)
         lost: set[int] = set()
@@ -127,8 +128,8 @@ def test_without_a_replica_what_is_missing_is_said_in_time(tmp_path: Path, way: 
         took_s, report = timed_fetch(replicated, meanwhile)
         assert report.missing
         assert set(report.missing) <= lost  # the other owner's chunks came
-        patience_s = replicated.client.settings.timeouts.fetch_stall_s if way == "falls silent" else 0.5
-        assert took_s < undisturbed_s + patience_s + 1.0
+        assert set(report.missing.values()) == {"stalled" if way == "falls silent" else "unreachable"}
+        assert took_s < undisturbed_s + 30  # the deadline was not waited for
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -14,7 +14,9 @@ from kvstore_client.timeline import Timeline
 from tests.client.chunks import MEMBER, SPEC, stored_chunks
 
 
-def fetch_of(chunks: int, deadline_s: float = 5.0, stall_s: float = 5.0) -> tuple[FetchState, list[ReadTask]]:
+def fetch_of(
+    chunks: int, deadline_s: float = 120.0, stall_s: float = 120.0
+) -> tuple[FetchState, list[ReadTask]]:
     fetch_state = FetchState(
         stored_chunks(chunks),
         layers=SPEC.layers,
@@ -63,7 +65,7 @@ def test_a_missing_chunk_wakes_the_engine_at_once_and_is_computed_in_its_place()
     engine = threading.Thread(target=lambda: outcome.append(fetch_state.wait_layer(5)))
     engine.start()
     fetch_state.fail_chunks([task for task in tasks if task.chunk_index == 1][:1], "checksum")
-    engine.join(2)
+    engine.join(30)
     assert outcome == [False]
     assert not fetch_state.begin_decode(next(task for task in tasks if task.chunk_index == 1))
     for task in tasks:
@@ -100,7 +102,7 @@ def test_a_run_waits_for_what_is_before_it() -> None:
     engine.join(0.1)
     assert not runs
     deliver(fetch_state, tasks[3])
-    engine.join(2)
+    engine.join(30)
     assert runs == [(1, 2)]
 
 
@@ -117,11 +119,11 @@ def test_who_waits_to_be_ready_is_told_once() -> None:
 
 
 def test_a_fetch_that_receives_nothing_is_given_up_as_stalled() -> None:
-    fetch_state, tasks = fetch_of(1, deadline_s=60, stall_s=0.2)
+    fetch_state, tasks = fetch_of(1, deadline_s=120, stall_s=0.2)
     deliver(fetch_state, tasks[0])
     started = time.monotonic()
     assert not fetch_state.wait_layer(5)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
     assert fetch_state.report().missing == {0: "stalled"}
     assert fetch_state.next_to_compute() is None
     assert fetch_state.reusable_tokens == 0
@@ -135,7 +137,7 @@ def test_end_frees_the_engine_and_tells_those_who_asked() -> None:
     engine = threading.Thread(target=lambda: outcome.append(fetch_state.wait_layer(0)))
     engine.start()
     fetch_state.end("cancelled")
-    engine.join(2)
+    engine.join(30)
     fetch_state.on_end(lambda: told.append("after"))
     assert outcome == [False]
     assert told == ["before", "after"]
@@ -165,7 +167,7 @@ def test_the_last_pass_waits_until_nobody_writes_where_it_will() -> None:
     engine.join(0.1)
     assert not passes
     fetch_state.deliver(writing)
-    engine.join(2)
+    engine.join(30)
     assert passes == [None]
     assert fetch_state.reusable_tokens == 256
 
@@ -183,7 +185,7 @@ def test_an_engine_whose_patience_ends_lets_the_decoder_come_to_its_end() -> Non
     time.sleep(0.3)
     assert not runs
     fetch_state.deliver(tasks[0])
-    engine.join(2)
+    engine.join(30)
     assert runs == [(0, 2)]
 
 
@@ -220,7 +222,7 @@ def test_what_nobody_will_read_any_more_is_computed_after_a_failure() -> None:
         replan=True,
     )
     fetch_state = FetchState(
-        chunks, layers=SPEC.layers, deadline_s=30, stall_s=2, timeline=Timeline(), replanner=replanner
+        chunks, layers=SPEC.layers, deadline_s=120, stall_s=60, timeline=Timeline(), replanner=replanner
     )
     tasks = fetch_state.next_reads(MEMBER, math.inf)
     assert fetch_state.next_to_compute() is None
@@ -239,5 +241,5 @@ def test_what_nobody_will_read_any_more_is_computed_after_a_failure() -> None:
     while (run := fetch_state.next_to_compute()) is not None:
         fetch_state.computed(*run)
     assert fetch_state.wait_layer(SPEC.layers - 1)
-    assert time.monotonic() - began_s < 1
+    assert time.monotonic() - began_s < 30
     assert set(fetch_state.report().missing.values()) == {"checksum"}

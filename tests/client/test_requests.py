@@ -17,7 +17,9 @@ from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
-FAST_BPS, SLOW_BPS = 10e9, 8e6
+FAST_BPS, SLOW_BPS = 10e9, 0.5e6
+PROMPT_S = 20.0
+"""Half of what a long prompt's KV takes at SLOW_BPS."""
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -54,7 +56,12 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
         endpoint, bulk = cluster.servers[0].address, cluster.bulk[0].address
         with (
             ShapedLink(bulk, bandwidth_bps=FAST_BPS) as link,
-            connect(cluster.address, routes={endpoint: endpoint, bulk: link.address}) as client,
+            connect(
+                cluster.address,
+                routes={endpoint: endpoint, bulk: link.address},
+                fetch_timeout_s=120.0,
+                stall_timeout_s=10.0,
+            ) as client,
         ):
             cached = CachedModel(tiny_model(), client, store=False)
             assert cached.canary.refusal(cached.spec, wait_s=30) is None
@@ -94,7 +101,7 @@ def test_a_slow_fetch_does_not_delay_who_needs_none(setup: Setup) -> None:
     started = time.monotonic()
     for prompt in setup.short:
         assert torch.equal(setup.queue.submit(prompt, **GREEDY).result(10), setup.expected(prompt))
-    assert time.monotonic() - started < 1.0
+    assert time.monotonic() - started < PROMPT_S
     assert not slow.done()
     assert setup.counted("waiting_for_kv") == 1
     setup.link.set_bandwidth(FAST_BPS)
@@ -130,7 +137,7 @@ def test_closing_cancels_who_waits(setup: Setup) -> None:
     time.sleep(0.2)
     started = time.monotonic()
     setup.queue.close()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < PROMPT_S
     assert all(answer.cancelled() for answer in answers)
     with pytest.raises(ValueError, match="closed"):
         setup.queue.submit(setup.short[0], **GREEDY)

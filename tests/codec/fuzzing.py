@@ -36,12 +36,12 @@ def refused_mutants(read: Callable[[bytearray], object], data: bytes, mutants: i
     refused = 0
     for _ in range(mutants):
         mutant = mutate(data)
-        started = time.monotonic()
+        started = time.process_time()
         try:
             read(mutant)
         except CodecError:
             refused += 1
-        assert time.monotonic() - started < SLOWEST_MUTANT_S
+        assert time.process_time() - started < SLOWEST_MUTANT_S
     return refused
 
 

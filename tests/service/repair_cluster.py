@@ -129,7 +129,7 @@ class Cluster:
         wait_for(self.rested)
 
 
-def wait_for(condition: Callable[[], bool], patience_s: float = 15) -> None:
+def wait_for(condition: Callable[[], bool], patience_s: float = 60) -> None:
     deadline_s = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline_s

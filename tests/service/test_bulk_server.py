@@ -308,25 +308,26 @@ def test_stopping_is_prompt_and_gives_requests_under_way_their_time(port: Port) 
         busy.sendall(read_frame(1))
         busy.recv(1)
         began = time.monotonic()
-        stopping = threading.Thread(target=port.server.stop, args=(5,))
+        stopping = threading.Thread(target=port.server.stop, args=(60,))
         stopping.start()
         assert idle.recv(1) == b""
         while busy.recv(1 << 20):
             pass
         stopping.join()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 30, "the grace was waited for"
         with pytest.raises(ConnectionRefusedError), port.connected():
             pass
 
 
-def test_stopping_cuts_off_what_takes_longer_than_its_grace(port: Port) -> None:
-    stored_large(port)
-    with port.connected() as busy:
-        busy.sendall(read_frame(100))
-        busy.recv(1)
-        began = time.monotonic()
-        port.server.stop(0.2)
-        assert time.monotonic() - began < 2
+def test_stopping_cuts_off_what_takes_longer_than_its_grace() -> None:
+    with served(patience_s=60) as port:
+        stored_large(port)
+        with port.connected() as busy:
+            busy.sendall(read_frame(100))
+            busy.recv(1)
+            began = time.monotonic()
+            port.server.stop(0.2)
+            assert time.monotonic() - began < 30, "the client's patience was waited for"
 
 
 def test_a_reset_connection_frees_what_it_held(port: Port) -> None:

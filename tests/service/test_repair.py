@@ -74,7 +74,7 @@ def test_a_joined_node_is_filled_at_the_bounded_rate_and_readers_find_everything
 
 def test_a_change_of_the_membership_ends_the_walk(make_cluster: Callable[[int], Cluster]) -> None:
     cluster = make_cluster(1)
-    slow = cluster.add("a", bytes_per_s=20e3)
+    slow = cluster.add("a", bytes_per_s=2e3)
     chunks = samples(40, frame_bytes=4000)
     cluster.store(chunks)
     cluster.add("b")
@@ -83,8 +83,8 @@ def test_a_change_of_the_membership_ends_the_walk(make_cluster: Callable[[int], 
     cluster.lose("b")
     began_s = time.monotonic()
     cluster.settle()
-    # It would have gone on for a minute.
-    assert time.monotonic() - began_s < 5
+    # At this rate it would have gone on for several minutes.
+    assert time.monotonic() - began_s < sum(len(chunk.data) for chunk in chunks) / 2e3 / 4
     assert slow.sent < 10
     assert slow.worker.counters()["repair_failed"] <= 1
     assert cluster.whole(chunks)
@@ -138,12 +138,13 @@ def test_a_silent_node_does_not_stop_the_others(make_cluster: Callable[[int], Cl
 
 def test_stopping_does_not_wait_for_the_rate(make_cluster: Callable[[int], Cluster]) -> None:
     cluster = make_cluster(1)
-    slow = cluster.add("a", bytes_per_s=1e3)
+    slow = cluster.add("a", bytes_per_s=50)
     chunks = samples(20)
+    assert min(len(chunk.data) for chunk in chunks) / 50 > 60
     cluster.store(chunks)
     cluster.add("b")
     cluster.tick()
     wait_for(lambda: slow.sent > 0)
     began_s = time.monotonic()
     slow.worker.stop()
-    assert time.monotonic() - began_s < 2
+    assert time.monotonic() - began_s < 30

@@ -179,19 +179,23 @@ def test_an_impossible_bandwidth_is_refused(bandwidth_bps: float) -> None:
 
 @pytest.mark.parametrize(("bandwidth_bps", "size"), [(50 * MBIT, 1_500_000), (1000 * MBIT, 30_000_000)])
 def test_bytes_take_the_time_the_bandwidth_gives_them(bandwidth_bps: float, size: int) -> None:
-    with (
-        serving(send_blob) as target,
-        ShapedLink(target, bandwidth_bps=bandwidth_bps) as link,
-        connect(link.address) as sock,
-    ):
-        started = time.monotonic()
-        ask(sock, size)
-        data = read_exactly(sock, size)
-        elapsed_s = time.monotonic() - started
-        assert data == (BLOB * (size // len(BLOB) + 1))[:size]
-        assert (size - BURST_BYTES) * 8 / bandwidth_bps <= elapsed_s < 2 * size * 8 / bandwidth_bps + 1
-        assert link.from_target_bytes == size
-        assert link.to_target_bytes == 8
+    for _ in range(10):  # a link that is too slow always is, a busy machine sometimes
+        with (
+            serving(send_blob) as target,
+            ShapedLink(target, bandwidth_bps=bandwidth_bps) as link,
+            connect(link.address) as sock,
+        ):
+            started = time.monotonic()
+            ask(sock, size)
+            data = read_exactly(sock, size)
+            elapsed_s = time.monotonic() - started
+            assert data == (BLOB * (size // len(BLOB) + 1))[:size]
+            assert (size - BURST_BYTES) * 8 / bandwidth_bps <= elapsed_s
+            assert link.from_target_bytes == size
+            assert link.to_target_bytes == 8
+        if elapsed_s < 2 * size * 8 / bandwidth_bps + 1:
+            return
+    pytest.fail(f"{size} bytes took {elapsed_s:.2f} s")
 
 
 def test_connections_share_the_link() -> None:
@@ -268,7 +272,8 @@ def test_a_target_that_is_down_resets_the_client_and_may_come_back() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with ShapedLink(f"127.0.0.1:{port}", bandwidth_bps=MBIT) as link:
-        with connect(link.address) as sock, pytest.raises(ConnectionResetError):
+        # The link may reset the connection before `connect` returns.
+        with pytest.raises(ConnectionResetError), connect(link.address) as sock:
             sock.recv(1)
         with socket.create_server(("127.0.0.1", port)) as listener, connect(link.address) as sock:
             server, _ = listener.accept()
@@ -278,18 +283,18 @@ def test_a_target_that_is_down_resets_the_client_and_may_come_back() -> None:
 
 
 def test_bandwidth_changes_in_mid_transfer() -> None:
-    size = 2_500_000  # 4 s at the first rate
+    size = 2_500_000  # 40 s at the first rate
     with (
         serving(send_blob) as target,
-        ShapedLink(target, bandwidth_bps=5 * MBIT) as link,
+        ShapedLink(target, bandwidth_bps=0.5 * MBIT) as link,
         connect(link.address) as sock,
     ):
         started = time.monotonic()
         ask(sock, size)
-        read_exactly(sock, 100_000)
+        read_exactly(sock, 30_000)
         link.set_bandwidth(1000 * MBIT)
-        read_exactly(sock, size - 100_000)
-        assert (100_000 - BURST_BYTES) * 8 / (5 * MBIT) <= time.monotonic() - started < 2
+        read_exactly(sock, size - 30_000)
+        assert (30_000 - BURST_BYTES) * 8 / (0.5 * MBIT) <= time.monotonic() - started < 20
         started = time.monotonic()
         link.set_bandwidth(10 * MBIT)
         ask(sock, 300_000)
@@ -325,18 +330,21 @@ def test_a_cut_link_is_silent_until_it_is_restored(latency_s: float) -> None:
 def test_latency_delays_every_answer_but_not_the_stream() -> None:
     with (
         serving(send_blob) as target,
-        ShapedLink(target, bandwidth_bps=100 * MBIT, latency_s=0.03) as link,
+        ShapedLink(target, bandwidth_bps=100 * MBIT, latency_s=0.1) as link,
         connect(link.address) as sock,
     ):
-        for _ in range(3):
+        took_s = []
+        for _ in range(5):
             started = time.monotonic()
             ask(sock, 100)
             read_exactly(sock, 100)
-            assert 0.06 <= time.monotonic() - started < 0.5
+            took_s.append(time.monotonic() - started)
+        assert 0.2 <= min(took_s) < 0.4
         started = time.monotonic()
         ask(sock, 5_000_000)
         data = read_exactly(sock, 5_000_000)
-        assert 0.4 <= time.monotonic() - started < 1.4
+        # The link passes pieces of 2 ms. A delay of each would add 20 s.
+        assert 0.4 <= time.monotonic() - started < 10
         assert data == (BLOB * 5)[:5_000_000]
 
 

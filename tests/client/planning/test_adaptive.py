@@ -223,10 +223,10 @@ def test_planning_is_quick(count: int, most_s: float) -> None:
     fetch = work([chunk(index, *_LOSSY) for index in range(count)], 12.5e6)
     seconds = []
     for _ in range(8):
-        begin = time.perf_counter()
+        begin = time.thread_time()  # others may compute meanwhile
         _CONTROLLER.plan(fetch)
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 4 * most_s  # machines differ, and this one may be busy
+        seconds.append(time.thread_time() - begin)
+    assert min(seconds) < 4 * most_s  # machines differ
 
 
 def test_threads_may_share_a_planner() -> None:
