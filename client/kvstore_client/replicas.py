@@ -18,8 +18,10 @@ from kvstore_codec.errors import NodeUnavailableError
 from kvstore_codec.identity import ChunkId
 
 Take = Callable[[int, Member, pb.LookupAnswer], bool]
-"""Called with a chunk's index, the member that has it, and its answer; returns whether to stop looking for the
-chunk."""
+"""Called with a chunk's index, the member that has it, and its answer; returns whether the answer is usable.
+
+A chunk with a usable answer is requested from no further member, unless the answer is for another context. It may then
+be called a second time, with an answer for the chunk's own context."""
 Groups = dict[str, tuple[Member, list[int]]]
 """Members to ask and the indices of their chunks, by node_id."""
 
@@ -57,8 +59,9 @@ class Search:
     another lives, and a text that is stored nowhere costs two rounds. Paused readers are skipped, unless another one is
     unreachable: then a reader that was paused for being slow may have the only copy. A reader that fails now is paused.
 
-    A chunk found only in another context is requested in its own context from its other readers, like one that was not
-    found; a silent reader is not waited for then.
+    Nodes may have the KV of a chunk's tokens computed after other tokens: in another context. A chunk for which only
+    such KV was found is requested once more, in its own context, from its other readers. The search does not wait for a
+    reader that is silent for longer than `failover_s` when every chunk requested from it was found in any context.
     """
 
     def __init__(
@@ -74,8 +77,8 @@ class Search:
         peek: bool = False,
     ) -> None:
         """With `all_encodings` answers list every stored one of `encodings`, or of all encodings when that is empty.
-        With `any_context` answers may be for another context of a chunk's tokens. A `peek` changes nothing and takes no
-        lease."""
+        With `any_context` answers may be for another context of a chunk's tokens. A `peek` changes nothing on the
+        nodes: it takes no lease and is not recorded as a use."""
         self.leases: list[Lease] = []
         """Leases, also on chunks that were not taken. Nothing counts as used until the nodes are told."""
         self.asked = 0
@@ -106,14 +109,15 @@ class Search:
     ) -> None:
         """Look for the chunks at `indices`, except at the members in `tried`, for at most `timeout_s`. Called once.
 
-        Raises NodeUnavailableError when the cluster has no node, or when no node answered.
+        Raises NodeUnavailableError when the cluster has no node, or when a reader failed and none answered. Returns
+        normally, without an answer, when there was no reader to ask, when the search was aborted, or when the time was
+        so short that a silent reader does not count as failed.
         """
         self._deadline_s = time.monotonic() + min(self._settings.timeouts.lookup_s, timeout_s)
         self._ask(self._best(list(indices), tried or {}))
-        hurry_s = (
-            time.monotonic() + self._silence_limit_s
-        )  # waits for every asked reader, so that a silent one is paused
-        hurried = False
+        # Until then the search waits for every reader, even if all chunks are found, so that a silent one is paused.
+        hurry_s = time.monotonic() + self._silence_limit_s
+        hurried = aborted = False
         while self._open and not (hurried and self._is_settled()):
             until_s = self._deadline_s if hurried else min(hurry_s, self._deadline_s)
             try:
@@ -126,19 +130,21 @@ class Search:
                 self._ask(self._next(waiting, failing=True))
             else:
                 if call is None:
+                    aborted = True
                     break
                 missing, failing = self._missing(call)
                 self._ask(self._next(missing, failing=failing))
         for call, question in self._open.items():
             call.cancel()
-            self._fail(question, "did not answer in time")
+            if not aborted:
+                self._fail(question, "did not answer in time")
         if self.failures:
             self._view.refresh()
             if not self._any_answer:
                 raise NodeUnavailableError(self.failures[0])
 
     def cancel(self) -> None:
-        """Abort the search from any thread."""
+        """Abort the search from any thread. Readers whose answers are outstanding are not paused."""
         self._answered.put(None)
 
     def _best(self, wanted: Sequence[int], tried: Mapping[int, Iterable[Member]]) -> Groups:
@@ -224,7 +230,7 @@ class Search:
         return [index for index in asked if index not in self._found], failing
 
     def _is_settled(self) -> bool:
-        """Whether open calls cannot find anything more."""
+        """Whether every chunk of an open call was found, in its own or in another context."""
         return all(
             index in self._found or index in self._found_elsewhere
             for question in self._open.values()
@@ -232,7 +238,8 @@ class Search:
         )
 
     def _fail(self, question: _Question, reason: str, *, late: bool = True) -> None:
-        """Pause a failed reader. With `late` False it only had less time than it may take, and has not failed."""
+        """Pause a failed reader. A call that is only `late`, and had less time than `_silence_limit_s`, is ignored.
+        Other errors always pause the reader."""
         if late and time.monotonic() - question.asked_at_s < self._silence_limit_s:
             return
         why = f"the storage node at {question.member.endpoint} {reason}"

@@ -4,7 +4,8 @@ counts.
 A chunk is in memory, on disk, or in both. The catalog accounts for memory blocks and disk space, and moves no bytes.
 The tiers (`memory_tier.py`, `disk_tier.py`) read and write the bytes of acquired chunks without holding the lock.
 
-A "text" is the token sequence of a prompt, stored as consecutive chunks. A "slot" is the number of a stored chunk.
+A "text" is the token sequence of a prompt, stored as consecutive chunks. A "slot" is the number of a stored
+chunk. A removed chunk keeps its slot until no reader and no lease needs it.
 
 In this package, "Lock held" in a docstring means that the caller holds `ChunkCatalog.lock` and that the method does not
 block. "Call without the lock" means that the caller must not hold the lock, because the method acquires it. "May block"
@@ -35,7 +36,8 @@ HEADER_CACHE_BYTES = 32 << 20
 
 
 class ChunkCatalog:
-    """Metadata of all chunks of one node. Read and change every attribute with `lock` held."""
+    """Metadata of all chunks of one node. Read and change every attribute with `lock` held. Only the metadata of an
+    acquired chunk, such as its `extent`, may be read without it."""
 
     def __init__(
         self,
@@ -69,8 +71,8 @@ class ChunkCatalog:
         self._readers: Counter[int] = Counter()
         # Memory of dropped copies that readers still use, by slot. The chunks themselves stay in the index.
         self._dropped: dict[int, list[Extent]] = {}
-        # Unlinked slots that a lease still covers. A new chunk in such a slot would inherit the lease.
-        self._resting: deque[int] = deque()
+        # Slots of removed chunks that await the end of a lease. A new chunk in such a slot would inherit the lease.
+        self._awaiting_lease_end: deque[int] = deque()
         self._touched = WaitingUses()
 
     # Arrival and removal.
@@ -131,10 +133,10 @@ class ChunkCatalog:
             self._leave_disk(slot, evicted=False)
         self._unlink(slot)
 
-    def free_rested(self, most: int) -> None:
-        """Frees slots of removed chunks that no lease covers any more. Examines at most `most` slots. Lock held."""
-        for _ in range(min(most, len(self._resting))):
-            self._rest_or_free(self._resting.popleft())
+    def free_unleased(self, most: int) -> None:
+        """Frees slots of removed chunks that awaited the end of a lease. Examines at most `most` slots. Lock held."""
+        for _ in range(min(most, len(self._awaiting_lease_end))):
+            self._free_or_await_lease_end(self._awaiting_lease_end.popleft())
 
     # Use.
 
@@ -146,8 +148,8 @@ class ChunkCatalog:
             self.flush_touches(excess)
 
     def put_again(self, slot: int, before: int) -> None:
-        """Records a put of a stored chunk as a use. `before` is the chunk before it in its text; the eviction orders
-        place the chunk just before that one. Lock held."""
+        """Records a put of a stored chunk as a use. `before` is the slot of its predecessor in its text. The chunk is
+        evicted no later than its predecessor, as far as the policy allows. Lock held."""
         self.flush_touches()
         self._touch(slot)
         if before != NO_SLOT:
@@ -228,8 +230,9 @@ class ChunkCatalog:
 
     def over_quota(self, tenant: str, size_bytes: int, before: int = NO_SLOT) -> list[int]:
         """Chunks to remove so that the tenant may store `size_bytes` more: its least recently used ones, except
-        `before`, the chunk before the new one in its text. Raises OverQuotaError where the tenant's chunks are all
-        protected, and TextTooLongError where only the beginning of the same text is left to evict. Lock held."""
+        `before`, the chunk before the new one in its text. Raises OverQuotaError when the chunks that are not protected
+        are too small together, and TextTooLongError when only the beginning of the same text is left to evict. Lock
+        held."""
         excess_bytes = self.quotas.excess_bytes(tenant, size_bytes)
         if not excess_bytes:
             return []
@@ -282,6 +285,7 @@ class ChunkCatalog:
                 self._unlink(slot)
             else:  # the maintenance thread writes the memory copy back to disk
                 self.dirty[slot] = None
+                self.lock.notify_all()
             self.counters.damaged += 1
 
     def extent(self, slot: int) -> Extent:
@@ -325,11 +329,11 @@ class ChunkCatalog:
         extent, self.index.extent[slot] = self.index.extent[slot], None
         if extent is not None:
             self.arena.free(extent)
-        self._rest_or_free(slot)
+        self._free_or_await_lease_end(slot)
 
-    def _rest_or_free(self, slot: int) -> None:
+    def _free_or_await_lease_end(self, slot: int) -> None:
         if self.leases.holds(slot):
-            self._resting.append(slot)
+            self._awaiting_lease_end.append(slot)
         else:
             self.index.free(slot)
 

@@ -150,7 +150,7 @@ class Migration:
         catalog = self._catalog
         with catalog.lock:
             catalog.leases.expire()
-            catalog.free_rested(REMOVED_CHUNKS)
+            catalog.free_unleased(REMOVED_CHUNKS)
             for slot in catalog.index.expiries.due(now_s, REMOVED_CHUNKS):
                 if not (catalog.is_acquired(slot) or catalog.leases.holds(slot)):
                     catalog.remove(slot)

@@ -91,8 +91,8 @@ class Quotas:
                 "text is left to evict, and it is kept. Raise the quota with `kvstore quota`"
             )
         return OverQuotaError(
-            f"tenant {tenant!r} may store {limit} bytes on {node_id}, and all its chunks there are leased, pinned or "
-            "being read; retry later or raise the quota with `kvstore quota`"
+            f"tenant {tenant!r} may store {limit} bytes on {node_id}, and its chunks there that are not leased, pinned "
+            "or being read are too small to make room; retry later or raise the quota with `kvstore quota`"
         )
 
     def add(self, slot: int) -> None:

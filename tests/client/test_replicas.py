@@ -189,6 +189,23 @@ def test_a_silent_node_is_not_waited_for(replicated: Replicated, monkeypatch: py
     assert asked == {"node-0", "node-1", "node-2"} - {f"node-{silent}"}
 
 
+def test_an_aborted_search_pauses_no_silent_node(replicated: Replicated) -> None:
+    for cable in replicated.cables:
+        cable.cut()
+    view, settings = replicated.client._view, replicated.client.settings
+    search = Search(view, settings, replicated.document[:1], ["exact-zstd"], lambda *_: True)
+    searching = threading.Thread(target=search.run, args=([0],))
+    searching.start()
+    while search.asked < 2:  # the second owner is asked when the first one was silent for `failover_s`
+        searching.join(0.01)
+        assert searching.is_alive()
+    search.cancel()
+    searching.join(PROMPT_S)
+    assert not searching.is_alive()
+    assert search.failures == []
+    assert not any(view.is_paused(member.endpoint) for member in view.membership().members)
+
+
 @pytest.mark.parametrize(("how", "reason"), [("stop", "unreachable"), ("cut", "silent")])
 def test_a_node_that_fails_during_a_fetch_is_replaced(replicated: Replicated, how: str, reason: str) -> None:
     match = replicated.match()

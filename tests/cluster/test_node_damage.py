@@ -145,6 +145,26 @@ def test_damage_on_disk_is_written_anew_from_memory(opened: Opener, tmp_path: Pa
     assert read(opened(), chunk) == chunk.data
 
 
+def test_damage_on_disk_wakes_the_maintenance_thread(opened: Opener, tmp_path: Path) -> None:
+    node = opened()
+    chunk = chunk_of(0)
+    put(node, chunk)
+    damage(tmp_path / "disk", chunk.data[5000:5100])
+    waiting = threading.Event()
+    lock = node._catalog.lock
+
+    def wait() -> bool:
+        with lock:
+            waiting.set()
+            return bool(lock.wait(60))
+
+    with ThreadPoolExecutor(1) as threads:
+        notified = threads.submit(wait)
+        waiting.wait(60)
+        assert "damaged" in (node.verify(chunk.chunk_id, chunk.encoding) or "")
+        assert notified.result()
+
+
 @pytest.mark.parametrize("where", [slice(40, 60), slice(20_000, 20_100)], ids=["header", "frame"])
 def test_damage_is_noticed_by_small_reads_and_can_be_put_right(
     opened: Opener, tmp_path: Path, where: slice
