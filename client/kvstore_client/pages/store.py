@@ -34,15 +34,16 @@ _READERS = 8
 
 
 class PageStore:
-    """Pages of one namespace, stored under their engine's own keys. Thread-safe. Created by `KVStoreClient.pages`.
+    """Pages of one namespace, stored under their engine's own keys, which are hashed together with the client's
+    `tenant_salt`: clients with different salts do not share pages. Thread-safe. Created by `KVStoreClient.pages`.
 
     A `submit_*` never blocks: it returns a job id, and `finished` returns the job's result once. `fileno` is readable
-    while results wait there. A job that the queue has no room for, or that is submitted after `close`, finishes at once
-    with the reason. `exists`, `get_into` and `put` wait for their job and return its result.
+    while results wait there. A job that the queue has no room for, or that is submitted after `close`, finishes at
+    once, with the reason in its `PageResult`. `exists`, `get_into` and `put` wait for their job and return its result.
 
-    Views belong to the caller, who must not change (put) or use (get) their bytes until the job has finished. A job
-    finishes within a tenth of a second of its deadline, and only when no thread uses its views any more. The content of
-    a view whose page was not delivered is undefined.
+    Keys are copied when a job is submitted. Views belong to the caller, who must not change (put) or use (get) their
+    bytes until the job has finished. A job finishes within a tenth of a second of its deadline, and only when no thread
+    uses its views any more. The content of a view whose page was not delivered is undefined.
 
     A misbehaving service never makes a method raise or hang.
     """
@@ -115,14 +116,15 @@ class PageStore:
         return [(job.job_id, job.result) for job in self._jobs.finished()]
 
     def submit_exists(self, keys: Sequence[bytes], timeout_s: float | None = None) -> JobId:
-        """Ask how many of the first pages are stored without a gap (`PageResult.run`), and lock them: no node evicts
-        them within `lease_s`, until `unlock`. The deadline is `lookup_timeout_s`, or `timeout_s` if that is shorter."""
+        """Ask how many of the first pages are stored without a gap (`PageResult.run`), and lock them. The node that has
+        a locked page keeps it until `unlock`, but for `lease_s` at most. The deadline is
+        `lookup_timeout_s` unless `timeout_s` is given; the lookup itself takes `lookup_timeout_s` at most."""
         return self._exists(keys, timeout_s, is_awaited=False).job_id
 
     def submit_get(
         self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None = None
     ) -> JobId:
-        """Read each page into its view: writable, contiguous, exactly of the page's size. The deadline is
+        """Read each page into its view, which is writable, contiguous, and exactly of the page's size. The deadline is
         `fetch_timeout_s` unless `timeout_s` is given. Locked pages are read without a lookup."""
         return self._get(keys, views, timeout_s, is_awaited=False).job_id
 
@@ -165,6 +167,8 @@ class PageStore:
         release(self._context.view, self._context.locks.clear())
 
     def _exists(self, keys: Sequence[bytes], timeout_s: float | None, *, is_awaited: bool) -> Job:
+        keys = tuple(keys)
+
         def work(job: Job) -> PageResult:
             return lock_run(self._context, job, self._names(keys))
 
@@ -175,7 +179,7 @@ class PageStore:
     def _get(
         self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None, *, is_awaited: bool
     ) -> Job:
-        rows = [_row(view, writable=True) for view in views]
+        keys, rows = tuple(keys), [_row(view, writable=True) for view in views]
 
         def work(job: Job) -> PageResult:
             return GetPages(self._context, self._names(keys), rows).run(job)
@@ -188,7 +192,7 @@ class PageStore:
     def _put(
         self, keys: Sequence[bytes], views: Sequence[Buffer], timeout_s: float | None, *, is_awaited: bool
     ) -> Job:
-        rows = [_row(view, writable=False) for view in views]
+        keys, rows = tuple(keys), [_row(view, writable=False) for view in views]
 
         def work(job: Job) -> PageResult:
             return put_pages(self._context, job, self._names(keys), rows)

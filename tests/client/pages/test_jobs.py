@@ -33,6 +33,24 @@ def test_results_are_polled_for(single: Pages) -> None:
     store.unlock(names)
 
 
+def test_a_caller_may_change_its_list_of_keys_after_submitting(single: Pages) -> None:
+    store = single.store()
+    names, views = keys(2), empty([1000] * 2)
+    stored = pages([1000] * 2)
+    for submit in (
+        lambda: store.submit_put(names, stored),
+        lambda: store.submit_exists(names),
+        lambda: store.submit_get(names, views),
+    ):
+        with store._jobs._changed:  # no thread takes the job before the list is changed
+            submit()
+            names[:] = keys(2, first=7)
+        ((_, result),) = wait_for(store, 1)
+        assert result.ok == (True, True)
+        names[:] = keys(2)
+    assert [bytes(view) for view in views] == stored
+
+
 def test_what_is_awaited_is_not_reported(single: Pages) -> None:
     store = single.store()
     store.put(keys(1), [b"page"])
