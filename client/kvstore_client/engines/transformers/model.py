@@ -28,7 +28,15 @@ class CachedModel:
     layer while the model computes the other tokens, and newly computed KV is stored in the background. When the service
     fails, the missing KV is computed and the call still returns its answer.
 
-    The wrapper changes nothing on the model except for hooks on its key projections, which `close` removes. Raises
+    A model's canary is KV of a fixed text in the cluster, made by the first worker with that model. A background thread
+    compares the model's own KV with it. The first calls wait for the result, together for at most `canary_timeout_s`;
+    calls without a result neither reuse nor store KV. When the KV differs, the model's calls never reuse or store KV,
+    until its canary is replaced (`kvstore models replace`).
+
+    One thread at a time may use a `CachedModel`; any thread may call `begin` and `is_stored` meanwhile.
+
+    The wrapper changes nothing on the model except for hooks on its key projections, which `close` removes. It reserves
+    memory of the client's buffer pool for a prompt of the model's maximum length, up to the pool's limit. Raises
     UnsupportedModelError for a model whose KV cannot be reused.
     """
 
@@ -46,7 +54,8 @@ class CachedModel:
         costs = costs_of(model, self.spec, client)
         self._engine = TransformersEngine(model, self._identity)
         self.canary = ModelCanary(model, client, self._identity)
-        """Compares the model's KV with its canary in the cluster; calls wait for the first verdict."""
+        """Compares the model's KV with its canary in the cluster. Calls wait for the first verdict, within
+        `canary_timeout_s`."""
         self._session = ReuseSession(self._engine, client, self.canary, costs, store=store)
         client.buffers.reserve(model.config.max_position_embeddings * self.spec.kv_bytes_per_token)
 
@@ -133,10 +142,12 @@ class CachedModel:
     def question_log_probabilities(
         self, input_ids: torch.Tensor, *, segments: Sequence[int], recompute: Recompute | None = None
     ) -> torch.Tensor:
-        """Log-probabilities at each token of the last segment, f32 `[tokens, vocabulary]`, with the other segments
-        reused as in `generate`, but whatever share of them must be computed. For measuring how reuse changes the
-        answer. Raises UnsupportedModelError where segments cannot be reused, and FetchError when stored KV does not
-        arrive."""
+        """Log-probabilities at each token of the last segment, f32 `[tokens, vocabulary]`. For measuring how reuse
+        changes the answer.
+
+        Stored KV of the other segments is always reused, also where `generate` would compute it because that is faster.
+        Raises UnsupportedModelError for a model whose segments cannot be reused, and FetchError when stored KV does not
+        arrive or when the canary does not allow reuse."""
         decoder = self._engine.decoder
         if decoder is None:
             raise UnsupportedModelError(f"segments of {self.spec.model_id} cannot be reused")
@@ -150,6 +161,9 @@ class CachedModel:
         )
 
     def close(self) -> None:
-        """Remove the hooks from the model and stop its canary comparison. The client stays open."""
+        """Remove the hooks from the model and stop the comparison with its canary. May be called more than once. Waits
+        for a comparison that is computing, which takes a prefill of 256 tokens.
+
+        The model and the client stay usable. Later calls still answer and may reuse KV, but store none."""
         self.canary.close()
         self._engine.close()
