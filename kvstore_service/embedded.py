@@ -28,7 +28,7 @@ _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0
 _GRACE_S = 1.0
 _PID_TIMEOUT_S = 30.0
-# Ray restarts a coordinator within seconds. After a longer silence it has given up.
+# Ray restarts a coordinator within seconds. A cluster whose coordinator is silent for longer counts as lost.
 _SILENCE_S = 30.0
 
 _ACTOR_OPTIONS = {"max_restarts": -1, "max_task_retries": -1, "max_concurrency": 16}
@@ -44,8 +44,8 @@ class EmbeddedCluster:
     and the catalogue unless that is in Redis. If it is None, a temporary folder is used. With `ray_address` the cluster
     runs on that Ray cluster with one storage node on each Ray node, and `data_dir` is a path on each of them.
 
-    Starting raises ConfigurationError, AddressInUseError and CatalogueError before Ray starts, and StartupError for
-    later failures.
+    The constructor and `start` raise ConfigurationError, AddressInUseError and CatalogueError before Ray starts.
+    `start` raises StartupError for later failures, and for missing packages.
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -109,7 +109,8 @@ class EmbeddedCluster:
             self._silent_since_s = None
 
     def storage_pids(self) -> dict[str, int]:
-        """Process id of each storage node, by node id. Blocks while a node restarts."""
+        """Process id of each storage node, by node id. Blocks while a node restarts, for at most 30 s; then raises
+        Ray's GetTimeoutError."""
         import ray
 
         pids = ray.get([node.pid.remote() for node in self._storage.values()], timeout=_PID_TIMEOUT_S)
@@ -157,8 +158,8 @@ class EmbeddedCluster:
                 GrpcPeers,
             )
         try:
-            self.address = ray.get(self._coordinator.address.remote(), timeout=_START_TIMEOUT_S)
-            self.storage_pids()
+            self.address = _answer(self._coordinator.address.remote(), "the coordinator")
+            _answer([node.pid.remote() for node in self._storage.values()], "a storage node")
             self._wait_until_joined()
         except ray.exceptions.RayError as error:
             # Ray reports a failed constructor as a whole remote traceback; its last line is the reason.
@@ -178,8 +179,6 @@ class EmbeddedCluster:
         )
 
     def _wait_until_joined(self) -> None:
-        import ray
-
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         missing = set(self._storage)
         while missing:
@@ -188,11 +187,11 @@ class EmbeddedCluster:
                     f"{', '.join(sorted(missing))} did not join the cluster within {_START_TIMEOUT_S:.0f} s"
                 )
             time.sleep(0.02)
-            membership = ray.get(self._coordinator.membership.remote(), timeout=_START_TIMEOUT_S)
+            membership = _answer(self._coordinator.membership.remote(), "the coordinator")
             missing = set(self._storage) - {member.node_id for member in membership.members}
 
     def _lost(self, reason: str) -> NoReturn:
-        # No actor is left that `stop` could stop in order.
+        # `stop` must not wait for actors of a lost cluster; it ends their processes.
         self._storage = {}
         self._coordinator = None
         raise ServiceError(f"the cluster at {self.address} is lost: {reason}; start it again")
@@ -214,6 +213,19 @@ class EmbeddedCluster:
             log.warning("the cluster did not stop in order, so its processes are killed: %s", error)
         self._storage = {}
         self._coordinator = None
+
+
+def _answer(call: Any, actor: str, timeout_s: float = _START_TIMEOUT_S) -> Any:
+    """Result of a call, or a list of calls, made while the cluster starts. Raises StartupError after `timeout_s`."""
+    import ray
+
+    try:
+        return ray.get(call, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise StartupError(
+            f"the cluster did not start: {actor} did not answer within {timeout_s:g} s; the machine may be overloaded; "
+            "try again"
+        ) from error
 
 
 def _require_packages() -> None:

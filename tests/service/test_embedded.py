@@ -16,6 +16,7 @@ from kvstore_api.placement import Member, owners
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_codec.errors import AddressInUseError, CatalogueError, ConfigurationError, StartupError
+from kvstore_service import embedded
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.settings import settings_of
@@ -116,6 +117,17 @@ def test_a_killed_coordinator_comes_back_at_its_address_knowing_everybody(cluste
     wait_until(lambda: not coordinator.is_running() or coordinator.status() == psutil.STATUS_ZOMBIE, 5)
     wait_until(back, patience_s=20)
     assert cluster_stats(cluster.address).epoch > epoch
+
+
+def test_an_actor_that_does_not_answer_while_the_cluster_starts_is_named(
+    cluster: EmbeddedCluster,
+) -> None:
+    never = ray.remote(num_cpus=1_000_000)(lambda: None).remote()
+    with pytest.raises(
+        StartupError, match=r"the coordinator did not answer within 0.1 s; .*overloaded; try again"
+    ):
+        embedded._answer(never, "the coordinator", 0.1)
+    ray.cancel(never)
 
 
 def test_ray_in_the_same_process_is_refused_by_name(cluster: EmbeddedCluster) -> None:
