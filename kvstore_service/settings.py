@@ -193,6 +193,12 @@ def variable(name: str) -> str:
     return PREFIX + ("NODE_DURABILITY" if name == "durability" else name.upper())
 
 
+def port_variable() -> str | None:
+    """A sentence if KVSTORE_PORT is a plain number, which somebody set by mistake. Kubernetes sets tcp://..."""
+    value = os.environ.get(PREFIX + "PORT", "")
+    return f"KVSTORE_PORT={value} is not a setting; use KVSTORE_LISTEN" if value.strip().isdecimal() else None
+
+
 def load_settings(config: Path | None = None, **flags: object) -> Settings:
     """Loads the settings of the service. `config` is a .yaml, .yml or .toml file. A flag that is None or empty counts
     as not given.

@@ -161,7 +161,11 @@ class ClusterAdmin:
         models = self.models()
         found = [model for model in models if model.model_digest.hex().startswith(digest.lower())]
         if len(found) != 1 or not digest:
-            names = ", ".join(model.model_digest.hex()[:12] for model in found or models) or "none"
+            if not models:
+                raise ServiceError(
+                    f"no model has a digest that begins with {digest!r}: the cluster has no models"
+                )
+            names = ", ".join(model.model_digest.hex()[:12] for model in found or models)
             what = "several models have" if len(found) > 1 else "no model has"
             raise ServiceError(f"{what} a digest that begins with {digest!r}: {names}")
         return found[0]

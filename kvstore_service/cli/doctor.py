@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli.console import notices, print_table
-from kvstore_service.doctor import Check, examine
+from kvstore_service.doctor import OPTIONAL, Check, examine
 from kvstore_service.models import DType
 from kvstore_service.settings import EffectiveSetting, effective_settings
 
@@ -133,6 +133,8 @@ def _table(checks: list[Check]) -> Table:
     table.add_column("found, or why not and what to do", overflow="fold")
     for check in checks:
         missing = "[red]broken[/red]" if check.essential else "[yellow]no[/yellow]"
+        if check.name in OPTIONAL:
+            missing = "[dim]optional[/dim]"
         remedy = f"\n[dim]{escape(check.remedy)}[/dim]" if check.remedy else ""
         table.add_row(
             "[green]yes[/green]" if check.available else missing, check.name, escape(check.detail) + remedy

@@ -2,12 +2,14 @@
 
 import json
 import time
+from string import hexdigits
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_api.printable import printable
+from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli import options
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ def replace(
     from kvstore_service.admin import ClusterAdmin
     from kvstore_service.listen import Address
 
+    if not set(digest) <= set(hexdigits):
+        raise ConfigurationError(f"{digest!r} is not the beginning of a digest in hexadecimal digits")
     with ClusterAdmin(str(Address.parse(address))) as cluster:
         model = cluster.model(digest)
         name = printable(f"{model.origin.model_id or 'model'} ({model.model_digest.hex()[:12]})")

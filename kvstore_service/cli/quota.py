@@ -27,9 +27,10 @@ def quota(
 
     if tenant is not None and size is None:
         raise ConfigurationError(f"a quota for tenant {tenant!r} needs a size, such as 20GiB")
+    limit_bytes = None if size is None else _size(size)
     with ClusterAdmin(str(Address.parse(address))) as cluster:
-        if tenant is not None and size is not None:
-            cluster.set_quota(tenant, _size(size))
+        if tenant is not None and limit_bytes is not None:
+            cluster.set_quota(tenant, limit_bytes)
         quotas = cluster.quotas()
     if json_output:
         rows = [{"tenant": found.tenant, "limit_bytes": found.limit_bytes} for found in quotas]

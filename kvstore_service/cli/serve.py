@@ -11,7 +11,7 @@ from kvstore_codec.errors import StartupError
 from kvstore_service import signals
 from kvstore_service.cli.setting_options import setting_options
 from kvstore_service.cli.signatures import add_options
-from kvstore_service.settings import load_settings
+from kvstore_service.settings import load_settings, port_variable
 
 _CHECK_PERIOD_S = 2.0
 
@@ -31,6 +31,8 @@ def serve(
 
     Exits with status 1 if the cluster is lost."""
     settings = load_settings(Path(config).expanduser() if config else None, **flags)
+    if wrong_port := port_variable():
+        typer.echo(f"kvstore: {wrong_port}", err=True)
     # No handler, because it would interrupt Ray's calls.
     stopping = signals.block()
 

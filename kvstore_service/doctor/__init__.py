@@ -7,7 +7,7 @@ from kvstore_service.doctor import configuration, essentials, machine, services,
 from kvstore_service.doctor.finding import Check, Finding, missing
 from kvstore_service.extensions import INSTALL, load_extensions
 
-__all__ = ["CHECKS", "Check", "Finding", "added_checks", "examine"]
+__all__ = ["CHECKS", "OPTIONAL", "Check", "Finding", "added_checks", "examine"]
 
 _NamedCheck = tuple[str, bool, Callable[[], Finding]]
 
@@ -40,6 +40,11 @@ CHECKS: tuple[_NamedCheck, ...] = (
     ("Redis connection", False, services.redis_connection),
     *added_checks(),
 )
+
+
+OPTIONAL = frozenset({"CUDA", "NVDEC", "NVENC", "Redis client", "Redis server"})
+"""Names of checks whose failure needs no action: models run on the CPU, and the catalogue is a file. A failing Redis
+connection is not among them, because it may be configured."""
 
 
 def examine() -> list[Check]:

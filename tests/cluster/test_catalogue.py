@@ -121,11 +121,13 @@ def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CatalogueError, match=r"file.* cannot be written .*--data-dir"):
         FileCatalogue(tmp_path / "file")
+    with pytest.raises(CatalogueError, match="it is a file, not a folder"):
+        FileCatalogue(tmp_path / "file")
 
 
 def test_an_unwritable_folder_is_refused() -> None:
     # Not even root can make a folder there.
-    with pytest.raises(CatalogueError, match=r"/proc/kvstore cannot be written"):
+    with pytest.raises(CatalogueError, match=r"/proc/kvstore cannot be written \(it cannot be created: "):
         FileCatalogue(Path("/proc/kvstore"))
 
 

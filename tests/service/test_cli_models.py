@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
-from kvstore_codec.errors import KVStoreError, ServiceError
+from kvstore_codec.errors import ConfigurationError, KVStoreError, ServiceError
 from kvstore_service.cli.app import app
 from tests.cluster.canaries.test_registry import MODEL, OTHER, sketch
 from tests.service.test_grpc_canaries import origin, put, stub
@@ -81,6 +81,22 @@ def test_one_is_replaced_after_a_question(address: str, stub: rpc.CoordinatorStu
     put(stub, 2, "maker", generation=1)
     assert replaced() == 2
     assert "to be made" in run(address)
+
+
+def test_a_cluster_without_models_is_told(stub: rpc.CoordinatorStub) -> None:
+    with pytest.raises(ServiceError, match=r"'00': the cluster has no models$"):
+        run(stub.address, "replace", "00", "--yes")
+
+
+def test_a_digest_that_is_not_hexadecimal_is_refused_before_connecting() -> None:
+    with pytest.raises(ConfigurationError, match=r"'0g' is not .* hexadecimal digits"):
+        run("127.0.0.1:1", "replace", "0g", "--yes")
+
+
+def test_a_size_that_is_none_is_refused_before_connecting() -> None:
+    result = CliRunner().invoke(app, ["quota", "blue", "much", "--address", "127.0.0.1:1"])
+    assert isinstance(result.exception, ConfigurationError)
+    assert "not a size" in str(result.exception)
 
 
 @pytest.mark.parametrize("digest", ["ff", ""])

@@ -59,6 +59,17 @@ def test_a_check_that_breaks_is_reported_and_only_essential_ones_fail_the_comman
     assert "wrong [ELF] class" in result.stdout
 
 
+def test_the_table_marks_what_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Finding(available=False, detail="absent", remedy="none")
+    monkeypatch.setattr(doctor, "CHECKS", (("CUDA", False, lambda: absent), ("Ray", False, lambda: absent)))
+    lines = CliRunner().invoke(APP, env={"COLUMNS": "200"}).stdout.splitlines()
+    (cuda,), (ray,) = (
+        [line for line in lines if name in line and "absent" in line] for name in ("CUDA", "Ray")
+    )
+    assert "optional" in cuda
+    assert "optional" not in ray
+
+
 def test_checks_that_cannot_be_imported_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = EntryPoint("shaping", "kvstore_absent.doctor:CHECKS", "kvstore.checks")
     renamed = EntryPoint("renamed", "kvstore_service.doctor:NO_CHECKS", "kvstore.checks")

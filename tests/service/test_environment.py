@@ -108,6 +108,24 @@ def test_doctor_shows_the_settings_and_their_sources_and_misspelt_variables(
     assert check["detail"] == "unknown variables: KVSTORE_MEMROY (did you mean KVSTORE_MEMORY?)"
 
 
+def test_doctor_counts_service_links_and_names_a_port_that_is_no_setting(report: Report) -> None:
+    def variables(**given: str) -> dict[str, Any]:
+        checks = report(**given)["checks"]
+        return next(check for check in checks if check["name"] == "KVSTORE_* variables")
+
+    links = {name: value for name, value in LINKS.items() if name != "KVSTORE_METRICS_PORT"}
+    assert variables(**links)["available"]
+    assert f"; {len(links)} service links of Kubernetes are ignored" in variables(**links)["detail"]
+    found = variables(**links | {"KVSTORE_PORT": "7421"})
+    assert not found["available"]
+    assert found["detail"] == "KVSTORE_PORT=7421 is not a setting; use KVSTORE_LISTEN"
+
+
+def test_serve_names_a_port_that_is_no_setting() -> None:
+    result = run("serve", "--data-dir", "/proc/kvstore", KVSTORE_PORT="7421")
+    assert result.stderr.startswith("kvstore: KVSTORE_PORT=7421 is not a setting; use KVSTORE_LISTEN\n")
+
+
 def test_doctor_says_that_serve_would_not_start(report: Report) -> None:
     found = report(KVSTORE_NODES="none")
     assert found["settings"] == []

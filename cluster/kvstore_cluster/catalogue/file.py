@@ -122,6 +122,10 @@ def _in_use(folder: Path) -> CatalogueError:
 
 
 def _unwritable(folder: Path, error: OSError) -> CatalogueError:
-    return CatalogueError(
-        f"the data folder {folder} cannot be written ({error.strerror}); make it writable or choose another --data-dir"
-    )
+    if folder.is_dir():
+        return CatalogueError(
+            f"the data folder {folder} cannot be written ({error.strerror}); make it writable or choose another "
+            "--data-dir"
+        )
+    why = "it is a file, not a folder" if folder.is_file() else f"it cannot be created: {error.strerror}"
+    return CatalogueError(f"the data folder {folder} cannot be written ({why}); choose another --data-dir")
