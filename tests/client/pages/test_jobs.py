@@ -37,14 +37,15 @@ def test_a_caller_may_change_its_list_of_keys_after_submitting(single: Pages) ->
     store = single.store()
     names, views = keys(2), empty([1000] * 2)
     stored = pages([1000] * 2)
-    for submit in (
+    submits = (
         lambda: store.submit_put(names, stored),
         lambda: store.submit_exists(names),
         lambda: store.submit_get(names, views),
-    ):
+    )
+    for number, submit in enumerate(submits):
         with store._jobs._changed:  # no thread takes the job before the list is changed
             submit()
-            names[:] = keys(2, first=7)
+            names[:] = keys(2, first=10 + 2 * number)  # never stored
         ((_, result),) = wait_for(store, 1)
         assert result.ok == (True, True)
         names[:] = keys(2)
