@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-collect_ignore = [] if find_spec("vllm") else ["test_scheduler_half.py"]
+collect_ignore = [] if find_spec("vllm") else ["test_engine.py", "test_scheduler_half.py"]
 """Modules that import vLLM."""
 
 

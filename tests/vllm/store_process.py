@@ -8,6 +8,7 @@ the node.
 
 import json
 import sys
+import time
 from pathlib import Path
 
 from kvstore_api.placement import Member
@@ -28,7 +29,7 @@ def main(folder: Path, port: int) -> None:
     node = StorageNode("node-0", Arena(512 << 20))
     server, bulk = serve_storage(node, host="127.0.0.1"), serve_bulk(node, host="127.0.0.1")
     coordinator = Coordinator(FileCatalogue(folder), replicas=1)
-    coordinator.join(Member("node-0", server.address, bulk_endpoint=bulk.address), incarnation=1)
+    coordinator.join(Member("node-0", server.address, bulk_endpoint=bulk.address), incarnation=time.time_ns())
     served = serve_coordinator(
         coordinator,
         CalibrationRegistry(folder / "calibrations"),

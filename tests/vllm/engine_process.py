@@ -1,0 +1,121 @@
+"""vLLM with the connector, in a process of its own, with the engine and its worker in further ones.
+
+    python -m tests.vllm.engine_process '{"model": FOLDER, "address": ..., ...}'
+
+Each line of JSON on standard input is a command, answered by a line of JSON.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import psutil
+import torch
+from blake3 import blake3
+from vllm import LLM, SamplingParams
+
+BLOCK_TOKENS = 128
+
+
+def digests(keys: torch.Tensor, values: torch.Tensor) -> list[str]:
+    """Of each block of tokens; keys and values are `[layers, kv_heads, tokens, head_dim]`."""
+    found = []
+    for first in range(0, keys.shape[2], BLOCK_TOKENS):
+        tokens = slice(first, first + BLOCK_TOKENS)
+        parts = (part[:, :, tokens].contiguous().view(torch.uint8).numpy() for part in (keys, values))
+        found.append(blake3(b"".join(part.tobytes() for part in parts)).hexdigest())
+    return found
+
+
+def block_digests(_: object) -> list[str]:
+    """Digests of all blocks of a worker. Runs in the worker's process."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    memory = get_kv_transfer_group()._worker.memory
+    blocks = range(len(memory.tensors[0]))
+    layers = [
+        memory.read_layer(layer, blocks, len(blocks) * BLOCK_TOKENS) for layer in range(len(memory.tensors))
+    ]
+    keys, values = (torch.stack([layer[half] for layer in layers]) for half in (0, 1))
+    return digests(keys, values)
+
+
+class Engine:
+    def __init__(self, model: str, connector: dict[str, Any] | None, **options: Any) -> None:
+        transfer = None
+        if connector is not None:
+            transfer = {
+                "kv_connector": "KVStoreConnector",
+                "kv_connector_module_path": "kvstore_client.engines.vllm",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": connector,
+            }
+        sizes = {"max_model_len": 4096, "max_num_seqs": 8, "block_size": BLOCK_TOKENS}
+        self._llm = LLM(
+            model,
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            kv_transfer_config=transfer,
+            **(sizes | {"dtype": "float32"} | options),
+        )
+        self._engine = self._llm.llm_engine
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], salts: Sequence[str | None] = (), max_tokens: int = 8
+    ) -> dict[str, Any]:
+        """Generated tokens, and how many tokens of each prompt were not computed."""
+        asked: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        for prompt, salt in zip(asked, salts, strict=False):
+            if salt is not None:
+                prompt["cache_salt"] = salt
+        outputs = self._llm.generate(asked, _greedy(max_tokens), use_tqdm=False)
+        return {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "cached": [output.num_cached_tokens for output in outputs],
+        }
+
+    def abort(self, prompt: Sequence[int], after_s: float) -> dict[str, Any]:
+        """Begin a request and abort it."""
+        self._engine.add_request("aborted", {"prompt_token_ids": list(prompt)}, _greedy(1000))
+        time.sleep(after_s)
+        self._engine.abort_request(["aborted"])
+        return {"unfinished": self._engine.has_unfinished_requests()}
+
+    def forget(self) -> dict[str, Any]:
+        """Empty the engine's own prefix cache."""
+        return {"done": self._llm.reset_prefix_cache()}
+
+    def blocks(self) -> dict[str, Any]:
+        return {"digests": self._llm.collective_rpc(block_digests)[0]}
+
+    def resources(self) -> dict[str, int]:
+        """Threads and file descriptors of all processes of the engine."""
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        return {
+            "threads": sum(process.num_threads() for process in processes),
+            "descriptors": sum(process.num_fds() for process in processes),
+        }
+
+
+def _greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False)
+
+
+def main(options: dict[str, Any], answers: TextIO) -> None:
+    engine = Engine(**options)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer = getattr(engine, command.pop("do"))(**command)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    # vLLM and its processes write to standard output.
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    main(json.loads(sys.argv[1]), told)
