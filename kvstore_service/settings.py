@@ -231,7 +231,7 @@ def _load(config: Path | None, flags: Mapping[str, object]) -> tuple[Settings, d
     for given, name_source in (
         ({} if config is None else read_config(config), lambda _: str(config)),
         (_environment(), variable),
-        (flags, lambda name: "--" + name.replace("_", "-")),
+        (flags, _option),
     ):
         present = {name: value for name, value in given.items() if not _is_empty(value)}
         values |= present
@@ -261,6 +261,10 @@ def _environment() -> dict[str, str | None]:
     return {names[name]: value for name, value in without_service_links(variables, names).items()}
 
 
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _is_empty(value: object) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
@@ -277,7 +281,10 @@ def _describe(problem: Any, sources: Mapping[str, str]) -> str:
             ("a rate in bytes per second", "100MiB") if name.endswith("bandwidth") else ("a size", "4GiB")
         )
         given = shortened(repr(problem["input"]))
-        return f"{sources.get(name, name)}: {given} is not {kind}; write for example {example}"
+        advice = f"write for example {example}"
+        if sources.get(name) in (_option(name), variable(name)):
+            return f"{sources[name]}: {given} is not {kind}; {advice}"
+        return f"{name} = {given}: not {kind}; {advice}{source}"
     secret = Settings.model_fields[name].annotation == SecretStr | None
     value = "..." if secret else shortened(_as_given(problem["input"]))
     return f"{name} = {value}: {shortened(problem['msg'], 300)}{source}"

@@ -123,7 +123,7 @@ def test_a_service_that_is_away(cache: Path) -> None:
         assert client.calibrations.find(MODEL) is None
         assert client.calibrations.load(DIGEST) is None
         assert misses(client) == {"calibration_rpc_unavailable"}
-        with pytest.raises(PublishError, match=r"not taken by 127\.0\.0\.1:1: UNAVAILABLE"):
+        with pytest.raises(PublishError, match=r"not accepted by 127\.0\.0\.1:1: UNAVAILABLE"):
             client.calibrations.publish(DATA, MODEL)
 
 

@@ -154,7 +154,9 @@ def test_a_size_that_is_not_kept_is_refused(node: StorageNode) -> None:
     pending = node.begin_put(short.chunk_id, short.encoding, len(short.data))
     assert pending is not None
     pending.write(short.data[:-1])
-    with pytest.raises(PutStateError, match="came"):
+    with pytest.raises(
+        PutStateError, match=f"size of {len(short.data)} bytes, but has {len(short.data) - 1}"
+    ):
         pending.commit()
 
 
@@ -162,7 +164,7 @@ def test_impossible_puts_are_refused_at_the_start(node: StorageNode) -> None:
     chunk_id = sample_chunk().chunk_id
     with pytest.raises(ChunkTooLargeError, match="more memory"):
         node.begin_put(chunk_id, "exact-zstd", MEMORY + 1)
-    with pytest.raises(PutStateError, match="announced with 0 bytes"):
+    with pytest.raises(PutStateError, match="announced with a size of 0 bytes"):
         node.begin_put(chunk_id, "exact-zstd", 0)
     with pytest.raises(UnknownEncodingError):
         node.begin_put(chunk_id, "exact-magic", 100)

@@ -117,7 +117,7 @@ def test_damage_in_redis_is_noticed_and_the_rest_is_restored(
         client.set(f"kvstore:calibrations:data:{small.digest.hex()}:0", b"smaLl")
     successor = CalibrationRegistry(tmp_path / "second", mirror)
     assert successor.records() == (other,)
-    assert caplog.text.count("cannot be had from the mirror") == 2
+    assert caplog.text.count("cannot be read from the mirror") == 2
     # The disk that has them whole is not affected.
     assert read(CalibrationRegistry(tmp_path / "first", mirror), large) == LARGE
 

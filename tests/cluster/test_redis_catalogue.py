@@ -190,17 +190,27 @@ def patient_catalogue(server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> I
     catalogue.close()
 
 
-def test_nobody_waits_for_a_redis_that_hangs(server: RedisServer, patient_catalogue: RedisCatalogue) -> None:
+def test_nobody_waits_for_a_redis_that_hangs(
+    server: RedisServer, patient_catalogue: RedisCatalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
     catalogue = patient_catalogue
     coordinator = Coordinator(catalogue)
     coordinator.join(A, 1)
     coordinator.join(B, 1)
+    given_up, save = threading.Event(), catalogue.save
+
+    def watched_save(state: ClusterState) -> None:
+        try:
+            save(state)
+        finally:
+            given_up.set()
+
+    monkeypatch.setattr(catalogue, "save", watched_save)
     server.hang()
-    noticing = threading.Thread(target=coordinator.mark_dead, args=("a", 1, "silent"))
-    noticing.start()
-    wait_for(lambda: coordinator.membership().members == (B,))
-    assert noticing.is_alive(), "Redis was waited for"
-    noticing.join()
+    coordinator.mark_dead("a", 1, "silent")
+    assert coordinator.membership().members == (B,)
+    assert not given_up.is_set(), "Redis was waited for"
+    assert given_up.wait(60)
     # From then on it is known to be away.
     began_s = time.monotonic()
     coordinator.mark_alive("a", 1)

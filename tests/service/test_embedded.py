@@ -10,7 +10,6 @@ from pathlib import Path
 import grpc
 import psutil
 import pytest
-import ray
 
 from kvstore_api.placement import Member, owners
 from kvstore_api.v1 import kvstore_pb2 as pb
@@ -122,6 +121,8 @@ def test_a_killed_coordinator_comes_back_at_its_address_knowing_everybody(cluste
 def test_an_actor_that_does_not_answer_while_the_cluster_starts_is_named(
     cluster: EmbeddedCluster,
 ) -> None:
+    import ray  # not before a cluster has started, which sets what Ray reads when it is imported
+
     never = ray.remote(num_cpus=1_000_000)(lambda: None).remote()
     with pytest.raises(
         StartupError, match=r"the coordinator did not answer within 0.1 s; .*overloaded; try again"
@@ -179,7 +180,7 @@ def test_what_cannot_work_is_refused_before_ray_starts(
     def started(*_: object, **__: object) -> None:
         pytest.fail("Ray was started")
 
-    monkeypatch.setattr(ray, "init", started)
+    monkeypatch.setattr("ray.init", started)
     with pytest.raises(error, match=complaint), EmbeddedCluster(settings_of(**arguments)):
         pass
 

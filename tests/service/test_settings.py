@@ -62,7 +62,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     [
         ("memroy: 1GiB", "there is no setting 'memroy'; known settings: nodes, memory"),
         ("nodes: 0", "nodes = 0: "),
-        ("memory: lots", "memory = 'lots': "),
+        ("memory: lots", "memory = 'lots': not a size; write for example 4GiB (from "),
         ("listen: nowhere", "'nowhere' is not an address"),
         ("metrics_port: 70000", "metrics_port = 70000"),
         ("metrics_port: 0", "metrics_port = 0"),

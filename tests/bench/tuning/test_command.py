@@ -100,8 +100,6 @@ def test_a_model_whose_text_is_reused_only_where_it_stood(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
-        ((), "--text"),
-        (("--text", "a.txt"), "--out"),
         (("--text", "a.txt", "--out", "a", "--tier", "dram"), "--tier"),
         (("--no-drift",), "--drift"),
         (("--ratio", "--text", "a.txt"), "--text"),
