@@ -81,8 +81,14 @@ def deferred() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in _STOPPING}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     _blocked_here = True
+    taken: int | None = None
     try:
         yield
+    except SystemExit as ended:
+        # A thread that existed before took the signal, and the library's handler ended this one with its number.
+        if ended.code not in handlers:
+            raise
+        taken = int(ended.code)
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in handlers.items():
@@ -90,6 +96,8 @@ def deferred() -> Iterator[None]:
                     signal.signal(number, handler)
         _blocked_here = before
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if taken is not None:
+        signal.raise_signal(taken)
 
 
 def _unblock_in_child() -> None:

@@ -47,6 +47,21 @@ except KeyboardInterrupt:
     end_by(stop.received)
 """
 
+# A thread that is older than the block takes the signal, and Ray's handler then ends the main thread.
+END_IN_A_LIBRARY = """
+import threading
+threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+try:
+    with deferred():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+        print("deferring", flush=True)
+        for _ in range(3000):  # the main thread sleeps through a signal that another one takes
+            time.sleep(0.01)
+    print("ready", flush=True)
+except KeyboardInterrupt:
+    end_by(stop.received)
+"""
+
 
 def begun(code: str, first_line: str) -> "subprocess.Popen[str]":
     """Runs the code until it has printed the line. It goes on from there with a line of input."""
@@ -83,6 +98,13 @@ def test_a_signal_while_a_library_starts_comes_after_it_to_us() -> None:
     with begun(BEGIN + REPLACE_THEN_WAIT, "deferring\n") as process:
         process.terminate()
         assert process.communicate("\n", timeout=20)[0] == ""  # before `ready`
+        assert process.returncode == -signal.SIGTERM
+
+
+def test_a_signal_that_a_library_ends_its_caller_with_comes_to_us() -> None:
+    with begun(BEGIN + END_IN_A_LIBRARY, "deferring\n") as process:
+        process.terminate()
+        assert process.communicate(timeout=60)[0] == ""
         assert process.returncode == -signal.SIGTERM
 
 
