@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from kvstore_api.chunk_refs import ChunkName
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.varint import varint
 from kvstore_cluster.lookup import FoundVariant, LookupResult
 from kvstore_codec.canonical import DIGEST_BYTES
 from kvstore_service.wire import chunk_id
@@ -15,7 +16,7 @@ _ANSWERS = b"\x0a"  # of LookupReply
 _ENCODING, _SIZE_BYTES, _HEADER = b"\x0a", b"\x10", b"\x1a"  # of LookupAnswer and OtherEncoding
 _OTHER_CONTEXTS, _ON_DISK, _OTHERS, _PREFIX_ID = b"\x20", b"\x28\x01", b"\x32", b"\x3a"  # of LookupAnswer
 _OTHER_ON_DISK = b"\x20\x01"  # of OtherEncoding
-_SIZES_KEPT = 4096
+_ENCODINGS_KEPT = 4096
 
 
 def lookup_reply(chunks: Sequence[ChunkName], result: LookupResult, bulk_endpoint: str) -> bytes:
@@ -25,47 +26,37 @@ def lookup_reply(chunks: Sequence[ChunkName], result: LookupResult, bulk_endpoin
         encoding, size_bytes, header, other_contexts, on_disk, others, prefix_id = answer
         body = b""
         if encoding is not None:
-            body = _named(encoding) + _varint(size_bytes)
+            body = _named(encoding) + varint(size_bytes)
             if header:
-                body += _HEADER + _varint(len(header)) + header
+                body += _HEADER + varint(len(header)) + header
         # A chunk that was found in its own context has a valid id, so it is not checked again.
         if (encoding is None or prefix_id) and not len(ref.content_id) == len(ref.prefix_id) == DIGEST_BYTES:
             chunk_id(ref)
         if other_contexts:
-            body += _OTHER_CONTEXTS + _varint(other_contexts)
+            body += _OTHER_CONTEXTS + varint(other_contexts)
         if on_disk:
             body += _ON_DISK
         for other in others:
             body += _OTHERS + _with_length(_other(other))
         if prefix_id:
             body += _PREFIX_ID + _with_length(prefix_id)
-        parts += (_ANSWERS, _varint(len(body)), body)
+        parts += (_ANSWERS, varint(len(body)), body)
     rest = pb.LookupReply(lease_id=result.lease_id or b"", bulk_endpoint=bulk_endpoint)
     return b"".join((*parts, rest.SerializeToString()))
 
 
 def _other(variant: FoundVariant) -> bytes:
-    body = _named(variant.encoding) + _varint(variant.size_bytes)
+    body = _named(variant.encoding) + varint(variant.size_bytes)
     if variant.header:
         body += _HEADER + _with_length(variant.header)
     return body + _OTHER_ON_DISK if variant.on_disk else body
 
 
-@lru_cache(_SIZES_KEPT)
+@lru_cache(_ENCODINGS_KEPT)
 def _named(encoding: str) -> bytes:
     """The encoding field, and the tag of the size field after it."""
     return _ENCODING + _with_length(encoding.encode()) + _SIZE_BYTES
 
 
 def _with_length(data: bytes) -> bytes:
-    return _varint(len(data)) + data
-
-
-@lru_cache(_SIZES_KEPT)
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
+    return varint(len(data)) + data

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore_api.frames import MAX_PUT_START_BYTES
 from kvstore_api.v1.kvstore_pb2 import PutRequest, ReadReply, ReadStatus
+from kvstore_api.varint import varint
 
 # Protocol buffer tags: field number << 3 | wire type (0 varint, 2 length-delimited).
 _READ_RANGE = 1 << 3
@@ -31,8 +32,8 @@ class ReadPiece:
 def encode_read_piece(range_index: int, views: Sequence[memoryview]) -> bytes:
     """Encodes a ReadReply with status OK and the joined bytes of `views`."""
     length = sum(view.nbytes for view in views)
-    start = bytes([_READ_RANGE]) + _varint(range_index) if range_index else b""
-    return b"".join([start, bytes([_READ_DATA]), _varint(length), *views])
+    start = bytes([_READ_RANGE]) + varint(range_index) if range_index else b""
+    return b"".join([start, bytes([_READ_DATA]), varint(length), *views])
 
 
 def decode_read_reply(message: bytes) -> ReadPiece:
@@ -50,7 +51,7 @@ def decode_read_reply(message: bytes) -> ReadPiece:
 def encode_put_request(step: PutRequest | memoryview) -> bytes:
     """Encodes a step of a put. A memoryview is a step with these bytes as its `data`."""
     if isinstance(step, memoryview):
-        return b"".join([bytes([_PUT_DATA]), _varint(step.nbytes), step])
+        return b"".join([bytes([_PUT_DATA]), varint(step.nbytes), step])
     message: bytes = step.SerializeToString()
     return message
 
@@ -74,15 +75,6 @@ def _whole_field(message: bytes, start: int, tag: int) -> memoryview | None:
         return None
     length, start = _read_varint(message, start + 1)
     return memoryview(message)[start:] if start + length == len(message) else None
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 def _read_varint(message: bytes, position: int) -> tuple[int, int]:
