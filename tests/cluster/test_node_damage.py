@@ -10,9 +10,11 @@ import pytest
 from kvstore_cluster import memory_tier
 from kvstore_cluster.disk_reads import require_sound
 from kvstore_cluster.lookup import LookupRequest
+from kvstore_cluster.node import StorageNode
 from kvstore_cluster.scrub import scrub
 from kvstore_codec.errors import ChunkNotFoundError
 from tests.cluster.disk_node import Opener, chunk_of, put, read, stored
+from tests.sample_chunk import SampleChunk
 
 
 def test_damage_on_disk_is_found_and_dropped(opened: Opener, tmp_path: Path) -> None:
@@ -81,15 +83,19 @@ def test_encodings_that_the_disk_has_lost_are_left_out_of_an_answer(
     assert node.stats().counters["damaged"] == len(damaged)
 
 
-def test_damage_in_memory_leaves_the_copy_on_disk(opened: Opener) -> None:
-    node = opened()
-    chunk = chunk_of(0)
+def put_and_damage_in_memory(node: StorageNode, chunk: SampleChunk) -> None:
     pending = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data))
     assert pending is not None
     views = list(pending.views())
     pending.write(chunk.data)
     pending.commit()
     views[-1][len(views[-1]) - 1] ^= 1
+
+
+def test_damage_in_memory_leaves_the_copy_on_disk(opened: Opener) -> None:
+    node = opened()
+    chunk = chunk_of(0)
+    put_and_damage_in_memory(node, chunk)
     assert "in memory" in (node.verify(chunk.chunk_id, chunk.encoding) or "")
     assert read(node, chunk) == chunk.data
     assert node.verify(chunk.chunk_id, chunk.encoding) is None
@@ -101,12 +107,7 @@ def test_two_that_find_the_same_damage_in_memory_drop_one_copy(
 ) -> None:
     node = opened()
     chunk = chunk_of(0)
-    pending = node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data))
-    assert pending is not None
-    views = list(pending.views())
-    pending.write(chunk.data)
-    pending.commit()
-    views[-1][len(views[-1]) - 1] ^= 1
+    put_and_damage_in_memory(node, chunk)
     both_found_it = threading.Barrier(2)
 
     def find(*arguments: Any) -> None:
