@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from kvstore_api.chunk_refs import chunk_ref
-from kvstore_api.placement import Member, Membership, Placement
+from kvstore_api.placement import Member, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, cluster_view, connect
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.match import Match
-from kvstore_client.replicas import Search, asked_chunks
+from kvstore_client.replicas import Search
 from kvstore_client.store import NewChunk
 from kvstore_client.transport import Transport
 from kvstore_cluster.lookup import LookupRequest
@@ -333,24 +333,6 @@ def test_a_coordinator_that_forgot_its_nodes_stops_no_read(
         replicated.fetch(replicated.match())
 
 
-def test_nodes_are_told_how_chunks_are_to_be_kept(tmp_path: Path) -> None:
-    with (
-        served_cluster(tmp_path) as cluster,
-        connect(cluster.address, tenant="alice", ttl_s=100, put_durability="memory") as client,
-    ):
-        chunks = [NewChunk(id_, lambda: random_kv(0), cost=300.0) for id_ in ids(2)]
-        assert client.store.put(SPEC, chunks).result(timeout=10) == 2
-        stored, _ = cluster.nodes[0].list()
-        assert [(s.tenant, s.cost) for s in stored] == [("alice", 300.0)] * 2
-        assert all(90 < s.ttl_left_s <= 100 for s in stored)
-
-
-def test_a_put_that_cannot_be_durable_is_refused(tmp_path: Path) -> None:
-    with served_cluster(tmp_path) as cluster, connect(cluster.address, put_durability="durable") as client:
-        assert client.store.put(SPEC, [NewChunk(ids(1)[0], lambda: random_kv(0))]).result(timeout=10) == 0
-        assert client.metrics.snapshot()["miss_store_not_durable"] == 1
-
-
 def test_nodes_keep_what_models_attended_to(tmp_path: Path) -> None:
     document = ids(8)
     with served_cluster(tmp_path, memory_bytes=2 << 20) as cluster, connect(cluster.address) as client:
@@ -404,37 +386,3 @@ def test_nodes_that_died_together_are_found_as_soon_as_they_are_back(tmp_path: P
         match = client.match(SPEC, document)
         assert len(match.chunks) == len(document)
         client.release(match)
-
-
-def test_the_membership_is_asked_for_again_whatever_went_wrong(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with served_cluster(tmp_path) as cluster, connect(cluster.address, membership_ttl_s=0.01) as client:
-        view = client._view
-        assert len(view.membership().members) == 1
-        ask, failures = view._ask, 3
-
-        def fail_at_first(timeout_s: float) -> Membership:
-            nonlocal failures
-            if failures:
-                failures -= 1
-                raise TypeError("a mistake")
-            return ask(timeout_s)
-
-        monkeypatch.setattr(view, "_ask", fail_at_first)
-        cluster.books.join(Member("another", "127.0.0.1:1"), 1)
-        patience = time.monotonic() + 10
-        while len(view.membership().members) == 1 and time.monotonic() < patience:
-            time.sleep(0.01)
-        assert len(view.membership().members) == 2
-        assert client.metrics.snapshot()["miss_membership_internal_error"] == 3
-    (record,) = [record for record in caplog.records if "a mistake" in record.getMessage()]
-    assert record.exc_info is not None
-
-
-def test_asked_chunks_are_serialised_as_the_generated_class_does() -> None:
-    asked = ids(8)
-    request = pb.LookupRequest()
-    request.MergeFromString(asked_chunks(asked))
-    assert request == pb.LookupRequest(chunks=map(chunk_ref, asked))
-    assert asked_chunks([]) == b""
