@@ -1,14 +1,15 @@
 """A TCP connection that transfers whole buffers: it receives in place and sends without joining."""
 
-import ctypes
 import math
 import os
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+
+from kvstore_api.affinity import AffinityPolicy, unpinned
 
 _MOST_VIEWS = os.sysconf("SC_IOV_MAX")
 _TLS_PIECE_BYTES = 256 << 10
@@ -17,8 +18,6 @@ _TLS_PIECE_BYTES = 256 << 10
 _LOCAL_SEND_BUFFER_BYTES = 64 << 10
 _WAIT_FOR_ALL = int(socket.MSG_WAITALL)
 _LOOK_ONLY = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
-_current_processor = ctypes.CDLL(None).sched_getcpu
-_PROCESSORS = os.sched_getaffinity(0)
 # Longest wait in one system call. Longer timeouts repeat the call, so most calls share one value of the socket option.
 # On a slow link it is also the interval at which `received_bytes` is updated.
 _LONGEST_WAIT_S = 0.1
@@ -32,8 +31,9 @@ class ByteStream:
     the connection or `abort` was called. After an error the stream can only be closed.
     """
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, affinity: AffinityPolicy = unpinned) -> None:
         self._socket = connected
+        self.affinity = affinity(connected)
         self._tls = isinstance(connected, ssl.SSLSocket)
         connected.settimeout(None)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -41,13 +41,11 @@ class ByteStream:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_AFTER_S)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _PROBE_PERIOD_S)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
-        self._is_local = connected.getsockname()[0] == connected.getpeername()[0]
-        self._processor = -1
         self.received_at_s = -math.inf
         """Monotonic time at which bytes were last received."""
         self.received_bytes = 0
         self._limits_s: dict[int, float] = {}
-        if self._is_local:
+        if connected.getsockname()[0] == connected.getpeername()[0]:
             connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_SEND_BUFFER_BYTES)
 
     def handshake(self, timeout_s: float) -> None:
@@ -115,36 +113,6 @@ class ByteStream:
             return None
         except OSError:
             return b""
-
-    # Two processes on one machine transfer bytes fastest on one processor: the bytes stay in its cache, and no thread
-    # has to be woken on another one. The scheduler would move a woken thread to an idle processor. So the client stays
-    # on its processor while it waits, and the server moves there. Measured on two idle cores: 4 MiB at 8.2 GB/s,
-    # otherwise 1.5 GB/s.
-
-    def run_beside_peer(self) -> None:
-        """For a server: move this thread to the client's processor, if the client is on this machine. Afterwards the
-        thread must not start threads: they would inherit its affinity."""
-        if self._is_local:
-            processor = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
-            if processor != self._processor and processor in _PROCESSORS:
-                os.sched_setaffinity(0, {processor})
-                self._processor = processor
-
-    @contextmanager
-    def staying(self, *, anew: bool) -> Iterator[None]:
-        """For a client: pin this thread to its current processor, or, without `anew`, to that of the last call with
-        `anew`. Use it only for one request: threads that are started inside would stay pinned forever."""
-        if not self._is_local:
-            yield
-            return
-        allowed = os.sched_getaffinity(0)
-        if anew or self._processor not in allowed:
-            self._processor = _current_processor()
-        os.sched_setaffinity(0, {self._processor})
-        try:
-            yield
-        finally:
-            os.sched_setaffinity(0, allowed)
 
     def abort(self) -> None:
         """Make the thread that uses the stream fail now. May be called from any thread."""

@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 
+from kvstore_api.affinity import AffinityPolicy, shared_where_local
 from kvstore_api.byte_stream import ByteStream
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.node import StorageNode
@@ -43,6 +44,7 @@ class BulkServer:
         max_connections: int = MAX_CONNECTIONS,
         patience_s: float = PATIENCE_S,
         idle_s: float = IDLE_S,
+        affinity: AffinityPolicy = shared_where_local,
     ) -> None:
         self._node = node
         self._tls = tls
@@ -51,6 +53,7 @@ class BulkServer:
         self._max_connections = max_connections
         self._patience_s = patience_s
         self._idle_s = idle_s
+        self._affinity = affinity
         try:
             self._listener = socket.create_server(
                 (address.host, address.port),
@@ -109,7 +112,7 @@ class BulkServer:
     def _begin(self, connected: socket.socket, peer: str) -> None:
         if self._tls is not None:
             connected = self._tls.wrap_socket(connected, server_side=True, do_handshake_on_connect=False)
-        stream = ByteStream(connected)
+        stream = ByteStream(connected, self._affinity)
         thread = threading.Thread(target=self._serve, args=(stream, peer), name="kvstore-bulk", daemon=True)
         with self._lock:
             full = len(self._connections) - len(self._closing) >= self._max_connections

@@ -82,7 +82,7 @@ class Session:
     def serve(self) -> None:
         """Answers the request that `wait` has seen. Raises RefusedError, and OSError if the client disconnects or is
         too slow."""
-        self._stream.run_beside_peer()
+        self._stream.affinity.join_peer()
         header = unpack_header(self._header)
         try:
             if header.kind == FrameKind.READ:

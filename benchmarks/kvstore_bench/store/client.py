@@ -7,6 +7,7 @@ import random
 import socket
 import sys
 
+from kvstore_api.affinity import shared_where_local
 from kvstore_api.byte_stream import ByteStream
 from kvstore_bench.store import loop
 from kvstore_bench.store.server import PATIENCE_S, REQUEST
@@ -25,7 +26,7 @@ def main() -> None:
 class RawTcp:
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
-        self._stream = ByteStream(socket.create_connection((host, int(port))))
+        self._stream = ByteStream(socket.create_connection((host, int(port))), shared_where_local)
         self._received = memoryview(b"")
         self._reply = bytearray(REQUEST.size)
 
@@ -38,12 +39,12 @@ class RawTcp:
         return value
 
     def put(self, key: int, value: bytes) -> None:
-        with self._stream.staying(anew=True):
+        with self._stream.affinity.staying(anew=True):
             self._stream.send([REQUEST.pack(1, key, len(value)), value], PATIENCE_S)
             self._stream.receive_into(self._reply, PATIENCE_S)
 
     def get(self, key: int, size_bytes: int) -> memoryview:
-        with self._stream.staying(anew=True):
+        with self._stream.affinity.staying(anew=True):
             self._stream.send([REQUEST.pack(0, key, size_bytes)], PATIENCE_S)
             self._stream.receive_into(self._received, PATIENCE_S)
         return self._received

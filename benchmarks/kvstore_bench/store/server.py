@@ -10,6 +10,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+from kvstore_api.affinity import shared_where_local
 from kvstore_api.byte_stream import ByteStream
 
 HOST = "127.0.0.1"
@@ -31,7 +32,8 @@ def main() -> None:
 def accept(listener: socket.socket) -> None:
     while True:
         connected, _ = listener.accept()
-        threading.Thread(target=serve_raw, args=(ByteStream(connected),), daemon=True).start()
+        stream = ByteStream(connected, shared_where_local)
+        threading.Thread(target=serve_raw, args=(stream,), daemon=True).start()
 
 
 def serve_raw(stream: ByteStream) -> None:
@@ -44,7 +46,7 @@ def serve_raw(stream: ByteStream) -> None:
         except ConnectionError:
             stream.close()
             return
-        stream.run_beside_peer()
+        stream.affinity.join_peer()
         is_put, key, size_bytes = REQUEST.unpack(request)
         if len(values.get(key, b"")) != size_bytes:
             values[key] = memoryview(bytearray(size_bytes))

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections import deque
 
+from kvstore_api.affinity import AffinityPolicy, shared_where_local
 from kvstore_api.byte_stream import ByteStream
 from kvstore_api.frames import PREFACE
 
@@ -15,10 +16,18 @@ _IDLE_CONNECTIONS = 8
 class Connections:
     """Thread-safe. An acquired connection belongs to the caller, who keeps it, closes it or releases it."""
 
-    def __init__(self, host: str, port: int, tls: ssl.SSLContext | None, name: str) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        tls: ssl.SSLContext | None,
+        name: str,
+        affinity: AffinityPolicy = shared_where_local,
+    ) -> None:
         """`name` is the name that the certificate must prove."""
         self._address = (host, port)
         self._tls = tls
+        self._affinity = affinity
         self.name = name
         self._lock = threading.Lock()
         self._idle: deque[ByteStream] = deque()
@@ -45,7 +54,7 @@ class Connections:
                 connected = self._tls.wrap_socket(
                     connected, server_hostname=self.name, do_handshake_on_connect=False
                 )
-            stream = ByteStream(connected)
+            stream = ByteStream(connected, self._affinity)
             stream.handshake(timeout_s)
             stream.send([PREFACE], timeout_s)
         except BaseException:

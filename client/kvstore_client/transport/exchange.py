@@ -92,8 +92,8 @@ class Exchange:
         self.is_unproven = False
 
     def staying(self, *, anew: bool) -> AbstractContextManager[None]:
-        """Context for sending and receiving; see ByteStream.staying."""
-        return self._connected().staying(anew=anew)
+        """Context for sending and receiving; see Affinity.staying."""
+        return self._connected().affinity.staying(anew=anew)
 
     def send(self, views: Sequence[memoryview | bytes]) -> None:
         self._connected().send(views, self.remaining_s())
