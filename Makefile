@@ -11,7 +11,7 @@ WORKERS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint vllm-env test-vllm
+.PHONY: help install demo test test-slow lint vllm-env test-vllm serve-vllm
 
 help:
 	@echo 'make install    set up .venv: the service, its demo and the development tools'
@@ -21,6 +21,7 @@ help:
 	@echo 'make lint       ruff, mypy, and who may import whom'
 	@echo 'make vllm-env   set up .venv-vllm: vLLM for CPUs and this project (VLLM=0.31.0 picks the version)'
 	@echo 'make test-vllm  the tests that need vLLM'
+	@echo "make serve-vllm vLLM's OpenAI server with a small model and a store (ARGS=\"--store HOST:PORT --port 8000\")"
 	@echo
 	@echo 'WORKERS=4 runs tests in four processes instead of two; WORKERS=0 in one, as a debugger needs it.'
 	@echo 'PYTHON=python3.12 picks the interpreter that .venv is made with (3.11 or newer).'
@@ -85,3 +86,6 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt hatch_build.py $(wildcard
 
 test-vllm: install vllm-env
 	@$(VLLM_ENVIRONMENT) $(VLLM_PYTHON) -m pytest -m vllm -W default tests/vllm $(ARGS)
+
+serve-vllm: install vllm-env
+	@$(BIN)/python -m kvstore_bench.vllm.serve $(ARGS)

@@ -8,6 +8,7 @@ cache folder, because loading takes 15 s from GGUF and 0.3 s from safetensors.
 import importlib.util
 import shutil
 import tempfile
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,13 +57,22 @@ def smollm2_folder() -> Path:
 
     Raises ConfigurationError if the package with the weights is not installed or the folder cannot be written.
     """
-    target = default_cache_dir() / "models" / _CONVERTED
+    return converted_folder(_CONVERTED, _gguf_file)
+
+
+def converted_folder(name: str, find_gguf: Callable[[], Path]) -> Path:
+    """The cached folder `name` of a model in transformers format. The first call finds the model's GGUF file and
+    converts it.
+
+    Raises ConfigurationError if the folder cannot be written, and what `find_gguf` raises.
+    """
+    target = default_cache_dir() / "models" / name
     if (target / "config.json").exists():
         return target
-    gguf = _gguf_file()
+    gguf = find_gguf()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{_CONVERTED}-", dir=target.parent))
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     except OSError as error:
         raise ConfigurationError(
             f"cannot write the model cache {target.parent}: {error.strerror}; "

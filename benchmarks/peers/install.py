@@ -3,8 +3,8 @@
     python benchmarks/peers/install.py lmcache
 
 A peer is a folder beside this file. `requirements.txt` there is installed as usual; `no-deps.txt`, where there is
-one, with `--no-deps`: packages that declare more than what we run of them needs. Its environment is `.venv` in
-the same folder. Run again, it does nothing until one of those files changes.
+one, with `--no-deps`: packages that declare more than what we run of them needs; `unwanted.txt` names what is removed
+again. Its environment is `.venv` in the same folder. Run again, it does nothing until one of those files changes.
 
 Needs only the standard library of Python 3.11 or newer.
 """
@@ -36,12 +36,15 @@ def install(folder: Path) -> bool:
     _run([*pip, "--requirement", str(folder / "requirements.txt")], "install requirements.txt")
     if (folder / "no-deps.txt").exists():
         _run([*pip, "--no-deps", "--requirement", str(folder / "no-deps.txt")], "install no-deps.txt")
+    if (folder / "unwanted.txt").exists():
+        removal = [str(python), "-m", "pip", "uninstall", "--yes", "--quiet"]
+        _run([*removal, "--requirement", str(folder / "unwanted.txt")], "remove unwanted.txt")
     stamp.write_text(wanted)
     return True
 
 
 def _requirements(folder: Path) -> str:
-    files = [folder / name for name in ("requirements.txt", "no-deps.txt")]
+    files = [folder / name for name in ("requirements.txt", "no-deps.txt", "unwanted.txt")]
     return f"# Python {sys.version}\n" + "".join(file.read_text() for file in files if file.exists())
 
 

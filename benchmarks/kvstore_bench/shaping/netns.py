@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import subprocess
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -24,42 +25,57 @@ _numbers = itertools.count()
 
 class NetworkNamespace:
     """A network namespace with a shaped link to the host. A context manager. Processes inside reach servers that listen
-    on `host_address`; a command with the prefix `command` runs inside.
+    on `host_address`, and servers inside that listen on `inside_address` can be reached from the host; a command with
+    the prefix `command` runs inside.
 
-    Each direction has `bandwidth_bps`. The next run removes leftovers of killed runs. Entering raises StartupError,
-    with the reason, if a namespace cannot be made.
+    Each direction has `bandwidth_bps`; None leaves the link unshaped. The next run removes leftovers of killed runs.
+    Entering raises StartupError, with the reason, if a namespace cannot be made.
     """
 
-    def __init__(self, bandwidth_bps: float) -> None:
+    def __init__(self, bandwidth_bps: float | None) -> None:
         self._bandwidth_bps = bandwidth_bps
         number = next(_numbers)
         self.name = f"{_PREFIX}-{os.getpid()}-{number}"
         # The name of an interface has at most 15 bytes.
         self._outer = f"kv{os.getpid():x}o{number:x}"
         self._inner = f"kv{os.getpid():x}i{number:x}"
-        self.host_address = ""
+        self.host_address = self.inside_address = ""
         self.command = ("ip", "netns", "exec", self.name)
 
-    def set_bandwidth(self, bandwidth_bps: float) -> None:
+    def set_bandwidth(self, bandwidth_bps: float | None) -> None:
         """Changes the bandwidth of both directions, which may carry bytes. Takes about 10 ms. Raises ConfigurationError
         and StartupError."""
-        self._shape("change", bandwidth_bps)
+        self._shape(bandwidth_bps)
+
+    def cut(self) -> None:
+        """Loses all bytes in both directions, and tells neither end, like a cable that is pulled out between two
+        switches. Raises StartupError."""
+        _run("ip", "-n", self.name, "link", "set", self._inner, "down")
+
+    def mend(self) -> None:
+        """Ends a `cut`. Raises StartupError."""
+        _run("ip", "-n", self.name, "link", "set", self._inner, "up")
+
+    @property
+    def bytes_from_inside(self) -> int:
+        """Bytes that the host has received from inside, packet headers included."""
+        return int(Path("/sys/class/net", self._outer, "statistics", "rx_bytes").read_text())
 
     def __enter__(self) -> Self:
         _require_permission()
         remove_leftovers()
         network = _free_network()
-        self.host_address, inside = f"{network}.1", f"{network}.2"
+        self.host_address, self.inside_address = f"{network}.1", f"{network}.2"
         try:
             _run("ip", "netns", "add", self.name)
             _run("ip", "link", "add", self._outer, "type", "veth", "peer", "name", self._inner)
             _run("ip", "link", "set", self._inner, "netns", self.name)
             _run("ip", "address", "add", f"{self.host_address}/24", "dev", self._outer)
             _run("ip", "link", "set", self._outer, "up")
-            _run("ip", "-n", self.name, "address", "add", f"{inside}/24", "dev", self._inner)
+            _run("ip", "-n", self.name, "address", "add", f"{self.inside_address}/24", "dev", self._inner)
             _run("ip", "-n", self.name, "link", "set", self._inner, "up")
             _run("ip", "-n", self.name, "link", "set", "lo", "up")
-            self._shape("add", self._bandwidth_bps)
+            self._shape(self._bandwidth_bps)
         except BaseException:
             self._remove()
             raise
@@ -70,13 +86,16 @@ class NetworkNamespace:
     ) -> None:
         self._remove()
 
-    def _shape(self, verb: str, bandwidth_bps: float) -> None:
-        if not 0 < bandwidth_bps < float("inf"):
+    def _shape(self, bandwidth_bps: float | None) -> None:
+        if bandwidth_bps is not None and not 0 < bandwidth_bps < float("inf"):
             raise ConfigurationError(f"a link needs a bandwidth above 0 bit/s, not {bandwidth_bps}")
-        burst_bytes = max(_LEAST_BURST_BYTES, int(bandwidth_bps * _BURST_S / 8))
-        bucket = ("rate", f"{bandwidth_bps:.0f}bit", "burst", str(burst_bytes), "latency", _LATENCY)
-        _run("tc", "qdisc", verb, "dev", self._outer, "root", "tbf", *bucket)
-        _run("tc", "-n", self.name, "qdisc", verb, "dev", self._inner, "root", "tbf", *bucket)
+        for command, interface in ((("tc",), self._outer), (("tc", "-n", self.name), self._inner)):
+            if bandwidth_bps is None:
+                _try(*command, "qdisc", "delete", "dev", interface, "root")
+                continue
+            burst_bytes = max(_LEAST_BURST_BYTES, int(bandwidth_bps * _BURST_S / 8))
+            bucket = ("rate", f"{bandwidth_bps:.0f}bit", "burst", str(burst_bytes), "latency", _LATENCY)
+            _run(*command, "qdisc", "replace", "dev", interface, "root", "tbf", *bucket)
 
     def _remove(self) -> None:
         # The kernel deletes an interface with its other end, but only after the namespace's last process has ended.

@@ -1,6 +1,8 @@
 """The servers that are measured, each a process of its own that ends with its stdin.
 
-python -m kvstore_bench.store.server kvstore | raw-tcp
+python -m kvstore_bench.store.server kvstore [HOST [PORT]] | raw-tcp
+
+HOST and PORT are the coordinator's; the node listens on the same host.
 """
 
 import socket
@@ -26,7 +28,8 @@ def main() -> None:
         print(f"{HOST}:{listener.getsockname()[1]}", flush=True)
         sys.stdin.read()
     else:
-        serve_kvstore()
+        host = sys.argv[2] if len(sys.argv) > 2 else HOST
+        serve_kvstore(host, int(sys.argv[3]) if len(sys.argv) > 3 else 0)
 
 
 def accept(listener: socket.socket) -> None:
@@ -57,7 +60,7 @@ def serve_raw(stream: ByteStream) -> None:
             stream.send([values[key]], PATIENCE_S)
 
 
-def serve_kvstore() -> None:
+def serve_kvstore(host: str, port: int) -> None:
     """A storage node as `kvstore serve` runs it, but without Ray, and a coordinator that knows it."""
     from kvstore_api.placement import Member
     from kvstore_cluster.arena import Arena
@@ -75,14 +78,14 @@ def serve_kvstore() -> None:
     while arena.populate():
         pass
     node = StorageNode("node-0", arena)
-    bulk = serve_bulk(node, host=HOST)
-    storage = serve_storage(node, host=HOST, bulk_endpoint=bulk.address)
+    bulk = serve_bulk(node, host=host)
+    storage = serve_storage(node, host=host, bulk_endpoint=bulk.address)
     with tempfile.TemporaryDirectory() as folder:
         books = Coordinator(FileCatalogue(Path(folder)))
         books.join(Member(node.node_id, storage.address, bulk_endpoint=bulk.address), incarnation=1)
         registry = CalibrationRegistry(Path(folder, "calibrations"))
         canaries = CanaryRegistry(Path(folder, "canaries"))
-        coordinator = serve_coordinator(books, registry, canaries, address=Address(HOST, 0))
+        coordinator = serve_coordinator(books, registry, canaries, address=Address(host, port))
         print(f"{storage.address},{bulk.address},{coordinator.address}", flush=True)
         sys.stdin.read()
         for server in (bulk, storage, coordinator):

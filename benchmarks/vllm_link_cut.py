@@ -1,0 +1,114 @@
+"""The link between vLLM and the store is cut in the middle of a load.
+
+    python benchmarks/vllm_link_cut.py --json F
+
+Meanwhile other requests, which nothing is stored for, come to the same engine one after the other. Needs what
+vllm_ttft.py needs. Rows are those of `kvstore_bench.vllm.link_cut.cut_row`.
+"""
+
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvstore_bench import write_results
+from kvstore_bench.cli.tables import require_outputs, result_table
+from kvstore_bench.demo.document import calibration_text, read_document
+from kvstore_bench.shaping.netns import NetworkNamespace
+from kvstore_bench.vllm.calibration import publish_in_process
+from kvstore_bench.vllm.completions import CompletionError
+from kvstore_bench.vllm.engine import EngineOptions
+from kvstore_bench.vllm.link_cut import cut_row, run_cut
+from kvstore_bench.vllm.models import QWEN, model_folder
+from kvstore_bench.vllm.options import Options
+from kvstore_bench.vllm.policies import COLD, POLICIES, Testbed, deployed, policies_named
+from kvstore_bench.vllm.prompts import token_ids, windows
+from kvstore_bench.vllm.run import Bench, Measured
+from kvstore_bench.vllm.script import run_script
+from kvstore_service.bandwidth import parse_bandwidth
+from kvstore_service.cli.stages import Stages
+from kvstore_service.models import SMOLLM2
+
+_STAGES = {"start": "starting vLLM servers", "store": "storing the prompt's KV", "cut": "cutting the link"}
+_COLUMNS = {
+    "policy": "policy",
+    "cold s": "cold_ttft_s",
+    "hit s": "hit_ttft_s",
+    "cut at s": "cut_after_s",
+    "this request s": "cut_request_ttft_s",
+    "others before s": "unrelated_before_ttft_s",
+    "while it waits s": "unrelated_waiting_ttft_s",
+    "most": "unrelated_waiting_ttft_max_s",
+    "afterwards s": "unrelated_after_ttft_s",
+    "failed": "unrelated_failed",
+    "reuse back after s": "reuse_back_after_s",
+}
+_FILLER_TOKENS, _FILLERS = 512, 1000
+
+
+def main(
+    model: Annotated[
+        str, typer.Option(help=f"{SMOLLM2}, {QWEN}, or a folder with a model in safetensors files.")
+    ] = SMOLLM2,
+    policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(POLICIES),
+    link: Annotated[str, typer.Option(help="Bandwidth.")] = "200mbit",
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 2000,
+    share: Annotated[float, typer.Option(help="Share of the load's bytes that arrive.")] = 0.25,
+    cut_s: Annotated[float, typer.Option(help="Shortest time of the cut.")] = 45.0,
+    repeats: Annotated[int, typer.Option(min=1)] = 1,
+    logs: Annotated[Path | None, typer.Option(help="Folder that keeps the servers' logs.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    require_outputs(json_file, None)
+    folder, console = model_folder(model), Console()
+    bandwidth_bps = parse_bandwidth(link)
+    options = Options(folder, folder.name, [bandwidth_bps], [tokens], 1, repeats + 1, 1)
+    chosen = policies_named(policies)
+    prompts = windows(token_ids(folder, read_document(None)), options.tokens, options.texts)
+    text = token_ids(folder, calibration_text())
+    fillers = iter(windows(text, [_FILLER_TOKENS], _FILLERS)[_FILLER_TOKENS])
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
+        work.mkdir(parents=True, exist_ok=True)
+        stages = stack.enter_context(Stages(console, _STAGES))
+        network = stack.enter_context(NetworkNamespace(None))
+        testbed = Testbed(
+            network,
+            EngineOptions(folder, tokens + 128),
+            work.absolute(),
+            publish=partial(publish_in_process, folder),
+        )
+        started = stack.enter_context(deployed(testbed, chosen, stages))
+        running, measured = started.running, Measured(left_out=started.left_out)
+        cold = running[COLD]
+        Bench(options, network, running, prompts, stages, lambda _: None, measured).prepare()
+        network.set_bandwidth(bandwidth_bps)
+        steps = [(prompt, name) for prompt in prompts[tokens][1:] for name in running if name != COLD]
+        for number, (prompt, name) in enumerate(steps):
+            stages.advance("cut", number, len(steps))
+            cold.forget()
+            cold_s = cold.completions.complete(prompt.ids, 1, options.silence_s).ttft_s
+            try:
+                run = run_cut(running[name], network, prompt, fillers, share, cut_s)
+            except CompletionError as error:
+                rows.append({"policy": name, "failure": str(error)})
+            else:
+                rows.append({"link": link, "prompt_tokens": tokens, **cut_row(name, run, cold_s)})
+            write_results(
+                rows, json_file, {"model": folder.name, "cut_s": cut_s, "left_out": measured.left_out}
+            )
+        stages.advance("cut", len(steps), len(steps))
+    shown = [row for row in rows if "cold_ttft_s" in row]
+    if shown:
+        console.print(result_table("the link was cut in the middle of a load", _COLUMNS, shown))
+    for name, why in measured.left_out.items():
+        console.print(f"without {name}: {why}", soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    run_script("vllm_link_cut", main)

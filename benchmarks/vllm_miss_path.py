@@ -1,0 +1,95 @@
+"""What the connector costs vLLM where it finds nothing: time to first token and decoding speed.
+
+    python benchmarks/vllm_miss_path.py --json F
+
+Four servers answer prompts that none of them has seen, in turns: without a connector, with an empty store, with an
+empty store and a lossy encoding, and with a store out of reach. Needs what vllm_ttft.py needs, but no peer. Rows are
+those of `kvstore_bench.vllm.miss_path.miss_rows`.
+"""
+
+import tempfile
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvstore_bench import write_results
+from kvstore_bench.cli.tables import require_outputs, result_table
+from kvstore_bench.demo.document import calibration_text
+from kvstore_bench.shaping.netns import NetworkNamespace
+from kvstore_bench.vllm.calibration import publish_in_process
+from kvstore_bench.vllm.completions import Answer
+from kvstore_bench.vllm.engine import EngineOptions
+from kvstore_bench.vllm.miss_path import MISS_POLICIES, miss_rows
+from kvstore_bench.vllm.models import QWEN, model_folder
+from kvstore_bench.vllm.policies import Testbed, deployed, policies_named
+from kvstore_bench.vllm.prompts import token_ids, windows
+from kvstore_bench.vllm.script import run_script
+from kvstore_service.cli.stages import Stages
+from kvstore_service.models import SMOLLM2
+
+_STAGES = {"start": "starting vLLM servers", "ask": "asking"}
+_COLUMNS = {
+    "policy": "policy",
+    "TTFT s": "ttft_s",
+    "least": "ttft_min_s",
+    "most": "ttft_max_s",
+    "x cold": "ttft_over_cold",
+    "tokens/s": "decode_tokens_per_s",
+    "decoding x cold": "decode_time_over_cold",
+    "of": "rounds",
+}
+_PAUSE_S = 2.0
+"""After an answer its KV is still being stored, which is not the next server's fault."""
+_WARM_UP, _SILENCE_S = 2, 240.0
+
+
+def main(
+    model: Annotated[
+        str, typer.Option(help=f"{SMOLLM2}, {QWEN}, or a folder with a model in safetensors files.")
+    ] = SMOLLM2,
+    policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MISS_POLICIES),
+    tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 2000,
+    answer_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1)] = 15,
+    logs: Annotated[Path | None, typer.Option(help="Folder that keeps the servers' logs.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    require_outputs(json_file, None)
+    folder, console = model_folder(model), Console()
+    chosen = policies_named(policies, MISS_POLICIES)
+    text = token_ids(folder, calibration_text())
+    prompts = windows(text, [tokens], rounds + _WARM_UP)[tokens]
+    answers: dict[str, list[Answer]] = {}
+    with ExitStack() as stack:
+        work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
+        work.mkdir(parents=True, exist_ok=True)
+        stages = stack.enter_context(Stages(console, _STAGES))
+        link = stack.enter_context(NetworkNamespace(None))
+        engine = EngineOptions(folder, tokens + answer_tokens + 128)
+        testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder))
+        started = stack.enter_context(deployed(testbed, chosen, stages))
+        running, left_out = started.running, started.left_out
+        for number, prompt in enumerate(prompts):
+            stages.advance("ask", number, len(prompts))
+            turn = number % len(running)
+            for name in (*list(running)[turn:], *list(running)[:turn]):
+                answer = running[name].completions.complete(prompt.ids, answer_tokens, _SILENCE_S)
+                time.sleep(_PAUSE_S)
+                if number >= _WARM_UP:
+                    answers.setdefault(name, []).append(answer)
+            if answers:
+                meta = {"model": folder.name, "prompt_tokens": tokens, "answer_tokens": answer_tokens}
+                write_results(miss_rows(answers), json_file, meta | {"left_out": left_out})
+        stages.advance("ask", len(prompts), len(prompts))
+    console.print(result_table("nothing is reused", _COLUMNS, miss_rows(answers)))
+    for name, why in left_out.items():
+        console.print(f"without {name}: {why}", soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    run_script("vllm_miss_path", main)

@@ -1,0 +1,149 @@
+"""Time to first token of vLLM on a CPU, with the KV of the prompt behind links of several bandwidths.
+
+    python benchmarks/vllm_ttft.py --json F --plot F.png
+
+Each policy is an OpenAI server of its own, asked over HTTP: `cold` without a connector, `exact` and `adaptive` with the
+connector of this project, `lmcache-raw` and `lmcache-fp8` with LMCache's server and Redis. The stores are in a network
+namespace behind a link that the kernel shapes (needs root). Needs `make install vllm-env` and
+`python benchmarks/peers/install.py lmcache_vllm`.
+
+The result is written after every link, so a run that is ended keeps what it has. Rows and samples are described in
+docs/benchmarks.md.
+"""
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from kvstore_bench import write_results
+from kvstore_bench.cli.tables import require_outputs, result_table
+from kvstore_bench.demo.document import read_document
+from kvstore_bench.shaping.netns import NetworkNamespace
+from kvstore_bench.vllm.calibration import publish_in_process
+from kvstore_bench.vllm.engine import EngineOptions
+from kvstore_bench.vllm.links import DEFAULT_LINKS, parse_links
+from kvstore_bench.vllm.models import QWEN, model_folder
+from kvstore_bench.vllm.options import Options
+from kvstore_bench.vllm.plot import plot_vllm
+from kvstore_bench.vllm.policies import POLICIES, Testbed, deployed, policies_named
+from kvstore_bench.vllm.prompts import token_ids, windows
+from kvstore_bench.vllm.rows import rows_of
+from kvstore_bench.vllm.run import Bench, Measured
+from kvstore_bench.vllm.script import run_script
+from kvstore_bench.vllm.targets import targets
+from kvstore_service.cli.stages import Stages
+from kvstore_service.models import SMOLLM2
+
+_STAGES = {"start": "starting vLLM servers", "store": "storing the prompts' KV", "ask": "asking"}
+_COLUMNS = {
+    "tokens": "prompt_tokens",
+    "link": "link",
+    "policy": "policy",
+    "TTFT s": "ttft_s",
+    "least": "ttft_min_s",
+    "most": "ttft_max_s",
+    "of": "rounds",
+    "x cold": "speedup_over_cold",
+    "reused": "reused_tokens",
+    "MB": "MB",
+    "tokens/s": "decode_tokens_per_s",
+    "as cold": "as_cold",
+    "as own hit": "as_hit",
+    "failed": "failed_requests",
+}
+_DIGITS = {"speedup_over_cold": 2, "MB": 2, "decode_tokens_per_s": 1, "reused_tokens": 0, "figure": 2}
+
+
+def main(
+    model: Annotated[
+        str, typer.Option(help=f"{SMOLLM2}, {QWEN}, or a folder with a model in safetensors files.")
+    ] = SMOLLM2,
+    policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(POLICIES),
+    links: Annotated[str, typer.Option(help="Bandwidths, comma-separated.")] = DEFAULT_LINKS,
+    tokens: Annotated[str, typer.Option(help="Lengths of prompts, comma-separated.")] = "2000,4000",
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    texts: Annotated[int, typer.Option(min=1, help="Different prompts of each length.")] = 3,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 16,
+    minutes: Annotated[
+        float | None, typer.Option(help="No request begins that would end later, from the first round on.")
+    ] = None,
+    document: Annotated[
+        Path | None, typer.Option(help="Text of the prompts. Default: a chapter of Python's reference.")
+    ] = None,
+    vllm_options: Annotated[str, typer.Option(help="Further options of all vLLM servers.")] = "",
+    logs: Annotated[Path | None, typer.Option(help="Folder that keeps the servers' logs.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot")] = None,
+) -> None:
+    require_outputs(json_file, plot)
+    folder = model_folder(model)
+    options = Options(
+        model=folder,
+        model_name=folder.name,
+        links=parse_links(links),
+        tokens=[int(part) for part in tokens.split(",")],
+        rounds=rounds,
+        texts=texts,
+        answer_tokens=answer_tokens,
+        budget_s=None if minutes is None else 60 * minutes,
+        vllm_options=tuple(vllm_options.split()),
+    )
+    chosen = policies_named(policies)
+    prompts = windows(token_ids(folder, read_document(document)), options.tokens, texts)
+    measured = Measured()
+    keep = partial(_keep, options, json_file, plot)
+    console = Console()
+    with ExitStack() as stack:
+        work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
+        work.mkdir(parents=True, exist_ok=True)
+        stages = stack.enter_context(Stages(console, _STAGES))
+        link = stack.enter_context(NetworkNamespace(None))
+        engine = EngineOptions(folder, max(options.tokens) + answer_tokens + 128, extra=options.vllm_options)
+        testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder))
+        started = stack.enter_context(deployed(testbed, chosen, stages))
+        measured.left_out = started.left_out
+        bench = Bench(options, link, started.running, prompts, stages, keep, measured)
+        bench.prepare()
+        bench.measure()
+    _show(console, measured)
+
+
+def _keep(options: Options, json_file: Path | None, plot: Path | None, measured: Measured) -> None:
+    rows = rows_of(measured.samples, measured.left_out)
+    said = asdict(options) | {"model": options.model_name, "complete_rounds": measured.complete_rounds}
+    meta = {"options": said, "left_out": measured.left_out, "notes": measured.notes}
+    samples = [sample.row() for sample in measured.samples]
+    write_results(rows, json_file, meta, targets=targets(rows), samples=samples)
+    if plot is not None:
+        plot_vllm(rows, plot)
+
+
+def _show(console: Console, measured: Measured) -> None:
+    rows: list[dict[str, Any]] = [
+        row
+        | {
+            "MB": None if row["link_bytes"] is None else row["link_bytes"] / 1e6,
+            "as_cold": f"{row['answers_same_as_cold']}/{row['answers_compared']}",
+            "as_hit": f"{row['answers_same_as_memory_hit']}/{row['answers_compared_with_memory_hit']}",
+        }
+        for row in rows_of(measured.samples, measured.left_out)
+        if "link" in row
+    ]
+    if rows:
+        console.print(result_table("seconds to the first token, medians", _COLUMNS, rows, _DIGITS))
+    goals = targets(rows)
+    columns = {"target": "target", "where": "where", "": "figure", "wanted": "wanted", "met?": "met"}
+    if goals:
+        console.print(result_table("what the connector has to show", columns, goals, _DIGITS))
+    for name, why in measured.left_out.items():
+        console.print(f"without {name}: {why}", soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    run_script("vllm_ttft", main)
