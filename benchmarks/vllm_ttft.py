@@ -7,8 +7,17 @@ connector of this project, `lmcache-raw` and `lmcache-fp8` with LMCache's server
 namespace behind a link that the kernel shapes (needs root). Needs `make install vllm-env` and
 `python benchmarks/peers/install.py lmcache_vllm`.
 
-The result is written after every link, so a run that is ended keeps what it has. Rows and samples are described in
-docs/benchmarks.md.
+In each round every policy answers behind every link, in turns. Before each request the engine's own prefix cache and
+LMCache's memory are emptied, so that hits come over the link. `exact` and `adaptive` plan with the bandwidth that they
+have seen, so they get one request after each change of the link that is not counted. A policy that takes 3 times as
+long as `cold`, and more than 10 s, is asked in the first two rounds only. The result is written after every link, so a
+run that is ended keeps what it has.
+
+Rows: {prompt_tokens, link, bandwidth_bps (null: unshaped), policy, rounds, ttft_s (median), ttft_min_s, ttft_max_s,
+ttft_q1_s, ttft_q3_s, cold_ttft_s, speedup_over_cold, first_ttft_after_link_change_s, reused_tokens, link_bytes (to the
+engine, with packet headers), decode_tokens_per_s, answers_compared, answers_same_as_cold, answers_same_as_memory_hit,
+failed_requests, failure}. An answer is compared with that of a cold run, and with that of vLLM's own prefix cache when
+it reuses as many tokens. `samples` has every request, `targets` what the connector has to show.
 """
 
 import tempfile
@@ -130,7 +139,7 @@ def _show(console: Console, measured: Measured) -> None:
         | {
             "MB": None if row["link_bytes"] is None else row["link_bytes"] / 1e6,
             "as_cold": f"{row['answers_same_as_cold']}/{row['answers_compared']}",
-            "as_hit": f"{row['answers_same_as_memory_hit']}/{row['answers_compared_with_memory_hit']}",
+            "as_hit": f"{row['answers_same_as_memory_hit']}/{row['answers_compared']}",
         }
         for row in rows_of(measured.samples, measured.left_out)
         if "link" in row

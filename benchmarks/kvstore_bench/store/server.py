@@ -1,8 +1,8 @@
 """The servers that are measured, each a process of its own that ends with its stdin.
 
-python -m kvstore_bench.store.server kvstore [HOST [PORT]] | raw-tcp
+python -m kvstore_bench.store.server kvstore [HOST [PORT [BYTES]]] | raw-tcp
 
-HOST and PORT are the coordinator's; the node listens on the same host.
+HOST and PORT are the coordinator's; the node listens on the same host and has BYTES of memory.
 """
 
 import socket
@@ -28,8 +28,8 @@ def main() -> None:
         print(f"{HOST}:{listener.getsockname()[1]}", flush=True)
         sys.stdin.read()
     else:
-        host = sys.argv[2] if len(sys.argv) > 2 else HOST
-        serve_kvstore(host, int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+        host, port, size_bytes = (*sys.argv[2:], *(HOST, "0", str(MEMORY_BYTES))[len(sys.argv) - 2 :])
+        serve_kvstore(host, int(port), int(size_bytes))
 
 
 def accept(listener: socket.socket) -> None:
@@ -60,7 +60,7 @@ def serve_raw(stream: ByteStream) -> None:
             stream.send([values[key]], PATIENCE_S)
 
 
-def serve_kvstore(host: str, port: int) -> None:
+def serve_kvstore(host: str, port: int, size_bytes: int) -> None:
     """A storage node as `kvstore serve` runs it, but without Ray, and a coordinator that knows it."""
     from kvstore_api.placement import Member
     from kvstore_cluster.arena import Arena
@@ -74,7 +74,7 @@ def serve_kvstore(host: str, port: int) -> None:
     from kvstore_service.grpc_storage import serve_storage
     from kvstore_service.listen import Address
 
-    arena = Arena(MEMORY_BYTES)
+    arena = Arena(size_bytes)
     while arena.populate():
         pass
     node = StorageNode("node-0", arena)

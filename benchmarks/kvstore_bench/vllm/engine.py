@@ -19,6 +19,9 @@ VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 START_S = 600.0
 """A first start compiles the model."""
 _MODEL = "model"
+_BLOCK_TOKENS = 128
+"""vLLM's default on a CPU."""
+
 _PRELOADED = ("lib/libiomp5.so",)
 _TCMALLOC = "libtcmalloc_minimal.so.4"
 
@@ -30,10 +33,15 @@ class EngineOptions:
     model: Path
     """Folder with the weights in safetensors files."""
     max_model_tokens: int
-    kv_cache_gib: int = 1
+    kv_cache_prompts: int = 4
+    """Longest prompts that fit into the engine's own KV cache. Small, because all engines are in memory together."""
     dtype: str = "bfloat16"
     extra: tuple[str, ...] = ()
     """Further options of vLLM's server."""
+
+    @property
+    def kv_cache_blocks(self) -> int:
+        return self.kv_cache_prompts * -(-self.max_model_tokens // _BLOCK_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +68,12 @@ class Engine:
             *("--port", str(self.completions.port), "--model", str(options.model)),
             *("--served-model-name", _MODEL, "--dtype", options.dtype),
             *("--max-model-len", str(options.max_model_tokens), "--max-num-seqs", "16"),
+            *("--block-size", str(_BLOCK_TOKENS), "--num-gpu-blocks-override", str(options.kv_cache_blocks)),
             *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log", *options.extra),
         ]
         if connector is not None:
             command += ["--kv-transfer-config", json.dumps(dict(connector.transfer))]
-        environment = vllm_environment(python, options.kv_cache_gib)
+        environment = vllm_environment(python)
         environment |= dict(connector.environment) if connector is not None else {}
         self._process = ServerProcess(name, command, folder / f"{name}.log", environment)
 
@@ -94,7 +103,7 @@ class Engine:
         self.close()
 
 
-def vllm_environment(python: Path, kv_cache_gib: int) -> dict[str, str]:
+def vllm_environment(python: Path) -> dict[str, str]:
     """Environment variables for vLLM on this machine's CPU, with the libraries preloaded that make it faster."""
     venv = python.parent.parent
     libraries = [str(venv / name) for name in _PRELOADED if (venv / name).exists()]
@@ -104,7 +113,7 @@ def vllm_environment(python: Path, kv_cache_gib: int) -> dict[str, str]:
         "LD_PRELOAD": ":".join(libraries),
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
         "OMP_NUM_THREADS": str(cores),
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # for the request that empties the engine's own prefix cache

@@ -9,8 +9,8 @@ from kvstore_bench.vllm.completions import CompletionError
 from kvstore_bench.vllm.engine import Connector
 from kvstore_bench.vllm.process import ServerProcess, accepts_connections, free_port
 
-L1_GIB = 2
-_START_S = 120.0
+L1_GIB = 1
+_START_S = 300.0
 _CLEAR_S = 60.0
 
 

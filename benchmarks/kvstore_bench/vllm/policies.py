@@ -1,6 +1,5 @@
 """What is compared: engines, each with what it needs at both ends of the link."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ class Testbed:
 
 class Store(Protocol):
     def stored(self) -> int:
-        """Number of stored objects. Goes over the link."""
+        """Number of stored objects. Goes over the link. Raises ServiceError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +71,7 @@ def kvstore_connector(address: str, folder: Path, settings: Mapping[str, Any]) -
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"address": address, "cache_dir": str(folder), **settings},
-        },
-        {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+        }
     )
 
 
@@ -119,7 +117,7 @@ def _lmcache(serde: str | None) -> Deploy:
 POLICIES: Mapping[str, Deploy] = {
     COLD: _cold,
     "exact": _kvstore({"encoding": "exact-zstd", "floor": "exact"}),
-    "adaptive": _kvstore({"encoding": f"exact-zstd,{LOSSY}", "floor": "medium"}, lossy=True),
+    "adaptive": _kvstore({"encoding": LOSSY, "floor": "medium"}, lossy=True),
     "lmcache-raw": _lmcache(None),
     "lmcache-fp8": _lmcache("fp8"),
 }

@@ -87,7 +87,6 @@ def _row(
         ),
         "answers_compared": sum(sample.same_as_cold is not None for sample in answered),
         "answers_same_as_cold": sum(sample.same_as_cold is True for sample in answered),
-        "answers_compared_with_memory_hit": sum(s.same_as_memory_hit is not None for s in answered),
         "answers_same_as_memory_hit": sum(sample.same_as_memory_hit is True for sample in answered),
         "failed_requests": len(failures),
         "failure": failures[-1] if failures else left_out,

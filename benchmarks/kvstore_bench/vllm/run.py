@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from kvstore_bench.shaping.netns import NetworkNamespace
 from kvstore_bench.vllm.completions import Answer, CompletionError
+from kvstore_bench.vllm.links import link_name
 from kvstore_bench.vllm.options import Options
-from kvstore_bench.vllm.policies import COLD, LEARNING_POLICIES, Deployment
+from kvstore_bench.vllm.policies import COLD, LEARNING_POLICIES, Deployment, Store
 from kvstore_bench.vllm.prompts import Prompt
 from kvstore_bench.vllm.rows import Sample
 from kvstore_codec.errors import ServiceError
@@ -17,6 +18,8 @@ _QUIET_S, _QUIET_LIMIT_S = 0.3, 120.0
 """A request is sent when the link has been silent for so long; what is still under way belongs to the last request."""
 _STORED_S, _STORED_LIMIT_S = 5.0, 300.0
 """Everything counts as stored when the store has not grown for so long."""
+_STORE_ATTEMPTS = 5
+"""A connector may store nothing at first, because it is still getting what it needs."""
 _SLOWER, _SLOWER_S, _ROUNDS_OF_SLOWER = 3.0, 10.0, 2
 """A policy that took so many times as long as a cold run, and so many seconds, is asked in the first rounds only."""
 _FAILURES = 3
@@ -52,7 +55,7 @@ class Bench:
         self._options, self._link, self._prompts = options, link, prompts
         self._deployments = dict(deployments)
         self._report, self._keep, self.measured = report, keep, measured
-        self._references: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self._references: dict[tuple[int, int, int], tuple[int, ...] | None] = {}
         self._in_a_row: dict[str, int] = {}
         self._cell_s: dict[tuple[int, float | None], float] = {}
         self._began_s = time.monotonic()
@@ -82,26 +85,42 @@ class Bench:
                 began_s = time.monotonic()
                 self._cell(number, tokens, bandwidth_bps)
                 self._cell_s[tokens, bandwidth_bps] = time.monotonic() - began_s
+                self._say(number, tokens, bandwidth_bps)
                 self._keep(self.measured)
             self.measured.complete_rounds = number + 1
         self._report.advance("ask", steps, steps)
         self._keep(self.measured)
 
+    def _say(self, number: int, tokens: int, bandwidth_bps: float | None) -> None:
+        about = (number, tokens, bandwidth_bps)
+        said = [
+            f"{sample.policy} {sample.ttft_s:.2f} s"
+            if sample.ttft_s is not None
+            else f"{sample.policy} failed"
+            for sample in self.measured.samples
+            if (sample.round, sample.prompt_tokens, sample.bandwidth_bps) == about and sample.counted
+        ]
+        where = f"round {number + 1}, {tokens} tokens, {link_name(bandwidth_bps)}"
+        self._report.note(f"{where}: {', '.join(said)}")
+
     def _store(self, deployment: Deployment) -> None:
-        for prompts in self._prompts.values():
-            for prompt in prompts:
+        missing = [prompt for prompts in self._prompts.values() for prompt in prompts]
+        for _ in range(_STORE_ATTEMPTS):
+            for prompt in missing:
                 deployment.forget()
                 self._ask(deployment, prompt)
-        if deployment.store is None:
-            return
-        deadline, last, since_s = time.monotonic() + _STORED_LIMIT_S, -1, time.monotonic()
-        while time.monotonic() < min(deadline, since_s + _STORED_S):
-            if (stored := deployment.store.stored()) != last:
-                last, since_s = stored, time.monotonic()
-            time.sleep(0.2)
-        if not last:
-            raise CompletionError("the store stayed empty")
-        self.measured.notes.append(f"{deployment.name} stored {last} objects")
+            if deployment.store is None:
+                return
+            stored = _final_size(deployment.store)
+            missing = [prompt for prompt in missing if not self._is_reused(deployment, prompt)]
+            if not missing:
+                self.measured.notes.append(f"{deployment.name} stored {stored} objects")
+                return
+        raise CompletionError(f"{len(missing)} prompts are not reused, with {stored} objects in the store")
+
+    def _is_reused(self, deployment: Deployment, prompt: Prompt) -> bool:
+        deployment.forget()
+        return self._ask(deployment, prompt).reused_tokens > 0
 
     def _cell(self, number: int, tokens: int, bandwidth_bps: float | None) -> None:
         """Each policy once, beginning with another one in each round."""
@@ -134,17 +153,17 @@ class Bench:
             before = self._link.bytes_from_inside
             answer = self._ask(deployment, prompt)
             link_bytes = self._link.bytes_from_inside - before
-            cold, memory = self._reference(prompt, 0), self._reference(prompt, answer.reused_tokens)
         except CompletionError as error:
             return Sample(*about, None, failure=str(error), counted=counted)
+        cold, memory = self._reference(prompt, 0), self._reference(prompt, answer.reused_tokens)
         return Sample(
             *about,
             answer.ttft_s,
             answer.reused_tokens,
             link_bytes,
             answer.decode_tokens_per_s,
-            answer.tokens == cold,
-            answer.tokens == memory,
+            None if cold is None else answer.tokens == cold,
+            None if memory is None else answer.tokens == memory,
             counted=counted,
         )
 
@@ -152,18 +171,20 @@ class Bench:
         options = self._options
         return deployment.completions.complete(prompt.ids, options.answer_tokens, options.silence_s)
 
-    def _reference(self, prompt: Prompt, reused_tokens: int) -> tuple[int, ...]:
-        """What vLLM answers when its own prefix cache has so many tokens of the prompt. Raises CompletionError."""
+    def _reference(self, prompt: Prompt, reused_tokens: int) -> tuple[int, ...] | None:
+        """What vLLM answers when its own prefix cache has so many tokens of the prompt; None where it cannot have just
+        as many."""
         key = len(prompt.ids), prompt.text, reused_tokens
         if key not in self._references:
-            engine = self._deployments[COLD].completions
-            engine.forget()
-            if reused_tokens:
-                engine.complete(prompt.ids[:reused_tokens], 1, self._options.silence_s)
-            answer = engine.complete(prompt.ids, self._options.answer_tokens, self._options.silence_s)
-            if answer.reused_tokens != reused_tokens:
-                raise CompletionError(f"vLLM reused {answer.reused_tokens} tokens instead of {reused_tokens}")
-            self._references[key] = answer.tokens
+            engine, silence_s = self._deployments[COLD].completions, self._options.silence_s
+            try:
+                engine.forget()
+                if reused_tokens:
+                    engine.complete(prompt.ids[:reused_tokens], 1, silence_s)
+                answer = engine.complete(prompt.ids, self._options.answer_tokens, silence_s)
+            except CompletionError:
+                return None
+            self._references[key] = answer.tokens if answer.reused_tokens == reused_tokens else None
         return self._references[key]
 
     def _wait_for_a_silent_link(self) -> None:
@@ -206,3 +227,13 @@ class Bench:
             return True
         needed_s = self._cell_s.get((tokens, bandwidth_bps), 0.0)
         return time.monotonic() - self._began_s + needed_s < budget_s
+
+
+def _final_size(store: Store) -> int:
+    """Number of stored objects when it has not grown for a while."""
+    deadline, last, since_s = time.monotonic() + _STORED_LIMIT_S, -1, time.monotonic()
+    while time.monotonic() < min(deadline, since_s + _STORED_S):
+        if (stored := store.stored()) != last:
+            last, since_s = stored, time.monotonic()
+        time.sleep(0.2)
+    return last

@@ -75,7 +75,7 @@ def _serve(
         *("--kv-transfer-config", json.dumps(dict(connector.transfer))),
     )
     print(f"starting vLLM with {folder.name} (the first time takes minutes)", flush=True)
-    server = ServerProcess("vllm", command, logs / "vllm.log", vllm_environment(VLLM_PYTHON, 1))
+    server = ServerProcess("vllm", command, logs / "vllm.log", vllm_environment(VLLM_PYTHON))
     stack.callback(server.close)
     server.wait_until(lambda: accepts_connections(_HOST, port), START_S)
     print(_words(store, port, folder.name), flush=True)

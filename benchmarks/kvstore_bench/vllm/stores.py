@@ -8,12 +8,14 @@ from pathlib import Path
 
 from kvstore_bench.shaping.netns import NetworkNamespace
 from kvstore_bench.vllm.process import ServerProcess, accepts_connections
-from kvstore_codec.errors import StartupError
+from kvstore_codec.errors import ServiceError, StartupError
 from kvstore_service.cluster_stats import cluster_stats
 
-_START_S = 60.0
+_START_S = 180.0
 _COORDINATOR_PORT, _REDIS_PORT = 7420, 6379
-_SYNCHRONOUS_S = 5.0
+_ANSWER_S = 5.0
+_MEMORY_BYTES = 640 << 20
+"""For three prompts of 2,000 and of 4,000 tokens of a small model, in two encodings."""
 
 
 class KVStoreNode:
@@ -22,21 +24,14 @@ class KVStoreNode:
     def __init__(self, link: NetworkNamespace, folder: Path, number: int) -> None:
         """`number` tells several nodes behind the same link apart. Raises StartupError."""
         host, port = link.inside_address, _COORDINATOR_PORT + number
-        command = (
-            *link.command,
-            sys.executable,
-            "-m",
-            "kvstore_bench.store.server",
-            "kvstore",
-            host,
-            str(port),
-        )
+        module = (sys.executable, "-m", "kvstore_bench.store.server")
+        command = (*link.command, *module, "kvstore", host, str(port), str(_MEMORY_BYTES))
         self.address = f"{host}:{port}"
         self._process = ServerProcess(f"store-{number}", command, folder / f"store-{number}.log", os.environ)
         self._process.wait_until(lambda: accepts_connections(host, port), _START_S)
 
     def stored(self) -> int:
-        """Number of stored chunks, each encoding counted."""
+        """Number of stored chunks, each encoding counted. Raises ServiceError."""
         return sum(node.stats.chunks for node in cluster_stats(self.address).nodes)
 
     def close(self) -> None:
@@ -58,11 +53,14 @@ class Redis:
         self._process.wait_until(lambda: accepts_connections(self.host, self.port), _START_S)
 
     def stored(self) -> int:
-        """Number of keys."""
+        """Number of keys. Raises ServiceError."""
         import redis
 
-        with redis.Redis(self.host, self.port, socket_timeout=_SYNCHRONOUS_S) as client:
-            return int(client.dbsize())
+        with redis.Redis(self.host, self.port, socket_timeout=_ANSWER_S) as client:
+            try:
+                return int(client.dbsize())
+            except redis.RedisError as error:
+                raise ServiceError(f"Redis does not answer: {error}") from error
 
     def close(self) -> None:
         self._process.close()

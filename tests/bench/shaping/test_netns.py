@@ -69,6 +69,56 @@ def test_bytes_pass_at_the_rate_and_at_a_new_one(link: NetworkNamespace) -> None
     assert receive_inside(link, size_bytes) < at_50_mbit_s / 2
 
 
+SERVE = """
+import socket, sys
+with socket.create_server((sys.argv[1], 0)) as listener:
+    print(listener.getsockname()[1], flush=True)
+    while True:
+        connected, _ = listener.accept()
+        connected.sendall(bytes(100_000))
+        connected.close()
+"""
+
+
+def receive_from_inside(address: str, port: int, timeout_s: float) -> int:
+    """Bytes that a server inside sends."""
+    with socket.create_connection((address, port), timeout_s) as connected:
+        return sum(iter(lambda: len(connected.recv(1 << 16)), 0))
+
+
+@needs_namespaces
+def test_a_cut_link_carries_nothing_until_it_is_mended() -> None:
+    with NetworkNamespace(None) as link:
+        command = (*link.command, sys.executable, "-c", SERVE, link.inside_address)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            port = int(server.stdout.readline())
+            before = link.bytes_from_inside
+            assert receive_from_inside(link.inside_address, port, 10) == 100_000
+            assert 100_000 < link.bytes_from_inside - before < 120_000
+            link.cut()
+            with pytest.raises(OSError, match=r"timed out|unreachable|No route"):
+                receive_from_inside(link.inside_address, port, 0.5)
+            link.mend()
+            assert receive_from_inside(link.inside_address, port, 10) == 100_000
+            server.kill()
+
+
+@needs_namespaces
+def test_the_shaping_ends_where_a_link_is_to_be_unshaped(link: NetworkNamespace) -> None:
+    def shaped() -> bool:
+        queues = subprocess.run(
+            (*link.command, "tc", "qdisc", "show"), check=True, capture_output=True, text=True
+        )
+        return "tbf" in queues.stdout
+
+    assert shaped()
+    link.set_bandwidth(None)
+    assert not shaped()
+    link.set_bandwidth(MBIT)
+    assert shaped()
+
+
 @needs_namespaces
 def test_there_is_no_other_way_out(link: NetworkNamespace) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
