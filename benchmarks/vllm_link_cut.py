@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
@@ -30,6 +29,7 @@ from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.run import Bench, Measured
 from kvstore_bench.vllm.script import run_script
 from kvstore_service.bandwidth import parse_bandwidth
+from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import SMOLLM2
 
@@ -64,7 +64,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     require_outputs(json_file, None)
-    folder, console = model_folder(model), Console()
+    folder = model_folder(model)
     bandwidth_bps = parse_bandwidth(link)
     options = Options(folder, folder.name, [bandwidth_bps], [tokens], 1, repeats + 1, 1)
     chosen = policies_named(policies)
@@ -75,7 +75,7 @@ def main(
     with ExitStack() as stack:
         work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
         work.mkdir(parents=True, exist_ok=True)
-        stages = stack.enter_context(Stages(console, _STAGES))
+        stages = stack.enter_context(Stages(output(), _STAGES))
         network = stack.enter_context(NetworkNamespace(None))
         testbed = Testbed(
             network,
@@ -105,9 +105,9 @@ def main(
         stages.advance("cut", len(steps), len(steps))
     shown = [row for row in rows if "cold_ttft_s" in row]
     if shown:
-        console.print(result_table("the link was cut in the middle of a load", _COLUMNS, shown))
+        print_table(result_table("the link was cut in the middle of a load", _COLUMNS, shown))
     for name, why in measured.left_out.items():
-        console.print(f"without {name}: {why}", soft_wrap=True, markup=False)
+        print(f"without {name}: {why}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
@@ -29,6 +28,7 @@ from kvstore_bench.vllm.models import QWEN, model_folder
 from kvstore_bench.vllm.policies import Testbed, deployed, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.script import run_script
+from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import SMOLLM2
 
@@ -60,7 +60,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     require_outputs(json_file, None)
-    folder, console = model_folder(model), Console()
+    folder = model_folder(model)
     chosen = policies_named(policies, MISS_POLICIES)
     text = token_ids(folder, calibration_text())
     prompts = windows(text, [tokens], rounds + _WARM_UP)[tokens]
@@ -68,7 +68,7 @@ def main(
     with ExitStack() as stack:
         work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
         work.mkdir(parents=True, exist_ok=True)
-        stages = stack.enter_context(Stages(console, _STAGES))
+        stages = stack.enter_context(Stages(output(), _STAGES))
         link = stack.enter_context(NetworkNamespace(None))
         engine = EngineOptions(folder, tokens + answer_tokens + 128)
         testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder))
@@ -86,9 +86,9 @@ def main(
                 meta = {"model": folder.name, "prompt_tokens": tokens, "answer_tokens": answer_tokens}
                 write_results(miss_rows(answers), json_file, meta | {"left_out": left_out})
         stages.advance("ask", len(prompts), len(prompts))
-    console.print(result_table("nothing is reused", _COLUMNS, miss_rows(answers)))
+    print_table(result_table("nothing is reused", _COLUMNS, miss_rows(answers)))
     for name, why in left_out.items():
-        console.print(f"without {name}: {why}", soft_wrap=True, markup=False)
+        print(f"without {name}: {why}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
@@ -46,6 +45,7 @@ from kvstore_bench.vllm.rows import rows_of
 from kvstore_bench.vllm.run import Bench, Measured
 from kvstore_bench.vllm.script import run_script
 from kvstore_bench.vllm.targets import targets
+from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import SMOLLM2
 
@@ -107,11 +107,10 @@ def main(
     prompts = windows(token_ids(folder, read_document(document)), options.tokens, texts)
     measured = Measured()
     keep = partial(_keep, options, json_file, plot)
-    console = Console()
     with ExitStack() as stack:
         work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
         work.mkdir(parents=True, exist_ok=True)
-        stages = stack.enter_context(Stages(console, _STAGES))
+        stages = stack.enter_context(Stages(output(), _STAGES))
         link = stack.enter_context(NetworkNamespace(None))
         engine = EngineOptions(folder, max(options.tokens) + answer_tokens + 128, extra=options.vllm_options)
         testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder))
@@ -120,7 +119,7 @@ def main(
         bench = Bench(options, link, started.running, prompts, stages, keep, measured)
         bench.prepare()
         bench.measure()
-    _show(console, measured)
+    _show(measured)
 
 
 def _keep(options: Options, json_file: Path | None, plot: Path | None, measured: Measured) -> None:
@@ -133,7 +132,7 @@ def _keep(options: Options, json_file: Path | None, plot: Path | None, measured:
         plot_vllm(rows, plot)
 
 
-def _show(console: Console, measured: Measured) -> None:
+def _show(measured: Measured) -> None:
     rows: list[dict[str, Any]] = [
         row
         | {
@@ -145,13 +144,13 @@ def _show(console: Console, measured: Measured) -> None:
         if "link" in row
     ]
     if rows:
-        console.print(result_table("seconds to the first token, medians", _COLUMNS, rows, _DIGITS))
+        print_table(result_table("seconds to the first token, medians", _COLUMNS, rows, _DIGITS))
     goals = targets(rows)
     columns = {"target": "target", "where": "where", "": "figure", "wanted": "wanted", "met?": "met"}
     if goals:
-        console.print(result_table("what the connector has to show", columns, goals, _DIGITS))
+        print_table(result_table("what the connector has to show", columns, goals, _DIGITS))
     for name, why in measured.left_out.items():
-        console.print(f"without {name}: {why}", soft_wrap=True, markup=False)
+        print(f"without {name}: {why}")
 
 
 if __name__ == "__main__":
