@@ -79,8 +79,8 @@ def demo(
         show.done("cluster", f"cluster listens on {cluster.address}")
 
         job = Job(cluster.address, {}, document, document_tokens, new_tokens, dtype.value)
-        words = show.run("calibration", "publish_calibration", job)
-        show.done("calibration", words)
+        origin = show.run("calibration", "publish_calibration", job)
+        show.done("calibration", origin)
 
         chunks = show.run("worker A", "prefill_and_store", job)
         show.done("worker A", f"worker A prefilled the document and stored {chunks} chunks")
@@ -97,7 +97,7 @@ def demo(
     rows = [_row(run, cold) for run in runs]
     write_results(rows, out / "demo.json", _meta(bandwidth_bps, slow))
     plot_timelines(
-        [TracedRun(_what(run, bandwidth), run.timeline, run.ttft_s) for run in runs], "", out / "demo.png"
+        [TracedRun(_title(run, bandwidth), run.timeline, run.ttft_s) for run in runs], "", out / "demo.png"
     )
     trace = chrome_trace({_path(run.encoding): run.timeline for run in runs})
     (out / "demo.trace.json").write_text(json.dumps(trace))
@@ -105,13 +105,13 @@ def demo(
     for run in runs:
         if run is cold or run.tokens != cold.tokens:
             console.print(f"[bold]answer[/bold] ({_path(run.encoding)})  {escape(run.text.strip())}")
-    sooner = ", ".join(f"{cold.ttft_s / run.ttft_s:.1f}x with {run.encoding}" for run in runs[1:])
-    console.print(f"first token sooner: {sooner}; see {out / 'demo.png'} and {out / 'demo.json'}")
+    speedups = ", ".join(f"{cold.ttft_s / run.ttft_s:.1f}x with {run.encoding}" for run in runs[1:])
+    console.print(f"speed-up of the first token: {speedups}; see {out / 'demo.png'} and {out / 'demo.json'}")
     console.print(
-        f"when each stage worked on which chunk: open {out / 'demo.trace.json'} in https://ui.perfetto.dev"
+        f"timeline of each stage and chunk: open {out / 'demo.trace.json'} in https://ui.perfetto.dev"
     )
     console.print(
-        "medium-klt-pco is lossy, and this calibration small: `kvstore calibrate` makes one from your own text."
+        "medium-klt-pco is lossy, and this calibration is small: `kvstore calibrate` fits a full one to your own text."
     )
 
 
@@ -146,7 +146,7 @@ def _row(run: "Run", cold: "Run") -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="one document, asked again")
+    table = Table(title="one document, a second question")
     for column in ("path", "TTFT", "tokens reused", "bytes moved", "same answer?"):
         table.add_column(column, justify="left" if column == "path" else "right")
     for row in rows:
@@ -164,7 +164,7 @@ def _path(encoding: str | None) -> str:
     return "full prefill" if encoding is None else f"through the service, {encoding}"
 
 
-def _what(run: "Run", bandwidth: str) -> str:
+def _title(run: "Run", bandwidth: str) -> str:
     if run.encoding is None:
         return f"full prefill of {run.prompt_tokens} tokens"
     return f"{run.tokens_reused} of {run.prompt_tokens} tokens reused as {run.encoding} over {bandwidth}"
@@ -221,28 +221,28 @@ class _Steps:
         """Run a function of the worker module in a new process."""
         self.begin(name, f"{name}: starting")
         spawn = multiprocessing.get_context("spawn")
-        said: Queue[str] = spawn.Queue()
-        with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin_worker, initargs=(said,)) as worker:
+        messages: Queue[str] = spawn.Queue()
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin_worker, initargs=(messages,)) as worker:
             result = worker.submit(_in_worker, function, job)
             try:
                 while not result.done():
                     with suppress(Empty):
-                        text = said.get(timeout=0.1)
+                        text = messages.get(timeout=0.1)
                         self._progress.update(self._tasks[name], description=f"{name}: {text}")
             except KeyboardInterrupt:
                 for process in multiprocessing.active_children():
-                    process.terminate()  # what it computes is wanted no more, and would be waited for
+                    process.terminate()  # the executor would wait for its result, which nobody needs any more
                 raise
             return result.result()
 
 
-_said: "Queue[str] | None" = None
-"""Of a worker process: what it reports goes there."""
+_messages: "Queue[str] | None" = None
+"""Queue of progress messages to the command, in a worker process."""
 
 
-def _begin_worker(said: "Queue[str]") -> None:
-    global _said
-    _said = said
+def _begin_worker(messages: "Queue[str]") -> None:
+    global _messages
+    _messages = messages
     end_with_parent(signal.SIGKILL)
 
 
@@ -251,6 +251,6 @@ def _in_worker(function: str, job: "Job") -> Any:
 
     from kvstore_bench.demo import worker
 
-    assert _said is not None  # noqa: S101 (the initialiser ran)
+    assert _messages is not None  # noqa: S101 (the initialiser ran)
     logging.disable_progress_bar()
-    return getattr(worker, function)(job, _said.put)
+    return getattr(worker, function)(job, _messages.put)

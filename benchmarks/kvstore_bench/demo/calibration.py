@@ -1,4 +1,4 @@
-"""The demo's calibration: a small one, made once for the model and its dtype, then cached."""
+"""Fits the small calibration of the demo, once per model and dtype, and caches it."""
 
 import time
 from collections.abc import Callable
@@ -19,32 +19,33 @@ if TYPE_CHECKING:
 
 TOKENS = 8192
 _PASSAGE_TOKENS = 1024
-"""Shorter than what `kvstore calibrate` reads at once: half the time, for a few percent more bytes."""
+"""Shorter passages than those of `kvstore calibrate`. They take half the time, and coded KV is a few percent larger."""
 
 _HELD_OUT = 2
-"""Passages that the steps are measured on."""
+"""Number of passages that quantisation steps are measured on."""
 
 
 def demo_calibration(
     model: "PreTrainedModel", tokenizer: Any, progress: Callable[[str], None]
 ) -> tuple[Calibration, str]:
-    """The cached calibration, or a new one (about a minute on 2 cores); and in words which of them.
+    """Returns a calibration, and a sentence for the user that says where it comes from: the cache, or a new fit, which
+    takes about a minute on 2 cores.
 
     Casts the model to f32. Raises ConfigurationError when the cache folder cannot be written."""
     from kvstore_client.engines.transformers.calibrate import ObservedModel
 
-    progress("describing the model")
+    progress("hashing the model's weights")
     observed = ObservedModel(model)
     folder = default_cache_dir() / "demo" / observed.spec.digest.hex()[:16]
     cached = _cached(folder, observed)
     if cached is not None:
-        return cached, "a small calibration is cached"
+        return cached, "found a small calibration in the cache"
     started = time.monotonic()
-    calibration = _made(observed, tokenizer, progress)
-    _keep(folder, calibration)
+    calibration = _fit(observed, tokenizer, progress)
+    _write(folder, calibration)
     return (
         calibration,
-        f"made a small calibration from {TOKENS:,} tokens in {time.monotonic() - started:.0f} s",
+        f"fitted a small calibration to {TOKENS:,} tokens in {time.monotonic() - started:.0f} s",
     )
 
 
@@ -56,12 +57,12 @@ def _cached(folder: Path, observed: "ObservedModel") -> Calibration | None:
                 calibration = Calibration.from_bytes(data)
                 calibration.require(observed.spec)
                 return calibration
-        except (OSError, CodecError):  # unreadable, or of an older version: made again
+        except (OSError, CodecError):  # unreadable, or of an older version: fit a new one
             continue
     return None
 
 
-def _made(observed: "ObservedModel", tokenizer: Any, progress: Callable[[str], None]) -> Calibration:
+def _fit(observed: "ObservedModel", tokenizer: Any, progress: Callable[[str], None]) -> Calibration:
     import torch
 
     from kvstore_bench.demo.document import calibration_text
@@ -71,11 +72,11 @@ def _made(observed: "ObservedModel", tokenizer: Any, progress: Callable[[str], N
     plan = plan_passages([torch.tensor(ids)], TOKENS, _PASSAGE_TOKENS)
     plan = replace(plan, held_out=plan.held_out[:_HELD_OUT])
     return calibrate(
-        observed, plan, Options(), _Spoken(progress), provenance={"texts": ["pydoc_data.topics"]}
+        observed, plan, Options(), _Messages(progress), provenance={"texts": ["pydoc_data.topics"]}
     )
 
 
-def _keep(folder: Path, calibration: Calibration) -> None:
+def _write(folder: Path, calibration: Calibration) -> None:
     from kvstore_service.calibration import write_calibration
 
     try:
@@ -88,14 +89,14 @@ def _keep(folder: Path, calibration: Calibration) -> None:
         ) from error
 
 
-class _Spoken:
-    """How far a calibration is, in words."""
+class _Messages:
+    """A calibration `Report` that turns each step into a message."""
 
     def __init__(self, progress: Callable[[str], None]) -> None:
         self._progress = progress
 
     def advance(self, stage: str, done: int, total: int) -> None:
-        self._progress(f"making a small calibration, once: {stage} {done}/{total}")
+        self._progress(f"fitting a small calibration (only once): {stage} {done}/{total}")
 
     def note(self, text: str) -> None:
         self._progress(text)

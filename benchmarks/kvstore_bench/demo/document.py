@@ -1,4 +1,4 @@
-"""The document that the demo's workers are asked about."""
+"""The document and the questions of the demo."""
 
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -14,12 +14,13 @@ _DOCUMENT = ("objects", "types")
 
 
 def calibration_text() -> str:
-    """The other chapters of the language reference: prose that comes with every Python, and no line of the document."""
+    """Text to fit the calibration to: the chapters of Python's language reference that are not the default document."""
     return "\n\n".join(text for name, text in sorted(topics.items()) if name not in _DOCUMENT)
 
 
 def read_document(path: Path | None) -> str:
-    """The text of a file, or the chapter on Python's data model that comes with every Python."""
+    """The text of a file, or Python's own documentation of its data model. Raises ConfigurationError for a file that
+    cannot be read."""
     if path is None:
         return "\n\n".join(topics[name] for name in _DOCUMENT)
     try:
@@ -30,7 +31,7 @@ def read_document(path: Path | None) -> str:
 
 
 def prompt_tokens(tokenizer: Any, document: str, question: str, tokens: int) -> list[int]:
-    """A chat prompt of the first `tokens` tokens of the document, followed by the question."""
+    """Token IDs of a chat prompt: the first `tokens` tokens of the document, then the question."""
     body = tokenizer(document, add_special_tokens=False).input_ids[:tokens]
     excerpt = tokenizer.decode(body)
     chat = [{"role": "user", "content": f"Read this document.\n\n{excerpt}\n\n---\n{question}"}]

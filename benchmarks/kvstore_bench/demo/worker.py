@@ -1,4 +1,4 @@
-"""The inference workers of the demo. Each runs in a process of its own, with nothing cached."""
+"""The inference workers of the demo. Each function runs in a new process with empty caches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a worker is to do."""
+    """Task of a worker."""
 
     address: str
+    """Of the coordinator."""
     routes: dict[str, str]
+    """Address that the client dials in place of each endpoint."""
     document: Path | None
     document_tokens: int
     new_tokens: int
@@ -28,16 +30,16 @@ class Job:
 
 
 EXACT, LOSSY = "exact-zstd", "medium-klt-pco"
-"""The encodings that are shown."""
+"""Encodings of the demo."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One answered question."""
+    """One answer to the question, with its measurements."""
 
     path: Literal["cold", "hit"]
     encoding: str | None
-    """of the reused KV"""
+    """Of the reused KV."""
     prompt_tokens: int
     ttft_s: float
     tokens_reused: int
@@ -52,7 +54,8 @@ Progress = Callable[[str], None]
 
 
 def publish_calibration(job: Job, progress: Progress) -> str:
-    """Give the cluster what LOSSY needs; made first if there is none yet. Returns what was done, in words."""
+    """Publishes the calibration that LOSSY needs to the cluster. Fits it first if none is cached. Returns a sentence
+    for the user that says which of these happened."""
     import torch
 
     from kvstore_bench.demo.calibration import demo_calibration
@@ -60,14 +63,14 @@ def publish_calibration(job: Job, progress: Progress) -> str:
     from kvstore_service.models import load_smollm2
 
     progress("loading SmolLM2-135M")
-    calibration, words = demo_calibration(*load_smollm2(getattr(torch, job.dtype)), progress)
+    calibration, origin = demo_calibration(*load_smollm2(getattr(torch, job.dtype)), progress)
     publish.publish_calibration(calibration, job.address)
-    return words
+    return origin
 
 
 def prefill_and_store(job: Job, progress: Progress) -> int:
-    """Worker A: answer a first question about the document and store its KV, in both encodings. Returns the chunks
-    stored."""
+    """Worker A: answers a first question about the document and stores the document's KV in both encodings. Returns the
+    number of stored chunks."""
     from kvstore_bench.demo.document import FIRST_QUESTION
 
     stored = 0
@@ -83,19 +86,19 @@ def prefill_and_store(job: Job, progress: Progress) -> int:
 
 
 def answer_thrice(job: Job, progress: Progress) -> tuple[Run, ...]:
-    """Worker B: answer another question about the document, by full prefill, and through the service in both
-    encodings."""
+    """Worker B: answers another question about the document three times: after a full prefill, and with reused KV in
+    each encoding."""
     from kvstore_bench.demo.document import SECOND_QUESTION
 
     session = _Session(job, progress)
     prompt = session.prompt(SECOND_QUESTION)
-    progress("warming up")  # on other text of the same length: the first prefill of a process is slow
+    progress("warming up")  # on other text of the same length, because the first prefill of a process is slow
     session.cold(prompt[::-1])
     progress("answering by full prefill")
     runs = [session.cold(prompt)]
     for encoding in (EXACT, LOSSY):
         with session.connected(encoding) as cached:
-            progress(f"getting what {encoding} needs")  # a machine gets a calibration once
+            progress(f"fetching what {encoding} needs")  # a calibration is fetched once per machine
             cached.client.prepare(cached.spec).result()
             progress(f"answering through the service, {encoding}")
             runs.append(session.reusing(cached, prompt))
@@ -103,7 +106,7 @@ def answer_thrice(job: Job, progress: Progress) -> tuple[Run, ...]:
 
 
 class _Session:
-    """A loaded model, plain and wrapped."""
+    """A loaded model and the document."""
 
     def __init__(self, job: Job, progress: Progress) -> None:
         import torch
@@ -118,7 +121,7 @@ class _Session:
 
     @contextmanager
     def connected(self, encoding: str) -> "Iterator[CachedModel]":
-        """The model behind a client of its own, which stores and accepts that encoding alone."""
+        """The model with a new client that stores and accepts only this encoding."""
         from kvstore_client import connect
         from kvstore_client.engines.transformers import CachedModel
 
@@ -127,7 +130,7 @@ class _Session:
             routes=self._job.routes,
             encoding=encoding,
             accept=(encoding,),
-            fetch_policy="fixed",  # it is this encoding that is shown
+            fetch_policy="fixed",  # the demo shows this encoding, even where computing is faster
         ) as client:
             cached = CachedModel(self._model, client)
             try:
@@ -136,17 +139,19 @@ class _Session:
                 cached.close()
 
     def prompt(self, question: str) -> list[int]:
+        """Token IDs of the prompt. Raises ConfigurationError for a prompt of fewer than two chunks."""
         from kvstore_bench.demo.document import prompt_tokens
 
         prompt = prompt_tokens(self._tokenizer, self._document, question, self._job.document_tokens)
         if len(prompt) < 2 * CHUNK_TOKENS:
             raise ConfigurationError(
-                f"the document makes a prompt of {len(prompt)} tokens, and only full chunks of {CHUNK_TOKENS} are "
-                "reused; choose a longer --document"
+                f"the prompt with this document has {len(prompt)} tokens, but needs {2 * CHUNK_TOKENS}, because only "
+                f"full chunks of {CHUNK_TOKENS} tokens are reused; choose a longer --document"
             )
         return prompt
 
     def cold(self, prompt: list[int]) -> Run:
+        """Answers after a full prefill."""
         first = FirstTokenTimer()
         output = self._model.generate(self._batch(prompt), streamer=first, **self._decoding)
         timeline = Timeline()
@@ -155,6 +160,7 @@ class _Session:
         return Run("cold", None, len(prompt), first.ttft_s, 0, 0, answer, text, timeline)
 
     def reusing(self, cached: "CachedModel", prompt: list[int]) -> Run:
+        """Answers with KV that the service has."""
         first = FirstTokenTimer()
         output = cached.generate(self._batch(prompt), streamer=first, **self._decoding)
         report = cached.last_report

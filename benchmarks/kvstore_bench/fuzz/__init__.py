@@ -1,1 +1,1 @@
-"""Hostile chunks: mutants that know the format and repair every checksum, and what decoding them twice shows."""
+"""Fuzzes the chunk decoder with mutants: damaged chunks whose checksums are correct again. Decodes each one twice."""

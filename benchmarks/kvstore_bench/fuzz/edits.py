@@ -1,4 +1,4 @@
-"""Edits of one frame's bytes: without knowing them, and as pictures of HEVC."""
+"""Random edits of one frame: of its bytes, of its numbers, or of its HEVC stream."""
 
 import itertools
 import random
@@ -8,20 +8,20 @@ from collections.abc import Callable, Sequence
 from kvstore_codec.coders.hevc.bitstream import PARAMETER_SETS, Unit, nal_units
 from kvstore_codec.errors import ChunkFormatError
 
-# The header of a video parameter set, which every stream begins with.
+# Start code and header of a video parameter set. Every stream begins with them.
 _STREAM_START = b"\0\0\1\x40\1"
 _EXTREME_U32 = (0, 1, 127, 128, 255, 256, 65_535, 65_536, 2**31 - 1, 2**31, 2**32 - 1)
 _EXTREME_F32 = (0.0, -1.0, 1e-45, 1e-30, 1e30, 3e38, float("inf"), float("-inf"), float("nan"))
 
 
 def flip(rng: random.Random, data: bytearray, first: int = 0) -> None:
-    """A bit behind `first`."""
+    """Flips one bit at or after offset `first`."""
     if len(data) > first:
         data[rng.randrange(first, len(data))] ^= 1 << rng.randrange(8)
 
 
 def edit_bytes(rng: random.Random, data: bytearray, first: int = 0) -> None:
-    """One to four edits behind `first`: bits, other bytes, cuts, insertions, repeated and moved stretches."""
+    """Makes one to four edits at or after offset `first`. An edit changes, removes, inserts or repeats bytes."""
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(first, max(first + 1, len(data)))
         length = rng.randint(1, 8)
@@ -43,7 +43,8 @@ def edit_bytes(rng: random.Random, data: bytearray, first: int = 0) -> None:
 
 
 def edit_number(rng: random.Random, data: bytearray, first: int = 0) -> None:
-    """An extreme number in the first bytes behind `first`, where lengths, counts, steps and tilings stand."""
+    """Writes an extreme number into the first 48 bytes from offset `first`, where lengths, counts, steps and tilings
+    are stored."""
     if len(data) <= first:
         return
     at = min(first + rng.randrange(48), len(data) - 1)
@@ -58,11 +59,12 @@ def edit_number(rng: random.Random, data: bytearray, first: int = 0) -> None:
 
 
 def has_video(frame: bytes) -> bool:
+    """Whether the frame contains an HEVC stream."""
     return _STREAM_START in frame
 
 
 def edit_video(rng: random.Random, frame: bytearray, other: bytes) -> None:
-    """One to three edits of the stream in a frame; some take units from the stream in the frame `other`."""
+    """Makes one to three edits of the HEVC stream in `frame`. Some insert NAL units of the frame `other`."""
     start = _stream_start(frame)
     units = _units(bytes(frame[start:]))
     for _ in range(rng.randint(1, 3)):
@@ -73,7 +75,7 @@ def edit_video(rng: random.Random, frame: bytearray, other: bytes) -> None:
 def _flip_in_slice(rng: random.Random, units: list[bytearray], _: bytes) -> None:
     slices = [unit for unit in units if not _is_parameter_set(unit)]
     if slices:
-        # Flags of the slice and then entropy-coded data: behind the first bytes everything decodes to something.
+        # A slice has flags and then entropy-coded data. Any entropy-coded data decodes to some picture.
         flip(rng, rng.choice(slices), rng.choice((5, 5, 12)))
 
 
@@ -113,7 +115,7 @@ def _take_from_other(rng: random.Random, units: list[bytearray], other: bytes) -
 
 
 def _rename(rng: random.Random, units: list[bytearray], _: bytes) -> None:
-    """Another type of unit, or another layer."""
+    """Changes the type of a unit, or its layer."""
     unit = units[rng.randrange(len(units))]
     if len(unit) > 4:
         unit[rng.choice((3, 4))] = rng.randrange(256)
@@ -145,10 +147,10 @@ def _stream_start(frame: bytes | bytearray) -> int:
 
 
 def _units(stream: bytes) -> list[bytearray]:
-    """Every unit with its start code; at least one."""
+    """The NAL units of the stream, each with its start code. At least one."""
     try:
         found: list[Unit] = list(nal_units(stream))
-    except ChunkFormatError:  # the two bytes of a start code at the very end
+    except ChunkFormatError:  # the stream ends within a start code
         return [bytearray(stream)]
     starts = [unit.start for unit in found] + [len(stream)]
     return [bytearray(stream[start:end]) for start, end in itertools.pairwise(starts)]

@@ -1,5 +1,8 @@
-"""What decoding mutants shows. A batch is decoded forwards and then backwards, into tensors filled differently, with
-sound chunks in between: what comes from anywhere but a mutant's own bytes differs from one time to the other."""
+"""Decodes mutants and judges the results.
+
+A batch is decoded in order, then valid chunks, and then the batch in reverse order, each time into tensors with other
+initial values. A decoder that uses anything but the mutant's own bytes then returns different KV the second time.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,23 +19,25 @@ from kvstore_codec.codec import decode_frames
 from kvstore_codec.errors import KVStoreError, SampleMismatchError
 
 BATCH = 32
-# A client decodes chunks of its model's shape only; here a mutant may claim any shape up to so many values. The largest
-# seeds have 16,384.
+# Largest KV that is decoded, in values. The largest seeds have 16,384. A client has no such limit, because it decodes
+# only chunks of its model's shape.
 _MOST_VALUES = 1 << 16
 _FORWARDS, _BACKWARDS = -7.0, 11.0
 
 
 class Verdict(StrEnum):
     REFUSED = "refused"
-    """with one of the project's own errors, both times"""
+    """Raised one of the project's own errors, both times."""
     SOUND = "sound"
-    """the KV of the seed, both times: the mutation is without effect"""
+    """Decoded to the KV of the seed, both times: the mutation has no effect."""
     OTHER = "other KV"
-    """KV that was not the seed's, the same both times: what every decoder makes of that chunk"""
+    """Decoded to other KV than the seed's, the same both times."""
     UNSTEADY = "refused once"
+    """Raised one of the project's own errors, but only once."""
     DIFFERENT = "decoded differently"
-    """two times decoded, to different KV"""
+    """Decoded both times, to different KV."""
     FOREIGN = "foreign exception"
+    """Raised an exception that is not the project's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +45,13 @@ class Judgement:
     mutant: Mutant
     verdict: Verdict
     detail: str
-    """the error, or what differed"""
+    """The error, or the two digests of different KV."""
     slowest_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """`kv` is a digest of the decoded tensors; None where `refusal` says why there are none."""
+    """Result of one decoding. `kv` is a digest of the decoded tensors, or None when decoding raised `refusal`."""
 
     kv: int | None
     refusal: str
@@ -55,13 +60,13 @@ class _Outcome:
 
 
 def judge_batch(run_seed: int, batch: int, begins: Callable[[int], None]) -> list[Judgement]:
-    """Of the mutants from `batch * BATCH` on; `begins` is told the number of each that is decoded next."""
+    """Judges the mutants from number `batch * BATCH` on. Calls `begins` with a mutant's number before decoding it."""
     found: list[Mutant] = []
     for number in range(batch * BATCH, (batch + 1) * BATCH):
         begins(number)
-        found.append(_signed_by_its_writer(mutant(run_seed, number)))
+        found.append(_with_writers_checksum(mutant(run_seed, number)))
     forwards = [_observed(each, _FORWARDS, begins) for each in found]
-    _check_sound_chunks(found[-1].seed, batch)
+    _check_valid_chunks(found[-1].seed, batch)
     backwards = [_observed(each, _BACKWARDS, begins) for each in reversed(found)]
     return [
         _judgement(each, first, second)
@@ -70,9 +75,9 @@ def judge_batch(run_seed: int, batch: int, begins: Callable[[int], None]) -> lis
 
 
 def check_seeds() -> None:
-    """Decode every seed once. Raises AssertionError for one that does not decode to what it did the first time."""
+    """Decodes every seed. Raises AssertionError for a seed that decodes to other KV than the first time."""
     for seed in seeds():
-        _require_sound(seed)
+        _require_valid(seed)
 
 
 def _judgement(found: Mutant, first: _Outcome, second: _Outcome) -> Judgement:
@@ -102,17 +107,17 @@ def _outcome(data: bytes, fill: float) -> _Outcome:
         kv = _decoded(data, fill)
     except KVStoreError as error:
         refusal = type(error).__name__
-    except Exception as error:  # any other is what is looked for
+    except Exception as error:  # what the fuzzer looks for
         refusal, foreign = f"{type(error).__name__}: {error}"[:200], True
     return _Outcome(kv, refusal, foreign, time.perf_counter() - started_s)
 
 
 class _TooLargeError(KVStoreError):
-    """More KV than a client of the seeds' model would make room for."""
+    """The chunk claims more than `_MOST_VALUES` values."""
 
 
 def _decoded(data: bytes, fill: float) -> int:
-    """A digest of the chunk's KV, decoded into tensors filled with `fill`."""
+    """Decodes the chunk into tensors filled with `fill`. Returns a digest of its KV."""
     header = verify_chunk(data, len(data))
     geometry = header.geometry
     shape = geometry.layers, geometry.kv_heads, geometry.tokens, geometry.head_dim
@@ -137,32 +142,33 @@ def _digest(tensors: Sequence[torch.Tensor]) -> int:
     return int(hasher.intdigest())
 
 
-def _check_sound_chunks(seed: Seed, turn: int) -> None:
-    """Decode the chunk of another tenant in this seed's encoding, and two others: decoders work on after mutants, and
-    have traces of other tenants in all their memory."""
+def _check_valid_chunks(seed: Seed, turn: int) -> None:
+    """Decodes another tenant's chunk in this seed's encoding, and two others. Raises AssertionError when decoding the
+    mutants has changed the result. Also leaves KV of other tenants in the decoders' memory."""
     neighbour = next(other for other in seeds() if other.name == seed.name and other.tenant != seed.tenant)
     for each in (neighbour, seeds()[turn % len(seeds())], seeds()[-1 - turn % 10]):
-        _require_sound(each)
+        _require_valid(each)
 
 
-def _require_sound(seed: Seed) -> None:
+def _require_valid(seed: Seed) -> None:
     if _outcome(seed.data, 0.0).kv != _expected(seed):
-        raise AssertionError(f"a sound chunk of {seed.name} does not decode to its KV any more")
+        raise AssertionError(f"a valid chunk of {seed.name} no longer decodes to its KV")
 
 
 _EXPECTED: dict[tuple[str, int], int] = {}
 
 
 def _expected(seed: Seed) -> int:
-    """What it decoded to when it was first decoded."""
+    """Digest of the KV that the seed decoded to the first time."""
     key = seed.name, seed.tenant
     if key not in _EXPECTED:
         _EXPECTED[key] = _decoded(seed.data, 0.0)
     return _EXPECTED[key]
 
 
-def _signed_by_its_writer(found: Mutant) -> Mutant:
-    """A RESIGNED mutant with the checksum of what its writer's decoder makes of it; unchanged where that refuses it."""
+def _with_writers_checksum(found: Mutant) -> Mutant:
+    """Replaces the sample checksum of a RESIGNED mutant by the checksum of the samples it decodes to. Returns any other
+    mutant, and one that cannot be decoded, unchanged."""
     if found.kind is not Kind.RESIGNED:
         return found
     try:

@@ -1,4 +1,4 @@
-"""Mutants of chunks as a hostile writer makes them: the damage is chosen, and every checksum outside it is right."""
+"""Makes mutants: chunks that a hostile writer has damaged on purpose, with correct checksums around the damage."""
 
 import dataclasses
 import functools
@@ -46,24 +46,26 @@ _EXTREMES: tuple[Any, ...] = (
 
 
 class Kind(StrEnum):
-    """What was done to the chunk. In all but RAW the checksums of header and frames are made right again."""
+    """Kind of damage. All kinds but RAW have correct checksums of the header and the frames."""
 
     RAW = "raw"
-    """bytes anywhere, nothing repaired: a broken disk"""
+    """Any bytes of the chunk, as by a failing disk. No checksum is corrected."""
     HEADER_FIELD = "header-field"
+    """One field of the header."""
     HEADER_BYTES = "header-bytes"
+    """Any bytes of the encoded header."""
     FRAME = "frame"
-    """bytes anywhere in a frame, its sample checksum among them"""
+    """Any bytes of a frame, including its sample checksum."""
     SAMPLES = "samples"
-    """bytes behind the sample checksum, which still says what the sound frame decodes to"""
+    """Bytes after the sample checksum. The checksum is still that of the undamaged frame."""
     NUMBERS = "numbers"
-    """lengths, counts, steps and tilings inside a frame"""
+    """Lengths, counts, steps and tilings inside a frame."""
     VIDEO = "video"
-    """units of an HEVC stream"""
+    """NAL units of an HEVC stream."""
     SPLICE = "splice"
-    """frames, or their ends, of another tenant or another encoding"""
+    """A frame, or the end of one, is replaced by that of another tenant or another encoding."""
     RESIGNED = "resigned"
-    """as VIDEO or SAMPLES, and the sample checksum is that of what the writer's own decoder made of it"""
+    """Re-signed: damaged as VIDEO or SAMPLES, but the sample checksum is that of what the damaged frame decodes to."""
 
 
 _WEIGHTS = {
@@ -88,7 +90,8 @@ _VIDEO_WEIGHTS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mutant:
-    """`data` is the whole chunk. Of a `kind` RESIGNED the sample checksum of `frame` is still to be replaced."""
+    """A damaged chunk. `data` is the whole chunk, `frame` the index of its damaged frame. If `kind` is RESIGNED, the
+    sample checksum of that frame is still to be replaced (`resigned`)."""
 
     number: int
     kind: Kind
@@ -98,7 +101,7 @@ class Mutant:
 
 
 def mutant(run_seed: int, number: int) -> Mutant:
-    """The same for the same numbers, whatever was made before."""
+    """Makes a mutant. It depends only on the arguments, not on earlier calls."""
     rng = random.Random(f"{run_seed}:{number}")
     video, other_seeds = _by_kind()
     wants_video = bool(video) and rng.random() < _VIDEO_SHARE
@@ -124,7 +127,7 @@ def mutant(run_seed: int, number: int) -> Mutant:
 
 
 def repaired(fields: dict[str, Any], frames: Sequence[bytes]) -> bytes:
-    """The chunk of these frames, with right lengths and checksums."""
+    """The chunk with these header fields and frames. Its lengths and checksums are correct."""
     fields = fields | {
         "lengths": np.array([len(frame) for frame in frames], "<u4").tobytes(),
         "checksums": np.array([xxhash.xxh3_64_intdigest(frame) for frame in frames], "<u8").tobytes(),
@@ -133,17 +136,17 @@ def repaired(fields: dict[str, Any], frames: Sequence[bytes]) -> bytes:
 
 
 def resigned(found: Mutant, checksum: int) -> Mutant:
-    """With another sample checksum in its frame."""
-    offset = len(found.data) - sum(found_lengths(found)[found.frame :])
-    length = found_lengths(found)[found.frame]
+    """The mutant with another sample checksum in its damaged frame."""
+    offset = len(found.data) - sum(_frame_lengths(found)[found.frame :])
+    length = _frame_lengths(found)[found.frame]
     body = found.data[offset : offset + length]
     frames = list(found.seed.frames)
     frames[found.frame] = body[:1] + struct.pack("<Q", checksum) + body[OPENING_BYTES:]
     return dataclasses.replace(found, data=repaired(_fields(found.seed), frames))
 
 
-def found_lengths(found: Mutant) -> list[int]:
-    """Bytes of the frames of a mutant whose header is sound."""
+def _frame_lengths(found: Mutant) -> list[int]:
+    """Sizes of the frames of a mutant with a valid header, bytes."""
     total = int(struct.unpack_from("<I", found.data, 6)[0])
     fields = msgpack.unpackb(found.data[FIXED_PREFIX_BYTES : FIXED_PREFIX_BYTES + total])
     lengths: list[int] = np.frombuffer(fields["lengths"], "<u4").tolist()
@@ -162,7 +165,7 @@ def _edited(rng: random.Random, kind: Kind, seed: Seed, frames: Sequence[bytes],
             edit_video(rng, data, rng.choice(_other(rng, seed).frames))
         case Kind.SPLICE:
             foreign = rng.choice(_other(rng, seed).frames)
-            # A whole frame, its rest, or its end.
+            # Replace the whole frame, all after the sample checksum, or the end.
             first = rng.choice((0, OPENING_BYTES, rng.randrange(len(data))))
             data[first:] = foreign[first:]
         case Kind.RESIGNED if has_video(bytes(data)) and rng.random() < 0.8:
@@ -176,14 +179,14 @@ def _edited(rng: random.Random, kind: Kind, seed: Seed, frames: Sequence[bytes],
 
 
 def _other(rng: random.Random, seed: Seed) -> Seed:
-    """Of another tenant in the same encoding, or any."""
+    """Chooses the seed of another tenant in the same encoding, or any seed."""
     alike = [other for other in seeds() if other.name == seed.name and other.tenant != seed.tenant]
     return rng.choice(alike if TENANTS > 1 and rng.random() < 0.7 else seeds())
 
 
 @functools.cache
 def _by_kind() -> tuple[list[Seed], list[Seed]]:
-    """(video, others)"""
+    """The seeds with a video encoding, and all others."""
     video = [seed for seed in seeds() if seed.header.encoding.is_video]
     return video, [seed for seed in seeds() if not seed.header.encoding.is_video]
 
@@ -218,9 +221,11 @@ def _fields(seed: Seed) -> dict[str, Any]:
 
 
 def _body(seed: Seed) -> bytes:
+    """The encoded fields of the header, without prefix and checksum."""
     return seed.header_data[FIXED_PREFIX_BYTES:-_CHECKSUM_BYTES]
 
 
 def _sealed(body: bytes) -> bytes:
+    """The header with these encoded fields, with prefix and checksum."""
     signed = struct.pack("<4sHI", MAGIC, VERSION, len(body)) + body
     return signed + struct.pack("<Q", xxhash.xxh3_64_intdigest(signed))

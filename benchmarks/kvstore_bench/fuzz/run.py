@@ -1,5 +1,5 @@
-"""Judging mutants in worker processes: one that dies or hangs is reported with the mutant that it was decoding, and
-replaced."""
+"""Judges mutants in worker processes. A process that dies or hangs is replaced, and the mutant that it was decoding is
+reported."""
 
 import multiprocessing
 import resource
@@ -17,16 +17,16 @@ import torch
 from kvstore_bench.fuzz.judge import BATCH, Judgement, Verdict, check_seeds, judge_batch
 from kvstore_bench.fuzz.mutants import Kind, mutant
 
-# What a worker may have beyond what it has after decoding every seed: an allocation that follows a false length fails.
+# Memory that a worker may allocate after it has decoded every seed. An allocation of a forged size fails.
 EXTRA_MEMORY_BYTES = 512 << 20
-# A mutant takes a millisecond; on a busy machine a worker of the lowest priority may not run for minutes.
+# A mutant takes a millisecond, but on a busy machine a worker of the lowest priority may get no processor for minutes.
 HANG_S = 600.0
 FAULTS = (Verdict.DIFFERENT, Verdict.UNSTEADY, Verdict.FOREIGN)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A mutant that was not handled as promised; `what` is a verdict, "crash" or "hang"."""
+    """A mutant that revealed a fault of the decoder. `what` is a verdict, "crash" or "hang"."""
 
     number: int
     kind: Kind
@@ -37,16 +37,16 @@ class Fault:
 
 @dataclass(slots=True)
 class Tally:
-    """`verdicts` counts by (encoding, kind, verdict)."""
+    """Counts of judged mutants. `verdicts` counts by (encoding, kind, verdict)."""
 
     verdicts: Counter[tuple[str, Kind, Verdict]] = field(default_factory=Counter)
     faults: list[Fault] = field(default_factory=list)
     slowest_s: float = 0.0
     rss_start_bytes: int = 0
-    """of a worker that has decoded every seed"""
+    """Memory of a worker after it has decoded every seed."""
     rss_peak_bytes: int = 0
     unjudged: int = 0
-    """Mutants of batches in which a worker died or hung."""
+    """Number of mutants in batches during which a worker died or hung."""
 
     @property
     def mutants(self) -> int:
@@ -81,10 +81,10 @@ def fuzz(
     saved: Path | None = None,
     judge: Callable[[int, int, Callable[[int], None]], list[Judgement]] = judge_batch,
 ) -> Iterator[Tally]:
-    """Tallies of what was judged since the one before, until all `mutants`, rounded up to whole batches, are. Chunks of
-    those with a fault are written into the folder `saved`.
+    """Judges `mutants` mutants, rounded up to whole batches. Yields a tally of each batch. Writes the chunks of mutants
+    with a fault into the folder `saved`.
 
-    Raises AssertionError when a sound chunk does not decode any more."""
+    Raises AssertionError when a valid chunk no longer decodes to its KV."""
     workers = [_Worker(run_seed, batches, judge) for batches in _shares(mutants, processes)]
     try:
         while running := [worker for worker in workers if not worker.done]:
@@ -100,13 +100,13 @@ def fuzz(
 
 
 def _shares(mutants: int, processes: int) -> list[range]:
-    """Batches of each process."""
+    """The batches of each process."""
     batches = -(-mutants // BATCH)
     return [range(first, batches, processes) for first in range(min(processes, batches))]
 
 
 class _Worker:
-    """A process, and its successors."""
+    """A worker process, and its replacements."""
 
     def __init__(
         self,
@@ -120,7 +120,8 @@ class _Worker:
         self._start()
 
     def progress(self) -> Iterator[Tally]:
-        """What has come from it. A dead or hanging process is replaced by one for the batches behind."""
+        """Yields the tallies received since the last call. Replaces a process that died or hangs. The new process
+        continues with the next batch."""
         try:
             while self.results.poll():
                 tally = self.results.recv()
@@ -130,10 +131,10 @@ class _Worker:
                 self._left = self._left[1:]
                 yield tally
         except EOFError:
-            yield self._given_up("crash")
+            yield self._replaced("crash")
             return
         if self._is_hanging():
-            yield self._given_up("hang")
+            yield self._replaced("hang")
 
     def stop(self) -> None:
         self._process.kill()
@@ -150,18 +151,18 @@ class _Worker:
         self._last_seen, self._seen_at_s = -1, time.monotonic()
 
     def _is_hanging(self) -> bool:
-        """Whether it has been decoding one mutant for HANG_S; what it does before the first does not count."""
+        """Whether the process has been decoding the same mutant for `HANG_S`. Its start-up does not count."""
         number = self._decoding.value
         if number != self._last_seen or number < 0:
             self._last_seen, self._seen_at_s = number, time.monotonic()
         return time.monotonic() - self._seen_at_s > HANG_S
 
-    def _given_up(self, what: str) -> Tally:
+    def _replaced(self, what: str) -> Tally:
         self.stop()
         number = self._decoding.value
         if number < 0:
             raise AssertionError(
-                f"a worker ended with exit code {self._process.exitcode} before the first mutant"
+                f"a worker exited with code {self._process.exitcode} before it decoded a mutant"
             )
         found = mutant(self._run_seed, number)
         detail = f"exit code {self._process.exitcode}"

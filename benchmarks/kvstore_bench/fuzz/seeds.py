@@ -1,5 +1,5 @@
-"""The chunks that mutants are made of: every kind of encoding that runs here, of two tenants, as small as decoders
-allow."""
+"""Makes the seeds: valid chunks that mutants are made from. They cover every kind of encoding that this machine can
+decode, for two tenants, and are as small as the decoders allow."""
 
 import functools
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ class _Shape:
 
 
 _SMALL = _Shape(tokens=20, head_dim=16)
-# Fills most of the smallest picture, 144 x 144 samples, so that little of the damage to it falls into its padding.
+# Fills most of the smallest picture, 144 x 144 samples, so that little of the damage hits padding.
 _FULL = _Shape(tokens=64, head_dim=64)
 
-# Those with 16 tokens a frame have two frames, which can change places. The video comes last.
+# Chunks with 16 tokens per frame have two frames, so that frames can be swapped. Video encodings come last.
 _CHUNKS = (
     *(("exact-raw@20", _SMALL, dtype) for dtype in (KVDtype.BFLOAT16, KVDtype.FLOAT32)),
     *(("exact-zstd@16", _SMALL, dtype) for dtype in (KVDtype.BFLOAT16, KVDtype.FLOAT32)),
@@ -57,7 +57,7 @@ _CHUNKS = (
 
 @dataclass(frozen=True, slots=True)
 class Seed:
-    """A sound chunk of one tenant. What another tenant has of the same `name` differs in name and KV only."""
+    """A valid chunk of one tenant. Chunks of the same `name` differ only in tenant, chunk ID and KV."""
 
     name: str
     tenant: int
@@ -72,7 +72,7 @@ class Seed:
 
 @functools.cache
 def seeds() -> tuple[Seed, ...]:
-    """The tenants of one name side by side."""
+    """All seeds. Those of the same name are neighbours."""
     return tuple(
         _seed(Encoding.parse(name), shape, dtype, tenant)
         for name, shape, dtype in _CHUNKS
@@ -82,13 +82,13 @@ def seeds() -> tuple[Seed, ...]:
 
 
 def decoder_of(header: ChunkHeader) -> dict[str, Any]:
-    """What a client has for decoding a chunk with the calibration that its header names; nothing for an unknown one."""
+    """Arguments of `decode_frames` for the calibration that the header names. Empty for an unknown calibration."""
     return _decoders().get(header.calibration, {})
 
 
 @functools.cache
 def _decoders() -> dict[bytes | None, dict[str, Any]]:
-    """By the digest of the calibration."""
+    """Arguments of `decode_frames`, by digest of the calibration."""
     known = {(shape, dtype): _klt(shape, dtype) for _, shape, dtype in _CHUNKS}
     return {
         klt.calibration.digest: {"klt": klt, "prediction": _prediction(klt, shape)}
@@ -98,7 +98,7 @@ def _decoders() -> dict[bytes | None, dict[str, Any]]:
 
 @functools.cache
 def _klt(shape: _Shape, dtype: KVDtype) -> KLT:
-    """Maps as a calibration has them, of no text in particular."""
+    """A calibration with random matrices."""
     spec, generator = _spec(shape, dtype), torch.Generator().manual_seed(7)
     size = _LAYERS * 2 * _HEADS * shape.head_dim
 
