@@ -1,11 +1,11 @@
-"""In how many pieces a chunk of 4 MiB lies after many puts and evictions, and how fast it is then copied in and out.
+"""Measure fragmentation of the arena: pieces and copy rates of a 4 MiB chunk after many puts and evictions.
 
 python benchmarks/arena_fragmentation.py [--before COMMIT] [--memory-mib 1024] [--operations 20000] [--output FILE]
 
-Chunks of 0.5 to 8 MiB come, and random ones go where room is needed. A node without a disk is full then; with a disk it
-keeps a twentieth or more free. Compares the arena as it is (best fit), one that takes the first run that is long
-enough by address (first fit), and with `--before` the one of that commit. They take turns, also in the timing.
-"""
+Puts chunks of 0.5 to 8 MiB, and evicts random chunks to make room. Measures full arenas, as on a node without a disk,
+and arenas of which a twentieth is free, as on a node with a disk. Compares the present arena (best fit), one that takes
+the lowest run that is long enough (first fit), and with `--before` the arena of that commit. They are measured
+alternately."""
 
 import argparse
 import random
@@ -29,9 +29,10 @@ _COPIES = 8
 
 
 class FirstFit(FreeRuns):
-    """Takes the lowest run that is long enough."""
+    """Allocates from the run with the lowest address that is long enough."""
 
     def take(self, blocks: int) -> tuple[int, int]:
+        """Takes up to `blocks` neighbouring blocks. Returns the first and their number."""
         runs = sorted(self)
         first, count = next((run for run in runs if run[1] >= blocks), max(runs, key=lambda run: run[1]))
         self._remove(first)
@@ -41,7 +42,7 @@ class FirstFit(FreeRuns):
 
 
 class Workload:
-    """Chunks coming and going in one arena, always the same ones for the same seed."""
+    """A random sequence of puts and evictions in one arena. It is the same for every arena."""
 
     def __init__(self, arena: Arena, free_bytes: int) -> None:
         self.arena = arena
@@ -50,7 +51,7 @@ class Workload:
         self._held: list[Extent] = []
 
     def allocate(self, size_bytes: int) -> Extent:
-        """Evicts random chunks for it."""
+        """Allocates a chunk. Evicts random chunks first if they are in the way."""
         wanted = self.arena.footprint_bytes(size_bytes) + self._free_bytes
         while self.arena.capacity_bytes - self.arena.used_bytes < wanted:
             place = self._choose.randrange(len(self._held))
@@ -61,14 +62,15 @@ class Workload:
         return extent
 
     def operate(self) -> float:
-        """A put with its evictions; microseconds."""
+        """Makes a put of a random size, with its evictions. Returns microseconds."""
         size_bytes = self._choose.randint(_SMALLEST_BYTES, _LARGEST_BYTES)
         begin = time.perf_counter()
         self.allocate(size_bytes)
         return 1e6 * (time.perf_counter() - begin)
 
     def copy(self, source: memoryview, target: memoryview) -> tuple[float, float, int]:
-        """Seconds to put and to get a chunk of 4 MiB, and its pieces."""
+        """Puts and gets a chunk of 4 MiB. Returns the seconds of the put, the seconds of the get, and the number of
+        pieces."""
         begin = time.perf_counter()
         extent = self.allocate(CHUNK_BYTES)
         position = 0
@@ -84,6 +86,7 @@ class Workload:
 
 
 def timed(workload: Workload, source: memoryview, target: memoryview) -> dict[str, float]:
+    """Best copy rates of `_COPIES` chunks of 4 MiB, and their mean number of pieces."""
     puts, gets, pieces = zip(*(workload.copy(source, target) for _ in range(_COPIES)), strict=True)
     return {
         "put_GBps": CHUNK_BYTES / min(puts) / 1e9,
@@ -93,6 +96,7 @@ def timed(workload: Workload, source: memoryview, target: memoryview) -> dict[st
 
 
 def measure(arenas: dict[str, Arena], free_share: float, operations: int) -> list[dict[str, float | str]]:
+    """Measures all arenas, empty and after `operations` puts. `free_share` of each stays free."""
     workloads = {
         name: Workload(arena, int(free_share * arena.capacity_bytes)) for name, arena in arenas.items()
     }
@@ -120,11 +124,12 @@ def measure(arenas: dict[str, Arena], free_share: float, operations: int) -> lis
 
 
 def arena_of(commit: str) -> Callable[[int], Arena]:
+    """The class `Arena` of a commit."""
     shown = ["git", "show", f"{commit}:cluster/kvstore_cluster/arena.py"]
     source = subprocess.run(shown, check=True, capture_output=True, text=True).stdout
     module = ModuleType("arena_before")
-    sys.modules[module.__name__] = module  # its dataclass looks itself up
-    exec(compile(source, "arena.py", "exec"), module.__dict__)  # noqa: S102 (this repository's own)
+    sys.modules[module.__name__] = module  # a dataclass looks up its module
+    exec(compile(source, "arena.py", "exec"), module.__dict__)  # noqa: S102 (code of this repository)
     made: Callable[[int], Arena] = module.Arena
     return made
 
@@ -137,10 +142,10 @@ def first_fit(memory_bytes: int) -> Arena:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--before", metavar="COMMIT")
-    parser.add_argument("--memory-mib", type=int, default=1024)
-    parser.add_argument("--operations", type=int, default=20_000)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--before", metavar="COMMIT", help="also measure the arena of this commit")
+    parser.add_argument("--memory-mib", type=int, default=1024, help="size of each arena")
+    parser.add_argument("--operations", type=int, default=20_000, help="number of puts")
+    parser.add_argument("--output", type=Path, help="write the result to this file")
     options = parser.parse_args()
     kinds: dict[str, Callable[[int], Arena]] = {"best fit": current.Arena, "first fit": first_fit}
     if options.before:

@@ -1,14 +1,13 @@
-"""What the canary notices: how much changes that the digest does not tell differ, against what is tolerated.
+"""Measure what the canary detects: the effect on KV of model changes that leave the digest of the weights unchanged.
 
     nice -n 19 python benchmarks/canary_changes.py --json F
 
-Rows: {model, dtype, change, difference, tolerance, share, layer, kind, probe_s}; a `share` (difference / tolerance)
-above 1 is noticed. `probe_s` is what the probe of the unchanged model took, in one thread.
+Rows: {model, dtype, change, difference, tolerance, share, layer, kind, probe_s}; `share` is difference / tolerance. A
+change with a share above 1 is detected. `probe_s` is the time of the unchanged model's probe in one thread.
 """
 
 import copy
 import time
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -18,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from kvstore_bench import write_results
+from kvstore_bench.output_options import JsonFile
 from kvstore_client.engines.transformers.capture import install_hooks
 from kvstore_client.engines.transformers.probe import probe_for, run_probe
 from kvstore_client.engines.transformers.spec import spec_of
@@ -30,11 +30,12 @@ from tests.client.models import tiny_model
 
 def main(
     models: Annotated[
-        str, typer.Option(help="smollm2, or families of tiny random models.")
+        str, typer.Option(help="Comma-separated: smollm2, and families of tiny random models.")
     ] = "llama,smollm2",
-    dtypes: Annotated[str, typer.Option("--dtype")] = "float32,bfloat16",
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    dtypes: Annotated[str, typer.Option("--dtype", help="Comma-separated.")] = "float32,bfloat16",
+    json_file: JsonFile = None,
 ) -> None:
+    """Measure what the canary detects. The table shows difference / tolerance."""
     rows: list[dict[str, Any]] = []
     torch.ones(1).cos()
     cells = [(name, dtype) for name in models.split(",") for dtype in dtypes.split(",")]

@@ -1,10 +1,9 @@
-"""Workers that start: each a process that loads a model in a given way, wraps it, and compares it with the canary.
+"""Start workers for canary_starts.py: each loads a model in a given way and compares its KV with the canary.
 
     echo '{"address": "127.0.0.1:7420", "model": "llama", "dtype": "float32", ...}' | python benchmarks/canary_start.py
 
-For each line of standard input a process is forked, after the imports and before anything is computed, and a line of
-JSON is printed: {reason, message, difference, tolerance, layer, kind, probe_s, reused_tokens, ...}. Started by
-canary_starts.py.
+For each line of standard input, the script forks a process, after the imports and before any computation. The process
+prints a line of JSON: {reason, message, difference, tolerance, layer, kind, probe_s, reused_tokens, ...}.
 """
 
 import json
@@ -26,11 +25,12 @@ PROMPT_TOKENS = 300
 
 
 def loaded(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """SmolLM2, or a tiny random model of a family."""
+    """Loads SmolLM2, or makes a tiny random model of the family `name`."""
     return load_smollm2(dtype)[0] if name == "smollm2" else tiny_model(name, dtype)
 
 
-def started(start: dict[str, Any]) -> dict[str, Any]:
+def run_worker(start: dict[str, Any]) -> dict[str, Any]:
+    """Runs one worker: compares its model with the canary, then answers a prompt. Returns the measurements."""
     logging.disable_progress_bar()
     torch.set_num_threads(start["threads"])
     model = loaded(start["model"], getattr(torch, start["dtype"]))
@@ -66,11 +66,11 @@ def main() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            print(json.dumps(started(json.loads(line))), flush=True)
+            print(json.dumps(run_worker(json.loads(line))), flush=True)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:
-            sys.exit(f"a start failed: {line}")
+            sys.exit(f"this start failed: {line}")
 
 
 if __name__ == "__main__":

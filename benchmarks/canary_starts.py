@@ -1,14 +1,15 @@
-"""False alarms of the canary: workers that compute the same in different ways are started, each a process of its own.
+"""Count false alarms of the canary: start workers that run the same model in different ways, each a new process.
 
     nice -n 19 python benchmarks/canary_starts.py --starts 200 --json F
 
-Starts vary model, dtype, threads, attention, torch.compile and what instructions the libraries may use. Every 50
-starts all canaries are replaced, so that others are first; within these, starts with the same instructions follow each
-other. The service is a storage node and a coordinator behind their gRPC servers, in this process.
+Starts differ in model, dtype, threads, attention, torch.compile and the instruction sets that libraries may use. After
+every 50 starts all canaries are replaced, so that canaries are made in different ways; within these 50, starts with the
+same instruction set follow each other. A storage node and a coordinator run in this process, behind their gRPC servers.
 
 Rows: {round, model, dtype, threads, attention, compile, isa, reason, difference, tolerance, share, layer, kind,
-probe_s, reused_tokens, ...}; `share` is difference / tolerance, and above 1 a false alarm. `reason` is canary_failed
-where the model itself cannot be run (inductor compiles nothing for `aten default` on some processors): no alarm.
+probe_s, reused_tokens, ...}; `share` is difference / tolerance. A share above 1 is a false alarm. A `reason` of
+canary_failed is none: there the model itself cannot run (inductor compiles nothing for `aten default` on some
+processors).
 """
 
 import itertools
@@ -28,12 +29,14 @@ from rich.progress import track
 from rich.table import Table
 
 from kvstore_bench import write_results
+from kvstore_bench.output_options import JsonFile
 from kvstore_service.admin import ClusterAdmin
 from tests.client.conftest import served_cluster
 
 ROOT = Path(__file__).parents[1]
 ROUND = 50
-# As a machine without these instructions would run. What a processor lacks, the libraries do not use anyway.
+# Environment variables that limit the instruction sets, to simulate other processors. Libraries never use instructions
+# that the processor does not have.
 ISAS: dict[str, dict[str, str]] = {
     "all": {},
     "onednn sse41": {"ONEDNN_MAX_CPU_ISA": "SSE41"},
@@ -48,12 +51,13 @@ ISAS: dict[str, dict[str, str]] = {
 
 
 def starts(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """A tenth of them SmolLM2, a quarter of those in bfloat16, and a twentieth compiled; the same for the same seed."""
+    """Yields `count` starts, the same for the same seed. A tenth run SmolLM2, of which a quarter in bfloat16. A
+    twentieth are compiled."""
     chosen = random.Random(seed)
     tiny = itertools.cycle(("llama", "gemma3", "qwen3", "llama3-rope", "mistral"))
     for number in range(count):
         name = "smollm2" if number % 10 == 0 else next(tiny)
-        # Without instructions for bfloat16 such a start takes minutes.
+        # Few of SmolLM2 in bfloat16, because without instructions for bfloat16 such a start takes minutes.
         dtype = chosen.choice(("float32", "bfloat16"))
         if name == "smollm2":
             dtype = "bfloat16" if number % 40 == 0 else "float32"
@@ -71,10 +75,11 @@ def starts(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def main(
-    count: Annotated[int, typer.Option("--starts", min=1)] = 200,
-    seed: int = 0,
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    count: Annotated[int, typer.Option("--starts", min=1, help="Number of starts.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of starts.")] = 0,
+    json_file: JsonFile = None,
 ) -> None:
+    """Count false alarms of the canary."""
     rows: list[dict[str, Any]] = []
     order = sorted(starts(count, seed), key=lambda start: (start["round"], start["isa"], start["start"]))
     with TemporaryDirectory() as folder, served_cluster(Path(folder)) as cluster, Starter() as starter:
@@ -82,18 +87,20 @@ def main(
             if rows and start["round"] != rows[-1]["round"]:
                 _replace_all(cluster.address)
             rows.append(start | starter.start(start | {"address": cluster.address}))
-            write_results(rows, json_file)  # what was measured survives an interruption
+            write_results(rows, json_file)  # after each start, so that an interruption loses nothing
     _print(rows)
 
 
 class Starter:
-    """Context manager: a process for each way to restrict instructions, one at a time, that forks the starts."""
+    """Context manager. Starts workers by forking them from a process with the instruction set of the start. Keeps one
+    such process at a time."""
 
     def __init__(self) -> None:
         self._isa: str | None = None
         self._process: subprocess.Popen[str] | None = None
 
     def start(self, start: dict[str, Any]) -> dict[str, Any]:
+        """Starts a worker. Blocks until it ends. Returns what it measured."""
         if self._process is None or self._isa != start["isa"]:
             self.close()
             self._isa = start["isa"]
@@ -136,7 +143,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         "cannot run",
         "false alarms",
         "worst difference / tolerance",
-        "of",
+        "in the start",
         "probe, s (median)",
     )
     for model, dtype in sorted({(row["model"], row["dtype"]) for row in rows}):

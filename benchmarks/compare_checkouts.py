@@ -1,14 +1,14 @@
-"""Compare the speed of two checkouts of this repository: get, put and lookup, measured in turns.
+"""Compare get, put and lookup times of two checkouts of this repository, measured alternately.
 
 python benchmarks/compare_checkouts.py --before DIR --after DIR [--rounds 7] [--sizes 64,1024] [--json FILE]
 
-Each checkout has its own server and client processes, and each round measures both, so that other programs on the
-machine slow both down alike. Both folders need their generated stubs (`make install`, or the command in
-hatch_build.py). `change` is the median, over rounds, of the speed of `after` divided by the speed of `before`, minus 1.
+Each checkout has its own server and client processes. Each round measures both, so that other programs on the machine
+slow both equally. Both folders need their generated stubs (`make install`, or the command in hatch_build.py). `change`
+is the median over rounds of (speed of `after` / speed of `before`) - 1.
 
-Compare a checkout with itself first: on two cores that other programs used, two runs of the same code differed by up to
-18 % in rate and 5 % in median time for 64 KiB. Start the script several times, because where a process happens to lie
-in memory stays the same for as long as it runs.
+Compare a checkout with itself first: on two cores shared with other programs, two runs of the same code differed by up
+to 18 % in rate and 5 % in median time at 64 KiB. Run the script several times, because the memory layout of a process,
+which affects its speed, stays the same for as long as it runs.
 """
 
 import argparse
@@ -25,41 +25,45 @@ from kvstore_bench.store.processes import Process
 
 KIB = 1024
 _PACKAGES = ("benchmarks", ".", "api", "codec", "client", "cluster")
-# The second one is where the equipment was before it became a package of its own.
-_EQUIPMENT = {
+# The second is the location in checkouts that are older than the package `kvstore_bench`.
+_STORE_BENCHMARK = {
     "kvstore_bench.store": "benchmarks/kvstore_bench/store",
     "kvstore_service.bench.store": "kvstore_service/bench/store",
 }
 _RESIDENT_BYTES, _MOST_KEYS = 128 << 20, 8
-_PATIENCE_S = 120.0
+_ANSWER_TIMEOUT_S = 120.0
 _LOOKUPS = """
 import json, sys
-from {equipment}.lookup import measure_lookups
+from {benchmark}.lookup import measure_lookups
 for _ in sys.stdin:
     print(json.dumps(measure_lookups({address!r}, {rounds})), flush=True)
 """
 
 
 class Checkout:
-    """The processes of one checkout. They end with `stack`."""
+    """The processes of one checkout. They end when `stack` is closed."""
 
     def __init__(self, name: str, folder: Path, lookup_rounds: int, stack: contextlib.ExitStack) -> None:
         self.name = name
         self._folder = folder.resolve()
         self._stack = stack
-        equipment = next(module for module, path in _EQUIPMENT.items() if (self._folder / path).is_dir())
-        address = self._started("-m", f"{equipment}.server", "kvstore").line()
-        self._client = self._started("-m", f"{equipment}.client", "kvstore", address)
-        script = _LOOKUPS.format(equipment=equipment, address=address, rounds=lookup_rounds)
+        benchmark = next(
+            module for module, path in _STORE_BENCHMARK.items() if (self._folder / path).is_dir()
+        )
+        address = self._started("-m", f"{benchmark}.server", "kvstore").line()
+        self._client = self._started("-m", f"{benchmark}.client", "kvstore", address)
+        script = _LOOKUPS.format(benchmark=benchmark, address=address, rounds=lookup_rounds)
         self._lookups = self._started("-c", script)
 
     def tell(self, command: str, **arguments: Any) -> Any:
+        """Sends a command to the client process. Returns its answer."""
         self._client.tell(command, **arguments)
-        return self._client.answer(_PATIENCE_S)
+        return self._client.answer(_ANSWER_TIMEOUT_S)
 
     def lookups(self) -> list[dict[str, Any]]:
+        """Measures lookups. Returns the rows of `measure_lookups`."""
         self._lookups.tell("measure")
-        answer: list[dict[str, Any]] = self._lookups.answer(_PATIENCE_S)
+        answer: list[dict[str, Any]] = self._lookups.answer(_ANSWER_TIMEOUT_S)
         return answer
 
     def _started(self, *arguments: str) -> Process:
@@ -72,7 +76,7 @@ class Checkout:
 def compare(
     before: Path, after: Path, sizes_bytes: Sequence[int], rounds: int, seconds: float, lookup_rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows {op, size_bytes or chunks, unit, before, after, change, ...}, each as soon as it was measured."""
+    """Yields rows {op, size_bytes or chunks, unit, before, after, change, ...}, each as soon as it was measured."""
     with contextlib.ExitStack() as stack:
         checkouts = [
             Checkout(name, folder, lookup_rounds, stack)
@@ -100,7 +104,8 @@ def _transfers(
                 medians_ms[checkout.name].append(1e3 * statistics.median(times_s))
         row = {"op": op, "size_bytes": size_bytes, "unit": "GB/s"}
         yield row | _compared(speeds, slower_is_more=False)
-        # Where other programs run, most calls meet none of them, and the rate tells mainly of those that do.
+        # On a busy machine most calls are not disturbed. The rate depends mainly on the calls that are, the median does
+        # not.
         row = {"op": f"{op} p50", "size_bytes": size_bytes, "unit": "ms"}
         yield row | _compared(medians_ms, slower_is_more=True)
     for checkout in checkouts:
@@ -144,16 +149,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--before", type=Path, required=True)
-    parser.add_argument("--after", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=7, help="in which both checkouts have a turn")
-    parser.add_argument("--seconds", type=float, default=0.4, help="of a transfer in a turn")
-    parser.add_argument("--sizes", default="64,1024,4096,16384", help="KiB, comma-separated; may be empty")
-    parser.add_argument("--lookup-rounds", type=int, default=5, help="of 20 calls in a turn; 0 for none")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--before", type=Path, required=True, help="folder of the first checkout")
+    parser.add_argument("--after", type=Path, required=True, help="folder of the second checkout")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="number of rounds; each measures both checkouts"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.4, help="duration of a measurement of gets or puts"
+    )
+    parser.add_argument(
+        "--sizes",
+        default="64,1024,4096,16384",
+        help="sizes of values in KiB, comma-separated; empty to measure only lookups",
+    )
+    parser.add_argument(
+        "--lookup-rounds",
+        type=int,
+        default=5,
+        help="in each round, measure this many times 20 lookups; 0 to measure none",
+    )
+    parser.add_argument("--json", type=Path, help="write the result to this file")
     arguments = parser.parse_args()
     rows = []
-    print(f"{'op':<20} {'of':>10}  {'before':>26}  {'after':>26}   change")
+    print(f"{'op':<20} {'size':>10}  {'before':>26}  {'after':>26}   change")
     sizes_bytes = [int(size) * KIB for size in filter(None, arguments.sizes.split(","))]
     for row in compare(
         arguments.before,
@@ -164,13 +182,13 @@ def main() -> None:
         arguments.lookup_rounds,
     ):
         rows.append(row)
-        of = f"{row['size_bytes'] // KIB} KiB" if "size_bytes" in row else f"{row['chunks']}"
+        size = f"{row['size_bytes'] // KIB} KiB" if "size_bytes" in row else f"{row['chunks']}"
         spans = [
             f"{row[name]:.3f} ({row[f'{name}_min']:.3f}-{row[f'{name}_max']:.3f})"
             for name in ("before", "after")
         ]
         print(
-            f"{row['op']:<20} {of:>10}  {spans[0]:>26}  {spans[1]:>26}  {row['change']:+7.1%}  {row['unit']}",
+            f"{row['op']:<20} {size:>10}  {spans[0]:>26}  {spans[1]:>26}  {row['change']:+7.1%}  {row['unit']}",
             flush=True,
         )
     write_results(rows, arguments.json, {"rounds": arguments.rounds, "seconds": arguments.seconds})

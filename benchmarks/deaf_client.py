@@ -1,4 +1,4 @@
-"""A gRPC client that asks and takes no answer: HTTP/2 by hand, with a window of 0 bytes for every stream."""
+"""A gRPC client that sends requests but receives no replies: plain HTTP/2 with a flow-control window of 0 bytes."""
 
 import contextlib
 import socket
@@ -14,8 +14,8 @@ _SERVICE = "kvstore.v1.Storage"
 
 
 class DeafClient:
-    """Keeps one connection alive until `close`: it answers pings, and reads everything but the answers. Obeys no limit
-    on the calls of a connection."""
+    """Keeps one connection alive until `close`: it answers pings, but its window leaves no room for replies. Ignores
+    the server's limit of concurrent calls."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -25,6 +25,7 @@ class DeafClient:
         self.ended: set[int] = set()
         """Numbers of the calls, from 0, that the server ended."""
         self.disconnected = threading.Event()
+        """Set when the server has closed the connection."""
         self._ready = threading.Event()
         preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
         self._send(preface + _frame(_SETTINGS, 0, 0, struct.pack(">HI", _WINDOW_SETTING, 0)))
@@ -32,7 +33,7 @@ class DeafClient:
         self._ready.wait(_CONNECT_S)
 
     def ask(self, method: str, request: bytes) -> int:
-        """Begins a call of the Storage service and returns its number."""
+        """Starts a call of the Storage service. Returns its number. Raises OSError when the connection is closed."""
         message = b"\0" + struct.pack(">I", len(request)) + request
         pieces = [message[at : at + _FRAME_BYTES] for at in range(0, len(message), _FRAME_BYTES)]
         with self._lock:
@@ -72,7 +73,7 @@ def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
 
 
 def _headers(method: str) -> bytes:
-    """Each as a literal without an index."""
+    """Encodes the request headers (HPACK), each as a literal without an index."""
     fields = {
         ":method": "POST",
         ":scheme": "http",

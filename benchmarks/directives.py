@@ -1,14 +1,14 @@
-"""How long lookups take on a node of a million chunks while pins, quotas and TTLs change.
+"""Measure lookups on a node with a million chunks while pins, quotas and TTLs change.
 
 python benchmarks/directives.py [--before COMMIT] [--chunks 1000000] [--seconds 6] [--output FILE]
 
-A thread looks up 256 chunks without a pause. Beside it another one, in turn: does nothing; pins and unpins 100,000
-chunks; gives a tenant that has half of all chunks a quota and takes it away; lets 10,000 chunks expire in each round of
-the maintenance thread; or runs it where nothing expires, as it does after each chunk that it writes back. With
-`--before` the same is measured with the cluster package of that commit, in a process of its own.
+One thread looks up 256 chunks at a time. Meanwhile a second thread repeats one change: nothing; a maintenance run in
+which nothing expires, as after each chunk that is written to disk; pinning and unpinning 100,000 chunks; setting and
+removing a quota of a tenant with half of all chunks; or a maintenance run in which 10,000 chunks expire. With
+`--before`, the cluster package of that commit is measured too, in a process of its own.
 
-Times are processor time of the process, both threads together: one waits while the other computes, so that is what a
-lookup takes on a machine that does nothing else.
+Times are processor time of both threads together. Only one of them runs at a time, so this is the time that a lookup
+takes on an otherwise idle machine.
 """
 
 import argparse
@@ -42,6 +42,8 @@ _MOST_LOOKUPS = 3000
 
 
 class Clock:
+    """A clock that stands still until it is set."""
+
     now_s = _BEGIN_S
 
     def __call__(self) -> float:
@@ -49,7 +51,8 @@ class Clock:
 
 
 def filled(count: int, clock: Clock) -> tuple[StorageNode, list[ChunkId]]:
-    """Half of the chunks are of one tenant, and every fifth ends, 10,000 of them a second after the other."""
+    """Makes a node with `count` chunks. Half of them belong to one tenant. Every fifth has a TTL; 10,000 chunks expire
+    in each second."""
     node = StorageNode("node-0", Arena(count * _BLOCK_BYTES, _BLOCK_BYTES), clock=clock)
     names = [ChunkId(ContentId(os.urandom(32)), PrefixId(os.urandom(32))) for _ in range(count)]
     for number, name in enumerate(names):
@@ -65,6 +68,7 @@ def filled(count: int, clock: Clock) -> tuple[StorageNode, list[ChunkId]]:
 def lookups_ms(
     node: StorageNode, names: list[ChunkId], seconds: float, beside: Callable[[], object]
 ) -> list[float]:
+    """Times of lookups, milliseconds, in ascending order, while another thread repeats `beside`."""
     stopping = threading.Event()
 
     def change() -> None:
@@ -90,6 +94,7 @@ def lookups_ms(
 
 
 def measure(count: int, seconds: float) -> list[dict[str, float | str]]:
+    """Rows {beside, lookups, p50_ms, p99_ms, p99.9_ms, max_ms}, one per kind of change."""
     clock = Clock()
     node, names = filled(count, clock)
     pins = frozenset(names[1 : 2 * _PINNED : 2])
@@ -124,7 +129,7 @@ def measure(count: int, seconds: float) -> list[dict[str, float | str]]:
 
 
 def extracted(commit: str, folder: Path) -> Path:
-    """The cluster package of a commit."""
+    """Extracts the cluster package of a commit. Returns its folder."""
     archive = ["git", "archive", commit, "cluster"]
     content = subprocess.run(archive, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
@@ -134,10 +139,10 @@ def extracted(commit: str, folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--before", metavar="COMMIT")
-    parser.add_argument("--chunks", type=int, default=1_000_000)
-    parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--before", metavar="COMMIT", help="also measure the cluster package of this commit")
+    parser.add_argument("--chunks", type=int, default=1_000_000, help="chunks on the node")
+    parser.add_argument("--seconds", type=float, default=6.0, help="processor time of each measurement")
+    parser.add_argument("--output", type=Path, help="write the result to this file")
     parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.in_this_process:

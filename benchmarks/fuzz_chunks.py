@@ -1,12 +1,12 @@
-"""Hostile chunks: mutants of every encoding with repaired checksums, each decoded twice in different company.
+"""Fuzz the chunk decoder: decode mutants of every encoding, with correct checksums, twice each.
 
     nice -n 19 python benchmarks/fuzz_chunks.py --mutants 1000000 --processes 2 --json F
 
-No mutant may decode differently the second time, raise anything but the project's own errors, kill its process, hang,
-or take memory. Mutants that do are written into the folder `--save` and make the exit code 1; `--seed` and the number
-in the file's name make them again. Rows: {encoding, kind, mutants, refused, sound, other_kv, refused_once,
-decoded_differently, foreign_exceptions}; kinds and verdicts are explained in `benchmarks/kvstore_bench/fuzz`.
-"""
+A mutant must not decode differently the second time, raise an exception that is not the project's own, kill its
+process, hang, or use too much memory. Mutants that do are written into the folder `--save`, and the exit code is 1.
+`--seed` and the number in a file's name reproduce its mutant. Rows: {encoding, kind, mutants, refused, sound, other_kv,
+refused_once, decoded_differently, foreign_exceptions}; `Kind` and `Verdict` are documented in
+`benchmarks/kvstore_bench/fuzz`."""
 
 import signal
 import sys
@@ -22,6 +22,7 @@ from rich.table import Table
 from kvstore_bench import write_results
 from kvstore_bench.fuzz.judge import Verdict
 from kvstore_bench.fuzz.run import Tally, fuzz
+from kvstore_bench.output_options import JsonFile
 
 _COLUMNS = {
     "refused": Verdict.REFUSED,
@@ -32,15 +33,17 @@ _COLUMNS = {
     "foreign_exceptions": Verdict.FOREIGN,
 }
 _MOST_GROWTH = 2.0
+"""Largest factor by which a worker's memory may grow."""
 
 
 def main(
-    mutants: Annotated[int, typer.Option(min=1)] = 100_000,
-    processes: Annotated[int, typer.Option(min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="Other mutants.")] = 14,
-    save: Annotated[Path, typer.Option(help="Folder for mutants with a fault.")] = Path("fuzz-faults"),
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    mutants: Annotated[int, typer.Option(min=1, help="Number of mutants.")] = 100_000,
+    processes: Annotated[int, typer.Option(min=1, help="Number of worker processes.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed; each makes other mutants.")] = 14,
+    save: Annotated[Path, typer.Option(help="Folder for mutants that reveal a fault.")] = Path("fuzz-faults"),
+    json_file: JsonFile = None,
 ) -> None:
+    """Fuzz the chunk decoder: decode mutants of every encoding, with correct checksums, twice each."""
     tally, started_s = Tally(), time.monotonic()
     columns = TextColumn("mutants"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -51,7 +54,7 @@ def main(
                 tally.merge(part)
                 progress.advance(task, part.mutants + part.unjudged)
         except KeyboardInterrupt:
-            Console(stderr=True).print("interrupted: these are the results so far")
+            Console(stderr=True).print("interrupted; the results so far:")
     rows = _rows(tally)
     summary = {
         "mutants": tally.mutants,

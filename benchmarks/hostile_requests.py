@@ -1,14 +1,18 @@
-"""What a well-behaved client of a storage node notices while others send it the largest requests it allows.
+"""Measure a client of a storage node while attackers send the node the largest requests it accepts.
 
-python benchmarks/hostile_requests.py [--attackers 12] [--seconds 10] [--attack NAME], where NAME is one of headers,
-misses, contexts, empty (lookups), delete, report, read,
-answers (short lookups of 47 MiB of headers, 24 at a time),
-unread (lookups of almost 1 MiB of headers that nobody takes, ten a second on each connection).
+python benchmarks/hostile_requests.py [--attackers 12] [--seconds 10] [--attack NAME]
 
-A process with `--attackers` connections repeats one request without a pause, where nothing else is said one at a time
-on each. Beside it a client looks up 256 chunks and
-reads one, ten times a second. Prints the latencies of both, the memory of the node and how long it stays busy after the
-attackers left, as JSON.
+Attacks:
+
+headers, misses, contexts, empty   lookups
+delete, report, read               other calls
+answers                            short lookups whose reply is 47 MiB of headers, 24 concurrent ones
+unread                             lookups whose reply is almost 1 MiB of headers and is never received, ten per second
+                                   and connection
+
+One process with `--attackers` connections repeats the request without a pause. Unless noted, each connection has one
+request at a time. Meanwhile the client looks up 256 chunks and reads one chunk, ten times per second. Prints JSON: the
+client's latencies, the growth of the node's memory, and how long the node stays busy after the attack.
 """
 
 import argparse
@@ -35,6 +39,7 @@ from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import ROOT_PREFIX, ChunkId, ContentId, PrefixId
 from kvstore_codec.model_spec import KVDtype
 
+ATTACKS = ("headers", "misses", "contexts", "empty", "delete", "report", "read", "answers", "unread")
 REFERENCES = 65_536
 LOOKED_UP = 256
 _ENCODING = "exact-raw"
@@ -47,9 +52,10 @@ _OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.use_local_subc
 _GEOMETRY = Geometry(layers=8, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)
 _WIDE_GEOMETRY = Geometry(layers=1024, kv_heads=1, head_dim=1, dtype=KVDtype.BFLOAT16, period_layers=1)
 _WIDE = 1 << 31
-"""Number of the chunk that has it, and a header of 49 KB."""
+"""Number of the chunk with a header of 49 KB."""
 _WIDE_HEADER_BYTES = 49 << 10
 _IN_FLIGHT = 24
+"""Concurrent calls of the attack `answers`."""
 
 
 def chunk_id(number: int, context: int | None = None) -> ChunkId:
@@ -64,6 +70,7 @@ def reference(chunk: ChunkId) -> pb.ChunkRef:
 
 
 def steps(chunks: list[ChunkId], geometry: Geometry = _GEOMETRY) -> Iterator[pb.PutRequest]:
+    """The messages of a put of small chunks."""
     encoding = Encoding.parse(_ENCODING)
     frames = [bytes(16)] * geometry.frame_count
     for chunk in chunks:
@@ -75,7 +82,7 @@ def steps(chunks: list[ChunkId], geometry: Geometry = _GEOMETRY) -> Iterator[pb.
 
 
 def attack(kind: str) -> tuple[str, bytes]:
-    """Name of the call and the request's bytes."""
+    """The request of an attack: the name of the call and the encoded message."""
     many = [reference(chunk_id(number % _STORED)) for number in range(REFERENCES)]
     match kind:
         case "headers":
@@ -106,6 +113,8 @@ def attack(kind: str) -> tuple[str, bytes]:
 
 
 def attackers(address: str, kind: str, count: int) -> None:
+    """Attacks the node until a line or the end of stdin. Then prints the counts of status codes and ends the
+    process."""
     call, request = attack(kind)
     answers = {"sent": 0}
     free = threading.Semaphore(_IN_FLIGHT)
@@ -159,7 +168,7 @@ def attackers(address: str, kind: str, count: int) -> None:
 
 
 def timed_ms(call: Callable[[], object]) -> float | None:
-    """None when the call failed."""
+    """Milliseconds of a call. None if it failed."""
     begin = time.perf_counter()
     try:
         call()
@@ -170,6 +179,7 @@ def timed_ms(call: Callable[[], object]) -> float | None:
 
 
 def summary(times_ms: list[float | None]) -> dict[str, float]:
+    """Counts and percentiles of calls; None stands for a failed one."""
     ordered = sorted(time_ms for time_ms in times_ms if time_ms is not None)
     counts = {"calls": len(times_ms), "failed": len(times_ms) - len(ordered)}
     if not ordered:
@@ -182,7 +192,7 @@ def summary(times_ms: list[float | None]) -> dict[str, float]:
 
 
 def busy_for_s(node: psutil.Process) -> float:
-    """How long the node goes on computing, until it rests for half a second."""
+    """Seconds until the node has been idle for half a second. At most 120."""
     begin = time.monotonic()
     rest_since = begin
     while time.monotonic() - rest_since < 0.5 and time.monotonic() - begin < 120:
@@ -192,6 +202,7 @@ def busy_for_s(node: psutil.Process) -> float:
 
 
 def measure(kind: str, count: int, seconds: float) -> dict[str, object]:
+    """Starts a node, attacks it, and measures a client alone and during the attack."""
     server = subprocess.Popen(
         [sys.executable, "-m", "kvstore_bench.store.server", "kvstore"],
         stdin=subprocess.PIPE,
@@ -209,12 +220,14 @@ def measure(kind: str, count: int, seconds: float) -> dict[str, object]:
             for begin in range(0, len(stored), 1000):
                 replies = list(stub.Put(steps(stored[begin : begin + 1000])))
                 if any(reply.status != pb.PUT_STATUS_STORED for reply in replies):
-                    raise RuntimeError("the chunks to ask for were not stored")
+                    raise RuntimeError("the chunks for the requests were not stored")
             list(stub.Put(steps([chunk_id(_WIDE)], _WIDE_GEOMETRY)))
-            mine = [reference(chunk) for chunk in stored[:LOOKED_UP]]
-            lookup = pb.LookupRequest(chunks=mine, encodings=[_ENCODING], with_headers=True, lease_ms=1000)
+            looked_up = [reference(chunk) for chunk in stored[:LOOKED_UP]]
+            lookup = pb.LookupRequest(
+                chunks=looked_up, encodings=[_ENCODING], with_headers=True, lease_ms=1000
+            )
             read = pb.ReadRequest(
-                chunks=mine[:1], encodings=[_ENCODING], ranges=[pb.ReadRange(frame_count=8)]
+                chunks=looked_up[:1], encodings=[_ENCODING], ranges=[pb.ReadRange(frame_count=8)]
             )
             calls: dict[str, Callable[[], object]] = {
                 "lookup": lambda: stub.Lookup(lookup, timeout=_TIMEOUT_S),
@@ -275,16 +288,18 @@ def measure(kind: str, count: int, seconds: float) -> dict[str, object]:
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:
     if pipe is None:
-        raise RuntimeError("a process was started without its pipes")
+        raise RuntimeError("a process was started without pipes")
     return pipe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--attack", default="headers")
-    parser.add_argument("--attackers", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--at")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--attack", default="headers", choices=ATTACKS)
+    parser.add_argument("--attackers", type=int, default=12, help="number of connections")
+    parser.add_argument("--seconds", type=float, default=10, help="duration of the attack")
+    parser.add_argument("--at", help=argparse.SUPPRESS)  # the node's address, in the attacking process
     arguments = parser.parse_args()
     if arguments.at:
         attackers(arguments.at, arguments.attack, arguments.attackers)

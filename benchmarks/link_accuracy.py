@@ -1,10 +1,9 @@
-"""How close the user-space link comes to the bandwidth asked for, and what it costs.
+"""Measure the accuracy and the processor time of the user-space link.
 
     python benchmarks/link_accuracy.py --bandwidths 10mbit,1gbit,5gbit --seconds 1 --json F --plot F.png
 
-Sender and receiver are processes of their own, so `cpu_cores` is the link's alone. The median of `--repeats`
-transfers. Rows: {bandwidth_bps, measured_bps, error_percent, cpu_cores, bytes}.
-"""
+Sender and receiver are separate processes, so that `cpu_cores` is the processor time of the link only. Values are
+medians of `--repeats` transfers. Rows: {bandwidth_bps, measured_bps, error_percent, cpu_cores, bytes}."""
 
 import multiprocessing
 import resource
@@ -21,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from kvstore_bench import write_results
+from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_bench.shaping import ShapedLink
 from kvstore_service.bandwidth import parse_bandwidth
 
@@ -29,13 +29,14 @@ PIECE_BYTES = 1 << 20
 
 def main(
     bandwidths: Annotated[
-        str, typer.Option(help="Comma-separated.")
+        str, typer.Option(help="Bandwidths of the link, comma-separated.")
     ] = "1mbit,10mbit,50mbit,200mbit,1gbit,2.5gbit,5gbit,10gbit",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Length of a transfer.")] = 1.0,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Duration of a transfer, in seconds.")] = 1.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Transfers per bandwidth.")] = 5,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, plot_option("the error over bandwidth")] = None,
 ) -> None:
+    """Measure the accuracy and the processor time of the user-space link."""
     rates = [parse_bandwidth(text) for text in bandwidths.split(",")]
     spawn = multiprocessing.get_context("spawn")
     ready, sender_ready = spawn.Pipe(duplex=False)
@@ -79,7 +80,7 @@ def _measure(
 
 
 def _send(ready: Connection) -> None:
-    """Sends to each connection as many bytes as its first line asks for."""
+    """Serves connections. The first line of a connection is a number; the server sends that many bytes."""
     data = bytes(PIECE_BYTES)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ready.send("{}:{}".format(*listener.getsockname()))
@@ -92,7 +93,7 @@ def _send(ready: Connection) -> None:
 
 
 def _receive(orders: Connection) -> None:
-    """Answers each order (address, bytes) with the seconds it took."""
+    """Executes orders (address, bytes): receives that many bytes and answers with the seconds it took."""
     buffer = bytearray(PIECE_BYTES)
     while True:
         address, missing = orders.recv()
@@ -106,8 +107,8 @@ def _receive(orders: Connection) -> None:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="user-space link, medians")
-    for column in ("asked for, Mbit/s", "measured", "error", "CPU cores"):
+    table = Table(title="accuracy of the user-space link, medians")
+    for column in ("set, Mbit/s", "measured, Mbit/s", "error", "CPU cores"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -124,10 +125,10 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5))
-    asked = [row["bandwidth_bps"] / 1e6 for row in rows]
-    axes.semilogx(asked, [row["error_percent"] for row in rows], "o-")
+    set_mbps = [row["bandwidth_bps"] / 1e6 for row in rows]
+    axes.semilogx(set_mbps, [row["error_percent"] for row in rows], "o-")
     axes.axhspan(-5, 5, alpha=0.15)
-    axes.set_xlabel("bandwidth asked for, Mbit/s")
+    axes.set_xlabel("bandwidth that was set, Mbit/s")
     axes.set_ylabel("error, percent")
     figure.tight_layout()
     figure.savefig(path, dpi=140)

@@ -1,4 +1,4 @@
-"""Time to first token: full prefill against a hit, same process, same prompt, in turns.
+"""Measure the time to first token: full prefill and a hit alternate, with the same prompt in the same process.
 
     python benchmarks/ttft.py --tokens 2048,4096 --dtype float32,bfloat16 --json F --plot F.png
 
@@ -19,6 +19,7 @@ from rich.table import Table
 from kvstore_bench import write_results
 from kvstore_bench.demo.document import read_document
 from kvstore_bench.first_token import FirstTokenTimer
+from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_service.embedded import EmbeddedCluster
@@ -30,15 +31,16 @@ QUESTION_TOKENS = 40
 
 def main(
     tokens: Annotated[
-        str, typer.Option(help="Lengths of the reused document, comma-separated.")
+        str, typer.Option(help="Lengths of the reused document in tokens, comma-separated.")
     ] = "2048,4096",
     dtypes: Annotated[
-        str, typer.Option("--dtype", help="Of model and KV, comma-separated.")
+        str, typer.Option("--dtype", help="Dtypes of model and KV, comma-separated.")
     ] = "float32,bfloat16",
-    repeats: Annotated[int, typer.Option(min=1)] = 7,
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
-    plot: Annotated[Path | None, typer.Option("--plot")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds after the warm-up.")] = 7,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, plot_option("time to first token")] = None,
 ) -> None:
+    """Measure the time to first token of a full prefill and of a hit."""
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         cluster = stack.enter_context(EmbeddedCluster(settings_of(memory=4 << 30)))
@@ -51,7 +53,8 @@ def main(
                 prompt = text[:, : length + QUESTION_TOKENS]
                 if prompt.shape[1] < length + QUESTION_TOKENS:
                     raise typer.BadParameter(
-                        f"the document has {text.shape[1]} tokens", param_hint="--tokens"
+                        f"the document has only {text.shape[1]} tokens, including the question",
+                        param_hint="--tokens",
                     )
                 rows += _measure(cached, prompt, length, dtype, repeats)
             cached.close()

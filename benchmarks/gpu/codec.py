@@ -1,12 +1,18 @@
-"""KV frames on an NVIDIA GPU: what its video engines take, how fast they decode, and what that costs the model beside.
+"""Measure KV decoding on an NVIDIA GPU: supported formats, decoding rates, and the effect on a model that runs
+meanwhile.
 
     python benchmarks/gpu/codec.py --json benchmarks/results/gpu_codec.json
 
-Tables: `capabilities` of NVDEC; `rows` {coder, width, height, streams, Msamples_per_s, MBps (of bf16 KV at 7 coded
-samples for 24 values, as at `medium`), identical}: HEVC made on a CPU and decoded by NVDEC against zstd on a CPU and a
-copy; `restore` {tokens, values, MBps}: integers to KV on the GPU; `overlap` {decode_alone_s, product_alone_s,
-decode_beside_s, product_beside_s}: NVDEC beside a running matrix product. Needs PyNvVideoCodec and a GPU; without, it
-says why and measures nothing.
+Tables:
+
+capabilities   formats that NVDEC decodes
+rows           {coder, width, height, streams, Msamples_per_s, MBps, identical}: NVDEC decoding HEVC streams that a CPU
+               encoded, compared with zstd on the CPU and a copy to the GPU. MBps is of bf16 KV with 7 coded samples per
+               24 values, as at `medium`
+restore        {tokens, values, MBps}: converting integers to KV on the GPU
+overlap        {decode_alone_s, product_alone_s, decode_beside_s, product_beside_s}: NVDEC during a matrix product
+
+Needs PyNvVideoCodec and a GPU. Without them, it prints the reason and measures nothing.
 """
 
 import statistics
@@ -14,8 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvstore_bench import write_results
+from kvstore_bench.output_options import JsonFile
 from kvstore_codec.calibration import PeriodTransform
 from kvstore_codec.coders import coder
 from kvstore_codec.coders.hevc.cpu import HevcCpu420Coder
@@ -35,14 +41,14 @@ SIZES = ((192, 160), (256, 256), (512, 256), (1024, 512), (1920, 1080))
 STREAMS = (1, 2, 4, 8, 16)
 PICTURES = 64
 REPEATS = 5
-# Rows of coefficients against values of a frame: what `medium` codes of SmolLM2.
+# Coded samples per value of a frame, as `medium` has for SmolLM2.
 CODED_SHARE = 7 / 24
 VALUES, COLUMNS, RANK, FEATURES = 4096, 1024, 128, 2048
 DEVICE = "cuda:0"
 
 
-def main(json_file: Annotated[Path | None, typer.Option("--json")] = None) -> None:
-    """Measure the codec on this machine's GPU."""
+def main(json_file: JsonFile = None) -> None:
+    """Measure KV decoding on this machine's GPU."""
     console = Console()
     try:
         found, nvdec = capabilities(), coder("hevc-nvdec")
@@ -61,7 +67,7 @@ def main(json_file: Annotated[Path | None, typer.Option("--json")] = None) -> No
         ("NVDEC", caps),
         ("decoding", rows),
         ("restoring", restore),
-        ("beside a product", overlap),
+        ("decoding during a matrix product", overlap),
     ):
         console.print(_table(title, table))
     meta = {"gpu": torch.cuda.get_device_name(), "why_no_encoder": found.why_no_encoder}
@@ -69,14 +75,14 @@ def main(json_file: Annotated[Path | None, typer.Option("--json")] = None) -> No
 
 
 def pictures_of(width: int, height: int) -> np.ndarray:
-    """[1, 1, height, width] of integers as a frame at `medium` has them: rows of falling deviation."""
+    """A picture u8 `[1, 1, height, width]` like a frame at `medium`: the standard deviation falls from row to row."""
     deviation = np.linspace(3, 0.1, height)[:, None]
     noise = np.random.default_rng(0).standard_normal((1, 1, height, width)) * deviation
     return (128 + noise.round()).clip(0, 255).astype(np.uint8)
 
 
 def decode_rows(nvdec: NvdecCoder, size: tuple[int, int], streams: int) -> list[dict[str, Any]]:
-    """HEVC and zstd with the same samples, in turns."""
+    """Rows for HEVC and zstd with the same samples, measured alternately."""
     picture = pictures_of(*size)
     hevc, zstd = HevcCpu420Coder().encode_pictures(picture), coder("zstd").encode(picture[0, 0])
 
@@ -101,7 +107,7 @@ def decode_rows(nvdec: NvdecCoder, size: tuple[int, int], streams: int) -> list[
             for name, way in ways.items():
                 begin = time.perf_counter()
                 list(pool.map(way, range(PICTURES)))
-                taken_s[name].append(time.perf_counter() - begin)  # each way waits for its own copies
+                taken_s[name].append(time.perf_counter() - begin)  # each decoder waits for its own copies
     rows = []
     for name, times in taken_s.items():
         per_s = PICTURES * picture.size / statistics.median(times)
@@ -121,7 +127,7 @@ def decode_rows(nvdec: NvdecCoder, size: tuple[int, int], streams: int) -> list[
 
 
 def restore_row(tokens: int) -> dict[str, Any]:
-    """One period of a 7B-class model: 2 layers of 8 heads of 128, K and V."""
+    """Row for one period of a 7B-class model: K and V of 2 layers, 8 heads, 128 values each."""
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(VALUES, COLUMNS, generator=generator))[0]
     klt = PeriodKLT(
@@ -144,7 +150,7 @@ def restore_row(tokens: int) -> dict[str, Any]:
 
 
 def overlap_row(nvdec: NvdecCoder) -> dict[str, Any]:
-    """Medians of a fixed amount of either, alone and while the other runs."""
+    """Median times of a fixed amount of decoding and of matrix products, each alone and while the other runs."""
     picture = pictures_of(1024, 512)
     hevc = HevcCpu420Coder().encode_pictures(picture)
     left, right = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device=DEVICE)
@@ -167,7 +173,7 @@ def overlap_row(nvdec: NvdecCoder) -> dict[str, Any]:
 
 
 def _beside(one: Callable[[], object], other: Callable[[], object]) -> float:
-    """Seconds that `one` takes while `other` runs again and again."""
+    """Seconds of `one` while another thread repeats `other`."""
     over = threading.Event()
 
     def run() -> None:
@@ -184,6 +190,7 @@ def _beside(one: Callable[[], object], other: Callable[[], object]) -> float:
 
 
 def _timed(work: Callable[[], object]) -> float:
+    """Seconds of `work`, including all work on the GPU."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
     work()

@@ -1,10 +1,10 @@
-"""Give a peer (a system that we compare ourselves with) a virtual environment of its own.
+"""Install a peer, a system that this project is compared with, into a virtual environment of its own.
 
     python benchmarks/peers/install.py lmcache
 
-A peer is a folder beside this file. `requirements.txt` there is installed as usual; `no-deps.txt`, where there is
-one, with `--no-deps`: packages that declare more than what we run of them needs; `unwanted.txt` names what is removed
-again. Its environment is `.venv` in the same folder. Run again, it does nothing until one of those files changes.
+A peer is a folder next to this file. Its environment is `.venv` in that folder. The packages in `requirements.txt` are
+installed with their dependencies, those in `no-deps.txt` (optional) without. Packages in `unwanted.txt` (optional) are
+removed again. Running the script again does nothing until one of these files changes.
 
 Needs only the standard library of Python 3.11 or newer.
 """
@@ -18,19 +18,19 @@ PEERS = Path(__file__).parent
 
 
 class InstallError(Exception):
-    """A peer could not be installed; the message says why and what to do."""
+    """A peer could not be installed. The message says why and what to do."""
 
 
 def install(folder: Path) -> bool:
-    """Make `folder`/.venv; False when it was there already. Raises InstallError."""
+    """Makes `folder`/.venv. Returns False if it was complete already. Raises InstallError."""
     venv = folder / ".venv"
     python = venv / "bin" / "python"
-    # Written last: an environment without it is an unfinished one, one with another text an outdated one.
+    # Written last. Without this file an environment is incomplete; with other content it is outdated.
     stamp = venv / ".installed"
     wanted = _requirements(folder)
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return False
-    print(f"Installing into {venv} (minutes, where PyTorch is among a peer's needs) ...", flush=True)
+    print(f"Installing {folder.name} into {venv} (takes minutes if it needs PyTorch) ...", flush=True)
     _run([sys.executable, "-m", "venv", "--clear", str(venv)], "make a virtual environment")
     pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     _run([*pip, "--requirement", str(folder / "requirements.txt")], "install requirements.txt")
@@ -54,19 +54,16 @@ def _run(command: list[str], purpose: str) -> None:
     except (OSError, subprocess.CalledProcessError) as error:
         raise InstallError(
             f"could not {purpose} with Python {sys.version.split()[0]}: {error}\n"
-            "What failed is said above. The peers need a package index within reach, and a Python that their "
-            "wheels exist for (nothing is compiled here)."
+            "The output above has the details. Peers need a reachable package index, and wheels for this version of "
+            "Python, because nothing is compiled."
         ) from error
 
 
 def main() -> int:
     names = sorted(file.parent.name for file in PEERS.glob("*/requirements.txt"))
     parser = argparse.ArgumentParser(description="Install a peer into a virtual environment of its own.")
-    parser.add_argument("peer", choices=names)
+    parser.add_argument("peer", choices=names, help="folder of the peer")
     name = parser.parse_args().peer
-    print(
-        f"Installing {name} (the first time takes minutes where PyTorch is among its needs) ...", flush=True
-    )
     try:
         new = install(PEERS / name)
     except InstallError as error:

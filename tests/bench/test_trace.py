@@ -232,11 +232,11 @@ def test_the_command_writes_rows_and_a_picture(tmp_path: Path) -> None:
     ("arguments", "complaint"),
     [
         (("--policy", "lru,mru"), "no policy 'mru'; policies are lru"),
-        (("--capacity", "a lot"), "'a lot' is no capacity"),
+        (("--capacity", "a lot"), "'a lot' is not a capacity"),
         (("--capacity", "0%"), "not above 0 and at most 100 %"),
         (("--capacity", "nan"), "not above 0 and at most 100 %"),
         (("--nodes", "1"), "two or more"),
-        (("--nodes", "three"), "'three' is no number of nodes"),
+        (("--nodes", "three"), "'three' is not a number of nodes"),
         (("--policy", ""), "at least one policy"),
     ],
 )

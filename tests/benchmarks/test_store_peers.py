@@ -1,11 +1,24 @@
 """The peers' `store.py`: what `kvstore bench store` relies on."""
 
+import subprocess
+import sys
+
 import pytest
 
 from kvstore_bench.store.processes import Process
 from kvstore_bench.store.systems import SYSTEMS, System
 
 PEERS = [system for system in SYSTEMS if system.install]
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_a_peer_finds_the_shared_loop_with_the_standard_library_alone(peer: System) -> None:
+    script = peer.group.server[1]
+    started = subprocess.run(
+        [sys.executable, "-I", "-S", script], capture_output=True, text=True, check=False
+    )
+    missing = {"redis": "redis", "mooncake": "mooncake", "lmcache": "torch"}[peer.name]
+    assert f"No module named '{missing}'" in started.stderr  # imported after `loop` and `ports`
 
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)

@@ -1,4 +1,4 @@
-"""`kvstore bench codec`: asks for the measurement and shows it."""
+"""`kvstore bench codec`: parses the options, runs the benchmark, shows and writes its result."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +12,7 @@ from kvstore_bench.cli.tables import (
     require_packages,
     result_table,
 )
+from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 
@@ -32,7 +33,7 @@ _STAGES = {
     "fit": "calibrating: fitting the transforms",
     "measure": "calibrating: measuring steps",
     "prefill": "prefilling passages",
-    "rows": "coding them",
+    "rows": "coding passages",
     "unlike": "coding other kinds of text",
 }
 
@@ -74,8 +75,8 @@ def codec(
             "--quick", help="A short run of about a minute: one passage, few rows, a small calibration."
         ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file with fidelity over bits.")] = None,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, plot_option("fidelity over bits")] = None,
 ) -> None:
     """Measure bits, fidelity and speed of encodings of a model's KV, on text outside the calibration's text.
 
@@ -122,7 +123,7 @@ def _show(console: Console, model: Model, result: "Result") -> None:
                 "encoding": "name",
                 "bits": "bits_per_value",
                 "KL": "kl",
-                "worst": "kl_max",
+                "max KL": "kl_max",
                 "top-1": "top1",
                 "ppl": "ppl",
                 "encode": "encode_MBps",
@@ -133,10 +134,10 @@ def _show(console: Console, model: Model, result: "Result") -> None:
             _DIGITS,
         )
     )
-    console.print("bits per value; nats a token; MB/s of KV, one thread", style="dim")
+    console.print("bits per value; nats per token; MB/s of KV, one thread", style="dim")
     if result.frame_overhead:
         columns = {"encoding": "name", "tokens": "frame_tokens", "bytes, %": "frame_overhead_percent"}
-        title = "frames against frames of a whole chunk"
+        title = "frame sizes, compared with one frame per chunk"
         print_table(result_table(title, columns, result.frame_overhead, _DIGITS))
     if result.out_of_domain:
         columns = {
@@ -147,4 +148,6 @@ def _show(console: Console, model: Model, result: "Result") -> None:
             "finer": "guarded_finer",
             "exact": "guarded_exact",
         }
-        print_table(result_table("text unlike the calibration's", columns, result.out_of_domain, _DIGITS))
+        print_table(
+            result_table("text unlike that of the calibration", columns, result.out_of_domain, _DIGITS)
+        )

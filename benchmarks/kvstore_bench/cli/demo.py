@@ -222,7 +222,9 @@ class _Steps:
         self.begin(name, f"{name}: starting")
         spawn = multiprocessing.get_context("spawn")
         messages: Queue[str] = spawn.Queue()
-        with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin_worker, initargs=(messages,)) as worker:
+        with ProcessPoolExecutor(
+            1, mp_context=spawn, initializer=_begin_worker, initargs=(messages,)
+        ) as worker:
             result = worker.submit(_in_worker, function, job)
             try:
                 while not result.done():

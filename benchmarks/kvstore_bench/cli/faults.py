@@ -1,4 +1,4 @@
-"""`kvstore bench faults`: asks for the measurement and shows it."""
+"""`kvstore bench faults`: parses the options, runs the benchmark, shows and writes its result."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +10,7 @@ from kvstore_bench.cli.tables import (
     require_packages,
     result_table,
 )
+from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 
@@ -37,8 +38,8 @@ def faults(
             "--quick", help=f"A short run of a minute: {_QUICK_PUTS} puts and {_QUICK_KILLS} kills."
         ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file with every read over time.")] = None,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, plot_option("every read over time")] = None,
 ) -> None:
     """Count lost chunks while processes of a cluster are killed: three Ray nodes, two copies, durable puts.
 
@@ -88,7 +89,7 @@ def _show(outcome: "Outcome") -> None:
     print_table(
         result_table("reads of a document, without and during faults", columns, outcome.rows, _DIGITS)
     )
-    print_table(result_table("in all", {"": "what", " ": "value"}, _summary(outcome.total)))
+    print_table(result_table("total", {"": "what", " ": "value"}, _summary(outcome.total)))
 
 
 def _summary(total: "Row") -> list[dict[str, str]]:

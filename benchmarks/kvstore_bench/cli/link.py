@@ -1,4 +1,4 @@
-"""`kvstore bench link`: asks for the measurement and shows it."""
+"""`kvstore bench link`: parses the options, runs the benchmark, shows and writes its result."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from kvstore_bench.cli.tables import require_outputs, require_packages, result_table
+from kvstore_bench.cli.tables import require_outputs, require_packages, result_table, targets_table
+from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
@@ -21,13 +22,13 @@ _STAGES = {
     "fit": "calibrating: fitting the transforms",
     "measure": "calibrating: measuring steps",
     "store": "storing the documents' KV",
-    "cachegen": "coding it with CacheGen",
-    "judge": "fidelity of what does not depend on the link",
-    "questions": "asking",
+    "cachegen": "coding the documents' KV with CacheGen",
+    "judge": "measuring fidelity",
+    "questions": "asking questions",
 }
 _BANDWIDTHS = "50mbit,100mbit,200mbit,500mbit,1gbit,5gbit"
 _TOKENS = "1024,4096"
-_DIGITS = {"kl": 4, "MB": 2, "figure": 2, "Mbit/s": 0, "speedup": 1, "ttft_over_longest_stage": 2}
+_DIGITS = {"kl": 4, "MB": 2, "Mbit/s": 0, "speedup": 1, "ttft_over_longest_stage": 2}
 
 
 class ShaperName(StrEnum):
@@ -83,9 +84,7 @@ def link(
         int | None,
         typer.Option(min=1, help="Rounds after the first one, which is a warm-up.", show_default="5"),
     ] = None,
-    floor: Annotated[
-        Floor, typer.Option(help="The least faithful rate that adaptive may use.")
-    ] = Floor.MEDIUM,
+    floor: Annotated[Floor, typer.Option(help="Lowest precision that adaptive may use.")] = Floor.MEDIUM,
     pipelined: Annotated[bool, typer.Option(help="Whether the stages of adaptive overlap.")] = True,
     replan: Annotated[bool, typer.Option(help="Whether adaptive replans during a fetch.")] = True,
     quick: Annotated[
@@ -95,13 +94,16 @@ def link(
             help="A short run of minutes: fewer values of every option that is not given, and a small calibration.",
         ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file with seconds over bandwidth.")] = None,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, plot_option("time to first token over bandwidth")] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="File for a Chrome trace of the last adaptive run.")
+        Path | None, typer.Option(help="Write a Chrome trace of the last adaptive run to this file.")
     ] = None,
     timeline: Annotated[
-        Path | None, typer.Option(help="PNG file with the stages of the last adaptive run.")
+        Path | None,
+        typer.Option(
+            help="Write a plot of the stages of the last adaptive run to this file (.png, .svg or .pdf)."
+        ),
     ] = None,
 ) -> None:
     """Measure, by policy, the time to the first token of a question about a document whose KV is behind a slow link.
@@ -158,9 +160,9 @@ def _show(console: Console, result: "Result", goals: list[dict[str, Any]]) -> No
         "Mbit/s": "Mbit/s",
         "policy": "policy",
         "TTFT s": "ttft_s",
-        "least": "ttft_min_s",
-        "most": "ttft_max_s",
-        "of": "repeats",
+        "min": "ttft_min_s",
+        "max": "ttft_max_s",
+        "runs": "repeats",
         "x cold": "speedup",
         "MB": "MB",
         "reused": "reused_tokens",
@@ -184,7 +186,6 @@ def _show(console: Console, result: "Result", goals: list[dict[str, Any]]) -> No
         title = f"{tokens} tokens reused, jitter {jitter}, {chosen[0]['dtype']}, {chosen[0]['shaper']}"
         print_table(result_table(title, columns, chosen, _DIGITS))
     if goals:
-        columns = {"target": "target", "where": "where", "": "figure", "wanted": "wanted", "met?": "met"}
-        print_table(result_table("what adaptive has to show", columns, goals, _DIGITS))
+        print_table(targets_table("targets of the adaptive policy", goals, digits=2))
     for note in result.left_out:
         console.print(note, soft_wrap=True, markup=False)

@@ -1,11 +1,12 @@
-"""`kvstore bench recompute`: asks for the measurement and shows it."""
+"""`kvstore bench recompute`: parses the options, runs the benchmark, shows and writes its result."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvstore_bench.cli.tables import require_outputs, require_packages, result_table
+from kvstore_bench.cli.tables import require_outputs, require_packages, result_table, targets_table
+from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 _TIERS = ("dram", "ssd", "hdd")
 _STAGES = (
     {"start": "starting cluster and model"}
-    | {f"time-{tier}": f"seconds to the first token, {tier}" for tier in _TIERS}
+    | {f"time-{tier}": f"time to first token, {tier}" for tier in _TIERS}
     | {f"batch-{tier}": f"batches, {tier}" for tier in _TIERS}
-    | {f"tune-{tier}": f"the tuned ratio and a sweep, {tier}" for tier in _TIERS}
-    | {"judge": "fidelity"}
+    | {f"tune-{tier}": f"tuning the ratio, and a sweep, {tier}" for tier in _TIERS}
+    | {"judge": "measuring fidelity"}
 )
 _SELECTORS = "focus,focus-nodrift,query,hkvd,first_k,frequency,frequency-high,random"
 _RATIOS = "0,.05,.15,.3,1"
@@ -33,7 +34,6 @@ _DIGITS = {
     "ratio": 2,
     "speedup": 2,
     "MB": 1,
-    "figure": 3,
     "throughput_tok_s": 0,
     "full_throughput_tok_s": 0,
 }
@@ -82,8 +82,8 @@ def recompute(
             "--quick", help="A short run of a minute: fewer values of every option that is not given."
         ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file with KL and seconds over the ratio.")] = None,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, plot_option("KL and time to first token over the ratio")] = None,
 ) -> None:
     """Measure fidelity and time to the first token of documents reused in another order and context, by selector and
     ratio of recomputed tokens.
@@ -112,7 +112,7 @@ def recompute(
     console = output()
     with Stages(console, _STAGES) as stages:
         result = run(options, stages)
-    # One prompt of each kind and two ratios say nothing of what is to be shown.
+    # A quick run has one prompt of each kind, which is too little to check targets.
     goals = [] if quick else targets(result.rows, result.tuned)
     _show(result, goals)
     write_results(result.rows, json_file, result.meta, tuned=result.tuned, targets=goals)
@@ -133,7 +133,7 @@ def _ratios(text: str) -> list[float]:
 
 def _show(result: "Result", goals: list[dict[str, Any]]) -> None:
     fidelity = {
-        "selector": "selector", "ratio": "ratio", "KL": "kl", "most": "kl_most", "closed": "closed", "top-1": "top1",
+        "selector": "selector", "ratio": "ratio", "KL": "kl", "max KL": "kl_most", "closed": "closed", "top-1": "top1",
     }  # fmt: skip
     first = result.rows[0]["tier"]
     for kind in dict.fromkeys(row["kind"] for row in result.rows):
@@ -142,9 +142,9 @@ def _show(result: "Result", goals: list[dict[str, Any]]) -> None:
         ]
         print_table(result_table(f"fidelity, {kind}", fidelity, rows, _DIGITS))
     times = {
-        "selector": "selector", "ratio": "ratio", "TTFT s": "ttft_s", "least": "ttft_min_s", "most": "ttft_max_s",
+        "selector": "selector", "ratio": "ratio", "TTFT s": "ttft_s", "min": "ttft_min_s", "max": "ttft_max_s",
         "full s": "full_ttft_s", "x full": "speedup", "tok/s": "throughput_tok_s",
-        "full tok/s": "full_throughput_tok_s", "MB": "MB", "again": "again",
+        "full tok/s": "full_throughput_tok_s", "MB": "MB", "recomputed": "recomputed",
     }  # fmt: skip
     kind = result.rows[0]["kind"]
     for tier in dict.fromkeys(row["tier"] for row in result.rows):
@@ -153,7 +153,7 @@ def _show(result: "Result", goals: list[dict[str, Any]]) -> None:
             | {
                 "MB": row["bytes"] / 1e6,
                 "selector": row["selector"] + (" (tuned)" if row["tuned"] else ""),
-                "again": "all" if row["prefilled"] else str(row["recomputed_tokens"]),
+                "recomputed": "all" if row["prefilled"] else str(row["recomputed_tokens"]),
             }
             for row in result.rows
             if (row["kind"], row["tier"]) == (kind, tier)
@@ -162,10 +162,9 @@ def _show(result: "Result", goals: list[dict[str, Any]]) -> None:
         print_table(result_table(title, times, rows, _DIGITS))
     if result.tuned:
         columns = {
-            "tier": "tier", "ratio": "ratio", "from": "first_ratio", "TTFT s": "ttft_s", "best of sweep": "best_ratio",
-            "its TTFT s": "best_ttft_s", "/ best": "over_best",
+            "tier": "tier", "ratio": "ratio", "initial": "first_ratio", "TTFT s": "ttft_s",
+            "best of sweep": "best_ratio", "its TTFT s": "best_ttft_s", "/ best": "over_best",
         }  # fmt: skip
-        print_table(result_table("the tuned ratio of focus", columns, result.tuned, _DIGITS))
+        print_table(result_table("tuned ratio of focus", columns, result.tuned, _DIGITS))
     if goals:
-        columns = {"target": "target", "where": "where", "": "figure", "wanted": "wanted", "met?": "met"}
-        print_table(result_table("what reuse has to show", columns, goals, _DIGITS))
+        print_table(targets_table("targets of reuse", goals, digits=3))

@@ -1,4 +1,4 @@
-"""`kvstore bench store`: asks for the measurement and shows it."""
+"""`kvstore bench store`: parses the options, runs the benchmark, shows and writes its result."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from kvstore_bench.cli.tables import require_outputs, require_packages, result_table
+from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
@@ -41,8 +42,8 @@ def store(
     quick: Annotated[
         bool, typer.Option("--quick", help="A short run of a minute: one client, up to 4 MiB, short rounds.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file with throughput over size.")] = None,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, plot_option("throughput over size")] = None,
 ) -> None:
     """Measure reading and writing of values, compared with Redis, Mooncake's store, LMCache's server and TCP alone.
 
@@ -80,7 +81,7 @@ def store(
             "clients": "processes",
             "seconds": options.seconds,
             "rounds": options.rounds,
-            "GBps": "1e9 bytes of values per second; of all clients together; median, least and most of the rounds",
+            "GBps": "1e9 bytes of values per second, all clients together; median, minimum and maximum over the rounds",
             "left_out": result.left_out,
         },
     )
@@ -103,8 +104,8 @@ def _show(console: Console, result: "Result") -> None:
         "system": "system",
         "KiB": "KiB",
         "GB/s": "GBps",
-        "least": "GBps_min",
-        "most": "GBps_max",
+        "min": "GBps_min",
+        "max": "GBps_max",
         "p50 ms": "p50_ms",
         "p99 ms": "p99_ms",
     }

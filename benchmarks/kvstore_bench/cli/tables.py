@@ -1,4 +1,4 @@
-"""What the commands of `kvstore bench` share: tables, and what is checked before minutes of work."""
+"""Shared by the commands of `kvstore bench`: tables, and checks that fail before minutes of work."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,8 @@ def result_table(
     rows: Sequence[Mapping[str, Any]],
     digits: Mapping[str, int] | None = None,
 ) -> Table:
-    """`columns` are fields of the rows by heading; floats show the `digits` of their field, or three."""
+    """A table of results. `columns` maps headings to fields of the rows. `digits` has the decimals of each float field;
+    the default is 3."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading, name in columns.items():
         textual = all(isinstance(row[name], str) for row in rows)
@@ -30,16 +31,22 @@ def result_table(
     return table
 
 
+def targets_table(title: str, targets: Sequence[Mapping[str, Any]], *, digits: int) -> Table:
+    """A table of targets, {target, where, figure, wanted, met}, and whether they were met."""
+    columns = {"target": "target", "where": "where", "measured": "figure", "wanted": "wanted", "met?": "met"}
+    return result_table(title, columns, targets, {"figure": digits})
+
+
 def require_packages(*names: str) -> None:
-    """Raises StartupError unless all of them are installed."""
+    """Raises StartupError unless all these packages are installed."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise StartupError(f"this benchmark needs {', '.join(missing)}: pip install 'kvstore-service[bench]'")
 
 
 def require_outputs(json_file: Path | None, plot: Path | None) -> None:
-    """Raises ConfigurationError now rather than after minutes of work, StartupError where nothing draws. Looks for the
-    folder of temporary files as well: every benchmark needs some."""
+    """Checks that the output files can be written, and that there is a folder for temporary files, which every
+    benchmark needs. Creates missing folders. Raises ConfigurationError, or StartupError without matplotlib."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
@@ -47,7 +54,9 @@ def require_outputs(json_file: Path | None, plot: Path | None) -> None:
     if plot is not None:
         require_packages("matplotlib")
         if plot.suffix.lower() not in _PICTURES:
-            raise ConfigurationError(f"{plot} is no picture; name a .png, .svg or .pdf")
+            raise ConfigurationError(
+                f"cannot plot to {plot}: use a file name that ends in .png, .svg or .pdf"
+            )
     for path in (json_file, plot):
         if path is not None:
             _require_writable(path)
@@ -55,7 +64,7 @@ def require_outputs(json_file: Path | None, plot: Path | None) -> None:
 
 def _require_writable(path: Path) -> None:
     if path.is_dir():
-        raise ConfigurationError(f"{path} is a folder; name a file in it")
+        raise ConfigurationError(f"{path} is a folder; use the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

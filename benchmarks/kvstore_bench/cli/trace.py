@@ -1,4 +1,4 @@
-"""`kvstore bench trace`: asks for the measurement and shows it."""
+"""`kvstore bench trace`: parses the options, runs the benchmark, shows and writes its result."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +10,7 @@ from kvstore_bench.cli.tables import (
     require_outputs,
     result_table,
 )
+from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
@@ -18,10 +19,10 @@ if TYPE_CHECKING:
     from kvstore_bench.trace import Result
 
 _STAGES = {
-    "replay": "replaying",
-    "others": "other workloads",
-    "placement": "placing",
-    "nodes": "through nodes",
+    "replay": "replaying the trace",
+    "others": "replaying other workloads",
+    "placement": "placing chunks on nodes",
+    "nodes": "replaying through nodes",
 }
 
 
@@ -48,8 +49,8 @@ def trace(
             help="Also replay on real storage nodes, and with texts larger than memory; takes some minutes.",
         ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file with hit rates over capacity.")] = None,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, plot_option("hit rates over capacity")] = None,
 ) -> None:
     """Replay a trace of prompts through the eviction policies and the placement, in virtual time.
 
@@ -96,7 +97,7 @@ def _fraction(text: str) -> float:
         return float(text.removesuffix("%")) / 100
     except ValueError as error:
         raise ConfigurationError(
-            f"{text!r} is no capacity; write 5% for a twentieth of the blocks"
+            f"{text!r} is not a capacity; write 5% for a twentieth of the blocks"
         ) from error
 
 
@@ -104,14 +105,14 @@ def _count(text: str) -> int:
     try:
         return int(text)
     except ValueError as error:
-        raise ConfigurationError(f"{text!r} is no number of nodes") from error
+        raise ConfigurationError(f"{text!r} is not a number of nodes") from error
 
 
 def _show(console: Console, result: "Result") -> None:
     meta = result.meta
     console.print(
-        f"{meta['requests']:,} prompts, {meta['references']:,} block references, {meta['distinct_chunks']:,} different "
-        f"blocks; a cache without limit hits {meta['infinite_hit_rate']:.1%}",
+        f"{meta['requests']:,} prompts, {meta['references']:,} block references, {meta['distinct_chunks']:,} distinct "
+        f"blocks; an unlimited cache hits {meta['infinite_hit_rate']:.1%}",
         style="dim",
     )
     for title, rows in (("hit rates", result.rows), ("other workloads", result.other_workloads)):
@@ -121,20 +122,20 @@ def _show(console: Console, result: "Result") -> None:
         print_table(_through_nodes(result.through_nodes))
     print_table(
         result_table(
-            "load of the fullest node over its share",
+            "load of the most loaded node, relative to its share",
             {
                 "nodes": "nodes",
                 "weights": "weights",
                 "chunks": "chunks_max_over_mean",
                 "requests": "requests_max_over_mean",
-                "requests, at best": "requests_bound",
+                "requests, lower bound": "requests_bound",
             },
             result.balance,
         )
     )
     print_table(
         result_table(
-            "part of the chunks that moves",
+            "share of the chunks that moves",
             {
                 "nodes": "nodes",
                 "one joins": "joined_fraction_moved",

@@ -1,4 +1,4 @@
-"""`kvstore tune`: asks for the measurement and shows it."""
+"""`kvstore tune`: parses the options, runs the benchmark, shows and writes its result."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from kvstore_bench.cli.tables import require_outputs, require_packages, result_table
+from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import DType, load_model
@@ -14,7 +15,7 @@ _TIERS = "dram,ssd,hdd"
 _STAGES = {"start": "cluster and documents"} | {
     f"{stage}-{tier}": f"{label}, {tier}"
     for tier in ("dram", "ssd", "hdd", "disk")
-    for stage, label in (("tune", "searching the ratio"), ("sweep", "a sweep beside it"))
+    for stage, label in (("tune", "searching the ratio"), ("sweep", "measuring a sweep of ratios"))
 }
 _DIGITS = {"compute_ms": 3, "transfer_ms": 4, "over_best": 3}
 
@@ -67,8 +68,8 @@ def tune(
         DType, typer.Option(help="Dtype in which workers run the model; auto: as saved.")
     ] = DType.AUTO,
     model_id: Annotated[str | None, typer.Option(help="The model id, if workers set one.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="PNG file with seconds over the ratio.")] = None,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, plot_option("time to first token over the ratio")] = None,
 ) -> None:
     """Tune the recompute ratio to this machine.
 
@@ -115,4 +116,4 @@ def tune(
     ]
     tuned = f"{recompute.selector}, {'with' if recompute.drift else 'without'} drift"
     print_table(result_table(f"tuned for {tuned}, {options.tokens} tokens reused", columns, rows, _DIGITS))
-    console.print(f"kept in {result.path}: workers that start from now on use it", soft_wrap=True)
+    console.print(f"written to {result.path}: workers that start from now on use it", soft_wrap=True)

@@ -1,15 +1,16 @@
-"""`kvstore bench link`: time to first token behind slow links, by what a worker does about them.
+"""`kvstore bench link`: compares policies of a worker by their time to first token over slow links.
 
-run.py        the benchmark: cluster, processes, cells, rounds
-policies.py   what is compared
-prompts.py    the text: a document that is reused, a question, and how it goes on
-prefill.py    a process that stores the document's KV, and then ends
-engine.py     the process that is measured: a model, and a client for each policy
-clients.py    the client of a policy; the stages of a fetch one after the other, for comparison
-links.py      the links between that process and the cluster, in user space or in a network namespace
-stream.py     the bytes of CacheGen, which no service of ours serves
-options.py    what it is asked for
-rows.py, targets.py, plot.py    what came of it
+run.py        runs the benchmark: starts cluster and processes, measures all combinations in rounds
+policies.py   the compared policies
+prompts.py    the text: a document that is reused, a question, and the continuation of the text
+prefill.py    process that stores the document's KV before the measurement
+engine.py     measured process: a model, and a client for each policy
+clients.py    makes the client of a policy; also one that runs the stages of a fetch one after the other
+links.py      the links between the measured process and the cluster, in user space or in a network namespace
+stream.py     sends and receives plain bytes, in place of the CacheGen streams that no server here stores
+orders.py     the messages between the benchmark and its two processes
+options.py    options of the benchmark
+rows.py, targets.py, plot.py    rows, checks against targets, and plot of the result
 """
 
 from kvstore_bench.link.options import Options

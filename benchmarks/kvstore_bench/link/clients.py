@@ -1,4 +1,4 @@
-"""The client of a policy, with the stages of a fetch overlapping as in the product, or one after the other."""
+"""Makes the client of a policy. The stages of its fetches overlap, or run one after the other for comparison."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,8 @@ from kvstore_codec.decoding import FramesTogether
 
 
 class SerialRestorer(Restorer):
-    """Receives all, then decodes all, then restores all: shows what overlapping the stages saves."""
+    """Receives everything, then decodes everything, then restores everything. Shows how much time overlapping the
+    stages saves."""
 
     def run(self) -> None:
         decoded: list[DecodedFrames] = []
@@ -22,8 +23,8 @@ class SerialRestorer(Restorer):
 
 
 def connect_policy(address: str, settings: Mapping[str, Any]) -> KVStoreClient:
-    """`settings` are those of `connect`, and `pipelined`: whether the stages of a fetch overlap. Where they do
-    not, nothing is planned again while it fetches."""
+    """Connects a client. `settings` are keyword arguments of `connect`, and `pipelined`: whether the stages of a fetch
+    overlap. If they do not, the client does not replan during a fetch."""
     fields = {name: value for name, value in settings.items() if name != "pipelined"}
     if settings.get("pipelined", True):
         return connect(address, **fields)

@@ -1,4 +1,4 @@
-"""The process that is measured: a model, and a client for each policy, behind the links.
+"""The measured process: a model, and a client for each policy, connected over the shaped links.
 
 `python -m kvstore_bench.link.engine`; see `orders`.
 """
@@ -33,7 +33,7 @@ ANSWER_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class _Answered:
-    """A question that was answered, by whatever policy."""
+    """Result and measurements of one answered question."""
 
     output: Any
     timeline: Timeline
@@ -46,15 +46,15 @@ class _Answered:
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """What the model says behind its own KV."""
+    """Predictions of the model after its own KV."""
 
     tokens: tuple[int, ...]
     log_probabilities: torch.Tensor
-    """f32 [continuation, vocabulary]"""
+    """f32 `[continuation, vocabulary]`"""
 
 
 class _Engine:
-    """After `load`."""
+    """Executes the orders of the benchmark. `load` comes first."""
 
     def __init__(self) -> None:
         self._prompts: dict[int, Prompt] = {}
@@ -77,6 +77,8 @@ class _Engine:
         cachegen_bytes: list[int],
         source: str,
     ) -> None:
+        """Loads the model, the prompts and a client for each policy. `cachegen_bytes` has the size of each document as
+        CacheGen codes it, in the order of `tokens`. `source` is the address of the ByteSource."""
         self._model: PreTrainedModel
         self._model, tokenizer = load_smollm2(getattr(torch, dtype))
         self._prompts = prompts(sources()[0], tokenizer, tokens)
@@ -91,34 +93,35 @@ class _Engine:
             self._decoded = {length: load_file(cachegen_file(cachegen_folder, length)) for length in tokens}
             self._sizes = dict(zip(tokens, cachegen_bytes, strict=True))
             self._stream = ByteStream(routes.get(source, source))
-        for prompt in self._prompts.values():  # the first forward passes of a process are slow
+        for prompt in self._prompts.values():  # warms up: the first forward passes of a process are slow
             self._cold(prompt.ids.flip(1), 1)
 
     def _connected(self, client: KVStoreClient) -> CachedModel:
-        """The model behind a client. They are asked one after the other, so they share buffers, and the hooks of the
-        last one, which serve whichever is computing: a second set would note every key twice."""
+        """The model with this client. The clients are used one after the other, so they share buffers. Closing each
+        earlier model removes its hooks: a second set of hooks would record every key twice."""
         for other in self._models.values():
             client.buffers = other.client.buffers
             other.close()
         cached = CachedModel(self._model, client, store=False)
         client.prepare(cached.spec).result()
-        # Before it is closed, which ends the comparison: a model that is not compared reuses nothing.
+        # Finish the comparison with the canary now, because closing the model would abort it. A model that was not
+        # compared reuses nothing.
         cached.canary.refusal(cached.spec, wait_s=client.settings.timeouts.canary_s)
         return cached
 
     def measure(self, policy: str, tokens: int, judge: bool) -> dict[str, Any]:
-        """Ask the question. With `judge` also how faithful what the policy delivers is; not part of the time."""
+        """Asks the question with a policy. With `judge`, also measures the fidelity of the delivered KV, untimed."""
         prompt, kind = self._prompts[tokens], self._policies[policy].kind
         new_tokens = ANSWER_TOKENS if judge else 1
         if kind == "cold":
             answered = self._cold(prompt.ids, new_tokens)
         elif kind == "cachegen":
-            answered = self._behind_cachegen(tokens, new_tokens)
+            answered = self._with_cachegen(tokens, new_tokens)
         else:
             answered = self._fetching(self._models[policy], prompt.ids, new_tokens)
         self._last[policy] = TracedRun(policy, answered.timeline, answered.ttft_s)
         timeline, until_s = answered.timeline, answered.ttft_s
-        said: dict[str, Any] = {
+        measured: dict[str, Any] = {
             "ttft_s": answered.ttft_s,
             "bytes": answered.received_bytes,
             "reused_tokens": answered.reused_tokens,
@@ -127,10 +130,10 @@ class _Engine:
             "replans": answered.replans,
             "encodings": sorted(answered.encodings),
         }
-        return said | (self._judged(tokens, answered) if judge else {})
+        return measured | (self._judged(tokens, answered) if judge else {})
 
     def draw(self, policy: str, title: str, trace: str | None, timeline: str | None) -> None:
-        """Write the policy's last run as a Chrome trace and as a picture."""
+        """Writes the policy's last run as a Chrome trace and as a plot."""
         run = self._last[policy]
         if trace is not None:
             Path(trace).write_text(json.dumps(run.timeline.chrome_trace()))
@@ -158,8 +161,9 @@ class _Engine:
             fetch.replans if fetch else 0,
         )
 
-    def _behind_cachegen(self, tokens: int, new_tokens: int) -> _Answered:
-        """All of its bytes through the link, and then KV that is decoded already."""
+    def _with_cachegen(self, tokens: int, new_tokens: int) -> _Answered:
+        """Receives as many bytes over the link as CacheGen would, then uses KV that was decoded before. So decoding
+        takes no time here."""
         cache = DynamicCache()
         decoded = self._decoded[tokens]
         for layer, (keys, values) in enumerate(zip(decoded["keys"], decoded["values"], strict=True)):
@@ -174,22 +178,23 @@ class _Engine:
         return _Answered(output, timeline, first.ttft_s, tokens, self._sizes[tokens])
 
     def _judged(self, tokens: int, answered: _Answered) -> dict[str, Any]:
-        said = self._log_probabilities(tokens, answered.output.past_key_values)
+        predicted = self._log_probabilities(tokens, answered.output.past_key_values)
         answer = tuple(answered.output.sequences[0, self._prompts[tokens].ids.shape[1] :].tolist())
-        # The first to be judged is the one that everything is compared with.
-        exact = self._references.setdefault(tokens, _Reference(answer, said))
-        divergence = (exact.log_probabilities.exp() * (exact.log_probabilities - said)).sum(-1)
+        # The first judged policy, `cold`, is the reference of all others.
+        exact = self._references.setdefault(tokens, _Reference(answer, predicted))
+        divergence = (exact.log_probabilities.exp() * (exact.log_probabilities - predicted)).sum(-1)
         return {"kl": float(divergence.mean()), "same_tokens": answer == exact.tokens}
 
     @torch.no_grad()
     def _log_probabilities(self, tokens: int, cache: DynamicCache) -> torch.Tensor:
+        """Log-probabilities of the continuation after the KV in `cache`, f32 `[continuation, vocabulary]`."""
         prompt = self._prompts[tokens]
         answered = cache.get_seq_length() - prompt.ids.shape[1]
         if answered:
             cache.crop(-answered)
         logits = self._model(prompt.continuation.unsqueeze(0), past_key_values=cache, use_cache=True).logits
-        said: torch.Tensor = logits[0].float().log_softmax(-1)
-        return said
+        predicted: torch.Tensor = logits[0].float().log_softmax(-1)
+        return predicted
 
     def close(self) -> None:
         for cached in self._models.values():

@@ -1,4 +1,4 @@
-"""The links between the measured process and everything it talks to, all as fast as each other."""
+"""The shaped links between the measured process and all servers. All have the same bandwidth."""
 
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -10,24 +10,25 @@ from kvstore_bench.shaping.netns import NetworkNamespace
 
 Shaper = Literal["userspace", "netns"]
 UNSHAPED_BPS = 10e9
-"""More than anything here carries."""
+"""Higher than any rate that is reached here."""
 
 
 class Links(Protocol):
-    """Context manager; entered before the cluster is started."""
+    """Context manager of the links. Enter it before the cluster starts."""
 
     @property
     def host(self) -> str:
-        """What servers listen on."""
+        """Host that the servers listen on."""
 
     @property
     def command(self) -> tuple[str, ...]:
-        """What the command line of the measured process begins with."""
+        """Prefix of the command line of the measured process."""
 
     def routes(self, endpoints: Iterable[str]) -> dict[str, str]:
-        """What it dials in place of each of these `host:port`."""
+        """Address that the measured process dials in place of each endpoint, `host:port` both."""
 
-    def set_bandwidth(self, bandwidth_bps: float) -> None: ...
+    def set_bandwidth(self, bandwidth_bps: float) -> None:
+        """Limits each link to `bandwidth_bps` bits per second."""
 
     def __enter__(self) -> Self: ...
 
@@ -37,7 +38,7 @@ class Links(Protocol):
 
 
 class UserSpaceLinks:
-    """A ShapedLink in front of each endpoint. The bytes of a fetch go through one at a time."""
+    """Links in user space: a ShapedLink in front of each endpoint. A fetch receives over one of them at a time."""
 
     host = "127.0.0.1"
     command: tuple[str, ...] = ()
@@ -68,7 +69,7 @@ class UserSpaceLinks:
 
 
 class NamespaceLinks:
-    """One link for everything, shaped by the kernel."""
+    """A link in a network namespace, shaped by the kernel. All connections share it."""
 
     def __init__(self) -> None:
         self._namespace = NetworkNamespace(UNSHAPED_BPS)
@@ -93,4 +94,5 @@ class NamespaceLinks:
 
 
 def links_of(shaper: Shaper) -> Links:
+    """Makes the links of this kind."""
     return UserSpaceLinks() if shaper == "userspace" else NamespaceLinks()

@@ -1,4 +1,4 @@
-"""What the benchmark is asked for."""
+"""Options of the benchmark."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +19,10 @@ class Options:
     dtype: str = "bfloat16"
     repeats: int = 5
     floor: Rate | None = Rate.MEDIUM
+    """Lowest precision that the adaptive policies may use."""
     adaptive: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of the adaptive policies."""
     quick: bool = False
-    """With a poor calibration, unless a proper one is there."""
+    """Whether a small calibration is enough, if no full one is cached."""
     trace: Path | None = None
     timeline: Path | None = None

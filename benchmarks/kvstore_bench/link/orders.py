@@ -1,7 +1,7 @@
-"""What is said between the benchmark and its processes: lines of JSON.
+"""Messages between the benchmark and its processes, one line of JSON each.
 
-An order is `["name", {...}]`. It is answered with any number of `["advance", [stage, done, total]]` and `["note",
-text]`, and then with `["done", what it returns]` or `{"error": text}`.
+An order is `["name", {...}]`. The process answers it with any number of `["advance", [stage, done, total]]` and
+`["note", text]`, and then with `["done", result]` or `{"error": text}`.
 """
 
 import json
@@ -17,44 +17,45 @@ from kvstore_service.calibration import Report
 
 
 class Answers:
-    """Standard output, kept for answers; what libraries print goes to standard error. A Report."""
+    """A `Report` that writes answers to standard output. From its creation on, all that others print goes to standard
+    error."""
 
     def __init__(self) -> None:
         self._out: IO[str] = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
     def advance(self, stage: str, done: int, total: int) -> None:
-        self.say(["advance", [stage, done, total]])
+        self.send(["advance", [stage, done, total]])
 
     def note(self, text: str) -> None:
-        self.say(["note", text])
+        self.send(["note", text])
 
-    def say(self, answer: Any) -> None:
+    def send(self, answer: Any) -> None:
         print(json.dumps(answer), file=self._out, flush=True)
 
 
 def serve(orders: Mapping[str, Callable[..., Any]], answers: Answers) -> None:
-    """Until standard input ends."""
+    """Executes orders until standard input ends."""
     for line in sys.stdin:
         name, arguments = json.loads(line)
         try:
             answer: Any = ["done", orders[name](**arguments)]
         except KVStoreError as error:
             answer = {"error": str(error)}
-        except Exception as error:  # whatever goes wrong is the benchmark's to show
+        except Exception as error:  # the benchmark reports any error
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.say(answer)
+        answers.send(answer)
 
 
 def ask(process: Process, report: Report, timeout_s: float, order: str, **arguments: Any) -> Any:
-    """What the order returned. Raises StartupError when it failed, or said nothing for `timeout_s`."""
+    """Sends an order and returns its result. Raises StartupError when it failed, or sent nothing for `timeout_s`."""
     process.tell(order, **arguments)
     while True:
-        kind, said = process.answer(timeout_s)
+        kind, content = process.answer(timeout_s)
         if kind == "done":
-            return said
+            return content
         if kind == "note":
-            report.note(said)
+            report.note(content)
         else:
-            report.advance(*said)
+            report.advance(*content)

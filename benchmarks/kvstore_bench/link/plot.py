@@ -1,4 +1,4 @@
-"""A picture of `kvstore bench link`: seconds to the first token over bandwidth, a panel for each length and jitter."""
+"""Plots `kvstore bench link`: time to first token over bandwidth, one panel per document length and jitter."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ _OTHERS = ("C0", "C2", "C5", "C6", "C8", "C9", "C7")
 
 
 def plot_link(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Between the quartiles is shaded."""
+    """Writes the plot. The shaded area is between the quartiles."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -49,7 +49,7 @@ def plot_link(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("Mbit/s")
-    drawn[0].set_ylabel("seconds to the first token")
+    drawn[0].set_ylabel("time to first token, s")
     handles, labels = drawn[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=150)

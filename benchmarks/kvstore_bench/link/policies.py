@@ -1,4 +1,4 @@
-"""What a worker may do about KV that is behind a link."""
+"""The compared policies: how a worker uses KV that is stored behind a slow link."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import ConfigurationError, UnknownEncodingError
 
 KVFETCHER = ("high-hevc-cpu", "high-hevc-cpu@128", "high-hevc-cpu@256")
-"""As published: one precision, token by token in pictures, in three resolutions."""
+"""Encodings of KVFetcher, as published: one precision, coded token by token as pictures, in three resolutions."""
 STORED = (
     "exact-zstd",
     "high-klt-pco",
@@ -19,9 +19,9 @@ STORED = (
     "medium-klt-hevc-cpu@128",
     "medium-klt-hevc-cpu@256",
 )
-"""What a document is stored as for `adaptive`, besides what other policies that are measured have it stored as."""
-_PATIENCE_S = 600.0
-"""Whoever has no choice is measured to its end."""
+"""Encodings that documents are stored in for `adaptive`, in addition to those of the other measured policies."""
+_NO_DEADLINE_S = 600.0
+"""Fetch timeout of policies that cannot compute instead: their fetches are measured to the end."""
 
 Kind = Literal["cold", "cachegen", "fixed", "kvfetcher", "adaptive"]
 
@@ -31,17 +31,17 @@ class Policy:
     name: str
     kind: Kind
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of its client (`connect_policy`), for JSON."""
+    """Settings of its client (`connect_policy`), as JSON values."""
     encodings: tuple[str, ...] = ()
-    """That the document has to be stored as."""
+    """Encodings that the document must be stored in."""
 
     @property
     def chooses(self) -> bool:
-        """Whether what it delivers depends on the link."""
+        """Whether the delivered encodings depend on the link."""
         return self.kind == "adaptive"
 
     def meets(self, floor: Rate | None) -> bool | None:
-        """Whether its names promise that fidelity; None where only what was fetched, or a measurement, can say."""
+        """Whether all its encodings are at least as precise as `floor`. None if only the measurement can tell."""
         if floor is None or self.kind == "cold":
             return True
         if not self.encodings or self.chooses:
@@ -61,7 +61,7 @@ _ADAPTIVE: dict[str, dict[str, Any]] = {
 }
 _NOT_ENCODINGS = ("cold", "raw", "cachegen", "kvfetcher", *_ADAPTIVE)
 POLICIES = (*_NOT_ENCODINGS, "any encoding")
-"""Names, for a person."""
+"""Policies, as listed in the help."""
 DEFAULT_POLICIES = (
     "cold",
     "raw",
@@ -77,8 +77,8 @@ DEFAULT_POLICIES = (
 
 
 def policy_named(name: str, floor: Rate | None, adaptive: Mapping[str, Any]) -> Policy:
-    """`adaptive` are further settings of the adaptive ones. A floor that the environment has counts for none of them.
-    Raises ConfigurationError."""
+    """The policy of this name. `adaptive` are further settings of the adaptive policies. KVSTORE_FLOOR has no effect on
+    any policy. Raises ConfigurationError for an unknown name."""
     if name in ("cold", "cachegen"):
         return Policy(name, name)  # type: ignore[arg-type]
     if name == "kvfetcher":
@@ -86,7 +86,7 @@ def policy_named(name: str, floor: Rate | None, adaptive: Mapping[str, Any]) -> 
             "fetch_policy": "kvfetcher",
             "accept": KVFETCHER,
             "floor": None,
-            "fetch_timeout_s": _PATIENCE_S,
+            "fetch_timeout_s": _NO_DEADLINE_S,
         }
         return Policy(name, "kvfetcher", settings, KVFETCHER)
     if name in _ADAPTIVE:
@@ -99,23 +99,29 @@ def policy_named(name: str, floor: Rate | None, adaptive: Mapping[str, Any]) -> 
         Encoding.parse(encoding)
     except UnknownEncodingError as error:
         raise _unknown(name) from error
-    settings = {"fetch_policy": "fixed", "accept": (encoding,), "floor": None, "fetch_timeout_s": _PATIENCE_S}
+    settings = {
+        "fetch_policy": "fixed",
+        "accept": (encoding,),
+        "floor": None,
+        "fetch_timeout_s": _NO_DEADLINE_S,
+    }
     return Policy(name, "fixed", settings, (encoding,))
 
 
 def policies_named(
     names: Sequence[str], floor: Rate | None, adaptive: Mapping[str, Any]
 ) -> tuple[Policy, ...]:
-    """`cold` is always the first of them: everything is compared with it. Raises ConfigurationError."""
+    """The policies of these names, after `cold`, which all others are compared with. Raises ConfigurationError for an
+    unknown name."""
     return tuple(policy_named(name, floor, adaptive) for name in dict.fromkeys(("cold", *names)))
 
 
 def stored_encodings(policies: Sequence[Policy]) -> tuple[str, ...]:
-    """That the document is stored as, each once."""
+    """All encodings that the document must be stored in, without duplicates."""
     return tuple(dict.fromkeys(name for policy in policies for name in policy.encodings))
 
 
 def _unknown(name: str) -> ConfigurationError:
     return ConfigurationError(
-        f"there is no policy {name!r}; there are {', '.join(_NOT_ENCODINGS)}, and encodings, such as medium-klt-pco"
+        f"there is no policy {name!r}; policies are {', '.join(_NOT_ENCODINGS)}, and encodings such as medium-klt-pco"
     )

@@ -1,4 +1,4 @@
-"""A process that prefills the documents, stores their KV in every encoding, and has CacheGen code it too.
+"""Process that prefills the documents, stores their KV in all encodings, and codes it with CacheGen.
 
 `python -m kvstore_bench.link.prefill`; see `orders`.
 """
@@ -26,18 +26,18 @@ from kvstore_service.calibration import publish
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.models import load_smollm2
 
-_PATIENCE_S = 600.0
+_STORE_TIMEOUT_S = 600.0
 
 
 def cachegen_file(folder: str, tokens: int) -> Path:
-    """Where the KV of a document is as CacheGen gives it back: `keys` after RoPE, `values`."""
+    """File with the KV of a document after a round trip through CacheGen: `keys` after RoPE, `values`."""
     return Path(folder, f"cachegen-{tokens}.safetensors")
 
 
 class _Prefill:
     def __init__(self, answers: Answers) -> None:
         self._answers = answers
-        self._measured, self._learnt = sources()
+        self._measured, self._fitted = sources()
 
     def store(
         self,
@@ -48,7 +48,8 @@ class _Prefill:
         cachegen_folder: str | None,
         quick: bool,
     ) -> dict[str, Any]:
-        """{calibration, chunks, cachegen_bytes: [of each document]}"""
+        """Stores one document of each length in `tokens`. Returns {calibration, chunks, cachegen_bytes: [of each
+        document]}."""
         _, tokenizer = load_smollm2(getattr(torch, dtype))
         documents = prompts(self._measured, tokenizer, tokens)
         calibration = None
@@ -66,18 +67,22 @@ class _Prefill:
     def _publish_calibration(self, address: str, dtype: str, quick: bool) -> str:
         model, tokenizer = load_smollm2(getattr(torch, dtype))
         observed = ObservedModel(model)
-        calibration = default_calibration(observed, tokenizer, self._learnt, self._answers, quick=quick)
+        calibration = default_calibration(observed, tokenizer, self._fitted, self._answers, quick=quick)
         require_unseen(self._measured, seen_digests(calibration))
         return publish.publish_calibration(calibration, address).hex()
 
     def _store(
         self, model: PreTrainedModel, address: str, documents: dict[int, Prompt], encodings: list[str]
     ) -> int:
-        """How many variants of chunks that are. Raises StartupError unless all are there."""
+        """Stores the documents. Returns the number of stored variants of chunks. Raises StartupError if any is
+        missing."""
         if not encodings:
             return 0
         with connect(
-            address, encoding=",".join(encodings), put_timeout_s=_PATIENCE_S, close_timeout_s=_PATIENCE_S
+            address,
+            encoding=",".join(encodings),
+            put_timeout_s=_STORE_TIMEOUT_S,
+            close_timeout_s=_STORE_TIMEOUT_S,
         ) as client:
             cached = CachedModel(model, client)
             client.prepare(cached.spec).result()
@@ -86,25 +91,26 @@ class _Prefill:
                 cached.generate(prompt.document.unsqueeze(0), max_new_tokens=1, do_sample=False)
                 client.store.flush()
             cached.close()
-            counted = client.metrics.snapshot()
+            counters = client.metrics.snapshot()
         self._answers.advance("store", len(documents), len(documents))
         stored = sum(node.stats.chunks for node in cluster_stats(address).nodes)
         wanted = len(encodings) * sum(tokens // CHUNK_TOKENS for tokens in documents)
         if stored < wanted:
             raise StartupError(
-                f"only {stored} of {wanted} variants of the documents' chunks are stored: {counted}"
+                f"only {stored} of {wanted} variants of the documents' chunks are stored; the client counted {counters}"
             )
         return stored
 
 
 @torch.no_grad()
 def _cachegen(model: PreTrainedModel, prompt: Prompt, file: Path) -> int:
-    """Bytes of all that LMCache would move; what comes back from them is in `file` then."""
+    """Codes a document with CacheGen. Writes the decoded KV to `file`. Returns the bytes that LMCache would
+    transfer."""
     cache = DynamicCache()
     model(prompt.document.unsqueeze(0), past_key_values=cache, use_cache=True, logits_to_keep=1)
     keys = torch.stack([layer.keys[0] for layer in cache.layers])
     values = torch.stack([layer.values[0] for layer in cache.layers])
-    # It codes half precision.
+    # CacheGen codes half precision.
     given = [(keys.to(torch.bfloat16), values.to(torch.bfloat16))]
     ((keys, values, row),) = cachegen.round_trip(given, "default", CHUNK_TOKENS)
     dtype = model.dtype
@@ -114,5 +120,5 @@ def _cachegen(model: PreTrainedModel, prompt: Prompt, file: Path) -> int:
 
 if __name__ == "__main__":
     logging.disable_progress_bar()
-    said = Answers()
-    serve({"store": _Prefill(said).store}, said)
+    answers = Answers()
+    serve({"store": _Prefill(answers).store}, answers)

@@ -1,4 +1,4 @@
-"""The text that is measured on: documents that no calibration was made of."""
+"""The prompts: documents that no calibration was fitted to, each with a question."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,28 +15,29 @@ CONTINUATION_TOKENS = 160
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Neighbouring tokens of one text, i64 [tokens] each."""
+    """A prompt and its continuation: neighbouring pieces of one text, token IDs i64 `[tokens]` each."""
 
     document: torch.Tensor
-    """Whose KV is stored."""
+    """Its KV is stored."""
     question: torch.Tensor
     continuation: torch.Tensor
-    """What the text goes on with; KL is measured on it."""
+    """The text after the question. KL is measured on it."""
 
     @property
     def ids(self) -> torch.Tensor:
-        """What the model is asked, [1, tokens]."""
+        """Token IDs of the whole prompt, `[1, tokens]`."""
         return torch.cat((self.document, self.question)).unsqueeze(0)
 
 
 def sources() -> tuple[list[Source], list[Source]]:
-    """To measure on, and to calibrate on."""
+    """The texts to measure on, and the texts to fit a calibration to."""
     halves = [split(source) for source in default_sources()]
-    return [measured for measured, _ in halves], [learnt for _, learnt in halves]
+    return [measured for measured, _ in halves], [fitted for _, fitted in halves]
 
 
 def prompts(measured: Sequence[Source], tokenizer: Any, lengths: Iterable[int]) -> dict[int, Prompt]:
-    """By tokens of the document; each from a place of its own. Raises ConfigurationError."""
+    """One prompt for each document length, by that length. They do not overlap. Raises ConfigurationError for a text
+    that is too short."""
     text = torch.cat([tokens_of(source, tokenizer) for source in reversed(measured)])
     found: dict[int, Prompt] = {}
     begin = 0
@@ -45,7 +46,7 @@ def prompts(measured: Sequence[Source], tokenizer: Any, lengths: Iterable[int]) 
         piece = text[begin : begin + sum(parts)]
         if len(piece) < sum(parts):
             raise ConfigurationError(
-                f"the text has {len(text)} tokens, too few for documents as long as --tokens says"
+                f"the text has only {len(text)} tokens, which is too short for documents of the lengths in --tokens"
             )
         found[length] = Prompt(*torch.split(piece, parts))
         begin += sum(parts)

@@ -1,4 +1,4 @@
-"""From answered questions to what the benchmark says."""
+"""Makes the rows of the result from the samples of all questions."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ SHOWN_STAGES = ("receive", "decode", "restore", "compute")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The circumstances that all policies are measured in."""
+    """One combination of conditions that all policies are measured under."""
 
     bandwidth_bps: float
     tokens: int
@@ -38,11 +38,12 @@ def row_of(
     judged: Mapping[tuple[str, int], Sample],
     options: Options,
 ) -> Row:
-    """`samples` by policy, the warm-up first."""
+    """Row of one policy. `samples` has the samples by policy, the warm-up first. `judged` has samples with fidelity, by
+    policy and document length."""
     measured = _measured(samples[policy.name])
     times_s = [sample["ttft_s"] for sample in measured]
     fidelity = judged[policy.name, cell.tokens]
-    # Facts of one run, so that they belong together: the one nearest to the median.
+    # These values come from one run, the one nearest to the median, so that they are consistent with each other.
     typical = min(measured, key=lambda sample: abs(sample["ttft_s"] - statistics.median(times_s)))
     return {
         "bandwidth_bps": cell.bandwidth_bps,
@@ -72,7 +73,7 @@ def row_of(
 
 
 def _measured(samples: Sequence[Sample]) -> Sequence[Sample]:
-    """Without the warm-up, unless there was nothing after it."""
+    """The samples after the warm-up, or the warm-up if it is the only one."""
     return samples[1:] or samples
 
 
@@ -87,6 +88,7 @@ def _over_longest_stage(sample: Sample) -> float:
 
 
 def _meets(policy: Policy, samples: Sequence[Sample], options: Options) -> bool | None:
+    """Whether the delivered encodings are at least as precise as the floor. None if their names do not tell."""
     if policy.chooses and options.floor is not None:
         floor = options.floor
         return all(is_at_least(name, floor) for sample in samples for name in sample["encodings"])

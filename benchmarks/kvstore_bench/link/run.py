@@ -1,4 +1,4 @@
-"""The benchmark: one question after the other, every policy in turn, behind links of every bandwidth."""
+"""Runs the benchmark: asks one question at a time, with all policies in alternation, at each bandwidth."""
 
 import math
 import sys
@@ -30,11 +30,12 @@ from kvstore_service.settings import settings_of
 _MEMORY_BYTES = 2 << 30
 _STORE_S, _ANSWER_S = 1800.0, 900.0
 _SETTLE_S = 0.05
-"""Between two questions: what the first one had asked for and no longer wants has left the link."""
+"""Pause between two questions. Data that the first one requested but no longer needs leaves the link."""
 _QUESTIONS_BEFORE = 3
-"""Before a step, of a policy that plans: it knows the link as it has been, and not as the last question left it."""
-# A policy without a choice is asked less often where its first answer took so many times as long as a full prefill, and
-# that many seconds: nobody would use it there, and it would take most of the time.
+"""Untimed questions before a step in bandwidth. A planning policy then knows the bandwidth before the step, not that
+of the last question."""
+# A policy without a choice gets fewer rounds if its first answer took this many times as long as a full prefill, and
+# at least this many seconds. Nobody would use it there, and it would take most of the benchmark's time.
 _SLOWER, _SLOWER_S, _REPEATS_OF_SLOWER = 2.0, 5.0, 3
 _MUCH_SLOWER, _MUCH_SLOWER_S = 4.0, 2.5
 
@@ -44,10 +45,12 @@ class Result:
     meta: dict[str, Any]
     rows: list[Row]
     left_out: list[str]
+    """Reasons why requested policies have no rows."""
 
 
 def run(options: Options, report: Report) -> Result:
-    """Raises ConfigurationError, and StartupError where a process or a namespace cannot be had."""
+    """Runs the benchmark. Raises ConfigurationError for options that cannot be measured, StartupError when a process or
+    a network namespace cannot be started."""
     policies, left_out = _possible(options, report)
     cells = list(_cells(options, report))
     with ExitStack() as stack:
@@ -105,6 +108,7 @@ class _Bench:
         self._judged: dict[tuple[str, int], dict[str, Any]] = {}
 
     def rows(self, cells: Sequence[Cell]) -> list[Row]:
+        """Measures all policies in each cell. Returns their rows."""
         self._judge()
         rows: list[Row] = []
         rounds = self._options.repeats + 1
@@ -119,7 +123,7 @@ class _Bench:
         return rows
 
     def draw(self, cell: Cell) -> None:
-        """What the last adaptive run did."""
+        """Writes trace and timeline of the last adaptive run, if the options ask for them."""
         files = (self._options.trace, self._options.timeline)
         choosing = [policy.name for policy in self._policies if policy.chooses]
         if not choosing or not any(files):
@@ -130,8 +134,8 @@ class _Bench:
         )  # fmt: skip
 
     def _judge(self) -> None:
-        """How faithful policies are whose choice does not depend on the link. `cold`, the first of them, is what they
-        are compared with."""
+        """Measures the fidelity of policies whose encodings do not depend on the link. `cold` is the first of them and
+        the reference of all others."""
         self._links.set_bandwidth(UNSHAPED_BPS)
         steps = [
             (policy, tokens)
@@ -151,8 +155,8 @@ class _Bench:
         wanted: dict[str, float],
         samples: dict[str, list[dict[str, Any]]],
     ) -> None:
-        """Each policy once, beginning with another one each time; the first round warms up, but what is far too slow
-        is asked that once only."""
+        """Asks each policy once. Each round begins with another policy. The first round is the warm-up; a policy that
+        is far too slow is asked in no other."""
         turn = number % len(self._policies)
         for policy in (*self._policies[turn:], *self._policies[:turn]):
             name = policy.name
@@ -172,50 +176,53 @@ class _Bench:
 
     def _ask(self, policy: Policy, tokens: int, *, judge: bool) -> dict[str, Any]:
         time.sleep(_SETTLE_S)
-        said: dict[str, Any] = ask(
+        sample: dict[str, Any] = ask(
             self._engine, self._report, _ANSWER_S, "measure", policy=policy.name, tokens=tokens, judge=judge
         )
-        return said
+        return sample
 
 
 def _rounds_for(ttft_s: float, cold_s: float) -> float:
-    """At most, the first one counted, for a policy that took so long in it."""
+    """Largest number of rounds, including the first, of a policy that took `ttft_s` in the first."""
     if ttft_s > max(_MUCH_SLOWER * cold_s, _MUCH_SLOWER_S):
         return 1
     return 1 + _REPEATS_OF_SLOWER if ttft_s > max(_SLOWER * cold_s, _SLOWER_S) else math.inf
 
 
 def _possible(options: Options, report: Report) -> tuple[tuple[Policy, ...], list[str]]:
-    """Without a peer that is not installed, and why."""
+    """The policies that can be measured, and the reasons why others cannot: their peer is not installed."""
     policies = policies_named(options.policies, options.floor, options.adaptive)
     if (options.trace or options.timeline) and not any(policy.chooses for policy in policies):
-        raise ConfigurationError("--trace and --timeline show what adaptive did: name it with --policy, too")
+        raise ConfigurationError("--trace and --timeline show the adaptive policy: add --policy adaptive")
     if cachegen.installed() or not any(policy.kind == "cachegen" for policy in policies):
         return policies, []
-    left_out = [f"without LMCache's CacheGen; to have it: {cachegen.INSTALL}"]
+    left_out = [f"LMCache's CacheGen is not installed; to install it: {cachegen.INSTALL}"]
     report.note(left_out[0])
     return tuple(policy for policy in policies if policy.kind != "cachegen"), left_out
 
 
 def _cells(options: Options, report: Report) -> Iterator[Cell]:
     if not options.bandwidths_bps or not options.tokens or not options.jitters:
-        raise ConfigurationError("nothing to measure: name a bandwidth, a length and a jitter at least")
+        raise ConfigurationError(
+            "nothing to measure: name at least one bandwidth, one document length and one jitter"
+        )
     for tokens in options.tokens:
         if tokens < CHUNK_TOKENS or tokens % CHUNK_TOKENS:
             raise ConfigurationError(
-                f"{tokens} tokens: whole chunks are reused, so ask for multiples of {CHUNK_TOKENS}"
+                f"a document of {tokens} tokens is not whole chunks, and only these are reused; "
+                f"use multiples of {CHUNK_TOKENS}"
             )
         for jitter in options.jitters:
             pattern = parse_jitter(jitter)
             if pattern.full_bps is not None and len(options.bandwidths_bps) > 1:
-                report.note(f"{jitter} brings its own bandwidths and is measured once")
+                report.note(f"{jitter} sets the bandwidth itself, so it is measured once")
             rates = options.bandwidths_bps if pattern.full_bps is None else (pattern.full_bps,)
             for bandwidth_bps in rates:
                 yield Cell(bandwidth_bps, tokens, _name(jitter), pattern.schedule(bandwidth_bps))
 
 
 def _name(jitter: str) -> str:
-    """A trace without its folder."""
+    """The jitter's name in the result: a trace without its folder."""
     kind, colon, given = jitter.partition(":")
     return f"{kind}:{Path(given).name}" if kind == "trace" else kind + colon + given
 
@@ -223,9 +230,9 @@ def _name(jitter: str) -> str:
 def _prefill(
     options: Options, policies: Sequence[Policy], shared: Mapping[str, Any], report: Report
 ) -> dict[str, Any]:
-    """Not behind the links, and gone before anything is measured."""
+    """Stores the documents, in a process that is not limited by the links and ends before the measurement."""
     with ExitStack() as stack:
-        process = _process(stack, "prefilling", "prefill", ())
+        process = _process(stack, "the prefill", "prefill", ())
         encodings = list(stored_encodings(policies))
         stored: dict[str, Any] = ask(
             process, report, _STORE_S, "store", **shared, encodings=encodings, quick=options.quick
@@ -241,6 +248,7 @@ def _process(stack: ExitStack, name: str, module: str, prefix: Sequence[str]) ->
 
 
 def _endpoints(address: str) -> list[str]:
+    """Addresses of the coordinator, and of all storage nodes and their bulk ports."""
     view = ClusterView(ClientSettings(address=address))
     try:
         members = view.membership().members
@@ -263,7 +271,7 @@ def _meta(
         "stored": stored_encodings(policies),
         "calibration": stored["calibration"],
         "quick": options.quick,
-        "ttft_s": "seconds from the question to the first token of the answer: median of the rounds after the first",
-        "kl": "nats a token over the text's own continuation, from what the model says behind its own KV",
+        "ttft_s": "seconds from the question to the first token of the answer; median of the rounds after the first",
+        "kl": "nats per token of the text's continuation, relative to the model's predictions after its own KV",
         "left_out": list(left_out),
     }

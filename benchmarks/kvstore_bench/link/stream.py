@@ -1,4 +1,5 @@
-"""Bytes over TCP, as fast as the link lets them: what a system moves that no service of ours serves."""
+"""Sends bytes over TCP as fast as the link allows. Stands for transfers of a system whose data no server here
+stores."""
 
 import socket
 import threading
@@ -9,7 +10,8 @@ _PIECE_BYTES = 1 << 20
 
 
 class ByteSource:
-    """Context manager: sends each connection as many bytes as each of its lines asks for, at `address`."""
+    """Context manager. A server at `address`: each line of a connection is a number, and it replies with that many
+    bytes."""
 
     def __init__(self, host: str) -> None:
         self._listener = socket.create_server((host, 0))
@@ -50,11 +52,11 @@ class ByteSource:
                     while missing:
                         missing -= connected.send(piece[: min(missing, _PIECE_BYTES)])
             except OSError:
-                return  # its reader has gone
+                return  # the client closed the connection
 
 
 class ByteStream:
-    """The other end. Raises OSError when the source has gone."""
+    """Client of a ByteSource. Raises OSError when it cannot connect."""
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -62,12 +64,13 @@ class ByteStream:
         self._buffer = bytearray(_PIECE_BYTES)
 
     def receive(self, size_bytes: int) -> None:
-        """Ask for so many bytes, and take them."""
+        """Requests and receives `size_bytes`. Blocks until all have arrived. Raises OSError when the source closed the
+        connection."""
         self._connected.sendall(f"{size_bytes}\n".encode())
         while size_bytes:
             received = self._connected.recv_into(self._buffer, min(size_bytes, _PIECE_BYTES))
             if not received:
-                raise ConnectionResetError("the source of bytes has gone")
+                raise ConnectionResetError("the byte source closed the connection")
             size_bytes -= received
 
     def close(self) -> None:
@@ -78,4 +81,4 @@ def _end(connected: socket.socket) -> None:
     try:
         connected.shutdown(socket.SHUT_RDWR)
     except OSError:
-        return  # it has ended already
+        return  # closed already

@@ -1,15 +1,15 @@
-"""`kvstore bench recompute`: documents reused in other contexts, by which of their tokens are computed again.
+"""`kvstore bench recompute`: documents reused in other contexts, with some of their tokens recomputed.
 
-run.py        the benchmark: cluster, model, what is measured in which order
-methods.py    what is compared: selectors, with drift and without
-prompts.py    one text in pieces, documents with a question that needs two of them, and the prompt that is timed
-facts.py      what such questions are about
-engine.py     the model that is measured, with and without the service
-tiers.py      where the documents are stored: memory, or a disk of a chosen speed
-fidelity.py   KL against full recompute
-times.py      seconds to the first token, and tokens a second of a batch
-tuning.py     the ratio that is tuned for a tier, and the sweep that it has to keep up with
-rows.py, targets.py, plot.py    what came of it
+run.py        runs the benchmark: starts the cluster, times all methods in each tier, then measures fidelity
+methods.py    the compared methods: selectors, with drift and without
+prompts.py    the prompts: one text in pieces, documents with a question that needs two of them, and the timed prompt
+facts.py      made-up facts for such questions
+engine.py     the measured model, with and without the service
+tiers.py      the storage tiers of the documents: memory, or a disk of a chosen speed
+fidelity.py   KL relative to full recompute
+times.py      time to first token, and throughput of a batch
+tuning.py     tunes the ratio for a tier, and measures a sweep of ratios for comparison
+rows.py, targets.py, plot.py    rows, checks against targets, and plot of the result
 """
 
 from kvstore_bench.recompute.methods import DEFAULT_METHODS

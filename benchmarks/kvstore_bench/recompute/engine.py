@@ -1,4 +1,4 @@
-"""The model that is measured, with the service and without, in the process of the benchmark."""
+"""The measured model, with the service and without. It runs in the process of the benchmark."""
 
 import time
 from collections.abc import Sequence
@@ -17,24 +17,27 @@ from kvstore_codec.errors import StartupError
 from kvstore_codec.identity import CHUNK_TOKENS
 
 _ANSWER: dict[str, Any] = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False}
-_PATIENCE_S = 600.0
+_NO_DEADLINE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
+    """Measurements of one request."""
+
     ttft_s: float
-    """Lookup and fetch included."""
+    """Including lookup and fetch."""
     received_bytes: int
     receive_s: float
     exact_tokens: int
     approximate_tokens: int
     recomputed_tokens: int
     prefilled: bool = False
-    """With so much to compute again, that was sooner than reusing anything."""
+    """Whether the engine reused nothing, because a full prefill was faster at this recompute ratio."""
 
 
 class Engine:
-    """Context manager. Needs a cluster at `address`; `settings` are more of the client's."""
+    """A model with a client of the cluster at `address`. `settings` are further settings of the client. Close it after
+    use."""
 
     def __init__(
         self,
@@ -46,21 +49,22 @@ class Engine:
         **settings: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        # Chunks are stored with the order of tokens that the selectors of this name go by; the others do without.
+        # With this selector, chunks are stored with their token order, which the `frequency` selectors need. Other
+        # selectors need nothing stored.
         self._client = connect(
             address,
             recompute_selector="frequency",
-            put_timeout_s=_PATIENCE_S,
-            close_timeout_s=_PATIENCE_S,
-            fetch_timeout_s=_PATIENCE_S,
+            put_timeout_s=_NO_DEADLINE_S,
+            close_timeout_s=_NO_DEADLINE_S,
+            fetch_timeout_s=_NO_DEADLINE_S,
             **settings,
         )
         self._cached = CachedModel(model, self._client, model_id=model_id)
         self._client.prepare(self._cached.spec).result()
 
     def store(self, prompts: Prompts, prompt: Prompt) -> None:
-        """Each of the prompt's documents by a request of its own, behind the same prefix. Raises StartupError when one
-        of them is not there then."""
+        """Stores each of the prompt's documents by a request of its own, after the same prefix. Raises StartupError
+        when not all of their chunks are stored."""
         self._cached.store = True
         for index in range(len(prompt.documents)):
             request = prompts.storing(prompt, index)
@@ -73,29 +77,30 @@ class Engine:
         found, wanted = len(match.chunks), prompt.document_tokens // CHUNK_TOKENS
         if found < wanted:
             raise StartupError(
-                f"only {found} of the {wanted} chunks of a prompt's documents are stored: "
-                f"{self._client.metrics.snapshot()}"
+                f"only {found} of the {wanted} chunks of a prompt's documents are stored; "
+                f"the client counted {self._client.metrics.snapshot()}"
             )
 
     @torch.inference_mode()
     def reference(self, prompt: Prompt) -> torch.Tensor:
-        """What the model says of the question's tokens when it computes everything, log-probabilities f32
-        `[tokens, vocabulary]`."""
+        """Log-probabilities of the question's tokens when the model computes everything, f32 `[tokens, vocabulary]`."""
         kept = len(prompt.question)
         logits = self.model(prompt.ids, use_cache=False, logits_to_keep=kept).logits
-        said: torch.Tensor = logits[0].float().log_softmax(-1)
-        return said
+        predicted: torch.Tensor = logits[0].float().log_softmax(-1)
+        return predicted
 
     def log_probabilities(self, prompt: Prompt, recompute: Recompute) -> torch.Tensor:
-        """The same, over documents that are reused. Raises StartupError when they were not."""
-        said = self._cached.question_log_probabilities(
+        """Log-probabilities of the question's tokens after reused documents, f32 `[tokens, vocabulary]`. Raises
+        StartupError when not all of the documents were reused."""
+        predicted = self._cached.question_log_probabilities(
             prompt.ids, segments=prompt.segments, recompute=recompute
         )
         self._require_reuse(prompt)
-        return said
+        return predicted
 
     def ask(self, prompt: Prompt, recompute: Recompute) -> Asked:
-        """Raises StartupError when the documents were to be reused and did not all come."""
+        """Answers one request with the service. Raises StartupError when not all documents were reused, unless a full
+        prefill was faster."""
         began_s = time.perf_counter()
         self._cached.generate(prompt.ids, segments=prompt.segments, recompute=recompute, **_ANSWER)
         ttft_s = time.perf_counter() - began_s
@@ -113,13 +118,13 @@ class Engine:
         )
 
     def compute(self, prompt: Prompt) -> float:
-        """Seconds of the plain model to its first token."""
+        """Time to first token of the model without the service, seconds."""
         began_s = time.perf_counter()
         self.model.generate(prompt.ids, **_ANSWER)
         return time.perf_counter() - began_s
 
     def ask_batch(self, prompts: Sequence[Prompt], recompute: Recompute) -> float:
-        """Seconds until all of them, asked at once, are answered."""
+        """Submits all requests at once. Returns the seconds until all are answered."""
         queue = RequestQueue(self._cached)
         began_s = time.perf_counter()
         try:
@@ -128,7 +133,7 @@ class Engine:
                 for prompt in prompts
             ]
             for answer in answers:
-                answer.result(_PATIENCE_S)
+                answer.result(_NO_DEADLINE_S)
             return time.perf_counter() - began_s
         finally:
             queue.close()

@@ -1,10 +1,12 @@
-"""Pairs of made-up facts that lie in two documents, and questions whose answers need both."""
+"""Pairs of made-up facts for two documents, each with a question whose answer needs both facts."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class FactPair:
+    """Two facts and a question that needs both."""
+
     first: str
     second: str
     question: str

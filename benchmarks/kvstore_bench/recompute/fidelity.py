@@ -1,4 +1,4 @@
-"""How far what the model says of a question over reused documents is from what it says over computed ones."""
+"""Measures fidelity: how far the model's predictions after reused documents are from those after full recompute."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,12 +14,14 @@ from kvstore_service.calibration import Report
 
 @dataclass(frozen=True, slots=True)
 class Judged:
+    """Fidelity of one method at one ratio."""
+
     kl: float
-    """from full recompute, nats a token of the question, mean of the prompts"""
+    """KL from full recompute, nats per token of the question, mean over the prompts."""
     kl_most: float
-    """of the prompt with the highest"""
+    """The highest KL of a prompt."""
     top1: float
-    """share of the question's tokens whose likeliest successor is the same"""
+    """Share of the question's tokens with the same most likely next token."""
 
 
 Fidelity = dict[tuple[str, str, float], Judged]
@@ -29,7 +31,8 @@ Fidelity = dict[tuple[str, str, float], Judged]
 def judge(
     engine: Engine, prompts: Prompts, asked: Sequence[Prompt], cells: Sequence[Cell], report: Report
 ) -> Fidelity:
-    """Nothing is chosen at ratio 0, and nothing left out at 1: these are measured with one method, for all."""
+    """Measures fidelity for each prompt and cell. At ratio 0 and at ratio 1 all methods do the same, so these are
+    measured once and count for all methods."""
     seen: dict[tuple[str, str, float], list[tuple[float, float]]] = {}
     for index, prompt in enumerate(asked):
         report.advance("judge", index, len(asked))
@@ -46,10 +49,10 @@ def judge(
     return {key: _judged(values) for key, values in seen.items()}
 
 
-def divergence(reference: torch.Tensor, said: torch.Tensor) -> tuple[float, float]:
-    """KL and top-1 agreement of log-probabilities, f32 `[tokens, vocabulary]` each."""
-    kl = (reference.exp() * (reference - said)).sum(-1).mean()
-    top1 = (reference.argmax(-1) == said.argmax(-1)).float().mean()
+def divergence(reference: torch.Tensor, predicted: torch.Tensor) -> tuple[float, float]:
+    """KL in nats per token, and top-1 agreement. Both arguments are log-probabilities, f32 `[tokens, vocabulary]`."""
+    kl = (reference.exp() * (reference - predicted)).sum(-1).mean()
+    top1 = (reference.argmax(-1) == predicted.argmax(-1)).float().mean()
     return float(kl), float(top1)
 
 

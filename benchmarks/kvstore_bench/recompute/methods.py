@@ -1,4 +1,5 @@
-"""What is compared: how tokens are chosen, and whether what they show moves their neighbours."""
+"""The compared methods: how recomputed tokens are selected, and whether their change shifts their neighbours
+(drift)."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ DEFAULT_METHODS = (OURS, OURS + NO_DRIFT, "query", "hkvd", "first_k", "frequency
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Selectors that others have published go as they were published: without drift."""
+    """A selector, with drift or without. Selectors published by others are used as published, without drift."""
 
     name: str
     selector: str
@@ -22,6 +23,8 @@ class Method:
 
 
 class Cell(NamedTuple):
+    """One combination of method and recompute ratio."""
+
     method: Method
     ratio: float
 
@@ -31,26 +34,28 @@ class Cell(NamedTuple):
 
 
 def cells_of(methods: Sequence[Method], ratios: Sequence[float]) -> list[Cell]:
-    """Raises ConfigurationError for a ratio that is none, or no ratio at all."""
+    """All combinations. Raises ConfigurationError for a ratio outside 0 to 1, or no ratio."""
     for ratio in ratios:
         if not 0 <= ratio <= 1:
-            raise ConfigurationError(f"a recompute ratio of {ratio} is not between 0 and 1")
+            raise ConfigurationError(f"recompute ratio {ratio} is not between 0 and 1")
     if not ratios:
-        raise ConfigurationError("nothing to measure: name a ratio at least")
+        raise ConfigurationError("nothing to measure: name at least one ratio")
     return [Cell(method, ratio) for method in methods for ratio in dict.fromkeys(ratios)]
 
 
 def methods_named(names: Iterable[str]) -> tuple[Method, ...]:
-    """Raises ConfigurationError for one that does not exist, or for none at all."""
+    """The methods of these names. Raises ConfigurationError for an unknown name, or no name."""
     methods = tuple(_method(name) for name in dict.fromkeys(names))
     if not methods:
-        raise ConfigurationError("nothing to measure: name a selector at least")
+        raise ConfigurationError("nothing to measure: name at least one selector")
     return methods
 
 
 def _method(name: str) -> Method:
     chosen = name.removesuffix(NO_DRIFT)
     if chosen != OURS and chosen != name:
-        raise ConfigurationError(f"{name!r}: only {OURS} has drift that can be left out")
+        raise ConfigurationError(
+            f"there is no method {name!r}: only {OURS} has drift, so only {OURS}{NO_DRIFT} exists"
+        )
     selector(chosen)
     return Method(name, chosen, drift=name == OURS)

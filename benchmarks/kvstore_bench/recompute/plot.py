@@ -1,4 +1,5 @@
-"""KL over the ratio for each kind of prompt, and seconds over the ratio for each tier."""
+"""Plots `kvstore bench recompute`: KL over the ratio per kind of prompt, and time to first token over the ratio per
+tier."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ _COLORS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9", "C7")
 
 
 def plot_recompute(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Tuned ratios are left out: they were measured in rounds of their own."""
+    """Writes the plot. Omits tuned ratios, because they were measured in other rounds."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if not row["tuned"]]
@@ -36,13 +37,13 @@ def plot_recompute(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set_ylim(bottom=0)
     for axes, tier in zip(drawn[len(kinds) :], tiers, strict=True):
         chosen = [row for row in rows if (row["kind"], row["tier"]) == (kinds[0], tier)]
-        axes.set_title(f"seconds to the first token, {tier}", fontsize=10)
+        axes.set_title(f"time to first token, s, {tier}", fontsize=10)
         for name in names:
             _line(axes, [row for row in chosen if row["selector"] == name], "ttft_s", styles)
         axes.axhline(chosen[0]["full_ttft_s"], color="0.4", linestyle="--", label="full recompute")
         axes.set_ylim(bottom=0)
     for axes in drawn:
-        axes.set_xlabel("share of tokens computed again")
+        axes.set_xlabel("recompute ratio")
         axes.grid(visible=True, alpha=0.2)
     handles, labels = drawn[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8)

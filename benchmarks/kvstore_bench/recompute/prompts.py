@@ -1,8 +1,8 @@
-"""The prompts: a system prefix, documents that are stored, and a question, each tokenised alone.
+"""Makes the prompts: a system prefix, stored documents and a question, each tokenised alone.
 
-Two kinds are judged. "text": the documents are neighbouring pieces of one text, which were prefilled apart, and the
-"question" is what the text goes on with. "documents": they come from different places, two of them contain a made-up
-fact each, and the question needs both.
+Fidelity is measured on two kinds. "text": the documents are neighbouring pieces of one text that were prefilled apart,
+and the question is the continuation of the text. "documents": the documents are from different places, two of them
+contain one made-up fact each, and the question needs both facts.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,12 @@ from kvstore_bench.recompute.facts import PAIRS, FactPair
 from kvstore_codec.errors import ConfigurationError
 
 DOCUMENT_TOKENS = 512
-"""Whole chunks: nothing of a document is left over and computed."""
+"""A multiple of the chunk size, so that whole documents are reused."""
 _PIECES, _CONTINUATION_TOKENS = 4, 128
 _DOCUMENTS = 6
 _WITH_FACTS = (1, 4)
-"""Neither is the first, which stands where it was stored and is reused exactly."""
+"""Indices of the documents with facts. The first document has none, because it is reused exactly: its position is the
+one it was stored at."""
 _SYSTEM = (
     "You are a careful assistant who answers from the documents that follow. They come in no particular order. Read "
     "all of them before you answer, say only what they say, and say so where they do not tell. Answer in one short "
@@ -35,7 +36,7 @@ _STORING_QUESTION = "\n\nQuestion: What is this document about?\nAnswer:"
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids of its parts, i64 [tokens] each."""
+    """Token IDs of the parts of a prompt, i64 `[tokens]` each."""
 
     kind: str
     source: str
@@ -45,11 +46,12 @@ class Prompt:
 
     @property
     def ids(self) -> torch.Tensor:
-        """[1, tokens]"""
+        """Token IDs of the whole prompt, `[1, tokens]`."""
         return torch.cat((self.system, *self.documents, self.question)).unsqueeze(0)
 
     @property
     def segments(self) -> list[int]:
+        """Lengths of the parts, tokens."""
         return [len(part) for part in (self.system, *self.documents, self.question)]
 
     @property
@@ -57,13 +59,14 @@ class Prompt:
         return sum(map(len, self.documents))
 
     def ordered(self, order: Sequence[int]) -> "Prompt":
-        """The same with its documents in another order."""
+        """The same prompt with its documents in another order."""
         documents = tuple(self.documents[index] for index in order)
         return Prompt(self.kind, self.source, self.system, documents, self.question)
 
 
 class Prompts:
-    """Made of `sources`, in turn. Raises ConfigurationError for a text that is too short."""
+    """Makes prompts from `sources` in alternation. Its methods raise ConfigurationError for a text that is too
+    short."""
 
     def __init__(self, sources: Sequence[Source], tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -75,19 +78,21 @@ class Prompts:
         return [name for name, _ in self._texts]
 
     def text(self, count: int) -> list[Prompt]:
+        """Makes `count` prompts of the kind "text"."""
         parts = [DOCUMENT_TOKENS] * _PIECES + [_CONTINUATION_TOKENS]
         return [self._pieces(number, count, parts) for number in range(count)]
 
     def documents(self, count: int) -> list[Prompt]:
-        """Raises ConfigurationError for more than there are pairs of facts."""
+        """Makes `count` prompts of the kind "documents". Raises ConfigurationError for more than there are pairs of
+        facts."""
         if count > len(PAIRS):
             raise ConfigurationError(
-                f"there are questions for {len(PAIRS)} prompts of a kind, not for {count}"
+                f"there are only questions for {len(PAIRS)} prompts per kind, not for {count}"
             )
         return [self._with_facts(number, count, PAIRS[number]) for number in range(count)]
 
     def timed(self, tokens: int) -> Prompt:
-        """`tokens` of documents, without facts."""
+        """Makes the timed prompt, with `tokens` tokens of documents and no facts."""
         name, text = self._texts[0]
         question = self._tokens(_TIMED_QUESTION)
         return Prompt(
@@ -95,7 +100,7 @@ class Prompts:
         )
 
     def storing(self, prompt: Prompt, index: int) -> Prompt:
-        """The request that stores one of the prompt's documents: that document alone."""
+        """Makes the request that stores one of the prompt's documents. It contains no other document."""
         question = self._tokens(_STORING_QUESTION)
         return Prompt("storing", prompt.source, prompt.system, (prompt.documents[index],), question)
 
@@ -111,15 +116,15 @@ class Prompts:
         documents = list(self._apart(text, _DOCUMENTS, number / count))
         for index, fact in zip(_WITH_FACTS, (pair.first, pair.second), strict=True):
             middle = DOCUMENT_TOKENS // 2
-            told = torch.cat(
+            with_fact = torch.cat(
                 (documents[index][:middle], self._tokens(f" {fact} "), documents[index][middle:])
             )
-            documents[index] = told[:DOCUMENT_TOKENS]
+            documents[index] = with_fact[:DOCUMENT_TOKENS]
         question = self._tokens(f"\n\nQuestion: {pair.question}\nAnswer:")
         return Prompt("documents", name, self._system, tuple(documents), question)
 
     def _apart(self, text: torch.Tensor, count: int, shift: float) -> tuple[torch.Tensor, ...]:
-        """Documents from all over a text; other shifts, 0 to 1, give others."""
+        """Cuts `count` documents from evenly spaced places of a text. `shift`, 0 to 1, moves all of them."""
         room = _room("the text", text, (count + 1) * DOCUMENT_TOKENS)
         begins = [int(room * (number + shift) / count) for number in range(count)]
         return tuple(text[begin : begin + DOCUMENT_TOKENS] for begin in begins)
@@ -129,12 +134,13 @@ class Prompts:
 
 
 def orders(documents: int, count: int) -> list[list[int]]:
-    """Always the same shuffles."""
+    """Returns `count` orders of the documents. They are random, but the same in every run."""
     seeded = (torch.Generator().manual_seed(number) for number in range(count))
     return [torch.randperm(documents, generator=generator).tolist() for generator in seeded]
 
 
 def _room(name: str, text: torch.Tensor, tokens: int) -> int:
+    """Largest offset at which a piece of `tokens` tokens begins. Raises ConfigurationError for a shorter text."""
     if len(text) < tokens:
-        raise ConfigurationError(f"{name} has {len(text)} tokens, too few for {tokens} of a prompt")
+        raise ConfigurationError(f"{name} has {len(text)} tokens, but a prompt needs {tokens}")
     return len(text) - tokens

@@ -1,4 +1,4 @@
-"""From what was measured to what the benchmark says."""
+"""Makes the rows of the result from the measurements."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,8 +23,8 @@ def rows_of(
     tuned: bool = False,
     only: Sequence[Cell] | None = None,
 ) -> Iterator[Row]:
-    """A row for each kind of prompt and each cell of the race (or `only` these); `tokens` are those of the documents
-    in the prompt that was timed. How long it takes does not depend on the kind."""
+    """One row per kind of prompt and cell of the race, or only for the cells in `only`. `tokens` is the number of
+    document tokens in the timed prompt. Times do not depend on the kind: the rows of all kinds have the same times."""
     for kind in dict.fromkeys(kind for kind, _, _ in fidelity):
         for cell, asked in race.asked.items():
             if only is None or cell in only:
@@ -42,7 +42,7 @@ def rows_of(
 
 
 def tuned_row(tier: str, found: TunedTier, tokens: int) -> Row:
-    """How the tuned ratio does beside the sweep."""
+    """Compares the tuned ratio with the sweep."""
     swept = {cell.ratio: _median(found.race.asked[cell]) for cell in found.sweep}
     best = min(swept, key=lambda ratio: swept[ratio])
     ttft_s, full_s = _median(found.race.asked[found.cell]), statistics.median(found.race.full_s)
@@ -76,7 +76,7 @@ def _fidelity(fidelity: Fidelity, kind: str, cell: Cell) -> Row:
 def _times(asked: Sequence[Asked], full_s: Sequence[float]) -> Row:
     times_s = [one.ttft_s for one in asked]
     ttft_s, full_ttft_s = statistics.median(times_s), statistics.median(full_s)
-    # Facts of one run, so that they belong together: the one nearest to the median.
+    # These values come from one run, the one nearest to the median, so that they are consistent with each other.
     typical = min(asked, key=lambda one: abs(one.ttft_s - ttft_s))
     return {
         "ttft_s": ttft_s,
@@ -97,7 +97,7 @@ def _times(asked: Sequence[Asked], full_s: Sequence[float]) -> Row:
 
 
 def _throughput(cell: Cell, batches: Batches | None) -> Mapping[str, float | None]:
-    """None where it was not measured."""
+    """Throughput with and without reuse. None where it was not measured."""
     found = batches.of.get(cell) if batches is not None else None
     full = batches.full if batches is not None and found is not None else None
     return {"throughput_tok_s": found, "full_throughput_tok_s": full}

@@ -1,4 +1,4 @@
-"""The benchmark: how soon, from each tier, and then how faithful."""
+"""Runs the benchmark: times all methods in each storage tier, then measures their fidelity."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -35,14 +35,14 @@ class Options:
     ratios: Sequence[float] = DEFAULT_RATIOS
     tiers: Sequence[str] = tuple(TIERS)
     prompts: int = 8
-    """of each kind, to judge by"""
+    """Number of prompts of each kind that fidelity is measured on."""
     tokens: int = 3072
-    """of the documents in the prompt that is timed"""
+    """Number of document tokens in the timed prompt."""
     batch: int = 16
-    """requests at once; 0 leaves them out"""
+    """Number of concurrent requests for throughput; 0 to measure none."""
     repeats: int = 5
     dtype: DType = DType.BFLOAT16
-    """of what is timed; what is judged is float32"""
+    """Dtype of the timed model. Fidelity is measured in float32."""
     quick: bool = False
 
 
@@ -62,12 +62,14 @@ class _Timed:
 
 
 def run(options: Options, report: Report) -> Result:
-    """Raises ConfigurationError for what cannot be measured, StartupError where something does not work."""
+    """Runs the benchmark. Raises ConfigurationError for options that cannot be measured, StartupError when documents
+    are not stored or not reused."""
     cells = cells_of(methods_named(options.methods), options.ratios)
     tiers = tiers_named(options.tiers)
     if options.tokens < 2 * DOCUMENT_TOKENS or options.tokens % DOCUMENT_TOKENS:
         raise ConfigurationError(
-            f"{options.tokens} tokens: documents have {DOCUMENT_TOKENS}, so ask for a multiple of that, two at least"
+            f"{options.tokens} document tokens are not two or more documents of {DOCUMENT_TOKENS} tokens; use a "
+            f"multiple of {DOCUMENT_TOKENS} from {2 * DOCUMENT_TOKENS} on"
         )
     sources = default_sources()
     report.advance("start", 0, 2)
@@ -104,7 +106,7 @@ def run(options: Options, report: Report) -> Result:
 
 
 def _engine(address: str, dtype: DType) -> Engine:
-    """Of KV that is stored as it is: what is measured is what reuse does, not what coding does."""
+    """An engine that stores bit-exact KV, so that only effects of reuse are measured, not of lossy coding."""
     return Engine(address, *load_model(SMOLLM2, dtype), encoding=EXACT, accept=(EXACT,), floor=None)
 
 
@@ -142,10 +144,10 @@ def _meta(options: Options, prompts: Prompts, prompt: Prompt, judged: Sequence[P
         "batch": options.batch,
         "tier_disk_read_Bps": {tier.name: tier.disk_read_bytes_per_s for tier in tiers_named(options.tiers)},
         "quick": options.quick,
-        "kl": "nats a token of the question, from full recompute, mean of the prompts; the same in every tier",
-        "closed": "share of the KL at ratio 0 that is gone",
-        "ttft_s": "seconds from the request to its first token, lookup and fetch included: median of the rounds",
-        "full_ttft_s": "the plain model, in the same rounds",
-        "prefilled": "the engine reused nothing: with so much to compute again, that was sooner",
-        "throughput_tok_s": "prompt tokens a second of a batch: ours at every ratio, the others at ratio 0.15",
+        "kl": "nats per token of the question, relative to full recompute; mean over prompts, the same in every tier",
+        "closed": "share by which KL is lower than at ratio 0",
+        "ttft_s": "seconds from the request to its first token, including lookup and fetch; median of the rounds",
+        "full_ttft_s": "the same for the model without the service, in the same rounds",
+        "prefilled": "the engine reused nothing, because a full prefill was faster at this ratio",
+        "throughput_tok_s": "prompt tokens per second of a batch; our method at every ratio, the others at ratio 0.15",
     }

@@ -1,4 +1,5 @@
-"""The ratio that is tuned for a tier, as `kvstore_client.recompute.tuning` does it, and a sweep beside it."""
+"""Tunes the recompute ratio for a tier with `kvstore_client.recompute.tuning`, and compares it with a sweep of
+ratios."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -25,11 +26,11 @@ _MEAN_OF = 3
 class TunedTier:
     cell: Cell
     first: float
-    """Where the search began: what computing and fetching a token take."""
+    """Ratio that the search began with, from the times to compute and to fetch a token."""
     measurements: int
     sweep: tuple[Cell, ...]
     race: Race
-    """Of the tuned ratio and of the points of the sweep, in the same rounds."""
+    """Times of the tuned ratio and of the sweep, in the same rounds."""
 
 
 def tune(
@@ -41,7 +42,8 @@ def tune(
     *,
     quick: bool,
 ) -> TunedTier:
-    """Up to what the engine reuses at all. The sweep is as wide, with ten points, and comes after it."""
+    """Searches ratios up to `MOST_COMPUTED`, above which the engine reuses nothing. Then measures a sweep of ten ratios
+    over the same range."""
     compute_s = engine.compute(prompt) / prompt.ids.shape[1]
     unchanged = engine.ask(prompt, Cell(method, 0.0).recompute)
     first = initial_ratio(compute_s, unchanged.receive_s / prompt.document_tokens, MOST_COMPUTED)

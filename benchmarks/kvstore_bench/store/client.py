@@ -1,4 +1,4 @@
-"""Clients of this project's own servers, each a process of its own that runs the loop of `loop.py`.
+"""Client process for this project's own servers. It runs the loop in `loop.py`.
 
 python -m kvstore_bench.store.client kvstore | raw-tcp ADDRESS
 """
@@ -10,7 +10,7 @@ import sys
 from kvstore_api.affinity import shared_where_local
 from kvstore_api.byte_stream import ByteStream
 from kvstore_bench.store import loop
-from kvstore_bench.store.server import PATIENCE_S, REQUEST
+from kvstore_bench.store.server import REQUEST, TIMEOUT_S
 
 
 def main() -> None:
@@ -24,6 +24,8 @@ def main() -> None:
 
 
 class RawTcp:
+    """Client of the `raw-tcp` server, which stores bytes without any protocol of a cache."""
+
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
         self._stream = ByteStream(socket.create_connection((host, int(port))), shared_where_local)
@@ -40,17 +42,17 @@ class RawTcp:
 
     def put(self, key: int, value: bytes) -> None:
         with self._stream.affinity.staying(anew=True):
-            self._stream.send([REQUEST.pack(1, key, len(value)), value], PATIENCE_S)
-            self._stream.receive_into(self._reply, PATIENCE_S)
+            self._stream.send([REQUEST.pack(1, key, len(value)), value], TIMEOUT_S)
+            self._stream.receive_into(self._reply, TIMEOUT_S)
 
     def get(self, key: int, size_bytes: int) -> memoryview:
         with self._stream.affinity.staying(anew=True):
-            self._stream.send([REQUEST.pack(0, key, size_bytes)], PATIENCE_S)
-            self._stream.receive_into(self._received, PATIENCE_S)
+            self._stream.send([REQUEST.pack(0, key, size_bytes)], TIMEOUT_S)
+            self._stream.receive_into(self._received, TIMEOUT_S)
         return self._received
 
     def delete(self, key: int) -> None:
-        """The next put goes where this one went."""
+        """Does nothing, because a put overwrites the value of its key."""
 
 
 if __name__ == "__main__":

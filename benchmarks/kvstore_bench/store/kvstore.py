@@ -1,4 +1,4 @@
-"""This service as a store of values: sound chunks through the client's own transports."""
+"""This service as a store of values: puts and gets valid chunks over the client's transports."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -21,19 +21,22 @@ ENCODING = "exact-raw"
 TIMEOUT_S = 30.0
 _MESSAGE_BYTES = 64 << 20
 _PIECE_BYTES = 1 << 20
-# Two periods of 256 tokens in frames of 64: eight frames, as many as a small model's chunk has.
+# Two periods of 256 tokens in frames of 64 tokens: eight frames, as in a chunk of a small model.
 _GEOMETRY = Geometry(layers=8, kv_heads=4, head_dim=64, dtype=KVDtype.BFLOAT16)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
+    """A chunk with random frames."""
+
     header: ChunkHeader
     parts: tuple[bytes, ...]
     ref: pb.ChunkRef
 
     @classmethod
     def of_size(cls, key: int, size_bytes: int, noise: random.Random) -> "Chunk":
-        """A sound chunk of exactly that many bytes, header included. Nobody looks into the frames of one."""
+        """Makes a valid chunk of exactly `size_bytes`, header included. Its frames are noise, because nothing decodes
+        them."""
         chunk_id = ChunkId(
             ContentId(blake3(b"content %d" % key).digest()), PrefixId(blake3(b"prefix %d" % key).digest())
         )
@@ -50,6 +53,7 @@ class Chunk:
         )
 
     def steps(self) -> Iterator[pb.PutRequest | memoryview]:
+        """The messages of a put of this chunk."""
         start = pb.PutStart(chunk=self.ref, encoding=ENCODING, size_bytes=self.header.size_bytes)
         yield pb.PutRequest(start=start)
         for part in self.parts:
@@ -64,7 +68,7 @@ def _header(chunk_id: ChunkId, frames: Sequence[bytes]) -> tuple[ChunkHeader, by
 
 
 class KVStore:
-    """One storage node, over its bulk port and over gRPC."""
+    """Client of one storage node, over its bulk port and over gRPC."""
 
     def __init__(self, storage: str, bulk: str) -> None:
         options = [("grpc.max_receive_message_length", _MESSAGE_BYTES)]
@@ -109,7 +113,7 @@ class KVStore:
 def _put(transport: Transport, chunk: Chunk) -> None:
     (reply,) = transport.put(chunk.steps(), TIMEOUT_S)
     if reply.status != pb.PUT_STATUS_STORED:
-        raise RuntimeError(f"not stored: {pb.PutStatus.Name(reply.status)} {reply.message}")
+        raise RuntimeError(f"the chunk was not stored: {pb.PutStatus.Name(reply.status)} {reply.message}")
 
 
 def _get(transport: Transport, chunk: Chunk) -> memoryview:

@@ -1,4 +1,4 @@
-"""Looking up a thousand chunks: the node's answer alone, with the headers, and the client's whole path."""
+"""Measures lookups of a thousand chunks: the node's reply without and with headers, and the client's whole lookup."""
 
 import statistics
 import time
@@ -42,7 +42,8 @@ _SPEC = ModelSpec(
 
 
 def measure_lookups(address: str, rounds: int) -> list[dict[str, Any]]:
-    """`address` is what the benchmark's own server prints. Rows {system, op, chunks, p50_ms, p99_ms}."""
+    """Measures lookups at the server that printed `address`. Returns rows {system, op, chunks, clients, p50_ms, p99_ms,
+    operations}."""
     storage, bulk, coordinator = address.split(",")
     ids = chunk_ids(_SPEC.digest, b"", [token % 49_000 for token in range(CHUNKS * CHUNK_TOKENS)])
     refs = list(map(chunk_ref, ids))
@@ -79,7 +80,10 @@ def measure_lookups(address: str, rounds: int) -> list[dict[str, Any]]:
                 "lookup+headers": lambda: ask(with_headers=True),
                 "find_prefix": find,
             }
-            times = {op: [_took_s(way) for _ in range(_WARM_UP)][:0] for op, way in ways.items()}
+            for way in ways.values():
+                for _ in range(_WARM_UP):
+                    _took_s(way)
+            times: dict[str, list[float]] = {op: [] for op in ways}
             for _ in range(rounds):
                 for op, way in ways.items():
                     times[op] += [_took_s(way) for _ in range(_CALLS)]
@@ -91,7 +95,8 @@ def measure_lookups(address: str, rounds: int) -> list[dict[str, Any]]:
 
 
 def _steps(ids: list[ChunkId]) -> Iterator[pb.PutRequest | memoryview]:
-    """Sound chunks with the header of a real one; the frames are short, nobody reads them."""
+    """The messages of a put of these chunks. Each is valid and has the header of a real chunk. Its frames are short,
+    because nothing reads them."""
     encoding = Encoding.parse(_ENCODING)
     geometry = chunk_geometry(_SPEC, CHUNK_TOKENS, encoding)
     frames = [bytes(16)] * geometry.frame_count
@@ -105,11 +110,11 @@ def _steps(ids: list[ChunkId]) -> Iterator[pb.PutRequest | memoryview]:
 
 
 def _took_s(call: Callable[[], Release]) -> float:
-    """Of the lookup alone; its leases are given back afterwards."""
+    """Seconds of the lookup. Its leases are released afterwards, untimed."""
     begin = time.perf_counter()
-    give_back = call()
+    release_leases = call()
     took_s = time.perf_counter() - begin
-    give_back()
+    release_leases()
     return took_s
 
 

@@ -1,13 +1,14 @@
-"""What every measured system's client process runs: one implementation, so that all are timed alike.
+"""The measuring loop of every client process. All systems share this implementation, so that all are timed alike.
 
-Standard library only, because a peer's script imports this file under the peer's own Python. Commands come as lines
-of JSON on stdin, `["name", {...}]`, and each is answered with one line on stdout: what the command returns, or
-`{"error": text}`.
+Uses only the standard library, because a peer's script imports this file in the peer's own Python environment. Each
+line of stdin is a command in JSON, `["name", {...}]`. Each is answered by one line on stdout: the result of the
+command, or `{"error": text}`.
 
-    resident {size_bytes, keys}     make a value for each key, store it, and read it back byte for byte
-    time {method, seconds}          call a `get...` or `put...` method on the keys in turn: the seconds each call took
-    check {}                        read every value back byte for byte
-    forget {}                       remove them
+    resident {size_bytes, keys}     make a value for each key, put it, get it and compare it byte for byte
+    time {method, seconds}          call a `get...` or `put...` method for the keys in turn; returns the seconds of each
+                                    call
+    check {}                        get every value and compare it byte for byte
+    forget {}                       delete all values
 """
 
 import json
@@ -18,33 +19,36 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 SETTLE_S = 0.002
+"""Pause between the deletes and the puts of a cycle."""
 
 
 class Store(Protocol):
-    """A client of one system. Buffers are made in `value` and `receive`, untimed, as an engine would keep them."""
+    """A client of one system. `value` allocates all buffers, untimed, as an engine allocates its buffers once."""
 
     def value(self, key: int, size_bytes: int, noise: random.Random) -> Any:
-        """`size_bytes` bytes that are like no other key's, in the form that `put` takes."""
+        """Makes the value of `key`: `size_bytes` of `noise`, in the form that `put` takes."""
 
-    def content(self, value: Any) -> bytes: ...
+    def content(self, value: Any) -> bytes:
+        """The bytes of a value that `value` made."""
 
     def put(self, key: int, value: Any) -> None:
-        """Returns when the store has said that it has it. Raises anything when it has not."""
+        """Puts a value. Returns when the store has acknowledged it. Raises any exception if the put failed."""
 
     def get(self, key: int, size_bytes: int) -> Any:
-        """Something with the value's bytes, in memory of this process."""
+        """Returns the bytes of a value, as an object with the buffer protocol in memory of this process."""
 
-    def delete(self, key: int) -> None: ...
+    def delete(self, key: int) -> None:
+        """Deletes a value."""
 
 
 def serve(store: Store) -> None:
-    """Until stdin ends."""
+    """Executes commands until stdin ends."""
     worker = _Worker(store)
     for line in sys.stdin:
         name, arguments = json.loads(line)
         try:
             answer = worker.run(name, **arguments)
-        except Exception as error:  # whatever a system raises is the benchmark's to show
+        except Exception as error:  # the benchmark reports any error of a system
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
 
@@ -85,7 +89,7 @@ class _Worker:
     def time(self, method: str, seconds: float) -> list[float]:
         call = getattr(self._store, method)
         cycle = self._put_all if method.startswith("put") else self._get_all
-        cycle(call)  # to warm up
+        cycle(call)  # warms up
         times: list[float] = []
         end = time.perf_counter() + seconds
         while not times or time.perf_counter() < end:
@@ -100,13 +104,13 @@ class _Worker:
             times.append(time.perf_counter() - begin)
             if len(value) != self._size_bytes:
                 raise ValueError(f"key {key} has {len(value)} bytes instead of {self._size_bytes}")
-            del value  # its buffer, where there is one, is free for the next
+            del value  # frees its buffer for the next call
         return times
 
     def _put_all(self, put: Callable[[int, Any], None]) -> list[float]:
         for key in self._values:
             self._store.delete(key)
-        # What a server does behind its last answer shall not be charged to the first put.
+        # Let the server finish its work for the deletes, so that the first put does not wait for it.
         time.sleep(SETTLE_S)
         times = []
         for key, value in self._values.items():

@@ -1,4 +1,4 @@
-"""A picture of `kvstore bench store`: GB/s over size, a panel for each operation and number of clients."""
+"""Plots `kvstore bench store`: GB/s over size, one panel per operation and number of clients."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ _STYLES: dict[str, dict[str, Any]] = {
 
 
 def plot_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Spread over rounds is shaded."""
+    """Writes the plot. The shaded area is the range over all rounds."""
     from matplotlib.figure import Figure
 
     measured = [row for row in rows if row["op"] in ("get", "put")]
@@ -41,7 +41,7 @@ def plot_throughput(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 )
             axes.set_ylim(bottom=0)
     for axes in panels[-1]:
-        axes.set_xlabel("KiB a value")
+        axes.set_xlabel("size of a value, KiB")
     for axes_of_row in panels:
         axes_of_row[0].set_ylabel("GB/s")
     panels[0][-1].legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""Ports of the servers that peers' scripts start. Standard library only, like `loop`: for the peers' own Python."""
+"""Ports for the servers that peers' scripts start. Uses only the standard library, like `loop`."""
 
 import socket
 import sys
@@ -6,7 +6,7 @@ import time
 
 
 def free_port() -> int:
-    """Of this machine's loopback, as of now."""
+    """A port of the loopback interface that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -14,7 +14,7 @@ def free_port() -> int:
 
 
 def wait_for(port: int, server: str, timeout_s: float) -> None:
-    """Returns once somebody listens there; ends the process when nobody does in time."""
+    """Waits until a server listens on the port. Exits the process after `timeout_s`."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         try:
@@ -23,4 +23,4 @@ def wait_for(port: int, server: str, timeout_s: float) -> None:
             time.sleep(0.1)
         else:
             return
-    sys.exit(f"{server} does not answer")
+    sys.exit(f"{server} did not listen on port {port} within {timeout_s:g} s")

@@ -1,4 +1,4 @@
-"""The benchmark of the data path: values of several sizes, one to several clients, every system in turn."""
+"""Runs the benchmark of the data path: several sizes and numbers of clients, with all systems in alternation."""
 
 import contextlib
 import statistics
@@ -13,17 +13,20 @@ from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service.calibration import Report
 
 _RESIDENT_BYTES = 128 << 20
-"""Of each system, in all clients together: far more than a processor's caches, far less than any server's memory."""
+"""Size of all values of a system: much larger than processor caches, and much smaller than the memory of a server."""
 _MOST_KEYS, _LEAST_KEYS = 8, 2
-_PATIENCE_S = 120.0
+_ANSWER_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     sizes: Sequence[int]
+    """Of a value, bytes."""
     clients: Sequence[int]
+    """Numbers of concurrent clients."""
     systems: Sequence[str]
     seconds: float
+    """Length of one measurement."""
     rounds: int
 
 
@@ -31,15 +34,16 @@ class Options:
 class Result:
     rows: list[dict[str, Any]]
     left_out: list[str]
-    """Why a system that was asked for has no rows."""
+    """Reasons why requested systems have no rows."""
 
 
 def run(options: Options, report: Report) -> Result:
-    """Raises ConfigurationError for a system that does not exist, StartupError when one of our own fails."""
+    """Runs the benchmark. Raises ConfigurationError for an unknown system, StartupError when one of this project's own
+    systems fails."""
     unknown = set(options.systems) - {system.name for system in SYSTEMS}
     if unknown:
         raise ConfigurationError(
-            f"no system is called {', '.join(sorted(unknown))}; there are {', '.join(s.name for s in SYSTEMS)}"
+            f"there is no system {', '.join(sorted(unknown))}; systems are {', '.join(s.name for s in SYSTEMS)}"
         )
     left_out: list[str] = []
     systems: list[System] = []
@@ -47,7 +51,7 @@ def run(options: Options, report: Report) -> Result:
         if system.is_installed:
             systems.append(system)
         else:
-            left_out.append(f"{system.name} is not installed; to have it: {system.install}")
+            left_out.append(f"{system.name} is not installed; to install it: {system.install}")
     for note in left_out:
         report.note(note)
     with contextlib.ExitStack() as stack:
@@ -69,7 +73,7 @@ class _Bench:
         self._addresses: dict[str, str] = {}
 
     def start(self, systems: Sequence[System]) -> None:
-        """All processes at once, because they take seconds to import what they need."""
+        """Starts all processes at once, because each needs seconds for its imports."""
         self._systems = list(systems)
         groups = {system.group.name: system.group for system in systems}
         servers = {name: self._started(name, group.server) for name, group in groups.items()}
@@ -83,6 +87,7 @@ class _Bench:
         self._report.advance("start", len(servers), len(servers))
 
     def rows(self) -> list[dict[str, Any]]:
+        """Measures all combinations. Returns their rows."""
         rows: list[dict[str, Any]] = []
         steps = [(clients, size) for clients in self._options.clients for size in self._options.sizes]
         for index, (clients, size_bytes) in enumerate(steps):
@@ -94,7 +99,7 @@ class _Bench:
         return rows
 
     def _measure(self, clients: int, size_bytes: int) -> list[dict[str, Any]]:
-        """Systems take turns within every round, and each round begins with another one."""
+        """Measures every system once per round. Each round begins with another system."""
         keys = min(_MOST_KEYS, max(_LEAST_KEYS, _RESIDENT_BYTES // (size_bytes * clients)))
         for group in self._groups():
             with self._failure_of(group):
@@ -130,7 +135,7 @@ class _Bench:
         return self._answers(system.group, clients)
 
     def _answers(self, group: Group, clients: int) -> list[Any]:
-        return [client.answer(_PATIENCE_S) for client in self._clients[group.name][:clients]]
+        return [client.answer(_ANSWER_TIMEOUT_S) for client in self._clients[group.name][:clients]]
 
     def _groups(self) -> list[Group]:
         return list({system.group.name: system.group for system in self._systems}.values())
@@ -142,7 +147,7 @@ class _Bench:
 
     @contextlib.contextmanager
     def _failure_of(self, group: Group) -> Iterator[None]:
-        """A peer that fails is left out from then on; what is our own must not fail."""
+        """Excludes a peer that fails from the rest of the run. Raises StartupError for a system of this project."""
         try:
             yield
         except StartupError as error:
@@ -157,7 +162,8 @@ class _Bench:
 def _row(
     system: str, op: str, size_bytes: int, clients: int, rounds: Sequence[Sequence[Sequence[float]]]
 ) -> dict[str, Any]:
-    """`rounds` are the seconds of every operation, by round and client. Clients run at once, so their rates add up."""
+    """Row of one system. `rounds` has the seconds of each operation, by round and client. Clients run concurrently, so
+    their rates add up."""
     rates = [sum(size_bytes * len(times) / sum(times) for times in clients_) / 1e9 for clients_ in rounds]
     times_ms = sorted(1000 * took_s for clients_ in rounds for times in clients_ for took_s in times)
     return {

@@ -1,8 +1,8 @@
-"""The servers that are measured, each a process of its own that ends with its stdin.
+"""Server process of a measured system. It prints its address and runs until its stdin ends.
 
 python -m kvstore_bench.store.server kvstore [HOST [PORT [BYTES]]] | raw-tcp
 
-HOST and PORT are the coordinator's; the node listens on the same host and has BYTES of memory.
+HOST and PORT are the coordinator's address. The node listens on the same host and has BYTES of memory.
 """
 
 import socket
@@ -17,8 +17,9 @@ from kvstore_api.byte_stream import ByteStream
 
 HOST = "127.0.0.1"
 MEMORY_BYTES = 1 << 30
-PATIENCE_S = 30.0
-REQUEST = struct.Struct("!QQQ")  # 1 for a put, key, size
+TIMEOUT_S = 30.0
+REQUEST = struct.Struct("!QQQ")
+"""A request of `raw-tcp`: 1 for a put and 0 for a get, key, size in bytes."""
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
 
 
 def accept(listener: socket.socket) -> None:
+    """Serves each connection in a thread of its own."""
     while True:
         connected, _ = listener.accept()
         stream = ByteStream(connected, shared_where_local)
@@ -40,7 +42,8 @@ def accept(listener: socket.socket) -> None:
 
 
 def serve_raw(stream: ByteStream) -> None:
-    """What this machine can do at best: bytes between a socket and memory that was there before, and nothing else."""
+    """Serves one connection of `raw-tcp`, the upper bound for this machine: it only copies bytes between a socket and
+    memory that is already allocated."""
     values: dict[int, memoryview] = {}
     request = bytearray(REQUEST.size)
     while True:
@@ -54,14 +57,15 @@ def serve_raw(stream: ByteStream) -> None:
         if len(values.get(key, b"")) != size_bytes:
             values[key] = memoryview(bytearray(size_bytes))
         if is_put:
-            stream.receive_into(values[key], PATIENCE_S)
-            stream.send([request], PATIENCE_S)
+            stream.receive_into(values[key], TIMEOUT_S)
+            stream.send([request], TIMEOUT_S)
         else:
-            stream.send([values[key]], PATIENCE_S)
+            stream.send([values[key]], TIMEOUT_S)
 
 
 def serve_kvstore(host: str, port: int, size_bytes: int) -> None:
-    """A storage node as `kvstore serve` runs it, but without Ray, and a coordinator that knows it."""
+    """Runs a storage node and a coordinator as `kvstore serve` does, but without Ray. Prints the three addresses
+    `storage,bulk,coordinator`."""
     from kvstore_api.placement import Member
     from kvstore_cluster.arena import Arena
     from kvstore_cluster.calibrations import CalibrationRegistry
@@ -81,11 +85,11 @@ def serve_kvstore(host: str, port: int, size_bytes: int) -> None:
     bulk = serve_bulk(node, host=host)
     storage = serve_storage(node, host=host, bulk_endpoint=bulk.address)
     with tempfile.TemporaryDirectory() as folder:
-        books = Coordinator(FileCatalogue(Path(folder)))
-        books.join(Member(node.node_id, storage.address, bulk_endpoint=bulk.address), incarnation=1)
+        metadata = Coordinator(FileCatalogue(Path(folder)))
+        metadata.join(Member(node.node_id, storage.address, bulk_endpoint=bulk.address), incarnation=1)
         registry = CalibrationRegistry(Path(folder, "calibrations"))
         canaries = CanaryRegistry(Path(folder, "canaries"))
-        coordinator = serve_coordinator(books, registry, canaries, address=Address(host, port))
+        coordinator = serve_coordinator(metadata, registry, canaries, address=Address(host, port))
         print(f"{storage.address},{bulk.address},{coordinator.address}", flush=True)
         sys.stdin.read()
         for server in (bulk, storage, coordinator):

@@ -1,4 +1,4 @@
-"""The systems that are compared: how their processes are started, and what can be asked of them."""
+"""The compared systems: the commands that start their processes, and the operations that are measured."""
 
 import sys
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ class Group:
     name: str
     server: tuple[str, ...]
     client: tuple[str, ...]
-    """Takes the server's address as its last argument."""
+    """Command of a client process. The server's address is added as the last argument."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +23,9 @@ class System:
     name: str
     group: Group
     methods: Mapping[str, str]
-    """Operation -> what the client calls it."""
+    """Operation -> method of the client."""
     install: str = ""
-    """How to get it, where it does not come with this project."""
+    """Command that installs a peer. Empty for a system of this project."""
 
     @property
     def is_installed(self) -> bool:

@@ -1,13 +1,13 @@
-"""Code KV with LMCache's own CacheGen: its serializer and deserializer as an engine would call them, on the CPU.
+"""Encode and decode KV with LMCache's CacheGen, through its serializer and deserializer, on the CPU.
 
     benchmarks/peers/lmcache/.venv/bin/python benchmarks/peers/lmcache/cachegen.py IN OUT --bins 32,16 --json F
 
-Every `*.safetensors` in the folder IN holds `keys` and `values` [layers, kv_heads, tokens, head_dim]; OUT gets a file
-of the same name with both as CacheGen gives them back. The JSON is {lmcache_version, config, files: [row]} with a
-row {file, layers, kv_heads, tokens, head_dim, values, kv_bytes, chunks, total_bytes, payload_bytes, cdf_bytes,
-scale_bytes, encode_s, decode_s} for each file: `values` counts numbers of K and V together, `kv_bytes` is what they
-take uncoded, `total_bytes` what LMCache would store, `payload_bytes` the entropy-coded part of it, `cdf_bytes` its
-probability tables, `scale_bytes` the largest magnitude of each token; the rest is lengths and framing.
+Every `*.safetensors` in the folder IN contains `keys` and `values` [layers, kv_heads, tokens, head_dim]. The decoded
+tensors are written to a file of the same name in OUT. The JSON is {lmcache_version, config, files: [row]} with one row
+per file {file, layers, kv_heads, tokens, head_dim, values, kv_bytes, chunks, total_bytes, payload_bytes, cdf_bytes,
+scale_bytes, encode_s, decode_s}. `values` is the number of values of K and V together, and `kv_bytes` their uncoded
+size. `total_bytes` is what LMCache would store: the entropy-coded part (`payload_bytes`), probability tables
+(`cdf_bytes`), the largest magnitude of each token (`scale_bytes`), and lengths and framing.
 """
 
 import argparse
@@ -35,9 +35,9 @@ from lmcache.v1.storage_backend.naive_serde.cachegen_decoder import CacheGenDese
 from lmcache.v1.storage_backend.naive_serde.cachegen_encoder import CacheGenSerializer
 from safetensors.torch import load_file, save_file
 
-# CacheGen's own default has these two sizes: many bins for the first layers, fewer for the rest.
+# Numbers of bins in CacheGen's default: more for the first layers, fewer for the rest.
 FIRST_BINS, REST_BINS = 32, 16
-# Its symbols are int8 and there must be one on either side of zero.
+# Symbols are int8, and at least one is needed on either side of zero.
 MIN_BINS, MAX_BINS = 4, 128
 
 
@@ -67,14 +67,14 @@ def main() -> None:
 
 
 class CacheGen:
-    """CacheGen set up for KV of one shape ([layers, kv_heads, any, head_dim]) and type."""
+    """CacheGen for KV of one shape, [layers, kv_heads, any, head_dim], and dtype."""
 
     def __init__(self, like: torch.Tensor, bins: tuple[int, int] | None, chunk_tokens: int) -> None:
         self.layers, self.heads, _, self.head_dim = like.shape
         self.chunk_tokens = chunk_tokens
         engine = LMCacheEngineConfig.from_defaults(chunk_size=chunk_tokens)
         with tempfile.TemporaryDirectory() as model:
-            # A model that CacheGen does not know by name gets its default from the layer count in its config.
+            # For a model that CacheGen does not list, the default depends on the number of layers in its config.
             config = {"model_type": "llama", "num_hidden_layers": self.layers}
             Path(model, "config.json").write_text(json.dumps(config))
             metadata = LMCacheMetadata(
@@ -94,14 +94,16 @@ class CacheGen:
             self._use(bins)
 
     def _use(self, bins: tuple[int, int]) -> None:
-        """LMCache has no setting for the bins, so put them where its constructors put the default."""
+        """Sets the numbers of bins. LMCache has no setting for them, so this replaces the default in its objects."""
         bins_now = {FIRST_BINS: bins[0], REST_BINS: bins[1]}
 
-        def changed(specs: list[QuantizationSpec]) -> list[QuantizationSpec]:
+        def replaced(specs: list[QuantizationSpec]) -> list[QuantizationSpec]:
             return [QuantizationSpec(spec.start_layer, spec.end_layer, bins_now[spec.bins]) for spec in specs]
 
         default = self.quantisation
-        self.quantisation = CacheGenConfig(default.nlayers, changed(default.kspecs), changed(default.vspecs))
+        self.quantisation = CacheGenConfig(
+            default.nlayers, replaced(default.kspecs), replaced(default.vspecs)
+        )
         for side in (self.serializer, self.deserializer):
             side.cachegen_config = self.quantisation
             side.key_bins = side.make_key_bins(self.quantisation)
@@ -110,13 +112,13 @@ class CacheGen:
     def round_trip(
         self, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, int | float]]:
-        """Keys and values after coding, shaped as they came, and the row described above without its file."""
-        # The form in which LMCache holds a chunk, so that no rearranging is charged to it.
+        """Encodes and decodes KV. Returns keys and values in their original shape, and the row without `file`."""
+        # LMCache's own layout of a chunk, so that the conversion is not timed.
         chunks = [
             torch.stack(pair).transpose(2, 3).flatten(3).contiguous()  # [2, layers, tokens, heads * head_dim]
             for pair in zip(keys.split(self.chunk_tokens, 2), values.split(self.chunk_tokens, 2), strict=True)
         ]
-        # Once for nothing: its kernels are compiled on their first call.
+        # Warm-up: numba compiles the kernels on their first call.
         self.deserializer.deserialize(self.serializer.serialize(_memory_object(chunks[0])))
         coded, decoded = [], []
         encode_s = decode_s = 0.0
@@ -142,14 +144,15 @@ class CacheGen:
 
 
 def _stay_on_one_core() -> None:
-    """Its fastest way on a CPU: its thread pool holds the interpreter lock, and is 1.5 times slower on two cores."""
+    """Pins the process to one core. CacheGen's thread pool holds the interpreter lock and is 1.5 times slower on
+    two."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
 
 
 def _memory_object(chunk: torch.Tensor) -> TensorMemoryObj:
-    """A chunk as LMCache's CPU memory hands it to a serializer."""
+    """A chunk as LMCache's CPU memory passes it to a serializer."""
     metadata = MemoryObjMetadata(
         shape=chunk.shape,
         dtype=chunk.dtype,
@@ -162,7 +165,7 @@ def _memory_object(chunk: torch.Tensor) -> TensorMemoryObj:
 
 
 def _sizes(coded: list[BytesBufferMemoryObj]) -> dict[str, int]:
-    """Bytes of the coded chunks, and of the parts that they consist of."""
+    """Sizes of the coded chunks and of their parts, bytes."""
     parts = [CacheGenGPUEncoderOutput.from_bytes(chunk.byte_array) for chunk in coded]
     return {
         "total_bytes": sum(chunk.get_size() for chunk in coded),
@@ -173,18 +176,20 @@ def _sizes(coded: list[BytesBufferMemoryObj]) -> dict[str, int]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Code KV with LMCache's CacheGen.")
+    parser = argparse.ArgumentParser(description="Encode and decode KV with LMCache's CacheGen.")
     parser.add_argument("input", type=Path, help="folder with *.safetensors")
-    parser.add_argument("output", type=Path, help="folder for what comes back")
+    parser.add_argument("output", type=Path, help="folder for the decoded files")
     parser.add_argument("--json", type=Path, required=True, help="file for sizes and times")
     parser.add_argument(
         "--bins",
         type=_bins,
         default="default",
-        help=f"'default' ({FIRST_BINS},{REST_BINS}); N for all layers; or FIRST,REST: bins of the layers that "
-        f"its default gives {FIRST_BINS}, and of those it gives {REST_BINS}",
+        help=f"'default' ({FIRST_BINS},{REST_BINS}); N bins for all layers; or FIRST,REST bins for the layers that "
+        f"have {FIRST_BINS} and {REST_BINS} by default",
     )
-    parser.add_argument("--chunk-tokens", type=int, default=256, help="256 is LMCache's default")
+    parser.add_argument(
+        "--chunk-tokens", type=int, default=256, help="tokens per chunk; LMCache's default is 256"
+    )
     return parser.parse_args()
 
 
@@ -193,11 +198,11 @@ def _bins(text: str) -> tuple[int, int] | None:
         return None
     numbers = [int(number) for number in text.split(",")]
     first, rest = numbers if len(numbers) > 1 else numbers * 2
-    # Even, because an odd number has the levels of the even one below it; FIRST >= REST, because its tables for
-    # K and V must be equally long.
+    # Even numbers, because an odd number has the same levels as the even number below it. FIRST >= REST, because the
+    # tables for K and V must have the same length.
     if first % 2 or rest % 2 or not MIN_BINS <= rest <= first <= MAX_BINS:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: even numbers {MIN_BINS}-{MAX_BINS} are needed, FIRST not below REST"
+            f"{text!r}: use even numbers from {MIN_BINS} to {MAX_BINS}, FIRST not below REST"
         )
     return first, rest
 

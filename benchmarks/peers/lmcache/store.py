@@ -1,10 +1,10 @@
-"""LMCache's own server (`lm://`) as a store of values, for `kvstore bench store`, through LMCache's own connector.
+"""LMCache's server (`lm://`) as a store of values, for `kvstore bench store`, through LMCache's own connector.
 
-    .venv/bin/python store.py serve             prints the address, runs until stdin ends
-    .venv/bin/python store.py client ADDRESS    the loop of benchmarks/kvstore_bench/store/loop.py
+    .venv/bin/python store.py serve             starts the server, prints its address, runs until stdin ends
+    .venv/bin/python store.py client ADDRESS    runs the loop in benchmarks/kvstore_bench/store/loop.py
 
-Received chunks lie in memory that was taken before, so that no allocation is charged to it. Its put is not
-acknowledged: what is timed is a put and its EXIST, which the server answers behind it. The server forgets nothing.
+Memory for received chunks is allocated before the measurement. The server does not acknowledge puts, so the time of a
+put includes an EXIST request, which the server answers after the put. The server cannot delete values.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "kvstore_service" / "bench" / "store"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "kvstore_bench" / "store"))
 os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")
 import loop
 import ports
@@ -47,7 +47,8 @@ def main() -> None:
 
 
 class WarmMemory:
-    """What the connector needs of an engine's CPU backend: its settings, and memory for a chunk, always the same."""
+    """Stands for an engine's CPU backend, which the connector needs: settings, and memory for one chunk, which is
+    reused."""
 
     def __init__(self) -> None:
         self.config = LMCacheEngineConfig.from_defaults(chunk_size=TOKENS)
@@ -70,6 +71,7 @@ class WarmMemory:
 
 
 def memory_object(tensor: torch.Tensor, fmt: MemoryFormat) -> TensorMemoryObj:
+    """A tensor as LMCache's CPU memory holds it."""
     metadata = MemoryObjMetadata(
         shape=tensor.shape, dtype=tensor.dtype, address=0, phy_size=tensor.nbytes, ref_count=1, fmt=fmt
     )
@@ -79,10 +81,10 @@ def memory_object(tensor: torch.Tensor, fmt: MemoryFormat) -> TensorMemoryObj:
 class LMCache:
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
-        # Run in this thread: no hand-over between threads is charged to it.
+        # Runs in this thread, so that the time includes no switch between threads.
         self._loop = asyncio.new_event_loop()
         self._connector = LMCServerConnector(host, int(port), self._loop, WarmMemory())
-        # Or the kernel would hold back the EXIST behind a put for 40 ms, which is not its put's fault.
+        # Otherwise the kernel delays the EXIST after a put by 40 ms, which the put itself does not need.
         self._connector.client_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def value(self, key: int, size_bytes: int, noise: random.Random) -> TensorMemoryObj:  # noqa: ARG002
@@ -102,12 +104,12 @@ class LMCache:
         return memoryview(found.byte_array)
 
     def delete(self, key: int) -> None:
-        """Its server cannot; the next put of the key replaces the value."""
+        """Does nothing: the server cannot delete, and the next put of the key replaces the value."""
 
     async def _put(self, key: CacheEngineKey, value: TensorMemoryObj) -> None:
         await self._connector.put(key, value)
         if not await self._connector.exists(key):
-            raise RuntimeError("what was put is not there")
+            raise RuntimeError("the value is not there after the put")
 
     def _key(self, key: int) -> CacheEngineKey:
         return CacheEngineKey("bench", 1, 0, key, torch.bfloat16)

@@ -1,8 +1,9 @@
-"""Mooncake's store over TCP, for `kvstore bench store`: its master, a process that lends memory, and clients that read
-into and write from registered buffers, which is its fastest documented way.
+"""Mooncake's store over TCP, for `kvstore bench store`: its master, a process that provides memory, and clients.
 
-    .venv/bin/python store.py serve             prints the master's address, runs until stdin ends
-    .venv/bin/python store.py client ADDRESS    the loop of benchmarks/kvstore_bench/store/loop.py
+    .venv/bin/python store.py serve             starts both, prints the master's address, runs until stdin ends
+    .venv/bin/python store.py client ADDRESS    runs the loop in benchmarks/kvstore_bench/store/loop.py
+
+Clients get into and put from registered buffers, the fastest documented interface.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "kvstore_service" / "bench" / "store"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "kvstore_bench" / "store"))
 import loop
 import ports
 from mooncake.store import MooncakeDistributedStore
@@ -22,6 +23,7 @@ SEGMENT_BYTES = 1 << 30
 BUFFER_BYTES = 64 << 20
 START_S = 20
 RECEIVED = -1
+"""Key of the buffer that gets write to."""
 
 
 def main() -> None:
@@ -29,7 +31,7 @@ def main() -> None:
         store = Mooncake(sys.argv[2])
         print("ready", file=sys.stderr)
         loop.serve(store)
-        # Its destructors wait for peers that may be gone already.
+        # Its destructors wait for processes that may have ended already.
         os._exit(0)
     master_port, metrics_port = ports.free_port(), ports.free_port()
     binary = Path(sys.executable).parent / "mooncake_master"
@@ -38,10 +40,10 @@ def main() -> None:
     try:
         ports.wait_for(master_port, "Mooncake's master", START_S)
         address = f"127.0.0.1:{master_port}"
-        lender = connect(address, SEGMENT_BYTES)
+        provider = connect(address, SEGMENT_BYTES)
         print(address, flush=True)
         sys.stdin.read()
-        del lender
+        del provider
     finally:
         master.terminate()
         master.wait()
@@ -49,16 +51,17 @@ def main() -> None:
 
 
 def connect(master: str, segment_bytes: int) -> MooncakeDistributedStore:
-    """A client without a segment keeps nothing itself: every byte crosses TCP, as with the other systems."""
+    """Connects to the master. The process provides `segment_bytes` of memory for values. Clients provide none, so that
+    every byte crosses TCP as with the other systems."""
     store = MooncakeDistributedStore()
     code = store.setup("127.0.0.1", "P2PHANDSHAKE", segment_bytes, BUFFER_BYTES, "tcp", "", master)
     if code:
-        sys.exit(f"Mooncake's setup failed with {code}")
+        sys.exit(f"Mooncake's setup failed with code {code}")
     return store
 
 
 class Buffer:
-    """Registered memory."""
+    """Memory that is registered with Mooncake."""
 
     def __init__(self, store: MooncakeDistributedStore, size_bytes: int) -> None:
         self._memory = mmap.mmap(-1, size_bytes)
@@ -86,19 +89,19 @@ class Mooncake:
     def put(self, key: int, value: Buffer) -> None:
         code = self._store.put_from(f"chunk:{key}", value.pointer, len(value.view))
         if code:
-            raise RuntimeError(f"put_from failed with {code}")
+            raise RuntimeError(f"put_from failed with code {code}")
 
     def get(self, key: int, size_bytes: int) -> memoryview:
         received = self._buffers[RECEIVED]
         count = self._store.get_into(f"chunk:{key}", received.pointer, size_bytes)
         if count != size_bytes:
-            raise RuntimeError(f"get_into returned {count}")
+            raise RuntimeError(f"get_into returned {count} instead of {size_bytes} bytes")
         return received.view
 
     def delete(self, key: int) -> None:
         code = self._store.remove(f"chunk:{key}", True)
         if code:
-            raise RuntimeError(f"remove failed with {code}")
+            raise RuntimeError(f"remove failed with code {code}")
 
     def _buffer(self, key: int, size_bytes: int) -> Buffer:
         buffer = self._buffers.get(key)

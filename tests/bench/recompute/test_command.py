@@ -34,7 +34,7 @@ def test_documents_are_reused_from_memory_and_from_a_slow_disk(tmp_path: Path) -
         "--json", str(files["result.json"]), "--plot", str(files["plot.png"]),
     )  # fmt: skip
     assert "fidelity, documents" in printed
-    assert "what reuse has to show" not in printed  # one prompt of each kind shows nothing
+    assert "targets of reuse" not in printed  # one prompt of each kind shows nothing
     assert files["plot.png"].read_bytes().startswith(b"\x89PNG")
     result = json.loads(files["result.json"].read_text())
     assert str(tmp_path) not in json.dumps(result)

@@ -86,12 +86,12 @@ def test_documents_in_another_order(prompts: Prompts) -> None:
 
 def test_too_short_a_text_is_refused() -> None:
     short = Prompts([source("short", 0, 200)], Letters())
-    with pytest.raises(ConfigurationError, match="too few"):
+    with pytest.raises(ConfigurationError, match="but a prompt needs"):
         short.text(2)
-    with pytest.raises(ConfigurationError, match="too few"):
+    with pytest.raises(ConfigurationError, match="but a prompt needs"):
         short.timed(3072)
 
 
 def test_more_prompts_than_questions_are_refused(prompts: Prompts) -> None:
-    with pytest.raises(ConfigurationError, match="prompts of a kind"):
+    with pytest.raises(ConfigurationError, match="prompts per kind"):
         prompts.documents(len(PAIRS) + 1)

@@ -74,7 +74,7 @@ def test_the_command_writes_rows_and_a_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--systems", "memcached"], "no system is called memcached"),
+        (["--systems", "memcached"], "there is no system memcached"),
         (["--sizes", "0"], "whole numbers from 1"),
     ],
 )
