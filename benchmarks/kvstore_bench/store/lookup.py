@@ -47,7 +47,13 @@ def measure_lookups(address: str, rounds: int) -> list[dict[str, Any]]:
     storage, bulk, coordinator = address.split(",")
     ids = chunk_ids(_SPEC.digest, b"", [token % 49_000 for token in range(CHUNKS * CHUNK_TOKENS)])
     refs = list(map(chunk_ref, ids))
-    settings = ClientSettings(address=coordinator, encoding=_ENCODING, accept=(_ENCODING,), routes={})
+    settings = ClientSettings(
+        address=coordinator,
+        encoding=_ENCODING,
+        accept=(_ENCODING,),
+        routes={},
+        lookup_timeout_s=_TIMEOUT_S,  # a slow lookup is a result, not a miss
+    )
     metrics = ClientMetrics()
     view = ClusterView(settings)
     transports = Transports(settings)
