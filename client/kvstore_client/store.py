@@ -61,6 +61,7 @@ class _NewChunks:
     chunks: list[NewChunk]
     encodings: tuple[Encoding, ...]
     text: tuple[ChunkId, ...]
+    text_begins: int
 
     def texts(self) -> dict[int, Sequence[ChunkId]]:
         """Chunk ids of each document's text, in order, by document."""
@@ -120,13 +121,14 @@ class Store:
         encodings: Sequence[Encoding] | None = None,
         *,
         text: Sequence[ChunkId] = (),
+        text_begins: int = 0,
     ) -> "Future[int]":
         """Queue chunks for storing, each in all of `encodings` (default: the store's), and return at once.
 
         The future's result is the number of chunks that are stored in at least one encoding, which is enough to fetch
-        them. `text` names all chunks of the text in order, where `chunks` are only a part of it. Cancelling the future
-        drops queued chunks; chunks in progress are stored. Chunks are dropped and counted when `store_backlog_bytes` of
-        KV are queued already, or when the client is closed.
+        them. `text` names the chunks of the text in order, where `chunks` are only a part of it, from the text's chunk
+        `text_begins` on. Cancelling the future drops queued chunks; chunks in progress are stored. Chunks are dropped
+        and counted when `store_backlog_bytes` of KV are queued already, or when the client is closed.
         """
         size_bytes = len(chunks) * CHUNK_TOKENS * spec.kv_bytes_per_token
         stored: Future[int] = Future()
@@ -135,7 +137,7 @@ class Store:
             reason = MissReason.STORE_CLOSED if self._closed else MissReason.STORE_BACKLOG if full else None
             if reason is None:
                 wanted = self.encodings if encodings is None else tuple(encodings)
-                new = _NewChunks(list(chunks), wanted, tuple(text))
+                new = _NewChunks(list(chunks), wanted, tuple(text), text_begins)
                 try:
                     self._enqueue(partial(self._store, stored, spec, new, size_bytes))
                     self._waiting_bytes += size_bytes
@@ -283,7 +285,9 @@ class Store:
         chunks, encodings = new.chunks, new.encodings
         placed = self._view.writers([chunk.chunk_id.content_id for chunk in chunks])
         texts = {
-            document: TextPlaces(ids, self._view.writers([chunk_id.content_id for chunk_id in ids]))
+            document: TextPlaces(
+                ids, self._view.writers([chunk_id.content_id for chunk_id in ids]), new.text_begins
+            )
             for document, ids in new.texts().items()
         }
         replicas = self._view.membership().replicas

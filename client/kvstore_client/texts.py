@@ -10,12 +10,15 @@ class TextPlaces:
     """Places of a text's chunks. A node keeps the beginning of a text rather than its end, but sees only the chunks
     that it owns, so each chunk is sent with the id of the previous chunk on that node."""
 
-    def __init__(self, chunks: Sequence[ChunkId], owners: Sequence[Sequence[Member]]) -> None:
-        """`chunks` are all chunks of the text, in order; `owners` are the nodes of each."""
+    def __init__(
+        self, chunks: Sequence[ChunkId], owners: Sequence[Sequence[Member]], chunks_before: int = 0
+    ) -> None:
+        """`chunks` are the chunks of the text behind its first `chunks_before`, in order; `owners` are the nodes of
+        each."""
         self._numbers: dict[ChunkId, int] = {}
         self._behind: dict[tuple[ChunkId, str], ChunkId] = {}
         latest: dict[str, ChunkId] = {}
-        for number, (chunk_id, members) in enumerate(zip(chunks, owners, strict=True)):
+        for number, (chunk_id, members) in enumerate(zip(chunks, owners, strict=True), start=chunks_before):
             self._numbers[chunk_id] = number
             for member in members:
                 if (before := latest.get(member.node_id)) is not None:

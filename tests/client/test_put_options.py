@@ -24,3 +24,17 @@ def test_a_put_that_cannot_be_durable_is_refused(tmp_path: Path) -> None:
     with served_cluster(tmp_path) as cluster, connect(cluster.address, put_durability="durable") as client:
         assert client.store.put(SPEC, [NewChunk(ids(1)[0], lambda: random_kv(0))]).result(timeout=10) == 0
         assert client.metrics.snapshot()["miss_store_not_durable"] == 1
+
+
+def test_nodes_are_told_the_place_of_chunks_whose_text_is_named_in_part(tmp_path: Path) -> None:
+    """As by an engine that stores a long text as it grows."""
+    with served_cluster(tmp_path) as cluster, connect(cluster.address) as client:
+        text = ids(12)
+        for begin, end in ((0, 4), (4, 8), (8, 12)):
+            chunks = [NewChunk(id_, lambda: random_kv(0)) for id_ in text[begin:end]]
+            named = text[max(0, begin - 2) : end]
+            stored = client.store.put(SPEC, chunks, text=named, text_begins=max(0, begin - 2))
+            assert stored.result(timeout=10) == 4
+        listed, _ = cluster.nodes[0].list()
+        places = {variant.chunk_id: (variant.number, variant.behind) for variant in listed}
+        assert places == {id_: (number, tuple(text[:number][::-1])) for number, id_ in enumerate(text)}
