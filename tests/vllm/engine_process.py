@@ -60,6 +60,7 @@ class Engine:
             skip_tokenizer_init=True,
             enforce_eager=True,
             kv_transfer_config=transfer,
+            disable_log_stats=False,
             **(sizes | {"dtype": "float32"} | options),
         )
         self._engine = self._llm.llm_engine
@@ -91,6 +92,11 @@ class Engine:
 
     def blocks(self) -> dict[str, Any]:
         return {"digests": self._llm.collective_rpc(block_digests)[0]}
+
+    def preemptions(self) -> dict[str, float]:
+        """How often a request has lost its blocks to another one, since the engine was started."""
+        found = [m for m in self._llm.get_metrics() if m.name == "vllm:num_preemptions"]
+        return {"count": sum(metric.value for metric in found)}
 
     def resources(self) -> dict[str, int]:
         """Threads and file descriptors of all processes of the engine."""

@@ -6,7 +6,9 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ _STORE_PYTHON = str(
 
 
 class _Process:
-    """A child that answers each line of JSON with a line of JSON."""
+    """A child that answers each line of JSON with a line of JSON. It starts beside the caller."""
 
     def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
         with log.open("ab") as file:
@@ -30,9 +32,14 @@ class _Process:
                 text=True,
             )
         self._log = log
-        self.started = self._read()
+
+    @cached_property
+    def started(self) -> dict[str, Any]:
+        """What the child tells when it has started."""
+        return self._read()
 
     def ask(self, **command: Any) -> dict[str, Any]:
+        assert self.started
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(command) + "\n")
         self._process.stdin.flush()
@@ -93,6 +100,14 @@ class EngineProcess(_Process):
         self, *prompts: Sequence[int], salts: Sequence[str | None] = (), max_tokens: int = 8
     ) -> dict[str, Any]:
         return self.ask(do="generate", prompts=prompts, salts=salts, max_tokens=max_tokens)
+
+
+def until(condition: Callable[[], bool], limit_s: float = 120, pause_s: float = 0.02) -> None:
+    """Wait for something that other processes do."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(pause_s)
 
 
 def free_port() -> int:

@@ -2,8 +2,8 @@
 
     python -m tests.vllm.store_process FOLDER PORT
 
-It runs in the environment of the service, without Ray. Each line on standard input is answered by a line of JSON about
-the node.
+It runs in the environment of the service, without Ray. Each line of JSON on standard input is answered by a line of
+JSON about the node. `{"damage": PREFIX}` damages the chunk with this prefix id (hexadecimal) in memory first.
 """
 
 import json
@@ -22,6 +22,7 @@ from kvstore_service.bulk_server import serve_bulk
 from kvstore_service.grpc_coordinator import serve_coordinator
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.listen import Address
+from tests.client.chunks import flip_bit
 
 
 def main(folder: Path, port: int) -> None:
@@ -37,12 +38,21 @@ def main(folder: Path, port: int) -> None:
         address=Address("127.0.0.1", port),
     )
     print(json.dumps({"address": served.address}), flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if damaged := json.loads(line).get("damage"):
+            damage(node, bytes.fromhex(damaged))
         stats = node.stats()
         told = {"chunks": stats.chunks, "leases": stats.leases, **stats.counters}
         print(json.dumps(told), flush=True)
     for part in (served, server, bulk):
         part.stop(0)
+
+
+def damage(node: StorageNode, prefix_id: bytes) -> None:
+    for variant in node.list()[0]:
+        if variant.chunk_id.prefix_id == prefix_id:
+            with node.open(variant.chunk_id, variant.encoding) as reader:
+                flip_bit(next(reader.pieces(0, 1, variant.size_bytes))[0])
 
 
 if __name__ == "__main__":

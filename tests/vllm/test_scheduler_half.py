@@ -13,7 +13,6 @@ from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, Schedul
 from vllm.v1.request import Request
 
 from kvstore_client.client import KVStoreClient, connect
-from kvstore_client.engines.vllm.naming import RequestText
 from kvstore_client.engines.vllm.scheduler import LoadLimits, SchedulerHalf
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS
@@ -151,6 +150,31 @@ def test_a_load_that_failed_is_not_begun_again(half: SchedulerHalf, client: KVSt
     assert half.matched_tokens(asked, 0) == (0, False)
 
 
+def test_a_load_that_was_never_offered_is_begun_so_that_it_ends(
+    half: SchedulerHalf, client: KVStoreClient
+) -> None:
+    asked = request(prompt(700, seed=11))
+    half.allocated(asked, [3, 4, 5, 6], 512)
+    (load,) = half.take_loads()
+    assert (load.chunk_ids, load.first_token, load.end_token, load.block_ids) == ((), 0, 512, (3, 4, 5, 6))
+
+
+@pytest.mark.parametrize(("failed", "first_saved"), [({8, 9}, 1), ({9}, 1), ({7, 8, 9}, 0)])
+def test_what_a_failed_load_lacks_is_saved_when_it_is_computed(
+    half: SchedulerHalf, client: KVStoreClient, failed: set[int], first_saved: int
+) -> None:
+    """The lookup has found it, but it is not there any more."""
+    tokens = prompt(700, seed=12)
+    put(client, tokens)
+    asked = request(tokens)
+    assert answer(half, asked, 128) == (384, True)
+    half.allocated(asked, [6, 7, 8, 9, 10], 384)
+    assert len(half.take_loads()) == 1
+    half.received({"request"}, failed)
+    (save,) = half.saves(scheduled(asked, [6, 7, 8, 9, 10, 11], 700))
+    assert (save.first_chunk, save.chunks) == (first_saved, 2 - first_saved)
+
+
 def test_new_chunks_are_saved_once_as_they_are_computed(half: SchedulerHalf) -> None:
     tokens = prompt(900, seed=6)
     asked = request(tokens)
@@ -187,34 +211,65 @@ def test_what_is_stored_is_not_saved_again(half: SchedulerHalf, client: KVStoreC
     assert (save.first_chunk, save.chunks, save.block_ids) == (1, 1, (3, 4))
 
 
+def test_one_request_that_cannot_be_named_keeps_no_other_from_being_saved(
+    half: SchedulerHalf, client: KVStoreClient
+) -> None:
+    broken = request(prompt(300, seed=14), "broken")
+    broken.mm_features = [object()]
+    with pytest.raises(AttributeError):
+        half.matched_tokens(broken, 0)
+    asked = request(prompt(300, seed=15))
+    assert answer(half, asked) == (0, False)
+    output = scheduled(asked, [3, 4, 5], 300)
+    output.scheduled_new_reqs.insert(0, NewRequestData.from_request(broken, ([6, 7, 8],)))
+    output.num_scheduled_tokens["broken"] = 300
+    (save,) = half.saves(output)
+    assert save.block_ids == (3, 4)
+    assert client.metrics.snapshot()["miss_internal_error"] == 1
+    assert half.matched_tokens(broken, 0) == (0, False)
+
+
+def test_a_save_names_few_chunks_however_long_the_text_is(half: SchedulerHalf) -> None:
+    chunks = 300
+    asked = request(prompt(chunks * CHUNK_TOKENS, seed=16))
+    assert answer(half, asked) == (0, False)
+    blocks, most = list(range(2 * chunks)), 0
+    for end in range(10, chunks + 1, 10):
+        step = (end * CHUNK_TOKENS, 0) if end == 10 else (10 * CHUNK_TOKENS, (end - 10) * CHUNK_TOKENS)
+        make = scheduled if end == 10 else continued
+        (save,) = half.saves(make(asked, blocks[2 * (end - 10) : 2 * end], *step))
+        assert (save.first_chunk, save.chunks) == (end - 10, 10)
+        assert save.chunk_id(end - 1) == save.text[-1]
+        assert save.text_begins + len(save.text) == end
+        most = max(most, len(save.text))
+    assert most < 80
+
+
+def test_after_a_reset_nothing_from_before_is_found_or_stored(
+    half: SchedulerHalf, client: KVStoreClient
+) -> None:
+    """The engine has other weights then, under the same names."""
+    tokens = prompt(700, seed=17)
+    put(client, tokens)
+    under_way, waiting = request(tokens, "under way"), request(prompt(700, seed=18), "waiting")
+    assert answer(half, under_way) == (512, True)
+    assert half.matched_tokens(waiting, 0) == (None, False)
+    half.forget()
+    assert half.matched_tokens(under_way, 0) == half.matched_tokens(waiting, 0) == (0, False)
+    assert half.saves(scheduled(under_way, list(range(6)), 700)) == ()
+    later = request(tokens, "later")
+    assert answer(half, later) == (0, False)
+    (save,) = half.saves(scheduled(later, list(range(6)), 700))
+    assert save.chunks == 2
+    assert not set(save.text) & set(client.chunk_ids(SPEC, tokens))
+
+
 def test_an_aborted_request_leaves_nothing(half: SchedulerHalf, client: KVStoreClient) -> None:
     for number in range(300):
         asked = request(prompt(300, seed=number), f"request {number}")
         half.matched_tokens(asked, 0)
         half.finished(asked.request_id)
     assert not half._tracked
-
-
-def names(client: KVStoreClient, asked: Request) -> list[bytes]:
-    text = RequestText(asked)
-    ids = text.name(
-        asked.num_tokens, lambda parent, tokens, more: client.next_chunk_id(SPEC, parent, tokens, more)
-    )
-    return [chunk_id.prefix_id for chunk_id in ids]
-
-
-def test_requests_that_differ_in_more_than_tokens_never_meet(client: KVStoreClient) -> None:
-    tokens = prompt(512, seed=9)
-    plain = names(client, request(tokens))
-    assert plain == [chunk_id.prefix_id for chunk_id in client.chunk_ids(SPEC, tokens)]
-    others = [
-        request(tokens, cache_salt="a"),
-        request(tokens, cache_salt="b"),
-        request(tokens, prompt_embeds=torch.ones(512, 8)),
-        request(tokens, prompt_embeds=torch.zeros(512, 8)),
-    ]
-    found = [plain, *(names(client, other) for other in others)]
-    assert len({name for row in found for name in row}) == 2 * len(found)
 
 
 def test_an_adapter_makes_a_request_ineligible(half: SchedulerHalf, client: KVStoreClient) -> None:

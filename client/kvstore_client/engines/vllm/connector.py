@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ from kvstore_client.miss_reason import MissReason
 
 log = logging.getLogger(__name__)
 
+_CLOSE_TIMEOUT_S = 3.0
+"""vLLM kills a process that has not ended 5 s after it was told to; a client waits 10 s for its last chunks."""
+
 Answer = TypeVar("Answer")
 
 
@@ -38,7 +42,8 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         super().__init__(vllm_config, role, kv_cache_config)
         supported_version(vllm.__version__)
         require_configuration(vllm_config)
-        settings = dict(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        given = vllm_config.kv_transfer_config.kv_connector_extra_config
+        settings = {"close_timeout_s": _CLOSE_TIMEOUT_S} | given
         limits = LoadLimits(
             int(settings.pop("max_loads", MAX_LOADS)), int(settings.pop("max_load_bytes", MAX_LOAD_BYTES))
         )
@@ -69,7 +74,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None and num_external_tokens:
-            # Without a guard: a load that the engine counts on and that nobody begins would never end.
+            # Without a guard: the engine would wait for ever for a load that nobody begins.
             self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
@@ -84,6 +89,12 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         if half is not None and received:
             failed = connector_output.invalid_block_ids or ()
             self._guarded(None, half.received, received, failed)
+
+    def reset_cache(self) -> bool:
+        """The engine calls it when KV from before must not be used again: with new weights, and before it sleeps."""
+        if self._scheduler is not None:
+            self._scheduler.forget()
+        return True
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:  # noqa: ARG002
         if self._scheduler is not None:
@@ -107,6 +118,9 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         """KV is copied when the whole step is computed."""
 
     def wait_for_save(self) -> None:
+        # The engine calls this also when a step has failed, and the blocks do not hold what the step should compute.
+        if sys.exc_info()[0] is not None:
+            return
         if self._worker is not None and self.has_connector_metadata():
             self._guarded(None, self._worker.save, self._get_connector_metadata())
 

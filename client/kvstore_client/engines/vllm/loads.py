@@ -74,7 +74,7 @@ class _Load:
             loaded = min([len(self.match.chunks), *report.missing]) * CHUNK_TOKENS
         if loaded >= request.end_token:
             return ()
-        return request.block_ids[max(loaded, request.first_token) // block_tokens :]
+        return request.blocks_from(max(loaded, request.first_token), block_tokens)
 
 
 class Loads:
@@ -114,18 +114,29 @@ class Loads:
 
     def ended(self) -> LoadedBlocks:
         """The loads that have ended since the last call, each once, those that failed among them."""
-        ended = [load for load in self._loads.values() if load.is_ended()]
+        ended: set[str] = set()
         failed: set[int] = set()
-        for load in ended:
-            del self._loads[load.request.request_id]
-            if not load.is_cancelled:
-                failed.update(load.failed_blocks(self._block_tokens))
-        return LoadedBlocks(frozenset(load.request.request_id for load in ended), frozenset(failed))
+        for request_id, load in tuple(self._loads.items()):
+            blocks = self._failed_blocks(load)
+            if blocks is not None:
+                del self._loads[request_id]
+                ended.add(request_id)
+                failed.update(() if load.is_cancelled else blocks)
+        return LoadedBlocks(frozenset(ended), frozenset(failed))
 
     def close(self) -> None:
         """End all loads."""
         self.cancel(tuple(self._loads))
         self._threads.shutdown(wait=True)
+
+    def _failed_blocks(self, load: _Load) -> tuple[int, ...] | None:
+        """None while the load goes on. The engine waits for the end of each load, so a mistake here is one: a fetch
+        raises nothing before its threads have ended."""
+        try:
+            return load.failed_blocks(self._block_tokens) if load.is_ended() else None
+        except Exception as error:
+            self._failed(load, MissReason.INTERNAL_ERROR, error)
+            return load.request.blocks_from(load.request.first_token, self._block_tokens)
 
     def _begin(self, load: _Load) -> None:
         """In a thread of the pool."""

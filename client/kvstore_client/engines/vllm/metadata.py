@@ -20,22 +20,32 @@ class LoadRequest:
     block_ids: tuple[int, ...]
     """The request's blocks, from the beginning of the prompt."""
 
+    def blocks_from(self, token: int, block_tokens: int) -> tuple[int, ...]:
+        """The blocks that this position and later ones lie in."""
+        return self.block_ids[token // block_tokens :]
+
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
     """Chunks whose KV is in the engine's blocks when the step's forward pass has ended."""
 
     text: tuple[ChunkId, ...]
-    """All chunks of the request so far; the last ones are saved."""
+    """Chunks of the request from its chunk `text_begins` on. The last ones are saved; those before them tell storage
+    nodes the place of these in the text. A request of 100,000 tokens must not name all of them with every new one."""
+    text_begins: int
     first_chunk: int
-    """Index of the first chunk that is saved."""
+    """Index in the request of the first chunk that is saved."""
     block_ids: tuple[int, ...]
     """Blocks of the chunks that are saved."""
 
     @property
     def chunks(self) -> int:
         """Number of chunks that are saved."""
-        return len(self.text) - self.first_chunk
+        return self.text_begins + len(self.text) - self.first_chunk
+
+    def chunk_id(self, index: int) -> ChunkId:
+        """Id of the request's chunk `index`."""
+        return self.text[index - self.text_begins]
 
 
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM has no types here

@@ -1,6 +1,7 @@
 """Names of what vLLM computes: the model that it serves, and the chunks of its requests."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from kvstore_codec.identity import CHUNK_TOKENS, ROOT_PREFIX, ChunkId, PrefixId
 from kvstore_codec.model_spec import KVDtype, ModelSpec
 
 MAX_QUALIFIER_BYTES = 64 << 10
+
+_HASH = re.compile("[0-9a-f]{64}")
 
 NextChunkId = Callable[[PrefixId, Sequence[int], bytes], ChunkId]
 """Names the chunk of these tokens behind a parent, with what else its KV depends on."""
@@ -71,20 +74,36 @@ class RequestText:
         return self.ids[: tokens // CHUNK_TOKENS]
 
     def _qualifier(self, first: int, end: int) -> bytes:
-        """What the KV of these tokens depends on besides model and tokens: LoRA adapter, images, prompt embeddings and
-        the request's salt, as vLLM itself tells its blocks apart."""
+        """What the KV of these tokens depends on besides model and tokens: images, prompt embeddings and the request's
+        salt, as vLLM itself tells its blocks apart."""
         from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
         keys, self.next_feature = generate_block_hash_extra_keys(self.request, first, end, self.next_feature)
         if not keys:
             return b""
         try:
-            packed: bytes = msgpack.packb(keys, strict_types=False)
+            packed: bytes = msgpack.packb([_tagged(key) for key in keys])
         except (TypeError, ValueError, OverflowError) as error:
             raise UnsupportedEngineError(f"vLLM's keys of a block cannot be interpreted: {error}") from error
         if len(packed) > MAX_QUALIFIER_BYTES:
             raise UnsupportedEngineError(f"vLLM's keys of a block take {len(packed)} bytes")
         return packed
+
+
+def _tagged(key: Any) -> Any:
+    """One of vLLM's keys as vLLM 0.31 and later give it, so that all releases give a chunk the same name. Raises
+    UnsupportedEngineError for an image that the caller has named, as vLLM allows: other images may have its name
+    elsewhere, where vLLM's own names are hashes of what is in the image."""
+    match key:
+        case str():
+            key = ("cache_salt", key)
+        case bytes():
+            key = ("prompt_embeds", key)
+        case (str(), int()):
+            key = ("mm", *key)
+    if key[0] == "mm" and not _HASH.fullmatch(key[1]):
+        raise UnsupportedEngineError("an image or a sound has a name of the caller's instead of its hash")
+    return key
 
 
 def why_ineligible(request: Any) -> str | None:

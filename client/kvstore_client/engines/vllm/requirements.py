@@ -56,6 +56,11 @@ def require_cache(kv_cache_config: Any, spec: ModelSpec) -> int:
             f"KV of {name} (sliding windows: {any(spec.sliding_windows)}) is not supported; full attention in all "
             "layers is"
         )
+    if getattr(cache, "non_causal", False) or getattr(cache, "attention_chunk_size", None):
+        raise UnsupportedEngineError(
+            "tokens of this model attend to later tokens, or only to those of their own window, so that KV of a prefix "
+            "depends on what follows it; causal attention to all tokens before is supported"
+        )
     found = layers, cache.num_kv_heads, cache.head_size, cache.dtype
     if found != (spec.layers, spec.kv_heads, spec.head_dim, spec.dtype.torch):
         raise UnsupportedEngineError(

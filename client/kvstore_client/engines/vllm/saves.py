@@ -50,13 +50,13 @@ class Saves:
             buffers.values[layer].copy_(values)
         chunks = [
             NewChunk(
-                request.text[index],
+                request.chunk_id(index),
                 partial(_part, buffers, (index - first) * CHUNK_TOKENS),
                 begins_text=index == 0,
             )
             for index in range(first, end)
         ]
-        stored = client.store.put(self._spec, chunks, text=request.text)
+        stored = client.store.put(self._spec, chunks, text=request.text, text_begins=request.text_begins)
         stored.add_done_callback(lambda _: client.buffers.release(buffers))
 
 

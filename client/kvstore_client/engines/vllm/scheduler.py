@@ -1,5 +1,6 @@
 """The scheduler's half of the connector: what is loaded, what is saved, and for which requests."""
 
+import secrets
 import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +12,17 @@ from kvstore_client.engines.vllm.metadata import LoadRequest, SaveRequest
 from kvstore_client.engines.vllm.naming import RequestText, why_ineligible
 from kvstore_client.engines.vllm.stored_names import StoredNames
 from kvstore_client.lookup import NOT_STORED
+from kvstore_client.miss_reason import MissReason
 from kvstore_codec.errors import KVStoreError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PrefixId
 from kvstore_codec.model_spec import ModelSpec
 
 MAX_LOADS = 4
 MAX_LOAD_BYTES = 1 << 30
+
+_NAMED_BEFORE = 64
+"""Chunks before the saved ones that are named with them. Each storage node is told of the nearest one that it has: with
+16 nodes, 98 of 100 find theirs among 64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class SchedulerHalf:
         self._to_start: list[LoadRequest] = []
         self._in_flight: dict[str, LoadRequest] = {}
         self._stored = StoredNames()
+        self._private = b""
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens behind the `computed_tokens` can be loaded, and whether loading goes on beside the engine
@@ -87,19 +94,22 @@ class SchedulerHalf:
         return end - computed_tokens, True
 
     def allocated(self, request: Any, block_ids: Sequence[int], external_tokens: int) -> None:
-        """The engine has given the request blocks, into which `external_tokens` are to be loaded; 0: nothing is."""
+        """The engine has given the request blocks, into which `external_tokens` are to be loaded; 0: nothing is. The
+        engine waits until the load is reported as ended: also one that was never offered is begun, and fails."""
         if not external_tokens:
             return
-        tracked = self._track(request)
-        end = tracked.offered_from + external_tokens
+        tracked = self._tracked.get(request.request_id)
+        first, ids = (0, []) if tracked is None else (tracked.offered_from, tracked.text.ids)
+        end = first + external_tokens
         load = LoadRequest(
             request.request_id,
-            tuple(tracked.text.ids[: -(-end // CHUNK_TOKENS)]),
-            tracked.offered_from,
+            tuple(ids[: -(-end // CHUNK_TOKENS)]),
+            first,
             end,
             tuple(block_ids[: -(-end // self._block_tokens)]),
         )
-        tracked.was_loaded = True
+        if tracked is not None:
+            tracked.was_loaded = True
         self._in_flight[load.request_id] = load
         self._to_start.append(load)
 
@@ -118,7 +128,7 @@ class SchedulerHalf:
             for tracked in self._tracked.values():  # their blocks are not known any more
                 tracked.why_ineligible = "its blocks are not known"
             raise
-        found = (self._save(tracked, tokens) for tracked, tokens in scheduled)
+        found = (self._save_or_give_up(tracked, tokens) for tracked, tokens in scheduled)
         return tuple(save for save in found if save is not None)
 
     def received(self, request_ids: Collection[str], failed_blocks: Collection[int]) -> None:
@@ -126,17 +136,27 @@ class SchedulerHalf:
         for request_id in request_ids:
             load = self._in_flight.pop(request_id, None)
             tracked = self._tracked.get(request_id)
-            if load is None or tracked is None or not set(load.block_ids).isdisjoint(failed_blocks):
+            if load is None or tracked is None:
                 continue
-            whole = load.end_token // CHUNK_TOKENS
-            self._stored.add(load.chunk_ids[:whole])
-            tracked.saved_chunks = max(tracked.saved_chunks, whole)
+            failed = (index for index, block in enumerate(load.block_ids) if block in failed_blocks)
+            filled = next(failed, None)
+            if filled is None:
+                self._loaded(tracked, load, load.end_token // CHUNK_TOKENS)
+            else:
+                self._loaded_in_part(tracked, load, filled * self._block_tokens)
 
     def finished(self, request_id: str) -> None:
         """The engine has no such request any more."""
         tracked = self._tracked.pop(request_id, None)
         if tracked is not None and tracked.lookup is not None:
             tracked.lookup.drop()
+
+    def forget(self) -> None:
+        """KV from before now must not be used any more, as when the engine's weights are replaced. Nothing of it is
+        found again: the names of new chunks are this engine's own. Requests under way are neither loaded nor saved."""
+        self._private = secrets.token_bytes(16)
+        for tracked in self._tracked.values():
+            tracked.why_ineligible = "the engine's caches were reset while it was under way"
 
     def close(self) -> None:
         self._lookups.close()
@@ -146,7 +166,7 @@ class SchedulerHalf:
         return self._client.match(self._spec, chunk_ids, peek=True)
 
     def _next_id(self, parent: PrefixId, tokens: Sequence[int], qualifier: bytes) -> ChunkId:
-        return self._client.next_chunk_id(self._spec, parent, tokens, qualifier)
+        return self._client.next_chunk_id(self._spec, parent, tokens, self._private + qualifier)
 
     def _track(self, request: Any) -> _Tracked:
         tracked = self._tracked.get(request.request_id)
@@ -196,6 +216,30 @@ class SchedulerHalf:
                     tracked.block_ids += blocks[0]
                 yield request_id, computed + output.num_scheduled_tokens[request_id]
 
+    def _loaded(self, tracked: _Tracked, load: LoadRequest, chunks: int) -> None:
+        """The first chunks of the load are stored."""
+        self._stored.add(load.chunk_ids[:chunks])
+        tracked.saved_chunks = max(tracked.saved_chunks, chunks)
+
+    def _loaded_in_part(self, tracked: _Tracked, load: LoadRequest, tokens: int) -> None:
+        """Behind these tokens nothing was loaded: what is computed there is to be stored, whatever the lookup found.
+        Where nothing at all was loaded, that goes for the chunks before the load, too."""
+        self._stored.discard(load.chunk_ids)
+        tracked.is_lookup_counted = True
+        tracked.saved_chunks = 0
+        if tokens > load.first_token:
+            self._loaded(tracked, load, tokens // CHUNK_TOKENS)
+
+    def _save_or_give_up(self, tracked: _Tracked, tokens: int) -> SaveRequest | None:
+        """As `_save`. A request that cannot be named must not keep others from being saved."""
+        try:
+            return self._save(tracked, tokens)
+        except Exception as error:
+            tracked.why_ineligible = f"a mistake in kvstore: {error}"
+            detail = f"a request of vLLM is not stored: {error}"
+            self._client.metrics.missed(MissReason.INTERNAL_ERROR, detail=detail, error=error)
+            return None
+
     def _save(self, tracked: _Tracked, tokens: int) -> SaveRequest | None:
         """The chunks of the first `tokens` tokens that are not stored yet. None where there are none, and as long as it
         is not known whether the store can be reached."""
@@ -213,7 +257,10 @@ class SchedulerHalf:
             return None
         self._stored.add(ids[first:])
         blocks = CHUNK_TOKENS // self._block_tokens
-        return SaveRequest(tuple(ids), first, tuple(tracked.block_ids[first * blocks : len(ids) * blocks]))
+        begins = max(0, first - _NAMED_BEFORE)
+        return SaveRequest(
+            tuple(ids[begins:]), begins, first, tuple(tracked.block_ids[first * blocks : len(ids) * blocks])
+        )
 
     def _may_save(self, tracked: _Tracked) -> bool:
         """Takes what the lookup found stored off what is saved."""

@@ -26,6 +26,11 @@ class StoredNames:
         while len(self._since) > _MOST_NAMES:
             self._since.popitem(last=False)
 
+    def discard(self, chunk_ids: Iterable[ChunkId]) -> None:
+        """These chunks turned out not to be stored."""
+        for chunk_id in chunk_ids:
+            self._since.pop(chunk_id.prefix_id, None)
+
     def __contains__(self, chunk_id: ChunkId) -> bool:
         since_s = self._since.get(chunk_id.prefix_id)
         return since_s is not None and time.monotonic() < since_s + _TRUSTED_S
