@@ -21,7 +21,9 @@ _BEGIN_LIMIT_S = 30.0
 
 
 @dataclass(slots=True)
-class _Unrelated:
+class Unrelated:
+    """A request to the same engine that loads nothing."""
+
     began_s: float
     """On the clock of the cut."""
     ttft_s: float | None
@@ -40,7 +42,7 @@ class CutRun:
     cut_after_s: float
     answer: Answer | None = None
     failure: str | None = None
-    unrelated: list[_Unrelated] = field(default_factory=list)
+    unrelated: list[Unrelated] = field(default_factory=list)
     reuse_back_after_s: float | None = None
     """From the end of the cut to the next request that reuses KV; None: not within a minute."""
 
@@ -98,7 +100,7 @@ def _ask_others(
             ttft_s: float | None = deployment.completions.complete(next(fillers).ids, 1, _SILENCE_S).ttft_s
         except CompletionError:
             ttft_s = None
-        found.unrelated.append(_Unrelated(began_s, ttft_s))
+        found.unrelated.append(Unrelated(began_s, ttft_s))
         time.sleep(_PAUSE_S)
     while not asked.done() and time.monotonic() < end_s + _SILENCE_S:
         time.sleep(_PAUSE_S)
