@@ -24,7 +24,7 @@ from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.link_cut import cut_row, run_cut
 from kvstore_bench.vllm.models import QWEN, model_folder
 from kvstore_bench.vllm.options import Options
-from kvstore_bench.vllm.policies import COLD, POLICIES, Testbed, deployed, policies_named
+from kvstore_bench.vllm.policies import COLD, POLICIES, Testbed, deployed, peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.run import Bench, Measured
 from kvstore_bench.vllm.script import run_script
@@ -67,6 +67,7 @@ def main(
     folder = model_folder(model)
     bandwidth_bps = parse_bandwidth(link)
     options = Options(folder, folder.name, [bandwidth_bps], [tokens], 1, repeats + 1, 1)
+    versions = peer_versions()
     chosen = policies_named(policies)
     prompts = windows(token_ids(folder, read_document(None)), options.tokens, options.texts)
     text = token_ids(folder, calibration_text())
@@ -100,7 +101,14 @@ def main(
             else:
                 rows.append({"link": link, "prompt_tokens": tokens, **cut_row(name, run, cold_s)})
             write_results(
-                rows, json_file, {"model": folder.name, "cut_s": cut_s, "left_out": measured.left_out}
+                rows,
+                json_file,
+                {
+                    "model": folder.name,
+                    "cut_s": cut_s,
+                    "left_out": measured.left_out,
+                    "peer_versions": versions,
+                },
             )
         stages.advance("cut", len(steps), len(steps))
     shown = [row for row in rows if "cold_ttft_s" in row]

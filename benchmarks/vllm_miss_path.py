@@ -25,7 +25,7 @@ from kvstore_bench.vllm.completions import Answer
 from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.miss_path import MISS_POLICIES, miss_rows
 from kvstore_bench.vllm.models import QWEN, model_folder
-from kvstore_bench.vllm.policies import Testbed, deployed, policies_named
+from kvstore_bench.vllm.policies import Testbed, deployed, peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.script import run_script
 from kvstore_service.cli.console import output, print_table
@@ -61,6 +61,7 @@ def main(
 ) -> None:
     require_outputs(json_file, None)
     folder = model_folder(model)
+    versions = peer_versions()
     chosen = policies_named(policies, MISS_POLICIES)
     text = token_ids(folder, calibration_text())
     prompts = windows(text, [tokens], rounds + _WARM_UP)[tokens]
@@ -84,7 +85,9 @@ def main(
                     answers.setdefault(name, []).append(answer)
             if answers:
                 meta = {"model": folder.name, "prompt_tokens": tokens, "answer_tokens": answer_tokens}
-                write_results(miss_rows(answers), json_file, meta | {"left_out": left_out})
+                write_results(
+                    miss_rows(answers), json_file, meta | {"left_out": left_out, "peer_versions": versions}
+                )
         stages.advance("ask", len(prompts), len(prompts))
     print_table(result_table("nothing is reused", _COLUMNS, miss_rows(answers)))
     for name, why in left_out.items():

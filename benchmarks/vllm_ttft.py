@@ -39,7 +39,7 @@ from kvstore_bench.vllm.links import DEFAULT_LINKS, parse_links
 from kvstore_bench.vllm.models import QWEN, model_folder
 from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.plot import plot_vllm
-from kvstore_bench.vllm.policies import POLICIES, Testbed, deployed, policies_named
+from kvstore_bench.vllm.policies import POLICIES, Testbed, deployed, peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.rows import rows_of
 from kvstore_bench.vllm.run import Bench, Measured
@@ -106,7 +106,7 @@ def main(
     chosen = policies_named(policies)
     prompts = windows(token_ids(folder, read_document(document)), options.tokens, texts)
     measured = Measured()
-    keep = partial(_keep, options, json_file, plot)
+    keep = partial(_keep, options, peer_versions(), json_file, plot)
     with ExitStack() as stack:
         work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
         work.mkdir(parents=True, exist_ok=True)
@@ -122,10 +122,21 @@ def main(
     _show(measured)
 
 
-def _keep(options: Options, json_file: Path | None, plot: Path | None, measured: Measured) -> None:
+def _keep(
+    options: Options,
+    versions: dict[str, str | None],
+    json_file: Path | None,
+    plot: Path | None,
+    measured: Measured,
+) -> None:
     rows = rows_of(measured.samples, measured.left_out)
     said = asdict(options) | {"model": options.model_name, "complete_rounds": measured.complete_rounds}
-    meta = {"options": said, "left_out": measured.left_out, "notes": measured.notes}
+    meta = {
+        "options": said,
+        "peer_versions": versions,
+        "left_out": measured.left_out,
+        "notes": measured.notes,
+    }
     samples = [sample.row() for sample in measured.samples]
     write_results(rows, json_file, meta, targets=targets(rows), samples=samples)
     if plot is not None:

