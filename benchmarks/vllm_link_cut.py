@@ -54,6 +54,9 @@ def main(
     model: Annotated[
         str, typer.Option(help=f"{SMOLLM2}, {QWEN}, or a folder with a model in safetensors files.")
     ] = SMOLLM2,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, or float32: sooner on CPUs without instructions for bfloat16.")
+    ] = "bfloat16",
     policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(POLICIES),
     link: Annotated[str, typer.Option(help="Bandwidth.")] = "200mbit",
     tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 2000,
@@ -80,9 +83,9 @@ def main(
         network = stack.enter_context(NetworkNamespace(None))
         testbed = Testbed(
             network,
-            EngineOptions(folder, tokens + 128),
+            EngineOptions(folder, tokens + 128, dtype=dtype),
             work.absolute(),
-            publish=partial(publish_in_process, folder),
+            publish=partial(publish_in_process, folder, dtype),
         )
         started = stack.enter_context(deployed(testbed, chosen, stages))
         running, measured = started.running, Measured(left_out=started.left_out)
@@ -105,6 +108,7 @@ def main(
                 json_file,
                 {
                     "model": folder.name,
+                    "dtype": dtype,
                     "cut_s": cut_s,
                     "left_out": measured.left_out,
                     "peer_versions": versions,

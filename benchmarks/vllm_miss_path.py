@@ -52,6 +52,9 @@ def main(
     model: Annotated[
         str, typer.Option(help=f"{SMOLLM2}, {QWEN}, or a folder with a model in safetensors files.")
     ] = SMOLLM2,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, or float32: sooner on CPUs without instructions for bfloat16.")
+    ] = "bfloat16",
     policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MISS_POLICIES),
     tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 2000,
     answer_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 64,
@@ -71,8 +74,8 @@ def main(
         work.mkdir(parents=True, exist_ok=True)
         stages = stack.enter_context(Stages(output(), _STAGES))
         link = stack.enter_context(NetworkNamespace(None))
-        engine = EngineOptions(folder, tokens + answer_tokens + 128)
-        testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder))
+        engine = EngineOptions(folder, tokens + answer_tokens + 128, dtype=dtype)
+        testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder, dtype))
         started = stack.enter_context(deployed(testbed, chosen, stages))
         running, left_out = started.running, started.left_out
         for number, prompt in enumerate(prompts):
@@ -84,7 +87,12 @@ def main(
                 if number >= _WARM_UP:
                     answers.setdefault(name, []).append(answer)
             if answers:
-                meta = {"model": folder.name, "prompt_tokens": tokens, "answer_tokens": answer_tokens}
+                meta = {
+                    "model": folder.name,
+                    "dtype": dtype,
+                    "prompt_tokens": tokens,
+                    "answer_tokens": answer_tokens,
+                }
                 write_results(
                     miss_rows(answers), json_file, meta | {"left_out": left_out, "peer_versions": versions}
                 )

@@ -73,6 +73,9 @@ def main(
     model: Annotated[
         str, typer.Option(help=f"{SMOLLM2}, {QWEN}, or a folder with a model in safetensors files.")
     ] = SMOLLM2,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, or float32: sooner on CPUs without instructions for bfloat16.")
+    ] = "bfloat16",
     policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(POLICIES),
     links: Annotated[str, typer.Option(help="Bandwidths, comma-separated.")] = DEFAULT_LINKS,
     tokens: Annotated[str, typer.Option(help="Lengths of prompts, comma-separated.")] = "2000,4000",
@@ -101,6 +104,7 @@ def main(
         texts=texts,
         answer_tokens=answer_tokens,
         budget_s=None if minutes is None else 60 * minutes,
+        dtype=dtype,
         vllm_options=tuple(vllm_options.split()),
     )
     chosen = policies_named(policies)
@@ -112,8 +116,9 @@ def main(
         work.mkdir(parents=True, exist_ok=True)
         stages = stack.enter_context(Stages(output(), _STAGES))
         link = stack.enter_context(NetworkNamespace(None))
-        engine = EngineOptions(folder, max(options.tokens) + answer_tokens + 128, extra=options.vllm_options)
-        testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder))
+        longest = max(options.tokens) + answer_tokens + 128
+        engine = EngineOptions(folder, longest, dtype=dtype, extra=options.vllm_options)
+        testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder, dtype))
         started = stack.enter_context(deployed(testbed, chosen, stages))
         measured.left_out = started.left_out
         bench = Bench(options, link, started.running, prompts, stages, keep, measured)

@@ -1,6 +1,6 @@
 """The calibration that lossy encodings need: the demo's small one, made once for a model and then cached.
 
-    python -m kvstore_bench.vllm.calibration MODEL_FOLDER ADDRESS
+    python -m kvstore_bench.vllm.calibration MODEL_FOLDER DTYPE ADDRESS
 
 publishes it in the cluster at ADDRESS. It runs in a process of its own, which takes the model's memory with it.
 """
@@ -14,9 +14,9 @@ from kvstore_codec.errors import StartupError
 _LIMIT_S = 3600.0
 
 
-def publish_in_process(model: Path, address: str) -> None:
-    """Publishes the model's calibration in the cluster at `address`. Raises StartupError."""
-    command = (sys.executable, "-m", __name__, str(model), address)
+def publish_in_process(model: Path, dtype: str, address: str) -> None:
+    """Publishes the calibration of the model in this dtype in the cluster at `address`. Raises StartupError."""
+    command = (sys.executable, "-m", __name__, str(model), dtype, address)
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_LIMIT_S)
     except subprocess.CalledProcessError as error:
@@ -25,7 +25,7 @@ def publish_in_process(model: Path, address: str) -> None:
         raise StartupError(f"a calibration took more than {_LIMIT_S:.0f} s") from error
 
 
-def main(model: Path, address: str) -> None:
+def main(model: Path, dtype: str, address: str) -> None:
     from transformers.utils import logging
 
     from kvstore_bench.demo.calibration import demo_calibration
@@ -33,9 +33,9 @@ def main(model: Path, address: str) -> None:
     from kvstore_service.models import DType, load_model
 
     logging.disable_progress_bar()
-    calibration, _ = demo_calibration(*load_model(str(model), DType.BFLOAT16), print)
+    calibration, _ = demo_calibration(*load_model(str(model), DType(dtype)), print)
     publish.publish_calibration(calibration, address)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -34,7 +34,7 @@ class EngineOptions:
     model: Path
     """Folder with the weights in safetensors files."""
     max_model_tokens: int
-    kv_cache_prompts: int = 4
+    kv_cache_prompts: int = 2
     """Longest prompts that fit into the engine's own KV cache. Small, because all engines are in memory together."""
     dtype: str = "bfloat16"
     extra: tuple[str, ...] = ()

@@ -24,6 +24,7 @@ class Options:
     """No further requests are begun that would end after it."""
     silence_s: float = 240.0
     """A request has failed when nothing arrives for so long."""
+    dtype: str = "bfloat16"
     vllm_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -17,6 +17,8 @@ from kvstore_service.calibration import Report
 LMCACHE_PYTHON = ROOT / "benchmarks" / "peers" / "lmcache_vllm" / ".venv" / "bin" / "python"
 COLD = "cold"
 LOSSY = "medium-klt-pco"
+EXACT_BYTES, LOSSY_BYTES = 1 << 30, 256 << 20
+"""Memory of a storage node: enough for three prompts of 2,000 and of 4,000 tokens of a small model in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ def _cold(testbed: Testbed, stack: ExitStack, name: str, number: int) -> Deploym
 
 def _kvstore(settings: Mapping[str, Any], *, lossy: bool = False) -> Deploy:
     def deploy(testbed: Testbed, stack: ExitStack, name: str, number: int) -> Deployment:
-        node = KVStoreNode(testbed.link, testbed.folder, number)
+        node = KVStoreNode(testbed.link, testbed.folder, number, LOSSY_BYTES if lossy else EXACT_BYTES)
         stack.callback(node.close)
         if lossy and testbed.publish is not None:
             testbed.publish(node.address)

@@ -14,18 +14,16 @@ from kvstore_service.cluster_stats import cluster_stats
 _START_S = 180.0
 _COORDINATOR_PORT, _REDIS_PORT = 7420, 6379
 _ANSWER_S = 5.0
-_MEMORY_BYTES = 640 << 20
-"""For three prompts of 2,000 and of 4,000 tokens of a small model, in two encodings."""
 
 
 class KVStoreNode:
     """One storage node and its coordinator, as `kvstore serve` runs them but without Ray."""
 
-    def __init__(self, link: NetworkNamespace, folder: Path, number: int) -> None:
+    def __init__(self, link: NetworkNamespace, folder: Path, number: int, size_bytes: int) -> None:
         """`number` tells several nodes behind the same link apart. Raises StartupError."""
         host, port = link.inside_address, _COORDINATOR_PORT + number
         module = (sys.executable, "-m", "kvstore_bench.store.server")
-        command = (*link.command, *module, "kvstore", host, str(port), str(_MEMORY_BYTES))
+        command = (*link.command, *module, "kvstore", host, str(port), str(size_bytes))
         self.address = f"{host}:{port}"
         self._process = ServerProcess(f"store-{number}", command, folder / f"store-{number}.log", os.environ)
         self._process.wait_until(lambda: accepts_connections(host, port), _START_S)
