@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
-_NEED_VLLM = ("engine", "loads", "naming", "preemption", "scheduler_half")
+_NEED_VLLM = ("engine", "loads", "naming", "preemption", "scheduler_half", "tier")
 
 collect_ignore = [] if find_spec("vllm") else [f"test_{name}.py" for name in _NEED_VLLM]
 """Modules that import vLLM."""

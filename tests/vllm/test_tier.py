@@ -11,9 +11,6 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
-
-pytest.importorskip("vllm", reason="vLLM is installed in .venv-vllm only; run make test-vllm")
-
 from vllm.v1.kv_offload.base import LookupResult, OffloadKey, ReqContext, ScheduleEndContext, make_offload_key
 from vllm.v1.kv_offload.config import (
     OffloadingCacheConfig,
@@ -191,9 +188,7 @@ def test_a_second_engine_loads_what_the_first_one_offloaded(
     until(lambda: store.stats()["leases"] == 0)
 
 
-def test_another_model_layout_or_salt_finds_nothing(
-    model: Path, store: StoreProcess, tmp_path: Path
-) -> None:
+def test_another_model_layout_or_salt_finds_nothing(model: Path, store: StoreProcess, tmp_path: Path) -> None:
     keys, chunks = chunks_of("a text", 4)
     other = saved_model(tmp_path / "other", seed=1)
     address = store.started["address"]

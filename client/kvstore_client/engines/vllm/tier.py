@@ -138,7 +138,9 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM has no ty
         for page_job, result in self._pages.finished():
             running = self._running.pop(page_job)
             if running.job.is_promotion:
-                self._lookups.mark_miss([key for key, ok in zip(running.keys, result.ok, strict=True) if not ok])
+                self._lookups.mark_miss(
+                    [key for key, ok in zip(running.keys, result.ok, strict=True) if not ok]
+                )
             self._ended.append(self._result(running, result))
 
     def _result(self, running: _Running, result: PageResult) -> JobResult:

@@ -31,12 +31,16 @@ def page_namespace(
             f"{folder} is not a folder, and vLLM does not say which revision of a model it serves; add the folder of "
             'its files to the tier: "checkpoint": "..."'
         )
-    dtype = next((known for known in KVDtype if known.value == config.model.dtype.removeprefix("torch.")), None)
+    dtype = next(
+        (known for known in KVDtype if known.value == config.model.dtype.removeprefix("torch.")), None
+    )
     if dtype is None:
         raise UnsupportedEngineError(
             f"a KV cache of {config.model.dtype} is not supported; one of {', '.join(KVDtype)} is"
         )
-    spec = spec_of_checkpoint(folder, AutoConfig.from_pretrained(folder).to_dict(), dtype, cache_dir=cache_dir)
+    spec = spec_of_checkpoint(
+        folder, AutoConfig.from_pretrained(folder).to_dict(), dtype, cache_dir=cache_dir
+    )
     parallel = config.parallel
     layout = {
         "engine": f"vllm {supported_version(vllm.__version__).series}",
