@@ -100,15 +100,9 @@ def _unknown(tensor: torch.Tensor, cache: LayerCache, backend: str) -> Unsupport
 
 
 @torch.inference_mode()
-def verify(
-    layout: BlockLayout, tensor: torch.Tensor, spare_block: int, engine_write: EngineWrite | None = None
-) -> None:
-    """Write one block and read it back. Raises UnsupportedEngineError when other KV is read than was written.
-
-    With `engine_write`, the engine's own kernel writes the block, which proves the layout. Without it, the layout
-    itself writes, which proves only that no two values share a place. `spare_block` is a block of the scheduler that
-    no request uses; it holds zeros afterwards.
-    """
+def verify(layout: BlockLayout, tensor: torch.Tensor, spare_block: int, engine_write: EngineWrite) -> None:
+    """Let the engine's own kernel write one block, and read it back. Raises UnsupportedEngineError when other KV is
+    read than was written. `spare_block` is a block of the scheduler that no request uses; it holds zeros afterwards."""
     tokens = layout.block_tokens * layout.split
     generator = torch.Generator(device="cpu").manual_seed(0)
     shape = (layout.kv_heads, tokens, layout.head_dim)
@@ -116,11 +110,8 @@ def verify(
         torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(tensor)
         for _ in range(2)
     )
-    if engine_write is None:
-        layout.write(tensor, [spare_block], 0, keys, values)
-    else:
-        slots = torch.arange(spare_block * tokens, (spare_block + 1) * tokens, device=tensor.device)
-        engine_write(keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous(), slots)
+    slots = torch.arange(spare_block * tokens, (spare_block + 1) * tokens, device=tensor.device)
+    engine_write(keys.transpose(0, 1).contiguous(), values.transpose(0, 1).contiguous(), slots)
     found_keys, found_values = layout.read(tensor, [spare_block], 0, tokens)
     same = torch.equal(found_keys, keys) and torch.equal(found_values, values)
     zeros = torch.zeros_like(keys)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kvstore_client.engines.vllm.destination import PagedDestination
-from kvstore_client.engines.vllm.detect import LayerCache, detect, verify
+from kvstore_client.engines.vllm.detect import EngineWrite, LayerCache, detect, verify
 from kvstore_client.engines.vllm.layout import BlockLayout
 from kvstore_codec.errors import UnsupportedEngineError
 from kvstore_codec.model_spec import ModelSpec
@@ -37,8 +37,8 @@ class PagedMemory:
 def registered_memory(
     vllm_config: Any, spec: ModelSpec, block_tokens: int, kv_caches: Mapping[str, torch.Tensor]
 ) -> PagedMemory:
-    """The memory that the engine has registered. Writes the null block and reads it back. Raises
-    UnsupportedEngineError for a layout that is unknown."""
+    """The memory that the engine has registered. The engine's own kernels write the null block of each layer, and it is
+    read back. Raises UnsupportedEngineError for a layout that is unknown, and for one that reads other KV."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     names = sorted(kv_caches, key=extract_layer_index)
@@ -51,15 +51,33 @@ def registered_memory(
     if len(layouts) != 1:
         raise UnsupportedEngineError(f"the engine lays KV out in {len(layouts)} ways; one is supported")
     memory = PagedMemory(layouts.pop(), tuple(kv_caches[name] for name in names))
-    for tensor in memory.tensors:
-        verify(memory.layout, tensor, _NULL_BLOCK)
+    for name, tensor in zip(names, memory.tensors, strict=True):
+        verify(memory.layout, tensor, _NULL_BLOCK, _engine_write(_layer(vllm_config, name)))
     return memory
+
+
+def _engine_write(layer: Any) -> EngineWrite:
+    """Writes as each forward pass does: the layer's backend, into the memory that the layer itself uses."""
+
+    def write(keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+        try:
+            layer.impl.do_kv_cache_update(layer, keys, values, layer.kv_cache, slots)
+        except Exception as error:
+            raise UnsupportedEngineError(
+                f"vLLM's attention backend cannot write a block of its own KV cache: {error!r}"
+            ) from error
+
+    return write
+
+
+def _layer(vllm_config: Any, name: str) -> Any:
+    """An attention layer of the model."""
+    return vllm_config.compilation_config.static_forward_context[name]
 
 
 def _backend(vllm_config: Any, layer_name: str, cache: LayerCache) -> tuple[str, str | None]:
     """Name of a layer's attention backend, and of its kernels on a CPU."""
-    layer = vllm_config.compilation_config.static_forward_context[layer_name]
-    backend = str(layer.get_attn_backend().get_name())
+    backend = str(_layer(vllm_config, layer_name).get_attn_backend().get_name())
     if backend != "CPU_ATTN":
         return backend, None
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
