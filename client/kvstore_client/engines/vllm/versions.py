@@ -1,7 +1,8 @@
 """Which versions of vLLM the adapter works with, and in what they differ."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from kvstore_codec.errors import UnsupportedEngineError
 
@@ -11,24 +12,53 @@ class EngineVersion:
     """What one release series of vLLM asks of a connector."""
 
     series: str
-    names_hit_sources: bool
-    """The engine asks which cache tier each external hit came from, and which cache groups a load restores."""
+    has_cpu_wheel: bool
+    """Whether the tests can run it on a CPU."""
+    new_hooks: Mapping[str, str] = field(default_factory=dict)
+    """Hooks that the series before does not have, each with the connector's answer in words."""
 
 
-_SUPPORTED = (
-    EngineVersion("0.30", names_hit_sources=False),
-    EngineVersion("0.31", names_hit_sources=False),
-    EngineVersion("0.32", names_hit_sources=True),
-    EngineVersion("0.33", names_hit_sources=True),
+SUPPORTED = (
+    EngineVersion(
+        "0.30",
+        has_cpu_wheel=True,
+        new_hooks={
+            "get_transfer_results": "the loads that have ended, and the requests of which nothing was loaded",
+            "finish_forward": "nothing: KV is copied when the step has ended",
+        },
+    ),
+    EngineVersion(
+        "0.31",
+        has_cpu_wheel=True,
+        new_hooks={"get_mem_pool_context": "none: KV lies in the engine's own memory"},
+    ),
+    EngineVersion(
+        "0.32",
+        has_cpu_wheel=True,
+        new_hooks={
+            "get_loaded_kv_cache_group_ids": "the only group of the model",
+            "get_external_cache_hit_sources": "all loaded tokens are `external_unspecified`, vLLM's word for a store "
+            "on other machines",
+        },
+    ),
+    EngineVersion(
+        "0.33",
+        has_cpu_wheel=False,
+        new_hooks={
+            "supports_sleep_mode": "yes",
+            "unregister_kv_caches": "nothing: no load is under way, and the memory keeps its addresses",
+            "restore_kv_caches": "nothing",
+        },
+    ),
 )
 
 
 def supported_version(version: str) -> EngineVersion:
     """The series of `vllm.__version__`. Raises UnsupportedEngineError when it is not supported."""
     found = re.match(r"\d+\.\d+(?=\.)", version)
-    for known in _SUPPORTED:
+    for known in SUPPORTED:
         if found and found[0] == known.series:
             return known
     raise UnsupportedEngineError(
-        f"vLLM {version} is not supported; the supported releases are {', '.join(v.series for v in _SUPPORTED)}"
+        f"vLLM {version} is not supported; the supported releases are {', '.join(v.series for v in SUPPORTED)}"
     )
