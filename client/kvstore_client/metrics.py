@@ -4,7 +4,7 @@ import threading
 from collections import Counter as Counts
 from collections.abc import Mapping
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
 from kvstore_client.failure_log import FailureLog
 from kvstore_client.fork import REGISTRY_LOCK
@@ -12,48 +12,90 @@ from kvstore_client.miss_reason import MissReason
 from kvstore_client.spans import STAGES
 from kvstore_client.timeline import Timeline
 
-_CHUNKS = Counter("kvstore_client_chunks", "Chunks a fetch asked for, by how they ended.", ["result"])
+_CHUNKS = Counter(
+    "kvstore_client_chunks", "Chunks a fetch asked for, by how they ended.", ["result"], registry=None
+)
 _MATCHED = Counter(
     "kvstore_client_matched_chunks",
     "Chunks of prompts that were found stored: in their own context, or with the same tokens in another one.",
     ["kind"],
+    registry=None,
 )
 _MATCHED_TOKENS = Counter(
-    "kvstore_client_matched_tokens", "Tokens of prompts whose KV was found stored and could be used."
+    "kvstore_client_matched_tokens",
+    "Tokens of prompts whose KV was found stored and could be used.",
+    registry=None,
 )
-_MISSES = Counter("kvstore_client_misses", "Reuse that did not happen, by reason.", ["reason"])
-_BYTES = Counter("kvstore_client_bytes", "Bytes of chunks moved, by direction.", ["direction"])
+_MISSES = Counter("kvstore_client_misses", "Reuse that did not happen, by reason.", ["reason"], registry=None)
+_BYTES = Counter("kvstore_client_bytes", "Bytes of chunks moved, by direction.", ["direction"], registry=None)
 _UNDER_REPLICATED = Counter(
     "kvstore_client_under_replicated_chunks",
     "Chunks stored on fewer nodes than the number of replicas; the cluster repairs them.",
+    registry=None,
 )
 _FAILOVERS = Counter(
     "kvstore_client_failovers",
     "Times a fetch continued with another node that holds the same chunks, by the first node's failure.",
     ["reason"],
+    registry=None,
 )
 _GUARDED = Counter(
     "kvstore_client_guarded_frames",
     "Frames unlike the calibration's text that were coded with a finer step, or exactly.",
     ["action"],
+    registry=None,
 )
-_TOKENS = Counter("kvstore_client_tokens", "Prompt tokens, by where their KV came from.", ["source"])
+_TOKENS = Counter(
+    "kvstore_client_tokens", "Prompt tokens, by where their KV came from.", ["source"], registry=None
+)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_FETCH_S = Histogram("kvstore_client_fetch_seconds", "How long a fetch took, start to end.", buckets=_SECONDS)
+_FETCH_S = Histogram(
+    "kvstore_client_fetch_seconds", "How long a fetch took, start to end.", buckets=_SECONDS, registry=None
+)
 _STAGE_S = Histogram(
     "kvstore_client_stage_seconds",
     "Time within a fetch that a stage worked, in any of its threads.",
     ["stage"],
     buckets=_SECONDS,
+    registry=None,
 )
-_REPLANS = Counter("kvstore_client_replans", "Times a fetch was replanned while it ran.")
-_PLANNED = Counter("kvstore_client_planned_chunks", "Matched chunks, by decision.", ["decision"])
+_REPLANS = Counter("kvstore_client_replans", "Times a fetch was replanned while it ran.", registry=None)
+_PLANNED = Counter(
+    "kvstore_client_planned_chunks", "Matched chunks, by decision.", ["decision"], registry=None
+)
 _PAGES = Counter(
     "kvstore_client_pages",
     "Pages of finished jobs, by operation and result.",
     ["operation", "outcome"],
+    registry=None,
 )
-_WAITING = Gauge("kvstore_client_waiting_for_kv", "Requests that wait for their KV.")
+_WAITING = Gauge("kvstore_client_waiting_for_kv", "Requests that wait for their KV.", registry=None)
+
+_UNREGISTERED = [
+    _CHUNKS,
+    _MATCHED,
+    _MATCHED_TOKENS,
+    _MISSES,
+    _BYTES,
+    _UNDER_REPLICATED,
+    _FAILOVERS,
+    _GUARDED,
+    _TOKENS,
+    _FETCH_S,
+    _STAGE_S,
+    _REPLANS,
+    _PLANNED,
+    _PAGES,
+    _WAITING,
+]
+
+
+def _register() -> None:
+    """Show the metrics in Prometheus. A process without a client does not show them, because another process may be the
+    one that counts, as in an engine's API server."""
+    with REGISTRY_LOCK:
+        while _UNREGISTERED:
+            REGISTRY.register(_UNREGISTERED.pop())
 
 
 class ClientMetrics:
@@ -63,6 +105,7 @@ class ClientMetrics:
         self._lock = threading.Lock()
         self._counts: Counts[str] = Counts()
         self.failures = FailureLog()
+        _register()
 
     def matched(self, *, exact: int, approximate: int, tokens: int) -> None:
         """Count chunks that a lookup found and the prompt can use, exact and approximate."""

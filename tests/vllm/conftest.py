@@ -4,7 +4,18 @@ from importlib.util import find_spec
 
 import pytest
 
-_NEED_VLLM = ("engine", "loads", "naming", "preemption", "scheduler_half", "tier")
+_NEED_VLLM = (
+    "engine",
+    "events",
+    "hooks",
+    "loads",
+    "naming",
+    "preemption",
+    "scheduler_half",
+    "server_metrics",
+    "stats",
+    "tier",
+)
 
 collect_ignore = [] if find_spec("vllm") else [f"test_{name}.py" for name in _NEED_VLLM]
 """Modules that import vLLM."""

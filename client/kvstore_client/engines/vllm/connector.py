@@ -9,14 +9,18 @@ from typing import Any, TypeVar
 
 import torch
 import vllm
+from vllm.distributed.kv_events import BlockStored, KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from kvstore_client.client import connect
+from kvstore_client.engines.vllm.events import EventQueue, StoredEvents, are_wanted
 from kvstore_client.engines.vllm.loads import LoadedBlocks
 from kvstore_client.engines.vllm.metadata import StepMetadata
 from kvstore_client.engines.vllm.naming import served_spec
+from kvstore_client.engines.vllm.prometheus import ReusePromMetrics
 from kvstore_client.engines.vllm.requirements import require_cache, require_configuration, require_exact
 from kvstore_client.engines.vllm.scheduler import MAX_LOAD_BYTES, MAX_LOADS, LoadLimits, SchedulerHalf
+from kvstore_client.engines.vllm.stats import SCHEDULER, WORKER, ReuseStats, StatsSource, stats_of
 from kvstore_client.engines.vllm.versions import supported_version
 from kvstore_client.engines.vllm.worker import WorkerHalf
 from kvstore_client.miss_reason import MissReason
@@ -55,8 +59,12 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._failed_blocks: set[int] = set()
+        self._stats = StatsSource(SCHEDULER if role is KVConnectorRole.SCHEDULER else WORKER, client.metrics)
+        self._events = EventQueue()
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf(client, spec, self._block_tokens, limits)
+            self._scheduler = SchedulerHalf(
+                client, spec, self._block_tokens, limits, wants_events=are_wanted(vllm_config)
+            )
         log.info("KV of %s is shared through %s", spec.model_id, client.settings.address)
 
     @property
@@ -89,6 +97,11 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         if half is not None and received:
             failed = connector_output.invalid_block_ids or ()
             self._guarded(None, half.received, received, failed)
+        if (events := connector_output.kv_cache_events) is not None:
+            self._events.add(events.get_all_events())
+
+    def take_events(self) -> list[KVCacheEvent]:
+        return self._events.take()
 
     def reset_cache(self) -> bool:
         """The engine calls it when KV from before must not be used again: with new weights, and before it sleeps."""
@@ -134,6 +147,33 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
+
+    def get_kv_connector_kv_cache_events(self) -> StoredEvents | None:
+        if self._worker is None:
+            return None
+        nothing: list[BlockStored] = []
+        events = self._guarded(nothing, self._worker.stored_events)
+        return StoredEvents(events) if events else None
+
+    # ---- called in both processes, and in the API server's
+
+    def get_kv_connector_stats(self) -> ReuseStats | None:
+        load_s = self._worker.load_log.take() if self._worker is not None else ()
+        return self._guarded(None, self._stats.take, load_s)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> ReuseStats:
+        return stats_of(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: dict[type, type],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> ReusePromMetrics:
+        return ReusePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         for half in (self._scheduler, self._worker):

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from vllm.distributed.kv_events import BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
 from kvstore_codec.identity import ChunkId
@@ -37,6 +38,8 @@ class SaveRequest:
     """Index in the request of the first chunk that is saved."""
     block_ids: tuple[int, ...]
     """Blocks of the chunks that are saved."""
+    events: tuple[BlockStored, ...] = ()
+    """What is published when the chunks that are saved are stored, one event for each; empty where nobody wants it."""
 
     @property
     def chunks(self) -> int:

@@ -7,6 +7,7 @@ import torch
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.vllm.events import EventQueue
 from kvstore_client.engines.vllm.metadata import SaveRequest
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.store import NewChunk
@@ -26,6 +27,8 @@ class Saves:
 
     def __init__(self, client: KVStoreClient, spec: ModelSpec, read_layer: ReadLayer) -> None:
         self._client, self._spec, self._read_layer = client, spec, read_layer
+        self.events = EventQueue()
+        """Events of chunks that were stored."""
 
     @torch.inference_mode()
     def save(self, request: SaveRequest) -> None:
@@ -58,6 +61,8 @@ class Saves:
         ]
         stored = client.store.put(self._spec, chunks, text=request.text, text_begins=request.text_begins)
         stored.add_done_callback(lambda _: client.buffers.release(buffers))
+        chosen = request.events[first - request.first_chunk : end - request.first_chunk]
+        self.events.add_when_stored(stored, chosen)
 
 
 def _part(buffers: KVBuffers, first_token: int) -> tuple[torch.Tensor, torch.Tensor]:

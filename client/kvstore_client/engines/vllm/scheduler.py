@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.vllm.events import stored_events
 from kvstore_client.engines.vllm.lookups import Lookup, Lookups
 from kvstore_client.engines.vllm.metadata import LoadRequest, SaveRequest
 from kvstore_client.engines.vllm.naming import RequestText, why_ineligible
@@ -56,10 +57,16 @@ class SchedulerHalf:
     """Answers the engine's scheduler at once, whatever the store does. Used by the scheduler's thread."""
 
     def __init__(
-        self, client: KVStoreClient, spec: ModelSpec, block_tokens: int, limits: LoadLimits | None = None
+        self,
+        client: KVStoreClient,
+        spec: ModelSpec,
+        block_tokens: int,
+        limits: LoadLimits | None = None,
+        *,
+        wants_events: bool = False,
     ) -> None:
         self._client, self._spec, self._block_tokens = client, spec, block_tokens
-        self._limits = limits or LoadLimits()
+        self._limits, self._wants_events = limits or LoadLimits(), wants_events
         self._lookups = Lookups(self._peek)
         self._wait_s = client.settings.timeouts.lookup_s
         self._tracked: dict[str, _Tracked] = {}
@@ -258,8 +265,14 @@ class SchedulerHalf:
         self._stored.add(ids[first:])
         blocks = CHUNK_TOKENS // self._block_tokens
         begins = max(0, first - _NAMED_BEFORE)
+        is_published = self._wants_events and not self._private
+        chunks = range(first, len(ids) if is_published else first)
         return SaveRequest(
-            tuple(ids[begins:]), begins, first, tuple(tracked.block_ids[first * blocks : len(ids) * blocks])
+            tuple(ids[begins:]),
+            begins,
+            first,
+            tuple(tracked.block_ids[first * blocks : len(ids) * blocks]),
+            stored_events(tracked.text.request, chunks, self._block_tokens),
         )
 
     def _may_save(self, tracked: _Tracked) -> bool:

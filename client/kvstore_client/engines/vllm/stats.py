@@ -1,0 +1,95 @@
+"""Counts of both halves of the connector on their way to vLLM's log line and its Prometheus endpoint.
+
+vLLM asks each half after every step, adds the answers up, and sends the sum to the process of the API server. What is
+counted behind the engine's back after the last step is reported with the next one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+
+from kvstore_client.metrics import ClientMetrics
+
+SCHEDULER, WORKER = "scheduler", "worker"
+"""The two halves of the connector."""
+
+_COUNTS, _LOAD_S = "counts", "load_s"
+_MIB = 1 << 20
+
+
+@dataclass
+class ReuseStats(KVConnectorStats):  # type: ignore[misc]  # vLLM has no types here
+    """What the halves counted in an interval. `data` holds, by half, the growth of its client's counts by the names of
+    `ClientMetrics.snapshot`, and the durations of its loads in seconds. It consists of plain values, because it
+    travels between processes as MessagePack."""
+
+    @classmethod
+    def of(cls, half: str, counts: dict[str, int], load_s: Sequence[float] = ()) -> ReuseStats:
+        return cls({half: {_COUNTS: counts, _LOAD_S: list(load_s)}})
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Growth of the counts, by half and name."""
+        return {half: told[_COUNTS] for half, told in self.data.items()}
+
+    def load_s(self) -> dict[str, list[float]]:
+        """Durations of loads in seconds, by half."""
+        return {half: told[_LOAD_S] for half, told in self.data.items()}
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def is_empty(self) -> bool:
+        return not any(told[_COUNTS] or told[_LOAD_S] for told in self.data.values())
+
+    def aggregate(self, other: KVConnectorStats) -> ReuseStats:
+        """Add `other` to this and return this."""
+        for half, told in other.data.items():
+            mine = self.data.setdefault(half, {_COUNTS: {}, _LOAD_S: []})
+            for name, count in told[_COUNTS].items():
+                mine[_COUNTS][name] = mine[_COUNTS].get(name, 0) + count
+            mine[_LOAD_S].extend(told[_LOAD_S])
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """A few numbers for vLLM's log line: what was loaded and stored, and each reason for a miss."""
+        counts: Counter[str] = Counter()
+        load_s: list[float] = []
+        for told in self.data.values():
+            counts.update(told[_COUNTS])
+            load_s.extend(told[_LOAD_S])
+        moved = {
+            "loads": len(load_s),
+            "mean load (ms)": round(1000 * sum(load_s) / len(load_s), 1) if load_s else 0.0,
+            "loaded tokens": counts["tokens_reused"],
+            "loaded MiB": round(counts["bytes_in"] / _MIB, 1),
+            "stored chunks": counts["chunks_stored"],
+            "stored MiB": round(counts["bytes_out"] / _MIB, 1),
+        }
+        misses = {name: count for name, count in sorted(counts.items()) if name.startswith("miss_")}
+        return moved | misses
+
+
+class StatsSource:
+    """What one half has counted since vLLM last asked. Used by the half's thread."""
+
+    def __init__(self, half: str, metrics: ClientMetrics) -> None:
+        self._half, self._metrics = half, metrics
+        self._told: dict[str, int] = {}
+
+    def take(self, load_s: Sequence[float] = ()) -> ReuseStats | None:
+        """The growth of the counts since the last call, and how long loads took that have ended since; None where there
+        is neither."""
+        counts = self._metrics.snapshot()
+        grown = {name: more for name, count in counts.items() if (more := count - self._told.get(name, 0))}
+        self._told = counts
+        return ReuseStats.of(self._half, grown, load_s) if grown or load_s else None
+
+
+def stats_of(data: dict[str, Any] | None) -> ReuseStats:
+    """The stats that travelled as `data`."""
+    return ReuseStats(data if data is not None else {})
