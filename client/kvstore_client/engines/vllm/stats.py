@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
@@ -27,6 +27,8 @@ class ReuseStats(KVConnectorStats):  # type: ignore[misc]  # vLLM has no types h
     """What the halves counted in an interval. `data` holds, by half, the growth of its client's counts by the names of
     `ClientMetrics.snapshot`, and the durations of its loads in seconds. It consists of plain values, because it
     travels between processes as MessagePack."""
+
+    data: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, half: str, counts: dict[str, int], load_s: Sequence[float] = ()) -> ReuseStats:
