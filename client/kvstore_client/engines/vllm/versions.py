@@ -23,7 +23,8 @@ SUPPORTED = (
         "0.30",
         has_cpu_wheel=True,
         new_hooks={
-            "get_transfer_results": "the loads that have ended, and the requests of which nothing was loaded",
+            "get_transfer_results": "the loads that have ended; what failed is told by block, so that what has "
+            "arrived is kept",
             "finish_forward": "nothing: KV is copied when the step has ended",
         },
     ),

