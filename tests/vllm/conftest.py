@@ -6,11 +6,13 @@ import pytest
 
 _NEED_VLLM = (
     "engine",
+    "engine_canary",
     "events",
     "hooks",
     "loads",
     "naming",
     "preemption",
+    "probe_watch",
     "scheduler_half",
     "server_metrics",
     "stats",

@@ -43,6 +43,12 @@ def block_digests(_: object) -> list[str]:
     return digests(keys, values)
 
 
+def add_hook(worker: Any) -> None:
+    """Steer the model a little, as a forward hook may. Runs in the worker's process."""
+    model = worker.model_runner.get_model()
+    model.model.layers[1].mlp.register_forward_hook(lambda _module, _inputs, output: output * 1.1)
+
+
 class Engine:
     def __init__(self, model: str, connector: dict[str, Any] | None, **options: Any) -> None:
         transfer = None
@@ -97,6 +103,11 @@ class Engine:
         """How often a request has lost its blocks to another one, since the engine was started."""
         found = [m for m in self._llm.get_metrics() if m.name == "vllm:num_preemptions"]
         return {"count": sum(metric.value for metric in found)}
+
+    def steer(self) -> dict[str, Any]:
+        """Have the engine compute other KV from now on."""
+        self._llm.collective_rpc(add_hook)
+        return {}
 
     def resources(self) -> dict[str, int]:
         """Threads and file descriptors of all processes of the engine."""

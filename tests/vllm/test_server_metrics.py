@@ -10,9 +10,9 @@ import zmq
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
-from tests.vllm.processes import StoreProcess, free_port, prompt
+from tests.vllm.models import saved_model
+from tests.vllm.processes import StoreProcess, free_port, prompt, until
 from tests.vllm.server_process import ServerProcess, save_tokenizer
-from tests.vllm.test_engine import saved_model, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

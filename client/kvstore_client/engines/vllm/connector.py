@@ -13,10 +13,13 @@ from vllm.distributed.kv_events import BlockStored, KVCacheEvent
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
 from kvstore_client.client import connect
+from kvstore_client.engines.vllm.canary import engine_probe
 from kvstore_client.engines.vllm.events import EventQueue, StoredEvents, are_wanted
+from kvstore_client.engines.vllm.generations import Generation
 from kvstore_client.engines.vllm.loads import LoadedBlocks
 from kvstore_client.engines.vllm.metadata import StepMetadata
 from kvstore_client.engines.vllm.naming import served_spec
+from kvstore_client.engines.vllm.probe_watch import ProbeWatch
 from kvstore_client.engines.vllm.prometheus import ReusePromMetrics
 from kvstore_client.engines.vllm.requirements import require_cache, require_configuration, require_exact
 from kvstore_client.engines.vllm.scheduler import MAX_LOAD_BYTES, MAX_LOADS, LoadLimits, SchedulerHalf
@@ -51,6 +54,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         limits = LoadLimits(
             int(settings.pop("max_loads", MAX_LOADS)), int(settings.pop("max_load_bytes", MAX_LOAD_BYTES))
         )
+        self._requires_canary = bool(settings.pop("require_canary", False))
         client = connect(**settings)
         require_exact(client.settings)
         spec = served_spec(vllm_config.model_config, client.settings.cache_dir)
@@ -61,6 +65,8 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         self._failed_blocks: set[int] = set()
         self._stats = StatsSource(SCHEDULER if role is KVConnectorRole.SCHEDULER else WORKER, client.metrics)
         self._events = EventQueue()
+        self._generation = Generation(client, spec)
+        self._probes = ProbeWatch(engine_probe(vllm_config.model_config.get_vocab_size()), self._block_tokens)
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(
                 client, spec, self._block_tokens, limits, wants_events=are_wanted(vllm_config)
@@ -78,6 +84,9 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         if self._scheduler is None:
             return 0, False
         nothing: tuple[int | None, bool] = 0, False
+        is_probe = False
+        if self._guarded(is_probe, self._probes.watch, request):
+            return nothing
         return self._guarded(nothing, self._scheduler.matched_tokens, request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -90,7 +99,13 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         if half is None:
             return StepMetadata()
         loads = half.take_loads()
-        return StepMetadata(loads, self._guarded((), half.saves, scheduler_output))
+        nothing: tuple[int, ...] = ()
+        return StepMetadata(
+            loads,
+            self._guarded((), half.saves, scheduler_output),
+            probe_blocks=self._guarded(nothing, self._probes.computed, scheduler_output),
+            generation=self._guarded(0, self._generation.current),
+        )
 
     def update_connector_output(self, connector_output: Any) -> None:
         half, received = self._scheduler, connector_output.finished_recving
@@ -107,18 +122,27 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         """The engine calls it when KV from before must not be used again: with new weights, and before it sleeps."""
         if self._scheduler is not None:
             self._scheduler.forget()
+            self._probes.stop()
         return True
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, None]:  # noqa: ARG002
         if self._scheduler is not None:
             self._guarded(None, self._scheduler.finished, request.request_id)
+            self._probes.finished(request.request_id)
         return False, None
 
     # ---- called in the worker's process
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Raises UnsupportedEngineError for a layout that is unknown."""
-        self._worker = WorkerHalf(self._client, self._spec, self._block_tokens, self._vllm_config, kv_caches)
+        self._worker = WorkerHalf(
+            self._client,
+            self._spec,
+            self._block_tokens,
+            self._vllm_config,
+            kv_caches,
+            requires_canary=self._requires_canary,
+        )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if self._worker is not None and self.has_connector_metadata():

@@ -54,6 +54,17 @@ class SaveRequest:
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM has no types here
     """Everything to begin in one step of the engine."""
 
-    def __init__(self, loads: tuple[LoadRequest, ...] = (), saves: tuple[SaveRequest, ...] = ()) -> None:
+    def __init__(
+        self,
+        loads: tuple[LoadRequest, ...] = (),
+        saves: tuple[SaveRequest, ...] = (),
+        *,
+        probe_blocks: tuple[int, ...] = (),
+        generation: int = 0,
+    ) -> None:
+        """`probe_blocks` hold the KV of the canary's probe when the step's forward pass has ended; `generation` is that
+        of the canary."""
         self.loads = loads
         self.saves = saves
+        self.probe_blocks = probe_blocks
+        self.generation = generation

@@ -7,11 +7,13 @@ import torch
 from vllm.distributed.kv_events import BlockStored
 
 from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.vllm.canary import EngineCanary, engine_probe
 from kvstore_client.engines.vllm.load_log import LoadLog
 from kvstore_client.engines.vllm.loads import LoadedBlocks, Loads
 from kvstore_client.engines.vllm.memory import registered_memory
-from kvstore_client.engines.vllm.metadata import StepMetadata
+from kvstore_client.engines.vllm.metadata import LoadRequest, StepMetadata
 from kvstore_client.engines.vllm.saves import Saves
+from kvstore_client.miss_reason import MissReason
 from kvstore_codec.model_spec import ModelSpec
 
 
@@ -25,23 +27,44 @@ class WorkerHalf:
         block_tokens: int,
         vllm_config: Any,
         kv_caches: Mapping[str, torch.Tensor],
+        *,
+        requires_canary: bool = False,
     ) -> None:
         """Raises UnsupportedEngineError for a layout that is unknown."""
-        self._client = client
+        self._client, self._block_tokens = client, block_tokens
         self.memory = memory = registered_memory(vllm_config, spec, block_tokens, kv_caches)
         self._loads = Loads(client, spec, block_tokens, lambda request: memory.destination(request.block_ids))
         self._saves = Saves(client, spec, memory.read_layer)
         self.load_log = LoadLog(client.metrics, block_tokens)
+        self._canary = EngineCanary(
+            client,
+            spec,
+            engine_probe(vllm_config.model_config.get_vocab_size()),
+            memory.read_layer,
+            device=memory.tensors[0].device.type,
+            is_required=requires_canary,
+        )
+        self._refused: list[LoadRequest] = []
+        """Loads that were not begun."""
 
     def start_loads(self, step: StepMetadata) -> None:
-        for request in step.loads:
+        refused = step.loads
+        try:
+            if step.loads and not self._is_refused(step, storing=False):
+                refused = ()
+        finally:  # the engine waits for the end of each load, also where this has failed
+            self._refused.extend(refused)
+        for request in () if refused else step.loads:
             self.load_log.began(request)
             self._loads.start(request)
 
     def save(self, step: StepMetadata) -> None:
         """Copy what the step has computed. Later steps may overwrite the blocks when this returns."""
-        for request in step.saves:
-            self._saves.save(request)
+        if step.probe_blocks:
+            self._canary.computed(step.probe_blocks)
+        if step.saves and not self._is_refused(step, storing=True):
+            for request in step.saves:
+                self._saves.save(request)
 
     def ended_loads(self, finished_request_ids: Collection[str]) -> LoadedBlocks:
         """The loads that have ended since the last call. Those of requests that are gone are cancelled first."""
@@ -49,11 +72,26 @@ class WorkerHalf:
         self.load_log.cancelled(finished_request_ids)
         ended = self._loads.ended()
         self.load_log.ended(ended)
-        return ended
+        refused, self._refused = self._refused, []
+        return LoadedBlocks(
+            ended.request_ids.union(request.request_id for request in refused),
+            ended.failed_blocks.union(
+                *(request.blocks_from(request.first_token, self._block_tokens) for request in refused)
+            ),
+        )
 
     def stored_events(self) -> list[BlockStored]:
         """Events of the chunks that were stored since the last call."""
         return self._saves.events.take()
+
+    def _is_refused(self, step: StepMetadata, *, storing: bool) -> bool:
+        """Whether the engine may not share KV now. Counted and logged."""
+        reason = self._canary.refusal(step.generation)
+        if reason is not None:
+            counted = MissReason.of_canary(reason, storing=storing)
+            why = f"{reason}: {self._canary.why(reason)}; KV is computed, and not shared"
+            self._client.metrics.missed(counted, detail=why, cause=reason)
+        return reason is not None
 
     def close(self) -> None:
         self._loads.close()
