@@ -40,7 +40,7 @@ class ServerProcess:
             "kv_connector_extra_config": connector,
         }
         port = free_port()
-        self._url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}"
         self._log = folder / "server.log"
         options = ("--port", str(port), "--dtype", "float32", "--max-model-len", "4096", "--enforce-eager")
         command = (
@@ -73,7 +73,7 @@ class ServerProcess:
         asked = {"model": self._model(), "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0}
         body = json.dumps(asked).encode()
         request = urllib.request.Request(  # noqa: S310  # the URL is this process's own server
-            f"{self._url}/v1/completions", body, {"Content-Type": "application/json"}
+            f"{self.url}/v1/completions", body, {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
             told: dict[str, Any] = json.load(answer)
@@ -114,6 +114,6 @@ class ServerProcess:
         return True
 
     def _get(self, path: str) -> str:
-        with urllib.request.urlopen(f"{self._url}{path}", timeout=30) as answer:  # noqa: S310
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=30) as answer:  # noqa: S310
             told: bytes = answer.read()
         return told.decode()

@@ -3,12 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import pytest
 
-from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.engines.vllm.probe import probe_prompt
+from tests.vllm.kept_canaries import models
 from tests.vllm.models import saved_model
 from tests.vllm.processes import EngineProcess, StoreProcess, free_port, prompt, until
 from tests.vllm.test_engine import loaded, started
@@ -21,12 +19,6 @@ def store(tmp_path: Path) -> Iterator[StoreProcess]:
     process = StoreProcess(tmp_path, free_port())
     yield process
     process.close()
-
-
-def models(store: StoreProcess) -> list[pb.ModelInfo]:
-    """The models that the coordinator keeps canaries of."""
-    with grpc.insecure_channel(store.started["address"]) as channel:
-        return list(rpc.CoordinatorStub(channel).ListModels(pb.ListModelsRequest()).models)
 
 
 def compute_probe(engine: EngineProcess) -> None:

@@ -10,6 +10,8 @@ import zmq
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
+from kvstore_client.engines.vllm.probe import send_probe
+from tests.vllm.kept_canaries import models
 from tests.vllm.models import saved_model
 from tests.vllm.processes import StoreProcess, free_port, prompt, until
 from tests.vllm.server_process import ServerProcess, save_tokenizer
@@ -93,6 +95,15 @@ def test_what_is_stored_is_published(served: Served) -> None:
     assert (first.parent_block_hash, second.parent_block_hash) == (None, first.block_hashes[-1])
     assert {len(set(event.block_hashes)) for event in (first, second)} == {2}
     assert (first.medium, first.locality, first.block_size) == ("STORAGE", "REMOTE", 128)
+
+
+def test_the_probe_that_a_server_is_sent_is_compared(served: Served) -> None:
+    send_probe(served.server.url)
+    until(lambda: len(models(served.store)) == 1)
+    (kept,) = models(served.store)
+    assert "vllm" in kept.origin.software
+    with pytest.raises(OSError, match="refused"):
+        send_probe(f"http://127.0.0.1:{free_port()}")
 
 
 def test_misses_are_shown_with_their_reason_and_logged(served: Served) -> None:
