@@ -47,7 +47,7 @@ _COLUMNS = {
     "failed": "unrelated_failed",
     "reuse back after s": "reuse_back_after_s",
 }
-_FILLER_TOKENS, _FILLERS = 512, 1000
+_FILLER_TOKENS, _FILLERS = 300, 1000
 
 
 def main(
