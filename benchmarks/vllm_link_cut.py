@@ -63,6 +63,7 @@ def main(
     share: Annotated[float, typer.Option(help="Share of the load's bytes that arrive.")] = 0.25,
     cut_s: Annotated[float, typer.Option(help="Shortest time of the cut.")] = 45.0,
     repeats: Annotated[int, typer.Option(min=1)] = 1,
+    vllm_options: Annotated[str, typer.Option(help="Further options of all vLLM servers.")] = "",
     logs: Annotated[Path | None, typer.Option(help="Folder that keeps the servers' logs.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
@@ -83,7 +84,7 @@ def main(
         network = stack.enter_context(NetworkNamespace(None))
         testbed = Testbed(
             network,
-            EngineOptions(folder, tokens + 128, dtype=dtype),
+            EngineOptions(folder, tokens + 128, dtype=dtype, extra=tuple(vllm_options.split())),
             work.absolute(),
             publish=partial(publish_in_process, folder, dtype),
         )

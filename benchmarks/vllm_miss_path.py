@@ -59,6 +59,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 2000,
     answer_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 15,
+    vllm_options: Annotated[str, typer.Option(help="Further options of all vLLM servers.")] = "",
     logs: Annotated[Path | None, typer.Option(help="Folder that keeps the servers' logs.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
@@ -74,7 +75,9 @@ def main(
         work.mkdir(parents=True, exist_ok=True)
         stages = stack.enter_context(Stages(output(), _STAGES))
         link = stack.enter_context(NetworkNamespace(None))
-        engine = EngineOptions(folder, tokens + answer_tokens + 128, dtype=dtype)
+        engine = EngineOptions(
+            folder, tokens + answer_tokens + 128, dtype=dtype, extra=tuple(vllm_options.split())
+        )
         testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder, dtype))
         started = stack.enter_context(deployed(testbed, chosen, stages))
         running, left_out = started.running, started.left_out
