@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 _NEED_VLLM = (
+    "connector",
     "engine",
     "engine_canary",
     "events",

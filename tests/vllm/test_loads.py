@@ -16,7 +16,7 @@ from kvstore_client.engines.vllm.metadata import LoadRequest
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.model_spec import KVDtype, ModelSpec
-from tests.vllm.processes import StoreProcess, free_port, prompt
+from tests.vllm.processes import StoreProcess, free_port, prompt, until
 
 pytestmark = pytest.mark.vllm
 
@@ -141,7 +141,7 @@ def test_a_cancelled_load_ends_without_failed_blocks(
     worker.loads.cancel({"request", "another"})
     assert worker.ended() == LoadedBlocks(frozenset({"request"}))
     worker.loads.close()
-    assert store.stats()["leases"] == 0
+    until(lambda: store.stats()["leases"] == 0)
 
 
 def test_a_mistake_in_one_load_keeps_the_engine_waiting_for_none(
@@ -165,6 +165,6 @@ def test_closing_ends_all_loads(worker: Worker, client: KVStoreClient, store: St
         worker.loads.start(load(ids, name=f"request {number}"))
     worker.loads.close()
     assert len(worker.loads.ended().request_ids) == 8
-    assert store.stats()["leases"] == 0
+    until(lambda: store.stats()["leases"] == 0)
     worker.loads.start(load(ids, name="late"))
     assert worker.ended() == LoadedBlocks(frozenset({"late"}), frozenset(TABLE))

@@ -15,7 +15,8 @@ from tests.vllm.reference import Reference
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
-BLOCKS, GENERATED = 36, 260
+BLOCKS, GENERATED = 36, 150
+"""The first seven prompts fill 32 of 35 blocks, and each needs another one before it ends."""
 TOLERANCE = 2e-3
 """vLLM and transformers round differently. KV of other tokens differs by about 1."""
 
@@ -96,4 +97,4 @@ def test_requests_that_lose_their_blocks_store_and_load_nothing_wrong(setup: Set
     checked, wrong = setup.wrong([text[:-1] for text in texts])
     assert wrong == 0
     assert checked >= sum((len(text) - 1) // CHUNK_TOKENS for text in texts) * 0.9
-    assert setup.store.stats()["leases"] == 0
+    until(lambda: setup.store.stats()["leases"] == 0)

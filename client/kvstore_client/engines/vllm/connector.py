@@ -166,6 +166,8 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
             return None, None
         ended = self._guarded(LoadedBlocks(), self._worker.ended_loads, finished_req_ids)
         self._failed_blocks |= ended.failed_blocks
+        # Apart: a mistake in counting must not lose the end of a load, for which the engine waits.
+        self._guarded(None, self._worker.log_loads, ended, finished_req_ids)
         return None, set(ended.request_ids) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:

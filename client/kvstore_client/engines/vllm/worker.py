@@ -69,9 +69,7 @@ class WorkerHalf:
     def ended_loads(self, finished_request_ids: Collection[str]) -> LoadedBlocks:
         """The loads that have ended since the last call. Those of requests that are gone are cancelled first."""
         self._loads.cancel(finished_request_ids)
-        self.load_log.cancelled(finished_request_ids)
         ended = self._loads.ended()
-        self.load_log.ended(ended)
         refused, self._refused = self._refused, []
         return LoadedBlocks(
             ended.request_ids.union(request.request_id for request in refused),
@@ -79,6 +77,11 @@ class WorkerHalf:
                 *(request.blocks_from(request.first_token, self._block_tokens) for request in refused)
             ),
         )
+
+    def log_loads(self, ended: LoadedBlocks, finished_request_ids: Collection[str]) -> None:
+        """Count what `ended_loads` has returned for these requests."""
+        self.load_log.cancelled(finished_request_ids)
+        self.load_log.ended(ended)
 
     def stored_events(self) -> list[BlockStored]:
         """Events of the chunks that were stored since the last call."""
