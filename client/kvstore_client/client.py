@@ -22,7 +22,14 @@ from kvstore_client.match import Match
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.pages import PageNamespace, PageStore
-from kvstore_client.planning import AdaptivePlanner, FixedPlanner, KVFetcherPlanner, Links, Planner
+from kvstore_client.planning import (
+    AdaptivePlanner,
+    FixedPlanner,
+    KVFetcherPlanner,
+    LeadingPlanner,
+    Links,
+    Planner,
+)
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
 from kvstore_client.settings import ClientSettings, FetchPolicy, flat_name
 from kvstore_client.store import Store
@@ -51,6 +58,12 @@ _PLANNERS: dict[FetchPolicy, Callable[[], Planner]] = {
     FetchPolicy.KVFETCHER: KVFetcherPlanner,
     FetchPolicy.FIXED: FixedPlanner,
 }
+_WAITING_PLANNERS: dict[FetchPolicy, Callable[[], Planner]] = {
+    FetchPolicy.ADAPTIVE: LeadingPlanner,
+    FetchPolicy.KVFETCHER: lambda: KVFetcherPlanner("front"),
+    FetchPolicy.FIXED: lambda: FixedPlanner("front"),
+}
+"""For engines that compute nothing until the fetch has ended (`Computing.waits`)."""
 
 
 def connect(address: str | None = None, **settings: Any) -> "KVStoreClient":
@@ -232,6 +245,7 @@ class KVStoreClient:
 
         Acquire KVBuffers from `self.buffers`, and release them after the fetch has finished and nothing reads them.
         """
+        planners = _WAITING_PLANNERS if computing is not None and computing.waits else _PLANNERS
         return Fetch(
             match,
             destination,
@@ -242,7 +256,7 @@ class KVStoreClient:
             settings=self.settings,
             metrics=self.metrics,
             timeline=timeline or Timeline(),
-            planner=_PLANNERS[self.settings.fetch.policy](),
+            planner=planners[self.settings.fetch.policy](),
             computing=computing,
             computed=computed,
             restorer=self._restorer,

@@ -52,6 +52,12 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _FETCH_S = Histogram(
     "kvstore_client_fetch_seconds", "How long a fetch took, start to end.", buckets=_SECONDS, registry=None
 )
+_PREDICTED_S = Histogram(
+    "kvstore_predicted_fetch_seconds",
+    "How long a planned fetch was to take by its first plan; compare with kvstore_client_fetch_seconds.",
+    buckets=_SECONDS,
+    registry=None,
+)
 _STAGE_S = Histogram(
     "kvstore_client_stage_seconds",
     "Time within a fetch that a stage worked, in any of its threads.",
@@ -82,6 +88,7 @@ _UNREGISTERED = [
     _GUARDED,
     _TOKENS,
     _FETCH_S,
+    _PREDICTED_S,
     _STAGE_S,
     _REPLANS,
     _PLANNED,
@@ -176,6 +183,12 @@ class ClientMetrics:
                 with REGISTRY_LOCK:
                     _STAGE_S.labels(stage).observe(busy_s)
         self._add("fetches", 1)
+
+    def predicted(self, fetch_s: float) -> None:
+        """Count a finished fetch whose first plan was to take `fetch_s`."""
+        with REGISTRY_LOCK:
+            _PREDICTED_S.observe(fetch_s)
+        self._add("fetches_predicted", 1)
 
     def planned(self, *, fetched: int, computed: int) -> None:
         """Count matched chunks by the final decision."""

@@ -36,6 +36,8 @@ class MissReason(StrEnum):
     """The chunks did not arrive within `KVSTORE_FETCH_TIMEOUT_S`. The link is too slow for them or overloaded."""
     STALLED = "stalled"
     """No byte arrived for `KVSTORE_STALL_TIMEOUT_S`. Check the nodes and the network."""
+    OVERTAKEN = "overtaken"
+    """The chunks came so slowly that the engine computes them sooner. Normal work on a slow link."""
     SILENT = "silent"
     """A node sent nothing for `KVSTORE_FAILOVER_S`, and no other node has the chunks."""
     GONE = "gone"

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 _NEED_VLLM = (
+    "adaptive_loads",
     "connector",
     "engine",
     "engine_canary",

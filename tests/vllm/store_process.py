@@ -37,7 +37,7 @@ def main(folder: Path, port: int) -> None:
         CanaryRegistry(folder / "canaries"),
         address=Address("127.0.0.1", port),
     )
-    print(json.dumps({"address": served.address}), flush=True)
+    print(json.dumps({"address": served.address, "bulk": bulk.address}), flush=True)
     for line in sys.stdin:
         if damaged := json.loads(line).get("damage"):
             damage(node, bytes.fromhex(damaged))

@@ -14,6 +14,8 @@ from vllm.v1.request import Request
 
 from kvstore_client.client import KVStoreClient, connect
 from kvstore_client.engines.vllm.scheduler import LoadLimits, SchedulerHalf
+from kvstore_client.engines.vllm.worker_news import Learned, News
+from kvstore_client.settings import FetchPolicy
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import KVDtype, ModelSpec
@@ -50,8 +52,9 @@ def request(tokens: list[int], name: str = "request", **options: Any) -> Request
 
 
 def put(client: KVStoreClient, tokens: list[int]) -> None:
+    """Store random KV, about 120 KB a chunk."""
     shape = (SPEC.layers, SPEC.kv_heads, CHUNK_TOKENS, SPEC.head_dim)
-    kv = torch.zeros(shape), torch.zeros(shape)
+    kv = torch.randn(shape), torch.randn(shape)
     chunks = [NewChunk(chunk_id, lambda: kv) for chunk_id in client.chunk_ids(SPEC, tokens)]
     assert client.store.put(SPEC, chunks).result() == len(chunks)
 
@@ -173,6 +176,52 @@ def test_what_a_failed_load_lacks_is_saved_when_it_is_computed(
     half.received({"request"}, failed)
     (save,) = half.saves(scheduled(asked, [6, 7, 8, 9, 10, 11], 700))
     assert (save.first_chunk, save.chunks) == (first_saved, 2 - first_saved)
+
+
+@pytest.fixture
+def adaptive(store: StoreProcess, tmp_path: Path) -> Iterator[SchedulerHalf]:
+    client = connect(store.started["address"], cache_dir=tmp_path, fetch_policy="adaptive")
+    made = SchedulerHalf(client, SPEC, BLOCK)
+    yield made
+    made.close()
+
+
+def news(bandwidth_bps: float, step: int = 0) -> News:
+    """The worker has met a link."""
+    return News(step, Learned({"another node": (bandwidth_bps / 8, 0.0)}))
+
+
+def test_what_is_sooner_computed_is_not_loaded(adaptive: SchedulerHalf, client: KVStoreClient) -> None:
+    tokens = prompt(700, seed=21)
+    put(client, tokens)
+    asked = request(tokens)
+    assert answer(adaptive, asked) == (512, True)
+    adaptive.learn(news(1e4))
+    assert answer(adaptive, asked) == (0, False)
+    adaptive.learn(news(1e9))
+    assert answer(adaptive, asked) == (512, True)
+
+
+def test_a_slow_engine_loads_what_a_fast_one_computes(adaptive: SchedulerHalf, client: KVStoreClient) -> None:
+    tokens = prompt(700, seed=22)
+    put(client, tokens)
+    adaptive.learn(news(8e6))
+    asked = request(tokens)
+    assert answer(adaptive, asked) == (512, True)
+    step, computes = adaptive.scheduled(
+        scheduled(request(prompt(700, seed=23), "other"), list(range(6)), 700)
+    )
+    assert not computes, "make_empty() counts no tokens"
+    adaptive.learn(news(8e6, step))  # 700 tokens in no time at all
+    assert answer(adaptive, asked) == (0, False)
+
+
+def test_the_policy_fixed_loads_whatever_it_takes(half: SchedulerHalf, client: KVStoreClient) -> None:
+    assert client.settings.fetch.policy is FetchPolicy.FIXED, "that of all tests"
+    tokens = prompt(700, seed=24)
+    put(client, tokens)
+    half.learn(news(1e4))
+    assert answer(half, request(tokens)) == (512, True)
 
 
 def test_new_chunks_are_saved_once_as_they_are_computed(half: SchedulerHalf) -> None:

@@ -55,6 +55,12 @@ class ChunkState:
         return self.chunk.header.geometry.tokens
 
     @property
+    def body_bytes(self) -> int:
+        """Total size of all frames of the variant that is read, bytes."""
+        header = self.chunk.variants[self.choice].header
+        return header.size_bytes - header.header_bytes
+
+    @property
     def to_compute(self) -> bool:
         """Whether the engine provides the chunk: it has computed it, computes it or will."""
         return self.choice == COMPUTE

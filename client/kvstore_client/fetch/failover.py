@@ -229,7 +229,6 @@ class Failover:
         """Loop of the thread that watches the streams, until the fetch ends."""
         limit_s = self._settings.timeouts.failover_s
         while not over.wait(min(limit_s / _CHECKS_PER_LIMIT, _LOOK_EVERY_S)):
-            self._fetch_state.check_stall()
             with self._lock:
                 readings = list(self._readings)
             for member, reading in readings:
@@ -238,3 +237,4 @@ class Failover:
                 reading.end_if_silent(limit_s)
                 if self._replans:
                     reading.check_speed(self.links.bandwidth_Bps(member.endpoint), _TOO_LONG_S)
+            self._fetch_state.check_stall()

@@ -46,6 +46,8 @@ class FetchState:
         self._version = 0
         self._engine_waits = False
         self._received_bytes = 0
+        self.silence_s = 0.0
+        """Seconds in which nothing had come when the fetch was overtaken by the engine; 0 in another fetch."""
         self._ended = False
         self._end_callbacks: list[Callable[[], object]] = []
         self._ready_callbacks: list[Callable[[], object]] = []
@@ -102,6 +104,12 @@ class FetchState:
             self._notify()
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since something arrived or was delivered."""
+        with self._changed:
+            return time.monotonic() - self._last_progress
+
+    @property
     def received_bytes(self) -> int:
         with self._changed:
             return self._received_bytes
@@ -117,10 +125,20 @@ class FetchState:
             self._last_progress = max(self._last_progress, at_s)
 
     def check_stall(self) -> None:
-        """Called periodically: ends a fetch that is late or stalled, even when no engine waits for it."""
+        """Called periodically: ends a fetch that is late or stalled, even when no engine waits for it, and one that is
+        slower than computing."""
         with self._changed:
-            if self._ledger.open_chunks and not self._ended and self._until_stalled_s() <= 0:
+            is_open = self._ledger.open_chunks and not self._ended
+            if is_open and self._until_stalled_s() <= 0:
                 self._end_stalled()
+                is_open = False
+            overtaken = (
+                is_open and self._replanner is not None and self._replanner.is_overtaken(self._ledger.states)
+            )
+            if overtaken:
+                self.silence_s = time.monotonic() - self._last_progress
+        if overtaken:
+            self.end(MissReason.OVERTAKEN)
         self._tell_if_ready()
 
     def begin_decode(self, task: ReadTask) -> bool:

@@ -72,8 +72,10 @@ class FetchLedger:
     def next_reads(self, member: Member, limit_bytes: float) -> list[ReadTask]:
         """Take the next reads from this member, in the order of the plan: up to `limit_bytes`, at least one read."""
         states = self.by_member[member]
-        if self._replanner is not None and self._replanner.order == "back":
-            ordered: Iterable[ReadTask] = (task for state in reversed(states) for task in state.unread)
+        order = "layers" if self._replanner is None else self._replanner.order
+        if order != "layers":
+            one_by_one = states if order == "front" else reversed(states)
+            ordered: Iterable[ReadTask] = (task for state in one_by_one for task in state.unread)
         else:
             ordered = heapq.merge(*(state.unread for state in states), key=_by_layers)
         tasks: list[ReadTask] = []
@@ -129,7 +131,17 @@ class FetchLedger:
                     state.reason = reason
                 state.is_lost = True
                 state.choose(COMPUTE)
+        if self._replanner is not None and self._replanner.order == "front":
+            self._leave_rest()
         self.recount()
+
+    def _leave_rest(self) -> None:
+        """Have the engine, which uses leading chunks only, compute everything behind the first lost one."""
+        first = next((state.index for state in self.states if state.is_lost), len(self.states))
+        for state in self.states[first:]:
+            if not state.is_delivered:
+                state.is_lost = True
+                state.choose(COMPUTE)
 
     # ---- chunks that the engine computes
 

@@ -25,7 +25,7 @@ from kvstore_client.match import Match
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Links, Planner
-from kvstore_client.settings import ClientSettings
+from kvstore_client.settings import ClientSettings, FetchPolicy
 from kvstore_client.threads import single_threaded
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import ConfigurationError
@@ -33,13 +33,17 @@ from kvstore_codec.rope import RotaryTable
 
 log = logging.getLogger(__name__)
 
-_EXPECTED = frozenset({MissReason.CANCELLED, MissReason.GONE})
-"""Reasons for missing chunks that are not failures: nobody wants them any more, or they were evicted."""
+_EXPECTED = frozenset({MissReason.CANCELLED, MissReason.GONE, MissReason.OVERTAKEN})
+"""Reasons for missing chunks that are not failures: nobody wants them any more, they were evicted, or computing them is
+faster."""
 
 _JOB_IDS = itertools.count(1)
 
 _PROMPT_S = 0.05
 """An engine that begins its last pass later than this after the fetch had other work, seconds."""
+
+_SILENT_S = 0.1
+"""Nothing came for so long before the engine was found to be faster: so the bandwidth says nothing about the link."""
 
 
 class Fetch:
@@ -90,8 +94,10 @@ class Fetch:
         self._finished: FetchReport | None = None
         replanner: Replanner | None = None
         if planner is not None and computing is not None:
-            replanner = Replanner(planner, links, computing, timeline, metrics, replan=settings.fetch.replan)
+            replan = settings.fetch.replan and settings.fetch.policy is not FetchPolicy.FIXED
+            replanner = Replanner(planner, links, computing, timeline, metrics, replan=replan)
         self._replanner = replanner
+        self._waits = computing is not None and computing.waits
         self._fetch_state = FetchState(
             match.chunks,
             layers=destination.layers,
@@ -211,11 +217,17 @@ class Fetch:
         for thread in self._threads:
             thread.join()
         release(self._view, (*self._match.leases, *self._failover.leases))
+        replanner, silent_s = self._replanner, self._fetch_state.silent_s
         report = self._finished = self._fetch_state.report()
         self._metrics.received(report.received_bytes)
         self._metrics.delivered(report.fetched)
         self._metrics.planned(fetched=report.chunks - report.computed, computed=report.computed)
-        self._metrics.fetched(self._timeline, self._timeline.now_s() - self._began_s)
+        took_s = self._timeline.now_s() - self._began_s
+        self._metrics.fetched(self._timeline, took_s)
+        if replanner is not None and replanner.predicted_fetch_s is not None:
+            self._metrics.predicted(replanner.predicted_fetch_s)
+        if replanner is not None and self._waits and report.complete and report.fetched:
+            replanner.learn(report.received_bytes, silent_s)
         for reason, chunks in sorted(Counter(report.missing.values()).items()):
             detail = (
                 f"{chunks} of {report.chunks} chunks of a fetch did not arrive and are computed: {reason}"
@@ -226,10 +238,13 @@ class Fetch:
 
     def _judge_owners(self, report: FetchReport) -> None:
         """Pause owners whose chunks did not arrive in time, so that the next prompt does not wait for them again."""
+        late_reasons = {MissReason.TIMEOUT, MissReason.STALLED}
+        if self._fetch_state.silence_s >= _SILENT_S:  # otherwise the link is known to be slow
+            late_reasons.add(MissReason.OVERTAKEN)
         late = {
             self._match.chunks[index].member.endpoint
             for index, reason in report.missing.items()
-            if reason in (MissReason.TIMEOUT, MissReason.STALLED)
+            if reason in late_reasons
         }
         for endpoint in {member.endpoint for member in self._failover.members()} - self._failover.failed:
             if endpoint in late:

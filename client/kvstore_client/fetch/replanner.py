@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from kvstore_client.fetch.chunk_state import ChunkState
 from kvstore_client.metrics import ClientMetrics
@@ -18,6 +19,7 @@ from kvstore_client.planning import (
     Order,
     Plan,
     Planner,
+    Race,
     Work,
 )
 from kvstore_client.planning.predict import predict
@@ -46,6 +48,11 @@ class Computing:
     """Position of the first token behind the match."""
     suffix_tokens: int
     """Number of tokens that the engine computes in any case."""
+    waits: bool = False
+    """Whether the engine computes nothing until the fetch has ended, and then everything behind the leading chunks that
+    have arrived. Chunks are then read one after the other, the first one first."""
+    race: Race | None = None
+    """With `waits`: the fetch ends as soon as the engine had better compute."""
 
 
 class Replanner:
@@ -69,6 +76,8 @@ class Replanner:
         self._rest_until_s = 0.0
         self._ends_at_s = 0.0
         self._busy_until_s = 0.0
+        self.predicted_fetch_s: float | None = None
+        """Seconds that the fetch was to take by its first plan. None as long as there is none."""
         self.order: Order = "layers"
         self.replans = 0
 
@@ -77,7 +86,9 @@ class Replanner:
         try:
             with self._timeline.span("plan"):
                 work, variants = self._work(states)
-                self._adopt(self._planner.plan(work), states, variants)
+                plan = self._planner.plan(work)
+                self._adopt(plan, states, variants)
+                self.predicted_fetch_s = plan.fetch_s
         except Exception:  # a bug in a planner must not reach the engine
             log.exception("a fetch could not be planned")
             self.replan = False
@@ -92,7 +103,7 @@ class Replanner:
             return False
         if not (idle or self._has_moved()):
             return False
-        open_states = [state for state in states if _is_open(state)]
+        open_states = [state for state in self._usable(states) if _is_open(state)]
         if not open_states:
             return False
         began_s = time.monotonic()
@@ -115,6 +126,14 @@ class Replanner:
             self._mark("replan", states)
         return changed
 
+    def is_overtaken(self, states: Sequence[ChunkState]) -> bool:
+        """Whether an engine that waits had better compute what has not arrived."""
+        race = self._computing.race
+        if race is None:
+            return False
+        delivered = next((state.index for state in states if not state.is_delivered), len(states))
+        return race.is_lost(delivered, self._waits(states[delivered:]))
+
     def engine_began(self, first_token: int, tokens: int) -> None:
         prefill = self._computing.costs.snapshot().prefill
         self._busy_until_s = time.monotonic() + prefill.seconds(first_token, tokens)
@@ -124,16 +143,34 @@ class Replanner:
 
     def learn(self, size_bytes: int, ended_s_ago: float) -> None:
         """Learn from a fetch that read this many bytes and computed nothing before the engine's last pass, which ended
-        then."""
+        then. Where the engine waits, the fetch itself ended then."""
         late_s = time.monotonic() - ended_s_ago - self._ends_at_s
         self._computing.costs.observe_fetch(size_bytes, late_s)
 
     def remaining_s(self) -> float:
-        """Planned seconds until the engine's last forward pass ends."""
+        """Planned seconds until the engine's last forward pass ends; where the engine waits, until the fetch does."""
         return max(0.0, self._ends_at_s - time.monotonic())
 
     def _bandwidth_Bps(self, endpoint: str) -> float | None:  # noqa: N802
         return self._links.bandwidth_Bps(endpoint, since_s=self._began_s)
+
+    def _usable(self, states: Sequence[ChunkState]) -> Iterable[ChunkState]:
+        """The chunks that may still be of use: an engine that waits takes none behind a lost one."""
+        return takewhile(lambda state: not state.is_lost, states) if self._computing.waits else states
+
+    def _waits(self, states: Sequence[ChunkState]) -> Iterator[tuple[str, float | None]]:
+        """Endpoint of each chunk that is still to come, up to the first one that is not read, and the seconds that its
+        rest takes; None where the bandwidth is not known."""
+        known: dict[str, float | None] = {}
+        for state in states:
+            if state.to_compute:
+                return
+            endpoint = state.chunk.member.endpoint
+            if endpoint not in known:
+                known[endpoint] = self._bandwidth_Bps(endpoint)
+            left_bytes = state.body_bytes * state.open_token_layers / (state.tokens * state.layers)
+            bandwidth_Bps = known[endpoint]  # noqa: N806
+            yield endpoint, None if bandwidth_Bps is None else left_bytes / max(bandwidth_Bps, 1.0)
 
     def _has_moved(self) -> bool:
         for endpoint, reckoned_Bps in self._reckoned_Bps.items():  # noqa: N806
@@ -210,7 +247,8 @@ class Replanner:
             changed |= choice != state.choice
             state.choose(choice)
         self.order = plan.order
-        self._ends_at_s = time.monotonic() + plan.predicted_s
+        waits_s = plan.fetch_s if self._computing.waits else plan.predicted_s
+        self._ends_at_s = time.monotonic() + waits_s
         endpoints = {state.chunk.member.endpoint for state in states}
         self._reckoned_Bps = {e: self._bandwidth_Bps(e) or DEFAULT_BANDWIDTH_Bps for e in endpoints}
         return changed

@@ -5,8 +5,10 @@ from kvstore_client.planning.base import COMPUTE, Bound, ChunkWork, Option, Orde
 from kvstore_client.planning.costs import Costs
 from kvstore_client.planning.fixed import FixedPlanner
 from kvstore_client.planning.kvfetcher import KVFetcherPlanner
+from kvstore_client.planning.leading import LeadingPlanner
 from kvstore_client.planning.links import DEFAULT_BANDWIDTH_Bps, LEAST_BUSY_Bps, Links
 from kvstore_client.planning.profile import CodecCost, PrefillCost, Profile, ProfileStore, profile_key
+from kvstore_client.planning.race import Race
 
 __all__ = [
     "AdaptivePlanner",
@@ -19,6 +21,7 @@ __all__ = [
     "FixedPlanner",
     "KVFetcherPlanner",
     "LEAST_BUSY_Bps",
+    "LeadingPlanner",
     "Links",
     "Option",
     "Order",
@@ -27,6 +30,7 @@ __all__ = [
     "PrefillCost",
     "Profile",
     "ProfileStore",
+    "Race",
     "Work",
     "profile_key",
 ]

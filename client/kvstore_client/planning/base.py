@@ -4,8 +4,8 @@ A planner decides how each chunk of a match gets into the engine's cache: read i
 computed by the engine. It runs before a fetch, and again during the fetch when conditions change.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
 from kvstore_client.planning.profile import PrefillCost
@@ -13,7 +13,7 @@ from kvstore_client.planning.profile import PrefillCost
 COMPUTE: Final = -1
 """The choice that the engine computes the chunk; it is not an index into the chunk's options."""
 
-Order = Literal["layers", "back"]
+Order = Literal["layers", "back", "front"]
 Bound = Literal["receive", "decode", "compute"]
 
 
@@ -69,6 +69,8 @@ class Work:
     """Seconds until the engine's current forward pass ends."""
     busy_share: float = 1.0
     """Share of the links' bandwidth that is available while the engine computes chunks."""
+    others_bytes: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Bytes that each of the other fetches still waits for, by endpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +80,12 @@ class Plan:
     order: Order
     """"layers": the first layers of all chunks are read first, for an engine that follows layer by layer. "back": the
     last chunk is read first, each as a whole, while the engine computes the front; the meeting point may still be
-    moved."""
+    moved. "front": the first chunk is read first, each as a whole, for an engine that computes nothing until the fetch
+    has ended, and then all behind the first chunk that it does not fetch."""
     predicted_s: float
     """Seconds from now to the end of the engine's last forward pass."""
+    fetch_s: float
+    """Seconds from now until the last fetched chunk is there."""
     bound_by: Bound
     """The stage that takes longest."""
 

@@ -70,6 +70,12 @@ class Costs:
             self._prefill_scale = scale + _share(tokens) * (seconds / predicted_s - scale)
             self._prefill_seen_s = self._clock()
 
+    def set_prefill(self, prefill: PrefillCost) -> None:
+        """Replace the prefill cost by one that was measured elsewhere, as it is now."""
+        with self._lock:
+            self._profile = replace(self._profile, prefill=prefill)
+            self._prefill_scale = 1.0
+
     def observe_fetch(self, size_bytes: int, late_s: float) -> None:
         """Learn from a fetch in which every chunk was read, and whose last pass ended `late_s` after the prediction.
         The delay common to all fetches is separated from that of large fetches."""

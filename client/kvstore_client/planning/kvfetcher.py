@@ -5,7 +5,7 @@ chunk is chosen from a table of decoding times and the bandwidth of the previous
 wait least for each other.
 """
 
-from kvstore_client.planning.base import COMPUTE, ChunkWork, Option, Plan, Work
+from kvstore_client.planning.base import COMPUTE, ChunkWork, Option, Order, Plan, Work
 from kvstore_client.planning.predict import bandwidth_of, predict
 from kvstore_codec.encoding import Encoding
 
@@ -14,8 +14,11 @@ class KVFetcherPlanner:
     """Computes only chunks that cannot be fetched. When it replans during a fetch, it sees the last chunks'
     bandwidth."""
 
+    def __init__(self, order: Order = "layers") -> None:
+        self._order: Order = order
+
     def plan(self, work: Work) -> Plan:
-        return predict(work, {chunk.index: _resolution(work, chunk) for chunk in work.chunks}, "layers")
+        return predict(work, {chunk.index: _resolution(work, chunk) for chunk in work.chunks}, self._order)
 
 
 def _resolution(work: Work, chunk: ChunkWork) -> int:

@@ -277,6 +277,16 @@ class Links:
                 return None
             return link.bandwidth_Bps(self._clock(), since_s)
 
+    def snapshot(self) -> dict[str, tuple[float, float]]:
+        """Bandwidth in bytes per second, and latency in seconds, of every endpoint that has sent something."""
+        with self._lock:
+            now_s, found = self._clock(), {}
+            for endpoint, link in self._links.items():
+                bandwidth_Bps = link.bandwidth_Bps(now_s, None)  # noqa: N806
+                if bandwidth_Bps is not None:
+                    found[endpoint] = bandwidth_Bps, link.latency_s or 0.0
+            return found
+
     def latency_s(self, endpoint: str) -> float:
         """Latency of the endpoint, seconds; 0 for an unknown one."""
         with self._lock:

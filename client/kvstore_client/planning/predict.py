@@ -3,10 +3,11 @@
 Three stages run in parallel. Bytes arrive through the endpoints' links, independently. Decoding threads turn them into
 KV. The engine computes: the *front* (chunks with only finished chunks before them) needs nothing that is fetched;
 tokens *behind* fetched chunks wait for them, layer by layer in the order "layers", as a whole in the order "back".
-Decoding and computing share the processor, as far as `interference` says.
+Decoding and computing share the processor, as far as `interference` says. In the order "front" the engine computes
+nothing meanwhile, and then everything behind the first chunk that is not fetched.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,22 +55,25 @@ def bandwidth_of(work: Work, endpoint: str) -> float:
 def finish_s(load: Load, order: Order, work: Work) -> Seconds:
     """Seconds to the end of the last forward pass, elementwise. A stage begins when the one before it has finished its
     first piece, and ends at least one piece after it; no stage ends before its own work is done."""
+    if order == "front":
+        threads = work.decode_threads
+        arrived = arrived_s(load.receive, load.latency, load.work, load.pieces, threads)
+        waited: Seconds = np.maximum(arrived, load.front) + load.behind + load.rest
+        return waited
     # Links are slower while the engine computes chunks; the suffix only waits for them and does not slow them down.
     suffix_s = work.prefill.seconds(work.suffix_first, work.suffix_tokens)
     computing = np.maximum(load.front + load.behind + load.rest - suffix_s, 0.0)
     disturbed = np.minimum(computing, load.receive / work.busy_share)
     load = replace(load, receive=load.receive + (1.0 - work.busy_share) * disturbed)
     fetching = load.pieces > 0
-    reads = np.maximum(load.pieces, 1.0) * _PERIODS
     transfer = np.maximum(load.receive - load.latency, 0.0)
-    read_work = load.work * work.decode_threads / reads  # by the one thread that has the last read
-    first_read = np.where(fetching, load.latency + transfer / reads, 0.0)
+    first_read, read_work = _reads(load.receive, load.latency, load.work, load.pieces, work.decode_threads)
     received, decoded = load.receive + read_work, first_read + load.work
     idle = np.maximum(first_read - load.front, 0.0)
     if order == "back":
         shared = idle + _together(load.work, load.front, work.interference)
-        there: Seconds = np.maximum(np.maximum(received, decoded), shared)
-        return there + load.behind + load.rest
+        last: Seconds = np.maximum(np.maximum(received, decoded), shared) + load.behind + load.rest
+        return last
     first_period = np.maximum(
         np.where(fetching, load.latency + transfer / _PERIODS + read_work, 0.0),
         first_read + load.work / _PERIODS,
@@ -78,9 +82,35 @@ def finish_s(load: Load, order: Order, work: Work) -> Seconds:
     computed = np.maximum(load.front, first_period) + load.behind
     idle = np.maximum(idle, first_period - load.front - load.work / _PERIODS)
     shared = idle + _together(load.work, load.front + load.behind, work.interference)
-    arrived = np.maximum(received, decoded) + last_period
-    first_pass: Seconds = np.maximum(arrived, np.maximum(computed, shared))
+    there = np.maximum(received, decoded) + last_period
+    first_pass: Seconds = np.maximum(there, np.maximum(computed, shared))
     return first_pass + load.rest
+
+
+def arrived_s(
+    receive: Seconds, latency: Seconds, work: Seconds, pieces: Seconds, decode_threads: int
+) -> Seconds:
+    """Seconds until fetched chunks are received and decoded, elementwise; the arguments are those of a Load."""
+    first_read, read_work = _reads(receive, latency, work, pieces, decode_threads)
+    seconds: Seconds = np.maximum(receive + read_work, first_read + work)
+    return seconds
+
+
+def shared_s(seconds: Seconds, others_s: Sequence[float]) -> Seconds:
+    """Seconds of a transfer that takes `seconds` alone, on a link that it shares evenly with others, each as long as
+    that one lasts."""
+    together: Seconds = seconds + sum(np.minimum(seconds, other_s) for other_s in others_s)
+    return together
+
+
+def _reads(
+    receive: Seconds, latency: Seconds, work: Seconds, pieces: Seconds, decode_threads: int
+) -> tuple[Seconds, Seconds]:
+    """Seconds until the first read has arrived, and of decoding one read."""
+    reads = np.maximum(pieces, 1.0) * _PERIODS
+    transfer = np.maximum(receive - latency, 0.0)
+    first_read = np.where(pieces > 0, latency + transfer / reads, 0.0)
+    return first_read, work * decode_threads / reads  # by the one thread that has the last read
 
 
 def _together(one: Seconds, other: Seconds, interference: float) -> Seconds:
@@ -100,8 +130,14 @@ def predict(work: Work, choices: Mapping[int, int], order: Order) -> Plan:
             work_s += option.work_s
             fetched += 1
     latencies = {endpoint: work.latencies_s.get(endpoint, 0.0) for endpoint in received_s}
-    receive = max((latencies[endpoint] + seconds for endpoint, seconds in received_s.items()), default=0.0)
-    front, behind, rest = _passes(work, choices)
+    receive = max(
+        (
+            latencies[endpoint] + float(shared_s(np.asarray(seconds), _others_s(work, endpoint)))
+            for endpoint, seconds in received_s.items()
+        ),
+        default=0.0,
+    )
+    front, behind, rest = _waiting_passes(work, choices) if order == "front" else _passes(work, choices)
     work_s /= work.decode_threads
     latency = max(latencies.values(), default=0.0)
     load = Load(
@@ -112,8 +148,20 @@ def predict(work: Work, choices: Mapping[int, int], order: Order) -> Plan:
         choices=dict(choices),
         order=order,
         predicted_s=float(finish_s(load, order, work)),
+        fetch_s=float(arrived_s(load.receive, load.latency, load.work, load.pieces, work.decode_threads)),
         bound_by=max(stages, key=lambda stage: stages[stage]),
     )
+
+
+def _others_s(work: Work, endpoint: str) -> list[float]:
+    return [size / bandwidth_of(work, endpoint) for size in work.others_bytes.get(endpoint, ())]
+
+
+def _waiting_passes(work: Work, choices: Mapping[int, int]) -> tuple[float, float, float]:
+    """As `_passes`, in the order "front": one pass, from the first chunk that is not fetched to the prompt's end."""
+    first = next((c.first_token for c in work.chunks if choices[c.index] == COMPUTE), work.suffix_first)
+    tokens = work.suffix_first + work.suffix_tokens - first
+    return work.engine_busy_s, work.prefill.seconds(first, tokens), 0.0
 
 
 def _passes(work: Work, choices: Mapping[int, int]) -> tuple[float, float, float]:

@@ -72,6 +72,8 @@ class Profile:
     receive_s_per_byte: float = 0.0
     """Slowdown of decoding and computing per received byte. Learned, not measured, because it does not depend on the
     client alone: processor, memory, and other senders on this machine count."""
+    unmeasured: CodecCost = UNMEASURED
+    """Cost of an encoding while no encoding is measured."""
 
     def codec(self, encoding: str) -> CodecCost:
         """The measured cost, else that of the most similar measured encoding."""
@@ -79,7 +81,7 @@ class Profile:
             return self.codecs[encoding]
         wanted = Encoding.parse(encoding)
         similar = max(self.codecs, key=lambda name: _similarity(wanted, Encoding.parse(name)), default=None)
-        return UNMEASURED if similar is None else self.codecs[similar]
+        return self.unmeasured if similar is None else self.codecs[similar]
 
 
 def _similarity(one: Encoding, other: Encoding) -> tuple[bool, bool, bool]:

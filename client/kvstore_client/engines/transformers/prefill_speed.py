@@ -1,14 +1,14 @@
 """Measures how long a model's forward passes take."""
 
-import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from kvstore_client.planning.prefill_fit import TimedPass, fit
 from kvstore_client.planning.profile import PrefillCost
 
 LONG_TOKENS = 1024
@@ -65,7 +65,12 @@ class PrefillSpeed:
             found[place] = min(one, found.get(place, one), key=lambda other: other.seconds)
             if len(found) >= _ENOUGH_PASSES and time.perf_counter() - begin_s > _ENOUGH_S:
                 break
-        return fit(list(found.values()))
+        return fit(
+            [
+                TimedPass(one.tokens, one.tokens * (one.first_token + one.tokens / 2), one.seconds)
+                for one in found.values()
+            ]
+        )
 
     def _rounds(self, lengths: tuple[int, int, int]) -> Iterator[Pass]:
         few, short, long = lengths
@@ -77,20 +82,6 @@ class PrefillSpeed:
             cache.crop(-short)
             yield self.timed(cache, few)
             yield self.timed(DynamicCache(), few)
-
-
-def fit(passes: Sequence[Pass]) -> PrefillCost:
-    """Fit the three costs, none negative, with the least relative error."""
-    rows = np.array([(1.0, one.tokens, one.tokens * (one.first_token + one.tokens / 2)) for one in passes])
-    weighted = rows / np.array([[one.seconds] for one in passes])
-    best, least = np.zeros(3), np.inf
-    for some in itertools.chain.from_iterable(itertools.combinations(range(3), many) for many in (1, 2, 3)):
-        costs = np.zeros(3)
-        costs[list(some)] = np.linalg.lstsq(weighted[:, some], np.ones(len(passes)), rcond=None)[0]
-        error = float(np.square(weighted @ costs - 1).sum())
-        if costs.min() >= 0 and error < least:
-            best, least = costs, error
-    return PrefillCost(*(float(cost) for cost in best))
 
 
 def sample_text(tokens: int, vocabulary: int) -> torch.Tensor:

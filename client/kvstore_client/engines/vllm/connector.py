@@ -17,7 +17,7 @@ from kvstore_client.engines.vllm.canary import engine_probe
 from kvstore_client.engines.vllm.events import EventQueue, StoredEvents, are_wanted
 from kvstore_client.engines.vllm.generations import Generation
 from kvstore_client.engines.vllm.loads import LoadedBlocks
-from kvstore_client.engines.vllm.metadata import StepMetadata
+from kvstore_client.engines.vllm.metadata import SaveRequest, StepMetadata, WorkerMetadata
 from kvstore_client.engines.vllm.naming import served_spec
 from kvstore_client.engines.vllm.probe_watch import ProbeWatch
 from kvstore_client.engines.vllm.prometheus import ReusePromMetrics
@@ -100,11 +100,15 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
             return StepMetadata()
         loads = half.take_loads()
         nothing: tuple[int, ...] = ()
+        saves: tuple[SaveRequest, ...] = ()
+        step, computes = self._guarded((0, False), half.scheduled, scheduler_output)
         return StepMetadata(
             loads,
-            self._guarded((), half.saves, scheduler_output),
+            self._guarded(saves, half.saves, scheduler_output),
             probe_blocks=self._guarded(nothing, self._probes.computed, scheduler_output),
             generation=self._guarded(0, self._generation.current),
+            step=step,
+            computes=computes,
         )
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -112,6 +116,8 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         if half is not None and received:
             failed = connector_output.invalid_block_ids or ()
             self._guarded(None, half.received, received, failed)
+        if half is not None and isinstance(told := connector_output.kv_connector_worker_meta, WorkerMetadata):
+            self._guarded(None, half.learn, told.news)
         if (events := connector_output.kv_cache_events) is not None:
             self._events.add(events.get_all_events())
 
@@ -144,6 +150,11 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
             requires_canary=self._requires_canary,
         )
 
+    def bind_connector_metadata(self, connector_metadata: StepMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._guarded(None, self._worker.step_begins, connector_metadata)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if self._worker is not None and self.has_connector_metadata():
             self._guarded(None, self._worker.start_loads, self._get_connector_metadata())
@@ -169,6 +180,10 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         # Apart: a mistake in counting must not lose the end of a load, for which the engine waits.
         self._guarded(None, self._worker.log_loads, ended, finished_req_ids)
         return None, set(ended.request_ids) or None
+
+    def build_connector_worker_meta(self) -> WorkerMetadata | None:
+        news = self._guarded(None, self._worker.news) if self._worker is not None else None
+        return WorkerMetadata(news) if news is not None else None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         failed, self._failed_blocks = self._failed_blocks, set()

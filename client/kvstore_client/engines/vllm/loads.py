@@ -1,22 +1,30 @@
 """Loads of one worker: fetches into the engine's blocks, begun and ended beside the engine."""
 
+import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.vllm.load_plan import unmeasured
 from kvstore_client.engines.vllm.metadata import LoadRequest
-from kvstore_client.fetch import Destination, Fetch
+from kvstore_client.fetch import Computing, Destination, Fetch
 from kvstore_client.match import Match
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.planning import Costs, Profile, Race
+from kvstore_client.planning.leading import UNKNOWN_PREFILL
+from kvstore_client.settings import FetchPolicy
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
 
 _THREADS = 4
 """They look up, start fetches and cancel them. A fetch has threads of its own."""
+
+_INTERFERENCE = 1.0
+"""Decoding and computing take turns on a processor. What they really do is not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,7 @@ class _Load:
         self.request = request
         self.match = Match()
         self.fetch: Fetch | None = None
+        self.asked_s = time.monotonic()
         self.begun: Future[None] = Future()
         self.is_cancelled = False
 
@@ -71,7 +80,7 @@ class _Load:
         request, loaded = self.request, 0
         report = self.fetch.finished() if self.fetch is not None else None
         if report is not None:
-            loaded = min([len(self.match.chunks), *report.missing]) * CHUNK_TOKENS
+            loaded = (request.first_chunk + report.delivered) * CHUNK_TOKENS
         if loaded >= request.end_token:
             return ()
         return request.blocks_from(max(loaded, request.first_token), block_tokens)
@@ -87,6 +96,9 @@ class Loads:
         block_tokens: int,
         destination: Callable[[LoadRequest], Destination],
     ) -> None:
+        decoders = client.settings.fetch.decoders
+        self.costs = Costs(Profile({}, UNKNOWN_PREFILL, _INTERFERENCE, decoders, unmeasured=unmeasured(spec)))
+        """Learned from the loads."""
         self._client, self._spec, self._block_tokens = client, spec, block_tokens
         self._destination = destination
         self._threads = ThreadPoolExecutor(_THREADS, "kvstore-load")
@@ -143,7 +155,9 @@ class Loads:
         if not load.begun.set_running_or_notify_cancel():
             return
         try:
-            load.match = self._client.match(self._spec, load.request.chunk_ids)
+            found = self._client.match(self._spec, load.request.chunk_ids)
+            # A fetch takes whole chunks. What the engine has already is left out, but for the rest of a chunk.
+            load.match = replace(found, chunks=found.chunks[load.request.first_chunk :])
             if load.match.chunks and not load.is_cancelled:
                 load.fetch = self._fetch(load)
         except Exception as error:
@@ -156,16 +170,25 @@ class Loads:
                 load.fetch.cancel()
 
     def _fetch(self, load: _Load) -> Fetch | None:
-        request, found = load.request, load.match.tokens
+        request = load.request
         window = LoadWindow(self._destination(request), request.first_token, request.end_token)
-        outside = [range(request.first_token), range(request.end_token, found)]
         try:
-            return self._client.fetch(
-                load.match, window, None, computed=[positions for positions in outside if positions]
-            )
+            return self._client.fetch(load.match, window, None, computing=self._computing(load))
         except (RuntimeError, MemoryError) as error:
             self._failed(load, MissReason.NO_RESOURCES, error)
             return None
+
+    def _computing(self, load: _Load) -> Computing:
+        """What the engine computes behind the load, and what it would compute without it."""
+        request, chunks = load.request, load.match.chunks
+        self.costs.set_prefill(request.prefill)
+        end_of_prompt = request.end_token + request.rest_tokens
+        end = min(request.end_token, chunks[-1].first_token + CHUNK_TOKENS)
+        race = None
+        if self._client.settings.fetch.policy is FetchPolicy.ADAPTIVE:
+            bounds = [*(chunk.first_token for chunk in chunks), end]
+            race = Race(bounds, end_of_prompt, request.prefill, load.asked_s)
+        return Computing(self.costs, end, end_of_prompt - end, waits=True, race=race)
 
     def _failed(self, load: _Load, reason: MissReason, error: Exception) -> None:
         chunks = len(load.request.chunk_ids)

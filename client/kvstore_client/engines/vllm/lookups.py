@@ -7,9 +7,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from kvstore_client.match import Match
+from kvstore_client.planning.leading import Offer
 from kvstore_codec.identity import ChunkId
 
-Peek = Callable[[Sequence[ChunkId]], Match]
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a lookup has found."""
+
+    match: Match
+    offer: Offer
+    """The match, as a planner reads it."""
+
+
+Peek = Callable[[Sequence[ChunkId]], Found]
 """Finds the longest stored prefix of a text. May wait for the network; leases nothing."""
 
 _THREADS = 2
@@ -23,14 +34,19 @@ class Lookup:
 
     begun_s: float
     """On the clock of `time.monotonic`."""
-    found: "Future[Match]"
+    found: "Future[Found]"
 
     @property
-    def match(self) -> Match | None:
+    def result(self) -> Found | None:
         """None while nothing is known, and where the lookup failed or was dropped."""
         if not self.found.done() or self.found.cancelled() or self.found.exception() is not None:
             return None
         return self.found.result()
+
+    @property
+    def match(self) -> Match | None:
+        """The match in `result`."""
+        return self.result.match if self.result is not None else None
 
     def is_open(self, limit_s: float) -> bool:
         """Whether an answer may still come within `limit_s` of its beginning."""

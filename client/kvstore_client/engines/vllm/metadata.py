@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 from vllm.distributed.kv_events import BlockStored
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-from kvstore_codec.identity import ChunkId
+from kvstore_client.engines.vllm.worker_news import News
+from kvstore_client.planning import PrefillCost
+from kvstore_client.planning.leading import UNKNOWN_PREFILL
+from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,15 @@ class LoadRequest:
     end_token: int
     block_ids: tuple[int, ...]
     """The request's blocks, from the beginning of the prompt."""
+    rest_tokens: int = 1
+    """Tokens of the request behind the load, which the engine computes."""
+    prefill: PrefillCost = UNKNOWN_PREFILL
+    """What computing costs the engine, as far as it is known."""
+
+    @property
+    def first_chunk(self) -> int:
+        """Index of the chunk that the load begins in."""
+        return self.first_token // CHUNK_TOKENS
 
     def blocks_from(self, token: int, block_tokens: int) -> tuple[int, ...]:
         """The blocks that this position and later ones lie in."""
@@ -61,10 +73,25 @@ class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]  # vLLM has no ty
         *,
         probe_blocks: tuple[int, ...] = (),
         generation: int = 0,
+        step: int = 0,
+        computes: bool = False,
     ) -> None:
         """`probe_blocks` hold the KV of the canary's probe when the step's forward pass has ended; `generation` is that
-        of the canary."""
+        of the canary. `step` is the number of the step; `computes`: whether the engine computes anything in it."""
         self.loads = loads
         self.saves = saves
         self.probe_blocks = probe_blocks
         self.generation = generation
+        self.step = step
+        self.computes = computes
+
+
+class WorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]  # vLLM has no types here
+    """What the worker's half tells the scheduler's half after a step."""
+
+    def __init__(self, news: News) -> None:
+        self.news = news
+
+    def aggregate(self, other: "WorkerMetadata") -> "WorkerMetadata":
+        """The later news: one rank is supported, so there is one worker."""
+        return other

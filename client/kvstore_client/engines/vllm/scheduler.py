@@ -8,12 +8,18 @@ from typing import Any
 
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.vllm.events import stored_events
-from kvstore_client.engines.vllm.lookups import Lookup, Lookups
+from kvstore_client.engines.vllm.load_plan import LoadPlanner, PlannedLoad, offer_of
+from kvstore_client.engines.vllm.lookups import Found, Lookup, Lookups
 from kvstore_client.engines.vllm.metadata import LoadRequest, SaveRequest
 from kvstore_client.engines.vllm.naming import RequestText, why_ineligible
+from kvstore_client.engines.vllm.step_times import StepTimes
 from kvstore_client.engines.vllm.stored_names import StoredNames
+from kvstore_client.engines.vllm.worker_news import News
 from kvstore_client.lookup import NOT_STORED
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.planning import PrefillCost
+from kvstore_client.planning.leading import UNKNOWN_PREFILL
+from kvstore_client.settings import FetchPolicy
 from kvstore_codec.errors import KVStoreError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PrefixId
 from kvstore_codec.model_spec import ModelSpec
@@ -46,7 +52,11 @@ class _Tracked:
     """Whether a load was begun. There is no second one: after a failure it would fail again."""
     offered_from: int = 0
     """Tokens that the engine had itself when it was last told what can be loaded."""
+    planned: PlannedLoad | None = None
+    """The load that the engine was last told of."""
     block_ids: list[int] = field(default_factory=list)
+    computed_tokens: int = 0
+    """Tokens whose KV is there when the last scheduled step ends; 0 before the first step."""
     is_lookup_counted: bool = False
     """Whether `saved_chunks` takes account of what the lookup found."""
     saved_chunks: int = 0
@@ -74,6 +84,11 @@ class SchedulerHalf:
         self._in_flight: dict[str, LoadRequest] = {}
         self._stored = StoredNames()
         self._private = b""
+        self._times = StepTimes()
+        self._plans: LoadPlanner | None = None
+        if client.settings.fetch.policy is FetchPolicy.ADAPTIVE:
+            self._plans = LoadPlanner(spec, client.settings.fetch.decoders)
+        self._step = 0
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens behind the `computed_tokens` can be loaded, and whether loading goes on beside the engine
@@ -90,8 +105,7 @@ class SchedulerHalf:
             return 0, False
         if lookup.is_open(self._wait_s):
             return None, False
-        match = lookup.match
-        end = min(usable, match.tokens) if match is not None else 0
+        end = self._worth_loading(tracked, lookup.result, computed_tokens, usable)
         if end <= computed_tokens:
             return 0, False
         if not self._has_room(end - computed_tokens):
@@ -114,9 +128,13 @@ class SchedulerHalf:
             first,
             end,
             tuple(block_ids[: -(-end // self._block_tokens)]),
+            rest_tokens=request.num_tokens - end,
+            prefill=self._times.prefill or UNKNOWN_PREFILL,
         )
         if tracked is not None:
             tracked.was_loaded = True
+            if self._plans is not None and tracked.planned is not None:
+                self._plans.begun(load.request_id, tracked.planned)
         self._in_flight[load.request_id] = load
         self._to_start.append(load)
 
@@ -138,11 +156,25 @@ class SchedulerHalf:
         found = (self._save_or_give_up(tracked, tokens) for tracked, tokens in scheduled)
         return tuple(save for save in found if save is not None)
 
+    def scheduled(self, output: Any) -> tuple[int, bool]:
+        """The engine has scheduled a step: its number, and whether anything is computed in it."""
+        self._step += 1
+        self._times.began(self._step, output)
+        return self._step, output.total_num_scheduled_tokens > 0
+
+    def learn(self, news: News) -> None:
+        """A step has ended."""
+        self._times.ended(news.step)
+        if self._plans is not None:
+            self._plans.learn(news.learned)
+
     def received(self, request_ids: Collection[str], failed_blocks: Collection[int]) -> None:
         """The loads of these requests have ended; these blocks were not filled."""
         for request_id in request_ids:
             load = self._in_flight.pop(request_id, None)
             tracked = self._tracked.get(request_id)
+            if self._plans is not None and load is not None:
+                self._plans.ended(request_id, complete=set(load.block_ids).isdisjoint(failed_blocks))
             if load is None or tracked is None:
                 continue
             failed = (index for index, block in enumerate(load.block_ids) if block in failed_blocks)
@@ -169,8 +201,9 @@ class SchedulerHalf:
         self._lookups.close()
         self._client.close()
 
-    def _peek(self, chunk_ids: Sequence[ChunkId]) -> Any:
-        return self._client.match(self._spec, chunk_ids, peek=True)
+    def _peek(self, chunk_ids: Sequence[ChunkId]) -> Found:
+        match = self._client.match(self._spec, chunk_ids, peek=True)
+        return Found(match, offer_of(match))
 
     def _next_id(self, parent: PrefixId, tokens: Sequence[int], qualifier: bytes) -> ChunkId:
         return self._client.next_chunk_id(self._spec, parent, tokens, self._private + qualifier)
@@ -199,6 +232,29 @@ class SchedulerHalf:
             tracked.lookup = self._lookups.begin(tracked.text.ids)
         return tracked.lookup
 
+    def _worth_loading(self, tracked: _Tracked, found: Found | None, first_token: int, usable: int) -> int:
+        """Position up to which to load, `first_token` for nothing."""
+        end = min(usable, found.match.tokens) if found is not None else 0
+        if found is None or end <= first_token:
+            return first_token
+        if self._plans is None:
+            return end
+        tokens, prefill = tracked.text.known_tokens, self._times.prefill
+        busy_s = self._others_s(tracked, prefill) if prefill is not None else 0.0
+        planned = self._plans.plan(found.offer, first_token, end, tokens, prefill, busy_s)
+        tracked.planned = planned
+        if planned is None:
+            return first_token
+        return planned.end_token // self._block_tokens * self._block_tokens
+
+    def _others_s(self, tracked: _Tracked, prefill: PrefillCost) -> float:
+        """Seconds that the engine still computes prompts of other requests."""
+        return sum(
+            prefill.seconds(other.computed_tokens, other.text.known_tokens - other.computed_tokens)
+            for other in self._tracked.values()
+            if other is not tracked and 0 < other.computed_tokens < other.text.known_tokens - 1
+        )
+
     def _has_room(self, tokens: int) -> bool:
         if not self._in_flight:
             return True
@@ -211,7 +267,8 @@ class SchedulerHalf:
         for new in output.scheduled_new_reqs:
             if tracked := self._tracked.get(new.req_id):
                 tracked.block_ids = list(new.block_ids[0])
-                yield new.req_id, new.num_computed_tokens + output.num_scheduled_tokens[new.req_id]
+                tracked.computed_tokens = new.num_computed_tokens + output.num_scheduled_tokens[new.req_id]
+                yield new.req_id, tracked.computed_tokens
         cached = output.scheduled_cached_reqs
         for request_id, blocks, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
@@ -221,7 +278,8 @@ class SchedulerHalf:
                     tracked.block_ids = []
                 if blocks is not None:
                     tracked.block_ids += blocks[0]
-                yield request_id, computed + output.num_scheduled_tokens[request_id]
+                tracked.computed_tokens = computed + output.num_scheduled_tokens[request_id]
+                yield request_id, tracked.computed_tokens
 
     def _loaded(self, tracked: _Tracked, load: LoadRequest, chunks: int) -> None:
         """The first chunks of the load are stored."""

@@ -1,6 +1,7 @@
 """The worker's half of the connector: loads into the engine's blocks, and saves out of them."""
 
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from kvstore_client.engines.vllm.loads import LoadedBlocks, Loads
 from kvstore_client.engines.vllm.memory import registered_memory
 from kvstore_client.engines.vllm.metadata import LoadRequest, StepMetadata
 from kvstore_client.engines.vllm.saves import Saves
+from kvstore_client.engines.vllm.worker_news import News, Newsroom
 from kvstore_client.miss_reason import MissReason
 from kvstore_codec.model_spec import ModelSpec
 
@@ -32,8 +34,11 @@ class WorkerHalf:
     ) -> None:
         """Raises UnsupportedEngineError for a layout that is unknown."""
         self._client, self._block_tokens = client, block_tokens
+        self._step, self._computes = 0, False
+        self._computing = ExitStack()
         self.memory = memory = registered_memory(vllm_config, spec, block_tokens, kv_caches)
         self._loads = Loads(client, spec, block_tokens, lambda request: memory.destination(request.block_ids))
+        self._newsroom = Newsroom(client.links, self._loads.costs)
         self._saves = Saves(client, spec, memory.read_layer)
         self.load_log = LoadLog(client.metrics, block_tokens)
         self._canary = EngineCanary(
@@ -46,6 +51,13 @@ class WorkerHalf:
         )
         self._refused: list[LoadRequest] = []
         """Loads that were not begun."""
+
+    def step_begins(self, step: StepMetadata) -> None:
+        """Before the engine computes."""
+        self._step, self._computes = step.step, step.computes
+        self._computing.close()
+        if step.computes:
+            self._computing.enter_context(self._client.links.computing())
 
     def start_loads(self, step: StepMetadata) -> None:
         refused = step.loads
@@ -60,6 +72,7 @@ class WorkerHalf:
 
     def save(self, step: StepMetadata) -> None:
         """Copy what the step has computed. Later steps may overwrite the blocks when this returns."""
+        self._computing.close()
         if step.probe_blocks:
             self._canary.computed(step.probe_blocks)
         if step.saves and not self._is_refused(step, storing=True):
@@ -95,6 +108,10 @@ class WorkerHalf:
             why = f"{reason}: {self._canary.why(reason)}; KV is computed, and not shared"
             self._client.metrics.missed(counted, detail=why, cause=reason)
         return reason is not None
+
+    def news(self) -> News | None:
+        """For the scheduler's half, after a step."""
+        return self._newsroom.after(self._step, computes=self._computes)
 
     def close(self) -> None:
         self._loads.close()
