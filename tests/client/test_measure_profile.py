@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from kvstore_client.engines.transformers.calibrate import ObservedModel
-from kvstore_client.engines.transformers.prefill_speed import Pass, fit, sample_text
+from kvstore_client.engines.transformers.prefill_speed import Pass, sample_text
 from kvstore_client.engines.transformers.profile import machine_of, measure_profile, profile_of
 from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.planning import PrefillCost, ProfileStore, profile_key
+from kvstore_client.planning.prefill_fit import fit
 from kvstore_codec.klt_frames import KLT
 from kvstore_service.calibration import Options, calibrate, plan_passages
 from tests.client.models import random_prompt, tiny_model
@@ -111,13 +112,14 @@ def test_an_encoding_that_this_machine_cannot_make_is_left_out(caplog: pytest.Lo
 @pytest.mark.parametrize("cost", [PrefillCost(0.01, 4e-4, 2e-8), PrefillCost(0.0, 1e-3, 0.0)])
 def test_costs_are_found_again_in_what_they_cause(cost: PrefillCost) -> None:
     places = [(0, 32), (0, 256), (0, 1024), (1024, 32), (1024, 256)]
-    found = fit([Pass(first, tokens, cost.seconds(first, tokens)) for first, tokens in places])
+    found = fit([Pass(first, tokens, cost.seconds(first, tokens)).timed for first, tokens in places])
     for first, tokens in ((0, 100), (0, 4096), (4096, 512)):
         assert found.seconds(first, tokens) == pytest.approx(cost.seconds(first, tokens), rel=1e-3)
 
 
 def test_no_cost_is_negative_however_odd_the_times_are() -> None:
-    found = fit([Pass(0, 32, 0.5), Pass(0, 256, 0.4), Pass(0, 1024, 0.3), Pass(1024, 32, 0.01)])
+    passes = [Pass(0, 32, 0.5), Pass(0, 256, 0.4), Pass(0, 1024, 0.3), Pass(1024, 32, 0.01)]
+    found = fit([one.timed for one in passes])
     assert min(found.fixed_s, found.per_token_s, found.per_pair_s) >= 0
     assert found.seconds(0, 256) > 0
 

@@ -31,6 +31,10 @@ class Pass:
     tokens: int
     seconds: float
 
+    @property
+    def timed(self) -> TimedPass:
+        return TimedPass(self.tokens, self.tokens * (self.first_token + self.tokens / 2), self.seconds)
+
 
 class PrefillSpeed:
     """Runs and times forward passes of `model` over a sample text. Use it in inference mode."""
@@ -65,12 +69,7 @@ class PrefillSpeed:
             found[place] = min(one, found.get(place, one), key=lambda other: other.seconds)
             if len(found) >= _ENOUGH_PASSES and time.perf_counter() - begin_s > _ENOUGH_S:
                 break
-        return fit(
-            [
-                TimedPass(one.tokens, one.tokens * (one.first_token + one.tokens / 2), one.seconds)
-                for one in found.values()
-            ]
-        )
+        return fit([one.timed for one in found.values()])
 
     def _rounds(self, lengths: tuple[int, int, int]) -> Iterator[Pass]:
         few, short, long = lengths
