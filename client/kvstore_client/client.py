@@ -237,8 +237,9 @@ class KVStoreClient:
         chunks are missing.
 
         With the engine's `computing`, the fetch is planned by the setting `fetch_policy` and may leave chunks to the
-        engine (`Fetch.next_to_compute`) where computing is faster. Without it, every chunk is read in its first
-        variant.
+        engine (`Fetch.next_to_compute`) where computing is faster. An engine that computes nothing meanwhile
+        (`Computing.waits`) polls `Fetch.finished`: the fetch reads leading chunks, and ends when the engine had better
+        compute. Without `computing`, every chunk is read in its first variant.
 
         `computed` are ranges of positions whose KV the engine computes itself (not together with `computing`). Frames
         inside these ranges are not read, the destination keeps its content there, and they count as delivered.
