@@ -91,6 +91,7 @@ class EngineProcess(_Process):
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for the function that reads blocks
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is for answers
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
         }
         command = (sys.executable, "-m", "tests.vllm.engine_process", json.dumps(options))

@@ -124,6 +124,29 @@ def test_a_store_out_of_reach_is_waited_for_with_a_bound(tmp_path: Path) -> None
     half.close()
 
 
+def test_a_store_that_is_back_is_found_again_long_before_its_pause_ends(tmp_path: Path) -> None:
+    """Its node listens on another port than before."""
+    port, tokens = free_port(), prompt(700, seed=19)
+    store = StoreProcess(tmp_path, port)
+    with connect(store.started["address"], cache_dir=tmp_path, retry_after_s=600) as client:
+        half = SchedulerHalf(client, SPEC, BLOCK)
+        put(client, tokens)
+        assert answer(half, request(tokens, "before")) == (512, True)
+        store.kill()
+        for number in range(5):
+            assert answer(half, request(tokens, f"away {number}")) == (0, False)
+        store = StoreProcess(tmp_path, port)
+        with connect(store.started["address"], cache_dir=tmp_path) as another:
+            put(another, tokens)
+        asked = 0
+        while answer(half, request(tokens, f"again {asked}")) == (0, False):
+            asked += 1
+            assert asked < 20, "one each quarter of a second: 5 s"
+            time.sleep(0.25)
+        half.close()
+    store.close()
+
+
 def test_loads_in_flight_are_bounded(client: KVStoreClient) -> None:
     half = SchedulerHalf(client, SPEC, BLOCK, LoadLimits(loads=1))
     tokens = prompt(700, seed=4)
