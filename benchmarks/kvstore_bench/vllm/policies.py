@@ -177,6 +177,7 @@ def deployed(testbed: Testbed, policies: Mapping[str, Deploy], report: Report) -
                     report.note(f"without {name}: {error}")
                 else:
                     found.running[name] = deployment
+                    report.note(f"{name} answers on port {deployment.completions.port}")
                     running.push(stack.pop_all())
         report.advance("start", len(policies), len(policies))
         yield found

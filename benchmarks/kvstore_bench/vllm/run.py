@@ -80,7 +80,7 @@ class Bench:
             for place, (tokens, bandwidth_bps) in enumerate(cells):
                 self._report.advance("ask", number * len(cells) + place, steps)
                 if not self._fits(tokens, bandwidth_bps):
-                    self.measured.notes.append(f"the time was over in round {number + 1} of {options.rounds}")
+                    self._note(f"the time was over in round {number + 1} of {options.rounds}")
                     return
                 began_s = time.monotonic()
                 self._cell(number, tokens, bandwidth_bps)
@@ -103,6 +103,10 @@ class Bench:
         where = f"round {number + 1}, {tokens} tokens, {link_name(bandwidth_bps)}"
         self._report.note(f"{where}: {', '.join(said)}")
 
+    def _note(self, text: str) -> None:
+        self.measured.notes.append(text)
+        self._report.note(text)
+
     def _store(self, deployment: Deployment) -> None:
         missing = [prompt for prompts in self._prompts.values() for prompt in prompts]
         for _ in range(_STORE_ATTEMPTS):
@@ -114,7 +118,7 @@ class Bench:
             stored = _final_size(deployment.store)
             missing = [prompt for prompt in missing if not self._is_reused(deployment, prompt)]
             if not missing:
-                self.measured.notes.append(f"{deployment.name} stored {stored} objects")
+                self._note(f"{deployment.name} has stored {stored} objects")
                 return
         raise CompletionError(f"{len(missing)} prompts are not reused, with {stored} objects in the store")
 
