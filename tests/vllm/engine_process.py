@@ -49,6 +49,16 @@ def add_hook(worker: Any) -> None:
     model.model.layers[1].mlp.register_forward_hook(lambda _module, _inputs, output: output * 1.1)
 
 
+def counts(_: object) -> dict[str, int]:
+    """What a worker has counted, when everything is stored that it was given. Runs in the worker's process."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    client = get_kv_transfer_group()._client
+    client.store.flush()
+    snapshot: dict[str, int] = client.metrics.snapshot()
+    return snapshot
+
+
 class Engine:
     def __init__(self, model: str, connector: dict[str, Any] | None, **options: Any) -> None:
         transfer = None
@@ -72,15 +82,22 @@ class Engine:
         self._engine = self._llm.llm_engine
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], salts: Sequence[str | None] = (), max_tokens: int = 8
+        self,
+        prompts: Sequence[Sequence[int]],
+        salts: Sequence[str | None] = (),
+        max_tokens: int = 8,
+        logprobs: int | None = None,
     ) -> dict[str, Any]:
-        """Generated tokens, and how many tokens of each prompt were not computed."""
+        """Generated tokens, how many tokens of each prompt were not computed, and log-probabilities of that many likely
+        first tokens."""
         asked: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         for prompt, salt in zip(asked, salts, strict=False):
             if salt is not None:
                 prompt["cache_salt"] = salt
-        outputs = self._llm.generate(asked, _greedy(max_tokens), use_tqdm=False)
+        outputs = self._llm.generate(asked, _greedy(max_tokens, logprobs), use_tqdm=False)
+        firsts = [output.outputs[0].logprobs[0] for output in outputs] if logprobs else []
         return {
+            "logprobs": [{token: found.logprob for token, found in first.items()} for first in firsts],
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
             "cached": [output.num_cached_tokens for output in outputs],
         }
@@ -109,6 +126,10 @@ class Engine:
         self._llm.collective_rpc(add_hook)
         return {}
 
+    def counts(self) -> dict[str, int]:
+        found: dict[str, int] = self._llm.collective_rpc(counts)[0]
+        return found
+
     def resources(self) -> dict[str, int]:
         """Threads and file descriptors of all processes of the engine."""
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
@@ -118,8 +139,10 @@ class Engine:
         }
 
 
-def _greedy(max_tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False)
+def _greedy(max_tokens: int, logprobs: int | None = None) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=logprobs
+    )
 
 
 def main(options: dict[str, Any], answers: TextIO) -> None:

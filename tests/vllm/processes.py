@@ -98,9 +98,13 @@ class EngineProcess(_Process):
         super().__init__(command, folder / "engine.log", environment)
 
     def generate(
-        self, *prompts: Sequence[int], salts: Sequence[str | None] = (), max_tokens: int = 8
+        self,
+        *prompts: Sequence[int],
+        salts: Sequence[str | None] = (),
+        max_tokens: int = 8,
+        logprobs: int | None = None,
     ) -> dict[str, Any]:
-        return self.ask(do="generate", prompts=prompts, salts=salts, max_tokens=max_tokens)
+        return self.ask(do="generate", prompts=prompts, salts=salts, max_tokens=max_tokens, logprobs=logprobs)
 
 
 def until(condition: Callable[[], bool], limit_s: float = 120, pause_s: float = 0.02) -> None:

@@ -23,7 +23,7 @@ from kvstore_codec.model_spec import KVDtype, ModelSpec, streamed_weights_digest
 log = logging.getLogger(__name__)
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NOT_LOADED = ".rotary_emb.inv_freq"
 """Suffix of tensors in old checkpoints that models compute instead of loading."""
 
@@ -49,7 +49,7 @@ def spec_of_checkpoint(
         raise UnsupportedModelError(
             f"the checkpoint in {folder} is quantised, so its weights have no bytes to name it by"
         )
-    files = _files(folder)
+    files = checkpoint_files(folder)
     tied = bool(config.get("tie_word_embeddings"))
     known = _DigestCache(cache_dir, folder, files, f"{dtype.value} tied={tied}")
     digest = known.read()
@@ -59,7 +59,7 @@ def spec_of_checkpoint(
     return spec_from_config(config, weights_digest=digest, dtype=dtype, model_id=model_id)
 
 
-def _files(folder: Path) -> tuple[Path, ...]:
+def checkpoint_files(folder: Path) -> tuple[Path, ...]:
     """The checkpoint's safetensors files. Raises UnsupportedModelError when there are none."""
     try:
         if (folder / _WHOLE).is_file():
@@ -81,11 +81,11 @@ def _digest(folder: Path, files: tuple[Path, ...], dtype: torch.dtype, *, tied: 
         try:
             sources = {name: file for file in files for name, file in _named(opened, file)}
             if tied:
-                sources[_HEAD] = sources[_EMBEDDINGS]
+                sources[_HEAD] = sources[EMBEDDINGS]
 
             def load(name: str) -> torch.Tensor:
                 tensor: torch.Tensor = sources[name].get_tensor(
-                    _EMBEDDINGS if tied and name == _HEAD else name
+                    EMBEDDINGS if tied and name == _HEAD else name
                 )
                 return tensor.to(dtype) if tensor.is_floating_point() else tensor
 

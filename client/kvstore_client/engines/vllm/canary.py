@@ -64,9 +64,9 @@ class EngineCanary:
             self._own, self._verdict = ProbeKV(keys, values), None
         self._compare_again()
 
-    def refusal(self, generation: int) -> str | None:
+    def refusal(self, generation: int | None) -> str | None:
         """Why KV must not be read or stored now, in one word; None when it may be. `generation` is that of the canary
-        which the names of chunks depend on."""
+        which the names of chunks depend on; None: they depend on another one than this engine is compared with."""
         with self._lock:
             verdict, is_compared = self._verdict, self._own is not None
         if not is_compared:
@@ -74,7 +74,8 @@ class EngineCanary:
         if verdict is None or self._is_stale(verdict):
             self._compare_again()
             return "canary_pending"
-        return verdict.reason or ("canary_pending" if verdict.generation != generation else None)
+        is_replaced = generation not in (None, verdict.generation)
+        return verdict.reason or ("canary_pending" if is_replaced else None)
 
     def why(self, reason: str) -> str:
         """A sentence for people."""

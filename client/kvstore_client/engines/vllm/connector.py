@@ -16,12 +16,13 @@ from kvstore_client.client import connect
 from kvstore_client.engines.vllm.canary import engine_probe
 from kvstore_client.engines.vllm.events import EventQueue, StoredEvents, are_wanted
 from kvstore_client.engines.vllm.generations import Generation
+from kvstore_client.engines.vllm.kinds import kind_of
 from kvstore_client.engines.vllm.loads import LoadedBlocks
 from kvstore_client.engines.vllm.metadata import SaveRequest, StepMetadata, WorkerMetadata
 from kvstore_client.engines.vllm.naming import served_spec
 from kvstore_client.engines.vllm.probe_watch import ProbeWatch
 from kvstore_client.engines.vllm.prometheus import ReusePromMetrics
-from kvstore_client.engines.vllm.requirements import require_cache, require_configuration, require_exact
+from kvstore_client.engines.vllm.requirements import require_cache, require_configuration
 from kvstore_client.engines.vllm.scheduler import MAX_LOAD_BYTES, MAX_LOADS, LoadLimits, SchedulerHalf
 from kvstore_client.engines.vllm.stats import SCHEDULER, WORKER, ReuseStats, StatsSource, stats_of
 from kvstore_client.engines.vllm.versions import supported_version
@@ -56,8 +57,8 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         )
         self._requires_canary = bool(settings.pop("require_canary", False))
         client = connect(**settings)
-        require_exact(client.settings)
-        spec = served_spec(vllm_config.model_config, client.settings.cache_dir)
+        kind = kind_of(client.settings.encodings)
+        spec = served_spec(vllm_config.model_config, client.settings.cache_dir, kind)
         self._client, self._spec = client, spec
         self._block_tokens = require_cache(kv_cache_config, spec)
         self._scheduler: SchedulerHalf | None = None
@@ -71,6 +72,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
             self._scheduler = SchedulerHalf(
                 client, spec, self._block_tokens, limits, wants_events=are_wanted(vllm_config)
             )
+        client.prepare(spec)
         log.info("KV of %s is shared through %s", spec.model_id, client.settings.address)
 
     @property

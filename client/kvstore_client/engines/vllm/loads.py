@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.vllm.before_rope import KeysBeforeRope
 from kvstore_client.engines.vllm.load_plan import unmeasured
 from kvstore_client.engines.vllm.metadata import LoadRequest
 from kvstore_client.fetch import Computing, Destination, Fetch
@@ -95,12 +96,14 @@ class Loads:
         spec: ModelSpec,
         block_tokens: int,
         destination: Callable[[LoadRequest], Destination],
+        before_rope: KeysBeforeRope | None = None,
     ) -> None:
+        """`before_rope` is needed for KV that is stored with keys before RoPE."""
         decoders = client.settings.fetch.decoders
         self.costs = Costs(Profile({}, UNKNOWN_PREFILL, _INTERFERENCE, decoders, unmeasured=unmeasured(spec)))
         """Learned from the loads."""
         self._client, self._spec, self._block_tokens = client, spec, block_tokens
-        self._destination = destination
+        self._destination, self._before_rope = destination, before_rope
         self._threads = ThreadPoolExecutor(_THREADS, "kvstore-load")
         self._loads: dict[str, _Load] = {}
 
@@ -170,10 +173,14 @@ class Loads:
                 load.fetch.cancel()
 
     def _fetch(self, load: _Load) -> Fetch | None:
-        request = load.request
-        window = LoadWindow(self._destination(request), request.first_token, request.end_token)
+        destination, features = self._destination(load.request), None
+        if self._before_rope is not None:
+            destination = self._before_rope.destination(destination)
+            features = self._before_rope.features(load.request.token_ids)
+        window = LoadWindow(destination, load.request.first_token, load.request.end_token)
         try:
-            return self._client.fetch(load.match, window, None, computing=self._computing(load))
+            computing = self._computing(load)
+            return self._client.fetch(load.match, window, None, features=features, computing=computing)
         except (RuntimeError, MemoryError) as error:
             self._failed(load, MissReason.NO_RESOURCES, error)
             return None

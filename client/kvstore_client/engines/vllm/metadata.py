@@ -27,6 +27,8 @@ class LoadRequest:
     """Tokens of the request behind the load, which the engine computes."""
     prefill: PrefillCost = UNKNOWN_PREFILL
     """What computing costs the engine, as far as it is known."""
+    token_ids: tuple[int, ...] = ()
+    """Tokens of the chunks from `first_chunk` on, from which lossy KV is predicted; empty where all KV is exact."""
 
     @property
     def first_chunk(self) -> int:
@@ -50,6 +52,8 @@ class SaveRequest:
     """Index in the request of the first chunk that is saved."""
     block_ids: tuple[int, ...]
     """Blocks of the chunks that are saved."""
+    token_ids: tuple[int, ...] = ()
+    """Tokens of the chunks that are saved, from which lossy KV is predicted; empty where all KV is exact."""
     events: tuple[BlockStored, ...] = ()
     """What is published when the chunks that are saved are stored, one event for each; empty where nobody wants it."""
 

@@ -3,13 +3,14 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 
 from kvstore_client.engines.checkpoint import spec_of_checkpoint
+from kvstore_client.engines.vllm.kinds import KeyKind, spec_of_kind
 from kvstore_codec.errors import UnsupportedEngineError
 from kvstore_codec.identity import CHUNK_TOKENS, ROOT_PREFIX, ChunkId, PrefixId
 from kvstore_codec.model_spec import KVDtype, ModelSpec
@@ -22,18 +23,14 @@ NextChunkId = Callable[[PrefixId, Sequence[int], bytes], ChunkId]
 """Names the chunk of these tokens behind a parent, with what else its KV depends on."""
 
 
-def served_spec(model_config: Any, cache_dir: Path) -> ModelSpec:
-    """The ModelSpec of the KV that vLLM keeps of its model, from the checkpoint that it loaded.
-
-    vLLM keeps keys after RoPE, so this KV has names of its own, and can be reused only at its own position. The names
-    depend on the checkpoint's RoPE all the same. Raises UnsupportedModelError and UnsupportedEngineError.
-    """
+def served_spec(model_config: Any, cache_dir: Path, kind: KeyKind = KeyKind.AFTER_ROPE) -> ModelSpec:
+    """The ModelSpec that names KV of this kind of the model that vLLM serves, from the checkpoint that it loaded.
+    Raises UnsupportedModelError and UnsupportedEngineError."""
     folder = checkpoint_folder(model_config.model, model_config.revision)
     plain = spec_of_checkpoint(
         folder, model_config.hf_config.to_dict(), KVDtype.of(model_config.dtype), cache_dir=cache_dir
     )
-    keys = ("keys", f"after RoPE of {plain.digest.hex()}")
-    return replace(plain, rope=None, sliding_rope=None, numerics=tuple(sorted((*plain.numerics, keys))))
+    return spec_of_kind(plain, kind)
 
 
 def checkpoint_folder(model: str, revision: str | None) -> Path:

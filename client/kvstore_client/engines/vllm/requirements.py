@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from kvstore_client.settings import ClientSettings
-from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import UnsupportedEngineError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
@@ -75,16 +73,3 @@ def require_cache(kv_cache_config: Any, spec: ModelSpec) -> int:
             "divide it"
         )
     return block_tokens
-
-
-def require_exact(settings: ClientSettings) -> None:
-    """Raises UnsupportedEngineError when lossy encodings are to be stored or read: their keys are taken before RoPE."""
-    for encoding in (*settings.encodings.stored, *settings.encodings.accept):
-        if Encoding.parse(encoding).rate is not Rate.EXACT:
-            raise UnsupportedEngineError(
-                f"the encoding {encoding} is not supported for vLLM yet; exact-zstd and exact-raw are"
-            )
-    if settings.encodings.floor not in (None, Rate.EXACT):
-        raise UnsupportedEngineError(
-            f"the floor {settings.encodings.floor} is not supported for vLLM yet; exact is"
-        )

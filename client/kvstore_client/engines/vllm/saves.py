@@ -7,6 +7,7 @@ import torch
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.vllm.before_rope import KeysBeforeRope
 from kvstore_client.engines.vllm.events import EventQueue
 from kvstore_client.engines.vllm.metadata import SaveRequest
 from kvstore_client.miss_reason import MissReason
@@ -25,8 +26,16 @@ _MOST_CHUNKS = 32
 class Saves:
     """Used by the worker's thread."""
 
-    def __init__(self, client: KVStoreClient, spec: ModelSpec, read_layer: ReadLayer) -> None:
+    def __init__(
+        self,
+        client: KVStoreClient,
+        spec: ModelSpec,
+        read_layer: ReadLayer,
+        before_rope: KeysBeforeRope | None = None,
+    ) -> None:
+        """`before_rope` is needed to store keys before RoPE."""
         self._client, self._spec, self._read_layer = client, spec, read_layer
+        self._before_rope = before_rope
         self.events = EventQueue()
         """Events of chunks that were stored."""
 
@@ -52,17 +61,24 @@ class Saves:
             buffers.keys[layer].copy_(keys)
             buffers.values[layer].copy_(values)
         chunks = [
-            NewChunk(
-                request.chunk_id(index),
-                partial(_part, buffers, (index - first) * CHUNK_TOKENS),
-                begins_text=index == 0,
-            )
+            self._chunk(request, index, buffers, (index - first) * CHUNK_TOKENS)
             for index in range(first, end)
         ]
         stored = client.store.put(self._spec, chunks, text=request.text, text_begins=request.text_begins)
         stored.add_done_callback(lambda _: client.buffers.release(buffers))
         chosen = request.events[first - request.first_chunk : end - request.first_chunk]
         self.events.add_when_stored(stored, chosen)
+
+    def _chunk(self, request: SaveRequest, index: int, buffers: KVBuffers, first_token: int) -> NewChunk:
+        """Chunk `index` of the request, whose KV begins at `first_token` of the buffers."""
+        if self._before_rope is None:
+            return NewChunk(
+                request.chunk_id(index), partial(_part, buffers, first_token), begins_text=index == 0
+            )
+        begin = (index - request.first_chunk) * CHUNK_TOKENS
+        tokens = request.token_ids[begin : begin + CHUNK_TOKENS]
+        keys, values = _part(buffers, first_token)
+        return self._before_rope.new_chunk(request.chunk_id(index), index, keys, values, tokens)
 
 
 def _part(buffers: KVBuffers, first_token: int) -> tuple[torch.Tensor, torch.Tensor]:

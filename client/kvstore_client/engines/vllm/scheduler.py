@@ -8,6 +8,7 @@ from typing import Any
 
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.vllm.events import stored_events
+from kvstore_client.engines.vllm.kinds import KeyKind, kind_named
 from kvstore_client.engines.vllm.load_plan import LoadPlanner, PlannedLoad, offer_of
 from kvstore_client.engines.vllm.lookups import Found, Lookup, Lookups
 from kvstore_client.engines.vllm.metadata import LoadRequest, SaveRequest
@@ -130,6 +131,7 @@ class SchedulerHalf:
             tuple(block_ids[: -(-end // self._block_tokens)]),
             rest_tokens=request.num_tokens - end,
             prefill=self._times.prefill or UNKNOWN_PREFILL,
+            token_ids=self._tokens(tracked, first // CHUNK_TOKENS, -(-end // CHUNK_TOKENS)),
         )
         if tracked is not None:
             tracked.was_loaded = True
@@ -330,7 +332,16 @@ class SchedulerHalf:
             begins,
             first,
             tuple(tracked.block_ids[first * blocks : len(ids) * blocks]),
+            self._tokens(tracked, first, len(ids)),
             stored_events(tracked.text.request, chunks, self._block_tokens),
+        )
+
+    def _tokens(self, tracked: _Tracked | None, first_chunk: int, end_chunk: int) -> tuple[int, ...]:
+        """Tokens of these chunks, where the worker needs them."""
+        if tracked is None or kind_named(self._spec) is KeyKind.AFTER_ROPE:
+            return ()
+        return tuple(
+            tracked.text.request.all_token_ids[first_chunk * CHUNK_TOKENS : end_chunk * CHUNK_TOKENS]
         )
 
     def _may_save(self, tracked: _Tracked) -> bool:

@@ -8,11 +8,16 @@ import torch
 from vllm.distributed.kv_events import BlockStored
 
 from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.embeddings import CheckpointEmbeddings
+from kvstore_client.engines.vllm.before_rope import KeysBeforeRope
 from kvstore_client.engines.vllm.canary import EngineCanary, engine_probe
+from kvstore_client.engines.vllm.kinds import KeyKind, kind_named, spec_of_kind
 from kvstore_client.engines.vllm.load_log import LoadLog
 from kvstore_client.engines.vllm.loads import LoadedBlocks, Loads
 from kvstore_client.engines.vllm.memory import registered_memory
 from kvstore_client.engines.vllm.metadata import LoadRequest, StepMetadata
+from kvstore_client.engines.vllm.naming import checkpoint_folder
+from kvstore_client.engines.vllm.rotation import engine_rotation
 from kvstore_client.engines.vllm.saves import Saves
 from kvstore_client.engines.vllm.worker_news import News, Newsroom
 from kvstore_client.miss_reason import MissReason
@@ -32,18 +37,24 @@ class WorkerHalf:
         *,
         requires_canary: bool = False,
     ) -> None:
-        """Raises UnsupportedEngineError for a layout that is unknown."""
+        """Raises UnsupportedEngineError for a layout or a RoPE that is unknown, and UnsupportedModelError for
+        embeddings that cannot be read."""
         self._client, self._block_tokens = client, block_tokens
         self._step, self._computes = 0, False
         self._computing = ExitStack()
         self.memory = memory = registered_memory(vllm_config, spec, block_tokens, kv_caches)
-        self._loads = Loads(client, spec, block_tokens, lambda request: memory.destination(request.block_ids))
+        before_rope = _before_rope(vllm_config.model_config, spec)
+        self._loads = Loads(
+            client, spec, block_tokens, lambda request: memory.destination(request.block_ids), before_rope
+        )
         self._newsroom = Newsroom(client.links, self._loads.costs)
-        self._saves = Saves(client, spec, memory.read_layer)
+        self._saves = Saves(client, spec, memory.read_layer, before_rope)
         self.load_log = LoadLog(client.metrics, block_tokens)
+        self._is_exact = kind_named(spec) is KeyKind.AFTER_ROPE
         self._canary = EngineCanary(
             client,
-            spec,
+            # Keys as the engine keeps them; the canary of plain names is that of transformers workers.
+            spec if self._is_exact else spec_of_kind(spec, KeyKind.AFTER_ROPE),
             engine_probe(vllm_config.model_config.get_vocab_size()),
             memory.read_layer,
             device=memory.tensors[0].device.type,
@@ -102,7 +113,7 @@ class WorkerHalf:
 
     def _is_refused(self, step: StepMetadata, *, storing: bool) -> bool:
         """Whether the engine may not share KV now. Counted and logged."""
-        reason = self._canary.refusal(step.generation)
+        reason = self._canary.refusal(step.generation if self._is_exact else None)
         if reason is not None:
             counted = MissReason.of_canary(reason, storing=storing)
             why = f"{reason}: {self._canary.why(reason)}; KV is computed, and not shared"
@@ -116,3 +127,13 @@ class WorkerHalf:
     def close(self) -> None:
         self._loads.close()
         self._client.close()
+
+
+def _before_rope(model_config: Any, spec: ModelSpec) -> KeysBeforeRope | None:
+    """What lossy KV needs; None where `spec` names exact KV, whose keys are kept after RoPE."""
+    if spec.rope is None:
+        return None
+    folder = checkpoint_folder(model_config.model, model_config.revision)
+    return KeysBeforeRope(
+        engine_rotation(spec.rope, spec.head_dim), CheckpointEmbeddings(folder, spec.dtype.torch)
+    )
