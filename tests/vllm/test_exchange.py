@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from kvstore_client.client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.spec import spec_of
+from kvstore_client.engines.vllm.probe import probe_prompt
 from kvstore_codec.calibration import Calibration
 from tests.vllm.calibrated import calibration_of, loaded_model, publish, saved_sharp_model
 from tests.vllm.processes import EngineProcess, StoreProcess, free_port, prompt, until
@@ -62,6 +63,8 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     calibration = calibration_of(saved)
     publish(store.started["address"], folder, calibration)
     engine = lossy_engine(folder / "engine", saved, store.started["address"])
+    # Its canary is that of vLLM workers: transformers workers, which are compared later, have another.
+    engine.generate(probe_prompt(512))
     yield Setup(folder, store, saved, loaded_model(saved), calibration, engine)
     engine.close()
     store.close()
