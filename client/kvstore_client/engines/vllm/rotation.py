@@ -11,6 +11,8 @@ from kvstore_client.fetch import Destination
 from kvstore_codec.errors import InvalidKVError, UnsupportedEngineError
 from kvstore_codec.model_spec import RopeSpec
 
+_AT_ONCE = 1 << 16
+"""Number of values rotated at once, so that the scratch memory of 8 bytes each stays in the processor's cache."""
 _MOST_ROUNDINGS = 16
 """Largest difference between two ways to rotate keys of about 1, in units of the dtype's relative precision."""
 
@@ -47,13 +49,16 @@ class KeyRotation:
 
 
 def _turn_(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    if keys.numel() > _AT_ONCE and len(keys) > 1:
+        for layer in keys:
+            _turn_(layer[None], cos, sin)
+        return
     half = cos.shape[-1]
-    for layer in keys:  # one at a time: the scratch memory stays in the processor's cache
-        first, second = layer[..., :half], layer[..., half : 2 * half]
-        x, y = first.float(), second.float()
-        turned = x * cos - y * sin
-        second.copy_(y * cos + x * sin)
-        first.copy_(turned)
+    given = keys[..., : 2 * half].float()
+    turned = given * torch.cat((cos, cos), dim=-1)
+    turned[..., :half].addcmul_(given[..., half:], sin, value=-1)
+    turned[..., half:].addcmul_(given[..., :half], sin)
+    keys[..., : 2 * half] = turned
 
 
 @dataclass(frozen=True, slots=True)
