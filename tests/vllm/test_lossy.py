@@ -26,12 +26,14 @@ from kvstore_client.engines.vllm.memory import PagedMemory
 from kvstore_client.engines.vllm.metadata import LoadRequest, SaveRequest
 from kvstore_client.engines.vllm.rotation import KeyRotation, engine_rotation, rotation_of
 from kvstore_client.engines.vllm.saves import Saves
+from kvstore_client.engines.vllm.scheduler import SchedulerHalf
 from kvstore_client.reuse.features import PromptFeatures
 from kvstore_codec.errors import UnsupportedEngineError
 from kvstore_codec.model_spec import ModelSpec, RopeSpec
 from tests.client.models import tiny_model
 from tests.vllm.calibrated import calibration_of, loaded_model, publish, saved_sharp_model
 from tests.vllm.processes import StoreProcess, free_port, prompt
+from tests.vllm.test_scheduler_half import answer, request, scheduled
 
 pytestmark = pytest.mark.vllm
 
@@ -250,8 +252,8 @@ def test_what_vllm_loads_is_what_transformers_restores(setup: Setup, first: int,
         )
         chunks = -(-end // 256)
         ids = tuple(client.chunk_ids(setup.spec, tokens))[:chunks]
-        of_request = blocks[: end // BLOCK]
-        loads.start(LoadRequest("r", ids, first, end, of_request, tuple(tokens[: 256 * chunks])))
+        of_request, of_chunks = blocks[: end // BLOCK], tuple(tokens[first // 256 * 256 : 256 * chunks])
+        loads.start(LoadRequest("r", ids, first, end, of_request, token_ids=of_chunks))
         deadline = time.monotonic() + 60
         while not (ended := loads.ended()).request_ids:
             assert time.monotonic() < deadline
@@ -282,7 +284,7 @@ def test_a_load_without_its_calibration_fails_and_is_computed(setup: Setup, tmp_
     )
     away.calibrations.close()  # nothing can be downloaded any more
     ids = tuple(away.chunk_ids(setup.spec, tokens))
-    loads.start(LoadRequest("r", ids, 0, 512, (1, 2, 3, 4), tuple(tokens)))
+    loads.start(LoadRequest("r", ids, 0, 512, (1, 2, 3, 4), token_ids=tuple(tokens)))
     deadline = time.monotonic() + 60
     while not (ended := loads.ended()).request_ids:
         assert time.monotonic() < deadline
@@ -291,3 +293,18 @@ def test_a_load_without_its_calibration_fails_and_is_computed(setup: Setup, tmp_
     assert away.metrics.snapshot()["miss_calibration_loading"] == 1
     loads.close()
     away.close()
+
+
+def test_the_scheduler_sends_the_tokens_that_lossy_kv_is_predicted_from(setup: Setup) -> None:
+    tokens = prompt(1100, seed=4)
+    stored_by_transformers(setup, tokens[:768], "scheduler")
+    half = SchedulerHalf(setup.client("scheduler"), setup.spec, BLOCK)
+    asked = request(tokens)
+    assert answer(half, asked, 384) == (384, True)
+    half.allocated(asked, list(range(1, 10)), 384)
+    (load,) = half.take_loads()
+    assert (load.first_chunk, load.token_ids) == (1, tuple(tokens[256:768]))
+    half.received({"request"}, ())
+    (save,) = half.saves(scheduled(asked, list(range(1, 10)), 332, computed=768))
+    assert (save.first_chunk, save.token_ids) == (3, tuple(tokens[768:1024]))
+    half.close()
