@@ -65,6 +65,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     engine = lossy_engine(folder / "engine", saved, store.started["address"])
     # Its canary is that of vLLM workers: transformers workers, which are compared later, have another.
     engine.generate(probe_prompt(512))
+    engine.ask(do="counts")  # when it is stored
     yield Setup(folder, store, saved, loaded_model(saved), calibration, engine)
     engine.close()
     store.close()
@@ -102,7 +103,7 @@ def engine_kl(cold: dict[str, Any], hit: dict[str, Any]) -> float:
     """KL divergence of an answer's first token, over the tokens that are likely in both answers."""
     (exact,), (found,) = cold["logprobs"], hit["logprobs"]
     shared = exact.keys() & found.keys()
-    return sum(math.exp(exact[token]) * (exact[token] - found[token]) for token in shared)
+    return float(sum(math.exp(exact[token]) * (exact[token] - found[token]) for token in shared))
 
 
 def test_vllm_reuses_what_a_transformers_worker_stored(

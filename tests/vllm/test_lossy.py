@@ -83,8 +83,8 @@ def test_keys_are_turned_as_vllm_turns_them(
     ours = keys.transpose(0, 1)[None].clone()
     found.apply_(ours, tokens)
     # Its native kernels round each product, so that a pair of channels is off by two roundings of its length.
-    expected = keys.transpose(0, 1)[None]
-    length = expected.float().unflatten(-1, (2, DIM // 2)).norm(dim=-2).repeat(1, 1, 1, 2)
+    expected = keys.transpose(0, 1)[None].contiguous()
+    length = expected.float().view(1, 2, 300, 2, DIM // 2).norm(dim=-2).repeat(1, 1, 1, 2)
     most = 2 * torch.finfo(dtype).eps * length * float(found.cos[0, 0])  # yarn scales
     assert bool(((ours.float() - engines.float()).abs() <= most).all())
     found.undo_(engines, tokens)
