@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter as Counts
+from collections import deque
 from collections.abc import Mapping
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
@@ -77,6 +78,9 @@ _PAGES = Counter(
 )
 _WAITING = Gauge("kvstore_client_waiting_for_kv", "Requests that wait for their KV.", registry=None)
 
+_MOST_PREDICTIONS = 1024
+"""Predictions that are kept until somebody takes them."""
+
 _UNREGISTERED = [
     _CHUNKS,
     _MATCHED,
@@ -111,6 +115,7 @@ class ClientMetrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counts[str] = Counts()
+        self._predicted_s: deque[float] = deque(maxlen=_MOST_PREDICTIONS)
         self.failures = FailureLog()
         _register()
 
@@ -188,7 +193,16 @@ class ClientMetrics:
         """Count a finished fetch whose first plan was to take `fetch_s`."""
         with REGISTRY_LOCK:
             _PREDICTED_S.observe(fetch_s)
+        with self._lock:
+            self._predicted_s.append(fetch_s)
         self._add("fetches_predicted", 1)
+
+    def take_predictions(self) -> tuple[float, ...]:
+        """How long fetches were to take, those counted since the last call, the latest ones."""
+        with self._lock:
+            predicted_s = tuple(self._predicted_s)
+            self._predicted_s.clear()
+        return predicted_s
 
     def planned(self, *, fetched: int, computed: int) -> None:
         """Count matched chunks by the final decision."""

@@ -40,7 +40,7 @@ def test_each_count_is_reported_once() -> None:
     again = source.take([0.5])
     assert again is not None
     assert again.counts() == {WORKER: {"miss_gone": 1}}
-    assert again.load_s() == {WORKER: [0.5]}
+    assert again.seconds() == {WORKER: {"load": [0.5]}}
 
 
 def test_both_halves_arrive_in_another_process_as_they_were_counted() -> None:
@@ -76,6 +76,7 @@ def everything_counted() -> ClientMetrics:
         "under_replicated": {"chunks": 1},
         "failed_over": {"reason": "gone"},
         "fetched": {"timeline": Timeline(), "fetch_s": 1.0},
+        "predicted": {"fetch_s": 1.0},
         "planned": {"fetched": 1, "computed": 1},
         "replanned": {},
         "waiting_for_kv": {"change": 1},
@@ -84,7 +85,7 @@ def everything_counted() -> ClientMetrics:
         "paged": {"operation": "get", "ok": 1, "reasons": {}},
     }
     methods = {name for name, _ in inspect.getmembers(metrics, inspect.ismethod) if name[0] != "_"}
-    assert methods == {*calls, "snapshot"}
+    assert methods == {*calls, "snapshot", "take_predictions"}
     for name, arguments in calls.items():
         getattr(metrics, name)(**arguments)
     return metrics
@@ -115,10 +116,11 @@ def test_prometheus_shows_each_engine_and_half(shown: ReusePromMetrics) -> None:
     stats.aggregate(StatsSource(WORKER, ClientMetrics()).take([0.02]))
     labels = {"engine": "1", "half": WORKER}
     before = sample("misses_total", reason="gone", **labels)
-    loads = sample("load_seconds_count", **labels)
+    loads, predicted = (sample(f"{name}_seconds_count", **labels) for name in ("load", "predicted_fetch"))
     shown.observe(stats.to_dict(), 1)
     assert sample("misses_total", reason="gone", **labels) == before + 1
     assert sample("load_seconds_count", **labels) == loads + 1
+    assert sample("predicted_fetch_seconds_count", **labels) == predicted + 1
     for name in ("loaded_tokens_total", "matched_tokens_total", "stored_chunks_total", "replans_total"):
         assert sample(name, **labels) >= 1
     assert sample("bytes_total", direction="in", **labels) >= 1

@@ -11,9 +11,13 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics
 
-from kvstore_client.engines.vllm.stats import stats_of
+from kvstore_client.engines.vllm.stats import LOAD, PREDICTED_FETCH, stats_of
 
-_LOAD_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_DURATIONS = {
+    LOAD: "How long a request waited for its KV, from the begin of its load to the end.",
+    PREDICTED_FETCH: "How long a fetch was to take by its first plan.",
+}
 _HALF = "half"
 
 
@@ -83,10 +87,12 @@ class ReusePromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]  # vLLM ha
                     family, value = shown
                     values = () if value is None else (value,)
                     self._counter(family).labels(*engine, half, *values).inc(count)
-        for half, load_s in stats.load_s().items():
-            histogram = _histogram(self._histogram_cls, (*self._labelnames, _HALF)).labels(*engine, half)
-            for seconds in load_s:
-                histogram.observe(seconds)
+        for half, told in stats.seconds().items():
+            for name, durations in told.items():
+                made = _histogram(self._histogram_cls, name, (*self._labelnames, _HALF))
+                histogram = made.labels(*engine, half)
+                for seconds in durations:
+                    histogram.observe(seconds)
 
     def _counter(self, family: Family) -> Any:
         labels = () if family.label is None else (family.label,)
@@ -102,10 +108,10 @@ def _counter(kind: Any, family: Family, labels: Sequence[str]) -> Any:
 
 
 @cache
-def _histogram(kind: Any, labels: Sequence[str]) -> Any:
+def _histogram(kind: Any, name: str, labels: Sequence[str]) -> Any:
     return kind(
-        name="kvstore_vllm_load_seconds",
-        documentation="How long a request waited for its KV, from the begin of its load to the end.",
-        buckets=list(_LOAD_BUCKETS_S),
+        name=f"kvstore_vllm_{name}_seconds",
+        documentation=_DURATIONS[name],
+        buckets=list(_BUCKETS_S),
         labelnames=list(labels),
     )

@@ -7,7 +7,7 @@ counted behind the engine's back after the last step is reported with the next o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,43 +18,47 @@ from kvstore_client.metrics import ClientMetrics
 SCHEDULER, WORKER = "scheduler", "worker"
 """The two halves of the connector."""
 
-_COUNTS, _LOAD_S = "counts", "load_s"
+LOAD, PREDICTED_FETCH = "load", "predicted_fetch"
+"""What durations are reported of: loads, and fetches by their first plan."""
+
+_COUNTS, _SECONDS = "counts", "seconds"
 _MIB = 1 << 20
 
 
 @dataclass
 class ReuseStats(KVConnectorStats):  # type: ignore[misc]  # vLLM has no types here
     """What the halves counted in an interval. `data` holds, by half, the growth of its client's counts by the names of
-    `ClientMetrics.snapshot`, and the durations of its loads in seconds. It consists of plain values, because it
+    `ClientMetrics.snapshot`, and durations in seconds, by what they are of. It consists of plain values, because it
     travels between processes as MessagePack."""
 
     data: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, half: str, counts: dict[str, int], load_s: Sequence[float] = ()) -> ReuseStats:
-        return cls({half: {_COUNTS: counts, _LOAD_S: list(load_s)}})
+    def of(cls, half: str, counts: dict[str, int], seconds: Mapping[str, Sequence[float]]) -> ReuseStats:
+        return cls({half: {_COUNTS: counts, _SECONDS: {name: list(told) for name, told in seconds.items()}}})
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Growth of the counts, by half and name."""
         return {half: told[_COUNTS] for half, told in self.data.items()}
 
-    def load_s(self) -> dict[str, list[float]]:
-        """Durations of loads in seconds, by half."""
-        return {half: told[_LOAD_S] for half, told in self.data.items()}
+    def seconds(self) -> dict[str, dict[str, list[float]]]:
+        """Durations, by half and by what they are of."""
+        return {half: told[_SECONDS] for half, told in self.data.items()}
 
     def reset(self) -> None:
         self.data = {}
 
     def is_empty(self) -> bool:
-        return not any(told[_COUNTS] or told[_LOAD_S] for told in self.data.values())
+        return not any(told[_COUNTS] or any(told[_SECONDS].values()) for told in self.data.values())
 
     def aggregate(self, other: KVConnectorStats) -> ReuseStats:
         """Add `other` to this and return this."""
         for half, told in other.data.items():
-            mine = self.data.setdefault(half, {_COUNTS: {}, _LOAD_S: []})
+            mine = self.data.setdefault(half, {_COUNTS: {}, _SECONDS: {}})
             for name, count in told[_COUNTS].items():
                 mine[_COUNTS][name] = mine[_COUNTS].get(name, 0) + count
-            mine[_LOAD_S].extend(told[_LOAD_S])
+            for name, durations in told[_SECONDS].items():
+                mine[_SECONDS].setdefault(name, []).extend(durations)
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -63,7 +67,7 @@ class ReuseStats(KVConnectorStats):  # type: ignore[misc]  # vLLM has no types h
         load_s: list[float] = []
         for told in self.data.values():
             counts.update(told[_COUNTS])
-            load_s.extend(told[_LOAD_S])
+            load_s.extend(told[_SECONDS].get(LOAD, ()))
         moved = {
             "loads": len(load_s),
             "mean load (ms)": round(1000 * sum(load_s) / len(load_s), 1) if load_s else 0.0,
@@ -89,7 +93,9 @@ class StatsSource:
         counts = self._metrics.snapshot()
         grown = {name: more for name, count in counts.items() if (more := count - self._told.get(name, 0))}
         self._told = counts
-        return ReuseStats.of(self._half, grown, load_s) if grown or load_s else None
+        durations = {LOAD: load_s, PREDICTED_FETCH: self._metrics.take_predictions()}
+        seconds = {name: told for name, told in durations.items() if told}
+        return ReuseStats.of(self._half, grown, seconds) if grown or seconds else None
 
 
 def stats_of(data: dict[str, Any] | None) -> ReuseStats:
