@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from kvstore_client.engines.vllm.destination import PagedDestination
 from kvstore_client.engines.vllm.layout import RowMajorCpuLayout
 from kvstore_client.engines.vllm.loads import LoadedBlocks, Loads
 from kvstore_client.engines.vllm.metadata import LoadRequest
+from kvstore_client.planning import PrefillCost
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.model_spec import KVDtype, ModelSpec
@@ -109,6 +111,22 @@ def test_blocks_whose_chunks_are_not_there_any_more_have_failed(
     ids, _ = stored(client, chunks)
     worker.loads.start(load(ids))
     assert worker.ended() == LoadedBlocks(frozenset({"request"}), frozenset(TABLE[failed:]))
+
+
+def test_a_load_that_is_overtaken_lacks_nothing_that_is_not_stored(
+    store: StoreProcess, tmp_path: Path
+) -> None:
+    with connect(store.started["address"], cache_dir=tmp_path, fetch_policy="adaptive") as client:
+        worker, (ids, _) = Worker(client), stored(client)
+        soon = replace(load(ids), prefill=PrefillCost(0.0, 1e-9, 0.0))
+        worker.loads.start(soon)
+        assert worker.ended() == LoadedBlocks(frozenset({"request"}), frozenset(TABLE))
+        assert worker.loads.take_overtaken() == {"request"}
+        assert worker.loads.take_overtaken() == frozenset()
+        worker.loads.start(replace(soon, chunk_ids=tuple(client.chunk_ids(SPEC, prompt(1024, seed=999)))))
+        assert worker.ended().failed_blocks == frozenset(TABLE)
+        assert worker.loads.take_overtaken() == frozenset(), "nothing is stored"
+        worker.loads.close()
 
 
 def test_a_damaged_chunk_fails_its_blocks_and_the_request_goes_on(

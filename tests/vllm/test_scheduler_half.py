@@ -239,6 +239,21 @@ def test_a_slow_engine_loads_what_a_fast_one_computes(adaptive: SchedulerHalf, c
     assert answer(adaptive, asked) == (0, False)
 
 
+def test_what_a_load_has_left_to_the_engine_is_not_stored_again(
+    adaptive: SchedulerHalf, client: KVStoreClient
+) -> None:
+    """It is there, and the link is slow."""
+    tokens = prompt(700, seed=25)
+    put(client, tokens)
+    asked = request(tokens)
+    assert answer(adaptive, asked) == (512, True)
+    adaptive.allocated(asked, [6, 7, 8, 9, 10], 512)
+    assert len(adaptive.take_loads()) == 1
+    adaptive.learn(News(0, Learned(), frozenset({"request"})))
+    adaptive.received({"request"}, {8, 9})
+    assert adaptive.saves(scheduled(asked, [6, 7, 8, 9, 10, 11], 700)) == ()
+
+
 def test_the_policy_fixed_loads_whatever_it_takes(half: SchedulerHalf, client: KVStoreClient) -> None:
     assert client.settings.fetch.policy is FetchPolicy.FIXED, "that of all tests"
     tokens = prompt(700, seed=24)

@@ -115,11 +115,11 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
 
     def update_connector_output(self, connector_output: Any) -> None:
         half, received = self._scheduler, connector_output.finished_recving
+        if half is not None and isinstance(told := connector_output.kv_connector_worker_meta, WorkerMetadata):
+            self._guarded(None, half.learn, told.news)
         if half is not None and received:
             failed = connector_output.invalid_block_ids or ()
             self._guarded(None, half.received, received, failed)
-        if half is not None and isinstance(told := connector_output.kv_connector_worker_meta, WorkerMetadata):
-            self._guarded(None, half.learn, told.news)
         if (events := connector_output.kv_cache_events) is not None:
             self._events.add(events.get_all_events())
 

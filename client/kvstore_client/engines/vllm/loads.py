@@ -75,6 +75,17 @@ class _Load:
         """Whether no thread writes into the blocks any more."""
         return self.begun.done() and (self.fetch is None or self.fetch.finished() is not None)
 
+    @property
+    def is_all_stored(self) -> bool:
+        """Whether all chunks are stored, although not all of them were waited for. Of a load that has ended."""
+        report = self.fetch.finished() if self.fetch is not None else None
+        asked = len(self.request.chunk_ids) - self.request.first_chunk
+        return (
+            report is not None
+            and report.chunks == asked
+            and set(report.missing.values()) <= {MissReason.OVERTAKEN}
+        )
+
     def failed_blocks(self, block_tokens: int) -> tuple[int, ...]:
         """The blocks from the first one on that was not filled; the engine computes all behind it. Of a load that has
         ended."""
@@ -106,6 +117,7 @@ class Loads:
         self._destination, self._before_rope = destination, before_rope
         self._threads = ThreadPoolExecutor(_THREADS, "kvstore-load")
         self._loads: dict[str, _Load] = {}
+        self._overtaken: set[str] = set()
 
     def start(self, request: LoadRequest) -> None:
         load = self._loads[request.request_id] = _Load(request)
@@ -137,7 +149,14 @@ class Loads:
                 del self._loads[request_id]
                 ended.add(request_id)
                 failed.update(() if load.is_cancelled else blocks)
+                if blocks and not load.is_cancelled and load.is_all_stored:
+                    self._overtaken.add(request_id)
         return LoadedBlocks(frozenset(ended), frozenset(failed))
+
+    def take_overtaken(self) -> frozenset[str]:
+        """Loads that have ended since the last call because computing was faster: what they lack is stored still."""
+        overtaken, self._overtaken = self._overtaken, set()
+        return frozenset(overtaken)
 
     def close(self) -> None:
         """End all loads."""

@@ -90,6 +90,8 @@ class SchedulerHalf:
         if client.settings.fetch.policy is FetchPolicy.ADAPTIVE:
             self._plans = LoadPlanner(spec, client.settings.fetch.decoders)
         self._step = 0
+        self._overtaken: frozenset[str] = frozenset()
+        """Loads that have ended with the last step although all their chunks are stored."""
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
         """How many tokens behind the `computed_tokens` can be loaded, and whether loading goes on beside the engine
@@ -165,8 +167,9 @@ class SchedulerHalf:
         return self._step, output.total_num_scheduled_tokens > 0
 
     def learn(self, news: News) -> None:
-        """A step has ended."""
+        """A step has ended. To be told before `received`."""
         self._times.ended(news.step)
+        self._overtaken = news.overtaken
         if self._plans is not None:
             self._plans.learn(news.learned)
 
@@ -181,7 +184,7 @@ class SchedulerHalf:
                 continue
             failed = (index for index, block in enumerate(load.block_ids) if block in failed_blocks)
             filled = next(failed, None)
-            if filled is None:
+            if filled is None or request_id in self._overtaken:
                 self._loaded(tracked, load, load.end_token // CHUNK_TOKENS)
             else:
                 self._loaded_in_part(tracked, load, filled * self._block_tokens)

@@ -122,7 +122,7 @@ class WorkerHalf:
 
     def news(self) -> News | None:
         """For the scheduler's half, after a step."""
-        return self._newsroom.after(self._step, computes=self._computes)
+        return self._newsroom.after(self._step, self._loads.take_overtaken(), computes=self._computes)
 
     def close(self) -> None:
         self._loads.close()

@@ -29,6 +29,8 @@ class News:
     step: int
     """The step, as the scheduler's half has numbered it."""
     learned: Learned
+    overtaken: frozenset[str] = frozenset()
+    """Requests whose loads have ended because computing was faster; all that they lack is stored."""
 
 
 class Newsroom:
@@ -38,11 +40,12 @@ class Newsroom:
         self._links, self._costs = links, costs
         self._sent_s = -_EVERY_S
 
-    def after(self, step: int, *, computes: bool) -> News | None:
+    def after(self, step: int, overtaken: frozenset[str] = frozenset(), *, computes: bool) -> News | None:
         """News after a step; None where there is no need of any."""
         now_s = time.monotonic()
-        if not computes and now_s < self._sent_s + _EVERY_S:
+        if not (computes or overtaken) and now_s < self._sent_s + _EVERY_S:
             return None
         self._sent_s = now_s
         profile = self._costs.snapshot()
-        return News(step, Learned(self._links.snapshot(), profile.codecs, profile.receive_s_per_byte))
+        learned = Learned(self._links.snapshot(), profile.codecs, profile.receive_s_per_byte)
+        return News(step, learned, overtaken)
