@@ -22,6 +22,7 @@ from kvstore_bench.vllm.calibration import publish_in_process
 from kvstore_bench.vllm.completions import CompletionError
 from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.link_cut import cut_row, run_cut
+from kvstore_bench.vllm.links import BURST_S
 from kvstore_bench.vllm.models import QWEN, model_folder
 from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.policies import COLD, POLICIES, Testbed, deployed, peer_versions, policies_named
@@ -81,7 +82,7 @@ def main(
         work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
         work.mkdir(parents=True, exist_ok=True)
         stages = stack.enter_context(Stages(output(), _STAGES))
-        network = stack.enter_context(NetworkNamespace(None))
+        network = stack.enter_context(NetworkNamespace(None, BURST_S))
         testbed = Testbed(
             network,
             EngineOptions(folder, tokens + 128, dtype=dtype, extra=tuple(vllm_options.split())),

@@ -23,6 +23,7 @@ from kvstore_bench.shaping.netns import NetworkNamespace
 from kvstore_bench.vllm.calibration import publish_in_process
 from kvstore_bench.vllm.completions import Answer
 from kvstore_bench.vllm.engine import EngineOptions
+from kvstore_bench.vllm.links import BURST_S
 from kvstore_bench.vllm.miss_path import MISS_POLICIES, miss_rows
 from kvstore_bench.vllm.models import QWEN, model_folder
 from kvstore_bench.vllm.policies import Testbed, deployed, peer_versions, policies_named
@@ -74,7 +75,7 @@ def main(
         work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
         work.mkdir(parents=True, exist_ok=True)
         stages = stack.enter_context(Stages(output(), _STAGES))
-        link = stack.enter_context(NetworkNamespace(None))
+        link = stack.enter_context(NetworkNamespace(None, BURST_S))
         engine = EngineOptions(
             folder, tokens + answer_tokens + 128, dtype=dtype, extra=tuple(vllm_options.split())
         )

@@ -35,7 +35,7 @@ from kvstore_bench.demo.document import read_document
 from kvstore_bench.shaping.netns import NetworkNamespace
 from kvstore_bench.vllm.calibration import publish_in_process
 from kvstore_bench.vllm.engine import EngineOptions
-from kvstore_bench.vllm.links import DEFAULT_LINKS, parse_links
+from kvstore_bench.vllm.links import BURST_S, DEFAULT_LINKS, parse_links
 from kvstore_bench.vllm.models import QWEN, model_folder
 from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.plot import plot_vllm
@@ -115,7 +115,7 @@ def main(
         work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
         work.mkdir(parents=True, exist_ok=True)
         stages = stack.enter_context(Stages(output(), _STAGES))
-        link = stack.enter_context(NetworkNamespace(None))
+        link = stack.enter_context(NetworkNamespace(None, BURST_S))
         longest = max(options.tokens) + answer_tokens + 128
         engine = EngineOptions(folder, longest, dtype=dtype, extra=options.vllm_options)
         testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder, dtype))

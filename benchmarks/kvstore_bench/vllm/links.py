@@ -4,6 +4,9 @@ from kvstore_codec.errors import ConfigurationError
 from kvstore_service.bandwidth import format_bandwidth, parse_bandwidth
 
 UNSHAPED = "unshaped"
+BURST_S = 0.02
+"""Fetching over several connections, as peers do, costs no retransmissions then."""
+
 DEFAULT_LINKS = f"{UNSHAPED},1gbit,200mbit,100mbit,50mbit,10mbit"
 
 
