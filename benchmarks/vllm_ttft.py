@@ -9,7 +9,7 @@ namespace behind a link that the kernel shapes (needs root). Needs `make install
 
 In each round every policy answers behind every link, in turns. Before each request the engine's own prefix cache and
 LMCache's memory are emptied, so that hits come over the link. `exact` and `adaptive` plan with the bandwidth that they
-have seen, so they get one request after each change of the link that is not counted. A policy that takes 3 times as
+have seen, so they get two requests after each change of the link that are not counted. A policy that takes 3 times as
 long as `cold`, and more than 10 s, is asked in the first two rounds only. The result is written after every link, so a
 run that is ended keeps what it has.
 

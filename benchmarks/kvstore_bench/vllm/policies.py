@@ -126,7 +126,7 @@ POLICIES: Mapping[str, Deploy] = {
 LOSSY_POLICIES = ("adaptive",)
 """Those that need a calibration."""
 LEARNING_POLICIES = ("exact", "adaptive")
-"""They plan with the link's speed as they have seen it, so they are asked once after it has changed, uncounted."""
+"""They plan with the link's speed as they have seen it, so they are asked twice after it has changed, uncounted."""
 
 
 def policies_named(text: str, known: Mapping[str, Deploy] = POLICIES) -> dict[str, Deploy]:

@@ -32,7 +32,7 @@ class Sample:
     """Whether it has those of vLLM's own prefix cache, with as many tokens reused."""
     failure: str | None = None
     counted: bool = True
-    """False: the policy's first request after the link has changed."""
+    """False: one of a planning policy's first requests after the link has changed."""
 
     def row(self) -> Row:
         return {"link": link_name(self.bandwidth_bps), **asdict(self)}

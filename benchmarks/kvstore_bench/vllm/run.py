@@ -22,6 +22,8 @@ _STORE_ATTEMPTS = 5
 """A connector may store nothing at first, because it is still getting what it needs."""
 _SLOWER, _SLOWER_S, _ROUNDS_OF_SLOWER = 3.0, 10.0, 2
 """A policy that took so many times as long as a cold run, and so many seconds, is asked in the first rounds only."""
+_SETTLING = 2
+"""Requests after a change of the link that are not counted, of a policy that plans with what it has seen."""
 _FAILURES = 3
 """A policy that has failed so many times in a row is left out."""
 
@@ -136,7 +138,7 @@ class Bench:
         for name in (*names[turn:], *names[:turn]):
             if name not in self._deployments or self._is_too_slow(name, tokens, bandwidth_bps):
                 continue
-            for counted in (False, True) if name in LEARNING_POLICIES else (True,):
+            for counted in (False,) * (_SETTLING if name in LEARNING_POLICIES else 0) + (True,):
                 sample = self._sample(self._deployments[name], prompt, number, bandwidth_bps, counted=counted)
                 self.measured.samples.append(sample)
                 self._count_failure(name, sample)
