@@ -1,5 +1,6 @@
 """Decides how much of a prompt is loaded: never more than what is faster to load than to compute."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -26,6 +27,10 @@ _UNMEASURED_Bps = 1e9
 
 _REMEMBERED = 8
 """Loads whose delays are remembered; the least of these delays is expected of the next load."""
+
+_FORGOTTEN_S = 30.0
+"""The expected delay halves in this time while no load ends. Where it keeps prompts from being loaded, no load would
+show that the engine's steps are short again."""
 
 _LEAST_LEFT = 0.1
 """Share of its bytes that a load in flight still has to receive at least, however late it is."""
@@ -81,6 +86,7 @@ class LoadPlanner:
         self._learned = Learned()
         self._in_flight: dict[str, _InFlight] = {}
         self._delays: deque[float] = deque(maxlen=_REMEMBERED)
+        self._delay_seen_s = 0.0
 
     def learn(self, learned: Learned) -> None:
         self._learned = learned
@@ -101,7 +107,7 @@ class LoadPlanner:
         bounds = np.clip(part.bounds, first_token, end_token)
         part = Offer(bounds, part.encodings, part.sizes_bytes, part.endpoints, part.links)
         bandwidths = {endpoint: self._bandwidth_Bps(endpoint) for endpoint in part.endpoints}
-        delay_s = min(self._delays, default=0.0)
+        delay_s = self._delay_s()
         conditions = Conditions(
             prompt_tokens,
             prefill or UNKNOWN_PREFILL,
@@ -127,7 +133,13 @@ class LoadPlanner:
         """A load has ended. What a `complete` one took longer than its fetch is expected of later ones."""
         done = self._in_flight.pop(request_id, None)
         if done is not None and complete:
-            self._delays.append(max(self._clock() - done.begun_s - done.planned.fetch_s, 0.0))
+            self._delay_seen_s = self._clock()
+            self._delays.append(max(self._delay_seen_s - done.begun_s - done.planned.fetch_s, 0.0))
+
+    def _delay_s(self) -> float:
+        """What the next load is expected to take longer than its fetch."""
+        unseen_s = self._clock() - self._delay_seen_s
+        return min(self._delays, default=0.0) * math.exp2(-unseen_s / _FORGOTTEN_S)
 
     def _decode_s(self, offer: Offer) -> Floats:
         """`[chunks, encodings]`: seconds of one thread, infinite where `offer.sizes_bytes` are."""

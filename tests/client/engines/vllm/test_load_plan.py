@@ -123,6 +123,22 @@ def test_what_loads_take_longer_than_fetches_is_expected(planner: LoadPlanner, c
     assert planned(planner, offer(8)) is not None
 
 
+def test_a_delay_that_keeps_everything_from_being_loaded_is_forgotten(
+    planner: LoadPlanner, clock: Clock
+) -> None:
+    """As after a time in which the engine's steps were long."""
+    planner.learn(learned(1e9))
+    load = planned(planner, offer(8))
+    assert load is not None
+    for _ in range(8):
+        planner.begun("one", load)
+        clock.now_s += load.fetch_s + 10.0
+        planner.ended("one", complete=True)
+    assert planned(planner, offer(8)) is None
+    clock.now_s += 200.0
+    assert planned(planner, offer(8)) is not None
+
+
 def test_one_slow_load_is_an_accident(planner: LoadPlanner, clock: Clock) -> None:
     planner.learn(learned(1e9))
     load = planned(planner, offer(8))
