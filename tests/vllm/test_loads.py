@@ -14,6 +14,7 @@ from kvstore_client.engines.vllm.destination import PagedDestination
 from kvstore_client.engines.vllm.layout import RowMajorCpuLayout
 from kvstore_client.engines.vllm.loads import LoadedBlocks, Loads
 from kvstore_client.engines.vllm.metadata import LoadRequest
+from kvstore_client.fetch import pipeline
 from kvstore_client.planning import PrefillCost
 from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
@@ -174,6 +175,33 @@ def test_a_mistake_in_one_load_keeps_the_engine_waiting_for_none(
     assert first.request_ids | both.request_ids == {"broken", "sound"}
     assert first.failed_blocks | both.failed_blocks == set(TABLE[2:])
     assert client.metrics.snapshot()["miss_internal_error"] >= 1
+    assert worker.loads.ended() == LoadedBlocks()
+
+
+def no_thread_left(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_leases_that_cannot_be_released_keep_the_engine_waiting_for_no_load(
+    worker: Worker, client: KVStoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gRPC needs a thread for a call, and this process may have none left."""
+    ids, _ = stored(client, 1)
+    monkeypatch.setattr(client, "release", no_thread_left)
+    worker.loads.start(load(ids, first_token=256))
+    assert worker.ended() == LoadedBlocks(frozenset({"request"}), frozenset(TABLE[2:]))
+    assert client.metrics.snapshot()["miss_no_resources"] == 1
+
+
+def test_a_fetch_that_cannot_release_its_leases_keeps_the_engine_waiting_for_no_load(
+    worker: Worker, client: KVStoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, _ = stored(client)
+    with monkeypatch.context() as failing:
+        failing.setattr(pipeline, "release", no_thread_left)
+        worker.loads.start(load(ids))
+        assert worker.ended() == LoadedBlocks(frozenset({"request"}), frozenset(TABLE))
+    assert client.metrics.snapshot()["miss_internal_error"] == 1
     assert worker.loads.ended() == LoadedBlocks()
 
 

@@ -149,8 +149,6 @@ class Loads:
                 del self._loads[request_id]
                 ended.add(request_id)
                 failed.update(() if load.is_cancelled else blocks)
-                if blocks and not load.is_cancelled and load.is_all_stored:
-                    self._overtaken.add(request_id)
         return LoadedBlocks(frozenset(ended), frozenset(failed))
 
     def take_overtaken(self) -> frozenset[str]:
@@ -167,10 +165,16 @@ class Loads:
         """None while the load goes on. The engine waits for the end of each load, so a mistake here is one: a fetch
         raises nothing before its threads have ended."""
         try:
-            return load.failed_blocks(self._block_tokens) if load.is_ended() else None
+            if not load.is_ended():
+                return None
+            blocks = load.failed_blocks(self._block_tokens)
+            if blocks and not load.is_cancelled and load.is_all_stored:
+                self._overtaken.add(load.request.request_id)
         except Exception as error:
             self._failed(load, MissReason.INTERNAL_ERROR, error)
             return load.request.blocks_from(load.request.first_token, self._block_tokens)
+        else:
+            return blocks
 
     def _begin(self, load: _Load) -> None:
         """In a thread of the pool."""
@@ -185,9 +189,13 @@ class Loads:
         except Exception as error:
             self._failed(load, MissReason.INTERNAL_ERROR, error)
         finally:
-            if load.fetch is None:
-                self._client.release(load.match)
-            load.begun.set_result(None)
+            try:
+                if load.fetch is None:
+                    self._client.release(load.match)
+            except RuntimeError as error:  # gRPC has found no thread left: the leases expire
+                self._failed(load, MissReason.NO_RESOURCES, error)
+            finally:  # whatever has failed: the engine waits for the end
+                load.begun.set_result(None)
             if load.is_cancelled and load.fetch is not None:
                 load.fetch.cancel()
 
