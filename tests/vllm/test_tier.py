@@ -132,6 +132,10 @@ class Engine:
 
     def forget(self) -> None:
         """Empty the host memory."""
+        self._manager.primary_tier.reset_cache()
+
+    def reset(self) -> None:
+        """As vLLM does with all of its caches before its weights are replaced."""
         self._manager.reset_cache()
 
     def close(self) -> None:
@@ -185,6 +189,31 @@ def test_a_second_engine_loads_what_the_first_one_offloaded(
     with engine(model, store.started["address"], tmp_path) as second:
         assert second.found([*keys, *more]) == chunks
         assert second.found(more) == []
+    until(lambda: store.stats()["leases"] == 0)
+
+
+def test_after_a_reset_an_engine_meets_only_its_own_chunks(
+    model: Path, store: StoreProcess, tmp_path: Path
+) -> None:
+    """It may have other weights then, under the same checkpoint's name."""
+    before, chunks = chunks_of("before the reset", 4)
+    after, others = chunks_of("after the reset", 3)
+    address = store.started["address"]
+    with engine(model, address, tmp_path) as first, engine(model, address, tmp_path) as second:
+        first.offload(before, chunks)
+        asks = first.request()
+        first.reset()
+        assert first.found(before) == []
+        first.offload(after, others)
+        first.offload(before, chunks[::-1])
+        first.forget()
+        assert first.found(after) == others
+        assert first.found(before) == chunks[::-1]
+        assert second.found(after) == []
+        assert second.found(before) == chunks
+        first._manager.on_request_finished(asks)
+        first.reset()
+        assert first.found(after) == []
     until(lambda: store.stats()["leases"] == 0)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,9 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM has no ty
         except BaseException:
             self._client.close()
             raise
-        page_tokens = offloading_spec.blocks_per_chunk * min(offloading_spec.tokens_per_block)
-        self._pages = self._client.pages(namespace, page_tokens=page_tokens)
+        self._namespace = namespace
+        self._page_tokens = offloading_spec.blocks_per_chunk * min(offloading_spec.tokens_per_block)
+        self._pages = self._client.pages(namespace, page_tokens=self._page_tokens)
         self._lookups = TierLookups(self._pages, tier_type)
         self._running: dict[JobId, _Running] = {}
         self._ended: list[JobResult] = []
@@ -117,9 +119,17 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM has no ty
         self._lookups.flush()
 
     def drain_jobs(self) -> None:
+        """The engine calls it when it resets its caches, as before its weights are replaced. From then on the
+        checkpoint does not name its KV any more: nothing from before is found again, and what the engine stores has
+        names of its own."""
         while self._running:
             self._collect()
             time.sleep(_POLL_S)
+        self._pages.close()
+        self._collect()
+        private = replace(self._namespace, salt=secrets.token_bytes(16))
+        self._pages = self._client.pages(private, page_tokens=self._page_tokens)
+        self._lookups.use(self._pages)
 
     def shutdown(self) -> None:
         """Jobs get `close_timeout_s` to finish, then they are ended. Afterwards nothing uses the engine's memory."""

@@ -37,13 +37,23 @@ class TierLookups(AsyncLookupManager):  # type: ignore[misc]  # vLLM has no type
             locked = self._locked.pop(request_id, [])
         self._pages.unlock(locked)
 
+    def use(self, pages: PageStore) -> None:
+        """Ask another store from now on. The one before is closed, and keeps nothing locked."""
+        with self._locked_by:
+            self._pages = pages
+            for locked in self._locked.values():
+                locked.clear()
+
     def batch_lookup(self, keys: list[OffloadKey], req_context: ReqContext) -> Iterable[bool]:
         """In the background. Waits for the service, `lookup_timeout_s` at most."""
-        run = self._pages.exists(keys)
+        pages = self._pages
+        run = pages.exists(keys)
         with self._locked_by:
+            if pages is not self._pages:
+                return [False] * len(keys)
             locked = self._locked.get(req_context.req_id)
             if locked is not None:
                 locked += keys[:run]
         if locked is None:  # the request is gone
-            self._pages.unlock(keys[:run])
+            pages.unlock(keys[:run])
         return [index < run for index in range(len(keys))]
