@@ -14,6 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvstore_client.client import connect
 from kvstore_client.engines.vllm.canary import engine_probe
+from kvstore_client.engines.vllm.connector_settings import whole_number, yes_or_no
 from kvstore_client.engines.vllm.events import EventQueue, StoredEvents, are_wanted
 from kvstore_client.engines.vllm.generations import Generation
 from kvstore_client.engines.vllm.kinds import kind_of
@@ -53,9 +54,10 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         given = vllm_config.kv_transfer_config.kv_connector_extra_config
         settings = {"close_timeout_s": _CLOSE_TIMEOUT_S} | given
         limits = LoadLimits(
-            int(settings.pop("max_loads", MAX_LOADS)), int(settings.pop("max_load_bytes", MAX_LOAD_BYTES))
+            whole_number(settings, "max_loads", MAX_LOADS),
+            whole_number(settings, "max_load_bytes", MAX_LOAD_BYTES),
         )
-        self._requires_canary = bool(settings.pop("require_canary", False))
+        self._requires_canary = yes_or_no(settings, "require_canary", default=False)
         client = connect(**settings)
         kind = kind_of(client.settings.encodings)
         spec = served_spec(vllm_config.model_config, client.settings.cache_dir, kind)

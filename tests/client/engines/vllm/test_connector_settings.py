@@ -1,0 +1,29 @@
+"""The connector's own settings: what is wrong is refused with its name."""
+
+from typing import Any
+
+import pytest
+
+from kvstore_client.engines.vllm.connector_settings import whole_number, yes_or_no
+from kvstore_codec.errors import ConfigurationError
+
+
+def test_settings_are_taken_out() -> None:
+    given: dict[str, Any] = {"max_loads": "8", "require_canary": "false", "address": "a:1"}
+    assert whole_number(given, "max_loads", 4) == 8
+    assert whole_number(given, "max_load_bytes", 5) == 5
+    assert yes_or_no(given, "require_canary", default=True) is False
+    assert yes_or_no(given, "require_canary", default=True) is True
+    assert given == {"address": "a:1"}
+
+
+@pytest.mark.parametrize("value", ["many", None, 0, -1, True, [4], float("inf")])
+def test_a_number_that_is_none_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"max_loads is .*at least 1"):
+        whole_number({"max_loads": value}, "max_loads", 4)
+
+
+@pytest.mark.parametrize("value", ["perhaps", None, 2, []])
+def test_neither_yes_nor_no_is_refused_by_name(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"require_canary is .*true or false"):
+        yes_or_no({"require_canary": value}, "require_canary", default=False)
