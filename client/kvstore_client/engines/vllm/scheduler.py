@@ -55,6 +55,9 @@ class _Tracked:
     """Tokens that the engine had itself when it was last told what can be loaded."""
     planned: PlannedLoad | None = None
     """The load that the engine was last told of."""
+    refused_tokens: int = 0
+    """Tokens of the load that there was no room for. It is planned again when there is: many requests may wait, and
+    each is asked for in every step."""
     block_ids: list[int] = field(default_factory=list)
     computed_tokens: int = 0
     """Tokens whose KV is there when the last scheduled step ends; 0 before the first step."""
@@ -108,11 +111,14 @@ class SchedulerHalf:
             return 0, False
         if lookup.is_open(self._wait_s):
             return None, False
+        waits = time.monotonic() < lookup.begun_s + self._wait_s
+        if waits and tracked.refused_tokens and not self._has_room(tracked.refused_tokens):
+            return None, False
         end = self._worth_loading(tracked, lookup.result, computed_tokens, usable)
         if end <= computed_tokens:
             return 0, False
         if not self._has_room(end - computed_tokens):
-            waits = time.monotonic() < lookup.begun_s + self._wait_s
+            tracked.refused_tokens = end - computed_tokens
             return (None if waits else 0), False
         tracked.offered_from = computed_tokens
         return end - computed_tokens, True
@@ -179,7 +185,9 @@ class SchedulerHalf:
             load = self._in_flight.pop(request_id, None)
             tracked = self._tracked.get(request_id)
             if self._plans is not None and load is not None:
-                self._plans.ended(request_id, complete=set(load.block_ids).isdisjoint(failed_blocks))
+                # A load whose request is gone was cancelled: it says nothing about how long loads take.
+                complete = tracked is not None and set(load.block_ids).isdisjoint(failed_blocks)
+                self._plans.ended(request_id, complete=complete)
             if load is None or tracked is None:
                 continue
             failed = (index for index, block in enumerate(load.block_ids) if block in failed_blocks)
