@@ -17,6 +17,7 @@ _NEED_VLLM = (
     "naming",
     "preemption",
     "probe_watch",
+    "scheduler_changes",
     "scheduler_half",
     "server_metrics",
     "stats",

@@ -214,45 +214,6 @@ def news(bandwidth_bps: float, step: int = 0) -> News:
     return News(step, Learned({"another node": (bandwidth_bps / 8, 0.0)}))
 
 
-def test_a_load_that_waits_for_room_is_not_planned_in_each_step(
-    adaptive: SchedulerHalf, client: KVStoreClient
-) -> None:
-    """Hundreds of requests may wait, and planning would delay each step of those that run."""
-    tokens = prompt(700, seed=26)
-    put(client, tokens)
-    adaptive._limits = LoadLimits(loads=1)
-    adaptive._wait_s = 60.0
-    first, second = request(tokens, "first"), request(tokens, "second")
-    assert answer(adaptive, first) == (512, True)
-    adaptive.allocated(first, [1, 2, 3, 4], 512)
-    lookup = adaptive._lookup(adaptive._track(second))
-    assert lookup is not None
-    lookup.found.result(60)
-    assert adaptive.matched_tokens(second, 0) == (None, False)
-    adaptive.learn(news(1e4))
-    assert adaptive.matched_tokens(second, 0) == (None, False), "it is planned when there is room"
-    adaptive.received({"first"}, ())
-    assert adaptive.matched_tokens(second, 0) == (0, False)
-
-
-def test_a_load_of_a_request_that_is_gone_teaches_nothing(
-    adaptive: SchedulerHalf, client: KVStoreClient
-) -> None:
-    """It was cancelled, however long it would have taken."""
-    tokens = prompt(700, seed=25)
-    put(client, tokens)
-    for name, is_gone in (("gone", True), ("there", False)):
-        asked = request(tokens, name)
-        assert answer(adaptive, asked) == (512, True)
-        adaptive.allocated(asked, [1, 2, 3, 4], 512)
-        if is_gone:
-            adaptive.finished(name)
-        adaptive.received({name}, ())
-        assert adaptive._plans is not None
-        assert len(adaptive._plans._delays) == (0 if is_gone else 1)
-    assert not adaptive._in_flight
-
-
 def test_what_is_sooner_computed_is_not_loaded(adaptive: SchedulerHalf, client: KVStoreClient) -> None:
     tokens = prompt(700, seed=21)
     put(client, tokens)

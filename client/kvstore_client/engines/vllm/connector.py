@@ -16,7 +16,6 @@ from kvstore_client.client import connect
 from kvstore_client.engines.vllm.canary import engine_probe
 from kvstore_client.engines.vllm.connector_settings import whole_number, yes_or_no
 from kvstore_client.engines.vllm.events import EventQueue, StoredEvents, are_wanted
-from kvstore_client.engines.vllm.generations import Generation
 from kvstore_client.engines.vllm.kinds import kind_of
 from kvstore_client.engines.vllm.loads import LoadedBlocks
 from kvstore_client.engines.vllm.metadata import SaveRequest, StepMetadata, WorkerMetadata
@@ -68,7 +67,6 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         self._failed_blocks: set[int] = set()
         self._stats = StatsSource(SCHEDULER if role is KVConnectorRole.SCHEDULER else WORKER, client.metrics)
         self._events = EventQueue()
-        self._generation = Generation(client, spec)
         self._probes = ProbeWatch(engine_probe(vllm_config.model_config.get_vocab_size()), self._block_tokens)
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(
@@ -110,7 +108,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
             loads,
             self._guarded(saves, half.saves, scheduler_output),
             probe_blocks=self._guarded(nothing, self._probes.computed, scheduler_output),
-            generation=self._guarded(0, self._generation.current),
+            generation=self._guarded(0, half.generation.current),
             step=step,
             computes=computes,
         )

@@ -9,7 +9,7 @@ from kvstore_codec.model_spec import ModelSpec
 
 
 class Generation:
-    """Follows the generation of one model's canary. Used by one thread, which waits for nothing."""
+    """Follows the generation of one model's canary. Used by one thread, which waits for nothing but in `require`."""
 
     def __init__(self, client: KVStoreClient, spec: ModelSpec) -> None:
         self._client, self._spec = client, spec
@@ -24,6 +24,13 @@ class Generation:
         if self._changes != canaries.changes and not is_asking and not canaries.is_paused(self._spec):
             self._ask()
         return canaries.generation(self._spec.digest)
+
+    def require(self) -> None:
+        """Ask for the generation if it was never asked for. Waits for the coordinator, in any thread. Raises
+        NodeUnavailableError: until the generation is known, chunks are named as under the model's first canary, and
+        those that are found may be the ones for which it was replaced."""
+        if self._changes is None:
+            self._changes = self._client.canaries.follow(self._spec)
 
     def _ask(self) -> None:
         thread = threading.Thread(target=self._follow, name="kvstore-generation", daemon=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.vllm.events import stored_events
+from kvstore_client.engines.vllm.generations import Generation
 from kvstore_client.engines.vllm.kinds import KeyKind, kind_named
 from kvstore_client.engines.vllm.load_plan import LoadPlanner, PlannedLoad, offer_of
 from kvstore_client.engines.vllm.lookups import Found, Lookup, Lookups
@@ -17,11 +18,12 @@ from kvstore_client.engines.vllm.step_times import StepTimes
 from kvstore_client.engines.vllm.stored_names import StoredNames
 from kvstore_client.engines.vllm.worker_news import News
 from kvstore_client.lookup import NOT_STORED
+from kvstore_client.match import Match
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import PrefillCost
 from kvstore_client.planning.leading import UNKNOWN_PREFILL
 from kvstore_client.settings import FetchPolicy
-from kvstore_codec.errors import KVStoreError
+from kvstore_codec.errors import KVStoreError, NodeUnavailableError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PrefixId
 from kvstore_codec.model_spec import ModelSpec
 
@@ -48,6 +50,8 @@ class _Tracked:
 
     text: RequestText
     why_ineligible: str | None
+    generation: int
+    """That of the canary under which the request's chunks are named."""
     lookup: Lookup | None = None
     was_loaded: bool = False
     """Whether a load was begun. There is no second one: after a failure it would fail again."""
@@ -66,6 +70,10 @@ class _Tracked:
     saved_chunks: int = 0
     """Leading chunks that are stored, or were handed over."""
 
+    def is_renamed(self, generation: int) -> bool:
+        """Whether the chunks of the request would have other names now."""
+        return self.why_ineligible is None and not self.was_loaded and self.generation != generation
+
 
 class SchedulerHalf:
     """Answers the engine's scheduler at once, whatever the store does. Used by the scheduler's thread."""
@@ -81,6 +89,7 @@ class SchedulerHalf:
     ) -> None:
         self._client, self._spec, self._block_tokens = client, spec, block_tokens
         self._limits, self._wants_events = limits or LoadLimits(), wants_events
+        self.generation = Generation(client, spec)
         self._lookups = Lookups(self._peek)
         self._wait_s = client.settings.timeouts.lookup_s
         self._tracked: dict[str, _Tracked] = {}
@@ -216,6 +225,12 @@ class SchedulerHalf:
 
     def _peek(self, chunk_ids: Sequence[ChunkId]) -> Found:
         match = self._client.match(self._spec, chunk_ids, peek=True)
+        try:
+            self.generation.require()
+        except NodeUnavailableError as error:
+            if match.chunks:
+                self._client.metrics.missed(MissReason.UNREACHABLE, detail=str(error))
+            match = Match(why_not=f"unreachable: {error}")
         return Found(match, offer_of(match))
 
     def _next_id(self, parent: PrefixId, tokens: Sequence[int], qualifier: bytes) -> ChunkId:
@@ -223,8 +238,12 @@ class SchedulerHalf:
 
     def _track(self, request: Any) -> _Tracked:
         tracked = self._tracked.get(request.request_id)
+        generation = self._client.canaries.generation(self._spec.digest)
+        if tracked is not None and tracked.is_renamed(generation):
+            self.finished(request.request_id)
+            tracked = None
         if tracked is None:
-            tracked = _Tracked(RequestText(request), why_ineligible(request))
+            tracked = _Tracked(RequestText(request), why_ineligible(request), generation)
             self._tracked[request.request_id] = tracked
             self._name(tracked, tracked.text.known_tokens)
         return tracked
@@ -357,6 +376,8 @@ class SchedulerHalf:
 
     def _may_save(self, tracked: _Tracked) -> bool:
         """Takes what the lookup found stored off what is saved."""
+        if tracked.generation != self._client.canaries.generation(self._spec.digest):
+            tracked.why_ineligible = "its chunks were named before the model's canary was replaced"
         if tracked.why_ineligible is not None:
             return False
         if tracked.is_lookup_counted or tracked.lookup is None:
