@@ -10,6 +10,7 @@ import json
 import secrets
 import sys
 import urllib.request
+from http.client import HTTPException
 from typing import Any
 
 from kvstore_client.engines.vllm.canary import engine_probe
@@ -55,6 +56,8 @@ def main() -> None:
         model = send_probe(url)
     except (OSError, KVStoreError) as error:
         sys.exit(f"the probe was not sent to {url}: {error}")
+    except (ValueError, LookupError, TypeError, HTTPException) as error:
+        sys.exit(f"the probe was not sent: {url} is not the URL of a vLLM server ({error!r})")
     print(f"{url} has computed the probe of {model}; its log has the result of the comparison")  # noqa: T201
 
 
