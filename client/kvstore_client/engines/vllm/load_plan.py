@@ -29,8 +29,9 @@ _REMEMBERED = 8
 """Loads whose delays are remembered; the least of these delays is expected of the next load."""
 
 _FORGOTTEN_S = 30.0
-"""The expected delay halves in this time while no load ends. Where it keeps prompts from being loaded, no load would
-show that the engine's steps are short again."""
+"""The expected delay halves in this time while no load ends, and so does the cost of decoding while all loads are
+turned down. Where they keep prompts from being loaded, no load would show that the engine's steps are short again, or
+that its processor has time for decoding."""
 
 _LEAST_LEFT = 0.1
 """Share of its bytes that a load in flight still has to receive at least, however late it is."""
@@ -87,6 +88,8 @@ class LoadPlanner:
         self._in_flight: dict[str, _InFlight] = {}
         self._delays: deque[float] = deque(maxlen=_REMEMBERED)
         self._delay_seen_s = 0.0
+        self._turned_down_s: float | None = None
+        """Since when nothing that is stored was worth loading."""
 
     def learn(self, learned: Learned) -> None:
         self._learned = learned
@@ -119,6 +122,8 @@ class LoadPlanner:
         )
         plan = plan_leading(part, self._decode_s(part), conditions)
         if not plan.chunks:
+            if self._turned_down_s is None and not self._in_flight:
+                self._turned_down_s = self._clock()
             return None
         rows = np.arange(plan.chunks)
         sizes = part.sizes_bytes[rows, list(plan.options)]
@@ -128,6 +133,7 @@ class LoadPlanner:
 
     def begun(self, request_id: str, planned: PlannedLoad) -> None:
         self._in_flight[request_id] = _InFlight(planned, self._clock())
+        self._turned_down_s = None
 
     def ended(self, request_id: str, *, complete: bool) -> None:
         """A load has ended. What a `complete` one took longer than its fetch is expected of later ones."""
@@ -147,11 +153,14 @@ class LoadPlanner:
         known = Profile(
             learned.codecs, UNKNOWN_PREFILL, 0.0, self._decode_threads, unmeasured=unmeasured(self._spec)
         )
+        unseen_s = 0.0 if self._turned_down_s is None else self._clock() - self._turned_down_s
+        remembered = math.exp2(-unseen_s / _FORGOTTEN_S)
         costs = [known.codec(name) for name in offer.encodings]
         per_chunk = np.array([(cost.decode_s + cost.restore_s) * CHUNK_TOKENS for cost in costs])
         stored = np.isfinite(offer.sizes_bytes)
         sizes_bytes = np.where(stored, offer.sizes_bytes, 0.0)
-        return np.where(stored, sizes_bytes * learned.receive_s_per_byte + per_chunk, np.inf)
+        decode_s = (sizes_bytes * learned.receive_s_per_byte + per_chunk) * remembered
+        return np.where(stored, decode_s, np.inf)
 
     def _bandwidth_Bps(self, endpoint: str) -> float:  # noqa: N802
         """That of the slowest link for an endpoint that has sent nothing yet."""

@@ -139,6 +139,26 @@ def test_a_delay_that_keeps_everything_from_being_loaded_is_forgotten(
     assert planned(planner, offer(8)) is not None
 
 
+def test_slow_decoding_that_keeps_everything_from_being_loaded_is_forgotten(
+    planner: LoadPlanner, clock: Clock
+) -> None:
+    """As after a time in which others used the processor. The first load shows how fast decoding is now."""
+    planner.learn(Learned({"a": (1e9, 0.002)}, {"exact-zstd": CodecCost(4e-3, 0.0)}))
+    assert planned(planner, offer(8)) is None
+    clock.now_s += 200.0
+    load = planned(planner, offer(8))
+    assert load is not None
+    planner.begun("one", load)
+    assert planned(planner, offer(8)) is None
+
+
+def test_a_slow_link_is_not_forgotten_with_the_decoding(planner: LoadPlanner, clock: Clock) -> None:
+    planner.learn(learned(20e6))
+    assert planned(planner, offer(8)) is None
+    clock.now_s += 2000.0
+    assert planned(planner, offer(8)) is None
+
+
 def test_one_slow_load_is_an_accident(planner: LoadPlanner, clock: Clock) -> None:
     planner.learn(learned(1e9))
     load = planned(planner, offer(8))
