@@ -42,7 +42,11 @@ class CheckpointEmbeddings:
             data = self._read(ids)
         except OSError as error:
             raise CalibrationError(f"embeddings cannot be read from {self._path}: {error}") from error
-        rows = torch.frombuffer(data, dtype=self._stored) if ids else torch.empty(0, dtype=self._stored)
+        rows = (
+            torch.frombuffer(data, dtype=self._stored)
+            if ids
+            else torch.empty(0, dtype=self._stored, device="cpu")
+        )
         return rows.view(len(ids), self._hidden).to(self._dtype)
 
     def _find(self, files: tuple[Path, ...]) -> None:
