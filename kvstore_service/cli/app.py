@@ -50,7 +50,8 @@ def main() -> None:
             typer.echo(printable(f"kvstore: {error}"), err=True)
             sys.exit(_status(error))
         end_by(stop.received)
-    except SystemExit:
+    except (Exception, SystemExit):
+        # C code that is interrupted by a signal may fail in a way of its own: Python's import raises a TypeError.
         if stop.received is None:
             raise
         end_by(stop.received)

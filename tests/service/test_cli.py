@@ -135,6 +135,28 @@ def test_serve_ends_when_its_coordinator_cannot_come_back(scratch: Path, tmp_pat
     assert all(child.status() == psutil.STATUS_ZOMBIE for child in alive)
 
 
+def test_what_a_signal_makes_of_an_import_is_not_reported() -> None:
+    """Python's import fails with a TypeError when the exception of a signal's handler comes in the middle of it."""
+    script = """
+import os, signal, sys
+from kvstore_service.cli.app import app, main
+from kvstore_service.signals import Stopped
+
+@app.command()
+def interrupted():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    except Stopped:
+        raise TypeError("expected a message argument") from None
+
+sys.argv = ["kvstore", "interrupted"]
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGTERM, "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("delay_s", [1.0, 2.0, 2.5, 3.0, 3.5, 4.0])
 def test_sigterm_while_starting_leaves_nothing(scratch: Path, delay_s: float) -> None:
