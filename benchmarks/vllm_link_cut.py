@@ -17,13 +17,15 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import calibration_text, read_document
+from kvstore_bench.output_options import JsonFile
 from kvstore_bench.shaping.netns import NetworkNamespace
 from kvstore_bench.vllm.calibration import publish_in_process
+from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.completions import CompletionError
 from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.link_cut import cut_row, run_cut
 from kvstore_bench.vllm.links import BURST_S
-from kvstore_bench.vllm.models import QWEN, model_folder
+from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.policies import COLD, POLICIES, Testbed, deployed, peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
@@ -52,21 +54,17 @@ _FILLER_TOKENS, _FILLERS = 300, 1000
 
 
 def main(
-    model: Annotated[
-        str, typer.Option(help=f"{SMOLLM2}, {QWEN}, or a folder with a model in safetensors files.")
-    ] = SMOLLM2,
-    dtype: Annotated[
-        str, typer.Option(help="bfloat16, or float32: sooner on CPUs without instructions for bfloat16.")
-    ] = "bfloat16",
+    model: ModelName = SMOLLM2,
+    dtype: DtypeName = "bfloat16",
     policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(POLICIES),
     link: Annotated[str, typer.Option(help="Bandwidth.")] = "200mbit",
     tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 2000,
     share: Annotated[float, typer.Option(help="Share of the load's bytes that arrive.")] = 0.25,
     cut_s: Annotated[float, typer.Option(help="Shortest time of the cut.")] = 45.0,
     repeats: Annotated[int, typer.Option(min=1)] = 1,
-    vllm_options: Annotated[str, typer.Option(help="Further options of all vLLM servers.")] = "",
-    logs: Annotated[Path | None, typer.Option(help="Folder that keeps the servers' logs.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    vllm_options: VllmOptions = "",
+    logs: LogsFolder = None,
+    json_file: JsonFile = None,
 ) -> None:
     require_outputs(json_file, None)
     folder = model_folder(model)

@@ -19,13 +19,15 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import calibration_text
+from kvstore_bench.output_options import JsonFile
 from kvstore_bench.shaping.netns import NetworkNamespace
 from kvstore_bench.vllm.calibration import publish_in_process
+from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.completions import Answer
 from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.links import BURST_S
 from kvstore_bench.vllm.miss_path import MISS_POLICIES, miss_rows
-from kvstore_bench.vllm.models import QWEN, model_folder
+from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.policies import Testbed, deployed, peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.script import run_script
@@ -50,19 +52,15 @@ _WARM_UP, _SILENCE_S = 2, 240.0
 
 
 def main(
-    model: Annotated[
-        str, typer.Option(help=f"{SMOLLM2}, {QWEN}, or a folder with a model in safetensors files.")
-    ] = SMOLLM2,
-    dtype: Annotated[
-        str, typer.Option(help="bfloat16, or float32: sooner on CPUs without instructions for bfloat16.")
-    ] = "bfloat16",
+    model: ModelName = SMOLLM2,
+    dtype: DtypeName = "bfloat16",
     policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MISS_POLICIES),
     tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 2000,
     answer_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 15,
-    vllm_options: Annotated[str, typer.Option(help="Further options of all vLLM servers.")] = "",
-    logs: Annotated[Path | None, typer.Option(help="Folder that keeps the servers' logs.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    vllm_options: VllmOptions = "",
+    logs: LogsFolder = None,
+    json_file: JsonFile = None,
 ) -> None:
     require_outputs(json_file, None)
     folder = model_folder(model)

@@ -32,11 +32,13 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import read_document
+from kvstore_bench.output_options import JsonFile
 from kvstore_bench.shaping.netns import NetworkNamespace
 from kvstore_bench.vllm.calibration import publish_in_process
+from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.links import BURST_S, DEFAULT_LINKS, parse_links
-from kvstore_bench.vllm.models import QWEN, model_folder
+from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.plot import plot_vllm
 from kvstore_bench.vllm.policies import POLICIES, Testbed, deployed, peer_versions, policies_named
@@ -70,12 +72,8 @@ _DIGITS = {"speedup_over_cold": 2, "MB": 2, "decode_tokens_per_s": 1, "reused_to
 
 
 def main(
-    model: Annotated[
-        str, typer.Option(help=f"{SMOLLM2}, {QWEN}, or a folder with a model in safetensors files.")
-    ] = SMOLLM2,
-    dtype: Annotated[
-        str, typer.Option(help="bfloat16, or float32: sooner on CPUs without instructions for bfloat16.")
-    ] = "bfloat16",
+    model: ModelName = SMOLLM2,
+    dtype: DtypeName = "bfloat16",
     policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(POLICIES),
     links: Annotated[str, typer.Option(help="Bandwidths, comma-separated.")] = DEFAULT_LINKS,
     tokens: Annotated[str, typer.Option(help="Lengths of prompts, comma-separated.")] = "2000,4000",
@@ -88,9 +86,9 @@ def main(
     document: Annotated[
         Path | None, typer.Option(help="Text of the prompts. Default: a chapter of Python's reference.")
     ] = None,
-    vllm_options: Annotated[str, typer.Option(help="Further options of all vLLM servers.")] = "",
-    logs: Annotated[Path | None, typer.Option(help="Folder that keeps the servers' logs.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    vllm_options: VllmOptions = "",
+    logs: LogsFolder = None,
+    json_file: JsonFile = None,
     plot: Annotated[Path | None, typer.Option("--plot")] = None,
 ) -> None:
     require_outputs(json_file, plot)
