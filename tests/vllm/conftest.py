@@ -1,8 +1,11 @@
 """Tests that need vLLM. It pins its own PyTorch, so they run in .venv-vllm: `make test-vllm`."""
 
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
+
+from tests.vllm.processes import StoreProcess, free_port
 
 _NEED_VLLM = (
     "adaptive_loads",
@@ -34,3 +37,10 @@ def vllm_kernels() -> None:
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
+    process = StoreProcess(tmp_path_factory.mktemp("store"), free_port())
+    yield process
+    process.close()

@@ -21,19 +21,12 @@ from kvstore_client.engines.vllm.metadata import LoadRequest, SaveRequest, StepM
 from kvstore_client.engines.vllm.requirements import require_cache
 from kvstore_codec.errors import UnsupportedEngineError
 from tests.vllm.models import saved_model
-from tests.vllm.processes import StoreProcess, free_port, prompt
+from tests.vllm.processes import StoreProcess, prompt
 
 pytestmark = pytest.mark.vllm
 
 BLOCK, BLOCKS, LAYERS = 128, 8, 4
 NAMES = [f"model.layers.{layer}.self_attn.attn" for layer in range(LAYERS)]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
-    process = StoreProcess(tmp_path_factory.mktemp("store"), free_port())
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="module")

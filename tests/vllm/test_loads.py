@@ -29,13 +29,6 @@ TABLE = (5, 3, 11, 2, 7, 1, 13, 9)
 """Blocks of a request with four chunks."""
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
-    process = StoreProcess(tmp_path_factory.mktemp("store"), free_port())
-    yield process
-    process.close()
-
-
 @pytest.fixture
 def client(store: StoreProcess, tmp_path: Path) -> Iterator[KVStoreClient]:
     with connect(store.started["address"], cache_dir=tmp_path, stall_timeout_s=1) as connected:

@@ -15,17 +15,10 @@ from kvstore_client.client import KVStoreClient, connect
 from kvstore_client.engines.vllm.canary import EngineCanary, engine_probe
 from kvstore_client.engines.vllm.scheduler import LoadLimits, SchedulerHalf
 from kvstore_client.store import NewChunk
-from tests.vllm.processes import StoreProcess, free_port, prompt, until
+from tests.vllm.processes import StoreProcess, prompt, until
 from tests.vllm.test_scheduler_half import BLOCK, SPEC, answer, news, put, request, scheduled
 
 pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
-    process = StoreProcess(tmp_path_factory.mktemp("store"), free_port())
-    yield process
-    process.close()
 
 
 @pytest.fixture

@@ -27,13 +27,6 @@ SPEC = ModelSpec("tiny", bytes(32), 2, 2, 16, KVDtype.FLOAT32, None, numerics=((
 BLOCK = 128
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreProcess]:
-    process = StoreProcess(tmp_path_factory.mktemp("store"), free_port())
-    yield process
-    process.close()
-
-
 @pytest.fixture
 def client(store: StoreProcess, tmp_path: Path) -> Iterator[KVStoreClient]:
     with connect(store.started["address"], cache_dir=tmp_path) as connected:
