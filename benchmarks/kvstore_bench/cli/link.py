@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from kvstore_bench.cli.tables import require_outputs, require_packages, result_table, targets_table
+from kvstore_bench.native_dtype import NATIVE_DTYPE, native_dtype
 from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli.console import output, print_table
@@ -79,7 +80,9 @@ def link(
             show_default="none",
         ),
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="Dtype of model and KV.")] = DType.BFLOAT16,
+    dtype: Annotated[
+        DType | None, typer.Option(help="Dtype of model and KV.", show_default=NATIVE_DTYPE)
+    ] = None,
     repeats: Annotated[
         int | None,
         typer.Option(min=1, help="Rounds after the first one, which is a warm-up.", show_default="5"),
@@ -130,7 +133,7 @@ def link(
         DEFAULT_POLICIES if policy is None else list(filter(None, policy.split(","))),
         shaper.value,
         jitter or ["none"],
-        dtype.value,
+        dtype.value if dtype is not None else native_dtype(),
         repeats or (2 if quick else 5),
         None if floor is Floor.NONE else Rate(floor.value),
         {"pipelined": pipelined, "replan": replan},

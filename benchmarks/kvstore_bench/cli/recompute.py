@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvstore_bench.cli.tables import require_outputs, require_packages, result_table, targets_table
+from kvstore_bench.native_dtype import NATIVE_DTYPE, native_dtype
 from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli.console import output, print_table
@@ -74,8 +75,12 @@ def recompute(
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Measured rounds.", show_default="5")] = None,
     dtype: Annotated[
-        DType, typer.Option(help="Dtype of model and KV for times; KL is measured in float32.")
-    ] = DType.BFLOAT16,
+        DType | None,
+        typer.Option(
+            help="Dtype of model and KV for times; KL is measured in float32.",
+            show_default=NATIVE_DTYPE,
+        ),
+    ] = None,
     quick: Annotated[
         bool,
         typer.Option(
@@ -106,7 +111,7 @@ def recompute(
         tokens or (1024 if quick else 3072),
         batch if batch is not None else (2 if quick else 16),
         repeats or (1 if quick else 5),
-        dtype,
+        dtype or DType(native_dtype()),
         quick,
     )
     console = output()

@@ -31,6 +31,7 @@ def test_policies_take_turns_behind_a_link(tmp_path: Path) -> None:
     files = {name: tmp_path / name for name in ("result.json", "plot.png", "trace.json", "timeline.png")}
     printed = output_of(
         "link", "--bandwidth", "100mbit", "--tokens", "512", "--repeats", "1", "--floor", "high",
+        "--dtype", "bfloat16",
         "--policy", "raw,exact-zstd,adaptive", "--json", str(files["result.json"]),
         "--plot", str(files["plot.png"]),
         "--trace", str(files["trace.json"]), "--timeline", str(files["timeline.png"]), "--quick",
