@@ -14,8 +14,11 @@ from kvstore_client.calibrations import Calibrations
 from kvstore_client.canaries import Canaries
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.fetch import ChunkFeatures, Computing, Destination, Fetch
+from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.restore import Restorer
 from kvstore_client.fork import GATE, renew_in_children
+from kvstore_client.frames import FrameRead
+from kvstore_client.frames.receive import start_read
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.lookup import find_prefix, find_segments, release
 from kvstore_client.match import Match
@@ -262,6 +265,25 @@ class KVStoreClient:
             computed=computed,
             restorer=self._restorer,
         )
+
+    def read_frames(
+        self,
+        tasks: Sequence[ReadTask],
+        *,
+        timeout_s: float | None = None,
+        buffers: Sequence[memoryview] | None = None,
+    ) -> FrameRead:
+        """Start reading ranges of single frames (`fetch.cut.cut_period`), such as those that a question needs of one
+        period, and return at once. Each node that holds some of the chunks gets one request. The ranges should be in
+        order of importance: nodes begin with the first ones.
+
+        Every range completes within `timeout_s` (default: `fetch_timeout_s`), delivered or missing. `buffers` are one
+        writable, contiguous view per range, of at least its `size_bytes`, and receive the bytes in place; a range's
+        buffer may be reused once its result was taken. Without `buffers` the results refer to memory that is reused
+        when nothing refers to it any more. Reading takes no lease, so keep the leases of the match until the end.
+        """
+        timeout_s = self.settings.timeouts.fetch_s if timeout_s is None else timeout_s
+        return start_read(self._view, self.metrics, tasks, timeout_s, buffers)
 
     def pages(self, namespace: PageNamespace, **options: Any) -> PageStore:
         """Open a store of pages for an engine that has its own page keys and layout; `options` are those of PageStore.

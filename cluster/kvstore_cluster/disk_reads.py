@@ -66,13 +66,12 @@ class DiskReads:
             return data
         self._read(slot, offset, [data])
         says = read_header(header())
-        first = bisect_left(range(len(says.frame_lengths)), offset, key=says.frame_offset)
-        position = 0
+        first, end = (
+            bisect_left(range(len(says.frame_lengths)), at, key=says.frame_offset)
+            for at in (offset, offset + length)
+        )
         try:
-            while position < length:
-                end = position + says.frame_lengths[first]
-                says.verify_frame(first, data[position:end])
-                first, position = first + 1, end
+            says.verify_frames(first, end - first, data)
         except ChunkFormatError as error:
             self._lose(slot, error)
         return data

@@ -107,6 +107,19 @@ class ChunkHeader:
             )
         self.compare_checksum(frame, xxhash.xxh3_64_intdigest(data))
 
+    def verify_frames(self, first: int, count: int, data: Buffer) -> None:
+        """Verifies the bytes of `count` consecutive frames. Raises what `verify_frame` raises, and ChunkFormatError
+        outside the chunk."""
+        view, offset = _bytes_view(data), self.range_bytes(first, count)[0]
+        for frame in range(first, first + count):
+            begin = self._offsets[frame] - offset
+            self.verify_frame(frame, view[begin : begin + self.frame_lengths[frame]])
+        if view.nbytes != self._offsets[first + count] - offset:
+            raise TruncatedChunkError(
+                f"chunk {self.chunk_id.short}: {count} frames from frame {first} have "
+                f"{self._offsets[first + count] - offset} bytes, got {view.nbytes}"
+            )
+
     def require(self, *, model_digest: bytes, chunk_id: ChunkId) -> None:
         """Raises ForeignChunkError if the chunk is not the requested one. The message names what differs."""
         for what, found, wanted in (

@@ -1,7 +1,9 @@
 """Data that the stages of a fetch pass to each other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.match import StoredChunk, Variant
 from kvstore_codec.encoding import Encoding
 
@@ -36,3 +38,18 @@ class ReadTask:
 class ReceivedFrames:
     task: ReadTask
     data: memoryview
+
+
+def read_request(tasks: Sequence[ReadTask], piece_bytes: int = 0) -> pb.ReadRequest:
+    """A read of these ranges from one node, in pieces of at most `piece_bytes` (0: as the node likes)."""
+    request = pb.ReadRequest(piece_bytes=piece_bytes)
+    positions: dict[tuple[int, str], int] = {}
+    for task in tasks:
+        key = task.chunk_index, task.encoding.name
+        if key not in positions:
+            positions[key] = len(positions)
+            chunk_id = task.chunk.chunk_id
+            request.chunks.add(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)
+            request.encodings.append(task.encoding.name)
+        request.ranges.add(chunk=positions[key], first_frame=task.first_frame, frame_count=task.frame_count)
+    return request

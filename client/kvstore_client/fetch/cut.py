@@ -17,11 +17,20 @@ def cut(
     """Reads of a chunk's layers from `first_layer` on, which begins a period of the variant: all frames of these
     layers, or only those in `slots`."""
     geometry = variant.header.geometry
-    runs = _runs(range(geometry.frames_per_period) if slots is None else slots)
+    wanted = range(geometry.frames_per_period) if slots is None else slots
     tasks: deque[ReadTask] = deque()
     for period in range(first_layer // geometry.period_layers, geometry.periods):
-        for run in runs:
-            tasks += _ranges(index, chunk, variant, period, run)
+        tasks += cut_period(index, chunk, variant, period, wanted)
+    return tasks
+
+
+def cut_period(
+    index: int, chunk: StoredChunk, variant: Variant, period: int, slots: Sequence[int]
+) -> list[ReadTask]:
+    """Reads of the frames of one period in these slots."""
+    tasks: list[ReadTask] = []
+    for run in joined(map(range, slots, (slot + 1 for slot in slots))):
+        tasks += _ranges(index, chunk, variant, period, run)
     return tasks
 
 
@@ -61,11 +70,6 @@ def bytes_from(variant: Variant, first_layer: int) -> int | None:
 
 def _start(piece: range) -> int:
     return piece.start
-
-
-def _runs(slots: Sequence[int]) -> list[range]:
-    """Group contiguous slots."""
-    return joined(map(range, slots, (slot + 1 for slot in slots)))
 
 
 def _ranges(index: int, chunk: StoredChunk, variant: Variant, period: int, slots: range) -> list[ReadTask]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
-from kvstore_client.fetch.base import ReadTask, ReceivedFrames
+from kvstore_client.fetch.base import ReadTask, ReceivedFrames, read_request
 from kvstore_client.fetch.cut import RANGE_BYTES
 from kvstore_client.fetch.failover import AHEAD_S, Failover, WatchedStream
 from kvstore_client.fetch.fetch_state import FetchState
@@ -136,7 +136,7 @@ class Receiver:
         stream is ended when it falls silent; with `may_stop` a stream that has become slow is ended between two reads,
         and its other reads are replanned."""
         timeline = self.fetch_state.timeline
-        request = _request(tasks, self._piece_bytes(member))
+        request = read_request(tasks, self._piece_bytes(member))
         try:
             stream = self.view.transport(member).read(request, self.fetch_state.remaining_s())
         except NodeUnavailableError:
@@ -208,17 +208,3 @@ class Receiver:
         elif done < len(tasks):
             unread[reason] = list(tasks[done:])
         return unread
-
-
-def _request(tasks: Sequence[ReadTask], piece_bytes: int) -> pb.ReadRequest:
-    request = pb.ReadRequest(piece_bytes=piece_bytes)
-    positions: dict[tuple[int, str], int] = {}
-    for task in tasks:
-        key = task.chunk_index, task.encoding.name
-        if key not in positions:
-            positions[key] = len(positions)
-            chunk_id = task.chunk.chunk_id
-            request.chunks.add(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)
-            request.encodings.append(task.encoding.name)
-        request.ranges.add(chunk=positions[key], first_frame=task.first_frame, frame_count=task.frame_count)
-    return request

@@ -1,0 +1,132 @@
+"""Reads of single frames from real nodes: whatever is delivered is right, and what is missing has a reason."""
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from kvstore_client import KVStoreClient, connect
+from kvstore_client.fetch.base import ReadTask
+from kvstore_client.fetch.cut import cut_period
+from kvstore_client.frames import FrameResult
+from kvstore_client.match import Match
+from kvstore_client.miss_reason import MissReason
+from kvstore_client.store import NewChunk
+from tests.client.chunks import SPEC, encoded_chunk, flip_bit, ids, random_kv
+from tests.client.conftest import ServedCluster, served_cluster
+
+CHUNKS = 4
+DOCUMENT = ids(CHUNKS)
+
+
+@pytest.fixture(params=[True, False], ids=["bulk port", "grpc"])
+def cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServedCluster]:
+    with served_cluster(tmp_path_factory.mktemp("cluster"), nodes=2, bulk=request.param) as served:
+        yield served
+
+
+@pytest.fixture
+def client(cluster: ServedCluster) -> Iterator[KVStoreClient]:
+    with connect(cluster.address) as client:
+        new = [NewChunk(chunk_id, lambda i=i: random_kv(i)) for i, chunk_id in enumerate(DOCUMENT)]  # type: ignore[misc]
+        assert client.store.put(SPEC, new).result(20) == CHUNKS
+        yield client
+
+
+@pytest.fixture
+def match(client: KVStoreClient) -> Iterator[Match]:
+    match = client.match(SPEC, DOCUMENT)
+    assert len(match.chunks) == CHUNKS
+    yield match
+    client.release(match)
+
+
+def tasks_of(match: Match, period: int, slots: Sequence[int]) -> list[ReadTask]:
+    return [
+        task
+        for index, chunk in enumerate(match.chunks)
+        for task in cut_period(index, chunk, chunk.variants[0], period, slots)
+    ]
+
+
+def stored_bytes(task: ReadTask) -> bytes:
+    encoded = encoded_chunk(task.chunk.chunk_id, task.chunk_index)
+    offset, length = encoded.header.range_bytes(task.first_frame, task.frame_count)
+    return b"".join(encoded.parts)[offset : offset + length]
+
+
+def by_index(results: Sequence[FrameResult]) -> list[FrameResult]:
+    return sorted(results, key=lambda result: result.index)
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["buffers", "own memory"])
+def test_single_frames_of_all_chunks_come_whole(client: KVStoreClient, match: Match, in_place: bool) -> None:
+    tasks = tasks_of(match, 1, [0, 2, 3])
+    assert [task.frame_count for task in tasks] == [1, 2] * CHUNKS
+    buffers = [memoryview(bytearray(task.size_bytes)) for task in tasks] if in_place else None
+    read = client.read_frames(tasks, buffers=buffers)
+    results = by_index(list(read))
+    assert [result.index for result in results] == list(range(len(tasks)))
+    assert read.is_complete
+    assert not read.take()
+    for result in results:
+        assert result.missing is None
+        assert result.task is tasks[result.index]
+        assert result.data == stored_bytes(result.task)
+        if buffers is not None:
+            assert buffers[result.index] == result.data
+
+
+def test_nothing_to_read_is_complete_at_once(client: KVStoreClient) -> None:
+    read = client.read_frames([])
+    assert read.is_complete
+    assert not list(read)
+
+
+def test_a_chunk_that_is_gone_costs_its_own_ranges(
+    cluster: ServedCluster, client: KVStoreClient, match: Match
+) -> None:
+    for node in cluster.nodes:
+        node.delete([DOCUMENT[1]])
+    results = by_index(list(client.read_frames(tasks_of(match, 0, [0, 2]))))
+    assert [result.missing for result in results] == [None, None, *[MissReason.GONE] * 2, *[None] * 4]
+    assert [result.data is None for result in results] == [result.missing is not None for result in results]
+
+
+def test_damage_costs_the_range_that_has_it(
+    cluster: ServedCluster, client: KVStoreClient, match: Match
+) -> None:
+    tasks = tasks_of(match, 0, [0, 2])
+    flip_a_stored_bit(cluster, tasks[3])
+    results = by_index(list(client.read_frames(tasks)))
+    assert [result.missing for result in results] == [*[None] * 3, MissReason.CHECKSUM, *[None] * 4]
+
+
+def test_what_is_cancelled_is_missing_and_the_rest_comes(client: KVStoreClient, match: Match) -> None:
+    tasks = tasks_of(match, 0, [0, 2])
+    read = client.read_frames(tasks)
+    read.cancel([1, 5])
+    results = by_index(list(read))
+    assert [result.index for result in results] == list(range(len(tasks)))
+    assert {result.missing for result in results} <= {None, MissReason.CANCELLED}
+    assert {result.index for result in results if result.missing} <= {1, 5}
+    again = client.read_frames(tasks)
+    assert all(result.missing is None for result in again)
+
+
+def test_a_dead_node_is_named_as_the_reason(
+    cluster: ServedCluster, client: KVStoreClient, match: Match
+) -> None:
+    cluster.stop_node(0)
+    results = list(client.read_frames(tasks_of(match, 0, [1]), timeout_s=5))
+    for result in results:
+        on_dead_node = result.task.chunk.member.node_id == cluster.nodes[0].node_id
+        assert result.missing == (MissReason.UNREACHABLE if on_dead_node else None)
+    assert {result.missing for result in results} == {None, MissReason.UNREACHABLE}
+
+
+def flip_a_stored_bit(cluster: ServedCluster, task: ReadTask) -> None:
+    node = next(node for node in cluster.nodes if node.node_id == task.chunk.member.node_id)
+    with node.open(task.chunk.chunk_id, task.encoding.name) as reader:
+        flip_bit(next(reader.pieces(task.first_frame, 1, 1 << 20))[0])
