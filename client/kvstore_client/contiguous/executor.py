@@ -1,0 +1,145 @@
+"""Computes a question over a part of its prefix, layer by layer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvstore_client.buffers import KVBuffers
+from kvstore_client.contiguous.choice import choose
+from kvstore_client.contiguous.grid import FrameGrid
+from kvstore_client.contiguous.loader import FrameLoader
+from kvstore_client.contiguous.summaries import Scorer
+from kvstore_client.reuse.blend.attention import CausalBlocks
+from kvstore_client.reuse.engine import DecoderLayers
+from kvstore_codec.errors import FetchIncompleteError
+from kvstore_codec.rope import RotaryTable
+
+SCORED_TOKENS = 128
+"""Number of last question tokens whose queries choose the frames."""
+
+_LEAST_SHARE = 0.5
+"""A set that lost more than this share of its frames is not worth an answer: the prompt is reused in full instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeriodSet:
+    """The frames of a period that the question attended to."""
+
+    frames: list[int]
+    """Ascending."""
+    attention: list[float]
+    """Share of the question's attention that each of them is estimated to receive."""
+
+
+class Reprefill:
+    """One question behind a stored prefix, of which each period of layers attends to its own set of frames.
+
+    The `buffers` take the set's KV and behind it the question's, so they hold
+    `count * frame_tokens + len(question)` tokens. `rotary` holds the question's positions. `scorer` is None when all
+    frames are taken. Use it in inference mode, from one thread.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderLayers,
+        question: torch.Tensor,
+        grid: FrameGrid,
+        count: int,
+        scorer: Scorer | None,
+        loader: FrameLoader,
+        buffers: KVBuffers,
+        rotary: RotaryTable,
+    ) -> None:
+        device = decoder.device
+        self._decoder, self._question = decoder, question.to(device)
+        self._grid, self._count, self._scorer, self._loader = grid, count, scorer, loader
+        self._keys, self._values = buffers.keys, buffers.values
+        self._rotary = RotaryTable(rotary.cos.to(device), rotary.sin.to(device))
+        self.sets: list[PeriodSet] = []
+        """The set of each period that was computed."""
+
+    def compute(self, *, states: bool = False) -> torch.Tensor:
+        """Compute the question. With `states` the hidden states that leave the last layer are returned,
+        `[1, tokens, hidden]`; otherwise its attention is not computed. Raises FetchIncompleteError when too much of a
+        set did not arrive."""
+        decoder = self._decoder
+        hidden = decoder.embed(self._question)
+        for period in range(self._grid.periods):
+            layers = self._grid.layers_of(period)
+            for layer in layers:
+                made = decoder.project(layer, hidden, self._rotary)
+                if layer == layers.start:
+                    held = self._place(period, layers, made.queries)
+                    end = held + len(self._question)
+                    mask = CausalBlocks(torch.arange(held, end, device=self._keys.device), self._keys.dtype)
+                self._keys[layer, :, held:end] = made.keys
+                self._values[layer, :, held:end] = made.values
+                if layer == decoder.layers - 1 and not states:
+                    break
+                attended = mask.attend(
+                    made.queries,
+                    self._keys[layer, :, :end],
+                    self._values[layer, :, :end],
+                    decoder.scale(layer),
+                )
+                hidden = decoder.finish(layer, hidden, attended)
+        return hidden
+
+    def align(self) -> int:
+        """Make all layers hold the same number of frames, because an engine's cache has one length: where another
+        period lost frames, the least attended ones leave, too. Returns the number of prefix tokens in each layer."""
+        fewest = min(len(chosen.frames) for chosen in self.sets)
+        for period, chosen in enumerate(self.sets):
+            if len(chosen.frames) > fewest:
+                self._shrink(period, chosen, fewest)
+        return fewest * self._grid.frame_tokens
+
+    def _place(self, period: int, layers: range, queries: torch.Tensor) -> int:
+        """Load a period's set into the buffers. Returns its tokens."""
+        grid = self._grid
+        if self._scorer is None:
+            scores = torch.full((grid.frames,), 1 / grid.frames, device="cpu")
+        else:
+            scores = self._scorer(
+                period, queries[:, -SCORED_TOKENS:], self._decoder.scale(layers.start)
+            ).cpu()
+        loaded = self._loader.take(period, choose(scores, self._count))
+        if len(loaded) < _LEAST_SHARE * self._count:
+            raise FetchIncompleteError(f"{self._count - len(loaded)} of {self._count} frames did not arrive")
+        frames = sorted(loaded)
+        tokens = grid.frame_tokens
+        for slot, index in enumerate(frames):
+            place = slice(slot * tokens, (slot + 1) * tokens)
+            self._keys[layers.start : layers.stop, :, place].copy_(loaded[index][0])
+            self._values[layers.start : layers.stop, :, place].copy_(loaded[index][1])
+        attention = scores[frames].tolist()
+        self.sets.append(PeriodSet(frames, attention))
+        self._loader.keep(period, loaded, dict(zip(frames, attention, strict=True)))
+        return len(frames) * tokens
+
+    def _shrink(self, period: int, chosen: PeriodSet, fewest: int) -> None:
+        kept = choose(torch.tensor(chosen.attention, device="cpu"), fewest)
+        tokens, layers = self._grid.frame_tokens, self._grid.layers_of(period)
+        held = len(chosen.frames) * tokens
+        places = [range(slot * tokens, (slot + 1) * tokens) for slot in kept]
+        places.append(range(held, held + len(self._question)))
+        positions = torch.tensor([*itertools.chain(*places)], device=self._keys.device)
+        for tensor in (self._keys, self._values):
+            part = tensor[layers.start : layers.stop]
+            part[:, :, : len(positions)] = part[:, :, positions]
+        self.sets[period] = PeriodSet(
+            [chosen.frames[slot] for slot in kept], [chosen.attention[slot] for slot in kept]
+        )
+
+
+def attention_of(sets: Sequence[PeriodSet], grid: FrameGrid) -> list[float]:
+    """Share of the question's attention that each chunk of the prefix receives, 0 to 1, averaged over periods."""
+    shares = [0.0] * len(grid.chunks)
+    for chosen in sets:
+        for index, attention in zip(chosen.frames, chosen.attention, strict=True):
+            shares[index // grid.frames_per_chunk] += attention / len(sets)
+    return shares

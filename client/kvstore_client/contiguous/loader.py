@@ -1,0 +1,217 @@
+"""Brings the frames of one request: from the cache, by reads ahead of need, and by reads of what is still missing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
+
+import torch
+
+from kvstore_client.contiguous.cache import FrameCache
+from kvstore_client.contiguous.decoder import FrameDecoder
+from kvstore_client.contiguous.grid import FrameGrid
+from kvstore_client.contiguous.report import ReprefillReport
+from kvstore_client.fetch.base import ReadTask
+from kvstore_client.frames import FrameRead, FrameResult
+from kvstore_client.miss_reason import MissReason
+from kvstore_client.threads import single_threaded
+
+log = logging.getLogger(__name__)
+
+ReadFrames = Callable[[Sequence[ReadTask]], FrameRead]
+"""Starts to read ranges of frames, and returns at once (`KVStoreClient.read_frames`)."""
+
+_READS_AT_ONCE = 2
+"""Reads whose results are decoded at once: the rest of a period's set, and what is read ahead for the next period."""
+
+_Place: TypeAlias = tuple[int, int]
+"""Period and index of a frame."""
+
+
+class FrameLoader:
+    """Loads the frames of a prefix period by period, for one request. One thread calls it. Never raises.
+
+    `take` returns a period's set. Before it waits, it requests the same frames of the next period, because the sets of
+    neighbouring periods overlap (ContiguousKV, inter-period prefetch). The next `take` cancels what proved wrong and
+    requests only the difference.
+    """
+
+    def __init__(
+        self,
+        grid: FrameGrid,
+        read_frames: ReadFrames,
+        decoder: FrameDecoder,
+        cache: FrameCache,
+        report: ReprefillReport,
+        *,
+        deadline_s: float,
+        stall_s: float,
+        device: torch.device,
+        speculate: bool = True,
+    ) -> None:
+        """`deadline_s` is the time for all reads together; a `take` during which nothing arrives for `stall_s` gives
+        up. Frames are taken to `device`. Without `speculate` nothing is read before its period's set is known."""
+        self._grid, self._read_frames, self._decoder, self._cache = grid, read_frames, decoder, cache
+        self._report = report
+        self._ends_s = time.monotonic() + deadline_s
+        self._stall_s, self._device, self._speculate = stall_s, device, speculate
+        self._changed = threading.Condition()
+        self._awaited: set[_Place] = set()
+        """Frames that were requested and have neither arrived nor failed."""
+        self._arrived: dict[_Place, torch.Tensor] = {}
+        self._asked: set[_Place] = set()
+        """Frames that were requested from the nodes, whatever became of them."""
+        self._ahead: set[_Place] = set()
+        """Frames that were requested, or found in the cache, before their period's set was known."""
+        self._reads: dict[int, list[tuple[FrameRead, Sequence[int]]]] = {}
+        """Reads of each period, with the frame of each of their ranges."""
+        self._moved_s = time.monotonic()
+        """When a frame last arrived."""
+        self._workers = ThreadPoolExecutor(_READS_AT_ONCE, "kvstore-reprefill")
+
+    def take(self, period: int, chosen: Sequence[int]) -> dict[int, torch.Tensor]:
+        """The frames of a period's set by index, as FrameDecoder returns them. Waits for them; frames that are evicted,
+        damaged or too late are left out. Call it once for each period, in order."""
+        self._cancel_others(period, chosen)
+        self._request(period, chosen)
+        needed = [(period, index) for index in chosen]
+        read = [index for index in chosen if (period, index) in self._asked]
+        report = self._report
+        report.frames_needed += len(chosen)
+        report.frames_cached += len(chosen) - len(read)
+        report.frames_speculated_right += len(self._ahead.intersection(needed))
+        report.bytes_needed += self._grid.size_bytes(period, read)
+        if self._speculate and period + 1 < self._grid.periods:
+            self._request(period + 1, chosen)
+            ahead = {(period + 1, index) for index in chosen}
+            self._ahead |= ahead
+            report.frames_speculated += len(ahead)
+        began_s = time.monotonic()
+        taken = self._wait(period, needed)
+        report.waited_s += time.monotonic() - began_s
+        report.frames_missing += len(chosen) - len(taken)
+        return taken
+
+    def keep(self, period: int, frames: Mapping[int, torch.Tensor], attention: Mapping[int, float]) -> None:
+        """Count a use of these frames, which received these shares of the question's attention, and cache them."""
+        keys = {index: self._grid.key_of(period, index) for index in frames}
+        self._cache.used(
+            {keys[index]: frame for index, frame in frames.items()},
+            {keys[index]: attention[index] for index in frames},
+        )
+
+    def close(self) -> None:
+        """End all reads and wait for their threads. May be called repeatedly."""
+        for reads in self._reads.values():
+            for read, _ in reads:
+                read.cancel()
+        self._workers.shutdown(wait=True, cancel_futures=True)
+
+    def _request(self, period: int, indices: Iterable[int]) -> None:
+        """Take frames that were not requested yet from the cache, and start to read the others."""
+        with self._changed:
+            new = [
+                index
+                for index in indices
+                if (period, index) not in self._asked and (period, index) not in self._arrived
+            ]
+        keys = {index: self._grid.key_of(period, index) for index in new}
+        cached = self._cache.get(keys.values())
+        wanted = [index for index in new if keys[index] not in cached]
+        with self._changed:
+            for index in new:
+                if keys[index] in cached:
+                    self._arrived[period, index] = cached[keys[index]]
+            places = {(period, index) for index in wanted}
+            self._asked |= places
+            self._awaited |= places
+        if not wanted:
+            return
+        try:
+            read = self._read_frames([self._task(period, index) for index in wanted])
+            self._reads.setdefault(period, []).append((read, wanted))
+            self._workers.submit(self._receive, period, read, wanted)
+        except RuntimeError as error:  # this process has no thread left
+            log.warning("%d frames of a re-prefill cannot be read: %s", len(wanted), error)
+            self._fail(period, wanted)
+
+    def _cancel_others(self, period: int, chosen: Collection[int]) -> None:
+        """Give up frames of a period that were requested ahead and are not in its set."""
+        keep = set(chosen)
+        for read, indices in self._reads.get(period, ()):
+            read.cancel(number for number, index in enumerate(indices) if index not in keep)
+        with self._changed:
+            for place in [p for p in self._arrived if p[0] == period and p[1] not in keep]:
+                del self._arrived[place]
+
+    def _wait(self, period: int, needed: Sequence[_Place]) -> dict[int, torch.Tensor]:
+        with self._changed:
+            self._moved_s = max(self._moved_s, time.monotonic())
+            while not self._awaited.isdisjoint(needed):
+                left_s = min(self._ends_s, self._moved_s + self._stall_s) - time.monotonic()
+                if left_s <= 0:
+                    break
+                self._changed.wait(left_s)
+            self._awaited.difference_update(needed)
+            taken = {place[1]: self._arrived[place] for place in needed if place in self._arrived}
+            for place in [p for p in self._arrived if p[0] == period]:
+                del self._arrived[place]
+        for read, _ in self._reads.pop(period, ()):
+            read.cancel()
+        return {index: frame.to(self._device) for index, frame in taken.items()}
+
+    def _receive(self, period: int, read: FrameRead, indices: Sequence[int]) -> None:
+        """Thread of one read: decode its frames as they arrive."""
+        try:
+            with single_threaded(), torch.inference_mode():
+                while results := read.take():
+                    self._decode(period, indices, results)
+        except Exception:  # a bug must not leave the engine waiting
+            log.exception("reading frames of a re-prefill failed")
+            read.cancel()
+        finally:
+            self._fail(period, indices)
+
+    def _decode(self, period: int, indices: Sequence[int], results: Sequence[FrameResult]) -> None:
+        stored = {indices[result.index]: result.data for result in results if result.data is not None}
+        received_bytes = sum(map(len, stored.values()))
+        cancelled = sum(result.missing is MissReason.CANCELLED for result in results)
+        with self._changed:
+            self._moved_s = time.monotonic()
+            self._report.frames_read += len(stored)
+            self._report.bytes_read += received_bytes
+            self._report.frames_cancelled += cancelled
+            wanted = {i: data for i, data in stored.items() if (period, i) in self._awaited}
+        decoded = self._decoder.decode(period, wanted)
+        with self._changed:
+            for index, frame in decoded.items():
+                if (period, index) in self._awaited:
+                    self._arrived[period, index] = frame
+            finished = {(period, indices[result.index]) for result in results}
+            self._awaited -= finished
+            self._moved_s = time.monotonic()
+            self._changed.notify_all()
+
+    def _fail(self, period: int, indices: Sequence[int]) -> None:
+        """These frames will not arrive, unless they have."""
+        with self._changed:
+            self._awaited.difference_update((period, index) for index in indices)
+            self._changed.notify_all()
+
+    def _task(self, period: int, index: int) -> ReadTask:
+        grid = self._grid
+        chunk, frame = grid.place_of(period, index)
+        layers = grid.layers_of(period)
+        return ReadTask(
+            chunk,
+            grid.chunks[chunk],
+            grid.variants[chunk],
+            frame,
+            1,
+            slice(layers.start, layers.stop),
+            grid.tokens_of(index),
+        )

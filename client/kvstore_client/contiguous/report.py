@@ -1,0 +1,47 @@
+"""What a re-prefill read, and what it waited for."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class ReprefillReport:
+    """Counts of one re-prefill. Sizes are stored bytes of frames, in their encoding."""
+
+    budget: float = 0.0
+    """Share of the prefix's tokens that was asked for."""
+    prefix_tokens: int = 0
+    attended_tokens: int = 0
+    """Tokens of the prefix in each layer's set."""
+    sets: list[list[int]] = field(default_factory=list)
+    """Frames that each period attended to, ascending."""
+    frames_needed: int = 0
+    """Frames of all periods' sets."""
+    frames_cached: int = 0
+    """Needed frames that were in the frame cache."""
+    frames_read: int = 0
+    """Frames that were read, needed or not."""
+    frames_missing: int = 0
+    """Needed frames that left the set: evicted, damaged or too late."""
+    frames_speculated: int = 0
+    """Frames requested before their period's set was known."""
+    frames_speculated_right: int = 0
+    """Those of them that the set then contained."""
+    frames_cancelled: int = 0
+    """Requested frames that were given up before they arrived."""
+    bytes_needed: int = 0
+    """Size of the needed frames that were not cached."""
+    bytes_read: int = 0
+    """Size of everything that was read, summaries included."""
+    summary_bytes: int = 0
+    """Size of the key summaries that were read."""
+    waited_s: float = 0.0
+    """Time that the engine waited for frames."""
+
+    @property
+    def read_amplification(self) -> float:
+        """Bytes read per byte needed; 1 when nothing was needed."""
+        return self.bytes_read / self.bytes_needed if self.bytes_needed else 1.0
+
+    @property
+    def cache_hit_rate(self) -> float:
+        return self.frames_cached / self.frames_needed if self.frames_needed else 0.0
