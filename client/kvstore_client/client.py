@@ -13,6 +13,8 @@ from kvstore_client.buffers import BufferPool
 from kvstore_client.calibrations import Calibrations
 from kvstore_client.canaries import Canaries
 from kvstore_client.cluster_view import ClusterView
+from kvstore_client.contiguous.cache import FrameCache
+from kvstore_client.contiguous.summary_store import SummaryStore
 from kvstore_client.fetch import ChunkFeatures, Computing, Destination, Fetch
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.restore import Restorer
@@ -113,6 +115,10 @@ class KVStoreClient:
         self.ready_calibrations = ReadyCalibrations(self.calibrations, settings, self.metrics)
         self.store = Store(self._view, self.ready_calibrations, settings, self.metrics)
         """Encodes and sends new chunks in the background."""
+        self.frame_cache = FrameCache(settings.reprefill.cache_bytes, settings.reprefill.device_cache_bytes)
+        """Frames that questions with a budget have read."""
+        self.summaries = SummaryStore(self.pages, settings.timeouts.lookup_s)
+        """Key summaries, against which questions with a budget are scored."""
         self.canaries = Canaries(self._view, settings)
         """Compares the KV of local models with the canaries of the cluster."""
         self._lock = threading.Lock()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
+from kvstore_client.contiguous.report import ReprefillReport
 from kvstore_client.failure_log import FailureLog
 from kvstore_client.fork import REGISTRY_LOCK
 from kvstore_client.miss_reason import MissReason
@@ -76,6 +77,13 @@ _PAGES = Counter(
     ["operation", "outcome"],
     registry=None,
 )
+_FRAMES = Counter(
+    "kvstore_client_frames",
+    "Frames that questions with a budget chose: read, found in the frame cache, or missing. And frames that were read "
+    "ahead for nothing.",
+    ["result"],
+    registry=None,
+)
 _WAITING = Gauge("kvstore_client_waiting_for_kv", "Requests that wait for their KV.", registry=None)
 
 _MOST_PREDICTIONS = 1024
@@ -97,6 +105,7 @@ _UNREGISTERED = [
     _REPLANS,
     _PLANNED,
     _PAGES,
+    _FRAMES,
     _WAITING,
 ]
 
@@ -229,6 +238,19 @@ class ClientMetrics:
             with REGISTRY_LOCK:
                 _GUARDED.labels(action).inc(count)
             self._add(f"guarded_{action}", count)
+
+    def reprefilled(self, report: ReprefillReport) -> None:
+        """Count the frames of a question that attended to a part of its prefix."""
+        needed = report.frames_needed - report.frames_cached - report.frames_missing
+        for result, frames in {
+            "read": needed,
+            "cached": report.frames_cached,
+            "missing": report.frames_missing,
+            "wasted": max(0, report.frames_read - needed),
+        }.items():
+            with REGISTRY_LOCK:
+                _FRAMES.labels(result).inc(frames)
+            self._add(f"frames_{result}", frames)
 
     def prompt(self, *, reused_tokens: int, computed_tokens: int) -> None:
         with REGISTRY_LOCK:

@@ -43,6 +43,9 @@ class MissReason(StrEnum):
     GONE = "gone"
     """The chunks were evicted or deleted between the lookup and the read. This is normal work; more memory or disk on
     the nodes makes it rarer."""
+    REPREFILL_INCOMPLETE = "reprefill_incomplete"
+    """More than half of the frames that a question with a budget had chosen did not arrive, so its prefix is reused as
+    without a budget. Check the nodes and the network."""
     CANCELLED = "cancelled"
     """The call ended before its chunks arrived. This is normal work."""
     CHECKSUM = "checksum"
@@ -146,6 +149,9 @@ class MissReason(StrEnum):
     STORE_BEHIND_LOSSY = "store_behind_lossy"
     """The KV was computed behind fetched KV that is less faithful than what the client stores. This is normal work with
     a lossy `KVSTORE_ACCEPT` or `KVSTORE_FLOOR`; add a lossy encoding to `KVSTORE_ENCODING` to store it."""
+    STORE_BEHIND_PART = "store_behind_part"
+    """The KV was computed over a part of a prefix, as `KVSTORE_BUDGET` or the call says, so it is not stored: a plain
+    prefill computes other KV. This is normal work."""
     STORE_NO_CALIBRATION = "store_no_calibration"
     """The encoding needs a calibration of the model, and there is none. Make one with `kvstore calibrate --publish`."""
     STORE_UNENCODABLE = "store_unencodable"

@@ -67,6 +67,12 @@ class EngineCall(Protocol):
         ...
 
     @property
+    def budget(self) -> float | None:
+        """Share of a stored prefix's tokens that the rest of the prompt attends to, above 0 and up to 1; None: all of
+        them, as in a plain prefill."""
+        ...
+
+    @property
     def prompt_tokens(self) -> int:
         """Number of tokens in all prompts of the call."""
         ...
@@ -86,9 +92,16 @@ class EngineCall(Protocol):
         ...
 
     def prompt_pass(
-        self, capture: KeyCapture, reused: KVBuffers | None = None, arrives: LayerArrives | None = None
+        self,
+        capture: KeyCapture,
+        reused: KVBuffers | None = None,
+        arrives: LayerArrives | None = None,
+        left_out: int = 0,
     ) -> PromptPass:
         """A pass over the first `capture.first_token` tokens in `reused`. `arrives` is called for each layer before the
         layer is read (None: all layers are there). Without `reused`, a pass over an empty cache. The captured tokens
-        may be written into `reused` behind the reused ones. `capture` is active while the pass runs."""
+        may be written into `reused` behind the reused ones. `capture` is active while the pass runs.
+
+        With `left_out`, that many of the first tokens are not in `reused` (and all layers are there): later tokens do
+        not attend to them, and keep their positions."""
         ...

@@ -13,7 +13,9 @@ from kvstore_client.reuse.parts import SessionParts
 from kvstore_client.reuse.pending import CompletedCall, ReusingGeneration
 from kvstore_client.reuse.prompt_run import PromptRun
 from kvstore_client.reuse.report import GenerationReport, why_nothing_reused
+from kvstore_client.reuse.summaries import publish_summaries
 from kvstore_client.timeline import Timeline
+from kvstore_codec.geometry import Geometry
 from kvstore_codec.model_spec import ModelSpec
 
 
@@ -29,9 +31,12 @@ class PrefixGeneration(ReusingGeneration):
         incoming: IncomingKV | None = None,
         why_not: str | None = None,
         reused_chunks: int = 0,
+        geometry: Geometry | None = None,
     ) -> None:
         super().__init__(call, snapshot, timeline, incoming, why_not)
         self._parts, self._reused_chunks = parts, reused_chunks
+        self._geometry = geometry or Geometry.of(snapshot.spec)
+        """Geometry of the stored chunks; where none is stored, the usual one."""
 
     @classmethod
     def begin(
@@ -39,7 +44,18 @@ class PrefixGeneration(ReusingGeneration):
     ) -> "PrefixGeneration":
         """Look up the prompt's stored prefix and start to fetch it."""
         ids = parts.client.chunk_ids(snapshot.spec, call.tokens.tolist())
-        match = parts.client.match(snapshot.spec, ids, timeline)
+        return cls.of_match(parts, call, snapshot, timeline, parts.client.match(snapshot.spec, ids, timeline))
+
+    @classmethod
+    def of_match(
+        cls,
+        parts: SessionParts,
+        call: EngineCall,
+        snapshot: ModelSnapshot,
+        timeline: Timeline,
+        match: Match,
+    ) -> "PrefixGeneration":
+        """Start to fetch a prefix that was found stored. Owns the match."""
         incoming, why_not = None, match.why_not
         try:
             if match.chunks:
@@ -48,7 +64,8 @@ class PrefixGeneration(ReusingGeneration):
             if incoming is None:
                 parts.client.release(match)
         reused_chunks = len(match.chunks) if incoming is not None else 0
-        return cls(parts, call, snapshot, timeline, incoming, why_not, reused_chunks)
+        geometry = match.chunks[0].header.geometry if match.chunks else None
+        return cls(parts, call, snapshot, timeline, incoming, why_not, reused_chunks, geometry)
 
     def complete(self) -> CompletedCall:
         run, storing = (
@@ -57,6 +74,8 @@ class PrefixGeneration(ReusingGeneration):
         )
         try:
             generated = run.prefill() if self.incoming is None else run.behind(self.incoming)
+            if self.call.budget is not None and storing.may_store(self.snapshot):
+                self._publish_summaries(generated)
         except BaseException:
             if run.aborted is not None and storing.may_store(self.snapshot):
                 self._store(run.aborted)
@@ -69,6 +88,12 @@ class PrefixGeneration(ReusingGeneration):
         why_not = why_nothing_reused(reused, fetched, self.why_not)
         report = GenerationReport(len(self.call.tokens), reused, self.timeline, fetched, why_not=why_not)
         return CompletedCall(generated.output, report)
+
+    def _publish_summaries(self, generated: GenerationResult) -> None:
+        """Let later questions with a budget choose from this prompt's prefix. Its reused KV must be in its buffers."""
+        buffers = self.incoming.buffers if self.incoming is not None else None
+        tokens: list[int] = self.call.tokens.tolist()
+        publish_summaries(self._parts, tokens, self.snapshot.spec, self._geometry, generated, buffers)
 
     def _store(self, generated: GenerationResult) -> None:
         parts, spec, fetched = self._parts, self.snapshot.spec, generated.report

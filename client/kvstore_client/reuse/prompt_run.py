@@ -65,6 +65,10 @@ class PromptRun:
         """Compute the prompt's last token behind the KV of all others."""
         return self._pass(self._capture(len(self._call.tokens) - 1), kv)
 
+    def over_part(self, kv: KVBuffers, left_out: int) -> GenerationResult:
+        """Like `over`, where the KV of `left_out` earlier tokens is not in `kv`."""
+        return self._pass(self._capture(len(self._call.tokens) - 1), kv, left_out=left_out)
+
     def _capture(self, first_token: int) -> KeyCapture:
         return KeyCapture(self._layers, first_token)
 
@@ -82,10 +86,15 @@ class PromptRun:
         return ComputedRun(chunks, capture)
 
     def _pass(
-        self, capture: KeyCapture, reused: KVBuffers | None = None, arrives: LayerArrives | None = None
+        self,
+        capture: KeyCapture,
+        reused: KVBuffers | None = None,
+        arrives: LayerArrives | None = None,
+        left_out: int = 0,
     ) -> GenerationResult:
         """Run the call over reused KV."""
-        attempt, storing = self._call.prompt_pass(capture, reused, arrives), self._parts.storing.active
+        attempt = self._call.prompt_pass(capture, reused, arrives, left_out)
+        storing = self._parts.storing.active and not left_out
         # A few tokens mostly wait for fetched KV; more of them take the processor from the fetch.
         waits = len(self._call.tokens) - capture.first_token < CHUNK_TOKENS
         computing = self._parts.client.links.computing(request=self._timeline, waits=waits)

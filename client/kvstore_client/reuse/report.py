@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from kvstore_client.contiguous.report import ReprefillReport
 from kvstore_client.fetch import FetchReport
 from kvstore_client.timeline import Timeline
 
@@ -24,6 +25,9 @@ class GenerationReport:
     """Tokens of text that was stored in another context, including the recomputed ones."""
     recomputed_tokens: int = 0
     """Approximate tokens that were recomputed; `reused_tokens` does not count them."""
+    reprefill: ReprefillReport | None = None
+    """What was read, where the prompt attended to a part of its prefix only; `reused_tokens` is then all of the
+    prefix."""
 
     @property
     def exact_tokens(self) -> int:

@@ -23,6 +23,7 @@ from kvstore_client.reuse.parts import SessionParts
 from kvstore_client.reuse.pending import BypassedGeneration, PendingGeneration, ReusingGeneration
 from kvstore_client.reuse.prefix import PrefixGeneration
 from kvstore_client.reuse.report import GenerationReport
+from kvstore_client.reuse.reprefill import ReprefillGeneration
 from kvstore_client.reuse.segments import SegmentGeneration
 from kvstore_client.reuse.store_policy import StorePolicy
 from kvstore_client.timeline import Timeline
@@ -85,6 +86,9 @@ class ReuseSession:
         if self._segments is not None and _has_several_segments(call):
             return SegmentGeneration.begin(self._parts, self._segments, call, snapshot, timeline)
         self._require_segments(call, model)
+        if call.budget is not None and self._engine.decoder is not None:
+            decoder = self._engine.decoder
+            return ReprefillGeneration.begin(self._parts, decoder, call, snapshot, timeline, call.budget)
         return PrefixGeneration.begin(self._parts, call, snapshot, timeline)
 
     def is_stored(self, call: EngineCall) -> bool:
@@ -120,9 +124,11 @@ class ReuseSession:
     @torch.inference_mode()
     def question_states(self, call: EngineCall) -> torch.Tensor:
         """Return the last layer's output for the tokens of the last segment, `[1, tokens, hidden]`. The other segments
-        are reused as in `begin`, however many of their tokens must be recomputed and however long that takes. For
+        are reused as in `begin`, however many of their tokens must be recomputed and however long that takes. Without
+        segments, return it for the tokens behind the stored prefix, over a part of it as the call's budget says. For
         measuring how reuse changes the answer. Raises UnsupportedModelError if the model or its state does not allow
-        reuse, and FetchError if the canary refuses reuse or if stored KV does not arrive."""
+        reuse, and FetchError if the canary refuses reuse, if stored KV does not arrive, or if a part of the prefix
+        cannot be chosen."""
         if self._segments is None:
             raise UnsupportedModelError(f"segments of {self._model.spec.model_id} cannot be reused")
         model = self._current()
@@ -132,6 +138,17 @@ class ReuseSession:
         if refusal is not None:
             raise FetchError(f"no KV of {model.spec.model_id} may be reused: {self._canary.why(refusal)}")
         snapshot = ModelSnapshot(model, self._client.canaries.generation(model.spec.digest))
+        if call.budget is not None and self._engine.decoder is not None and not _has_several_segments(call):
+            part = ReprefillGeneration.begin(
+                self._parts, self._engine.decoder, call, snapshot, Timeline(), call.budget
+            )
+            if not isinstance(part, ReprefillGeneration):
+                part.cancel()
+                raise FetchError(
+                    "no part of the prompt's prefix can be chosen: it is not stored with summaries"
+                )
+            states, self.last_report = part.question_states()
+            return states
         pending = SegmentGeneration.begin_whole(self._parts, self._segments, call, snapshot, Timeline())
         states, self.last_report = pending.question_states()
         return states

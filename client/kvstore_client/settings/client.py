@@ -17,6 +17,7 @@ from kvstore_client.settings.environment import PREFIX, from_environment
 from kvstore_client.settings.fetch import FetchSettings
 from kvstore_client.settings.group import SettingsGroup
 from kvstore_client.settings.recompute import RecomputeSettings
+from kvstore_client.settings.reprefill import ReprefillSettings
 from kvstore_client.settings.store import StoreSettings
 from kvstore_client.settings.timeouts import Timeouts
 from kvstore_client.settings.transport import TransportSettings
@@ -47,6 +48,7 @@ class ClientSettings(SettingsGroup):
     fetch: FetchSettings = Field(default_factory=FetchSettings)
     store: StoreSettings = Field(default_factory=StoreSettings)
     recompute: RecomputeSettings = Field(default_factory=RecomputeSettings)
+    reprefill: ReprefillSettings = Field(default_factory=ReprefillSettings)
     transport: TransportSettings = Field(default_factory=TransportSettings)
 
     def __init__(self, **given: Any) -> None:

@@ -108,7 +108,7 @@ class Decoder:
             made = self.project(layer, hidden, table)
             cache.capture.projected(layer, made.unrotated_keys.transpose(0, 1)[None])
             keys, values = cache.put(layer, made.keys, made.values)
-            mask = torch.ones(len(tokens), keys.shape[1], dtype=torch.bool).tril(first)
+            mask = torch.ones(len(tokens), keys.shape[1], dtype=torch.bool).tril(first - cache.left_out)
             attended = scaled_dot_product_attention(
                 made.queries[None], keys[None], values[None], mask, enable_gqa=True
             )[0]
@@ -124,9 +124,13 @@ class Cache:
     """Keys and values of a prompt, those that are reused first; a layer `arrives` before it is read."""
 
     def __init__(
-        self, capture: KeyCapture, reused: KVBuffers | None = None, arrives: LayerArrives | None = None
+        self,
+        capture: KeyCapture,
+        reused: KVBuffers | None = None,
+        arrives: LayerArrives | None = None,
+        left_out: int = 0,
     ) -> None:
-        self.capture, self.tokens = capture, capture.first_token
+        self.capture, self.tokens, self.left_out = capture, capture.first_token, left_out
         self._reused, self._arrives = reused, arrives
         self.keys: Tensors = []
         self.values: Tensors = []
@@ -134,7 +138,7 @@ class Cache:
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values of a layer, these behind those that were there."""
         if layer == len(self.keys):
-            first = self.capture.first_token
+            first = self.capture.first_token - self.left_out
             if self._arrives is not None:
                 self._arrives(layer)
             empty = keys[:, :0]
@@ -183,6 +187,7 @@ class Call:
     tokens: torch.Tensor
     segments: Sequence[int] | None = None
     recompute: Recompute | None = None
+    budget: float | None = None
     see: Callable[[int], None] = lambda _: None
     bypassed: str | None = None
     new_tokens: int = 4
@@ -199,10 +204,14 @@ class Call:
         return _Pass(self, Cache(KeyCapture(LAYERS, 0))).run().output
 
     def prompt_pass(
-        self, capture: KeyCapture, reused: KVBuffers | None = None, arrives: LayerArrives | None = None
+        self,
+        capture: KeyCapture,
+        reused: KVBuffers | None = None,
+        arrives: LayerArrives | None = None,
+        left_out: int = 0,
     ) -> "_Pass":
         self.passes += 1
-        return _Pass(self, Cache(capture, reused, arrives))
+        return _Pass(self, Cache(capture, reused, arrives, left_out))
 
 
 class _Pass:

@@ -28,19 +28,22 @@ class PlacedLayer(CapturedLayer):
     """A layer whose reused KV is in buffers. New KV is written behind it in the same buffers while there is room, so
     nothing is copied; after that it is an ordinary dynamic layer."""
 
-    def __init__(self, layer: int, capture: KeyCapture, buffers: KVBuffers) -> None:
+    def __init__(
+        self, layer: int, capture: KeyCapture, buffers: KVBuffers, tokens: int | None = None
+    ) -> None:
+        """The buffers hold `tokens` tokens; None: all before the captured ones."""
         super().__init__(layer, capture)
         self._all_keys, self._all_values = (b[layer].unsqueeze(0) for b in (buffers.keys, buffers.values))
         self.is_in_buffers = True
         """Whether the tensors are views of buffers that will be released."""
-        self._show(capture.first_token)
+        self._show(capture.first_token if tokens is None else tokens)
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        begin = self.get_seq_length()
+        begin = self.keys.shape[-2]
         end = begin + key_states.shape[-2]
         if not self.is_in_buffers or end > self._all_keys.shape[-2]:
             self.is_in_buffers = False
@@ -84,6 +87,36 @@ class ArrivingLayer(PlacedLayer):
             self.is_in_buffers = False
 
 
+class _Partial:
+    """A layer without the KV of `left_out` earlier tokens, which its tokens do not attend to. Its tokens keep their
+    positions: masks and positions are those of a sliding window that has moved past the tokens left out."""
+
+    left_out: int
+    keys: torch.Tensor
+
+    def get_seq_length(self) -> int:
+        return self.left_out + int(self.keys.shape[-2])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return int(self.keys.shape[-2]) + query_length, self.left_out
+
+
+class PartialPlacedLayer(_Partial, PlacedLayer):
+    """A PlacedLayer without the KV of some of the tokens before the captured ones."""
+
+    def __init__(self, layer: int, capture: KeyCapture, buffers: KVBuffers, left_out: int) -> None:
+        self.left_out = left_out
+        super().__init__(layer, capture, buffers, capture.first_token - left_out)
+
+
+class PartialLayer(_Partial, DynamicLayer):  # type: ignore[misc]
+    """An ordinary dynamic layer without the KV of some tokens."""
+
+    def __init__(self, left_out: int) -> None:
+        super().__init__()
+        self.left_out = left_out
+
+
 def empty_cache(capture: KeyCapture, layers: int) -> DynamicCache:
     """A cache for a prompt without reused KV."""
     return _cache([CapturedLayer(layer, capture) for layer in range(layers)])
@@ -100,11 +133,17 @@ def placed_cache(buffers: KVBuffers, capture: KeyCapture) -> DynamicCache:
     return _cache([PlacedLayer(layer, capture, buffers) for layer in range(buffers.keys.shape[0])])
 
 
+def partial_cache(buffers: KVBuffers, capture: KeyCapture, left_out: int) -> DynamicCache:
+    """Like `placed_cache`, for buffers without the KV of `left_out` of the tokens before the captured ones."""
+    layers = range(buffers.keys.shape[0])
+    return _cache([PartialPlacedLayer(layer, capture, buffers, left_out) for layer in layers])
+
+
 def make_plain(cache: DynamicCache) -> None:
     """Give a finished cache ordinary layers, which can be copied, pickled and kept, and which refer to no shared
     buffers."""
     for index, layer in enumerate(cache.layers):
-        plain = DynamicLayer()
+        plain = PartialLayer(layer.left_out) if isinstance(layer, _Partial) else DynamicLayer()
         if layer.is_initialized:
             plain.lazy_initialization(layer.keys, layer.values)
             plain.keys, plain.values = (_kept(layer, tensor) for tensor in (layer.keys, layer.values))

@@ -13,6 +13,7 @@ from kvstore_client.engines.transformers.cache import (
     computed_values,
     empty_cache,
     make_plain,
+    partial_cache,
     placed_cache,
     whole_tokens,
 )
@@ -31,9 +32,10 @@ class GenerateCall:
         arguments: Mapping[str, Any],
         segments: Sequence[int] | None = None,
         recompute: Recompute | None = None,
+        budget: float | None = None,
     ) -> None:
         self._model, self._input_ids = model, input_ids
-        self.segments, self.recompute = segments, recompute
+        self.segments, self.recompute, self.budget = segments, recompute, budget
         self._arguments = dict(arguments)
         if self._arguments.get("streamer") is not None:
             self._arguments["streamer"] = _PromptOnce(self._arguments["streamer"])
@@ -53,10 +55,16 @@ class GenerateCall:
         return self._model.generate(self._input_ids, **self._arguments)
 
     def prompt_pass(
-        self, capture: KeyCapture, reused: KVBuffers | None = None, arrives: LayerArrives | None = None
+        self,
+        capture: KeyCapture,
+        reused: KVBuffers | None = None,
+        arrives: LayerArrives | None = None,
+        left_out: int = 0,
     ) -> "GeneratePass":
         if reused is None:
             cache = empty_cache(capture, self._model.config.num_hidden_layers)
+        elif left_out:
+            cache = partial_cache(reused, capture, left_out)
         elif arrives is None:
             cache = placed_cache(reused, capture)
         else:

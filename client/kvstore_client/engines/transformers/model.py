@@ -17,7 +17,7 @@ from kvstore_client.recompute import Recompute
 from kvstore_client.reuse.pending import PendingGeneration
 from kvstore_client.reuse.report import GenerationReport
 from kvstore_client.reuse.session import ReuseSession
-from kvstore_codec.errors import NotCopyableError, UnsupportedModelError
+from kvstore_codec.errors import ConfigurationError, NotCopyableError, UnsupportedModelError
 from kvstore_codec.model_spec import ModelSpec
 
 
@@ -85,6 +85,7 @@ class CachedModel:
         *,
         segments: Sequence[int] | None = None,
         recompute: Recompute | None = None,
+        budget: float | None = None,
         **arguments: Any,
     ) -> Any:
         """Like the model's own `generate`. Reuses KV for `input_ids` of shape `[1, tokens]` with greedy decoding or
@@ -97,12 +98,18 @@ class CachedModel:
         was computed in another context, `recompute` says how it is repaired; by default the client's settings say so,
         with the recompute ratio that was tuned for the storage tier. Raises InvalidTokensError for segments that do not
         sum to the prompt.
+
+        `budget` is the share of a stored prefix's tokens that the rest of the prompt attends to, above 0 and up to 1
+        (docs/reprefill.md): the parts that matter to it are read, the others are not. This changes the answer. Default:
+        the setting `budget`; without one all of the prefix is reused. Has no effect on segments. Raises
+        ConfigurationError for a budget out of range.
         """
         if input_ids is None:
             input_ids = arguments.pop("inputs", None)
         if generation_config is not None:
             arguments["generation_config"] = generation_config
-        return self._session.answer(GenerateCall(self.model, input_ids, arguments, segments, recompute))
+        call = GenerateCall(self.model, input_ids, arguments, segments, recompute, self._budget(budget))
+        return self._session.answer(call)
 
     def begin(
         self,
@@ -110,6 +117,7 @@ class CachedModel:
         *,
         segments: Sequence[int] | None = None,
         recompute: Recompute | None = None,
+        budget: float | None = None,
         **arguments: Any,
     ) -> PendingGeneration:
         """Look up the prompt's stored KV and start to fetch it: the first half of `generate`.
@@ -117,7 +125,8 @@ class CachedModel:
         Computes nothing and waits only for the lookup, so that other prompts can be answered while the KV arrives
         (`PendingGeneration.on_ready`). Pass the result to `finish` or to `cancel`.
         """
-        return self._session.begin(GenerateCall(self.model, input_ids, arguments, segments, recompute))
+        call = GenerateCall(self.model, input_ids, arguments, segments, recompute, self._budget(budget))
+        return self._session.begin(call)
 
     def is_stored(
         self,
@@ -125,10 +134,12 @@ class CachedModel:
         *,
         segments: Sequence[int] | None = None,
         recompute: Recompute | None = None,
+        budget: float | None = None,
         **arguments: Any,
     ) -> bool:
         """Whether `begin`, called with the same arguments, would find KV to fetch. Raises the same errors."""
-        return self._session.is_stored(GenerateCall(self.model, input_ids, arguments, segments, recompute))
+        call = GenerateCall(self.model, input_ids, arguments, segments, recompute, self._budget(budget))
+        return self._session.is_stored(call)
 
     def finish(self, pending: PendingGeneration) -> Any:
         """Compute the rest of the answer: the second half of `generate`, with its result."""
@@ -140,19 +151,32 @@ class CachedModel:
 
     @torch.inference_mode()
     def question_log_probabilities(
-        self, input_ids: torch.Tensor, *, segments: Sequence[int], recompute: Recompute | None = None
+        self,
+        input_ids: torch.Tensor,
+        *,
+        segments: Sequence[int] | None = None,
+        recompute: Recompute | None = None,
+        budget: float | None = None,
     ) -> torch.Tensor:
-        """Log-probabilities at each token of the last segment, f32 `[tokens, vocabulary]`. For measuring how reuse
-        changes the answer.
+        """Log-probabilities at each token of the last segment, or, with a `budget` and without segments, at each token
+        behind the stored prefix, f32 `[tokens, vocabulary]`. For measuring how reuse changes the answer.
 
         Stored KV of the other segments is always reused, also where `generate` would compute it because that is faster.
         Raises UnsupportedModelError for a model whose segments cannot be reused, and FetchError when stored KV does not
-        arrive or when the canary does not allow reuse."""
+        arrive, when the canary does not allow reuse, or when there are no key summaries to choose by."""
         decoder = self._engine.decoder
         if decoder is None:
             raise UnsupportedModelError(f"segments of {self.spec.model_id} cannot be reused")
-        call = GenerateCall(self.model, input_ids, {}, segments, recompute)
+        call = GenerateCall(self.model, input_ids, {}, segments, recompute, budget)
         return decoder.log_probabilities(self._session.question_states(call))
+
+    def _budget(self, budget: float | None) -> float | None:
+        budget = self.client.settings.reprefill.budget if budget is None else budget
+        if budget is not None and not 0 < budget <= 1:
+            raise ConfigurationError(
+                f"a budget of {budget}: expected a share above 0 and up to 1, such as .05"
+            )
+        return budget
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise NotCopyableError(
