@@ -133,6 +133,18 @@ def test_a_mistake_in_counting_a_load_does_not_lose_its_end(
     assert worker._client.metrics.snapshot()["miss_internal_error"] >= 2
 
 
+def test_only_a_step_that_computes_nothing_waits_for_loads(
+    worker: KVStoreConnector, config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert worker._worker is not None
+    limits_s: list[float] = []
+    monkeypatch.setattr(worker._worker._loads, "wait", limits_s.append)
+    step(config, StepMetadata(computes=True))
+    assert limits_s == []
+    step(config, StepMetadata())
+    assert len(limits_s) == 1
+
+
 def test_a_reset_of_vllms_caches_reaches_the_names(config: VllmConfig, store: StoreProcess) -> None:
     scheduler = KVStoreConnector(config, KVConnectorRole.SCHEDULER, cache_config())
     half = scheduler._scheduler

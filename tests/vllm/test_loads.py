@@ -1,6 +1,7 @@
 """Loads of the worker's half, into tensors as the engine has them, from a real store."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -121,6 +122,14 @@ def test_a_load_that_is_overtaken_lacks_nothing_that_is_not_stored(
         assert worker.ended().failed_blocks == frozenset(TABLE)
         assert worker.loads.take_overtaken() == frozenset(), "nothing is stored"
         worker.loads.close()
+
+
+def test_waiting_ends_with_a_load(worker: Worker, client: KVStoreClient) -> None:
+    worker.loads.wait(math.inf)  # there is none
+    ids, _ = stored(client)
+    worker.loads.start(load(ids))
+    worker.loads.wait(math.inf)
+    assert worker.loads.ended().request_ids == {"request"}
 
 
 def test_a_damaged_chunk_fails_its_blocks_and_the_request_goes_on(

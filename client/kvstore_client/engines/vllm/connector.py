@@ -177,6 +177,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self._worker is None:
             return None, None
+        self._guarded(None, self._worker.step_ends)
         ended = self._guarded(LoadedBlocks(), self._worker.ended_loads, finished_req_ids)
         self._failed_blocks |= ended.failed_blocks
         # Apart: a mistake in counting must not lose the end of a load, for which the engine waits.

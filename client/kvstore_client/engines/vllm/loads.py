@@ -26,6 +26,7 @@ _THREADS = 4
 
 _INTERFERENCE = 1.0
 """Decoding and computing take turns on a processor. What they really do is not measured."""
+_POLL_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ class _Load:
 
 
 class Loads:
-    """The loads of one worker. No method waits but `close`. Used by the worker's thread."""
+    """The loads of one worker. No method waits but `wait` and `close`. Used by the worker's thread."""
 
     def __init__(
         self,
@@ -138,6 +139,16 @@ class Loads:
                 if load.begun.done() and load.fetch is not None:
                     with suppress(RuntimeError):  # no thread left: the fetch ends at its deadline
                         self._threads.submit(load.fetch.cancel)
+
+    def wait(self, limit_s: float) -> None:
+        """Wait until one of the loads has ended, `limit_s` at most; without loads not at all."""
+        until_s = time.monotonic() + limit_s
+        while (
+            self._loads
+            and not any(load.is_ended() for load in self._loads.values())
+            and time.monotonic() < until_s
+        ):
+            time.sleep(_POLL_S)
 
     def ended(self) -> LoadedBlocks:
         """The loads that have ended since the last call, each once, those that failed among them."""

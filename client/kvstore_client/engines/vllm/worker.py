@@ -23,9 +23,13 @@ from kvstore_client.engines.vllm.worker_news import News, Newsroom
 from kvstore_client.miss_reason import MissReason
 from kvstore_codec.model_spec import ModelSpec
 
+_IDLE_STEP_S = 0.005
+"""While requests wait for loads and nothing is computed, the engine steps without a pause. Its thread would take the
+interpreter from those that decode the loads. A request that comes in the meantime waits no longer than this."""
+
 
 class WorkerHalf:
-    """Used by the worker's thread. No method waits for the store but `close`."""
+    """Used by the worker's thread. No method waits for the store but `close` and `step_ends`."""
 
     def __init__(
         self,
@@ -89,6 +93,11 @@ class WorkerHalf:
         if step.saves and not self._is_refused(step, storing=True):
             for request in step.saves:
                 self._saves.save(request)
+
+    def step_ends(self) -> None:
+        """A step that computes nothing waits for the loads, a moment at most."""
+        if not self._computes and not self._refused:
+            self._loads.wait(_IDLE_STEP_S)
 
     def ended_loads(self, finished_request_ids: Collection[str]) -> LoadedBlocks:
         """The loads that have ended since the last call. Those of requests that are gone are cancelled first."""
