@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from kvstore_client.client import connect
 from kvstore_client.engines.vllm.canary import engine_probe
-from kvstore_client.engines.vllm.connector_settings import whole_number, yes_or_no
+from kvstore_client.engines.vllm.connector_settings import whole_number, with_defaults, yes_or_no
 from kvstore_client.engines.vllm.events import EventQueue, StoredEvents, are_wanted
 from kvstore_client.engines.vllm.kinds import kind_of
 from kvstore_client.engines.vllm.loads import LoadedBlocks
@@ -30,9 +30,6 @@ from kvstore_client.engines.vllm.worker import WorkerHalf
 from kvstore_client.miss_reason import MissReason
 
 log = logging.getLogger(__name__)
-
-_CLOSE_TIMEOUT_S = 3.0
-"""vLLM kills a process that has not ended 5 s after it was told to; a client waits 10 s for its last chunks."""
 
 Answer = TypeVar("Answer")
 
@@ -51,7 +48,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         supported_version(vllm.__version__)
         require_configuration(vllm_config)
         given = vllm_config.kv_transfer_config.kv_connector_extra_config
-        settings = {"close_timeout_s": _CLOSE_TIMEOUT_S} | given
+        settings = with_defaults(given)
         limits = LoadLimits(
             whole_number(settings, "max_loads", MAX_LOADS),
             whole_number(settings, "max_load_bytes", MAX_LOAD_BYTES),

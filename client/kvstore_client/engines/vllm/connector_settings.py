@@ -1,12 +1,31 @@
-"""Settings in `kv_connector_extra_config` that are not those of a client."""
+"""Settings in `kv_connector_extra_config`: those that are not a client's, and a client's that have other defaults."""
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from kvstore_client.settings.environment import from_environment
 from kvstore_codec.errors import ConfigurationError
 
 _YES_OR_NO = TypeAdapter(bool)
+
+_CLOSE_TIMEOUT_S = 3.0
+"""vLLM kills a process that has not ended 5 s after it was told to; a client waits 10 s for its last chunks."""
+_MOST_DECODERS = 4
+
+
+def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings `given`, and what neither they nor the environment give but has another default than in a client.
+
+    A request that loads waits for all of its KV before its first layer is computed, so a load is decoded on all cores.
+    """
+    defaults: dict[str, Any] = {
+        "close_timeout_s": _CLOSE_TIMEOUT_S,
+        "decode_threads": min(_MOST_DECODERS, os.cpu_count() or 1),
+    }
+    return defaults | from_environment(defaults) | dict(given)
 
 
 def whole_number(settings: dict[str, Any], name: str, default: int) -> int:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from kvstore_client.engines.vllm.connector_settings import whole_number, yes_or_no
+from kvstore_client.client import connect
+from kvstore_client.engines.vllm.connector_settings import whole_number, with_defaults, yes_or_no
 from kvstore_codec.errors import ConfigurationError
 
 
@@ -27,3 +28,19 @@ def test_a_number_that_is_none_is_refused_by_name(value: Any) -> None:
 def test_neither_yes_nor_no_is_refused_by_name(value: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"require_canary is .*true or false"):
         yes_or_no({"require_canary": value}, "require_canary", default=False)
+
+
+def test_defaults_of_the_connector_give_way_to_the_environment_and_to_the_configuration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for variable in ("KVSTORE_CLOSE_TIMEOUT_S", "KVSTORE_DECODE_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    defaults = with_defaults({"address": "store:7420"})
+    assert defaults["address"] == "store:7420"
+    assert defaults["close_timeout_s"] < 5  # vLLM kills the process then
+    assert 1 <= defaults["decode_threads"] <= 4
+    monkeypatch.setenv("KVSTORE_CLOSE_TIMEOUT_S", "4.5")
+    monkeypatch.setenv("KVSTORE_DECODE_THREADS", "7")
+    with connect(**with_defaults({})) as client:
+        assert (client.settings.timeouts.close_s, client.settings.fetch.decode_threads) == (4.5, 7)
+    assert with_defaults({"decode_threads": 2})["decode_threads"] == 2
