@@ -113,7 +113,7 @@ class KVStoreClient:
         self.calibrations = Calibrations(self._view, settings, self.metrics)
         """Calibrations of KV codecs, by digest."""
         self.ready_calibrations = ReadyCalibrations(self.calibrations, settings, self.metrics)
-        self.store = Store(self._view, self.ready_calibrations, settings, self.metrics)
+        self.store = Store(self._view, self.ready_calibrations, settings, self.metrics, self.links)
         """Encodes and sends new chunks in the background."""
         self.frame_cache = FrameCache(settings.reprefill.cache_bytes, settings.reprefill.device_cache_bytes)
         """Frames that questions with a budget have read."""

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from kvstore_client.cluster_view import ClusterView
+from kvstore_client.giving_way import GivingWay
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.owner_write import OutgoingChunk, keep_as
+from kvstore_client.planning import Links
 from kvstore_client.ready_calibrations import ReadyCalibrations
 from kvstore_client.recompute.frequency import token_order
 from kvstore_client.replicated_write import ReplicatedWrite
@@ -83,9 +85,11 @@ class Store:
         ready: ReadyCalibrations,
         settings: ClientSettings,
         metrics: ClientMetrics,
+        links: Links,
     ) -> None:
         self._view = view
         self._ready = ready
+        self._giving_way = GivingWay(links, settings)
         self._settings = settings
         self._metrics = metrics
         self.encodings = tuple(map(Encoding.parse, settings.encodings.stored))
@@ -300,6 +304,7 @@ class Store:
                 if self._stop.done() or not owners:
                     self._metrics.missed(MissReason.STORE_PAUSED)
                     continue
+                self._giving_way.wait(len(chunks), self._waiting_bytes, is_over=lambda: self._closed)
                 text = texts[chunk.document]
                 left = tuple(e for e in encodings if not writing.is_cut(text, e.name))
                 if not left:

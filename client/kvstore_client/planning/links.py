@@ -250,6 +250,12 @@ class Links:
         with self._lock:
             return any(one.ended_s == math.inf for one in self._passes)
 
+    def idle_s(self) -> float:
+        """Seconds since the engine computed: 0 while it does, infinity where it did not lately."""
+        with self._lock:
+            last_s = max((one.ended_s for one in self._passes), default=-math.inf)
+            return max(0.0, self._clock() - last_s)
+
     def busy_Bps(self, endpoint: str) -> float | None:  # noqa: N802
         """Highest bandwidth of the endpoint while the engine computes; None when it was never observed."""
         with self._lock:

@@ -48,7 +48,7 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         supported_version(vllm.__version__)
         require_configuration(vllm_config)
         given = vllm_config.kv_transfer_config.kv_connector_extra_config
-        settings = with_defaults(given)
+        settings = with_defaults(given, on_cpu=vllm_config.device_config.device_type == "cpu")
         limits = LoadLimits(
             whole_number(settings, "max_loads", MAX_LOADS),
             whole_number(settings, "max_load_bytes", MAX_LOAD_BYTES),

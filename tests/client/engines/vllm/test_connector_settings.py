@@ -35,12 +35,13 @@ def test_defaults_of_the_connector_give_way_to_the_environment_and_to_the_config
 ) -> None:
     for variable in ("KVSTORE_CLOSE_TIMEOUT_S", "KVSTORE_DECODE_THREADS"):
         monkeypatch.delenv(variable, raising=False)
-    defaults = with_defaults({"address": "store:7420"})
+    defaults = with_defaults({"address": "store:7420"}, on_cpu=True)
     assert defaults["address"] == "store:7420"
     assert defaults["close_timeout_s"] < 5  # vLLM kills the process then
     assert 1 <= defaults["decode_threads"] <= 4
+    assert defaults["store_idle_wait_s"] > 0 == with_defaults({}, on_cpu=False)["store_idle_wait_s"]
     monkeypatch.setenv("KVSTORE_CLOSE_TIMEOUT_S", "4.5")
     monkeypatch.setenv("KVSTORE_DECODE_THREADS", "7")
-    with connect(**with_defaults({})) as client:
+    with connect(**with_defaults({}, on_cpu=False)) as client:
         assert (client.settings.timeouts.close_s, client.settings.fetch.decode_threads) == (4.5, 7)
-    assert with_defaults({"decode_threads": 2})["decode_threads"] == 2
+    assert with_defaults({"decode_threads": 2}, on_cpu=True)["decode_threads"] == 2
