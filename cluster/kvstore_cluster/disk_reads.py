@@ -76,6 +76,12 @@ class DiskReads:
             self._lose(slot, error)
         return data
 
+    def blocks(self, slot: int, offset: int, view: memoryview) -> None:
+        """Fills an aligned view with the chunk's bytes from `offset` on, a multiple of the block size. The last block
+        may end behind the chunk. The bytes are not verified: the caller does that, and calls `drop` for damage. Raises
+        ChunkNotFoundError as `header` does."""
+        self._read(slot, offset, [view])
+
     def _read(self, slot: int, offset: int, views: list[memoryview]) -> None:
         """Reads part of a chunk. Tries again when compaction moves the record meanwhile."""
         catalog, index = self._catalog, self._index
@@ -106,14 +112,19 @@ class DiskReads:
                     catalog.unreadable.discard(slot)
             return
 
-    def _lose(self, slot: int, error: ChunkFormatError) -> NoReturn:
+    def drop(self, slot: int, error: ChunkFormatError) -> None:
+        """Drops the disk copy of a chunk that is damaged or of a version that is no longer read."""
         short = self._index.chunk_id(slot).short
         level = logging.WARNING if isinstance(error, UnsupportedVersionError) else logging.ERROR
         log.log(level, "%s drops chunk %s from its disk: %s", self._catalog.node_id, short, error)
         with self._catalog.lock:
             self._catalog.drop_disk_copy(slot)
+
+    def _lose(self, slot: int, error: ChunkFormatError) -> NoReturn:
+        self.drop(slot, error)
         raise LostChunkError(
-            f"the disk of {self._catalog.node_id} does not have chunk {short} any more: {error}"
+            f"the disk of {self._catalog.node_id} does not have chunk {self._index.chunk_id(slot).short} any more: "
+            f"{error}"
         )
 
 

@@ -35,6 +35,11 @@ class DiskTier:
 
     def recover(self) -> None:
         """Rebuilds the index from the records on disk. Call without the lock; may block. Raises DiskError."""
+        if not self._store.direct:
+            log.warning(
+                "%s reads and writes its disk through the page cache: the file system has no O_DIRECT",
+                self._catalog.node_id,
+            )
         recovery = self._store.recover()
         for line in recovery.dropped:
             log.warning("%s: %s", self._catalog.node_id, line)

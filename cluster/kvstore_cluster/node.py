@@ -12,6 +12,8 @@ from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.disk_tier import DiskTier
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
+from kvstore_cluster.frame_plan import FrameRange
+from kvstore_cluster.frame_reads import FrameRead, FrameReadOptions, FrameReads
 from kvstore_cluster.intake import Intake
 from kvstore_cluster.integrity import check_integrity
 from kvstore_cluster.leases import LeaseId, LeaseTable
@@ -38,7 +40,7 @@ class StorageNode:
 
     With a `store`, chunks are also kept on disk, and the node recovers the chunks that are already there. `durability`
     is the default for puts that do not specify one. `policy` creates the eviction policy of each tier. `clock` returns
-    unix time, and is used for TTLs.
+    unix time, and is used for TTLs. `frame_reads` says how single frames are read from disk.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class StorageNode:
         leases: LeaseTable[int] | None = None,
         clock: Callable[[], float] = time.time,
         residency: Residency = Residency(),  # noqa: B008 (has no state)
+        frame_reads: FrameReadOptions = FrameReadOptions(),  # noqa: B008 (frozen)
     ) -> None:
         self.node_id = node_id
         self._clock = clock
@@ -61,6 +64,7 @@ class StorageNode:
         self._memory, self._disk = MemoryTier(catalog), DiskTier(catalog)
         self._migration = Migration(catalog, self._memory, self._disk, residency)
         self._stored = ChunkBytes(catalog, self._disk, self._migration, residency)
+        self._frames = FrameReads(catalog, self._stored, self._disk, self._acquire, frame_reads)
         self._uses = Uses(catalog)
         self._directives = Directives(catalog)
         self._intake = Intake(catalog, self._memory, self._disk, self._migration, durability, clock)
@@ -139,15 +143,7 @@ class StorageNode:
         """Opens a reader of the chunk's frames. Views of memory stay valid until the `with` block ends, even if the
         chunk is deleted before that. Counts as a use of the chunk, except with `peek` and except for a leased chunk,
         whose lookup has counted the use. Raises ChunkNotFoundError."""
-        with self._lock:
-            slot = self._index.find_alive(chunk_id, encoding, self._clock())
-            if slot is None:
-                raise ChunkNotFoundError(
-                    f"chunk {chunk_id.short} is not stored as {encoding} on {self.node_id}"
-                )
-            if not (peek or self._leases.holds(slot)):
-                self._catalog.touch([slot])
-            self._catalog.acquire(slot)
+        slot = self._acquire(chunk_id, encoding, peek=peek)
         reader = ChunkReader(self._stored, slot, self._index.size_bytes[slot])
         try:
             yield reader
@@ -156,6 +152,13 @@ class StorageNode:
                 self._counters.reads += reader.ranges_read
                 self._counters.bytes_out += reader.bytes_read
                 self._catalog.release(slot)
+
+    def read_frames(
+        self, chunks: Sequence[ChunkId], encodings: Sequence[str], ranges: Sequence[FrameRange]
+    ) -> FrameRead:
+        """Opens a reader of ranges of frames of many chunks. It reads several from disk at once, and promotes no chunk.
+        Each chunk counts as used, as in `open`."""
+        return FrameRead(self._frames, chunks, encodings, ranges)
 
     def renew_lease(self, lease_id: LeaseId, lease_s: float) -> bool:
         """Extends the lease to `lease_s` seconds from now. False when it has ended."""
@@ -182,14 +185,16 @@ class StorageNode:
         self._disk.write_tombstones()
         return deleted
 
-    def report(self, chunks: Sequence[ChunkId], scores: Sequence[float]) -> None:
-        """Records the share of attention, 0 to 1, that a model paid to each chunk. Ignores unknown chunks."""
+    def report(self, chunks: Sequence[ChunkId], scores: Sequence[float], tenant: str = "") -> None:
+        """Records the share of attention, 0 to 1, that a model of `tenant` paid to each chunk. Ignores unknown chunks
+        and those that other tenants stored."""
         for begin in range(0, len(chunks), SLICE_CHUNKS):
             end = begin + SLICE_CHUNKS
             with self._slice(begin):
                 for chunk_id, score in zip(chunks[begin:end], scores[begin:end], strict=True):
                     for slot in self._index.variants(chunk_id):
-                        self._catalog.report(slot, score)
+                        if self._index.tenant(slot) == tenant:
+                            self._catalog.report(slot, score)
 
     def set_pins(self, pins: Set[ChunkId]) -> None:
         """Replaces the set of pinned chunks, which are never evicted. The set may name chunks that are not stored
@@ -246,6 +251,7 @@ class StorageNode:
                     "memory_chunks": len(catalog.in_memory),
                     "disk_chunks": len(catalog.on_disk),
                     "disk_unreadable": len(catalog.unreadable),
+                    "disk_direct": int(store is not None and store.direct),
                     "disk_bytes_used": store.live_bytes if store else 0,
                     "disk_bytes_limit": store.capacity_bytes if store else 0,
                     "pinned": len(catalog.pinned),
@@ -265,6 +271,7 @@ class StorageNode:
 
     def close(self) -> None:
         """Writes dirty chunks to disk and closes the disk. No put or read may be in progress."""
+        self._frames.close()
         if self._catalog.store is not None:
             while self._migration.flush():
                 pass
@@ -275,6 +282,19 @@ class StorageNode:
         examines every chunk with the lock held."""
         with self._lock:
             check_integrity(self._catalog, self._intake.extents())
+
+    def _acquire(self, chunk_id: ChunkId, encoding: str, *, peek: bool = False) -> int:
+        """Acquires a stored chunk, counts its use as `open` says, and returns its slot. Raises ChunkNotFoundError."""
+        with self._lock:
+            slot = self._index.find_alive(chunk_id, encoding, self._clock())
+            if slot is None:
+                raise ChunkNotFoundError(
+                    f"chunk {chunk_id.short} is not stored as {encoding} on {self.node_id}"
+                )
+            if not (peek or self._leases.holds(slot)):
+                self._catalog.touch([slot])
+            self._catalog.acquire(slot)
+        return slot
 
     def _slice(self, begin: int) -> AbstractContextManager[None]:
         return locked_slice(self._lock, first=not begin)

@@ -1,14 +1,14 @@
 """Reads stored chunks in frame ranges."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 from kvstore_cluster.catalog import ChunkCatalog
 from kvstore_cluster.disk_tier import DiskTier
+from kvstore_cluster.frame_plan import bytes_of_frames
 from kvstore_cluster.migration import Migration
 from kvstore_cluster.residency import Residency
 from kvstore_codec.chunk import ChunkHeader, read_header
-from kvstore_codec.errors import FrameRangeError
 
 
 class ChunkBytes:
@@ -74,29 +74,28 @@ class ChunkReader:
         arena. Raises FrameRangeError, and ChunkNotFoundError when the disk has lost the chunk."""
         offset, length = self._range(first_frame, frame_count)
         self.ranges_read += 1
-        piece: list[memoryview] = []
-        room = piece_bytes
-        for view in self._source.views(self._slot, offset, length):
-            rest = view.toreadonly()
-            while rest.nbytes:
-                part, rest = rest[:room], rest[room:]
-                piece.append(part)
-                room -= part.nbytes
-                if not room:
-                    self.bytes_read += piece_bytes
-                    yield piece
-                    piece, room = [], piece_bytes
-        if piece:
-            self.bytes_read += piece_bytes - room
+        for piece in pieces_of(self._source.views(self._slot, offset, length), piece_bytes):
+            self.bytes_read += sum(view.nbytes for view in piece)
             yield piece
 
     def _range(self, first_frame: int, frame_count: int) -> tuple[int, int]:
         if first_frame == frame_count == 0:
             return 0, self.size_bytes
-        frames = self.header.geometry.frame_count
-        if not 0 <= first_frame < first_frame + frame_count <= frames:
-            raise FrameRangeError(
-                f"frames [{first_frame}, {first_frame + frame_count}) were requested of chunk "
-                f"{self.header.chunk_id.short}, which has {frames} frames"
-            )
-        return self.header.range_bytes(first_frame, frame_count)
+        return bytes_of_frames(self.header, first_frame, frame_count)
+
+
+def pieces_of(views: Iterable[memoryview], piece_bytes: int) -> Iterator[list[memoryview]]:
+    """The bytes of the views, read-only and in order, in pieces of at most `piece_bytes`."""
+    piece: list[memoryview] = []
+    room = piece_bytes
+    for view in views:
+        rest = view.toreadonly()
+        while rest.nbytes:
+            part, rest = rest[:room], rest[room:]
+            piece.append(part)
+            room -= part.nbytes
+            if not room:
+                yield piece
+                piece, room = [], piece_bytes
+    if piece:
+        yield piece

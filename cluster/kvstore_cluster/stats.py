@@ -11,7 +11,9 @@ class NodeCounters:
     of their text. `reads` counts frame ranges. `evictions` counts chunks removed from the node to free space,
     `demotions` chunks removed only from memory. `texts_cut` counts puts refused because only the beginning of their
     own text could be evicted, `disk_refused` puts that the disk refused, `damaged` copies that the disk lost, and
-    `disk_read_errors` reads that failed in every attempt and whose chunk stays on disk."""
+    `disk_read_errors` reads that failed in every attempt and whose chunk stays on disk. Of reads of single frames:
+    `frame_disk_reads` counts reads from disk, which may cover several ranges, `frame_disk_bytes` the bytes of their
+    blocks, and `ranges_dropped` ranges that clients cancelled."""
 
     lookups: int = 0
     hits: int = 0
@@ -33,6 +35,9 @@ class NodeCounters:
     disk_refused: int = 0
     damaged: int = 0
     disk_read_errors: int = 0
+    frame_disk_reads: int = 0
+    frame_disk_bytes: int = 0
+    ranges_dropped: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)

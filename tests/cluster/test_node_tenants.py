@@ -85,3 +85,16 @@ def test_the_check_sees_a_queue_that_names_other_chunks() -> None:
     node._catalog.quotas._oldest_first["b"].remove(0)
     with pytest.raises(StorageError, match="queue of tenant 'b'"):
         node.check_integrity()
+
+
+def test_a_report_of_attention_leaves_the_chunks_of_another_tenant_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = new_node()
+    own, theirs = CHUNKS[:2]
+    assert put(node, own, "a")
+    assert put(node, theirs, "b")
+    heard: list[float] = []
+    monkeypatch.setattr(node._catalog, "report", lambda _, score: heard.append(score))
+    node.report([own.chunk_id, theirs.chunk_id], [0.25, 0.75], "a")
+    assert heard == [0.25]
