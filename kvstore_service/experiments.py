@@ -1,27 +1,16 @@
 """Limits on the speed of a storage node, for experiments: how fast it sends, and how fast it reads its disk."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.frame_plan import FrameRange
 from kvstore_cluster.slow_disk import SlowNode
 from kvstore_codec.identity import ChunkId
+from kvstore_service.chunk_source import FrameData, OpenChunk, OpenFrames
 from kvstore_service.throttle import Throttle
 
 START = "start it with `kvstore serve --experiments`, or KVSTORE_EXPERIMENTS=true"
-
-
-class OpenChunk(Protocol):
-    """A stored chunk that is open for reading."""
-
-    def range_bytes(self, first_frame: int, frame_count: int) -> int: ...
-
-    def pieces(self, first_frame: int, frame_count: int, piece_bytes: int) -> Iterator[list[memoryview]]: ...
-
-
-Opener = Callable[[ChunkId, str], AbstractContextManager[OpenChunk]]
-"""`StorageNode.open` or `Experiments.open`."""
 
 
 class Experiments:
@@ -36,6 +25,14 @@ class Experiments:
         """Like `StorageNode.open`, but reading from the chunk blocks as the bandwidth limit demands."""
         with self._node.open(chunk_id, encoding) as reader:
             yield _PacedChunk(reader, self._throttle)
+
+    @contextmanager
+    def read_frames(
+        self, chunks: Sequence[ChunkId], encodings: Sequence[str], ranges: Sequence[FrameRange]
+    ) -> Iterator[OpenFrames]:
+        """Like `StorageNode.read_frames`, but reading blocks as the bandwidth limit demands."""
+        with self._node.read_frames(chunks, encodings, ranges) as read:
+            yield _PacedFrames(read, self._throttle)
 
     def set_limits(self, request: pb.ThrottleRequest) -> None:
         """Sets the limits that the request contains. Raises ConfigurationError."""
@@ -65,4 +62,28 @@ class _PacedChunk:
 
     def pieces(self, first_frame: int, frame_count: int, piece_bytes: int) -> Iterator[list[memoryview]]:
         for piece in self._chunk.pieces(first_frame, frame_count, piece_bytes):
+            yield from self._throttle.paced(piece)
+
+
+class _PacedFrames:
+    def __init__(self, read: OpenFrames, throttle: Throttle) -> None:
+        self._read = read
+        self._throttle = throttle
+
+    def drop(self, indices: Iterable[int]) -> None:
+        self._read.drop(indices)
+
+    def __iter__(self) -> Iterator[FrameData]:
+        for data in self._read:
+            yield _PacedData(data, self._throttle)
+
+
+class _PacedData:
+    def __init__(self, data: FrameData, throttle: Throttle) -> None:
+        self.index, self.failure, self.size_bytes = data.index, data.failure, data.size_bytes
+        self._data = data
+        self._throttle = throttle
+
+    def pieces(self, piece_bytes: int) -> Iterator[list[memoryview]]:
+        for piece in self._data.pieces(piece_bytes):
             yield from self._throttle.paced(piece)

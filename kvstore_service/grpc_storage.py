@@ -26,7 +26,8 @@ from kvstore_codec.errors import (
     StorageError,
 )
 from kvstore_service import wire
-from kvstore_service.experiments import START, Experiments, Opener
+from kvstore_service.chunk_source import ChunkSource
+from kvstore_service.experiments import START, Experiments
 from kvstore_service.grpc_puts import put_chunks
 from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, MAX_REPLY_BYTES, GrpcServer, parser, unary
 from kvstore_service.large_requests import LargeRequests
@@ -57,7 +58,7 @@ class StorageService:
         self._large = large or LargeRequests()
         self._verifying = threading.Lock()
         self._experiments = experiments
-        self._open_chunk: Opener = node.open if experiments is None else experiments.open
+        self._source: ChunkSource = node if experiments is None else experiments
         self._bulk_endpoint = bulk_endpoint
         self._repair = repair
 
@@ -151,7 +152,7 @@ class StorageService:
         scores = list(request.scores)
         if len(scores) != len(chunks) or not all(0 <= score <= 1 for score in scores):
             raise MalformedRequestError("a report must have one score from 0 to 1 for each chunk")
-        self._node.report(chunks, scores)
+        self._node.report(chunks, scores, wire.reporting_tenant(request))
         return pb.ReportReply()
 
     def list(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListReply:  # noqa: ARG002
@@ -228,14 +229,18 @@ class StorageService:
     def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:  # noqa: ARG002
         """Yields serialised ReadReply messages. The chunk of a range stays in memory until the range is sent."""
         chunks, encodings = wire.read_targets(request)
-        if any(wanted.chunk >= len(chunks) for wanted in request.ranges):
-            raise MalformedRequestError(
-                f"a range has a chunk index beyond the {len(chunks)} chunks of the request"
-            )
         piece_bytes = min(request.piece_bytes or MAX_PIECE_BYTES, MAX_PIECE_BYTES)
+        if request.any_order:
+            with self._source.read_frames(chunks, encodings, request.ranges) as read:
+                for data in read:
+                    if data.failure is not None:
+                        yield _read_failure(data.index, wire.range_failure(data.failure))
+                    for piece in data.pieces(piece_bytes):
+                        yield encode_read_piece(data.index, piece)
+            return
         for index, wanted in enumerate(request.ranges):
             try:
-                with self._open_chunk(chunks[wanted.chunk], encodings[wanted.chunk]) as reader:
+                with self._source.open(chunks[wanted.chunk], encodings[wanted.chunk]) as reader:
                     for piece in reader.pieces(wanted.first_frame, wanted.frame_count, piece_bytes):
                         yield encode_read_piece(index, piece)
             except (ChunkNotFoundError, ChunkFormatError):

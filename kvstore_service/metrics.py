@@ -24,6 +24,7 @@ _TEXTS = {
     "disk_chunks": "Stored variants that are on disk.",
     "disk_bytes_used": "Bytes of disk used by chunks.",
     "disk_bytes_limit": "Bytes of disk for chunks.",
+    "disk_direct": "Whether the node reads and writes its disk past the page cache.",
     "disk_unreadable": "Stored variants whose last read from the disk failed.",
     "pinned": "Stored variants that are pinned.",
     "draining": "Whether the node is draining.",

@@ -27,10 +27,9 @@ class StorageServer:
     ) -> None:
         host = host or _ray_address()
         self._experiments = Experiments(node) if isinstance(node, SlowNode) else None
-        open_chunk = node.open if self._experiments is None else self._experiments.open
         large = LargeRequests()
         self._bulk = serve_bulk(
-            node, host=host, tls=server_tls(*tls) if tls else None, open_chunk=open_chunk, large=large
+            node, host=host, tls=server_tls(*tls) if tls else None, source=self._experiments, large=large
         )
         self.bulk_address = self._bulk.address
         try:

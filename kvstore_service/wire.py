@@ -8,8 +8,10 @@ import math
 from collections.abc import Collection
 
 from kvstore_api.chunk_refs import ChunkName, chunk_ref
+from kvstore_api.frames import MAX_FRAME_RANGES
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.durability import Durability
+from kvstore_cluster.frame_reads import RangeDroppedError
 from kvstore_cluster.intake import MAX_TENANT_BYTES
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
 from kvstore_cluster.listing import MOST_BEHIND
@@ -20,6 +22,7 @@ from kvstore_codec.canonical import DIGEST_BYTES
 from kvstore_codec.errors import (
     ArenaFullError,
     ChunkTooLargeError,
+    FrameRangeError,
     InvalidKVError,
     KVStoreError,
     MalformedRequestError,
@@ -27,6 +30,7 @@ from kvstore_codec.errors import (
     NotDurableError,
     OverQuotaError,
     PutStateError,
+    StorageError,
     TextTooLongError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
@@ -88,10 +92,13 @@ def lookup_request(request: pb.LookupRequest, max_header_bytes: int) -> LookupRe
 
 
 def read_targets(request: pb.ReadRequest) -> tuple[list[ChunkId], list[str]]:
-    """The chunks that the ranges of a read refer to, and the encoding of each. The chunk indices of the ranges are not
-    checked."""
+    """The chunks that the ranges of a read refer to, and the encoding of each."""
     _require_at_most(MAX_CHUNKS, "chunks", request.chunks)
-    _require_at_most(MAX_RANGES, "ranges", request.ranges)
+    _require_at_most(MAX_FRAME_RANGES if request.any_order else MAX_RANGES, "ranges", request.ranges)
+    if any(wanted.chunk >= len(request.chunks) for wanted in request.ranges):
+        raise MalformedRequestError(
+            f"a range has a chunk index beyond the {len(request.chunks)} chunks of the request"
+        )
     chunks = [chunk_id(ref) for ref in request.chunks]
     encodings = list(request.encodings)
     if len(encodings) != len(chunks):
@@ -99,6 +106,17 @@ def read_targets(request: pb.ReadRequest) -> tuple[list[ChunkId], list[str]]:
             f"{len(chunks)} chunks with {len(encodings)} encodings; give one for each"
         )
     return chunks, encodings
+
+
+def range_failure(failure: StorageError) -> pb.ReadStatus:
+    """The status of a range that could not be read."""
+    match failure:
+        case RangeDroppedError():
+            return pb.READ_STATUS_CANCELLED
+        case FrameRangeError():
+            return pb.READ_STATUS_INVALID_RANGE
+        case _:
+            return pb.READ_STATUS_NOT_FOUND
 
 
 def put_arguments(start: pb.PutStart) -> tuple[ChunkId, str, int, bytes | None, PutOptions]:
@@ -157,12 +175,12 @@ def put_refusal(error: KVStoreError) -> pb.PutReply:
 
 def tenant_of(request: pb.ListRequest) -> str | None:
     """The tenant whose chunks are listed. None means all tenants."""
-    tenant_bytes = len(request.tenant.encode())
-    if tenant_bytes > MAX_TENANT_BYTES:
-        raise MalformedRequestError(
-            f"the name of a tenant has {tenant_bytes} bytes; at most {MAX_TENANT_BYTES}"
-        )
-    return request.tenant if request.HasField("tenant") else None
+    return _tenant_name(request.tenant) if request.HasField("tenant") else None
+
+
+def reporting_tenant(request: pb.ReportRequest) -> str:
+    """The tenant whose model paid the attention."""
+    return _tenant_name(request.tenant)
 
 
 def content_prefix(request: pb.ListRequest) -> bytes:
@@ -185,6 +203,15 @@ def stored_variant(variant: StoredVariant) -> pb.StoredVariant:
         tenant=variant.tenant,
         cost=variant.cost,
     )
+
+
+def _tenant_name(tenant: str) -> str:
+    tenant_bytes = len(tenant.encode())
+    if tenant_bytes > MAX_TENANT_BYTES:
+        raise MalformedRequestError(
+            f"the name of a tenant has {tenant_bytes} bytes; at most {MAX_TENANT_BYTES}"
+        )
+    return tenant
 
 
 def _put_status(error: KVStoreError) -> pb.PutStatus:

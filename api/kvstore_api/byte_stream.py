@@ -102,6 +102,16 @@ class ByteStream:
         """Whether the connection is open, as far as this side knows. Does not block."""
         return self._peek() != b""
 
+    def has_arrived(self) -> bool:
+        """Whether bytes wait to be received. Does not block. Raises ConnectionResetError if the peer closed the
+        connection."""
+        if isinstance(self._socket, ssl.SSLSocket) and self._socket.pending():
+            return True
+        waiting = self._peek()
+        if waiting == b"":
+            raise ConnectionResetError("the other side closed the connection")
+        return waiting is not None
+
     def _peek(self) -> bytes | None:
         """A byte that has arrived and was not received yet, None if there is none, b"" if the stream has ended."""
         if self._tls:

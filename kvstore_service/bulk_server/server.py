@@ -12,7 +12,7 @@ from kvstore_api.byte_stream import ByteStream
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.node import StorageNode
 from kvstore_service.bulk_server.session import RefusedError, Session
-from kvstore_service.experiments import Opener
+from kvstore_service.chunk_source import ChunkSource
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error
 
@@ -39,7 +39,7 @@ class BulkServer:
         *,
         advertise_host: str | None = None,
         tls: ssl.SSLContext | None = None,
-        open_chunk: Opener | None = None,
+        source: ChunkSource | None = None,
         large: LargeRequests | None = None,
         max_connections: int = MAX_CONNECTIONS,
         patience_s: float = PATIENCE_S,
@@ -48,7 +48,7 @@ class BulkServer:
     ) -> None:
         self._node = node
         self._tls = tls
-        self._open_chunk = open_chunk or node.open
+        self._source: ChunkSource = source or node
         self._large = large or LargeRequests()
         self._max_connections = max_connections
         self._patience_s = patience_s
@@ -142,7 +142,7 @@ class BulkServer:
         session = Session(
             self._node,
             stream,
-            self._open_chunk,
+            self._source,
             self._large,
             peer=peer,
             patience_s=self._patience_s,
@@ -183,11 +183,11 @@ def serve_bulk(
     host: str,
     advertise_host: str | None = None,
     tls: ssl.SSLContext | None = None,
-    open_chunk: Opener | None = None,
+    source: ChunkSource | None = None,
     large: LargeRequests | None = None,
 ) -> BulkServer:
     """Starts the node's bulk server on a free port of `host`. `large` is shared with the node's gRPC server. Raises
     AddressInUseError."""
     return BulkServer(
-        node, Address(host, 0), advertise_host=advertise_host, tls=tls, open_chunk=open_chunk, large=large
+        node, Address(host, 0), advertise_host=advertise_host, tls=tls, source=source, large=large
     )

@@ -22,7 +22,8 @@ from kvstore_codec.errors import (
     MalformedRequestError,
 )
 from kvstore_codec.identity import ChunkId
-from kvstore_service.experiments import Opener
+from kvstore_service.bulk_server.frame_answers import FrameAnswers, receive_cancel
+from kvstore_service.chunk_source import ChunkSource
 from kvstore_service.large_requests import SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import require_few_fields
 from kvstore_service.wire import put_arguments, put_refusal, put_reply, read_targets
@@ -49,7 +50,7 @@ class Session:
         self,
         node: StorageNode,
         stream: ByteStream,
-        open_chunk: Opener,
+        source: ChunkSource,
         large: LargeRequests,
         *,
         peer: str,
@@ -58,7 +59,7 @@ class Session:
     ) -> None:
         self._node = node
         self._stream = stream
-        self._open_chunk = open_chunk
+        self._source = source
         self._large = large
         self._peer = peer
         self._patience_s = patience_s
@@ -91,6 +92,8 @@ class Session:
             elif header.kind == FrameKind.PUT:
                 _require_length(header.length, frames.MAX_PUT_START_BYTES)
                 self._put(_parsed(pb.PutStart(), self._message(header.length)))
+            elif header.kind == FrameKind.CANCEL:  # of a read that has ended in the meantime
+                receive_cancel(self._stream, header.length, self._patience_s)
             else:
                 raise RefusedError(f"a request begins with READ or PUT, not with {header.kind}")
         except MalformedRequestError as error:
@@ -148,18 +151,20 @@ class Session:
             self._send_ranges(request, chunks, encodings)
 
     def _send_ranges(self, request: pb.ReadRequest, chunks: list[ChunkId], encodings: list[str]) -> None:
+        if request.any_order:
+            answers = FrameAnswers(
+                self._stream, self._source, send_bytes=_SEND_BYTES, patience_s=self._patience_s
+            )
+            answers.send(request, chunks, encodings)
+            return
         for index, wanted in enumerate(request.ranges):
-            if wanted.chunk >= len(chunks):
-                raise MalformedRequestError(
-                    f"a range has a chunk index beyond the {len(chunks)} chunks of the request"
-                )
             self._send_range(index, chunks[wanted.chunk], encodings[wanted.chunk], wanted)
 
     def _send_range(self, index: int, chunk_id: ChunkId, encoding: str, wanted: pb.ReadRange) -> None:
         """Sends one range of frames. Its chunk stays in memory until the kernel has all its bytes."""
         began = False
         try:
-            with self._open_chunk(chunk_id, encoding) as reader:
+            with self._source.open(chunk_id, encoding) as reader:
                 first, count = wanted.first_frame, wanted.frame_count
                 header = pack_header(FrameKind.RANGE, reader.range_bytes(first, count), range_index=index)
                 for piece in reader.pieces(first, count, _SEND_BYTES):

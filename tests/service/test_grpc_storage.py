@@ -129,6 +129,7 @@ MANY = [pb.ChunkRef(content_id=bytes(32), prefix_id=bytes(32))] * 65_537
         lambda stub: stub.Delete(pb.DeleteRequest(chunks=MANY)),
         lambda stub: stub.Report(pb.ReportRequest(chunks=MANY[:2], scores=[0.5])),
         lambda stub: stub.Report(pb.ReportRequest(chunks=MANY[:1], scores=[float("nan")])),
+        lambda stub: stub.Report(pb.ReportRequest(tenant="t" * 256)),
         lambda stub: stub.RenewLease(pb.RenewLeaseRequest(lease_id=b"")),
         lambda stub: stub.ReleaseLease(pb.ReleaseLeaseRequest(lease_id=bytes(17))),
         lambda stub: list(stub.Read(pb.ReadRequest(chunks=[SHORT_ID], encodings=["exact-zstd"]))),

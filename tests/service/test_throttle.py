@@ -108,7 +108,20 @@ def read_bulk(server: StorageServer) -> bytes:
         return stream.read(unpack_header(bytearray(stream.read(HEADER_BYTES))).length)
 
 
-READERS: list[Callable[[StorageServer], bytes]] = [read_bulk, read_grpc]
+def read_frames(server: StorageServer) -> bytes:
+    """The same chunk through the port that sends ranges in any order."""
+    host, _, port = server.bulk_address.rpartition(":")
+    with socket.create_connection((host, int(port)), 10) as connected, connected.makefile("rb") as stream:
+        request = pb.ReadRequest(any_order=True)
+        request.MergeFrom(REQUEST)
+        message = request.SerializeToString()
+        connected.sendall(PREFACE + pack_header(FrameKind.READ, len(message)) + message)
+        header = unpack_header(bytearray(stream.read(HEADER_BYTES)))
+        assert header.kind == FrameKind.FRAMES
+        return stream.read(header.length)
+
+
+READERS: list[Callable[[StorageServer], bytes]] = [read_bulk, read_grpc, read_frames]
 
 
 def seconds(read: Callable[[], object]) -> float:
