@@ -3,7 +3,7 @@
 import atexit
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.restore import Restorer
 from kvstore_client.fork import GATE, renew_in_children
 from kvstore_client.frames import FrameRead
-from kvstore_client.frames.receive import start_read
+from kvstore_client.frames.reader import FrameReader
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.lookup import find_prefix, find_segments, release
 from kvstore_client.match import Match
@@ -36,6 +36,7 @@ from kvstore_client.planning import (
     Planner,
 )
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
+from kvstore_client.scores import ScoreReports
 from kvstore_client.settings import ClientSettings, FetchPolicy, flat_name
 from kvstore_client.store import Store
 from kvstore_client.timeline import Timeline
@@ -110,6 +111,8 @@ class KVStoreClient:
         self.metrics = ClientMetrics()
         self.buffers = BufferPool(settings.fetch.pool_bytes)
         self._view = ClusterView(settings, self.metrics, self.links.keep)
+        self._frames = FrameReader(self._view, settings, self.metrics)
+        self._scores = ScoreReports(self._view, settings.store.tenant)
         self.calibrations = Calibrations(self._view, settings, self.metrics)
         """Calibrations of KV codecs, by digest."""
         self.ready_calibrations = ReadyCalibrations(self.calibrations, settings, self.metrics)
@@ -289,7 +292,20 @@ class KVStoreClient:
         when nothing refers to it any more. Reading takes no lease, so keep the leases of the match until the end.
         """
         timeout_s = self.settings.timeouts.fetch_s if timeout_s is None else timeout_s
-        return start_read(self._view, self.metrics, tasks, timeout_s, buffers)
+        return self._frames.start(tasks, timeout_s, buffers)
+
+    def report(self, scores: Mapping[ChunkId, float]) -> bool:
+        """Report how much attention a model paid to chunks after a re-prefill: each chunk's share, 0 to 1. Nodes that
+        evict by value keep chunks with more attention longer. Does not wait. Counts at most 4,096 chunks, those with
+        the highest scores, and only chunks that this client's `tenant` stored. Returns whether the report was sent: it
+        is dropped while many earlier ones wait for their answers, and when no node can be reached."""
+        if not scores or self._closed:
+            return False
+        try:
+            return self._scores.send(scores)
+        except NodeUnavailableError as error:
+            self._unreachable(error)
+            return False
 
     def pages(self, namespace: PageNamespace, **options: Any) -> PageStore:
         """Open a store of pages for an engine that has its own page keys and layout; `options` are those of PageStore.
@@ -310,6 +326,7 @@ class KVStoreClient:
             self._closed = True
         for pages in self._page_stores:
             pages.close()
+        self._frames.close()
         self.store.close()
         self.ready_calibrations.close()
         self._view.close()

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.placement import Member, Placement
-from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, cluster_view, connect
 from kvstore_client.cluster_view import ClusterView
@@ -333,12 +331,20 @@ def test_a_coordinator_that_forgot_its_nodes_stops_no_read(
         replicated.fetch(replicated.match())
 
 
-def test_nodes_keep_what_models_attended_to(tmp_path: Path) -> None:
+def test_nodes_keep_what_models_attended_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     document = ids(8)
     with served_cluster(tmp_path, memory_bytes=2 << 20) as cluster, connect(cluster.address) as client:
         assert put(client, document[:4]) == 4
-        report = pb.ReportRequest(chunks=map(chunk_ref, document[:4]), scores=[1.0, 0.0, 0.0, 0.0])
-        client._view.storage(cluster.servers[0].address).Report(report, timeout=10)
+        reported = threading.Event()
+        report = cluster.nodes[0].report
+
+        def note(*arguments: object) -> None:
+            report(*arguments)  # type: ignore[arg-type]
+            reported.set()
+
+        monkeypatch.setattr(cluster.nodes[0], "report", note)
+        assert client.report({chunk_id: float(index == 0) for index, chunk_id in enumerate(document[:4])})
+        assert reported.wait(PROMPT_S)
         assert put(client, document[4:]) == 4
         kept = on_node(cluster, 0, document)
     assert 4 <= len(kept) < 8

@@ -39,6 +39,7 @@ class FrameRead:
         self._open = set(range(len(self.tasks)))
         self._arriving: set[int] = set()
         self._results: deque[FrameResult] = deque()
+        self._cancelled: list[int] = []
 
     def __iter__(self) -> Iterator[FrameResult]:
         """All results that were not taken yet, in the order of completion. Blocks until the last range is complete."""
@@ -61,6 +62,7 @@ class FrameRead:
         with self._changed:
             wanted = self._open if indices is None else self._open.intersection(indices)
             for index in sorted(wanted - self._arriving):
+                self._cancelled.append(index)
                 self._complete(index, missing=MissReason.CANCELLED)
 
     @property
@@ -76,9 +78,10 @@ class FrameRead:
 
     # ---- for the threads that receive
 
-    def is_wanted(self, index: int) -> bool:
+    def cancelled(self, since: int) -> list[int]:
+        """Cancelled ranges, without the first `since` of them: each receiver counts those that it has heard of."""
         with self._changed:
-            return index in self._open
+            return self._cancelled[since:]
 
     def begin(self, index: int) -> bool:
         """Announce the bytes of a range. False when it is complete already: its bytes are to be discarded. A range that
@@ -88,6 +91,13 @@ class FrameRead:
                 return False
             self._arriving.add(index)
             return True
+
+    def put_back(self, indices: Iterable[int]) -> list[int]:
+        """Those of the ranges that are not complete, which may be read again or cancelled."""
+        with self._changed:
+            left = [index for index in indices if index in self._open]
+            self._arriving.difference_update(left)
+            return left
 
     def deliver(self, index: int, data: memoryview) -> None:
         """Complete a range with its verified frames. Ignored when it is complete already."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.pages.locks import PageLocks
-from kvstore_client.pages.watch import Watch
 from kvstore_client.settings import ClientSettings
+from kvstore_client.watch import Watch
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.page import PageNamespace
 

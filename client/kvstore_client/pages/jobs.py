@@ -13,7 +13,7 @@ from typing import Final
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.pages.base import JobId, Operation, PageResult
 from kvstore_client.pages.event import Event
-from kvstore_client.pages.watch import Watch
+from kvstore_client.watch import Watch
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from kvstore_client.pages.get import GetPages
 from kvstore_client.pages.jobs import Job, JobQueue
 from kvstore_client.pages.locks import PageLocks
 from kvstore_client.pages.put import put_pages
-from kvstore_client.pages.watch import Watch
 from kvstore_client.settings import ClientSettings
+from kvstore_client.watch import Watch
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.identity import ChunkId
@@ -88,7 +88,7 @@ class PageStore:
             self._encoding,
             self._page_tokens,
             PageLocks(),
-            Watch(),
+            Watch("kvstore-page-watch"),
             ThreadPoolExecutor(_READERS, "kvstore-page-read"),
         )
         self._jobs = JobQueue(

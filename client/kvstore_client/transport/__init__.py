@@ -1,6 +1,6 @@
 """Transports: how KV bytes are read from and written to one storage node."""
 
-from kvstore_client.transport.base import Memory, PutStream, ReadStream, Transport
+from kvstore_client.transport.base import Memory, Places, PutStream, ReadStream, Transport
 from kvstore_client.transport.bulk import BulkTransport
 from kvstore_client.transport.connections import Connections
 from kvstore_client.transport.grpc import GrpcTransport
@@ -12,6 +12,7 @@ __all__ = [
     "Connections",
     "GrpcTransport",
     "Memory",
+    "Places",
     "PutStream",
     "ReadStream",
     "ReceiveMemory",

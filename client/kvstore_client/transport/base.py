@@ -1,6 +1,6 @@
 """Interface of a transport for a storage node's KV bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Protocol
 
 from kvstore_api.bulk import ReadPiece
@@ -57,6 +57,17 @@ class Memory(Protocol):
         """Writable memory for the next bytes: `size_bytes` of it, or less, and then the rest is requested again."""
 
 
+class Places(Protocol):
+    """Memory for the ranges of a read in any order, provided by the caller. Used by the thread that iterates."""
+
+    def place(self, index: int, size_bytes: int) -> memoryview:
+        """Writable memory of exactly this size for a range that arrives now. Raises TransferError for a size that the
+        range does not have."""
+
+    def cancelled(self) -> Collection[int]:
+        """Ranges that are no longer wanted, since the last call."""
+
+
 class Transport(Protocol):
     """Data path of one storage node. Thread-safe: several streams may run at once."""
 
@@ -65,6 +76,17 @@ class Transport(Protocol):
 
         With `memory`, a transport that receives in place writes the bytes there, range after range, and a piece's
         `data` is the view that `take` returned. Other transports use memory of their own.
+        """
+
+    def read_frames(self, request: pb.ReadRequest, timeout_s: float, places: Places) -> ReadStream:
+        """Start a read whose ranges may come in any order (`any_order` is set here), which must be complete within
+        `timeout_s`.
+
+        A transport that receives in place writes each range to its place, and yields it in one piece. Other transports
+        use memory of their own, and yield the pieces of a range one after the other. A transport that can tell the node
+        about cancelled ranges does so between two ranges; they come with READ_STATUS_CANCELLED, or in full when they
+        were already on the way. The stream ends early, with TransferError("cancelled"), when nothing that is left is
+        wanted and the node cannot be told.
         """
 
     def put(self, steps: Iterator[pb.PutRequest | memoryview], timeout_s: float) -> PutStream:

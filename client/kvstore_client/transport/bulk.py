@@ -8,12 +8,12 @@ from typing import Generic, Protocol, TypeVar
 
 from kvstore_api.bulk import ReadPiece
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_client.transport.base import Memory, Transport
+from kvstore_client.transport.base import Memory, Places, Transport
 from kvstore_client.transport.connections import Connections
 from kvstore_client.transport.exchange import Exchange, UnreachableError
 from kvstore_client.transport.memory import ReceiveMemory
 from kvstore_client.transport.put import Steps, put_chunks
-from kvstore_client.transport.read import read_ranges
+from kvstore_client.transport.read import read_any_order, read_ranges
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,18 @@ class BulkTransport:
             Exchange(self._connections, timeout_s),
             partial(read_ranges, request=request, memory=self._memory if memory is None else memory),
             partial(fallback.read, request) if fallback is not None else None,
+            self._avoid,
+        )
+
+    def read_frames(self, request: pb.ReadRequest, timeout_s: float, places: Places) -> Stream[ReadPiece]:
+        fallback = self._fallback
+        if fallback is not None and self._is_avoided():
+            return fallback.read_frames(request, timeout_s, places)
+        request.any_order = True
+        return BulkStream(
+            Exchange(self._connections, timeout_s),
+            partial(read_any_order, request=request, places=places),
+            (lambda left_s: fallback.read_frames(request, left_s, places)) if fallback is not None else None,
             self._avoid,
         )
 

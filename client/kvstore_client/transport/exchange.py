@@ -104,8 +104,8 @@ class Exchange:
         stream.receive_into(view, self.remaining_s())
         self._received_bytes = stream.received_bytes
 
-    def receive_header(self, kind: FrameKind) -> FrameHeader:
-        """Receive the header of the next answer. Raises TransferError when it is of another kind."""
+    def receive_header(self, *kinds: FrameKind) -> FrameHeader:
+        """Receive the header of the next answer. Raises TransferError when it is of none of these kinds."""
         self.receive_into(self._header)
         self._is_answered = True
         header = unpack_header(self._header)
@@ -114,8 +114,8 @@ class Exchange:
             raise TransferError(
                 "refused", f"{self._connections.name} refused: {text.decode(errors='replace')}"
             )
-        if header.kind != kind:
-            raise self.misunderstood(f"an answer of kind {header.kind} instead of {kind.name}")
+        if header.kind not in kinds:
+            raise self.misunderstood(f"an answer of kind {header.kind} instead of {kinds[0].name}")
         return header
 
     def receive_message(self, header: FrameHeader) -> bytes:

@@ -8,7 +8,7 @@ import grpc
 
 from kvstore_api.bulk import ReadPiece, decode_read_reply, encode_put_request
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_client.transport.base import Memory
+from kvstore_client.transport.base import Memory, Places
 from kvstore_codec.errors import TransferError
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["Storage"].full_name
@@ -43,6 +43,15 @@ class GrpcTransport:
     ) -> "GrpcStream[ReadPiece]":
         return GrpcStream(self._read(request, timeout=timeout_s))
 
+    def read_frames(
+        self,
+        request: pb.ReadRequest,
+        timeout_s: float,
+        places: Places,
+    ) -> "GrpcStream[ReadPiece]":
+        request.any_order = True
+        return _FrameStream(self._read(request, timeout=timeout_s), len(request.ranges), places)
+
     def put(self, steps: Iterator[pb.PutRequest | memoryview], timeout_s: float) -> "GrpcStream[pb.PutReply]":
         return GrpcStream(self._put(steps, timeout=timeout_s))
 
@@ -66,3 +75,24 @@ class GrpcStream(Generic[Message]):
 
     def cancel(self) -> None:
         self._call.cancel()
+
+
+class _FrameStream(GrpcStream[ReadPiece]):
+    """Ranges of a read in any order. The node cannot be told about single cancelled ranges, so the call goes on until
+    none of the ranges that are left is wanted."""
+
+    def __init__(self, call: grpc.Call, ranges: int, places: Places) -> None:
+        super().__init__(call)
+        self._wanted = set(range(ranges))
+        self._places = places
+
+    def __iter__(self) -> Iterator[ReadPiece]:
+        current: int | None = None
+        for piece in super().__iter__():
+            if current is not None and current != piece.range:
+                self._wanted.discard(current)  # its last piece has come
+            current = piece.range
+            yield piece
+            self._wanted.difference_update(self._places.cancelled())
+            if not self._wanted:
+                raise TransferError("cancelled", "nothing more of this read is wanted")

@@ -1,21 +1,23 @@
 """Reads of single frames from real nodes: whatever is delivered is right, and what is missing has a reason."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
 from kvstore_client import KVStoreClient, connect
-from kvstore_client.fetch.base import ReadTask
-from kvstore_client.fetch.cut import cut_period
-from kvstore_client.frames import FrameResult
 from kvstore_client.match import Match
 from kvstore_client.miss_reason import MissReason
-from kvstore_client.store import NewChunk
-from tests.client.chunks import SPEC, encoded_chunk, flip_bit, ids, random_kv
+from tests.client.chunks import SPEC
 from tests.client.conftest import ServedCluster, served_cluster
-
-CHUNKS = 4
-DOCUMENT = ids(CHUNKS)
+from tests.client.frames.frames import (
+    CHUNKS,
+    DOCUMENT,
+    by_index,
+    flip_a_stored_bit,
+    put,
+    stored_bytes,
+    tasks_of,
+)
 
 
 @pytest.fixture(params=[True, False], ids=["bulk port", "grpc"])
@@ -29,8 +31,7 @@ def cluster(
 @pytest.fixture
 def client(cluster: ServedCluster) -> Iterator[KVStoreClient]:
     with connect(cluster.address) as client:
-        new = [NewChunk(chunk_id, lambda i=i: random_kv(i)) for i, chunk_id in enumerate(DOCUMENT)]  # type: ignore[misc]
-        assert client.store.put(SPEC, new).result(20) == CHUNKS
+        put(client)
         yield client
 
 
@@ -40,24 +41,6 @@ def match(client: KVStoreClient) -> Iterator[Match]:
     assert len(match.chunks) == CHUNKS
     yield match
     client.release(match)
-
-
-def tasks_of(match: Match, period: int, slots: Sequence[int]) -> list[ReadTask]:
-    return [
-        task
-        for index, chunk in enumerate(match.chunks)
-        for task in cut_period(index, chunk, chunk.variants[0], period, slots)
-    ]
-
-
-def stored_bytes(task: ReadTask) -> bytes:
-    encoded = encoded_chunk(task.chunk.chunk_id, task.chunk_index)
-    offset, length = encoded.header.range_bytes(task.first_frame, task.frame_count)
-    return b"".join(encoded.parts)[offset : offset + length]
-
-
-def by_index(results: Sequence[FrameResult]) -> list[FrameResult]:
-    return sorted(results, key=lambda result: result.index)
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["buffers", "own memory"])
@@ -124,9 +107,3 @@ def test_a_dead_node_is_named_as_the_reason(
         on_dead_node = result.task.chunk.member.node_id == cluster.nodes[0].node_id
         assert result.missing == (MissReason.UNREACHABLE if on_dead_node else None)
     assert {result.missing for result in results} == {None, MissReason.UNREACHABLE}
-
-
-def flip_a_stored_bit(cluster: ServedCluster, task: ReadTask) -> None:
-    node = next(node for node in cluster.nodes if node.node_id == task.chunk.member.node_id)
-    with node.open(task.chunk.chunk_id, task.encoding.name) as reader:
-        flip_bit(next(reader.pieces(task.first_frame, 1, 1 << 20))[0])

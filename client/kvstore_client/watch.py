@@ -1,4 +1,4 @@
-"""Watchdog of the page store: ends reads that fall silent, and jobs whose deadline passes in the queue."""
+"""Watchdog of reads and jobs: checks them periodically, so that silent ones can be ended."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Watched(Protocol):
 class Watch:
     """One thread that checks all watched objects, and sleeps while there are none. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        """`name` is that of the thread."""
+        self._name = name
         self._changed = threading.Condition()
         self._watched: set[Watched] = set()
         self._stopped = False
@@ -37,7 +39,7 @@ class Watch:
         with self._changed:
             stopped = self._stopped
             if self._thread is None and not stopped:
-                thread = threading.Thread(target=self._run, name="kvstore-page-watch", daemon=True)
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 thread.start()
                 self._thread = thread
             self._watched.add(watched)
@@ -82,4 +84,4 @@ class Watch:
                 try:
                     each.check()
                 except Exception:  # a bug in one object must not end the watch over the others
-                    log.exception("checking a job over pages failed")
+                    log.exception("a check of %s failed", self._name)
