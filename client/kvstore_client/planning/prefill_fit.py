@@ -19,6 +19,10 @@ _TERMS = (
 )
 """Terms of the cost that may be positive, in the order in which those that fit equally well are preferred."""
 
+_EQUAL = 1e-6
+"""Mean square errors this close are equal. Without it rounding would choose among passes that are all alike, which every
+single term fits."""
+
 
 @dataclass(frozen=True, slots=True)
 class TimedPass:
@@ -46,6 +50,6 @@ def fit(
         error = float((weight * np.square(weighted @ costs - 1)).sum() / weight.sum()) + term_error * len(
             terms
         )
-        if costs.min() >= 0 and error < least:
+        if costs.min() >= 0 and error < least - _EQUAL:
             best, least = costs, error
     return PrefillCost(*(float(cost) for cost in best))

@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvstore_client.planning import PrefillCost
 from kvstore_client.planning.prefill_fit import TimedPass, fit
@@ -32,6 +34,15 @@ def test_equal_passes_tell_a_cost_for_each_token() -> None:
     found = fit([timed(PrefillCost(0.01, 4e-4, 3e-8), 0, 2048)] * 5, term_error=TERM_ERROR)
     assert found.seconds(0, 64) < 0.1 * found.seconds(0, 2048)
     assert found.fixed_s == 0
+
+
+@given(st.lists(st.floats(0.25, 0.4), min_size=1, max_size=64))
+def test_times_of_one_kind_of_pass_are_those_of_its_tokens(seconds: list[float]) -> None:
+    """The rest of a prompt after a load, again and again: any term alone would fit these times."""
+    passes = [TimedPass(208, 208 * 1896, one) for one in seconds]
+    found = fit(passes, [0.5 ** (age / 16) for age in range(len(passes))], TERM_ERROR)
+    assert (found.fixed_s, found.per_pair_s) == (0, 0)
+    assert 0.25 <= found.seconds(0, 208) <= 0.4
 
 
 def test_one_pass_is_enough() -> None:
