@@ -6,10 +6,6 @@ Meanwhile other requests, which nothing is stored for, come to the same engine o
 vllm_ttft.py needs. Rows are those of `kvstore_bench.vllm.link_cut.cut_row`.
 """
 
-import tempfile
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,19 +14,17 @@ from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import calibration_text, read_document
 from kvstore_bench.output_options import JsonFile
-from kvstore_bench.shaping.netns import NetworkNamespace
-from kvstore_bench.vllm.calibration import publish_in_process
 from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
-from kvstore_bench.vllm.completions import CompletionError
 from kvstore_bench.vllm.engine import EngineOptions
+from kvstore_bench.vllm.http_call import RequestError
 from kvstore_bench.vllm.link_cut import cut_row, run_cut
-from kvstore_bench.vllm.links import BURST_S
 from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.options import Options
-from kvstore_bench.vllm.policies import COLD, POLICIES, Testbed, deployed, peer_versions, policies_named
+from kvstore_bench.vllm.policies import COLD, POLICIES, peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.run import Bench, Measured
 from kvstore_bench.vllm.script import run_script
+from kvstore_bench.vllm.servers import servers_behind_a_link
 from kvstore_service.bandwidth import parse_bandwidth
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
@@ -76,18 +70,11 @@ def main(
     text = token_ids(folder, calibration_text())
     fillers = iter(windows(text, [_FILLER_TOKENS], _FILLERS)[_FILLER_TOKENS])
     rows: list[dict[str, Any]] = []
-    with ExitStack() as stack:
-        work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
-        work.mkdir(parents=True, exist_ok=True)
-        stages = stack.enter_context(Stages(output(), _STAGES))
-        network = stack.enter_context(NetworkNamespace(None, BURST_S))
-        testbed = Testbed(
-            network,
-            EngineOptions(folder, tokens + 128, dtype=dtype, extra=tuple(vllm_options.split())),
-            work.absolute(),
-            publish=partial(publish_in_process, folder, dtype),
-        )
-        started = stack.enter_context(deployed(testbed, chosen, stages))
+    engine = EngineOptions(folder, tokens + 128, dtype=dtype, extra=tuple(vllm_options.split()))
+    with (
+        Stages(output(), _STAGES) as stages,
+        servers_behind_a_link(chosen, engine, stages, logs) as (network, started),
+    ):
         running, measured = started.running, Measured(left_out=started.left_out)
         cold = running[COLD]
         Bench(options, network, running, prompts, stages, lambda _: None, measured).prepare()
@@ -99,7 +86,7 @@ def main(
             cold_s = cold.completions.complete(prompt.ids, 1, options.silence_s).ttft_s
             try:
                 run = run_cut(running[name], network, prompt, fillers, share, cut_s)
-            except CompletionError as error:
+            except RequestError as error:
                 rows.append({"policy": name, "failure": str(error)})
             else:
                 rows.append({"link": link, "prompt_tokens": tokens, **cut_row(name, run, cold_s)})

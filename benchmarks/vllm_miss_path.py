@@ -7,11 +7,7 @@ empty store and a lossy encoding, and with a store out of reach. Needs what vllm
 those of `kvstore_bench.vllm.miss_path.miss_rows`.
 """
 
-import tempfile
 import time
-from contextlib import ExitStack
-from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,17 +16,15 @@ from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import calibration_text
 from kvstore_bench.output_options import JsonFile
-from kvstore_bench.shaping.netns import NetworkNamespace
-from kvstore_bench.vllm.calibration import publish_in_process
 from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.completions import Answer
 from kvstore_bench.vllm.engine import EngineOptions
-from kvstore_bench.vllm.links import BURST_S
 from kvstore_bench.vllm.miss_path import MISS_POLICIES, miss_rows
 from kvstore_bench.vllm.models import model_folder
-from kvstore_bench.vllm.policies import Testbed, deployed, peer_versions, policies_named
+from kvstore_bench.vllm.policies import peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.script import run_script
+from kvstore_bench.vllm.servers import servers_behind_a_link
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
 from kvstore_service.models import SMOLLM2
@@ -69,16 +63,13 @@ def main(
     text = token_ids(folder, calibration_text())
     prompts = windows(text, [tokens], rounds + _WARM_UP)[tokens]
     answers: dict[str, list[Answer]] = {}
-    with ExitStack() as stack:
-        work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
-        work.mkdir(parents=True, exist_ok=True)
-        stages = stack.enter_context(Stages(output(), _STAGES))
-        link = stack.enter_context(NetworkNamespace(None, BURST_S))
-        engine = EngineOptions(
-            folder, tokens + answer_tokens + 128, dtype=dtype, extra=tuple(vllm_options.split())
-        )
-        testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder, dtype))
-        started = stack.enter_context(deployed(testbed, chosen, stages))
+    engine = EngineOptions(
+        folder, tokens + answer_tokens + 128, dtype=dtype, extra=tuple(vllm_options.split())
+    )
+    with (
+        Stages(output(), _STAGES) as stages,
+        servers_behind_a_link(chosen, engine, stages, logs) as (_, started),
+    ):
         running, left_out = started.running, started.left_out
         for number, prompt in enumerate(prompts):
             stages.advance("ask", number, len(prompts))

@@ -20,8 +20,6 @@ failed_requests, failure}. An answer is compared with that of a cold run, and wi
 it reuses as many tokens. `samples` has every request, `targets` what the connector has to show.
 """
 
-import tempfile
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,19 +31,18 @@ from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import read_document
 from kvstore_bench.output_options import JsonFile
-from kvstore_bench.shaping.netns import NetworkNamespace
-from kvstore_bench.vllm.calibration import publish_in_process
 from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.engine import EngineOptions
-from kvstore_bench.vllm.links import BURST_S, DEFAULT_LINKS, parse_links
+from kvstore_bench.vllm.links import DEFAULT_LINKS, parse_links
 from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.plot import plot_vllm
-from kvstore_bench.vllm.policies import POLICIES, Testbed, deployed, peer_versions, policies_named
+from kvstore_bench.vllm.policies import POLICIES, peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.rows import rows_of
 from kvstore_bench.vllm.run import Bench, Measured
 from kvstore_bench.vllm.script import run_script
+from kvstore_bench.vllm.servers import servers_behind_a_link
 from kvstore_bench.vllm.targets import targets
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
@@ -109,15 +106,12 @@ def main(
     prompts = windows(token_ids(folder, read_document(document)), options.tokens, texts)
     measured = Measured()
     keep = partial(_keep, options, peer_versions(), json_file, plot)
-    with ExitStack() as stack:
-        work = logs or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-vllm-")))
-        work.mkdir(parents=True, exist_ok=True)
-        stages = stack.enter_context(Stages(output(), _STAGES))
-        link = stack.enter_context(NetworkNamespace(None, BURST_S))
-        longest = max(options.tokens) + answer_tokens + 128
-        engine = EngineOptions(folder, longest, dtype=dtype, extra=options.vllm_options)
-        testbed = Testbed(link, engine, work.absolute(), publish=partial(publish_in_process, folder, dtype))
-        started = stack.enter_context(deployed(testbed, chosen, stages))
+    longest = max(options.tokens) + answer_tokens + 128
+    engine = EngineOptions(folder, longest, dtype=dtype, extra=options.vllm_options)
+    with (
+        Stages(output(), _STAGES) as stages,
+        servers_behind_a_link(chosen, engine, stages, logs) as (link, started),
+    ):
         measured.left_out = started.left_out
         bench = Bench(options, link, started.running, prompts, stages, keep, measured)
         bench.prepare()

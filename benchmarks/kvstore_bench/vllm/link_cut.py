@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kvstore_bench.shaping.netns import NetworkNamespace
-from kvstore_bench.vllm.completions import Answer, CompletionError
+from kvstore_bench.vllm.completions import Answer
+from kvstore_bench.vllm.http_call import RequestError
 from kvstore_bench.vllm.policies import Deployment
 from kvstore_bench.vllm.prompts import Prompt
 
@@ -58,7 +59,7 @@ def run_cut(
     cut_s: float,
 ) -> CutRun:
     """`fillers` are prompts that nobody has asked. The link is cut when `share` of the bytes of a load have arrived,
-    for `cut_s` at least, and until the request has ended. Raises CompletionError when it fails before the cut."""
+    for `cut_s` at least, and until the request has ended. Raises RequestError when it fails before the cut."""
     engine = deployment.completions
     for _ in range(_HIT_ATTEMPTS):
         deployment.forget()
@@ -68,7 +69,7 @@ def run_cut(
         if hit.reused_tokens:
             break
     else:
-        raise CompletionError(f"no token is reused over the whole link, in {_HIT_ATTEMPTS} requests")
+        raise RequestError(f"no token is reused over the whole link, in {_HIT_ATTEMPTS} requests")
     before_s = [engine.complete(next(fillers).ids, 1, _SILENCE_S).ttft_s for _ in range(_BEFORE)][2:]
     deployment.forget()
     with ThreadPoolExecutor(1) as threads:
@@ -86,7 +87,7 @@ def run_cut(
             link.mend()
         try:
             found.answer = asked.result()
-        except CompletionError as error:
+        except RequestError as error:
             found.failure = str(error)
     found.reuse_back_after_s = _reuse_is_back(deployment, prompt)
     return found
@@ -105,7 +106,7 @@ def _ask_others(
         began_s = time.monotonic() - sent_s
         try:
             ttft_s: float | None = deployment.completions.complete(next(fillers).ids, 1, _SILENCE_S).ttft_s
-        except CompletionError:
+        except RequestError:
             ttft_s = None
         found.unrelated.append(Unrelated(began_s, ttft_s))
         time.sleep(_PAUSE_S)
@@ -121,7 +122,7 @@ def _reuse_is_back(deployment: Deployment, prompt: Prompt) -> float | None:
             asked_s = time.monotonic()
             if deployment.completions.complete(prompt.ids, 1, _SILENCE_S).reused_tokens:
                 return asked_s - mended_s
-        except CompletionError:
+        except RequestError:
             time.sleep(_PAUSE_S)
         time.sleep(_PAUSE_S)
     return None

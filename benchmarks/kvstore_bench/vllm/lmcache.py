@@ -1,12 +1,11 @@
 """LMCache: its server beside the engine, with Redis at the far end of the link as its second level."""
 
-import http.client
 import json
 import os
 from pathlib import Path
 
-from kvstore_bench.vllm.completions import CompletionError
 from kvstore_bench.vllm.engine import Connector
+from kvstore_bench.vllm.http_call import call
 from kvstore_bench.vllm.process import ServerProcess, accepts_connections, free_port
 
 L1_GIB = 1
@@ -45,16 +44,8 @@ class LMCacheServer:
         if serde is not None:
             adapter["serde"] = {"type": serde}
         command = (
-            *(
-                str(python),
-                "-m",
-                "lmcache.cli.main",
-                "server",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(self.port),
-            ),
+            *(str(python), "-m", "lmcache.cli.main", "server"),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
             *("--http-port", str(self._http_port), "--l1-size-gb", str(L1_GIB), "--eviction-policy", "LRU"),
             *("--l2-adapter", json.dumps(adapter)),
         )
@@ -69,22 +60,8 @@ class LMCacheServer:
         )
 
     def clear(self) -> None:
-        """Empties its memory, so that the next hit comes from Redis. Raises CompletionError."""
-        connection = http.client.HTTPConnection("127.0.0.1", self._http_port, timeout=_CLEAR_S)
-        try:
-            connection.request(
-                "POST", "/cache/clear", json.dumps({"tier": "l1"}), {"Content-Type": "application/json"}
-            )
-            response = connection.getresponse()
-            said = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise CompletionError(f"LMCache's server did not clear its memory: {error!r}") from error
-        finally:
-            connection.close()
-        if response.status != http.HTTPStatus.OK:
-            raise CompletionError(
-                f"LMCache's server did not clear its memory: {said.decode(errors='replace')}"
-            )
+        """Empties its memory, so that the next hit comes from Redis. Raises RequestError."""
+        call(self._http_port, "POST", "/cache/clear", {"tier": "l1"}, _CLEAR_S)
 
     def close(self) -> None:
         self._process.close()

@@ -55,7 +55,7 @@ class Deployment:
         return self.engine.completions
 
     def forget(self) -> None:
-        """Leaves KV in the store alone. Raises CompletionError."""
+        """Leaves KV in the store alone. Raises RequestError."""
         self.completions.forget()
         self.forget_nearby()
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from kvstore_bench.shaping.netns import NetworkNamespace
-from kvstore_bench.vllm.completions import Answer, CompletionError
+from kvstore_bench.vllm.completions import Answer
+from kvstore_bench.vllm.http_call import RequestError
 from kvstore_bench.vllm.links import link_name
 from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.policies import COLD, LEARNING_POLICIES, Deployment, Store
@@ -69,7 +70,7 @@ class Bench:
             self._report.advance("store", number, len(self._deployments))
             try:
                 self._store(deployment)
-            except (CompletionError, ServiceError) as error:
+            except (RequestError, ServiceError) as error:
                 self._leave_out(name, f"nothing could be stored: {error}")
         self._report.advance("store", 1, 1)
 
@@ -122,7 +123,7 @@ class Bench:
             if not missing:
                 self._note(f"{deployment.name} has stored {stored} objects")
                 return
-        raise CompletionError(f"{len(missing)} prompts are not reused, with {stored} objects in the store")
+        raise RequestError(f"{len(missing)} prompts are not reused, with {stored} objects in the store")
 
     def _is_reused(self, deployment: Deployment, prompt: Prompt) -> bool:
         deployment.forget()
@@ -159,7 +160,7 @@ class Bench:
             before = self._link.bytes_from_inside
             answer = self._ask(deployment, prompt)
             link_bytes = self._link.bytes_from_inside - before
-        except CompletionError as error:
+        except RequestError as error:
             return Sample(*about, None, failure=str(error), counted=counted)
         cold, memory = self._reference(prompt, 0), self._reference(prompt, answer.reused_tokens)
         return Sample(
@@ -188,7 +189,7 @@ class Bench:
                 if reused_tokens:
                     engine.complete(prompt.ids[:reused_tokens], 1, silence_s)
                 answer = engine.complete(prompt.ids, self._options.answer_tokens, silence_s)
-            except CompletionError:
+            except RequestError:
                 return None
             self._references[key] = answer.tokens if answer.reused_tokens == reused_tokens else None
         return self._references[key]

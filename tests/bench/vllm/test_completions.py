@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kvstore_bench.vllm.completions import Answer, CompletionError, Completions
+from kvstore_bench.vllm.completions import Answer, Completions
+from kvstore_bench.vllm.http_call import RequestError
 
 USAGE = {"choices": [], "usage": {"prompt_tokens_details": {"cached_tokens": 1792}}}
 
@@ -69,14 +70,14 @@ def test_tokens_and_reuse_are_read_from_the_stream() -> None:
     ],
 )
 def test_a_failed_request_says_why(events: list[dict[str, Any]], status: int, why: str) -> None:
-    with streaming(events, status) as (client, _), pytest.raises(CompletionError, match=why):
+    with streaming(events, status) as (client, _), pytest.raises(RequestError, match=why):
         client.complete([1], 1, 10)
 
 
 def test_a_silent_server_is_waited_for_with_a_bound() -> None:
     hang = threading.Event()
     with streaming([chunk(5)], hang=hang) as (client, _):
-        with pytest.raises(CompletionError, match="nothing arrived"):
+        with pytest.raises(RequestError, match="nothing arrived"):
             client.complete([1], 2, 0.2)
         hang.set()
 
@@ -84,7 +85,7 @@ def test_a_silent_server_is_waited_for_with_a_bound() -> None:
 def test_nobody_listening_is_a_failure() -> None:
     with streaming([]) as (client, _):
         pass
-    with pytest.raises(CompletionError, match="connection failed"):
+    with pytest.raises(RequestError, match="connection failed"):
         client.complete([1], 1, 10)
     assert not client.is_healthy()
 

@@ -137,7 +137,7 @@ def test_a_policy_that_fails_is_left_out_and_the_others_go_on(bench: Any) -> Non
     made = bench({"cold": Server(reuses=False), "lmcache-raw": broken}, answer_tokens=1)
     made.prepare()
     made.measure()
-    assert "failed 3 times in a row: status 500" in made.measured.left_out["lmcache-raw"]
+    assert "failed 3 times in a row: /v1/completions: status 500" in made.measured.left_out["lmcache-raw"]
     assert len([s for s in made.measured.samples if s.policy == "cold"]) == 6
 
 
