@@ -12,7 +12,7 @@ from kvstore_cluster.eviction import POLICIES
 from kvstore_cluster.leases import LeaseTable
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.slow_disk import SlowNode, SlowStore
-from tests.cluster.clock import Clock
+from tests.clock import Clock
 from tests.cluster.disk_node import BLOCK, DISK, MEMORY, SEGMENT, Opener
 
 

@@ -13,7 +13,7 @@ from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.errors import OverQuotaError
-from tests.cluster.clock import Clock
+from tests.clock import Clock
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 CHUNKS = [sample_chunk(content=number, frame_bytes=500) for number in range(12)]

@@ -1,7 +1,7 @@
 import pytest
 
 from kvstore_cluster.leases import LEASE_ID_BYTES, Findings, LeaseId, LeaseTable
-from tests.cluster.clock import Clock
+from tests.clock import Clock
 
 
 @pytest.fixture

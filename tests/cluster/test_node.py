@@ -19,7 +19,7 @@ from kvstore_codec.errors import (
     TruncatedChunkError,
     UnknownEncodingError,
 )
-from tests.cluster.clock import Clock
+from tests.clock import Clock
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 MEMORY = 1 << 20

@@ -14,7 +14,7 @@ from kvstore_cluster.lookup import LookupAnswer, LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.identity import ROOT_PREFIX, PrefixId, prefix_id
-from tests.cluster.clock import Clock
+from tests.clock import Clock
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 EXACT = ["exact-zstd"]

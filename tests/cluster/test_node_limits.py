@@ -9,7 +9,7 @@ from kvstore_codec.errors import (
     OverQuotaError,
     PutStateError,
 )
-from tests.cluster.clock import Clock
+from tests.clock import Clock
 from tests.cluster.disk_node import Opener, chunk_of, put, read, stored
 
 

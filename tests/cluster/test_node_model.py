@@ -21,7 +21,7 @@ from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_cluster.reader import ChunkReader
 from kvstore_codec.errors import ChunkNotFoundError, StorageError
-from tests.cluster.clock import Clock
+from tests.clock import Clock
 from tests.cluster.disk.conftest import MEMORY
 from tests.sample_chunk import SampleChunk, sample_chunk
 

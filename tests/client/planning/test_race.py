@@ -3,6 +3,7 @@
 import pytest
 
 from kvstore_client.planning import PrefillCost, Race
+from tests.clock import Clock
 
 CHUNK_TOKENS = 256
 CHUNKS = 8
@@ -11,16 +12,9 @@ END = CHUNKS * CHUNK_TOKENS + 100
 """Computing the whole prompt takes 2.148 s, a chunk .256 s."""
 
 
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(100.0)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from kvstore_client.planning import CodecCost, PrefillCost
 from kvstore_client.planning.leading import Offer
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import KVDtype, ModelSpec
+from tests.clock import Clock
 
 SPEC = ModelSpec("model", bytes(32), 30, 3, 64, KVDtype.BFLOAT16, None)
 PREFILL = PrefillCost(0.02, 1e-3, 1e-7)
@@ -18,16 +19,9 @@ CHUNK_BYTES = 3e6
 CODECS = {"exact-zstd": CodecCost(50e-6, 5e-6), "medium-klt-pco": CodecCost(80e-6, 5e-6)}
 
 
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(0.0)
 
 
 @pytest.fixture

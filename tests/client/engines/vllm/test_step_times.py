@@ -7,22 +7,16 @@ import pytest
 
 from kvstore_client.engines.vllm.step_times import StepTimes
 from kvstore_client.planning import PrefillCost
+from tests.clock import Clock
 
 COST = PrefillCost(0.02, 5e-4, 1e-7)
-
-
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 class Engine:
     """Takes as long for each step as COST says."""
 
     def __init__(self, slower: float = 1.0) -> None:
-        self.clock, self.slower = Clock(), slower
+        self.clock, self.slower = Clock(0.0), slower
         self.times = StepTimes(self.clock)
         self.steps = 0
 
