@@ -13,34 +13,16 @@ from collections.abc import Sequence
 from typing import Any, TextIO
 
 import psutil
-import torch
-from blake3 import blake3
 from vllm import LLM, SamplingParams
+
+from kvstore_bench.vllm.worker_extension import KVMemoryInspection
 
 BLOCK_TOKENS = 128
 
 
-def digests(keys: torch.Tensor, values: torch.Tensor) -> list[str]:
-    """Of each block of tokens; keys and values are `[layers, kv_heads, tokens, head_dim]`."""
-    found = []
-    for first in range(0, keys.shape[2], BLOCK_TOKENS):
-        tokens = slice(first, first + BLOCK_TOKENS)
-        parts = (part[:, :, tokens].contiguous().view(torch.uint8).numpy() for part in (keys, values))
-        found.append(blake3(b"".join(part.tobytes() for part in parts)).hexdigest())
-    return found
-
-
 def block_digests(_: object) -> list[str]:
     """Digests of all blocks of a worker. Runs in the worker's process."""
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
-
-    memory = get_kv_transfer_group()._worker.memory
-    blocks = range(len(memory.tensors[0]))
-    layers = [
-        memory.read_layer(layer, blocks, len(blocks) * BLOCK_TOKENS) for layer in range(len(memory.tensors))
-    ]
-    keys, values = (torch.stack([layer[half] for layer in layers]) for half in (0, 1))
-    return digests(keys, values)
+    return KVMemoryInspection().kvstore_block_digests()
 
 
 def add_hook(worker: Any) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from kvstore_bench.vllm.worker_extension import digests
 from kvstore_client.client import connect
-from tests.vllm.engine_process import digests
+from tests.vllm.engine_process import BLOCK_TOKENS
 from tests.vllm.models import saved_model, spec_of
 from tests.vllm.processes import EngineProcess, StoreProcess, free_port, prompt, until
 
@@ -79,7 +80,7 @@ def test_a_second_engine_reuses_what_the_first_one_stored(setup: Setup, tmp_path
         assert match.tokens == 1280
         buffers = client.buffers.acquire(spec, match.tokens)
         assert client.fetch(match, buffers, None).wait().complete
-    saved = digests(buffers.keys, buffers.values)
+    saved = digests(buffers.keys, buffers.values, BLOCK_TOKENS)
     for engine in (setup.first, setup.second):
         assert set(saved) <= set(engine.ask(do="blocks")["digests"])
 

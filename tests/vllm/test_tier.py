@@ -21,6 +21,7 @@ from vllm.v1.kv_offload.config import (
 )
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
+from kvstore_bench.vllm.policies import offloading_connector
 from kvstore_client.engines.vllm.tier import KVStoreTier
 from kvstore_client.engines.vllm.tier_namespace import page_namespace
 from kvstore_codec.errors import ConfigurationError, UnsupportedEngineError, UnsupportedModelError
@@ -304,6 +305,15 @@ def test_a_tier_that_cannot_name_its_chunks_is_refused(
         Engine(tmp_path, address, tmp_path, checkpoint=str(empty_checkpoint(tmp_path)))
     with pytest.raises(ConfigurationError, match="adress"):
         Engine(model, address, tmp_path, adress="127.0.0.1:1")
+
+
+def test_vllm_takes_the_benchmarks_configuration(model: Path, store: StoreProcess, tmp_path: Path) -> None:
+    """On a CPU, where vLLM refuses the connector itself."""
+    transfer = offloading_connector(store.started["address"], tmp_path, model, 1 << 20).transfer
+    config = replace(offloading(model), extra_config=transfer["kv_connector_extra_config"])
+    manager = TieringOffloadingSpec(config).get_manager()
+    assert [type(tier) for tier in manager.secondary_tiers] == [KVStoreTier]
+    manager.shutdown()
 
 
 def empty_checkpoint(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server on the CPU, with or without a KV connector."""
+"""vLLM's OpenAI server, with or without a KV connector."""
 
 import json
 import os
@@ -20,7 +20,7 @@ VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 START_S = 600.0
 """A first start compiles the model."""
 _MODEL = "model"
-_BLOCK_TOKENS = 128
+_CPU_BLOCK_TOKENS = 128
 """vLLM's default on a CPU."""
 
 _PRELOADED = ("lib/libiomp5.so",)
@@ -37,12 +37,13 @@ class EngineOptions:
     kv_cache_prompts: int = 2
     """Longest prompts that fit into the engine's own KV cache. Small, because all engines are in memory together."""
     dtype: str = "bfloat16"
+    block_tokens: int = _CPU_BLOCK_TOKENS
     extra: tuple[str, ...] = ()
     """Further options of vLLM's server."""
 
     @property
     def kv_cache_blocks(self) -> int:
-        return self.kv_cache_prompts * -(-self.max_model_tokens // _BLOCK_TOKENS)
+        return self.kv_cache_prompts * -(-self.max_model_tokens // self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,8 @@ class Engine:
             *("--port", str(self.completions.port), "--model", str(options.model)),
             *("--served-model-name", _MODEL, "--dtype", options.dtype),
             *("--max-model-len", str(options.max_model_tokens), "--max-num-seqs", "16"),
-            *("--block-size", str(_BLOCK_TOKENS), "--num-gpu-blocks-override", str(options.kv_cache_blocks)),
+            *("--block-size", str(options.block_tokens)),
+            *("--num-gpu-blocks-override", str(options.kv_cache_blocks)),
             *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log", *options.extra),
         ]
         if connector is not None:
@@ -105,7 +107,7 @@ class Engine:
 
 
 def vllm_environment(python: Path) -> dict[str, str]:
-    """Environment variables for vLLM on this machine's CPU, with the libraries preloaded that make it faster."""
+    """Environment variables for vLLM, with the libraries preloaded that make it faster on a CPU."""
     venv = python.parent.parent
     libraries = [str(venv / name) for name in _PRELOADED if (venv / name).exists()]
     libraries += [str(found) for found in sorted(Path("/usr/lib").glob(f"*/{_TCMALLOC}"))[:1]]

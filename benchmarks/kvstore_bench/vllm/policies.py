@@ -4,19 +4,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from kvstore_bench.shaping.netns import NetworkNamespace
 from kvstore_bench.vllm.completions import Completions
 from kvstore_bench.vllm.engine import ROOT, VLLM_PYTHON, Connector, Engine, EngineOptions, installed_version
 from kvstore_bench.vllm.lmcache import LMCacheServer, lmcache_connector
-from kvstore_bench.vllm.stores import KVStoreNode, Redis
+from kvstore_bench.vllm.stores import KVStoreNode, Redis, Store
 from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.calibration import Report
 
 LMCACHE_PYTHON = ROOT / "benchmarks" / "peers" / "lmcache_vllm" / ".venv" / "bin" / "python"
 COLD = "cold"
-LOSSY = "medium-klt-pco"
+EXACT_SETTINGS: Mapping[str, str] = {"encoding": "exact-zstd", "floor": "exact"}
+LOSSY_SETTINGS: Mapping[str, str] = {"encoding": "medium-klt-pco", "floor": "medium"}
 EXACT_BYTES, LOSSY_BYTES = 1 << 30, 256 << 20
 """Memory of a storage node: enough for three prompts of 2,000 and of 4,000 tokens of a small model in float32."""
 
@@ -33,11 +35,6 @@ class Testbed:
     lmcache_python: Path = LMCACHE_PYTHON
     publish: Callable[[str], None] | None = None
     """Gives the cluster at an address the calibration that lossy encodings need."""
-
-
-class Store(Protocol):
-    def stored(self) -> int:
-        """Number of stored objects. Goes over the link. Raises ServiceError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +70,30 @@ def kvstore_connector(address: str, folder: Path, settings: Mapping[str, Any]) -
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"address": address, "cache_dir": str(folder), **settings},
+        }
+    )
+
+
+def offloading_connector(address: str, folder: Path, model: Path, host_bytes: int) -> Connector:
+    """vLLM's own offloading to `host_bytes` of host memory, with the store below it. For GPUs only. vLLM keeps pages
+    of a chunk's size, so that the store has as many objects as with the connector of this project."""
+    tier = {
+        "type": "KVStoreTier",
+        "module_path": "kvstore_client.engines.vllm.tier",
+        "address": address,
+        "cache_dir": str(folder),
+        "checkpoint": str(model),
+    }
+    return Connector(
+        {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {
+                "spec_name": "TieringOffloadingSpec",
+                "cpu_bytes_to_use": host_bytes,
+                "block_size": CHUNK_TOKENS,
+                "secondary_tiers": [tier],
+            },
         }
     )
 
@@ -118,8 +139,8 @@ def _lmcache(serde: str | None) -> Deploy:
 
 POLICIES: Mapping[str, Deploy] = {
     COLD: _cold,
-    "exact": _kvstore({"encoding": "exact-zstd", "floor": "exact"}),
-    "adaptive": _kvstore({"encoding": LOSSY, "floor": "medium"}, lossy=True),
+    "exact": _kvstore(EXACT_SETTINGS),
+    "adaptive": _kvstore(LOSSY_SETTINGS, lossy=True),
     "lmcache-raw": _lmcache(None),
     "lmcache-fp8": _lmcache("fp8"),
 }

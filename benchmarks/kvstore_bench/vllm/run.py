@@ -9,16 +9,15 @@ from kvstore_bench.vllm.completions import Answer
 from kvstore_bench.vllm.http_call import RequestError
 from kvstore_bench.vllm.links import link_name
 from kvstore_bench.vllm.options import Options
-from kvstore_bench.vllm.policies import COLD, LEARNING_POLICIES, Deployment, Store
+from kvstore_bench.vllm.policies import COLD, LEARNING_POLICIES, Deployment
 from kvstore_bench.vllm.prompts import Prompt
 from kvstore_bench.vllm.rows import Sample
+from kvstore_bench.vllm.stores import settled_size
 from kvstore_codec.errors import ServiceError
 from kvstore_service.calibration import Report
 
 _QUIET_S, _QUIET_LIMIT_S = 0.3, 120.0
 """A request is sent when the link has been silent for so long; what is still under way belongs to the last request."""
-_STORED_S, _STORED_LIMIT_S = 5.0, 300.0
-"""Everything counts as stored when the store has not grown for so long."""
 _STORE_ATTEMPTS = 5
 """A connector may store nothing at first, because it is still getting what it needs."""
 _SLOWER, _SLOWER_S, _ROUNDS_OF_SLOWER = 3.0, 10.0, 2
@@ -118,7 +117,7 @@ class Bench:
                 self._ask(deployment, prompt)
             if deployment.store is None:
                 return
-            stored = _final_size(deployment.store)
+            stored = settled_size(deployment.store)
             missing = [prompt for prompt in missing if not self._is_reused(deployment, prompt)]
             if not missing:
                 self._note(f"{deployment.name} has stored {stored} objects")
@@ -234,13 +233,3 @@ class Bench:
             return True
         needed_s = self._cell_s.get((tokens, bandwidth_bps), 0.0)
         return time.monotonic() - self._began_s + needed_s < budget_s
-
-
-def _final_size(store: Store) -> int:
-    """Number of stored objects when it has not grown for a while."""
-    deadline, last, since_s = time.monotonic() + _STORED_LIMIT_S, -1, time.monotonic()
-    while time.monotonic() < min(deadline, since_s + _STORED_S):
-        if (stored := store.stored()) != last:
-            last, since_s = stored, time.monotonic()
-        time.sleep(0.2)
-    return last

@@ -1,29 +1,51 @@
-"""Stores at the far end of the link: a node of this service, and the Redis of the peers."""
+"""Stores: a node of this service, at the far end of a link or on this machine, and the Redis of the peers."""
 
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Protocol
 
 from kvstore_bench.shaping.netns import NetworkNamespace
-from kvstore_bench.vllm.process import ServerProcess, accepts_connections
+from kvstore_bench.vllm.process import ServerProcess, accepts_connections, free_port
 from kvstore_codec.errors import ServiceError, StartupError
 from kvstore_service.cluster_stats import cluster_stats
 
 _START_S = 180.0
 _COORDINATOR_PORT, _REDIS_PORT = 7420, 6379
 _ANSWER_S = 5.0
+_SETTLED_S, _SETTLED_LIMIT_S = 5.0, 300.0
+"""A store has everything when it has not grown for so long."""
+
+
+class Store(Protocol):
+    def stored(self) -> int:
+        """Number of stored objects. Goes over the link. Raises ServiceError."""
+
+
+def settled_size(store: Store) -> int:
+    """Waits until the store does not grow any more. Returns the number of stored objects. Raises ServiceError."""
+    deadline, last, since_s = time.monotonic() + _SETTLED_LIMIT_S, -1, time.monotonic()
+    while time.monotonic() < min(deadline, since_s + _SETTLED_S):
+        if (stored := store.stored()) != last:
+            last, since_s = stored, time.monotonic()
+        time.sleep(0.2)
+    return last
 
 
 class KVStoreNode:
     """One storage node and its coordinator, as `kvstore serve` runs them but without Ray."""
 
-    def __init__(self, link: NetworkNamespace, folder: Path, number: int, size_bytes: int) -> None:
-        """`number` tells several nodes behind the same link apart. Raises StartupError."""
-        host, port = link.inside_address, _COORDINATOR_PORT + number
+    def __init__(self, link: NetworkNamespace | None, folder: Path, number: int, size_bytes: int) -> None:
+        """`link` None: on this machine. `number` tells several nodes apart. Raises StartupError."""
+        prefix: tuple[str, ...] = ()
+        host, port = "127.0.0.1", free_port()
+        if link is not None:
+            prefix, host, port = link.command, link.inside_address, _COORDINATOR_PORT + number
         module = (sys.executable, "-m", "kvstore_bench.store.server")
-        command = (*link.command, *module, "kvstore", host, str(port), str(size_bytes))
+        command = (*prefix, *module, "kvstore", host, str(port), str(size_bytes))
         self.address = f"{host}:{port}"
         self._process = ServerProcess(f"store-{number}", command, folder / f"store-{number}.log", os.environ)
         self._process.wait_until(lambda: accepts_connections(host, port), _START_S)

@@ -13,7 +13,7 @@ import pytest
 
 from kvstore_bench.shaping import netns
 from kvstore_bench.shaping.netns import NetworkNamespace
-from kvstore_bench.vllm import run
+from kvstore_bench.vllm import run, stores
 from kvstore_bench.vllm.completions import Completions
 from kvstore_bench.vllm.engine import Engine
 from kvstore_bench.vllm.options import Options
@@ -96,7 +96,7 @@ class Told:
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Makes a benchmark of these servers."""
-    monkeypatch.setattr(run, "_STORED_S", 0.05)
+    monkeypatch.setattr(stores, "_SETTLED_S", 0.05)
     monkeypatch.setattr(run, "_QUIET_S", 0.01)
     with ExitStack() as stack:
         link = stack.enter_context(NetworkNamespace(None))

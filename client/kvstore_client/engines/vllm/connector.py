@@ -18,6 +18,7 @@ from kvstore_client.engines.vllm.connector_settings import whole_number, with_de
 from kvstore_client.engines.vllm.events import EventQueue, StoredEvents, are_wanted
 from kvstore_client.engines.vllm.kinds import kind_of
 from kvstore_client.engines.vllm.loads import LoadedBlocks
+from kvstore_client.engines.vllm.memory import PagedMemory
 from kvstore_client.engines.vllm.metadata import SaveRequest, StepMetadata, WorkerMetadata
 from kvstore_client.engines.vllm.naming import served_spec
 from kvstore_client.engines.vllm.probe_watch import ProbeWatch
@@ -76,6 +77,11 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
     def requires_kv_delivery(self) -> bool:
         """A cache: what is not stored is computed again."""
         return False
+
+    @property
+    def memory(self) -> PagedMemory | None:
+        """The registered KV memory, for tools that look into it. None in the scheduler's process."""
+        return self._worker.memory if self._worker is not None else None
 
     # ---- called in the scheduler's process
 

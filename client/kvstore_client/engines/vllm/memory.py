@@ -23,6 +23,12 @@ class PagedMemory:
     layout: BlockLayout
     tensors: tuple[torch.Tensor, ...]
 
+    @property
+    def blocks(self) -> int:
+        """Number of the scheduler's blocks."""
+        keys, _ = self.layout.views(self.tensors[0])
+        return len(keys) // self.layout.split
+
     def destination(self, block_ids: Sequence[int]) -> PagedDestination:
         return PagedDestination(self.layout, self.tensors, block_ids)
 
