@@ -107,6 +107,23 @@ class EngineProcess(_Process):
         return self.ask(do="generate", prompts=prompts, salts=salts, max_tokens=max_tokens, logprobs=logprobs)
 
 
+def started_engine(folder: Path, model: Path, port: int, **options: Any) -> EngineProcess:
+    """An engine that starts, with the store at this port of the machine. The folder is for its log and its caches."""
+    connector = {"address": f"127.0.0.1:{port}", "cache_dir": str(folder / "cache"), "stall_timeout_s": 5}
+    return EngineProcess(folder, model=str(model), connector=connector, **options)
+
+
+def loaded(answer: dict[str, Any]) -> int:
+    """How many tokens of the only prompt were not computed."""
+    (cached,) = answer["cached"]
+    return int(cached)
+
+
+def loaded_after_forgetting(engine: EngineProcess, tokens: list[int]) -> int:
+    engine.ask(do="forget")
+    return loaded(engine.generate(tokens))
+
+
 def until(condition: Callable[[], bool], limit_s: float = 120, pause_s: float = 0.02) -> None:
     """Wait for something that other processes do."""
     deadline = time.monotonic() + limit_s

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +12,16 @@ from kvstore_bench.vllm.worker_extension import digests
 from kvstore_client.client import connect
 from tests.vllm.engine_process import BLOCK_TOKENS
 from tests.vllm.models import saved_model, spec_of
-from tests.vllm.processes import EngineProcess, StoreProcess, free_port, prompt, until
+from tests.vllm.processes import (
+    EngineProcess,
+    StoreProcess,
+    free_port,
+    loaded,
+    loaded_after_forgetting,
+    prompt,
+    started_engine,
+    until,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
@@ -41,26 +49,16 @@ class Setup:
         self.store = StoreProcess(self.folder, self.port)
 
 
-def started(folder: Path, model: Path, port: int, **options: Any) -> EngineProcess:
-    connector = {"address": f"127.0.0.1:{port}", "cache_dir": str(folder / "cache"), "stall_timeout_s": 5}
-    return EngineProcess(folder, model=str(model), connector=connector, **options)
-
-
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     folder, port = tmp_path_factory.mktemp("vllm"), free_port()
     model = saved_model(folder / "model", seed=0)
     store = StoreProcess(folder, port)
-    engines = [started(folder / name, model, port) for name in ("first", "second")]
+    engines = [started_engine(folder / name, model, port) for name in ("first", "second")]
     made = Setup(folder, model, port, store, *engines)
     yield made
     for process in (*engines, made.store):
         process.close()
-
-
-def loaded(answer: dict[str, Any]) -> int:
-    (cached,) = answer["cached"]
-    return int(cached)
 
 
 def test_a_second_engine_reuses_what_the_first_one_stored(setup: Setup, tmp_path: Path) -> None:
@@ -113,7 +111,7 @@ def test_another_model_finds_nothing_and_reuses_its_own_kv_in_bfloat16(setup: Se
     chunks = setup.store.stats()["chunks"]
     setup.first.generate(tokens)
     setup.stored(chunks + 5)
-    other = started(tmp_path, saved_model(tmp_path / "other", seed=1), setup.port, dtype="bfloat16")
+    other = started_engine(tmp_path, saved_model(tmp_path / "other", seed=1), setup.port, dtype="bfloat16")
     assert loaded(other.generate(tokens)) == 0
     setup.stored(chunks + 10)
     own = other.generate(tokens, max_tokens=24)
@@ -203,8 +201,3 @@ def asked_until_reuse(setup: Setup, seed: int) -> tuple[int, float]:
         if loaded(setup.second.generate(tokens, max_tokens=1)):
             break
     return asked, time.monotonic() - begun_s
-
-
-def loaded_after_forgetting(engine: EngineProcess, tokens: list[int]) -> int:
-    engine.ask(do="forget")
-    return loaded(engine.generate(tokens))

@@ -8,8 +8,7 @@ import pytest
 from kvstore_client.engines.vllm.probe import probe_prompt
 from tests.vllm.kept_canaries import models
 from tests.vllm.models import saved_model
-from tests.vllm.processes import EngineProcess, StoreProcess, free_port, prompt, until
-from tests.vllm.test_engine import loaded, started
+from tests.vllm.processes import EngineProcess, StoreProcess, free_port, loaded, prompt, started_engine, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -28,7 +27,7 @@ def compute_probe(engine: EngineProcess) -> None:
 def test_an_engine_with_a_hook_neither_reads_nor_stores(store: StoreProcess, tmp_path: Path) -> None:
     port = int(store.started["address"].rpartition(":")[2])
     model = saved_model(tmp_path / "model", seed=0)
-    right, wrong = (started(tmp_path / name, model, port) for name in ("right", "wrong"))
+    right, wrong = (started_engine(tmp_path / name, model, port) for name in ("right", "wrong"))
     compute_probe(right)
     until(lambda: len(models(store)) == 1)
     tokens = prompt(1300, seed=1)

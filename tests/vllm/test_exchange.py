@@ -16,8 +16,15 @@ from kvstore_client.engines.transformers.spec import spec_of
 from kvstore_client.engines.vllm.probe import probe_prompt
 from kvstore_codec.calibration import Calibration
 from tests.vllm.calibrated import calibration_of, loaded_model, publish, saved_sharp_model
-from tests.vllm.processes import EngineProcess, StoreProcess, free_port, prompt, until
-from tests.vllm.test_engine import loaded, loaded_after_forgetting
+from tests.vllm.processes import (
+    EngineProcess,
+    StoreProcess,
+    free_port,
+    loaded,
+    loaded_after_forgetting,
+    prompt,
+    until,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

@@ -33,7 +33,7 @@ from kvstore_codec.model_spec import ModelSpec, RopeSpec
 from tests.client.models import tiny_model
 from tests.vllm.calibrated import calibration_of, loaded_model, publish, saved_sharp_model
 from tests.vllm.processes import StoreProcess, free_port, prompt
-from tests.vllm.test_scheduler_half import answer, request, scheduled
+from tests.vllm.scheduler_calls import answer, request, scheduled
 
 pytestmark = pytest.mark.vllm
 

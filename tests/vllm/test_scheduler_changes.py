@@ -16,7 +16,7 @@ from kvstore_client.engines.vllm.canary import EngineCanary, engine_probe
 from kvstore_client.engines.vllm.scheduler import LoadLimits, SchedulerHalf
 from kvstore_client.store import NewChunk
 from tests.vllm.processes import StoreProcess, prompt, until
-from tests.vllm.test_scheduler_half import BLOCK, SPEC, answer, news, put, request, scheduled
+from tests.vllm.scheduler_calls import BLOCK, SPEC, answer, news, put, request, scheduled
 
 pytestmark = pytest.mark.vllm
 

@@ -3,28 +3,20 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
-from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
-from vllm.v1.request import Request
+from vllm.v1.core.sched.output import NewRequestData
 
 from kvstore_client.client import KVStoreClient, connect
 from kvstore_client.engines.vllm.scheduler import LoadLimits, SchedulerHalf
 from kvstore_client.engines.vllm.worker_news import Learned, News
 from kvstore_client.settings import FetchPolicy
-from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS
-from kvstore_codec.model_spec import KVDtype, ModelSpec
 from tests.vllm.processes import StoreProcess, free_port, prompt
+from tests.vllm.scheduler_calls import BLOCK, SPEC, answer, continued, news, put, request, scheduled
 
 pytestmark = pytest.mark.vllm
-
-SPEC = ModelSpec("tiny", bytes(32), 2, 2, 16, KVDtype.FLOAT32, None, numerics=(("keys", "after RoPE"),))
-BLOCK = 128
 
 
 @pytest.fixture
@@ -38,44 +30,6 @@ def half(client: KVStoreClient) -> Iterator[SchedulerHalf]:
     made = SchedulerHalf(client, SPEC, BLOCK)
     yield made
     made.close()
-
-
-def request(tokens: list[int], name: str = "request", **options: Any) -> Request:
-    return Request(name, tokens, SamplingParams(max_tokens=8), None, **options)
-
-
-def put(client: KVStoreClient, tokens: list[int]) -> None:
-    """Store random KV, about 120 KB a chunk."""
-    shape = (SPEC.layers, SPEC.kv_heads, CHUNK_TOKENS, SPEC.head_dim)
-    kv = torch.randn(shape), torch.randn(shape)
-    chunks = [NewChunk(chunk_id, lambda: kv) for chunk_id in client.chunk_ids(SPEC, tokens)]
-    assert client.store.put(SPEC, chunks).result() == len(chunks)
-
-
-def answer(half: SchedulerHalf, asked: Request, computed: int = 0) -> tuple[int | None, bool]:
-    """What the scheduler is told in the end."""
-    deadline = time.monotonic() + 60
-    while (told := half.matched_tokens(asked, computed))[0] is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    return told
-
-
-def scheduled(asked: Request, blocks: list[int], tokens: int, computed: int = 0) -> SchedulerOutput:
-    output = SchedulerOutput.make_empty()
-    asked.num_computed_tokens = computed
-    output.scheduled_new_reqs = [NewRequestData.from_request(asked, (blocks,))]
-    output.num_scheduled_tokens = {asked.request_id: tokens}
-    return output
-
-
-def continued(asked: Request, blocks: list[int], tokens: int, computed: int) -> SchedulerOutput:
-    output = SchedulerOutput.make_empty()
-    output.scheduled_cached_reqs = CachedRequestData(
-        [asked.request_id], set(), [], {}, [(blocks,) if blocks else None], [computed], [0]
-    )
-    output.num_scheduled_tokens = {asked.request_id: tokens}
-    return output
 
 
 def test_asking_again_begins_no_second_lookup(
@@ -200,11 +154,6 @@ def adaptive(store: StoreProcess, tmp_path: Path) -> Iterator[SchedulerHalf]:
     made = SchedulerHalf(client, SPEC, BLOCK)
     yield made
     made.close()
-
-
-def news(bandwidth_bps: float, step: int = 0) -> News:
-    """The worker has met a link."""
-    return News(step, Learned({"another node": (bandwidth_bps / 8, 0.0)}))
 
 
 def test_what_is_sooner_computed_is_not_loaded(adaptive: SchedulerHalf, client: KVStoreClient) -> None:
