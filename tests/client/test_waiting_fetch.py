@@ -57,6 +57,13 @@ class Setup:
             time.sleep(0.002)
         return report
 
+    def wait_for_the_node(self) -> None:
+        """A node that failed is asked again after a pause."""
+        deadline_s = time.monotonic() + 60
+        while self.client._view.is_paused(self.cluster.servers[0].address):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+
     def counted(self, name: str) -> int:
         return self.client.metrics.snapshot().get(name, 0)
 
@@ -110,7 +117,7 @@ def test_a_link_that_is_known_to_be_slow_is_not_asked(setup: Setup, buffers: KVB
     setup.link.set_bandwidth(SLOW_BPS)
     while not setup.client.links.snapshot():  # as long as nothing has come, nothing is known
         assert setup.fetch(buffers).delivered < CHUNKS
-        time.sleep(1.5)  # the node may be paused
+        setup.wait_for_the_node()
     before = setup.link.from_target_bytes
     report = setup.fetch(buffers)
     assert (report.delivered, report.missing, report.received_bytes) == (0, {}, 0)

@@ -65,6 +65,12 @@ class Cell:
             return False
         return data == chunk.frames(0, frames)
 
+    def wait_for_walks(self, count: int) -> None:
+        """Wait until that many more walks have ended."""
+        for _ in range(count):
+            last = self.worker._finished
+            wait_for(lambda last=last: self.worker._finished is not last)  # type: ignore[misc]
+
     def stop(self) -> None:
         self.worker.stop()
         self.server.stop(0)

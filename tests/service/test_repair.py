@@ -99,7 +99,7 @@ def test_a_full_node_is_not_given_again_what_it_evicted(make_cluster: Callable[[
     assert small.node.stats().counters["evictions"] > 0
     cluster.settle()
     sent, evictions = large.sent, small.node.stats().counters["evictions"]
-    time.sleep(1.5)  # several walks in which nothing has changed
+    large.wait_for_walks(3)
     assert (large.sent, small.node.stats().counters["evictions"]) == (sent, evictions)
 
 

@@ -132,15 +132,17 @@ def test_a_put_whose_steps_break_off_leaves_nothing(either: tuple[Served, Transp
 def test_a_put_is_over_in_time_when_its_steps_are_slow(either: tuple[Served, Transport]) -> None:
     served, transport = either
     chunk = sample_chunk()
+    timeout_s = 0.3
+    deadline_s = time.monotonic() + timeout_s
 
     def slow() -> Iterator[pb.PutRequest | memoryview]:
         yield start(chunk)
-        time.sleep(0.6)
+        wait_until(lambda: time.monotonic() > deadline_s + timeout_s)
         yield memoryview(chunk.data)
         yield END
 
     with pytest.raises(TransferError) as failure:
-        list(transport.put(slow(), 0.3))
+        list(transport.put(slow(), timeout_s))
     assert failure.value.reason == "timeout"
     wait_until(lambda: served.node.stats().bytes_used == 0)
 
