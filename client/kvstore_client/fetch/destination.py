@@ -1,5 +1,6 @@
 """Interface of the memory that a fetch writes restored KV to."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -31,3 +32,17 @@ class Destination(Protocol):
         """Write the range, which the tensors of `prepare` now hold, to its final memory, unless it is there already.
         The engine may be told that the range has arrived as soon as this returns. The tensors are not used
         afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class DestinationInFront:
+    """Base of destinations that only change what is completed in the destination behind them, `inner`."""
+
+    inner: Destination
+
+    @property
+    def layers(self) -> int:
+        return self.inner.layers
+
+    def prepare(self, layers: slice, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inner.prepare(layers, tokens)

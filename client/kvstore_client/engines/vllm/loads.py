@@ -13,6 +13,7 @@ from kvstore_client.engines.vllm.before_rope import KeysBeforeRope
 from kvstore_client.engines.vllm.load_plan import unmeasured
 from kvstore_client.engines.vllm.metadata import LoadRequest
 from kvstore_client.fetch import Computing, Destination, Fetch
+from kvstore_client.fetch.destination import DestinationInFront
 from kvstore_client.match import Match
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Costs, Profile, Race
@@ -30,20 +31,12 @@ _POLL_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
-class LoadWindow:
+class LoadWindow(DestinationInFront):
     """Lets through to `inner` only positions in `[first_token, end_token)`: blocks before it may be in use by other
     requests, and there are none behind it. A `Destination` of a fetch."""
 
-    inner: Destination
     first_token: int
     end_token: int
-
-    @property
-    def layers(self) -> int:
-        return self.inner.layers
-
-    def prepare(self, layers: slice, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.inner.prepare(layers, tokens)
 
     def complete(self, layers: slice, tokens: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         inside = slice(max(tokens.start, self.first_token), min(tokens.stop, self.end_token))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kvstore_client.fetch import Destination
+from kvstore_client.fetch.destination import DestinationInFront
 from kvstore_codec.errors import InvalidKVError, UnsupportedEngineError
 from kvstore_codec.model_spec import RopeSpec
 
@@ -62,18 +62,10 @@ def _turn_(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class RotatedDestination:
+class RotatedDestination(DestinationInFront):
     """Gives `inner` keys after RoPE where a fetch brings them before RoPE. A `Destination` of a fetch."""
 
-    inner: Destination
     rotation: KeyRotation
-
-    @property
-    def layers(self) -> int:
-        return self.inner.layers
-
-    def prepare(self, layers: slice, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.inner.prepare(layers, tokens)
 
     def complete(self, layers: slice, tokens: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
         self.rotation.apply_(keys, tokens)
