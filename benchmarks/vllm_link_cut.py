@@ -2,8 +2,10 @@
 
     python benchmarks/vllm_link_cut.py --json F
 
-Meanwhile other requests, which nothing is stored for, come to the same engine one after the other. Needs what
-vllm_ttft.py needs. Rows are those of `kvstore_bench.vllm.link_cut.cut_row`.
+For each policy: how long that request takes, how long other requests to the same engine, of which nothing is stored,
+take meanwhile, and how soon KV is reused when the link is back. Needs what vllm_ttft.py needs. Rows have link,
+prompt_tokens and the fields of `kvstore_bench.vllm.link_cut.cut_row`; a policy that failed before the cut has policy
+and failure only.
 """
 
 from typing import Annotated, Any
@@ -51,11 +53,14 @@ def main(
     model: ModelName = SMOLLM2,
     dtype: DtypeName = "bfloat16",
     policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(POLICIES),
-    link: Annotated[str, typer.Option(help="Bandwidth.")] = "200mbit",
+    link: Annotated[str, typer.Option(help="Bandwidth of the link before and after the cut.")] = "200mbit",
     tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 2000,
-    share: Annotated[float, typer.Option(help="Share of the load's bytes that arrive.")] = 0.25,
-    cut_s: Annotated[float, typer.Option(help="Shortest time of the cut.")] = 45.0,
-    repeats: Annotated[int, typer.Option(min=1)] = 1,
+    share: Annotated[float, typer.Option(help="Share of the load's bytes before the cut.")] = 0.25,
+    cut_s: Annotated[
+        float,
+        typer.Option(help="Least seconds of the cut, which ends after the request."),
+    ] = 45.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Cuts for each policy, with another prompt each.")] = 1,
     vllm_options: VllmOptions = "",
     logs: LogsFolder = None,
     json_file: JsonFile = None,

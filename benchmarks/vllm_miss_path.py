@@ -2,9 +2,9 @@
 
     python benchmarks/vllm_miss_path.py --json F
 
-Four servers answer prompts that none of them has seen, in turns: without a connector, with an empty store, with an
-empty store and a lossy encoding, and with a store out of reach. Needs what vllm_ttft.py needs, but no peer. Rows are
-those of `kvstore_bench.vllm.miss_path.miss_rows`.
+Four servers answer prompts that none of them has seen, in turns: without a connector, with a store that has none of the
+prompts, the same with a lossy encoding, and with a store out of reach. Needs what vllm_ttft.py needs, but no peer. Rows
+are those of `kvstore_bench.vllm.miss_path.miss_rows`.
 """
 
 import time
@@ -41,7 +41,7 @@ _COLUMNS = {
     "of": "rounds",
 }
 _PAUSE_S = 2.0
-"""After an answer its KV is still being stored, which is not the next server's fault."""
+"""Pause after each answer. Its KV is still being stored, which would slow down the next server."""
 _WARM_UP, _SILENCE_S = 2, 240.0
 
 

@@ -17,7 +17,7 @@ Rows: {prompt_tokens, link, bandwidth_bps (null: unshaped), policy, rounds, ttft
 ttft_q1_s, ttft_q3_s, cold_ttft_s, speedup_over_cold, first_ttft_after_link_change_s, reused_tokens, link_bytes (to the
 engine, with packet headers), decode_tokens_per_s, answers_compared, answers_same_as_cold, answers_same_as_memory_hit,
 failed_requests, failure}. An answer is compared with that of a cold run, and with that of vLLM's own prefix cache when
-it reuses as many tokens. `samples` has every request, `targets` what the connector has to show.
+it reuses as many tokens. `samples` has every request. `targets` compares medians with what the connector has to reach.
 """
 
 from dataclasses import asdict
@@ -30,7 +30,7 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import read_document
-from kvstore_bench.output_options import JsonFile
+from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.links import DEFAULT_LINKS, parse_links
@@ -78,7 +78,7 @@ def main(
     texts: Annotated[int, typer.Option(min=1, help="Different prompts of each length.")] = 3,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 16,
     minutes: Annotated[
-        float | None, typer.Option(help="No request begins that would end later, from the first round on.")
+        float | None, typer.Option(help="Time for all rounds. Nothing begins that is expected to end later.")
     ] = None,
     document: Annotated[
         Path | None, typer.Option(help="Text of the prompts. Default: a chapter of Python's reference.")
@@ -86,7 +86,7 @@ def main(
     vllm_options: VllmOptions = "",
     logs: LogsFolder = None,
     json_file: JsonFile = None,
-    plot: Annotated[Path | None, typer.Option("--plot")] = None,
+    plot: Annotated[Path | None, plot_option("seconds to the first token")] = None,
 ) -> None:
     require_outputs(json_file, plot)
     folder = model_folder(model)
@@ -156,7 +156,7 @@ def _show(measured: Measured) -> None:
     goals = targets(rows)
     columns = {"target": "target", "where": "where", "": "figure", "wanted": "wanted", "met?": "met"}
     if goals:
-        print_table(result_table("what the connector has to show", columns, goals, _DIGITS))
+        print_table(result_table("targets of the connector", columns, goals, _DIGITS))
     for name, why in measured.left_out.items():
         print(f"without {name}: {why}")
 

@@ -12,7 +12,10 @@ ModelName = Annotated[
     str, typer.Option(help=f"{SMOLLM2}, {QWEN}, or a folder with a model in safetensors files.")
 ]
 DtypeName = Annotated[
-    str, typer.Option(help="bfloat16, or float32: sooner on CPUs without instructions for bfloat16.")
+    str,
+    typer.Option(help="bfloat16, or float32, which is faster on CPUs that only emulate bfloat16."),
 ]
-VllmOptions = Annotated[str, typer.Option(help="Further options of all vLLM servers.")]
-LogsFolder = Annotated[Path | None, typer.Option(help="Folder that keeps the servers' logs.")]
+VllmOptions = Annotated[str, typer.Option(help="Further options for all vLLM servers, separated by spaces.")]
+LogsFolder = Annotated[
+    Path | None, typer.Option(help="Folder for the servers' logs. Default: they are deleted.")
+]

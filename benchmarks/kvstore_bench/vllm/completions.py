@@ -1,4 +1,4 @@
-"""A user of vLLM's OpenAI server: streams a completion and notes when its tokens arrive."""
+"""HTTP client of vLLM's OpenAI server: streams a completion, and notes when its tokens arrive."""
 
 import json
 import time
@@ -14,7 +14,7 @@ _WORKER_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A completion as the user saw it. Times count from the moment the request was sent."""
+    """A completion as the client saw it. Times count from the moment when the request was sent."""
 
     ttft_s: float
     total_s: float

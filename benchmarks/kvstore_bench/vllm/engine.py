@@ -18,7 +18,7 @@ VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 """Made by `make vllm-env`."""
 
 START_S = 600.0
-"""A first start compiles the model."""
+"""How long a start may take. The first one compiles the model."""
 _MODEL = "model"
 _CPU_BLOCK_TOKENS = 128
 """vLLM's default on a CPU."""
@@ -35,7 +35,7 @@ class EngineOptions:
     """Folder with the weights in safetensors files."""
     max_model_tokens: int
     kv_cache_prompts: int = 2
-    """Longest prompts that fit into the engine's own KV cache. Small, because all engines are in memory together."""
+    """How many of the longest prompts fit into the engine's own KV cache. Few, because all engines run at once."""
     dtype: str = "bfloat16"
     block_tokens: int = _CPU_BLOCK_TOKENS
     extra: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True)
 class Connector:
-    """What goes into `--kv-transfer-config`, and what the engine's environment needs for it."""
+    """What goes into `--kv-transfer-config`, and the environment variables that it needs."""
 
     transfer: Mapping[str, Any]
     environment: Mapping[str, str] = field(default_factory=dict)

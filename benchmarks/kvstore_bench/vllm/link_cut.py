@@ -129,7 +129,15 @@ def _reuse_is_back(deployment: Deployment, prompt: Prompt) -> float | None:
 
 
 def cut_row(policy: str, run: CutRun, cold_ttft_s: float) -> dict[str, Any]:
-    """`cold_ttft_s` is the TTFT of the same prompt without reuse."""
+    """`cold_ttft_s` is the TTFT of the same prompt without reuse.
+
+    The row: {policy, cold_ttft_s; hit_ttft_s, hit_reused_tokens and hit_link_bytes of the request over the whole link;
+    cut_after_s, from sending the request to the cut; cut_request_ttft_s and cut_request_reused_tokens (null: it failed,
+    and failure says why); unrelated_before_ttft_s; unrelated_failed; reuse_back_after_s}. Further fields have the
+    number, the median TTFT and the longest TTFT of the unrelated requests that ended while the cut request waited
+    (unrelated_waiting), that overlapped with its computation (unrelated_beside_compute), and that came afterwards
+    (unrelated_after). unrelated_over_before is the median TTFT of the first and last of these groups over that before
+    the cut."""
     ended_s = run.answer.ttft_s if run.answer is not None else float("inf")
     # The engine shares its cores between requests while it computes, so requests beside the computation stand apart.
     computes_from_s = ended_s - 1.1 * cold_ttft_s

@@ -5,7 +5,7 @@ from kvstore_service.bandwidth import format_bandwidth, parse_bandwidth
 
 UNSHAPED = "unshaped"
 BURST_S = 0.02
-"""Fetching over several connections, as peers do, costs no retransmissions then."""
+"""How much may pass a link at once, as time on the link. Clients with several connections lose no packets then."""
 
 DEFAULT_LINKS = f"{UNSHAPED},1gbit,200mbit,100mbit,50mbit,10mbit"
 

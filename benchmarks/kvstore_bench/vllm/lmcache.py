@@ -14,8 +14,8 @@ _CLEAR_S = 60.0
 
 
 def lmcache_connector(port: int) -> Connector:
-    """The connector of an engine that uses the server at `port`. It reads and writes the engine's memory itself, which
-    is LMCache's way without copies in the engine's process."""
+    """The connector of an engine that uses LMCache's server at `port`. In this transfer mode the server reads and
+    writes the engine's KV memory itself, without copies in the engine's process."""
     return Connector(
         {
             "kv_connector": "LMCacheMPConnector",
@@ -38,7 +38,7 @@ class LMCacheServer:
     def __init__(
         self, python: Path, folder: Path, name: str, redis_host: str, redis_port: int, serde: str | None
     ) -> None:
-        """`serde` is how it codes what it stores in Redis; None: as it is."""
+        """`serde` names LMCache's coding of what it stores in Redis; None: it is not coded."""
         self.port, self._http_port = free_port(), free_port()
         adapter: dict[str, object] = {"type": "resp", "host": redis_host, "port": redis_port}
         if serde is not None:

@@ -16,7 +16,7 @@ _PORT = 7420
 
 
 def _away(testbed: Testbed, stack: ExitStack, name: str, number: int) -> Deployment:
-    """Behind a link of its own that is cut: nobody answers, and nobody refuses either."""
+    """The store's address is behind a link that is cut, so that packets are lost and no connection is refused."""
     link = stack.enter_context(NetworkNamespace(None))
     link.cut()
     folder = testbed.folder / f"cache-{number}"
@@ -35,7 +35,11 @@ MISS_POLICIES: Mapping[str, Deploy] = {
 
 
 def miss_rows(answers: Mapping[str, Sequence[Answer]]) -> list[dict[str, Any]]:
-    """By policy, one answer of each round; policies are compared round by round."""
+    """`answers` has one answer for each policy and round. Policies are compared round by round.
+
+    Rows: {policy, rounds, ttft_s (median), ttft_min_s, ttft_max_s, decode_tokens_per_s, ttft_over_cold and
+    decode_time_over_cold (medians of the ratios to `cold` in the same round), reused_tokens (the most in any answer),
+    met (whether both ratios are at most 1.03)}."""
     rows = []
     for policy, given in answers.items():
         ttft, speed = [answer.ttft_s for answer in given], [_speed(answer) for answer in given]

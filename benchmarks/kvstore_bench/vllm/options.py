@@ -1,4 +1,4 @@
-"""What `vllm_ttft.py` is asked for."""
+"""What a run of benchmarks/vllm_ttft.py measures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Options:
     """Different prompts of each length. The rounds take them in turn."""
     answer_tokens: int
     budget_s: float | None = None
-    """No further requests are begun that would end after it."""
+    """Time for all rounds, in seconds: nothing begins that is expected to end later. None: no limit."""
     silence_s: float = 240.0
     """A request has failed when nothing arrives for so long."""
     dtype: str = "bfloat16"

@@ -16,7 +16,8 @@ _UNSHAPED_MBIT = 10_000
 
 
 def plot_vllm(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Between the quartiles is shaded. Rows without a time are not drawn; nothing is written without any."""
+    """Draws medians, with the range between the quartiles shaded. Rows without a time are left out. Without any
+    time, no file is written."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 

@@ -1,4 +1,4 @@
-"""What is compared: engines, each with what it needs at both ends of the link."""
+"""The compared policies: a vLLM engine each, with its connector and the store at the far end of the link."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -34,7 +34,7 @@ class Testbed:
     vllm_python: Path = VLLM_PYTHON
     lmcache_python: Path = LMCACHE_PYTHON
     publish: Callable[[str], None] | None = None
-    """Gives the cluster at an address the calibration that lossy encodings need."""
+    """Publishes the calibration that lossy encodings need in the cluster at an address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ class Deployment:
     engine: Engine
     store: Store | None
     forget_nearby: Callable[[], None]
-    """Empties caches between the engine and the link."""
+    """Empties caches between the engine and the link, such as LMCache's memory."""
 
     @property
     def completions(self) -> Completions:
         return self.engine.completions
 
     def forget(self) -> None:
-        """Leaves KV in the store alone. Raises RequestError."""
+        """Empties all caches on the engine's side of the link. The store keeps its KV. Raises RequestError."""
         self.completions.forget()
         self.forget_nearby()
 
@@ -144,10 +144,8 @@ POLICIES: Mapping[str, Deploy] = {
     "lmcache-raw": _lmcache(None),
     "lmcache-fp8": _lmcache("fp8"),
 }
-LOSSY_POLICIES = ("adaptive",)
-"""Those that need a calibration."""
 LEARNING_POLICIES = ("exact", "adaptive")
-"""They plan with the link's speed as they have seen it, so they are asked twice after it has changed, uncounted."""
+"""They plan with the bandwidth that they measured. Their first requests after a change of the link do not count."""
 
 
 def policies_named(text: str, known: Mapping[str, Deploy] = POLICIES) -> dict[str, Deploy]:

@@ -1,4 +1,4 @@
-"""From requests to what the benchmark says."""
+"""The rows of benchmarks/vllm_ttft.py, from single requests."""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -17,20 +17,21 @@ from kvstore_codec.errors import ServiceError
 from kvstore_service.calibration import Report
 
 _QUIET_S, _QUIET_LIMIT_S = 0.3, 120.0
-"""A request is sent when the link has been silent for so long; what is still under way belongs to the last request."""
+"""A request is sent when the link has been silent for so long, so that no bytes of the last one are counted as its own;
+the second limit is for a link that is never silent."""
 _STORE_ATTEMPTS = 5
 """A connector may store nothing at first, because it is still getting what it needs."""
 _SLOWER, _SLOWER_S, _ROUNDS_OF_SLOWER = 3.0, 10.0, 2
-"""A policy that took so many times as long as a cold run, and so many seconds, is asked in the first rounds only."""
+"""A policy that took 3 times as long as a cold run, and more than 10 s, is asked in the first two rounds only."""
 _SETTLING = 2
-"""Requests after a change of the link that are not counted, of a policy that plans with what it has seen."""
+"""Requests of each of LEARNING_POLICIES that are not counted after a change of the link."""
 _FAILURES = 3
 """A policy that has failed so many times in a row is left out."""
 
 
 @dataclass(slots=True)
 class Measured:
-    """What is known so far."""
+    """Results so far."""
 
     samples: list[Sample] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -40,7 +41,7 @@ class Measured:
 
 
 Keep = Callable[[Measured], None]
-"""Writes down what is known so far. Called after every link."""
+"""Writes the results so far to files. Called after every link."""
 
 
 class Bench:

@@ -17,12 +17,12 @@ _START_S = 180.0
 _COORDINATOR_PORT, _REDIS_PORT = 7420, 6379
 _ANSWER_S = 5.0
 _SETTLED_S, _SETTLED_LIMIT_S = 5.0, 300.0
-"""A store has everything when it has not grown for so long."""
+"""A store has received everything when it has not grown for 5 s; 300 s are waited for that."""
 
 
 class Store(Protocol):
     def stored(self) -> int:
-        """Number of stored objects. Goes over the link. Raises ServiceError."""
+        """Number of stored objects. The question goes over the link. Raises ServiceError."""
 
 
 def settled_size(store: Store) -> int:
@@ -59,7 +59,7 @@ class KVStoreNode:
 
 
 class Redis:
-    """In memory only, as a cache runs."""
+    """Redis, or Valkey where Redis is not installed. It keeps everything in memory and writes nothing to disk."""
 
     def __init__(self, link: NetworkNamespace, folder: Path, number: int, python: Path) -> None:
         """`python` is that of an environment with the wheel of Valkey, for machines without Redis. Raises

@@ -1,4 +1,4 @@
-"""What the connector has to show, and whether it did."""
+"""How much faster than others the connector has to be, and whether it was."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ _UNSHAPED_OVER_RAW = 1.1
 
 
 def targets(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """{target, where, figure, wanted, met}; what cannot be said of these rows is left out."""
+    """Rows {target, where, figure, wanted, met}. Targets whose policies or links were not measured are left out."""
     cells: dict[tuple[int, str], dict[str, Row]] = {}
     for row in rows:
         if row.get("ttft_s") is not None:
