@@ -19,9 +19,9 @@ from vllm.v1.kv_offload.base import (
     ScheduleEndContext,
 )
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstore_client.client import connect
+from kvstore_client.engines.vllm.cache_hit_source import OTHER_MACHINES
 from kvstore_client.engines.vllm.tier_lookups import TierLookups
 from kvstore_client.engines.vllm.tier_namespace import page_namespace
 from kvstore_client.pages.base import JobId, PageResult
@@ -46,7 +46,7 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM has no ty
     """
 
     medium = Medium.STORAGE
-    cache_hit_source = CacheHitSource.EXTERNAL_UNSPECIFIED
+    cache_hit_source = OTHER_MACHINES
 
     def __init__(
         self,
