@@ -33,6 +33,9 @@ class KVBuffers:
     values: torch.Tensor
     memory: torch.Tensor
     """Flat bytes that hold both tensors."""
+    windows: tuple[int | None, ...] = ()
+    """Sliding window of each layer, tokens (None: full attention); empty if no layer has one. In a layer with a window,
+    memory further back than the `window - 1` tokens before the first computed one may never have been written."""
     copies: list[Copy] = field(default_factory=list, compare=False)
     """Copies to a device that may still read the memory after the buffers are released."""
 
@@ -73,7 +76,7 @@ class BufferPool:
         keys, values = (
             memory[begin : begin + half_bytes].view(spec.dtype.torch).view(shape) for begin in (0, half_bytes)
         )
-        return KVBuffers(keys, values, memory)
+        return KVBuffers(keys, values, memory, spec.sliding_windows)
 
     def release(self, buffers: KVBuffers) -> None:
         """Return buffers that the caller no longer reads or writes. They are reused when their copies have ended."""

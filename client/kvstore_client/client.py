@@ -239,6 +239,7 @@ class KVStoreClient:
         features: ChunkFeatures | None = None,
         computing: Computing | None = None,
         computed: Sequence[range] = (),
+        windows: Sequence[int | None] = (),
     ) -> Fetch:
         """Start fetching a match into `destination`, such as KVBuffers, whose positions begin at the prompt's first
         token.
@@ -256,6 +257,11 @@ class KVStoreClient:
         `computed` are ranges of positions whose KV the engine computes itself (not together with `computing`). Frames
         inside these ranges are not read, the destination keeps its content there, and they count as delivered.
 
+        `windows` are the sliding windows of the layers (`ModelSpec.sliding_windows`), for a match without gaps. In
+        layers with a window, KV that no computed token attends to is not read, and the destination keeps its content
+        there: an engine that computes from position p on finds the `window - 1` tokens before p, and must not look
+        further back.
+
         Acquire KVBuffers from `self.buffers`, and release them after the fetch has finished and nothing reads them.
         """
         planners = _WAITING_PLANNERS if computing is not None and computing.waits else _PLANNERS
@@ -272,6 +278,7 @@ class KVStoreClient:
             planner=planners[self.settings.fetch.policy](),
             computing=computing,
             computed=computed,
+            windows=windows,
             restorer=self._restorer,
         )
 

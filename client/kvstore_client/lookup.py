@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
@@ -112,7 +113,7 @@ class _Lookup:
         self._all_encodings = len(self._encodings) != 1
         self._plain = any(not Encoding.parse(name).needs_calibration for name in self._encodings or [EXACT])
         # Geometry and frame limit, by encoding name and calibration digest.
-        self._known: dict[tuple[str, bytes], tuple[Geometry, int]] = {}
+        self._known: dict[tuple[str, bytes, int | None], tuple[Geometry, int]] = {}
         self._ranks: dict[str, tuple[int, int, str] | None] = {}
         self.found: dict[int, StoredChunk] = {}
         self._leases: list[Lease] = []
@@ -267,7 +268,7 @@ class _Lookup:
 
     def _require_expected(self, header: ChunkHeader, encoding: str, klt: KLT | None) -> None:
         """Raises ForeignChunkError if the encoding was not requested, or the shape is not that of this model's KV."""
-        geometry, frame_limit = self._expected(header.encoding, klt)
+        geometry, frame_limit = self._expected(header, klt)
         if self._rank(encoding) is None or max(header.frame_lengths) > frame_limit:
             raise ForeignChunkError(
                 f"chunk {header.chunk_id.short} is offered as {encoding} in frames of up to "
@@ -279,14 +280,19 @@ class _Lookup:
                 f"but its header says {header.encoding.name} of {header.geometry}"
             )
 
-    def _expected(self, encoding: Encoding, klt: KLT | None) -> tuple[Geometry, int]:
+    def _expected(self, header: ChunkHeader, klt: KLT | None) -> tuple[Geometry, int]:
         """Geometry of this model's chunks, and the largest frame in bytes. Cached: all chunks of a prompt share it."""
-        digest = klt.calibration.digest if klt is not None else b""
-        known = self._known.get((encoding.name, digest))
+        encoding, digest = header.encoding, klt.calibration.digest if klt is not None else b""
+        # Without a calibration and a picture of some layers, the number of layers a period is the writer's choice.
+        is_free = klt is None and not encoding.is_video
+        period_layers = header.geometry.period_layers if is_free else None
+        known = self._known.get((encoding.name, digest, period_layers))
         if known is None:
             geometry = chunk_geometry(self._spec, self._chunk_tokens, encoding, klt)
+            if period_layers is not None:
+                geometry = replace(geometry, period_layers=period_layers)
             frame_limit = 2 * geometry.frame_values(0) * self._spec.dtype.itemsize + _FRAME_OVERHEAD_BYTES
-            known = self._known[encoding.name, digest] = geometry, frame_limit
+            known = self._known[encoding.name, digest, period_layers] = geometry, frame_limit
         return known
 
 

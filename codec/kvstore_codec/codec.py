@@ -13,7 +13,7 @@ from kvstore_codec.chunk import ChunkHeader, write_header
 from kvstore_codec.decoding import FramesTogether, require_klt, require_kv
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import InvalidKVError
-from kvstore_codec.geometry import PERIOD_LAYERS, Geometry
+from kvstore_codec.geometry import Geometry, period_layers_of
 from kvstore_codec.identity import ChunkId
 from kvstore_codec.klt_frames import KLT, Prediction, encode_klt_frame
 from kvstore_codec.layouts.token_frames import LAYERS_PER_PICTURE
@@ -90,7 +90,7 @@ def chunk_geometry(spec: ModelSpec, tokens: int, encoding: Encoding, klt: KLT | 
     if klt is not None:
         period_layers = klt.calibration.period_layers
     else:
-        period_layers = LAYERS_PER_PICTURE if encoding.is_video else PERIOD_LAYERS
+        period_layers = LAYERS_PER_PICTURE if encoding.is_video else period_layers_of(spec)
     return Geometry.of(spec, tokens, period_layers, encoding.frame_tokens)
 
 

@@ -21,6 +21,18 @@ FRAME_TOKENS = 64
 PERIOD_LAYERS = 4
 
 
+def period_layers_of(spec: ModelSpec) -> int:
+    """The most layers a period may have, up to PERIOD_LAYERS, so that no period mixes layers with different sliding
+    windows: 4 if all layers have the same, 1 for Gemma 3. A fetch leaves out the frames outside a window only where all
+    layers of their period have one."""
+    windows = spec.sliding_windows or (None,) * spec.layers
+    return next(
+        size
+        for size in range(PERIOD_LAYERS, 0, -1)
+        if all(len(set(windows[first : first + size])) == 1 for first in range(0, spec.layers, size))
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Shape of a chunk. A slot is the token range of a frame. Frames are ordered by period, then by slot:

@@ -11,6 +11,7 @@ from blake3 import blake3
 from rich.table import Table
 
 from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_codec.geometry import period_layers_of
 from kvstore_service.cli.borrowed_options import flag_of, options_of
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.extensions import extension_command
@@ -73,7 +74,7 @@ def calibrate(
             min=1,
             max=64,
             help="Number of consecutive layers coded together.",
-            show_default="4",
+            show_default="4, or fewer where layers differ in their sliding windows",
             rich_help_panel=_CODEC,
         ),
     ] = None,
@@ -144,7 +145,7 @@ def calibrate(
             observed,
             plan,
             Options(
-                period_layers=4 if period_layers is None else period_layers,
+                period_layers=period_layers or period_layers_of(observed.spec),
                 rank=128 if rank is None else rank,
             ),
             stages,

@@ -1,16 +1,19 @@
 """Models that differ in what KV is made of (heads, norms, windows, RoPE) are calibrated, coded and continued alike."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.calibrate import ObservedModel
+from kvstore_client.engines.transformers.features import embedded
+from kvstore_client.engines.transformers.rotary import rotary_tables
+from kvstore_client.reuse.features import PromptFeatures
 from kvstore_codec.codec import EncodedChunk, decode_frames, encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
@@ -144,17 +147,17 @@ def test_generation_goes_on_from_decoded_kv(coded: Coded, cluster: ServedCluster
         plain = cached.generate(prompt, **STEPS)
         assert cached.last_report.reused_tokens == 0
         client.store.flush()
-        reused = cached.generate(prompt, **STEPS)
-        assert cached.last_report.reused_tokens == 512
+        buffers = client.buffers.acquire(cached.spec, 512)
+        rotary = rotary_tables(model, 512, cached.spec.dtype.torch, "cpu")
+        match = client.match(cached.spec, client.chunk_ids(cached.spec, prompt[0].tolist()))
+        features = PromptFeatures(partial(embedded, model), prompt[0])
+        assert client.fetch(match, buffers, rotary, features=features).wait().fetched == 2
         cached.close()
     question = text(CONTINUED, seed=5)[None]
+    in_memory = [(layer.keys[0], layer.values[0]) for layer in plain.past_key_values.layers]
+    fetched = list(zip(buffers.keys, buffers.values, strict=True))
     exact, decoded, mixed = (
-        behind(model, [layers[index] for index in order], question)
-        for layers, order in (
-            (plain.past_key_values.layers, range(5)),
-            (reused.past_key_values.layers, range(5)),
-            (reused.past_key_values.layers, SWAPPED),
-        )
+        behind(model, kv, question) for kv in (in_memory, fetched, [fetched[index] for index in SWAPPED])
     )
     assert 1e-5 < divergence(exact, decoded) < 2 * KL_OF_MEDIUM
     assert divergence(exact, mixed) > 4 * KL_OF_MEDIUM
@@ -162,7 +165,7 @@ def test_generation_goes_on_from_decoded_kv(coded: Coded, cluster: ServedCluster
 
 @pytest.mark.parametrize("family", KINDS)
 def test_exact_reuse_says_what_the_model_says_without(cluster: ServedCluster, family: str) -> None:
-    """Its own cache forgets what lies before the windows; ours does not, and the answer is the same."""
+    """Neither its own cache nor ours has what lies before the windows, and the answer is the same."""
     model, prompt = sharp(family), text(600, seed=6)[None]
     plain = model.generate(prompt, **STEPS)
     with connect(cluster.address) as client:
@@ -177,11 +180,11 @@ def test_exact_reuse_says_what_the_model_says_without(cluster: ServedCluster, fa
         cached.close()
 
 
-def behind(model: PreTrainedModel, layers: list[CacheLayerMixin], continuation: torch.Tensor) -> torch.Tensor:
+def behind(model: PreTrainedModel, layers: list[KV], continuation: torch.Tensor) -> torch.Tensor:
     """Log-probabilities at each token of `continuation` `[1, tokens]` behind the first 512 tokens of these layers."""
     cache = DynamicCache()
-    for index, layer in enumerate(layers):
-        cache.update(layer.keys[:, :, :512], layer.values[:, :, :512], index)
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys[None, :, :512], values[None, :, :512], index)
     logits: torch.Tensor = model(continuation, past_key_values=cache).logits[0]
     return logits.log_softmax(-1)
 

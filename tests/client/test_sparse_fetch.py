@@ -14,6 +14,7 @@ from kvstore_bench.link.clients import connect_policy
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.fetch import Computing, FetchReport
 from kvstore_client.fetch.cut import cut, joined, slots_outside
+from kvstore_client.fetch.wanted import WantedFrames
 from kvstore_client.match import Match, StoredChunk
 from kvstore_client.planning import Costs, PrefillCost, Profile
 from kvstore_client.store import NewChunk
@@ -193,7 +194,8 @@ def test_every_frame_outside_is_read_once_and_no_other(pieces: list[range]) -> N
     slots = slots_outside(chunk, chunk.variants[0], joined(pieces))
     assert slots == outside
     frames: list[int] = []
-    for task in cut(1, chunk, chunk.variants[0], slots=slots):
+    wanted = WantedFrames(chunk, joined(pieces))
+    for task in cut(1, chunk, chunk.variants[0], wanted.slots):
         frames += range(task.first_frame, task.first_frame + task.frame_count)
         assert task.tokens.stop - task.tokens.start == 64 * task.frame_count
         assert task.tokens.start == 256 + 64 * (task.first_frame % geometry.frames_per_period)

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from kvstore_codec.codec import chunk_geometry
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import ChunkFormatError, UnknownEncodingError
-from kvstore_codec.geometry import MAX_FRAMES, Geometry
+from kvstore_codec.geometry import MAX_FRAMES, Geometry, period_layers_of
 from kvstore_codec.model_spec import KVDtype
 from tests.codec.chunks import make_spec
 
@@ -42,6 +45,28 @@ def test_a_default_chunk() -> None:
     assert (geometry.tokens, geometry.periods, geometry.frames_per_period) == (256, 8, 4)
     assert geometry.frame_shape(0) == (4, 3, 64, 64)
     assert geometry.frame_shape(31) == (2, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("windows", "period_layers"),
+    [
+        ((), 4),
+        ((512,) * 9, 4),
+        ((*[512] * 5, None) * 2, 1),
+        ((512, 512, None, None) * 2, 2),
+        ((None,) * 4 + (512,) * 5, 4),
+        ((None,) * 3 + (512,) * 5, 3),
+        ((512, None) * 3, 1),
+        ((512,), 4),
+        ((512, 512, 1024, 1024), 2),
+    ],
+)
+def test_no_period_mixes_windows(windows: tuple[int | None, ...], period_layers: int) -> None:
+    spec = replace(make_spec(layers=len(windows) or 9), sliding_windows=windows)
+    assert period_layers_of(spec) == period_layers
+    geometry = chunk_geometry(spec, 256, Encoding.parse("exact-zstd"))
+    for period in range(geometry.periods):
+        assert len({windows[layer] for layer in geometry.layers_of(period) if windows}) <= 1
 
 
 @pytest.mark.parametrize(

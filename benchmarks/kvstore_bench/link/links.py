@@ -7,6 +7,8 @@ from typing import Literal, Protocol, Self
 
 from kvstore_bench.shaping import ShapedLink
 from kvstore_bench.shaping.netns import NetworkNamespace
+from kvstore_client import ClientSettings
+from kvstore_client.cluster_view import ClusterView
 
 Shaper = Literal["userspace", "netns"]
 UNSHAPED_BPS = 10e9
@@ -96,3 +98,13 @@ class NamespaceLinks:
 def links_of(shaper: Shaper) -> Links:
     """Makes the links of this kind."""
     return UserSpaceLinks() if shaper == "userspace" else NamespaceLinks()
+
+
+def endpoints_of(address: str) -> list[str]:
+    """Addresses of the coordinator, and of all storage nodes and their bulk ports."""
+    view = ClusterView(ClientSettings(address=address))
+    try:
+        members = view.membership().members
+    finally:
+        view.close()
+    return [address, *(e for member in members for e in (member.endpoint, member.bulk_endpoint) if e)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore_bench.codec import cachegen
-from kvstore_bench.link.links import UNSHAPED_BPS, Links, links_of
+from kvstore_bench.link.links import UNSHAPED_BPS, Links, endpoints_of, links_of
 from kvstore_bench.link.options import Options
 from kvstore_bench.link.orders import ask
 from kvstore_bench.link.policies import Policy, policies_named, stored_encodings
@@ -19,8 +19,6 @@ from kvstore_bench.link.rows import Cell, Row, row_of
 from kvstore_bench.link.stream import ByteSource
 from kvstore_bench.shaping.jitter import parse_jitter, playing
 from kvstore_bench.store.processes import Process
-from kvstore_client import ClientSettings
-from kvstore_client.cluster_view import ClusterView
 from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.calibration import Report
@@ -77,7 +75,7 @@ def run(options: Options, report: Report) -> Result:
             _ANSWER_S,
             "load",
             **shared,
-            routes=links.routes([*_endpoints(cluster.address), source.address]),
+            routes=links.routes([*endpoints_of(cluster.address), source.address]),
             policies=[policy.name for policy in policies],
             floor=options.floor,
             adaptive=dict(options.adaptive),
@@ -245,16 +243,6 @@ def _process(stack: ExitStack, name: str, module: str, prefix: Sequence[str]) ->
     process = Process(name, (*prefix, sys.executable, "-m", f"kvstore_bench.link.{module}"))
     stack.callback(process.close)
     return process
-
-
-def _endpoints(address: str) -> list[str]:
-    """Addresses of the coordinator, and of all storage nodes and their bulk ports."""
-    view = ClusterView(ClientSettings(address=address))
-    try:
-        members = view.membership().members
-    finally:
-        view.close()
-    return [address, *(e for member in members for e in (member.endpoint, member.bulk_endpoint) if e)]
 
 
 def _meta(

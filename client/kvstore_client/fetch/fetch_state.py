@@ -33,16 +33,18 @@ class FetchState:
         timeline: Timeline,
         replanner: Replanner | None = None,
         computed: Sequence[range] = (),
+        windows: Sequence[int | None] = (),
     ) -> None:
         """`computed` are positions that are not read, because the engine computes them; not together with a
-        `replanner`."""
+        `replanner`. `windows` are the sliding windows of the layers: what lies before the windows of all computed
+        tokens is not read either."""
         self.timeline = timeline
         self._deadline = time.monotonic() + deadline_s
         self._stall_s = stall_s
         self._last_progress = time.monotonic()
         self._changed = threading.Condition()
         self._replanner = replanner
-        self._ledger = FetchLedger(chunks, layers, replanner, computed)
+        self._ledger = FetchLedger(chunks, layers, replanner, computed, windows)
         self._version = 0
         self._engine_waits = False
         self._received_bytes = 0
@@ -87,11 +89,9 @@ class FetchState:
                     self._adjust(idle=idle)
                     if tasks := self._ledger.next_reads(member, limit_bytes):
                         return tasks
-                if self._replanner is None or not self._replanner.replan:
-                    return []
                 # An early end lets the stages' threads exit; idle threads slow the engine down.
-                if not self._ledger.can_switch_to_reading(member):
-                    self._ledger.forbid_switching(member)
+                if not self._ledger.may_read_more(member):
+                    self._ledger.close(member)
                     return []
                 self._changed.wait()
             return []
@@ -286,7 +286,7 @@ class FetchState:
         self._changed.notify_all()
 
     def _give_up(self, reason: MissReason) -> None:
-        self._ledger.lose(range(len(self._ledger.states)), reason)
+        self._ledger.give_up(reason)
         self._notify()
 
     def _tell_if_ready(self) -> None:

@@ -3,12 +3,15 @@ lost."""
 
 import heapq
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from kvstore_api.placement import Member
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.chunk_state import ChunkState
+from kvstore_client.fetch.cut import by_layers
 from kvstore_client.fetch.replanner import Replanner
 from kvstore_client.fetch.report import FetchReport
+from kvstore_client.fetch.wanted import WantedFrames
 from kvstore_client.match import StoredChunk
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import COMPUTE
@@ -25,6 +28,10 @@ class FetchLedger:
 
     The engine computes chunks in *runs* before its *last pass*. The last pass is the forward pass that produces the
     first new token. It computes all tokens after the last chunk that is read or was computed in a run.
+
+    In layers with a sliding window, only the KV in the windows before a run and before the last pass is read. When the
+    engine is to compute another chunk, the windows before that one are read, too; a chunk in them of which no more can
+    be read is computed as well.
     """
 
     def __init__(
@@ -33,9 +40,18 @@ class FetchLedger:
         layers: int,
         replanner: Replanner | None,
         skipped: Sequence[range],
+        windows: Sequence[int | None],
     ) -> None:
-        """`skipped` are positions that are not read, because the engine computes them in any case."""
-        self.states = [ChunkState(index, chunk, layers, skipped) for index, chunk in enumerate(chunks)]
+        """`skipped` are positions that are not read, because the engine computes them in any case. `windows` are the
+        sliding windows of the layers, empty if none has one; with windows the chunks have no gaps between them."""
+        self.states = [
+            ChunkState(index, layers, WantedFrames(chunk, skipped, windows))
+            for index, chunk in enumerate(chunks)
+        ]
+        self._windows = any(state.wanted.has_windows for state in self.states[:1])
+        self._given_up = False
+        self._closed: set[Member] = set()
+        """Members from which nothing more is read."""
         self.by_member: dict[Member, list[ChunkState]] = {}
         for state in self.states:
             self.by_member.setdefault(state.chunk.member, []).append(state)
@@ -43,6 +59,8 @@ class FetchLedger:
         for state in self.states:
             if not any(variant.is_decodable for variant in state.chunk.variants):
                 state.is_lost, state.reason = True, MissReason.CALIBRATION_LOADING
+        if self._windows:
+            self._want_windows()
         if replanner is None or not replanner.begin(self.states):
             for state in self.states:
                 if not state.is_lost:
@@ -58,6 +76,8 @@ class FetchLedger:
 
     def recount(self) -> None:
         """Recount everything after a rare change of the chunks' sources."""
+        if self._windows:
+            self._read_windows()
         self.open_by_layer = [0] * len(self.open_by_layer)
         self.open_chunks = self.untaken = 0
         for state in self.states:
@@ -77,7 +97,7 @@ class FetchLedger:
             one_by_one = states if order == "front" else reversed(states)
             ordered: Iterable[ReadTask] = (task for state in one_by_one for task in state.unread)
         else:
-            ordered = heapq.merge(*(state.unread for state in states), key=_by_layers)
+            ordered = heapq.merge(*(state.unread for state in states), key=by_layers)
         tasks: list[ReadTask] = []
         size_bytes = 0
         for task in ordered:
@@ -85,9 +105,7 @@ class FetchLedger:
             if tasks and size_bytes > limit_bytes:
                 break
             tasks.append(task)
-        for task in tasks:
-            self.states[task.chunk_index].unread.popleft()
-        return tasks
+        return [self.states[task.chunk_index].take() for task in tasks]
 
     def requeue(self, tasks: Sequence[ReadTask]) -> None:
         """Return reads that did not arrive, to be taken again."""
@@ -98,13 +116,18 @@ class FetchLedger:
             if not self.states[index].to_compute:
                 self.states[index].requeue(tasks_of)
 
-    def can_switch_to_reading(self, member: Member) -> bool:
-        """Whether a new plan could still read a chunk of this member that the engine is to compute in the current
-        plan."""
+    def may_read_more(self, member: Member) -> bool:
+        """Whether more may have to be read from this member: a chunk that the engine is to compute in the current plan,
+        or the windows before a chunk that is lost."""
+        if self._windows and self.open_chunks:
+            return True
+        if self._replanner is None or not self._replanner.replan:
+            return False
         return any(s.to_compute and not (s.is_taken or s.is_lost) for s in self.by_member[member])
 
-    def forbid_switching(self, member: Member) -> None:
-        """Let no later plan read the chunks of this member that the engine is to compute."""
+    def close(self, member: Member) -> None:
+        """Read nothing more from this member."""
+        self._closed.add(member)
         for state in self.by_member[member]:
             state.is_lost |= state.to_compute
 
@@ -134,6 +157,37 @@ class FetchLedger:
         if self._replanner is not None and self._replanner.order == "front":
             self._leave_rest()
         self.recount()
+
+    def give_up(self, reason: MissReason) -> None:
+        """Read nothing more: have the engine compute all chunks that are neither delivered nor taken."""
+        self._given_up = True
+        self.lose(range(len(self.states)), reason)
+
+    def _want_windows(self) -> None:
+        """Before anything is planned: want the windows before the chunks that cannot be read, and before the tokens
+        behind the last chunk."""
+        computed_from = self._end
+        for state in reversed(self.states):
+            state.wanted = replace(state.wanted, computed_from=computed_from)
+            if state.is_lost:
+                computed_from = state.chunk.first_token
+
+    def _read_windows(self) -> None:
+        """Read the windows before everything that the engine computes. Windows reach backwards only, so one pass from
+        the last chunk to the first finds all chunks that must be computed as well."""
+        computed_from = self._end
+        for state in reversed(self.states):
+            readable = not self._given_up and state.chunk.member not in self._closed
+            if not state.read_before(computed_from, readable=readable):
+                state.is_lost = True
+                state.choose(COMPUTE)
+            if state.to_compute:
+                computed_from = state.chunk.first_token
+
+    @property
+    def _end(self) -> int:
+        """Position behind the last chunk."""
+        return self.states[-1].chunk.first_token + self.states[-1].tokens
 
     def _leave_rest(self) -> None:
         """Have the engine, which uses leading chunks only, compute everything behind the first lost one."""
@@ -234,7 +288,3 @@ class FetchLedger:
             computed=sum(state.to_compute and state.reason is None for state in self.states),
             replans=self._replanner.replans if self._replanner is not None else 0,
         )
-
-
-def _by_layers(task: ReadTask) -> tuple[int, int, int]:
-    return task.layers.start, task.chunk_index, task.first_frame

@@ -73,11 +73,12 @@ class Fetch:
         planner: Planner | None = None,
         computing: Computing | None = None,
         computed: Sequence[range] = (),
+        windows: Sequence[int | None] = (),
         restorer: type[Restorer] = Restorer,
     ) -> None:
         """Without a `planner` every chunk is read in its first variant. Frames entirely inside one of the `computed`
-        ranges of positions are not read, and count as delivered. Raises ConfigurationError for `computed` together with
-        a plan, which covers only whole chunks."""
+        ranges of positions, or outside the `windows` of all computed tokens, are not read, and count as delivered.
+        Raises ConfigurationError for `computed` together with a plan, which covers only whole chunks."""
         if computing is not None and computed:
             raise ConfigurationError(
                 "a fetch either skips positions that the engine computes (`computed`), "
@@ -106,6 +107,7 @@ class Fetch:
             timeline=timeline,
             replanner=replanner,
             computed=joined(computed),
+            windows=windows,
         )
         predictions = Predictions(match.chunks, features)
         workers = settings.fetch.decoders

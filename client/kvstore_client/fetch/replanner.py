@@ -189,13 +189,13 @@ class Replanner:
         chunks: list[ChunkWork] = []
         variants: dict[int, list[int]] = {}
         for state in states:
-            tokens_left = state.left_share() * state.tokens
             options: list[Option] = []
             variants[state.index] = []
             for number, variant in enumerate(state.chunk.variants):
-                left_bytes = None if state.is_lost else state.left_bytes(number)
-                if left_bytes is None:
+                left = None if state.is_lost else state.left(number)
+                if left is None:
                     continue
+                left_bytes, tokens_left = left
                 name = variant.header.encoding.name
                 cost = profile.codec(name)
                 decode_s = cost.decode_s * tokens_left + profile.receive_s_per_byte * left_bytes
@@ -225,6 +225,7 @@ class Replanner:
             profile.decode_threads,
             max(0.0, self._busy_until_s - time.monotonic()),
             self._busy_share(bandwidths, profile.interference),
+            fixed_end=any(state.wanted.has_windows for state in states[:1]),
         )
         return work, variants
 

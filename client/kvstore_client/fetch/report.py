@@ -20,9 +20,10 @@ class FetchReport:
     encodings: frozenset[Encoding] = frozenset()
     """Encodings in which chunks arrived."""
     fetched: int = 0
-    """Number of chunks that arrived completely."""
+    """Number of chunks that arrived, with all KV that the engine needs of them."""
     computed: int = 0
-    """Number of chunks that the engine computes because that is faster."""
+    """Number of chunks that the engine computes because that is faster, or because a missing chunk behind them needs
+    windows of theirs that were not read."""
     replans: int = 0
 
     @property

@@ -109,7 +109,7 @@ def _search(space: Space) -> _Block:
     fetchable = np.concatenate(([0], np.cumsum(space.fetchable)))
     stride = max(1, -(-space.count // _GRID))
     fronts = _places(0, space.count, stride, space.least_front)
-    tails = _places(0, space.count, stride, 0)
+    tails = space.tails or _places(0, space.count, stride, 0)
     while True:
         ends = space.all_ends(fronts, tails)
         fetched = fetchable[space.count - ends.tail] - fetchable[ends.front]
@@ -129,7 +129,7 @@ def _search(space: Space) -> _Block:
             return _Block(front, tail, small, large, float(limit / handicap.flat[best]))
         near, stride = stride, max(1, stride // 8)
         fronts = _places(max(front - near, 0), min(front + near, space.count), stride, front)
-        tails = _places(max(tail - near, 0), min(tail + near, space.count), stride, tail)
+        tails = space.tails or _places(max(tail - near, 0), min(tail + near, space.count), stride, tail)
 
 
 def _finish_s(space: Space, sums: Floats, ends: Ends) -> tuple[Floats, Floats]:

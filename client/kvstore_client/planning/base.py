@@ -69,6 +69,9 @@ class Work:
     """Seconds until the engine's current forward pass ends."""
     busy_share: float = 1.0
     """Share of the links' bandwidth that is available while the engine computes chunks."""
+    fixed_end: bool = False
+    """Whether chunks at the end that can be fetched are fetched, unless all are computed. In layers with a sliding
+    window only the windows before the end are read, so the options' sizes hold for no other end."""
     others_bytes: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Bytes that each of the other fetches still waits for, by endpoint."""
 

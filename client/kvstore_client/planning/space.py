@@ -67,6 +67,14 @@ class Space:
         """Number of unfetchable chunks at the front, which must be computed."""
         return int(np.isfinite(self._front).argmax())
 
+    @property
+    def tails(self) -> list[int] | None:
+        """Possible numbers of chunks computed at the end; None: all."""
+        if not self.work.fixed_end:
+            return None
+        fetchable = np.flatnonzero(self.fetchable)
+        return [0] if not len(fetchable) else sorted({0, self.count - 1 - int(fetchable[-1])})
+
     def assignments(self) -> list[Indices]:
         """Options of all chunks, along the lower hull from the least decoding to the least receiving. Neighbours in
         this list may be mixed."""

@@ -124,7 +124,9 @@ def fetch_prefix(
         computing = None
         if parts.costs is not None:
             computing = Computing(parts.costs, match.tokens, len(tokens) - match.tokens)
-        fetch = client.fetch(match, buffers, rotary, timeline, features, computing)
+        fetch = client.fetch(
+            match, buffers, rotary, timeline, features, computing, windows=spec.sliding_windows
+        )
         return IncomingKV(fetch, buffers, client.buffers), None
     except (RuntimeError, MemoryError) as error:
         detail = f"cannot fetch {len(match.chunks)} chunks, which are computed: {error}"

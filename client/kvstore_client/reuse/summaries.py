@@ -32,6 +32,10 @@ def publish_summaries(
     make later questions faster."""
     if geometry.tokens % geometry.frame_tokens:  # such frames are not chosen from
         return
+    if any(
+        window is not None for window in spec.sliding_windows
+    ):  # nor these, and not all of their keys were read
+        return
     summaries, shape = parts.client.summaries, SummaryShape.of(geometry)
     first_layers = [geometry.layers_of(period).start for period in range(geometry.periods)]
     ids = [chunk.prefix_id for chunk in parts.client.chunk_ids(spec, tokens)]

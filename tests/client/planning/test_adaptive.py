@@ -234,3 +234,13 @@ def test_threads_may_share_a_planner() -> None:
     alone = [_CONTROLLER.plan(fetch) for fetch in fetches]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(_CONTROLLER.plan, fetches * 4)) == alone * 4
+
+
+@settings(max_examples=100, deadline=None)
+@given(_works(), st.sets(st.integers(0, 63)))
+def test_a_fixed_end_is_fetched_or_everything_is_computed(fetch: Work, lost: set[int]) -> None:
+    chunks = tuple(replace(c, options=()) if c.index in lost else c for c in fetch.chunks)
+    plan = _CONTROLLER.plan(replace(fetch, chunks=chunks, fixed_end=True))
+    fetched = [index for index, choice in plan.choices.items() if choice != COMPUTE]
+    fetchable = [c.index for c in chunks if c.options]
+    assert not fetched or max(fetched) == max(fetchable)

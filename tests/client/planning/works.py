@@ -44,6 +44,7 @@ def work(
     latency_s: float = 0.001,
     suffix_tokens: int = 100,
     engine_busy_s: float = 0.0,
+    fixed_end: bool = False,
 ) -> Work:
     endpoints = {chunk.endpoint for chunk in chunks}
     bandwidths = bandwidth_Bps if isinstance(bandwidth_Bps, dict) else dict.fromkeys(endpoints, bandwidth_Bps)
@@ -57,4 +58,5 @@ def work(
         interference,
         decode_threads,
         engine_busy_s,
+        fixed_end=fixed_end,
     )

@@ -2,14 +2,31 @@
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.reuse.call import LayerArrives
 from kvstore_client.reuse.capture import KeyCapture
 
 
-class CapturedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
+class PartialLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
+    """A dynamic layer without the KV of the first `left_out` tokens, or of so many others that its tokens do not attend
+    to. Its tokens keep their positions: masks and positions are those of a sliding window that has moved past the
+    tokens left out."""
+
+    def __init__(self, left_out: int = 0) -> None:
+        super().__init__()
+        self.left_out = left_out
+
+    def get_seq_length(self) -> int:
+        return self.left_out + int(super().get_seq_length())
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        length, offset = super().get_mask_sizes(query_length)
+        return length - self.left_out, offset + self.left_out
+
+
+class CapturedLayer(PartialLayer):
     """A dynamic layer that reports the tokens it caches to a KeyCapture."""
 
     def __init__(self, layer: int, capture: KeyCapture) -> None:
@@ -26,17 +43,27 @@ class CapturedLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not 
 
 class PlacedLayer(CapturedLayer):
     """A layer whose reused KV is in buffers. New KV is written behind it in the same buffers while there is room, so
-    nothing is copied; after that it is an ordinary dynamic layer."""
+    nothing is copied; after that it is an ordinary dynamic layer.
 
-    def __init__(
-        self, layer: int, capture: KeyCapture, buffers: KVBuffers, tokens: int | None = None
-    ) -> None:
-        """The buffers hold `tokens` tokens; None: all before the captured ones."""
+    A layer with a sliding window holds the reused tokens of the window and all new ones. Nothing further back is in its
+    tensors: the buffers may be unwritten there, and even a masked value reaches the model if it is NaN.
+    """
+
+    def __init__(self, layer: int, capture: KeyCapture, buffers: KVBuffers, left_out: int = 0) -> None:
+        """The buffers hold the tokens before the captured ones, but for `left_out` of them."""
         super().__init__(layer, capture)
-        self._all_keys, self._all_values = (b[layer].unsqueeze(0) for b in (buffers.keys, buffers.values))
+        self.window = buffers.windows[layer] if buffers.windows else None
+        # transformers makes one mask for all layers that slide, and one for all others.
+        self.is_sliding = self.window is not None
+        held = capture.first_token - left_out
+        begin = 0 if self.window is None else max(0, held - self.window + 1)
+        self.left_out = left_out + begin
+        self._all_keys, self._all_values = (
+            kv[layer, None, :, begin:] for kv in (buffers.keys, buffers.values)
+        )
         self.is_in_buffers = True
         """Whether the tensors are views of buffers that will be released."""
-        self._show(capture.first_token if tokens is None else tokens)
+        self._show(held - begin)
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.is_initialized = True
 
@@ -87,36 +114,6 @@ class ArrivingLayer(PlacedLayer):
             self.is_in_buffers = False
 
 
-class _Partial:
-    """A layer without the KV of `left_out` earlier tokens, which its tokens do not attend to. Its tokens keep their
-    positions: masks and positions are those of a sliding window that has moved past the tokens left out."""
-
-    left_out: int
-    keys: torch.Tensor
-
-    def get_seq_length(self) -> int:
-        return self.left_out + int(self.keys.shape[-2])
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return int(self.keys.shape[-2]) + query_length, self.left_out
-
-
-class PartialPlacedLayer(_Partial, PlacedLayer):
-    """A PlacedLayer without the KV of some of the tokens before the captured ones."""
-
-    def __init__(self, layer: int, capture: KeyCapture, buffers: KVBuffers, left_out: int) -> None:
-        self.left_out = left_out
-        super().__init__(layer, capture, buffers, capture.first_token - left_out)
-
-
-class PartialLayer(_Partial, DynamicLayer):  # type: ignore[misc]
-    """An ordinary dynamic layer without the KV of some tokens."""
-
-    def __init__(self, left_out: int) -> None:
-        super().__init__()
-        self.left_out = left_out
-
-
 def empty_cache(capture: KeyCapture, layers: int) -> DynamicCache:
     """A cache for a prompt without reused KV."""
     return _cache([CapturedLayer(layer, capture) for layer in range(layers)])
@@ -136,26 +133,21 @@ def placed_cache(buffers: KVBuffers, capture: KeyCapture) -> DynamicCache:
 def partial_cache(buffers: KVBuffers, capture: KeyCapture, left_out: int) -> DynamicCache:
     """Like `placed_cache`, for buffers without the KV of `left_out` of the tokens before the captured ones."""
     layers = range(buffers.keys.shape[0])
-    return _cache([PartialPlacedLayer(layer, capture, buffers, left_out) for layer in layers])
+    return _cache([PlacedLayer(layer, capture, buffers, left_out) for layer in layers])
 
 
 def make_plain(cache: DynamicCache) -> None:
     """Give a finished cache ordinary layers, which can be copied, pickled and kept, and which refer to no shared
-    buffers."""
-    for index, layer in enumerate(cache.layers):
-        plain = PartialLayer(layer.left_out) if isinstance(layer, _Partial) else DynamicLayer()
-        if layer.is_initialized:
-            plain.lazy_initialization(layer.keys, layer.values)
-            plain.keys, plain.values = (_kept(layer, tensor) for tensor in (layer.keys, layer.values))
-        cache.layers[index] = plain
+    buffers. Layers that hold reused KV of a sliding window keep the last window, as transformers does."""
+    cache.layers = [_plain(layer) for layer in cache.layers]
 
 
 def computed_values(cache: DynamicCache, first_token: int) -> tuple[torch.Tensor, ...]:
     """Values in a finished cache from position `first_token` on, by layer `[kv_heads, tokens, head_dim]`. They stay
-    valid after the buffers are released. Empty for a cache that no pass has filled."""
+    valid after the buffers are released. Empty for a cache that no pass has filled. Call it before `make_plain`."""
     if not all(layer.is_initialized for layer in cache.layers):
         return ()
-    return tuple(_kept(layer, layer.values[0, :, first_token:]) for layer in cache.layers)
+    return tuple(_kept(layer, layer.values[0, :, first_token - layer.left_out :]) for layer in cache.layers)
 
 
 def whole_tokens(cache: DynamicCache, capture: KeyCapture) -> int:
@@ -165,11 +157,23 @@ def whole_tokens(cache: DynamicCache, capture: KeyCapture) -> int:
     """
     ends = []
     for index, layer in enumerate(cache.layers):
-        end = layer.values.shape[-2] if layer.is_initialized else 0
+        end = layer.get_seq_length()
         if not capture.has_step_to(index, end):
             return capture.first_token
         ends.append(end)
     return min(ends, default=capture.first_token)
+
+
+def _plain(layer: CapturedLayer) -> DynamicLayer:
+    plain, first = PartialLayer(layer.left_out) if layer.left_out else DynamicLayer(), 0
+    if isinstance(layer, PlacedLayer) and layer.window is not None:
+        plain = DynamicSlidingWindowLayer(layer.window)
+        plain.cumulative_length = layer.get_seq_length()
+        first = max(0, layer.keys.shape[-2] - layer.window + 1)
+    if layer.is_initialized:
+        plain.lazy_initialization(layer.keys, layer.values)
+        plain.keys, plain.values = (_kept(layer, kv[:, :, first:]) for kv in (layer.keys, layer.values))
+    return plain
 
 
 def _kept(layer: DynamicLayer, tensor: torch.Tensor) -> torch.Tensor:

@@ -104,11 +104,11 @@ class GeneratePass:
         return EngineOutput(output, sequences[0])
 
     def take(self, *, values: bool) -> ComputedKV:
-        if self._is_kept:
-            make_plain(self._cache)
         kept = computed_values(self._cache, self._capture.first_token) if values else ()
         computed = ComputedKV(self._cache.get_seq_length(), kept)
-        if not self._is_kept:
+        if self._is_kept:
+            make_plain(self._cache)
+        else:
             self._cache.layers.clear()  # the buffers behind these layers are used again
         return computed
 
