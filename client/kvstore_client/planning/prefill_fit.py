@@ -20,8 +20,8 @@ _TERMS = (
 """Terms of the cost that may be positive, in the order in which those that fit equally well are preferred."""
 
 _EQUAL = 1e-6
-"""Mean square errors this close are equal. Without it rounding would choose among passes that are all alike, which every
-single term fits."""
+"""Mean square errors this close are equal. Without it rounding would choose among passes that are all alike, which
+every single term fits."""
 
 
 @dataclass(frozen=True, slots=True)
