@@ -37,7 +37,7 @@ class DiskTier:
         """Rebuilds the index from the records on disk. Call without the lock; may block. Raises DiskError."""
         if not self._store.direct:
             log.warning(
-                "%s reads and writes its disk through the page cache: the file system has no O_DIRECT",
+                "%s reads and writes its disk through the page cache: O_DIRECT is off or not offered there",
                 self._catalog.node_id,
             )
         recovery = self._store.recover()
