@@ -21,9 +21,9 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, TransferJob
 
 from kvstore_client.client import connect
-from kvstore_client.engines.vllm.cache_hit_source import OTHER_MACHINES
 from kvstore_client.engines.vllm.tier_lookups import TierLookups
 from kvstore_client.engines.vllm.tier_namespace import page_namespace
+from kvstore_client.engines.vllm.tier_versions import OTHER_MACHINES, job_result
 from kvstore_client.pages.base import JobId, PageResult
 
 _POLL_S = 0.002
@@ -67,14 +67,16 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM has no ty
 
         Raises UnsupportedEngineError, UnsupportedModelError and ConfigurationError, with the reason.
         """
-        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        given = () if backpressure_detector is None else (backpressure_detector,)  # new in vLLM 0.31
+        super().__init__(offloading_spec, primary_kv_view, tier_type, *given)
         self.locality = Locality(locality)
         self._rows = np.asarray(primary_kv_view).view(np.uint8)
+        self._page_bytes = self._rows.shape[1]
         self._client = connect(**settings)
         try:
             namespace = page_namespace(
                 offloading_spec.config,
-                self.block_size_bytes,
+                self._page_bytes,
                 checkpoint,
                 salt,
                 self._client.settings.cache_dir,
@@ -156,10 +158,10 @@ class KVStoreTier(SecondaryTierManager):  # type: ignore[misc]  # vLLM has no ty
     def _result(self, running: _Running, result: PageResult) -> JobResult:
         done = [key for key, ok in zip(running.keys, result.ok, strict=True) if ok]
         success = len(done) == len(running.keys)
-        return JobResult(
+        return job_result(
             running.job.job_id,
             success,
             successful_keys=done if done and not success and running.job.is_promotion else None,
             transfer_time=time.monotonic() - running.begun_s,
-            transfer_bytes=len(done) * self.block_size_bytes,
+            transfer_bytes=len(done) * self._page_bytes,
         )
