@@ -142,6 +142,30 @@ def test_another_worker_gets_what_was_coded(
     cluster.check_nothing_is_held()
 
 
+def test_a_question_reads_a_part_of_what_was_coded(
+    stored: int, new_client: Callable[..., KVStoreClient]
+) -> None:
+    """The calibration has 3 periods of 2 layers; summaries are made when the prefix is reused in full."""
+    with new_client() as client:
+        cached = CachedModel(sharp_model(), client)
+        wait_for_calibration(cached)
+        options = {"return_dict_in_generate": True, "output_logits": True, **GREEDY}
+        full = cached.generate(PROMPT, budget=0.5, **options)
+        assert cached.last_report.reprefill is None
+        assert cached.last_report.reused_tokens == 512
+        cached.generate(PROMPT, budget=0.5, **GREEDY)
+        part = cached.last_report.reprefill
+        assert part is not None
+        assert [len(frames) for frames in part.sets] == [4, 4, 4]
+        assert part.bytes_needed < 0.6 * stored
+        client.frame_cache.clear()
+        whole = cached.generate(PROMPT, budget=1.0, **options)
+        assert torch.equal(whole.sequences, full.sequences)
+        for ours, theirs in zip(whole.logits, full.logits, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+        cached.close()
+
+
 def test_medium_is_small(stored: int, new_client: Callable[..., KVStoreClient]) -> None:
     with new_client() as client:
         cached = CachedModel(sharp_model(), client)

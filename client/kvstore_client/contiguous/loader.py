@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import torch
 
+from kvstore_client.contiguous.busy_clock import BusyClock
 from kvstore_client.contiguous.cache import FrameCache
 from kvstore_client.contiguous.decoder import FrameDecoder
 from kvstore_client.contiguous.grid import FrameGrid
@@ -35,9 +36,9 @@ _Place: TypeAlias = tuple[int, int]
 class FrameLoader:
     """Loads the frames of a prefix period by period, for one request. One thread calls it. Never raises.
 
-    `take` returns a period's set. Before it waits, it requests the same frames of the next period, because the sets of
-    neighbouring periods overlap (ContiguousKV, inter-period prefetch). The next `take` cancels what proved wrong and
-    requests only the difference.
+    `take` returns a period's set. When all of it is there, the same frames of the next period are requested, because
+    the sets of neighbouring periods overlap (ContiguousKV, inter-period prefetch): they are read while the engine
+    computes. The next `take` cancels what proved wrong and requests only the difference.
     """
 
     def __init__(
@@ -51,14 +52,15 @@ class FrameLoader:
         deadline_s: float,
         stall_s: float,
         device: torch.device,
-        speculate: bool = True,
+        read_ahead: bool = True,
     ) -> None:
         """`deadline_s` is the time for all reads together; a `take` during which nothing arrives for `stall_s` gives
-        up. Frames are taken to `device`. Without `speculate` nothing is read before its period's set is known."""
+        up. Frames are taken to `device`. Without `read_ahead` nothing is read before its period's set is
+        known."""
         self._grid, self._read_frames, self._decoder, self._cache = grid, read_frames, decoder, cache
         self._report = report
         self._ends_s = time.monotonic() + deadline_s
-        self._stall_s, self._device, self._speculate = stall_s, device, speculate
+        self._stall_s, self._device, self._read_ahead = stall_s, device, read_ahead
         self._changed = threading.Condition()
         self._awaited: set[_Place] = set()
         """Frames that were requested and have neither arrived nor failed."""
@@ -71,6 +73,8 @@ class FrameLoader:
         """Reads of each period, with the frame of each of their ranges."""
         self._moved_s = time.monotonic()
         """When a frame last arrived."""
+        self._reading = BusyClock()
+        """Counts frames whose bytes are awaited."""
         self._workers = ThreadPoolExecutor(_READS_AT_ONCE, "kvstore-reprefill")
 
     def take(self, period: int, chosen: Sequence[int]) -> dict[int, torch.Tensor]:
@@ -85,15 +89,14 @@ class FrameLoader:
         report.frames_cached += len(chosen) - len(read)
         report.frames_speculated_right += len(self._ahead.intersection(needed))
         report.bytes_needed += self._grid.size_bytes(period, read)
-        if self._speculate and period + 1 < self._grid.periods:
-            self._request(period + 1, chosen)
-            ahead = {(period + 1, index) for index in chosen}
-            self._ahead |= ahead
-            report.frames_speculated += len(ahead)
         began_s = time.monotonic()
         taken = self._wait(period, needed)
         report.waited_s += time.monotonic() - began_s
         report.frames_missing += len(chosen) - len(taken)
+        if self._read_ahead and period + 1 < self._grid.periods:
+            self._request(period + 1, chosen)
+            self._ahead |= {(period + 1, index) for index in chosen}
+            report.frames_speculated += len(chosen)
         return taken
 
     def keep(self, period: int, frames: Mapping[int, torch.Tensor], attention: Mapping[int, float]) -> None:
@@ -110,6 +113,7 @@ class FrameLoader:
             for read, _ in reads:
                 read.cancel()
         self._workers.shutdown(wait=True, cancel_futures=True)
+        self._report.reading_s = self._reading.seconds
 
     def _request(self, period: int, indices: Iterable[int]) -> None:
         """Take frames that were not requested yet from the cache, and start to read the others."""
@@ -129,6 +133,7 @@ class FrameLoader:
             places = {(period, index) for index in wanted}
             self._asked |= places
             self._awaited |= places
+            self._reading.begin(len(wanted))
         if not wanted:
             return
         try:
@@ -137,7 +142,7 @@ class FrameLoader:
             self._workers.submit(self._receive, period, read, wanted)
         except RuntimeError as error:  # this process has no thread left
             log.warning("%d frames of a re-prefill cannot be read: %s", len(wanted), error)
-            self._fail(period, wanted)
+            self._fail(period, wanted, len(wanted))
 
     def _cancel_others(self, period: int, chosen: Collection[int]) -> None:
         """Give up frames of a period that were requested ahead and are not in its set."""
@@ -166,15 +171,17 @@ class FrameLoader:
 
     def _receive(self, period: int, read: FrameRead, indices: Sequence[int]) -> None:
         """Thread of one read: decode its frames as they arrive."""
+        open_frames = len(indices)
         try:
             with single_threaded(), torch.inference_mode():
                 while results := read.take():
+                    open_frames -= len(results)
                     self._decode(period, indices, results)
         except Exception:  # a bug must not leave the engine waiting
             log.exception("reading frames of a re-prefill failed")
             read.cancel()
         finally:
-            self._fail(period, indices)
+            self._fail(period, indices, open_frames)
 
     def _decode(self, period: int, indices: Sequence[int], results: Sequence[FrameResult]) -> None:
         stored = {indices[result.index]: result.data for result in results if result.data is not None}
@@ -182,6 +189,7 @@ class FrameLoader:
         cancelled = sum(result.missing is MissReason.CANCELLED for result in results)
         with self._changed:
             self._moved_s = time.monotonic()
+            self._reading.end(len(results))
             self._report.frames_read += len(stored)
             self._report.bytes_read += received_bytes
             self._report.frames_cancelled += cancelled
@@ -196,9 +204,10 @@ class FrameLoader:
             self._moved_s = time.monotonic()
             self._changed.notify_all()
 
-    def _fail(self, period: int, indices: Sequence[int]) -> None:
-        """These frames will not arrive, unless they have."""
+    def _fail(self, period: int, indices: Sequence[int], unread: int) -> None:
+        """These frames will not arrive, unless they have. The bytes of `unread` of them did not come."""
         with self._changed:
+            self._reading.end(unread)
             self._awaited.difference_update((period, index) for index in indices)
             self._changed.notify_all()
 

@@ -36,6 +36,8 @@ class ReprefillReport:
     """Size of the key summaries that were read."""
     waited_s: float = 0.0
     """Time that the engine waited for frames."""
+    reading_s: float = 0.0
+    """Time during which at least one frame was being read."""
 
     @property
     def read_amplification(self) -> float:

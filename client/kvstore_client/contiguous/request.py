@@ -56,6 +56,7 @@ class PartialPrefix:
             self.report,
             deadline_s=timeouts.fetch_s,
             stall_s=timeouts.fetch_stall_s,
+            read_ahead=client.settings.reprefill.read_ahead,
             device=decoder.device if client.settings.reprefill.device_cache_bytes else torch.device("cpu"),
         )
         question_rotary = rotary[0].at(slice(grid.tokens, len(tokens)))

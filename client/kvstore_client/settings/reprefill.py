@@ -13,6 +13,10 @@ class ReprefillSettings(SettingsGroup):
     """Share of a stored prefix's tokens that a question attends to and reads, such as 0.05. It changes answers.
     Default: all of the prefix is reused, and answers stay the same."""
 
+    read_ahead: bool = Field(default=True, alias="budget_read_ahead")
+    """Whether a question with a `budget` reads what the next layers probably need while the present ones are computed.
+    A part of that, a quarter with SmolLM2, is read for nothing."""
+
     cache_bytes: int = Field(default=256 << 20, ge=0, alias="frame_cache_bytes")
     """Host memory for parts of prefixes that questions with a `budget` have read, shared by all requests of the
     process."""

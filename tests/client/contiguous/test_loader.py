@@ -55,8 +55,8 @@ def test_the_next_period_is_read_ahead_and_only_the_difference_later(
     assert report.bytes_read > report.bytes_needed
 
 
-def test_without_speculation_nothing_is_read_ahead(prefix: Prefix) -> None:
-    loader = prefix.loader(speculate=False)
+def test_reading_ahead_can_be_switched_off(prefix: Prefix) -> None:
+    loader = prefix.loader(read_ahead=False)
     loader.take(0, [0, 2])
     assert len(prefix.reads) == 1
     loader.take(1, [0, 3])
@@ -78,9 +78,10 @@ def test_what_proved_wrong_is_cancelled() -> None:
             taking.join(0.001)
         return taking
 
-    first = take(0, [0, 1, 2], reads=2)
+    first = take(0, [0, 1, 2], reads=1)
     slow.deliver(slow.reads[0])
     first.join()
+    assert slow.asked(1) == [(1, 0), (1, 1), (1, 2)]
     second = take(1, [0, 3], reads=3)
     assert [slow.reads[1].is_wanted(number) for number in range(3)] == [True, False, False]
     for read in slow.reads[1:]:
@@ -90,14 +91,16 @@ def test_what_proved_wrong_is_cancelled() -> None:
     loader.close()
     assert slow.report.frames_cancelled == 2
     assert slow.report.bytes_read == slow.report.bytes_needed
+    assert slow.report.waited_s > 0
+    assert slow.report.reading_s > 0
 
 
 def test_cached_frames_are_not_read(prefix: Prefix) -> None:
-    first = prefix.loader(speculate=False)
+    first = prefix.loader(read_ahead=False)
     frames = first.take(0, [0, 3])
     first.keep(0, frames, {0: 0.5, 3: 0.1})
     first.close()
-    second = prefix.loader(speculate=False)
+    second = prefix.loader(read_ahead=False)
     check(prefix, 0, second.take(0, [0, 3, 4]), [0, 3, 4])
     assert prefix.asked(1) == [(0, 4)]
     assert prefix.report.frames_cached == 2
@@ -105,7 +108,7 @@ def test_cached_frames_are_not_read(prefix: Prefix) -> None:
 
 
 def test_cached_frames_are_not_read_ahead(prefix: Prefix) -> None:
-    first = prefix.loader(speculate=False)
+    first = prefix.loader(read_ahead=False)
     first.keep(1, first.take(1, [0, 3]), {0: 0.5, 3: 0.1})
     first.close()
     second = prefix.loader()
@@ -124,7 +127,7 @@ def test_a_frame_that_is_gone_is_left_out(prefix: Prefix) -> None:
         prefix.deliver(made)
         return made
 
-    loader = prefix.loader(speculate=False)
+    loader = prefix.loader(read_ahead=False)
     loader._read_frames = read
     check(prefix, 0, loader.take(0, [0, 4, 6]), [0, 6])
     assert prefix.report.frames_missing == 1
@@ -139,7 +142,7 @@ def test_damaged_bytes_are_left_out(prefix: Prefix) -> None:
         prefix.deliver(made, lambda data: data[:-1] + bytes([data[-1] ^ 1]))
         return made
 
-    loader = prefix.loader(speculate=False)
+    loader = prefix.loader(read_ahead=False)
     loader._read_frames = read
     assert loader.take(0, [0, 4]) == {}
     assert sorted(prefix.unusable) == [0, 4]
@@ -150,7 +153,7 @@ def test_damaged_bytes_are_left_out(prefix: Prefix) -> None:
 @pytest.mark.parametrize("limit", ["stall_s", "deadline_s"])
 def test_what_is_late_is_given_up(prefix: Prefix, limit: str) -> None:
     prefix.answers = False
-    loader = prefix.loader(speculate=False, **{limit: 0.05})
+    loader = prefix.loader(read_ahead=False, **{limit: 0.05})
     assert loader.take(0, [0, 4]) == {}
     assert prefix.report.frames_missing == 2
     assert 0 < prefix.report.waited_s < 10
@@ -159,7 +162,7 @@ def test_what_is_late_is_given_up(prefix: Prefix, limit: str) -> None:
 
 
 def test_a_failing_decoder_does_not_leave_the_engine_waiting(prefix: Prefix) -> None:
-    loader = prefix.loader(speculate=False)
+    loader = prefix.loader(read_ahead=False)
 
     def fail(period: int, stored: object) -> dict[int, torch.Tensor]:
         raise RuntimeError("no memory")

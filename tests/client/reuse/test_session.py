@@ -99,6 +99,20 @@ def test_what_one_session_stores_another_reuses(
     assert cluster.stored_chunks() == 3
 
 
+def test_a_part_of_the_prefix_is_enough_for_an_answer(worker: Worker, other: Worker) -> None:
+    prompt = torch.cat((text(4 * 256, seed=1), text(40, seed=2)))
+    worker.answer(prompt, budget=1.0)
+    expected = other.answer(prompt)
+    assert other.answer(prompt, budget=1.0) == expected
+    assert other.report.reprefill is not None
+    assert other.report.reprefill.attended_tokens == 1024
+    other.answer(prompt, budget=0.25)
+    assert other.report.reprefill.sets[0][0] == 0
+    assert other.report.reprefill.sets[0][-1] == 15
+    assert len(other.report.reprefill.sets[0]) == 4
+    assert other.counted("frames_missing") == 0
+
+
 def test_generated_text_is_stored_with_its_prompt(worker: Worker, cluster: ServedCluster) -> None:
     answer = worker.answer(PROMPT[:250], new_tokens=8)
     assert cluster.stored_chunks() == 1
