@@ -9,6 +9,7 @@ from kvstore_bench.cli.codec import codec
 from kvstore_bench.cli.faults import faults
 from kvstore_bench.cli.link import link
 from kvstore_bench.cli.recompute import recompute
+from kvstore_bench.cli.reprefill import reprefill
 from kvstore_bench.cli.store import store
 from kvstore_bench.cli.trace import trace
 from kvstore_codec.errors import ConfigurationError
@@ -33,7 +34,7 @@ def _commands() -> None:
     """Keeps `bench` a command group even with a single command."""
 
 
-for command in (codec, faults, link, recompute, store, trace):
+for command in (codec, faults, link, recompute, reprefill, store, trace):
     bench.command()(command)
 
 __all__ = ["bench"]

@@ -1,0 +1,123 @@
+"""`kvstore bench reprefill`: parses the options, runs the benchmark, shows and writes its result."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvstore_bench.cli.tables import require_outputs, require_packages, result_table
+from kvstore_bench.native_dtype import NATIVE_DTYPE, native_dtype
+from kvstore_bench.output_options import JsonFile, plot_option
+from kvstore_codec.errors import ConfigurationError
+from kvstore_service.cli.console import output, print_table
+from kvstore_service.cli.stages import Stages
+from kvstore_service.models import DType
+
+if TYPE_CHECKING:
+    from kvstore_bench.reprefill import Result
+
+_SYSTEMS = "contiguous,impress,as_h2o_lru,full,cold"
+_BUDGETS, _DISKS = ".05,.1,.25,.5", "unthrottled,nvme,ssd,hdd"
+_STAGES = {"start": "storing the prefix", "ask": "asking"}
+_DIGITS = {
+    "budget": 2, "ttft_s": 3, "p95_s": 3, "MB": 2, "amplification": 2, "tokens_read": 0, "kl": 4, "top1": 3,
+    "right": 2, "cache_hit_rate": 2, "idle_io_fraction": 2, "idle_compute_fraction": 2,
+}  # fmt: skip
+
+
+def reprefill(
+    system: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma-separated: contiguous, contiguous-no-ahead, contiguous-no-cache, impress, impress-16, "
+            "impress-reordered, as_h2o_lru, as_h2o_lfu, full, cold.",
+            show_default=_SYSTEMS,
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Shares of the prefix's tokens, comma-separated.", show_default=_BUDGETS),
+    ] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            help="Disks, comma-separated: unthrottled, nvme (3.5 GB/s), ssd (550 MB/s), hdd (160 MB/s).",
+            show_default=_DISKS,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the prefix, a multiple of 256.", show_default="4096")
+    ] = None,
+    questions: Annotated[
+        int | None, typer.Option(min=3, max=60, help="Questions about the prefix.", show_default="21")
+    ] = None,
+    cache_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Cache of every system, as a share of the prefix's KV.")
+    ] = 0.25,
+    probes: Annotated[int, typer.Option(min=1, max=3, help="Probe heads of impress.")] = 1,
+    encoding: Annotated[str, typer.Option(help="Encoding of the prefix in our store.")] = "exact-zstd",
+    dtype: Annotated[
+        DType | None, typer.Option(help="Dtype of model and KV.", show_default=NATIVE_DTYPE)
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A short run: fewer values of every option that is not given.")
+    ] = False,
+    json_file: JsonFile = None,
+    plot: Annotated[Path | None, plot_option("time to first token and KL over the budget")] = None,
+) -> None:
+    """Measure questions about a long stored prefix of which only a part is read, by system, budget and disk.
+
+    The baselines read the same KV, uncompressed, from a local file without a network; ours goes through the service.
+    KL compares predictions with those over the whole prefix.
+    """
+    require_packages("grpc_reflection", "psutil", "ray", "transformers")
+    require_outputs(json_file, plot)
+    from kvstore_bench import write_results
+    from kvstore_bench.reprefill import Options, run
+    from kvstore_bench.reprefill.plot import plot_reprefill
+
+    options = Options(
+        _names(system or _SYSTEMS),
+        _shares(budget or (".05,.25" if quick else _BUDGETS)),
+        _names(disk or ("ssd" if quick else _DISKS)),
+        tokens or (1024 if quick else 4096),
+        questions or (6 if quick else 21),
+        cache_share,
+        probes,
+        dtype or DType(native_dtype()),
+        encoding,
+    )
+    with Stages(output(), _STAGES) as stages:
+        result = run(options, stages)
+    _show(result)
+    write_results(result.rows, json_file, result.meta)
+    if plot is not None:
+        plot_reprefill(result.rows, plot)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigurationError(f"--budget {text!r}: numbers from 0 to 1, separated by commas") from None
+
+
+def _show(result: "Result") -> None:
+    columns = {
+        "system": "system", "budget": "budget", "TTFT s": "ttft_s", "p95 s": "p95_s", "MB read": "MB",
+        "amplified": "amplification", "tokens read": "tokens_read", "hits": "cache_hit_rate",
+        "idle I/O": "idle_io_fraction", "idle compute": "idle_compute_fraction", "KL": "kl", "top-1": "top1",
+        "right": "right",
+    }  # fmt: skip
+    for disk in dict.fromkeys(row["disk"] for row in result.rows):
+        rows = [
+            row | {"MB": row["bytes_read"] / 1e6, "amplification": row["read_amplification"]}
+            for row in result.rows
+            if row["disk"] == disk
+        ]
+        title = f"{disk}, a prefix of {rows[0]['prefix_tokens']} tokens, {result.meta['dtype']}"
+        print_table(result_table(title, columns, rows, _DIGITS))

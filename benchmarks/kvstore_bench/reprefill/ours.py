@@ -1,0 +1,111 @@
+"""The measured systems that are ours: a part of the prefix, all of it, and none of it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvstore_bench.reprefill.prompts import Prompts, Question
+from kvstore_bench.reprefill.systems import Asked
+from kvstore_client import connect
+from kvstore_client.engines.transformers import CachedModel
+from kvstore_client.fetch import FetchReport
+from kvstore_codec.errors import StartupError
+
+_ANSWER: dict[str, Any] = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False}
+PATIENT: dict[str, Any] = {"lookup_timeout_s": 20.0, "fetch_timeout_s": 600.0, "stall_timeout_s": 60.0}
+"""A slow disk is measured, not given up."""
+
+
+class Cold:
+    """The plain model."""
+
+    name = "cold"
+
+    def __init__(self, model: PreTrainedModel, prompts: Prompts) -> None:
+        self._model, self._prompts = model, prompts
+
+    def ask(self, question: Question) -> Asked:
+        began_s = time.perf_counter()
+        self._model.generate(self._prompts.prompt(question), **_ANSWER)
+        return Asked(time.perf_counter() - began_s)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Reusing:
+    """CachedModel: `contiguous` with a budget, `full` without one."""
+
+    def __init__(
+        self, address: str, model: PreTrainedModel, prompts: Prompts, budget: float | None, **settings: Any
+    ) -> None:
+        self.name = "full" if budget is None else "contiguous"
+        self._prompts, self._budget = prompts, budget
+        self._client = connect(address, fetch_policy="fixed", **(PATIENT | settings))
+        self._cached = CachedModel(model, self._client, store=False)
+        self._client.prepare(self._cached.spec).result()
+
+    def ask(self, question: Question) -> Asked:
+        prompt = self._prompts.prompt(question)
+        began_s = time.perf_counter()
+        self._cached.generate(prompt, budget=self._budget, **_ANSWER)
+        ttft_s = time.perf_counter() - began_s
+        report = self._cached.last_report
+        timeline = report.timeline
+        if self._budget is None:
+            fetched = report.fetch
+            if not isinstance(fetched, FetchReport) or fetched.missing:
+                raise StartupError(f"the prefix was not reused in full: {report.why_not}")
+            size = fetched.received_bytes
+            return Asked(
+                ttft_s,
+                size,
+                size,
+                report.reused_tokens,
+                0.0,
+                timeline.busy_s("wait"),
+                timeline.busy_s("receive"),
+            )
+        read = report.reprefill
+        if read is None or read.frames_missing:
+            raise StartupError(f"the question was not answered over a part of its prefix: {report.why_not}")
+        periods = len(read.sets)
+        tokens_per_frame = read.attended_tokens // len(read.sets[0])
+        return Asked(
+            ttft_s,
+            read.bytes_read,
+            read.bytes_needed,
+            read.frames_read * tokens_per_frame / periods,
+            read.cache_hit_rate,
+            read.waited_s,
+            read.reading_s,
+        )
+
+    def log_probabilities(self, question: Question) -> torch.Tensor:
+        budget = 1.0 if self._budget is None else self._budget
+        return self._cached.question_log_probabilities(self._prompts.prompt(question), budget=budget)
+
+    def close(self) -> None:
+        self._cached.close()
+        self._client.close()
+
+
+def store_prefix(address: str, model: PreTrainedModel, prompts: Prompts, **settings: Any) -> int:
+    """Prefill and store the prefix with its key summaries. Returns its stored bytes. Raises StartupError when it is not
+    stored in full."""
+    with connect(address, put_timeout_s=600.0, close_timeout_s=600.0, **(PATIENT | settings)) as client:
+        cached = CachedModel(model, client)
+        client.prepare(cached.spec).result()
+        cached.generate(prompts.prefix.unsqueeze(0), budget=1.0, **_ANSWER)
+        client.store.flush()
+        ids = client.chunk_ids(cached.spec, prompts.prefix.tolist())
+        match = client.match(cached.spec, ids)
+        client.release(match)
+        cached.close()
+        if len(match.chunks) < len(ids):
+            raise StartupError(f"only {len(match.chunks)} of {len(ids)} chunks of the prefix are stored")
+        return sum(chunk.body_bytes for chunk in match.chunks)
