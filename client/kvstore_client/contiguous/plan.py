@@ -36,7 +36,7 @@ def reprefill_plan(
     """The plan for a prompt whose stored prefix is `match`. None when the prefix is to be reused in full: its layers
     have sliding windows, its chunks have no common geometry, the rest of the prompt is longer than the prefix (it is
     text to store rather than a question), or there are no summaries yet. May wait for summaries."""
-    if any(decoder.window(layer) is not None for layer in range(decoder.layers)):
+    if has_windows(decoder):
         return None
     if match.tokens >= prompt_tokens:  # the question is at least one token
         match = replace(match, chunks=match.chunks[:-1])
@@ -53,3 +53,8 @@ def reprefill_plan(
         return None
     made = [found.summaries[name] for name in prefix_ids]
     return ReprefillPlan(grid, count, SummaryScorer(made, grid.frame_tokens, shape), found.read_bytes)
+
+
+def has_windows(decoder: DecoderLayers) -> bool:
+    """Whether some layer attends only to the latest tokens: budgets and summaries are not for such models."""
+    return any(decoder.window(layer) is not None for layer in range(decoder.layers))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kvstore_client.buffers import KVBuffers
+from kvstore_client.contiguous.plan import has_windows
 from kvstore_client.contiguous.summaries import ChunkSummary, SummaryShape
 from kvstore_client.reuse.generated import GenerationResult
 from kvstore_client.reuse.parts import SessionParts
@@ -30,8 +31,9 @@ def publish_summaries(
     """Summarise the prompt's full chunks, except those whose summaries this process has, and publish the summaries.
     `geometry` is that of the stored chunks. Reused keys are read from `buffers`. A failure is logged: summaries only
     make later questions faster."""
-    if geometry.tokens % geometry.frame_tokens:  # such frames are not chosen from
-        return
+    decoder = parts.engine.decoder
+    if decoder is None or has_windows(decoder) or geometry.tokens % geometry.frame_tokens:
+        return  # nothing is chosen from such prefixes
     if any(
         window is not None for window in spec.sliding_windows
     ):  # nor these, and not all of their keys were read

@@ -199,9 +199,12 @@ def test_a_prefix_that_is_gone_is_computed(cluster: ServedCluster, client: KVSto
 
 
 @pytest.mark.parametrize("family", ["mistral-windows", "qwen2-windows", "gemma3"])
-def test_models_with_windows_reuse_in_full(client: KVStoreClient, family: str) -> None:
+def test_models_with_windows_reuse_in_full(
+    cluster: ServedCluster, client: KVStoreClient, family: str
+) -> None:
     model = tiny_model(family)
     cached = prepared(client, model)
+    assert cluster.stored_chunks() == 6  # and no summaries
     assert torch.equal(cached.generate(PROMPT, budget=0.25, **GREEDY), model.generate(PROMPT, **GREEDY))
     assert cached.last_report.reprefill is None
     assert cached.last_report.reused_tokens == DOCUMENT.shape[1]
