@@ -116,6 +116,7 @@ class ReprefillGeneration(ReusingGeneration):
         finally:
             partial.close()
         parts.client.metrics.reprefilled(partial.report)
+        parts.client.report(partial.attention)
         if generated.tokens // CHUNK_TOKENS > plan.grid.tokens // CHUNK_TOKENS:
             parts.client.metrics.missed(MissReason.STORE_BEHIND_PART)
         return CompletedCall(generated.output, self._report(partial))

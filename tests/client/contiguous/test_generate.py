@@ -1,6 +1,7 @@
 """`generate` with a budget, through a real service: what it attends to, and what becomes of lost frames."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -162,6 +163,28 @@ def test_nothing_of_a_partial_answer_is_stored(cluster: ServedCluster, client: K
     client.store.flush()
     assert cluster.stored_chunks() == stored
     assert client.metrics.snapshot()["miss_store_behind_part"] == 1
+    cached.close()
+
+
+def test_nodes_hear_of_the_attention(cluster: ServedCluster, client: KVStoreClient) -> None:
+    cached = prepared(client, tiny_model())
+    node, heard, came = cluster.nodes[0], {}, threading.Event()
+    report = node.report
+
+    def listen(chunks: Sequence[ChunkId], scores: Sequence[float], **options: Any) -> None:
+        report(chunks, scores, **options)
+        heard.update(zip(chunks, scores, strict=True))
+        came.set()
+
+    node.report = listen  # type: ignore[method-assign]
+    _, found = answer(cached, 0.25)
+    assert came.wait(20)
+    read = {frame // 4 for frames in found.sets for frame in frames}
+    ids = client.chunk_ids(cached.spec, DOCUMENT[0].tolist())
+    assert {ids[index] for index in read} <= heard.keys() <= set(ids)
+    assert all(0 <= score <= 1 for score in heard.values())
+    assert sum(heard.values()) == pytest.approx(sum(heard[ids[index]] for index in read))
+    assert sum(heard.values()) > 0.2
     cached.close()
 
 
