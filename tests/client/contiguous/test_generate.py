@@ -171,8 +171,8 @@ def test_nodes_hear_of_the_attention(cluster: ServedCluster, client: KVStoreClie
     node, heard, came = cluster.nodes[0], {}, threading.Event()
     report = node.report
 
-    def listen(chunks: Sequence[ChunkId], scores: Sequence[float], **options: Any) -> None:
-        report(chunks, scores, **options)
+    def listen(chunks: Sequence[ChunkId], scores: Sequence[float], tenant: str = "") -> None:
+        report(chunks, scores, tenant)
         heard.update(zip(chunks, scores, strict=True))
         came.set()
 

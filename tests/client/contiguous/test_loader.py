@@ -83,7 +83,7 @@ def test_what_proved_wrong_is_cancelled() -> None:
     first.join()
     assert slow.asked(1) == [(1, 0), (1, 1), (1, 2)]
     second = take(1, [0, 3], reads=3)
-    assert [slow.reads[1].is_wanted(number) for number in range(3)] == [True, False, False]
+    assert slow.reads[1].cancelled(0) == [1, 2]
     for read in slow.reads[1:]:
         slow.deliver(read)
     second.join()
@@ -157,7 +157,7 @@ def test_what_is_late_is_given_up(prefix: Prefix, limit: str) -> None:
     assert loader.take(0, [0, 4]) == {}
     assert prefix.report.frames_missing == 2
     assert 0 < prefix.report.waited_s < 10
-    assert not prefix.reads[0].is_wanted(0)
+    assert prefix.reads[0].cancelled(0) == [0, 1]
     loader.close()
 
 
@@ -178,5 +178,6 @@ def test_a_closed_loader_has_ended_its_reads(prefix: Prefix) -> None:
     loader.take(0, [0, 4])
     loader.close()
     loader.close()
-    assert not any(read.is_wanted(index) for read in prefix.reads for index in range(2))
+    assert prefix.reads
+    assert all(read.is_complete for read in prefix.reads)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvstore-reprefill")]
