@@ -4,6 +4,7 @@ import atexit
 import logging
 import multiprocessing.util
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
@@ -64,6 +65,8 @@ class _NewChunks:
     encodings: tuple[Encoding, ...]
     text: tuple[ChunkId, ...]
     text_begins: int
+    queued_s: float
+    """Monotonic time of the `put`."""
 
     def texts(self) -> dict[int, Sequence[ChunkId]]:
         """Chunk ids of each document's text, in order, by document."""
@@ -101,6 +104,7 @@ class Store:
         self._warned = False
         self._writing: ReplicatedWrite | None = None
         self._waiting_bytes = 0
+        self._flushing = 0
         self._worker: threading.Thread | None = None
         atexit.register(self.close)
 
@@ -141,7 +145,7 @@ class Store:
             reason = MissReason.STORE_CLOSED if self._closed else MissReason.STORE_BACKLOG if full else None
             if reason is None:
                 wanted = self.encodings if encodings is None else tuple(encodings)
-                new = _NewChunks(list(chunks), wanted, tuple(text), text_begins)
+                new = _NewChunks(list(chunks), wanted, tuple(text), text_begins, time.monotonic())
                 try:
                     self._enqueue(partial(self._store, stored, spec, new, size_bytes))
                     self._waiting_bytes += size_bytes
@@ -161,14 +165,20 @@ class Store:
         return stored
 
     def flush(self) -> None:
-        """Block until every chunk queued so far is stored or dropped. During `close`, blocks as long as that takes."""
+        """Block until every chunk queued so far is stored or dropped, without waiting for the engine to be idle. During
+        `close`, blocks as long as that takes."""
         with self._lock:
             worker = self._worker
             reached = None if worker is None or self._closed else self._barrier()
-        if reached is not None:
-            reached.result()
-        elif worker is not None:
-            worker.join()
+            self._flushing += 1
+        try:
+            if reached is not None:
+                reached.result()
+            elif worker is not None:
+                worker.join()
+        finally:
+            with self._lock:
+                self._flushing -= 1
 
     def close(self) -> None:
         """Store queued chunks for up to `close_timeout_s`, then drop the rest. Also runs at interpreter exit."""
@@ -299,14 +309,19 @@ class Store:
         with self._lock:
             self._writing = writing
         sent: list[tuple[int, int]] = []  # (number of the chunk, bytes)
+
+        def uncut(text: TextPlaces) -> tuple[Encoding, ...]:
+            return tuple(e for e in encodings if not writing.is_cut(text, e.name))
+
         try:
             for number, (chunk, owners) in enumerate(zip(chunks, placed, strict=True)):
                 if self._stop.done() or not owners:
                     self._metrics.missed(MissReason.STORE_PAUSED)
                     continue
-                self._giving_way.wait(len(chunks), self._waiting_bytes, is_over=lambda: self._closed)
                 text = texts[chunk.document]
-                left = tuple(e for e in encodings if not writing.is_cut(text, e.name))
+                if uncut(text):
+                    self._give_way(new)
+                left = uncut(text)
                 if not left:
                     self._metrics.missed(MissReason.STORE_TEXT_CUT)
                     continue
@@ -336,6 +351,15 @@ class Store:
                     sparse.add(number)
         self._metrics.under_replicated(len(sparse))
         return len(stored)
+
+    def _give_way(self, new: "_NewChunks") -> None:
+        """Wait for a pause of the engine, unless somebody waits for this thread."""
+        self._giving_way.wait(
+            len(new.chunks),
+            new.queued_s,
+            waiting_bytes=lambda: self._waiting_bytes,
+            is_over=lambda: self._closed or self._flushing > 0,
+        )
 
     def _writes_order(self, spec: ModelSpec) -> bool:
         """False under tensor parallelism: all ranks must select the same tokens, and a rank sees only its own heads."""

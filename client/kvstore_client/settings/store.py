@@ -34,6 +34,6 @@ class StoreSettings(SettingsGroup):
     """KV that may wait to be stored. New chunks beyond it are dropped, so that memory does not grow."""
 
     idle_wait_s: float = Field(default=0.0, ge=0, alias="store_idle_wait_s")
-    """How long a new chunk waits for the engine to be idle before it is encoded, in seconds, where both compute on the
-    same processor. It waits less when more of the backlog is taken, and never longer than half of `put_timeout_s`
-    together with the chunks that are stored with it. 0: not at all."""
+    """How long storing waits before each new chunk for the engine to be idle, in seconds, where encoding and engine
+    share a processor. It waits less the more of the backlog is taken, not at all from half of it on, and no longer than
+    half of `put_timeout_s` after the chunk was queued. 0: not at all."""
