@@ -1,5 +1,6 @@
 """The scheduler's half when things change while a request waits: loads that end, and a canary that is replaced."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -105,4 +106,25 @@ def test_chunks_from_before_their_canary_was_replaced_are_not_found_by_an_engine
     assert answer(half, asked) == (0, False)
     (save,) = half.saves(scheduled(asked, list(range(6)), 700))
     assert not set(save.text) & {chunk.chunk_id for chunk in chunks}
+    half.close()
+
+
+def test_chunks_that_wait_for_a_pause_of_the_engine_are_not_handed_over_again(
+    store: StoreProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = connect(
+        store.started["address"],
+        cache_dir=tmp_path,
+        store_idle_wait_s=4,
+        put_timeout_s=60,
+        fetch_policy="fixed",
+    )
+    half, tokens = SchedulerHalf(client, SPEC, BLOCK), prompt(900, seed=31)
+    first, second = request(tokens), request(tokens, "again")
+    assert answer(half, first) == (0, False)
+    (save,) = half.saves(scheduled(first, list(range(8)), 900))
+    assert save.chunks == 3
+    monkeypatch.setattr(half._stored, "_clock", lambda: time.monotonic() + 30)
+    assert answer(half, second) == (0, False)
+    assert half.saves(scheduled(second, list(range(8)), 900)) == ()
     half.close()

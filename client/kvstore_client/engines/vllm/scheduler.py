@@ -17,6 +17,7 @@ from kvstore_client.engines.vllm.naming import RequestText, why_ineligible
 from kvstore_client.engines.vllm.step_times import StepTimes
 from kvstore_client.engines.vllm.stored_names import StoredNames
 from kvstore_client.engines.vllm.worker_news import News
+from kvstore_client.giving_way import longest_wait_s
 from kvstore_client.lookup import NOT_STORED
 from kvstore_client.match import Match
 from kvstore_client.miss_reason import MissReason
@@ -95,7 +96,7 @@ class SchedulerHalf:
         self._tracked: dict[str, _Tracked] = {}
         self._to_start: list[LoadRequest] = []
         self._in_flight: dict[str, LoadRequest] = {}
-        self._stored = StoredNames()
+        self._stored = StoredNames(longest_wait_s(client.settings))
         self._private = b""
         self._times = StepTimes()
         self._plans: LoadPlanner | None = None
