@@ -145,6 +145,22 @@ def test_only_a_step_that_computes_nothing_waits_for_loads(
     assert len(limits_s) == 1
 
 
+@pytest.fixture
+def in_step_with_others(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config.parallel_config, "data_parallel_size", 2)
+
+
+@pytest.mark.usefixtures("in_step_with_others")
+def test_a_rank_whose_loads_are_under_way_keeps_no_other_rank_waiting(
+    worker: KVStoreConnector, config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert worker._worker is not None
+    limits_s: list[float] = []
+    monkeypatch.setattr(worker._worker._loads, "wait", limits_s.append)
+    step(config, StepMetadata())
+    assert limits_s == []
+
+
 def test_a_reset_of_vllms_caches_reaches_the_names(config: VllmConfig, store: StoreProcess) -> None:
     scheduler = KVStoreConnector(config, KVConnectorRole.SCHEDULER, cache_config())
     half = scheduler._scheduler

@@ -46,6 +46,8 @@ class WorkerHalf:
         self._client, self._block_tokens = client, block_tokens
         self._step, self._computes = 0, False
         self._computing = ExitStack()
+        # Ranks that compute in step with others (mixtures of experts) would keep them waiting.
+        self._pauses = vllm_config.parallel_config.data_parallel_size == 1
         self.memory = memory = registered_memory(vllm_config, spec, block_tokens, kv_caches)
         before_rope = _before_rope(vllm_config.model_config, spec)
         self._loads = Loads(
@@ -96,7 +98,7 @@ class WorkerHalf:
 
     def step_ends(self) -> None:
         """A step that computes nothing waits for the loads, a moment at most."""
-        if not self._computes and not self._refused:
+        if self._pauses and not self._computes and not self._refused:
             self._loads.wait(_IDLE_STEP_S)
 
     def ended_loads(self, finished_request_ids: Collection[str]) -> LoadedBlocks:
