@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -122,6 +123,15 @@ def test_a_load_that_is_overtaken_lacks_nothing_that_is_not_stored(
         assert worker.ended().failed_blocks == frozenset(TABLE)
         assert worker.loads.take_overtaken() == frozenset(), "nothing is stored"
         worker.loads.close()
+
+
+def test_loads_run_on_all_processors_although_the_engines_thread_is_tied_to_one(worker: Worker) -> None:
+    everywhere = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(everywhere)})
+    try:
+        assert worker.loads._threads.submit(os.sched_getaffinity, 0).result() == everywhere
+    finally:
+        os.sched_setaffinity(0, everywhere)
 
 
 def test_waiting_ends_with_a_load(worker: Worker, client: KVStoreClient) -> None:

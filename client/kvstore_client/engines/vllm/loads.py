@@ -12,6 +12,7 @@ from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.vllm.before_rope import KeysBeforeRope
 from kvstore_client.engines.vllm.load_plan import unmeasured
 from kvstore_client.engines.vllm.metadata import LoadRequest
+from kvstore_client.engines.vllm.processors import leave_engines_processor
 from kvstore_client.fetch import Computing, Destination, Fetch
 from kvstore_client.fetch.destination import DestinationInFront
 from kvstore_client.match import Match
@@ -109,7 +110,7 @@ class Loads:
         """Learned from the loads."""
         self._client, self._spec, self._block_tokens = client, spec, block_tokens
         self._destination, self._before_rope = destination, before_rope
-        self._threads = ThreadPoolExecutor(_THREADS, "kvstore-load")
+        self._threads = ThreadPoolExecutor(_THREADS, "kvstore-load", initializer=leave_engines_processor)
         self._loads: dict[str, _Load] = {}
         self._overtaken: set[str] = set()
 
