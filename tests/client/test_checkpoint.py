@@ -91,6 +91,18 @@ def test_the_digest_is_kept_until_a_file_changes(tmp_path: Path) -> None:
     assert named(folder, cache_dir=cache) == first
 
 
+def test_other_weights_with_size_and_time_of_the_first_ones_are_not_taken_for_them(tmp_path: Path) -> None:
+    """As tools leave them that unpack files with a fixed time."""
+    folder, cache = saved(tmp_path / "model"), tmp_path / "cache"
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    first = named(folder, cache_dir=cache)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert named(folder, cache_dir=cache) != first
+
+
 @pytest.mark.parametrize(
     "damage", ["", "{", '{"weights_digest": "zz"}', '{"weights_digest": 7}', "[]", "[" * 9999]
 )

@@ -5,22 +5,18 @@ same for both, and for a transformers worker, whose `state_dict` has the same na
 """
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 
-from kvstore_client.kept_file import UNUSABLE, replace_file
+from kvstore_client.engines.kept_digest import KeptDigest
 from kvstore_codec.errors import UnsupportedModelError
 from kvstore_codec.model_config import spec_from_config
 from kvstore_codec.model_spec import KVDtype, ModelSpec, streamed_weights_digest
-
-log = logging.getLogger(__name__)
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -51,7 +47,8 @@ def spec_of_checkpoint(
         )
     files = checkpoint_files(folder)
     tied = bool(config.get("tie_word_embeddings"))
-    known = _DigestCache(cache_dir, folder, files, f"{dtype.value} tied={tied}")
+    place = None if cache_dir is None else cache_dir / "checkpoints"
+    known = KeptDigest(place, folder, files, f"{dtype.value} tied={tied}")
     digest = known.read()
     if digest is None:
         digest = _digest(folder, files, dtype.torch, tied=tied)
@@ -99,40 +96,3 @@ def _named(opened: ExitStack, path: Path) -> Iterator[tuple[str, Any]]:
     for name in file.keys():  # noqa: SIM118  # not a mapping
         if not name.endswith(_NOT_LOADED):
             yield name, file
-
-
-class _DigestCache:
-    """One digest in one small file, with size and time of the checkpoint's files when it was computed."""
-
-    def __init__(self, cache_dir: Path | None, folder: Path, files: tuple[Path, ...], reading: str) -> None:
-        name = blake3(f"{folder.resolve()} {reading}".encode()).hexdigest()[:32]
-        self._path = None if cache_dir is None else cache_dir / "checkpoints" / f"{name}.json"
-        self._files = files
-        self._seen = self._look()
-
-    def read(self) -> bytes | None:
-        if self._path is None:
-            return None
-        try:
-            kept = json.loads(self._path.read_bytes())
-            digest = bytes.fromhex(kept["weights_digest"])
-            return digest if kept["files"] == self._seen and len(digest) == blake3.digest_size else None
-        except UNUSABLE:
-            return None
-
-    def write(self, digest: bytes) -> None:
-        if self._path is None or self._look() != self._seen:  # a file was replaced meanwhile
-            return
-        kept = {"weights_digest": digest.hex(), "files": self._seen}
-        try:
-            replace_file(self._path, json.dumps(kept).encode())
-        except OSError as error:
-            log.info("the digest of a checkpoint is not kept: %s", error)
-
-    def _look(self) -> dict[str, list[int]]:
-        """Size in bytes and modification time in nanoseconds of each file."""
-        try:
-            found = {file.name: file.stat() for file in self._files}
-        except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
-            raise UnsupportedModelError(f"the checkpoint is not whole: {error}") from error
-        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
