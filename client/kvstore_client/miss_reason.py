@@ -91,6 +91,24 @@ class MissReason(StrEnum):
     STORE_CANARY_REPLACED = "store_canary_replaced"
     """The canary was replaced during the call, so its KV is not stored. Later calls are."""
 
+    # ---- requests of vLLM with a LoRA adapter (docs/engines/vllm.md)
+
+    ADAPTER_PENDING = "adapter_pending"
+    """The adapter's files are still being read, or the engine has not loaded it yet. Later requests are reused."""
+    ADAPTER_UNREADABLE = "adapter_unreadable"
+    """The adapter is not in a folder of this machine with `adapter_config.json` and `adapter_model.safetensors`, or
+    these cannot be read. The log has the error."""
+    ADAPTER_CHANGED = "adapter_changed"
+    """The adapter's files, or its path, have changed since the engine has first loaded it. Load changed weights from a
+    new path, as a new adapter."""
+    ADAPTER_UNCALIBRATED = "adapter_uncalibrated"
+    """Requests with an adapter are not reused by workers that store KV by a calibration, which is of the model without
+    adapter. Set `KVSTORE_ENCODING=exact-zstd` for them."""
+    STORE_ADAPTER_PENDING = "store_adapter_pending"
+    """The engine was not seen to load the adapter, so KV that it computes with it is not stored."""
+    STORE_ADAPTER_CHANGED = "store_adapter_changed"
+    """As `adapter_changed`: KV that is computed with such an adapter is not stored either."""
+
     # ---- calls that are passed to the model as they are
 
     BYPASS_CANARY_DIFFERS = "bypass_canary_differs"

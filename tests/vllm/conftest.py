@@ -8,9 +8,12 @@ import pytest
 from tests.vllm.processes import StoreProcess, free_port
 
 _NEED_VLLM = (
+    "adapter_loads",
+    "adapters",
     "adaptive_loads",
     "connector",
     "engine",
+    "engine_adapters",
     "engine_canary",
     "events",
     "exchange",

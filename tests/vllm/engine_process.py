@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import psutil
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from kvstore_bench.vllm.worker_extension import KVMemoryInspection
 
@@ -69,14 +70,16 @@ class Engine:
         salts: Sequence[str | None] = (),
         max_tokens: int = 8,
         logprobs: int | None = None,
+        adapter: Sequence[Any] | None = None,
     ) -> dict[str, Any]:
         """Generated tokens, how many tokens of each prompt were not computed, and log-probabilities of that many likely
-        first tokens."""
+        first tokens. `adapter` is name, number and path of a LoRA adapter."""
         asked: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         for prompt, salt in zip(asked, salts, strict=False):
             if salt is not None:
                 prompt["cache_salt"] = salt
-        outputs = self._llm.generate(asked, _greedy(max_tokens, logprobs), use_tqdm=False)
+        lora = LoRARequest(*adapter) if adapter is not None else None
+        outputs = self._llm.generate(asked, _greedy(max_tokens, logprobs), use_tqdm=False, lora_request=lora)
         firsts = [output.outputs[0].logprobs[0] for output in outputs] if logprobs else []
         return {
             "logprobs": [{token: found.logprob for token, found in first.items()} for first in firsts],
@@ -90,6 +93,10 @@ class Engine:
         time.sleep(after_s)
         self._engine.abort_request(["aborted"])
         return {"unfinished": self._engine.has_unfinished_requests()}
+
+    def load_adapter(self, adapter: Sequence[Any], *, in_place: bool = False) -> dict[str, Any]:
+        """Load a LoRA adapter, as vLLM's server does before it takes requests for one."""
+        return {"done": self._engine.add_lora(LoRARequest(*adapter, load_inplace=in_place))}
 
     def forget(self) -> dict[str, Any]:
         """Empty the engine's own prefix cache."""

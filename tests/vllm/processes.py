@@ -103,8 +103,16 @@ class EngineProcess(_Process):
         salts: Sequence[str | None] = (),
         max_tokens: int = 8,
         logprobs: int | None = None,
+        adapter: Sequence[Any] | None = None,
     ) -> dict[str, Any]:
-        return self.ask(do="generate", prompts=prompts, salts=salts, max_tokens=max_tokens, logprobs=logprobs)
+        return self.ask(
+            do="generate",
+            prompts=prompts,
+            salts=salts,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            adapter=adapter,
+        )
 
 
 def started_engine(folder: Path, model: Path, port: int, **options: Any) -> EngineProcess:

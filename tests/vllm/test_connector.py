@@ -1,6 +1,7 @@
 """The connector as vLLM's own code calls it, with a real configuration and a real store, without an engine."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +17,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
+from kvstore_client.engines.adapter import AdapterFiles
 from kvstore_client.engines.vllm.connector import KVStoreConnector
-from kvstore_client.engines.vllm.metadata import LoadRequest, SaveRequest, StepMetadata
+from kvstore_client.engines.vllm.metadata import AdapterUse, LoadRequest, SaveRequest, StepMetadata
 from kvstore_client.engines.vllm.requirements import require_cache
 from kvstore_codec.errors import UnsupportedEngineError
 from tests.vllm.models import saved_model
@@ -131,6 +133,23 @@ def test_a_mistake_in_counting_a_load_does_not_lose_its_end(
         told = step(config, StepMetadata())
     assert (told.finished_recving, told.invalid_block_ids) == ({"broken"}, {2, 1})
     assert worker._client.metrics.snapshot()["miss_internal_error"] >= 2
+
+
+def test_kv_of_an_adapter_that_the_engine_has_not_loaded_is_neither_read_nor_stored(
+    worker: KVStoreConnector, config: VllmConfig, store: StoreProcess
+) -> None:
+    """Beside requests that have none."""
+    chunks = store.stats()["chunks"]
+    adapter = AdapterUse(1, AdapterFiles("/adapter", ()))
+    ids = tuple(worker._client.chunk_ids(worker._spec, prompt(512, seed=4)))
+    refused = LoadRequest("refused", ids, 0, 512, (4, 3, 2, 1), adapter=adapter)
+    plain, other = save(worker, 5), replace(save(worker, 6), adapter=adapter)
+    told = step(config, StepMetadata((refused,), (other, plain)))
+    assert (told.finished_recving, told.invalid_block_ids) == ({"refused"}, {4, 3, 2, 1})
+    worker._client.store.flush()
+    assert store.stats()["chunks"] == chunks + 2
+    counts = worker._client.metrics.snapshot()
+    assert (counts["miss_adapter_pending"], counts["miss_store_adapter_pending"]) == (1, 1)
 
 
 def test_only_a_step_that_computes_nothing_waits_for_loads(

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, maybe_convert_block_hash
 from vllm.v1.request import Request
@@ -35,7 +36,15 @@ def test_a_chunk_is_described_by_its_blocks() -> None:
     assert stored_events(asked, range(1, 3), BLOCK) == (), "the third chunk is not full"
 
 
-@pytest.mark.parametrize("more", [{"cache_salt": "a"}, {"prompt_embeds": torch.ones(600, 8)}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"cache_salt": "a"},
+        {"prompt_embeds": torch.ones(600, 8)},
+        {"lora_request": LoRARequest("adapter", 1, "/adapter")},
+    ],
+    ids=lambda more: next(iter(more)),
+)
 def test_kv_that_depends_on_more_than_tokens_is_not_published(more: dict[str, Any]) -> None:
     assert stored_events(request(prompt(600, seed=1), **more), range(2), BLOCK) == ()
 

@@ -68,7 +68,12 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         self._probes = ProbeWatch(engine_probe(vllm_config.model_config.get_vocab_size()), self._block_tokens)
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(
-                client, spec, self._block_tokens, limits, wants_events=are_wanted(vllm_config)
+                client,
+                spec,
+                self._block_tokens,
+                limits,
+                wants_events=are_wanted(vllm_config),
+                lora_config=vllm_config.lora_config,
             )
         client.prepare(spec)
         log.info("KV of %s is shared through %s", spec.model_id, client.settings.address)

@@ -28,7 +28,7 @@ def are_wanted(vllm_config: Any) -> bool:
 def stored_events(request: Any, chunks: range, block_tokens: int) -> tuple[BlockStored, ...]:
     """The event of each of these chunks of a request, to be published when the chunk is stored. None for a request
     whose KV depends on more than its tokens: those who index by tokens would take it for that of another request."""
-    if request.cache_salt or request.mm_features or request.prompt_embeds is not None:
+    if request.cache_salt or request.mm_features or request.prompt_embeds is not None or request.lora_request:
         return ()
     blocks = CHUNK_TOKENS // block_tokens
     hashes = [maybe_convert_block_hash(found) for found in request.block_hashes[: chunks.stop * blocks]]

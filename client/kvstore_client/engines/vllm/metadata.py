@@ -5,10 +5,21 @@ from dataclasses import dataclass
 from vllm.distributed.kv_events import BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
+from kvstore_client.engines.adapter import AdapterFiles
 from kvstore_client.engines.vllm.worker_news import News
 from kvstore_client.planning import PrefillCost
 from kvstore_client.planning.leading import UNKNOWN_PREFILL
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """The LoRA adapter that a request's chunks are named by."""
+
+    lora_id: int
+    """vLLM's number of it."""
+    files: AdapterFiles
+    """What its digest is of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +40,7 @@ class LoadRequest:
     """What computing costs the engine, as far as it is known."""
     token_ids: tuple[int, ...] = ()
     """Tokens of the chunks from `first_chunk` on, from which lossy KV is predicted; empty where all KV is exact."""
+    adapter: AdapterUse | None = None
 
     @property
     def first_chunk(self) -> int:
@@ -56,6 +68,7 @@ class SaveRequest:
     """Tokens of the chunks that are saved, from which lossy KV is predicted; empty where all KV is exact."""
     events: tuple[BlockStored, ...] = ()
     """What is published when the chunks that are saved are stored, one event for each; empty where nobody wants it."""
+    adapter: AdapterUse | None = None
 
     @property
     def chunks(self) -> int:

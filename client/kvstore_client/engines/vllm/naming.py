@@ -51,6 +51,8 @@ class RequestText:
 
     request: Any
     """vLLM's Request."""
+    adapter: bytes | None = None
+    """Digest of the request's LoRA adapter, if it has one. To be set before anything is named."""
     ids: list[ChunkId] = field(default_factory=list)
     next_feature: int = 0
     """Where vLLM goes on looking through the request's images."""
@@ -71,26 +73,41 @@ class RequestText:
         return self.ids[: tokens // CHUNK_TOKENS]
 
     def _qualifier(self, first: int, end: int) -> bytes:
-        """What the KV of these tokens depends on besides model and tokens: images, prompt embeddings and the request's
-        salt, as vLLM itself tells its blocks apart."""
+        """What the KV of these tokens depends on besides model and tokens: adapter, images, prompt embeddings and the
+        request's salt, as vLLM itself tells its blocks apart."""
         from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
 
         keys, self.next_feature = generate_block_hash_extra_keys(self.request, first, end, self.next_feature)
-        if not keys:
+        told = [] if self.request.lora_request is None else [self._adapter_key(keys)]
+        told += [_tagged(key) for key in (keys or ())[len(told) :]]
+        if not told:
             return b""
         try:
-            packed: bytes = msgpack.packb([_tagged(key) for key in keys])
+            packed: bytes = msgpack.packb(told)
         except (TypeError, ValueError, OverflowError) as error:
             raise UnsupportedEngineError(f"vLLM's keys of a block cannot be interpreted: {error}") from error
         if len(packed) > MAX_QUALIFIER_BYTES:
             raise UnsupportedEngineError(f"vLLM's keys of a block take {len(packed)} bytes")
         return packed
 
+    def _adapter_key(self, keys: Sequence[Any] | None) -> tuple[str, bytes]:
+        """The adapter, in place of the first one of vLLM's keys, which names it by name and path. Raises
+        UnsupportedEngineError for another key, as that of vLLM 0.30, by which the engine itself reuses KV of one
+        adapter for another one of its name."""
+        adapter = self.request.lora_request
+        if not keys or keys[0] != ("lora", adapter.lora_name, adapter.lora_path):
+            raise UnsupportedEngineError(
+                "this release of vLLM tells LoRA adapters apart by their names only; 0.31 and later do by path, too"
+            )
+        if self.adapter is None:
+            raise UnsupportedEngineError("its LoRA adapter is not known")
+        return "lora", self.adapter
+
 
 def _tagged(key: Any) -> Any:
     """One of vLLM's keys as vLLM 0.31 and later give it, so that all releases give a chunk the same name. Raises
     UnsupportedEngineError for an image that the caller has named, as vLLM allows: other images may have its name
-    elsewhere, where vLLM's own names are hashes of what is in the image."""
+    elsewhere, where vLLM's own names are hashes of what is in the image. Raises it for an unknown key, too."""
     match key:
         case str():
             key = ("cache_salt", key)
@@ -98,15 +115,21 @@ def _tagged(key: Any) -> Any:
             key = ("prompt_embeds", key)
         case (str(), int()):
             key = ("mm", *key)
-    if key[0] == "mm" and not _HASH.fullmatch(key[1]):
-        raise UnsupportedEngineError("an image or a sound has a name of the caller's instead of its hash")
+    match key:
+        case ("mm", str(name), int()):
+            if not _HASH.fullmatch(name):
+                raise UnsupportedEngineError(
+                    "an image or a sound has a name of the caller's instead of its hash"
+                )
+        case ("cache_salt", str()) | ("prompt_embeds", bytes()):
+            pass
+        case _:
+            raise UnsupportedEngineError("vLLM's keys of a block cannot be interpreted: one is not known")
     return key
 
 
 def why_ineligible(request: Any) -> str | None:
     """Why nothing of a request may be reused or stored, if so."""
-    if request.lora_request is not None:
-        return "its LoRA adapter is named by a path, which does not say what the adapter's weights are"
     if getattr(request, "resumable", False):
         return "its prompt grows while it runs"
     if request.pooling_params is not None:

@@ -3,19 +3,21 @@
 import secrets
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from kvstore_client.client import KVStoreClient
+from kvstore_client.engines.vllm.adapters import Adapters, UnusableAdapter
 from kvstore_client.engines.vllm.events import stored_events
 from kvstore_client.engines.vllm.generations import Generation
 from kvstore_client.engines.vllm.kinds import KeyKind, kind_named
-from kvstore_client.engines.vllm.load_plan import LoadPlanner, PlannedLoad, offer_of
+from kvstore_client.engines.vllm.load_plan import LoadPlanner, offer_of
 from kvstore_client.engines.vllm.lookups import Found, Lookup, Lookups
-from kvstore_client.engines.vllm.metadata import LoadRequest, SaveRequest
+from kvstore_client.engines.vllm.metadata import AdapterUse, LoadRequest, SaveRequest
 from kvstore_client.engines.vllm.naming import RequestText, why_ineligible
 from kvstore_client.engines.vllm.step_times import StepTimes
 from kvstore_client.engines.vllm.stored_names import StoredNames
+from kvstore_client.engines.vllm.tracked import TrackedRequest
 from kvstore_client.engines.vllm.worker_news import News
 from kvstore_client.giving_way import longest_wait_s
 from kvstore_client.lookup import NOT_STORED
@@ -45,37 +47,6 @@ class LoadLimits:
     """KV of all loads together; a single load may be larger."""
 
 
-@dataclass(slots=True)
-class _Tracked:
-    """One request of the engine."""
-
-    text: RequestText
-    why_ineligible: str | None
-    generation: int
-    """That of the canary under which the request's chunks are named."""
-    lookup: Lookup | None = None
-    was_loaded: bool = False
-    """Whether a load was begun. There is no second one: after a failure it would fail again."""
-    offered_from: int = 0
-    """Tokens that the engine had itself when it was last told what can be loaded."""
-    planned: PlannedLoad | None = None
-    """The load that the engine was last told of."""
-    refused_tokens: int = 0
-    """Tokens of the load that there was no room for. It is planned again when there is: many requests may wait, and
-    each is asked for in every step."""
-    block_ids: list[int] = field(default_factory=list)
-    computed_tokens: int = 0
-    """Tokens whose KV is there when the last scheduled step ends; 0 before the first step."""
-    is_lookup_counted: bool = False
-    """Whether `saved_chunks` takes account of what the lookup found."""
-    saved_chunks: int = 0
-    """Leading chunks that are stored, or were handed over."""
-
-    def is_renamed(self, generation: int) -> bool:
-        """Whether the chunks of the request would have other names now."""
-        return self.why_ineligible is None and not self.was_loaded and self.generation != generation
-
-
 class SchedulerHalf:
     """Answers the engine's scheduler at once, whatever the store does. Used by the scheduler's thread."""
 
@@ -87,13 +58,16 @@ class SchedulerHalf:
         limits: LoadLimits | None = None,
         *,
         wants_events: bool = False,
+        lora_config: Any = None,
     ) -> None:
+        """`lora_config` is vLLM's; None where the engine serves no LoRA adapters."""
         self._client, self._spec, self._block_tokens = client, spec, block_tokens
         self._limits, self._wants_events = limits or LoadLimits(), wants_events
         self.generation = Generation(client, spec)
         self._lookups = Lookups(self._peek)
+        self._adapters = Adapters(lora_config, client.settings)
         self._wait_s = client.settings.timeouts.lookup_s
-        self._tracked: dict[str, _Tracked] = {}
+        self._tracked: dict[str, TrackedRequest] = {}
         self._to_start: list[LoadRequest] = []
         self._in_flight: dict[str, LoadRequest] = {}
         self._stored = StoredNames(longest_wait_s(client.settings))
@@ -113,6 +87,8 @@ class SchedulerHalf:
         May be called any number of times: only the first call begins a lookup, and its answer is waited for
         `lookup_timeout_s` at most."""
         tracked = self._track(request)
+        if self._waits_for_adapter(tracked):
+            return None, False
         if tracked.why_ineligible is not None or tracked.was_loaded:
             return 0, False
         lookup = self._lookup(tracked)
@@ -150,6 +126,7 @@ class SchedulerHalf:
             rest_tokens=request.num_tokens - end,
             prefill=self._times.prefill or UNKNOWN_PREFILL,
             token_ids=self._tokens(tracked, first // CHUNK_TOKENS, -(-end // CHUNK_TOKENS)),
+            adapter=tracked.adapter if tracked is not None else None,
         )
         if tracked is not None:
             tracked.was_loaded = True
@@ -237,35 +214,64 @@ class SchedulerHalf:
     def _next_id(self, parent: PrefixId, tokens: Sequence[int], qualifier: bytes) -> ChunkId:
         return self._client.next_chunk_id(self._spec, parent, tokens, self._private + qualifier)
 
-    def _track(self, request: Any) -> _Tracked:
+    def _track(self, request: Any) -> TrackedRequest:
         tracked = self._tracked.get(request.request_id)
         generation = self._client.canaries.generation(self._spec.digest)
         if tracked is not None and tracked.is_renamed(generation):
             self.finished(request.request_id)
             tracked = None
         if tracked is None:
-            tracked = _Tracked(RequestText(request), why_ineligible(request), generation)
+            tracked = TrackedRequest(RequestText(request), why_ineligible(request), generation)
             self._tracked[request.request_id] = tracked
             self._name(tracked, tracked.text.known_tokens)
         return tracked
 
-    def _name(self, tracked: _Tracked, tokens: int) -> list[ChunkId]:
-        """Ids of the full chunks of the first tokens; none for a request that is not eligible."""
-        if tracked.why_ineligible is None:
+    def _name(self, tracked: TrackedRequest, tokens: int) -> list[ChunkId]:
+        """Ids of the full chunks of the first tokens; none for a request that is not eligible, or whose LoRA adapter is
+        not known yet."""
+        if tracked.why_ineligible is None and self._knows_adapter(tracked):
             try:
                 return tracked.text.name(tokens, self._next_id)
             except KVStoreError as error:
                 tracked.why_ineligible = str(error)
         return []
 
-    def _lookup(self, tracked: _Tracked) -> Lookup | None:
+    def _knows_adapter(self, tracked: TrackedRequest) -> bool:
+        """Whether the chunks of the request can be named as far as its LoRA adapter goes, if it has one."""
+        asked = tracked.text.request.lora_request
+        if asked is None or tracked.adapter is not None:
+            return True
+        found = self._adapters.find(asked)
+        if isinstance(found, UnusableAdapter):
+            tracked.why_ineligible = found.why
+            self._client.metrics.missed(found.reason, detail=found.why, cause=found.why)
+        elif found is not None:
+            tracked.text.adapter, tracked.adapter = found.digest, AdapterUse(asked.lora_int_id, found.files)
+        return tracked.adapter is not None
+
+    def _waits_for_adapter(self, tracked: TrackedRequest) -> bool:
+        """Whether the request's LoRA adapter is still being read, and may be known in time."""
+        if tracked.why_ineligible is not None or tracked.text.ids:
+            return False
+        if self._knows_adapter(tracked):
+            self._name(tracked, tracked.text.known_tokens)
+        elif tracked.why_ineligible is None and not tracked.is_adapter_late:
+            tracked.is_adapter_late = time.monotonic() >= tracked.begun_s + self._wait_s
+            if tracked.is_adapter_late:
+                self._client.metrics.missed(MissReason.ADAPTER_PENDING)
+            return not tracked.is_adapter_late
+        return False
+
+    def _lookup(self, tracked: TrackedRequest) -> Lookup | None:
         """The request's lookup, begun now if it has none; None for a request without a full chunk, and where too many
         lookups are under way."""
         if tracked.lookup is None and tracked.text.ids:
             tracked.lookup = self._lookups.begin(tracked.text.ids)
         return tracked.lookup
 
-    def _worth_loading(self, tracked: _Tracked, found: Found | None, first_token: int, usable: int) -> int:
+    def _worth_loading(
+        self, tracked: TrackedRequest, found: Found | None, first_token: int, usable: int
+    ) -> int:
         """Position up to which to load, `first_token` for nothing."""
         end = min(usable, found.match.tokens) if found is not None else 0
         if found is None or end <= first_token:
@@ -280,7 +286,7 @@ class SchedulerHalf:
             return first_token
         return planned.end_token // self._block_tokens * self._block_tokens
 
-    def _others_s(self, tracked: _Tracked, prefill: PrefillCost) -> float:
+    def _others_s(self, tracked: TrackedRequest, prefill: PrefillCost) -> float:
         """Seconds that the engine still computes prompts of other requests."""
         return sum(
             prefill.seconds(other.computed_tokens, other.text.known_tokens - other.computed_tokens)
@@ -314,12 +320,12 @@ class SchedulerHalf:
                 tracked.computed_tokens = computed + output.num_scheduled_tokens[request_id]
                 yield request_id, tracked.computed_tokens
 
-    def _loaded(self, tracked: _Tracked, load: LoadRequest, chunks: int) -> None:
+    def _loaded(self, tracked: TrackedRequest, load: LoadRequest, chunks: int) -> None:
         """The first chunks of the load are stored."""
         self._stored.add(load.chunk_ids[:chunks])
         tracked.saved_chunks = max(tracked.saved_chunks, chunks)
 
-    def _loaded_in_part(self, tracked: _Tracked, load: LoadRequest, tokens: int) -> None:
+    def _loaded_in_part(self, tracked: TrackedRequest, load: LoadRequest, tokens: int) -> None:
         """Behind these tokens nothing was loaded: what is computed there is to be stored, whatever the lookup found.
         Where nothing at all was loaded, that goes for the chunks before the load, too."""
         self._stored.discard(load.chunk_ids)
@@ -328,7 +334,7 @@ class SchedulerHalf:
         if tokens > load.first_token:
             self._loaded(tracked, load, tokens // CHUNK_TOKENS)
 
-    def _save_or_give_up(self, tracked: _Tracked, tokens: int) -> SaveRequest | None:
+    def _save_or_give_up(self, tracked: TrackedRequest, tokens: int) -> SaveRequest | None:
         """As `_save`. A request that cannot be named must not keep others from being saved."""
         try:
             return self._save(tracked, tokens)
@@ -338,7 +344,7 @@ class SchedulerHalf:
             self._client.metrics.missed(MissReason.INTERNAL_ERROR, detail=detail, error=error)
             return None
 
-    def _save(self, tracked: _Tracked, tokens: int) -> SaveRequest | None:
+    def _save(self, tracked: TrackedRequest, tokens: int) -> SaveRequest | None:
         """The chunks of the first `tokens` tokens that are not stored yet. None where there are none, and as long as it
         is not known whether the store can be reached."""
         if tokens // CHUNK_TOKENS <= tracked.saved_chunks or not self._may_save(tracked):
@@ -365,9 +371,10 @@ class SchedulerHalf:
             tuple(tracked.block_ids[first * blocks : len(ids) * blocks]),
             self._tokens(tracked, first, len(ids)),
             stored_events(tracked.text.request, chunks, self._block_tokens),
+            tracked.adapter,
         )
 
-    def _tokens(self, tracked: _Tracked | None, first_chunk: int, end_chunk: int) -> tuple[int, ...]:
+    def _tokens(self, tracked: TrackedRequest | None, first_chunk: int, end_chunk: int) -> tuple[int, ...]:
         """Tokens of these chunks, where the worker needs them."""
         if tracked is None or kind_named(self._spec) is KeyKind.AFTER_ROPE:
             return ()
@@ -375,7 +382,7 @@ class SchedulerHalf:
             tracked.text.request.all_token_ids[first_chunk * CHUNK_TOKENS : end_chunk * CHUNK_TOKENS]
         )
 
-    def _may_save(self, tracked: _Tracked) -> bool:
+    def _may_save(self, tracked: TrackedRequest) -> bool:
         """Takes what the lookup found stored off what is saved."""
         if tracked.generation != self._client.canaries.generation(self._spec.digest):
             tracked.why_ineligible = "its chunks were named before the model's canary was replaced"

@@ -9,13 +9,14 @@ from vllm.distributed.kv_events import BlockStored
 
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.embeddings import CheckpointEmbeddings
+from kvstore_client.engines.vllm.adapter_loads import LoadedAdapters, loaded_adapters
 from kvstore_client.engines.vllm.before_rope import KeysBeforeRope
 from kvstore_client.engines.vllm.canary import EngineCanary, engine_probe
 from kvstore_client.engines.vllm.kinds import KeyKind, kind_named, spec_of_kind
 from kvstore_client.engines.vllm.load_log import LoadLog
 from kvstore_client.engines.vllm.loads import LoadedBlocks, Loads
 from kvstore_client.engines.vllm.memory import registered_memory
-from kvstore_client.engines.vllm.metadata import LoadRequest, StepMetadata
+from kvstore_client.engines.vllm.metadata import AdapterUse, LoadRequest, StepMetadata
 from kvstore_client.engines.vllm.naming import checkpoint_folder
 from kvstore_client.engines.vllm.rotation import engine_rotation
 from kvstore_client.engines.vllm.saves import Saves
@@ -66,6 +67,7 @@ class WorkerHalf:
             device=memory.tensors[0].device.type,
             is_required=requires_canary,
         )
+        self._adapters = loaded_adapters() if vllm_config.lora_config is not None else LoadedAdapters()
         self._refused: list[LoadRequest] = []
         """Loads that were not begun."""
 
@@ -77,13 +79,14 @@ class WorkerHalf:
             self._computing.enter_context(self._client.links.computing())
 
     def start_loads(self, step: StepMetadata) -> None:
-        refused = step.loads
+        refused, begun = list(step.loads), []
         try:
             if step.loads and not self._is_refused(step, storing=False):
-                refused = ()
+                begun = [request for request in step.loads if self._is_loaded(request.adapter, storing=False)]
+                refused = [request for request in step.loads if request not in begun]
         finally:  # the engine waits for the end of each load, also where this has failed
             self._refused.extend(refused)
-        for request in () if refused else step.loads:
+        for request in begun:
             self.load_log.began(request)
             self._loads.start(request)
 
@@ -94,7 +97,8 @@ class WorkerHalf:
             self._canary.computed(step.probe_blocks)
         if step.saves and not self._is_refused(step, storing=True):
             for request in step.saves:
-                self._saves.save(request)
+                if self._is_loaded(request.adapter, storing=True):
+                    self._saves.save(request)
 
     def step_ends(self) -> None:
         """A step that computes nothing waits for the loads, a moment at most."""
@@ -130,6 +134,17 @@ class WorkerHalf:
             why = f"{reason}: {self._canary.why(reason)}; KV is computed, and not shared"
             self._client.metrics.missed(counted, detail=why, cause=reason)
         return reason is not None
+
+    def _is_loaded(self, adapter: AdapterUse | None, *, storing: bool) -> bool:
+        """Whether the engine computes with the adapter that chunks are named by. If not, that is counted."""
+        reason = self._adapters.why_not(adapter, storing=storing) if adapter is not None else None
+        if reason is not None and adapter is not None:
+            folder = adapter.files.folder
+            why: str | None = None
+            if reason in (MissReason.ADAPTER_CHANGED, MissReason.STORE_ADAPTER_CHANGED):
+                why = f"the LoRA adapter in {folder} has changed since the engine loaded it; its KV is not shared"
+            self._client.metrics.missed(reason, detail=why, cause=f"{reason} {folder}")
+        return reason is None
 
     def news(self) -> News | None:
         """For the scheduler's half, after a step."""
