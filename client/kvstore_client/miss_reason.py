@@ -150,8 +150,8 @@ class MissReason(StrEnum):
     STORE_CLOSED = "store_closed"
     """The client was closed before the chunks were handed in."""
     STORE_BACKLOG = "store_backlog"
-    """`KVSTORE_STORE_BACKLOG_BYTES` of KV wait to be stored already. The nodes take it too slowly, or the limit is too
-    small."""
+    """`KVSTORE_STORE_BACKLOG_BYTES` of KV wait to be stored already. The nodes take it too slowly, it waits for a pause
+    of the engine (`KVSTORE_STORE_IDLE_WAIT_S`), or the limit is too small."""
     STORE_NO_RESOURCES = "store_no_resources"
     """This process has no thread left for storing."""
     STORE_DROPPED_AT_CLOSE = "store_dropped_at_close"
