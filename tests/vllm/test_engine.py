@@ -86,10 +86,11 @@ def test_a_second_engine_reuses_what_the_first_one_stored(setup: Setup, tmp_path
 def test_what_the_engine_has_itself_is_not_loaded_over(setup: Setup) -> None:
     """The second engine has computed the beginning of the prompt, which other requests may be reading."""
     tokens = prompt(1300, seed=2)
-    setup.second.generate(tokens[:400])
     chunks = setup.store.stats()["chunks"]
+    setup.second.generate(tokens[:400])
+    setup.stored(chunks + 1)
     cold = setup.first.generate(tokens)
-    setup.stored(chunks + 4)
+    setup.stored(chunks + 5)
     hit = setup.second.generate(tokens)
     assert loaded(hit) == 1280
     assert hit["tokens"] == cold["tokens"]
@@ -103,6 +104,7 @@ def test_salts_never_meet(setup: Setup) -> None:
     assert loaded(setup.second.generate(tokens, salts=["b"])) == 0
     assert loaded(setup.second.generate(tokens)) == 0
     assert loaded(setup.second.generate(tokens, salts=["a"])) == 512
+    setup.stored(chunks + 6)
 
 
 def test_another_model_finds_nothing_and_reuses_its_own_kv_in_bfloat16(setup: Setup, tmp_path: Path) -> None:
@@ -138,7 +140,9 @@ def test_requests_aborted_while_they_wait_leave_nothing(setup: Setup) -> None:
 def test_fifty_requests_at_a_time_get_the_tokens_of_a_cold_run(setup: Setup) -> None:
     shared = prompt(512, seed=100)
     prompts = [shared + prompt(200, seed=100 + number) for number in range(50)]
+    chunks = setup.store.stats()["chunks"]
     cold = setup.first.generate(*prompts, max_tokens=2)
+    setup.stored(chunks + 2)
     hit = setup.second.generate(*prompts, max_tokens=2)
     assert hit["tokens"] == cold["tokens"]
 
