@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
+from kvstore_client.contiguous.report import ReprefillReport
 from kvstore_client.engines.vllm.connector import KVStoreConnector
 from kvstore_client.engines.vllm.load_log import LoadLog
 from kvstore_client.engines.vllm.loads import LoadedBlocks
@@ -81,6 +82,7 @@ def everything_counted() -> ClientMetrics:
         "replanned": {},
         "waiting_for_kv": {"change": 1},
         "guarded": {"frames": {"finer": 1}},
+        "reprefilled": {"report": ReprefillReport(frames_needed=2, frames_cached=1, frames_read=1)},
         "prompt": {"reused_tokens": 1, "computed_tokens": 1},
         "paged": {"operation": "get", "ok": 1, "reasons": {}},
     }

@@ -61,9 +61,9 @@ _PREFIXED = {
     ),
     "guarded_": Family("guarded_frames", "Frames coded with a finer step, or exactly.", "action"),
 }
-NOT_SHOWN = ("fetches", "waiting_for_kv", "tokens_computed", "pages_")
+NOT_SHOWN = ("fetches", "waiting_for_kv", "tokens_computed", "pages_", "frames_")
 """Names of counts, or their beginnings, that are not shown: the histogram counts loads, vLLM itself counts waiting
-requests and computed tokens, and the connector handles no pages."""
+requests and computed tokens, and the connector handles no pages and reads no single frames."""
 
 
 def family_of(name: str) -> tuple[Family, str | None] | None:
