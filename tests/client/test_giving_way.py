@@ -97,6 +97,16 @@ def test_chunks_that_are_stored_together_leave_half_of_their_time_for_storing() 
     assert 0 < never.times < never.limit
 
 
+def test_an_engine_is_rarely_interrupted() -> None:
+    """A thread that wakes up costs an engine on few cores more than the look itself."""
+    links, never = Links(), Asked(1_000_000)
+    with links.computing():
+        GivingWay(links, ClientSettings(store_idle_wait_s=0.5)).wait(
+            1, time.monotonic(), waiting_bytes=lambda: 0, is_over=never
+        )
+    assert 1 <= never.times <= 5
+
+
 @pytest.mark.timeout(60)
 def test_a_chunk_is_not_touched_while_the_engine_computes(cluster: ServedCluster) -> None:
     with connect(cluster.address, store_idle_wait_s=1000) as client:
