@@ -44,6 +44,23 @@ def test_each_count_is_reported_once() -> None:
     assert again.seconds() == {WORKER: {"load": [0.5]}}
 
 
+def test_counts_are_copied_only_when_something_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM asks each half after every step, and most steps count nothing."""
+    metrics = ClientMetrics()
+    metrics.missed(MissReason.GONE)
+    source, _ = stats_after(metrics)
+    copies: list[str] = []
+    snapshot = metrics.snapshot
+    monkeypatch.setattr(metrics, "snapshot", lambda: copies.append("copy") or snapshot())
+    assert source.take() is None
+    assert copies == []
+    metrics.predicted(0.5)
+    told = source.take()
+    assert told is not None
+    assert told.seconds() == {WORKER: {"predicted_fetch": [0.5]}}
+    assert copies == ["copy"]
+
+
 def test_both_halves_arrive_in_another_process_as_they_were_counted() -> None:
     metrics = ClientMetrics()
     metrics.missed(MissReason.GONE)

@@ -199,6 +199,9 @@ class Links:
         """Reset in a forked child: threads that held the lock or computed in the parent do not exist there."""
         self._lock = threading.Lock()
         self._passes: list[_Pass] = []
+        self._forgot_s = -math.inf
+        """When passes that have ended long ago were last dropped. Not after each pass: there may be hundreds in a
+        second."""
 
     def keep(self, endpoints: Collection[str]) -> None:
         """Forget all other endpoints, except the last one heard of, which stands for unknown endpoints."""
@@ -220,7 +223,9 @@ class Links:
         finally:
             with self._lock:
                 one.ended_s = self._clock()
-                self._passes = [p for p in self._passes if p.ended_s > one.ended_s - _STALE_S]
+                if one.ended_s > self._forgot_s + _STALE_S:
+                    self._forgot_s = one.ended_s
+                    self._passes = [p for p in self._passes if p.ended_s > one.ended_s - _STALE_S]
 
     def observe(
         self,

@@ -146,6 +146,8 @@ class Loads:
 
     def ended(self) -> LoadedBlocks:
         """The loads that have ended since the last call, each once, those that failed among them."""
+        if not self._loads:
+            return LoadedBlocks()
         ended: set[str] = set()
         failed: set[int] = set()
         for request_id, load in tuple(self._loads.items()):

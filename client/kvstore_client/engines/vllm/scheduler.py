@@ -163,7 +163,7 @@ class SchedulerHalf:
         """A step has ended. To be told before `received`."""
         self._times.ended(news.step)
         self._overtaken = news.overtaken
-        if self._plans is not None:
+        if self._plans is not None and news.learned is not None:
             self._plans.learn(news.learned)
 
     def received(self, request_ids: Collection[str], failed_blocks: Collection[int]) -> None:

@@ -86,10 +86,16 @@ class StatsSource:
     def __init__(self, half: str, metrics: ClientMetrics) -> None:
         self._half, self._metrics = half, metrics
         self._told: dict[str, int] = {}
+        self._told_changes = 0
+        """Value of `ClientMetrics.changes` that `_told` belongs to."""
 
     def take(self, load_s: Sequence[float] = ()) -> ReuseStats | None:
         """The growth of the counts since the last call, and how long loads took that have ended since; None where there
-        is neither."""
+        is neither, as after most steps."""
+        changes = self._metrics.changes
+        if changes == self._told_changes and not load_s:
+            return None
+        self._told_changes = changes
         counts = self._metrics.snapshot()
         grown = {name: more for name, count in counts.items() if (more := count - self._told.get(name, 0))}
         self._told = counts

@@ -109,6 +109,8 @@ class WorkerHalf:
         """The loads that have ended since the last call. Those of requests that are gone are cancelled first."""
         self._loads.cancel(finished_request_ids)
         ended = self._loads.ended()
+        if not self._refused:
+            return ended
         refused, self._refused = self._refused, []
         return LoadedBlocks(
             ended.request_ids.union(request.request_id for request in refused),

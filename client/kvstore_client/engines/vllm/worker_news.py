@@ -28,7 +28,8 @@ class News:
 
     step: int
     """The step, as the scheduler's half has numbered it."""
-    learned: Learned
+    learned: Learned | None = None
+    """None: nothing but what the last news told."""
     overtaken: frozenset[str] = frozenset()
     """Requests whose loads have ended because computing was faster; all that they lack is stored."""
 
@@ -39,6 +40,7 @@ class Newsroom:
     def __init__(self, links: Links, costs: Costs) -> None:
         self._links, self._costs = links, costs
         self._sent_s = -_EVERY_S
+        self._told: Learned | None = None
 
     def after(self, step: int, overtaken: frozenset[str] = frozenset(), *, computes: bool) -> News | None:
         """News after a step; None where there is no need of any."""
@@ -48,4 +50,5 @@ class Newsroom:
         self._sent_s = now_s
         profile = self._costs.snapshot()
         learned = Learned(self._links.snapshot(), profile.codecs, profile.receive_s_per_byte)
-        return News(step, learned, overtaken)
+        told, self._told = self._told, learned
+        return News(step, learned if learned != told else None, overtaken)
