@@ -42,7 +42,7 @@ def test_a_command_that_cannot_be_imported_says_what_to_install(monkeypatch: pyt
 def test_an_unknown_benchmark_is_answered_with_the_known_ones() -> None:
     error = CliRunner().invoke(app, ["bench", "nosuch"]).exception
     assert isinstance(error, ConfigurationError)
-    known = "codec, faults, link, recompute, store, trace"
+    known = "codec, faults, link, recompute, reprefill, store, trace"
     assert str(error) == f"there is no benchmark 'nosuch'; benchmarks: {known}"
 
 
