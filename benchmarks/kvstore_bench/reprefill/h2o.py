@@ -29,8 +29,7 @@ class AttentionStoreH2O(Layerwise):
         budget: float,
         cache: BlockCache,
     ) -> None:
-        super().__init__(name, decoder, prompts, rotary, file, budget)
-        self._cache = cache
+        super().__init__(name, decoder, prompts, rotary, file, budget, cache)
         self._reader = ThreadPoolExecutor(1, "h2o-read")
         self._ahead: tuple[int, Future[torch.Tensor]] | None = None
 
@@ -55,14 +54,9 @@ class AttentionStoreH2O(Layerwise):
         """Keys and values of a whole layer, `[2, kv_heads, tokens, head_dim]`."""
         file = self.file
         began_s = time.perf_counter()
-        blocks = {c: kept for c in range(file.chunks) if (kept := self._cache.get((layer, c))) is not None}
-        missing = [chunk for chunk in range(file.chunks) if chunk not in blocks]
-        blocks |= file.read_chunks(layer, missing)
+        blocks, _ = self._blocks(layer, range(file.chunks), counts)
         for chunk, block in sorted(blocks.items()):
             self._cache.used((layer, chunk), block)
         counts.reading_s += time.perf_counter() - began_s
-        counts.blocks += file.chunks
-        counts.blocks_cached += file.chunks - len(missing)
-        counts.tokens_read += len(missing) * file.chunk_tokens
         counts.bytes_needed += self.count * file.shape.token_bytes
         return torch.cat([blocks[chunk] for chunk in range(file.chunks)], 2)

@@ -37,8 +37,7 @@ class Impress(Layerwise):
         budget: float,
         cache: BlockCache,
     ) -> None:
-        super().__init__(name, decoder, prompts, rotary, file, budget)
-        self._cache = cache
+        super().__init__(name, decoder, prompts, rotary, file, budget, cache)
         self.votes = torch.zeros(decoder.layers, file.shape.tokens, device="cpu")
         """For how many questions each stored token of each layer was important."""
 
@@ -69,15 +68,10 @@ class Impress(Layerwise):
         self, layer: int, wanted: Sequence[int], important: torch.Tensor, counts: Counts
     ) -> dict[int, torch.Tensor]:
         file = self.file
-        blocks = {c: block for c in wanted if (block := self._cache.get((layer, c))) is not None}
-        missing = [chunk for chunk in wanted if chunk not in blocks]
         began_s = time.perf_counter()
-        blocks |= file.read_chunks(layer, missing)
+        blocks, missing = self._blocks(layer, wanted, counts)
         counts.waited_s += time.perf_counter() - began_s
         counts.reading_s = counts.waited_s
-        counts.blocks += len(wanted)
-        counts.blocks_cached += len(wanted) - len(missing)
-        counts.tokens_read += len(missing) * file.chunk_tokens
         counts.bytes_needed += int(important[missing].sum()) * file.shape.token_bytes
         for chunk in wanted:
             share = float(important[chunk]) / file.chunk_tokens

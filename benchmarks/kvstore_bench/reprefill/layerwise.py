@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from kvstore_bench.reprefill.block_cache import BlockCache
 from kvstore_bench.reprefill.kv_file import KVFile
 from kvstore_bench.reprefill.prompts import Prompts, Question
 from kvstore_bench.reprefill.systems import Asked
@@ -33,13 +35,20 @@ class Layerwise(ABC):
     """Computes a question layer by layer. Subclasses bring each layer's chosen KV."""
 
     def __init__(
-        self, name: str, decoder: Decoder, prompts: Prompts, rotary: RotaryTable, file: KVFile, budget: float
+        self,
+        name: str,
+        decoder: Decoder,
+        prompts: Prompts,
+        rotary: RotaryTable,
+        file: KVFile,
+        budget: float,
+        cache: BlockCache,
     ) -> None:
         self.name = name
         self.decoder, self.file = decoder, file
         self.count = max(1, int(budget * len(prompts.prefix)))
         """Tokens that each layer attends to."""
-        self._prompts, self._rotary = prompts, rotary
+        self._prompts, self._rotary, self._cache = prompts, rotary, cache
 
     @abstractmethod
     def chosen(self, layer: int, queries: torch.Tensor, counts: Counts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +78,19 @@ class Layerwise(ABC):
 
     def close(self) -> None:
         self.file.close()
+
+    def _blocks(
+        self, layer: int, wanted: Sequence[int], counts: Counts
+    ) -> tuple[dict[int, torch.Tensor], list[int]]:
+        """The wanted chunks of a layer, by number, from the cache or the file, and the numbers of those that were
+        read."""
+        blocks = {c: kept for c in wanted if (kept := self._cache.get((layer, c))) is not None}
+        missing = [chunk for chunk in wanted if chunk not in blocks]
+        blocks |= self.file.read_chunks(layer, missing)
+        counts.blocks += len(wanted)
+        counts.blocks_cached += len(wanted) - len(missing)
+        counts.tokens_read += len(missing) * self.file.chunk_tokens
+        return blocks, missing
 
     @torch.inference_mode()
     def _compute(self, question: Question, counts: Counts) -> torch.Tensor:
