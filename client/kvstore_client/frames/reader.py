@@ -83,7 +83,9 @@ class FrameReader:
                     slow = [index for index, reason in failed.items() if reason is MissReason.SILENT]
                     if slow:
                         waiting.append((member, slow, False))
-                    failed = {index: reason for index, reason in failed.items() if index not in slow}
+                    failed = {
+                        index: reason for index, reason in failed.items() if reason is not MissReason.SILENT
+                    }
                 for index, reason in failed.items():
                     read.fail([index], reason)
         except Exception:
