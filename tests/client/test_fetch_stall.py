@@ -92,7 +92,12 @@ def test_with_a_replica_nothing_is_missing_and_little_time_lost(
     tmp_path: Path, way: str, bulk: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # On a busy machine a sound owner may fall silent, too: it is not paused for that, and is asked again.
-    unhurried = {"lookup_timeout_s": 60.0, "stall_timeout_s": 60.0, "fetch_timeout_s": 60.0, "retry_after_s": 0.0}
+    unhurried = {
+        "lookup_timeout_s": 60.0,
+        "stall_timeout_s": 60.0,
+        "fetch_timeout_s": 60.0,
+        "retry_after_s": 0.0,
+    }
     with cabled(tmp_path, nodes=3, replicas=2, bulk=bulk, **unhurried) as replicated:
         assert put(replicated.client, replicated.document) == CHUNKS
         undisturbed_s = statistics.median(timed_fetch(replicated)[0] for _ in range(3))
