@@ -164,6 +164,24 @@ def test_only_a_step_that_computes_nothing_waits_for_loads(
     assert len(limits_s) == 1
 
 
+def test_the_engine_does_not_pause_while_it_waits_for_copies(
+    worker: KVStoreConnector, config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the chunks that are encoded in a pause would be encoded beside its next tokens."""
+    assert worker._worker is not None
+    saves, links = worker._worker._saves, worker._client.links
+    read_layer, computing = saves._read_layer, set()
+
+    def watched(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        computing.add(links.is_computing)
+        return read_layer(*args)
+
+    monkeypatch.setattr(saves, "_read_layer", watched)
+    step(config, StepMetadata(saves=(save(worker, 7),), computes=True))
+    assert computing == {True}
+    assert not links.is_computing
+
+
 @pytest.fixture
 def in_step_with_others(config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config.parallel_config, "data_parallel_size", 2)

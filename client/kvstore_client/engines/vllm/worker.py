@@ -92,13 +92,13 @@ class WorkerHalf:
 
     def save(self, step: StepMetadata) -> None:
         """Copy what the step has computed. Later steps may overwrite the blocks when this returns."""
-        self._computing.close()
-        if step.probe_blocks:
-            self._canary.computed(step.probe_blocks)
-        if step.saves and not self._is_refused(step, storing=True):
-            for request in step.saves:
-                if self._is_loaded(request.adapter, storing=True):
-                    self._saves.save(request)
+        with self._computing:  # which ends here: while the engine waits for copies, it does not pause
+            if step.probe_blocks:
+                self._canary.computed(step.probe_blocks)
+            if step.saves and not self._is_refused(step, storing=True):
+                for request in step.saves:
+                    if self._is_loaded(request.adapter, storing=True):
+                        self._saves.save(request)
 
     def step_ends(self) -> None:
         """A step that computes nothing waits for the loads, a moment at most."""
