@@ -5,56 +5,34 @@ import logging
 import multiprocessing.util
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-
+from kvstore_api.placement import Member
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.giving_way import GivingWay
 from kvstore_client.grpc_failure import unreachable
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.new_chunk import NewChunk, NewChunkEncoder
 from kvstore_client.owner_write import OutgoingChunk, keep_as
 from kvstore_client.planning import Links
 from kvstore_client.ready_calibrations import ReadyCalibrations
-from kvstore_client.recompute.frequency import token_order
 from kvstore_client.replicated_write import ReplicatedWrite
 from kvstore_client.settings import ClientSettings
 from kvstore_client.texts import TextPlaces
-from kvstore_client.threads import single_threaded
-from kvstore_codec.codec import EncodedChunk, encode_chunk
+from kvstore_client.threads import run_apart
 from kvstore_codec.encoding import Encoding
-from kvstore_codec.errors import CodecError, NodeUnavailableError
+from kvstore_codec.errors import NodeUnavailableError
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.klt_frames import KLT
 from kvstore_codec.model_spec import ModelSpec
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class NewChunk:
-    """A chunk of KV to store. `gather` runs in the background and returns keys (before RoPE) and values, `[layers,
-    kv_heads, tokens, head_dim]` each; until then it keeps the tensors that it needs alive."""
-
-    chunk_id: ChunkId
-    gather: Callable[[], tuple[torch.Tensor, torch.Tensor]]
-    features: Callable[[], torch.Tensor] | None = None
-    """Returns `token_features` of the chunk's tokens, f32 `[tokens, features]` in host memory; runs in the background.
-    Encodings with a calibration need it besides the KV (`Store.needs_features`)."""
-    begins_text: bool = False
-    """Whether the chunk is the first of its text: its first tokens are attention sinks."""
-    cost: float = 0.0
-    """Relative cost of computing the chunk again; 0 means its number of tokens. The cost should not grow along a text,
-    although the compute does: the end of a text is useless without its beginning, and must not outlive it."""
-    document: int = 0
-    """Number of the document in a segmented prompt. Each document is a text of its own: a node without room for all of
-    it keeps its beginning, and the chunks behind the cut are not encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +71,7 @@ class Store:
         self._view = view
         self._ready = ready
         self._giving_way = GivingWay(links, settings)
+        self._encoder = NewChunkEncoder(settings, metrics)
         self._settings = settings
         self._metrics = metrics
         self.encodings = tuple(map(Encoding.parse, settings.encodings.stored))
@@ -229,7 +208,6 @@ class Store:
         self._jobs.put(partial(reached.set_result, None))
         return reached
 
-    @single_threaded()
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             try:
@@ -325,9 +303,12 @@ class Store:
                 if not left:
                     self._metrics.missed(MissReason.STORE_TEXT_CUT)
                     continue
-                for encoded in self._encoded(spec, klt, chunk, left):
-                    sent.append((number, encoded.size_bytes))
-                    writing.put(OutgoingChunk.of(encoded, keep_as(self._settings, chunk.cost)), owners, text)
+                encode_and_send = partial(
+                    self._encode_and_send, spec, klt, chunk, left, writing, owners, text
+                )
+                sent.extend(
+                    (number, size_bytes) for size_bytes in run_apart("kvstore-encode", encode_and_send)
+                )
         except BaseException:
             writing.cancel()
             raise
@@ -352,6 +333,23 @@ class Store:
         self._metrics.under_replicated(len(sparse))
         return len(stored)
 
+    def _encode_and_send(
+        self,
+        spec: ModelSpec,
+        klt: KLT | None,
+        chunk: NewChunk,
+        encodings: Sequence[Encoding],
+        writing: ReplicatedWrite,
+        owners: Sequence[Member],
+        text: TextPlaces,
+    ) -> list[int]:
+        """Returns the size of each encoding of the chunk, in bytes."""
+        sizes_bytes = []
+        for encoded in self._encoder.encoded(spec, klt, chunk, encodings):
+            sizes_bytes.append(encoded.size_bytes)
+            writing.put(OutgoingChunk.of(encoded, keep_as(self._settings, chunk.cost)), owners, text)
+        return sizes_bytes
+
     def _give_way(self, new: "_NewChunks") -> None:
         """Wait for a pause of the engine, unless somebody waits for this thread."""
         self._giving_way.wait(
@@ -360,40 +358,3 @@ class Store:
             waiting_bytes=lambda: self._waiting_bytes,
             is_over=lambda: self._closed or self._flushing > 0,
         )
-
-    def _writes_order(self, spec: ModelSpec) -> bool:
-        """False under tensor parallelism: all ranks must select the same tokens, and a rank sees only its own heads."""
-        return self._settings.recompute.selector.needs_order and spec.tp_size == 1
-
-    def _encoded(
-        self, spec: ModelSpec, klt: KLT | None, chunk: NewChunk, encodings: tuple[Encoding, ...]
-    ) -> Iterator[EncodedChunk]:
-        """Yield the chunk in each possible encoding, so that the first is sent while the next is encoded."""
-        try:
-            keys, values = chunk.gather()
-            features = chunk.features() if klt and chunk.features else None
-            order = token_order(keys, values) if self._writes_order(spec) else None
-        except CodecError as error:
-            self._unencodable(error)
-            return
-        for encoding in encodings:
-            try:
-                encoded = encode_chunk(
-                    keys,
-                    values,
-                    spec=spec,
-                    chunk_id=chunk.chunk_id,
-                    encoding=encoding,
-                    klt=klt,
-                    features=features,
-                    sinks=klt.calibration.sinks if klt and chunk.begins_text else 0,
-                    token_order=order,
-                )
-            except CodecError as error:
-                self._unencodable(error)
-                continue
-            self._metrics.guarded(encoded.guarded)
-            yield encoded
-
-    def _unencodable(self, error: CodecError) -> None:
-        self._metrics.missed(MissReason.STORE_UNENCODABLE, detail=f"a chunk cannot be stored: {error}")

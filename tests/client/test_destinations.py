@@ -10,8 +10,8 @@ import torch
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.fetch import Computing, Fetch, FetchReport
 from kvstore_client.match import Match
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.planning import Costs, PrefillCost, Profile
-from kvstore_client.store import NewChunk
 from kvstore_codec.rope import RotaryTable
 from tests.client.chunks import SPEC, random_kv
 from tests.client.conftest import ServedCluster, served_cluster

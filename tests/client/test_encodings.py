@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from kvstore_client.client import KVStoreClient, connect
 from kvstore_client.match import Match
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.settings import ClientSettings
-from kvstore_client.store import NewChunk
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.chunk import ChunkHeader, write_header
 from kvstore_codec.codec import chunk_geometry

@@ -11,9 +11,9 @@ import torch
 
 from kvstore_client import connect
 from kvstore_client.giving_way import GivingWay
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.planning import Links
 from kvstore_client.settings import ClientSettings
-from kvstore_client.store import NewChunk
 from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import ServedCluster, served_cluster
 

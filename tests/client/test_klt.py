@@ -20,8 +20,8 @@ from kvstore_client.engines.transformers.calibrate import ObservedModel
 from kvstore_client.engines.transformers.features import embedded
 from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.engines.transformers.spec import spec_of
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.reuse.features import PromptFeatures
-from kvstore_client.store import NewChunk
 from kvstore_codec.calibration import Calibration
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.calibration import Options, calibrate, plan_passages

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kvstore_client import connect
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.match_scripts import CHUNKS, bring, find

@@ -17,8 +17,8 @@ from kvstore_api.placement import Member, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, connect
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.owner_write import OutgoingChunk, OwnerWrite
-from kvstore_client.store import NewChunk
 from kvstore_client.transport import GrpcTransport, ReadStream
 from kvstore_codec.identity import chunk_ids
 from kvstore_codec.model_spec import RopeSpec

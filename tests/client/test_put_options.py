@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from kvstore_client import connect
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import served_cluster
 

@@ -15,8 +15,8 @@ from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, cluster_view, connect
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.match import Match
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.replicas import Search
-from kvstore_client.store import NewChunk
 from kvstore_client.transport import Transport
 from kvstore_cluster.lookup import LookupRequest
 from kvstore_codec.identity import ChunkId

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvstore_client import KVStoreClient, connect, scores
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from kvstore_codec.identity import ChunkId
 from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import ServedCluster, served_cluster

@@ -15,7 +15,7 @@ from kvstore_bench.shaping import ShapedLink
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.fetch import FetchReport
 from kvstore_client.match import Match
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from kvstore_cluster.lookup import LookupAnswer, LookupResult
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.identity import ChunkId, PlacedChunk, begins_text

@@ -16,8 +16,8 @@ from kvstore_client.fetch import Computing, FetchReport
 from kvstore_client.fetch.cut import cut, joined, slots_outside
 from kvstore_client.fetch.wanted import WantedFrames
 from kvstore_client.match import Match, StoredChunk
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.planning import Costs, PrefillCost, Profile
-from kvstore_client.store import NewChunk
 from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.identity import ChunkId
 from tests.client.chunks import SPEC, ids, random_kv, stored_chunks

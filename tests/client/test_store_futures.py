@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvstore_client import KVStoreClient, connect
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import ServedCluster
 

@@ -9,7 +9,7 @@ import torch
 
 from kvstore_client import connect
 from kvstore_client.client import KVStoreClient
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from kvstore_codec.identity import ChunkId
 from kvstore_codec.model_spec import KVDtype, ModelSpec, RopeSpec
 from tests.client.conftest import ServedCluster, served_cluster

@@ -16,9 +16,9 @@ from kvstore_client.engines.transformers import CachedModel, RequestQueue
 from kvstore_client.engines.transformers import call as call_module
 from kvstore_client.engines.transformers.cache import arriving_cache
 from kvstore_client.fetch import restore
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.reuse.pending import PendingGeneration
-from kvstore_client.store import NewChunk
-from kvstore_client.threads import single_threaded
+from kvstore_client.threads import run_apart, single_threaded
 from kvstore_codec.rope import RotaryTable
 from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import ServedCluster
@@ -37,7 +37,7 @@ def two_threads() -> Iterator[None]:
 
 COUNT = """
 import os, sys, threading, torch
-from kvstore_client.threads import single_threaded
+from kvstore_client.threads import run_apart, single_threaded
 
 def made_by(compute):
     def run():
@@ -108,6 +108,33 @@ def test_what_stores_and_what_fetches_computes_by_itself(
         cached.close()
     assert seen == {"store": 1, "fetch": 1}
     assert torch.get_num_threads() == 2
+
+
+def test_a_thread_that_stores_ends_with_each_chunk(cluster: ServedCluster) -> None:
+    """Intel's OpenMP counts every thread that has computed as long as it lives, and slows down those of the engine."""
+    threads: list[threading.Thread] = []
+
+    def gather() -> tuple[torch.Tensor, torch.Tensor]:
+        threads.append(threading.current_thread())
+        return random_kv()
+
+    with connect(cluster.address) as client:
+        assert client.store.put(SPEC, [NewChunk(one, gather) for one in ids(2)]).result() == 2
+        assert len(threads) == 2
+        assert not any(thread.is_alive() for thread in threads)
+
+
+def test_without_another_thread_it_is_computed_in_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread_left(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread_left)
+    assert run_apart("test", threading.get_ident) == threading.get_ident()
+
+
+def test_what_fails_apart_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_apart("test", lambda: 1 // 0)
 
 
 def test_a_queue_starts_fetches_by_itself(cluster: ServedCluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ from kvstore_client.fetch.fetch_state import FetchState
 from kvstore_client.fetch.replanner import Replanner
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.planning import CodecCost, Costs, LeadingPlanner, Links, PrefillCost, Profile, Race
-from kvstore_client.store import NewChunk
 from kvstore_client.timeline import Timeline
 from tests.client.chunks import MEMBER, SPEC, ids, random_kv, stored_chunks
 from tests.client.conftest import ServedCluster, served_cluster

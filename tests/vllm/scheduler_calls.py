@@ -11,7 +11,7 @@ from vllm.v1.request import Request
 from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.vllm.scheduler import SchedulerHalf
 from kvstore_client.engines.vllm.worker_news import Learned, News
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import KVDtype, ModelSpec
 

@@ -19,7 +19,7 @@ from kvstore_client.engines.adapter import read_adapter
 from kvstore_client.engines.vllm import adapters
 from kvstore_client.engines.vllm.metadata import SaveRequest
 from kvstore_client.engines.vllm.scheduler import SchedulerHalf
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS
 from tests.client.adapters import saved_adapter
 from tests.vllm.processes import StoreProcess, prompt, until

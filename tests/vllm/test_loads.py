@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,8 +18,8 @@ from kvstore_client.engines.vllm.layout import RowMajorCpuLayout
 from kvstore_client.engines.vllm.loads import LoadedBlocks, Loads
 from kvstore_client.engines.vllm.metadata import LoadRequest
 from kvstore_client.fetch import pipeline
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.planning import PrefillCost
-from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 from kvstore_codec.model_spec import KVDtype, ModelSpec
 from tests.vllm.processes import StoreProcess, free_port, prompt, until
@@ -132,6 +133,22 @@ def test_loads_run_on_all_processors_although_the_engines_thread_is_tied_to_one(
         assert worker.loads._threads.submit(os.sched_getaffinity, 0).result() == everywhere
     finally:
         os.sched_setaffinity(0, everywhere)
+
+
+def test_without_loads_no_thread_of_loads_lives(worker: Worker, client: KVStoreClient) -> None:
+    """Each thread that has computed slows down the engine's."""
+    ids, _ = stored(client)
+
+    def threads() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("kvstore-load")]
+
+    for _ in range(2):
+        worker.loads.start(load(ids))
+        assert threads()
+        worker.ended()
+        for thread in threads():
+            thread.join(timeout=60)
+        assert not threads()
 
 
 def test_waiting_ends_with_a_load(worker: Worker, client: KVStoreClient) -> None:

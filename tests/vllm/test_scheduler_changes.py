@@ -15,7 +15,7 @@ from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.client import KVStoreClient, connect
 from kvstore_client.engines.vllm.canary import EngineCanary, engine_probe
 from kvstore_client.engines.vllm.scheduler import LoadLimits, SchedulerHalf
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from tests.vllm.processes import StoreProcess, prompt, until
 from tests.vllm.scheduler_calls import BLOCK, SPEC, answer, news, put, request, scheduled
 

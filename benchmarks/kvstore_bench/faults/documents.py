@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, chunk_ids
 from kvstore_codec.model_spec import KVDtype, ModelSpec
 

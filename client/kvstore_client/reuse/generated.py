@@ -8,10 +8,10 @@ import torch
 
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.fetch import FetchReport
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.reuse.capture import KeyCapture
 from kvstore_client.reuse.engine import TokenEmbeddings
 from kvstore_client.reuse.features import features_of
-from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from kvstore_client.client import KVStoreClient
 from kvstore_client.fetch import FetchReport
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.reuse.generated import GenerationResult
 from kvstore_client.reuse.identity import CanaryCheck, ModelSnapshot
-from kvstore_client.store import NewChunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.identity import ChunkId
 

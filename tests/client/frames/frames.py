@@ -7,7 +7,7 @@ from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.cut import cut_period
 from kvstore_client.frames import FrameResult
 from kvstore_client.match import Match
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from tests.client.chunks import SPEC, encoded_chunk, flip_bit, ids, random_kv
 from tests.client.conftest import ServedCluster
 

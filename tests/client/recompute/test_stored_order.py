@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 
 from kvstore_client.client import connect
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.recompute import ReusedChunk, select, selector, token_order
 from kvstore_client.settings import ClientSettings, SelectorName
-from kvstore_client.store import NewChunk
 from kvstore_codec.chunk import ChunkHeader
 from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.identity import chunk_ids

@@ -8,9 +8,9 @@ import torch
 
 from kvstore_client.engines.vllm.rotation import KeyRotation, RotatedDestination
 from kvstore_client.fetch import ChunkFeatures, Destination
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.reuse.engine import TokenEmbeddings
 from kvstore_client.reuse.features import PromptFeatures
-from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId
 
 

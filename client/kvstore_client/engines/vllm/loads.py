@@ -12,13 +12,13 @@ from kvstore_client.client import KVStoreClient
 from kvstore_client.engines.vllm.before_rope import KeysBeforeRope
 from kvstore_client.engines.vllm.load_plan import unmeasured
 from kvstore_client.engines.vllm.metadata import LoadRequest
-from kvstore_client.engines.vllm.processors import leave_engines_processor
 from kvstore_client.fetch import Computing, Destination, Fetch
 from kvstore_client.fetch.destination import DestinationInFront
 from kvstore_client.match import Match
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Costs, Profile, Race
 from kvstore_client.planning.leading import UNKNOWN_PREFILL
+from kvstore_client.processors import leave_engines_processor
 from kvstore_client.settings import FetchPolicy
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
@@ -110,7 +110,7 @@ class Loads:
         """Learned from the loads."""
         self._client, self._spec, self._block_tokens = client, spec, block_tokens
         self._destination, self._before_rope = destination, before_rope
-        self._threads = ThreadPoolExecutor(_THREADS, "kvstore-load", initializer=leave_engines_processor)
+        self._threads, self._is_closed = _new_threads(), False
         self._loads: dict[str, _Load] = {}
         self._overtaken: set[str] = set()
 
@@ -156,6 +156,10 @@ class Loads:
                 del self._loads[request_id]
                 ended.add(request_id)
                 failed.update(() if load.is_cancelled else blocks)
+        if not self._loads and not self._is_closed:
+            # A thread that has computed keeps the engine's from spinning until it ends (see `run_apart`).
+            self._threads.shutdown(wait=False)
+            self._threads = _new_threads()
         return LoadedBlocks(frozenset(ended), frozenset(failed))
 
     def take_overtaken(self) -> frozenset[str]:
@@ -165,6 +169,7 @@ class Loads:
 
     def close(self) -> None:
         """End all loads."""
+        self._is_closed = True
         self.cancel(tuple(self._loads))
         self._threads.shutdown(wait=True)
 
@@ -236,3 +241,7 @@ class Loads:
         detail = f"cannot load {chunks} chunks, which are computed: {error}"
         traced = error if reason is MissReason.INTERNAL_ERROR else None
         self._client.metrics.missed(reason, chunks, detail=detail, error=traced)
+
+
+def _new_threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_THREADS, "kvstore-load", initializer=leave_engines_processor)

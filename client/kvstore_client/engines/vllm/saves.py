@@ -11,7 +11,7 @@ from kvstore_client.engines.vllm.before_rope import KeysBeforeRope
 from kvstore_client.engines.vllm.events import EventQueue
 from kvstore_client.engines.vllm.metadata import SaveRequest
 from kvstore_client.miss_reason import MissReason
-from kvstore_client.store import NewChunk
+from kvstore_client.new_chunk import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
+from kvstore_client.new_chunk import NewChunk
 from kvstore_client.reuse.blend.plan import SegmentPlan, chunk_tokens
 from kvstore_client.reuse.blend.request import BlendedPrompt
 from kvstore_client.reuse.engine import TokenEmbeddings
 from kvstore_client.reuse.features import features_of
 from kvstore_client.reuse.generated import Gather, GenerationResult
-from kvstore_client.store import NewChunk
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PlacedChunk, behind_approximate, prefix_id
 
 

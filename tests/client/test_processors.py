@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kvstore_client.engines.vllm.processors import leave_engines_processor
+from kvstore_client.processors import leave_engines_processor
 
 pytestmark = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one processor only")
 

@@ -1,4 +1,4 @@
-"""Which processors the threads of loads run on."""
+"""Which processors background threads that compute run on."""
 
 import os
 from contextlib import suppress
