@@ -22,7 +22,7 @@ from kvstore_bench.vllm.http_call import RequestError
 from kvstore_bench.vllm.link_cut import cut_row, run_cut
 from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.options import Options
-from kvstore_bench.vllm.policies import COLD, POLICIES, peer_versions, policies_named
+from kvstore_bench.vllm.policies import COLD, DEFAULT_POLICIES, peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.run import Bench, Measured
 from kvstore_bench.vllm.script import run_script
@@ -52,7 +52,7 @@ _FILLER_TOKENS, _FILLERS = 300, 1000
 def main(
     model: ModelName = SMOLLM2,
     dtype: DtypeName = "bfloat16",
-    policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(POLICIES),
+    policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(DEFAULT_POLICIES),
     link: Annotated[str, typer.Option(help="Bandwidth of the link before and after the cut.")] = "200mbit",
     tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 2000,
     share: Annotated[float, typer.Option(help="Share of the load's bytes before the cut.")] = 0.25,

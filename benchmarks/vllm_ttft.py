@@ -3,9 +3,9 @@
     python benchmarks/vllm_ttft.py --json F --plot F.png
 
 Each policy is an OpenAI server of its own, asked over HTTP: `cold` without a connector, `exact` and `adaptive` with the
-connector of this project, `lmcache-raw` and `lmcache-fp8` with LMCache's server and Redis. The stores are in a network
-namespace behind a link that the kernel shapes (needs root). Needs `make install vllm-env` and
-`python benchmarks/peers/install.py lmcache_vllm`.
+connector of this project, `lmcache-raw` and `lmcache-fp8` with LMCache's server and Redis. `exact-raw`, which is not
+among the defaults, stores exact KV without compression. The stores are in a network namespace behind a link that the
+kernel shapes (needs root). Needs `make install vllm-env` and `python benchmarks/peers/install.py lmcache_vllm`.
 
 In each round every policy answers behind every link, in turns. Before each request the engine's own prefix cache and
 LMCache's memory are emptied, so that hits come over the link. `exact` and `adaptive` plan with the bandwidth that they
@@ -37,7 +37,7 @@ from kvstore_bench.vllm.links import DEFAULT_LINKS, parse_links
 from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.plot import plot_vllm
-from kvstore_bench.vllm.policies import POLICIES, peer_versions, policies_named
+from kvstore_bench.vllm.policies import DEFAULT_POLICIES, peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.rows import rows_of
 from kvstore_bench.vllm.run import Bench, Measured
@@ -71,7 +71,7 @@ _DIGITS = {"speedup_over_cold": 2, "MB": 2, "decode_tokens_per_s": 1, "reused_to
 def main(
     model: ModelName = SMOLLM2,
     dtype: DtypeName = "bfloat16",
-    policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(POLICIES),
+    policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(DEFAULT_POLICIES),
     links: Annotated[str, typer.Option(help="Bandwidths, comma-separated.")] = DEFAULT_LINKS,
     tokens: Annotated[str, typer.Option(help="Lengths of prompts, comma-separated.")] = "2000,4000",
     rounds: Annotated[int, typer.Option(min=1)] = 5,

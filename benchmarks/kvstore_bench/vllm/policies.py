@@ -18,6 +18,7 @@ from kvstore_service.calibration import Report
 LMCACHE_PYTHON = ROOT / "benchmarks" / "peers" / "lmcache_vllm" / ".venv" / "bin" / "python"
 COLD = "cold"
 EXACT_SETTINGS: Mapping[str, str] = {"encoding": "exact-zstd", "floor": "exact"}
+RAW_SETTINGS: Mapping[str, str] = {"encoding": "exact-raw", "floor": "exact"}
 LOSSY_SETTINGS: Mapping[str, str] = {"encoding": "medium-klt-pco", "floor": "medium"}
 EXACT_BYTES, LOSSY_BYTES = 1 << 30, 256 << 20
 """Memory of a storage node: enough for three prompts of 2,000 and of 4,000 tokens of a small model in float32."""
@@ -143,8 +144,11 @@ POLICIES: Mapping[str, Deploy] = {
     "adaptive": _kvstore(LOSSY_SETTINGS, lossy=True),
     "lmcache-raw": _lmcache(None),
     "lmcache-fp8": _lmcache("fp8"),
+    "exact-raw": _kvstore(RAW_SETTINGS),
 }
-LEARNING_POLICIES = ("exact", "adaptive")
+DEFAULT_POLICIES = tuple(name for name in POLICIES if name != "exact-raw")
+"""Those whose servers fit into 20 GB of memory together."""
+LEARNING_POLICIES = ("exact", "exact-raw", "adaptive")
 """They plan with the bandwidth that they measured. Their first requests after a change of the link do not count."""
 
 
