@@ -252,6 +252,8 @@ class ClientMetrics:
             with REGISTRY_LOCK:
                 _FRAMES.labels(result).inc(frames)
             self._add(f"frames_{result}", frames)
+        for reason, frames in report.missing.items():
+            self.missed(reason, events=frames)
 
     def prompt(self, *, reused_tokens: int, computed_tokens: int) -> None:
         with REGISTRY_LOCK:

@@ -44,8 +44,8 @@ class MissReason(StrEnum):
     """The chunks were evicted or deleted between the lookup and the read. This is normal work; more memory or disk on
     the nodes makes it rarer."""
     REPREFILL_INCOMPLETE = "reprefill_incomplete"
-    """More than half of the frames that a question with a budget had chosen did not arrive, so its prefix is reused as
-    without a budget. Check the nodes and the network."""
+    """Of the frames that a question with a budget had chosen the first one or more than half did not arrive, so its
+    prefix is reused as without a budget. Check the nodes and the network."""
     CANCELLED = "cancelled"
     """The call ended before its chunks arrived. This is normal work."""
     CHECKSUM = "checksum"

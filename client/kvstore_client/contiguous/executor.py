@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kvstore_client.buffers import KVBuffers
-from kvstore_client.contiguous.choice import choose
+from kvstore_client.contiguous.choice import SINK_FRAMES, choose
 from kvstore_client.contiguous.grid import FrameGrid
 from kvstore_client.contiguous.loader import FrameLoader
 from kvstore_client.contiguous.summaries import Scorer
@@ -110,6 +110,8 @@ class Reprefill:
         loaded = self._loader.take(period, choose(scores, self._count))
         if len(loaded) < _LEAST_SHARE * self._count:
             raise FetchIncompleteError(f"{self._count - len(loaded)} of {self._count} frames did not arrive")
+        if not loaded.keys() >= set(range(SINK_FRAMES)):
+            raise FetchIncompleteError("the first frames did not arrive, which every answer attends to")
         frames = sorted(loaded)
         tokens = grid.frame_tokens
         for slot, index in enumerate(frames):

@@ -67,6 +67,8 @@ class FrameLoader:
         self._arrived: dict[_Place, torch.Tensor] = {}
         self._asked: set[_Place] = set()
         """Frames that were requested from the nodes, whatever became of them."""
+        self._lost: dict[_Place, MissReason] = {}
+        """Frames that failed, and why."""
         self._ahead: set[_Place] = set()
         """Frames that were requested, or found in the cache, before their period's set was known."""
         self._reads: dict[int, list[tuple[FrameRead, Sequence[int]]]] = {}
@@ -92,7 +94,8 @@ class FrameLoader:
         began_s = time.monotonic()
         taken = self._wait(period, needed)
         report.waited_s += time.monotonic() - began_s
-        report.frames_missing += len(chosen) - len(taken)
+        for index in set(chosen).difference(taken):
+            report.missing[self._lost.get((period, index), MissReason.INTERNAL_ERROR)] += 1
         if self._read_ahead and period + 1 < self._grid.periods:
             self._request(period + 1, chosen)
             self._ahead |= {(period + 1, index) for index in chosen}
@@ -142,7 +145,7 @@ class FrameLoader:
             self._workers.submit(self._receive, period, read, wanted)
         except RuntimeError as error:  # this process has no thread left
             log.warning("%d frames of a re-prefill cannot be read: %s", len(wanted), error)
-            self._fail(period, wanted, len(wanted))
+            self._fail(period, wanted, len(wanted), MissReason.NO_RESOURCES)
 
     def _cancel_others(self, period: int, chosen: Collection[int]) -> None:
         """Give up frames of a period that were requested ahead and are not in its set."""
@@ -156,9 +159,12 @@ class FrameLoader:
     def _wait(self, period: int, needed: Sequence[_Place]) -> dict[int, torch.Tensor]:
         with self._changed:
             self._moved_s = max(self._moved_s, time.monotonic())
-            while not self._awaited.isdisjoint(needed):
-                left_s = min(self._ends_s, self._moved_s + self._stall_s) - time.monotonic()
+            while late := self._awaited.intersection(needed):
+                now_s = time.monotonic()
+                left_s = min(self._ends_s, self._moved_s + self._stall_s) - now_s
                 if left_s <= 0:
+                    why = MissReason.TIMEOUT if now_s >= self._ends_s else MissReason.STALLED
+                    self._lost.update(dict.fromkeys(late, why))
                     break
                 self._changed.wait(left_s)
             self._awaited.difference_update(needed)
@@ -181,7 +187,7 @@ class FrameLoader:
             log.exception("reading frames of a re-prefill failed")
             read.cancel()
         finally:
-            self._fail(period, indices, open_frames)
+            self._fail(period, indices, open_frames, MissReason.INTERNAL_ERROR)
 
     def _decode(self, period: int, indices: Sequence[int], results: Sequence[FrameResult]) -> None:
         stored = {indices[result.index]: result.data for result in results if result.data is not None}
@@ -199,16 +205,21 @@ class FrameLoader:
             for index, frame in decoded.items():
                 if (period, index) in self._awaited:
                     self._arrived[period, index] = frame
-            finished = {(period, indices[result.index]) for result in results}
-            self._awaited -= finished
+            for result in results:
+                place = period, indices[result.index]
+                self._awaited.discard(place)
+                if place not in self._arrived:
+                    self._lost.setdefault(place, result.missing or MissReason.UNDECODABLE)
             self._moved_s = time.monotonic()
             self._changed.notify_all()
 
-    def _fail(self, period: int, indices: Sequence[int], unread: int) -> None:
+    def _fail(self, period: int, indices: Sequence[int], unread: int, why: MissReason) -> None:
         """These frames will not arrive, unless they have. The bytes of `unread` of them did not come."""
         with self._changed:
             self._reading.end(unread)
-            self._awaited.difference_update((period, index) for index in indices)
+            failed = self._awaited.intersection((period, index) for index in indices)
+            self._awaited -= failed
+            self._lost.update(dict.fromkeys(failed, why))
             self._changed.notify_all()
 
     def _task(self, period: int, index: int) -> ReadTask:

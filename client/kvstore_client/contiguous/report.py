@@ -1,6 +1,9 @@
 """What a re-prefill read, and what it waited for."""
 
+from collections import Counter
 from dataclasses import dataclass, field
+
+from kvstore_client.miss_reason import MissReason
 
 
 @dataclass(slots=True)
@@ -8,8 +11,10 @@ class ReprefillReport:
     """Counts of one re-prefill. Sizes are stored bytes of frames, in their encoding."""
 
     budget: float = 0.0
-    """Share of the prefix's tokens that was asked for."""
+    """Share of the prefix's tokens that was asked for, or chosen."""
     prefix_tokens: int = 0
+    encoding: str = ""
+    """Encoding that the frames were read in."""
     attended_tokens: int = 0
     """Tokens of the prefix in each layer's set."""
     sets: list[list[int]] = field(default_factory=list)
@@ -20,8 +25,8 @@ class ReprefillReport:
     """Needed frames that were in the frame cache."""
     frames_read: int = 0
     """Frames that were read, needed or not."""
-    frames_missing: int = 0
-    """Needed frames that left the set: evicted, damaged or too late."""
+    missing: Counter[MissReason] = field(default_factory=Counter)
+    """Needed frames that left the set, by reason: evicted, damaged or too late."""
     frames_speculated: int = 0
     """Frames requested before their period's set was known."""
     frames_speculated_right: int = 0
@@ -38,6 +43,11 @@ class ReprefillReport:
     """Time that the engine waited for frames."""
     reading_s: float = 0.0
     """Time during which at least one frame was being read."""
+
+    @property
+    def frames_missing(self) -> int:
+        """Needed frames that left the set."""
+        return self.missing.total()
 
     @property
     def read_amplification(self) -> float:
