@@ -111,7 +111,7 @@ class KVStoreClient:
         self.metrics = ClientMetrics()
         self.buffers = BufferPool(settings.fetch.pool_bytes)
         self._view = ClusterView(settings, self.metrics, self.links.keep)
-        self._frames = FrameReader(self._view, settings, self.metrics)
+        self._frames = FrameReader(self._view, settings, self.metrics, self.links)
         self._scores = ScoreReports(self._view, settings.store.tenant)
         self.calibrations = Calibrations(self._view, settings, self.metrics)
         """Calibrations of KV codecs, by digest."""

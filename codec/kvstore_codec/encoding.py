@@ -25,6 +25,11 @@ class Rate(StrEnum):
         """0 for the most faithful rate."""
         return _FAITHFUL.index(self)
 
+    @property
+    def loss(self) -> float:
+        """KL divergence that the rate's steps are chosen for, nats per token; 0 for EXACT."""
+        return _LOSSES[self.rank]
+
     def is_at_least(self, other: Rate) -> bool:
         """Whether this rate is at least as faithful as `other`."""
         return self.rank <= other.rank
@@ -32,6 +37,7 @@ class Rate(StrEnum):
 
 _FAITHFUL = tuple(Rate)
 """All rates, the most faithful first."""
+_LOSSES = (0.0, 0.005, 0.02, 0.06)
 
 
 class Transform(StrEnum):

@@ -11,11 +11,12 @@ from kvstore_client.engines.transformers.calibrate import ObservedModel
 from kvstore_codec import canonical
 from kvstore_codec.calibrate import Moments, error_metric, find_step, fit_periods, square_root
 from kvstore_codec.calibration import Calibration
+from kvstore_codec.encoding import Rate
 from kvstore_codec.errors import CalibrationError
 from kvstore_service.calibration.held_out import Damage, HeldOut
 from kvstore_service.calibration.passages import Plan
 
-RATES = {"high": 0.005, "medium": 0.02, "low": 0.06}
+RATES = {str(rate): rate.loss for rate in Rate if rate is not Rate.EXACT}
 """rate -> limit of the KL divergence, nats per token, for text similar to the calibration's"""
 TARGET_SHARE = 0.75
 """Share of the limit that steps are chosen for. Other documents have a higher divergence than held-out text: SmolLM2

@@ -276,3 +276,17 @@ def test_another_owner_is_asked_when_the_first_has_only_what_cannot_be_decoded_y
             assert offered(match) == [["exact-zstd"]]
             assert match.chunks[0].member.node_id == f"node-{has_exact}"
             assert "miss_calibration_loading" not in client.metrics.snapshot()
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss"),
+    [
+        ({}, 0.0),
+        ({"floor": "medium"}, 0.02),
+        ({"floor": "exact", "encoding": "low-zstd"}, 0.0),
+        ({"encoding": "exact-zstd,low-zstd"}, 0.06),
+        ({"accept": "step0.5-zstd,high-zstd"}, 0.005),
+    ],
+)
+def test_the_floor_or_else_what_is_accepted_limits_the_loss(settings: dict[str, str], loss: float) -> None:
+    assert ClientSettings(**settings).encodings.loss == loss

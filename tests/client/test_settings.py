@@ -112,3 +112,18 @@ def test_the_page_about_settings_is_up_to_date() -> None:
 
 def test_every_setting_is_described() -> None:
     assert [name for name, setting in settings_by_name().items() if not setting.info.description] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "budget"), [(None, None), ("", None), ("auto", "auto"), ("0.05", 0.05), (1, 1.0)]
+)
+def test_a_budget_is_a_share_or_auto(given: object, budget: object) -> None:
+    assert ClientSettings(budget=given).reprefill.budget == budget
+
+
+@pytest.mark.parametrize("given", ["0", "1.5", "nan", "all", [0.5]])
+def test_anything_else_is_no_budget(given: object) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"budget: .*a share above 0 and up to 1, such as .05, or 'auto'"
+    ):
+        connect(budget=given)

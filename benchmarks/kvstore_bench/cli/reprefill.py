@@ -1,11 +1,12 @@
 """`kvstore bench reprefill`: parses the options, runs the benchmark, shows and writes its result."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstore_bench.cli.tables import require_outputs, require_packages, result_table
+from kvstore_bench.cli.tables import require_outputs, require_packages, result_table, targets_table
 from kvstore_bench.native_dtype import NATIVE_DTYPE, native_dtype
 from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_codec.errors import ConfigurationError
@@ -15,10 +16,15 @@ from kvstore_service.models import DType
 
 if TYPE_CHECKING:
     from kvstore_bench.reprefill import Result
+    from kvstore_bench.reprefill.rows import Row
 
+_GRID = "Budgets and encodings"
 _SYSTEMS = "contiguous,impress,as_h2o_lru,full,cold"
 _BUDGETS, _DISKS = ".05,.1,.25,.5", "unthrottled,nvme,ssd,hdd"
-_STAGES = {"start": "storing the prefix", "ask": "asking"}
+_STAGES = {
+    "read": "reading texts with the model", "fit": "fitting the transforms", "measure": "measuring steps",
+    "start": "storing the prefix", "ask": "asking",
+}  # fmt: skip
 _DIGITS = {
     "budget": 2, "ttft_s": 3, "p95_s": 3, "MB": 2, "amplification": 2, "tokens_read": 0, "kl": 4, "top1": 3,
     "right": 2, "cache_hit_rate": 2, "idle_io_fraction": 2, "idle_compute_fraction": 2,
@@ -55,12 +61,36 @@ def reprefill(
         float, typer.Option(min=0, max=1, help="Cache of every system, as a share of the prefix's KV.")
     ] = 0.25,
     probes: Annotated[int, typer.Option(min=1, max=3, help="Probe heads of impress.")] = 1,
-    encoding: Annotated[str, typer.Option(help="Encoding of the prefix in our store.")] = "exact-zstd",
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            help="Encoding of the prefix in our store; with --grid several.", show_default="exact-zstd"
+        ),
+    ] = None,
     dtype: Annotated[
         DType | None, typer.Option(help="Dtype of model and KV.", show_default=NATIVE_DTYPE)
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A short run: fewer values of every option that is not given.")
+    ] = False,
+    grid: Annotated[
+        bool,
+        typer.Option(
+            help="Measure every pair of budget and encoding, and what a budget of auto chooses.",
+            rich_help_panel=_GRID,
+        ),
+    ] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Calibration of the encodings. Default: one is fitted.", rich_help_panel=_GRID),
+    ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep",
+            help="Keep what parts of the prefix lose, for budgets of auto here.",
+            rich_help_panel=_GRID,
+        ),
     ] = False,
     json_file: JsonFile = None,
     plot: Annotated[Path | None, plot_option("time to first token and KL over the budget")] = None,
@@ -74,8 +104,28 @@ def reprefill(
     require_outputs(json_file, plot)
     from kvstore_bench import write_results
     from kvstore_bench.reprefill import Options, run
+    from kvstore_bench.reprefill.grid import BUDGETS, ENCODINGS, GridOptions, run_grid
+    from kvstore_bench.reprefill.grid import RATES_Bps as GRID_RATES_Bps
     from kvstore_bench.reprefill.plot import plot_reprefill
 
+    if grid:
+        grid_options = GridOptions(
+            _names(encoding) if encoding else ENCODINGS,
+            _shares(budget) if budget else BUDGETS,
+            _names(disk) if disk else tuple(GRID_RATES_Bps),
+            tokens or (1024 if quick else 4096),
+            questions or (6 if quick else 21),
+            cache_share=cache_share,
+            dtype=dtype or DType(native_dtype()),
+            calibration=calibration,
+            keep=keep,
+            quick=quick,
+        )
+        with Stages(output(), _STAGES) as stages:
+            found = run_grid(grid_options, stages)
+        _show_grid(found.rows, found.targets)
+        write_results(found.rows, json_file, found.meta, targets=found.targets)
+        return
     options = Options(
         _names(system or _SYSTEMS),
         _shares(budget or (".05,.25" if quick else _BUDGETS)),
@@ -85,7 +135,7 @@ def reprefill(
         cache_share,
         probes,
         dtype or DType(native_dtype()),
-        encoding,
+        encoding or "exact-zstd",
     )
     with Stages(output(), _STAGES) as stages:
         result = run(options, stages)
@@ -121,3 +171,16 @@ def _show(result: "Result") -> None:
         ]
         title = f"{disk}, a prefix of {rows[0]['prefix_tokens']} tokens, {result.meta['dtype']}"
         print_table(result_table(title, columns, rows, _DIGITS))
+
+
+def _show_grid(rows: "Sequence[Row]", targets: "Sequence[Row]") -> None:
+    columns = {
+        "system": "system", "floor": "floor", "budget": "budget", "encoding": "encoding", "TTFT s": "ttft_s",
+        "p95 s": "p95_s", "MB read": "MB", "hits": "cache_hit_rate", "KL": "kl", "top-1": "top1",
+    }  # fmt: skip
+    for disk in dict.fromkeys(row["disk"] for row in rows):
+        shown = [row | {"MB": row["bytes_read"] / 1e6} for row in rows if row["disk"] == disk]
+        print_table(
+            result_table(f"{disk}, a prefix of {shown[0]['prefix_tokens']} tokens", columns, shown, _DIGITS)
+        )
+    print_table(targets_table("targets", targets, digits=3))

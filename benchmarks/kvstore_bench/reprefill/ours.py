@@ -13,6 +13,7 @@ from kvstore_bench.reprefill.systems import Asked
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.fetch import FetchReport
+from kvstore_client.settings import AUTO, Budget
 from kvstore_codec.errors import StartupError
 
 _ANSWER: dict[str, Any] = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False}
@@ -37,15 +38,19 @@ class Cold:
         """Nothing to close."""
 
 
+Pair = tuple[float | None, str]
+"""Budget (None: the whole prefix) and encoding."""
+
+
 class Reusing:
     """CachedModel: `contiguous` with a budget, `full` without one."""
 
     def __init__(
-        self, address: str, model: PreTrainedModel, prompts: Prompts, budget: float | None, **settings: Any
+        self, address: str, model: PreTrainedModel, prompts: Prompts, budget: Budget | None, **settings: Any
     ) -> None:
         self.name = "full" if budget is None else "contiguous"
         self._prompts, self._budget = prompts, budget
-        self._client = connect(address, fetch_policy="fixed", **(PATIENT | settings))
+        self._client = connect(address, **(PATIENT | {"fetch_policy": "fixed"} | settings))
         self._cached = CachedModel(model, self._client, store=False)
         self._client.prepare(self._cached.spec).result()
 
@@ -56,7 +61,8 @@ class Reusing:
         ttft_s = time.perf_counter() - began_s
         report = self._cached.last_report
         timeline = report.timeline
-        if self._budget is None:
+        read = report.reprefill
+        if read is None and self._budget in (None, AUTO):
             fetched = report.fetch
             if not isinstance(fetched, FetchReport) or fetched.missing:
                 raise StartupError(f"the prefix was not reused in full: {report.why_not}")
@@ -70,7 +76,6 @@ class Reusing:
                 timeline.busy_s("wait"),
                 timeline.busy_s("receive"),
             )
-        read = report.reprefill
         if read is None or read.frames_missing:
             raise StartupError(f"the question was not answered over a part of its prefix: {report.why_not}")
         periods = len(read.sets)
@@ -84,6 +89,19 @@ class Reusing:
             read.waited_s,
             read.reading_s,
         )
+
+    @property
+    def read(self) -> Pair:
+        """What the latest question was answered over."""
+        report = self._cached.last_report
+        if report.reprefill is not None:
+            return report.reprefill.budget, report.reprefill.encoding
+        encodings = report.fetch.encodings if report.fetch is not None else ()
+        return None, "+".join(sorted(encoding.name for encoding in encodings))
+
+    def forget(self) -> None:
+        """Empty the cache of frames."""
+        self._client.frame_cache.clear()
 
     def log_probabilities(self, question: Question) -> torch.Tensor:
         budget = 1.0 if self._budget is None else self._budget

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from kvstore_client.match import Match, StoredChunk, Variant
@@ -43,6 +43,24 @@ class FrameGrid:
             if len(ranks) == len(match.chunks) and (best is None or sum(ranks) < best[0]):
                 best = sum(ranks), tuple(variant for _, variant in filter(None, chosen))
         return None if best is None else cls(match.chunks, best[1])
+
+    @classmethod
+    def each_of(cls, match: Match) -> list[FrameGrid]:
+        """The grids of a prefix that was found stored, one for each encoding that all chunks have, the most faithful
+        first; where they have none in common, the grid `of` it."""
+        offered = [{v.header.encoding.name: v for v in chunk.variants} for chunk in match.chunks]
+        found: list[FrameGrid] = []
+        for name in offered[0] if offered else ():
+            if all(name in variants for variants in offered):
+                chunks = tuple(
+                    replace(chunk, variants=(variants[name],))
+                    for chunk, variants in zip(match.chunks, offered, strict=True)
+                )
+                grid = cls.of(Match(chunks))
+                if grid is not None:
+                    found.append(grid)
+        mixed = cls.of(match) if not found else None
+        return found if mixed is None else [mixed]
 
     @property
     def frame_tokens(self) -> int:

@@ -28,7 +28,6 @@ class PartialPrefix:
     def __init__(
         self,
         plan: ReprefillPlan,
-        budget: float,
         tokens: torch.Tensor,
         spec: ModelSpec,
         client: KVStoreClient,
@@ -42,7 +41,12 @@ class PartialPrefix:
         grid = plan.grid
         self._plan, self._client, self._decoder, self._timeline = plan, client, decoder, timeline
         self.question = tokens[grid.tokens :]
-        self.report = ReprefillReport(budget, grid.tokens, summary_bytes=plan.summary_bytes)
+        self.report = ReprefillReport(
+            plan.budget,
+            grid.tokens,
+            encoding=grid.variants[0].header.encoding.name,
+            summary_bytes=plan.summary_bytes,
+        )
         self.report.bytes_read = plan.summary_bytes
         self._pooled: KVBuffers | None = None
         self.kv = self._buffers(spec, plan.count * grid.frame_tokens + len(self.question))
@@ -122,7 +126,5 @@ class PartialPrefix:
 
     def _unusable(self, index: int, error: CodecError) -> None:
         chunk = self._plan.grid.chunks[index // self._plan.grid.frames_per_chunk]
-        self._client.metrics.missed(
-            MissReason.UNDECODABLE,
-            detail=f"a frame of chunk {chunk.chunk_id.short} from {chunk.member.endpoint} cannot be used: {error}",
-        )
+        what = f"a frame of chunk {chunk.chunk_id.short} from {chunk.member.endpoint} cannot be used: {error}"
+        self._client.metrics.failures.warn(MissReason.UNDECODABLE, what)

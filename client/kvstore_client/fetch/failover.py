@@ -114,10 +114,7 @@ class WatchedStream:
             seconds = time.monotonic() - self._seen_at_s
             if first and not self._seen_bytes:
                 # The first piece includes the round trip, which does not count as bandwidth.
-                bandwidth_Bps = self._links.bandwidth_Bps(self._endpoint)  # noqa: N806
-                if bandwidth_Bps:
-                    self._links.first_byte(self._endpoint, max(0.0, seconds - size_bytes / bandwidth_Bps))
-                seconds = max(seconds - self._links.latency_s(self._endpoint), seconds / 2)
+                seconds = self._links.first_piece_s(self._endpoint, size_bytes, seconds)
             if size_bytes:  # otherwise the piece reports an evicted chunk
                 self._observe(size_bytes - self._seen_bytes, seconds)
             self._received_bytes += size_bytes - self._seen_bytes

@@ -13,6 +13,7 @@ from kvstore_client.fetch.base import read_request
 from kvstore_client.frames.read import FrameRead
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.planning import Links
 from kvstore_client.transport import ReadStream, ReceiveMemory
 from kvstore_client.transport.memory import LARGEST_BYTES
 from kvstore_client.watch import Watch
@@ -32,13 +33,14 @@ class NodeRead:
         buffers: Sequence[memoryview] | None,
         memory: ReceiveMemory,
         metrics: ClientMetrics,
+        links: Links,
         patience_s: float,
     ) -> None:
-        """Ranges are received into `buffers`, or into `memory` without them. The read ends when nothing arrives for
-        `patience_s`."""
+        """Ranges are received into `buffers`, or into `memory` without them. `links` learns how fast they arrive. The
+        read ends when nothing arrives for `patience_s`."""
         self._read, self._member, self._indices = read, member, indices
         self._buffers, self._memory, self._metrics = buffers, memory, metrics
-        self._patience_s = patience_s
+        self._links, self._patience_s = links, patience_s
         self._positions = {index: position for position, index in enumerate(indices)}
         self._heard = 0
         self._placed: set[int] = set()
@@ -106,13 +108,24 @@ class NodeRead:
 
     def _receive(self, stream: ReadStream) -> None:
         try:
+            first = True
             for piece in stream:
-                self._moved_at_s = time.monotonic()
+                self._observe(len(piece.data), first=first)
+                first = False
                 if piece.range >= len(self._indices):
                     raise TransferError("protocol", f"range {piece.range} was not requested")
                 self._take(self._indices[piece.range], piece)
         finally:
             stream.cancel()
+
+    def _observe(self, size_bytes: int, *, first: bool) -> None:
+        """Bytes have arrived, or word of a range that is gone."""
+        now_s = time.monotonic()
+        seconds, self._moved_at_s = now_s - self._moved_at_s, now_s
+        if size_bytes:
+            if first:
+                seconds = self._links.first_piece_s(self._member.endpoint, size_bytes, seconds)
+            self._links.observe(self._member.endpoint, size_bytes, seconds)
 
     def _take(self, index: int, piece: ReadPiece) -> None:
         """Accept a whole range, or a piece of one. Raises TransferError for more bytes than the range has."""

@@ -15,6 +15,7 @@ from kvstore_client.frames.node_read import NodeRead
 from kvstore_client.frames.read import FrameRead
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.planning import Links
 from kvstore_client.replicas import Search
 from kvstore_client.settings import ClientSettings
 from kvstore_client.transport import ReceiveMemory
@@ -35,8 +36,10 @@ _CLOSE_S = 5.0
 class FrameReader:
     """Starts reads of frames. Thread-safe."""
 
-    def __init__(self, view: ClusterView, settings: ClientSettings, metrics: ClientMetrics) -> None:
-        self._view, self._settings, self._metrics = view, settings, metrics
+    def __init__(
+        self, view: ClusterView, settings: ClientSettings, metrics: ClientMetrics, links: Links
+    ) -> None:
+        self._view, self._settings, self._metrics, self._links = view, settings, metrics, links
         self._memory = ReceiveMemory()
         self._watch = Watch("kvstore-frame-watch")
 
@@ -111,6 +114,7 @@ class FrameReader:
             buffers=buffers,
             memory=self._memory,
             metrics=self._metrics,
+            links=self._links,
             patience_s=timeouts.failover_s if hurried else timeouts.fetch_stall_s,
         )
         failed = node_read.run(self._view, self._watch)

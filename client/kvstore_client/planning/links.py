@@ -274,6 +274,14 @@ class Links:
             known_s = seconds if link.latency_s is None else link.latency_s
             link.latency_s = known_s + _LATENCY_SHARE * (seconds - known_s)
 
+    def first_piece_s(self, endpoint: str, size_bytes: int, seconds: float) -> float:
+        """Record the latency of a request whose first `size_bytes` came after `seconds`. Returns the part of that time
+        that counts as receiving them."""
+        bandwidth_Bps = self.bandwidth_Bps(endpoint)  # noqa: N806
+        if bandwidth_Bps:
+            self.first_byte(endpoint, max(0.0, seconds - size_bytes / bandwidth_Bps))
+        return max(seconds - self.latency_s(endpoint), seconds / 2)
+
     def bandwidth_Bps(self, endpoint: str, *, since_s: float | None = None) -> float | None:  # noqa: N802
         """Bandwidth over the last tenth of a second. With `since_s` (of the clock), transfers before that count as the
         mean of the last seconds: on a varying link the end of the last fetch says little about the next one.

@@ -9,6 +9,7 @@ import torch
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.recompute import Recompute
 from kvstore_client.reuse.capture import KeyCapture
+from kvstore_client.settings import Budget
 
 LayerArrives = Callable[[int], None]
 """Waits until a layer's reused KV is in its buffers. Raises FetchIncompleteError when it will not arrive."""
@@ -67,9 +68,9 @@ class EngineCall(Protocol):
         ...
 
     @property
-    def budget(self) -> float | None:
-        """Share of a stored prefix's tokens that the rest of the prompt attends to, above 0 and up to 1; None: all of
-        them, as in a plain prefill."""
+    def budget(self) -> Budget | None:
+        """Share of a stored prefix's tokens that the rest of the prompt attends to, above 0 and up to 1, or AUTO; None:
+        all of them, as in a plain prefill."""
         ...
 
     @property

@@ -17,6 +17,7 @@ from kvstore_client.reuse.pending import CompletedCall, ReusingGeneration
 from kvstore_client.reuse.prefix import PrefixGeneration
 from kvstore_client.reuse.prompt_run import PromptRun
 from kvstore_client.reuse.report import GenerationReport
+from kvstore_client.settings import Budget
 from kvstore_client.timeline import Timeline
 from kvstore_codec.errors import FetchError
 from kvstore_codec.identity import CHUNK_TOKENS
@@ -35,10 +36,9 @@ class ReprefillGeneration(ReusingGeneration):
         timeline: Timeline,
         match: Match,
         plan: ReprefillPlan,
-        budget: float,
     ) -> None:
         super().__init__(call, snapshot, timeline, None, None)
-        self._parts, self._decoder, self._plan, self._budget = parts, decoder, plan, budget
+        self._parts, self._decoder, self._plan = parts, decoder, plan
         self._match: Match | None = match
         """Its leases; None once they are released or passed on."""
 
@@ -50,7 +50,7 @@ class ReprefillGeneration(ReusingGeneration):
         call: EngineCall,
         snapshot: ModelSnapshot,
         timeline: Timeline,
-        budget: float,
+        budget: Budget,
     ) -> ReusingGeneration:
         """Look up the prompt's stored prefix, and what a part of it is chosen by. Without that, the prefix is reused in
         full (PrefixGeneration)."""
@@ -62,13 +62,13 @@ class ReprefillGeneration(ReusingGeneration):
             try:
                 with timeline.span("lookup", "key summaries"):
                     plan = reprefill_plan(
-                        match, len(tokens), budget, snapshot.spec, decoder, client.summaries
+                        match, len(tokens), budget, snapshot.spec, decoder, client, parts.costs
                     )
             except (RuntimeError, MemoryError):
                 plan = None
         if plan is None:
             return PrefixGeneration.of_match(parts, call, snapshot, timeline, match)
-        return cls(parts, decoder, call, snapshot, timeline, match, plan, budget)
+        return cls(parts, decoder, call, snapshot, timeline, match, plan)
 
     def complete(self) -> CompletedCall:
         try:
@@ -115,7 +115,7 @@ class ReprefillGeneration(ReusingGeneration):
             generated = run.over_part(partial.kv, plan.grid.tokens - held)
         finally:
             partial.close()
-        parts.client.metrics.reprefilled(partial.report)
+            parts.client.metrics.reprefilled(partial.report)
         parts.client.report(partial.attention)
         if generated.tokens // CHUNK_TOKENS > plan.grid.tokens // CHUNK_TOKENS:
             parts.client.metrics.missed(MissReason.STORE_BEHIND_PART)
@@ -136,8 +136,7 @@ class ReprefillGeneration(ReusingGeneration):
         rotary, features = parts.engine.rotary(len(tokens)), PromptFeatures(parts.engine.embed, tokens)
         try:
             return PartialPrefix(
-                self._plan, self._budget, tokens, self.snapshot.spec,
-                parts.client, self._decoder, rotary, features, self.timeline,
+                self._plan, tokens, self.snapshot.spec, parts.client, self._decoder, rotary, features, self.timeline,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             detail = f"a question cannot be computed over a part of its prefix: {error}"

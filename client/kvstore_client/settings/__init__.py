@@ -4,10 +4,13 @@ from kvstore_client.settings.client import ClientSettings, Setting, flat_name, s
 from kvstore_client.settings.encodings import EXACT, EncodingSettings
 from kvstore_client.settings.fetch import FetchPolicy
 from kvstore_client.settings.recompute import SelectorName
+from kvstore_client.settings.reprefill import AUTO, Budget, parse_budget
 from kvstore_client.settings.store import Durability
 
 __all__ = [
+    "AUTO",
     "EXACT",
+    "Budget",
     "ClientSettings",
     "Durability",
     "EncodingSettings",
@@ -15,5 +18,6 @@ __all__ = [
     "SelectorName",
     "Setting",
     "flat_name",
+    "parse_budget",
     "settings_by_name",
 ]

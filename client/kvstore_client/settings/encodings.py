@@ -22,7 +22,17 @@ class EncodingSettings(SettingsGroup):
 
     floor: Rate | None = None
     """Least faithful rate that a fetch may use: `exact`, `high`, `medium` or `low`. When given, it replaces `accept`,
-    which then only adds encodings of an explicit step. Default: `accept` decides."""
+    which then only adds encodings of an explicit step. Default: `accept` decides. With the `budget` `auto` it also
+    limits how much of a prefix is left out."""
+
+    @property
+    def loss(self) -> float:
+        """Largest expected KL divergence of answers that these settings allow, nats per token: that of the floor, or
+        else of the least faithful accepted rate."""
+        if self.floor is not None:
+            return self.floor.loss
+        rates = (Encoding.parse(name).rate for name in self.accept)
+        return max((rate.loss for rate in rates if isinstance(rate, Rate)), default=0.0)
 
     def accepts(self, name: str) -> bool:
         """Whether a fetch may use chunks in this encoding; False also for a name that means nothing."""

@@ -1,17 +1,24 @@
 """How much of a stored prefix a question reads."""
 
+from typing import Final, Literal, TypeAlias
+
 from pydantic import Field, field_validator
 
 from kvstore_client.settings.group import SettingsGroup
+
+AUTO: Final = "auto"
+Budget: TypeAlias = float | Literal["auto"]
+"""Share of a stored prefix's tokens, above 0 and up to 1; or the share that is quickest within the floor."""
 
 
 class ReprefillSettings(SettingsGroup):
     """Question-guided re-prefill (docs/reprefill.md): a question reads only those parts of a stored prefix that it
     attends to."""
 
-    budget: float | None = Field(default=None, gt=0, le=1)
-    """Share of a stored prefix's tokens that a question attends to and reads, such as 0.05. It changes answers.
-    Default: all of the prefix is reused, and answers stay the same."""
+    budget: Budget | None = None
+    """Share of a stored prefix's tokens that a question attends to and reads, such as 0.05. It changes answers. With
+    `auto` share and encoding are chosen together: the quickest ones that are expected to change answers no more than
+    the `floor` allows. Default: all of the prefix is reused, and answers stay the same."""
 
     read_ahead: bool = Field(default=True, alias="budget_read_ahead")
     """Whether a question with a `budget` reads what the next layers probably need while the present ones are computed.
@@ -26,5 +33,20 @@ class ReprefillSettings(SettingsGroup):
 
     @field_validator("budget", mode="before")
     @classmethod
-    def _empty_is_none(cls, value: object) -> object:
-        return None if value == "" else value
+    def _share_or_auto(cls, value: object) -> object:
+        return None if value == "" or value is None else parse_budget(value)
+
+
+def parse_budget(value: object) -> Budget:
+    """A budget, as users give it. Raises ValueError for what is none."""
+    if value == AUTO:
+        return AUTO
+    try:
+        share = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"{value!r} is not a budget: expected a share above 0 and up to 1, such as .05, or {AUTO!r}"
+        )
+    return share

@@ -58,3 +58,19 @@ def test_without_a_common_geometry_there_is_no_grid() -> None:
 
 def test_frames_that_do_not_divide_a_chunk_are_refused() -> None:
     assert FrameGrid.of(match_of(("exact-zstd@96",), ("exact-zstd@96",))) is None
+
+
+def test_each_encoding_that_all_chunks_have_has_its_grid() -> None:
+    both, third = ("exact-zstd", "low-zstd"), ("exact-zstd", "medium-zstd", "low-zstd")
+    grids = FrameGrid.each_of(match_of(both, third))
+    assert [{v.header.encoding.name for v in grid.variants} for grid in grids] == [
+        {"exact-zstd"},
+        {"low-zstd"},
+    ]
+    assert all(len(chunk.variants) == 1 for grid in grids for chunk in grid.chunks)
+
+
+def test_without_a_common_encoding_each_chunk_is_read_in_its_most_faithful_one() -> None:
+    (grid,) = FrameGrid.each_of(match_of(("exact-zstd", "low-zstd"), ("medium-zstd",)))
+    assert [v.header.encoding.name for v in grid.variants] == ["exact-zstd", "medium-zstd"]
+    assert FrameGrid.each_of(Match()) == []

@@ -20,6 +20,7 @@ from kvstore_client.engines.transformers.cache import (
 from kvstore_client.recompute import Recompute
 from kvstore_client.reuse.call import ComputedKV, EngineOutput, LayerArrives
 from kvstore_client.reuse.capture import KeyCapture
+from kvstore_client.settings import Budget
 
 
 class GenerateCall:
@@ -32,7 +33,7 @@ class GenerateCall:
         arguments: Mapping[str, Any],
         segments: Sequence[int] | None = None,
         recompute: Recompute | None = None,
-        budget: float | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._model, self._input_ids = model, input_ids
         self.segments, self.recompute, self.budget = segments, recompute, budget

@@ -17,6 +17,7 @@ from kvstore_client.recompute import Recompute
 from kvstore_client.reuse.pending import PendingGeneration
 from kvstore_client.reuse.report import GenerationReport
 from kvstore_client.reuse.session import ReuseSession
+from kvstore_client.settings import Budget, parse_budget
 from kvstore_codec.errors import ConfigurationError, NotCopyableError, UnsupportedModelError
 from kvstore_codec.model_spec import ModelSpec
 
@@ -85,7 +86,7 @@ class CachedModel:
         *,
         segments: Sequence[int] | None = None,
         recompute: Recompute | None = None,
-        budget: float | None = None,
+        budget: Budget | None = None,
         **arguments: Any,
     ) -> Any:
         """Like the model's own `generate`. Reuses KV for `input_ids` of shape `[1, tokens]` with greedy decoding or
@@ -100,9 +101,10 @@ class CachedModel:
         sum to the prompt.
 
         `budget` is the share of a stored prefix's tokens that the rest of the prompt attends to, above 0 and up to 1
-        (docs/reprefill.md): the parts that matter to it are read, the others are not. This changes the answer. Default:
-        the setting `budget`; without one all of the prefix is reused. Has no effect on segments. Raises
-        ConfigurationError for a budget out of range.
+        (docs/reprefill.md): the parts that matter to it are read, the others are not. This changes the answer. With
+        "auto" share and encoding are the quickest that the setting `floor` allows. Default: the setting `budget`;
+        without one all of the prefix is reused. Has no effect on segments. Raises ConfigurationError for a budget out
+        of range.
         """
         if input_ids is None:
             input_ids = arguments.pop("inputs", None)
@@ -117,7 +119,7 @@ class CachedModel:
         *,
         segments: Sequence[int] | None = None,
         recompute: Recompute | None = None,
-        budget: float | None = None,
+        budget: Budget | None = None,
         **arguments: Any,
     ) -> PendingGeneration:
         """Look up the prompt's stored KV and start to fetch it: the first half of `generate`.
@@ -134,7 +136,7 @@ class CachedModel:
         *,
         segments: Sequence[int] | None = None,
         recompute: Recompute | None = None,
-        budget: float | None = None,
+        budget: Budget | None = None,
         **arguments: Any,
     ) -> bool:
         """Whether `begin`, called with the same arguments, would find KV to fetch. Raises the same errors."""
@@ -156,7 +158,7 @@ class CachedModel:
         *,
         segments: Sequence[int] | None = None,
         recompute: Recompute | None = None,
-        budget: float | None = None,
+        budget: Budget | None = None,
     ) -> torch.Tensor:
         """Log-probabilities at each token of the last segment, or, with a `budget` and without segments, at each token
         behind the stored prefix, f32 `[tokens, vocabulary]`. For measuring how reuse changes the answer.
@@ -167,16 +169,17 @@ class CachedModel:
         decoder = self._engine.decoder
         if decoder is None:
             raise UnsupportedModelError(f"segments of {self.spec.model_id} cannot be reused")
+        budget = None if budget is None else self._budget(budget)
         call = GenerateCall(self.model, input_ids, {}, segments, recompute, budget)
         return decoder.log_probabilities(self._session.question_states(call))
 
-    def _budget(self, budget: float | None) -> float | None:
-        budget = self.client.settings.reprefill.budget if budget is None else budget
-        if budget is not None and not 0 < budget <= 1:
-            raise ConfigurationError(
-                f"a budget of {budget}: expected a share above 0 and up to 1, such as .05"
-            )
-        return budget
+    def _budget(self, budget: Budget | None) -> Budget | None:
+        if budget is None:
+            return self.client.settings.reprefill.budget
+        try:
+            return parse_budget(budget)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise NotCopyableError(
