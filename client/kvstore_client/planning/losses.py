@@ -1,5 +1,5 @@
 """How far answers over a part of a prefix are from those over all of it: measured for each model, and kept in
-`<cache_dir>/losses/<weights digest>.json`. For some models the figures come with the package."""
+`<cache_dir>/losses/<weights digest>.json`."""
 
 from __future__ import annotations
 
@@ -50,10 +50,6 @@ class PartLosses:
         return min((loss for known, loss in self.by_share if known <= share + _ROUNDING), default=math.inf)
 
 
-SHIPPED: Mapping[str, PartLosses] = {}
-"""By weights digest."""
-
-
 class LossTable:
     """The losses of models. Processes may share the folder."""
 
@@ -61,7 +57,7 @@ class LossTable:
         self._folder = cache_dir / "losses"
 
     def load(self, weights_digest: bytes) -> PartLosses:
-        """What was measured on this machine, else what the package knows; empty for a model that neither knows."""
+        """What was measured; empty for a model that was not."""
         path = self.path(weights_digest)
         try:
             data = json.loads(path.read_bytes())
@@ -72,7 +68,7 @@ class LossTable:
             pass
         except UNUSABLE as error:
             _log.warning("measured losses %s cannot be used: %.200r", path, error)
-        return SHIPPED.get(weights_digest.hex(), PartLosses(()))
+        return PartLosses(())
 
     def save(self, weights_digest: bytes, losses: PartLosses, provenance: Mapping[str, Any]) -> None:
         """Keep what was measured, with what people should know of the measurement. Raises OSError when writing
