@@ -39,8 +39,8 @@ class ClientSettings(SettingsGroup):
     """Secret that goes into the name of every chunk. Clients with different salts cannot find each other's chunks."""
 
     cache_dir: Path = Field(default_factory=default_cache_dir)
-    """Folder for files that are kept between runs: calibrations and measured profiles. Several processes may share it.
-    If it cannot be written, these files are made or downloaded again in every run; nothing else changes.
+    """Folder for files that are kept between runs: calibrations, measured profiles and losses. Several processes may
+    share it. If it cannot be written, these files are made or downloaded again in every run; nothing else changes.
     Default: `$XDG_CACHE_HOME/kvstore`, else `~/.cache/kvstore`."""
 
     timeouts: Timeouts = Field(default_factory=Timeouts)
