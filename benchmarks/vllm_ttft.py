@@ -3,9 +3,10 @@
     python benchmarks/vllm_ttft.py --json F --plot F.png
 
 Each policy is an OpenAI server of its own, asked over HTTP: `cold` without a connector, `exact` and `adaptive` with the
-connector of this project, `lmcache-raw` and `lmcache-fp8` with LMCache's server and Redis. `exact-raw`, which is not
-among the defaults, stores exact KV without compression. The stores are in a network namespace behind a link that the
-kernel shapes (needs root). Needs `make install vllm-env` and `python benchmarks/peers/install.py lmcache_vllm`.
+connector of this project, `lmcache-raw` and `lmcache-fp8` with LMCache's server and Redis. Not among the defaults are
+`exact-raw`, which stores exact KV without compression, and `adaptive-both`, which stores lossy KV a second time in an
+encoding that is larger and quicker to decode. The stores are in a network namespace behind a link that the kernel
+shapes (needs root). Needs `make install vllm-env` and `python benchmarks/peers/install.py lmcache_vllm`.
 
 In each round every policy answers behind every link, in turns. Before each request the engine's own prefix cache and
 LMCache's memory are emptied, so that hits come over the link. `exact` and `adaptive` plan with the bandwidth that they

@@ -20,6 +20,7 @@ COLD = "cold"
 EXACT_SETTINGS: Mapping[str, str] = {"encoding": "exact-zstd", "floor": "exact"}
 RAW_SETTINGS: Mapping[str, str] = {"encoding": "exact-raw", "floor": "exact"}
 LOSSY_SETTINGS: Mapping[str, str] = {"encoding": "medium-klt-pco", "floor": "medium"}
+BOTH_SETTINGS: Mapping[str, str] = {"encoding": "medium-klt-pco,medium-zstd", "floor": "medium"}
 EXACT_BYTES, LOSSY_BYTES = 1 << 30, 256 << 20
 """Memory of a storage node: enough for three prompts of 2,000 and of 4,000 tokens of a small model in float32."""
 
@@ -145,10 +146,11 @@ POLICIES: Mapping[str, Deploy] = {
     "lmcache-raw": _lmcache(None),
     "lmcache-fp8": _lmcache("fp8"),
     "exact-raw": _kvstore(RAW_SETTINGS),
+    "adaptive-both": _kvstore(BOTH_SETTINGS, lossy=True),
 }
-DEFAULT_POLICIES = tuple(name for name in POLICIES if name != "exact-raw")
+DEFAULT_POLICIES = (COLD, "exact", "adaptive", "lmcache-raw", "lmcache-fp8")
 """Those whose servers fit into 20 GB of memory together."""
-LEARNING_POLICIES = ("exact", "exact-raw", "adaptive")
+LEARNING_POLICIES = ("exact", "exact-raw", "adaptive", "adaptive-both")
 """They plan with the bandwidth that they measured. Their first requests after a change of the link do not count."""
 
 

@@ -7,7 +7,7 @@ from kvstore_bench.vllm.links import UNSHAPED
 
 Row = Mapping[str, Any]
 
-_OURS = ("exact", "exact-raw", "adaptive")
+_OURS = ("exact", "exact-raw", "adaptive", "adaptive-both")
 _SLOWER_THAN_COLD = 1.02
 _FASTER: Mapping[str, Sequence[tuple[str, float]]] = {
     "100mbit": (("lmcache-fp8", 3.0), ("lmcache-raw", 5.0), ("cold", 2.5)),
@@ -32,7 +32,7 @@ def _of_cell(tokens: int, link: str, cell: Mapping[str, Row]) -> Iterator[dict[s
         if name in cell and "cold" in cell:
             yield _at_most(f"{name} / cold", where, _ratio(cell, name, "cold"), _SLOWER_THAN_COLD)
     if link == UNSHAPED and "lmcache-raw" in cell:
-        for name in ("adaptive", "exact-raw"):
+        for name in ("adaptive", "adaptive-both", "exact-raw"):
             if name in cell:
                 over = _ratio(cell, name, "lmcache-raw")
                 yield _at_most(f"{name} / lmcache-raw", where, over, _UNSHAPED_OVER_RAW)

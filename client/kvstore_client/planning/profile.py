@@ -73,19 +73,20 @@ class Profile:
     """Slowdown of decoding and computing per received byte. Learned, not measured, because it does not depend on the
     client alone: processor, memory, and other senders on this machine count."""
     unmeasured: CodecCost = UNMEASURED
-    """Cost of an encoding while no encoding is measured."""
+    """Cost of an encoding while none of its layout is measured."""
 
     def codec(self, encoding: str) -> CodecCost:
-        """The measured cost, else that of the most similar measured encoding."""
+        """The measured cost, else that of the most similar measured encoding of the same layout, else `unmeasured`."""
         if encoding in self.codecs:
             return self.codecs[encoding]
         wanted = Encoding.parse(encoding)
-        similar = max(self.codecs, key=lambda name: _similarity(wanted, Encoding.parse(name)), default=None)
+        alike = [name for name in self.codecs if Encoding.parse(name).layout == wanted.layout]
+        similar = max(alike, key=lambda name: _similarity(wanted, Encoding.parse(name)), default=None)
         return self.unmeasured if similar is None else self.codecs[similar]
 
 
-def _similarity(one: Encoding, other: Encoding) -> tuple[bool, bool, bool]:
-    return one.layout == other.layout, one.coder == other.coder, one.rate == other.rate
+def _similarity(one: Encoding, other: Encoding) -> tuple[bool, bool]:
+    return one.coder == other.coder, one.rate == other.rate
 
 
 def profile_key(spec: ModelSpec, machine: Mapping[str, str | int]) -> str:

@@ -47,6 +47,11 @@ def test_what_was_not_measured_costs_what_the_most_similar_does() -> None:
     assert replace(_PROFILE, codecs={}).codec("exact-raw") == UNMEASURED
 
 
+def test_another_layout_says_nothing_about_what_was_not_measured() -> None:
+    """Else the smaller one of two encodings would be fetched always, and the cost of the other never be seen."""
+    assert _PROFILE.codec("medium-zstd") == UNMEASURED
+
+
 def test_a_profile_is_kept(tmp_path: Path) -> None:
     store = ProfileStore(tmp_path)
     assert store.load(_KEY) is None
