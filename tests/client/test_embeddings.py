@@ -46,12 +46,14 @@ def test_a_token_without_a_row_is_refused(token: int, tmp_path: Path) -> None:
 
 
 def test_a_file_that_has_changed_is_not_read(tmp_path: Path) -> None:
+    """Not even one of the same size that says that it is as old as the one before it."""
     tiny_model().save_pretrained(tmp_path)
-    embed = CheckpointEmbeddings(tmp_path, torch.float32)
     file = tmp_path / "model.safetensors"
+    os.utime(file, ns=(1, 1))
+    embed = CheckpointEmbeddings(tmp_path, torch.float32)
     other = tiny_model(seed=1)
     other.save_pretrained(tmp_path)
-    os.utime(file, ns=(1, 1))  # a file of the same size may be as new as the one before it
+    os.utime(file, ns=(1, 1))
     with pytest.raises(CalibrationError, match="changed"):
         embed(TOKENS)
     assert torch.equal(CheckpointEmbeddings(tmp_path, torch.float32)(TOKENS), embedded(other, TOKENS))

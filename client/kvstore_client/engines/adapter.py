@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kvstore_client.engines.file_version import FileVersion, file_version
 from kvstore_client.engines.kept_digest import KeptDigest
 from kvstore_codec import canonical
 from kvstore_codec.errors import UnsupportedModelError
@@ -27,16 +28,13 @@ class AdapterFiles:
     """The files of an adapter as a look at them shows them: where these are equal, so is what is in the files."""
 
     folder: str
-    versions: tuple[tuple[int, int, int, int], ...]
-    """Inode, size in bytes, and the times of modification and change in nanoseconds, of configuration and weights."""
+    versions: tuple[FileVersion, ...]
+    """Of configuration and weights."""
 
     @classmethod
     def of(cls, folder: str) -> "AdapterFiles":
         """Raises OSError where a file is missing, and ValueError for a name that no file can have."""
-        found = (Path(folder, name).stat() for name in (CONFIG, WEIGHTS))
-        return cls(
-            folder, tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in found)
-        )
+        return cls(folder, tuple(file_version(Path(folder, name).stat()) for name in (CONFIG, WEIGHTS)))
 
 
 @dataclass(frozen=True, slots=True)

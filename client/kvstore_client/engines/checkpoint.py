@@ -37,7 +37,7 @@ def spec_of_checkpoint(
 
     `config` is the Hugging Face config with its defaults filled in (`AutoConfig.from_pretrained(folder).to_dict()`).
     Reading the weights takes about a second per 2 GB, with one tensor in memory at a time. With `cache_dir` the digest
-    is kept there and reused until a file's size or modification time changes.
+    is kept there and reused until a file changes.
 
     Raises UnsupportedModelError for a checkpoint that is quantised, damaged, or not in safetensors files.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from kvstore_client.engines.checkpoint import EMBEDDINGS, checkpoint_files
+from kvstore_client.engines.file_version import file_version
 from kvstore_codec.errors import CalibrationError, InvalidTokensError, UnsupportedModelError
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -64,7 +65,7 @@ class CheckpointEmbeddings:
                 self._row_bytes = self._hidden * self._stored.itemsize
                 if self._begin + self._rows * self._row_bytes > seen.st_size:
                     raise ValueError(f"{path} is shorter than its header says")
-                self._path, self._seen = path, _version(seen)
+                self._path, self._seen = path, file_version(seen)
                 return
         raise KeyError(EMBEDDINGS)
 
@@ -73,14 +74,10 @@ class CheckpointEmbeddings:
         data, size = bytearray(len(ids) * self._row_bytes), self._row_bytes
         view = memoryview(data)
         with self._path.open("rb", buffering=0) as file:
-            if _version(os.fstat(file.fileno())) != self._seen:
+            if file_version(os.fstat(file.fileno())) != self._seen:
                 raise OSError("the file has changed")
             for place, token in enumerate(ids):
                 row = view[place * size : (place + 1) * size]
                 if os.preadv(file.fileno(), [row], self._begin + token * size) != size:
                     raise OSError("the file has become shorter")
         return data
-
-
-def _version(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_size, stat.st_mtime_ns

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from kvstore_client.engines.file_version import file_version
 from kvstore_client.kept_file import UNUSABLE, replace_file
 from kvstore_codec.errors import UnsupportedModelError
 
@@ -13,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class KeptDigest:
-    """One digest in one small file, with size and times of the files that it is of."""
+    """One digest in one small file, with the versions of the files that it is of."""
 
     def __init__(self, place: Path | None, folder: Path, files: tuple[Path, ...], reading: str) -> None:
         """`place` is the folder of such digests; None: nothing is kept. `reading` says how the files in `folder` are
@@ -46,10 +47,8 @@ class KeptDigest:
             log.info("the digest of %s is not kept: %s", self._folder, error)
 
     def _look(self) -> dict[str, list[int]]:
-        """Size in bytes, and the times of modification and change in nanoseconds, of each file. Tools that unpack files
-        may set the first time, so that other weights of the same shapes have it, too. They cannot set the second."""
+        """The version of each file, as JSON has it."""
         try:
-            found = {file.name: file.stat() for file in self._files}
+            return {file.name: list(file_version(file.stat())) for file in self._files}
         except (OSError, ValueError) as error:  # ValueError: a name with a NUL character
             raise UnsupportedModelError(f"{self._folder} is not whole: {error}") from error
-        return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in found.items()}
