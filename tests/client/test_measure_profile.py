@@ -17,8 +17,8 @@ from kvstore_client.planning import PrefillCost, ProfileStore, profile_key
 from kvstore_client.planning.prefill_fit import fit
 from kvstore_codec.klt_frames import KLT
 from kvstore_service.calibration import Options, calibrate, plan_passages
+from tests.client.klt.calibrated import Silent, sharp_model
 from tests.client.models import random_prompt, tiny_model
-from tests.client.test_klt import Silent, sharp_model
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -19,6 +19,7 @@ from kvstore_service.experiments import Experiments
 from kvstore_service.grpc_server import MAX_REPLY_BYTES, GrpcServer
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.large_requests import LargeRequests
+from tests.service.bulk_port import Port, served_port
 from tests.service.repair_cluster import Cluster
 
 
@@ -98,3 +99,10 @@ def make_cluster(tmp_path: Path) -> Iterator[Callable[[int], Cluster]]:
             return cluster
 
         yield make
+
+
+@pytest.fixture
+def port() -> Iterator[Port]:
+    """A bulk port in front of an empty node."""
+    with served_port() as made:
+        yield made

@@ -14,9 +14,9 @@ from kvstore_service.grpc_puts import put_chunks
 from kvstore_service.grpc_server import SMALL_REQUEST_BYTES
 from kvstore_service.large_requests import SMALL_BYTES
 from tests.sample_chunk import sample_chunk
+from tests.service.bulk_port import reply, served_port
 from tests.service.conftest import ServedNode
 from tests.service.storage_calls import END, ref
-from tests.service.test_bulk_server import reply, served
 from tests.service.test_grpc_directives import coordinator, stub  # noqa: F401 (fixtures)
 
 CHUNK = sample_chunk()
@@ -47,7 +47,7 @@ def test_a_put_with_a_field_of_another_length_is_refused_on_both_ports(
     (answer,) = storage.stub.Put(iter([pb.PutRequest(start=start(name)), END]))
     require_refusal(answer, name)
     assert storage.node.stats().chunks == 0
-    with served() as port, port.connected() as connected:
+    with served_port() as port, port.connected() as connected:
         message = start(name).SerializeToString()
         connected.sendall(pack_header(FrameKind.PUT, len(message)) + message + CHUNK.data)
         require_refusal(reply(connected), name)
