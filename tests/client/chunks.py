@@ -1,8 +1,5 @@
 """Chunks for tests: random KV of a made-up model."""
 
-import ctypes
-
-import numpy as np
 import torch
 
 from kvstore_api.placement import Member
@@ -46,9 +43,3 @@ def stored_chunks(count: int) -> list[StoredChunk]:
         encoded = encoded_chunk(chunk_id, index)
         found.append(StoredChunk(chunk_id, (Variant(encoded.header, encoded.parts[0]),), MEMBER, 256 * index))
     return found
-
-
-def flip_bit(view: memoryview) -> None:
-    """Turn over a bit in the middle of read-only memory, as failing hardware would."""
-    address = np.frombuffer(view, np.uint8).ctypes.data + len(view) // 2
-    ctypes.c_ubyte.from_address(address).value ^= 0x10

@@ -20,9 +20,9 @@ from kvstore_codec.errors import ConfigurationError
 from kvstore_service.grpc_server import GrpcServer, unary
 from kvstore_service.listen import Address
 from tests.client.changed_settings import changed
-from tests.client.chunks import flip_bit
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
+from tests.damage import flip_bit
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 # A sound node of a busy machine may be silent for a moment, which must not be taken for a failure. The deadline of a

@@ -22,8 +22,9 @@ from kvstore_cluster.lookup import LookupRequest
 from kvstore_codec.identity import ChunkId
 from kvstore_service.grpc_storage import serve_storage
 from tests.client.changed_settings import changed
-from tests.client.chunks import SPEC, flip_bit, ids, random_kv
+from tests.client.chunks import SPEC, ids, random_kv
 from tests.client.conftest import ServedCluster, served_cluster
+from tests.damage import flip_bit
 
 CHUNKS = 24
 # A sound node of a busy machine may be silent for a moment, which must not be taken for a failure: `failover_s` is

@@ -20,9 +20,10 @@ from kvstore_cluster.lookup import LookupAnswer, LookupResult
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.identity import ChunkId, PlacedChunk, begins_text
 from kvstore_codec.rope import RotaryTable, rotate_
-from tests.client.chunks import SPEC, flip_bit, random_kv
+from tests.client.chunks import SPEC, random_kv
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.test_replicas import PATIENCE, PROMPT_S, Cable
+from tests.damage import flip_bit
 
 # On a busy machine a sound owner may be silent for longer than it should be: then the other one's answer is taken.
 PATIENT: dict[str, Any] = {"lookup_timeout_s": 20.0, "failover_s": 8.0, "stall_timeout_s": 20.0}

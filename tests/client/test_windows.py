@@ -19,9 +19,9 @@ from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.match import StoredChunk
 from kvstore_codec.geometry import PERIOD_LAYERS
 from kvstore_codec.model_spec import ModelSpec
-from tests.client.chunks import flip_bit
 from tests.client.conftest import ServedCluster
 from tests.client.models import random_prompt, tiny_model
+from tests.damage import flip_bit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unwritten_is_nan")
 

@@ -1,18 +1,22 @@
 """vLLM with the connector, in a process of its own, with the engine and its worker in further ones.
 
-    python -m tests.vllm.engine_process '{"model": FOLDER, "address": ..., ...}'
-
-Each line of JSON on standard input is a command, answered by a line of JSON.
+Importing vLLM takes longer than all the rest of an engine's start. So it is imported once, by the process that engines
+are forked off.
 """
 
-import json
+import multiprocessing
 import os
-import sys
 import time
-from collections.abc import Sequence
-from typing import Any, TextIO
+from collections.abc import Mapping, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import psutil
+import vllm.model_executor.models.llama
+import vllm.v1.engine.core
+import vllm.v1.worker.cpu_worker  # noqa: F401  # what the engine's processes need
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
@@ -127,6 +131,9 @@ class Engine:
             "descriptors": sum(process.num_fds() for process in processes),
         }
 
+    def close(self) -> None:
+        self._engine.engine_core.shutdown()
+
 
 def _greedy(max_tokens: int, logprobs: int | None = None) -> SamplingParams:
     return SamplingParams(
@@ -134,17 +141,25 @@ def _greedy(max_tokens: int, logprobs: int | None = None) -> SamplingParams:
     )
 
 
-def main(options: dict[str, Any], answers: TextIO) -> None:
+def serve(options: Mapping[str, Any], environment: Mapping[str, str], log: Path, asked: Connection) -> None:
+    """Answer each command with what the method of that name returns, until the other end is closed."""
+    os.environ.update(environment)
+    with log.open("ab", buffering=0) as file:
+        for output in (1, 2):
+            os.dup2(file.fileno(), output)
+    # On a CPU, vLLM would start fresh interpreters, because threads of its kernels do not survive a fork. There are
+    # none yet, and so the engine's further processes need not import everything again.
+    multiprocessing.get_context = partial(_forking, multiprocessing.get_context)  # type: ignore[assignment]
     engine = Engine(**options)
-    print(json.dumps({"ready": True}), file=answers, flush=True)
-    for line in sys.stdin:
-        command = json.loads(line)
-        answer = getattr(engine, command.pop("do"))(**command)
-        print(json.dumps(answer), file=answers, flush=True)
+    asked.send({"ready": True})
+    while True:
+        try:
+            command = asked.recv()
+        except EOFError:
+            break
+        asked.send(getattr(engine, command.pop("do"))(**command))
+    engine.close()
 
 
-if __name__ == "__main__":
-    # vLLM and its processes write to standard output.
-    told = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    main(json.loads(sys.argv[1]), told)
+def _forking(contexts: Any, method: str | None = None) -> Any:
+    return contexts("fork" if method == "spawn" else method)

@@ -1,14 +1,15 @@
 """Processes that tests start: a store that can be killed and started again, and engines."""
 
 import json
+import multiprocessing
 import os
 import random
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,27 @@ _STORE_PYTHON = str(
 )
 """Of the environment that storage nodes run in."""
 
+_ENGINES = multiprocessing.get_context("forkserver")
+_ENGINES.set_forkserver_preload(["tests.vllm.engine_process"])
 
-class _Process:
-    """A child that answers each line of JSON with a line of JSON. It starts beside the caller."""
 
-    def __init__(self, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
-        with log.open("ab") as file:
+class StoreProcess:
+    """A store on a port of the coordinator's that stays the same when it is started again. It starts beside the caller,
+    and answers each line of JSON with a line of JSON."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        self._log = folder / "store.log"
+        with self._log.open("ab") as file:
             self._process = subprocess.Popen(
-                command,
+                (_STORE_PYTHON, "-m", "tests.vllm.store_process", str(folder / "store"), str(port)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
                 env=environment,
                 text=True,
             )
-        self._log = log
 
     @cached_property
     def started(self) -> dict[str, Any]:
@@ -45,9 +52,15 @@ class _Process:
         self._process.stdin.flush()
         return self._read()
 
+    def stats(self) -> dict[str, Any]:
+        return self.ask()
+
     def kill(self) -> None:
         self._process.kill()
-        self._end()
+        self._process.wait(60)
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -57,45 +70,54 @@ class _Process:
         finally:
             self.kill()
 
-    def _end(self) -> None:
-        self._process.wait(60)
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            stream.close()
-
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, f"the process has ended:\n{self._log.read_text()[-4000:]}"
+        assert line, _ended(self._log)
         answer: dict[str, Any] = json.loads(line)
         return answer
 
 
-class StoreProcess(_Process):
-    """A store on a port of the coordinator's that stays the same when it is started again."""
+class EngineProcess:
+    """An engine that starts beside the caller, with a log in `folder`. `options` are `Engine`'s."""
 
-    def __init__(self, folder: Path, port: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        command = (_STORE_PYTHON, "-m", "tests.vllm.store_process", str(folder / "store"), str(port))
-        super().__init__(command, folder / "store.log", environment)
-
-    def stats(self) -> dict[str, Any]:
-        return self.ask()
-
-
-class EngineProcess(_Process):
     def __init__(self, folder: Path, **options: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        environment = os.environ | {
+        environment = {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for the function that reads blocks
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # standard output is for answers
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several engines share the cores
         }
-        command = (sys.executable, "-m", "tests.vllm.engine_process", json.dumps(options))
-        super().__init__(command, folder / "engine.log", environment)
+        self._log = folder / "engine.log"
+        self._log.touch()
+        self._asked, its_end = _ENGINES.Pipe()
+        self._process = _ENGINES.Process(target=_serve, args=(options, environment, self._log, its_end))
+        self._process.start()
+        its_end.close()
+
+    @cached_property
+    def started(self) -> dict[str, Any]:
+        """What the engine tells when it has started."""
+        return self._read()
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        assert self.started
+        self._asked.send(command)
+        return self._read()
+
+    def close(self) -> None:
+        self._asked.close()
+        self._process.join(60)
+        self._process.kill()
+        self._process.join(60)
+
+    def _read(self) -> dict[str, Any]:
+        # The engine's other processes have its end of the pipe, too, so that end may outlive it.
+        wait((self._asked, self._process.sentinel))
+        assert self._asked.poll(), _ended(self._log)
+        answer: dict[str, Any] = self._asked.recv()
+        return answer
 
     def generate(
         self,
@@ -113,6 +135,16 @@ class EngineProcess(_Process):
             logprobs=logprobs,
             adapter=adapter,
         )
+
+
+def _serve(*arguments: Any) -> None:
+    from tests.vllm.engine_process import serve  # it imports vLLM, which not all tests have
+
+    serve(*arguments)
+
+
+def _ended(log: Path) -> str:
+    return f"the process has ended:\n{log.read_text(errors='replace')[-4000:]}"
 
 
 def started_engine(folder: Path, model: Path, port: int, **options: Any) -> EngineProcess:

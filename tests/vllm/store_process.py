@@ -22,7 +22,7 @@ from kvstore_service.bulk_server import serve_bulk
 from kvstore_service.grpc_coordinator import serve_coordinator
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.listen import Address
-from tests.client.chunks import flip_bit
+from tests.damage import flip_bit
 
 
 def main(folder: Path, port: int) -> None:

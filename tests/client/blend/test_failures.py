@@ -19,8 +19,8 @@ from kvstore_cluster.lookup import LookupRequest
 from tests.client.blend.library import GREEDY, PATIENT, QUESTION, SYSTEM, Library, check_close, joined, text
 from tests.client.blend.reference import sharp
 from tests.client.changed_settings import changed
-from tests.client.chunks import flip_bit
 from tests.client.conftest import served_cluster
+from tests.damage import flip_bit
 
 PAPERS = [text(512, 600 + seed) for seed in range(5)]
 SEGMENTS = [SYSTEM, *reversed(PAPERS), QUESTION]

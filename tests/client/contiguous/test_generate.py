@@ -14,9 +14,9 @@ from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.cache import PartialLayer
 from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.identity import ChunkId
-from tests.client.chunks import flip_bit
 from tests.client.conftest import ServedCluster
 from tests.client.models import random_prompt, tiny_model
+from tests.damage import flip_bit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

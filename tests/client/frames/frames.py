@@ -8,8 +8,9 @@ from kvstore_client.fetch.cut import cut_period
 from kvstore_client.frames import FrameResult
 from kvstore_client.match import Match
 from kvstore_client.new_chunk import NewChunk
-from tests.client.chunks import SPEC, encoded_chunk, flip_bit, ids, random_kv
+from tests.client.chunks import SPEC, encoded_chunk, ids, random_kv
 from tests.client.conftest import ServedCluster
+from tests.damage import flip_bit
 
 CHUNKS = 4
 DOCUMENT = ids(CHUNKS)

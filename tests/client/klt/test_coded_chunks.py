@@ -14,7 +14,6 @@ from kvstore_client.engines.transformers.rotary import rotary_tables
 from kvstore_client.new_chunk import NewChunk
 from kvstore_client.reuse.features import PromptFeatures
 from kvstore_codec.calibration import Calibration
-from tests.client.chunks import flip_bit
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.klt.calibrated import (
     GREEDY,
@@ -26,6 +25,7 @@ from tests.client.klt.calibrated import (
     wait_for_calibration,
 )
 from tests.client.models import random_prompt
+from tests.damage import flip_bit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,8 +7,8 @@ import pytest
 
 from kvstore_client.pages import PageNamespace
 from kvstore_codec.errors import ConfigurationError
-from tests.client.chunks import flip_bit
 from tests.client.pages.conftest import NAMESPACE, Pages, empty, keys, page, pages
+from tests.damage import flip_bit
 
 SIZES = [1, 2, 7, 8, 9, 10, 255, 256, 4095, 4097, 65_536, 65_537, 1_000_003, 3 << 20]
 

@@ -15,9 +15,9 @@ from kvstore_client.reuse.pending import BypassedGeneration, PendingGeneration, 
 from kvstore_client.reuse.report import GenerationReport
 from kvstore_client.reuse.session import ReuseSession
 from kvstore_codec.errors import InvalidTokensError
-from tests.client.chunks import flip_bit
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.reuse.decoder import SPEC, VOCABULARY, Agreeing, Call, Decoder, Engine
+from tests.damage import flip_bit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
