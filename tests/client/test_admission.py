@@ -110,8 +110,8 @@ def test_who_waits_for_kv_is_passed_and_then_comes_in_order_of_arrival(queue: Qu
 def test_an_engine_that_waits_is_woken(queue: Queue) -> None:
     slow = Load()
     queue.submit(A, slow)
-    threading.Timer(0.1, slow.arrive).start()
     started = time.monotonic()
+    threading.Timer(0.1, slow.arrive).start()
     assert queue.next_ready(SOON_S) is A
     assert 0.09 < time.monotonic() - started < PROMPT_S
     assert queue.next_ready(0.05) is None

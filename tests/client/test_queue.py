@@ -28,7 +28,7 @@ def test_a_full_queue_holds_the_producer_back() -> None:
     time.sleep(0.05)
     assert not taken
     assert list(queue) == ["a", "b"]
-    producer.join(5)
+    producer.join(60)
     assert taken
 
 
@@ -47,7 +47,7 @@ def test_abort_frees_a_blocked_producer_and_drops_what_waits() -> None:
     producer.start()
     time.sleep(0.05)
     queue.abort()
-    producer.join(5)
+    producer.join(60)
     assert outcome == [False]
     assert list(queue) == []
 
@@ -59,6 +59,6 @@ def test_abort_frees_a_blocked_consumer() -> None:
     consumer.start()
     time.sleep(0.05)
     queue.abort()
-    consumer.join(5)
+    consumer.join(60)
     assert not consumer.is_alive()
     assert items == []
