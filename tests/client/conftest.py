@@ -54,7 +54,7 @@ class ServedCluster:
 
     def check_nothing_is_held(self) -> None:
         """No lease, reader or half-written chunk is left on any node."""
-        patience = time.monotonic() + 3  # leases are given back without waiting
+        patience = time.monotonic() + 30  # leases are given back without waiting
         while time.monotonic() < patience and any(node.stats().leases for node in self.nodes):
             time.sleep(0.01)
         for node in self.nodes:

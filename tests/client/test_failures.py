@@ -287,7 +287,7 @@ def test_a_coordinator_that_counts_anew_is_believed(tmp_path: Path) -> None:
         view = client._view
         assert view.membership().epoch >= 1
         view._membership = Membership(50, (Member("gone", "127.0.0.1:1"),))
-        patience = time.monotonic() + 5
+        patience = time.monotonic() + 30
         while view.membership().epoch == 50 and time.monotonic() < patience:
             time.sleep(0.02)
         assert view.membership().members[0].endpoint == old.servers[0].address

@@ -184,7 +184,7 @@ def pooled_bytes(client: KVStoreClient) -> int:
     return sum(memory.numel() for memory in client.buffers._free)
 
 
-def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> bool:
+def eventually(condition: Callable[[], bool], within_s: float = 30.0) -> bool:
     """What nobody waits for takes a moment."""
     deadline = time.monotonic() + within_s
     while not condition():

@@ -43,7 +43,7 @@ def test_a_decoder_that_dies_holds_up_nobody(
             with monkeypatch.context() as patched:
                 patched.setattr("kvstore_client.fetch.restore.decode", run_out_of_memory)
                 engine.start()
-                engine.join(10)
+                engine.join(60)
             assert not engine.is_alive()
             assert torch.equal(answers[0], expected)
             assert cached.last_report.fetch is not None

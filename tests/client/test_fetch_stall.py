@@ -23,13 +23,15 @@ from tests.client.test_replicas import Cable, Replicated, put
 CHUNKS = 24
 BANDWIDTH_BPS = 200e6
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
+IMPATIENT = {"failover_s": 0.25, "stall_timeout_s": 3.0}
 WAYS = ["falls silent", "dies"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @contextmanager
 def cabled(folder: Path, *, nodes: int, replicas: int, bulk: bool, **settings: float) -> Iterator[Replicated]:
-    """A client with default patience but for `settings`, behind a slow link to every node; nothing is stored yet."""
+    """A client that soon takes a node for silent, but for `settings`, behind a slow link to every node; nothing is
+    stored yet."""
     with served_cluster(folder, nodes=nodes, replicas=replicas, bulk=bulk) as cluster, ExitStack() as opened:
         cables: list[Cable] = []
         routes: dict[str, str] = {}
@@ -38,7 +40,7 @@ def cabled(folder: Path, *, nodes: int, replicas: int, bulk: bool, **settings: f
             links = [opened.enter_context(ShapedLink(a, bandwidth_bps=BANDWIDTH_BPS)) for a in addresses]
             routes |= {address: link.address for address, link in zip(addresses, links, strict=True)}
             cables.append(Cable(links))
-        client = opened.enter_context(connect(cluster.address, routes=routes, **settings))
+        client = opened.enter_context(connect(cluster.address, routes=routes, **(IMPATIENT | settings)))
         yield Replicated(cluster, client, cables, ids(CHUNKS))
 
 
@@ -77,7 +79,7 @@ def timed_fetch(
 def spoil_in_the_middle(replicated: Replicated, node: int, before_bytes: int, way: str) -> None:
     """When a third of what this node is to bring has come."""
     stored_bytes = replicated.cluster.nodes[node].stats().bytes_used
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while (
         replicated.cables[node].from_target_bytes < before_bytes + stored_bytes / 6
         and time.monotonic() < deadline

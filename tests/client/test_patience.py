@@ -163,7 +163,7 @@ def test_a_slow_link_is_not_a_silent_one(tmp_path: Path, replicas: int) -> None:
     with served_cluster(tmp_path, nodes=2, replicas=replicas, bulk=True) as cluster, ExitStack() as opened:
         with connect(cluster.address) as writer:
             chunk = NewChunk(document[0], lambda: random_kv(1, spec))
-            assert writer.store.put(spec, [chunk]).result(timeout=10) == 1
+            assert writer.store.put(spec, [chunk]).result(timeout=60) == 1
         routes = {}
         for address in [s.address for s in cluster.servers] + [s.address for s in cluster.bulk]:
             link = opened.enter_context(ShapedLink(address, bandwidth_bps=4e6))

@@ -277,7 +277,7 @@ def test_other_bytes_of_the_same_chunk_are_not_mixed(replicated: Replicated) -> 
         for holder in replicated.cluster.nodes:
             if holder is not node:
                 holder.delete([chunk.chunk_id])
-        other.store.put(SPEC, [NewChunk(chunk.chunk_id, lambda: random_kv(99))]).result(timeout=10)
+        other.store.put(SPEC, [NewChunk(chunk.chunk_id, lambda: random_kv(99))]).result(timeout=60)
     node.delete([chunk.chunk_id])
     buffers = replicated.client.buffers.acquire(SPEC, match.tokens)
     assert dict(replicated.client.fetch(match, buffers, None).wait().missing) == {0: "gone"}

@@ -15,6 +15,7 @@ from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel, RequestQueue
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.models import random_prompt, tiny_model
+from tests.client.test_fetch_leaks import eventually
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 FAST_BPS, SLOW_BPS = 10e9, 0.5e6
@@ -97,10 +98,10 @@ def test_what_a_request_finds_counts_once(setup: Setup) -> None:
 def test_a_slow_fetch_does_not_delay_who_needs_none(setup: Setup) -> None:
     setup.link.set_bandwidth(SLOW_BPS)
     slow = setup.queue.submit(setup.long[0], **GREEDY)
-    time.sleep(0.2)
+    assert eventually(lambda: setup.counted("waiting_for_kv") == 1)
     started = time.monotonic()
     for prompt in setup.short:
-        assert torch.equal(setup.queue.submit(prompt, **GREEDY).result(10), setup.expected(prompt))
+        assert torch.equal(setup.queue.submit(prompt, **GREEDY).result(60), setup.expected(prompt))
     assert time.monotonic() - started < PROMPT_S
     assert not slow.done()
     assert setup.counted("waiting_for_kv") == 1
@@ -112,7 +113,7 @@ def test_a_slow_fetch_does_not_delay_who_needs_none(setup: Setup) -> None:
 def test_a_fetch_that_fails_is_computed(setup: Setup) -> None:
     setup.link.set_bandwidth(SLOW_BPS)
     answer = setup.queue.submit(setup.long[0], **GREEDY)
-    time.sleep(0.2)
+    assert eventually(lambda: setup.counted("waiting_for_kv") == 1)
     setup.link.cut()
     assert torch.equal(answer.result(30), setup.expected(setup.long[0]))
     assert setup.cached.last_report.reused_tokens < 256 * 8
@@ -145,9 +146,9 @@ def test_closing_cancels_who_waits(setup: Setup) -> None:
 
 def test_what_the_model_raises_comes_out_of_the_future(setup: Setup) -> None:
     with pytest.raises(ValueError, match="nonsense"):
-        setup.queue.submit(setup.short[0], nonsense=1).result(10)
+        setup.queue.submit(setup.short[0], nonsense=1).result(60)
     assert torch.equal(
-        setup.queue.submit(setup.short[0], **GREEDY).result(10), setup.expected(setup.short[0])
+        setup.queue.submit(setup.short[0], **GREEDY).result(60), setup.expected(setup.short[0])
     )
 
 

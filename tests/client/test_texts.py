@@ -48,7 +48,7 @@ def found(client: KVStoreClient, ids: Sequence[ChunkId]) -> int:
 
 def eventually(condition: Callable[[], bool]) -> bool:
     """Nodes are told what is used without waiting for it."""
-    until_s = time.monotonic() + 5
+    until_s = time.monotonic() + 30
     while not condition() and time.monotonic() < until_s:
         time.sleep(0.01)
     return condition()

@@ -20,7 +20,7 @@ from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_codec.errors import StorageError
 
-SOON_S = 10.0
+SOON_S = 30.0
 
 
 class Faulty:

@@ -44,7 +44,7 @@ def between(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
             # In another thread, because the lock lets its owner in.
             working = threading.Thread(target=steps.pop(0))
             working.start()
-            working.join(10)
+            working.join(60)
             assert not working.is_alive()
         with lock:
             yield

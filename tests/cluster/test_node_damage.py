@@ -114,7 +114,7 @@ def test_two_that_find_the_same_damage_in_memory_drop_one_copy(
         try:
             require_sound(*arguments)
         finally:
-            both_found_it.wait(10)
+            both_found_it.wait(60)
 
     monkeypatch.setattr(memory_tier, "require_sound", find)
     with ThreadPoolExecutor(2) as threads:

@@ -60,7 +60,7 @@ def test_others_are_served_between_two_slices(node: StorageNode) -> None:
         # In another thread, because the lock lets its owner in.
         asking = threading.Thread(target=lambda: served.append(node.lookup(LookupRequest(LONG[:1], EXACT))))
         asking.start()
-        asking.join(10)
+        asking.join(60)
 
     served: list[object] = []
     node.lookup(LookupRequest(LONG, EXACT), proceed=ask)

@@ -24,7 +24,7 @@ def catalogue(tmp_path: Path) -> Iterator[FileCatalogue]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -60,7 +60,7 @@ def read(storage: ServedNode, chunks, ranges, piece_bytes: int = 0) -> dict[int,
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

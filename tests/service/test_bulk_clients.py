@@ -188,7 +188,7 @@ def test_the_port_goes_on_accepting_whatever_went_wrong(port: Port, monkeypatch:
 
     monkeypatch.setattr(port.server, "_begin", fail_once)
     with port.connected() as connected:
-        assert failed.wait(5)
+        assert failed.wait(60)
     with port.connected() as connected:
         connected.sendall(put_frame() + CHUNK.data)
         assert reply(connected).status == pb.PUT_STATUS_STORED

@@ -120,13 +120,13 @@ def test_damage_on_disk_is_data_loss(stub: rpc.CoordinatorStub, tmp_path: Path) 
 def test_idle_uploads_do_not_take_every_thread(stub: rpc.CoordinatorStub) -> None:
     requests: queue.SimpleQueue[pb.PutCalibrationRequest | None] = queue.SimpleQueue()
     idle = [stub.PutCalibration.future(iter(requests.get, None)) for _ in range(MAX_STREAMS + 1)]
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 30
     while not any(call.done() for call in idle):
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
     (refusal,) = [call for call in idle if call.done()]
     assert refusal.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert stub.FindCalibration(pb.FindCalibrationRequest(model_digest=MODEL), timeout=5).digest == b""
+    assert stub.FindCalibration(pb.FindCalibrationRequest(model_digest=MODEL), timeout=60).digest == b""
     for call in idle:
         call.cancel()
         requests.put(None)

@@ -145,8 +145,8 @@ def test_only_rays_processes_of_the_folder_are_ended(parent: Path) -> None:
             assert process.stdout.readline() == b"up\n"
         try:
             with scratch_folder():
-                agent.wait(5)
-                monitor.wait(5)
+                agent.wait(60)
+                monitor.wait(60)
                 assert foreign.poll() is None
                 assert reader.poll() is None
                 assert pager.poll() is None

@@ -25,7 +25,7 @@ WAIT = """
 try:
     try:
         print("ready", flush=True)
-        time.sleep(30)
+        time.sleep(300)
     finally:
         print("stopping", flush=True)
         sys.stdin.readline()
@@ -42,7 +42,7 @@ try:
         signal.signal(signal.SIGTERM, lambda *_: print("not ours"))
         sys.stdin.readline()
     print("ready", flush=True)
-    time.sleep(30)
+    time.sleep(300)
 except KeyboardInterrupt:
     end_by(stop.received)
 """
@@ -50,12 +50,12 @@ except KeyboardInterrupt:
 # A thread that is older than the block takes the signal, and Ray's handler then ends the main thread.
 END_IN_A_LIBRARY = """
 import threading
-threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+threading.Thread(target=time.sleep, args=(300,), daemon=True).start()
 try:
     with deferred():
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
         print("deferring", flush=True)
-        for _ in range(3000):  # the main thread sleeps through a signal that another one takes
+        for _ in range(30_000):  # the main thread sleeps through a signal that another one takes
             time.sleep(0.01)
     print("ready", flush=True)
 except KeyboardInterrupt:
@@ -126,7 +126,7 @@ def ignores(pid: int, number: signal.Signals) -> bool:
 
 
 def running(processes: list[psutil.Process]) -> list[psutil.Process]:
-    _, alive = psutil.wait_procs(processes, timeout=5)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 

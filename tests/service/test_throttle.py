@@ -273,7 +273,7 @@ def test_whoever_waits_goes_on_when_the_limit_is_lifted() -> None:
     time.sleep(0.05)
     assert waiter.is_alive()
     throttle.set(None)
-    waiter.join(5)
+    waiter.join(60)
     assert not waiter.is_alive()
     assert sum(sizes) == 10_000_000
     with pytest.raises(ConfigurationError):

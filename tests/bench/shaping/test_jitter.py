@@ -27,7 +27,7 @@ class NotedLink:
 
     def wait_until_told(self, times: int) -> None:
         while len(self.told) < times:
-            assert self.changed.wait(5)
+            assert self.changed.wait(60)
             self.changed.clear()
 
 

@@ -22,7 +22,7 @@ def test_children_end_with_the_server(tmp_path: Path) -> None:
     (child,) = psutil.Process(process.pid).children()
     process.close()
     assert process.has_ended()
-    child.wait(10)
+    child.wait(60)
     assert not accepts_connections("127.0.0.1", port)
 
 

@@ -61,7 +61,7 @@ class Remote(Library):
         before = [link.from_target_bytes for link in self.links]
 
         def act() -> None:
-            deadline_s = time.monotonic() + 10
+            deadline_s = time.monotonic() + 30
             while time.monotonic() < deadline_s and any(
                 link.from_target_bytes < b + 60_000 for link, b in zip(self.links, before, strict=True)
             ):

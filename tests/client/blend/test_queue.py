@@ -80,7 +80,7 @@ def test_who_waits_for_segments_is_passed_by_who_does_not(queued: Queued) -> Non
     assert eventually(lambda: queued.counted("waiting_for_kv") == 1)
     time.sleep(0.1)
     new = text(300, 800)
-    answer = queued.queue.submit(new[None], segments=[100, 200], **GREEDY).result(10)
+    answer = queued.queue.submit(new[None], segments=[100, 200], **GREEDY).result(60)
     assert torch.equal(answer, queued.plain(new))
     assert not slow.done()
     assert queued.counted("waiting_for_kv") == 1

@@ -160,7 +160,7 @@ def test_chunks_stored_without_features_are_dropped(
         shape = (spec.layers, spec.kv_heads, 256, spec.head_dim)
         (chunk_id,) = client.chunk_ids(spec, random_prompt(256, seed=5)[0].tolist())
         chunk = NewChunk(chunk_id, lambda: (torch.randn(shape), torch.randn(shape)))
-        assert client.store.put(spec, [chunk]).result(10) == 0
+        assert client.store.put(spec, [chunk]).result(60) == 0
         assert counted(client, "store_unencodable") == 1
 
 

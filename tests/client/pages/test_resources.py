@@ -87,7 +87,7 @@ def test_a_job_ends_after_all_its_reads_though_one_of_them_fails(
             failed.set()
             raise ValueError("a mistake")
         under_way.append(wanted)
-        assert failed.wait(10)
+        assert failed.wait(60)
         try:
             return read(self, wanted, hurried=hurried)
         finally:

@@ -130,7 +130,7 @@ def read_request(chunks: list[SampleChunk], ranges: list[tuple[int, int, int]]) 
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -174,7 +174,7 @@ def test_a_put_can_be_cancelled_while_it_waits(either: tuple[Served, Transport])
         yield from steps(first)
         yield start(second)
         yield memoryview(second.data)[:50]
-        goes_on.wait(10)
+        goes_on.wait(60)
         yield memoryview(second.data)[50:]
         yield END
 

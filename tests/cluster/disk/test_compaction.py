@@ -182,7 +182,7 @@ def test_closing_waits_for_a_compaction_that_stops(index: Index, tmp_path: Path)
 
     with ThreadPoolExecutor(1) as executor:
         compacting = executor.submit(index.store.compact, relocate)
-        begun.wait(timeout=10)
+        begun.wait(timeout=60)
         index.store.close()
         assert len(moved) == 1
         assert compacting.result() is False

@@ -37,7 +37,7 @@ def held_up(index: Index) -> Iterator[None]:
 
 def compact_until_well(index: Index) -> None:
     """Until the store is well, as the thread that maintains a node does it."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while index.store.error:
         assert time.monotonic() < deadline, index.store.error
         with suppress(DiskError):
@@ -71,7 +71,7 @@ def test_it_is_noticed_without_a_put(index: Index, tmp_path: Path) -> None:
     for content in range(40):
         index.put(content, sync=True)
     shutil.rmtree(tmp_path / "store")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not (tmp_path / "store").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)

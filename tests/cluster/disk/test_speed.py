@@ -61,7 +61,7 @@ def test_whoever_waits_goes_on_when_the_limit_is_lifted(store: SlowStore) -> Non
     assert any(reader.is_alive() for reader in readers)
     store.read_speed.set(None)
     for reader in readers:
-        reader.join(5)
+        reader.join(60)
     assert not any(reader.is_alive() for reader in readers)
 
 
