@@ -33,6 +33,12 @@ class DiskTier:
         """Whether the node has a disk."""
         return self._catalog.store is not None
 
+    @property
+    def read_unit_bytes(self) -> int:
+        """What the disk reads at least, from an offset that is a multiple of it, bytes. Raises StorageError without a
+        disk."""
+        return self._store.read_unit_bytes
+
     def recover(self) -> None:
         """Rebuilds the index from the records on disk. Call without the lock; may block. Raises DiskError."""
         if not self._store.direct:

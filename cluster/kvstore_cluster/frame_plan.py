@@ -57,32 +57,36 @@ def bytes_of_frames(header: ChunkHeader, first_frame: int, frame_count: int) -> 
     return header.range_bytes(first_frame, frame_count)
 
 
-def blocks_around(ranges: tuple[PlacedRange, ...]) -> BlockRead:
+def blocks_around(ranges: tuple[PlacedRange, ...], block_bytes: int) -> BlockRead:
     """The read of all blocks that contain these ranges, which are in the order of their offsets."""
-    begin, end = _blocks(ranges[0].offset, max(placed.end for placed in ranges))
+    begin, end = _blocks(ranges[0].offset, max(placed.end for placed in ranges), block_bytes)
     return BlockRead(begin, end - begin, ranges)
 
 
 def block_reads(
-    ranges: Iterable[PlacedRange], *, merge: bool = True, most_bytes: int = LARGEST_BYTES
+    ranges: Iterable[PlacedRange],
+    *,
+    merge: bool = True,
+    most_bytes: int = LARGEST_BYTES,
+    block_bytes: int = BLOCK_BYTES,
 ) -> list[BlockRead]:
-    """The reads of these ranges of one chunk, none larger than `most_bytes` unless a single range is. Ranges whose
-    blocks touch or overlap are read together: no byte between them is read for nothing. The read with the first range
-    of the request comes first."""
+    """The reads of these ranges of one chunk, in whole blocks of `block_bytes`, none larger than `most_bytes` unless a
+    single range is. Ranges whose blocks touch or overlap are read together: no byte between them is read for nothing.
+    The read with the first range of the request comes first."""
     groups: list[list[PlacedRange]] = []
     begin = end = 0
     for placed in sorted(ranges, key=lambda placed: (placed.offset, placed.length)):
-        first, last = _blocks(placed.offset, placed.end)
+        first, last = _blocks(placed.offset, placed.end, block_bytes)
         if groups and merge and first <= end and max(end, last) - begin <= most_bytes:
             groups[-1].append(placed)
             end = max(end, last)
         else:
             groups.append([placed])
             begin, end = first, last
-    reads = [blocks_around(tuple(group)) for group in groups]
+    reads = [blocks_around(tuple(group), block_bytes) for group in groups]
     return sorted(reads, key=lambda read: min(placed.index for placed in read.ranges))
 
 
-def _blocks(offset: int, end: int) -> tuple[int, int]:
+def _blocks(offset: int, end: int, block_bytes: int) -> tuple[int, int]:
     """Bounds of the blocks that contain the bytes [offset, end)."""
-    return offset - offset % BLOCK_BYTES, end + -end % BLOCK_BYTES
+    return offset - offset % block_bytes, end + -end % block_bytes

@@ -211,7 +211,10 @@ class FrameRead:
                 yield self._read_now(opened, placed)
             else:
                 on_disk.append(placed)
-        reads = block_reads(on_disk, merge=self._reads.options.merge)
+        if not on_disk:
+            return
+        unit_bytes = self._reads.disk.read_unit_bytes
+        reads = block_reads(on_disk, merge=self._reads.options.merge, block_bytes=unit_bytes)
         opened.uses += len(reads)
         self._waiting.extend((opened, read) for read in reads)
 
@@ -233,7 +236,7 @@ class FrameRead:
         dropped = [placed.index for placed in read.ranges if placed.index in self._dropped]
         if wanted:
             if dropped:
-                read = blocks_around(wanted)
+                read = blocks_around(wanted, self._reads.disk.read_unit_bytes)
             buffer = self._reads.buffers.take(read.length, needed=not self._outstanding)
             if buffer is None:
                 return None
@@ -320,7 +323,7 @@ class FrameRead:
     def _read_alone(self, job: _Job, placed: PlacedRange) -> RangeData:
         """Reads one range of a read that failed as a whole."""
         try:
-            self._fill(job, job.read, blocks_around((placed,)))
+            self._fill(job, job.read, blocks_around((placed,), self._reads.disk.read_unit_bytes))
         except ChunkNotFoundError as error:
             return RangeData(placed.index, [], error)
         return self._verified(job, placed)

@@ -22,6 +22,11 @@ def test_ranges_whose_blocks_touch_are_read_together() -> None:
     assert [{r.index for r in read.ranges} for read in reads] == [{3, 0, 1}, {2}]
 
 
+def test_a_disk_of_small_sectors_reads_less() -> None:
+    reads = block_reads(placed((5000, 3000), (8192, 100), (20000, 100)), block_bytes=512)
+    assert [(read.offset, read.length) for read in reads] == [(4608, 4096), (19968, 512)]
+
+
 def test_without_merging_every_range_is_read_alone() -> None:
     reads = block_reads(placed((5000, 3000), (8192, 100)), merge=False)
     assert [len(read.ranges) for read in reads] == [1, 1]

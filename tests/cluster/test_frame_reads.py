@@ -188,6 +188,29 @@ def test_a_block_that_cannot_be_read_costs_the_ranges_that_need_it(
     assert read_all(node, ranges)[2] == stored_bytes(ranges[2])
 
 
+@pytest.mark.parametrize("unit_bytes", [512, BLOCK_BYTES])
+def test_frames_are_read_in_the_smallest_units_of_the_disk(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch, unit_bytes: int
+) -> None:
+    """A disk that refuses sectors of 512 bytes reads whole blocks, with the same result."""
+    preadv = os.preadv
+
+    def of_units(fd: int, views: Sequence[memoryview], offset: int) -> int:
+        if offset % unit_bytes or any(len(view) % unit_bytes for view in views):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return preadv(fd, views, offset)
+
+    monkeypatch.setattr(os, "preadv", of_units)
+    node = opened()
+    ranges = [Wanted(chunk, frame, 1) for chunk in (0, 2) for frame in (1, 5)]
+    found = read_all(node, ranges)
+    assert all(found[index] == stored_bytes(ranges[index]) for index in found)
+    counters, wanted_bytes = node.stats().counters, sum(len(stored_bytes(one)) for one in ranges)
+    assert counters["frame_disk_bytes"] % unit_bytes == 0
+    if node.stats().gauges["disk_direct"]:
+        assert 0 <= counters["frame_disk_bytes"] - wanted_bytes < 2 * unit_bytes * len(ranges)
+
+
 def test_what_is_dropped_is_not_read(opened: Opened) -> None:
     node = opened(FrameReadOptions(depth=2, merge=False))
     found: dict[int, Exception | None] = {}

@@ -46,6 +46,8 @@ class SegmentFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC if create else os.O_RDONLY
         self._fd = os.open(path, flags | (os.O_DIRECT if direct else 0), 0o644)
         self._direct = direct
+        self.read_unit_bytes = BLOCK_BYTES
+        """Offset, length and memory of a direct read are multiples of this; the opener may know of a smaller one."""
 
     def is_at(self, path: Path) -> bool:
         """Whether `path` still names this file. True when the file system cannot tell."""
@@ -67,7 +69,7 @@ class SegmentFile:
         start = used = 0  # bounds of the part of `scratch` that is not in the batch yet
         for view in views:
             while view.nbytes:
-                if used % BLOCK_BYTES == 0 and view.nbytes >= BLOCK_BYTES and _is_aligned(view):
+                if used % BLOCK_BYTES == 0 and view.nbytes >= BLOCK_BYTES and _is_aligned(view, BLOCK_BYTES):
                     whole = view.nbytes - view.nbytes % BLOCK_BYTES
                     batch += (scratch[start:used], view[:whole]) if used > start else (view[:whole],)
                     start = used
@@ -86,16 +88,16 @@ class SegmentFile:
         self._write_all(offset, batch)
 
     def read(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Fills the views with the bytes from `offset` on. `offset` need not be a multiple of the block size."""
-        scratch = aligned_scratch()
-        batch, rest = _in_place(views) if offset % BLOCK_BYTES == 0 else ([], list(views))
+        """Fills the views with the bytes from `offset` on. Views need not be aligned, nor `offset`."""
+        scratch, unit = aligned_scratch(), self.read_unit_bytes
+        batch, rest = _in_place(views, unit) if offset % unit == 0 else ([], list(views))
         position = offset + sum(view.nbytes for view in batch)
         missing = sum(view.nbytes for view in rest)
         start = offset
         while batch or missing:
-            skip = position % BLOCK_BYTES
+            skip = position % unit
             span = min(skip + missing, scratch.nbytes)
-            window = scratch[: span + -span % BLOCK_BYTES]
+            window = scratch[: span + -span % unit]
             found = self._read_some(start if batch else position - skip, [*batch, window])
             if found < sum(view.nbytes for view in batch) + span:
                 raise FileEndsError(errno.EIO, f"the file ends before byte {position - skip + span}")
@@ -135,7 +137,7 @@ class SegmentFile:
                 if not count:
                     return found
                 found += count
-                if count % BLOCK_BYTES:  # a partial block is the end of the file
+                if count % self.read_unit_bytes:  # a partial block is the end of the file
                     return found
                 batch = _without(batch, count)
         return found
@@ -179,17 +181,17 @@ def disk_error(error: OSError, what: str) -> DiskError:
     return DiskFailedError(f"{what}: {reason}; check that disk")
 
 
-def _is_aligned(view: memoryview) -> bool:
+def _is_aligned(view: memoryview, unit: int) -> bool:
     address: int = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
-    return address % BLOCK_BYTES == 0
+    return address % unit == 0
 
 
-def _in_place(views: Sequence[memoryview]) -> tuple[list[memoryview], list[memoryview]]:
-    """Splits consecutive views into those that direct I/O can fill with whole blocks, and the rest."""
+def _in_place(views: Sequence[memoryview], unit: int) -> tuple[list[memoryview], list[memoryview]]:
+    """Splits consecutive views into those that direct I/O can fill with whole units, and the rest."""
     batch: list[memoryview] = []
     for done, view in enumerate(views):
-        whole = view.nbytes - view.nbytes % BLOCK_BYTES
-        if not whole or not _is_aligned(view):
+        whole = view.nbytes - view.nbytes % unit
+        if not whole or not _is_aligned(view, unit):
             return batch, list(views[done:])
         batch.append(view[:whole])
         if whole < view.nbytes:

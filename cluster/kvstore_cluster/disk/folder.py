@@ -2,14 +2,18 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from kvstore_cluster.disk.file import SegmentFile, disk_error
+from kvstore_cluster.disk.file import SegmentFile, aligned_buffer, disk_error
+from kvstore_cluster.disk.record import BLOCK_BYTES
 from kvstore_cluster.durable import lock_folder, relock_folder, sync_folder
 from kvstore_codec.errors import FolderInUseError
 
-_LOCK_NAME = "store.lock"
+_LOCK_NAME, _TRIAL_NAME = "store.lock", "alignment.tmp"
+_SECTOR_BYTES = 512
+"""Logical block of most disks; others have 4 KiB."""
 _NAME = re.compile(r"segment-(\d{8,})\.(kvs|index)")
 
 
@@ -33,6 +37,7 @@ class StoreFolder:
         except OSError as error:
             raise disk_error(error, f"opening the disk tier in {path}") from error
         self.direct = direct and self._offers_direct()
+        self.read_unit_bytes = self._smallest_read_bytes() if self.direct else BLOCK_BYTES
 
     def restore(self) -> None:
         """Creates and locks the folder again when it was removed. Raises OSError, and BlockingIOError when another
@@ -53,7 +58,9 @@ class StoreFolder:
 
     def open_segment(self, number: int, *, create: bool) -> SegmentFile:
         """Raises OSError."""
-        return self._open_file(self.segment(number), create=create, direct=self.direct)
+        file = self._open_file(self.segment(number), create=create, direct=self.direct)
+        file.read_unit_bytes = self.read_unit_bytes
+        return file
 
     def index(self, number: int) -> Path:
         return self.path / f"segment-{number:08d}.index"
@@ -95,3 +102,21 @@ class StoreFolder:
         except OSError:
             return False
         return True
+
+    def _smallest_read_bytes(self) -> int:
+        """Bytes of the smallest direct read, found by trying: a sector of the device, or a block."""
+        trial = self.path / _TRIAL_NAME
+        memory = aligned_buffer(BLOCK_BYTES)
+        try:
+            trial.write_bytes(bytes(2 * BLOCK_BYTES))
+            descriptor = os.open(trial, os.O_RDONLY | os.O_DIRECT)
+            try:
+                os.preadv(descriptor, [memory[_SECTOR_BYTES : 2 * _SECTOR_BYTES]], _SECTOR_BYTES)
+            finally:
+                os.close(descriptor)
+        except OSError:  # it reads whole blocks only, or is full or read-only
+            return BLOCK_BYTES
+        finally:
+            with suppress(OSError):
+                trial.unlink(missing_ok=True)
+        return _SECTOR_BYTES

@@ -73,6 +73,11 @@ class SegmentStore:
         return self._folder.direct
 
     @property
+    def read_unit_bytes(self) -> int:
+        """Offsets and lengths of reads are best multiples of this: what the disk reads at least."""
+        return self._folder.read_unit_bytes
+
+    @property
     def capacity_bytes(self) -> int:
         """Live bytes for which compaction can always make room. Less than the limit allows while the disk is full."""
         return min(int(self._log.put_limit_bytes * _LIVE_SHARE), self._log.fitting_bytes)
@@ -131,7 +136,7 @@ class SegmentStore:
 
     def read(self, location: Location, offset: int, views: Sequence[memoryview]) -> None:
         """Fills the views with the chunk's bytes from `offset` on, without verifying them. Reads directly, without a
-        copy, into page-aligned memory from an offset that is a multiple of 4 KiB.
+        copy, into aligned memory from an aligned offset: both are multiples of `read_unit_bytes`.
 
         Raises ChunkNotFoundError when the chunk was deleted or moved: look up its location again. Raises
         TruncatedChunkError when its file was truncated, and DiskFailedError when the disk cannot read it after retries.
