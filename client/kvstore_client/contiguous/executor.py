@@ -63,28 +63,29 @@ class Reprefill:
         """The set of each period that was computed."""
 
     def compute(self, *, states: bool = False) -> torch.Tensor:
-        """Compute the question. With `states` the hidden states that leave the last layer are returned,
-        `[1, tokens, hidden]`; otherwise its attention is not computed. Raises FetchIncompleteError when too much of a
-        set did not arrive."""
+        """Compute the question. Returns the hidden state of its last token that leaves the last layer,
+        `[1, 1, hidden]`; with `states` those of all its tokens, `[1, tokens, hidden]`. Raises FetchIncompleteError when
+        too much of a set did not arrive."""
         decoder = self._decoder
         hidden = decoder.embed(self._question)
         for period in range(self._grid.periods):
             layers = self._grid.layers_of(period)
             for layer in layers:
                 made = decoder.project(layer, hidden, self._rotary)
+                queries = made.queries
                 if layer == layers.start:
-                    held = self._place(period, layers, made.queries)
+                    held = self._place(period, layers, hidden, queries)
                     end = held + len(self._question)
                     mask = CausalBlocks(torch.arange(held, end, device=self._keys.device), self._keys.dtype)
                 self._keys[layer, :, held:end] = made.keys
                 self._values[layer, :, held:end] = made.values
                 if layer == decoder.layers - 1 and not states:
-                    break
+                    hidden, queries = hidden[:, -1:], queries[:, -1:]
+                    mask = CausalBlocks(
+                        torch.arange(end - 1, end, device=self._keys.device), self._keys.dtype
+                    )
                 attended = mask.attend(
-                    made.queries,
-                    self._keys[layer, :, :end],
-                    self._values[layer, :, :end],
-                    decoder.scale(layer),
+                    queries, self._keys[layer, :, :end], self._values[layer, :, :end], decoder.scale(layer)
                 )
                 hidden = decoder.finish(layer, hidden, attended)
         return hidden
@@ -98,16 +99,15 @@ class Reprefill:
                 self._shrink(period, chosen, fewest)
         return fewest * self._grid.frame_tokens
 
-    def _place(self, period: int, layers: range, queries: torch.Tensor) -> int:
+    def _place(self, period: int, layers: range, hidden: torch.Tensor, queries: torch.Tensor) -> int:
         """Load a period's set into the buffers. Returns its tokens."""
         grid = self._grid
-        if self._scorer is None:
-            scores = torch.full((grid.frames,), 1 / grid.frames, device="cpu")
-        else:
-            scores = self._scorer(
-                period, queries[:, -SCORED_TOKENS:], self._decoder.scale(layers.start)
-            ).cpu()
-        loaded = self._loader.take(period, choose(scores, self._count))
+        scores = self._scores(period, queries)
+        chosen = choose(scores, self._count)
+        self._loader.begin(period, chosen)
+        if period + 1 < grid.periods:
+            self._loader.read_ahead(period + 1, self._expected(period + 1, hidden))
+        loaded = self._loader.take(period, chosen)
         if len(loaded) < _LEAST_SHARE * self._count:
             raise FetchIncompleteError(f"{self._count - len(loaded)} of {self._count} frames did not arrive")
         if not loaded.keys() >= set(range(SINK_FRAMES)):
@@ -122,6 +122,22 @@ class Reprefill:
         self.sets.append(PeriodSet(frames, attention))
         self._loader.keep(period, loaded, dict(zip(frames, attention, strict=True)))
         return len(frames) * tokens
+
+    def _scores(self, period: int, queries: torch.Tensor) -> torch.Tensor:
+        """Share of the question's attention that each frame is expected to receive, f32 `[frames]` in host memory."""
+        if self._scorer is None:
+            return torch.full((self._grid.frames,), 1 / self._grid.frames, device="cpu")
+        scale = self._decoder.scale(self._grid.layers_of(period).start)
+        return self._scorer(period, queries[:, -SCORED_TOKENS:], scale).cpu()
+
+    def _expected(self, period: int, hidden: torch.Tensor) -> list[int]:
+        """The set that a period will probably have, from hidden states that have not passed the period before it."""
+        if self._scorer is None:
+            return list(range(self._grid.frames))
+        asking = min(SCORED_TOKENS, hidden.shape[1])
+        table = self._rotary.at(slice(hidden.shape[1] - asking, hidden.shape[1]))
+        made = self._decoder.project(self._grid.layers_of(period).start, hidden[:, -asking:], table)
+        return choose(self._scores(period, made.queries), self._count)
 
     def _shrink(self, period: int, chosen: PeriodSet, fewest: int) -> None:
         kept = choose(torch.tensor(chosen.attention, device="cpu"), fewest)

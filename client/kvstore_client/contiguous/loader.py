@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 ReadFrames = Callable[[Sequence[ReadTask]], FrameRead]
 """Starts to read ranges of frames, and returns at once (`KVStoreClient.read_frames`)."""
 
-_READS_AT_ONCE = 2
-"""Reads whose results are decoded at once: the rest of a period's set, and what is read ahead for the next period."""
+_READS_AT_ONCE = 3
+"""Reads whose results are decoded at once: what was read ahead for a period, the rest of its set, and what is read
+ahead for the next period."""
 
 _Place: TypeAlias = tuple[int, int]
 """Period and index of a frame."""
@@ -36,9 +37,9 @@ _Place: TypeAlias = tuple[int, int]
 class FrameLoader:
     """Loads the frames of a prefix period by period, for one request. One thread calls it. Never raises.
 
-    `take` returns a period's set. When all of it is there, the same frames of the next period are requested, because
-    the sets of neighbouring periods overlap (ContiguousKV, inter-period prefetch): they are read while the engine
-    computes. The next `take` cancels what proved wrong and requests only the difference.
+    For each period, in order: `begin` requests its set, `read_ahead` requests what the next period will probably need,
+    and `take` returns the set. So while the engine waits for one period and computes it, the next one is read
+    (ContiguousKV, inter-period prefetch). The next `begin` cancels what proved wrong and requests only the difference.
     """
 
     def __init__(
@@ -79,11 +80,23 @@ class FrameLoader:
         """Counts frames whose bytes are awaited."""
         self._workers = ThreadPoolExecutor(_READS_AT_ONCE, "kvstore-reprefill")
 
-    def take(self, period: int, chosen: Sequence[int]) -> dict[int, torch.Tensor]:
-        """The frames of a period's set by index, as FrameDecoder returns them. Waits for them; frames that are evicted,
-        damaged or too late are left out. Call it once for each period, in order."""
+    def begin(self, period: int, chosen: Sequence[int]) -> None:
+        """Start to read a period's set, and give up what was read ahead for the period in vain. Does not block."""
         self._cancel_others(period, chosen)
         self._request(period, chosen)
+
+    def read_ahead(self, period: int, expected: Sequence[int]) -> None:
+        """Start to read frames that a period's set will probably have. Does not block."""
+        if not self._read_ahead:
+            return
+        self._request(period, expected)
+        self._ahead |= {(period, index) for index in expected}
+        self._report.frames_speculated += len(expected)
+
+    def take(self, period: int, chosen: Sequence[int]) -> dict[int, torch.Tensor]:
+        """The frames of a period's set by index, as FrameDecoder returns them. Begins to read them, unless `begin` did,
+        and waits for them; frames that are evicted, damaged or too late are left out. Call it once for each period."""
+        self.begin(period, chosen)
         needed = [(period, index) for index in chosen]
         read = [index for index in chosen if (period, index) in self._asked]
         report = self._report
@@ -96,10 +109,6 @@ class FrameLoader:
         report.waited_s += time.monotonic() - began_s
         for index in set(chosen).difference(taken):
             report.missing[self._lost.get((period, index), MissReason.INTERNAL_ERROR)] += 1
-        if self._read_ahead and period + 1 < self._grid.periods:
-            self._request(period + 1, chosen)
-            self._ahead |= {(period + 1, index) for index in chosen}
-            report.frames_speculated += len(chosen)
         return taken
 
     def keep(self, period: int, frames: Mapping[int, torch.Tensor], attention: Mapping[int, float]) -> None:

@@ -68,12 +68,13 @@ class PartialPrefix:
             decoder, self.question, grid, plan.count, plan.scorer, self._loader, self.kv, question_rotary
         )
 
-    def compute(self) -> int | None:
-        """Compute the question's tokens into `kv`. Returns the number of prefix tokens there; None when too much of a
-        set did not arrive, or this process has no memory left."""
+    def compute(self) -> tuple[int, torch.Tensor] | None:
+        """Compute the question's tokens into `kv`. Returns the number of prefix tokens there, and the hidden state of
+        the last token that leaves the last layer, `[1, 1, hidden]`; None when too much of a set did not arrive, or this
+        process has no memory left."""
         try:
             with torch.inference_mode(), self._timeline.span("compute", "question over a part of the prefix"):
-                self._reprefill.compute()
+                state = self._reprefill.compute()
                 held = self._reprefill.align()
         except FetchIncompleteError as error:
             self._client.metrics.missed(
@@ -87,7 +88,7 @@ class PartialPrefix:
             )
             return None
         self._attended(held)
-        return held
+        return held, state
 
     @torch.inference_mode()
     def question_states(self) -> torch.Tensor:

@@ -98,11 +98,14 @@ class EngineCall(Protocol):
         reused: KVBuffers | None = None,
         arrives: LayerArrives | None = None,
         left_out: int = 0,
+        state: torch.Tensor | None = None,
     ) -> PromptPass:
         """A pass over the first `capture.first_token` tokens in `reused`. `arrives` is called for each layer before the
         layer is read (None: all layers are there). Without `reused`, a pass over an empty cache. The captured tokens
         may be written into `reused` behind the reused ones. `capture` is active while the pass runs.
 
         With `left_out`, that many of the first tokens are not in `reused` (and all layers are there): later tokens do
-        not attend to them, and keep their positions."""
+        not attend to them, and keep their positions. With `state`, the hidden state of the prompt's last token that
+        leaves the last layer, `[1, 1, hidden]`, the token is computed and its KV in `reused` (and all layers are
+        there): only its logits are left to compute."""
         ...

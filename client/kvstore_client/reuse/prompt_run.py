@@ -65,9 +65,10 @@ class PromptRun:
         """Compute the prompt's last token behind the KV of all others."""
         return self._pass(self._capture(len(self._call.tokens) - 1), kv)
 
-    def over_part(self, kv: KVBuffers, left_out: int) -> GenerationResult:
-        """Like `over`, where the KV of `left_out` earlier tokens is not in `kv`."""
-        return self._pass(self._capture(len(self._call.tokens) - 1), kv, left_out=left_out)
+    def over_part(self, kv: KVBuffers, left_out: int, state: torch.Tensor) -> GenerationResult:
+        """Answer behind the KV of all tokens of the prompt but `left_out` earlier ones. `state` is the hidden state of
+        the last token that leaves the last layer, `[1, 1, hidden]`."""
+        return self._pass(self._capture(len(self._call.tokens) - 1), kv, left_out=left_out, state=state)
 
     def _capture(self, first_token: int) -> KeyCapture:
         return KeyCapture(self._layers, first_token)
@@ -91,10 +92,11 @@ class PromptRun:
         reused: KVBuffers | None = None,
         arrives: LayerArrives | None = None,
         left_out: int = 0,
+        state: torch.Tensor | None = None,
     ) -> GenerationResult:
         """Run the call over reused KV."""
-        attempt = self._call.prompt_pass(capture, reused, arrives, left_out)
-        storing = self._parts.storing.active and not left_out
+        attempt = self._call.prompt_pass(capture, reused, arrives, left_out, state)
+        storing = self._parts.storing.active and state is None
         # A few tokens mostly wait for fetched KV; more of them take the processor from the fetch.
         waits = len(self._call.tokens) - capture.first_token < CHUNK_TOKENS
         computing = self._parts.client.links.computing(request=self._timeline, waits=waits)

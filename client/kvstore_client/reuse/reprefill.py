@@ -108,11 +108,12 @@ class ReprefillGeneration(ReusingGeneration):
             return None
         try:
             with parts.client.links.computing(request=self.timeline):
-                held = partial.compute()
-            if held is None:
+                computed = partial.compute()
+            if computed is None:
                 return None
+            held, state = computed
             run = PromptRun(parts, self.call, self.snapshot.spec.layers, self.timeline)
-            generated = run.over_part(partial.kv, plan.grid.tokens - held)
+            generated = run.over_part(partial.kv, plan.grid.tokens - held, state)
         finally:
             partial.close()
             parts.client.metrics.reprefilled(partial.report)

@@ -44,6 +44,7 @@ def test_the_next_period_is_read_ahead_and_only_the_difference_later(
     prefix: Prefix, loader: FrameLoader
 ) -> None:
     check(prefix, 0, loader.take(0, [0, 2, 5]), [0, 2, 5])
+    loader.read_ahead(1, [0, 2, 5])
     assert prefix.asked(0) == [(0, 0), (0, 2), (0, 5)]
     assert prefix.asked(1) == [(1, 0), (1, 2), (1, 5)]
     check(prefix, 1, loader.take(1, [0, 3, 5, 7]), [0, 3, 5, 7])
@@ -58,6 +59,7 @@ def test_the_next_period_is_read_ahead_and_only_the_difference_later(
 def test_reading_ahead_can_be_switched_off(prefix: Prefix) -> None:
     loader = prefix.loader(read_ahead=False)
     loader.take(0, [0, 2])
+    loader.read_ahead(1, [0, 2])
     assert len(prefix.reads) == 1
     loader.take(1, [0, 3])
     assert prefix.asked(1) == [(1, 0), (1, 3)]
@@ -72,16 +74,19 @@ def test_what_proved_wrong_is_cancelled() -> None:
 
     def take(period: int, chosen: list[int], reads: int) -> threading.Thread:
         """Take in a thread that has made so many reads."""
+        loader.begin(period, chosen)
+        if period == 0:
+            loader.read_ahead(1, chosen)
         taking = threading.Thread(target=lambda: found.append(loader.take(period, chosen)))
         taking.start()
         while len(slow.reads) < reads:
             taking.join(0.001)
         return taking
 
-    first = take(0, [0, 1, 2], reads=1)
+    first = take(0, [0, 1, 2], reads=2)
+    assert slow.asked(1) == [(1, 0), (1, 1), (1, 2)]
     slow.deliver(slow.reads[0])
     first.join()
-    assert slow.asked(1) == [(1, 0), (1, 1), (1, 2)]
     second = take(1, [0, 3], reads=3)
     assert slow.reads[1].cancelled(0) == [1, 2]
     for read in slow.reads[1:]:
@@ -113,6 +118,7 @@ def test_cached_frames_are_not_read_ahead(prefix: Prefix) -> None:
     first.close()
     second = prefix.loader()
     second.take(0, [0, 3])
+    second.read_ahead(1, [0, 3])
     check(prefix, 1, second.take(1, [0, 3]), [0, 3])
     assert len(prefix.reads) == 2
     second.close()

@@ -129,8 +129,11 @@ class Cache:
         reused: KVBuffers | None = None,
         arrives: LayerArrives | None = None,
         left_out: int = 0,
+        computed: int = 0,
     ) -> None:
-        self.capture, self.tokens, self.left_out = capture, capture.first_token, left_out
+        """`computed` tokens behind the reused ones are in the buffers, too."""
+        self.capture, self.left_out = capture, left_out
+        self.tokens = capture.first_token + computed
         self._reused, self._arrives = reused, arrives
         self.keys: Tensors = []
         self.values: Tensors = []
@@ -138,7 +141,7 @@ class Cache:
     def put(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values of a layer, these behind those that were there."""
         if layer == len(self.keys):
-            first = self.capture.first_token - self.left_out
+            first = self.tokens - self.left_out
             if self._arrives is not None:
                 self._arrives(layer)
             empty = keys[:, :0]
@@ -209,18 +212,21 @@ class Call:
         reused: KVBuffers | None = None,
         arrives: LayerArrives | None = None,
         left_out: int = 0,
+        state: torch.Tensor | None = None,
     ) -> "_Pass":
         self.passes += 1
-        return _Pass(self, Cache(capture, reused, arrives, left_out))
+        computed = int(state is not None)
+        return _Pass(self, Cache(capture, reused, arrives, left_out, computed), state)
 
 
 class _Pass:
-    def __init__(self, call: Call, cache: Cache) -> None:
-        self._call, self._cache = call, cache
+    def __init__(self, call: Call, cache: Cache, state: torch.Tensor | None = None) -> None:
+        self._call, self._cache, self._state = call, cache, state
 
     def run(self) -> EngineOutput:
-        call, sequence = self._call, self._call.tokens
-        states = call.decoder.forward(sequence[self._cache.tokens :], self._cache)
+        call, sequence, states = self._call, self._call.tokens, self._state
+        if states is None:
+            states = call.decoder.forward(sequence[self._cache.tokens :], self._cache)
         for number in range(call.new_tokens):
             token = call.decoder.next_token(states)
             sequence = torch.cat((sequence, token))

@@ -81,6 +81,11 @@ class PlacedLayer(CapturedLayer):
         self._show(end)
         return self.keys.to(key_states.device), self.values.to(value_states.device)
 
+    def advance(self, tokens: int) -> None:
+        """Count in tokens whose KV is in the buffers, behind the others."""
+        self._capture.cached(self._layer, tokens)
+        self._show(self.keys.shape[-2] + tokens)
+
     def _show(self, tokens: int) -> None:
         self.keys, self.values = self._all_keys[:, :, :tokens], self._all_values[:, :, :tokens]
 

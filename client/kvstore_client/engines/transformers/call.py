@@ -17,6 +17,7 @@ from kvstore_client.engines.transformers.cache import (
     placed_cache,
     whole_tokens,
 )
+from kvstore_client.engines.transformers.first_step import with_first_step
 from kvstore_client.recompute import Recompute
 from kvstore_client.reuse.call import ComputedKV, EngineOutput, LayerArrives
 from kvstore_client.reuse.capture import KeyCapture
@@ -61,10 +62,11 @@ class GenerateCall:
         reused: KVBuffers | None = None,
         arrives: LayerArrives | None = None,
         left_out: int = 0,
+        state: torch.Tensor | None = None,
     ) -> "GeneratePass":
         if reused is None:
             cache = empty_cache(capture, self._model.config.num_hidden_layers)
-        elif left_out:
+        elif left_out or state is not None:
             cache = partial_cache(reused, capture, left_out)
         elif arrives is None:
             cache = placed_cache(reused, capture)
@@ -73,7 +75,8 @@ class GenerateCall:
         streamer = self._arguments.get("streamer")
         if streamer is not None:
             streamer.expect_prompt()
-        return GeneratePass(self._model, self._prompt, cache, capture, self._arguments)
+        model = self._model if state is None else with_first_step(self._model, state)
+        return GeneratePass(model, self._prompt, cache, capture, self._arguments)
 
     @property
     def _prompt(self) -> torch.Tensor:
