@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,7 @@ from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.cli.console import output, print_table
 from kvstore_service.cli.stages import Stages
-from kvstore_service.models import DType
+from kvstore_service.models import SMOLLM2, DType
 
 if TYPE_CHECKING:
     from kvstore_bench.reprefill import Result
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 _GRID = "Budgets and encodings"
 _SYSTEMS = "contiguous,impress,as_h2o_lru,full,cold"
-_BUDGETS, _DISKS = ".05,.1,.25,.5", "unthrottled,nvme,ssd,hdd"
+_BUDGETS, _DISKS = ".05,.1,.25,.5", "unthrottled,nvme,ssd,hdd,balanced,even"
 _STAGES = {
     "read": "reading texts with the model", "fit": "fitting the transforms", "measure": "measuring steps",
     "start": "storing the prefix", "ask": "asking",
 }  # fmt: skip
 _DIGITS = {
     "budget": 2, "ttft_s": 3, "p95_s": 3, "MB": 2, "amplification": 2, "tokens_read": 0, "kl": 4, "top1": 3,
-    "right": 2, "cache_hit_rate": 2, "idle_io_fraction": 2, "idle_compute_fraction": 2,
+    "right": 2, "cache_hit_rate": 2, "idle_io_fraction": 2, "idle_compute_fraction": 2, "faster": 2, "faster_p95": 2,
+    "tokens_read_ratio": 1, "factor": 2,
 }  # fmt: skip
 
 
@@ -35,8 +36,9 @@ def reprefill(
     system: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: contiguous, contiguous-no-ahead, contiguous-no-cache, impress, impress-16, "
-            "impress-reordered, as_h2o_lru, as_h2o_lfu, full, cold.",
+            help="Comma-separated: contiguous; contiguous-no-ahead, contiguous-no-cache, contiguous-bare (neither), "
+            "contiguous-by-layer (no periods); contiguous-64, contiguous-32, contiguous-16 (tokens of a frame); "
+            "impress, impress-16, impress-reordered, as_h2o_lru, as_h2o_lfu, full, cold.",
             show_default=_SYSTEMS,
         ),
     ] = None,
@@ -47,7 +49,8 @@ def reprefill(
     disk: Annotated[
         str | None,
         typer.Option(
-            help="Disks, comma-separated: unthrottled, nvme (3.5 GB/s), ssd (550 MB/s), hdd (160 MB/s).",
+            help="Disks, comma-separated: unthrottled, nvme (3.5 GB/s), ssd (550 MB/s), hdd (160 MB/s), balanced "
+            "(impress waits for it 70 % of the time), even (contiguous reads for as long as it computes).",
             show_default=_DISKS,
         ),
     ] = None,
@@ -69,6 +72,15 @@ def reprefill(
     ] = None,
     dtype: Annotated[
         DType | None, typer.Option(help="Dtype of model and KV.", show_default=NATIVE_DTYPE)
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help=f"{SMOLLM2}, or a folder with a model in transformers format.")
+    ] = SMOLLM2,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Begin no further row after this time. Ctrl-C also keeps what was measured."
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="A short run: fewer values of every option that is not given.")
@@ -98,12 +110,12 @@ def reprefill(
     """Measure questions about a long stored prefix of which only a part is read, by system, budget and disk.
 
     The baselines read the same KV, uncompressed, from a local file without a network; ours goes through the service.
-    KL compares predictions with those over the whole prefix.
+    KL compares predictions with those over the whole prefix. The rates of balanced disks are measured first.
     """
     require_packages("grpc_reflection", "psutil", "ray", "transformers")
     require_outputs(json_file, plot)
     from kvstore_bench import write_results
-    from kvstore_bench.reprefill import Options, run
+    from kvstore_bench.reprefill import Options, gain, run, speedups, targets
     from kvstore_bench.reprefill.grid import BUDGETS, ENCODINGS, GridOptions, run_grid
     from kvstore_bench.reprefill.grid import RATES_Bps as GRID_RATES_Bps
     from kvstore_bench.reprefill.plot import plot_reprefill
@@ -136,11 +148,14 @@ def reprefill(
         probes,
         dtype or DType(native_dtype()),
         encoding or "exact-zstd",
+        model,
+        minutes,
     )
     with Stages(output(), _STAGES) as stages:
         result = run(options, stages)
-    _show(result)
-    write_results(result.rows, json_file, result.meta)
+    tables = {"speedups": speedups(result.rows), "gain": gain(result.rows), "targets": targets(result.rows)}
+    _show(result, **tables)
+    write_results(result.rows, json_file, result.meta, **tables)
     if plot is not None:
         plot_reprefill(result.rows, plot)
 
@@ -156,7 +171,12 @@ def _shares(text: str) -> list[float]:
         raise ConfigurationError(f"--budget {text!r}: numbers from 0 to 1, separated by commas") from None
 
 
-def _show(result: "Result") -> None:
+def _show(
+    result: "Result",
+    speedups: list[dict[str, Any]],
+    gain: list[dict[str, Any]],
+    targets: list[dict[str, Any]],
+) -> None:
     columns = {
         "system": "system", "budget": "budget", "TTFT s": "ttft_s", "p95 s": "p95_s", "MB read": "MB",
         "amplified": "amplification", "tokens read": "tokens_read", "hits": "cache_hit_rate",
@@ -169,8 +189,21 @@ def _show(result: "Result") -> None:
             for row in result.rows
             if row["disk"] == disk
         ]
-        title = f"{disk}, a prefix of {rows[0]['prefix_tokens']} tokens, {result.meta['dtype']}"
+        rate = rows[0]["disk_bandwidth_Bps"]
+        speed = "" if rate is None else f" ({rate / 1e6:.0f} MB/s)"
+        title = f"{disk}{speed}, a prefix of {rows[0]['prefix_tokens']} tokens, {result.meta['dtype']}"
         print_table(result_table(title, columns, rows, _DIGITS))
+    if speedups:
+        columns = {
+            "disk": "disk", "budget": "budget", "system": "system", "x slower": "faster", "p95 x slower": "faster_p95",
+            "its idle compute": "idle_compute_fraction", "tokens read x": "tokens_read_ratio",
+        }  # fmt: skip
+        print_table(result_table("other systems against contiguous", columns, speedups, _DIGITS))
+    if gain:
+        columns = {"disk": "disk", "budget": "budget", "part": "part", "factor": "factor"}
+        print_table(result_table("what the gain over impress consists of", columns, gain, _DIGITS))
+    if targets:
+        print_table(targets_table("targets of re-prefill", targets, digits=3))
 
 
 def _show_grid(rows: "Sequence[Row]", targets: "Sequence[Row]") -> None:

@@ -39,7 +39,7 @@ class Baselines:
         self._rotary: RotaryTable = rotary_tables(model, tokens + longest, model.dtype, "cpu")[0]
         kv_heads, _, head_dim = self._keys[0].shape
         self._shape = KVShape(len(self._keys), kv_heads, tokens, head_dim, self._keys[0].dtype)
-        self._probes = range(min(probes, kv_heads))
+        self._probes = min(probes, kv_heads)
 
     def make(self, name: str, budget: float, cache_bytes: float, rate_Bps: float | None) -> Layerwise:  # noqa: N803
         """The baseline of this name, with its file written. Raises ConfigurationError for an unknown name."""
@@ -48,7 +48,7 @@ class Baselines:
         is_impress = name.startswith("impress")
         chunk_tokens = 16 if name == "impress-16" else _BLOCK_TOKENS
         path = self._folder / f"{name}.kv"
-        file = KVFile(path, self._shape, chunk_tokens, self._probes if is_impress else (), rate_Bps)
+        file = KVFile(path, self._shape, chunk_tokens, self._probes if is_impress else 0, rate_Bps)
         keys, values = self._keys, self._values
         if name == "impress-reordered":
             orders = self._orders(budget)

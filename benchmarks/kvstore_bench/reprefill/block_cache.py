@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ class BlockCache:
         self._uses: dict[BlockKey, BlockUse] = {}
         self._clock = itertools.count(1)
         self._size_bytes = 0
+        self._heap: list[tuple[float, int, BlockKey]] = []
+        """Rank and number of each use of a block; only the latest use of a block counts."""
 
     def get(self, key: BlockKey) -> torch.Tensor | None:
         return self._blocks.get(key)
@@ -60,6 +63,8 @@ class BlockCache:
         if key not in self._blocks:
             self._blocks[key] = block
             self._size_bytes += block.nbytes
+        heapq.heappush(self._heap, (self._rank(use), use.last, key))
         while self._size_bytes > self._limit_bytes:
-            victim = min(self._blocks, key=lambda k: self._rank(self._uses[k]))
-            self._size_bytes -= self._blocks.pop(victim).nbytes
+            _, number, victim = heapq.heappop(self._heap)
+            if self._uses[victim].last == number:
+                self._size_bytes -= self._blocks.pop(victim).nbytes

@@ -59,4 +59,5 @@ class AttentionStoreH2O(Layerwise):
             self._cache.used((layer, chunk), block)
         counts.reading_s += time.perf_counter() - began_s
         counts.bytes_needed += self.count * file.shape.token_bytes
-        return torch.cat([blocks[chunk] for chunk in range(file.chunks)], 2)
+        joined = torch.cat([blocks[chunk] for chunk in range(file.chunks)], 1)
+        return joined.view(2, file.shape.kv_heads, *joined.shape[1:])

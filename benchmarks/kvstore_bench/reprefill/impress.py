@@ -1,9 +1,9 @@
 """IMPRESS, as far as its publication says: important tokens by probe heads, chunks that hold them read in time.
 
 Each layer reads the keys of its probe heads whole, synchronously, scores the prefix's tokens with them, and reads the
-chunks that hold important tokens. A model with as many KV heads as probes reads all its keys. Layers whose probes
-disagree read everything. The file's order of tokens may put those together that earlier questions found important
-(reordering): keys are stored after RoPE, so their order does not matter to attention.
+chunks that hold important tokens, without the keys that it has. A model with as many KV heads as probes reads all its
+keys. Layers whose probes disagree read everything. The file's order of tokens may put those together that earlier
+questions found important (reordering): keys are stored after RoPE, so their order does not matter to attention.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ class Impress(Layerwise):
         counts.waited_s += time.perf_counter() - began_s
         counts.reading_s = counts.waited_s
         group = queries.shape[0] // file.shape.kv_heads
-        asked = torch.cat([queries[head * group : (head + 1) * group] for head in file.probes])
-        scores = token_scores(asked, probes, self.decoder.scale(layer))
+        scores = token_scores(queries[: file.probes * group], probes, self.decoder.scale(layer))
         important = scores.sum(0).topk(self.count).indices
         if _disagree(scores, self.count):
             important = torch.arange(file.shape.tokens, device="cpu")
@@ -59,10 +58,11 @@ class Impress(Layerwise):
         per_chunk = torch.bincount(chunk_of, minlength=file.chunks)
         wanted: list[int] = per_chunk.nonzero().flatten().tolist()
         blocks = self._load(layer, wanted, per_chunk, counts)
-        rows = torch.cat([blocks[chunk] for chunk in wanted], 2)
+        rows = torch.cat([blocks[chunk] for chunk in wanted], 1)
         places = torch.searchsorted(torch.tensor(wanted, device="cpu"), chunk_of) * file.chunk_tokens
         places += tokens % file.chunk_tokens
-        return rows[0][:, places], rows[1][:, places]
+        other_keys, values = rows[:, places].tensor_split([file.shape.kv_heads - file.probes])
+        return torch.cat((probes[:, tokens], other_keys)), values
 
     def _load(
         self, layer: int, wanted: Sequence[int], important: torch.Tensor, counts: Counts

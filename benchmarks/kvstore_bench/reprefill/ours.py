@@ -13,8 +13,10 @@ from kvstore_bench.reprefill.systems import Asked
 from kvstore_client import connect
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.fetch import FetchReport
+from kvstore_client.reuse.report import GenerationReport
 from kvstore_client.settings import AUTO, Budget
 from kvstore_codec.errors import StartupError
+from kvstore_service.cluster_stats import cluster_stats
 
 _ANSWER: dict[str, Any] = {"max_new_tokens": 1, "min_new_tokens": 1, "do_sample": False}
 PATIENT: dict[str, Any] = {"lookup_timeout_s": 20.0, "fetch_timeout_s": 600.0, "stall_timeout_s": 60.0}
@@ -48,45 +50,33 @@ class Reusing:
     def __init__(
         self, address: str, model: PreTrainedModel, prompts: Prompts, budget: Budget | None, **settings: Any
     ) -> None:
-        self.name = "full" if budget is None else "contiguous"
-        self._prompts, self._budget = prompts, budget
+        self._address, self._prompts, self._budget = address, prompts, budget
         self._client = connect(address, **(PATIENT | {"fetch_policy": "fixed"} | settings))
         self._cached = CachedModel(model, self._client, store=False)
         self._client.prepare(self._cached.spec).result()
 
     def ask(self, question: Question) -> Asked:
         prompt = self._prompts.prompt(question)
+        disk_bytes = self._disk_bytes()
         began_s = time.perf_counter()
         self._cached.generate(prompt, budget=self._budget, **_ANSWER)
         ttft_s = time.perf_counter() - began_s
         report = self._cached.last_report
-        timeline = report.timeline
         read = report.reprefill
         if read is None and self._budget in (None, AUTO):
-            fetched = report.fetch
-            if not isinstance(fetched, FetchReport) or fetched.missing:
-                raise StartupError(f"the prefix was not reused in full: {report.why_not}")
-            size = fetched.received_bytes
-            return Asked(
-                ttft_s,
-                size,
-                size,
-                report.reused_tokens,
-                0.0,
-                timeline.busy_s("wait"),
-                timeline.busy_s("receive"),
-            )
+            return self._asked_in_full(report, ttft_s)
         if read is None or read.frames_missing:
             raise StartupError(f"the question was not answered over a part of its prefix: {report.why_not}")
+        bytes_read = self._disk_bytes() - disk_bytes
         periods = len(read.sets)
         tokens_per_frame = read.attended_tokens // len(read.sets[0])
         return Asked(
             ttft_s,
-            read.bytes_read,
+            bytes_read + read.summary_bytes,
             read.bytes_needed,
             read.frames_read * tokens_per_frame / periods,
             read.cache_hit_rate,
-            read.waited_s,
+            read.waited_s + report.timeline.busy_s("lookup"),
             read.reading_s,
         )
 
@@ -102,6 +92,17 @@ class Reusing:
     def forget(self) -> None:
         """Empty the cache of frames."""
         self._client.frame_cache.clear()
+
+    def _asked_in_full(self, report: GenerationReport, ttft_s: float) -> Asked:
+        fetched, timeline = report.fetch, report.timeline
+        if not isinstance(fetched, FetchReport) or fetched.missing:
+            raise StartupError(f"the prefix was not reused in full: {report.why_not}")
+        size, waited_s = fetched.received_bytes, timeline.busy_s("wait")
+        return Asked(ttft_s, size, size, report.reused_tokens, 0.0, waited_s, timeline.busy_s("receive"))
+
+    def _disk_bytes(self) -> int:
+        """Bytes that the nodes' disks have read for frames so far, in whole blocks."""
+        return sum(node.stats.counters["frame_disk_bytes"] for node in cluster_stats(self._address).nodes)
 
     def log_probabilities(self, question: Question) -> torch.Tensor:
         budget = 1.0 if self._budget is None else self._budget

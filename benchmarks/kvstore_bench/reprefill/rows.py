@@ -59,7 +59,8 @@ def fidelity_of(
 
 
 def row_of(asked: Sequence[Asked], fidelity: Fidelity | None, **facts: Any) -> Row:
-    """One row. Sizes and tokens are means over the questions, times are medians."""
+    """One row. Sizes and tokens are means over the questions, times are medians. `facts` are its other fields."""
+    rate = facts.get("disk_bandwidth_Bps")
     ttft_s = sorted(one.ttft_s for one in asked)
     needed = statistics.fmean(one.bytes_needed for one in asked)
     read = statistics.fmean(one.bytes_read for one in asked)
@@ -73,9 +74,16 @@ def row_of(asked: Sequence[Asked], fidelity: Fidelity | None, **facts: Any) -> R
         "tokens_read": statistics.fmean(one.tokens_read for one in asked),
         "cache_hit_rate": statistics.fmean(one.cache_hit_rate for one in asked),
         "idle_compute_fraction": statistics.fmean(one.waited_s / one.ttft_s for one in asked),
-        "idle_io_fraction": statistics.fmean(1 - min(1.0, one.reading_s / one.ttft_s) for one in asked),
+        "idle_io_fraction": statistics.fmean(
+            1 - min(1.0, _reading_s(one, rate) / one.ttft_s) for one in asked
+        ),
         "kl": None if fidelity is None else fidelity.kl,
         "kl_by_kind": None if fidelity is None else fidelity.kl_by_kind,
         "top1": None if fidelity is None else fidelity.top1,
         "right": None if fidelity is None else fidelity.right,
     }
+
+
+def _reading_s(one: Asked, rate: float | None) -> float:
+    """How long the disk read. What a read takes beyond the time that a limited disk needs is not the disk's."""
+    return one.reading_s if rate is None else one.bytes_read / rate

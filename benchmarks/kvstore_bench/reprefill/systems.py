@@ -18,6 +18,6 @@ class Asked:
     """Prefix tokens whose KV was read, averaged over layers."""
     cache_hit_rate: float = 0.0
     waited_s: float = 0.0
-    """Time in which the model waited for bytes."""
+    """Time in which the model waited for bytes, or for the lookup that tells where they are."""
     reading_s: float = 0.0
     """Time in which bytes were being read."""

@@ -39,13 +39,17 @@ def test_kl_is_told_by_kind() -> None:
 
 def test_a_row_sums_up_the_questions(tmp_path: Path) -> None:
     asked = [Asked(1.0, 100, 80, 64, 0.5, 0.25, 0.5), Asked(3.0, 300, 120, 128, 1.0, 0.75, 3.5)]
-    row = row_of(asked, None, system="contiguous", budget=0.05, disk="ssd")
+    facts = {"system": "contiguous", "budget": 0.05, "disk": "ssd"}
+    row = row_of(asked, None, disk_bandwidth_Bps=None, **facts)
     assert (row["ttft_s"], row["p95_s"]) == (2.0, 3.0)
     assert (row["bytes_read"], row["bytes_needed"], row["read_amplification"]) == (200, 100, 2.0)
     assert row["idle_compute_fraction"] == pytest.approx(0.25)
     assert row["idle_io_fraction"] == pytest.approx(0.25)
     assert row["kl"] is None
-    cold = row_of([Asked(4.0)], None, system="cold", budget=None, disk="ssd")
+    limited = row_of(asked, None, disk_bandwidth_Bps=400, **facts)
+    assert limited["idle_io_fraction"] == pytest.approx(1 - (0.25 + 0.25) / 2)
+    cold = row_of([Asked(4.0)], None, system="cold", budget=None, disk="ssd", disk_bandwidth_Bps=None)
     assert cold["read_amplification"] is None
-    plot_reprefill([row | {"kl": 0.1}, cold], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
+    for name, rows in (("bars", []), ("lines", [row | {"kl": 0.05, "budget": 0.25}])):
+        plot_reprefill([row | {"kl": 0.1}, *rows, cold], tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
