@@ -58,10 +58,11 @@ def balanced_rate(balance: Balance, ask: Ask) -> float:
             < _CLOSE_ENOUGH
         ):
             break
-        waited_s = statistics.fmean(one.waited_s for one in asked)
+        waited_s = statistics.median(one.waited_s for one in asked)
         rate *= waited_s / (_computing_s(asked) * per_computing)
     return rate
 
 
 def _computing_s(asked: Sequence[Asked]) -> float:
-    return statistics.fmean(one.ttft_s - one.waited_s for one in asked)
+    # The median, because on a busy machine a few questions take several times as long.
+    return statistics.median(one.ttft_s - one.waited_s for one in asked)
