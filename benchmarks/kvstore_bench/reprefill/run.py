@@ -25,7 +25,7 @@ from kvstore_bench.reprefill.rows import Fidelity, Row, fidelity_of, row_of
 from kvstore_bench.reprefill.systems import Asked
 from kvstore_bench.reprefill.variants import OURS, Variant
 from kvstore_client.settings import EXACT
-from kvstore_codec.errors import ConfigurationError
+from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.calibration import Report
 from kvstore_service.embedded import EmbeddedCluster
@@ -135,11 +135,15 @@ class _Bench:
                 return
             rate = self._rate(disk, report)
             questions = self._prompts.questions[: _COLD_QUESTIONS if name == "cold" else None]
-            with closing(self._system(name, budget, rate)) as system:
-                asked = [system.ask(question) for question in questions]
-                if not isinstance(system, Cold) and (name, budget) not in judged:
-                    found = [system.log_probabilities(question) for question in questions]
-                    judged[name, budget] = fidelity_of(questions, self._exact, found)
+            try:
+                with closing(self._system(name, budget, rate)) as system:
+                    asked = [system.ask(question) for question in questions]
+                    if not isinstance(system, Cold) and (name, budget) not in judged:
+                        found = [system.log_probabilities(question) for question in questions]
+                        judged[name, budget] = fidelity_of(questions, self._exact, found)
+            except StartupError as error:  # the other rows are worth having
+                report.note(f"{name} at a budget of {budget} is left out: {error}")
+                continue
             yield row_of(
                 asked,
                 judged.get((name, budget)),

@@ -15,7 +15,10 @@ from kvstore_client.reuse.prompt_run import PromptRun
 from kvstore_client.reuse.report import GenerationReport, why_nothing_reused
 from kvstore_client.reuse.summaries import publish_summaries
 from kvstore_client.timeline import Timeline
+from kvstore_codec.codec import chunk_geometry
+from kvstore_codec.encoding import Encoding
 from kvstore_codec.geometry import Geometry
+from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
 
 
@@ -35,8 +38,9 @@ class PrefixGeneration(ReusingGeneration):
     ) -> None:
         super().__init__(call, snapshot, timeline, incoming, why_not)
         self._parts, self._reused_chunks = parts, reused_chunks
-        self._geometry = geometry or Geometry.of(snapshot.spec)
-        """Geometry of the stored chunks; where none is stored, the usual one."""
+        encoding = Encoding.parse(parts.client.settings.encodings.stored[0])
+        self._geometry = geometry or _geometry_of(snapshot.spec, encoding)
+        """Geometry of the stored chunks; where none is stored, that in which they will be."""
 
     @classmethod
     def begin(
@@ -134,3 +138,11 @@ def fetch_prefix(
         if buffers is not None:
             client.buffers.release(buffers)
         return None, f"no_resources: {error}"
+
+
+def _geometry_of(spec: ModelSpec, encoding: Encoding) -> Geometry:
+    """Geometry of chunks that this client stores in `encoding`. A calibration's periods are taken to be the usual
+    ones."""
+    if encoding.needs_calibration:
+        return Geometry.of(spec, frame_tokens=encoding.frame_tokens)
+    return chunk_geometry(spec, CHUNK_TOKENS, encoding)

@@ -92,6 +92,16 @@ def test_a_part_is_attended_to_at_its_positions(client: KVStoreClient, family: s
     cached.close()
 
 
+def test_a_prefix_of_small_frames_is_chosen_from(cluster: ServedCluster) -> None:
+    """It is summarised in the frames that it is stored in."""
+    small = {"encoding": "exact-zstd@16", "accept": "exact-zstd@16"}
+    with connect(cluster.address, **PATIENT, **small) as client:
+        cached = prepared(client, tiny_model("llama"))
+        _, report = answer(cached, 0.25)
+        assert [len(frames) for frames in report.sets] == [24, 24]
+        cached.close()
+
+
 def test_what_is_left_out_is_masked(client: KVStoreClient) -> None:
     """Against a mask over the whole prompt: one period, so that all layers have one set."""
     model = tiny_model("llama", num_hidden_layers=4)
