@@ -253,7 +253,9 @@ class ClientMetrics:
                 _FRAMES.labels(result).inc(frames)
             self._add(f"frames_{result}", frames)
         for reason, frames in report.missing.items():
-            lost = f"{frames} frames of a prefix cannot be had ({reason}); a question is answered without them"
+            lost = (
+                f"{frames} frames of a prefix cannot be had ({reason}); a question is answered without them"
+            )
             self.missed(reason, events=frames, detail=lost)
 
     def prompt(self, *, reused_tokens: int, computed_tokens: int) -> None:

@@ -37,7 +37,7 @@ FASTEST_BPS = 1e12
 
 
 class Service:
-    """Nodes that have the document on disk only, and a client of theirs."""
+    """Nodes that have the document on disk only, and a client of theirs that reads a period behind the one before."""
 
     def __init__(
         self, folder: Path, opened: ExitStack, *, nodes: int = 1, replicas: int = 1, **settings: Any
@@ -52,7 +52,7 @@ class Service:
         self.links = [opened.enter_context(ShapedLink(port, bandwidth_bps=10e9)) for port in ports]
         routes = {port: link.address for port, link in zip(ports, self.links, strict=True)}
         self.client: KVStoreClient = opened.enter_context(
-            connect(self.cluster.address, routes=routes, **(PATIENT | settings))
+            connect(self.cluster.address, routes=routes, budget_read_ahead=False, **(PATIENT | settings))
         )
         self.model = tiny_model()
         self.cached = prepared(self.client, self.model)
