@@ -12,7 +12,7 @@ from kvstore_client.buffers import KVBuffers
 from kvstore_client.contiguous.choice import SINK_FRAMES, choose
 from kvstore_client.contiguous.grid import FrameGrid
 from kvstore_client.contiguous.loader import FrameLoader
-from kvstore_client.contiguous.summaries import Scorer
+from kvstore_client.contiguous.scoring import FrameScores, Scorer
 from kvstore_client.reuse.blend.attention import CausalBlocks
 from kvstore_client.reuse.engine import DecoderLayers
 from kvstore_codec.errors import FetchIncompleteError
@@ -74,7 +74,7 @@ class Reprefill:
                 made = decoder.project(layer, hidden, self._rotary)
                 queries = made.queries
                 if layer == layers.start:
-                    held = self._place(period, layers, hidden, queries)
+                    held = self._place(period, layers, hidden)
                     end = held + len(self._question)
                     mask = CausalBlocks(torch.arange(held, end, device=self._keys.device), self._keys.dtype)
                 self._keys[layer, :, held:end] = made.keys
@@ -99,14 +99,16 @@ class Reprefill:
                 self._shrink(period, chosen, fewest)
         return fewest * self._grid.frame_tokens
 
-    def _place(self, period: int, layers: range, hidden: torch.Tensor, queries: torch.Tensor) -> int:
-        """Load a period's set into the buffers. Returns its tokens."""
+    def _place(self, period: int, layers: range, hidden: torch.Tensor) -> int:
+        """Load a period's set into the buffers. `hidden` enters its first layer. Returns the set's tokens."""
         grid = self._grid
-        scores = self._scores(period, queries)
-        chosen = choose(scores, self._count)
+        scores = self._scores(period, hidden)
+        chosen = choose(scores.rank, self._count)
         self._loader.begin(period, chosen)
         if period + 1 < grid.periods:
-            self._loader.read_ahead(period + 1, self._expected(period + 1, hidden))
+            # What enters this period tells most of the next one's set, too.
+            expected = self._scores(period + 1, hidden)
+            self._loader.read_ahead(period + 1, choose(expected.rank, self._count))
         loaded = self._loader.take(period, chosen)
         if len(loaded) < _LEAST_SHARE * self._count:
             raise FetchIncompleteError(f"{self._count - len(loaded)} of {self._count} frames did not arrive")
@@ -118,26 +120,31 @@ class Reprefill:
             place = slice(slot * tokens, (slot + 1) * tokens)
             self._keys[layers.start : layers.stop, :, place].copy_(loaded[index][0])
             self._values[layers.start : layers.stop, :, place].copy_(loaded[index][1])
-        attention = scores[frames].tolist()
+        attention = scores.attention[frames].tolist()
         self.sets.append(PeriodSet(frames, attention))
         self._loader.keep(period, loaded, dict(zip(frames, attention, strict=True)))
         return len(frames) * tokens
 
-    def _scores(self, period: int, queries: torch.Tensor) -> torch.Tensor:
-        """Share of the question's attention that each frame is expected to receive, f32 `[frames]` in host memory."""
+    def _scores(self, period: int, hidden: torch.Tensor) -> FrameScores:
+        """Scores over all layers of a period, in host memory. The queries of all of them are projected from the same
+        states, which enter the period's first layer or an earlier one: those change little from layer to layer, and the
+        heads that look for what is asked are rarely in the first one."""
         if self._scorer is None:
-            return torch.full((self._grid.frames,), 1 / self._grid.frames, device="cpu")
-        scale = self._decoder.scale(self._grid.layers_of(period).start)
-        return self._scorer(period, queries[:, -SCORED_TOKENS:], scale).cpu()
-
-    def _expected(self, period: int, hidden: torch.Tensor) -> list[int]:
-        """The set that a period will probably have, from hidden states that have not passed the period before it."""
-        if self._scorer is None:
-            return list(range(self._grid.frames))
-        asking = min(SCORED_TOKENS, hidden.shape[1])
-        table = self._rotary.at(slice(hidden.shape[1] - asking, hidden.shape[1]))
-        made = self._decoder.project(self._grid.layers_of(period).start, hidden[:, -asking:], table)
-        return choose(self._scores(period, made.queries), self._count)
+            equal = torch.full((self._grid.frames,), 1 / self._grid.frames, device="cpu")
+            return FrameScores(equal, equal)
+        asking = slice(max(0, len(self._question) - SCORED_TOKENS), len(self._question))
+        states, rotary = hidden[:, asking], self._rotary.at(asking)
+        scores = FrameScores.of_layers(
+            [
+                self._scorer(
+                    layer,
+                    self._decoder.project(layer, states, rotary).queries,
+                    self._decoder.scale(layer),
+                )
+                for layer in self._grid.layers_of(period)
+            ]
+        )
+        return FrameScores(scores.attention.cpu(), scores.rank.cpu())
 
     def _shrink(self, period: int, chosen: PeriodSet, fewest: int) -> None:
         kept = choose(torch.tensor(chosen.attention, device="cpu"), fewest)

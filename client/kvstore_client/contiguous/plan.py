@@ -9,7 +9,8 @@ from kvstore_client.client import KVStoreClient
 from kvstore_client.contiguous.choice import frames_within
 from kvstore_client.contiguous.grid import FrameGrid
 from kvstore_client.contiguous.quickest import QuickestChoice
-from kvstore_client.contiguous.summaries import Scorer, SummaryScorer, SummaryShape
+from kvstore_client.contiguous.scoring import Scorer, SummaryScorer
+from kvstore_client.contiguous.summaries import SummaryShape
 from kvstore_client.match import Match
 from kvstore_client.planning import Costs
 from kvstore_client.planning.losses import LossTable
@@ -51,10 +52,6 @@ def reprefill_plan(
     if match.tokens >= prompt_tokens:  # the question is at least one token
         match = replace(match, chunks=match.chunks[:-1])
     grids = FrameGrid.each_of(match)
-    shapes = [SummaryShape.of(grid.variants[0].header.geometry) for grid in grids]
-    grids = [
-        grid for grid, shape in zip(grids, shapes, strict=True) if shape == shapes[0]
-    ]  # it has summaries
     question_tokens = prompt_tokens - match.tokens
     if not grids or question_tokens > match.tokens:
         return None

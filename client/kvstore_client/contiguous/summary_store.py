@@ -14,10 +14,10 @@ from kvstore_codec.identity import PrefixId
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.page import PageNamespace
 
-MEMORY_BYTES = 64 << 20
-"""Summaries kept in the process. One of SmolLM2 has 26 KB a chunk: enough for 600,000 tokens."""
+MEMORY_BYTES = 256 << 20
+"""Summaries kept in the process. One of SmolLM2 has 467 KB a chunk: enough for 147,000 tokens."""
 _MOST_NAMESPACES = 8
-"""Models and period lengths whose page stores are open at a time."""
+"""Models whose page stores are open at a time."""
 
 OpenPages = Callable[[PageNamespace], PageStore]
 _Key = tuple[PrefixId, SummaryShape]
@@ -87,8 +87,8 @@ class SummaryStore:
 
     def _store(self, spec: ModelSpec, shape: SummaryShape) -> PageStore:
         layout = (
-            f"key-summary.v1 mean+deviation i8 f32 period{shape.period_layers} unit{shape.unit_tokens} "
-            f"{shape.periods}x{shape.kv_heads}x{shape.units}x{shape.head_dim}"
+            f"key-summary.v2 2 bits, mean+deviation i8 f32 unit{shape.unit_tokens} "
+            f"{shape.layers}x{shape.kv_heads}x{shape.tokens}x{shape.head_dim}"
         )
         namespace = PageNamespace(spec.digest, layout)
         with self._lock:

@@ -39,13 +39,14 @@ def publish_summaries(
     ):  # nor these, and not all of their keys were read
         return
     summaries, shape = parts.client.summaries, SummaryShape.of(geometry)
-    first_layers = [geometry.layers_of(period).start for period in range(geometry.periods)]
     ids = [chunk.prefix_id for chunk in parts.client.chunk_ids(spec, tokens)]
     known = summaries.known(ids, shape).summaries
     try:
         keys = _Keys(parts, generated, buffers, len(tokens))
         made = {
-            name: ChunkSummary.make([keys.of(layer, index * CHUNK_TOKENS) for layer in first_layers], shape)
+            name: ChunkSummary.make(
+                [keys.of(layer, index * CHUNK_TOKENS) for layer in range(spec.layers)], shape
+            )
             for index, name in enumerate(ids)
             if name not in known and keys.has(index * CHUNK_TOKENS)
         }

@@ -1,0 +1,58 @@
+"""How much attention a question pays to each frame of a prefix, and what frames are chosen by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvstore_client.contiguous.summaries import ChunkSummary, PrefixKeys, SummaryShape
+
+
+@dataclass(frozen=True, slots=True)
+class FrameScores:
+    """What the queries of one or more layers are expected to pay to each frame, f32 `[frames]` each."""
+
+    attention: torch.Tensor
+    """Share of the attention to the prefix, mean over query tokens and heads; sums to 1."""
+    rank: torch.Tensor
+    """What frames are chosen by: the largest share that any head pays at any token of the question. So a frame that a
+    single head looks for counts, whatever the others look at."""
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[FrameScores]) -> FrameScores:
+        """Scores of several layers together."""
+        attention = torch.stack([one.attention for one in layers]).mean(0)
+        return cls(attention, torch.stack([one.rank for one in layers]).amax(0))
+
+
+Scorer = Callable[[int, torch.Tensor, float], FrameScores]
+"""Scores all frames: takes a layer, the question's rotated queries in that layer `[heads, tokens, head_dim]`, and the
+scale of query-key products."""
+
+
+class SummaryScorer:
+    """Scores frames by a question's attention to the keys as their summaries tell them; a `Scorer`."""
+
+    def __init__(self, summaries: Sequence[ChunkSummary], frame_tokens: int, shape: SummaryShape) -> None:
+        self._keys, self._frame_tokens = PrefixKeys(summaries, shape), frame_tokens
+
+    def __call__(self, layer: int, queries: torch.Tensor, scale: float) -> FrameScores:
+        return attention_scores(queries, self._keys.of(layer, queries.device), scale, self._frame_tokens)
+
+
+def attention_scores(
+    queries: torch.Tensor, keys: torch.Tensor, scale: float, frame_tokens: int
+) -> FrameScores:
+    """Scores of frames of `frame_tokens` keys each, from rotated keys `[kv_heads, tokens, head_dim]`. Query heads count
+    with their own KV head (GQA)."""
+    asked = queries.float().reshape(len(keys), -1, queries.shape[-1]) * scale
+    # One KV head at a time: its products are as large as the prefix is long.
+    shares = torch.stack(
+        [
+            (rows @ one.float().T).softmax(-1).view(len(rows), -1, frame_tokens).sum(-1)
+            for rows, one in zip(asked, keys, strict=True)
+        ]
+    )
+    return FrameScores(shares.mean((0, 1)), shares.amax((0, 1)))
