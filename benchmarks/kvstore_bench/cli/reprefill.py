@@ -67,7 +67,7 @@ def reprefill(
     encoding: Annotated[
         str | None,
         typer.Option(
-            help="Encoding of the prefix in our store; with --grid several.", show_default="exact-zstd"
+            help="Encoding of the prefix in our store; with --grid several.", show_default="exact-zstd@16"
         ),
     ] = None,
     dtype: Annotated[
@@ -147,7 +147,7 @@ def reprefill(
         cache_share,
         probes,
         dtype or DType(native_dtype()),
-        encoding or "exact-zstd",
+        encoding or "exact-zstd@16",
         model,
         minutes,
     )

@@ -24,7 +24,6 @@ from kvstore_bench.reprefill.prompts import Prompts, make_prompts
 from kvstore_bench.reprefill.rows import Fidelity, Row, fidelity_of, row_of
 from kvstore_bench.reprefill.systems import Asked
 from kvstore_bench.reprefill.variants import OURS, Variant
-from kvstore_client.settings import EXACT
 from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.calibration import Report
@@ -53,7 +52,7 @@ class Options:
     probes: int = 1
     """Probe heads of `impress`."""
     dtype: DType = DType.FLOAT32
-    encoding: str = EXACT
+    encoding: str = "exact-zstd@16"
     model: str = SMOLLM2
     """SMOLLM2 or a model's folder."""
     minutes: float | None = None
