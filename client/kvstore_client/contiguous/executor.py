@@ -105,7 +105,7 @@ class Reprefill:
         scores = self._scores(period, hidden)
         chosen = choose(scores.rank, self._count)
         self._loader.begin(period, chosen)
-        if period + 1 < grid.periods:
+        if self._loader.reads_ahead and period + 1 < grid.periods:
             # What enters this period tells most of the next one's set, too.
             expected = self._scores(period + 1, hidden)
             self._loader.read_ahead(period + 1, choose(expected.rank, self._count))

@@ -61,7 +61,9 @@ class FrameLoader:
         self._grid, self._read_frames, self._decoder, self._cache = grid, read_frames, decoder, cache
         self._report = report
         self._ends_s = time.monotonic() + deadline_s
-        self._stall_s, self._device, self._read_ahead = stall_s, device, read_ahead
+        self._stall_s, self._device = stall_s, device
+        self.reads_ahead = read_ahead
+        """Whether `read_ahead` does anything."""
         self._changed = threading.Condition()
         self._awaited: set[_Place] = set()
         """Frames that were requested and have neither arrived nor failed."""
@@ -87,7 +89,7 @@ class FrameLoader:
 
     def read_ahead(self, period: int, expected: Sequence[int]) -> None:
         """Start to read frames that a period's set will probably have. Does not block."""
-        if not self._read_ahead:
+        if not self.reads_ahead:
             return
         self._request(period, expected)
         self._ahead |= {(period, index) for index in expected}
