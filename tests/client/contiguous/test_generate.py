@@ -10,10 +10,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.contiguous.report import ReprefillReport
+from kvstore_client.contiguous.summaries import SummaryShape
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.cache import PartialLayer
 from kvstore_codec.errors import ConfigurationError
+from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import ChunkId
+from kvstore_codec.page import PageNamespace
 from tests.client.conftest import ServedCluster
 from tests.client.models import random_prompt, tiny_model
 from tests.damage import flip_bit
@@ -160,6 +163,28 @@ def test_without_summaries_the_prefix_is_reused_in_full_once(
         assert torch.equal(cached.generate(PROMPT, budget=0.25, **GREEDY), expected)
         assert cached.last_report.reprefill is None
         assert cached.last_report.reused_tokens == DOCUMENT.shape[1]
+        answer(cached, 0.25)
+        cached.close()
+
+
+def test_summaries_of_the_first_version_are_ignored(cluster: ServedCluster, client: KVStoreClient) -> None:
+    """These have the right names, and even the size of today's."""
+    first = CachedModel(tiny_model(), client)
+    expected = first.generate(PROMPT, **GREEDY)
+    client.store.flush()
+    geometry, spec = Geometry.of(first.spec), first.spec
+    layout = (
+        f"key-summary.v1 mean+deviation i8 f32 period{geometry.period_layers} unit32 "
+        f"{geometry.periods}x{spec.kv_heads}x8x{spec.head_dim}"
+    )
+    names = [chunk.prefix_id for chunk in client.chunk_ids(spec, DOCUMENT[0].tolist())]
+    pages = client.pages(PageNamespace(spec.digest, layout))
+    assert all(pages.put(names, [bytes(SummaryShape.of(geometry).size_bytes)] * len(names)).ok)
+    first.close()
+    with connect(cluster.address, **PATIENT) as other:
+        cached = CachedModel(tiny_model(), other)
+        assert torch.equal(cached.generate(PROMPT, budget=0.25, **GREEDY), expected)
+        assert cached.last_report.reprefill is None
         answer(cached, 0.25)
         cached.close()
 

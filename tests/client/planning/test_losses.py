@@ -50,7 +50,12 @@ def test_losses_are_kept_for_their_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{}", b'{"format": 0, "losses": []}', json.dumps({"format": 1, "losses": [[2, 1]]}).encode()],
+    [
+        b"",
+        b"{}",
+        json.dumps({"format": 1, "losses": [[0.25, 0.1]]}).encode(),  # of frames chosen by another rule
+        json.dumps({"format": 2, "losses": [[2, 1]]}).encode(),
+    ],
 )
 def test_a_damaged_file_tells_nothing(tmp_path: Path, data: bytes, caplog: pytest.LogCaptureFixture) -> None:
     table = LossTable(tmp_path)
