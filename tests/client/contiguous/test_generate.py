@@ -96,7 +96,7 @@ def test_a_part_is_attended_to_at_its_positions(client: KVStoreClient, family: s
 
 
 def test_a_prefix_of_small_frames_is_chosen_from(cluster: ServedCluster) -> None:
-    """It is summarised in the frames that it is stored in."""
+    """Its summaries are those of any other frame size."""
     small = {"encoding": "exact-zstd@16", "accept": "exact-zstd@16"}
     with connect(cluster.address, **PATIENT, **small) as client:
         cached = prepared(client, tiny_model("llama"))
