@@ -20,9 +20,9 @@ class ReprefillSettings(SettingsGroup):
     `auto` share and encoding are chosen together: the quickest ones that are expected to change answers no more than
     the `floor` allows. Default: all of the prefix is reused, and answers stay the same."""
 
-    read_ahead: bool = Field(default=True, alias="budget_read_ahead")
+    read_ahead: bool = Field(default=False, alias="budget_read_ahead")
     """Whether a question with a `budget` reads what the next layers probably need while the present ones are computed.
-    A part of that, a quarter with SmolLM2, is read for nothing."""
+    Guessing it costs as much computing as choosing it, and with SmolLM2 a third to a half of it is read for nothing."""
 
     cache_bytes: int = Field(default=256 << 20, ge=0, alias="frame_cache_bytes")
     """Host memory for parts of prefixes that questions with a `budget` have read, shared by all requests of the
