@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -19,6 +18,7 @@ from kvstore_bench.reprefill.ours import Pair, Reusing, store_prefix
 from kvstore_bench.reprefill.prefix_kv import PrefixKV
 from kvstore_bench.reprefill.prompts import Prompts, make_prompts
 from kvstore_bench.reprefill.rows import Fidelity, Row, fidelity_of, row_of
+from kvstore_bench.reprefill.testbed import cluster_with_disk
 from kvstore_bench.targets import at_most
 from kvstore_client.cache_dir import default_cache_dir
 from kvstore_client.engines.transformers.calibrate import ObservedModel
@@ -27,9 +27,7 @@ from kvstore_client.settings import AUTO, EXACT
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_service.calibration import Report
 from kvstore_service.calibration.publish import publish_calibration
-from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.models import SMOLLM2, DType, load_model
-from kvstore_service.settings import settings_of
 
 ENCODINGS = (EXACT, "high-klt-pco", "medium-klt-pco", "low-klt-pco")
 BUDGETS = (0.05, 0.1, 0.25, 0.5)
@@ -37,7 +35,6 @@ RATES_Bps = {"unthrottled": 1e11, "ssd": 550e6, "hdd": 160e6, "network": 25e6}
 """The last one is a disk behind a link of 200 Mbit/s."""
 _WARM_UP = 2
 """Questions before the measured ones: links are learned, and caches filled."""
-_MEMORY_BYTES, _DISK_BYTES = 2 << 30, 8 << 30
 _MOST_SLOWER = 1.05
 
 
@@ -73,14 +70,7 @@ def run_grid(options: GridOptions, report: Report) -> GridResult:
     model, tokenizer = load_model(SMOLLM2, options.dtype)
     sources = [split(source) for source in default_sources()]
     prompts = make_prompts(sources[0][0], tokenizer, options.prefix_tokens, options.questions)
-    with (
-        tempfile.TemporaryDirectory(prefix="kvstore-grid-") as folder,
-        EmbeddedCluster(
-            settings_of(
-                memory=_MEMORY_BYTES, disk=_DISK_BYTES, data_dir=Path(folder, "nodes"), experiments=True
-            )
-        ) as cluster,
-    ):
+    with cluster_with_disk() as (address, folder):
         if any(Encoding.parse(name).needs_calibration for name in options.encodings):
             observed = ObservedModel(load_model(SMOLLM2, options.dtype)[0])
             calibration = (
@@ -91,11 +81,11 @@ def run_grid(options: GridOptions, report: Report) -> GridResult:
                 )
             )
             require_unseen([sources[0][0]], seen_digests(calibration))
-            publish_calibration(calibration, cluster.address)
+            publish_calibration(calibration, address)
         report.advance("start", 1, 3)
-        store_prefix(cluster.address, model, prompts, encoding=",".join(options.encodings))
+        store_prefix(address, model, prompts, encoding=",".join(options.encodings))
         report.advance("start", 2, 3)
-        grid = _Grid(options, model, prompts, cluster.address, Path(folder, "cache"))
+        grid = _Grid(options, model, prompts, address, folder / "cache")
         report.advance("start", 3, 3)
         rows = list(grid.rows(report))
     return GridResult(grid.meta, rows, _targets(rows))

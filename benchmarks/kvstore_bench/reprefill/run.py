@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -23,19 +22,17 @@ from kvstore_bench.reprefill.prefix_kv import PrefixKV
 from kvstore_bench.reprefill.prompts import Prompts, make_prompts
 from kvstore_bench.reprefill.rows import Fidelity, Row, fidelity_of, row_of
 from kvstore_bench.reprefill.systems import Asked
+from kvstore_bench.reprefill.testbed import cluster_with_disk
 from kvstore_bench.reprefill.variants import OURS, Variant
 from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_service.calibration import Report
-from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.models import SMOLLM2, DType, load_model
-from kvstore_service.settings import settings_of
 
 WHOLE = ("full", "cold")
 """Systems without a budget."""
 _COLD_QUESTIONS = 2
 """A prefill of 4,096 tokens takes most of a minute on two cores, and does not depend on the question or the disk."""
-_MEMORY_BYTES, _DISK_BYTES = 2 << 30, 8 << 30
 _FASTEST_BPS = 1e11
 """A limit that no disk reaches: chunks stay on the disk, and reads are not slowed down."""
 
@@ -72,18 +69,11 @@ def run(options: Options, report: Report) -> Result:
     report.advance("start", 0, 3)
     model, tokenizer = load_model(options.model, options.dtype)
     prompts = make_prompts(default_sources()[0], tokenizer, options.prefix_tokens, options.questions)
-    with (
-        tempfile.TemporaryDirectory(prefix="kvstore-reprefill-") as folder,
-        EmbeddedCluster(
-            settings_of(
-                memory=_MEMORY_BYTES, disk=_DISK_BYTES, data_dir=Path(folder, "nodes"), experiments=True
-            )
-        ) as cluster,
-    ):
+    with cluster_with_disk() as (address, folder):
         report.advance("start", 1, 3)
-        stored = _stored(cluster.address, model, prompts, options)
+        stored = _stored(address, model, prompts, options)
         report.advance("start", 2, 3)
-        bench = _Bench(options, model, prompts, cluster.address, Path(folder))
+        bench = _Bench(options, model, prompts, address, folder)
         report.advance("start", 3, 3)
         rows: list[Row] = []
         try:
