@@ -8,7 +8,7 @@ import ast
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,6 +157,7 @@ def _essays() -> Source:
     return Source("essays", tuple(Document(path.name, path.read_text("utf-8")) for path in paths))
 
 
+@cache  # parsing the standard library takes seconds
 def _docstrings() -> Source:
     documents = []
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):

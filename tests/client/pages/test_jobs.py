@@ -139,7 +139,7 @@ def test_a_store_of_a_closed_client_is_closed() -> None:
     descriptors = open_descriptors()
     store = client.pages(NAMESPACE)
     assert store.is_closed
-    assert open_descriptors() == descriptors
+    assert open_descriptors() <= descriptors  # others of earlier tests may go meanwhile
     assert store.put(keys(1), [b"page"]).reasons == {"closed": 1}
 
 
