@@ -109,6 +109,8 @@ def _start(folder: Path) -> None:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 namespace="kvstore",
                 _temp_dir=str(folder),
+                # By default actors yield to all other processes, so nodes beside a busy engine answer late.
+                _system_config={"worker_niceness": 0},
             )
     except Exception as error:  # Ray raises a plain Exception if the start takes too long
         raise StartupError(f"Ray did not start: {error}") from error
