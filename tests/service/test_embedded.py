@@ -70,6 +70,13 @@ def test_every_node_has_joined_with_its_memory(cluster: EmbeddedCluster) -> None
     assert len(set(cluster.storage_pids().values())) == 2
 
 
+@pytest.mark.usefixtures("cluster")
+def test_nodes_yield_to_no_other_process() -> None:
+    actors = [child for child in psutil.Process().children(recursive=True) if "Actor" in child.name()]
+    assert len(actors) == 3
+    assert {actor.nice() for actor in actors} == {os.getpriority(os.PRIO_PROCESS, 0)}
+
+
 def test_a_killed_node_is_noticed_restarted_empty_and_its_chunks_can_be_stored_again(
     cluster: EmbeddedCluster, capfd: pytest.CaptureFixture[str]
 ) -> None:
