@@ -30,8 +30,10 @@ def kind_of(settings: EncodingSettings) -> KeyKind:
     lossy = [encoding for encoding in stored if encoding.rate is not Rate.EXACT]
     if exact and lossy:
         raise ConfigurationError(
-            f"a vLLM worker cannot store {exact[0]} and {lossy[0].name} side by side: exact chunks keep keys after "
-            "RoPE, lossy ones keys before RoPE; store one of the two"
+            f"a vLLM worker cannot store {exact[0]} and {lossy[0].name} side by side: vLLM's own prefix cache does not "
+            "tell which KV was computed behind lossy KV, and such KV would be stored as exact; store one of the two. "
+            "For fast links, a second encoding of the same rate is quicker to decode, such as medium-zstd beside "
+            "medium-klt-pco"
         )
     if exact:
         _require_exact_reads(settings, exact[0])
