@@ -1,14 +1,16 @@
 """The calibration that lossy encodings need: the demo's small one, made once for a model and then cached.
 
-    python -m kvstore_bench.vllm.calibration MODEL_FOLDER DTYPE ADDRESS
+    python -m kvstore_bench.vllm.calibration MODEL DTYPE [ADDRESS]
 
-publishes it in the cluster at ADDRESS. It runs in a process of its own, which takes the model's memory with it.
+makes it, unless it is in the cache, and publishes it in the cluster at ADDRESS. MODEL is what `--model` of the
+benchmarks takes. Benchmarks run it in a process of its own, which takes the model's memory with it.
 """
 
 import subprocess
 import sys
 from pathlib import Path
 
+from kvstore_bench.vllm.models import model_folder
 from kvstore_codec.errors import StartupError
 
 _LIMIT_S = 3600.0
@@ -25,7 +27,7 @@ def publish_in_process(model: Path, dtype: str, address: str) -> None:
         raise StartupError(f"a calibration took more than {_LIMIT_S:.0f} s") from error
 
 
-def main(model: Path, dtype: str, address: str) -> None:
+def main(model: str, dtype: str, address: str | None = None) -> None:
     from transformers.utils import logging
 
     from kvstore_bench.demo.calibration import demo_calibration
@@ -33,9 +35,10 @@ def main(model: Path, dtype: str, address: str) -> None:
     from kvstore_service.models import DType, load_model
 
     logging.disable_progress_bar()
-    calibration, _ = demo_calibration(*load_model(str(model), DType(dtype)), print)
-    publish.publish_calibration(calibration, address)
+    calibration, _ = demo_calibration(*load_model(str(model_folder(model)), DType(dtype)), print)
+    if address is not None:
+        publish.publish_calibration(calibration, address)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    main(*sys.argv[1:])
