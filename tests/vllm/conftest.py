@@ -12,6 +12,7 @@ _NEED_VLLM = (
     "adapters",
     "adaptive_loads",
     "connector",
+    "divergence",
     "engine",
     "engine_adapters",
     "engine_canary",

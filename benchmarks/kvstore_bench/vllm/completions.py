@@ -6,8 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore_bench.vllm.http_call import RequestError, answering, call
 
+_BEFORE_NUMBER = "token_id:"
+"""What vLLM writes before the number of a token."""
 _WORKER_S = 300.0
 """A method of a worker that reads all of its KV memory takes a while."""
 
@@ -28,6 +33,16 @@ class Answer:
         if len(self.tokens) < 2:
             return None
         return (len(self.tokens) - 1) / (self.total_s - self.ttft_s)
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """What the model expects behind a prompt."""
+
+    log_probabilities: npt.NDArray[np.float64]
+    """Of all tokens, `[vocabulary]`."""
+    reused_tokens: int
+    """Tokens of the prompt that the engine did not compute."""
 
 
 class Completions:
@@ -60,10 +75,28 @@ class Completions:
                     first_s = first_s or last_s
                     tokens += choice["token_ids"]
             if usage := event.get("usage"):
-                reused = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+                reused = _reused_tokens(usage)
         if not tokens:
             raise RequestError("the answer has no tokens")
         return Answer(first_s - began_s, last_s - began_s, tuple(tokens), reused)
+
+    def next_token(self, prompt: Sequence[int], silence_s: float) -> NextToken:
+        """The distribution of the token behind a prompt of token ids. The server must run with `--max-logprobs=-1`.
+        Raises RequestError."""
+        body = {
+            "model": self._model,
+            "prompt": list(prompt),
+            "max_tokens": 1,
+            "temperature": 0,
+            "logprobs": -1,
+            "return_tokens_as_token_ids": True,
+        }
+        answer = json.loads(call(self.port, "POST", "/v1/completions", body, silence_s))
+        (found,) = answer["choices"][0]["logprobs"]["top_logprobs"]
+        log_probabilities = np.empty(len(found))
+        for name, log_probability in found.items():
+            log_probabilities[int(name.removeprefix(_BEFORE_NUMBER))] = log_probability
+        return NextToken(log_probabilities, _reused_tokens(answer["usage"]))
 
     def forget(self) -> None:
         """Empties the engine's own prefix cache. Raises RequestError when it stays in use for 30 s."""
@@ -96,3 +129,7 @@ class Completions:
                     if "error" in event:
                         raise RequestError(str(event["error"]))
                     yield event
+
+
+def _reused_tokens(usage: Mapping[str, Any]) -> int:
+    return (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0

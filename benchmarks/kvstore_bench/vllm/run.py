@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from kvstore_bench.shaping.netns import NetworkNamespace
 from kvstore_bench.vllm.completions import Answer
@@ -12,15 +13,13 @@ from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.policies import COLD, LEARNING_POLICIES, Deployment
 from kvstore_bench.vllm.prompts import Prompt
 from kvstore_bench.vllm.rows import Sample
-from kvstore_bench.vllm.stores import settled_size
+from kvstore_bench.vllm.storing import store_prompts
 from kvstore_codec.errors import ServiceError
 from kvstore_service.calibration import Report
 
 _QUIET_S, _QUIET_LIMIT_S = 0.3, 120.0
 """A request is sent when the link has been silent for so long, so that no bytes of the last one are counted as its own;
 the second limit is for a link that is never silent."""
-_STORE_ATTEMPTS = 5
-"""A connector may store nothing at first, because it is still getting what it needs."""
 _SLOWER, _SLOWER_S, _ROUNDS_OF_SLOWER = 3.0, 10.0, 2
 """A policy that took 3 times as long as a cold run, and more than 10 s, is asked in the first two rounds only."""
 _SETTLING = 2
@@ -111,23 +110,18 @@ class Bench:
         self._report.note(text)
 
     def _store(self, deployment: Deployment) -> None:
-        missing = [prompt for prompts in self._prompts.values() for prompt in prompts]
-        for _ in range(_STORE_ATTEMPTS):
-            for prompt in missing:
-                deployment.forget()
-                self._ask(deployment, prompt)
-            if deployment.store is None:
-                return
-            stored = settled_size(deployment.store)
-            missing = [prompt for prompt in missing if not self._is_reused(deployment, prompt)]
-            if not missing:
-                self._note(f"{deployment.name} has stored {stored} objects")
-                return
-        raise RequestError(f"{len(missing)} prompts are not reused, with {stored} objects in the store")
+        prompts = [prompt for prompts in self._prompts.values() for prompt in prompts]
+        ask = partial(self._ask_anew, deployment)
+        if deployment.store is None:
+            for prompt in prompts:
+                ask(prompt)
+            return
+        stored = store_prompts(ask, deployment.store, prompts)
+        self._note(f"{deployment.name} has stored {stored} objects")
 
-    def _is_reused(self, deployment: Deployment, prompt: Prompt) -> bool:
+    def _ask_anew(self, deployment: Deployment, prompt: Prompt) -> Answer:
         deployment.forget()
-        return self._ask(deployment, prompt).reused_tokens > 0
+        return self._ask(deployment, prompt)
 
     def _cell(self, number: int, tokens: int, bandwidth_bps: float | None) -> None:
         """Each policy once, beginning with another one in each round."""

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,10 +20,11 @@ def chunk(*token_ids: int) -> dict[str, Any]:
 
 
 @contextmanager
-def streaming(
-    events: Sequence[dict[str, Any]], status: int = 200, hang: threading.Event | None = None
+def answering(
+    parts: Sequence[bytes], status: int = 200, hang: threading.Event | None = None, end: bytes = b""
 ) -> Iterator[tuple[Completions, list[dict[str, Any]]]]:
-    """A client of a server with these events. It then waits for `hang`. Also the bodies that it received."""
+    """A client of a server that sends these parts, waits for `hang`, and sends the end. Also the bodies that it
+    received."""
     received: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -31,12 +32,12 @@ def streaming(
             received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(status)
             self.end_headers()
-            for event in events:
-                self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            for part in parts:
+                self.wfile.write(part)
                 self.wfile.flush()
             if hang is not None:
                 hang.wait(30)
-            self.wfile.write(b"data: [DONE]\n\n")
+            self.wfile.write(end)
 
         def log_message(self, *_: object) -> None:
             """Be quiet."""
@@ -49,6 +50,14 @@ def streaming(
         finally:
             server.shutdown()
             thread.join()
+
+
+def streaming(
+    events: Sequence[dict[str, Any]], status: int = 200, hang: threading.Event | None = None
+) -> AbstractContextManager[tuple[Completions, list[dict[str, Any]]]]:
+    """As `answering`, with a stream of events."""
+    parts = [b"data: " + json.dumps(event).encode() + b"\n\n" for event in events]
+    return answering(parts, status, hang, end=b"data: [DONE]\n\n")
 
 
 def test_tokens_and_reuse_are_read_from_the_stream() -> None:
@@ -80,6 +89,17 @@ def test_a_silent_server_is_waited_for_with_a_bound() -> None:
         with pytest.raises(RequestError, match="nothing arrived"):
             client.complete([1], 2, 0.2)
         hang.set()
+
+
+def test_the_distribution_of_the_next_token_is_read_by_token() -> None:
+    found = {"token_id:2": -3.0, "token_id:0": -1.0, "token_id:1": -2.0}
+    told = USAGE | {"choices": [{"logprobs": {"top_logprobs": [found]}}]}
+    with answering([json.dumps(told).encode()]) as (client, received):
+        expected = client.next_token([1, 2, 3], 10)
+    assert expected.log_probabilities.tolist() == [-1.0, -2.0, -3.0]
+    assert expected.reused_tokens == 1792
+    (body,) = received
+    assert (body["prompt"], body["max_tokens"], body["logprobs"]) == ([1, 2, 3], 1, -1)
 
 
 def test_nobody_listening_is_a_failure() -> None:
