@@ -13,7 +13,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import torch
 import vllm.model_executor.models.llama
 import vllm.v1.engine.core
 import vllm.v1.worker.cpu_worker  # noqa: F401  # what the engine's processes need
@@ -21,6 +23,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from kvstore_bench.vllm.worker_extension import KVMemoryInspection
+from tests.vllm.processes import Prompt
 
 BLOCK_TOKENS = 128
 
@@ -70,15 +73,16 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         salts: Sequence[str | None] = (),
         max_tokens: int = 8,
         logprobs: int | None = None,
         adapter: Sequence[Any] | None = None,
     ) -> dict[str, Any]:
         """Generated tokens, how many tokens of each prompt were not computed, and log-probabilities of that many likely
-        first tokens. `adapter` is name, number and path of a LoRA adapter."""
-        asked: list[Any] = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        first tokens. A prompt is a list of tokens, or an array of their embeddings, `[tokens, hidden_size]`. `adapter`
+        is name, number and path of a LoRA adapter."""
+        asked = [_asked(prompt) for prompt in prompts]
         for prompt, salt in zip(asked, salts, strict=False):
             if salt is not None:
                 prompt["cache_salt"] = salt
@@ -133,6 +137,12 @@ class Engine:
 
     def close(self) -> None:
         self._engine.engine_core.shutdown()
+
+
+def _asked(prompt: Prompt) -> Any:
+    if isinstance(prompt, np.ndarray):
+        return {"prompt_embeds": torch.from_numpy(prompt)}
+    return {"prompt_token_ids": list(prompt)}
 
 
 def _greedy(max_tokens: int, logprobs: int | None = None) -> SamplingParams:

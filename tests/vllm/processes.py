@@ -13,6 +13,12 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+Prompt = Sequence[int] | npt.NDArray[np.float32]
+"""Tokens, or their embeddings, `[tokens, hidden_size]`."""
+
 _STORE_PYTHON = str(
     Path(os.environ.get("KVSTORE_COMMAND", ".venv/bin/kvstore")).absolute().with_name("python")
 )
@@ -121,7 +127,7 @@ class EngineProcess:
 
     def generate(
         self,
-        *prompts: Sequence[int],
+        *prompts: Prompt,
         salts: Sequence[str | None] = (),
         max_tokens: int = 8,
         logprobs: int | None = None,

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvstore_bench.vllm.worker_extension import digests
 from kvstore_client.client import connect
 from tests.vllm.engine_process import BLOCK_TOKENS
-from tests.vllm.models import saved_model, spec_of
+from tests.vllm.models import HIDDEN_SIZE, saved_model, spec_of
 from tests.vllm.processes import (
     EngineProcess,
     StoreProcess,
@@ -54,7 +55,9 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     folder, port = tmp_path_factory.mktemp("vllm"), free_port()
     model = saved_model(folder / "model", seed=0)
     store = StoreProcess(folder, port)
-    engines = [started_engine(folder / name, model, port) for name in ("first", "second")]
+    engines = [
+        started_engine(folder / name, model, port, enable_prompt_embeds=True) for name in ("first", "second")
+    ]
     made = Setup(folder, model, port, store, *engines)
     yield made
     for process in (*engines, made.store):
@@ -104,6 +107,22 @@ def test_salts_never_meet(setup: Setup) -> None:
     assert loaded(setup.second.generate(tokens, salts=["b"])) == 0
     assert loaded(setup.second.generate(tokens)) == 0
     assert loaded(setup.second.generate(tokens, salts=["a"])) == 512
+    setup.stored(chunks + 6)
+
+
+def test_prompts_given_as_embeddings_never_meet(setup: Setup) -> None:
+    """vLLM gives all of them the same tokens, and tells them apart by a hash, as it does with images."""
+    one, other = (
+        np.random.default_rng(seed).standard_normal((600, HIDDEN_SIZE), np.float32) for seed in (0, 1)
+    )
+    chunks = setup.store.stats()["chunks"]
+    cold = setup.first.generate(one)
+    setup.stored(chunks + 2)
+    assert loaded(setup.second.generate(other)) == 0
+    assert loaded(setup.second.generate([0] * 600)) == 0
+    hit = setup.second.generate(one)
+    assert loaded(hit) == 512
+    assert hit["tokens"] == cold["tokens"]
     setup.stored(chunks + 6)
 
 
