@@ -1,6 +1,7 @@
 """Wire format of the bulk port, which carries KV bytes over plain TCP or TLS directly between socket and memory.
 
-A connection begins with the client's PREFACE, followed by requests and their answers in order. All numbers are
+A connection begins with the client's PREFACE, then, if the client has a token, TOKEN and `length` bytes of it, followed
+by requests and their answers in order. All numbers are
 big-endian. Every request and answer begins with a header of 16 bytes:
 
     kind u16 | status u16 | index u32 | length u64
@@ -16,7 +17,8 @@ ranges that it has not read yet with the status CANCELLED. A CANCEL that arrives
 server that answers with RANGE does not know CANCEL. The server answers each
 PUT, in order, with PUT_REPLY and `length` bytes of a PutReply. It answers a request that it does not understand or
 serve with REFUSED and `length` bytes of text for the user, and closes the connection. A put that is incomplete when the
-connection ends is discarded.
+connection ends is discarded. A TOKEN is not answered; when it is not valid, or a service with credentials has received
+none, the next request is answered with REFUSED.
 """
 
 import struct
@@ -28,6 +30,7 @@ VERSION = 1
 PREFACE = b"KVBULK" + VERSION.to_bytes(2, "big")
 MAX_READ_REQUEST_BYTES = 8 << 20
 MAX_PUT_START_BYTES = 64 << 10
+MAX_TOKEN_BYTES = 256
 MAX_FRAME_RANGES = 1 << 16
 """Ranges of a read with `any_order`."""
 MAX_TEXT_BYTES = 4 << 10
@@ -45,6 +48,7 @@ class FrameKind(IntEnum):
     REFUSED = 5
     FRAMES = 6
     CANCEL = 7
+    TOKEN = 8
 
 
 class FrameHeader(NamedTuple):

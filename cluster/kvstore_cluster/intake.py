@@ -14,7 +14,7 @@ from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.index import MAX_CHUNK_BYTES, NOWHERE
 from kvstore_cluster.memory_tier import MemoryTier
 from kvstore_cluster.migration import Migration
-from kvstore_cluster.names import Description
+from kvstore_cluster.names import MAX_TENANT_BYTES, Description
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import (
@@ -28,7 +28,6 @@ from kvstore_codec.errors import (
 )
 from kvstore_codec.identity import ChunkId
 
-MAX_TENANT_BYTES = 255
 # Longest wait of a put for memory of dirty chunks, which is freed once they are written to disk.
 FLUSH_PATIENCE_S = 2.0
 # Number and lifetime of remembered chunks that were refused for their text's length. Clients send the chunks that

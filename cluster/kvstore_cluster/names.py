@@ -13,6 +13,8 @@ MOST_ENCODINGS = 256
 MOST_CALIBRATIONS = 1024
 """Limit of the calibrations that the chunks of one tenant use at a time: one for each model and setting."""
 
+MAX_TENANT_BYTES = 255
+
 Name = TypeVar("Name")
 
 

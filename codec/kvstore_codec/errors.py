@@ -49,6 +49,8 @@ KVStoreError
 │   ├── StartupError
 │   └── RequestError              a request that an endpoint refuses
 │       ├── MalformedRequestError
+│       ├── UnauthenticatedError  no credential, or none that is valid here
+│       ├── PermissionDeniedError the caller's credential does not allow the call
 │       ├── BusyError             too many requests are in progress; retry later
 │       └── AbandonedRequestError its client has disconnected
 └── FetchError                    never raised to users: a fetch turns it into a miss with a reason
@@ -222,6 +224,12 @@ class MalformedRequestError(RequestError): ...
 
 
 class BusyError(RequestError): ...
+
+
+class UnauthenticatedError(RequestError): ...
+
+
+class PermissionDeniedError(RequestError): ...
 
 
 class AbandonedRequestError(RequestError): ...

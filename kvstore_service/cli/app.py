@@ -8,6 +8,7 @@ from kvstore_api.printable import printable
 from kvstore_codec.errors import ConfigurationError, FolderInUseError, KVStoreError
 from kvstore_service.cli.calibrate import calibrate
 from kvstore_service.cli.calibrations import calibrations
+from kvstore_service.cli.credentials import credentials
 from kvstore_service.cli.doctor import doctor
 from kvstore_service.cli.drain import drain
 from kvstore_service.cli.evict import evict
@@ -33,6 +34,7 @@ _SERVICE = (serve, status, ls, pin, unpin, evict, quota, drain, repair, verify, 
 for command in (*_SERVICE, calibrations, doctor, calibrate):
     app.command()(command)
 app.add_typer(models, name="models")
+app.add_typer(credentials, name="credentials")
 add_extensions(app)
 
 
