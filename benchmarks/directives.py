@@ -104,8 +104,8 @@ def measure(count: int, seconds: float) -> list[dict[str, float | str]]:
         node.maintain()
 
     def pin() -> None:
-        node.set_pins(pins)
-        node.set_pins(frozenset())
+        node.set_pins({"": pins})
+        node.set_pins({})
 
     def limit() -> None:
         node.set_quotas({"acme": 1 << 40})

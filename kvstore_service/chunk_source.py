@@ -41,8 +41,14 @@ class OpenFrames(Protocol):
 class ChunkSource(Protocol):
     """`StorageNode` or `Experiments`."""
 
-    def open(self, chunk_id: ChunkId, encoding: str) -> AbstractContextManager[OpenChunk]: ...
+    def open(
+        self, chunk_id: ChunkId, encoding: str, *, tenant: str = ""
+    ) -> AbstractContextManager[OpenChunk]: ...
 
     def read_frames(
-        self, chunks: Sequence[ChunkId], encodings: Sequence[str], ranges: Sequence[FrameRange]
+        self,
+        chunks: Sequence[ChunkId],
+        encodings: Sequence[str],
+        ranges: Sequence[FrameRange],
+        tenant: str = "",
     ) -> AbstractContextManager[OpenFrames]: ...

@@ -8,19 +8,36 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_client.connector import Connector
+from kvstore_client.settings import security_from_environment
 from kvstore_codec.errors import ServiceError
 from kvstore_service.background_health import BACKGROUND
 
 SERVE = "kvstore serve"
 _TIMEOUT_S = 5.0
+_REFUSALS = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED)
 
 
-def cluster_stats(address: str, *, start: str = SERVE) -> pb.ClusterStatsReply:
-    """State of the cluster and its nodes. `start` is the command that the error advises. Raises ServiceError if no
-    coordinator answers at `address`."""
-    with _coordinator(address, start) as stub:
+def environment_connector() -> Connector:
+    """Opens connections as `KVSTORE_*` variables say. Raises ConfigurationError."""
+    return Connector(security_from_environment())
+
+
+def cluster_stats(
+    address: str, *, start: str = SERVE, connector: Connector | None = None
+) -> pb.ClusterStatsReply:
+    """State of the cluster and its nodes. `start` is the command that the error advises. `connector` is by default that
+    of the environment. Raises ServiceError if no coordinator answers at `address`."""
+    with _coordinator(address, start, connector) as stub:
         reply: pb.ClusterStatsReply = stub.ClusterStats(pb.ClusterStatsRequest(), timeout=_TIMEOUT_S)
         return reply
+
+
+def live_members(address: str, *, start: str = SERVE, connector: Connector | None = None) -> list[pb.Member]:
+    """The live nodes of the cluster. Unlike their state, a credential of one tenant may ask for them. Arguments and
+    errors are those of `cluster_stats`."""
+    with _coordinator(address, start, connector) as stub:
+        return list(stub.Membership(pb.MembershipRequest(), timeout=_TIMEOUT_S).members)
 
 
 def background_works(address: str) -> bool:
@@ -46,17 +63,24 @@ def list_calibrations(address: str) -> list[pb.CalibrationInfo]:
 
 
 @contextmanager
-def _coordinator(address: str, start: str = SERVE) -> Iterator[rpc.CoordinatorStub]:
-    with _coordinator_channel(address, start) as channel:
+def _coordinator(
+    address: str, start: str = SERVE, connector: Connector | None = None
+) -> Iterator[rpc.CoordinatorStub]:
+    with _coordinator_channel(address, start, connector) as channel:
         yield rpc.CoordinatorStub(channel)
 
 
 @contextmanager
-def _coordinator_channel(address: str, start: str = SERVE) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+def _coordinator_channel(
+    address: str, start: str = SERVE, connector: Connector | None = None
+) -> Iterator[grpc.Channel]:
+    connector = connector or environment_connector()
+    with connector.channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         try:
             yield channel
         except grpc.RpcError as error:
+            if error.code() in _REFUSALS:
+                raise ServiceError(f"the coordinator at {address} refused: {error.details()}") from error
             raise ServiceError(
                 f"no cluster answers at {address}; start one with `{start}`, or give another coordinator's host:port "
                 "with --address"

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.arena import require_memory
 from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
 from kvstore_cluster.durability import Durability
@@ -20,6 +21,7 @@ from kvstore_service.listen import Address, Reservation
 from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
 from kvstore_service.ray_cluster import existing_ray, on_node, on_this_node, ray_nodes
 from kvstore_service.scratch import scratch_folder
+from kvstore_service.security import Security
 from kvstore_service.settings import Settings, settings_of
 
 log = logging.getLogger(__name__)
@@ -50,14 +52,12 @@ class EmbeddedCluster:
 
     def __init__(self, settings: Settings | None = None) -> None:
         self._settings = settings = settings or settings_of()
-        self._tls = (settings.tls_cert, settings.tls_key) if settings.tls_cert and settings.tls_key else None
-        if self._tls is not None:
-            from kvstore_service.bulk_server import server_tls  # needs packages that may be missing
-
-            server_tls(*self._tls)
+        self._listen = Address.parse(settings.listen)
+        self.security = Security.of_cluster(settings)
+        """How the cluster's servers identify callers."""
+        self.security.require_for(self._listen, settings)
         require_memory(settings.memory, nodes=1 if settings.ray_address else settings.nodes)
         self._redis_url = settings.redis.get_secret_value() if settings.redis else None
-        self._listen = Address.parse(settings.listen)
         self._coordinator: Any = None  # Ray's actor handles know the actors' methods only at run time
         self._storage: dict[str, Any] = {}
         self._running = ExitStack()
@@ -98,7 +98,7 @@ class EmbeddedCluster:
         if missing:
             self._lost(f"Ray's {' and '.join(sorted(missing))} ended")
         try:
-            cluster_stats(self.address)
+            self.stats()
         except ServiceError:
             now_s = time.monotonic()
             if self._silent_since_s is None:
@@ -107,6 +107,10 @@ class EmbeddedCluster:
                 self._lost(f"its coordinator has not answered for {_SILENCE_S:.0f} s")
         else:
             self._silent_since_s = None
+
+    def stats(self) -> pb.ClusterStatsReply:
+        """State of the cluster and its nodes. Raises ServiceError if the coordinator does not answer."""
+        return cluster_stats(self.address, connector=self.security.connector())
 
     def storage_pids(self) -> dict[str, int]:
         """Process id of each storage node, by node id. Blocks while a node restarts, for at most 30 s; then raises
@@ -143,7 +147,7 @@ class EmbeddedCluster:
         )
         self._coordinator = coordinator.remote(
             data_dir,
-            partial(serve_coordinator, address=address),
+            partial(serve_coordinator, address=address, security=self.security),
             replicas=self._settings.replicas or min(2, max(1, len(homes))),
             redis_url=self._redis_url,
         )
@@ -154,8 +158,8 @@ class EmbeddedCluster:
                 name,
                 self._storage_options(data_dir / "nodes" / name),
                 _COORDINATOR_NAME,
-                partial(StorageServer, host=host, tls=self._tls),
-                GrpcPeers,
+                partial(StorageServer, host=host, security=self.security),
+                partial(GrpcPeers, security=self.security),
             )
         try:
             self.address = _answer(self._coordinator.address.remote(), "the coordinator")
@@ -176,6 +180,7 @@ class EmbeddedCluster:
             policy=settings.policy,
             repair_bandwidth_bps=8 * settings.repair_bandwidth,
             experiments=settings.experiments,
+            isolated=self.security.isolated,
         )
 
     def _wait_until_joined(self) -> None:

@@ -21,17 +21,21 @@ class Experiments:
         self._throttle = Throttle()
 
     @contextmanager
-    def open(self, chunk_id: ChunkId, encoding: str) -> Iterator[OpenChunk]:
+    def open(self, chunk_id: ChunkId, encoding: str, *, tenant: str = "") -> Iterator[OpenChunk]:
         """Like `StorageNode.open`, but reading from the chunk blocks as the bandwidth limit demands."""
-        with self._node.open(chunk_id, encoding) as reader:
+        with self._node.open(chunk_id, encoding, tenant=tenant) as reader:
             yield _PacedChunk(reader, self._throttle)
 
     @contextmanager
     def read_frames(
-        self, chunks: Sequence[ChunkId], encodings: Sequence[str], ranges: Sequence[FrameRange]
+        self,
+        chunks: Sequence[ChunkId],
+        encodings: Sequence[str],
+        ranges: Sequence[FrameRange],
+        tenant: str = "",
     ) -> Iterator[OpenFrames]:
         """Like `StorageNode.read_frames`, but reading blocks as the bandwidth limit demands."""
-        with self._node.read_frames(chunks, encodings, ranges) as read:
+        with self._node.read_frames(chunks, encodings, ranges, tenant) as read:
             yield _PacedFrames(read, self._throttle)
 
     def set_limits(self, request: pb.ThrottleRequest) -> None:

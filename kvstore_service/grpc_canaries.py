@@ -8,7 +8,7 @@ import grpc
 
 from kvstore_api.calibrations import DIGEST_BYTES
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_cluster.canaries import CanaryRecord, CanaryRegistry, Origin, Refusals
+from kvstore_cluster.canaries import CanaryRecord, CanaryRegistry, Origin, Refusals, canary_key
 from kvstore_codec.errors import (
     CanaryError,
     CatalogueError,
@@ -16,6 +16,8 @@ from kvstore_codec.errors import (
     UnknownModelError,
 )
 from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, unary
+from kvstore_service.identity import OPEN, Access
+from kvstore_service.wire import tenant_name
 
 _STATUS: dict[type[KVStoreError], grpc.StatusCode] = {
     CanaryError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -25,8 +27,8 @@ _STATUS: dict[type[KVStoreError], grpc.StatusCode] = {
 
 
 class CanaryService:
-    def __init__(self, registry: CanaryRegistry) -> None:
-        self._registry = registry
+    def __init__(self, registry: CanaryRegistry, access: Access = OPEN) -> None:
+        self._registry, self._access = registry, access
         self._refusals = Refusals()
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
@@ -39,20 +41,21 @@ class CanaryService:
         }
 
     def get(self, request: pb.GetCanaryRequest, context: grpc.ServicerContext) -> pb.CanaryReply:
-        digest = _digest(request.model_digest, context)
+        digest, tenant = _digest(request.model_digest, context), self._tenant(request, context)
         try:
             # Read before the canary, so that the caller notices a replacement between the two reads.
             changes = self._registry.changes
-            return _reply(*self._registry.get(digest), changes)
+            return _reply(*self._registry.get(digest, tenant), changes)
         except KVStoreError as error:
             _abort(error, context)
 
     def put(self, request: pb.PutCanaryRequest, context: grpc.ServicerContext) -> pb.CanaryReply:
         digest, origin = _digest(request.model_digest, context), _origin_of(request.origin)
+        tenant = self._tenant(request, context)
         try:
             changes = self._registry.changes
-            client = client_of(context.peer())
-            kept = self._registry.put(digest, request.generation, origin, request.sketch, client)
+            client = client_of(context.peer()) if self._access.is_open else f"tenant {tenant}"
+            kept = self._registry.put(digest, request.generation, origin, request.sketch, client, tenant)
             return _reply(*kept, changes)
         except KVStoreError as error:
             _abort(error, context)
@@ -60,28 +63,43 @@ class CanaryService:
     def report(
         self, request: pb.ReportRefusalRequest, context: grpc.ServicerContext
     ) -> pb.ReportRefusalReply:
-        digest = _digest(request.model_digest, context)
-        self._registry.count_use(digest)
-        self._refusals.add(digest, request.generation, _origin_of(request.origin), request.message)
+        digest, tenant = _digest(request.model_digest, context), self._tenant(request, context)
+        self._registry.count_use(digest, tenant)
+        self._refusals.add(
+            canary_key(digest, tenant), request.generation, _origin_of(request.origin), request.message
+        )
         return pb.ReportRefusalReply()
 
     def list(
         self,
         request: pb.ListModelsRequest,  # noqa: ARG002
-        context: grpc.ServicerContext,  # noqa: ARG002
+        context: grpc.ServicerContext,
     ) -> pb.ListModelsReply:
-        return pb.ListModelsReply(models=[self._info(record) for record in self._registry.records()])
+        only = self._access.tenant_or_all(context, None)
+        records = [record for record in self._registry.records() if only in (None, record.tenant)]
+        return pb.ListModelsReply(models=map(self._info, records))
 
     def replace(
         self, request: pb.ReplaceCanaryRequest, context: grpc.ServicerContext
     ) -> pb.ReplaceCanaryReply:
-        digest = _digest(request.model_digest, context)
+        digest, tenant = _digest(request.model_digest, context), self._tenant(request, context)
         try:
-            generation = self._registry.replace(digest)
+            generation = self._registry.replace(digest, tenant)
         except KVStoreError as error:
             _abort(error, context)
-        self._refusals.forget(digest)
+        self._refusals.forget(canary_key(digest, tenant))
         return pb.ReplaceCanaryReply(generation=generation)
+
+    def _tenant(
+        self,
+        request: pb.GetCanaryRequest
+        | pb.PutCanaryRequest
+        | pb.ReportRefusalRequest
+        | pb.ReplaceCanaryRequest,
+        context: grpc.ServicerContext,
+    ) -> str:
+        """The tenant whose canary a call is about."""
+        return self._access.namespace(context, tenant_name(request.tenant))
 
     def _info(self, record: CanaryRecord) -> pb.ModelInfo:
         return pb.ModelInfo(
@@ -90,6 +108,7 @@ class CanaryService:
             origin=_origin_message(record.origin),
             created_unix_s=record.created_unix_s,
             size_bytes=record.size_bytes,
+            tenant=record.tenant,
             refusals=[
                 pb.Refusal(
                     origin=_origin_message(refusal.origin),
@@ -98,7 +117,7 @@ class CanaryService:
                     last_unix_s=refusal.last_unix_s,
                     times=refusal.times,
                 )
-                for refusal in self._refusals.of(record.model_digest)
+                for refusal in self._refusals.of(record.key)
             ],
         )
 

@@ -8,6 +8,7 @@ import grpc
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_client.connector import Connector
 from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import NodeRecord
@@ -19,6 +20,7 @@ from kvstore_service.grpc_canaries import CanaryService
 from kvstore_service.grpc_directives import DirectiveService
 from kvstore_service.grpc_server import GrpcServer, unary
 from kvstore_service.listen import Address
+from kvstore_service.security import INSECURE, Security
 
 _PROBE_TIMEOUT_S = 1.0
 _CHANNEL_OPTIONS = [
@@ -31,9 +33,12 @@ _CHANNEL_OPTIONS = [
 class StorageProbe:
     """Asks storage nodes for their stats at the endpoints that clients use. Keeps a channel to each. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, connector: Connector) -> None:
+        self._connector = connector
         self._lock = threading.Lock()
+        self._changes = connector.changes  # when the channels were opened
         self._channels: dict[str, grpc.Channel] = {}
+        self._retired: list[grpc.Channel] = []
 
     def stats(self, members: Sequence[Member]) -> list[pb.StatsReply | str]:
         """Stats of each node, or the reason why it did not answer. Asks all nodes at the same time; blocks for at most
@@ -53,11 +58,20 @@ class StorageProbe:
 
     def close(self) -> None:
         self.failures([])
+        for channel in self._retired:
+            channel.close()
 
     def _stub(self, endpoint: str) -> rpc.StorageStub:
         with self._lock:
+            if self._changes != (changes := self._connector.changes):
+                self._changes = changes
+                for channel in self._retired:
+                    channel.close()
+                # Another thread may wait for an answer on these.
+                self._retired = list(self._channels.values())
+                self._channels.clear()
             if endpoint not in self._channels:
-                self._channels[endpoint] = grpc.insecure_channel(endpoint, _CHANNEL_OPTIONS)
+                self._channels[endpoint] = self._connector.channel(endpoint, _CHANNEL_OPTIONS)
             return rpc.StorageStub(self._channels[endpoint])
 
 
@@ -104,7 +118,7 @@ class CoordinatorService:
 
 class CoordinatorServer:
     """Serves the coordinator's endpoint and runs its failure detector, from construction until `stop`. Raises
-    AddressInUseError."""
+    AddressInUseError and ConfigurationError."""
 
     def __init__(
         self,
@@ -112,37 +126,47 @@ class CoordinatorServer:
         calibrations: CalibrationRegistry,
         canaries: CanaryRegistry,
         address: Address,
+        security: Security = INSECURE,
     ) -> None:
-        self._probe = StorageProbe()
+        access, tls = security.access(), security.server_tls()
+        self._probe = StorageProbe(security.connector())
         self._detector = FailureDetector(coordinator, self._probe.failures)
         # Checked at once, so that nodes of the catalogue that answer are members before the first client asks.
         self._detector.check()
         service = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
         handlers = (
             CoordinatorService(coordinator, canaries, self._probe).handlers()
-            | DirectiveService(coordinator).handlers()
+            | DirectiveService(coordinator, access).handlers()
             | CalibrationService(calibrations).handlers()
-            | CanaryService(canaries).handlers()
+            | CanaryService(canaries, access).handlers()
         )
         try:
-            self._server = GrpcServer(address, service, handlers)
+            self._server = GrpcServer(address, service, handlers, access=access, tls=tls)
         except AddressInUseError:
             self._probe.close()
             raise
+        access.start()
+        self._access = access
         self._detector.start()
         self.address = self._server.address
 
     def stop(self, grace_s: float = 1.0) -> None:
         self._server.stop(grace_s)
         self._detector.stop()
+        self._access.stop()
         self._probe.close()
 
 
 def serve_coordinator(
-    coordinator: Coordinator, calibrations: CalibrationRegistry, canaries: CanaryRegistry, *, address: Address
+    coordinator: Coordinator,
+    calibrations: CalibrationRegistry,
+    canaries: CanaryRegistry,
+    *,
+    address: Address,
+    security: Security = INSECURE,
 ) -> CoordinatorServer:
-    """Starts the coordinator's endpoint. Raises AddressInUseError."""
-    return CoordinatorServer(coordinator, calibrations, canaries, address)
+    """Starts the coordinator's endpoint. Raises AddressInUseError and ConfigurationError."""
+    return CoordinatorServer(coordinator, calibrations, canaries, address, security)
 
 
 def _answer(member: Member, call: grpc.Future) -> pb.StatsReply | str:

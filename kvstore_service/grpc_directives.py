@@ -9,7 +9,7 @@ import grpc
 from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.coordinator import Coordinator
-from kvstore_cluster.intake import MAX_TENANT_BYTES
+from kvstore_cluster.names import MAX_TENANT_BYTES
 from kvstore_codec.errors import (
     CatalogueError,
     ClusterError,
@@ -18,7 +18,8 @@ from kvstore_codec.errors import (
     UnknownNodeError,
 )
 from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, unary
-from kvstore_service.wire import chunk_id
+from kvstore_service.identity import OPEN, Access
+from kvstore_service.wire import chunk_id, tenant_name
 
 _STATUS: dict[type[ClusterError], grpc.StatusCode] = {
     CatalogueError: grpc.StatusCode.UNAVAILABLE,
@@ -31,8 +32,8 @@ _STATUS: dict[type[ClusterError], grpc.StatusCode] = {
 class DirectiveService:
     """gRPC handlers for pins, quotas, draining and repair."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
+    def __init__(self, coordinator: Coordinator, access: Access = OPEN) -> None:
+        self._coordinator, self._access = coordinator, access
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         calls: list[tuple[str, Callable[..., Any], type[Any]]] = [
@@ -47,16 +48,14 @@ class DirectiveService:
 
     def pin(self, request: pb.PinRequest, context: grpc.ServicerContext) -> pb.PinReply:
         chunks = [chunk_id(ref) for ref in request.chunks]
+        tenant = self._access.namespace(context, tenant_name(request.tenant))
+        change = self._coordinator.unpin if request.unpin else self._coordinator.pin
         with _reported(context):
-            pins = self._coordinator.unpin(chunks) if request.unpin else self._coordinator.pin(chunks)
-        return pb.PinReply(pins=pins)
+            return pb.PinReply(pins=change(chunks, tenant), tenant=tenant)
 
-    def list_pins(
-        self,
-        request: pb.ListPinsRequest,  # noqa: ARG002
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> pb.ListPinsReply:
-        pins = sorted(self._coordinator.pins(), key=lambda chunk: (chunk.content_id, chunk.prefix_id))
+    def list_pins(self, request: pb.ListPinsRequest, context: grpc.ServicerContext) -> pb.ListPinsReply:
+        tenant = self._access.namespace(context, tenant_name(request.tenant))
+        pins = sorted(self._coordinator.pins(tenant), key=lambda chunk: (chunk.content_id, chunk.prefix_id))
         return pb.ListPinsReply(chunks=map(chunk_ref, pins))
 
     def set_quota(self, request: pb.SetQuotaRequest, context: grpc.ServicerContext) -> pb.SetQuotaReply:
@@ -68,11 +67,16 @@ class DirectiveService:
     def list_quotas(
         self,
         request: pb.ListQuotasRequest,  # noqa: ARG002
-        context: grpc.ServicerContext,  # noqa: ARG002
+        context: grpc.ServicerContext,
     ) -> pb.ListQuotasReply:
+        only = self._access.tenant_or_all(context, None)
         quotas = sorted(self._coordinator.quotas().items())
         return pb.ListQuotasReply(
-            quotas=[pb.Quota(tenant=tenant, limit_bytes=limit) for tenant, limit in quotas]
+            quotas=[
+                pb.Quota(tenant=tenant, limit_bytes=limit)
+                for tenant, limit in quotas
+                if only in (None, tenant)
+            ]
         )
 
     def drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainReply:

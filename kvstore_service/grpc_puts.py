@@ -1,25 +1,25 @@
 """The Put call of the Storage service."""
 
-from collections.abc import Iterable, Iterator
-
-import grpc
+from collections.abc import Callable, Iterable, Iterator
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PendingPut
-from kvstore_codec.errors import KVStoreError, MalformedRequestError
+from kvstore_codec.errors import KVStoreError, MalformedRequestError, RequestError
+from kvstore_service.identity.access import as_asked
 from kvstore_service.wire import put_arguments, put_refusal, put_reply
 
 
 def put_chunks(
     node: StorageNode,
     steps: Iterable[pb.PutRequest | memoryview],
-    context: grpc.ServicerContext | None = None,  # noqa: ARG001 (of every call)
+    tenant: Callable[[str], str] = as_asked,
 ) -> Iterator[pb.PutReply]:
-    """Stores the chunks of a Put stream. Answers each chunk as soon as its result is known and skips the rest of its
+    """Stores the chunks of a Put stream. `tenant` returns the tenant of a chunk, from the one that its start names;
+    its RequestErrors end the stream. Answers each chunk as soon as its result is known and skips the rest of its
     steps, so that a client can stop sending a chunk that is already stored or does not fit. Raises
     MalformedRequestError for steps in the wrong order."""
-    stream = _PutStream(node)
+    stream = _PutStream(node, tenant)
     try:
         # `map` instead of a loop: a loop variable would keep a step of up to 8 MiB during the wait for the next one.
         yield from (reply for reply in map(stream.take, steps) if reply is not None)
@@ -28,8 +28,8 @@ def put_chunks(
 
 
 class _PutStream:
-    def __init__(self, node: StorageNode) -> None:
-        self._node = node
+    def __init__(self, node: StorageNode, tenant: Callable[[str], str]) -> None:
+        self._node, self._tenant = node, tenant
         self._put: PendingPut | None = None
         self._inside = False  # between a start and its end or revoke
 
@@ -49,7 +49,7 @@ class _PutStream:
                 return self._begin(step.start)
             else:
                 return self._end(committed=kind == "end")
-        except MalformedRequestError:
+        except RequestError:
             raise
         except KVStoreError as error:
             self.revoke()
@@ -63,7 +63,7 @@ class _PutStream:
             put.revoke()
 
     def _begin(self, start: pb.PutStart) -> pb.PutReply | None:
-        self._put = self._node.begin_put(*put_arguments(start))
+        self._put = self._node.begin_put(*put_arguments(start, self._tenant(start.tenant)))
         return put_reply(stored=False) if self._put is None else None
 
     def _write(self, data: memoryview) -> None:

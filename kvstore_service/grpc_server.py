@@ -11,12 +11,22 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvstore_codec.errors import AbandonedRequestError, BusyError, MalformedRequestError
+from kvstore_codec.errors import (
+    AbandonedRequestError,
+    BusyError,
+    MalformedRequestError,
+    PermissionDeniedError,
+    RequestError,
+    UnauthenticatedError,
+)
 from kvstore_service.background_health import HealthWithBackground
+from kvstore_service.identity import OPEN, Access
+from kvstore_service.identity.guard import Guard
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error
 from kvstore_service.request_fields import require_few_fields
 from kvstore_service.stalled_streams import StalledStreams
+from kvstore_service.tls import ServerTls
 from kvstore_service.unsent_answers import UnsentAnswers
 
 MAX_MESSAGE_BYTES = 8 << 20
@@ -35,6 +45,13 @@ MAX_CALLS_OF_CONNECTION = MAX_STREAMS + 64
 """Open calls of one connection, including those whose answer the client has not read. A client holds back further
 calls until some have ended. If it does not, they are refused before they use memory."""
 _HEALTH = f"/{health.SERVICE_NAME}/"
+_STATUS: dict[type[RequestError], grpc.StatusCode] = {
+    MalformedRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    AbandonedRequestError: grpc.StatusCode.CANCELLED,
+    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
+}
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -51,8 +68,8 @@ _OPTIONS = [
 
 
 class GrpcServer:
-    """Serves the `handlers` of one service from construction until `stop`. Servers of the same node share `large`,
-    which limits their large requests. Raises AddressInUseError."""
+    """Serves the `handlers` of one service from construction until `stop`, to the callers that `access` admits. Servers
+    of the same node share `large`, which limits their large requests. Raises AddressInUseError."""
 
     def __init__(
         self,
@@ -62,12 +79,16 @@ class GrpcServer:
         *,
         advertise_host: str | None = None,
         large: LargeRequests | None = None,
+        access: Access = OPEN,
+        tls: ServerTls | None = None,
     ) -> None:
         self._pool = ThreadPoolExecutor(_THREADS, "kvstore-rpc")
         self._stalled = StalledStreams()
+        guards = [] if access.is_open else [Guard(access)]
+        limits = [_StreamLimits(self._stalled), _RequestLimits(large or LargeRequests())]
         self._server = grpc.server(
             self._pool,
-            interceptors=[_StreamLimits(self._stalled), _RequestLimits(large or LargeRequests())],
+            interceptors=[*guards, *limits],
             options=_OPTIONS,
             maximum_concurrent_rpcs=_MAX_CALLS,
         )
@@ -80,7 +101,10 @@ class GrpcServer:
             (service, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
         try:
-            port = self._server.add_insecure_port(str(address))
+            if tls is None:
+                port = self._server.add_insecure_port(str(address))
+            else:
+                port = self._server.add_secure_port(str(address), tls.grpc_credentials())
         except RuntimeError as error:
             self._pool.shutdown()
             self._stalled.stop()
@@ -260,12 +284,8 @@ def reported(context: grpc.ServicerContext) -> Iterator[None]:
     """Ends the call with a gRPC status if the block refuses the request."""
     try:
         yield
-    except MalformedRequestError as error:
-        context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-    except BusyError as error:
-        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-    except AbandonedRequestError as error:
-        context.abort(grpc.StatusCode.CANCELLED, str(error))
+    except RequestError as error:
+        context.abort(_STATUS[type(error)], str(error))
 
 
 def unary(

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from functools import partial
 
 import grpc
 
@@ -30,9 +29,11 @@ from kvstore_service.chunk_source import ChunkSource
 from kvstore_service.experiments import START, Experiments
 from kvstore_service.grpc_puts import put_chunks
 from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, MAX_REPLY_BYTES, GrpcServer, parser, unary
+from kvstore_service.identity import OPEN, Access
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address
 from kvstore_service.lookup_reply import lookup_reply
+from kvstore_service.tls import ServerTls
 
 # 16 MiB of a reply are left for the other fields of wire.MAX_CHUNKS answers.
 MAX_HEADER_BYTES = MAX_REPLY_BYTES - (16 << 20)
@@ -44,7 +45,7 @@ class StorageService:
 
     `bulk_endpoint` is the host:port of the node's bulk port, or empty. `repair` copies the node's chunks to their other
     owners; None means no repair. `experiments` limits the node's speed; None refuses limits. `large` admits requests
-    that take the node long."""
+    that take the node long. `access` says for which tenant a call acts."""
 
     def __init__(
         self,
@@ -53,8 +54,10 @@ class StorageService:
         repair: RepairWorker | None = None,
         experiments: Experiments | None = None,
         large: LargeRequests | None = None,
+        access: Access = OPEN,
     ) -> None:
         self._node = node
+        self._access = access
         self._large = large or LargeRequests()
         self._verifying = threading.Lock()
         self._experiments = experiments
@@ -70,7 +73,7 @@ class StorageService:
                 self.lookup, parser(pb.LookupRequest, MAX_MESSAGE_BYTES), response_serializer=bytes
             ),
             "Put": grpc.stream_stream_rpc_method_handler(
-                partial(put_chunks, self._node),
+                self.put,
                 request_deserializer=decode_put_request,
                 response_serializer=pb.PutReply.SerializeToString,
             ),
@@ -95,7 +98,8 @@ class StorageService:
     def lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> bytes:
         """Returns a serialised LookupReply. Checks that the client still waits, during the lookup and once the reply is
         complete. If the reply cannot be sent, its lease is released."""
-        wanted = wire.lookup_request(request, MAX_HEADER_BYTES)
+        tenant = self._tenant(request, context)
+        wanted = wire.lookup_request(request, MAX_HEADER_BYTES, tenant)
 
         def proceed(header_bytes: int) -> None:
             if not context.is_active():
@@ -116,47 +120,49 @@ class StorageService:
             raise
         return answer
 
-    def renew_lease(
-        self,
-        request: pb.RenewLeaseRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002
-    ) -> pb.RenewLeaseReply:
-        lease_id = wire.lease_id(request.lease_id)
-        return pb.RenewLeaseReply(renewed=self._node.renew_lease(lease_id, request.lease_ms / 1000))
+    def put(
+        self, steps: Iterator[pb.PutRequest | memoryview], context: grpc.ServicerContext
+    ) -> Iterator[pb.PutReply]:
+        return put_chunks(self._node, steps, self._access.acting(context))
+
+    def renew_lease(self, request: pb.RenewLeaseRequest, context: grpc.ServicerContext) -> pb.RenewLeaseReply:
+        lease_id, tenant = wire.lease_id(request.lease_id), self._access.tenant_or_all(context, None)
+        return pb.RenewLeaseReply(renewed=self._node.renew_lease(lease_id, request.lease_ms / 1000, tenant))
 
     def release_lease(
-        self,
-        request: pb.ReleaseLeaseRequest,
-        context: grpc.ServicerContext,  # noqa: ARG002
+        self, request: pb.ReleaseLeaseRequest, context: grpc.ServicerContext
     ) -> pb.ReleaseLeaseReply:
+        lease_id, tenant = wire.lease_id(request.lease_id), self._access.tenant_or_all(context, None)
         if request.used:
-            self._use(request)
-        return pb.ReleaseLeaseReply(released=self._node.release_lease(wire.lease_id(request.lease_id)))
+            self._use(request, tenant)
+        return pb.ReleaseLeaseReply(released=self._node.release_lease(lease_id, tenant))
 
-    def use(self, request: pb.UseRequest, context: grpc.ServicerContext) -> pb.UseReply:  # noqa: ARG002
-        return pb.UseReply(counted=self._use(request))
+    def use(self, request: pb.UseRequest, context: grpc.ServicerContext) -> pb.UseReply:
+        return pb.UseReply(counted=self._use(request, self._access.tenant_or_all(context, None)))
 
-    def _use(self, request: pb.UseRequest | pb.ReleaseLeaseRequest) -> bool:
+    def _use(self, request: pb.UseRequest | pb.ReleaseLeaseRequest, tenant: str | None) -> bool:
         used = wire.used_bits(request)
-        return self._node.use(wire.lease_id(request.lease_id), used, request.tokens)
+        return self._node.use(wire.lease_id(request.lease_id), used, request.tokens, tenant)
 
     def delete(self, request: pb.DeleteRequest, context: grpc.ServicerContext) -> pb.DeleteReply:
         try:
-            deleted = self._node.delete(wire.chunk_ids(request.chunks))
+            tenant = self._tenant(request, context)
+            deleted = self._node.delete(wire.chunk_ids(request.chunks), tenant)
         except DiskError as error:
             context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         return pb.DeleteReply(deleted=deleted)
 
-    def report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.ReportReply:  # noqa: ARG002
+    def report(self, request: pb.ReportRequest, context: grpc.ServicerContext) -> pb.ReportReply:
         chunks = wire.chunk_ids(request.chunks)
         scores = list(request.scores)
         if len(scores) != len(chunks) or not all(0 <= score <= 1 for score in scores):
             raise MalformedRequestError("a report must have one score from 0 to 1 for each chunk")
-        self._node.report(chunks, scores, wire.reporting_tenant(request))
+        self._node.report(chunks, scores, self._tenant(request, context))
         return pb.ReportReply()
 
-    def list(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListReply:  # noqa: ARG002
-        content_prefix, tenant = wire.content_prefix(request), wire.tenant_of(request)
+    def list(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListReply:
+        content_prefix = wire.content_prefix(request)
+        tenant = self._access.tenant_or_all(context, wire.tenant_or_all(request))
         self._large.wait_for_turn()  # one page may look at every chunk of the node
         variants, next_cursor = self._node.list(
             request.cursor,
@@ -168,18 +174,19 @@ class StorageService:
 
     def verify(
         self,
-        request: pb.VerifyRequest,  # noqa: ARG002
+        request: pb.VerifyRequest,
         context: grpc.ServicerContext,
     ) -> Iterator[pb.VerifyReply]:
+        tenant = self._access.tenant_or_all(context, wire.tenant_or_all(request))
         if not self._verifying.acquire(blocking=False):
             raise BusyError("this node is already being verified; wait until that has ended")
         try:
-            yield from self._verify(context)
+            yield from self._verify(tenant, context)
         finally:
             self._verifying.release()
 
-    def _verify(self, context: grpc.ServicerContext) -> Iterator[pb.VerifyReply]:
-        for progress in scrub(self._node):
+    def _verify(self, tenant: str | None, context: grpc.ServicerContext) -> Iterator[pb.VerifyReply]:
+        for progress in scrub(self._node, tenant):
             if not context.is_active():
                 return
             yield pb.VerifyReply(
@@ -226,12 +233,13 @@ class StorageService:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return pb.ThrottleReply()
 
-    def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:  # noqa: ARG002
+    def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Yields serialised ReadReply messages. The chunk of a range stays in memory until the range is sent."""
+        tenant = self._tenant(request, context)
         chunks, encodings = wire.read_targets(request)
         piece_bytes = min(request.piece_bytes or MAX_PIECE_BYTES, MAX_PIECE_BYTES)
         if request.any_order:
-            with self._source.read_frames(chunks, encodings, request.ranges) as read:
+            with self._source.read_frames(chunks, encodings, request.ranges, tenant) as read:
                 for data in read:
                     if data.failure is not None:
                         yield _read_failure(data.index, wire.range_failure(data.failure))
@@ -240,13 +248,22 @@ class StorageService:
             return
         for index, wanted in enumerate(request.ranges):
             try:
-                with self._source.open(chunks[wanted.chunk], encodings[wanted.chunk]) as reader:
+                name, encoding = chunks[wanted.chunk], encodings[wanted.chunk]
+                with self._source.open(name, encoding, tenant=tenant) as reader:
                     for piece in reader.pieces(wanted.first_frame, wanted.frame_count, piece_bytes):
                         yield encode_read_piece(index, piece)
             except (ChunkNotFoundError, ChunkFormatError):
                 yield _read_failure(index, pb.READ_STATUS_NOT_FOUND)
             except FrameRangeError:
                 yield _read_failure(index, pb.READ_STATUS_INVALID_RANGE)
+
+    def _tenant(
+        self,
+        request: pb.LookupRequest | pb.ReadRequest | pb.DeleteRequest | pb.ReportRequest,
+        context: grpc.ServicerContext,
+    ) -> str:
+        """The tenant that a call acts for."""
+        return self._access.tenant(context, wire.tenant_name(request.tenant))
 
 
 def serve_storage(
@@ -258,13 +275,23 @@ def serve_storage(
     repair: RepairWorker | None = None,
     experiments: Experiments | None = None,
     large: LargeRequests | None = None,
+    access: Access = OPEN,
+    tls: ServerTls | None = None,
 ) -> GrpcServer:
     """Starts the node's gRPC server on a free port of `host`. `large` is shared with the node's bulk server. Raises
     AddressInUseError."""
     service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
     large = large or LargeRequests()
-    handlers = StorageService(node, bulk_endpoint, repair, experiments, large).handlers()
-    return GrpcServer(Address(host, 0), service, handlers, advertise_host=advertise_host, large=large)
+    handlers = StorageService(node, bulk_endpoint, repair, experiments, large, access).handlers()
+    return GrpcServer(
+        Address(host, 0),
+        service,
+        handlers,
+        advertise_host=advertise_host,
+        large=large,
+        access=access,
+        tls=tls,
+    )
 
 
 def _read_failure(index: int, status: pb.ReadStatus) -> bytes:

@@ -32,6 +32,15 @@ class Address:
         return cls(host.strip("[]"), int(port))
 
     @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address. False for a name that cannot be resolved."""
+        try:
+            found = socket.getaddrinfo(self.host, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            return False
+        return all(ipaddress.ip_address(str(target[0]).partition("%")[0]).is_loopback for *_, target in found)
+
+    @property
     def reachable_host(self) -> str:
         """Host that others connect to: the host itself, or for "all interfaces" this machine's outgoing address."""
         try:

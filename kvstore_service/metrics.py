@@ -1,16 +1,13 @@
 """Prometheus metrics of a cluster. Each scrape asks the cluster; no values are cached."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_codec.errors import ServiceError
-from kvstore_service.listen import Address, address_error
 
 _GAUGES = {
     "chunks": "Stored variants of chunks.",
@@ -62,22 +59,6 @@ class ClusterCollector(Collector):
         yield up
         yield GaugeMetricFamily("kvstore_cluster_epoch", "Epoch of the membership.", value=reply.epoch)
         yield from _node_metrics(reply)
-
-
-@contextmanager
-def metrics_endpoint(address: Address) -> Iterator[CollectorRegistry]:
-    """Serves the metrics of the yielded registry over HTTP at /metrics. Raises AddressInUseError."""
-    registry = CollectorRegistry()
-    try:
-        server, thread = start_http_server(address.port, address.host, registry)
-    except OSError as error:
-        raise address_error(address, error.strerror or str(error)) from error
-    try:
-        yield registry
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def _node_metrics(reply: pb.ClusterStatsReply) -> Iterator[Metric]:

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import Outcome
 from kvstore_cluster.stored import StoredVariant
 from kvstore_codec.errors import ChunkNotFoundError, KVStoreError, NodeUnavailableError, TransferError
-from kvstore_codec.identity import ChunkId
+from kvstore_service.security import INSECURE, Security
 from kvstore_service.wire import put_start
 
 log = logging.getLogger(__name__)
@@ -49,21 +50,35 @@ _OUTCOMES = {
 class GrpcPeers:
     """Implements `PeerNodes`. Copies are read from `node`."""
 
-    def __init__(self, node: StorageNode) -> None:
+    def __init__(self, node: StorageNode, security: Security = INSECURE) -> None:
         self._node = node
+        self._connector = security.connector()
         self._lock = threading.Lock()
-        self._channels: dict[str, tuple[str, grpc.Channel]] = {}  # by node_id: the endpoint and its channel
+        # By node_id: the channel, its endpoint, and the connector's changes when it was opened.
+        self._channels: dict[str, tuple[grpc.Channel, tuple[str, int]]] = {}
         self._durable_again_s: dict[str, float] = {}  # by node_id: when to ask for durable copies again
         self._closed = False
 
-    def lookup(self, member: Member, chunks: Sequence[ChunkId], encoding: str) -> list[bool]:
-        request = pb.LookupRequest(chunks=map(chunk_ref, chunks), encodings=[encoding], peek=True)
-        reply = self._call(member, "Lookup", request)
-        if len(reply.answers) != len(chunks):
-            raise NodeUnavailableError(
-                f"{member.node_id} returned {len(reply.answers)} answers to a lookup of {len(chunks)} chunks"
+    def lookup(self, member: Member, variants: Sequence[StoredVariant]) -> list[bool]:
+        by_tenant: defaultdict[str, list[int]] = defaultdict(list)  # nodes with one namespace need one call
+        for index, variant in enumerate(variants):
+            by_tenant[variant.tenant if self._node.isolated else ""].append(index)
+        having = [False] * len(variants)
+        for tenant, indices in by_tenant.items():
+            request = pb.LookupRequest(
+                chunks=[chunk_ref(variants[index].chunk_id) for index in indices],
+                encodings=[variants[0].encoding],
+                peek=True,
+                tenant=tenant,
             )
-        return [bool(answer.encoding) for answer in reply.answers]
+            reply = self._call(member, "Lookup", request)
+            if len(reply.answers) != len(indices):
+                raise NodeUnavailableError(
+                    f"{member.node_id} returned {len(reply.answers)} answers to a lookup of {len(indices)} chunks"
+                )
+            for index, answer in zip(indices, reply.answers, strict=True):
+                having[index] = bool(answer.encoding)
+        return having
 
     def room_bytes(self, member: Member) -> int:
         stats = self._call(member, "Stats", pb.StatsRequest())
@@ -125,7 +140,9 @@ class GrpcPeers:
         for index, variant in enumerate(variants):
             inside = False
             try:
-                with self._node.open(variant.chunk_id, variant.encoding, peek=True) as reader:
+                with self._node.open(
+                    variant.chunk_id, variant.encoding, tenant=variant.tenant, peek=True
+                ) as reader:
                     started.append(index)
                     inside = True
                     yield pb.PutRequest(start=put_start(variant, durable=durably and variant.on_disk))
@@ -144,7 +161,7 @@ class GrpcPeers:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            for _, channel in self._channels.values():
+            for channel, _ in self._channels.values():
                 channel.close()
             self._channels.clear()
 
@@ -162,10 +179,13 @@ class GrpcPeers:
         with self._lock:
             if self._closed:
                 raise NodeUnavailableError(f"the channel to {member.node_id} is closed")
-            endpoint, channel = self._channels.get(member.node_id, ("", None))
-            if channel is None or endpoint != member.endpoint:
-                if channel is not None:  # the node has restarted at another endpoint
+            wanted = member.endpoint, self._connector.changes
+            channel, opened = self._channels.get(member.node_id, (None, None))
+            if channel is None or opened != wanted:
+                if (
+                    channel is not None
+                ):  # the node has restarted at another endpoint, or there are new certificates
                     channel.close()
-                channel = grpc.insecure_channel(member.endpoint, _CHANNEL_OPTIONS)
-                self._channels[member.node_id] = member.endpoint, channel
+                channel = self._connector.channel(member.endpoint, _CHANNEL_OPTIONS)
+                self._channels[member.node_id] = channel, wanted
             return channel

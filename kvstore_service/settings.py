@@ -85,8 +85,30 @@ class Settings(BaseModel):
         gt=0,
         le=_MOST_BYTES,
     )
-    tls_cert: Path | None = _setting(None, "PEM certificate chain of the bulk ports.", unset="plain TCP")
+    credentials: Path | None = _setting(
+        None,
+        "File of `kvstore credentials`: callers must show one of them, and chunks of different tenants are kept apart.",
+        unset="everybody may call",
+    )
+    tls_cert: Path | None = _setting(None, "PEM certificate chain of every port.", unset="plain TCP")
     tls_key: Path | None = _setting(None, "PEM key of --tls-cert.")
+    tls_ca: Path | None = _setting(
+        None,
+        "PEM certificates of the authorities that signed --tls-cert, by which the nodes know one another.",
+        unset="--tls-cert itself",
+    )
+    tls_client_ca: Path | None = _setting(
+        None,
+        "PEM certificates of authorities; clients must then present a certificate of one of them. The nodes present "
+        "--tls-cert.",
+    )
+    tls_name: str | None = _setting(
+        None, "Name in --tls-cert, if it is not the host of each node's address.", unset="that host"
+    )
+    insecure: bool = _setting(
+        False,  # noqa: FBT003
+        "Allow an address other than this machine's loopback without --credentials and TLS.",
+    )
     metrics_port: int | None = _setting(None, "Port for Prometheus, on the same host.", ge=1, le=65535)
     experiments: bool = _setting(
         False,  # noqa: FBT003
@@ -124,6 +146,8 @@ class Settings(BaseModel):
             raise ValueError("disk needs data_dir, a folder that stores it across restarts")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key must be given together")
+        if self.tls_cert is None and (self.tls_ca or self.tls_client_ca or self.tls_name):
+            raise ValueError("tls_ca, tls_client_ca and tls_name need tls_cert and tls_key")
         return self
 
     @field_validator("nodes")

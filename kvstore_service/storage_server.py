@@ -1,21 +1,19 @@
 """The endpoints of a storage node: gRPC for all calls, and the bulk port for KV bytes."""
 
-from pathlib import Path
-
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.repair import RepairWorker
 from kvstore_cluster.slow_disk import SlowNode
 from kvstore_codec.errors import AddressInUseError
-from kvstore_service.bulk_server import serve_bulk, server_tls
+from kvstore_service.bulk_server import serve_bulk
 from kvstore_service.experiments import Experiments
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.large_requests import LargeRequests
+from kvstore_service.security import INSECURE, Security
 
 
 class StorageServer:
     """Serves a node from construction until `stop`, on free ports of `host`. If `host` is None, it listens on the
-    address under which Ray knows this machine. `tls` names the files with the certificate and the key of the bulk port.
-    Raises ConfigurationError and AddressInUseError."""
+    address under which Ray knows this machine. Raises ConfigurationError and AddressInUseError."""
 
     def __init__(
         self,
@@ -23,13 +21,20 @@ class StorageServer:
         repair: RepairWorker,
         *,
         host: str | None,
-        tls: tuple[Path, Path] | None = None,
+        security: Security = INSECURE,
     ) -> None:
         host = host or _ray_address()
+        tls = security.server_tls()
+        self._access = access = security.access()
         self._experiments = Experiments(node) if isinstance(node, SlowNode) else None
         large = LargeRequests()
         self._bulk = serve_bulk(
-            node, host=host, tls=server_tls(*tls) if tls else None, source=self._experiments, large=large
+            node,
+            host=host,
+            tls=tls,
+            source=self._experiments,
+            large=large,
+            access=access,
         )
         self.bulk_address = self._bulk.address
         try:
@@ -40,17 +45,21 @@ class StorageServer:
                 repair=repair,
                 experiments=self._experiments,
                 large=large,
+                access=access,
+                tls=tls,
             )
         except AddressInUseError:
             self._bulk.stop(0)
             raise
         self.address = self._grpc.address
+        access.start()
 
     def stop(self, grace_s: float = 1.0) -> None:
         if self._experiments is not None:
             self._experiments.end()  # otherwise requests that wait under a limit would not end in time
         self._grpc.stop(grace_s)
         self._bulk.stop(grace_s)
+        self._access.stop()
 
 
 def _ray_address() -> str:

@@ -12,10 +12,10 @@ from kvstore_api.frames import MAX_FRAME_RANGES
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.frame_reads import RangeDroppedError
-from kvstore_cluster.intake import MAX_TENANT_BYTES
 from kvstore_cluster.leases import LEASE_ID_BYTES, LeaseId
 from kvstore_cluster.listing import MOST_BEHIND
 from kvstore_cluster.lookup import LookupRequest
+from kvstore_cluster.names import MAX_TENANT_BYTES
 from kvstore_cluster.put import PutOptions
 from kvstore_cluster.stored import StoredVariant
 from kvstore_codec.canonical import DIGEST_BYTES
@@ -72,9 +72,9 @@ def used_bits(request: pb.UseRequest | pb.ReleaseLeaseRequest) -> bytes:
     return used
 
 
-def lookup_request(request: pb.LookupRequest, max_header_bytes: int) -> LookupRequest:
-    """The arguments of a lookup. The chunk references are not checked here, because converting 1,000 of them to
-    ChunkIds takes longer than the lookup. `lookup_reply.py` refuses those of the wrong length."""
+def lookup_request(request: pb.LookupRequest, max_header_bytes: int, tenant: str) -> LookupRequest:
+    """The arguments of a lookup for a tenant. The chunk references are not checked here, because converting 1,000 of
+    them to ChunkIds takes longer than the lookup. `lookup_reply.py` refuses those of the wrong length."""
     _require_at_most(MAX_CHUNKS, "chunks", request.chunks)
     _require_at_most(MAX_ENCODINGS, "encodings", request.encodings)
     return LookupRequest(
@@ -88,6 +88,7 @@ def lookup_request(request: pb.LookupRequest, max_header_bytes: int) -> LookupRe
         all_encodings=request.all_encodings,
         any_context=request.any_context,
         use_follows=request.use_follows,
+        tenant=tenant,
     )
 
 
@@ -119,8 +120,9 @@ def range_failure(failure: StorageError) -> pb.ReadStatus:
             return pb.READ_STATUS_NOT_FOUND
 
 
-def put_arguments(start: pb.PutStart) -> tuple[ChunkId, str, int, bytes | None, PutOptions]:
-    """The arguments of `StorageNode.begin_put`. Also raises PutStateError, for which the node refuses only this put."""
+def put_arguments(start: pb.PutStart, tenant: str) -> tuple[ChunkId, str, int, bytes | None, PutOptions]:
+    """The arguments of `StorageNode.begin_put` for a put of a tenant. Also raises PutStateError, for which the node
+    refuses only this put."""
     if len(start.calibration) not in (0, DIGEST_BYTES):
         raise PutStateError(
             f"the calibration of a put has {DIGEST_BYTES} bytes or none; this one has {len(start.calibration)}"
@@ -138,7 +140,7 @@ def put_arguments(start: pb.PutStart) -> tuple[ChunkId, str, int, bytes | None, 
     options = PutOptions(
         Durability(start.durability),
         start.ttl_s,
-        start.tenant,
+        tenant,
         start.cost,
         start.number,
         tuple(map(chunk_id, start.behind)),
@@ -173,14 +175,9 @@ def put_refusal(error: KVStoreError) -> pb.PutReply:
     )
 
 
-def tenant_of(request: pb.ListRequest) -> str | None:
-    """The tenant whose chunks are listed. None means all tenants."""
-    return _tenant_name(request.tenant) if request.HasField("tenant") else None
-
-
-def reporting_tenant(request: pb.ReportRequest) -> str:
-    """The tenant whose model paid the attention."""
-    return _tenant_name(request.tenant)
+def tenant_or_all(request: pb.ListRequest | pb.VerifyRequest) -> str | None:
+    """The tenant whose chunks are listed or verified. None if the request names none."""
+    return tenant_name(request.tenant) if request.HasField("tenant") else None
 
 
 def content_prefix(request: pb.ListRequest) -> bytes:
@@ -205,7 +202,8 @@ def stored_variant(variant: StoredVariant) -> pb.StoredVariant:
     )
 
 
-def _tenant_name(tenant: str) -> str:
+def tenant_name(tenant: str) -> str:
+    """The name of the tenant that a request acts for. Raises MalformedRequestError for one that is too long."""
     tenant_bytes = len(tenant.encode())
     if tenant_bytes > MAX_TENANT_BYTES:
         raise MalformedRequestError(

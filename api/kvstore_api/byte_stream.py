@@ -6,8 +6,9 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from kvstore_api.affinity import AffinityPolicy, unpinned
 
@@ -53,6 +54,12 @@ class ByteStream:
         if isinstance(self._socket, ssl.SSLSocket):
             self._socket.settimeout(timeout_s)
             self._socket.do_handshake()
+
+    def peer_names(self) -> list[str]:
+        """Names in the verified certificate of the other side: its common name, then its alternative names. Empty
+        without a certificate."""
+        certificate = self._socket.getpeercert() if isinstance(self._socket, ssl.SSLSocket) else None
+        return certificate_names(certificate or {})
 
     def receive_into(self, view: memoryview | bytearray, timeout_s: float) -> None:
         """Receive until `view` is full. Blocks up to `timeout_s`."""
@@ -157,6 +164,13 @@ class ByteStream:
             seconds, microseconds = divmod(int(limit_s * 1e6) + 1, 1_000_000)  # 0 would mean no limit
             self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", seconds, microseconds))
             self._limits_s[option] = limit_s
+
+
+def certificate_names(certificate: Mapping[str, Any]) -> list[str]:
+    """The common name, then the alternative names, of a certificate as `ssl.SSLSocket.getpeercert` returns it."""
+    subject = (pair for group in certificate.get("subject", ()) for pair in group)
+    common = [value for key, value in subject if key == "commonName"]
+    return common + [value for _, value in certificate.get("subjectAltName", ())]
 
 
 def _remaining_s(until: float) -> float:

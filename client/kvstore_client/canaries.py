@@ -94,7 +94,7 @@ class Canaries:
     def get(self, spec: ModelSpec) -> KeptCanary:
         """The canary that the cluster keeps for a model."""
         self._view.membership()  # fails sooner when the coordinator is unreachable
-        request = pb.GetCanaryRequest(model_digest=spec.digest)
+        request = pb.GetCanaryRequest(model_digest=spec.digest, tenant=self._view.tenant)
         with _unavailable():
             return self._kept(self._view.coordinator().GetCanary(request, timeout=_TRANSFER_TIMEOUT_S))
 
@@ -131,7 +131,11 @@ class Canaries:
 
     def _put(self, spec: ModelSpec, generation: int, sketch: bytes, origin: pb.Origin) -> KeptCanary:
         request = pb.PutCanaryRequest(
-            model_digest=spec.digest, generation=generation, origin=origin, sketch=sketch
+            model_digest=spec.digest,
+            generation=generation,
+            origin=origin,
+            sketch=sketch,
+            tenant=self._view.tenant,
         )
         with _unavailable():
             return self._kept(self._view.coordinator().PutCanary(request, timeout=_TRANSFER_TIMEOUT_S))
@@ -156,7 +160,11 @@ class Canaries:
             f"other side was wrong: `kvstore models replace {spec.digest.hex()[:12]}`"
         )
         request = pb.ReportRefusalRequest(
-            model_digest=spec.digest, generation=kept.generation, origin=origin, message=how
+            model_digest=spec.digest,
+            generation=kept.generation,
+            origin=origin,
+            message=how,
+            tenant=self._view.tenant,
         )
         try:
             with _unavailable():

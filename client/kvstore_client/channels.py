@@ -3,10 +3,11 @@
 import ctypes
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import grpc
 
+from kvstore_client.connector import Connector
 from kvstore_client.fork import GATE
 from kvstore_codec.errors import NodeUnavailableError
 
@@ -24,14 +25,16 @@ _OPTIONS = [
 class Channels:
     """Opens channels on first use, until `close`. Thread-safe."""
 
-    def __init__(self, routes: Mapping[str, str], *, longest_call_s: float) -> None:
+    def __init__(self, connector: Connector, routes: Mapping[str, str], *, longest_call_s: float) -> None:
         """`routes` maps addresses to the addresses to dial instead. No call begins on a channel returned more than
         `longest_call_s` ago, and no call lasts longer."""
-        self._routes, self._longest_call_s = routes, longest_call_s
+        self._connector, self._routes, self._longest_call_s = connector, routes, longest_call_s
         self._lock = threading.Lock()
         self._closed = False
         self._open: dict[str, tuple[grpc.Channel, grpc.Channel]] = {}
         """By address: the channel, and the intercepted channel for calls."""
+        self._changes = connector.changes
+        """Those of the connector when the open channels were opened."""
         self._retired: list[tuple[float, grpc.Channel]] = []
         """Channels to addresses no longer in use, and until when they may still be called."""
 
@@ -40,8 +43,12 @@ class Channels:
         with self._lock:
             if self._closed:
                 raise NodeUnavailableError(f"{address} is not called: the client was closed")
+            if self._connector.uses_tls and self._changes != (changes := self._connector.changes):
+                # The client has a new certificate, or knows the servers by another one.
+                self._changes = changes
+                self._retire(list(self._open))
             if address not in self._open:
-                channel = grpc.insecure_channel(self._routes.get(address, address), options=_OPTIONS)
+                channel = self._connector.channel(self._routes.get(address, address), _OPTIONS)
                 self._open[address] = channel, grpc.intercept_channel(channel, GATE)
             return self._open[address][1]
 
@@ -49,12 +56,16 @@ class Channels:
         """Retire the channels to all other addresses; each is closed when its last call must have ended."""
         now_s = time.monotonic()
         with self._lock:
-            for address in self._open.keys() - set(addresses):
-                self._retired.append((now_s + 2 * self._longest_call_s, self._open.pop(address)[0]))
+            self._retire(self._open.keys() - set(addresses))
             over = [channel for until_s, channel in self._retired if until_s <= now_s]
             self._retired = [retired for retired in self._retired if retired[0] > now_s]
         for channel in over:
             channel.close()
+
+    def _retire(self, addresses: Iterable[str]) -> None:
+        until_s = time.monotonic() + 2 * self._longest_call_s
+        for address in addresses:
+            self._retired.append((until_s, self._open.pop(address)[0]))
 
     def __len__(self) -> int:
         """Number of channels to addresses in use."""

@@ -13,6 +13,7 @@ from kvstore_api.placement import Member, Membership, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.channels import Channels
+from kvstore_client.connector import Connector
 from kvstore_client.grpc_failure import predicate_of
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
@@ -71,8 +72,9 @@ class ClusterView:
         self._address = settings.address
         self._lock = threading.Lock()
         longest_call_s = max(settings.timeouts.fetch_s, settings.timeouts.put_s)
-        self._channels = Channels(settings.transport.routes, longest_call_s=longest_call_s)
-        self._transports = Transports(settings)
+        connector = Connector(settings.security)
+        self._channels = Channels(connector, settings.transport.routes, longest_call_s=longest_call_s)
+        self._transports = Transports(settings, connector)
         self._membership: Membership | None = None
         self._placement = Placement(())  # of that membership
         self._before: Placement | None = None
@@ -102,6 +104,11 @@ class ClusterView:
         if stale:
             self.refresh()
         return known
+
+    @property
+    def tenant(self) -> str:
+        """The tenant that requests name. Empty: that of the client's credential."""
+        return self._settings.store.tenant
 
     @property
     def canary_changes(self) -> int:

@@ -4,7 +4,7 @@ import grpc
 
 from kvstore_codec.errors import NodeUnavailableError
 
-_MOST_CHARACTERS = 200
+_MOST_CHARACTERS = 240
 
 
 def predicate_of(error: grpc.RpcError) -> str:
@@ -14,6 +14,8 @@ def predicate_of(error: grpc.RpcError) -> str:
         return "did not answer in time"
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return "is not a kvstore service"
+    if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+        return f"refused this client: {details}"
     if code is not grpc.StatusCode.UNAVAILABLE:
         return f"answered {code.name}: {details}"
     if "refused" in details:

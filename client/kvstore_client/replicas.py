@@ -202,6 +202,7 @@ class Search:
             any_context=any_context,
             peek=self._peek,
             use_follows=not self._peek,
+            tenant=self._view.tenant,
         )
         request.MergeFromString(asked_chunks(self._chunk_ids[index] for index in asked))
         now_s = time.monotonic()

@@ -14,7 +14,7 @@ means that the method does I/O or waits.
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 
 from cachetools import LRUCache
 
@@ -46,6 +46,8 @@ class ChunkCatalog:
         store: SegmentStore | None,
         policy: Callable[[], EvictionPolicy],
         leases: LeaseTable[int],
+        *,
+        isolated: bool = False,
     ) -> None:
         self.node_id = node_id
         self.lock = threading.Condition()
@@ -54,12 +56,12 @@ class ChunkCatalog:
         self.store = store
         self.leases = leases
         self.counters = NodeCounters()
-        self.index = ChunkIndex()
+        self.index = ChunkIndex(isolated=isolated)
         self.quotas = Quotas(self.index)
         self.in_memory = EvictionOrder(policy(), self.index.texts)
         self.on_disk = EvictionOrder(policy(), self.index.texts)
-        self.pins: Set[ChunkId] = frozenset()
-        """Chunks that operators pinned. Such a chunk is pinned as soon as it is inserted."""
+        self.pins: Mapping[str, Set[ChunkId]] = {}
+        """Chunks that operators pinned, by namespace. Such a chunk is pinned as soon as it is inserted."""
         self.pinned: set[int] = set()
         self.dirty: dict[int, None] = {}
         """Slots in memory that are not written to disk yet, oldest first."""
@@ -103,7 +105,7 @@ class ChunkCatalog:
         elif write_back:
             self.dirty[slot] = None
             self.lock.notify_all()
-        if meta.chunk_id in self.pins:
+        if meta.chunk_id in self.pins.get(self.index.namespace(meta.tenant), ()):
             self.pinned.add(slot)
         self.quotas.add(slot)
         if replaced != NO_SLOT:

@@ -5,7 +5,7 @@ import logging
 import math
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore_api.placement import Member, Membership
@@ -28,7 +28,7 @@ class Directives:
 
     membership: Membership
     version: int
-    pins: frozenset[ChunkId] | None
+    pins: Mapping[str, frozenset[ChunkId]] | None
     quotas: dict[str, int] | None
     repair_round: int
     draining: bool
@@ -137,18 +137,18 @@ class Coordinator:
             quotas = {tenant: self._share(node_id, limit) for tenant, limit in state.quotas.items()}
             return Directives(membership, version, state.pins, quotas, state.repair_round, draining)
 
-    def pin(self, chunks: Sequence[ChunkId]) -> int:
-        """Pins chunks on all nodes, so that they are never evicted. Returns the number of pinned chunks. Raises
-        CatalogueError and TooManyPinsError; then no chunk is pinned."""
-        return self._set_pins(lambda pins: pins.union(chunks))
+    def pin(self, chunks: Sequence[ChunkId], tenant: str = "") -> int:
+        """Pins chunks of a tenant on all nodes, so that they are never evicted. Returns the number of the tenant's
+        pinned chunks. Raises CatalogueError and TooManyPinsError; then no chunk is pinned."""
+        return self._set_pins(tenant, lambda pins: pins.union(chunks))
 
-    def unpin(self, chunks: Sequence[ChunkId]) -> int:
-        """Unpins chunks. Returns the number of pinned chunks. Raises CatalogueError."""
-        return self._set_pins(lambda pins: pins.difference(chunks))
+    def unpin(self, chunks: Sequence[ChunkId], tenant: str = "") -> int:
+        """Unpins chunks of a tenant. Returns the number of the tenant's pinned chunks. Raises CatalogueError."""
+        return self._set_pins(tenant, lambda pins: pins.difference(chunks))
 
-    def pins(self) -> frozenset[ChunkId]:
+    def pins(self, tenant: str = "") -> frozenset[ChunkId]:
         with self._lock:
-            return self._state.pins
+            return self._state.pins.get(tenant, frozenset())
 
     def set_quota(self, tenant: str, limit_bytes: int) -> None:
         """Limits the bytes that a tenant may store in the whole cluster, including replicas. 0 removes the limit.
@@ -203,18 +203,23 @@ class Coordinator:
         if keeping is not None:
             keeping.stop()
 
-    def _set_pins(self, change: Callable[[frozenset[ChunkId]], frozenset[ChunkId]]) -> int:
+    def _set_pins(self, tenant: str, change: Callable[[frozenset[ChunkId]], frozenset[ChunkId]]) -> int:
         def changed(state: ClusterState) -> ClusterState:
-            pins = change(state.pins)
-            if pins == state.pins:
+            old = state.pins.get(tenant, frozenset())
+            pins = change(old)
+            if pins == old:
                 return state
-            if len(pins) > max(MAX_PINS, len(state.pins)):
+            before = sum(map(len, state.pins.values()))
+            total = before - len(old) + len(pins)
+            if total > max(MAX_PINS, before):
                 raise TooManyPinsError(
-                    f"{len(pins)} chunks would be pinned, and at most {MAX_PINS} can be; unpin some first"
+                    f"{total} chunks would be pinned, and at most {MAX_PINS} can be; unpin some first"
                 )
-            return replace(state, pins=pins, changes=state.changes + 1)
+            others = {name: kept for name, kept in state.pins.items() if name != tenant}
+            every = others | ({tenant: pins} if pins else {})
+            return replace(state, pins=every, changes=state.changes + 1)
 
-        return len(self._decide(changed).pins)
+        return len(self._decide(changed).pins.get(tenant, ()))
 
     def _set_draining(self, change: Callable[[frozenset[str]], frozenset[str]]) -> None:
         def changed(state: ClusterState) -> ClusterState:

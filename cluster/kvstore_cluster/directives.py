@@ -17,14 +17,19 @@ class Directives:
         self._catalog = catalog
         self._turn = threading.Lock()
 
-    def set_pins(self, pins: Set[ChunkId]) -> None:
-        """Replaces the set of pinned chunks. New chunks follow the new set at once, stored chunks when this returns."""
+    def set_pins(self, pins: Mapping[str, Set[ChunkId]]) -> None:
+        """Replaces the sets of pinned chunks, by namespace. New chunks follow the new sets at once, stored chunks when
+        this returns."""
         catalog = self._catalog
         with self._turn:
             with catalog.lock:
+                if not catalog.index.isolated:
+                    pins = {"": pins.get("", frozenset())}
                 before, catalog.pins = catalog.pins, pins
-            self._each_variant(before - pins, catalog.pinned.discard)
-            self._each_variant(pins - before, catalog.pinned.add)
+            for namespace in before.keys() | pins.keys():
+                old, new = before.get(namespace, frozenset()), pins.get(namespace, frozenset())
+                self._each_variant(namespace, old - new, catalog.pinned.discard)
+                self._each_variant(namespace, new - old, catalog.pinned.add)
 
     def set_quotas(self, limits: Mapping[str, int]) -> None:
         """Replaces the quotas, in bytes by tenant. The previous quotas hold until this returns."""
@@ -40,10 +45,10 @@ class Directives:
             with catalog.lock:
                 quotas.set_limits(limits)
 
-    def _each_variant(self, chunks: Iterable[ChunkId], change: Callable[[int], None]) -> None:
+    def _each_variant(self, namespace: str, chunks: Iterable[ChunkId], change: Callable[[int], None]) -> None:
         rest = iter(chunks)
         while some := list(islice(rest, SLICE_CHUNKS)):
             with locked_slice(self._catalog.lock, first=False):
                 for chunk_id in some:
-                    for slot in self._catalog.index.variants(chunk_id):
+                    for slot in self._catalog.index.variants(chunk_id, namespace):
                         change(slot)

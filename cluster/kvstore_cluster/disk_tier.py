@@ -46,7 +46,7 @@ class DiskTier:
                 "%s reads and writes its disk through the page cache: O_DIRECT is off or not offered there",
                 self._catalog.node_id,
             )
-        recovery = self._store.recover()
+        recovery = self._store.recover(isolated=self._catalog.index.isolated)
         for line in recovery.dropped:
             log.warning("%s: %s", self._catalog.node_id, line)
         with self._catalog.lock:
@@ -180,7 +180,7 @@ class DiskTier:
         """Updates the location of a record that compaction moved. False when the index no longer has the record."""
         index = self._catalog.index
         with self._catalog.lock:
-            slot = index.find(meta.chunk_id, meta.encoding)
+            slot = index.find(meta.chunk_id, meta.encoding, meta.tenant)
             if slot is None or index.location[slot] != old:
                 return False
             index.location[slot] = new
@@ -190,6 +190,6 @@ class DiskTier:
         """Drops the disk copy of a chunk whose record compaction found damaged."""
         index = self._catalog.index
         with self._catalog.lock:
-            slot = index.find(meta.chunk_id, meta.encoding)
+            slot = index.find(meta.chunk_id, meta.encoding, meta.tenant)
             if slot is not None and index.location[slot] == location:
                 self._catalog.drop_disk_copy(slot)

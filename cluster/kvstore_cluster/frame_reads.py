@@ -104,10 +104,10 @@ class FrameReads:
         catalog: ChunkCatalog,
         stored: ChunkBytes,
         disk: DiskTier,
-        acquire: Callable[[ChunkId, str], int],
+        acquire: Callable[[ChunkId, str, str], int],
         options: FrameReadOptions,
     ) -> None:
-        """`acquire` returns the acquired slot of a stored chunk, or raises ChunkNotFoundError."""
+        """`acquire` returns the acquired slot of a stored chunk of a tenant, or raises ChunkNotFoundError."""
         self.catalog, self.stored, self.disk, self.acquire = catalog, stored, disk, acquire
         self.options = options
         self.buffers = BlockBuffers()
@@ -128,9 +128,11 @@ class FrameRead:
         chunks: Sequence[ChunkId],
         encodings: Sequence[str],
         ranges: Sequence[FrameRange],
+        tenant: str,
     ) -> None:
         """The request's ranges are read in their order, chunk by chunk."""
         self._reads, self._chunks, self._encodings, self._ranges = reads, chunks, encodings, ranges
+        self._tenant = tenant
         self._dropped: set[int] = set()
         self._lock = threading.Lock()  # decides whether a job ends here or in its thread
         self._ended: SimpleQueue[_Job] = SimpleQueue()
@@ -347,7 +349,7 @@ class FrameRead:
 
     def _acquired(self, chunk_id: ChunkId, encoding: str) -> _OpenChunk:
         """Raises ChunkNotFoundError, ChunkFormatError."""
-        slot = self._reads.acquire(chunk_id, encoding)
+        slot = self._reads.acquire(chunk_id, encoding, self._tenant)
         try:
             return _OpenChunk(slot, _parsed(self._reads.stored.header(slot)))
         except BaseException:

@@ -1,5 +1,6 @@
-"""The index of stored chunks: content -> contexts -> variants. A variant is one encoding of a chunk, and occupies one
-slot in columns of plain numbers.
+"""The index of stored chunks: namespace -> content -> contexts -> variants. A variant is one encoding of a chunk, and
+occupies one slot in columns of plain numbers. A node that keeps tenants apart has a namespace for each tenant, so that
+no search of one tenant meets a chunk of another. Other nodes have one namespace.
 
 A node indexes millions of chunks, most of them on disk. A chunk takes about 250 bytes in the index. Its only Python
 objects are its content id, its slot number, and its extent while it is in memory.
@@ -8,7 +9,7 @@ objects are its content id, its slot number, and its extent while it is in memor
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import compress, islice
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from kvstore_cluster.arena import Extent
 from kvstore_cluster.disk import Location, RecordMeta
@@ -28,6 +29,11 @@ _NOT_WANTED = 1 << 30
 _MOST_CONTEXTS, _MOST_USABLE = 512, 16
 _NO_SLOTS: tuple[int, ...] = ()
 
+Contents: TypeAlias = Mapping[bytes, int | dict[bytes, list[int]]]
+"""The chunks of one namespace, by content id. Nearly every content has one context in one encoding, and then maps to
+its slot. Otherwise it maps from prefix id to slots, in the order of last use."""
+_NO_CONTENTS: Contents = {}
+
 
 class ChunkName(Protocol):
     """A ChunkId, or unchecked ids of any length from a client. Ids of another length match no stored chunk."""
@@ -42,14 +48,15 @@ class ChunkIndex:
     """Index of all variants on a node. Not thread-safe: used with the storage node's lock held. Finding a chunk takes a
     constant number of dictionary look-ups, independent of the number of contexts of its content.
 
-    The columns are indexed by slot. `extent` is the memory of the chunk, or None when it is not in memory. `location`
-    is its location on disk, or NOWHERE when it is not on disk.
+    Chunks of different namespaces may have the same id and encoding. The columns are indexed by slot. `extent` is the
+    memory of the chunk, or None when it is not in memory. `location` is its location on disk, or NOWHERE when it is not
+    on disk.
     """
 
-    def __init__(self) -> None:
-        # Nearly every content has one context in one encoding, and then maps to its slot. Otherwise it maps from
-        # prefix id to slots, in the order of last use.
-        self._contents: dict[bytes, int | dict[bytes, list[int]]] = {}
+    def __init__(self, *, isolated: bool = False) -> None:
+        """`isolated` gives each tenant a namespace of its own."""
+        self.isolated = isolated
+        self._namespaces: dict[str, dict[bytes, int | dict[bytes, list[int]]]] = {}
         self._ids: list[ContentId] = []
         self._prefixes = bytearray()
         self._free: list[int] = []
@@ -77,14 +84,15 @@ class ChunkIndex:
         self.size_bytes[slot], self.header_bytes[slot] = meta.size_bytes, meta.header_bytes
         self.location[slot], self.extent[slot] = location, extent
         self.texts.add(slot, meta.number)
-        found = self._contents.get(content_id)
+        contents = self._namespaces.setdefault(self.namespace(meta.tenant), {})
+        found = contents.get(content_id)
         if found is None:
-            self._contents[content_id] = slot
+            contents[content_id] = slot
             self._ids[slot] = content_id
         else:
             if isinstance(found, int):
                 found = {self._prefix_id(found): [found]}
-                self._contents[content_id] = found
+                contents[content_id] = found
             # Share the stored bytes object instead of keeping the caller's equal copy.
             self._ids[slot] = self._ids[next(reversed(found.values()))[0]]
             found.setdefault(prefix_id, []).append(slot)
@@ -105,10 +113,13 @@ class ChunkIndex:
 
     def unlink(self, slot: int) -> None:
         """Removes the variant from searches. Its columns stay valid until `free`."""
-        content_id = self._ids[slot]
-        found = self._contents[content_id]
+        content_id, namespace = self._ids[slot], self._namespace_of(slot)
+        contents = self._namespaces[namespace]
+        found = contents[content_id]
         if isinstance(found, int):
-            del self._contents[content_id]
+            del contents[content_id]
+            if not contents:
+                del self._namespaces[namespace]
         else:
             prefix_id = self._prefix_id(slot)
             found[prefix_id].remove(slot)
@@ -117,7 +128,7 @@ class ChunkIndex:
             if len(found) == 1:
                 (left,) = found.values()
                 if len(left) == 1:
-                    self._contents[content_id] = left[0]
+                    contents[content_id] = left[0]
         self._linked[slot] = False
         if self._expires_at_s[slot] > 0:
             self.expiries.remove(slot)
@@ -133,9 +144,18 @@ class ChunkIndex:
         self._expires_at_s[slot] = 0.0
         self._free.append(slot)
 
-    def variants(self, chunk_id: ChunkId) -> Sequence[int]:
+    def namespace(self, tenant: str) -> str:
+        """Name of the namespace that has the tenant's chunks."""
+        return tenant if self.isolated else ""
+
+    def contents(self, tenant: str) -> Contents:
+        """The contents that searches of a tenant find: the argument `contents` of `best`, `another_context` and
+        `others`. Valid until the next change of the index."""
+        return self._namespaces.get(self.namespace(tenant), _NO_CONTENTS)
+
+    def variants(self, chunk_id: ChunkId, tenant: str = "") -> Sequence[int]:
         """Slots of one exact chunk, one for each encoding. The caller must not change the sequence."""
-        found = self._contents.get(chunk_id.content_id)
+        found = self.contents(tenant).get(chunk_id.content_id)
         if found is None:
             return _NO_SLOTS
         if isinstance(found, int):
@@ -149,7 +169,7 @@ class ChunkIndex:
         for chunk_id in behind:
             slots = [
                 slot
-                for slot in self.variants(chunk_id)
+                for slot in self.variants(chunk_id, tenant)
                 if self.tenant(slot) == tenant and self.texts.number[slot] < number
             ]
             if slots:
@@ -161,16 +181,16 @@ class ChunkIndex:
         `before` belongs to another tenant or does not precede the chunk by its number."""
         return self._tenant[slot] == self._tenant[before] and self.texts.link(slot, before)
 
-    def find(self, chunk_id: ChunkId, encoding: str) -> int | None:
+    def find(self, chunk_id: ChunkId, encoding: str, tenant: str = "") -> int | None:
         """Slot of a variant. None when it is not stored."""
-        for slot in self.variants(chunk_id):
+        for slot in self.variants(chunk_id, tenant):
             if self.encoding(slot) == encoding:
                 return slot
         return None
 
-    def find_alive(self, chunk_id: ChunkId, encoding: str, now_s: float) -> int | None:
+    def find_alive(self, chunk_id: ChunkId, encoding: str, now_s: float, tenant: str = "") -> int | None:
         """Slot of a variant. None when it is not stored or has expired at unix time `now_s`."""
-        slot = self.find(chunk_id, encoding)
+        slot = self.find(chunk_id, encoding, tenant)
         return slot if slot is not None and self.is_alive(slot, now_s) else None
 
     def is_alive(self, slot: int, now_s: float) -> bool:
@@ -188,10 +208,12 @@ class ChunkIndex:
         numbers = map(self._names.encoding_number, encodings)
         return {number: rank for rank, number in reversed([*enumerate(numbers)]) if number is not None}
 
-    def best(self, chunk_id: ChunkName, preference: Mapping[int, int], now_s: float) -> tuple[int, int]:
+    def best(
+        self, contents: Contents, chunk_id: ChunkName, preference: Mapping[int, int], now_s: float
+    ) -> tuple[int, int]:
         """(slot, number of other contexts with the same content). The slot is that of the exact chunk in the most
         preferred encoding, or -1 when there is no unexpired one."""
-        found = self._contents.get(chunk_id.content_id)
+        found = contents.get(chunk_id.content_id)
         if found is None:
             return -1, 0
         if isinstance(found, int):  # the common case avoids a list and a call
@@ -203,10 +225,12 @@ class ChunkIndex:
         slots = found.get(chunk_id.prefix_id, [])
         return self._preferred(slots, preference, now_s), len(found) - bool(slots)
 
-    def another_context(self, chunk_id: ChunkName, preference: Mapping[int, int], now_s: float) -> int:
+    def another_context(
+        self, contents: Contents, chunk_id: ChunkName, preference: Mapping[int, int], now_s: float
+    ) -> int:
         """Slot of the same content in another context, in the most preferred encoding, or -1 when there is none.
         Prefers contexts that are not the first chunk of a text, then those in memory, then the most recently used."""
-        found = self._contents.get(chunk_id.content_id)
+        found = contents.get(chunk_id.content_id)
         if found is None:
             return -1
         if isinstance(found, int):
@@ -227,16 +251,21 @@ class ChunkIndex:
 
     def used(self, slot: int) -> None:
         """Marks the context of this slot as the most recently used one of its content."""
-        found = self._contents[self._ids[slot]]
+        found = self._namespaces[self._namespace_of(slot)][self._ids[slot]]
         if not isinstance(found, int):
             context = self._prefix_id(slot)
             found[context] = found.pop(context)
 
     def others(
-        self, chunk_id: ChunkName, best: int, preference: Mapping[int, int], now_s: float
+        self,
+        contents: Contents,
+        chunk_id: ChunkName,
+        best: int,
+        preference: Mapping[int, int],
+        now_s: float,
     ) -> Sequence[int]:
         """Slots of the exact chunk in the preferred encodings, except `best`, most preferred first."""
-        found = self._contents.get(chunk_id.content_id)
+        found = contents.get(chunk_id.content_id)
         if not isinstance(found, dict):
             return _NO_SLOTS
         others = [
@@ -267,9 +296,10 @@ class ChunkIndex:
         return self._cost[slot]
 
     def identity(self, slot: int) -> int:
-        """A 64-bit key of the variant for the eviction policies: the prefix id XOR the number of the encoding."""
+        """A 64-bit key of the variant for the eviction policies: the prefix id XOR the numbers of the encoding and, on
+        a node that keeps tenants apart, of the tenant."""
         prefix = int.from_bytes(self._prefixes[slot * _ID_BYTES : slot * _ID_BYTES + 8], "little")
-        return prefix ^ self._encoding[slot]
+        return prefix ^ self._encoding[slot] ^ (self._tenant[slot] << 16 if self.isolated else 0)
 
     def expires_at_s(self, slot: int) -> float:
         """Unix time at which the variant expires. 0 means never."""
@@ -336,6 +366,9 @@ class ChunkIndex:
         self.location.append(NOWHERE)
         self.extent.append(None)
         return len(self._ids) - 1
+
+    def _namespace_of(self, slot: int) -> str:
+        return self.tenant(slot) if self.isolated else ""
 
     def _prefix_id(self, slot: int) -> PrefixId:
         return PrefixId(bytes(self._prefixes[slot * _ID_BYTES : (slot + 1) * _ID_BYTES]))

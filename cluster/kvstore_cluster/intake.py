@@ -80,7 +80,7 @@ class Intake:
             Encoding.parse(encoding)
             self._require_possible(chunk_id, size_bytes, options.tenant, durable=durable)
             with self._lock:
-                slot = self._index.find_alive(chunk_id, encoding, self._clock())
+                slot = self._index.find_alive(chunk_id, encoding, self._clock(), options.tenant)
                 if (
                     slot is None
                     or self._index.calibration(slot) != calibration
@@ -246,7 +246,7 @@ class Intake:
         """Inserts an admitted chunk into the catalog, and ends its put. False when another put was first."""
         with self._lock:
             self._end(put)
-            stored = self._index.find(meta.chunk_id, meta.encoding)
+            stored = self._index.find(meta.chunk_id, meta.encoding, meta.tenant)
             if stored is not None and not self._replaces(meta, location, stored, put.options.ttl_s):
                 self._arena.free(put.extent)
                 if self._catalog.store is not None and location != NOWHERE:

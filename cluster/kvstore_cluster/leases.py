@@ -49,6 +49,7 @@ class Findings(Generic[K]):
 @dataclass(slots=True)
 class _Lease(Generic[K]):
     keys: set[K]
+    owner: str = ""
     expires_s: float = 0.0
     findings: Findings[K] | None = None
 
@@ -76,9 +77,9 @@ class LeaseTable(Generic[K]):
         # A heap of (expiry, lease). An entry whose expiry differs from its lease's is stale: the lease was renewed.
         self._expiries: list[tuple[float, LeaseId]] = []
 
-    def grant(self, keys: Iterable[K], duration_s: float) -> LeaseId | None:
-        """Grants a lease on the keys. None when that would exceed the limit of leased keys."""
-        lease: _Lease[K] = _Lease(set(keys))
+    def grant(self, keys: Iterable[K], duration_s: float, owner: str = "") -> LeaseId | None:
+        """Grants a lease on the keys to a tenant. None when that would exceed the limit of leased keys."""
+        lease: _Lease[K] = _Lease(set(keys), owner)
         if not self._take(_OWN_KEYS + len(lease.keys)):
             return None
         lease_id = LeaseId(secrets.token_bytes(LEASE_ID_BYTES))
@@ -87,13 +88,20 @@ class LeaseTable(Generic[K]):
         self._schedule(lease_id, duration_s)
         return lease_id
 
-    def cover(self, lease_id: LeaseId | None, keys: Iterable[K], duration_s: float) -> LeaseId | None:
+    def belongs_to(self, lease_id: LeaseId, owner: str | None) -> bool:
+        """Whether the lease was granted to the tenant `owner`; for None, to any tenant. False when it has ended."""
+        lease = self._leases.get(lease_id)
+        return lease is not None and owner in (None, lease.owner)
+
+    def cover(
+        self, lease_id: LeaseId | None, keys: Iterable[K], duration_s: float, owner: str = ""
+    ) -> LeaseId | None:
         """Adds keys to a lease and keeps its expiry. Grants a new lease for `duration_s` when `lease_id` is None or has
         ended. Returns the lease that covers the keys. Ends the lease and returns None when the keys would exceed the
         limit of leased keys."""
         lease = self._leases.get(lease_id) if lease_id is not None else None
         if lease_id is None or lease is None:
-            return self.grant(keys, duration_s)
+            return self.grant(keys, duration_s, owner)
         added = set(keys) - lease.keys
         if not self._take(len(added)):
             self.release(lease_id)

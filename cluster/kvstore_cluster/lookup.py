@@ -33,7 +33,8 @@ class LookupRequest:
     lookup counts as one use of them, except for a `peek`, and with `use_follows`: then `StorageNode.use` reports which
     of them are used.
 
-    Further encodings of a chunk are left out when their headers do not fit into `max_header_bytes`.
+    Further encodings of a chunk are left out when their headers do not fit into `max_header_bytes`. On a node that
+    keeps tenants apart, only chunks of `tenant` are found.
     """
 
     chunks: Sequence[ChunkName]
@@ -45,6 +46,7 @@ class LookupRequest:
     all_encodings: bool = False
     any_context: bool = False
     use_follows: bool = False
+    tenant: str = ""
 
 
 class FoundVariant(NamedTuple):
@@ -111,18 +113,19 @@ class ChunkSearch:
         # A lookup of a thousand chunks should take a millisecond, so attributes are read once, before the loop.
         best, encoding_of, extents = index.best, index.encoding, index.extent
         sizes, header_sizes = index.size_bytes, index.header_bytes
+        contents = index.contents(request.tenant)
         answers, hits, first_hit = self.answers, self.hits, len(self.hits)
         with_headers, max_header_bytes = request.with_headers, request.max_header_bytes
         # Slot by content id. A search examines up to 512 contexts, and a lookup may name a content thousands of times.
         other_contexts: dict[bytes, int] = {}
         for chunk in request.chunks[begin : begin + SLICE_CHUNKS]:
-            slot, contexts = best(chunk, preference, now_s)
+            slot, contexts = best(contents, chunk, preference, now_s)
             other_context = b""
             if slot < 0 and request.any_context and contexts:
                 content_id = chunk.content_id
                 if content_id not in other_contexts:
                     catalog.flush_touches()  # the search prefers the most recently used
-                    other_contexts[content_id] = index.another_context(chunk, preference, now_s)
+                    other_contexts[content_id] = index.another_context(contents, chunk, preference, now_s)
                 slot = other_contexts[content_id]
                 if slot >= 0:
                     chunk = index.chunk_id(slot)
@@ -139,7 +142,7 @@ class ChunkSearch:
                 header = self._header(slot, len(answers), 0)
             others: Sequence[FoundVariant] = ()
             if request.all_encodings:
-                slots = index.others(chunk, slot, preference, now_s)
+                slots = index.others(contents, chunk, slot, preference, now_s)
                 others = self._others(slot, slots)
                 hits += slots[: len(others)]
             if max_header_bytes is not None and self.header_bytes > max_header_bytes:

@@ -39,8 +39,11 @@ class StorageNode:
     `lookup`, `begin_put`, `open`, `delete`, `verify`, `maintain` and `close` may block on the disk.
 
     With a `store`, chunks are also kept on disk, and the node recovers the chunks that are already there. `durability`
-    is the default for puts that do not specify one. `policy` creates the eviction policy of each tier. `clock` returns
-    unix time, and is used for TTLs. `frame_reads` says how single frames are read from disk.
+    is the default for puts that do not specify one. An `isolated` node keeps tenants apart: an operation finds only the
+    chunks of the tenant that it names, and chunks of several tenants may have the same id. On other nodes the tenant of
+    a chunk only says whose quota it counts against, and operations find the chunks of all tenants. `policy` creates the
+    eviction policy of each tier. `clock` returns unix time, and is used for TTLs. `frame_reads` says how single frames
+    are read from disk.
     """
 
     def __init__(
@@ -55,11 +58,12 @@ class StorageNode:
         clock: Callable[[], float] = time.time,
         residency: Residency = Residency(),  # noqa: B008 (has no state)
         frame_reads: FrameReadOptions = FrameReadOptions(),  # noqa: B008 (frozen)
+        isolated: bool = False,
     ) -> None:
         self.node_id = node_id
         self._clock = clock
         self._leases = LeaseTable[int]() if leases is None else leases
-        self._catalog = catalog = ChunkCatalog(node_id, arena, store, policy, self._leases)
+        self._catalog = catalog = ChunkCatalog(node_id, arena, store, policy, self._leases, isolated=isolated)
         self._index, self._lock, self._counters = catalog.index, catalog.lock, catalog.counters
         self._memory, self._disk = MemoryTier(catalog), DiskTier(catalog)
         self._migration = Migration(catalog, self._memory, self._disk, residency)
@@ -70,6 +74,11 @@ class StorageNode:
         self._intake = Intake(catalog, self._memory, self._disk, self._migration, durability, clock)
         if store is not None:
             self._disk.recover()
+
+    @property
+    def isolated(self) -> bool:
+        """Whether the node keeps tenants apart."""
+        return self._index.isolated
 
     def lookup(
         self, request: LookupRequest, proceed: Callable[[int], object] = lambda _header_bytes: None
@@ -92,7 +101,7 @@ class StorageNode:
                     found = search.find(begin)
                     self._leases.expire()
                     if found and lease_s > 0:
-                        lease = self._leases.cover(lease_id, found, lease_s)
+                        lease = self._leases.cover(lease_id, found, lease_s, request.tenant)
                         if (
                             lease != lease_id
                         ):  # the first lease, or a new one because the previous lease has ended
@@ -114,11 +123,12 @@ class StorageNode:
             raise
         return LookupResult(search.answers, lease_id)
 
-    def use(self, lease_id: LeaseId, used: bytes, tokens: int) -> bool:
+    def use(self, lease_id: LeaseId, used: bytes, tokens: int, tenant: str | None = None) -> bool:
         """Records which answers of a lookup with `use_follows` its caller uses: bit i % 8 of byte i / 8 of `used`
         stands for answer i. `tokens` is the number of tokens in the used answers. Counts one use of each used chunk,
-        and ends the lease on the others. False when the lease has ended or its use was recorded before."""
-        return self._uses.report(lease_id, used, tokens)
+        and ends the lease on the others. False when the lease has ended, its use was recorded before, or it belongs to
+        another tenant than `tenant`."""
+        return self._uses.report(lease_id, used, tokens, tenant)
 
     def begin_put(
         self,
@@ -139,11 +149,13 @@ class StorageNode:
         return self._intake.begin(chunk_id, encoding, size_bytes, calibration, options)
 
     @contextmanager
-    def open(self, chunk_id: ChunkId, encoding: str, *, peek: bool = False) -> Iterator[ChunkReader]:
+    def open(
+        self, chunk_id: ChunkId, encoding: str, *, tenant: str = "", peek: bool = False
+    ) -> Iterator[ChunkReader]:
         """Opens a reader of the chunk's frames. Views of memory stay valid until the `with` block ends, even if the
         chunk is deleted before that. Counts as a use of the chunk, except with `peek` and except for a leased chunk,
         whose lookup has counted the use. Raises ChunkNotFoundError."""
-        slot = self._acquire(chunk_id, encoding, peek=peek)
+        slot = self._acquire(chunk_id, encoding, tenant, peek=peek)
         reader = ChunkReader(self._stored, slot, self._index.size_bytes[slot])
         try:
             yield reader
@@ -154,30 +166,35 @@ class StorageNode:
                 self._catalog.release(slot)
 
     def read_frames(
-        self, chunks: Sequence[ChunkId], encodings: Sequence[str], ranges: Sequence[FrameRange]
+        self,
+        chunks: Sequence[ChunkId],
+        encodings: Sequence[str],
+        ranges: Sequence[FrameRange],
+        tenant: str = "",
     ) -> FrameRead:
         """Opens a reader of ranges of frames of many chunks. It reads several from disk at once, and promotes no chunk.
         Each chunk counts as used, as in `open`."""
-        return FrameRead(self._frames, chunks, encodings, ranges)
+        return FrameRead(self._frames, chunks, encodings, ranges, tenant)
 
-    def renew_lease(self, lease_id: LeaseId, lease_s: float) -> bool:
-        """Extends the lease to `lease_s` seconds from now. False when it has ended."""
+    def renew_lease(self, lease_id: LeaseId, lease_s: float, tenant: str | None = None) -> bool:
+        """Extends the lease to `lease_s` seconds from now. False when it has ended, or belongs to another tenant than
+        `tenant`."""
         with self._lock:
-            return self._leases.renew(lease_id, lease_s)
+            return self._leases.belongs_to(lease_id, tenant) and self._leases.renew(lease_id, lease_s)
 
-    def release_lease(self, lease_id: LeaseId) -> bool:
-        """Ends the lease. False when it has already ended."""
+    def release_lease(self, lease_id: LeaseId, tenant: str | None = None) -> bool:
+        """Ends the lease. False when it has already ended, or belongs to another tenant than `tenant`."""
         with self._lock:
-            return self._leases.release(lease_id)
+            return self._leases.belongs_to(lease_id, tenant) and self._leases.release(lease_id)
 
-    def delete(self, chunks: Sequence[ChunkId]) -> int:
+    def delete(self, chunks: Sequence[ChunkId], tenant: str = "") -> int:
         """Removes every encoding of these chunks, even if leased or pinned, and returns the number of removed variants.
         A restart does not recover them. Memory that is being read is freed when the last reader releases it."""
         deleted = 0
         for begin in range(0, len(chunks), REMOVED_CHUNKS):
             with self._slice(begin):
                 for chunk_id in chunks[begin : begin + REMOVED_CHUNKS]:
-                    for slot in list(self._index.variants(chunk_id)):
+                    for slot in list(self._index.variants(chunk_id, tenant)):
                         self._disk.delete(self._index.meta(slot))
                         self._catalog.remove(slot)
                         self._counters.deletes += 1
@@ -192,13 +209,13 @@ class StorageNode:
             end = begin + SLICE_CHUNKS
             with self._slice(begin):
                 for chunk_id, score in zip(chunks[begin:end], scores[begin:end], strict=True):
-                    for slot in self._index.variants(chunk_id):
+                    for slot in self._index.variants(chunk_id, tenant):
                         if self._index.tenant(slot) == tenant:
                             self._catalog.report(slot, score)
 
-    def set_pins(self, pins: Set[ChunkId]) -> None:
-        """Replaces the set of pinned chunks, which are never evicted. The set may name chunks that are not stored
-        yet."""
+    def set_pins(self, pins: Mapping[str, Set[ChunkId]]) -> None:
+        """Replaces the sets of pinned chunks, which are never evicted, by tenant. They may name chunks that are not
+        stored yet. On a node that does not keep tenants apart, only the set of the default tenant applies."""
         self._directives.set_pins(pins)
 
     def set_quotas(self, limits: Mapping[str, int]) -> None:
@@ -222,11 +239,11 @@ class StorageNode:
         first page has cursor 0. Variants stored or removed between pages may or may not be listed."""
         return list_variants(self._catalog, cursor, limit, content_prefix, tenant, self._clock())
 
-    def verify(self, chunk_id: ChunkId, encoding: str) -> str | None:
+    def verify(self, chunk_id: ChunkId, encoding: str, tenant: str = "") -> str | None:
         """Verifies a variant in each tier that has it. Returns why it is damaged or unreadable, or None when it is
         sound or not stored. Drops a damaged copy, and the chunk when no other copy is left."""
         with self._lock:
-            slot = self._index.find(chunk_id, encoding)
+            slot = self._index.find(chunk_id, encoding, tenant)
             if slot is None:
                 return None
             self._catalog.acquire(slot)
@@ -283,10 +300,10 @@ class StorageNode:
         with self._lock:
             check_integrity(self._catalog, self._intake.extents())
 
-    def _acquire(self, chunk_id: ChunkId, encoding: str, *, peek: bool = False) -> int:
+    def _acquire(self, chunk_id: ChunkId, encoding: str, tenant: str = "", *, peek: bool = False) -> int:
         """Acquires a stored chunk, counts its use as `open` says, and returns its slot. Raises ChunkNotFoundError."""
         with self._lock:
-            slot = self._index.find_alive(chunk_id, encoding, self._clock())
+            slot = self._index.find_alive(chunk_id, encoding, self._clock(), tenant)
             if slot is None:
                 raise ChunkNotFoundError(
                     f"chunk {chunk_id.short} is not stored as {encoding} on {self.node_id}"

@@ -24,15 +24,15 @@ class ScrubProgress:
     damaged: tuple[Damage, ...]
 
 
-def scrub(node: StorageNode) -> Iterator[ScrubProgress]:
-    """Verifies every stored variant in every tier that has it. Yields the progress after each page. Drops damaged
-    copies; a chunk without another copy is removed. Skips variants that are evicted meanwhile."""
+def scrub(node: StorageNode, tenant: str | None = None) -> Iterator[ScrubProgress]:
+    """Verifies every stored variant, or those of one tenant, in every tier that has it. Yields the progress after each
+    page. Drops damaged copies; a chunk without another copy is removed. Skips variants that are evicted meanwhile."""
     cursor = checked = bytes_checked = 0
     while True:
-        variants, cursor = node.list(cursor, _PAGE)
+        variants, cursor = node.list(cursor, _PAGE, tenant=tenant)
         damaged = []
         for variant in variants:
-            reason = node.verify(variant.chunk_id, variant.encoding)
+            reason = node.verify(variant.chunk_id, variant.encoding, variant.tenant)
             checked += 1
             bytes_checked += variant.size_bytes
             if reason is not None:

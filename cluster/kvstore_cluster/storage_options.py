@@ -12,7 +12,8 @@ DEFAULT_REPAIR_BANDWIDTH_BPS = 800e6
 @dataclass(frozen=True, slots=True)
 class StorageOptions:
     """Storage options of a node. `folder` contains the disk tier, which exists when `disk_bytes` is above 0.
-    `repair_bandwidth_bps` is in bits per second. `experiments` allows limits on the speed of the disk."""
+    `repair_bandwidth_bps` is in bits per second. `experiments` allows limits on the speed of the disk. An `isolated`
+    node keeps tenants apart."""
 
     memory_bytes: int
     disk_bytes: int = 0
@@ -21,3 +22,4 @@ class StorageOptions:
     policy: str = DEFAULT_POLICY
     repair_bandwidth_bps: float = DEFAULT_REPAIR_BANDWIDTH_BPS
     experiments: bool = False
+    isolated: bool = False

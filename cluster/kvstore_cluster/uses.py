@@ -16,11 +16,11 @@ class Uses:
     def __init__(self, catalog: ChunkCatalog) -> None:
         self._catalog = catalog
 
-    def report(self, lease_id: LeaseId, used: bytes, tokens: int) -> bool:
+    def report(self, lease_id: LeaseId, used: bytes, tokens: int, tenant: str | None) -> bool:
         """Implements `StorageNode.use`."""
         leases, counters = self._catalog.leases, self._catalog.counters
         with self._catalog.lock:
-            found = leases.expected_use(lease_id)
+            found = leases.expected_use(lease_id) if leases.belongs_to(lease_id, tenant) else None
         if found is None:
             return False
         kept = found.used(used)

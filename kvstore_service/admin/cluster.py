@@ -1,9 +1,10 @@
 """Administrative calls to the coordinator and the storage nodes. Failures are one-line ServiceErrors."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeAlias
 
 import grpc
 
@@ -12,13 +13,17 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_codec.errors import ServiceError
 from kvstore_codec.identity import ChunkId
-from kvstore_service.admin.chunk_names import ChunkPattern, unique
-from kvstore_service.cluster_stats import SERVE, cluster_stats
+from kvstore_service.admin.chunk_names import ChunkPattern
+from kvstore_service.cluster_stats import SERVE, cluster_stats, environment_connector, live_members
 from kvstore_service.wire import chunk_id
 
 _TIMEOUT_S = 10.0
 _BATCH = 8192
 _CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 64 << 20)]
+
+
+ChunksByTenant: TypeAlias = Mapping[str, Sequence[ChunkId]]
+"""Chunks that a command acts on. Without credentials a chunk's tenant only says whose quota it counts against."""
 
 
 class NodeAdmin:
@@ -44,12 +49,13 @@ class NodeAdmin:
             if not cursor:
                 return
 
-    def delete(self, chunks: Sequence[ChunkId]) -> int:
-        """Deletes chunks in all encodings, and returns the number of deleted variants."""
+    def delete(self, chunks: Sequence[ChunkId], tenant: str = "") -> int:
+        """Deletes chunks of a tenant in all encodings, and returns the number of deleted variants."""
         deleted = 0
         for begin in range(0, len(chunks), _BATCH):
             with _service_errors(self._name):
-                request = pb.DeleteRequest(chunks=map(chunk_ref, chunks[begin : begin + _BATCH]))
+                batch = map(chunk_ref, chunks[begin : begin + _BATCH])
+                request = pb.DeleteRequest(chunks=batch, tenant=tenant)
                 deleted += self._stub.Delete(request, timeout=_TIMEOUT_S).deleted
         return deleted
 
@@ -70,7 +76,8 @@ class NodeAdmin:
             self._stub.Throttle(request, timeout=_TIMEOUT_S)
 
     def verify(self) -> Iterator[pb.VerifyReply]:
-        """Verifies all chunks on the node, and yields its progress. The last reply has `done` set."""
+        """Verifies all chunks on the node that the caller may see, and yields its progress. The last reply has `done`
+        set."""
         with _service_errors(self._name):
             for reply in self._stub.Verify(pb.VerifyRequest()):
                 yield reply
@@ -85,14 +92,15 @@ class ClusterAdmin:
     def __init__(self, address: str, *, start: str = SERVE) -> None:
         """`start` is the command that errors advise when no cluster answers."""
         self._address, self._start = address, start
+        self._connector = environment_connector()
         self._channels = ExitStack()
 
     def stats(self) -> pb.ClusterStatsReply:
-        return cluster_stats(self._address, start=self._start)
+        return cluster_stats(self._address, start=self._start, connector=self._connector)
 
     def nodes(self, only: str | None = None) -> list[NodeAdmin]:
         """All live nodes, or only the one with id `only`. Raises ServiceError if there is none."""
-        members = [node.member for node in self.stats().nodes if node.alive]
+        members = live_members(self._address, start=self._start, connector=self._connector)
         if not members:
             raise ServiceError(
                 "no storage node is alive; chunks on their disks are available again when the nodes are back. "
@@ -105,33 +113,38 @@ class ClusterAdmin:
                 raise ServiceError(f"there is no live node {only!r}; live nodes: {names}")
         return [NodeAdmin(member, self._channel(member.endpoint)) for member in members]
 
-    def find(self, patterns: Sequence[ChunkPattern]) -> list[ChunkId]:
-        """Chunks that the patterns name. Abbreviated names are looked up among the stored chunks."""
-        found: list[ChunkId] = []
+    def find(self, patterns: Sequence[ChunkPattern], tenant: str | None = None) -> ChunksByTenant:
+        """Chunks that the patterns name, of one tenant or of all. Abbreviated names are looked up among the stored
+        chunks; a complete name without a tenant is that of a chunk of the default tenant."""
+        found: defaultdict[str, dict[ChunkId, None]] = defaultdict(dict)
         nodes: list[NodeAdmin] = []
         for pattern in patterns:
             if (whole := pattern.chunk_id) is not None:
-                found.append(whole)
+                found[tenant or ""][whole] = None
                 continue
             nodes = nodes or self.nodes()
-            stored = (chunk_id(v.chunk) for node in nodes for v in node.variants(pattern.content_prefix))
-            found += pattern.choose(stored)
-        return list(unique(found))
+            owners: defaultdict[ChunkId, set[str]] = defaultdict(set)
+            for node in nodes:
+                for variant in node.variants(pattern.content_prefix, tenant):
+                    owners[chunk_id(variant.chunk)].add(variant.tenant)
+            for chunk in pattern.choose(owners):
+                for owner in owners[chunk]:
+                    found[owner][chunk] = None
+        return {owner: list(chunks) for owner, chunks in found.items()}
 
-    def pin(self, chunks: Sequence[ChunkId]) -> int:
-        """Pins chunks, and returns the number of pinned chunks of the cluster."""
+    def pin(self, chunks: ChunksByTenant) -> int:
+        """Pins chunks, and returns the number of pinned chunks of these tenants."""
         return self._pin(chunks, unpin=False)
 
-    def unpin(self, chunks: Sequence[ChunkId]) -> int:
-        """Unpins chunks, and returns the number of chunks that are still pinned in the cluster."""
+    def unpin(self, chunks: ChunksByTenant) -> int:
+        """Unpins chunks, and returns the number of chunks of these tenants that are still pinned."""
         return self._pin(chunks, unpin=True)
 
-    def pins(self) -> list[ChunkId]:
+    def pins(self, tenant: str = "") -> list[ChunkId]:
+        """Pinned chunks of a tenant. Without credentials all pins are the default tenant's."""
+        request = pb.ListPinsRequest(tenant=tenant)
         with _service_errors(self._name):
-            return [
-                chunk_id(ref)
-                for ref in self._coordinator().ListPins(pb.ListPinsRequest(), timeout=_TIMEOUT_S).chunks
-            ]
+            return [chunk_id(ref) for ref in self._coordinator().ListPins(request, timeout=_TIMEOUT_S).chunks]
 
     def set_quota(self, tenant: str, limit_bytes: int) -> None:
         request = pb.SetQuotaRequest(quota=pb.Quota(tenant=tenant, limit_bytes=limit_bytes))
@@ -156,28 +169,31 @@ class ClusterAdmin:
         with _service_errors(self._name):
             return list(self._coordinator().ListModels(pb.ListModelsRequest(), timeout=_TIMEOUT_S).models)
 
-    def model(self, digest: str) -> pb.ModelInfo:
-        """The model whose digest begins with the hexadecimal digits `digest`."""
-        models = self.models()
+    def model(self, digest: str, tenant: str | None = None) -> pb.ModelInfo:
+        """The model whose digest begins with the hexadecimal digits `digest`, of one tenant or of all."""
+        models = [model for model in self.models() if tenant in (None, model.tenant)]
         found = [model for model in models if model.model_digest.hex().startswith(digest.lower())]
         if len(found) != 1 or not digest:
             if not models:
                 raise ServiceError(
                     f"no model has a digest that begins with {digest!r}: the cluster has no models"
                 )
-            names = ", ".join(model.model_digest.hex()[:12] for model in found or models)
+            names = ", ".join(
+                model.model_digest.hex()[:12] + (f" of tenant {model.tenant}" if model.tenant else "")
+                for model in found or models
+            )
             what = "several models have" if len(found) > 1 else "no model has"
             raise ServiceError(f"{what} a digest that begins with {digest!r}: {names}")
         return found[0]
 
-    def replace_canary(self, model_digest: bytes) -> int:
-        """Discards the model's canary, and returns the new generation."""
-        request = pb.ReplaceCanaryRequest(model_digest=model_digest)
+    def replace_canary(self, model_digest: bytes, tenant: str = "") -> int:
+        """Discards a tenant's canary of the model, and returns the new generation."""
+        request = pb.ReplaceCanaryRequest(model_digest=model_digest, tenant=tenant)
         with _service_errors(self._name):
             return int(self._coordinator().ReplaceCanary(request, timeout=_TIMEOUT_S).generation)
 
     def __enter__(self) -> Self:
-        self.stats()
+        live_members(self._address, start=self._start, connector=self._connector)
         return self
 
     def __exit__(
@@ -189,19 +205,22 @@ class ClusterAdmin:
     def _name(self) -> str:
         return f"the coordinator at {self._address}"
 
-    def _pin(self, chunks: Sequence[ChunkId], *, unpin: bool) -> int:
-        pins = 0
-        for begin in range(0, len(chunks), _BATCH):
-            request = pb.PinRequest(chunks=map(chunk_ref, chunks[begin : begin + _BATCH]), unpin=unpin)
-            with _service_errors(self._name):
-                pins = self._coordinator().Pin(request, timeout=_TIMEOUT_S).pins
-        return pins
+    def _pin(self, chunks: ChunksByTenant, *, unpin: bool) -> int:
+        pins: dict[str, int] = {}
+        for tenant, named in chunks.items():
+            for begin in range(0, len(named), _BATCH):
+                batch = map(chunk_ref, named[begin : begin + _BATCH])
+                request = pb.PinRequest(chunks=batch, unpin=unpin, tenant=tenant)
+                with _service_errors(self._name):
+                    reply = self._coordinator().Pin(request, timeout=_TIMEOUT_S)
+                pins[reply.tenant] = reply.pins
+        return sum(pins.values())
 
     def _coordinator(self) -> rpc.CoordinatorStub:
         return rpc.CoordinatorStub(self._channel(self._address))
 
     def _channel(self, endpoint: str) -> grpc.Channel:
-        return self._channels.enter_context(grpc.insecure_channel(endpoint, _CHANNEL_OPTIONS))
+        return self._channels.enter_context(self._connector.channel(endpoint, _CHANNEL_OPTIONS))
 
 
 @contextmanager

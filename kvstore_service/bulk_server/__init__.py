@@ -1,6 +1,5 @@
 """The bulk port of a storage node: KV bytes over TCP or TLS, directly between the socket and the node's memory."""
 
 from kvstore_service.bulk_server.server import BulkServer, serve_bulk
-from kvstore_service.bulk_server.tls import server_tls
 
-__all__ = ["BulkServer", "serve_bulk", "server_tls"]
+__all__ = ["BulkServer", "serve_bulk"]

@@ -23,9 +23,11 @@ class FrameAnswers:
         self._stream, self._source = stream, source
         self._send_bytes, self._patience_s = send_bytes, patience_s
 
-    def send(self, request: pb.ReadRequest, chunks: Sequence[ChunkId], encodings: Sequence[str]) -> None:
+    def send(
+        self, request: pb.ReadRequest, chunks: Sequence[ChunkId], encodings: Sequence[str], tenant: str
+    ) -> None:
         """Raises MalformedRequestError, and OSError if the client disconnects or is too slow."""
-        with self._source.read_frames(chunks, encodings, request.ranges) as read:
+        with self._source.read_frames(chunks, encodings, request.ranges, tenant) as read:
             for data in read:
                 self._receive_cancels(read, len(request.ranges))
                 if data.failure is not None:

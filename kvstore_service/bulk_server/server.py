@@ -13,8 +13,10 @@ from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.node import StorageNode
 from kvstore_service.bulk_server.session import RefusedError, Session
 from kvstore_service.chunk_source import ChunkSource
+from kvstore_service.identity import OPEN, Access
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error
+from kvstore_service.tls import ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +40,17 @@ class BulkServer:
         address: Address,
         *,
         advertise_host: str | None = None,
-        tls: ssl.SSLContext | None = None,
+        tls: ServerTls | None = None,
         source: ChunkSource | None = None,
         large: LargeRequests | None = None,
         max_connections: int = MAX_CONNECTIONS,
         patience_s: float = PATIENCE_S,
         idle_s: float = IDLE_S,
         affinity: AffinityPolicy = shared_where_local,
+        access: Access = OPEN,
     ) -> None:
         self._node = node
+        self._access = access
         self._tls = tls
         self._source: ChunkSource = source or node
         self._large = large or LargeRequests()
@@ -111,7 +115,8 @@ class BulkServer:
 
     def _begin(self, connected: socket.socket, peer: str) -> None:
         if self._tls is not None:
-            connected = self._tls.wrap_socket(connected, server_side=True, do_handshake_on_connect=False)
+            context = self._tls.context()
+            connected = context.wrap_socket(connected, server_side=True, do_handshake_on_connect=False)
         stream = ByteStream(connected, self._affinity)
         thread = threading.Thread(target=self._serve, args=(stream, peer), name="kvstore-bulk", daemon=True)
         with self._lock:
@@ -144,6 +149,7 @@ class BulkServer:
             stream,
             self._source,
             self._large,
+            access=self._access,
             peer=peer,
             patience_s=self._patience_s,
             idle_s=self._idle_s,
@@ -182,12 +188,19 @@ def serve_bulk(
     *,
     host: str,
     advertise_host: str | None = None,
-    tls: ssl.SSLContext | None = None,
+    tls: ServerTls | None = None,
     source: ChunkSource | None = None,
     large: LargeRequests | None = None,
+    access: Access = OPEN,
 ) -> BulkServer:
     """Starts the node's bulk server on a free port of `host`. `large` is shared with the node's gRPC server. Raises
     AddressInUseError."""
     return BulkServer(
-        node, Address(host, 0), advertise_host=advertise_host, tls=tls, source=source, large=large
+        node,
+        Address(host, 0),
+        advertise_host=advertise_host,
+        tls=tls,
+        source=source,
+        large=large,
+        access=access,
     )

@@ -20,10 +20,15 @@ from kvstore_codec.errors import (
     FrameRangeError,
     KVStoreError,
     MalformedRequestError,
+    PermissionDeniedError,
+    RequestError,
+    UnauthenticatedError,
 )
 from kvstore_codec.identity import ChunkId
+from kvstore_service.bulk_server.caller import BulkCaller
 from kvstore_service.bulk_server.frame_answers import FrameAnswers, receive_cancel
 from kvstore_service.chunk_source import ChunkSource
+from kvstore_service.identity import Access
 from kvstore_service.large_requests import SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import require_few_fields
 from kvstore_service.wire import put_arguments, put_refusal, put_reply, read_targets
@@ -53,10 +58,12 @@ class Session:
         source: ChunkSource,
         large: LargeRequests,
         *,
+        access: Access,
         peer: str,
         patience_s: float,
         idle_s: float,
     ) -> None:
+        self._caller = BulkCaller(access, stream.peer_names)
         self._node = node
         self._stream = stream
         self._source = source
@@ -77,8 +84,9 @@ class Session:
             )
 
     def wait(self) -> None:
-        """Blocks until a request begins. Raises OSError if the client disconnects or is idle for too long."""
-        self._stream.receive_into(self._header, self._idle_s)
+        """Blocks until a request begins. Raises OSError if the client disconnects or is idle for too long. A client
+        that has not said who it is must do so soon."""
+        self._stream.receive_into(self._header, self._idle_s if self._caller.is_known else self._patience_s)
 
     def serve(self) -> None:
         """Answers the request that `wait` has seen. Raises RefusedError, and OSError if the client disconnects or is
@@ -86,6 +94,11 @@ class Session:
         self._stream.affinity.join_peer()
         header = unpack_header(self._header)
         try:
+            if header.kind == FrameKind.TOKEN:
+                _require_length(header.length, frames.MAX_TOKEN_BYTES)
+                self._caller.present(self._message(header.length))
+                return
+            self._caller.require()
             if header.kind == FrameKind.READ:
                 _require_length(header.length, frames.MAX_READ_REQUEST_BYTES)
                 self._read(header.length)
@@ -96,7 +109,7 @@ class Session:
                 receive_cancel(self._stream, header.length, self._patience_s)
             else:
                 raise RefusedError(f"a request begins with READ or PUT, not with {header.kind}")
-        except MalformedRequestError as error:
+        except (MalformedRequestError, UnauthenticatedError, PermissionDeniedError) as error:
             raise RefusedError(str(error)) from error
 
     def refuse(self, reason: str) -> None:
@@ -151,20 +164,23 @@ class Session:
             self._send_ranges(request, chunks, encodings)
 
     def _send_ranges(self, request: pb.ReadRequest, chunks: list[ChunkId], encodings: list[str]) -> None:
+        tenant = self._caller.acting_for(request.tenant)
         if request.any_order:
             answers = FrameAnswers(
                 self._stream, self._source, send_bytes=_SEND_BYTES, patience_s=self._patience_s
             )
-            answers.send(request, chunks, encodings)
+            answers.send(request, chunks, encodings, tenant)
             return
         for index, wanted in enumerate(request.ranges):
-            self._send_range(index, chunks[wanted.chunk], encodings[wanted.chunk], wanted)
+            self._send_range(index, chunks[wanted.chunk], encodings[wanted.chunk], wanted, tenant)
 
-    def _send_range(self, index: int, chunk_id: ChunkId, encoding: str, wanted: pb.ReadRange) -> None:
+    def _send_range(
+        self, index: int, chunk_id: ChunkId, encoding: str, wanted: pb.ReadRange, tenant: str
+    ) -> None:
         """Sends one range of frames. Its chunk stays in memory until the kernel has all its bytes."""
         began = False
         try:
-            with self._source.open(chunk_id, encoding) as reader:
+            with self._source.open(chunk_id, encoding, tenant=tenant) as reader:
                 first, count = wanted.first_frame, wanted.frame_count
                 header = pack_header(FrameKind.RANGE, reader.range_bytes(first, count), range_index=index)
                 for piece in reader.pieces(first, count, _SEND_BYTES):
@@ -186,8 +202,8 @@ class Session:
 
     def _put(self, start: pb.PutStart) -> None:
         try:
-            put = self._node.begin_put(*put_arguments(start))
-        except MalformedRequestError:
+            put = self._node.begin_put(*put_arguments(start, self._caller.acting_for(start.tenant)))
+        except RequestError:
             raise
         except KVStoreError as error:
             self._skip(start.size_bytes)

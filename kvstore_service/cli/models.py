@@ -47,6 +47,12 @@ def replace(
     digest: Annotated[
         str, typer.Argument(help="Digest of the model, as `kvstore models` shows it; any unique beginning.")
     ],
+    tenant: Annotated[
+        str | None,
+        typer.Option(
+            help="The tenant whose canary it is, if the service has credentials and several have one."
+        ),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
@@ -59,11 +65,11 @@ def replace(
     if not set(digest) <= set(hexdigits):
         raise ConfigurationError(f"{digest!r} is not the beginning of a digest in hexadecimal digits")
     with ClusterAdmin(str(Address.parse(address))) as cluster:
-        model = cluster.model(digest)
+        model = cluster.model(digest, tenant)
         name = printable(f"{model.origin.model_id or 'model'} ({model.model_digest.hex()[:12]})")
         if not yes:
             typer.confirm(f"Discard all stored chunks of {name}?", abort=True, err=True)
-        generation = cluster.replace_canary(model.model_digest)
+        generation = cluster.replace_canary(model.model_digest, model.tenant)
     if json_output:
         row = {"model_digest": model.model_digest.hex(), "generation": generation}
         typer.echo(json.dumps(row, indent=2))
@@ -76,6 +82,7 @@ def replace(
 def _row(model: "pb.ModelInfo") -> dict[str, Any]:
     return {
         "model_digest": model.model_digest.hex(),
+        "tenant": model.tenant,
         "generation": model.generation,
         "canary_bytes": model.size_bytes,
         "created_unix_s": model.created_unix_s,

@@ -14,6 +14,12 @@ Chunks = Annotated[
         help="content_id[+prefix_id], as `kvstore ls` shows them; any unique beginning.",
     ),
 ]
+Tenant = Annotated[
+    str | None,
+    typer.Option(
+        help="The tenant whose chunks are meant, if the service has credentials. '' is the default tenant."
+    ),
+]
 ChunkFile = Annotated[
     Path | None, typer.Option("--from", help="A file with one chunk per line; - is standard input.")
 ]

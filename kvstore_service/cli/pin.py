@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def pin(
     chunks: options.Chunks = None,
     from_file: options.ChunkFile = None,
+    tenant: options.Tenant = None,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
@@ -27,16 +28,18 @@ def pin(
     patterns = chunk_patterns(chunks, from_file)
     with ClusterAdmin(str(Address.parse(address))) as cluster:
         if not patterns:
-            _show_pins(address, cluster.pins(), json_output=json_output)
+            _show_pins(address, cluster.pins(tenant or ""), json_output=json_output)
             return
-        chosen = cluster.find(patterns)
+        chosen = cluster.find(patterns, tenant)
         pins = cluster.pin(chosen)
-    _report("pinned", chosen, pins, json_output=json_output)
+    names = [chunk for named in chosen.values() for chunk in named]
+    _report("pinned", names, pins, json_output=json_output)
 
 
 def unpin(
     chunks: options.Chunks = None,
     from_file: options.ChunkFile = None,
+    tenant: options.Tenant = None,
     address: options.Address = DEFAULT_ADDRESS,
     json_output: options.Json = False,
 ) -> None:
@@ -51,9 +54,9 @@ def unpin(
     if not patterns:
         raise ConfigurationError("no chunks were given; `kvstore pin` lists the pinned chunks")
     with ClusterAdmin(str(Address.parse(address))) as cluster:
-        pinned = cluster.pins()
+        pinned = cluster.pins(tenant or "")
         chosen = list(unique(chunk for pattern in patterns for chunk in pattern.choose(pinned)))
-        pins = cluster.unpin(chosen)
+        pins = cluster.unpin({tenant or "": chosen})
     _report("unpinned", chosen, pins, json_output=json_output)
 
 

@@ -36,16 +36,16 @@ def serve(
     # No handler, because it would interrupt Ray's calls.
     stopping = signals.block()
 
-    from kvstore_service.cluster_stats import cluster_stats
     from kvstore_service.embedded import EmbeddedCluster
     from kvstore_service.listen import Address
-    from kvstore_service.metrics import ClusterCollector, metrics_endpoint
+    from kvstore_service.metrics import ClusterCollector
+    from kvstore_service.metrics_server import metrics_endpoint
 
     cluster = EmbeddedCluster(settings)
     with ExitStack() as running:
         if settings.metrics_port is not None:
             where = Address(Address.parse(settings.listen).host, settings.metrics_port)
-            registry = running.enter_context(metrics_endpoint(where))
+            registry = running.enter_context(metrics_endpoint(where, cluster.security))
         if signal.sigpending() & stopping:
             return
         try:
@@ -58,7 +58,7 @@ def serve(
         if signal.sigpending() & stopping:
             return
         if settings.metrics_port is not None:
-            registry.register(ClusterCollector(lambda: cluster_stats(cluster.address)))
+            registry.register(ClusterCollector(cluster.stats))
         typer.echo(
             f"kvstore is ready at {cluster.address}: {cluster.size} x {settings.memory.human_readable()}"
             + (f" and {settings.disk.human_readable()} of disk" if settings.disk else "")

@@ -9,6 +9,7 @@ from kvstore_api.placement import Member
 from kvstore_client import KVStoreClient, cluster_view, connect
 from kvstore_client.buffers import KVBuffers
 from kvstore_client.channels import Channels
+from kvstore_client.connector import Connector
 from kvstore_client.fetch.base import ReceivedFrames
 from kvstore_client.fetch.failover import Failover
 from kvstore_client.fetch.fetch_state import FetchState
@@ -90,7 +91,7 @@ def test_a_call_under_way_ends_before_its_channel(served: ServedCluster, client:
 
 
 def test_retired_channels_are_closed_in_the_end(served: ServedCluster) -> None:
-    channels = Channels({}, longest_call_s=0.0)
+    channels = Channels(Connector(), {}, longest_call_s=0.0)
     channel = channels.to(served.address)
     channels.keep([])
     channels.keep([])

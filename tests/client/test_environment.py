@@ -55,9 +55,9 @@ def test_an_empty_argument_means_not_set_where_a_setting_may_be_unset(name: str)
 def test_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/worker")
     assert ClientSettings(cache_dir=Path("~/kv")).cache_dir == Path("/home/worker/kv")
-    assert ClientSettings(tls_ca="~/ca.pem").transport.tls_ca == Path("/home/worker/ca.pem")  # type: ignore[arg-type]
+    assert ClientSettings(tls_ca="~/ca.pem").security.tls_ca == Path("/home/worker/ca.pem")  # type: ignore[arg-type]
     monkeypatch.setenv("KVSTORE_TLS_CA", "~/other.pem")
-    assert ClientSettings().transport.tls_ca == Path("/home/worker/other.pem")
+    assert ClientSettings().security.tls_ca == Path("/home/worker/other.pem")
     monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
     assert ClientSettings().cache_dir == default_cache_dir() == Path("/home/worker/cache/kvstore")
     monkeypatch.setenv("KVSTORE_CACHE_DIR", "~/kv")

@@ -15,7 +15,7 @@ STATE = ClusterState(
         NodeRecord(Member("node-0", "h:1", 2.5), 11, alive=True),
         NodeRecord(Member("b", "h:2"), 12, alive=False, error="gone"),
     ),
-    pins=frozenset({sample_chunk(1).chunk_id, sample_chunk(2).chunk_id}),
+    pins={"": frozenset({sample_chunk(1).chunk_id}), "acme": frozenset({sample_chunk(2).chunk_id})},
     quotas={"": 5, "blue": 1 << 60},
     draining=frozenset({"b", "gone"}),
     repair_round=3,

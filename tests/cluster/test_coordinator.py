@@ -178,18 +178,18 @@ def test_decisions_survive_the_coordinator(coordinator: Coordinator, catalogue: 
 def test_a_node_hears_of_pins_and_quotas_once(coordinator: Coordinator, catalogue: FileCatalogue) -> None:
     coordinator.join(A, 1)
     first = coordinator.directives("a", 0)
-    assert (first.pins, first.quotas, first.repair_round) == (frozenset(), {}, 0)
+    assert (first.pins, first.quotas, first.repair_round) == ({}, {}, 0)
     again = coordinator.directives("a", first.version)
     assert (again.pins, again.quotas, again.version) == (None, None, first.version)
     coordinator.pin([FIRST])
     told = coordinator.directives("a", first.version)
-    assert told.pins == {FIRST}
+    assert told.pins == {"": {FIRST}}
     # What was decided already is no news.
     coordinator.pin([FIRST])
     coordinator.set_quota("blue", 0)
     assert coordinator.directives("a", told.version).pins is None
     # Another coordinator may count alike and mean something else.
-    assert Coordinator(catalogue).directives("a", told.version).pins == {FIRST}
+    assert Coordinator(catalogue).directives("a", told.version).pins == {"": {FIRST}}
 
 
 def test_quotas_are_shared_by_weight_among_those_that_live(coordinator: Coordinator) -> None:

@@ -78,8 +78,8 @@ def test_others_are_served_while_pins_and_quotas_change(
         put(node, chunk, tenant="acme")
     served: list[list[bool]] = []
     for change in (
-        lambda: node.set_pins({chunk.chunk_id for chunk in CHUNKS}),
-        lambda: node.set_pins(set()),
+        lambda: node.set_pins({"": {chunk.chunk_id for chunk in CHUNKS}}),
+        lambda: node.set_pins({}),
         lambda: node.set_quotas({"acme": 1 << 30}),
     ):
         between += [lambda: served.append(stored(node, CHUNKS[:1]))] * 6
@@ -92,9 +92,9 @@ def test_a_chunk_that_comes_while_pins_change_is_pinned_or_not_as_they_say(
     node: StorageNode, between: list[Callable[[], object]]
 ) -> None:
     put(node, CHUNKS[0])
-    node.set_pins({CHUNKS[0].chunk_id, CHUNKS[1].chunk_id})
+    node.set_pins({"": {CHUNKS[0].chunk_id, CHUNKS[1].chunk_id}})
     between += [lambda: put(node, CHUNKS[1]), lambda: put(node, CHUNKS[2])]
-    node.set_pins({chunk.chunk_id for chunk in CHUNKS[2:]})
+    node.set_pins({"": {chunk.chunk_id for chunk in CHUNKS[2:]}})
     pinned = {variant.chunk_id for variant in node.list()[0] if variant.pinned}
     assert pinned == {CHUNKS[2].chunk_id}
 

@@ -49,6 +49,8 @@ HOSTILE = {
     "short pins": changed(pins=["00"]),
     "pins of numbers": changed(pins=[1]),
     "no pins": changed(pins=None),
+    "pins of no tenant": changed(tenant_pins=[]),
+    "a tenant without pins": changed(tenant_pins={"acme": None}),
 }
 
 

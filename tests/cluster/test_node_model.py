@@ -182,7 +182,7 @@ class NodeMachine(RuleBasedStateMachine):
 
     @rule(numbers=st.sets(NUMBERS, max_size=4))
     def pin(self, numbers: set[int]) -> None:
-        self.node.set_pins({CHUNKS[number].chunk_id for number in numbers})
+        self.node.set_pins({"": {CHUNKS[number].chunk_id for number in numbers}})
 
     @rule(limits=st.dictionaries(TENANTS, st.integers(1, 6)))
     def limit(self, limits: dict[str, int]) -> None:

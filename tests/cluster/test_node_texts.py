@@ -193,7 +193,7 @@ TREES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14).map(tuple)
 def test_no_chunk_outlives_one_before_it(policy: str, asked: list[Path_], pinned: set[int]) -> None:
     """Whatever texts are asked for, what a node has of them is beginnings."""
     node = new_node(policy, room=6)
-    node.set_pins({chunk_at(asked[number]).chunk_id for number in pinned if number < len(asked)})
+    node.set_pins({"": {chunk_at(asked[number]).chunk_id for number in pinned if number < len(asked)}})
     known: set[Path_] = set()
     for place in asked:
         places = [place[:end] for end in range(1, len(place) + 1)]

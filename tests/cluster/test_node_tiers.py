@@ -177,13 +177,13 @@ def test_a_full_disk_evicts_and_compacts(opened: Opener) -> None:
 def test_pinned_chunks_are_demoted_but_never_evicted(opened: Opener) -> None:
     node = opened(disk_bytes=4 << 20)
     kept = chunk_of(1000)
-    node.set_pins({kept.chunk_id})
+    node.set_pins({"": {kept.chunk_id}})
     put(node, kept)
     for number in range(150):
         put(node, chunk_of(number))
     assert read(node, kept) == kept.data
     assert node.stats().gauges["pinned"] == 1
-    node.set_pins(set())
+    node.set_pins({})
     for number in range(150, 300):
         put(node, chunk_of(number))
     assert not stored(node, kept)

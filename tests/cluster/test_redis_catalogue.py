@@ -18,7 +18,7 @@ FIRST, SECOND = sample_chunk(1).chunk_id, sample_chunk(2).chunk_id
 STATE = ClusterState(
     7,
     (NodeRecord(Member("node-0", "h:1", 2.5), 11, alive=True),),
-    pins=frozenset({FIRST}),
+    pins={"": frozenset({FIRST})},
     quotas={"blue": 1 << 60},
     draining=frozenset({"b"}),
     repair_round=3,
@@ -223,7 +223,7 @@ def test_the_cluster_goes_on_while_redis_is_away(
     wait_for(lambda: catalogue.load().epoch == coordinator.membership().epoch)
     assert coordinator.pin([SECOND]) == 2
     coordinator.close()
-    assert catalogue.load().pins == {FIRST, SECOND}
+    assert catalogue.load().pins == {"": {FIRST, SECOND}}
     assert PASSWORD not in caplog.text
     assert "secret" not in caplog.text
 

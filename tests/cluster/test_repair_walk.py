@@ -27,10 +27,11 @@ class Network:
         self.held = held
         self.silent = silent
 
-    def lookup(self, member: Member, chunks: Sequence[ChunkId], encoding: str) -> list[bool]:
+    def lookup(self, member: Member, variants: Sequence[StoredVariant]) -> list[bool]:
         if member.node_id in self.silent:
             raise NodeUnavailableError(member.node_id)
-        return [(chunk, encoding) in self.held[member.node_id] for chunk in chunks]
+        assert len({variant.encoding for variant in variants}) == 1
+        return [(one.chunk_id, one.encoding) in self.held[member.node_id] for one in variants]
 
     def room_bytes(self, member: Member) -> int:
         raise AssertionError("a survey sends nothing")

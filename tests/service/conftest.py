@@ -19,6 +19,7 @@ from kvstore_service.experiments import Experiments
 from kvstore_service.grpc_server import MAX_REPLY_BYTES, GrpcServer
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.large_requests import LargeRequests
+from kvstore_service.listen import Address, Reservation
 from tests.service.bulk_port import Port, served_port
 from tests.service.repair_cluster import Cluster
 
@@ -106,3 +107,10 @@ def port() -> Iterator[Port]:
     """A bulk port in front of an empty node."""
     with served_port() as made:
         yield made
+
+
+@pytest.fixture
+def unused_port() -> int:
+    reservation = Reservation(Address("127.0.0.1", 0))
+    reservation.release()
+    return reservation.address.port

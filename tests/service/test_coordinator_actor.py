@@ -35,16 +35,16 @@ def test_a_successor_knows_what_was_decided(redis: RedisServer, tmp_path: Path, 
     url = redis.url if in_redis else None
     first = CoordinatorActor(tmp_path / "one", serve, replicas=2, redis_url=url)
     told = first.join(A, 1)
-    assert (told.membership.members, told.membership.replicas, told.pins) == ((A,), 2, frozenset())
+    assert (told.membership.members, told.membership.replicas, told.pins) == ((A,), 2, {})
     with grpc.insecure_channel(first.address()) as channel:
         rpc.CoordinatorStub(channel).Pin(pb.PinRequest(chunks=[REF]))
-    assert first.join(A, 1, told.version).pins == {CHUNK}
+    assert first.join(A, 1, told.version).pins == {"": {CHUNK}}
     first.stop(0)
     # What is in Redis does not need the disk.
     folder = tmp_path / ("another" if in_redis else "one")
     second = CoordinatorActor(folder, serve, replicas=2, redis_url=url)
     told = second.join(A, 2)
-    assert (told.membership.members, told.pins) == ((A,), {CHUNK})
+    assert (told.membership.members, told.pins) == ((A,), {"": {CHUNK}})
     second.leave("a", 2)
     assert second.membership().members == ()
     second.stop(0)

@@ -26,8 +26,9 @@ from kvstore_service.cluster_stats import background_works, cluster_stats
 from kvstore_service.grpc_coordinator import CoordinatorServer, serve_coordinator
 from kvstore_service.grpc_server import GrpcServer
 from kvstore_service.grpc_storage import serve_storage
-from kvstore_service.listen import Address, Reservation
-from kvstore_service.metrics import ClusterCollector, metrics_endpoint
+from kvstore_service.listen import Address
+from kvstore_service.metrics import ClusterCollector
+from kvstore_service.metrics_server import metrics_endpoint
 from kvstore_service.peer_nodes import GrpcPeers
 
 ANY = Address("127.0.0.1", 0)
@@ -59,13 +60,6 @@ def calibrations(tmp_path: Path) -> CalibrationRegistry:
 @pytest.fixture
 def canaries(tmp_path: Path) -> CanaryRegistry:
     return CanaryRegistry(tmp_path / "canaries")
-
-
-@pytest.fixture
-def unused_port() -> int:
-    reservation = Reservation(ANY)
-    reservation.release()
-    return reservation.address.port
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_what_a_put_says_of_its_chunk_is_listed(storage: ServedNode) -> None:
     first = start(chunk)
     first.start.tenant, first.start.ttl_s, first.start.cost = "acme", 100, 12.5
     assert statuses(storage, [first, *data(chunk), END, *steps(other)]) == [pb.PUT_STATUS_STORED] * 2
-    storage.node.set_pins({other.chunk_id})
+    storage.node.set_pins({"": {other.chunk_id}})
     by_tenant = {variant.tenant: variant for variant in storage.stub.List(pb.ListRequest()).variants}
     listed = by_tenant["acme"]
     assert (listed.chunk, listed.encoding, listed.size_bytes) == (ref(chunk), "exact-zstd", len(chunk.data))

@@ -8,7 +8,7 @@ import pytest
 from kvstore_api.frames import MAX_PUT_START_BYTES, FrameKind, pack_header
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
-from kvstore_cluster.intake import MAX_TENANT_BYTES
+from kvstore_cluster.names import MAX_TENANT_BYTES
 from kvstore_service import large_requests
 from kvstore_service.grpc_puts import put_chunks
 from kvstore_service.grpc_server import SMALL_REQUEST_BYTES

@@ -92,7 +92,13 @@ def test_nodes_are_spread_over_a_ray_cluster_and_survive_the_loss_of_a_ray_node(
     three_ray_nodes, tmp_path: Path
 ) -> None:
     with EmbeddedCluster(
-        settings_of(ray_address=three_ray_nodes.address, memory=MEMORY, disk=DISK, data_dir=tmp_path)
+        settings_of(
+            ray_address=three_ray_nodes.address,
+            memory=MEMORY,
+            disk=DISK,
+            data_dir=tmp_path,
+            insecure=True,
+        )
     ) as cluster:
         nodes = cluster_stats(cluster.address).nodes
         assert len({node.member.domain for node in nodes}) == cluster.size == 3
@@ -110,6 +116,6 @@ def test_nodes_are_spread_over_a_ray_cluster_and_survive_the_loss_of_a_ray_node(
 
 
 def test_no_ray_cluster_is_an_error_that_says_so() -> None:
-    cluster = EmbeddedCluster(settings_of(ray_address="127.0.0.1:9", memory=MEMORY))
+    cluster = EmbeddedCluster(settings_of(ray_address="127.0.0.1:9", memory=MEMORY, insecure=True))
     with pytest.raises(StartupError, match=r"cannot connect to a Ray cluster at 127\.0\.0\.1:9 "):
         cluster.start()

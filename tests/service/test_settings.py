@@ -152,10 +152,23 @@ VALUES = {
     "repair_bandwidth": "1GiB",
     "tls_cert": "/c",
     "tls_key": "/k",
+    "tls_ca": "/a",
+    "tls_client_ca": "/b",
+    "tls_name": "kvstore.example",
+    "credentials": "/c.json",
+    "insecure": "true",
     "metrics_port": "9100",
     "experiments": "true",
 }
-TOGETHER = {"disk": ["data_dir"], "tls_cert": ["tls_key"], "tls_key": ["tls_cert"]}
+_TLS = ["tls_cert", "tls_key"]
+TOGETHER = {
+    "disk": ["data_dir"],
+    "tls_cert": ["tls_key"],
+    "tls_key": ["tls_cert"],
+    "tls_ca": _TLS,
+    "tls_client_ca": _TLS,
+    "tls_name": _TLS,
+}
 
 
 @pytest.mark.parametrize("name", FIELDS)

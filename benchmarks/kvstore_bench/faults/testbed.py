@@ -81,6 +81,7 @@ def testbed(folder: Path) -> Iterator[Testbed]:
                 data_dir=folder / "data",
                 durability="durable",
                 replicas=REPLICAS,
+                insecure=True,  # all on this machine
             )
         ) as cluster:
             yield Testbed(ray, cluster)

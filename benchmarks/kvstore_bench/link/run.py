@@ -55,7 +55,7 @@ def run(options: Options, report: Report) -> Result:
         report.advance("start", 0, 3)
         links = stack.enter_context(links_of(options.shaper))
         cluster = stack.enter_context(
-            EmbeddedCluster(settings_of(memory=_MEMORY_BYTES, listen=f"{links.host}:0"))
+            EmbeddedCluster(settings_of(memory=_MEMORY_BYTES, listen=f"{links.host}:0", insecure=True))
         )
         source = stack.enter_context(ByteSource(links.host))
         report.advance("start", 1, 3)

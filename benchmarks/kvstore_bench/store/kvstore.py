@@ -76,7 +76,7 @@ class KVStore:
         host, _, port = bulk.rpartition(":")
         self._stub = rpc.StorageStub(channel)
         self._grpc = GrpcTransport(channel)
-        self._bulk = BulkTransport(Connections(host, int(port), None, host), ReceiveMemory())
+        self._bulk = BulkTransport(Connections(host, int(port), lambda: None, host), ReceiveMemory())
         self._chunks: dict[int, Chunk] = {}
 
     def value(self, key: int, size_bytes: int, noise: random.Random) -> Chunk:

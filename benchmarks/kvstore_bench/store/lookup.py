@@ -12,6 +12,7 @@ from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.cluster_view import ClusterView
+from kvstore_client.connector import Connector
 from kvstore_client.lookup import find_prefix, release
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.settings import ClientSettings
@@ -56,7 +57,7 @@ def measure_lookups(address: str, rounds: int) -> list[dict[str, Any]]:
     )
     metrics = ClientMetrics()
     view = ClusterView(settings)
-    transports = Transports(settings)
+    transports = Transports(settings, Connector(settings.security))
     with grpc.insecure_channel(storage, [("grpc.max_receive_message_length", 64 << 20)]) as channel:
         stub = rpc.StorageStub(channel)
         transport = transports.to(Member("node-0", storage, bulk_endpoint=bulk), channel)

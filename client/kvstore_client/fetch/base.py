@@ -40,9 +40,10 @@ class ReceivedFrames:
     data: memoryview
 
 
-def read_request(tasks: Sequence[ReadTask], piece_bytes: int = 0) -> pb.ReadRequest:
-    """A read of these ranges from one node, in pieces of at most `piece_bytes` (0: as the node likes)."""
-    request = pb.ReadRequest(piece_bytes=piece_bytes)
+def read_request(tasks: Sequence[ReadTask], piece_bytes: int = 0, tenant: str = "") -> pb.ReadRequest:
+    """A read of these ranges of a tenant's chunks from one node, in pieces of at most `piece_bytes` (0: as the node
+    likes)."""
+    request = pb.ReadRequest(piece_bytes=piece_bytes, tenant=tenant)
     positions: dict[tuple[int, str], int] = {}
     for task in tasks:
         key = task.chunk_index, task.encoding.name

@@ -136,7 +136,7 @@ class Receiver:
         stream is ended when it falls silent; with `may_stop` a stream that has become slow is ended between two reads,
         and its other reads are replanned."""
         timeline = self.fetch_state.timeline
-        request = read_request(tasks, self._piece_bytes(member))
+        request = read_request(tasks, self._piece_bytes(member), self.view.tenant)
         try:
             stream = self.view.transport(member).read(request, self.fetch_state.remaining_s())
         except NodeUnavailableError:

@@ -156,7 +156,7 @@ class GetPages:
         destination = Destination(pages)
         try:
             stream = context.view.transport(member).read(
-                _request(pages, self._chunk_ids), self._left_s(), destination
+                _request(pages, self._chunk_ids, context.view.tenant), self._left_s(), destination
             )
         except NodeUnavailableError:
             return {page.index: "closed" for page in pages}
@@ -214,8 +214,8 @@ class GetPages:
         return max(0.0, self._deadline_s - time.monotonic())
 
 
-def _request(pages: Sequence[WantedPage], chunk_ids: Sequence[ChunkId]) -> pb.ReadRequest:
-    request = pb.ReadRequest()
+def _request(pages: Sequence[WantedPage], chunk_ids: Sequence[ChunkId], tenant: str) -> pb.ReadRequest:
+    request = pb.ReadRequest(tenant=tenant)
     for number, page in enumerate(pages):
         chunk_id = chunk_ids[page.index]
         request.chunks.add(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)

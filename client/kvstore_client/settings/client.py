@@ -18,6 +18,7 @@ from kvstore_client.settings.fetch import FetchSettings
 from kvstore_client.settings.group import SettingsGroup
 from kvstore_client.settings.recompute import RecomputeSettings
 from kvstore_client.settings.reprefill import ReprefillSettings
+from kvstore_client.settings.security import SecuritySettings
 from kvstore_client.settings.store import StoreSettings
 from kvstore_client.settings.timeouts import Timeouts
 from kvstore_client.settings.transport import TransportSettings
@@ -49,6 +50,7 @@ class ClientSettings(SettingsGroup):
     store: StoreSettings = Field(default_factory=StoreSettings)
     recompute: RecomputeSettings = Field(default_factory=RecomputeSettings)
     reprefill: ReprefillSettings = Field(default_factory=ReprefillSettings)
+    security: SecuritySettings = Field(default_factory=SecuritySettings)
     transport: TransportSettings = Field(default_factory=TransportSettings)
 
     def __init__(self, **given: Any) -> None:

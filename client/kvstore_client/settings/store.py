@@ -21,7 +21,8 @@ class StoreSettings(SettingsGroup):
     """How new chunks are stored, in the background."""
 
     tenant: str = ""
-    """Tenant whose quota new chunks count against. Default: the tenant without a name."""
+    """Tenant whose quota new chunks count against. Default: the tenant of the credential, or without one the tenant
+    without a name. Only a credential for every tenant may name others."""
 
     ttl_s: int = Field(default=0, ge=0)
     """How long nodes keep new chunks, in seconds. 0: until they are evicted."""

@@ -1,10 +1,7 @@
 """How a client reaches the nodes."""
 
-from pathlib import Path
-
 from pydantic import Field, field_validator
 
-from kvstore_client.cache_dir import expanded
 from kvstore_client.settings.group import SettingsGroup
 
 
@@ -13,10 +10,6 @@ class TransportSettings(SettingsGroup):
 
     routes: dict[str, str] = Field(default_factory=dict)
     """Addresses to dial instead of the advertised ones, `advertised=dial,...`, for port forwarding or link shaping."""
-
-    tls_ca: Path | None = None
-    """PEM file of the authority that signed the certificates of the nodes' bulk ports. When given, KV bytes travel over
-    TLS only."""
 
     membership_ttl_s: float = Field(default=5.0, gt=0)
     """Age in seconds from which the list of nodes is refreshed, in the background."""
@@ -31,13 +24,3 @@ class TransportSettings(SettingsGroup):
         if not isinstance(value, str):
             return value
         return dict(pair.strip().split("=", 1) for pair in value.split(",") if pair.strip())
-
-    @field_validator("tls_ca", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: object) -> object:
-        return None if value == "" else value
-
-    @field_validator("tls_ca")
-    @classmethod
-    def _expand_home(cls, value: Path | None) -> Path | None:
-        return None if value is None else expanded(value)

@@ -179,7 +179,9 @@ class Exchange:
             yield
         except (OSError, UnreachableError) as error:
             timeout = isinstance(error, TimeoutError) or not self.remaining_s()
-            reason = "cancelled" if self._cancelled else "timeout" if timeout else "unreachable"
+            # In TLS 1.3 a server refuses a client's certificate only after the client's part of the handshake.
+            failed = "tls" if isinstance(error, ssl.SSLError) else "unreachable"
+            reason = "cancelled" if self._cancelled else "timeout" if timeout else failed
             raise TransferError(reason, f"{self._connections.name}: {error}") from error
         finally:
             self.break_off()

@@ -1,37 +1,33 @@
 """Selects the transport for each storage node."""
 
-import ssl
 import threading
 from collections.abc import Collection
 
 import grpc
 
 from kvstore_api.placement import Member
+from kvstore_client.connector import Connector
 from kvstore_client.settings import ClientSettings
 from kvstore_client.transport.base import Transport
 from kvstore_client.transport.bulk import BulkTransport
 from kvstore_client.transport.connections import Connections
 from kvstore_client.transport.grpc import GrpcTransport
 from kvstore_client.transport.memory import ReceiveMemory
-from kvstore_codec.errors import ConfigurationError
 
 
 class Transports:
-    """The bulk port of members that have one; gRPC for others, and while the port is unreachable. Thread-safe.
+    """The bulk port of members that have one; gRPC for others, and while the port is unreachable. Thread-safe."""
 
-    With `tls_ca` only TLS is used: KV bytes of a member without a bulk port are then unavailable.
-    """
-
-    def __init__(self, settings: ClientSettings) -> None:
+    def __init__(self, settings: ClientSettings, connector: Connector) -> None:
         self._settings = settings
-        self._tls = _client_tls(settings)
+        self._connector = connector
         self._memory = ReceiveMemory()
         self._lock = threading.Lock()
         self._bulk: dict[str, tuple[Member, BulkTransport]] = {}  # by node_id
 
     def to(self, member: Member, channel: grpc.Channel) -> Transport:
         """The member's transport; `channel` leads to its gRPC endpoint."""
-        if self._tls is None and not self._reaches_bulk(member):
+        if not self._reaches_bulk(member):
             return GrpcTransport(channel)
         with self._lock:
             known, transport = self._bulk.get(member.node_id, (None, None))
@@ -60,8 +56,14 @@ class Transports:
         dial = self._settings.transport.routes.get(member.bulk_endpoint, member.bulk_endpoint)
         host = dial.rpartition(":")[0]
         name = member.bulk_endpoint.rpartition(":")[0].strip("[]")
-        connections = Connections(host.strip("[]"), _port(dial), self._tls, name or member.node_id)
-        return BulkTransport(connections, self._memory, None if self._tls else GrpcTransport(channel))
+        connections = Connections(
+            host.strip("[]"),
+            _port(dial),
+            self._connector.tls_context,
+            self._connector.server_name(name or member.node_id),
+            token=self._connector.token,
+        )
+        return BulkTransport(connections, self._memory, GrpcTransport(channel))
 
     def leave_to_parent(self) -> None:
         """See ClusterView. Takes no lock: a thread of the parent may hold it."""
@@ -81,14 +83,3 @@ def _port(address: str) -> int:
     """Port of an address; 0 for an address without one."""
     port = address.rpartition(":")[2]
     return int(port) if port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 1 << 16 else 0
-
-
-def _client_tls(settings: ClientSettings) -> ssl.SSLContext | None:
-    if settings.transport.tls_ca is None:
-        return None
-    try:
-        return ssl.create_default_context(cafile=settings.transport.tls_ca)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"tls_ca: {settings.transport.tls_ca} is not a PEM file with certificates ({error})"
-        ) from error

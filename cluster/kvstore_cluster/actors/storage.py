@@ -112,12 +112,12 @@ class StorageActor:
 
 def _open_node(node_id: str, arena: Arena, options: StorageOptions) -> StorageNode:
     """Opens the node and its disk. Raises DiskError."""
-    durability, policy = options.durability, POLICIES[options.policy]
+    durability, policy, isolated = options.durability, POLICIES[options.policy], options.isolated
     if options.experiments:
         slow = _open_store(node_id, options, SlowStore)
-        return SlowNode(node_id, arena, store=slow, durability=durability, policy=policy)
+        return SlowNode(node_id, arena, store=slow, durability=durability, policy=policy, isolated=isolated)
     store = _open_store(node_id, options, SegmentStore)
-    return StorageNode(node_id, arena, store=store, durability=durability, policy=policy)
+    return StorageNode(node_id, arena, store=store, durability=durability, policy=policy, isolated=isolated)
 
 
 def _open_store(node_id: str, options: StorageOptions, store_type: type[Store]) -> Store | None:

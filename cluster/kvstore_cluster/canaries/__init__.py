@@ -1,6 +1,6 @@
 """Canaries: for each model, the KV of one fixed text, which every worker compares with the KV that it computes."""
 
-from kvstore_cluster.canaries.base import CanaryMirror, CanaryRecord, Origin, Refusal
+from kvstore_cluster.canaries.base import CanaryMirror, CanaryRecord, Origin, Refusal, canary_key
 from kvstore_cluster.canaries.redis import RedisCanaryMirror
 from kvstore_cluster.canaries.refusals import Refusals
 from kvstore_cluster.canaries.registry import CanaryRegistry
@@ -13,4 +13,5 @@ __all__ = [
     "RedisCanaryMirror",
     "Refusal",
     "Refusals",
+    "canary_key",
 ]

@@ -2,7 +2,8 @@
 
     xxh3_64 of the rest, u64 | length u32 | facts (msgpack) | KV of the probe, or nothing
 
-All numbers are little-endian. Model digest and generation are in the file's name.
+All numbers are little-endian. Generation and key are in the file's name; the key is the model's digest, except for a
+canary of another than the default tenant, whose facts name tenant and model.
 """
 
 import struct
@@ -23,12 +24,15 @@ MAX_DOCUMENT_BYTES = MAX_SKETCH_BYTES + _MAX_FACTS_BYTES + _PREFIX.size
 
 def write_document(record: CanaryRecord, sketch: bytes) -> bytes:
     origin, client = asdict(bounded(record.origin)), _bounded_text(record.client)
-    facts: bytes = msgpack.packb({"created": record.created_unix_s, "origin": origin, "client": client})
+    named = {"created": record.created_unix_s, "origin": origin, "client": client}
+    if record.tenant:
+        named |= {"tenant": record.tenant, "model": record.model_digest}
+    facts: bytes = msgpack.packb(named)
     signed = struct.pack("<I", len(facts)) + facts + sketch
     return struct.pack("<Q", xxhash.xxh3_64_intdigest(signed)) + signed
 
 
-def read_document(content: bytes, model_digest: bytes, generation: int) -> tuple[CanaryRecord, bytes]:
+def read_document(content: bytes, key: bytes, generation: int) -> tuple[CanaryRecord, bytes]:
     """Parses a document into its record and the KV of the probe. Raises CanaryError unless `content` is sound."""
     if not _PREFIX.size <= len(content) <= MAX_DOCUMENT_BYTES:
         raise CanaryError(f"{len(content)} bytes are not a canary of the registry")
@@ -42,9 +46,13 @@ def read_document(content: bytes, model_digest: bytes, generation: int) -> tuple
         facts = msgpack.unpackb(content[_PREFIX.size : _PREFIX.size + length])
         origin, created_unix_s = _origin(facts["origin"]), float(facts["created"])
         client = _bounded_text(str(facts.get("client", "")))  # absent in documents of earlier releases
+        tenant, model_digest = str(facts.get("tenant", "")), bytes(facts.get("model", key))
     except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
         raise CanaryError(f"its facts cannot be read: {error!r}"[:300]) from error
-    return CanaryRecord(model_digest, generation, origin, created_unix_s, len(sketch), client), sketch
+    record = CanaryRecord(model_digest, generation, origin, created_unix_s, len(sketch), client, tenant)
+    if record.key != key:
+        raise CanaryError("it is the canary of another model or tenant")
+    return record, sketch
 
 
 def bounded(origin: Origin) -> Origin:

@@ -1,6 +1,7 @@
 """The registry of canaries on the coordinator's disk.
 
-Each canary is one file, `<model digest>-<generation>.kvcanary`, in the format of `document.py`.
+Each canary is one file, `<key>-<generation>.kvcanary`, in the format of `document.py`. The key identifies the model and
+the tenant (`CanaryRecord.key`).
 """
 
 import itertools
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvstore_api.printable import printable
-from kvstore_cluster.canaries.base import CanaryMirror, CanaryRecord, Origin
+from kvstore_cluster.canaries.base import KEY, CanaryMirror, CanaryRecord, Origin, canary_key
 from kvstore_cluster.canaries.document import MAX_DOCUMENT_BYTES, bounded, read_document, write_document
 from kvstore_cluster.canaries.room import making_room
 from kvstore_cluster.durable import rename_durably
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 MAX_MODELS = 4096
 MAX_TOTAL_BYTES = 1 << 30
 
-_NAME = re.compile(r"([0-9a-f]{64})-(\d{1,10})\.kvcanary")
+_NAME = re.compile(rf"({KEY})-(\d{{1,10}})\.kvcanary")
 _UNFINISHED = ".unfinished-"
 _FORGOTTEN = b"\xff" * 32
 """Model digest of a special record without KV. Its generation is larger than that of any forgotten canary."""
@@ -40,8 +41,9 @@ class _Kept:
 
 
 class CanaryRegistry:
-    """Stores canaries. Thread-safe; methods may block on disk and mirror. Its files are in `folder`, which is created
-    when missing, and which belongs to the process that has locked the catalogue beside it.
+    """Stores canaries, one for each model and tenant. Thread-safe; methods may block on disk and mirror. Its files are
+    in `folder`, which is created when missing, and which belongs to the process that has locked the catalogue beside
+    it.
 
     With a `mirror`, the mirror has a copy of every canary. At the start, canaries that only one side has are copied to
     the other. If both have one of the same model, the later generation wins.
@@ -88,21 +90,22 @@ class CanaryRegistry:
         with self._lock:
             return self._changes
 
-    def get(self, model_digest: bytes) -> tuple[CanaryRecord, bytes]:
-        """The canary of a model and its KV. A record with empty KV when there is none. Raises CatalogueError when its
-        file cannot be read."""
+    def get(self, model_digest: bytes, tenant: str = "") -> tuple[CanaryRecord, bytes]:
+        """A tenant's canary of a model and its KV. A record with empty KV when there is none. Raises CatalogueError
+        when its file cannot be read."""
+        key = canary_key(model_digest, tenant)
         with self._lock:
-            kept = self._kept.get(model_digest)
+            kept = self._kept.get(key)
             if kept is None:
-                return CanaryRecord(model_digest, self._first_generation()), b""
+                return CanaryRecord(model_digest, self._first_generation(), tenant=tenant), b""
             kept.used = next(self._clock)
             record = kept.record
-        path = self._path(model_digest, record.generation)
+        path = self._path(key, record.generation)
         try:
             content = path.read_bytes()
             with suppress(OSError):
                 os.utime(path)  # the order of use survives a restart
-            return read_document(content, model_digest, record.generation)
+            return read_document(content, key, record.generation)
         except FileNotFoundError:  # replaced or dropped in the meantime
             return replace(record, size_bytes=0), b""
         except CanaryError as error:
@@ -115,48 +118,54 @@ class CanaryRegistry:
         except OSError as error:
             raise self._unusable(error) from error
 
-    def count_use(self, model_digest: bytes) -> None:
+    def count_use(self, model_digest: bytes, tenant: str = "") -> None:
         """Records that a worker compared its KV with the canary."""
         with self._lock:
-            if kept := self._kept.get(model_digest):
+            if kept := self._kept.get(canary_key(model_digest, tenant)):
                 kept.used = next(self._clock)
 
     def put(
-        self, model_digest: bytes, generation: int, origin: Origin, sketch: bytes, client: str = ""
+        self,
+        model_digest: bytes,
+        generation: int,
+        origin: Origin,
+        sketch: bytes,
+        client: str = "",
+        tenant: str = "",
     ) -> tuple[CanaryRecord, bytes]:
-        """Stores a canary, unless the model has one or its generation is no longer `generation`. Returns the canary
-        that is now stored, which survives a power loss. `client` is charged for its space.
+        """Stores a canary of a tenant, unless the model has one or its generation is no longer `generation`. Returns
+        the canary that is now stored, which survives a power loss. `client` is charged for its space.
 
         Raises CanaryError for KV that is not of a probe of this model, and CatalogueError when disk or mirror cannot
         store it."""
         if read_sketch_header(sketch).model_digest != model_digest or model_digest == _FORGOTTEN:
             raise CanaryError(f"the KV is of another model than {model_digest.hex()[:12]}")
         with self._writing:
-            record, kept = self.get(model_digest)
-            if kept or (model_digest in self._kept and record.generation != generation):
+            record, kept = self.get(model_digest, tenant)
+            if kept or (record.key in self._kept and record.generation != generation):
                 return record, kept
             new = CanaryRecord(
-                model_digest, record.generation, bounded(origin), time.time(), len(sketch), client
+                model_digest, record.generation, bounded(origin), time.time(), len(sketch), client, tenant
             )
             self._make_room(new)
             self._keep(new, sketch)
         log.info("canary of model %s kept, made by %s", model_digest.hex()[:12], printable(origin.host))
         return new, sketch
 
-    def replace(self, model_digest: bytes) -> int:
-        """Drops a model's canary. The model's next worker computes a new one, and chunks stored under the old one are
-        never found again. Does nothing when the model has no canary now. Returns the generation of the next canary.
-        Raises UnknownModelError, CatalogueError."""
+    def replace(self, model_digest: bytes, tenant: str = "") -> int:
+        """Drops a tenant's canary of a model. The tenant's next worker computes a new one, and chunks stored under the
+        old one are never found again. Does nothing when the model has no canary now. Returns the generation of the next
+        canary. Raises UnknownModelError, CatalogueError."""
         with self._writing:
             with self._lock:
-                kept = self._kept.get(model_digest)
+                kept = self._kept.get(canary_key(model_digest, tenant))
             if kept is None or model_digest == _FORGOTTEN:
                 raise UnknownModelError(f"there is no canary of model {model_digest.hex()[:12]}")
             known = kept.record
             if not known.size_bytes:
                 return known.generation
             origin = Origin(known.origin.model_id)
-            new = CanaryRecord(model_digest, known.generation + 1, origin, client=known.client)
+            new = CanaryRecord(model_digest, known.generation + 1, origin, client=known.client, tenant=tenant)
             self._keep(new, b"")
             with self._lock:
                 self._changes += 1
@@ -164,7 +173,7 @@ class CanaryRegistry:
         return new.generation
 
     def records(self) -> tuple[CanaryRecord, ...]:
-        """Records of all models, least recently used first."""
+        """Records of all models and tenants, least recently used first."""
         with self._lock:
             kept = sorted(self._kept.values(), key=lambda kept: kept.used)
         return tuple(one.record for one in kept if one.record.model_digest != _FORGOTTEN)
@@ -174,54 +183,53 @@ class CanaryRegistry:
         forgotten = self._kept.get(_FORGOTTEN)
         return forgotten.record.generation if forgotten is not None else 0
 
-    def _open(self, path: Path, model_digest: bytes, generation: int) -> None:
-        record = CanaryRecord(model_digest, generation)
+    def _open(self, path: Path, key: bytes, generation: int) -> None:
+        record = CanaryRecord(key, generation)
         try:
             if path.stat().st_size <= MAX_DOCUMENT_BYTES:
-                record, _ = read_document(path.read_bytes(), model_digest, generation)
+                record, _ = read_document(path.read_bytes(), key, generation)
         except CanaryError as error:
             log.warning("the canary %s is damaged (%s); the next worker computes a new one", path.name, error)
-        known = self._kept.get(model_digest)
+        known = self._kept.get(key)
         if known is not None and known.record.generation > generation:
             path.unlink()
             return
         if known is not None:  # an older file, which a crash left beside its successor
-            self._path(model_digest, known.record.generation).unlink(missing_ok=True)
-        self._kept[model_digest] = _Kept(record, next(self._clock))
+            self._path(key, known.record.generation).unlink(missing_ok=True)
+        self._kept[key] = _Kept(record, next(self._clock))
 
     def _synchronise(self, mirror: CanaryMirror) -> None:
         copied: set[bytes] = set()
-        for model_digest, generation, content in mirror.copies():
-            kept = self._kept.get(model_digest)
+        for key, generation, content in mirror.copies():
+            kept = self._kept.get(key)
             if kept is not None and kept.record.generation > generation:
                 continue
             try:
-                record, sketch = read_document(content, model_digest, generation)
+                record, sketch = read_document(content, key, generation)
             except CanaryError as error:
-                log.warning("the copy of canary %s is damaged: %s", model_digest.hex()[:12], error)
+                log.warning("the copy of canary %s is damaged: %s", key.hex()[:12], error)
                 continue
             self._write(record, sketch)
-            copied.add(model_digest)
-        for model_digest in self._kept.keys() - copied:
-            record, sketch = self.get(model_digest)
-            log.warning(
-                "the canary of model %s was not in the mirror and is copied again", model_digest.hex()[:12]
-            )
-            mirror.keep(model_digest, record.generation, write_document(record, sketch))
+            copied.add(key)
+        for key in self._kept.keys() - copied:
+            known = self._kept[key].record
+            record, sketch = self.get(known.model_digest, known.tenant)
+            log.warning("canary %s was not in the mirror and is copied again", key.hex()[:12])
+            mirror.keep(key, record.generation, write_document(record, sketch))
 
     def _make_room(self, new: CanaryRecord) -> None:
-        others = (record for record in self.records() if record.model_digest != new.model_digest)
+        others = (record for record in self.records() if record.key != new.key)
         for record in making_room(others, new, self._max_models, self._max_bytes):
             self._forget(record)
 
     def _keep(self, record: CanaryRecord, sketch: bytes) -> None:
         """Stores a canary in mirror and folder. Raises CatalogueError, and then keeps the previous one."""
         if self._mirror is not None:
-            self._mirror.keep(record.model_digest, record.generation, write_document(record, sketch))
+            self._mirror.keep(record.key, record.generation, write_document(record, sketch))
         self._write(record, sketch)
 
     def _write(self, record: CanaryRecord, sketch: bytes) -> None:
-        path = self._path(record.model_digest, record.generation)
+        path = self._path(record.key, record.generation)
         unfinished = self._folder / f"{_UNFINISHED}{path.name}"
         try:
             with unfinished.open("wb") as file:
@@ -230,10 +238,10 @@ class CanaryRegistry:
                 os.fsync(file.fileno())
             rename_durably(unfinished, path)
             with self._lock:
-                before = self._kept.get(record.model_digest)
-                self._kept[record.model_digest] = _Kept(record, next(self._clock))
+                before = self._kept.get(record.key)
+                self._kept[record.key] = _Kept(record, next(self._clock))
             if before is not None and before.record.generation != record.generation:
-                self._path(record.model_digest, before.record.generation).unlink(missing_ok=True)
+                self._path(record.key, before.record.generation).unlink(missing_ok=True)
         except OSError as error:
             raise self._unusable(error) from error
 
@@ -243,16 +251,16 @@ class CanaryRegistry:
         if record.generation >= first:  # before the record is removed, so that a crash cannot lose the number
             self._keep(CanaryRecord(_FORGOTTEN, record.generation + 1), b"")
         if self._mirror is not None:
-            self._mirror.forget(record.model_digest)
+            self._mirror.forget(record.key)
         with self._lock:
-            del self._kept[record.model_digest]
+            del self._kept[record.key]
         try:
-            self._path(record.model_digest, record.generation).unlink(missing_ok=True)
+            self._path(record.key, record.generation).unlink(missing_ok=True)
         except OSError as error:
             raise self._unusable(error) from error
 
-    def _path(self, model_digest: bytes, generation: int) -> Path:
-        return self._folder / f"{model_digest.hex()}-{generation}.kvcanary"
+    def _path(self, key: bytes, generation: int) -> Path:
+        return self._folder / f"{key.hex()}-{generation}.kvcanary"
 
     def _unusable(self, error: OSError) -> CatalogueError:
         return CatalogueError(

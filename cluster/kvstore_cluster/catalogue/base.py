@@ -1,5 +1,6 @@
 """The durable state of the coordinator, and the interface of a catalogue that stores it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,8 +23,9 @@ class NodeRecord:
 class ClusterState:
     epoch: int = 0
     nodes: tuple[NodeRecord, ...] = ()
-    pins: frozenset[ChunkId] = frozenset()
-    """Chunks that no node may evict."""
+    pins: Mapping[str, frozenset[ChunkId]] = field(default_factory=dict)
+    """Chunks that no node may evict, by tenant. On nodes that do not keep tenants apart, pins of the default tenant
+    apply to the chunks of all."""
     quotas: dict[str, int] = field(default_factory=dict)
     """Quotas in the whole cluster, in bytes by tenant."""
     draining: frozenset[str] = frozenset()

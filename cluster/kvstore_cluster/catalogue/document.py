@@ -4,6 +4,7 @@ Version 2 added pins, quotas, draining nodes and the repair round. A version 1 d
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -26,12 +27,15 @@ def write_document(state: ClusterState) -> str:
     content = {
         "epoch": state.epoch,
         "nodes": [asdict(node) for node in state.nodes],
-        "pins": sorted((chunk.content_id + chunk.prefix_id).hex() for chunk in state.pins),
+        "pins": _pins(state.pins.get("", ())),
         "quotas": state.quotas,
         "draining": sorted(state.draining),
         "repair_round": state.repair_round,
         "changes": state.changes,
     }
+    # Earlier releases read this document, too, and ignore the pins of other tenants.
+    if tenants := {tenant: _pins(pins) for tenant, pins in state.pins.items() if tenant}:
+        content["tenant_pins"] = tenants
     document = {"format": _NAME, "version": _VERSION, "state": content, "checksum": _checksum(content)}
     return json.dumps(document, indent=1)
 
@@ -85,7 +89,11 @@ def _parse(content: dict[str, Any], version: int) -> ClusterState:
     return ClusterState(
         _whole(content["epoch"]),
         nodes,
-        pins=frozenset(map(_chunk_id, content["pins"])),
+        pins={
+            tenant: chunks
+            for tenant, pins in ({"": content["pins"]} | content.get("tenant_pins", {})).items()
+            if (chunks := frozenset(map(_chunk_id, pins)))
+        },
         quotas={tenant: _whole(limit_bytes) for tenant, limit_bytes in content["quotas"].items()},
         draining=frozenset(content["draining"]),
         repair_round=_whole(content["repair_round"]),
@@ -98,6 +106,10 @@ def _whole(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{_short(repr(value))} is not a whole number")
     return value
+
+
+def _pins(pins: Iterable[ChunkId]) -> list[str]:
+    return sorted((chunk.content_id + chunk.prefix_id).hex() for chunk in pins)
 
 
 def _chunk_id(pin: str) -> ChunkId:

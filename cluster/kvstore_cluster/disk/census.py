@@ -16,7 +16,8 @@ _LOW = (1 << 64) - 1
 class Census:
     """Columns of the record fields that decide whether a record is live. 37 bytes per record."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, isolated: bool = False) -> None:
+        self._isolated = isolated
         self._key_seed = secrets.randbits(64)
         self._high = array("Q")
         self._low = array("Q")
@@ -27,7 +28,7 @@ class Census:
 
     def add(self, location: Location, header: memoryview) -> bool:
         """Adds a record with a sound header. Returns whether it is a tombstone."""
-        kind, sequence, size_bytes, key = summary(header, self._key_seed)
+        kind, sequence, size_bytes, key = summary(header, self._key_seed, with_tenant=self._isolated)
         tombstone = kind == Kind.TOMBSTONE
         self._high.append(key >> 64)
         self._low.append(key & _LOW)

@@ -35,6 +35,7 @@ _FIELDS_START = _OPENING.size + _CHECKSUM.size
 _NAMES_START = _FIELDS_START + _FIELDS.size
 _IDS_START = _NAMES_START - 64
 _ENCODING_LENGTH = _IDS_START - 4
+_TENANT_LENGTH = struct.Struct("<H")
 _KIND = 5
 _SUMMARY = struct.Struct("<B10xQQ")  # from `kind` on: kind, sequence, size
 _MAX_NAME_BYTES = 255
@@ -138,15 +139,20 @@ def header_length(header: memoryview) -> int:
     return int(_OPENING.unpack_from(header)[3])
 
 
-def summary(header: memoryview, key_seed: int) -> tuple[int, int, int, int]:
+def summary(header: memoryview, key_seed: int, *, with_tenant: bool = False) -> tuple[int, int, int, int]:
     """(kind, sequence, size in bytes, key) of a sound header: the fields that find the newest record of a chunk.
 
-    `key` is a 128-bit hash of the ids and the encoding. All compared keys use the same random `key_seed`, so that a
-    client cannot construct two chunks with the same key.
+    `key` is a 128-bit hash of the ids and the encoding, and of the tenant if `with_tenant` is set. All compared keys
+    use the same random `key_seed`, so that a client cannot construct two chunks with the same key.
     """
     kind, sequence, size_bytes = _SUMMARY.unpack_from(header, _KIND)
     ids_end = _NAMES_START + header[_ENCODING_LENGTH]
-    return kind, sequence, size_bytes, xxhash.xxh3_128_intdigest(header[_IDS_START:ids_end], key_seed)
+    named = header[_IDS_START:ids_end]
+    if with_tenant:  # its name follows the encoding; the lengths say where one ends and the other begins
+        lengths = header[_ENCODING_LENGTH : _ENCODING_LENGTH + 1 + _TENANT_LENGTH.size]
+        (tenant_length,) = _TENANT_LENGTH.unpack_from(lengths, 1)
+        named = memoryview(b"".join((lengths, header[_IDS_START : ids_end + tenant_length])))
+    return kind, sequence, size_bytes, xxhash.xxh3_128_intdigest(named, key_seed)
 
 
 def decode(header: memoryview) -> RecordHeader:

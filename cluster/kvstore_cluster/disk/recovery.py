@@ -1,8 +1,8 @@
 """Recovery of a store: finds its records, decides which are live, and reports what was lost.
 
-The newest record of a chunk and encoding is live, unless a tombstone deletes it. The records of a sealed segment are
-read from its index. A segment without an index is scanned: each chunk is verified, the segment is synced, and its index
-is written, so that it is scanned only once.
+The newest record of a chunk and encoding is live (with `isolated`: of a tenant, chunk and encoding), unless a tombstone
+deletes it. The records of a sealed segment are read from its index. A segment without an index is scanned: each chunk
+is verified, the segment is synced, and its index is written, so that it is scanned only once.
 """
 
 import os
@@ -32,11 +32,12 @@ class Recovery:
     dropped: tuple[str, ...]
 
 
-def recover(table: SegmentTable, segment_log: SegmentLog) -> Recovery:
-    """Fills the empty table and log from the folder. May block. Raises DiskError when it cannot be read or written."""
+def recover(table: SegmentTable, segment_log: SegmentLog, *, isolated: bool = False) -> Recovery:
+    """Fills the empty table and log from the folder. `isolated` is as in `SegmentStore.recover`. May block. Raises
+    DiskError when it cannot be read or written."""
     dropped: list[str] = []
     found: dict[int, Segment] = {}
-    census = Census()
+    census = Census(isolated=isolated)
     with ExitStack() as files:
         try:
             for number in table.folder.numbers():

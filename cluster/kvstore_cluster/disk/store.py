@@ -105,9 +105,10 @@ class SegmentStore:
             )
         return ""
 
-    def recover(self) -> Recovery:
-        """Recovers the records in the folder, and starts the upkeep thread. Raises DiskError."""
-        recovery = recover(self._table, self._log)
+    def recover(self, *, isolated: bool = False) -> Recovery:
+        """Recovers the records in the folder, and starts the upkeep thread. With `isolated`, chunks of different
+        tenants that have the same id and encoding are different chunks. Raises DiskError."""
+        recovery = recover(self._table, self._log, isolated=isolated)
         # Not started by the first append: its calling thread may be pinned to a CPU, which a new thread inherits.
         self._upkeep.start(self._log)
         self._recovered = True

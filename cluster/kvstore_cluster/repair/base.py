@@ -6,7 +6,6 @@ from typing import Protocol
 
 from kvstore_api.placement import Member
 from kvstore_cluster.stored import StoredVariant
-from kvstore_codec.identity import ChunkId
 
 
 class Outcome(Enum):
@@ -32,9 +31,9 @@ class LocalInventory(Protocol):
 class PeerNodes(Protocol):
     """The other storage nodes. Used by one thread, except `close`, which any thread may call. Methods may block."""
 
-    def lookup(self, member: Member, chunks: Sequence[ChunkId], encoding: str) -> list[bool]:
-        """For each chunk, whether `member` has it in `encoding`, with any calibration. Does not count as a use. Raises
-        NodeUnavailableError."""
+    def lookup(self, member: Member, variants: Sequence[StoredVariant]) -> list[bool]:
+        """For each of these variants, all in one encoding, whether `member` has it, with any calibration. Does not
+        count as a use. Raises NodeUnavailableError."""
 
     def room_bytes(self, member: Member) -> int:
         """Bytes that `member` can store without evicting. Raises NodeUnavailableError."""

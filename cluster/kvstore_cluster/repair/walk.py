@@ -109,12 +109,11 @@ class Survey:
             for member in roles[indices[0]].asked:
                 questions[member, encoding] += indices
         having: list[set[str]] = [set() for _ in variants]
-        for (member, encoding), indices in questions.items():
+        for (member, _), indices in questions.items():
             if member.node_id in self._silent:
                 continue
             try:
-                chunks = [variants[index].chunk_id for index in indices]
-                answers = self._peers.lookup(member, chunks, encoding)
+                answers = self._peers.lookup(member, [variants[index] for index in indices])
             except NodeUnavailableError:
                 self._silent.add(member.node_id)
                 continue

@@ -15,10 +15,11 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.transport import BulkTransport, Connections, GrpcTransport, ReceiveMemory
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.node import StorageNode
-from kvstore_service.bulk_server import BulkServer, server_tls
+from kvstore_service.bulk_server import BulkServer
 from kvstore_service.grpc_server import GrpcServer
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.listen import Address
+from kvstore_service.tls import ServerTls, TlsFiles
 from tests.sample_chunk import SampleChunk
 
 HOST = "127.0.0.1"
@@ -66,7 +67,7 @@ class Served:
         self.bulk = self.serve_bulk()
 
     def serve_bulk(self, port: int = 0, **options: float) -> BulkServer:
-        tls = server_tls(self._tls.certificate, self._tls.key) if self._tls else None
+        tls = ServerTls(TlsFiles(self._tls.certificate, self._tls.key)) if self._tls else None
         server = BulkServer(self.node, Address(HOST, port), tls=tls, **options)  # type: ignore[arg-type]
         self._stack.callback(server.stop, 0)
         return server
@@ -77,7 +78,7 @@ class Served:
     def over_bulk(self, fallback: GrpcTransport | None = None, address: str = "") -> BulkTransport:
         host, _, port = (address or self.bulk.address).rpartition(":")
         transport = BulkTransport(
-            Connections(host, int(port), self._context, HOST), ReceiveMemory(), fallback
+            Connections(host, int(port), lambda: self._context, HOST), ReceiveMemory(), fallback
         )
         self._stack.callback(transport.close)
         return transport

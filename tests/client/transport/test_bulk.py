@@ -110,9 +110,7 @@ def test_a_foreign_certificate_is_not_trusted_and_nothing_goes_over_grpc(
     host, _, port = secret.bulk.address.rpartition(":")
     import ssl
 
-    stranger = BulkTransport(
-        Connections(host, int(port), ssl.create_default_context(), HOST), ReceiveMemory()
-    )
+    stranger = BulkTransport(Connections(host, int(port), ssl.create_default_context, HOST), ReceiveMemory())
     with pytest.raises(TransferError) as failure:
         list(stranger.put(steps(CHUNK), 5))
     assert failure.value.reason == "tls"
@@ -188,7 +186,7 @@ def test_a_port_that_ends_connections_is_none(served: Served, first: str) -> Non
 def test_a_port_that_speaks_tls_is_none_for_a_client_that_does_not(tls_files: Files, first: str) -> None:
     secret = Served(tls_files)
     transport = BulkTransport(
-        Connections(HOST, int(secret.bulk.address.rpartition(":")[2]), None, HOST),
+        Connections(HOST, int(secret.bulk.address.rpartition(":")[2]), lambda: None, HOST),
         ReceiveMemory(),
         secret.over_grpc(),
     )

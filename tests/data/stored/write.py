@@ -37,7 +37,7 @@ STATE = ClusterState(
         NodeRecord(Member("node-0", "h:1", 2.5), 11, alive=True),
         NodeRecord(Member("b", "h:2"), 12, alive=False, error="gone"),
     ),
-    pins=frozenset(chunk_ids(SPEC.digest, b"secret salt", list(range(2 * TOKENS)))),
+    pins={"": frozenset(chunk_ids(SPEC.digest, b"secret salt", list(range(2 * TOKENS))))},
     quotas={"": 5, "blue": 1 << 60},
     draining=frozenset({"b"}),
     repair_round=3,
