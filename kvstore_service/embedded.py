@@ -56,6 +56,9 @@ class EmbeddedCluster:
         self.security = Security.of_cluster(settings)
         """How the cluster's servers identify callers."""
         self.security.require_for(self._listen, settings)
+        self._connector = (
+            self.security.connector()
+        )  # goes on with the last good files while others are put in place
         require_memory(settings.memory, nodes=1 if settings.ray_address else settings.nodes)
         self._redis_url = settings.redis.get_secret_value() if settings.redis else None
         self._coordinator: Any = None  # Ray's actor handles know the actors' methods only at run time
@@ -110,7 +113,7 @@ class EmbeddedCluster:
 
     def stats(self) -> pb.ClusterStatsReply:
         """State of the cluster and its nodes. Raises ServiceError if the coordinator does not answer."""
-        return cluster_stats(self.address, connector=self.security.connector())
+        return cluster_stats(self.address, connector=self._connector)
 
     def storage_pids(self) -> dict[str, int]:
         """Process id of each storage node, by node id. Blocks while a node restarts, for at most 30 s; then raises

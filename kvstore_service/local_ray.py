@@ -109,8 +109,9 @@ def _start(folder: Path) -> None:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 namespace="kvstore",
                 _temp_dir=str(folder),
-                # By default actors yield to all other processes, so nodes beside a busy engine answer late.
-                _system_config={"worker_niceness": 0},
+                # Ray's defaults are those for tasks. Actors yield to all other processes, so nodes beside a busy engine
+                # would answer late. And Ray kills actors when others have filled the machine's memory.
+                _system_config={"worker_niceness": 0, "memory_monitor_refresh_ms": 0},
             )
     except Exception as error:  # Ray raises a plain Exception if the start takes too long
         raise StartupError(f"Ray did not start: {error}") from error

@@ -7,7 +7,8 @@ FileStamp: TypeAlias = tuple[tuple[int, ...], ...]
 
 
 def stamp_of(*paths: Path | None) -> FileStamp:
-    """A value that changes with the content of the files. A missing file, and None, have no part in it."""
+    """A value that changes with the content of the files, and with who may read them. A missing file, and None, have no
+    part in it."""
     return tuple(map(_stamp, paths))
 
 
@@ -16,4 +17,6 @@ def _stamp(path: Path | None) -> tuple[int, ...]:
         found = path.stat() if path is not None else None
     except OSError:
         found = None
-    return () if found is None else (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    if found is None:
+        return ()
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

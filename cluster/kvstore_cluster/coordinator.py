@@ -213,7 +213,7 @@ class Coordinator:
             total = before - len(old) + len(pins)
             if total > max(MAX_PINS, before):
                 raise TooManyPinsError(
-                    f"{total} chunks would be pinned, and at most {MAX_PINS} can be; unpin some first"
+                    f"at most {MAX_PINS} chunks of all tenants can be pinned, and these would be more; unpin some first"
                 )
             others = {name: kept for name, kept in state.pins.items() if name != tenant}
             every = others | ({tenant: pins} if pins else {})

@@ -78,8 +78,12 @@ class Access:
 
     def acting(self, context: grpc.ServicerContext) -> Callable[[str], str]:
         """Returns the tenant that a part of a call acts for, from the tenant that the part names, as `tenant` does. For
-        calls of many parts. Raises UnauthenticatedError."""
-        return as_asked if self._file is None else self.of_call(context).acting_for
+        calls of many parts; each part is refused once the credential has expired or was revoked. Raises
+        UnauthenticatedError."""
+        if self._file is None:
+            return as_asked
+        caller = self.of_call(context)
+        return lambda asked: self.confirm(caller).acting_for(asked)
 
     def tenant_or_all(self, context: grpc.ServicerContext, asked: str | None) -> str | None:
         """Like `tenant`, for a call that may act for every tenant: None if the request names no tenant and the caller

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,8 +24,8 @@ CHECK_PERIOD_S = 0.5
 
 class CredentialFile:
     """The credentials in a file. Thread-safe. Between `start` and `stop` a thread looks for changes of the file; so
-    does `refresh`. A file that has become unreadable or wrong is logged once, and its last good content stays in
-    effect. Raises ConfigurationError when it is wrong at first."""
+    does `refresh`. A file that has become unreadable or wrong is read again until it is right; each reason is logged
+    once, and the last good content stays in effect. Raises ConfigurationError when it is wrong at first."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -33,6 +34,7 @@ class CredentialFile:
         """The credentials in effect."""
         self.changes = 0
         """Number of times that the content in effect has changed."""
+        self._logged = ""
         self._watching = BackgroundLoop("kvstore-credentials", self._watch)
 
     def start(self) -> None:
@@ -46,12 +48,14 @@ class CredentialFile:
         stamp = stamp_of(self._path)
         if stamp == self._stamp:
             return
-        self._stamp = stamp
         try:
             self.current = read_credentials(self._path)
         except ConfigurationError as error:
-            log.error("%s. The credentials that were read before stay in effect", error)  # noqa: TRY400
+            if str(error) != self._logged:
+                self._logged = str(error)
+                log.error("%s. The credentials that were read before stay in effect", error)  # noqa: TRY400
         else:
+            self._stamp, self._logged = stamp, ""
             self.changes += 1
             log.info("%d credentials are in effect from %s", len(self.current), self._path)
 
@@ -80,8 +84,9 @@ def read_credentials(path: Path) -> Credentials:
 @contextmanager
 def changing(path: Path) -> Iterator[list[Credential]]:
     """Yields the credentials of a file, which is made when it is missing, and writes back what the block leaves in the
-    list. Other processes wait meanwhile. Nothing is written when the block raises. Only the file's owner may read it.
-    Raises ConfigurationError."""
+    list. Other processes wait meanwhile. Nothing is written when the block raises. A new file may be read by its owner
+    only; an existing one keeps its owner and mode, so that the service goes on reading it. Raises
+    ConfigurationError."""
     try:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +109,11 @@ def _replace(path: Path, text: str) -> None:
         with suppress(FileNotFoundError):
             aside.unlink()
         with open(aside, "x", encoding="utf-8", opener=_for_owner) as file:
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(file.fileno(), found.st_uid, found.st_gid)
+                os.fchmod(file.fileno(), stat.S_IMODE(found.st_mode))
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

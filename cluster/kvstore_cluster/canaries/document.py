@@ -46,7 +46,8 @@ def read_document(content: bytes, key: bytes, generation: int) -> tuple[CanaryRe
         facts = msgpack.unpackb(content[_PREFIX.size : _PREFIX.size + length])
         origin, created_unix_s = _origin(facts["origin"]), float(facts["created"])
         client = _bounded_text(str(facts.get("client", "")))  # absent in documents of earlier releases
-        tenant, model_digest = str(facts.get("tenant", "")), bytes(facts.get("model", key))
+        # A number would become as many zero bytes.
+        tenant, model_digest = str(facts.get("tenant", "")), bytes(memoryview(facts.get("model", key)))
     except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
         raise CanaryError(f"its facts cannot be read: {error!r}"[:300]) from error
     record = CanaryRecord(model_digest, generation, origin, created_unix_s, len(sketch), client, tenant)

@@ -1,12 +1,17 @@
 """The canary registry on disk: first wins, survives restarts, is replaced for good, stays within its bounds."""
 
 import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
+import msgpack
 import pytest
+import xxhash
 
 from kvstore_cluster.canaries import CanaryRegistry, Origin
+from kvstore_cluster.canaries.document import read_document
 from kvstore_codec.canary.probe import Probe
 from kvstore_codec.canary.sketch import SketchHeader, write_sketch
 from kvstore_codec.errors import CanaryError, CatalogueError, UnknownModelError
@@ -218,3 +223,11 @@ def test_long_texts_of_an_origin_are_cut(registry: CanaryRegistry, tmp_path: Pat
     registry.put(MODEL, 0, Origin("ü" * 5000, "h" * 5000, 1 << 40), sketch())
     origin = CanaryRegistry(tmp_path).get(MODEL)[0].origin
     assert (len(origin.model_id.encode()), len(origin.host), origin.pid) == (256, 256, 0)
+
+
+def test_a_number_in_place_of_a_model_takes_no_memory() -> None:
+    facts = msgpack.packb({"created": 0.0, "origin": asdict(RIGHT), "tenant": "acme", "model": 1 << 48})
+    signed = struct.pack("<I", len(facts)) + facts
+    content = struct.pack("<Q", xxhash.xxh3_64_intdigest(signed)) + signed
+    with pytest.raises(CanaryError, match="facts cannot be read"):
+        read_document(content, bytes(33), 1)

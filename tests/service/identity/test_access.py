@@ -1,6 +1,7 @@
 """Who may call a service with credentials, over gRPC."""
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -161,3 +162,18 @@ def test_nodes_copy_the_chunks_of_each_tenant(cluster: SecuredCluster, tmp_path:
         peers.close()
         server.stop(0)
     other.check_integrity()
+
+
+def test_an_open_stream_of_puts_ends_with_its_credential(cluster: SecuredCluster) -> None:
+    token, revoked = cluster.token("acme"), threading.Event()
+
+    def steps() -> Iterator[pb.PutRequest]:
+        yield from put_steps(sample_chunk(1))
+        assert revoked.wait(30)
+        yield from put_steps(sample_chunk(2))
+
+    call = cluster.nodes(token).Put(steps(), timeout=60)
+    assert next(call).status == pb.PUT_STATUS_STORED
+    cluster.revoke(token)
+    revoked.set()
+    assert code_of_stream(call) == grpc.StatusCode.UNAUTHENTICATED

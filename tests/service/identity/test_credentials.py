@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvstore_client.file_stamp import stamp_of
 from kvstore_codec.errors import ConfigurationError, PermissionDeniedError, UnauthenticatedError
 from kvstore_service.identity import Caller, Credential, CredentialFile, Credentials, Scope, new_token
 from kvstore_service.identity.credential import new_id, token_digest
@@ -259,3 +261,40 @@ def test_a_service_does_not_start_with_an_unusable_file(tmp_path: Path, content:
         CredentialFile(path)
     with pytest.raises(ConfigurationError):
         read_credentials(path)
+
+
+def test_a_changed_file_stays_readable_for_whom_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "credentials.json"
+    with changing(file):
+        pass
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.chmod(0o640)
+    with changing(file) as known:
+        known.append(made()[0])
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+def test_a_file_that_could_not_be_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "credentials.json"
+    with changing(path):
+        pass
+    file = CredentialFile(path)
+    with changing(path) as known:
+        known.append(made()[0])
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    file.refresh()
+    file.refresh()
+    monkeypatch.undo()
+    assert caplog.text.count("Input/output error") == 1
+    file.refresh()
+    assert (len(file.current), file.changes) == (1, 1)
+
+
+def test_a_file_that_others_may_read_now_counts_as_changed(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch(0o600)
+    before = stamp_of(path)
+    path.chmod(0o640)
+    assert stamp_of(path) != before

@@ -16,7 +16,8 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.connector import Connector
 from kvstore_client.settings import SecuritySettings
 from kvstore_client.transport import BulkTransport, Connections, ReceiveMemory
-from kvstore_codec.errors import ConfigurationError, TransferError
+from kvstore_codec.errors import ConfigurationError, ServiceError, TransferError
+from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.grpc_coordinator import StorageProbe
 from kvstore_service.identity import Credential, Scope, new_token
 from kvstore_service.identity.credential import new_id
@@ -25,6 +26,7 @@ from kvstore_service.listen import Address
 from kvstore_service.metrics_server import metrics_endpoint
 from kvstore_service.peer_nodes import GrpcPeers
 from kvstore_service.security import Security
+from kvstore_service.settings import settings_of
 from kvstore_service.tls import ServerTls, TlsFiles
 from tests.authority import Authority, Pair
 from tests.client.transport.conftest import steps
@@ -266,3 +268,12 @@ def test_a_node_of_another_cluster_is_refused(make: Make, server: Pair) -> None:
     cluster = make(server)
     other = dataclasses.replace(cluster.security, node_token=new_token()[1])
     assert "UNAUTHENTICATED" in (probed(other, cluster) or "")
+
+
+def test_a_cluster_outlives_files_that_do_not_fit_for_a_while(authority: Authority, tmp_path: Path) -> None:
+    pair = authority.sign("cluster", file="outlives")
+    cluster = EmbeddedCluster(settings_of(tls_cert=pair.certificate, tls_key=pair.key, memory="1MiB"))
+    cluster.address = "127.0.0.1:1"
+    pair.key.write_bytes(authority.sign("another").key.read_bytes())
+    with pytest.raises(ServiceError):  # as from a coordinator that is away, which `serve` waits for
+        cluster.stats()
