@@ -45,6 +45,9 @@ class NodeRead:
         self._heard = 0
         self._placed: set[int] = set()
         self._parts: list[memoryview] = []
+        """Pieces of the range that is arriving, which is not complete."""
+        self._arriving: int | None = None
+        """Position of that range; None when no range is arriving."""
         self._failed: dict[int, MissReason] = {}
         self._stream: ReadStream | None = None
         self._moved_at_s = time.monotonic()
@@ -114,6 +117,10 @@ class NodeRead:
                 first = False
                 if piece.range >= len(self._indices):
                     raise TransferError("protocol", f"range {piece.range} was not requested")
+                if self._arriving not in (None, piece.range):
+                    raise TransferError(
+                        "protocol", f"range {piece.range} began within range {self._arriving}"
+                    )
                 self._take(self._indices[piece.range], piece)
         finally:
             stream.cancel()
@@ -130,10 +137,13 @@ class NodeRead:
     def _take(self, index: int, piece: ReadPiece) -> None:
         """Accept a whole range, or a piece of one. Raises TransferError for more bytes than the range has."""
         if piece.status != pb.READ_STATUS_OK:
+            # A node that sends while it reads may find out in the middle of a range that it cannot read on.
+            self._parts, self._arriving = [], None
             self._failed[index] = MissReason.GONE
             return
         task = self._read.tasks[index]
         self._parts.append(piece.data)
+        self._arriving = piece.range
         received_bytes = sum(map(len, self._parts))
         if received_bytes < task.size_bytes:
             return
@@ -141,7 +151,7 @@ class NodeRead:
             raise TransferError(
                 "protocol", f"more than {task.size_bytes} bytes were sent for a range of frames"
             )
-        parts, self._parts = self._parts, []
+        parts, self._parts, self._arriving = self._parts, [], None
         self._metrics.received(received_bytes)
         if index not in self._placed:
             if not self._read.begin(index):

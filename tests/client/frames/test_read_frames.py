@@ -1,12 +1,16 @@
 """Reads of single frames from real nodes: whatever is delivered is right, and what is missing has a reason."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import grpc
 import pytest
 
+from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client import KVStoreClient, connect
 from kvstore_client.match import Match
 from kvstore_client.miss_reason import MissReason
+from kvstore_service.grpc_storage import StorageService
 from tests.client.chunks import SPEC
 from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.frames.frames import (
@@ -107,3 +111,34 @@ def test_a_dead_node_is_named_as_the_reason(
         on_dead_node = result.task.chunk.member.node_id == cluster.nodes[0].node_id
         assert result.missing == (MissReason.UNREACHABLE if on_dead_node else None)
     assert {result.missing for result in results} == {None, MissReason.UNREACHABLE}
+
+
+def test_a_range_that_fails_in_its_middle_costs_no_other_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As nodes do that send each range in order while they read it."""
+    read, broken = StorageService.read, 1
+
+    def breaks_off(
+        self: StorageService, request: pb.ReadRequest, context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        request.any_order, request.piece_bytes = False, 1000
+        begun = False
+        for message in read(self, request, context):
+            if pb.ReadReply.FromString(message).range != broken:
+                yield message
+            elif not begun:
+                begun = True
+                yield message
+                yield pb.ReadReply(range=broken, status=pb.READ_STATUS_NOT_FOUND).SerializeToString()
+
+    monkeypatch.setattr(StorageService, "read", breaks_off)
+    with served_cluster(tmp_path) as cluster, connect(cluster.address) as client:
+        put(client)
+        match = client.match(SPEC, DOCUMENT)
+        tasks = tasks_of(match, 0, [0, 2])
+        assert tasks[broken].size_bytes > 1000
+        results = by_index(list(client.read_frames(tasks)))
+        assert [result.missing for result in results] == [None, MissReason.GONE, *[None] * 6]
+        assert all(r.data == stored_bytes(r.task) for r in results if r.data is not None)
+        client.release(match)
