@@ -9,6 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.connector import Connector
+from kvstore_client.grpc_failure import predicate_of
 from kvstore_client.settings import security_from_environment
 from kvstore_codec.errors import ServiceError
 from kvstore_service.background_health import BACKGROUND
@@ -81,6 +82,9 @@ def _coordinator_channel(
         except grpc.RpcError as error:
             if error.code() in _REFUSALS:
                 raise ServiceError(f"the coordinator at {address} refused: {error.details()}") from error
+            predicate = predicate_of(error)
+            if "TLS" in predicate:
+                raise ServiceError(f"the coordinator at {address} {predicate}") from error
             raise ServiceError(
                 f"no cluster answers at {address}; start one with `{start}`, or give another coordinator's host:port "
                 "with --address"

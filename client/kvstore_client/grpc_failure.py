@@ -18,6 +18,10 @@ def predicate_of(error: grpc.RpcError) -> str:
         return f"refused this client: {details}"
     if code is not grpc.StatusCode.UNAVAILABLE:
         return f"answered {code.name}: {details}"
+    if "handshake" in details.lower():
+        return f"does not complete the TLS handshake; check KVSTORE_TLS_CA and the certificates: {details}"
+    if "Socket closed" in details:
+        return "closed the connection; if it uses TLS, set KVSTORE_TLS_CA"
     if "refused" in details:
         return "refused the connection"
     if "resolution failed" in details:

@@ -17,6 +17,7 @@ from kvstore_client.connector import Connector
 from kvstore_client.settings import SecuritySettings
 from kvstore_client.transport import BulkTransport, Connections, ReceiveMemory
 from kvstore_codec.errors import ConfigurationError, ServiceError, TransferError
+from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.grpc_coordinator import StorageProbe
 from kvstore_service.identity import Credential, Scope, new_token
@@ -101,6 +102,18 @@ def test_a_server_of_another_authority_is_not_trusted(make: Make, server: Pair, 
     with pytest.raises(TransferError) as failure:
         stored(cluster, token, **stranger)
     assert failure.value.reason == "tls"
+
+
+@pytest.mark.parametrize("case", ["without TLS", "another authority"])
+def test_a_command_without_the_right_tls_says_so(
+    make: Make, server: Pair, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = make(server)
+    monkeypatch.setenv("KVSTORE_TOKEN", cluster.token(None, Scope.ADMIN))
+    if case == "another authority":
+        monkeypatch.setenv("KVSTORE_TLS_CA", str(Authority(tmp_path / "other").certificate))
+    with pytest.raises(ServiceError, match="KVSTORE_TLS_CA"):
+        cluster_stats(cluster.front.address)
 
 
 def test_the_name_of_a_server_may_be_given(make: Make, authority: Authority) -> None:
