@@ -87,6 +87,8 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt hatch_build.py $(wildcard
 		echo "$$library is missing: vLLM computes more slowly without it."; done
 	@touch $@
 
+# Engines compute where other tests wait.
+test-vllm: WORKERS = 2
 test-vllm: install vllm-env
 # Files that start engines have the fewest tests, and would come last.
 	@$(VLLM_ENVIRONMENT) $(VLLM_PYTHON) -m pytest $(IN_WORKERS) --no-loadscope-reorder \
