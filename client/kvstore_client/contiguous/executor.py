@@ -13,6 +13,7 @@ from kvstore_client.contiguous.choice import SINK_FRAMES, choose
 from kvstore_client.contiguous.grid import FrameGrid
 from kvstore_client.contiguous.loader import FrameLoader
 from kvstore_client.contiguous.scoring import FrameScores, Scorer
+from kvstore_client.contiguous.summaries import scored_layers
 from kvstore_client.reuse.blend.attention import CausalBlocks
 from kvstore_client.reuse.engine import DecoderLayers
 from kvstore_codec.errors import FetchIncompleteError
@@ -126,9 +127,9 @@ class Reprefill:
         return len(frames) * tokens
 
     def _scores(self, period: int, hidden: torch.Tensor) -> FrameScores:
-        """Scores over all layers of a period, in host memory. The queries of all of them are projected from the same
-        states, which enter the period's first layer or an earlier one: those change little from layer to layer, and the
-        heads that look for what is asked are rarely in the first one."""
+        """Scores over the scored layers of a period, in host memory. Their queries are projected from the same states,
+        which enter the period's first layer or an earlier one: those change little from layer to layer, and the heads
+        that look for what is asked are rarely in the first one."""
         if self._scorer is None:
             equal = torch.full((self._grid.frames,), 1 / self._grid.frames, device="cpu")
             return FrameScores(equal, equal)
@@ -136,12 +137,8 @@ class Reprefill:
         states, rotary = hidden[:, asking], self._rotary.at(asking)
         scores = FrameScores.of_layers(
             [
-                self._scorer(
-                    layer,
-                    self._decoder.project(layer, states, rotary).queries,
-                    self._decoder.scale(layer),
-                )
-                for layer in self._grid.layers_of(period)
+                self._scorer(layer, self._decoder.queries(layer, states, rotary), self._decoder.scale(layer))
+                for layer in scored_layers(self._grid.layers_of(period))
             ]
         )
         return FrameScores(scores.attention.cpu(), scores.rank.cpu())

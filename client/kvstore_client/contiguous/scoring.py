@@ -39,20 +39,17 @@ class SummaryScorer:
         self._keys, self._frame_tokens = PrefixKeys(summaries, shape), frame_tokens
 
     def __call__(self, layer: int, queries: torch.Tensor, scale: float) -> FrameScores:
-        return attention_scores(queries, self._keys.of(layer, queries.device), scale, self._frame_tokens)
+        # Query heads count with their own KV head (GQA).
+        asked = queries.float().reshape(self._keys.shape.kv_heads, -1, queries.shape[-1]) * scale
+        return scores_of(self._keys.best_products(layer, asked, self._frame_tokens))
 
 
-def attention_scores(
-    queries: torch.Tensor, keys: torch.Tensor, scale: float, frame_tokens: int
-) -> FrameScores:
-    """Scores of frames of `frame_tokens` keys each, from rotated keys `[kv_heads, tokens, head_dim]`. Query heads count
-    with their own KV head (GQA)."""
-    asked = queries.float().reshape(len(keys), -1, queries.shape[-1]) * scale
-    # One KV head at a time: its products are as large as the prefix is long.
-    shares = torch.stack(
-        [
-            (rows @ one.float().T).softmax(-1).view(len(rows), -1, frame_tokens).sum(-1)
-            for rows, one in zip(asked, keys, strict=True)
-        ]
-    )
-    return FrameScores(shares.mean((0, 1)), shares.amax((0, 1)))
+def scores_of(products: torch.Tensor) -> FrameScores:
+    """Scores of frames from the scaled product of each query with the best key of each frame, f32
+    `[kv_heads, frames, queries]`.
+
+    A frame counts by its best key, not by the sum over its keys: the exponentials of all products take as long as the
+    products, and where a frame matters, one of its keys stands out.
+    """
+    shares = products.softmax(1)
+    return FrameScores(shares.mean((0, 2)), shares.amax((0, 2)))

@@ -1,14 +1,15 @@
 """Key summaries: what a question is scored against, instead of the keys themselves.
 
 A frame holds keys and values of all layers of its period, so reading keys to score them (as ContiguousKV does with
-those of a period's first layer) means reading every frame. A summary is small enough to be kept for all keys of all
-layers, after RoPE at the position in the prefix: two bits for each channel of each key, in steps of the channel's
-standard deviation around its mean, both taken over a unit of tokens. docs/reprefill.md has the measurements behind the
-choice.
+those of a period's first layer) means reading every frame. A summary is small enough to be kept for all keys of the
+layers that are scored, after RoPE at the position in the prefix: four bits for each channel of each key, in steps of
+the channel's standard deviation around its mean, both taken over a unit of tokens. docs/reprefill.md has the
+measurements behind the choice.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,23 +20,35 @@ import torch
 
 from kvstore_codec.errors import InvalidKVError
 from kvstore_codec.geometry import Geometry
+from kvstore_codec.klt import compute_dtype
 
 _UNIT_TOKENS = 32
 _LARGEST = 127
 _SCALE_DTYPE = np.dtype("<f4")
 _TINY = torch.finfo(torch.float32).tiny
-_LEVELS = 4
-_PER_BYTE = 4
-"""Levels in a byte, two bits each, the first one in the lowest bits."""
-_STEP = 0.9957
-"""Distance of levels in standard deviations: of all uniform quantisers with four levels the best for normal values."""
+_BITS = 4
+_LEVELS = 1 << _BITS
+_PER_BYTE = 8 // _BITS
+"""Levels in a byte, the first one in the lowest bits."""
+_STEP = 0.3352
+"""Distance of levels in standard deviations: of all uniform quantisers with 16 levels the best for normal values."""
+
+SCORED_LAYERS = 2
+"""Number of last layers of each period whose keys are summarised, and whose queries choose the period's frames. With
+exact keys two are as faithful as all four, and the last two more than any other two of them; one is far worse."""
+
+
+def scored_layers(period: range) -> range:
+    """Those of a period's layers that frames are chosen by."""
+    return period[-SCORED_LAYERS:]
 
 
 @dataclass(frozen=True, slots=True)
 class SummaryShape:
-    """Shape of the summaries of a chunk. It does not depend on the chunk's frames."""
+    """Shape of the summaries of a chunk. It depends on the chunk's periods, but not on the tokens of its frames."""
 
-    layers: int
+    layers: tuple[int, ...]
+    """The layers that are scored."""
     kv_heads: int
     head_dim: int
     tokens: int
@@ -45,17 +58,19 @@ class SummaryShape:
     def of(cls, geometry: Geometry) -> SummaryShape:
         """For chunks of this geometry."""
         unit_tokens = math.gcd(_UNIT_TOKENS, geometry.tokens)
-        return cls(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.tokens, unit_tokens)
+        periods = (scored_layers(geometry.layers_of(period)) for period in range(geometry.periods))
+        layers = tuple(itertools.chain(*periods))
+        return cls(layers, geometry.kv_heads, geometry.head_dim, geometry.tokens, unit_tokens)
 
     @property
     def rows(self) -> tuple[int, int, int, int]:
         """Shape of the scales: mean and deviation, layers, KV heads, units."""
-        return 2, self.layers, self.kv_heads, self.tokens // self.unit_tokens
+        return 2, len(self.layers), self.kv_heads, self.tokens // self.unit_tokens
 
     @property
     def levels(self) -> tuple[int, int, int, int]:
         """Shape of the packed levels: layers, KV heads, tokens, bytes of a key."""
-        return self.layers, self.kv_heads, self.tokens, -(-self.head_dim // _PER_BYTE)
+        return len(self.layers), self.kv_heads, self.tokens, -(-self.head_dim // _PER_BYTE)
 
     @property
     def size_bytes(self) -> int:
@@ -74,7 +89,7 @@ class ChunkSummary:
 
     @classmethod
     def make(cls, layers: Sequence[torch.Tensor], shape: SummaryShape) -> ChunkSummary:
-        """Summarise a chunk from the rotated keys of each layer, `[kv_heads, tokens, head_dim]`."""
+        """Summarise a chunk from the rotated keys of each scored layer, `[kv_heads, tokens, head_dim]`."""
         keys = torch.stack([keys.float().cpu() for keys in layers])
         units = keys.view(*keys.shape[:2], -1, shape.unit_tokens, shape.head_dim)
         deviations, means = torch.std_mean(units, 3, correction=0)
@@ -113,33 +128,65 @@ class PrefixKeys:
 
     def __init__(self, summaries: Sequence[ChunkSummary], shape: SummaryShape) -> None:
         self.shape = shape
+        self._places = {layer: place for place, layer in enumerate(shape.layers)}
         self._integers, self._scales = (
             torch.from_numpy(np.concatenate(parts, axis=3))
             for parts in ([one.integers for one in summaries], [one.scales for one in summaries])
         )
         self._levels = torch.from_numpy(np.concatenate([one.levels for one in summaries], axis=2))
 
-    def of(self, layer: int, device: torch.device) -> torch.Tensor:
-        """Rotated keys of a layer, f32 `[kv_heads, tokens, head_dim]`."""
-        shape = self.shape
-        means, deviations = self._integers[:, layer].float() * self._scales[:, layer, ..., None]
-        levels = _unpacked(self._levels[layer].to(device), shape.head_dim).float()
-        keys = levels.view(shape.kv_heads, -1, shape.unit_tokens, shape.head_dim)
-        keys.sub_((_LEVELS - 1) / 2).mul_(deviations.to(device)[:, :, None] * _STEP)
-        return keys.add_(means.to(device)[:, :, None]).flatten(1, 2)
+    def best_products(self, layer: int, queries: torch.Tensor, frame_tokens: int) -> torch.Tensor:
+        """Largest product of each query with a key of each frame of `frame_tokens` keys of a scored layer, f32
+        `[kv_heads, frames, queries]` on the queries' device, from rotated queries `[kv_heads, queries, head_dim]`, f32.
+
+        Keys are the mean of their unit plus a deviation. Products with deviations, which are most of the work, are in
+        bfloat16 where the machine has instructions for it; products with means, which may be far larger, are not."""
+        asked, unit_tokens = _by_place(queries), self.shape.unit_tokens
+        place = self._places[layer]
+        means, steps = (part.to(queries.device) for part in self._means_and_steps(place))
+        deviations = self._deviations(place, steps)
+        part_tokens = math.gcd(frame_tokens, unit_tokens)
+        best = []
+        # One KV head at a time: its products are as large as the prefix is long.
+        for head, rows in enumerate(asked):
+            products = deviations[head] @ rows.to(deviations.dtype).T
+            parts = products.view(-1, part_tokens, len(rows)).amax(1).float()
+            by_unit = parts.view(-1, unit_tokens // part_tokens, len(rows))
+            by_unit.add_((means[head] @ rows.T)[:, None])
+            best.append(parts.view(-1, frame_tokens // part_tokens, len(rows)).amax(1))
+        return torch.stack(best)
+
+    def _means_and_steps(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each unit of the scored layer at this place, the middle of its levels and the distance between them, f32
+        `[kv_heads, units, channels]`, with channels in the order of `_by_place`."""
+        means, deviations = self._integers[:, place].float() * self._scales[:, place, ..., None]
+        return _by_place(means), _by_place(deviations.mul_(_STEP))
+
+    def _deviations(self, place: int, steps: torch.Tensor) -> torch.Tensor:
+        """Keys of the scored layer at this place without their units' means, `[kv_heads, tokens, channels]`, with
+        channels in the order of `_by_place`: so they are unpacked by a few operations on whole tensors, in half the
+        time."""
+        packed = self._levels[place].to(steps.device)
+        levels = torch.empty(
+            *packed.shape[:2], _PER_BYTE, packed.shape[2], dtype=compute_dtype(), device=steps.device
+        )
+        for number in range(_PER_BYTE):
+            levels[:, :, number] = (packed >> number * _BITS) & (_LEVELS - 1)
+        by_unit = levels.view(*steps.shape[:2], self.shape.unit_tokens, -1)
+        by_unit.sub_((_LEVELS - 1) / 2).mul_(steps[:, :, None])
+        return by_unit.flatten(1, 2)
+
+
+def _by_place(channels: torch.Tensor) -> torch.Tensor:
+    """`[..., head_dim]` with the channels whose levels have the same place in their byte together, padded with zeros to
+    whole bytes."""
+    padded = torch.nn.functional.pad(channels, (0, -channels.shape[-1] % _PER_BYTE))
+    return padded.view(*padded.shape[:-1], -1, _PER_BYTE).transpose(-1, -2).flatten(-2)
 
 
 def _packed(levels: torch.Tensor) -> npt.NDArray[np.uint8]:
     padded = torch.nn.functional.pad(levels, (0, -levels.shape[-1] % _PER_BYTE))
-    digits = padded.view(*padded.shape[:-1], -1, _PER_BYTE) << _shifts(levels.device)
+    shifts = torch.arange(0, 8, _BITS, dtype=torch.uint8, device=levels.device)
+    digits = padded.view(*padded.shape[:-1], -1, _PER_BYTE) << shifts
     packed: npt.NDArray[np.uint8] = digits.sum(-1, dtype=torch.uint8).numpy()
     return packed
-
-
-def _unpacked(packed: torch.Tensor, channels: int) -> torch.Tensor:
-    levels = (packed[..., None] >> _shifts(packed.device)) & (_LEVELS - 1)
-    return levels.flatten(-2)[..., :channels]
-
-
-def _shifts(device: torch.device) -> torch.Tensor:
-    return torch.arange(0, 8, 8 // _PER_BYTE, dtype=torch.uint8, device=device)

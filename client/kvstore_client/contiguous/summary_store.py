@@ -86,9 +86,10 @@ class SummaryStore:
         store.finished()  # nobody waits for the outcome: a summary that was not stored is made again
 
     def _store(self, spec: ModelSpec, shape: SummaryShape) -> PageStore:
+        layers = ",".join(map(str, shape.layers))
         layout = (
-            f"key-summary.v2 2 bits, mean+deviation i8 f32 unit{shape.unit_tokens} "
-            f"{shape.layers}x{shape.kv_heads}x{shape.tokens}x{shape.head_dim}"
+            f"key-summary.v3 4 bits, mean+deviation i8 f32 unit{shape.unit_tokens} "
+            f"{shape.kv_heads}x{shape.tokens}x{shape.head_dim} layers {layers}"
         )
         namespace = PageNamespace(spec.digest, layout)
         with self._lock:

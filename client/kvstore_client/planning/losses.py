@@ -13,8 +13,8 @@ from typing import Any
 
 from kvstore_client.kept_file import UNUSABLE, replace_file
 
-_FORMAT = 2
-"""Format 1 had the losses of frames that were chosen by another rule."""
+_FORMAT = 3
+"""Formats 1 and 2 had the losses of frames that were chosen by other rules."""
 _ROUNDING = 1e-6
 
 _log = logging.getLogger(__name__)

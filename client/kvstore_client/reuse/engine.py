@@ -59,6 +59,10 @@ class DecoderLayers(Protocol):
         """Queries, keys and values of `hidden`, at the positions of `rotary`."""
         ...
 
+    def queries(self, layer: int, hidden: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
+        """The queries of `project` alone, rotated, `[heads, tokens, head_dim]`."""
+        ...
+
     def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Hidden states that leave the layer, from its attention output `[heads, tokens, head_dim]`."""
         ...

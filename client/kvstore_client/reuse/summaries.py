@@ -44,9 +44,7 @@ def publish_summaries(
     try:
         keys = _Keys(parts, generated, buffers, len(tokens))
         made = {
-            name: ChunkSummary.make(
-                [keys.of(layer, index * CHUNK_TOKENS) for layer in range(spec.layers)], shape
-            )
+            name: ChunkSummary.make([keys.of(layer, index * CHUNK_TOKENS) for layer in shape.layers], shape)
             for index, name in enumerate(ids)
             if name not in known and keys.has(index * CHUNK_TOKENS)
         }

@@ -11,19 +11,27 @@ from kvstore_codec.geometry import Geometry
 from tests.client.chunks import SPEC
 
 SHAPE = SummaryShape.of(Geometry.of(SPEC))
+"""Of two periods: layers 0 to 3, and 4 and 5."""
+SCORED = 4
 
 
 def keys(seed: int) -> list[torch.Tensor]:
-    """Keys of all layers."""
+    """Keys of all scored layers."""
     generator = torch.Generator().manual_seed(seed)
     shape = SPEC.kv_heads, 256, SPEC.head_dim
-    return [torch.randn(shape, generator=generator) for _ in range(SPEC.layers)]
+    return [torch.randn(shape, generator=generator) for _ in range(SCORED)]
+
+
+def test_the_last_two_layers_of_each_period_are_scored() -> None:
+    assert SHAPE.layers == (2, 3, 4, 5)
+    assert SummaryShape.of(Geometry.of(SPEC, period_layers=1)).layers == tuple(range(SPEC.layers))
+    assert SummaryShape.of(Geometry.of(SPEC, period_layers=5)).layers == (3, 4, 5)
 
 
 def test_a_summary_is_the_mean_and_deviation_of_each_unit() -> None:
     layers = keys(1)
     summary = ChunkSummary.make(layers, SHAPE)
-    assert summary.integers.shape == (2, SPEC.layers, SPEC.kv_heads, 8, SPEC.head_dim)
+    assert summary.integers.shape == (2, SCORED, SPEC.kv_heads, 8, SPEC.head_dim)
     means, deviations = (
         torch.from_numpy(summary.integers).float() * torch.from_numpy(summary.scales)[..., None]
     )
@@ -35,17 +43,26 @@ def test_a_summary_is_the_mean_and_deviation_of_each_unit() -> None:
             torch.testing.assert_close(deviations[number, :, unit], deviation, atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("head_dim", [16, 18])
-def test_keys_are_told_to_about_half_a_deviation(head_dim: int) -> None:
+@pytest.mark.parametrize("head_dim", [16, 17])
+def test_keys_are_told_to_about_a_tenth_of_a_deviation(head_dim: int) -> None:
     shape = replace(SHAPE, head_dim=head_dim)
     generator = torch.Generator().manual_seed(3)
-    chunks = [torch.randn(SPEC.layers, SPEC.kv_heads, 256, head_dim, generator=generator) for _ in range(2)]
+    chunks = [torch.randn(SCORED, SPEC.kv_heads, 256, head_dim, generator=generator) for _ in range(2)]
     told = PrefixKeys([ChunkSummary.make([*chunk], shape) for chunk in chunks], shape)
-    for layer in range(SPEC.layers):
-        expected = torch.cat([chunk[layer] for chunk in chunks], 1)
-        found = told.of(layer, expected.device)
+    for place, layer in enumerate(SHAPE.layers):
+        expected = torch.cat([chunk[place] for chunk in chunks], 1)
+        every_channel = torch.eye(head_dim).expand(SPEC.kv_heads, -1, -1)
+        found = told.best_products(layer, every_channel, frame_tokens=1)
         assert found.shape == expected.shape
-        assert float((found - expected).square().mean().sqrt()) < 0.37
+        assert float((found - expected).square().mean().sqrt()) < 0.13
+
+
+def test_a_frame_counts_by_its_best_key() -> None:
+    told = PrefixKeys([ChunkSummary.make(keys(5), SHAPE)], SHAPE)
+    queries = torch.randn(SPEC.kv_heads, 7, SPEC.head_dim, generator=torch.Generator().manual_seed(6))
+    each, best = (told.best_products(3, queries, tokens) for tokens in (1, 64))
+    assert each.shape == (SPEC.kv_heads, 256, 7)
+    assert torch.equal(best, each.unflatten(1, (4, 64)).amax(2))
 
 
 @pytest.mark.parametrize("frame_tokens", [16, 32, 64, 256])

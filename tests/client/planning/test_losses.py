@@ -54,7 +54,8 @@ def test_losses_are_kept_for_their_model(tmp_path: Path) -> None:
         b"",
         b"{}",
         json.dumps({"format": 1, "losses": [[0.25, 0.1]]}).encode(),  # of frames chosen by another rule
-        json.dumps({"format": 2, "losses": [[2, 1]]}).encode(),
+        json.dumps({"format": 2, "losses": [[0.25, 0.1]]}).encode(),
+        json.dumps({"format": 3, "losses": [[2, 1]]}).encode(),
     ],
 )
 def test_a_damaged_file_tells_nothing(tmp_path: Path, data: bytes, caplog: pytest.LogCaptureFixture) -> None:

@@ -88,6 +88,9 @@ class Decoder:
         )
         return Projected(rotated(queries, rotary), rotated(keys, rotary), values, keys)
 
+    def queries(self, layer: int, hidden: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
+        return self.project(layer, hidden, rotary).queries
+
     def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         weights = self._weights[layer]
         hidden = hidden + attended.transpose(0, 1).reshape(1, -1, HEADS * HEAD_DIM) @ weights["o"].T

@@ -80,6 +80,12 @@ class Decoder:
         values = _heads(attention, "", attention.v_proj(normed))
         return Projected(rotated(queries, rotary), rotated(keys, rotary), values, keys)
 
+    def queries(self, layer: int, hidden: torch.Tensor, rotary: RotaryTable) -> torch.Tensor:
+        """The queries of `project` alone, rotated, `[heads, tokens, head_dim]`."""
+        module = self._decoder.layers[layer]
+        attention, normed = module.self_attn, _normed(module.input_layernorm, hidden)
+        return rotated(_heads(attention, "q_norm", attention.q_proj(normed)), rotary)
+
     def finish(self, layer: int, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """Hidden states that leave the layer, from its attention output `[heads, tokens, head_dim]`."""
         module = self._decoder.layers[layer]
