@@ -36,7 +36,7 @@ def reprefill(
     system: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: contiguous; contiguous-no-ahead, contiguous-no-cache, contiguous-bare (neither), "
+            help="Comma-separated: contiguous; contiguous-ahead (reads ahead), contiguous-no-cache, "
             "contiguous-by-layer (no periods); contiguous-64, contiguous-32, contiguous-16 (tokens of a frame); "
             "impress, impress-16, impress-reordered, as_h2o_lru, as_h2o_lfu, full, cold.",
             show_default=_SYSTEMS,

@@ -81,6 +81,7 @@ class Reusing:
             read.cache_hit_rate,
             read.waited_s + report.timeline.busy_s("lookup"),
             read.reading_s,
+            read.summary_bytes,
         )
 
     @property

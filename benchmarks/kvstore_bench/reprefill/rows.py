@@ -64,13 +64,16 @@ def row_of(asked: Sequence[Asked], fidelity: Fidelity | None, **facts: Any) -> R
     ttft_s = sorted(one.ttft_s for one in asked)
     needed = statistics.fmean(one.bytes_needed for one in asked)
     read = statistics.fmean(one.bytes_read for one in asked)
+    summaries = statistics.fmean(one.summary_bytes for one in asked)
     return {
         **facts,
         "ttft_s": statistics.median(ttft_s),
         "p95_s": ttft_s[min(len(ttft_s) - 1, int(0.95 * len(ttft_s)))],
         "bytes_read": read,
         "bytes_needed": needed,
+        "summary_bytes": summaries,
         "read_amplification": read / needed if needed else None,
+        "frame_amplification": (read - summaries) / needed if needed else None,
         "tokens_read": statistics.fmean(one.tokens_read for one in asked),
         "cache_hit_rate": statistics.fmean(one.cache_hit_rate for one in asked),
         "idle_compute_fraction": statistics.fmean(one.waited_s / one.ttft_s for one in asked),

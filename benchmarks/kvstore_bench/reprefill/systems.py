@@ -21,3 +21,5 @@ class Asked:
     """Time in which the model waited for bytes, or for the lookup that tells where they are."""
     reading_s: float = 0.0
     """Time in which bytes were being read."""
+    summary_bytes: int = 0
+    """Part of `bytes_read` that a process reads once for a prefix, whatever is asked: key summaries."""

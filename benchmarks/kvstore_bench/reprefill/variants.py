@@ -1,4 +1,4 @@
-"""Our system as a whole, and without single parts: what each part is worth."""
+"""Our system as it is by default, and with one part more or less: what each part is worth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Variant:
 
     frame_tokens: int | None = None
     """Tokens of a frame; None: as many as the benchmark's encoding says."""
-    read_ahead: bool = True
+    read_ahead: bool = False
     """Whether frames are read before their period's set is known (inter-period prefetch)."""
     caches: bool = True
     by_layer: bool = False
@@ -50,8 +50,7 @@ OURS = {
     "contiguous-32": Variant(32),
     "contiguous-16": Variant(16),
     "contiguous-by-layer": Variant(by_layer=True),
-    "contiguous-no-ahead": Variant(read_ahead=False),
+    "contiguous-ahead": Variant(read_ahead=True),
     "contiguous-no-cache": Variant(caches=False),
-    "contiguous-bare": Variant(read_ahead=False, caches=False),
 }
-"""By name. `contiguous-bare` has neither cache nor reads ahead."""
+"""By name. `contiguous` is what a worker does by default."""

@@ -38,11 +38,15 @@ def test_kl_is_told_by_kind() -> None:
 
 
 def test_a_row_sums_up_the_questions(tmp_path: Path) -> None:
-    asked = [Asked(1.0, 100, 80, 64, 0.5, 0.25, 0.5), Asked(3.0, 300, 120, 128, 1.0, 0.75, 3.5)]
+    asked = [
+        Asked(1.0, 100, 80, 64, 0.5, 0.25, 0.5, summary_bytes=40),
+        Asked(3.0, 300, 120, 128, 1.0, 0.75, 3.5),
+    ]
     facts = {"system": "contiguous", "budget": 0.05, "disk": "ssd"}
     row = row_of(asked, None, disk_bandwidth_Bps=None, **facts)
     assert (row["ttft_s"], row["p95_s"]) == (2.0, 3.0)
     assert (row["bytes_read"], row["bytes_needed"], row["read_amplification"]) == (200, 100, 2.0)
+    assert (row["summary_bytes"], row["frame_amplification"]) == (20, 1.8)
     assert row["idle_compute_fraction"] == pytest.approx(0.25)
     assert row["idle_io_fraction"] == pytest.approx(0.25)
     assert row["kl"] is None

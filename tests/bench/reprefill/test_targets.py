@@ -17,9 +17,8 @@ def row(system: str, ttft_s: float, **fields: Any) -> dict[str, Any]:
 
 ROWS = [
     row("contiguous", 0.2),
-    row("contiguous-no-ahead", 0.25),
-    row("contiguous-no-cache", 0.19),
-    row("contiguous-bare", 0.3),
+    row("contiguous-ahead", 0.19),
+    row("contiguous-no-cache", 0.18),
     row("impress", 1.0, idle_compute_fraction=0.7, kl=0.2, top1=0.8, read_amplification=4.0),
     row("impress-16", 0.6, idle_compute_fraction=0.5),
     row("full", 1.2, budget=None, tokens_read=4096.0),
