@@ -78,21 +78,25 @@ class Engine:
         max_tokens: int = 8,
         logprobs: int | None = None,
         adapter: Sequence[Any] | None = None,
+        *,
+        scores: bool = False,
     ) -> dict[str, Any]:
-        """Generated tokens, how many tokens of each prompt were not computed, and log-probabilities of that many likely
-        first tokens. A prompt is a list of tokens, or an array of their embeddings, `[tokens, hidden_size]`. `adapter`
+        """Generated tokens, how many tokens of each prompt were not computed, log-probabilities of that many likely
+        first tokens, and, where `scores` are wanted, those of the tokens of each prompt from its second one on. A prompt is a list of tokens, or an array of their embeddings, `[tokens, hidden_size]`. `adapter`
         is name, number and path of a LoRA adapter."""
         asked = [_asked(prompt) for prompt in prompts]
         for prompt, salt in zip(asked, salts, strict=False):
             if salt is not None:
                 prompt["cache_salt"] = salt
         lora = LoRARequest(*adapter) if adapter is not None else None
-        outputs = self._llm.generate(asked, _greedy(max_tokens, logprobs), use_tqdm=False, lora_request=lora)
+        sampling = _greedy(max_tokens, logprobs, prompt_logprobs=1 if scores else None)
+        outputs = self._llm.generate(asked, sampling, use_tqdm=False, lora_request=lora)
         firsts = [output.outputs[0].logprobs[0] for output in outputs] if logprobs else []
         return {
             "logprobs": [{token: found.logprob for token, found in first.items()} for first in firsts],
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
             "cached": [output.num_cached_tokens for output in outputs],
+            "scores": [_scores(output) for output in outputs] if scores else [],
         }
 
     def abort(self, prompt: Sequence[int], after_s: float) -> dict[str, Any]:
@@ -145,10 +149,23 @@ def _asked(prompt: Prompt) -> Any:
     return {"prompt_token_ids": list(prompt)}
 
 
-def _greedy(max_tokens: int, logprobs: int | None = None) -> SamplingParams:
+def _greedy(
+    max_tokens: int, logprobs: int | None = None, prompt_logprobs: int | None = None
+) -> SamplingParams:
     return SamplingParams(
-        max_tokens=max_tokens, temperature=0, ignore_eos=True, detokenize=False, logprobs=logprobs
+        max_tokens=max_tokens,
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
+
+
+def _scores(output: Any) -> list[float]:
+    """Log-probabilities of the prompt's tokens from its second one on."""
+    found = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+    return [likely[token].logprob for token, likely in found if likely is not None]
 
 
 def serve(options: Mapping[str, Any], environment: Mapping[str, str], log: Path, asked: Connection) -> None:

@@ -132,6 +132,7 @@ class EngineProcess:
         max_tokens: int = 8,
         logprobs: int | None = None,
         adapter: Sequence[Any] | None = None,
+        scores: bool = False,
     ) -> dict[str, Any]:
         return self.ask(
             do="generate",
@@ -140,6 +141,7 @@ class EngineProcess:
             max_tokens=max_tokens,
             logprobs=logprobs,
             adapter=adapter,
+            scores=scores,
         )
 
 

@@ -19,8 +19,11 @@ SPEC = ModelSpec("tiny", bytes(32), 2, 2, 16, KVDtype.FLOAT32, None, numerics=((
 BLOCK = 128
 
 
-def request(tokens: list[int], name: str = "request", **options: Any) -> Request:
-    return Request(name, tokens, SamplingParams(max_tokens=8), None, **options)
+def request(
+    tokens: list[int], name: str = "request", prompt_logprobs: int | None = None, **options: Any
+) -> Request:
+    sampling = SamplingParams(max_tokens=8, prompt_logprobs=prompt_logprobs)
+    return Request(name, tokens, sampling, None, **options)
 
 
 def put(client: KVStoreClient, tokens: list[int]) -> None:

@@ -126,6 +126,17 @@ def test_prompts_given_as_embeddings_never_meet(setup: Setup) -> None:
     setup.stored(chunks + 6)
 
 
+def test_a_prompt_whose_tokens_are_scored_is_computed_whole(setup: Setup) -> None:
+    """Every token has its score, and the request ends, although most of its KV is stored."""
+    tokens = prompt(600, seed=17)
+    cold = setup.first.generate(tokens, scores=True)
+    until(lambda: loaded_after_forgetting(setup.second, tokens) == 512)
+    scored = setup.second.generate(tokens, scores=True)
+    assert loaded(scored) == 0
+    assert len(scored["scores"][0]) == 599
+    assert scored == cold
+
+
 def test_another_model_finds_nothing_and_reuses_its_own_kv_in_bfloat16(setup: Setup, tmp_path: Path) -> None:
     """In bfloat16 a hit gives the tokens of the engine's own prefix cache; a cold run may give others."""
     tokens = prompt(1300, seed=4)

@@ -9,11 +9,12 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import NewRequestData
 
 from kvstore_client.client import KVStoreClient, connect
+from kvstore_client.engines.vllm.metadata import SaveRequest
 from kvstore_client.engines.vllm.scheduler import LoadLimits, SchedulerHalf
 from kvstore_client.engines.vllm.worker_news import Learned, News
 from kvstore_client.settings import FetchPolicy
 from kvstore_codec.identity import CHUNK_TOKENS
-from tests.vllm.processes import StoreProcess, free_port, prompt
+from tests.vllm.processes import StoreProcess, free_port, prompt, until
 from tests.vllm.scheduler_calls import BLOCK, SPEC, answer, continued, news, put, request, scheduled
 
 pytestmark = pytest.mark.vllm
@@ -58,6 +59,18 @@ def test_one_token_stays_to_be_computed(
     tokens = prompt(640, seed=2)
     put(client, tokens)
     assert answer(half, request(tokens[:prompt_tokens])) == (loaded, loaded > 0)
+
+
+def test_a_prompt_whose_tokens_are_scored_is_computed_whole(
+    half: SchedulerHalf, client: KVStoreClient
+) -> None:
+    tokens = prompt(900, seed=16)
+    put(client, tokens[:512])
+    asked = request(tokens, prompt_logprobs=1)
+    assert answer(half, asked) == (0, False)
+    saved: list[SaveRequest] = []
+    until(lambda: bool(saved.extend(half.saves(scheduled(asked, list(range(8)), 900))) or saved))
+    assert [save.first_chunk for save in saved] == [2], "what is stored is not saved again"
 
 
 def test_a_store_out_of_reach_is_waited_for_with_a_bound(tmp_path: Path) -> None:

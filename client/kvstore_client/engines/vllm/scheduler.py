@@ -17,7 +17,7 @@ from kvstore_client.engines.vllm.metadata import AdapterUse, LoadRequest, SaveRe
 from kvstore_client.engines.vllm.naming import RequestText, why_ineligible
 from kvstore_client.engines.vllm.step_times import StepTimes
 from kvstore_client.engines.vllm.stored_names import StoredNames
-from kvstore_client.engines.vllm.tracked import TrackedRequest
+from kvstore_client.engines.vllm.tracked import TrackedRequest, loadable_tokens
 from kvstore_client.engines.vllm.worker_news import News
 from kvstore_client.giving_way import longest_wait_s
 from kvstore_client.lookup import NOT_STORED
@@ -92,7 +92,7 @@ class SchedulerHalf:
         if tracked.why_ineligible is not None or tracked.was_loaded:
             return 0, False
         lookup = self._lookup(tracked)
-        usable = (request.num_tokens - 1) // self._block_tokens * self._block_tokens
+        usable = loadable_tokens(request, self._block_tokens)
         if lookup is None or min(usable, len(tracked.text.ids) * CHUNK_TOKENS) <= computed_tokens:
             return 0, False
         if lookup.is_open(self._wait_s):

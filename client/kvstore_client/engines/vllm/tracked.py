@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from kvstore_client.engines.vllm.load_plan import PlannedLoad
 from kvstore_client.engines.vllm.lookups import Lookup
@@ -44,3 +45,13 @@ class TrackedRequest:
     def is_renamed(self, generation: int) -> bool:
         """Whether the chunks of the request would have other names now."""
         return self.why_ineligible is None and not self.was_loaded and self.generation != generation
+
+
+def loadable_tokens(request: Any, block_tokens: int) -> int:
+    """How many leading tokens of a request may be loaded: whole blocks, and at least one token stays to be computed.
+
+    None where its whole prompt must be computed, as for the scores of its tokens: vLLM 0.30 asks for such a request,
+    too, and would wait for scores that never come; later versions do not ask."""
+    if request.skip_reading_prefix_cache:
+        return 0
+    return int(request.num_tokens - 1) // block_tokens * block_tokens
