@@ -82,8 +82,10 @@ class Engine:
         scores: bool = False,
     ) -> dict[str, Any]:
         """Generated tokens, how many tokens of each prompt were not computed, log-probabilities of that many likely
-        first tokens, and, where `scores` are wanted, those of the tokens of each prompt from its second one on. A prompt is a list of tokens, or an array of their embeddings, `[tokens, hidden_size]`. `adapter`
-        is name, number and path of a LoRA adapter."""
+        first tokens, and, where `scores` are wanted, those of the tokens of each prompt from its second one on.
+
+        A prompt is a list of tokens, or an array of their embeddings, `[tokens, hidden_size]`. `adapter` is name,
+        number and path of a LoRA adapter."""
         asked = [_asked(prompt) for prompt in prompts]
         for prompt, salt in zip(asked, salts, strict=False):
             if salt is not None:
