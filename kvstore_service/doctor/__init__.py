@@ -7,23 +7,13 @@ from kvstore_service.doctor import configuration, essentials, machine, services,
 from kvstore_service.doctor.finding import Check, Finding, missing
 from kvstore_service.extensions import INSTALL, load_extensions
 
-__all__ = ["CHECKS", "OPTIONAL", "Check", "Finding", "added_checks", "examine"]
+__all__ = ["OPTIONAL", "Check", "Finding", "checks", "examine"]
 
 _NamedCheck = tuple[str, bool, Callable[[], Finding]]
 
 
-def added_checks() -> Iterator[_NamedCheck]:
-    """Checks that other packages provide. A package whose checks cannot be imported gives one failing check."""
-    for extension in load_extensions("kvstore.checks"):
-        if extension.reason:
-            reason = f"its checks cannot be imported: {extension.reason}"
-            yield extension.name, False, partial(missing, reason, f"To use them: {INSTALL}")
-        else:
-            yield from extension.value
-
-
 # Name, whether the service needs it, and the check itself.
-CHECKS: tuple[_NamedCheck, ...] = (
+_CHECKS: tuple[_NamedCheck, ...] = (
     ("Python", False, machine.python),
     ("CPU and memory", False, machine.cpu_and_memory),
     ("PyTorch", False, machine.torch),
@@ -38,7 +28,6 @@ CHECKS: tuple[_NamedCheck, ...] = (
     ("Redis client", False, services.redis_client),
     ("Redis server", False, services.redis_server),
     ("Redis connection", False, services.redis_connection),
-    *added_checks(),
 )
 
 
@@ -47,9 +36,15 @@ OPTIONAL = frozenset({"CUDA", "NVDEC", "NVENC", "Redis client", "Redis server"})
 connection is not among them, because it may be configured."""
 
 
+def checks() -> tuple[_NamedCheck, ...]:
+    """The service's own checks and those of other packages. These are asked for each time: they use this package
+    themselves, so that neither can wait for the other while it is imported."""
+    return (*_CHECKS, *_added_checks())
+
+
 def examine() -> list[Check]:
     """Runs all checks, which takes seconds. A check that raises an exception counts as missing."""
-    return [_run(name, check, essential=essential) for name, essential, check in CHECKS]
+    return [_run(name, check, essential=essential) for name, essential, check in checks()]
 
 
 def _run(name: str, check: Callable[[], Finding], *, essential: bool) -> Check:
@@ -61,3 +56,13 @@ def _run(name: str, check: Callable[[], Finding], *, essential: bool) -> Check:
             "Reinstall the package named there, or report a bug.",
         )
     return Check(name, found.available, found.detail, found.remedy, essential)
+
+
+def _added_checks() -> Iterator[_NamedCheck]:
+    """Checks that other packages provide. A package whose checks cannot be imported gives one failing check."""
+    for extension in load_extensions("kvstore.checks"):
+        if extension.reason:
+            reason = f"its checks cannot be imported: {extension.reason}"
+            yield extension.name, False, partial(missing, reason, f"To use them: {INSTALL}")
+        else:
+            yield from extension.value
