@@ -74,7 +74,9 @@ class Security:
     def access(self) -> Access:
         """Identifies the callers of a process. Raises ConfigurationError for an unusable file."""
         file = None if self.credentials is None else CredentialFile(self.credentials)
-        return Access(file, self.node_token)
+        return Access(
+            file, self.node_token, certificates=self.tls is not None and self.tls.client_ca is not None
+        )
 
     def server_tls(self) -> ServerTls | None:
         """TLS of the ports of a process. Raises ConfigurationError for unusable files."""

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 CHECK_PERIOD_S = 1.0
 """A change of a file takes effect within this time."""
 _MOST_FILE_BYTES = 4096
+_END_OF_CERTIFICATE = b"-----END CERTIFICATE-----"
 
 
 class _Loaded(NamedTuple):
@@ -146,12 +147,16 @@ def _load(settings: SecuritySettings) -> _Loaded:
         token = _read_token(settings.token_file)
     if not settings.uses_tls:
         return _Loaded(token, None, None)
-    roots, certificate, key = settings.tls_ca or settings.tls_cert, settings.tls_cert, settings.tls_key
+    certificate, key = settings.tls_cert, settings.tls_key
     try:
-        context = ssl.create_default_context(cafile=roots)
-        root_bytes = None if roots is None else roots.read_bytes()
+        root_bytes = _roots(settings)
+        # Only the comments of a PEM file may have other characters than those of ASCII.
+        roots = None if root_bytes is None else root_bytes.decode("ascii", "ignore")
+        context = ssl.create_default_context(cadata=roots)
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"tls_ca: {roots} is not a PEM file with certificates ({error})") from error
+        raise ConfigurationError(
+            f"tls_ca: {settings.tls_ca or certificate} is not a PEM file with certificates ({error})"
+        ) from error
     # The file may contain a certificate that is not its own authority. gRPC accepts that, too.
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     if certificate is None or key is None:
@@ -165,6 +170,17 @@ def _load(settings: SecuritySettings) -> _Loaded:
             "together, and the key must have no password"
         ) from error
     return _Loaded(token, context, grpc.ssl_channel_credentials(root_bytes, *pair))
+
+
+def _roots(settings: SecuritySettings) -> bytes | None:
+    """The certificates that prove a server, PEM. None for those of the system. Without `tls_ca` it is the first one of
+    `tls_cert`: those behind it may be of authorities that sign for others, too. Raises OSError."""
+    if settings.tls_ca is not None:
+        return settings.tls_ca.read_bytes()
+    if settings.tls_cert is None:
+        return None
+    own, end, _ = settings.tls_cert.read_bytes().partition(_END_OF_CERTIFICATE)
+    return own + end + b"\n"
 
 
 def _read_token(path: Path) -> str:

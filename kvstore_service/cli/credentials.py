@@ -38,7 +38,7 @@ def add(
     ] = "",
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="data, admin or node; may be repeated.", show_default="data"),
+        typer.Option(help="data, admin, node or metrics; may be repeated.", show_default="data"),
     ] = None,
     expires: Annotated[
         str | None, typer.Option(help="Lifetime, such as 90d or 12h.", show_default="never")

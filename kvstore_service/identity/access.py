@@ -19,10 +19,14 @@ _BEARER = "bearer "
 
 class Access:
     """Identifies callers by the credentials of a file, and the nodes of the cluster by their token `node_token`.
-    Without a file everybody may call everything, and nobody is identified. Thread-safe."""
+    Without a file everybody may call everything, and nobody is identified. `certificates` says whether the ports verify
+    certificates of clients; without it none identifies a caller. Thread-safe."""
 
-    def __init__(self, file: CredentialFile | None = None, node_token: str = "") -> None:
+    def __init__(
+        self, file: CredentialFile | None = None, node_token: str = "", *, certificates: bool = False
+    ) -> None:
         self._file = file
+        self._certificates = certificates
         self._node_id = token_id(node_token)
         self._nodes = Credentials([_node_credential(node_token)] if node_token else [])
 
@@ -48,7 +52,7 @@ class Access:
     @property
     def knows_certificates(self) -> bool:
         """Whether a certificate may identify a caller."""
-        return self._file is not None and self._file.current.have_subjects
+        return self._certificates and self._file is not None and self._file.current.have_subjects
 
     def of_token(self, token: str) -> Caller:
         """Raises UnauthenticatedError."""
@@ -63,7 +67,7 @@ class Access:
 
     def of_certificate(self, names: Sequence[str]) -> Caller:
         """The caller whose certificate has these names. Raises UnauthenticatedError."""
-        if self._file is None or not names:
+        if self._file is None or not self._certificates or not names:
             raise UnauthenticatedError(NO_CREDENTIAL)
         return self._file.current.of_certificate(names)
 

@@ -1,7 +1,7 @@
 """An identified caller."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from kvstore_codec.errors import PermissionDeniedError
@@ -19,6 +19,8 @@ class Scope(StrEnum):
     """Operate: verify, pin, quotas, draining, repair, limits. For operators."""
     NODE = "node"
     """Copy chunks of every tenant between nodes. For the storage nodes themselves."""
+    METRICS = "metrics"
+    """Read the metrics and statistics of the cluster. For Prometheus and dashboards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class Caller:
     tenant: str | None
     scopes: frozenset[Scope]
     expires_unix_s: float = math.inf
+    proof: bytes = field(default=b"", repr=False)
+    """SHA-256 digest of what the caller has shown: its token, or the subject of its certificate."""
 
     def acting_for(self, tenant: str) -> str:
         """The tenant that a request of this caller acts for, if it names `tenant`, or none by an empty text: then it

@@ -10,12 +10,14 @@ from kvstore_cluster.names import MAX_TENANT_BYTES
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.identity.caller import ALL_TENANTS, Caller, Scope
 
+MAX_NAME_CHARACTERS = 64
 MAX_SUBJECT_CHARACTERS = 256
 
 _KIND = "kvs"  # begins each token, so that scanners for leaked secrets can recognise one
 _ID_BYTES, _SECRET_BYTES = 8, 32
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._@-]{{0,{MAX_NAME_CHARACTERS - 1}}}")
 _ID = re.compile(rf"[0-9a-f]{{{2 * _ID_BYTES}}}")
+_OF_EVERY_TENANT = frozenset({Scope.NODE, Scope.METRICS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,17 @@ class Credential:
             raise ConfigurationError(f"the id of a credential has {2 * _ID_BYTES} hexadecimal digits")
         if not _NAME.fullmatch(self.name):
             raise ConfigurationError(
-                "the name of a credential has 1 to 64 letters, digits or . _ @ - and begins with a letter or digit"
+                f"the name of a credential has 1 to {MAX_NAME_CHARACTERS} letters, digits or . _ @ - and begins with a "
+                "letter or digit"
             )
         if self.tenant is not None:
             require_tenant(self.tenant)
         if not self.scopes:
             raise ConfigurationError(f"a credential needs a scope: {', '.join(Scope)}")
-        if Scope.NODE in self.scopes and self.tenant is not None:
+        if (whole := self.scopes & _OF_EVERY_TENANT) and self.tenant is not None:
             raise ConfigurationError(
-                f"a credential with the scope node serves every tenant; give it the tenant {ALL_TENANTS}"
+                f"a credential with the scope {' or '.join(sorted(whole))} serves every tenant; give it the tenant "
+                f"{ALL_TENANTS}"
             )
         if (self.token_digest is None) == (self.subject is None):
             raise ConfigurationError("a credential has a token or the subject of a certificate")
@@ -60,7 +64,14 @@ class Credential:
 
     @property
     def caller(self) -> Caller:
-        return Caller(self.id, self.name, self.tenant, self.scopes, self.expires_unix_s)
+        return Caller(self.id, self.name, self.tenant, self.scopes, self.expires_unix_s, self.proof)
+
+    @property
+    def proof(self) -> bytes:
+        """SHA-256 digest of the token or of the subject."""
+        if self.token_digest is not None:
+            return self.token_digest
+        return hashlib.sha256((self.subject or "").encode(errors="replace")).digest()
 
 
 def require_tenant(tenant: str) -> None:

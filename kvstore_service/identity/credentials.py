@@ -59,9 +59,10 @@ class Credentials:
         )
 
     def confirm(self, caller: Caller) -> Caller:
-        """The caller by its credential as it is now. Raises UnauthenticatedError when it has expired or was revoked."""
+        """The caller by its credential as it is now. Raises UnauthenticatedError when it has expired or was revoked, or
+        when another token or subject has taken its place."""
         found = self._by_id.get(caller.credential_id)
-        if found is None:
+        if found is None or not hmac.compare_digest(found.proof, caller.proof):
             raise UnauthenticatedError(_UNKNOWN)
         return self._unexpired(found)
 

@@ -4,6 +4,7 @@ import fcntl
 import logging
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -84,23 +85,46 @@ def read_credentials(path: Path) -> Credentials:
 @contextmanager
 def changing(path: Path) -> Iterator[list[Credential]]:
     """Yields the credentials of a file, which is made when it is missing, and writes back what the block leaves in the
-    list. Other processes wait meanwhile. Nothing is written when the block raises. A new file may be read by its owner
-    only; an existing one keeps its owner and mode, so that the service goes on reading it. Raises
-    ConfigurationError."""
+    list. Other processes that change this file wait meanwhile. When the block raises, the file stays as it was, or
+    empty of credentials if it was missing. A new file may be read by its owner only; an existing one keeps its owner
+    and mode, so that the service goes on reading it. Raises ConfigurationError."""
     try:
         path = path.resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder_fd = os.open(path.parent, os.O_RDONLY)
+        locked_fd = _lock(path)
     except OSError as error:
         raise _unusable(path, str(error.strerror)) from error
     try:
-        fcntl.flock(folder_fd, fcntl.LOCK_EX)
-        credentials = list(read_credentials(path)) if path.exists() else []
+        credentials = list(read_credentials(path))
         yield credentials
-        text = write_document(Credentials(credentials))
-        _replace(path, text)
+        _replace(path, write_document(Credentials(credentials)))
     finally:
-        os.close(folder_fd)
+        os.close(locked_fd)
+
+
+def _lock(path: Path) -> int:
+    """Descriptor of the locked file, which is made when it is missing. Only who may read the file can lock it, unlike
+    its folder. Blocks. Raises OSError."""
+    while True:
+        try:
+            locked_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            _make(path)
+            continue
+        fcntl.flock(locked_fd, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(locked_fd), path.stat()):
+                return locked_fd
+        os.close(locked_fd)  # another process has replaced the file meanwhile
+
+
+def _make(path: Path) -> None:
+    """Makes a file without credentials, unless another process makes one. Raises OSError."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8") as new:
+        new.write(write_document(()))
+        new.flush()
+        with suppress(FileExistsError):
+            path.hardlink_to(new.name)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -37,17 +37,17 @@ def _verbs(service: str, names: Iterable[str], *scopes: Scope, every_tenant: boo
     return {f"/{service}/{name}": Verb(name, frozenset(scopes), every_tenant) for name in names}
 
 
-_DATA, _ADMIN, _NODE = Scope.DATA, Scope.ADMIN, Scope.NODE
+_DATA, _ADMIN, _NODE, _METRICS = Scope.DATA, Scope.ADMIN, Scope.NODE, Scope.METRICS
 
 VERBS: Mapping[str, Verb] = {
     **_verbs(STORAGE, ("Lookup", "Put"), _DATA, _NODE),
     **_verbs(STORAGE, ("Read", "RenewLease", "ReleaseLease", "Use", "Report"), _DATA),
     **_verbs(STORAGE, ("Delete", "List"), _DATA, _ADMIN),
     **_verbs(STORAGE, ("Verify",), _ADMIN),
-    **_verbs(STORAGE, ("Stats",), _ADMIN, _NODE, every_tenant=True),
+    **_verbs(STORAGE, ("Stats",), _ADMIN, _NODE, _METRICS, every_tenant=True),
     **_verbs(STORAGE, ("Throttle",), _ADMIN, every_tenant=True),
     **_verbs(COORDINATOR, ("Membership",), _DATA, _ADMIN, _NODE),
-    **_verbs(COORDINATOR, ("ClusterStats",), _ADMIN, _NODE, every_tenant=True),
+    **_verbs(COORDINATOR, ("ClusterStats",), _ADMIN, _NODE, _METRICS, every_tenant=True),
     # Workers of all tenants decode with the newest calibration of their model.
     **_verbs(COORDINATOR, ("PutCalibration",), _ADMIN, every_tenant=True),
     **_verbs(COORDINATOR, ("GetCalibration", "FindCalibration", "ListCalibrations"), _DATA, _ADMIN),
@@ -60,7 +60,7 @@ VERBS: Mapping[str, Verb] = {
 """Every call of the service, by its full name. What is not here is refused, except the health service, which says only
 whether the server works: probes of orchestrators have no credential."""
 
-METRICS = Verb("GET /metrics", frozenset({_ADMIN}), every_tenant=True)
+METRICS = Verb("GET /metrics", frozenset({_ADMIN, _METRICS}), every_tenant=True)
 
 
 def is_open(method: str) -> bool:

@@ -33,6 +33,7 @@ CALLERS: dict[str, tuple[str | None, Scope]] = {
     "`admin` of another tenant": (RIVAL, _ADMIN),
     "`admin` of `*`": (None, _ADMIN),
     "`node`": (None, _NODE),
+    "`metrics`": (None, Scope.METRICS),
 }
 STRANGERS = ("none", "wrong", "expired", "revoked")
 YES, MISS, DENIED, NO = "yes", "as not stored", "denied", "no"

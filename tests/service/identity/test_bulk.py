@@ -65,7 +65,7 @@ def test_a_wrong_token_is_refused_at_once(cluster: SecuredCluster) -> None:
     assert wrong not in text
 
 
-@pytest.mark.parametrize("scope", [Scope.ADMIN, Scope.NODE])
+@pytest.mark.parametrize("scope", [Scope.ADMIN, Scope.NODE, Scope.METRICS])
 def test_the_port_is_for_data(cluster: SecuredCluster, scope: Scope) -> None:
     with cluster.bulk_connection(cluster.token(None, scope)) as connected:
         assert "needs a credential with the scope data" in refusal(connected)

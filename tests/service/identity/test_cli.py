@@ -55,6 +55,13 @@ def test_revoking_a_name_ends_all_its_credentials(file: Path) -> None:
     assert (left.name, left.tenant, left.scopes) == ("ops", None, {"admin", "data"})
 
 
+def test_prometheus_gets_a_credential_that_only_reads(file: Path) -> None:
+    token = kvstore(file, "add", "prometheus", "--tenant", "*", "--scope", "metrics").stdout.strip()
+    assert read_credentials(file).of_token(token).scopes == {"metrics"}
+    with pytest.raises(ConfigurationError, match="serves every tenant"):
+        kvstore(file, "add", "prometheus", "--tenant", "acme", "--scope", "metrics")
+
+
 def test_a_certificate_needs_no_token(file: Path) -> None:
     added = kvstore(file, "add", "node", "--tenant", "*", "--scope", "node", "--subject", "node.example")
     assert "certificates with the subject node.example" in added.output

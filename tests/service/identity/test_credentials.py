@@ -1,10 +1,13 @@
 """Tokens, what is kept of them, and when they are valid."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import stat
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,6 +57,19 @@ def test_a_caller_is_confirmed_while_its_credential_is_valid() -> None:
     clock.now_s += 10
     with pytest.raises(UnauthenticatedError, match="has expired"):
         Credentials([credential], clock).confirm(caller)
+
+
+@pytest.mark.parametrize("proof", ["token_digest", "subject"])
+def test_a_caller_is_not_confirmed_by_what_another_one_has_shown(proof: str) -> None:
+    """Although the credential that replaced it in the file has its id."""
+    credential = made()[0]
+    if proof == "subject":
+        credential = dataclasses.replace(credential, token_digest=None, subject="a.example")
+    successor = {"token_digest": token_digest("other"), "subject": "b.example"}[proof]
+    caller = credential.caller
+    assert Credentials([credential]).confirm(caller) == caller
+    with pytest.raises(UnauthenticatedError, match="was revoked"):
+        Credentials([dataclasses.replace(credential, **{proof: successor})]).confirm(caller)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +141,7 @@ def test_a_certificate_gives_the_caller_of_its_first_known_name() -> None:
         ({"tenant": "a\nb"}, "name of a tenant"),
         ({"scopes": frozenset()}, "needs a scope: data, admin, node"),
         ({"scopes": frozenset({Scope.NODE})}, "serves every tenant"),
+        ({"scopes": frozenset({Scope.METRICS})}, "scope metrics serves every tenant"),
         ({"token_digest": None}, "a token or the subject"),
         ({"subject": "x"}, "a token or the subject"),
         ({"token_digest": b"short"}, "64 hexadecimal digits"),
@@ -240,6 +257,34 @@ def test_a_file_that_becomes_unusable_leaves_the_last_good_content(
     path.write_text(text.replace("acme", "other"))
     file.refresh()
     assert file.current.of_token(token).tenant == "other"
+
+
+def test_who_cannot_read_the_file_cannot_keep_others_from_changing_it(tmp_path: Path) -> None:
+    """Its folder may be open to everybody, and anybody who opens a folder can lock that."""
+    path = tmp_path / "credentials.json"
+    folder_fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder_fd, fcntl.LOCK_EX)
+        changed = threading.Thread(target=_add, args=(path, "worker"), daemon=True)
+        changed.start()
+        changed.join(30)
+        assert [one.name for one in read_credentials(path)] == ["worker"]
+    finally:
+        os.close(folder_fd)
+
+
+def test_changes_at_once_are_all_kept(tmp_path: Path) -> None:
+    """Also that of the process that makes the file, and those that waited for a file that was replaced."""
+    path = tmp_path / "credentials.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: _add(path, f"worker-{number}"), range(32)))
+    assert len(read_credentials(path)) == 32
+    assert os.listdir(tmp_path) == [path.name]  # noqa: PTH208
+
+
+def _add(path: Path, name: str) -> None:
+    with changing(path) as known:
+        known.append(made(name)[0])
 
 
 def test_a_change_that_fails_leaves_the_file_alone(tmp_path: Path) -> None:

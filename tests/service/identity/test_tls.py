@@ -2,6 +2,7 @@
 
 import dataclasses
 import ssl
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from tests.authority import Authority, Pair
 from tests.client.transport.conftest import steps
 from tests.clock import Clock
 from tests.sample_chunk import sample_chunk
-from tests.service.secured import HOST, SecuredCluster, code_of
+from tests.service.secured import HOST, SecuredCluster, code_of, code_of_stream
 
 CHUNK = sample_chunk()
 LOOKUP = pb.LookupRequest()
@@ -172,6 +173,48 @@ def test_a_certificate_may_be_the_credential(
     assert looked_up(cluster, **presenting) is UNAUTHENTICATED
 
 
+def test_without_certificates_of_clients_a_stranger_sends_no_request(
+    make: Make, authority: Authority, server: Pair
+) -> None:
+    """Also when a credential names a certificate: no port asks for one, so it identifies nobody."""
+    cluster = make(server, tls_ca=authority.certificate)
+    with changing(cluster.file) as known:
+        known.append(Credential(new_id(), "worker", "acme", frozenset({Scope.DATA}), subject="worker.acme"))
+    cluster.refresh()
+    unsent = threading.Event()
+
+    def steps() -> Iterator[pb.PutRequest]:
+        unsent.wait(30)
+        yield from ()
+
+    call = cluster.nodes(tls_ca=authority.certificate).Put(steps())
+    assert code_of_stream(call) is UNAUTHENTICATED
+    unsent.set()
+    assert not cluster.access.knows_certificates
+
+
+def test_without_an_authority_only_the_certificate_itself_is_trusted(
+    make: Make, authority: Authority, tmp_path: Path
+) -> None:
+    """Not the certificates behind it in its file, whose authorities sign for others, too."""
+    pair, other = authority.sign("chain"), authority.sign("other")
+    pair.certificate.write_bytes(pair.certificate.read_bytes() + authority.certificate.read_bytes())
+    chained = {"tls_cert": pair.certificate, "tls_key": pair.key}
+    own = make(pair)
+    token = own.token("a")
+    assert looked_up(own, token, **chained) is grpc.StatusCode.OK
+    assert stored(own, token, **chained) == [pb.PUT_STATUS_STORED]
+    (tmp_path / "other").mkdir()
+    foreign = SecuredCluster(tmp_path / "other", tls_cert=other.certificate, tls_key=other.key)
+    try:
+        token = foreign.token("a")
+        assert looked_up(foreign, token, **chained) is UNAVAILABLE
+        with pytest.raises(TransferError):
+            stored(foreign, token, **chained)
+    finally:
+        foreign.close()
+
+
 def probed(security: Security, cluster: SecuredCluster) -> str | None:
     """Why the coordinator's probe of the node fails, if it does."""
     probe = StorageProbe(security.connector())
@@ -261,12 +304,13 @@ def fetched(port: int, token: str = "", context: ssl.SSLContext | None = None) -
 def test_metrics_are_for_operators(make: Make, authority: Authority, server: Pair, unused_port: int) -> None:
     cluster = make(server)
     context = ssl.create_default_context(cafile=authority.certificate)
-    operator = cluster.token(None, Scope.ADMIN)
+    operator, reader = cluster.token(None, Scope.ADMIN), cluster.token(None, Scope.METRICS)
     others = [cluster.token("a"), cluster.token("a", Scope.ADMIN), cluster.token(None, Scope.NODE)]
     with metrics_endpoint(Address(HOST, unused_port), cluster.security) as registry:
         Gauge("kvstore_any", "any", registry=registry).set(3)
         status, text = fetched(unused_port, operator, context)
         assert (status, "kvstore_any 3.0" in text) == (200, True)
+        assert fetched(unused_port, reader, context)[0] == 200
         assert fetched(unused_port, "", context)[0] == 401
         assert fetched(unused_port, "kvs_wrong", context)[0] == 401
         for token in others:

@@ -31,6 +31,7 @@ def test_a_worker_may_not_operate_and_a_node_may_only_copy() -> None:
     assert may[Scope.NODE] == {
         "Lookup", "Put", "Stats", "Membership", "ClusterStats", "ServerReflectionInfo"
     }  # fmt: skip
+    assert may[Scope.METRICS] == {"Stats", "ClusterStats", "ServerReflectionInfo"}
 
 
 def test_what_concerns_every_tenant_needs_a_credential_for_every_tenant() -> None:
