@@ -95,6 +95,19 @@ def _bound(address: Address, option: int) -> socket.socket:
     return bound
 
 
+def network_of(host: str) -> str:
+    """The network of a client, for limits per client: its IPv4 address, or the /64 network of its IPv6 address, because
+    one host can have all addresses of that. Text that is no address is its own network."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else address
+    if mapped is not None:
+        return str(mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
 def address_error(address: Address, reason: str) -> AddressInUseError:
     return AddressInUseError(
         f"cannot listen on {address}: {reason}; stop the process that uses it, or choose another --listen (port 0 "

@@ -4,10 +4,12 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import BufferedIOBase, BufferedReader
 from socketserver import ThreadingMixIn
-from typing import Any
+from typing import Any, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
@@ -17,17 +19,26 @@ from kvstore_codec.errors import RequestError, UnauthenticatedError
 from kvstore_service.identity import Access
 from kvstore_service.identity.access import bearer_token
 from kvstore_service.identity.verbs import METRICS
-from kvstore_service.listen import Address, address_error
+from kvstore_service.listen import Address, address_error, network_of
 from kvstore_service.security import INSECURE, Security
+from kvstore_service.strangers import Strangers
 from kvstore_service.tls import ServerTls
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S = 10.0
-"""Time limit for receiving a request, TLS handshake included."""
+PATIENCE_S = 5.0
+"""Time limit for receiving a whole request, TLS handshake included."""
+MAX_REQUEST_BYTES = 16 << 10
+MAX_CONNECTIONS = 32
+"""Most open connections whose request has not been received yet. Each has a thread. One more closes another
+(`Strangers`)."""
+MAX_SCRAPES = 8
+"""Most requests that are being answered. Others get 503."""
+_RETRY_ACCEPT_S = 0.1
 _NAMES = "kvstore.certificate_names"
 
 StartResponse = Callable[[str, list[tuple[str, str]]], object]
+App = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 
 
 @contextmanager
@@ -40,7 +51,8 @@ def metrics_endpoint(address: Address, security: Security = INSECURE) -> Iterato
         server = _Server(address, tls)
     except OSError as error:
         raise address_error(address, error.strerror or str(error)) from error
-    server.set_app(make_wsgi_app(registry) if access.is_open else _guarded(make_wsgi_app(registry), access))
+    app = _few_at_once(make_wsgi_app(registry))
+    server.set_app(app if access.is_open else _guarded(app, access))
     thread = threading.Thread(target=server.serve_forever, name="kvstore-metrics", daemon=True)
     access.start()
     thread.start()
@@ -55,9 +67,14 @@ def metrics_endpoint(address: Address, security: Security = INSECURE) -> Iterato
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, address: Address, tls: ServerTls | None) -> None:
         self._tls = tls
+        self._lock = threading.Lock()
+        self._open = 0
+        self._strangers: Strangers[socket.socket] = Strangers(MAX_CONNECTIONS)
+        self._accepted_s: dict[socket.socket, float] = {}
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         self.address_family, _, _, _, target = found[0]
         super().__init__((str(target[0]), int(target[1])), _Handler)
@@ -71,11 +88,51 @@ class _Server(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        connected, peer = super().get_request()
+        try:
+            connected, peer = super().get_request()
+        except OSError:
+            # Most likely the process is out of file descriptors. Without a wait, the next attempt would follow at once.
+            time.sleep(_RETRY_ACCEPT_S)
+            raise
         if self._tls is not None:  # the handshake is done by the thread of the connection
             context = self._tls.context()
             connected = context.wrap_socket(connected, server_side=True, do_handshake_on_connect=False)
         return connected, peer
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts a thread for the connection, and closes another one if there are too many."""
+        with self._lock:
+            if self._open >= 2 * MAX_CONNECTIONS:  # those that are being closed or answered included
+                self.shutdown_request(request)
+                return
+            self._open += 1
+            self._accepted_s[request] = time.monotonic()
+            out = self._strangers.add(request, network_of(client_address[0]))
+        if out is not None:
+            _abort(out)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._lock:
+                self._open -= 1
+                self._strangers.remove(request)
+                del self._accepted_s[request]
+
+    def received(self, request: socket.socket) -> None:
+        """The whole request of a connection has been received."""
+        with self._lock:
+            self._strangers.remove(request)
+
+    def service_actions(self) -> None:
+        """Closes connections that send their request too slowly. Called at least twice a second."""
+        limit_s = time.monotonic() - PATIENCE_S
+        with self._lock:
+            overdue = [one for one in self._strangers if self._accepted_s[one] < limit_s]
+        for request in overdue:
+            _abort(request)
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
         """Most often the client has disconnected, or failed its handshake."""
@@ -84,8 +141,14 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Handler(WSGIRequestHandler):
     timeout = PATIENCE_S
+    server: _Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = cast(BufferedReader, _Bounded(self.rfile))
 
     def get_environ(self) -> dict[str, Any]:
+        self.server.received(self.connection)
         environ: dict[str, Any] = super().get_environ()
         connection = self.connection
         certificate = connection.getpeercert() if isinstance(connection, ssl.SSLSocket) else None
@@ -95,9 +158,50 @@ class _Handler(WSGIRequestHandler):
         """Requests are not logged."""
 
 
-def _guarded(
-    app: Callable[[dict[str, Any], StartResponse], Iterable[bytes]], access: Access
-) -> Callable[[dict[str, Any], StartResponse], Iterable[bytes]]:
+class _Bounded:
+    """The lines of a request, of at most MAX_REQUEST_BYTES together. Without it a stranger could send 6 MiB of
+    headers."""
+
+    def __init__(self, file: BufferedIOBase) -> None:
+        self._file = file
+        self._left = MAX_REQUEST_BYTES
+
+    def readline(self, limit: int = -1) -> bytes:
+        """Raises OSError beyond the limit."""
+        if not self._left:
+            raise ConnectionAbortedError(f"a request for metrics has more than {MAX_REQUEST_BYTES} bytes")
+        line = self._file.readline(min(limit, self._left) if limit >= 0 else self._left)
+        self._left -= len(line)
+        return line
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _abort(connection: socket.socket) -> None:
+    """Makes the thread of a connection fail now."""
+    with suppress(OSError):  # the connection has already ended
+        # Not the TLS socket's own method, after which its other methods would continue without TLS.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def _few_at_once(app: App) -> App:
+    """The application, for at most MAX_SCRAPES requests at a time."""
+    free = threading.BoundedSemaphore(MAX_SCRAPES)
+
+    def serve(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        if not free.acquire(blocking=False):
+            start_response("503 Service Unavailable", [("Content-Type", "text/plain; charset=utf-8")])
+            return [f"{MAX_SCRAPES} requests are already being answered; try again\n".encode()]
+        try:
+            return list(app(environ, start_response))
+        finally:
+            free.release()
+
+    return serve
+
+
+def _guarded(app: App, access: Access) -> App:
     """The application, for callers that may read metrics."""
 
     def serve(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:

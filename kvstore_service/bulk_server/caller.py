@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
+from kvstore_codec.errors import RequestError
 from kvstore_service.identity import Access, Caller
 from kvstore_service.identity.verbs import STORAGE, VERBS
 
@@ -23,6 +25,17 @@ class BulkCaller:
     def is_known(self) -> bool:
         """Whether the caller is identified, or need not be."""
         return self._caller is not None or self._access.is_open
+
+    @property
+    def share(self) -> str:
+        """The tenant whose share of the places its connection takes. Empty where callers are not identified."""
+        return "" if self._caller is None else self._caller.share
+
+    def recognise(self) -> None:
+        """Identifies the caller by its certificate, if that is a credential."""
+        if self._access.knows_certificates:
+            with suppress(RequestError):
+                self.require()
 
     def present(self, token: bytes | bytearray) -> None:
         """Identifies the caller by its token. Raises UnauthenticatedError, PermissionDeniedError."""

@@ -11,18 +11,27 @@ from kvstore_api.affinity import AffinityPolicy, shared_where_local
 from kvstore_api.byte_stream import ByteStream
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.node import StorageNode
+from kvstore_service.bulk_server.caller import BulkCaller
+from kvstore_service.bulk_server.places import NoPlaceError, Places
 from kvstore_service.bulk_server.session import RefusedError, Session
 from kvstore_service.chunk_source import ChunkSource
 from kvstore_service.identity import OPEN, Access
 from kvstore_service.large_requests import LargeRequests
-from kvstore_service.listen import Address, address_error
+from kvstore_service.listen import Address, address_error, network_of
+from kvstore_service.strangers import Strangers
 from kvstore_service.tls import ServerTls
 
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 256
-"""Most open connections. Each has a thread, and reads or writes at most one chunk at a time. One more connection closes
-the one that has been idle longest, or is closed itself if none is idle."""
+"""Most open connections of identified callers. Each has a thread, and reads or writes at most one chunk at a time. One
+more connection closes the one that has been idle longest, or is refused if none is idle."""
+MAX_CONNECTIONS_OF_TENANT = 192
+"""Of these, most of one tenant, where there are credentials."""
+MAX_STRANGERS = 128
+"""Most open connections of callers that are not identified yet. One more closes another (`Strangers`)."""
+STRANGER_S = 5.0
+"""Time limit to be identified: for TLS handshake, preface and token together."""
 PATIENCE_S = 20.0
 """Time limit for sending 4 MiB to a client, or receiving 256 KiB from it. A slower client is disconnected, and its
 chunks are released."""
@@ -44,6 +53,9 @@ class BulkServer:
         source: ChunkSource | None = None,
         large: LargeRequests | None = None,
         max_connections: int = MAX_CONNECTIONS,
+        max_of_tenant: int = MAX_CONNECTIONS_OF_TENANT,
+        max_strangers: int = MAX_STRANGERS,
+        stranger_s: float = STRANGER_S,
         patience_s: float = PATIENCE_S,
         idle_s: float = IDLE_S,
         affinity: AffinityPolicy = shared_where_local,
@@ -54,7 +66,8 @@ class BulkServer:
         self._tls = tls
         self._source: ChunkSource = source or node
         self._large = large or LargeRequests()
-        self._max_connections = max_connections
+        self._max_connections = max_connections + 2 * max_strangers  # those that are being closed included
+        self._stranger_s = stranger_s
         self._patience_s = patience_s
         self._idle_s = idle_s
         self._affinity = affinity
@@ -71,8 +84,8 @@ class BulkServer:
         self._lock = threading.Lock()
         self._stopping = False
         self._connections: dict[ByteStream, threading.Thread] = {}
-        self._idle: dict[ByteStream, None] = {}  # the longest idle first
-        self._closing: set[ByteStream] = set()  # aborted by this server, threads not ended yet
+        self._strangers: Strangers[ByteStream] = Strangers(max_strangers)
+        self._places = Places(max_connections, max_connections if access.is_open else max_of_tenant)
         self._acceptor = BackgroundLoop("kvstore-bulk-accept", self._accept)
         self._acceptor.start()
 
@@ -83,7 +96,7 @@ class BulkServer:
         with self._lock:
             self._stopping = True
             connections = dict(self._connections)
-            for stream in self._idle:
+            for stream in (*self._strangers, *self._places.idle):
                 stream.abort()
         with contextlib.suppress(OSError):  # the kernel reports "not connected", but the acceptor wakes up
             self._listener.shutdown(socket.SHUT_RDWR)
@@ -105,7 +118,7 @@ class BulkServer:
                 self._acceptor.stopping.wait(_RETRY_ACCEPT_S)
             return
         try:
-            self._begin(connected, str(Address(peer[0], peer[1])))
+            self._begin(connected, Address(peer[0], peer[1]))
         except (OSError, RuntimeError) as error:  # the client has disconnected, or no thread can start
             log.warning("a bulk connection from %s was not served: %s", peer[0], error)
             connected.close()
@@ -113,19 +126,23 @@ class BulkServer:
             connected.close()
             raise
 
-    def _begin(self, connected: socket.socket, peer: str) -> None:
+    def _begin(self, connected: socket.socket, peer: Address) -> None:
         if self._tls is not None:
             context = self._tls.context()
             connected = context.wrap_socket(connected, server_side=True, do_handshake_on_connect=False)
         stream = ByteStream(connected, self._affinity)
-        thread = threading.Thread(target=self._serve, args=(stream, peer), name="kvstore-bulk", daemon=True)
+        thread = threading.Thread(
+            target=self._serve, args=(stream, str(peer)), name="kvstore-bulk", daemon=True
+        )
         with self._lock:
-            full = len(self._connections) - len(self._closing) >= self._max_connections
-            if self._stopping or (full and not self._close_longest_idle()):
+            if self._stopping or len(self._connections) >= self._max_connections:
                 stream.close()
                 return
             thread.start()
             self._connections[stream] = thread
+            out = self._strangers.add(stream, network_of(peer.host))
+            if out is not None:
+                out.abort()
 
     def _serve(self, stream: ByteStream, peer: str) -> None:
         try:
@@ -139,8 +156,8 @@ class BulkServer:
         finally:
             with self._lock:
                 del self._connections[stream]
-                self._idle.pop(stream, None)
-                self._closing.discard(stream)
+                self._strangers.remove(stream)
+                self._places.leave(stream)
                 stream.close()
 
     def _serve_requests(self, stream: ByteStream, peer: str) -> None:
@@ -153,34 +170,33 @@ class BulkServer:
             peer=peer,
             patience_s=self._patience_s,
             idle_s=self._idle_s,
+            stranger_s=self._stranger_s,
         )
         try:
-            stream.handshake(self._patience_s)
             session.greet()
-            while self._mark_idle(stream):
+            while self._wait_begins(stream, session.caller):
                 session.wait()
                 with self._lock:
-                    self._idle.pop(stream, None)
+                    self._places.set_busy(stream)
                 session.serve()
         except RefusedError as refusal:
             session.refuse(str(refusal))
 
-    def _mark_idle(self, stream: ByteStream) -> bool:
-        """Marks the connection as idle. Returns False if the server is stopping and serves no further request."""
+    def _wait_begins(self, stream: ByteStream, caller: BulkCaller) -> bool:
+        """Marks the connection as idle, and gives it a place once its caller is known. Returns False if the server is
+        stopping and serves no further request. Raises RefusedError if there is no place."""
         with self._lock:
-            self._idle[stream] = None
-            return not self._stopping
-
-    def _close_longest_idle(self) -> bool:
-        """Closes the connection that has been idle longest; its client reconnects. Returns False if none is idle. The
-        caller holds the lock."""
-        stream = next(iter(self._idle), None)
-        if stream is None:
-            return False
-        del self._idle[stream]
-        self._closing.add(stream)
-        stream.abort()
-        return True
+            if caller.is_known and stream in self._strangers:
+                try:
+                    out = self._places.take(stream, caller.share)
+                except NoPlaceError as error:
+                    raise RefusedError(str(error)) from error
+                self._strangers.remove(stream)
+                if out is not None:
+                    out.abort()
+            self._places.set_idle(stream)
+            # A connection in neither was closed for another one; what it had sent before is not served.
+            return not self._stopping and (stream in self._places or stream in self._strangers)
 
 
 def serve_bulk(

@@ -38,6 +38,11 @@ _SEND_BYTES = 4 << 20
 # Large enough that the cost of the system calls is negligible.
 _RECEIVE_BYTES = 1 << 20
 
+# Of what a refused client still sends. The client may be a stranger, so it is little.
+_DISCARD_BYTES = 16 << 10
+_DISCARD_S = 2.0
+_SHORTEST_S = 0.001
+
 # Time limit for the pieces of a request after its first one: a request of 8 MiB needs 12 Mbit/s.
 _REST_S = 5.0
 
@@ -62,7 +67,11 @@ class Session:
         peer: str,
         patience_s: float,
         idle_s: float,
+        stranger_s: float,
     ) -> None:
+        """A client that is not identified `stranger_s` after the construction is disconnected."""
+        self._greeted = False
+        self._identified_by_s = time.monotonic() + stranger_s
         self._caller = BulkCaller(access, stream.peer_names)
         self._node = node
         self._stream = stream
@@ -73,20 +82,30 @@ class Session:
         self._idle_s = idle_s
         self._header = bytearray(frames.HEADER_BYTES)
 
+    @property
+    def caller(self) -> BulkCaller:
+        return self._caller
+
     def greet(self) -> None:
-        """Receives the client's preface. Raises RefusedError for another protocol or version."""
+        """Performs the TLS handshake and receives the client's preface. Raises RefusedError for another protocol or
+        version, and OSError."""
+        self._stream.handshake(self._stranger_left_s())
         preface = bytearray(len(frames.PREFACE))
-        self._stream.receive_into(preface, self._patience_s)
+        self._stream.receive_into(preface, self._stranger_left_s())
         if preface != frames.PREFACE:
             raise RefusedError(
                 f"this is the bulk port of a storage node, version {frames.VERSION}; "
                 "update whichever side is older, or use its gRPC port"
             )
+        self._greeted = True
+        self._caller.recognise()
 
     def wait(self) -> None:
         """Blocks until a request begins. Raises OSError if the client disconnects or is idle for too long. A client
         that has not said who it is must do so soon."""
-        self._stream.receive_into(self._header, self._idle_s if self._caller.is_known else self._patience_s)
+        self._stream.receive_into(
+            self._header, self._idle_s if self._caller.is_known else self._stranger_left_s()
+        )
 
     def serve(self) -> None:
         """Answers the request that `wait` has seen. Raises RefusedError, and OSError if the client disconnects or is
@@ -117,15 +136,22 @@ class Session:
         text = reason.encode()[: frames.MAX_TEXT_BYTES]
         self._stream.send([pack_header(FrameKind.REFUSED, len(text)), text], self._patience_s)
         self._stream.end_sending()
-        scratch = bytearray(_RECEIVE_BYTES)
-        until = time.monotonic() + self._patience_s
-        while time.monotonic() < until:
-            self._stream.receive_into(scratch, self._patience_s)
+        scratch = bytearray(_DISCARD_BYTES)
+        is_stranger = not (self._greeted and self._caller.is_known)
+        until = time.monotonic() + (_DISCARD_S if is_stranger else self._patience_s)
+        while (left_s := until - time.monotonic()) > 0:
+            self._stream.receive_into(scratch, left_s)
 
     def _message(self, length: int) -> bytearray:
         message = bytearray(length)
-        self._stream.receive_into(message, self._patience_s)
+        self._stream.receive_into(
+            message, self._patience_s if self._caller.is_known else self._stranger_left_s()
+        )
         return message
+
+    def _stranger_left_s(self) -> float:
+        """How long the client may still take to say who it is. Not 0, with which a socket would not block."""
+        return max(_SHORTEST_S, min(self._patience_s, self._identified_by_s - time.monotonic()))
 
     def _large_message(self, length: int, kept: ExitStack) -> bytearray:
         """Receives a large request. Memory and a share of the limit on large requests are taken for received bytes, not

@@ -36,6 +36,11 @@ class Caller:
     proof: bytes = field(default=b"", repr=False)
     """SHA-256 digest of what the caller has shown: its token, or the subject of its certificate."""
 
+    @property
+    def share(self) -> str:
+        """The tenant whose share of the service's limits the caller takes: its own, or ALL_TENANTS."""
+        return ALL_TENANTS if self.tenant is None else self.tenant
+
     def acting_for(self, tenant: str) -> str:
         """The tenant that a request of this caller acts for, if it names `tenant`, or none by an empty text: then it
         acts for the caller's own tenant, and a caller of every tenant for the default tenant. Raises

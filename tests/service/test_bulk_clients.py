@@ -12,6 +12,7 @@ from kvstore_api.frames import MAX_READ_REQUEST_BYTES, FrameKind, pack_header
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_service.bulk_server import session
 from kvstore_service.large_requests import SMALL_BYTES
+from kvstore_service.listen import Address
 from tests.sample_chunk import SampleChunk, sample_chunk
 from tests.service.bulk_port import (
     CHUNK,
@@ -70,7 +71,7 @@ def test_announced_reads_take_no_place_before_they_come(port: Port) -> None:
         for _ in range(8):
             greedy = connections.enter_context(port.connected())
             greedy.sendall(pack_header(FrameKind.READ, MAX_READ_REQUEST_BYTES))
-        wait_until(lambda: len(port.server._connections) == 8 and not port.server._idle)
+        wait_until(lambda: len(port.server._connections) == 8 and not port.server._places.idle)
         connected = connections.enter_context(port.connected())
         connected.sendall(put_frame() + CHUNK.data)
         assert reply(connected).status == pb.PUT_STATUS_STORED
@@ -105,7 +106,7 @@ def test_beyond_the_limit_the_connection_that_is_idle_longest_is_closed() -> Non
         for connected in (second, first):
             connected.sendall(put_frame() + CHUNK.data)
             reply(connected)
-            wait_until(lambda: len(port.server._idle) == 2)
+            wait_until(lambda: len(port.server._places.idle) == 2)
         for _ in range(3):
             with port.connected() as third:
                 third.sendall(read_frame())
@@ -113,16 +114,17 @@ def test_beyond_the_limit_the_connection_that_is_idle_longest_is_closed() -> Non
             assert second.recv(1) == b""
             first.sendall(read_frame())
             assert answer(first) == (FrameKind.RANGE, CHUNK.data)
-            wait_until(lambda: len(port.server._connections) == len(port.server._idle) == 1)
+            wait_until(lambda: len(port.server._connections) == len(port.server._places.idle) == 1)
 
 
 def test_connections_in_service_are_not_closed_for_new_ones() -> None:
     with served_port(max_connections=2) as port, port.connected() as first, port.connected() as second:
         for connected in (first, second):
             connected.sendall(put_frame() + CHUNK.data[:1])
-        wait_until(lambda: len(port.server._connections) == 2 and not port.server._idle)
-        with port.connected() as third, contextlib.suppress(ConnectionError):
-            assert third.recv(1) == b""
+        wait_until(lambda: len(port.server._connections) == 2 and not port.server._places.idle)
+        with port.connected() as third:
+            kind, text = answer(third)
+            assert (kind, b"2 connections" in text) == (FrameKind.REFUSED, True)
         for connected in (first, second):
             connected.sendall(CHUNK.data[1:])
             assert reply(connected).status in (pb.PUT_STATUS_STORED, pb.PUT_STATUS_ALREADY_STORED)
@@ -131,7 +133,7 @@ def test_connections_in_service_are_not_closed_for_new_ones() -> None:
 def test_stopping_is_prompt_and_gives_requests_under_way_their_time(port: Port) -> None:
     stored_large(port)
     with port.connected() as idle, port.connected() as busy:
-        wait_until(lambda: len(port.server._idle) == 2)
+        wait_until(lambda: len(port.server._places.idle) == 2)
         busy.sendall(read_frame(1))
         busy.recv(1)
         began = time.monotonic()
@@ -180,7 +182,7 @@ def test_no_request_starts_a_thread(port: Port) -> None:
 def test_the_port_goes_on_accepting_whatever_went_wrong(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
     begin, failed = port.server._begin, threading.Event()
 
-    def fail_once(connected: socket.socket, peer: str) -> None:
+    def fail_once(connected: socket.socket, peer: Address) -> None:
         if not failed.is_set():
             failed.set()
             raise TypeError("a mistake")
