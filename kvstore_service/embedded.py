@@ -153,6 +153,7 @@ class EmbeddedCluster:
             partial(serve_coordinator, address=address, security=self.security),
             replicas=self._settings.replicas or min(2, max(1, len(homes))),
             redis_url=self._redis_url,
+            isolated=self.security.isolated,
         )
         storage = ray.remote(StorageActor)
         for number, options in enumerate(placed):

@@ -1,6 +1,5 @@
 """Canary calls of the Coordinator service, a thin shell around a CanaryRegistry."""
 
-from ipaddress import ip_network
 from typing import NoReturn
 from urllib.parse import unquote
 
@@ -8,7 +7,7 @@ import grpc
 
 from kvstore_api.calibrations import DIGEST_BYTES
 from kvstore_api.v1 import kvstore_pb2 as pb
-from kvstore_cluster.canaries import CanaryRecord, CanaryRegistry, Origin, Refusals, canary_key
+from kvstore_cluster.canaries import CanaryRecord, CanaryRegistry, Origin, Refusals
 from kvstore_codec.errors import (
     CanaryError,
     CatalogueError,
@@ -17,6 +16,7 @@ from kvstore_codec.errors import (
 )
 from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, unary
 from kvstore_service.identity import OPEN, Access
+from kvstore_service.listen import network_of
 from kvstore_service.wire import tenant_name
 
 _STATUS: dict[type[KVStoreError], grpc.StatusCode] = {
@@ -44,7 +44,7 @@ class CanaryService:
         digest, tenant = _digest(request.model_digest, context), self._tenant(request, context)
         try:
             # Read before the canary, so that the caller notices a replacement between the two reads.
-            changes = self._registry.changes
+            changes = self._registry.changes_of(self._access.own_tenant(context))
             return _reply(*self._registry.get(digest, tenant), changes)
         except KVStoreError as error:
             _abort(error, context)
@@ -53,7 +53,7 @@ class CanaryService:
         digest, origin = _digest(request.model_digest, context), _origin_of(request.origin)
         tenant = self._tenant(request, context)
         try:
-            changes = self._registry.changes
+            changes = self._registry.changes_of(self._access.own_tenant(context))
             client = client_of(context.peer()) if self._access.is_open else f"tenant {tenant}"
             kept = self._registry.put(digest, request.generation, origin, request.sketch, client, tenant)
             return _reply(*kept, changes)
@@ -65,9 +65,7 @@ class CanaryService:
     ) -> pb.ReportRefusalReply:
         digest, tenant = _digest(request.model_digest, context), self._tenant(request, context)
         self._registry.count_use(digest, tenant)
-        self._refusals.add(
-            canary_key(digest, tenant), request.generation, _origin_of(request.origin), request.message
-        )
+        self._refusals.add(digest, request.generation, _origin_of(request.origin), request.message, tenant)
         return pb.ReportRefusalReply()
 
     def list(
@@ -87,7 +85,7 @@ class CanaryService:
             generation = self._registry.replace(digest, tenant)
         except KVStoreError as error:
             _abort(error, context)
-        self._refusals.forget(canary_key(digest, tenant))
+        self._refusals.forget(digest, tenant)
         return pb.ReplaceCanaryReply(generation=generation)
 
     def _tenant(
@@ -117,7 +115,7 @@ class CanaryService:
                     last_unix_s=refusal.last_unix_s,
                     times=refusal.times,
                 )
-                for refusal in self._refusals.of(record.key)
+                for refusal in self._refusals.of(record.model_digest, record.tenant)
             ],
         )
 
@@ -126,13 +124,8 @@ def client_of(peer: str) -> str:
     """The client of a call, for limits per client. For an IPv4 peer such as `ipv4:10.0.0.7:51204` it is the address
     without the port. For an IPv6 peer it is the /64 network, because one host can have all its addresses."""
     kind, _, rest = unquote(peer).partition(":")
-    host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
-    if kind != "ipv6":
-        return host if kind == "ipv4" else peer
-    try:
-        return str(ip_network((host, 64), strict=False))
-    except ValueError:
-        return peer
+    host = rest.rpartition(":")[0].strip("[]")
+    return network_of(host) if host and kind in ("ipv4", "ipv6") else peer
 
 
 def _reply(record: CanaryRecord, sketch: bytes, changes: int) -> pb.CanaryReply:

@@ -19,6 +19,7 @@ from kvstore_service.grpc_calibrations import CalibrationService
 from kvstore_service.grpc_canaries import CanaryService
 from kvstore_service.grpc_directives import DirectiveService
 from kvstore_service.grpc_server import GrpcServer, unary
+from kvstore_service.identity import OPEN, Access
 from kvstore_service.listen import Address
 from kvstore_service.security import INSECURE, Security
 
@@ -76,7 +77,14 @@ class StorageProbe:
 
 
 class CoordinatorService:
-    def __init__(self, coordinator: Coordinator, canaries: CanaryRegistry, probe: StorageProbe) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        canaries: CanaryRegistry,
+        probe: StorageProbe,
+        access: Access = OPEN,
+    ) -> None:
+        self._access = access
         self._coordinator = coordinator
         self._canaries = canaries
         self._probe = probe
@@ -90,14 +98,14 @@ class CoordinatorService:
     def membership(
         self,
         request: pb.MembershipRequest,  # noqa: ARG002
-        context: grpc.ServicerContext,  # noqa: ARG002
+        context: grpc.ServicerContext,
     ) -> pb.MembershipReply:
         membership = self._coordinator.membership()
         return pb.MembershipReply(
             epoch=membership.epoch,
             members=[_member(member) for member in membership.members],
             replicas=membership.replicas,
-            canary_changes=self._canaries.changes,
+            canary_changes=self._canaries.changes_of(self._access.own_tenant(context)),
         )
 
     def cluster_stats(
@@ -135,7 +143,7 @@ class CoordinatorServer:
         self._detector.check()
         service = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
         handlers = (
-            CoordinatorService(coordinator, canaries, self._probe).handlers()
+            CoordinatorService(coordinator, canaries, self._probe, access).handlers()
             | DirectiveService(coordinator, access).handlers()
             | CalibrationService(calibrations).handlers()
             | CanaryService(canaries, access).handlers()

@@ -1,6 +1,5 @@
 """The Storage gRPC service, a thin shell around a StorageNode."""
 
-import threading
 from collections.abc import Iterator
 
 import grpc
@@ -15,7 +14,6 @@ from kvstore_cluster.repair import RepairWorker
 from kvstore_cluster.scrub import scrub
 from kvstore_codec.errors import (
     AbandonedRequestError,
-    BusyError,
     ChunkFormatError,
     ChunkNotFoundError,
     ConfigurationError,
@@ -31,9 +29,11 @@ from kvstore_service.grpc_puts import put_chunks
 from kvstore_service.grpc_server import MAX_MESSAGE_BYTES, MAX_REPLY_BYTES, GrpcServer, parser, unary
 from kvstore_service.identity import OPEN, Access
 from kvstore_service.large_requests import LargeRequests
+from kvstore_service.list_cursors import ListCursors
 from kvstore_service.listen import Address
 from kvstore_service.lookup_reply import lookup_reply
 from kvstore_service.tls import ServerTls
+from kvstore_service.verifications import Verifications
 
 # 16 MiB of a reply are left for the other fields of wire.MAX_CHUNKS answers.
 MAX_HEADER_BYTES = MAX_REPLY_BYTES - (16 << 20)
@@ -59,7 +59,7 @@ class StorageService:
         self._node = node
         self._access = access
         self._large = large or LargeRequests()
-        self._verifying = threading.Lock()
+        self._verifications, self._cursors = Verifications(), ListCursors()
         self._experiments = experiments
         self._source: ChunkSource = node if experiments is None else experiments
         self._bulk_endpoint = bulk_endpoint
@@ -163,14 +163,17 @@ class StorageService:
     def list(self, request: pb.ListRequest, context: grpc.ServicerContext) -> pb.ListReply:
         content_prefix = wire.content_prefix(request)
         tenant = self._access.tenant_or_all(context, wire.tenant_or_all(request))
+        own = self._access.own_tenant(context)
         self._large.wait_for_turn()  # one page may look at every chunk of the node
         variants, next_cursor = self._node.list(
-            request.cursor,
+            self._cursors.opened(request.cursor, own),
             min(request.limit or MAX_LISTED, MAX_LISTED),
             content_prefix=content_prefix,
             tenant=tenant,
         )
-        return pb.ListReply(variants=map(wire.stored_variant, variants), next_cursor=next_cursor)
+        return pb.ListReply(
+            variants=map(wire.stored_variant, variants), next_cursor=self._cursors.sealed(next_cursor, own)
+        )
 
     def verify(
         self,
@@ -178,15 +181,11 @@ class StorageService:
         context: grpc.ServicerContext,
     ) -> Iterator[pb.VerifyReply]:
         tenant = self._access.tenant_or_all(context, wire.tenant_or_all(request))
-        if not self._verifying.acquire(blocking=False):
-            raise BusyError("this node is already being verified; wait until that has ended")
-        try:
+        with self._verifications.admitted(tenant):
             yield from self._verify(tenant, context)
-        finally:
-            self._verifying.release()
 
     def _verify(self, tenant: str | None, context: grpc.ServicerContext) -> Iterator[pb.VerifyReply]:
-        for progress in scrub(self._node, tenant):
+        for progress in self._verifications.in_turns(scrub(self._node, tenant)):
             if not context.is_active():
                 return
             yield pb.VerifyReply(

@@ -5,7 +5,7 @@ import logging
 import math
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore_api.placement import Member, Membership
@@ -17,6 +17,12 @@ from kvstore_codec.identity import ChunkId
 log = logging.getLogger(__name__)
 
 MAX_PINS = 1 << 17
+"""Most pinned chunks of all tenants, besides the first RESERVED_PINS of each."""
+MAX_PINS_OF_TENANT = 1 << 14
+"""Most pinned chunks of one tenant, where tenants are kept apart: 4 million tokens of 256 a chunk."""
+RESERVED_PINS = 128
+"""Chunks that each tenant can pin whatever others have pinned."""
+MAX_PINNING_TENANTS = 1 << 10
 MAX_QUOTAS = 1 << 12
 _RETRY_PERIOD_S = 0.5
 
@@ -43,7 +49,9 @@ class Coordinator:
     written to the catalogue before they take effect, and raise CatalogueError when that fails.
     """
 
-    def __init__(self, catalogue: Catalogue, *, replicas: int = 1) -> None:
+    def __init__(self, catalogue: Catalogue, *, replicas: int = 1, isolated: bool = False) -> None:
+        """`isolated` limits the pins of each tenant, as on nodes that keep tenants apart."""
+        self._max_pins_of_tenant = MAX_PINS_OF_TENANT if isolated else MAX_PINS
         self._catalogue = catalogue
         self._replicas = replicas
         self._lock = threading.Lock()  # guards the state; never held during I/O
@@ -209,17 +217,27 @@ class Coordinator:
             pins = change(old)
             if pins == old:
                 return state
-            before = sum(map(len, state.pins.values()))
-            total = before - len(old) + len(pins)
-            if total > max(MAX_PINS, before):
-                raise TooManyPinsError(
-                    f"at most {MAX_PINS} chunks of all tenants can be pinned, and these would be more; unpin some first"
-                )
             others = {name: kept for name, kept in state.pins.items() if name != tenant}
+            if len(pins) > len(old):
+                self._require_pins(others.values(), pins)
             every = others | ({tenant: pins} if pins else {})
             return replace(state, pins=every, changes=state.changes + 1)
 
         return len(self._decide(changed).pins.get(tenant, ()))
+
+    def _require_pins(self, others: Collection[frozenset[ChunkId]], pins: frozenset[ChunkId]) -> None:
+        """Raises TooManyPinsError unless a tenant may have these pins beside those of the others."""
+        if len(pins) > self._max_pins_of_tenant:
+            raise TooManyPinsError(
+                f"at most {self._max_pins_of_tenant} chunks can be pinned, and these would be {len(pins)}; "
+                "unpin some first"
+            )
+        shared = sum(max(0, len(some) - RESERVED_PINS) for some in (*others, pins))
+        full = shared > MAX_PINS and len(pins) > RESERVED_PINS
+        if full or len(others) >= MAX_PINNING_TENANTS:
+            raise TooManyPinsError(
+                "the cluster has as many pinned chunks as it can keep; ask its operator to unpin some"
+            )
 
     def _set_draining(self, change: Callable[[frozenset[str]], frozenset[str]]) -> None:
         def changed(state: ClusterState) -> ClusterState:

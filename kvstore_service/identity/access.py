@@ -97,6 +97,14 @@ class Access:
         caller = self.of_call(context)
         return None if asked is None and caller.tenant is None else caller.acting_for(asked or "")
 
+    def own_tenant(self, context: grpc.ServicerContext) -> str | None:
+        """The tenant of the caller. None for a caller of every tenant, and where callers are not identified."""
+        return None if self._file is None else self.of_call(context).tenant
+
+    def whose(self, context: grpc.ServicerContext) -> str:
+        """The tenant whose share of a limit a call takes. Raises UnauthenticatedError."""
+        return self.of_call(context).share
+
     def namespace(self, context: grpc.ServicerContext, asked: str) -> str:
         """Like `tenant`, for what all tenants of a service without credentials share: then it is the default
         tenant's."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvstore_api.placement import Member
+from kvstore_cluster import coordinator as coordinator_module
 from kvstore_cluster.catalogue import ClusterState, FileCatalogue
 from kvstore_cluster.coordinator import MAX_PINS, Coordinator
 from kvstore_cluster.failure_detector import FailureDetector
@@ -234,6 +235,38 @@ def test_pins_have_a_limit(coordinator: Coordinator) -> None:
     with pytest.raises(TooManyPinsError, match="unpin some"):
         coordinator.pin([FIRST])
     assert coordinator.unpin(chunks) == 0
+
+
+def test_each_tenant_can_pin_whatever_others_have_pinned(
+    catalogue: FileCatalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"MAX_PINS": 1000, "MAX_PINS_OF_TENANT": 110, "RESERVED_PINS": 10}.items():
+        monkeypatch.setattr(coordinator_module, name, value)
+    coordinator = Coordinator(catalogue, isolated=True)
+    chunks = [ChunkId(ContentId(number.to_bytes(32)), FIRST.prefix_id) for number in range(111)]
+    greedy = [f"greedy-{number}" for number in range(10)]
+    for tenant in greedy:
+        assert coordinator.pin(chunks[:110], tenant) == 110
+    with pytest.raises(TooManyPinsError, match="at most 110 chunks"):
+        coordinator.pin(chunks, greedy[0])
+    assert coordinator.pin(chunks[:10], "late") == 10
+    with pytest.raises(TooManyPinsError, match="ask its operator"):
+        coordinator.pin(chunks[:11], "late")
+    assert coordinator.unpin(chunks, greedy[0]) == 0
+    assert coordinator.pin(chunks[:11], "late") == 11
+    coordinator.close()
+
+
+def test_the_tenants_with_pins_have_a_limit(
+    catalogue: FileCatalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_module, "MAX_PINNING_TENANTS", 2)
+    coordinator = Coordinator(catalogue, isolated=True)
+    for tenant in ("a", "b"):
+        coordinator.pin([FIRST], tenant)
+    with pytest.raises(TooManyPinsError, match="ask its operator"):
+        coordinator.pin([FIRST], "c")
+    coordinator.close()
 
 
 class Network:

@@ -56,7 +56,7 @@ class SecuredCluster:
         self._running.callback(self.storage.stop, 0)
         catalogue = FileCatalogue(folder / "catalogue")
         self._running.callback(catalogue.close)
-        self.coordinator = Coordinator(catalogue)
+        self.coordinator = Coordinator(catalogue, isolated=True)
         self._running.callback(self.coordinator.close)
         self.coordinator.join(Member("node-0", self.storage.address, 1.0, self.bulk.address), incarnation=1)
         self.canaries = CanaryRegistry(folder / "canaries")

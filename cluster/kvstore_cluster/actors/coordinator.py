@@ -26,7 +26,8 @@ class CoordinatorActor:
     listens on the same address as before.
 
     The catalogue is a file in `data_dir`. With `redis_url` it is in Redis, which then also mirrors calibrations and
-    canaries. The constructor waits for Redis, because Ray does not restart an actor whose constructor failed.
+    canaries. `isolated` says that nodes keep tenants apart. The constructor waits for Redis, because Ray does not
+    restart an actor whose constructor failed.
 
     Raises ConfigurationError, CatalogueError, AddressInUseError.
     """
@@ -38,15 +39,18 @@ class CoordinatorActor:
         *,
         replicas: int = 1,
         redis_url: str | None = None,
+        isolated: bool = False,
     ) -> None:
         folder, canary_folder = data_dir / "calibrations", data_dir / "canaries"
         if redis_url is None:
             self._catalogue: FileCatalogue | RedisCatalogue = FileCatalogue(data_dir)
-            self._coordinator = Coordinator(self._catalogue, replicas=replicas)
+            self._coordinator = Coordinator(self._catalogue, replicas=replicas, isolated=isolated)
             calibrations, canaries = CalibrationRegistry(folder), CanaryRegistry(canary_folder)
         else:
             self._catalogue = _waited_for(lambda: RedisCatalogue(redis_url))
-            self._coordinator = _waited_for(lambda: Coordinator(self._catalogue, replicas=replicas))
+            self._coordinator = _waited_for(
+                lambda: Coordinator(self._catalogue, replicas=replicas, isolated=isolated)
+            )
             mirror = RedisMirror(redis_url)
             calibrations = _waited_for(lambda: CalibrationRegistry(folder, mirror))
             canary_mirror = RedisCanaryMirror(redis_url)

@@ -12,33 +12,48 @@ MAX_MESSAGE_BYTES = 512
 
 
 class Refusals:
-    """Recent refusals by model. Thread-safe. Repeated reports of one worker increase its count, even from another
-    process id. Keeps the last MAX_OF_A_MODEL workers of each model, and the last MAX_MODELS models."""
+    """Recent refusals by tenant and model. Thread-safe. Repeated reports of one worker increase its count, even from
+    another process id. Keeps the last MAX_OF_A_MODEL workers of each model, and MAX_MODELS models: one more takes the
+    place of the oldest one of the tenant that has most."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._models: OrderedDict[bytes, OrderedDict[Origin, Refusal]] = OrderedDict()
+        self._models: dict[str, OrderedDict[bytes, OrderedDict[Origin, Refusal]]] = {}
+        self._count = 0
 
-    def add(self, model_digest: bytes, generation: int, origin: Origin, message: str) -> None:
+    def add(
+        self, model_digest: bytes, generation: int, origin: Origin, message: str, tenant: str = ""
+    ) -> None:
         origin = bounded(origin)
         message = message.encode()[:MAX_MESSAGE_BYTES].decode(errors="ignore")
         who = Origin(origin.model_id, origin.host, 0, origin.software, origin.device, origin.dtype)
         with self._lock:
-            found = self._models.setdefault(model_digest, OrderedDict())
+            models = self._models.setdefault(tenant, OrderedDict())
+            self._count += model_digest not in models
+            found = models.setdefault(model_digest, OrderedDict())
             before = found.pop(who, None)
             times = before.times + 1 if before is not None else 1
             found[who] = Refusal(origin, generation, message, time.time(), times)
-            self._models.move_to_end(model_digest)
+            models.move_to_end(model_digest)
             while len(found) > MAX_OF_A_MODEL:
                 found.popitem(last=False)
-            while len(self._models) > MAX_MODELS:
-                self._models.popitem(last=False)
+            if self._count > MAX_MODELS:
+                most = max(self._models, key=lambda name: len(self._models[name]))
+                self._drop(most, next(iter(self._models[most])))
 
-    def of(self, model_digest: bytes) -> tuple[Refusal, ...]:
-        """Refusals of a model, the latest last."""
+    def of(self, model_digest: bytes, tenant: str = "") -> tuple[Refusal, ...]:
+        """Refusals of a tenant's model, the latest last."""
         with self._lock:
-            return tuple(self._models.get(model_digest, {}).values())
+            found = self._models[tenant].get(model_digest) if tenant in self._models else None
+            return () if found is None else tuple(found.values())
 
-    def forget(self, model_digest: bytes) -> None:
+    def forget(self, model_digest: bytes, tenant: str = "") -> None:
         with self._lock:
-            self._models.pop(model_digest, None)
+            if model_digest in self._models.get(tenant, {}):
+                self._drop(tenant, model_digest)
+
+    def _drop(self, tenant: str, model_digest: bytes) -> None:
+        del self._models[tenant][model_digest]
+        if not self._models[tenant]:
+            del self._models[tenant]
+        self._count -= 1

@@ -10,6 +10,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,15 +81,16 @@ class CanaryRegistry:
             raise self._unusable(error) from error
         if mirror is not None:
             self._synchronise(mirror)
-        self._changes = sum(kept.record.generation for kept in self._kept.values())
+        self._changes: Counter[str] = Counter()
+        for kept in self._kept.values():
+            self._changes[kept.record.tenant] += kept.record.generation
 
-    @property
-    def changes(self) -> int:
-        """A number that increases with every replaced canary. It starts as the sum of all generations. Forgetting a
-        model does not change it: workers continue with the generation that they know, and the model's next canary has
-        another one."""
+    def changes_of(self, tenant: str | None = None) -> int:
+        """A number that increases with every replaced canary of a tenant, or of all tenants (None). It starts as the
+        sum of all generations. Forgetting a model does not change it: workers continue with the generation that they
+        know, and the model's next canary has another one."""
         with self._lock:
-            return self._changes
+            return self._changes.total() if tenant is None else self._changes[tenant]
 
     def get(self, model_digest: bytes, tenant: str = "") -> tuple[CanaryRecord, bytes]:
         """A tenant's canary of a model and its KV. A record with empty KV when there is none. Raises CatalogueError
@@ -168,12 +170,17 @@ class CanaryRegistry:
             new = CanaryRecord(model_digest, known.generation + 1, origin, client=known.client, tenant=tenant)
             self._keep(new, b"")
             with self._lock:
-                self._changes += 1
+                self._changes[tenant] += 1
         log.warning("canary of model %s dropped: generation %d", model_digest.hex()[:12], new.generation)
         return new.generation
 
     def records(self) -> tuple[CanaryRecord, ...]:
-        """Records of all models and tenants, least recently used first."""
+        """Records of all models and tenants, least recently used first. A damaged one is missing until its next worker
+        computes it anew, unless it is of the default tenant: whose it is was in the damaged bytes."""
+        return tuple(record for record in self._replaceable() if len(record.model_digest) == len(_FORGOTTEN))
+
+    def _replaceable(self) -> tuple[CanaryRecord, ...]:
+        """Records that may be forgotten, least recently used first."""
         with self._lock:
             kept = sorted(self._kept.values(), key=lambda kept: kept.used)
         return tuple(one.record for one in kept if one.record.model_digest != _FORGOTTEN)
@@ -218,7 +225,7 @@ class CanaryRegistry:
             mirror.keep(key, record.generation, write_document(record, sketch))
 
     def _make_room(self, new: CanaryRecord) -> None:
-        others = (record for record in self.records() if record.key != new.key)
+        others = (record for record in self._replaceable() if record.key != new.key)
         for record in making_room(others, new, self._max_models, self._max_bytes):
             self._forget(record)
 

@@ -14,6 +14,17 @@ def test_a_worker_that_was_started_again_counts_again() -> None:
     assert (refusal.times, refusal.origin.pid, refusal.message) == (3, 3, "differs 3")
 
 
+def test_a_tenant_with_many_models_keeps_the_refusals_of_others() -> None:
+    refusals = Refusals()
+    refusals.add(MODEL, 0, Origin(), "differs", "small")
+    for number in range(2 * MAX_MODELS):
+        refusals.add(number.to_bytes(32, "little"), 0, Origin(), "differs", "greedy")
+    assert len(refusals.of(MODEL, "small")) == 1
+    assert refusals.of(MODEL) == ()
+    assert not refusals.of((MAX_MODELS).to_bytes(32, "little"), "greedy")
+    assert refusals.of((2 * MAX_MODELS - 1).to_bytes(32, "little"), "greedy")
+
+
 def test_they_are_bounded() -> None:
     refusals = Refusals()
     for number in range(2 * MAX_OF_A_MODEL):

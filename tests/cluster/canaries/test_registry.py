@@ -60,18 +60,18 @@ def test_a_replaced_one_is_made_anew_under_another_generation(
     registry: CanaryRegistry, tmp_path: Path
 ) -> None:
     registry.put(MODEL, 0, WRONG, sketch(2))
-    assert registry.changes == 0
+    assert registry.changes_of() == 0
     assert registry.replace(MODEL) == 1
     for known in (registry, CanaryRegistry(tmp_path)):
         record, kept = known.get(MODEL)
-        assert (record.generation, record.size_bytes, kept, known.changes) == (1, 0, b"", 1)
+        assert (record.generation, record.size_bytes, kept, known.changes_of()) == (1, 0, b"", 1)
     # A worker that compared before the replacement is told of it.
     record, kept = registry.put(MODEL, 0, WRONG, sketch(2))
     assert (record.generation, kept) == (1, b"")
     record, kept = registry.put(MODEL, 1, RIGHT, sketch(1))
     assert (record.generation, record.origin, kept) == (1, RIGHT, sketch(1))
     assert registry.replace(MODEL) == 2
-    assert CanaryRegistry(tmp_path).changes == 2
+    assert CanaryRegistry(tmp_path).changes_of() == 2
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -141,7 +141,7 @@ def test_a_forgotten_model_begins_at_a_generation_that_it_never_had(tmp_path: Pa
     assert (record.generation, kept) == (made.generation + 1, b"")
     again = known().put(MODEL, 0, WRONG, sketch(2))[0]
     assert again.generation == record.generation
-    assert known().changes == registry.changes or restarted
+    assert known().changes_of() == registry.changes_of() or restarted
 
 
 def test_however_many_canaries_are_made_and_replaced_the_next_one_is_taken(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_comparison_counts_as_use_also_after_a_restart(tmp_path: Path) -> None
 def test_a_replacement_of_what_was_not_made_again_changes_nothing(registry: CanaryRegistry) -> None:
     registry.put(MODEL, 0, WRONG, sketch(2))
     assert [registry.replace(MODEL) for _ in range(3)] == [1, 1, 1]
-    assert registry.changes == 1
+    assert registry.changes_of() == 1
 
 
 def test_the_digest_that_stands_for_forgotten_models_is_no_model(registry: CanaryRegistry) -> None:
@@ -231,3 +231,23 @@ def test_a_number_in_place_of_a_model_takes_no_memory() -> None:
     content = struct.pack("<Q", xxhash.xxh3_64_intdigest(signed)) + signed
     with pytest.raises(CanaryError, match="facts cannot be read"):
         read_document(content, bytes(33), 1)
+
+
+def test_a_damaged_one_of_a_tenant_is_not_shown_as_another_ones(tmp_path: Path) -> None:
+    registry = CanaryRegistry(tmp_path)
+    registry.put(MODEL, 0, RIGHT, sketch(1), tenant="acme")
+    (path,) = tmp_path.glob("*.kvcanary")
+    path.write_bytes(b"damaged")
+    known = CanaryRegistry(tmp_path)
+    assert known.records() == ()
+    known.put(MODEL, 0, RIGHT, sketch(1), tenant="acme")
+    assert [(record.tenant, record.model_digest) for record in known.records()] == [("acme", MODEL)]
+
+
+def test_the_number_of_changes_of_a_tenant_tells_nothing_of_others(tmp_path: Path) -> None:
+    registry = CanaryRegistry(tmp_path)
+    for tenant in ("acme", "rival"):
+        registry.put(MODEL, 0, RIGHT, sketch(1), tenant=tenant)
+    registry.replace(MODEL, "rival")
+    for known in (registry, CanaryRegistry(tmp_path)):
+        assert [known.changes_of(tenant) for tenant in ("acme", "rival", None)] == [0, 1, 1]
