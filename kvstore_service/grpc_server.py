@@ -1,10 +1,12 @@
 """The gRPC server of every endpoint: limits, health, reflection and an orderly stop."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -38,12 +40,23 @@ MAX_REPLY_BYTES = 64 << 20
 # threads: lookups and leases are answered however many streams are open. This limit protects against many clients, not
 # against hostile ones: a client may open calls and never send their request.
 MAX_STREAMS = 192
+MAX_STREAMS_OF_TENANT = 128
+"""Of these, streams of one tenant, where there are credentials."""
 _THREADS = MAX_STREAMS + 32
 # Calls that run or wait for a thread. Further calls are refused before their request is received.
-_MAX_CALLS = 1024
+MAX_CALLS = 1024
 MAX_CALLS_OF_CONNECTION = MAX_STREAMS + 64
 """Open calls of one connection, including those whose answer the client has not read. A client holds back further
 calls until some have ended. If it does not, they are refused before they use memory."""
+MAX_CONNECTIONS = 4096
+"""Open connections of one port. gRPC closes further ones at once. A client needs one; an open one that sends nothing
+takes 20 KiB."""
+HANDSHAKE_S = 10.0
+"""Time limit for the handshakes of TLS and HTTP/2 together."""
+IDLE_S = 120.0
+"""A connection without a call for this long is closed. Clients reconnect."""
+MAX_METADATA_BYTES = 16 << 10
+"""Most bytes of the headers of a call. Of calls with more than half of that, gRPC refuses some."""
 _HEALTH = f"/{health.SERVICE_NAME}/"
 _STATUS: dict[type[RequestError], grpc.StatusCode] = {
     MalformedRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -57,6 +70,11 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_REPLY_BYTES),
     ("grpc.max_concurrent_streams", MAX_CALLS_OF_CONNECTION),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.server_handshake_timeout_ms", round(1000 * HANDSHAKE_S)),
+    ("grpc.max_connection_idle_ms", round(1000 * IDLE_S)),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES // 2),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     # Reservation (listen.py) has checked that no other process listens there.
     ("grpc.so_reuseport", 1),
     # Detects clients whose machine or link is down, and releases the resources of their streams.
@@ -85,12 +103,12 @@ class GrpcServer:
         self._pool = ThreadPoolExecutor(_THREADS, "kvstore-rpc")
         self._stalled = StalledStreams()
         guards = [] if access.is_open else [Guard(access)]
-        limits = [_StreamLimits(self._stalled), _RequestLimits(large or LargeRequests())]
+        limits = [_StreamLimits(self._stalled, access), _RequestLimits(large or LargeRequests())]
         self._server = grpc.server(
             self._pool,
             interceptors=[*guards, *limits],
             options=_OPTIONS,
-            maximum_concurrent_rpcs=_MAX_CALLS,
+            maximum_concurrent_rpcs=MAX_CALLS,
         )
         self._health = HealthWithBackground(
             experimental_non_blocking=True, experimental_thread_pool=self._pool
@@ -125,11 +143,12 @@ class GrpcServer:
 
 
 class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Refuses a stream if MAX_STREAMS are open, and cancels a stream whose client does not read its answers."""
+    """Refuses a stream if too many are open, and cancels a stream whose client neither reads nor sends."""
 
-    def __init__(self, stalled: StalledStreams) -> None:
-        self._stalled = stalled
-        self._free = threading.BoundedSemaphore(MAX_STREAMS)
+    def __init__(self, stalled: StalledStreams, access: Access) -> None:
+        self._stalled, self._access = stalled, access
+        self._lock = threading.Lock()
+        self._open: Counter[str] = Counter()  # by tenant
 
     def intercept_service(
         self,
@@ -142,7 +161,7 @@ class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
             return handler
         if handler.stream_stream:
             limited = grpc.stream_stream_rpc_method_handler
-            serve: Callable[..., object] = self._answering_with_many(handler.stream_stream)
+            serve: Callable[..., object] = self._answering_with_many(handler.stream_stream, takes_many=True)
         elif handler.unary_stream:
             limited = grpc.unary_stream_rpc_method_handler
             serve = self._answering_with_many(handler.unary_stream)
@@ -153,30 +172,40 @@ class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
             return handler
         return limited(serve, handler.request_deserializer, handler.response_serializer)
 
-    def _answering_with_many(self, serve: Callable[..., Iterator[object]]) -> Callable[..., Iterator[object]]:
-        def serve_if_free(request: object, context: grpc.ServicerContext) -> Iterator[object]:
+    def _answering_with_many(
+        self, serve: Callable[..., Iterator[object]], *, takes_many: bool = False
+    ) -> Callable[..., Iterator[object]]:
+        def serve_if_free(request: Any, context: grpc.ServicerContext) -> Iterator[object]:
             with self._stream(context):
-                yield from self._stalled.watched(serve(request, context), context)
+                asked = self._stalled.received(request, context) if takes_many else request
+                del request
+                yield from self._stalled.watched(serve(asked, context), context)
 
         return serve_if_free
 
     def _answering_with_one(self, serve: Callable[..., object]) -> Callable[..., object]:
-        def serve_if_free(requests: object, context: grpc.ServicerContext) -> object:
+        def serve_if_free(requests: Iterator[object], context: grpc.ServicerContext) -> object:
             with self._stream(context):
-                return serve(requests, context)
+                return serve(self._stalled.received(requests, context), context)
 
         return serve_if_free
 
     @contextmanager
     def _stream(self, context: grpc.ServicerContext) -> Iterator[None]:
-        if not self._free.acquire(blocking=False):
-            context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_STREAMS} streams are already open; try again"
-            )
+        with reported(context):
+            tenant = "" if self._access.is_open else self._access.whose(context)
+        most = MAX_STREAMS if self._access.is_open else MAX_STREAMS_OF_TENANT
+        with self._lock:
+            free = self._open.total() < MAX_STREAMS and self._open[tenant] < most
+            self._open[tenant] += free
+        if not free:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{most} streams are already open; try again")
         try:
             yield
         finally:
-            self._free.release()
+            with self._lock:
+                self._open[tenant] -= 1
+                self._open += Counter()  # removes tenants whose count is zero
 
 
 class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]

@@ -56,13 +56,15 @@ VERBS: Mapping[str, Verb] = {
     **_verbs(COORDINATOR, ("Pin", "ListPins", "ListQuotas"), _ADMIN),
     **_verbs(COORDINATOR, ("SetQuota", "Drain", "Repair"), _ADMIN, every_tenant=True),
     **_verbs(REFLECTION, ("ServerReflectionInfo",), *Scope),
+    # A watch lasts as long as its client wants, and strangers could have many.
+    **_verbs(HEALTH, ("Watch",), *Scope),
 }
-"""Every call of the service, by its full name. What is not here is refused, except the health service, which says only
-whether the server works: probes of orchestrators have no credential."""
+"""Every call of the service, by its full name. What is not here is refused, except the check of a server's health. That
+says only whether the server works: probes of orchestrators have no credential."""
 
 METRICS = Verb("GET /metrics", frozenset({_ADMIN, _METRICS}), every_tenant=True)
 
 
 def is_open(method: str) -> bool:
     """Whether the call needs no credential."""
-    return method.startswith(f"/{HEALTH}/")
+    return method == f"/{HEALTH}/Check"

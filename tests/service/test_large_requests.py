@@ -195,7 +195,7 @@ def test_a_node_is_verified_by_one_client_at_a_time(storage: ServedNode) -> None
     statuses(storage, steps(*(sample_chunk(content=number) for number in range(5))))
     with deaf(storage) as first:
         first.ask("Verify", b"")
-        wait_until(lambda: len(storage.server._stalled._waiting_since_s) == 1)  # with its first answer
+        wait_until(lambda: len(storage.server._stalled._unread_since_s) == 1)  # with its first answer
         assert verified(storage) == grpc.StatusCode.RESOURCE_EXHAUSTED
     wait_until(lambda: verified(storage) == grpc.StatusCode.OK)
 

@@ -1,5 +1,8 @@
 """A stream whose client takes no answer ends, and what it held is given back."""
 
+import threading
+from collections.abc import Iterator
+
 import grpc
 import pytest
 
@@ -10,7 +13,7 @@ from kvstore_service.large_requests import LargeRequests
 from kvstore_service.throttle import SLOWEST_BPS
 from tests.sample_chunk import sample_chunk
 from tests.service.conftest import ServedNode, deaf, served, verified
-from tests.service.storage_calls import ref, statuses, steps, wait_until
+from tests.service.storage_calls import ref, start, statuses, steps, wait_until
 
 CHUNK = sample_chunk()
 
@@ -50,6 +53,22 @@ def test_a_read_that_nobody_takes_keeps_nothing(monkeypatch: pytest.MonkeyPatch)
         assert node.node.stats().bytes_used > 0
         wait_until(lambda: client.ended == calls)
         wait_until(lambda: large._kept_bytes.total() == node.node.stats().bytes_used == 0)
+
+
+def test_a_put_that_never_ends_keeps_nothing(storage: ServedNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stalled_streams, "SILENT_S", 0.2)
+    ended = threading.Event()
+
+    def endless() -> Iterator[pb.PutRequest]:
+        yield start(CHUNK)
+        ended.wait(60)
+
+    call = storage.stub.Put(endless())
+    wait_until(lambda: storage.node.stats().bytes_used > 0)
+    wait_until(call.done)
+    wait_until(lambda: storage.node.stats().bytes_used == 0)
+    assert call.code() is grpc.StatusCode.CANCELLED
+    ended.set()
 
 
 def test_a_node_that_takes_long_itself_does_not_end_a_stream() -> None:

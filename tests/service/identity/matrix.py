@@ -223,9 +223,20 @@ COORDINATOR_CALLS: dict[str, Call] = {
     "Drain": _answers(_coordinator("Drain", lambda _: pb.DrainRequest(node_id="nobody"))),
     "Repair": _answers(_coordinator("Repair", lambda _: pb.RepairRequest())),
 }
+
+
+def _health_watch(stage: Stage) -> bool:
+    watch = health_pb2_grpc.HealthStub(stage.node).Watch(health_pb2.HealthCheckRequest(), timeout=10)
+    try:
+        return bool(next(watch).status)
+    finally:
+        watch.cancel()
+
+
 _OTHERS: dict[str, Call] = {
     f"/{REFLECTION}/ServerReflectionInfo": _reflection,
     "/grpc.health.v1.Health/Check": _health,
+    "/grpc.health.v1.Health/Watch": _health_watch,
 }
 CALLS: dict[str, Call] = {
     **{f"/{STORAGE}/{name}": call for name, call in STORAGE_CALLS.items()},

@@ -1,6 +1,7 @@
 """Who may call a service with credentials, over gRPC."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
+from kvstore_service import grpc_server
 from kvstore_service.grpc_coordinator import StorageProbe
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.identity import Scope
@@ -112,6 +114,56 @@ def test_an_operator_of_one_tenant_sees_its_own(cluster: SecuredCluster) -> None
         coordinator.Drain.future(pb.DrainRequest(node_id="node-0")),
     ):
         assert code_of(call) is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_a_listing_tells_a_tenant_nothing_of_how_much_others_store(cluster: SecuredCluster) -> None:
+    """Its cursors counted the chunks of all tenants."""
+    ours, theirs = cluster.nodes(cluster.token("a")), cluster.nodes(cluster.token("b"))
+    for number in range(20):
+        (reply,) = theirs.Put(iter(put_steps(sample_chunk(number))))
+        assert reply.status == pb.PUT_STATUS_STORED
+    for number in range(3):
+        list(ours.Put(iter(put_steps(sample_chunk(number)))))
+    cursors, found = [0], []
+    while not found or cursors[-1]:
+        page = ours.List(pb.ListRequest(cursor=cursors[-1], limit=1))
+        found += page.variants
+        cursors.append(page.next_cursor)
+    assert {variant.tenant for variant in found} == {"a"}
+    assert len(found) == 3
+    assert min(cursors[1:-1]) > 1 << 32
+    invalid = theirs.List.future(pb.ListRequest(cursor=cursors[1], limit=1))
+    assert code_of(invalid) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_one_tenant_leaves_streams_for_others(
+    cluster: SecuredCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_server, "MAX_STREAMS_OF_TENANT", 2)
+    greedy, ended = cluster.nodes(cluster.token("greedy")), threading.Event()
+
+    def endless() -> Iterator[pb.PutRequest]:
+        yield from put_steps(sample_chunk(5))[:1]
+        ended.wait(60)
+
+    held = [greedy.Put(endless()) for _ in range(2)]
+    deadline_s = time.monotonic() + 30
+    while code_of_stream(greedy.Put(iter(()))) is not grpc.StatusCode.RESOURCE_EXHAUSTED:
+        assert time.monotonic() < deadline_s
+    assert not any(call.done() for call in held)
+    (reply,) = cluster.nodes(cluster.token("b")).Put(iter(put_steps(CHUNK)))
+    assert reply.status == pb.PUT_STATUS_STORED
+    ended.set()
+    for call in held:
+        call.cancel()
+
+
+def test_a_stranger_cannot_watch_the_health_of_a_server(cluster: SecuredCluster) -> None:
+    """A watch has no end, and nothing else would limit how many there are."""
+    watch = health_pb2_grpc.HealthStub(cluster.channel(cluster.storage.address)).Watch(
+        health_pb2.HealthCheckRequest(), timeout=10
+    )
+    assert code_of_stream(watch) is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_a_call_that_no_rule_names_is_not_served(cluster: SecuredCluster) -> None:

@@ -8,6 +8,7 @@ from tests.service.identity import connections, matrix
 # What tells nothing of any tenant's chunks.
 SHARED = {
     "/grpc.health.v1.Health/Check",
+    "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
     *(
         f"/kvstore.v1.Coordinator/{name}"
