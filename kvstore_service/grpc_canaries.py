@@ -88,6 +88,11 @@ class CanaryService:
         self._refusals.forget(digest, tenant)
         return pb.ReplaceCanaryReply(generation=generation)
 
+    def forget_tenant(self, tenant: str) -> None:
+        """Removes all canaries of a tenant, and the reports of its refused workers. Raises CatalogueError."""
+        self._registry.forget_tenant(tenant)
+        self._refusals.forget_tenant(tenant)
+
     def _tenant(
         self,
         request: pb.GetCanaryRequest

@@ -142,11 +142,12 @@ class CoordinatorServer:
         # Checked at once, so that nodes of the catalogue that answer are members before the first client asks.
         self._detector.check()
         service = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
+        canary_service = CanaryService(canaries, access)
         handlers = (
             CoordinatorService(coordinator, canaries, self._probe, access).handlers()
-            | DirectiveService(coordinator, access).handlers()
+            | DirectiveService(coordinator, canary_service.forget_tenant, access).handlers()
             | CalibrationService(calibrations).handlers()
-            | CanaryService(canaries, access).handlers()
+            | canary_service.handlers()
         )
         try:
             self._server = GrpcServer(address, service, handlers, access=access, tls=tls)

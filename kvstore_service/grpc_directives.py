@@ -1,4 +1,4 @@
-"""Coordinator service calls that direct storage nodes: pins, quotas, draining, repair."""
+"""Coordinator service calls that direct storage nodes: pins, quotas, forgotten tenants, draining, repair."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,16 +30,20 @@ _STATUS: dict[type[ClusterError], grpc.StatusCode] = {
 
 
 class DirectiveService:
-    """gRPC handlers for pins, quotas, draining and repair."""
+    """gRPC handlers for pins, quotas, forgotten tenants, draining and repair. `forget_canaries` removes the canaries of
+    a tenant; it raises CatalogueError."""
 
-    def __init__(self, coordinator: Coordinator, access: Access = OPEN) -> None:
-        self._coordinator, self._access = coordinator, access
+    def __init__(
+        self, coordinator: Coordinator, forget_canaries: Callable[[str], None], access: Access = OPEN
+    ) -> None:
+        self._coordinator, self._forget_canaries, self._access = coordinator, forget_canaries, access
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         calls: list[tuple[str, Callable[..., Any], type[Any]]] = [
             ("ListPins", self.list_pins, pb.ListPinsRequest),
             ("SetQuota", self.set_quota, pb.SetQuotaRequest),
             ("ListQuotas", self.list_quotas, pb.ListQuotasRequest),
+            ("ForgetTenant", self.forget_tenant, pb.ForgetTenantRequest),
             ("Drain", self.drain, pb.DrainRequest),
             ("Repair", self.repair, pb.RepairRequest),
         ]
@@ -78,6 +82,20 @@ class DirectiveService:
                 if only in (None, tenant)
             ]
         )
+
+    def forget_tenant(
+        self, request: pb.ForgetTenantRequest, context: grpc.ServicerContext
+    ) -> pb.ForgetTenantReply:
+        tenant, generation = self._access.tenant(context, tenant_name(request.tenant)), request.generation
+        with _reported(context):
+            if not generation:
+                # Without credentials, pins and canaries are those of all tenants.
+                own = not self._access.is_open
+                generation = self._coordinator.forget(tenant, with_pins=own)
+                if own:
+                    self._forget_canaries(tenant)
+        waiting = self._coordinator.not_applied(generation)
+        return pb.ForgetTenantReply(generation=generation, waiting=waiting)
 
     def drain(self, request: pb.DrainRequest, context: grpc.ServicerContext) -> pb.DrainReply:
         _require_short("a node_id", request.node_id, context)

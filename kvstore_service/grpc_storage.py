@@ -1,6 +1,7 @@
 """The Storage gRPC service, a thin shell around a StorageNode."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import grpc
 
@@ -92,6 +93,7 @@ class StorageService:
                 response_serializer=pb.VerifyReply.SerializeToString,
             ),
             "Stats": unary(self.stats, pb.StatsRequest),
+            "Usage": unary(self.usage, pb.UsageRequest),
             "Throttle": unary(self.throttle, pb.ThrottleRequest),
         }
 
@@ -218,6 +220,12 @@ class StorageService:
             gauges=gauges,
             disk_error=stats.disk_error,
         )
+
+    def usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageReply:
+        tenant = self._access.tenant_or_all(context, wire.tenant_or_all(request))
+        self._large.wait_for_turn()  # looks at every chunk of the node
+        found = sorted(self._node.usage(tenant).items())
+        return pb.UsageReply(tenants=[pb.TenantUsage(tenant=name, **asdict(usage)) for name, usage in found])
 
     def throttle(self, request: pb.ThrottleRequest, context: grpc.ServicerContext) -> pb.ThrottleReply:
         if self._experiments is None:

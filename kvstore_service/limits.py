@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from kvstore_api import frames
-from kvstore_cluster import coordinator, leases, listing, names
+from kvstore_cluster import coordinator, forgotten, leases, listing, names
 from kvstore_cluster.canaries import refusals, registry
 from kvstore_cluster.index import MAX_CHUNK_BYTES
 from kvstore_service import (
@@ -126,6 +126,12 @@ LIMITS: tuple[Limit, ...] = (
     ),
     Limit(CLUSTER, "tenants with pins", coordinator.MAX_PINNING_TENANTS, _REFUSED),
     Limit(CLUSTER, "tenants with a quota", coordinator.MAX_QUOTAS, _REFUSED),
+    Limit(
+        CLUSTER,
+        "forgotten tenants kept by name",
+        forgotten.MAX_FORGOTTEN,
+        "a node that has missed an older one removes all of its chunks",
+    ),
     Limit(CLUSTER, "canaries", registry.MAX_MODELS, "one of the tenant with the most is dropped"),
     Limit(
         CLUSTER, "models with refusals", refusals.MAX_MODELS, "one of the tenant with the most is forgotten"

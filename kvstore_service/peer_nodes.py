@@ -38,7 +38,7 @@ _CHANNEL_OPTIONS = [
 _OUTCOMES = {
     pb.PUT_STATUS_STORED: Outcome.SENT,
     pb.PUT_STATUS_ALREADY_STORED: Outcome.NOT_NEEDED,
-    pb.PUT_STATUS_REVOKED: Outcome.NOT_NEEDED,  # revoked by this node, because it can no longer read the chunk
+    pb.PUT_STATUS_REVOKED: Outcome.NOT_NEEDED,  # this node can no longer read the chunk, or its tenant was forgotten
     pb.PUT_STATUS_FULL: Outcome.REFUSED,
     pb.PUT_STATUS_OVER_QUOTA: Outcome.REFUSED,
     pb.PUT_STATUS_TOO_LARGE: Outcome.REFUSED,
@@ -139,13 +139,17 @@ class GrpcPeers:
     ) -> Iterator[pb.PutRequest | memoryview]:
         for index, variant in enumerate(variants):
             inside = False
+            copied_at = (
+                self._node.forgotten_generation
+            )  # before the chunk is opened: it may be forgotten then
             try:
                 with self._node.open(
                     variant.chunk_id, variant.encoding, tenant=variant.tenant, peek=True
                 ) as reader:
                     started.append(index)
                     inside = True
-                    yield pb.PutRequest(start=put_start(variant, durable=durably and variant.on_disk))
+                    start = put_start(variant, durable=durably and variant.on_disk, copied_at=copied_at)
+                    yield pb.PutRequest(start=start)
                     for views in reader.pieces(0, 0, _PIECE_BYTES):
                         yield from views
                     yield pb.PutRequest(end=pb.PutEnd())

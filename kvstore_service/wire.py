@@ -22,6 +22,7 @@ from kvstore_codec.canonical import DIGEST_BYTES
 from kvstore_codec.errors import (
     ArenaFullError,
     ChunkTooLargeError,
+    ForgottenTenantError,
     FrameRangeError,
     InvalidKVError,
     KVStoreError,
@@ -144,12 +145,14 @@ def put_arguments(start: pb.PutStart, tenant: str) -> tuple[ChunkId, str, int, b
         start.cost,
         start.number,
         tuple(map(chunk_id, start.behind)),
+        start.copied_at if start.HasField("copied_at") else None,
     )
     return chunk_id(start.chunk), start.encoding, start.size_bytes, start.calibration or None, options
 
 
-def put_start(variant: StoredVariant, *, durable: bool) -> pb.PutStart:
-    """The message that starts a put of a stored variant to another node."""
+def put_start(variant: StoredVariant, *, durable: bool, copied_at: int) -> pb.PutStart:
+    """The message that starts a put of a stored variant to another node. `copied_at` is the newest forgetting of a
+    tenant that this node has applied."""
     return pb.PutStart(
         chunk=chunk_ref(variant.chunk_id),
         encoding=variant.encoding,
@@ -161,6 +164,7 @@ def put_start(variant: StoredVariant, *, durable: bool) -> pb.PutStart:
         cost=variant.cost,
         number=variant.number,
         behind=map(chunk_ref, variant.behind),
+        copied_at=copied_at,
     )
 
 
@@ -175,8 +179,8 @@ def put_refusal(error: KVStoreError) -> pb.PutReply:
     )
 
 
-def tenant_or_all(request: pb.ListRequest | pb.VerifyRequest) -> str | None:
-    """The tenant whose chunks are listed or verified. None if the request names none."""
+def tenant_or_all(request: pb.ListRequest | pb.VerifyRequest | pb.UsageRequest) -> str | None:
+    """The tenant whose chunks are listed, verified or counted. None if the request names none."""
     return tenant_name(request.tenant) if request.HasField("tenant") else None
 
 
@@ -218,6 +222,8 @@ def _put_status(error: KVStoreError) -> pb.PutStatus:
             return pb.PUT_STATUS_FULL
         case OverQuotaError():
             return pb.PUT_STATUS_OVER_QUOTA
+        case ForgottenTenantError():
+            return pb.PUT_STATUS_REVOKED
         case NotDurableError():
             return pb.PUT_STATUS_NOT_DURABLE
         case ChunkTooLargeError():

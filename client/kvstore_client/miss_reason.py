@@ -205,6 +205,8 @@ class MissReason(StrEnum):
     """The tenant's quota is used up by chunks that cannot be evicted. Raise it with `kvstore quota`."""
     STORE_NOT_DURABLE = "store_not_durable"
     """`KVSTORE_PUT_DURABILITY=durable` was asked for, and the node's disk is full, read-only, failing or missing."""
+    STORE_FORGOTTEN = "store_forgotten"
+    """An operator had the tenant forgotten (`kvstore tenants forget`) during the put. Later puts are stored."""
     STORE_RPC_INVALID_ARGUMENT = "store_rpc_invalid_argument"
     """A node refused a put as invalid. Check that client and nodes have compatible versions."""
     STORE_RPC_UNAUTHENTICATED = "store_rpc_unauthenticated"

@@ -20,6 +20,7 @@ _REFUSALS: dict[int, MissReason] = {
     pb.PUT_STATUS_FULL: MissReason.STORE_FULL,
     pb.PUT_STATUS_OVER_QUOTA: MissReason.STORE_OVER_QUOTA,
     pb.PUT_STATUS_NOT_DURABLE: MissReason.STORE_NOT_DURABLE,
+    pb.PUT_STATUS_REVOKED: MissReason.STORE_FORGOTTEN,
 }
 
 

@@ -5,12 +5,14 @@ import logging
 import math
 import secrets
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore_api.placement import Member, Membership
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.catalogue import Catalogue, ClusterState, NodeRecord
+from kvstore_cluster.forgotten import Forgotten
 from kvstore_codec.errors import CatalogueError, TooManyPinsError, TooManyQuotasError, UnknownNodeError
 from kvstore_codec.identity import ChunkId
 
@@ -39,6 +41,8 @@ class Directives:
     repair_round: int
     draining: bool
     """Whether this node is draining."""
+    forgotten: Forgotten | None = None
+    """Tenants whose chunks the node must remove; None when it has applied all."""
 
 
 class Coordinator:
@@ -69,6 +73,8 @@ class Coordinator:
         )
         # Makes versions unique to this process: a node may know one that an earlier coordinator could not save.
         self._life = secrets.randbits(32)
+        # The newest forgetting that each node has applied, as it last said, by node id.
+        self._applied: dict[str, int] = {}
         self._keeping: BackgroundLoop | None = None
         self._keep_failed = False
         self._closed = False
@@ -91,6 +97,18 @@ class Coordinator:
             self._keep()
         return self.membership()
 
+    def register(self, member: Member, incarnation: int, known: int, applied: int) -> Directives:
+        """Adds a node as `join` does, and returns its directives. `known` is as in `directives`. `applied` is the
+        newest forgetting of a tenant that the node has applied. A node that has not applied all of them is not added
+        yet, so that nobody reads from it, or is sent by it, what must be removed; it applies them and registers
+        again."""
+        with self._lock:
+            forgotten = self._state.forgotten.since(applied)
+            self._applied[member.node_id] = applied
+        if forgotten is None:
+            self.join(member, incarnation)
+        return replace(self.directives(member.node_id, known), forgotten=forgotten)
+
     def leave(self, node_id: str, incarnation: int) -> None:
         """Removes a node that shuts down. Keeps its draining flag. Ignored for another incarnation than the known
         one."""
@@ -100,6 +118,7 @@ class Coordinator:
                 return
             log.info("node %s left", node_id)
             self._set_nodes([node for node in self._state.nodes if node is not known])
+            self._applied.pop(node_id, None)
         self._keep()
 
     def mark_dead(self, node_id: str, incarnation: int, reason: str) -> None:
@@ -179,6 +198,27 @@ class Coordinator:
         """Quotas in the whole cluster, in bytes by tenant."""
         with self._lock:
             return dict(self._state.quotas)
+
+    def forget(self, tenant: str, *, with_pins: bool) -> int:
+        """Lets every node remove all chunks of a tenant, also one that is away now, once it returns. Removes the
+        tenant's pins, too, if `with_pins` is set; its quota stays. Returns the generation of this forgetting, which
+        `not_applied` takes. Raises CatalogueError."""
+
+        def changed(state: ClusterState) -> ClusterState:
+            # Milliseconds, so that a catalogue that was lost begins after the generations that nodes have applied.
+            generation = max(state.forgotten.newest + 1, time.time_ns() // 1_000_000)
+            forgotten = state.forgotten.merged(Forgotten({tenant: generation}))
+            pins = {name: kept for name, kept in state.pins.items() if not with_pins or name != tenant}
+            return replace(state, forgotten=forgotten, pins=pins, changes=state.changes + 1)
+
+        return self._decide(changed).forgotten.newest
+
+    def not_applied(self, generation: int) -> list[str]:
+        """Ids of known nodes, including dead ones, that have not removed the chunks of tenants that were forgotten up
+        to `generation`."""
+        with self._lock:
+            known = [node.member.node_id for node in self._state.nodes]
+            return [node_id for node_id in known if self._applied.get(node_id, 0) < generation]
 
     def drain(self, node_id: str) -> None:
         """Starts draining a node: it no longer owns chunks, even after a restart. Raises UnknownNodeError,

@@ -100,6 +100,12 @@ class DiskTier:
         if self._catalog.store is not None:
             self._deleted.append((meta, self._catalog.store.newest_sequence))
 
+    def delete_record(self, meta: RecordMeta) -> None:
+        """Queues a tombstone for a record that was written while its chunk was deleted, unless the chunk has been
+        stored again. Lock held."""
+        if self._catalog.index.find(meta.chunk_id, meta.encoding, meta.tenant) is None:
+            self.delete(meta)
+
     def write_tombstones(self) -> None:
         """Writes the queued tombstones to disk. Call without the lock; may block. Raises DiskError, and then keeps the
         unwritten tombstones for the next call."""

@@ -11,6 +11,7 @@ from kvstore_cluster.disk import Location, RecordMeta
 from kvstore_cluster.disk_tier import DiskTier
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction.columns import NO_SLOT
+from kvstore_cluster.forgotten import Forgotten
 from kvstore_cluster.index import MAX_CHUNK_BYTES, NOWHERE
 from kvstore_cluster.memory_tier import MemoryTier
 from kvstore_cluster.migration import Migration
@@ -20,6 +21,7 @@ from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import (
     ChunkTooLargeError,
     DiskError,
+    ForgottenTenantError,
     NodeDrainingError,
     NotDurableError,
     PutStateError,
@@ -51,6 +53,9 @@ class Intake:
     ) -> None:
         self.draining = False
         """While this is set, puts are rejected."""
+        self.forgotten = Forgotten()
+        """The forgotten tenants. Copies of their chunks are rejected that a node sends which has not applied that."""
+        self._forgotten_puts: set[PendingPut] = set()  # begun before their tenant was forgotten
         self._catalog = catalog
         self._memory = memory
         self._disk = disk
@@ -80,6 +85,7 @@ class Intake:
             Encoding.parse(encoding)
             self._require_possible(chunk_id, size_bytes, options.tenant, durable=durable)
             with self._lock:
+                self._require_current(chunk_id, options)
                 slot = self._index.find_alive(chunk_id, encoding, self._clock(), options.tenant)
                 if (
                     slot is None
@@ -107,6 +113,17 @@ class Intake:
     def extents(self) -> list[Extent]:
         """Memory of all pending puts. Lock held."""
         return [put.extent for put in self._pending]
+
+    def forget(self, forgotten: Forgotten, concerns: Callable[[str], bool]) -> None:
+        """Replaces the forgotten tenants, and rejects the pending puts of tenants for which `concerns` is true. Lock
+        held."""
+        self.forgotten = forgotten
+        self._forgotten_puts |= {put for put in self._pending if concerns(put.options.tenant)}
+
+    @property
+    def is_forgetting(self) -> bool:
+        """Whether a put of a tenant that `forget` named has not ended. Lock held."""
+        return bool(self._forgotten_puts)
 
     def _asked(self, options: PutOptions) -> Durability:
         return self._durability if options.durability is Durability.DEFAULT else options.durability
@@ -168,9 +185,19 @@ class Intake:
                 f"chunk {chunk_id.short} is not stored: {self._node_id} is draining; its owners are other nodes now"
             )
 
+    def _require_current(self, chunk_id: ChunkId, options: PutOptions, *, kept: bool = True) -> None:
+        """Raises ForgottenTenantError for a copy that another node sends which has not heard that the tenant was
+        forgotten, and if `kept` is false. Lock held."""
+        copied_at = options.copied_at
+        if not kept or (copied_at is not None and copied_at < self.forgotten.generation_of(options.tenant)):
+            raise ForgottenTenantError(
+                f"chunk {chunk_id.short} is not stored: its tenant was forgotten in the meantime"
+            )
+
     def _end(self, put: PendingPut) -> None:
         """Ends the reservation of a put. Lock held."""
         self._pending.remove(put)
+        self._forgotten_puts.discard(put)
         self._catalog.quotas.reserve(put.options.tenant, -put.extent.size_bytes)
         self._counters.bytes_in += put.written_bytes
 
@@ -243,9 +270,16 @@ class Intake:
             return self._index.admit(meta)
 
     def _place(self, put: PendingPut, meta: RecordMeta, location: Location) -> bool:
-        """Inserts an admitted chunk into the catalog, and ends its put. False when another put was first."""
+        """Inserts an admitted chunk into the catalog, and ends its put. False when another put was first. Raises
+        ForgottenTenantError, and then the put has ended, too."""
         with self._lock:
+            kept = put not in self._forgotten_puts
             self._end(put)
+            try:
+                self._require_current(meta.chunk_id, put.options, kept=kept)
+            except ForgottenTenantError:
+                self._take_back(put, meta, location)
+                raise
             stored = self._index.find(meta.chunk_id, meta.encoding, meta.tenant)
             if stored is not None and not self._replaces(meta, location, stored, put.options.ttl_s):
                 self._arena.free(put.extent)
@@ -266,6 +300,15 @@ class Intake:
             self._counters.disk_refused += refused and self._disk.is_present
             self._counters.puts += 1
             return True
+
+    def _take_back(self, put: PendingPut, meta: RecordMeta, location: Location) -> None:
+        """Removes what an ended put has written. Lock held."""
+        self._arena.free(put.extent)
+        if self._catalog.store is not None and location != NOWHERE:
+            self._catalog.store.delete(location)
+            self._disk.delete_record(meta)
+        self._counters.put_rejected += 1
+        self._release_before(put)
 
     def _write_through(self, put: PendingPut, meta: RecordMeta) -> Location:
         """Writes the chunk to disk if its durability requires that, and returns its location. NOWHERE when it is not

@@ -12,7 +12,7 @@ import time
 
 from kvstore_cluster.arena import Extent
 from kvstore_cluster.catalog import ChunkCatalog
-from kvstore_cluster.disk import Location
+from kvstore_cluster.disk import Location, RecordMeta
 from kvstore_cluster.disk_tier import DiskTier
 from kvstore_cluster.index import NOWHERE
 from kvstore_cluster.memory_tier import MemoryTier
@@ -76,7 +76,7 @@ class Migration:
         finally:
             with catalog.lock:
                 if location != NOWHERE:
-                    self._written(slot, location)
+                    self._written(slot, meta, location)
                 else:
                     catalog.dirty.pop(slot, None)
                     catalog.counters.disk_refused += 1
@@ -97,7 +97,7 @@ class Migration:
             return
         location = self._disk.write(meta, extent, sync=True, before=preceding)
         with self._catalog.lock:
-            self._written(slot, location)
+            self._written(slot, meta, location)
 
     def promote(self, slot: int) -> Extent | None:
         """Reads an acquired chunk from disk into memory. None when memory has no room. One thread reads the chunk, and
@@ -157,7 +157,7 @@ class Migration:
                     catalog.counters.expired += 1
             return catalog.index.expiries.has_due(now_s)
 
-    def _written(self, slot: int, location: Location) -> None:
+    def _written(self, slot: int, meta: RecordMeta, location: Location) -> None:
         """Records that the chunk is on disk. Lock held. Deletes the new record if the chunk already has a disk copy or
         is no longer in the index."""
         catalog = self._catalog
@@ -167,3 +167,7 @@ class Migration:
             catalog.enter(catalog.on_disk, slot)
         elif catalog.store is not None:
             catalog.store.delete(location)
+            if not catalog.index.is_linked(
+                slot
+            ):  # deleted during the write, which its tombstone may not cover
+                self._disk.delete_record(meta)

@@ -12,6 +12,7 @@ from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.disk_tier import DiskTier
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
+from kvstore_cluster.forgotten import Forgotten
 from kvstore_cluster.frame_plan import FrameRange
 from kvstore_cluster.frame_reads import FrameRead, FrameReadOptions, FrameReads
 from kvstore_cluster.intake import Intake
@@ -27,6 +28,8 @@ from kvstore_cluster.residency import Residency
 from kvstore_cluster.slices import REMOVED_CHUNKS, SLICE_CHUNKS, locked_slice
 from kvstore_cluster.stats import NodeStats
 from kvstore_cluster.stored import StoredVariant
+from kvstore_cluster.tenant_removal import TenantRemoval
+from kvstore_cluster.tenant_usage import TenantUsage, tenant_usage
 from kvstore_cluster.uses import Uses
 from kvstore_codec.errors import ChunkNotFoundError
 from kvstore_codec.identity import ChunkId
@@ -74,6 +77,7 @@ class StorageNode:
         self._intake = Intake(catalog, self._memory, self._disk, self._migration, durability, clock)
         if store is not None:
             self._disk.recover()
+        self._removal = TenantRemoval(catalog, self._disk, self._intake)
 
     @property
     def isolated(self) -> bool:
@@ -221,6 +225,21 @@ class StorageNode:
     def set_quotas(self, limits: Mapping[str, int]) -> None:
         """Replaces the quotas: the bytes that each tenant may store on this node. Other tenants have no limit."""
         self._directives.set_quotas(limits)
+
+    def forget(self, order: Forgotten | None) -> None:
+        """Removes all chunks of forgotten tenants that were stored before this call, even if leased or pinned, and
+        rejects their puts in progress. A restart recovers none of them. Chunks that these tenants store later are
+        kept. Call it with None from time to time, as `TenantRemoval.apply` says. May block."""
+        self._removal.apply(order)
+
+    @property
+    def forgotten_generation(self) -> int:
+        """The newest forgetting that is applied, 0 for none."""
+        return self._removal.generation
+
+    def usage(self, tenant: str | None = None) -> dict[str, TenantUsage]:
+        """What each tenant stores, or only one of them. Examines every chunk."""
+        return tenant_usage(self._catalog, tenant)
 
     def set_draining(self, draining: bool) -> None:
         """Starts or ends draining. A draining node rejects puts, so that the set of chunks to move away cannot grow."""

@@ -24,6 +24,8 @@ class PutOptions:
     cost: float = 0.0
     number: int = 0
     behind: tuple[ChunkId, ...] = ()
+    copied_at: int | None = None
+    """For a copy from another node: the newest forgetting of a tenant (`Forgotten.newest`) that it has applied."""
 
 
 class Accept(Protocol):

@@ -22,6 +22,7 @@ KVStoreError
 │   │   └── TextTooLongError      only the beginning of the same text could be evicted
 │   ├── ChunkTooLargeError
 │   ├── ChunkNotFoundError
+│   ├── ForgottenTenantError      the chunk's tenant was forgotten while the chunk was put
 │   ├── FrameRangeError           frames that the stored chunk does not have
 │   ├── OverQuotaError            the quota is full, and none of the tenant's chunks may be evicted
 │   ├── NotDurableError           the node cannot give the requested durability now
@@ -137,6 +138,9 @@ class ChunkTooLargeError(StorageError): ...
 
 
 class ChunkNotFoundError(StorageError): ...
+
+
+class ForgottenTenantError(StorageError): ...
 
 
 class FrameRangeError(StorageError): ...

@@ -18,7 +18,9 @@ from kvstore_service.cluster_stats import SERVE, cluster_stats, environment_conn
 from kvstore_service.wire import chunk_id
 
 _TIMEOUT_S = 10.0
+_USAGE_TIMEOUT_S = 60.0  # a node looks at all of its chunks
 _BATCH = 8192
+_COUNTS = ("chunks", "bytes", "memory_chunks", "memory_bytes", "disk_chunks", "disk_bytes")
 _CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 64 << 20)]
 
 
@@ -58,6 +60,11 @@ class NodeAdmin:
                 request = pb.DeleteRequest(chunks=batch, tenant=tenant)
                 deleted += self._stub.Delete(request, timeout=_TIMEOUT_S).deleted
         return deleted
+
+    def usage(self, tenant: str | None) -> list[pb.TenantUsage]:
+        """What each tenant stores on the node, or one tenant."""
+        with _service_errors(self._name):
+            return list(self._stub.Usage(pb.UsageRequest(tenant=tenant), timeout=_USAGE_TIMEOUT_S).tenants)
 
     def throttle(self, bandwidth_bps: float | None) -> None:
         """Limits the bandwidth at which the node sends to readers. None removes the limit."""
@@ -154,6 +161,28 @@ class ClusterAdmin:
     def quotas(self) -> list[pb.Quota]:
         with _service_errors(self._name):
             return list(self._coordinator().ListQuotas(pb.ListQuotasRequest(), timeout=_TIMEOUT_S).quotas)
+
+    def usage(self, tenant: str | None = None) -> list[pb.TenantUsage]:
+        """What each tenant stores on all live nodes together, or one tenant."""
+        totals: dict[str, pb.TenantUsage] = {}
+        for node in self.nodes():
+            for found in node.usage(tenant):
+                total = totals.setdefault(found.tenant, pb.TenantUsage(tenant=found.tenant))
+                for name in _COUNTS:
+                    setattr(total, name, getattr(total, name) + getattr(found, name))
+        return list(totals.values())
+
+    def forget_tenant(self, tenant: str, generation: int = 0) -> tuple[int, list[str]]:
+        """Lets all nodes remove a tenant's chunks; with `generation`, only asks how far that is. Returns the
+        generation, and the ids of known nodes that have not done it yet."""
+        request = pb.ForgetTenantRequest(tenant=tenant, generation=generation)
+        with _service_errors(self._name):
+            reply = self._coordinator().ForgetTenant(request, timeout=_TIMEOUT_S)
+        return reply.generation, list(reply.waiting)
+
+    def live_node_ids(self) -> set[str]:
+        members = live_members(self._address, start=self._start, connector=self._connector)
+        return {member.node_id for member in members}
 
     def drain(self, node_id: str, *, cancel: bool = False) -> None:
         with _service_errors(self._name):

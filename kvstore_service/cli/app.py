@@ -20,6 +20,7 @@ from kvstore_service.cli.quota import quota
 from kvstore_service.cli.repair import repair
 from kvstore_service.cli.serve import serve
 from kvstore_service.cli.status import status
+from kvstore_service.cli.tenants import tenants
 from kvstore_service.cli.throttle import throttle
 from kvstore_service.cli.verify import verify
 from kvstore_service.signals import StopSignals, end_by
@@ -35,6 +36,7 @@ for command in (*_SERVICE, calibrations, doctor, calibrate):
     app.command()(command)
 app.add_typer(models, name="models")
 app.add_typer(credentials, name="credentials")
+app.add_typer(tenants, name="tenants")
 add_extensions(app)
 
 

@@ -43,7 +43,7 @@ VERBS: Mapping[str, Verb] = {
     **_verbs(STORAGE, ("Lookup", "Put"), _DATA, _NODE),
     **_verbs(STORAGE, ("Read", "RenewLease", "ReleaseLease", "Use", "Report"), _DATA),
     **_verbs(STORAGE, ("Delete", "List"), _DATA, _ADMIN),
-    **_verbs(STORAGE, ("Verify",), _ADMIN),
+    **_verbs(STORAGE, ("Verify", "Usage"), _ADMIN),
     **_verbs(STORAGE, ("Stats",), _ADMIN, _NODE, _METRICS, every_tenant=True),
     **_verbs(STORAGE, ("Throttle",), _ADMIN, every_tenant=True),
     **_verbs(COORDINATOR, ("Membership",), _DATA, _ADMIN, _NODE),
@@ -53,7 +53,7 @@ VERBS: Mapping[str, Verb] = {
     **_verbs(COORDINATOR, ("GetCalibration", "FindCalibration", "ListCalibrations"), _DATA, _ADMIN),
     **_verbs(COORDINATOR, ("GetCanary", "PutCanary", "ReportRefusal"), _DATA),
     **_verbs(COORDINATOR, ("ListModels", "ReplaceCanary"), _ADMIN),
-    **_verbs(COORDINATOR, ("Pin", "ListPins", "ListQuotas"), _ADMIN),
+    **_verbs(COORDINATOR, ("Pin", "ListPins", "ListQuotas", "ForgetTenant"), _ADMIN),
     **_verbs(COORDINATOR, ("SetQuota", "Drain", "Repair"), _ADMIN, every_tenant=True),
     **_verbs(REFLECTION, ("ServerReflectionInfo",), *Scope),
     # A watch lasts as long as its client wants, and strangers could have many.

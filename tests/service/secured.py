@@ -58,7 +58,8 @@ class SecuredCluster:
         self._running.callback(catalogue.close)
         self.coordinator = Coordinator(catalogue, isolated=True)
         self._running.callback(self.coordinator.close)
-        self.coordinator.join(Member("node-0", self.storage.address, 1.0, self.bulk.address), incarnation=1)
+        self._member = Member("node-0", self.storage.address, 1.0, self.bulk.address)
+        self.hear()
         self.canaries = CanaryRegistry(folder / "canaries")
         self.front: CoordinatorServer = serve_coordinator(
             self.coordinator,
@@ -68,6 +69,11 @@ class SecuredCluster:
             security=self.security,
         )
         self._running.callback(self.front.stop, 0)
+
+    def hear(self) -> None:
+        """Lets the node register and apply what the coordinator says of forgotten tenants, as it does each second."""
+        heard = self.coordinator.register(self._member, 1, 0, self.node.forgotten_generation)
+        self.node.forget(heard.forgotten)
 
     def token(
         self, tenant: str | None, *scopes: Scope, name: str = "caller", lifetime_s: float = 3600

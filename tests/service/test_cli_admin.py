@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ class Cell:
     node: StorageNode
     server: GrpcServer
     worker: RepairWorker
+    member: Member
+    incarnation: int
 
 
 @dataclass
@@ -47,6 +50,9 @@ class Cluster:
     server: CoordinatorServer
     cells: dict[str, Cell] = field(default_factory=dict)
     chunks: list[SampleChunk] = field(default_factory=list)
+    away: set[str] = field(default_factory=set)
+    """Nodes that do not hear of news. Change it with `hearing` held."""
+    hearing: threading.Lock = field(default_factory=threading.Lock)
 
     def kvstore(self, *arguments: str, stdin: str | None = None) -> Any:
         """Runs a command, which prints JSON."""
@@ -92,8 +98,9 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         worker = RepairWorker(node, GrpcPeers(node), bytes_per_s=1e9)
         server = serve_storage(node, host="127.0.0.1", repair=worker)
         worker.start()
-        cluster.cells[node.node_id] = Cell(node, server, worker)
-        coordinator.join(Member(node.node_id, server.address), number + 1)
+        member = Member(node.node_id, server.address)
+        cluster.cells[node.node_id] = Cell(node, server, worker, member, number + 1)
+        coordinator.join(member, number + 1)
     placement = Placement(coordinator.membership().members)
     cluster.chunks = [sample_chunk(number) for number in range(20)]
     for number, chunk in enumerate(cluster.chunks):
@@ -109,12 +116,18 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
     def keep_informed() -> None:
         while not stopping.wait(0.1):
-            for name, cell in cluster.cells.items():
-                directives = coordinator.directives(name, 0)
-                assert directives.pins is not None
-                cell.node.set_pins(directives.pins)
-                cell.node.set_draining(directives.draining)
-                cell.worker.update(directives)
+            with cluster.hearing:
+                for name, cell in cluster.cells.items():
+                    if name in cluster.away:
+                        continue
+                    directives = coordinator.register(
+                        cell.member, cell.incarnation, 0, cell.node.forgotten_generation
+                    )
+                    assert directives.pins is not None
+                    cell.node.forget(directives.forgotten)
+                    cell.node.set_pins(directives.pins)
+                    cell.node.set_draining(directives.draining)
+                    cell.worker.update(directives)
 
     informing = threading.Thread(target=keep_informed)
     informing.start()
@@ -319,6 +332,8 @@ def test_limits_and_repeated_names(cluster: Cluster) -> None:
 
 
 def test_without_nodes_nothing_is_called_well(cluster: Cluster) -> None:
+    with cluster.hearing:
+        cluster.away |= cluster.cells.keys()
     for record in cluster.coordinator.nodes():
         cluster.coordinator.leave(record.member.node_id, record.incarnation)
     for arguments in (("ls",), ("verify",), ("evict", "--all", "--yes"), ("repair", "--wait")):
@@ -367,3 +382,51 @@ def wait_for(condition: Callable[[], bool], patience_s: float = 10) -> None:
             return
         waited.wait(0.05)
     raise AssertionError("did not happen in time")
+
+
+def test_tenants(cluster: Cluster) -> None:
+    report = cluster.kvstore("tenants", "list")
+    assert not report["more"]
+    rows = {row["tenant"]: row for row in report["tenants"]}
+    assert rows.keys() == set(TENANTS)
+    for tenant, chunks in (("", cluster.chunks[::2]), ("blue", cluster.chunks[1::2])):
+        row, size_bytes = rows[tenant], sum(len(chunk.data) for chunk in chunks)
+        assert (row["chunks"], row["memory_chunks"], row["disk_chunks"]) == (10, 10, 10)
+        assert (row["bytes"], row["memory_bytes"], row["disk_bytes"]) == (size_bytes,) * 3
+        assert row["quota_bytes"] is None
+    cluster.kvstore("quota", "blue", "1GiB")
+    (row,) = cluster.kvstore("tenants", "list", "--tenant", "blue")["tenants"]
+    assert (row["tenant"], row["quota_bytes"]) == ("blue", 1 << 30)
+    assert cluster.kvstore("tenants", "list", "--limit", "1")["more"]
+    text = cluster.text("tenants", "list", "--limit", "1")
+    assert all(part in text for part in ("in memory", "on disk", "more than 1"))
+
+
+def test_tenants_forget(cluster: Cluster) -> None:
+    cluster.text("tenants", "forget", "blue", stdin="n\n", status=1)
+    assert len(cluster.kvstore("ls")["chunks"]) == 20
+    assert cluster.kvstore("tenants", "forget", "blue", "--yes") == {"tenant": "blue", "away": []}
+    assert listed(cluster.kvstore("ls")) == names(cluster.chunks[::2])
+    # A node that is away hears of it when it returns.
+    away = cluster.cells["node-1"]
+    with cluster.hearing:
+        cluster.away.add("node-1")
+    away.server.stop(0)
+    cluster.coordinator.mark_dead("node-1", away.incarnation, "away")
+    text = cluster.text("tenants", "forget", "", "--yes")
+    assert "tenant (default) is forgotten" in text
+    assert "node-1 will do so" in text
+    assert cluster.kvstore("tenants", "list")["tenants"] == []
+    assert away.node.usage()
+    with cluster.hearing:
+        cluster.away.clear()
+    while away.node.usage():
+        time.sleep(0.01)
+
+
+def test_a_node_that_does_not_forget_is_named(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["kvstore_service.cli.tenants"], "_PATIENCE_S", 0.3)
+    with cluster.hearing:
+        cluster.away.add("node-0")
+    with pytest.raises(KVStoreError, match="node-0 did not remove the chunks within"):
+        cluster.text("tenants", "forget", "blue", "--yes")

@@ -6,9 +6,12 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 
+from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.embedded import EmbeddedCluster
@@ -57,6 +60,28 @@ def test_a_data_folder_that_is_removed_is_made_again_with_all_that_was_in_it(tmp
     with EmbeddedCluster(settings_of(memory=MEMORY, disk=DISK, data_dir=folder)) as cluster:
         again = members(cluster)["node-0"]
         assert all(found(again.endpoint, chunk) for chunk in CHUNKS)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_down_while_its_tenant_is_forgotten_does_not_bring_it_back(tmp_path: Path) -> None:
+    with EmbeddedCluster(settings_of(memory=MEMORY, disk=DISK, data_dir=tmp_path)) as cluster:
+
+        def killed(before: Member) -> Member:
+            os.kill(cluster.storage_pids()["node-0"], signal.SIGKILL)
+            with grpc.insecure_channel(cluster.address) as channel:
+                stub = rpc.CoordinatorStub(channel)
+                if before is first:
+                    assert stub.ForgetTenant(pb.ForgetTenantRequest()).waiting == ["node-0"]
+            wait_until(lambda: members(cluster).get("node-0", before) != before, patience_s=30)
+            return members(cluster)["node-0"]
+
+        first = members(cluster)["node-0"]
+        assert {put(first.endpoint, chunk) for chunk in CHUNKS} == {pb.PUT_STATUS_STORED}
+        second = killed(first)
+        assert not any(found(second.endpoint, chunk) for chunk in CHUNKS)
+        assert put(second.endpoint, CHUNKS[0]) == pb.PUT_STATUS_STORED
+        third = killed(second)
+        assert [found(third.endpoint, chunk) for chunk in CHUNKS] == [True] + [False] * (len(CHUNKS) - 1)
 
 
 def test_a_disk_needs_a_folder() -> None:

@@ -8,6 +8,8 @@ import grpc
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_cluster.durability import Durability
+from kvstore_cluster.forgotten import Forgotten
+from kvstore_cluster.put import PutOptions
 from tests.sample_chunk import sample_chunk
 from tests.service.repair_cluster import Cluster, samples, wait_for
 
@@ -99,3 +101,26 @@ def test_a_node_that_refuses_copies_does_not_keep_repair_from_ending(
     cluster.add("b", durability=Durability.DURABLE)  # and no disk
     cluster.settle()
     assert sender.gauges["repair_left"] == len(chunks)
+
+
+def test_a_node_that_has_not_heard_of_a_forgotten_tenant_copies_nothing_of_it(
+    make_cluster: Callable[[int], Cluster],
+) -> None:
+    cluster = make_cluster(2)
+    sender, receiver = cluster.add("a"), cluster.add("b")
+    for number, chunk in enumerate(samples(8)):
+        options = PutOptions(tenant=("red", "blue")[number % 2])
+        put = sender.node.begin_put(chunk.chunk_id, chunk.encoding, len(chunk.data), options=options)
+        assert put is not None
+        put.write(chunk.data)
+        assert put.commit()
+    order = Forgotten({"red": 5})
+    receiver.node.forget(order)
+    cluster.settle()
+    assert (set(sender.node.usage()), set(receiver.node.usage())) == ({"red", "blue"}, {"blue"})
+    assert sender.worker.counters()["repair_failed"] == 0
+    sender.node.forget(order)
+    before = cluster.coordinator.repair()
+    cluster.tick()
+    wait_for(lambda: all(cell.gauges["repair_round"] == before for cell in (sender, receiver)))
+    assert set(sender.node.usage()) == set(receiver.node.usage()) == {"blue"}

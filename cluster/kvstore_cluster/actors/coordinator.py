@@ -63,10 +63,9 @@ class CoordinatorActor:
     def membership(self) -> Membership:
         return self._coordinator.membership()
 
-    def join(self, member: Member, incarnation: int, known: int = 0) -> Directives:
-        """Adds a node and returns its directives. `known` is the version of pins and quotas that the node has."""
-        self._coordinator.join(member, incarnation)
-        return self._coordinator.directives(member.node_id, known)
+    def join(self, member: Member, incarnation: int, known: int = 0, applied: int = 0) -> Directives:
+        """Adds a node and returns its directives, as `Coordinator.register` does."""
+        return self._coordinator.register(member, incarnation, known, applied)
 
     def leave(self, node_id: str, incarnation: int) -> None:
         self._coordinator.leave(node_id, incarnation)

@@ -90,16 +90,24 @@ class StorageActor:
         self._node.close()
 
     def _stay_registered(self) -> None:
-        """Registers the node once, applies the coordinator's directives, and waits for one period. Registration is
-        repeated, because a restarted coordinator may not know this node, and the membership changes."""
+        """Registers the node once, applies the coordinator's directives, and waits for one period, unless it has to
+        register again at once. Registration is repeated, because a restarted coordinator may not know this node, and
+        the membership changes."""
         try:
             directives = ray.get(
-                self._coordinator.join.remote(self._member, self._incarnation, self._directives_version),
+                self._coordinator.join.remote(
+                    self._member,
+                    self._incarnation,
+                    self._directives_version,
+                    self._node.forgotten_generation,
+                ),
                 timeout=_REGISTER_TIMEOUT_S,
             )
         except ray.exceptions.RayError as error:
             log.warning("node %s could not register, trying again: %s", self._member.node_id, error)
         else:
+            # Before repair hears of members to which it would copy these chunks.
+            self._node.forget(directives.forgotten)
             if directives.pins is not None:
                 self._node.set_pins(directives.pins)
             if directives.quotas is not None:
@@ -107,6 +115,8 @@ class StorageActor:
             self._node.set_draining(directives.draining)
             self._repair.update(directives)
             self._directives_version = directives.version
+            if directives.forgotten is not None:
+                return
         self._registering.stopping.wait(_REGISTER_PERIOD_S)
 
 

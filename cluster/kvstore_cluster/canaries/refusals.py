@@ -52,6 +52,11 @@ class Refusals:
             if model_digest in self._models.get(tenant, {}):
                 self._drop(tenant, model_digest)
 
+    def forget_tenant(self, tenant: str) -> None:
+        """Drops all refusals of a tenant."""
+        with self._lock:
+            self._count -= len(self._models.pop(tenant, ()))
+
     def _drop(self, tenant: str, model_digest: bytes) -> None:
         del self._models[tenant][model_digest]
         if not self._models[tenant]:

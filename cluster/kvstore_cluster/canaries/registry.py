@@ -174,6 +174,14 @@ class CanaryRegistry:
         log.warning("canary of model %s dropped: generation %d", model_digest.hex()[:12], new.generation)
         return new.generation
 
+    def forget_tenant(self, tenant: str) -> None:
+        """Removes all canaries of a tenant. Chunks that were stored under them are never found again. Raises
+        CatalogueError."""
+        with self._writing:
+            for record in self.records():
+                if record.tenant == tenant:
+                    self._forget(record)
+
     def records(self) -> tuple[CanaryRecord, ...]:
         """Records of all models and tenants, least recently used first. A damaged one is missing until its next worker
         computes it anew, unless it is of the default tenant: whose it is was in the damaged bytes."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvstore_api.placement import Member
+from kvstore_cluster.forgotten import Forgotten
 from kvstore_codec.identity import ChunkId
 
 
@@ -33,6 +34,8 @@ class ClusterState:
     repair_round: int = 0
     changes: int = 0
     """Number of changes of pins and quotas."""
+    forgotten: Forgotten = field(default_factory=Forgotten)
+    """Tenants whose chunks every node must remove, also one that is away now."""
 
 
 class Catalogue(Protocol):

@@ -12,6 +12,7 @@ import xxhash
 
 from kvstore_api.placement import Member
 from kvstore_cluster.catalogue.base import ClusterState, NodeRecord
+from kvstore_cluster.forgotten import Forgotten
 from kvstore_codec.errors import CatalogueError, CodecError
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 
@@ -33,9 +34,12 @@ def write_document(state: ClusterState) -> str:
         "repair_round": state.repair_round,
         "changes": state.changes,
     }
-    # Earlier releases read this document, too, and ignore the pins of other tenants.
+    # Earlier releases read this document, too, and ignore the pins of other tenants and forgotten tenants.
     if tenants := {tenant: _pins(pins) for tenant, pins in state.pins.items() if tenant}:
         content["tenant_pins"] = tenants
+    if state.forgotten.newest:
+        content["forgotten"] = dict(state.forgotten.tenants)
+        content["forgotten_floor"] = state.forgotten.floor
     document = {"format": _NAME, "version": _VERSION, "state": content, "checksum": _checksum(content)}
     return json.dumps(document, indent=1)
 
@@ -98,6 +102,10 @@ def _parse(content: dict[str, Any], version: int) -> ClusterState:
         draining=frozenset(content["draining"]),
         repair_round=_whole(content["repair_round"]),
         changes=_whole(content["changes"]),
+        forgotten=Forgotten(
+            {str(tenant): _whole(last) for tenant, last in content.get("forgotten", {}).items()},
+            _whole(content.get("forgotten_floor", 0)),
+        ),
     )
 
 

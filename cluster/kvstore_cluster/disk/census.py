@@ -14,7 +14,7 @@ _LOW = (1 << 64) - 1
 
 
 class Census:
-    """Columns of the record fields that decide whether a record is live. 37 bytes per record."""
+    """Columns of the record fields that decide whether a record is live. 38 bytes per record."""
 
     def __init__(self, *, isolated: bool = False) -> None:
         self._isolated = isolated
@@ -23,17 +23,19 @@ class Census:
         self._low = array("Q")
         self._sequences = array("Q")
         self._tombstones = array("B")
+        self._hidden = array("B")
         self._locations = array("q")
         self._blocks = array("I")
 
-    def add(self, location: Location, header: memoryview) -> bool:
-        """Adds a record with a sound header. Returns whether it is a tombstone."""
+    def add(self, location: Location, header: memoryview, *, hidden: bool = False) -> bool:
+        """Adds a record with a sound header. Returns whether it is a tombstone. A `hidden` put is never live."""
         kind, sequence, size_bytes, key = summary(header, self._key_seed, with_tenant=self._isolated)
         tombstone = kind == Kind.TOMBSTONE
         self._high.append(key >> 64)
         self._low.append(key & _LOW)
         self._sequences.append(sequence)
         self._tombstones.append(tombstone)
+        self._hidden.append(hidden)
         self._locations.append(location)
         self._blocks.append(record_blocks(kind, size_bytes))
         return tombstone
@@ -45,13 +47,14 @@ class Census:
     def books(self) -> Iterator[tuple[int, Column, Column, Column]]:
         """Yields (segment number, first blocks, blocks, states) of every segment with records, in the order of blocks.
 
-        Records of one key are ordered by sequence number. The last record of a key is live if it is a put. A tombstone
+        Records of one key are ordered by sequence number. The last record of a key is live if it is a put
+        and not hidden. A tombstone
         comes after the put with the same number. The last tombstone of a key is kept while a put precedes it.
         """
         high, low, sequences, locations = (
             np.array(column) for column in (self._high, self._low, self._sequences, self._locations)
         )
-        tombstones = np.array(self._tombstones, bool)
+        tombstones, hidden = np.array(self._tombstones, bool), np.array(self._hidden, bool)
         order = np.lexsort((locations, tombstones, sequences, low, high))
         high, low, tombstones = high[order], low[order], tombstones[order]
         starts = np.ones(len(order), bool)
@@ -63,7 +66,7 @@ class Census:
         last_tombstones = np.flatnonzero(tombstones)
         last_tombstones = last_tombstones[np.diff(group[last_tombstones], append=len(order)) > 0]
         states: Column = np.full(len(order), State.DEAD, np.uint8)
-        states[order[ends & ~tombstones]] = State.LIVE
+        states[order[ends & ~tombstones & ~hidden[order]]] = State.LIVE
         states[order[last_tombstones[puts_before[last_tombstones] > 0]]] = State.TOMBSTONE
         by_location = np.argsort(locations)
         blocks, numbers = np.array(self._blocks), locations >> BLOCK_BITS

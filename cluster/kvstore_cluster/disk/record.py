@@ -155,6 +155,14 @@ def summary(header: memoryview, key_seed: int, *, with_tenant: bool = False) -> 
     return kind, sequence, size_bytes, xxhash.xxh3_128_intdigest(named, key_seed)
 
 
+def tenant_of(header: memoryview) -> tuple[str, int]:
+    """(tenant, sequence) of a sound header. Faster than `decode`."""
+    _, sequence, _ = _SUMMARY.unpack_from(header, _KIND)
+    start = _NAMES_START + header[_ENCODING_LENGTH]
+    (length,) = _TENANT_LENGTH.unpack_from(header, _ENCODING_LENGTH + 1)
+    return str(header[start : start + length], "utf-8"), sequence
+
+
 def decode(header: memoryview) -> RecordHeader:
     """Decodes a sound header."""
     (

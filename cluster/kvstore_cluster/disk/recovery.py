@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from kvstore_cluster.disk.census import Census
 from kvstore_cluster.disk.file import aligned_buffer, disk_error
 from kvstore_cluster.disk.folder import StoreFolder
+from kvstore_cluster.disk.forgotten import ForgottenRecords
 from kvstore_cluster.disk.location import Location, location_of
 from kvstore_cluster.disk.log import SegmentLog
-from kvstore_cluster.disk.record import BLOCK_BYTES, RecordMeta, blocks_of, decode
+from kvstore_cluster.disk.record import BLOCK_BYTES, RecordMeta, blocks_of, decode, tenant_of
 from kvstore_cluster.disk.scan import Found, scan
 from kvstore_cluster.disk.segment import Segment
 from kvstore_cluster.disk.segment_format import SegmentIndex, seed_of
@@ -32,9 +33,11 @@ class Recovery:
     dropped: tuple[str, ...]
 
 
-def recover(table: SegmentTable, segment_log: SegmentLog, *, isolated: bool = False) -> Recovery:
-    """Fills the empty table and log from the folder. `isolated` is as in `SegmentStore.recover`. May block. Raises
-    DiskError when it cannot be read or written."""
+def recover(
+    table: SegmentTable, segment_log: SegmentLog, forgotten: ForgottenRecords, *, isolated: bool = False
+) -> Recovery:
+    """Fills the empty table and log from the folder. Records that `forgotten` hides are dead. `isolated` is as in
+    `SegmentStore.recover`. May block. Raises DiskError when it cannot be read or written."""
     dropped: list[str] = []
     found: dict[int, Segment] = {}
     census = Census(isolated=isolated)
@@ -46,7 +49,8 @@ def recover(table: SegmentTable, segment_log: SegmentLog, *, isolated: bool = Fa
                     continue
                 found[number], index = opened
                 for block, header in index:
-                    if census.add(location_of(number, block), header):
+                    hidden = bool(forgotten) and forgotten.hides(*tenant_of(header))
+                    if census.add(location_of(number, block), header, hidden=hidden):
                         found[number].horizon = max(found[number].horizon, decode(header).horizon)
         except OSError as error:
             raise disk_error(error, f"recovering the disk tier in {table.folder.path}") from error
@@ -55,7 +59,7 @@ def recover(table: SegmentTable, segment_log: SegmentLog, *, isolated: bool = Fa
         found[number].adopt(first_blocks, blocks, states)
     for segment in found.values():
         table.add(segment)
-    segment_log.continue_after(census.newest_sequence)
+    segment_log.continue_after(max(census.newest_sequence, forgotten.newest_sequence))
     segment_log.measure()
     return Recovery(_live_records(table.folder, list(found.values())), tuple(dropped))
 

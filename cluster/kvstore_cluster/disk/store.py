@@ -6,6 +6,7 @@ from pathlib import Path
 from kvstore_cluster.disk.compaction import Compactor, Lost, Relocate
 from kvstore_cluster.disk.file import FileEndsError, SegmentFile, disk_error
 from kvstore_cluster.disk.folder import OpenFile, StoreFolder
+from kvstore_cluster.disk.forgotten import ForgottenRecords, read_forgotten, write_forgotten
 from kvstore_cluster.disk.location import MAX_SEGMENT_BLOCKS, Location, block_of
 from kvstore_cluster.disk.log import FEWEST_SEGMENTS, SegmentLog
 from kvstore_cluster.disk.record import BLOCK_BYTES, RecordHeader, RecordMeta, decode, is_header
@@ -63,6 +64,8 @@ class SegmentStore:
         self._upkeep = Upkeep(sync_period_s)
         self._log = SegmentLog(self._table, limit_bytes, segment_bytes, self._upkeep.wake)
         self._compactor = Compactor(self._table, self._log)
+        self.forgotten = ForgottenRecords()
+        """Which records are dead because their tenant was forgotten, as the folder says."""
         self._recovered = False
         self._closed = False
 
@@ -108,7 +111,8 @@ class SegmentStore:
     def recover(self, *, isolated: bool = False) -> Recovery:
         """Recovers the records in the folder, and starts the upkeep thread. With `isolated`, chunks of different
         tenants that have the same id and encoding are different chunks. Raises DiskError."""
-        recovery = recover(self._table, self._log, isolated=isolated)
+        self.forgotten = read_forgotten(self._folder.path)
+        recovery = recover(self._table, self._log, self.forgotten, isolated=isolated)
         # Not started by the first append: its calling thread may be pinned to a CPU, which a new thread inherits.
         self._upkeep.start(self._log)
         self._recovered = True
@@ -177,6 +181,12 @@ class SegmentStore:
         DiskError."""
         self._require_open()
         self._log.append_tombstone(meta, sequence)
+
+    def keep_forgotten(self, records: ForgottenRecords) -> None:
+        """Makes records dead for every later recovery, durably. Raises DiskError."""
+        self._require_open()
+        write_forgotten(self._folder.path, records)
+        self.forgotten = records
 
     def sync(self) -> None:
         """Syncs all appended records, so that they survive a power loss. Raises DiskError."""

@@ -136,6 +136,17 @@ def _unpin(stage: Stage) -> bool:
     return not stage.cluster.coordinator.pins(OWNER)
 
 
+def _forget(stage: Stage) -> bool:
+    """Whether OWNER's chunk, pin and canary are gone."""
+    cluster = stage.cluster
+    request = pb.ForgetTenantRequest(tenant=stage.tenant)
+    cluster.coordinators(stage.token).ForgetTenant(request, timeout=10)
+    cluster.hear()
+    gone = not cluster.node.usage(OWNER)
+    assert gone == (not cluster.coordinator.pins(OWNER)) == (not cluster.canaries.get(MODEL, OWNER)[1])
+    return gone
+
+
 def _canary(name: str, model: bytes = MODEL, **fields: object) -> Callable[[Stage], object]:
     request = getattr(pb, f"{name}Request")
     return _coordinator(name, lambda stage: request(model_digest=model, tenant=stage.tenant, **fields))
@@ -185,6 +196,7 @@ STORAGE_CALLS: dict[str, Call] = {
     "Verify": _answers(
         _storage("Verify", lambda _: pb.VerifyRequest()), lambda replies: list(replies)[-1].checked
     ),
+    "Usage": _answers(_storage("Usage", lambda _: pb.UsageRequest()), lambda reply: reply.tenants),
     "Stats": _answers(_storage("Stats", lambda _: pb.StatsRequest())),
     "Throttle": _answers(_storage("Throttle", lambda _: pb.ThrottleRequest(bandwidth_bps=1e9))),
 }
@@ -220,6 +232,7 @@ COORDINATOR_CALLS: dict[str, Call] = {
         _coordinator("ListQuotas", lambda _: pb.ListQuotasRequest()),
         lambda reply: any(quota.tenant == OWNER for quota in reply.quotas),
     ),
+    "ForgetTenant": _forget,
     "Drain": _answers(_coordinator("Drain", lambda _: pb.DrainRequest(node_id="nobody"))),
     "Repair": _answers(_coordinator("Repair", lambda _: pb.RepairRequest())),
 }

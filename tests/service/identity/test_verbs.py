@@ -29,7 +29,10 @@ def test_only_the_check_of_health_is_open() -> None:
 
 def test_a_worker_may_not_operate_and_a_node_may_only_copy() -> None:
     may = {scope: {verb.name for verb in VERBS.values() if scope in verb.scopes} for scope in Scope}
-    operates = {"Verify", "Throttle", "Drain", "Repair", "SetQuota", "Pin", "PutCalibration", "ReplaceCanary"}
+    operates = {
+        "Verify", "Usage", "ForgetTenant", "Throttle", "Drain", "Repair", "SetQuota", "Pin", "PutCalibration",
+        "ReplaceCanary",
+    }  # fmt: skip
     of_everybody = {"ServerReflectionInfo", "Watch"}
     assert not may[Scope.DATA] & operates
     assert operates <= may[Scope.ADMIN]
