@@ -21,6 +21,7 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import read_document
+from kvstore_bench.native_dtype import native_dtype
 from kvstore_bench.output_options import JsonFile
 from kvstore_bench.vllm.calibration import publish_in_process
 from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
@@ -54,7 +55,7 @@ _STORE_BYTES = 1 << 30
 
 def main(
     model: ModelName = SMOLLM2,
-    dtype: DtypeName = "bfloat16",
+    dtype: DtypeName = None,
     encodings: Annotated[str, typer.Option(help="Comma-separated.")] = _ENCODINGS,
     tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 2000,
     texts: Annotated[int, typer.Option(min=1, help="Different prompts.")] = 4,
@@ -68,6 +69,7 @@ def main(
 ) -> None:
     """Measure how much reused KV changes what vLLM expects next."""
     require_outputs(json_file, None)
+    dtype = dtype or native_dtype()
     chosen = [Encoding.parse(name.strip()) for name in encodings.split(",")]
     folder = model_folder(model)
     questions = Questions(

@@ -15,6 +15,7 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import calibration_text, read_document
+from kvstore_bench.native_dtype import native_dtype
 from kvstore_bench.output_options import JsonFile
 from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.engine import EngineOptions
@@ -51,7 +52,7 @@ _FILLER_TOKENS, _FILLERS = 300, 1000
 
 def main(
     model: ModelName = SMOLLM2,
-    dtype: DtypeName = "bfloat16",
+    dtype: DtypeName = None,
     policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(DEFAULT_POLICIES),
     link: Annotated[str, typer.Option(help="Bandwidth of the link before and after the cut.")] = "200mbit",
     tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 2000,
@@ -66,6 +67,7 @@ def main(
     json_file: JsonFile = None,
 ) -> None:
     require_outputs(json_file, None)
+    dtype = dtype or native_dtype()
     folder = model_folder(model)
     bandwidth_bps = parse_bandwidth(link)
     options = Options(folder, folder.name, [bandwidth_bps], [tokens], 1, repeats + 1, 1)

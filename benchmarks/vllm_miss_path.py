@@ -15,6 +15,7 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import calibration_text
+from kvstore_bench.native_dtype import native_dtype
 from kvstore_bench.output_options import JsonFile
 from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.completions import Answer
@@ -47,7 +48,7 @@ _WARM_UP, _SILENCE_S = 2, 240.0
 
 def main(
     model: ModelName = SMOLLM2,
-    dtype: DtypeName = "bfloat16",
+    dtype: DtypeName = None,
     policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(MISS_POLICIES),
     tokens: Annotated[int, typer.Option(help="Length of the prompts.")] = 2000,
     answer_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 64,
@@ -57,6 +58,7 @@ def main(
     json_file: JsonFile = None,
 ) -> None:
     require_outputs(json_file, None)
+    dtype = dtype or native_dtype()
     folder = model_folder(model)
     versions = peer_versions()
     chosen = policies_named(policies, MISS_POLICIES)

@@ -31,6 +31,7 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import read_document
+from kvstore_bench.native_dtype import native_dtype
 from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.engine import EngineOptions
@@ -71,7 +72,7 @@ _DIGITS = {"speedup_over_cold": 2, "MB": 2, "decode_tokens_per_s": 1, "reused_to
 
 def main(
     model: ModelName = SMOLLM2,
-    dtype: DtypeName = "bfloat16",
+    dtype: DtypeName = None,
     policies: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(DEFAULT_POLICIES),
     links: Annotated[str, typer.Option(help="Bandwidths, comma-separated.")] = DEFAULT_LINKS,
     tokens: Annotated[str, typer.Option(help="Lengths of prompts, comma-separated.")] = "2000,4000",
@@ -90,6 +91,7 @@ def main(
     plot: Annotated[Path | None, plot_option("seconds to the first token")] = None,
 ) -> None:
     require_outputs(json_file, plot)
+    dtype = dtype or native_dtype()
     folder = model_folder(model)
     options = Options(
         model=folder,

@@ -36,7 +36,7 @@ from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import read_document
 from kvstore_bench.output_options import JsonFile
 from kvstore_bench.vllm.calibration import publish_in_process
-from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
+from kvstore_bench.vllm.cli_options import LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.exchange import UNCOUNTED_PROMPTS, Result, comparable_length, measure
 from kvstore_bench.vllm.http_call import RequestError
@@ -72,7 +72,7 @@ COPY_COLUMNS = {name: name for name in ("kv_layout", "direction", "host_memory",
 
 def main(
     model: ModelName = SMOLLM2,
-    dtype: DtypeName = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Dtype of model and KV.")] = "bfloat16",
     connectors: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(NAMES),
     layouts: Annotated[str, typer.Option(help="KV layouts of `exact`, comma-separated.")] = "NHD,HND",
     tokens: Annotated[str, typer.Option(help="Lengths of prompts, comma-separated.")] = "2048,8000",

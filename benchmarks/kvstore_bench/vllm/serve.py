@@ -17,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from kvstore_bench.native_dtype import native_dtype
 from kvstore_bench.vllm.engine import START_S, VLLM_PYTHON, vllm_environment
 from kvstore_bench.vllm.models import QWEN, model_folder
 from kvstore_bench.vllm.policies import kvstore_connector
@@ -70,7 +71,7 @@ def _serve(
     connector = kvstore_connector(store, default_cache_dir(), settings)
     command = (
         *(str(VLLM_PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--host", _HOST, "--port", str(port)),
-        *("--model", str(folder), "--served-model-name", folder.name, "--dtype", "bfloat16"),
+        *("--model", str(folder), "--served-model-name", folder.name, "--dtype", native_dtype()),
         *("--max-model-len", str(max_model_len), "--enable-prompt-tokens-details"),
         *("--kv-transfer-config", json.dumps(dict(connector.transfer))),
     )
