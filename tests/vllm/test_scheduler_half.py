@@ -64,7 +64,7 @@ def test_one_token_stays_to_be_computed(
 def test_a_prompt_whose_tokens_are_scored_is_computed_whole(
     half: SchedulerHalf, client: KVStoreClient
 ) -> None:
-    tokens = prompt(900, seed=16)
+    tokens = prompt(900, seed=30)
     put(client, tokens[:512])
     asked = request(tokens, prompt_logprobs=1)
     assert answer(half, asked) == (0, False)
