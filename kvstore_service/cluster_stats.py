@@ -41,6 +41,13 @@ def live_members(address: str, *, start: str = SERVE, connector: Connector | Non
         return list(stub.Membership(pb.MembershipRequest(), timeout=_TIMEOUT_S).members)
 
 
+def predicted(address: str, request: pb.PredictRequest) -> pb.PredictReply:
+    """The answer of the coordinator at `address`. Raises ServiceError if none answers there."""
+    with _coordinator(address) as stub:
+        reply: pb.PredictReply = stub.Predict(request, timeout=_TIMEOUT_S)
+        return reply
+
+
 def background_works(address: str) -> bool:
     """Whether all background loops of the coordinator work. Raises ServiceError if no coordinator answers at
     `address`."""

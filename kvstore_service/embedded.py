@@ -17,7 +17,7 @@ from kvstore_cluster.durability import Durability
 from kvstore_cluster.storage_options import StorageOptions
 from kvstore_codec.errors import ServiceError, StartupError
 from kvstore_service.cluster_stats import cluster_stats
-from kvstore_service.listen import Address, Reservation
+from kvstore_service.listen import Address, Reservation, two_free_ports
 from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
 from kvstore_service.ray_cluster import existing_ray, on_node, on_this_node, ray_nodes
 from kvstore_service.scratch import scratch_folder
@@ -76,6 +76,8 @@ class EmbeddedCluster:
     def start(self) -> None:
         """Starts the cluster. Blocks until every node has joined and clients can connect."""
         _require_packages()
+        if self._settings.events is not None:
+            _require_zeromq()
         with ExitStack() as started:
             reservation = Reservation(self._listen)
             started.callback(reservation.release)
@@ -87,7 +89,8 @@ class EmbeddedCluster:
             else:
                 started.enter_context(existing_ray(self._settings.ray_address))
             started.callback(self._stop_actors)
-            self._start_actors(data_dir.absolute(), reservation.address)
+            events = self._settings.events and two_free_ports(Address.parse(self._settings.events))
+            self._start_actors(data_dir.absolute(), reservation.address, events or None)
             self._running = started.pop_all()
 
     def stop(self) -> None:
@@ -132,7 +135,7 @@ class EmbeddedCluster:
     ) -> None:
         self.stop()
 
-    def _start_actors(self, data_dir: Path, address: Address) -> None:
+    def _start_actors(self, data_dir: Path, address: Address, events: Address | None) -> None:
         import ray
 
         from kvstore_cluster.actors.coordinator import CoordinatorActor
@@ -150,10 +153,11 @@ class EmbeddedCluster:
         )
         self._coordinator = coordinator.remote(
             data_dir,
-            partial(serve_coordinator, address=address, security=self.security),
+            partial(serve_coordinator, address=address, security=self.security, events=events),
             replicas=self._settings.replicas or min(2, max(1, len(homes))),
             redis_url=self._redis_url,
             isolated=self.security.isolated,
+            events=events is not None,
         )
         storage = ray.remote(StorageActor)
         for number, options in enumerate(placed):
@@ -185,6 +189,7 @@ class EmbeddedCluster:
             repair_bandwidth_bps=8 * settings.repair_bandwidth,
             experiments=settings.experiments,
             isolated=self.security.isolated,
+            events=settings.events is not None,
         )
 
     def _wait_until_joined(self) -> None:
@@ -241,6 +246,11 @@ def _require_packages() -> None:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise StartupError(f"a cluster needs {', '.join(missing)}: pip install 'kvstore-service[cluster]'")
+
+
+def _require_zeromq() -> None:
+    if importlib.util.find_spec("zmq") is None:
+        raise StartupError("--events needs pyzmq: pip install 'kvstore-service[events]'")
 
 
 def _check_catalogue(data_dir: Path, redis_url: str | None) -> None:

@@ -1,7 +1,8 @@
 """The Coordinator gRPC service, a thin shell around a Coordinator, its failure detector and the registries."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -13,15 +14,22 @@ from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import NodeRecord
 from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.events.hub import EventHub
 from kvstore_cluster.failure_detector import FailureDetector
 from kvstore_codec.errors import AddressInUseError
+from kvstore_service.events.keys import SubscriberKeys
 from kvstore_service.grpc_calibrations import CalibrationService
 from kvstore_service.grpc_canaries import CanaryService
 from kvstore_service.grpc_directives import DirectiveService
+from kvstore_service.grpc_events import EventService
+from kvstore_service.grpc_predict import PredictService
 from kvstore_service.grpc_server import GrpcServer, unary
 from kvstore_service.identity import OPEN, Access
 from kvstore_service.listen import Address
 from kvstore_service.security import INSECURE, Security
+
+if TYPE_CHECKING:
+    from kvstore_service.events.publisher import EventPublisher
 
 _PROBE_TIMEOUT_S = 1.0
 _CHANNEL_OPTIONS = [
@@ -45,7 +53,7 @@ class StorageProbe:
         """Stats of each node, or the reason why it did not answer. Asks all nodes at the same time; blocks for at most
         _PROBE_TIMEOUT_S."""
         calls = [
-            self._stub(member.endpoint).Stats.future(pb.StatsRequest(), timeout=_PROBE_TIMEOUT_S)
+            self.stub(member.endpoint).Stats.future(pb.StatsRequest(), timeout=_PROBE_TIMEOUT_S)
             for member in members
         ]
         return [_answer(member, call) for member, call in zip(members, calls, strict=True)]
@@ -62,7 +70,8 @@ class StorageProbe:
         for channel in self._retired:
             channel.close()
 
-    def _stub(self, endpoint: str) -> rpc.StorageStub:
+    def stub(self, endpoint: str) -> rpc.StorageStub:
+        """The stub of a node's endpoint."""
         with self._lock:
             if self._changes != (changes := self._connector.changes):
                 self._changes = changes
@@ -77,14 +86,18 @@ class StorageProbe:
 
 
 class CoordinatorService:
+    """gRPC handlers for the state of the cluster. `event_stats` returns the counters of its KV events."""
+
     def __init__(
         self,
         coordinator: Coordinator,
         canaries: CanaryRegistry,
         probe: StorageProbe,
         access: Access = OPEN,
+        event_stats: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self._access = access
+        self._event_stats = event_stats
         self._coordinator = coordinator
         self._canaries = canaries
         self._probe = probe
@@ -121,12 +134,13 @@ class CoordinatorService:
         return pb.ClusterStatsReply(
             epoch=self._coordinator.membership().epoch,
             nodes=[_status(node, stats.get(node.member.node_id, node.error)) for node in nodes],
+            events=self._event_stats(),
         )
 
 
 class CoordinatorServer:
-    """Serves the coordinator's endpoint and runs its failure detector, from construction until `stop`. Raises
-    AddressInUseError and ConfigurationError."""
+    """Serves the coordinator's endpoint and runs its failure detector, from construction until `stop`. With a `hub` it
+    publishes the hub's KV events at `events`. Raises AddressInUseError and ConfigurationError."""
 
     def __init__(
         self,
@@ -135,6 +149,8 @@ class CoordinatorServer:
         canaries: CanaryRegistry,
         address: Address,
         security: Security = INSECURE,
+        hub: EventHub | None = None,
+        events: Address | None = None,
     ) -> None:
         access, tls = security.access(), security.server_tls()
         self._probe = StorageProbe(security.connector())
@@ -143,8 +159,17 @@ class CoordinatorServer:
         self._detector.check()
         service = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
         canary_service = CanaryService(canaries, access)
+        keys = None if access.is_open else SubscriberKeys(access)
+        try:
+            self._publisher = None if hub is None else _publisher(hub, coordinator, events, keys)
+        except AddressInUseError:
+            self._probe.close()
+            raise
+        event_stats = dict if self._publisher is None else self._publisher.stats
         handlers = (
-            CoordinatorService(coordinator, canaries, self._probe, access).handlers()
+            CoordinatorService(coordinator, canaries, self._probe, access, event_stats).handlers()
+            | EventService(self._publisher, keys, access).handlers()
+            | PredictService(coordinator, self._probe.stub, access).handlers()
             | DirectiveService(coordinator, canary_service.forget_tenant, access).handlers()
             | CalibrationService(calibrations).handlers()
             | canary_service.handlers()
@@ -152,6 +177,8 @@ class CoordinatorServer:
         try:
             self._server = GrpcServer(address, service, handlers, access=access, tls=tls)
         except AddressInUseError:
+            if self._publisher is not None:
+                self._publisher.stop()
             self._probe.close()
             raise
         access.start()
@@ -161,6 +188,8 @@ class CoordinatorServer:
 
     def stop(self, grace_s: float = 1.0) -> None:
         self._server.stop(grace_s)
+        if self._publisher is not None:
+            self._publisher.stop()
         self._detector.stop()
         self._access.stop()
         self._probe.close()
@@ -170,12 +199,22 @@ def serve_coordinator(
     coordinator: Coordinator,
     calibrations: CalibrationRegistry,
     canaries: CanaryRegistry,
+    hub: EventHub | None = None,
     *,
     address: Address,
     security: Security = INSECURE,
+    events: Address | None = None,
 ) -> CoordinatorServer:
     """Starts the coordinator's endpoint. Raises AddressInUseError and ConfigurationError."""
-    return CoordinatorServer(coordinator, calibrations, canaries, address, security)
+    return CoordinatorServer(coordinator, calibrations, canaries, address, security, hub, events)
+
+
+def _publisher(
+    hub: EventHub, coordinator: Coordinator, address: Address | None, keys: SubscriberKeys | None
+) -> "EventPublisher | None":
+    from kvstore_service.events.publisher import EventPublisher  # needs pyzmq
+
+    return None if address is None else EventPublisher(hub, coordinator.live, address, keys)
 
 
 def _answer(member: Member, call: grpc.Future) -> pb.StatsReply | str:

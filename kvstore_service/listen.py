@@ -72,6 +72,22 @@ class Reservation:
         self._socket.close()
 
 
+def two_free_ports(address: Address) -> Address:
+    """The address, whose port and the next one are free; for port 0 with such a port. They are not reserved. Raises
+    AddressInUseError and ConfigurationError."""
+    while True:
+        first = Reservation(address)
+        try:
+            Reservation(Address(address.host, first.address.port + 1)).release()
+        except AddressInUseError:
+            if address.port:
+                raise
+        else:
+            return first.address
+        finally:
+            first.release()
+
+
 def _bound(address: Address, option: int) -> socket.socket:
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(

@@ -21,11 +21,13 @@ _TEXTS = {
     "disk_chunks": "Stored variants that are on disk.",
     "disk_bytes_used": "Bytes of disk used by chunks.",
     "disk_bytes_limit": "Bytes of disk for chunks.",
+    "disk_read_Bps": "Measured rate of one disk read at a time, bytes per second; 0 before enough was read.",
     "disk_direct": "Whether the node reads and writes its disk past the page cache.",
     "disk_unreadable": "Stored variants whose last read from the disk failed.",
     "pinned": "Stored variants that are pinned.",
     "draining": "Whether the node is draining.",
     "drain_left": "Stored variants that a draining node has not yet copied to other nodes.",
+    "events_overflows": "How often more blocks changed than the node remembers, so that it reported all of them.",
     "background_failing": "Background loops of the node's process that are failing; its log says why.",
     "repair_running": "Whether a repair pass is running.",
     "repair_round": "Last repair round in which every other node answered.",
@@ -34,6 +36,21 @@ _TEXTS = {
     "repair_total": "Stored variants that the repair pass has to check.",
     "repair_left": "Stored variants that an owner lacked after the last repair pass.",
 }
+
+
+_EVENT_TEXTS = {
+    "nodes": "Storage nodes whose blocks the publisher of KV events knows.",
+    "tenants": "Tenants that have KV events.",
+    "blocks": "Blocks that the publisher of KV events knows.",
+    "subscriptions": "Subscriptions to KV events.",
+    "batches": "Batches of KV events.",
+    "dropped": "Batches of KV events that were dropped before they were sent.",
+    "unpublished": "Changes of blocks of too many tenants, which were not published.",
+    "resyncs": "How often a node reported all of its blocks.",
+    "replays": "Requests for missed batches that were answered with these.",
+    "snapshots": "Requests for missed batches that were answered with all blocks.",
+}
+_EVENT_GAUGES = ("nodes", "tenants", "blocks", "subscriptions")
 
 
 class ClusterCollector(Collector):
@@ -58,7 +75,14 @@ class ClusterCollector(Collector):
         up.add_metric([], 1)
         yield up
         yield GaugeMetricFamily("kvstore_cluster_epoch", "Epoch of the membership.", value=reply.epoch)
+        yield from _event_metrics(reply)
         yield from _node_metrics(reply)
+
+
+def _event_metrics(reply: pb.ClusterStatsReply) -> Iterator[Metric]:
+    for name, value in sorted(reply.events.items()):
+        family = GaugeMetricFamily if name in _EVENT_GAUGES else CounterMetricFamily
+        yield family(f"kvstore_events_{name}", _EVENT_TEXTS.get(name, name), value=value)
 
 
 def _node_metrics(reply: pb.ClusterStatsReply) -> Iterator[Metric]:

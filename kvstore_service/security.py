@@ -58,9 +58,11 @@ class Security:
             )
             if given is None
         ]
-        exposed = settings.ray_address is not None or not listen.is_loopback
+        opened = [listen] if settings.events is None else [listen, Address.parse(settings.events)]
+        outside = [str(address) for address in opened if not address.is_loopback]
+        exposed = settings.ray_address is not None or outside
         if exposed and missing and not settings.insecure:
-            where = "the nodes of a Ray cluster" if settings.ray_address is not None else str(listen)
+            where = "the nodes of a Ray cluster" if settings.ray_address is not None else outside[0]
             raise ConfigurationError(
                 f"other machines can reach {where}, and whoever does can read and delete all chunks: give "
                 f"{' and '.join(missing)}, or --insecure if the network keeps everybody else out (docs/security.md)"

@@ -110,6 +110,11 @@ class Settings(BaseModel):
         "Allow an address other than this machine's loopback without --credentials and TLS.",
     )
     metrics_port: int | None = _setting(None, "Port for Prometheus, on the same host.", ge=1, le=65535)
+    events: str | None = _setting(
+        None,
+        "host:port at which routers subscribe to KV events; the next port answers requests for missed ones.",
+        unset="no events are published",
+    )
     experiments: bool = _setting(
         False,  # noqa: FBT003
         "Allow `kvstore throttle` to limit how fast the nodes send and read.",
@@ -171,11 +176,11 @@ class Settings(BaseModel):
             raise ValueError(f"known policies are {', '.join(POLICIES)}")
         return value
 
-    @field_validator("listen")
+    @field_validator("listen", "events")
     @classmethod
-    def _is_an_address(cls, value: str) -> str:
+    def _is_an_address(cls, value: str | None) -> str | None:
         try:
-            return str(Address.parse(value))
+            return None if value is None else str(Address.parse(value))
         except ConfigurationError as error:
             raise ValueError(str(error)) from error
 

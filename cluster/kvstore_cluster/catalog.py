@@ -20,6 +20,7 @@ from cachetools import LRUCache
 
 from kvstore_cluster.arena import Arena, Extent
 from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
+from kvstore_cluster.events.changes import TierChanges
 from kvstore_cluster.eviction import EvictionOrder, EvictionPolicy
 from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.eviction.texts import Choice
@@ -69,6 +70,8 @@ class ChunkCatalog:
         """Slots whose last disk read failed."""
         self.disk_headers: LRUCache[int, bytes] = LRUCache(HEADER_CACHE_BYTES, len)
         """Headers recently read from disk, by slot."""
+        self.changes: TierChanges | None = None
+        """Remembers the chunks that enter or leave a tier, on a node that reports them."""
         self._orders = (self.in_memory, self.on_disk, self.quotas)
         self._readers: Counter[int] = Counter()
         # Memory of dropped copies that readers still use, by slot. The chunks themselves stay in the index.
@@ -118,6 +121,7 @@ class ChunkCatalog:
         order.add(
             slot, identity=index.identity(slot), size_bytes=index.size_bytes[slot], cost=index.cost(slot)
         )
+        self._changed(slot)
 
     def link_behind(self, slot: int, before: int) -> None:
         """Links the chunk to `before`, the chunk before it in its text, unless it has such a link. Lock held."""
@@ -257,6 +261,7 @@ class ChunkCatalog:
             self.arena.free(self.extent(slot))
             self.index.extent[slot] = None
             self.counters.demotions += 1
+            self._changed(slot)
 
     def leave_disk(self, slot: int) -> None:
         """Removes a chosen chunk from disk, and evicts it if it is not in memory. Lock held."""
@@ -278,6 +283,7 @@ class ChunkCatalog:
         self.in_memory.remove(slot, evicted=False)
         self._dropped.setdefault(slot, []).append(extent)
         self.index.extent[slot] = None
+        self._changed(slot)
 
     def drop_disk_copy(self, slot: int) -> None:
         """Drops the lost or damaged disk copy of a chunk, and the chunk itself if it is not in memory. Lock held."""
@@ -318,6 +324,7 @@ class ChunkCatalog:
     def _unlink(self, slot: int) -> None:
         self.quotas.remove(slot)
         self.index.unlink(slot)
+        self._changed(slot)
         for order in self._orders:
             order.forget(slot)
         self.pinned.discard(slot)
@@ -346,6 +353,12 @@ class ChunkCatalog:
             self.store.delete(Location(self.index.location[slot]))
         self.index.location[slot] = NOWHERE
         self._forget_reads(slot)
+        self._changed(slot)
+
+    def _changed(self, slot: int) -> None:
+        """The chunk entered or left a tier."""
+        if self.changes is not None:
+            self.changes.add(slot)
 
     def _forget_reads(self, slot: int) -> None:
         """Forgets cached headers and failed reads of a disk copy that was removed."""

@@ -152,6 +152,11 @@ class Coordinator:
         with self._lock:
             return tuple(replace(node, member=self._marked(node.member)) for node in self._state.nodes)
 
+    def live(self) -> set[tuple[str, int]]:
+        """Node id and incarnation of each live node."""
+        with self._lock:
+            return {(node.member.node_id, node.incarnation) for node in self._state.nodes if node.alive}
+
     def directives(self, node_id: str, known: int) -> Directives:
         """The directives for a node. `known` is the version that the node has, 0 for none."""
         with self._lock:

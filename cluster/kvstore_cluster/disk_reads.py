@@ -1,6 +1,7 @@
 """Reads chunks from a node's disk, verifies them, and tells lost chunks from those that the disk fails to read."""
 
 import logging
+import time
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import NoReturn
@@ -19,6 +20,9 @@ from kvstore_codec.errors import (
 
 log = logging.getLogger(__name__)
 
+_LARGE_READ_BYTES = 64 << 10
+_MEASURED_BYTES = 8 << 20
+
 
 class LostChunkError(ChunkNotFoundError):
     """The disk copy of the chunk was dropped, because it is damaged or has a format version that is no longer read."""
@@ -34,6 +38,14 @@ class DiskReads:
     def __init__(self, catalog: ChunkCatalog) -> None:
         self._catalog = catalog
         self._index = catalog.index
+        self._measured_bytes, self._measured_s = 0, 0.0
+
+    @property
+    def bytes_per_s(self) -> int:
+        """Measured rate of one read at a time, 0 before enough was read."""
+        if self._measured_bytes < _MEASURED_BYTES:
+            return 0
+        return int(self._measured_bytes / max(self._measured_s, 1e-9))
 
     def header(self, slot: int) -> bytes:
         """The header of the chunk. Raises ChunkNotFoundError when the chunk was removed, is lost or cannot be read."""
@@ -93,7 +105,9 @@ class DiskReads:
             if location in (NOWHERE, previous) or catalog.store is None:
                 raise ChunkNotFoundError(f"chunk {short} was removed from {catalog.node_id}")
             try:
+                started_s = time.perf_counter()
                 catalog.store.read(location, offset, views)
+                self._measure(views, time.perf_counter() - started_s)
             except ChunkNotFoundError:
                 continue
             except ChunkFormatError as error:
@@ -111,6 +125,17 @@ class DiskReads:
                 with catalog.lock:
                     catalog.unreadable.discard(slot)
             return
+
+    def _measure(self, views: list[memoryview], seconds: float) -> None:
+        """Small reads are left out: they measure the latency of the disk."""
+        size_bytes = sum(view.nbytes for view in views)
+        if size_bytes >= _LARGE_READ_BYTES:
+            with self._catalog.lock:
+                if self._measured_bytes > 64 * _MEASURED_BYTES:  # so that the latest reads count most
+                    self._measured_bytes //= 2
+                    self._measured_s /= 2
+                self._measured_bytes += size_bytes
+                self._measured_s += seconds
 
     def drop(self, slot: int, error: ChunkFormatError) -> None:
         """Drops the disk copy of a chunk that is damaged or of a version that is no longer read."""

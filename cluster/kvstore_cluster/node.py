@@ -11,6 +11,7 @@ from kvstore_cluster.directives import Directives
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.disk_tier import DiskTier
 from kvstore_cluster.durability import Durability
+from kvstore_cluster.events.changes import TierChanges
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES, EvictionPolicy
 from kvstore_cluster.forgotten import Forgotten
 from kvstore_cluster.frame_plan import FrameRange
@@ -46,7 +47,7 @@ class StorageNode:
     chunks of the tenant that it names, and chunks of several tenants may have the same id. On other nodes the tenant of
     a chunk only says whose quota it counts against, and operations find the chunks of all tenants. `policy` creates the
     eviction policy of each tier. `clock` returns unix time, and is used for TTLs. `frame_reads` says how single frames
-    are read from disk.
+    are read from disk. With `events` the node remembers the chunks that enter or leave a tier.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class StorageNode:
         residency: Residency = Residency(),  # noqa: B008 (has no state)
         frame_reads: FrameReadOptions = FrameReadOptions(),  # noqa: B008 (frozen)
         isolated: bool = False,
+        events: bool = False,
     ) -> None:
         self.node_id = node_id
         self._clock = clock
@@ -74,6 +76,8 @@ class StorageNode:
         self._frames = FrameReads(catalog, self._stored, self._disk, self._acquire, frame_reads)
         self._uses = Uses(catalog)
         self._directives = Directives(catalog)
+        if events:
+            catalog.changes = TierChanges(catalog.index, catalog.lock)
         self._intake = Intake(catalog, self._memory, self._disk, self._migration, durability, clock)
         if store is not None:
             self._disk.recover()
@@ -83,6 +87,11 @@ class StorageNode:
     def isolated(self) -> bool:
         """Whether the node keeps tenants apart."""
         return self._index.isolated
+
+    @property
+    def changes(self) -> TierChanges | None:
+        """The chunks that entered or left a tier, on a node with `events`."""
+        return self._catalog.changes
 
     def lookup(
         self, request: LookupRequest, proceed: Callable[[int], object] = lambda _header_bytes: None
@@ -288,11 +297,13 @@ class StorageNode:
                     "disk_chunks": len(catalog.on_disk),
                     "disk_unreadable": len(catalog.unreadable),
                     "disk_direct": int(store is not None and store.direct),
+                    "disk_read_Bps": self._disk.reads.bytes_per_s,
                     "disk_bytes_used": store.live_bytes if store else 0,
                     "disk_bytes_limit": store.capacity_bytes if store else 0,
                     "pinned": len(catalog.pinned),
                     "dirty": len(catalog.dirty),
-                },
+                }
+                | ({} if self.changes is None else {"events_overflows": self.changes.overflows}),
                 disk_error=store.error if store else "",
             )
 

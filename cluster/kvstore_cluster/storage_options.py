@@ -13,7 +13,7 @@ DEFAULT_REPAIR_BANDWIDTH_BPS = 800e6
 class StorageOptions:
     """Storage options of a node. `folder` contains the disk tier, which exists when `disk_bytes` is above 0.
     `repair_bandwidth_bps` is in bits per second. `experiments` allows limits on the speed of the disk. An `isolated`
-    node keeps tenants apart."""
+    node keeps tenants apart. With `events` it reports which chunks enter and leave its tiers."""
 
     memory_bytes: int
     disk_bytes: int = 0
@@ -23,3 +23,4 @@ class StorageOptions:
     repair_bandwidth_bps: float = DEFAULT_REPAIR_BANDWIDTH_BPS
     experiments: bool = False
     isolated: bool = False
+    events: bool = False

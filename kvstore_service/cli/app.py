@@ -11,11 +11,13 @@ from kvstore_service.cli.calibrations import calibrations
 from kvstore_service.cli.credentials import credentials
 from kvstore_service.cli.doctor import doctor
 from kvstore_service.cli.drain import drain
+from kvstore_service.cli.events import events
 from kvstore_service.cli.evict import evict
 from kvstore_service.cli.extensions import add_extensions
 from kvstore_service.cli.ls import ls
 from kvstore_service.cli.models import models
 from kvstore_service.cli.pin import pin, unpin
+from kvstore_service.cli.predict import predict
 from kvstore_service.cli.quota import quota
 from kvstore_service.cli.repair import repair
 from kvstore_service.cli.serve import serve
@@ -31,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_SERVICE = (serve, status, ls, pin, unpin, evict, quota, drain, repair, verify, throttle)
+_SERVICE = (serve, status, ls, pin, unpin, evict, quota, drain, repair, verify, throttle, predict, events)
 for command in (*_SERVICE, calibrations, doctor, calibrate):
     app.command()(command)
 app.add_typer(models, name="models")

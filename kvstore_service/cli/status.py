@@ -63,6 +63,8 @@ def _table(address: str, reply: "pb.ClusterStatsReply", *, background_works: boo
 
     rows = [_cells(node) for node in reply.nodes]
     notes = [] if background_works else ["coordinator: a background loop fails; its log says why"]
+    if dropped := reply.events.get("dropped", 0) + reply.events.get("unpublished", 0):
+        notes.append(f"KV events: {dropped} could not be published; routers resynchronise")
     for node in reply.nodes:
         name = escape(node.member.node_id)
         if not node.alive or node.error:

@@ -47,6 +47,7 @@ VERBS: Mapping[str, Verb] = {
     **_verbs(STORAGE, ("Stats",), _ADMIN, _NODE, _METRICS, every_tenant=True),
     **_verbs(STORAGE, ("Throttle",), _ADMIN, every_tenant=True),
     **_verbs(COORDINATOR, ("Membership",), _DATA, _ADMIN, _NODE),
+    **_verbs(COORDINATOR, ("Events", "Predict"), _DATA, _ADMIN),
     **_verbs(COORDINATOR, ("ClusterStats",), _ADMIN, _NODE, _METRICS, every_tenant=True),
     # Workers of all tenants decode with the newest calibration of their model.
     **_verbs(COORDINATOR, ("PutCalibration",), _ADMIN, every_tenant=True),

@@ -12,6 +12,8 @@ from kvstore_cluster.calibrations import CalibrationRegistry, RedisMirror
 from kvstore_cluster.canaries import CanaryRegistry, RedisCanaryMirror
 from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
 from kvstore_cluster.coordinator import Coordinator, Directives
+from kvstore_cluster.events.base import NodeReport
+from kvstore_cluster.events.hub import EventHub
 from kvstore_codec.errors import CatalogueError
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,8 @@ class CoordinatorActor:
 
     The catalogue is a file in `data_dir`. With `redis_url` it is in Redis, which then also mirrors calibrations and
     canaries. `isolated` says that nodes keep tenants apart. The constructor waits for Redis, because Ray does not
-    restart an actor whose constructor failed.
+    restart an actor whose constructor failed. With `events` the nodes report their blocks, and `serve` gets a hub that
+    merges the reports.
 
     Raises ConfigurationError, CatalogueError, AddressInUseError.
     """
@@ -35,11 +38,12 @@ class CoordinatorActor:
     def __init__(
         self,
         data_dir: Path,
-        serve: Callable[[Coordinator, CalibrationRegistry, CanaryRegistry], Endpoint],
+        serve: Callable[[Coordinator, CalibrationRegistry, CanaryRegistry, EventHub | None], Endpoint],
         *,
         replicas: int = 1,
         redis_url: str | None = None,
         isolated: bool = False,
+        events: bool = False,
     ) -> None:
         folder, canary_folder = data_dir / "calibrations", data_dir / "canaries"
         if redis_url is None:
@@ -55,7 +59,9 @@ class CoordinatorActor:
             calibrations = _waited_for(lambda: CalibrationRegistry(folder, mirror))
             canary_mirror = RedisCanaryMirror(redis_url)
             canaries = _waited_for(lambda: CanaryRegistry(canary_folder, canary_mirror))
-        self._endpoint = serve(self._coordinator, calibrations, canaries)
+        coordinator = self._coordinator
+        self._hub = EventHub(lambda *node: node in coordinator.live()) if events else None
+        self._endpoint = serve(coordinator, calibrations, canaries, self._hub)
 
     def address(self) -> str:
         return self._endpoint.address
@@ -66,6 +72,10 @@ class CoordinatorActor:
     def join(self, member: Member, incarnation: int, known: int = 0, applied: int = 0) -> Directives:
         """Adds a node and returns its directives, as `Coordinator.register` does."""
         return self._coordinator.register(member, incarnation, known, applied)
+
+    def report(self, report: NodeReport) -> bool:
+        """Takes a node's report of its blocks, as `EventHub.report` does."""
+        return self._hub is None or self._hub.report(report)
 
     def leave(self, node_id: str, incarnation: int) -> None:
         self._coordinator.leave(node_id, incarnation)

@@ -14,6 +14,8 @@ from kvstore_cluster.actors.endpoint import NodeEndpoint
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.disk import SegmentStore
+from kvstore_cluster.events.base import NodeReport
+from kvstore_cluster.events.feed import ReportFeed
 from kvstore_cluster.eviction import POLICIES
 from kvstore_cluster.maintenance import MaintenanceThread
 from kvstore_cluster.node import StorageNode
@@ -68,8 +70,13 @@ class StorageActor:
         self._coordinator = ray.get_actor(coordinator)
         self._directives_version = 0
         self._registering = BackgroundLoop("kvstore-join", self._stay_registered)
-        for background in (self._maintenance, self._repair, self._registering):
-            background.start()
+        changes = self._node.changes
+        self._feed = (
+            None if changes is None else ReportFeed(node_id, self._incarnation, changes, self._report)
+        )
+        for background in (self._maintenance, self._repair, self._registering, self._feed):
+            if background is not None:
+                background.start()
 
     def pid(self) -> int:
         return os.getpid()
@@ -77,6 +84,8 @@ class StorageActor:
     def stop(self, grace_s: float) -> None:
         """Leaves the cluster, stops the endpoint, and writes dirty chunks to disk."""
         self._registering.stop()
+        if self._feed is not None:
+            self._feed.stop()
         try:
             ray.get(
                 self._coordinator.leave.remote(self._member.node_id, self._incarnation),
@@ -88,6 +97,9 @@ class StorageActor:
         self._repair.stop()
         self._maintenance.stop()
         self._node.close()
+
+    def _report(self, report: NodeReport) -> bool:
+        return bool(ray.get(self._coordinator.report.remote(report), timeout=_REGISTER_TIMEOUT_S))
 
     def _stay_registered(self) -> None:
         """Registers the node once, applies the coordinator's directives, and waits for one period, unless it has to
@@ -122,12 +134,23 @@ class StorageActor:
 
 def _open_node(node_id: str, arena: Arena, options: StorageOptions) -> StorageNode:
     """Opens the node and its disk. Raises DiskError."""
-    durability, policy, isolated = options.durability, POLICIES[options.policy], options.isolated
+    durability, policy = options.durability, POLICIES[options.policy]
+    isolated, events = options.isolated, options.events
     if options.experiments:
         slow = _open_store(node_id, options, SlowStore)
-        return SlowNode(node_id, arena, store=slow, durability=durability, policy=policy, isolated=isolated)
+        return SlowNode(
+            node_id,
+            arena,
+            store=slow,
+            durability=durability,
+            policy=policy,
+            isolated=isolated,
+            events=events,
+        )
     store = _open_store(node_id, options, SegmentStore)
-    return StorageNode(node_id, arena, store=store, durability=durability, policy=policy, isolated=isolated)
+    return StorageNode(
+        node_id, arena, store=store, durability=durability, policy=policy, isolated=isolated, events=events
+    )
 
 
 def _open_store(node_id: str, options: StorageOptions, store_type: type[Store]) -> Store | None:

@@ -233,6 +233,11 @@ COORDINATOR_CALLS: dict[str, Call] = {
         lambda reply: any(quota.tenant == OWNER for quota in reply.quotas),
     ),
     "ForgetTenant": _forget,
+    "Events": _answers(_coordinator("Events", lambda s: pb.EventsRequest(tenant=s.tenant))),
+    "Predict": _answers(
+        _coordinator("Predict", lambda s: pb.PredictRequest(**_chunks(s), bandwidth_bps=1)),
+        lambda reply: reply.chunks,
+    ),
     "Drain": _answers(_coordinator("Drain", lambda _: pb.DrainRequest(node_id="nobody"))),
     "Repair": _answers(_coordinator("Repair", lambda _: pb.RepairRequest())),
 }
