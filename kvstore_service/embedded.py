@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.otlp import require_packages
 from kvstore_cluster.arena import require_memory
 from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
 from kvstore_cluster.durability import Durability
@@ -78,6 +79,8 @@ class EmbeddedCluster:
         _require_packages()
         if self._settings.events is not None:
             _require_zeromq()
+        if self._settings.otlp_endpoint is not None:
+            require_packages()
         with ExitStack() as started:
             reservation = Reservation(self._listen)
             started.callback(reservation.release)
@@ -166,7 +169,12 @@ class EmbeddedCluster:
                 name,
                 self._storage_options(data_dir / "nodes" / name),
                 _COORDINATOR_NAME,
-                partial(StorageServer, host=host, security=self.security),
+                partial(
+                    StorageServer,
+                    host=host,
+                    security=self.security,
+                    otlp_endpoint=self._settings.otlp_endpoint,
+                ),
                 partial(GrpcPeers, security=self.security),
             )
         try:

@@ -35,6 +35,7 @@ from kvstore_service.listen import Address
 from kvstore_service.lookup_reply import lookup_reply
 from kvstore_service.tls import ServerTls
 from kvstore_service.verifications import Verifications
+from kvstore_service.tracing import NodeTracing, traceparent_of
 
 # 16 MiB of a reply are left for the other fields of wire.MAX_CHUNKS answers.
 MAX_HEADER_BYTES = MAX_REPLY_BYTES - (16 << 20)
@@ -46,7 +47,7 @@ class StorageService:
 
     `bulk_endpoint` is the host:port of the node's bulk port, or empty. `repair` copies the node's chunks to their other
     owners; None means no repair. `experiments` limits the node's speed; None refuses limits. `large` admits requests
-    that take the node long. `access` says for which tenant a call acts."""
+    that take the node long. `access` says for which tenant a call acts. `tracing` exports spans; None exports none."""
 
     def __init__(
         self,
@@ -56,8 +57,10 @@ class StorageService:
         experiments: Experiments | None = None,
         large: LargeRequests | None = None,
         access: Access = OPEN,
+        tracing: NodeTracing | None = None,
     ) -> None:
         self._node = node
+        self._tracing = tracing
         self._access = access
         self._large = large or LargeRequests()
         self._verifications, self._cursors = Verifications(), ListCursors()
@@ -100,6 +103,13 @@ class StorageService:
     def lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> bytes:
         """Returns a serialised LookupReply. Checks that the client still waits, during the lookup and once the reply is
         complete. If the reply cannot be sent, its lease is released."""
+        if self._tracing is None:
+            return self._lookup(request, context)
+        facts = {"kvstore.chunks": len(request.chunks)}
+        with self._tracing.request("kvstore.node.lookup", traceparent_of(context), facts):
+            return self._lookup(request, context)
+
+    def _lookup(self, request: pb.LookupRequest, context: grpc.ServicerContext) -> bytes:
         tenant = self._tenant(request, context)
         wanted = wire.lookup_request(request, MAX_HEADER_BYTES, tenant)
 
@@ -242,6 +252,13 @@ class StorageService:
 
     def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Yields serialised ReadReply messages. The chunk of a range stays in memory until the range is sent."""
+        if self._tracing is None or not request.traceparent:
+            yield from self._read(request, context)
+            return
+        with self._tracing.read(request, "grpc"):
+            yield from self._read(request, context)
+
+    def _read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         tenant = self._tenant(request, context)
         chunks, encodings = wire.read_targets(request)
         piece_bytes = min(request.piece_bytes or MAX_PIECE_BYTES, MAX_PIECE_BYTES)
@@ -284,12 +301,13 @@ def serve_storage(
     large: LargeRequests | None = None,
     access: Access = OPEN,
     tls: ServerTls | None = None,
+    tracing: NodeTracing | None = None,
 ) -> GrpcServer:
     """Starts the node's gRPC server on a free port of `host`. `large` is shared with the node's bulk server. Raises
     AddressInUseError."""
     service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
     large = large or LargeRequests()
-    handlers = StorageService(node, bulk_endpoint, repair, experiments, large, access).handlers()
+    handlers = StorageService(node, bulk_endpoint, repair, experiments, large, access, tracing).handlers()
     return GrpcServer(
         Address(host, 0),
         service,

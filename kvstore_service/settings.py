@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_api.environment import FORMER_DURABILITY, under_new_name, without_service_links
+from kvstore_client.otlp import check_endpoint
 from kvstore_cluster.arena import DEFAULT_BLOCK_BYTES
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES
 from kvstore_codec.errors import ConfigurationError
@@ -115,6 +116,11 @@ class Settings(BaseModel):
         "host:port at which routers subscribe to KV events; the next port answers requests for missed ones.",
         unset="no events are published",
     )
+    otlp_endpoint: str | None = _setting(
+        None,
+        "Collector of OpenTelemetry traces of the nodes, grpc://host:4317 or http://host:4318.",
+        unset="no traces",
+    )
     experiments: bool = _setting(
         False,  # noqa: FBT003
         "Allow `kvstore throttle` to limit how fast the nodes send and read.",
@@ -175,6 +181,11 @@ class Settings(BaseModel):
         if value not in POLICIES:
             raise ValueError(f"known policies are {', '.join(POLICIES)}")
         return value
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _is_a_collector(cls, value: str | None) -> str | None:
+        return None if value is None else check_endpoint(value)
 
     @field_validator("listen", "events")
     @classmethod

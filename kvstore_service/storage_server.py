@@ -9,11 +9,13 @@ from kvstore_service.experiments import Experiments
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.security import INSECURE, Security
+from kvstore_service.tracing import NodeTracing
 
 
 class StorageServer:
     """Serves a node from construction until `stop`, on free ports of `host`. If `host` is None, it listens on the
-    address under which Ray knows this machine. Raises ConfigurationError and AddressInUseError."""
+    address under which Ray knows this machine. `otlp_endpoint` is the collector of its traces, if any. Raises
+    ConfigurationError and AddressInUseError."""
 
     def __init__(
         self,
@@ -22,7 +24,9 @@ class StorageServer:
         *,
         host: str | None,
         security: Security = INSECURE,
+        otlp_endpoint: str | None = None,
     ) -> None:
+        self._tracing = None if otlp_endpoint is None else NodeTracing(otlp_endpoint, node.node_id)
         host = host or _ray_address()
         tls = security.server_tls()
         self._access = access = security.access()
@@ -35,6 +39,7 @@ class StorageServer:
             source=self._experiments,
             large=large,
             access=access,
+            tracing=self._tracing,
         )
         self.bulk_address = self._bulk.address
         try:
@@ -47,6 +52,7 @@ class StorageServer:
                 large=large,
                 access=access,
                 tls=tls,
+                tracing=self._tracing,
             )
         except AddressInUseError:
             self._bulk.stop(0)
@@ -60,6 +66,8 @@ class StorageServer:
         self._grpc.stop(grace_s)
         self._bulk.stop(grace_s)
         self._access.stop()
+        if self._tracing is not None:
+            self._tracing.close()
 
 
 def _ray_address() -> str:

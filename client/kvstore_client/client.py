@@ -36,6 +36,7 @@ from kvstore_client.planning import (
     Planner,
 )
 from kvstore_client.ready_calibrations import Loading, ReadyCalibrations
+from kvstore_client.request_trace import RequestTracing, looking_up
 from kvstore_client.scores import ScoreReports
 from kvstore_client.settings import ClientSettings, FetchPolicy, flat_name
 from kvstore_client.store import Store
@@ -109,6 +110,8 @@ class KVStoreClient:
         """Create every part that owns locks, threads or sockets. Threads and sockets start on first use."""
         settings = self.settings
         self.metrics = ClientMetrics()
+        self.tracing = RequestTracing(settings.tracing)
+        """Makes the timelines of requests, and exports their traces."""
         self.buffers = BufferPool(settings.fetch.pool_bytes)
         self._view = ClusterView(settings, self.metrics, self.links.keep)
         self._frames = FrameReader(self._view, settings, self.metrics, self.links)
@@ -264,6 +267,7 @@ class KVStoreClient:
 
         Acquire KVBuffers from `self.buffers`, and release them after the fetch has finished and nothing reads them.
         """
+        own = self.tracing.timeline() if timeline is None else None
         planners = _WAITING_PLANNERS if computing is not None and computing.waits else _PLANNERS
         return Fetch(
             match,
@@ -274,12 +278,13 @@ class KVStoreClient:
             links=self.links,
             settings=self.settings,
             metrics=self.metrics,
-            timeline=timeline or Timeline(),
+            timeline=own or timeline or Timeline(),
             planner=planners[self.settings.fetch.policy](),
             computing=computing,
             computed=computed,
             windows=windows,
             restorer=self._restorer,
+            on_finish=None if own is None else lambda: self.tracing.export(own, "kvstore.fetch", {}),
         )
 
     def read_frames(
@@ -337,6 +342,7 @@ class KVStoreClient:
         self.store.close()
         self.ready_calibrations.close()
         self._view.close()
+        self.tracing.close()
 
     def _naming(self, spec: ModelSpec) -> bytes:
         return naming_digest(spec.digest, self.canaries.generation(spec.digest))
@@ -360,7 +366,7 @@ class KVStoreClient:
             self.metrics.missed(MissReason.CLOSED)
             return Match(why_not=self._why_closed)
         try:
-            with (timeline or Timeline()).span("lookup"):
+            with looking_up(timeline or Timeline()):
                 ready_klt = self.ready_calibrations.klt
                 match = find(self._view, self.settings, self.metrics, ready_klt, spec, chunks, peek=peek)
         except NodeUnavailableError as error:

@@ -12,6 +12,7 @@ from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.grpc_failure import predicate_of
+from kvstore_client.request_trace import lookup_metadata
 from kvstore_client.settings import ClientSettings
 from kvstore_codec.canonical import DIGEST_BYTES
 from kvstore_codec.errors import NodeUnavailableError
@@ -206,7 +207,9 @@ class Search:
         )
         request.MergeFromString(asked_chunks(self._chunk_ids[index] for index in asked))
         now_s = time.monotonic()
-        call = self._view.storage(member.endpoint).Lookup.future(request, timeout=self._deadline_s - now_s)
+        call = self._view.storage(member.endpoint).Lookup.future(
+            request, timeout=self._deadline_s - now_s, metadata=lookup_metadata()
+        )
         self._open[call] = _Question(member, asked, now_s)
         self.asked += 1
         call.add_done_callback(self._answered.put)

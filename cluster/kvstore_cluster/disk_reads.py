@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import NoReturn
 
+from kvstore_cluster import disk_times
 from kvstore_cluster.catalog import HEADER_CACHE_BYTES, ChunkCatalog
 from kvstore_cluster.disk import Location
 from kvstore_cluster.index import NOWHERE, ChunkIndex
@@ -107,7 +108,9 @@ class DiskReads:
             try:
                 started_s = time.perf_counter()
                 catalog.store.read(location, offset, views)
-                self._measure(views, time.perf_counter() - started_s)
+                took_s = time.perf_counter() - started_s
+                self._measure(views, took_s)
+                disk_times.record(took_s, sum(view.nbytes for view in views))
             except ChunkNotFoundError:
                 continue
             except ChunkFormatError as error:

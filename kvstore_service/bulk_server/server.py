@@ -20,6 +20,7 @@ from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error, network_of
 from kvstore_service.strangers import Strangers
 from kvstore_service.tls import ServerTls
+from kvstore_service.tracing import NodeTracing
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,10 @@ class BulkServer:
         idle_s: float = IDLE_S,
         affinity: AffinityPolicy = shared_where_local,
         access: Access = OPEN,
+        tracing: NodeTracing | None = None,
     ) -> None:
         self._node = node
+        self._tracing = tracing
         self._access = access
         self._tls = tls
         self._source: ChunkSource = source or node
@@ -171,6 +174,7 @@ class BulkServer:
             patience_s=self._patience_s,
             idle_s=self._idle_s,
             stranger_s=self._stranger_s,
+            tracing=self._tracing,
         )
         try:
             session.greet()
@@ -208,6 +212,7 @@ def serve_bulk(
     source: ChunkSource | None = None,
     large: LargeRequests | None = None,
     access: Access = OPEN,
+    tracing: NodeTracing | None = None,
 ) -> BulkServer:
     """Starts the node's bulk server on a free port of `host`. `large` is shared with the node's gRPC server. Raises
     AddressInUseError."""
@@ -219,4 +224,5 @@ def serve_bulk(
         source=source,
         large=large,
         access=access,
+        tracing=tracing,
     )

@@ -31,6 +31,7 @@ from kvstore_service.chunk_source import ChunkSource
 from kvstore_service.identity import Access
 from kvstore_service.large_requests import SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import require_few_fields
+from kvstore_service.tracing import NodeTracing
 from kvstore_service.wire import put_arguments, put_refusal, put_reply, read_targets
 
 # Each piece has a time limit. With smaller pieces the cost of the system calls becomes noticeable.
@@ -68,10 +69,12 @@ class Session:
         patience_s: float,
         idle_s: float,
         stranger_s: float,
+        tracing: NodeTracing | None = None,
     ) -> None:
         """A client that is not identified `stranger_s` after the construction is disconnected."""
         self._greeted = False
         self._identified_by_s = time.monotonic() + stranger_s
+        self._tracing = tracing
         self._caller = BulkCaller(access, stream.peer_names)
         self._node = node
         self._stream = stream
@@ -190,6 +193,13 @@ class Session:
             self._send_ranges(request, chunks, encodings)
 
     def _send_ranges(self, request: pb.ReadRequest, chunks: list[ChunkId], encodings: list[str]) -> None:
+        if self._tracing is None or not request.traceparent:
+            self._send_each(request, chunks, encodings)
+            return
+        with self._tracing.read(request, "bulk"):
+            self._send_each(request, chunks, encodings)
+
+    def _send_each(self, request: pb.ReadRequest, chunks: list[ChunkId], encodings: list[str]) -> None:
         tenant = self._caller.acting_for(request.tenant)
         if request.any_order:
             answers = FrameAnswers(

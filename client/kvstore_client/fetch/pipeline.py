@@ -75,10 +75,12 @@ class Fetch:
         computed: Sequence[range] = (),
         windows: Sequence[int | None] = (),
         restorer: type[Restorer] = Restorer,
+        on_finish: Callable[[], object] | None = None,
     ) -> None:
         """Without a `planner` every chunk is read in its first variant. Frames entirely inside one of the `computed`
         ranges of positions, or outside the `windows` of all computed tokens, are not read, and count as delivered.
-        Raises ConfigurationError for `computed` together with a plan, which covers only whole chunks."""
+        `on_finish` is called once, at the end. Raises ConfigurationError for `computed` together with a plan, which
+        covers only whole chunks."""
         if computing is not None and computed:
             raise ConfigurationError(
                 "a fetch either skips positions that the engine computes (`computed`), "
@@ -89,6 +91,7 @@ class Fetch:
         self._match = match
         self._view = view
         self._metrics = metrics
+        self._on_finish = on_finish
         self._timeline = timeline
         self._began_s = timeline.now_s()
         self._finishing = threading.Lock()
@@ -236,6 +239,8 @@ class Fetch:
             )
             self._metrics.missed(reason, chunks, detail=None if reason in _EXPECTED else detail)
         self._judge_owners(report)
+        if self._on_finish is not None:
+            self._on_finish()
         return report
 
     def _judge_owners(self, report: FetchReport) -> None:

@@ -17,6 +17,7 @@ from kvstore_client.fetch.queue import StageQueue
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import DEFAULT_BANDWIDTH_Bps
+from kvstore_client.request_trace import read_traceparent
 from kvstore_codec.errors import NodeUnavailableError, TransferError
 
 # Sizes requested at once where the plan may change: the least that is worth a request, and the size on an unknown link.
@@ -137,6 +138,7 @@ class Receiver:
         and its other reads are replanned."""
         timeline = self.fetch_state.timeline
         request = read_request(tasks, self._piece_bytes(member), self.view.tenant)
+        request.traceparent = read_traceparent(timeline)
         try:
             stream = self.view.transport(member).read(request, self.fetch_state.remaining_s())
         except NodeUnavailableError:

@@ -64,7 +64,7 @@ class ReuseSession:
         """Look up the prompt's stored KV and start to fetch it. Computes no KV of the prompt. Waits for the lookup, up
         to `timeouts.lookup_s`, and for a comparison of the model with its canary; these waits of all calls together
         take up to `timeouts.canary_s`. Raises InvalidTokensError for segments that do not sum to the prompt."""
-        timeline = Timeline()
+        timeline = self._client.tracing.timeline()
         reason = call.bypass_reason()
         if reason is not None:
             return BypassedGeneration(call, reason, timeline)
@@ -163,6 +163,8 @@ class ReuseSession:
         report = self.last_report = completed.report
         computed = report.prompt_tokens - report.reused_tokens
         metrics.prompt(reused_tokens=report.reused_tokens, computed_tokens=computed)
+        facts = {"kvstore.prompt_tokens": report.prompt_tokens, "kvstore.reused_tokens": report.reused_tokens}
+        self._client.tracing.export(report.timeline, "kvstore.generate", facts)
         return completed.output
 
     def _current(self, tokens: torch.Tensor | None = None) -> DescribedModel:

@@ -21,6 +21,7 @@ from kvstore_client.settings.reprefill import ReprefillSettings
 from kvstore_client.settings.security import SecuritySettings
 from kvstore_client.settings.store import StoreSettings
 from kvstore_client.settings.timeouts import Timeouts
+from kvstore_client.settings.tracing import TracingSettings
 from kvstore_client.settings.transport import TransportSettings
 from kvstore_codec.errors import ConfigurationError
 
@@ -52,6 +53,7 @@ class ClientSettings(SettingsGroup):
     reprefill: ReprefillSettings = Field(default_factory=ReprefillSettings)
     security: SecuritySettings = Field(default_factory=SecuritySettings)
     transport: TransportSettings = Field(default_factory=TransportSettings)
+    tracing: TracingSettings = Field(default_factory=TracingSettings)
 
     def __init__(self, **given: Any) -> None:
         """Raises ConfigurationError for a name that is no setting, and pydantic.ValidationError for a value that a
