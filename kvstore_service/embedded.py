@@ -92,8 +92,9 @@ class EmbeddedCluster:
             else:
                 started.enter_context(existing_ray(self._settings.ray_address))
             started.callback(self._stop_actors)
-            events = self._settings.events and two_free_ports(Address.parse(self._settings.events))
-            self._start_actors(data_dir.absolute(), reservation.address, events or None)
+            wanted = self._settings.events
+            events = None if wanted is None else two_free_ports(Address.parse(wanted))
+            self._start_actors(data_dir.absolute(), reservation.address, events)
             self._running = started.pop_all()
 
     def stop(self) -> None:

@@ -165,7 +165,7 @@ class CoordinatorServer:
         except AddressInUseError:
             self._probe.close()
             raise
-        event_stats = dict if self._publisher is None else self._publisher.stats
+        event_stats: Callable[[], dict[str, int]] = dict if self._publisher is None else self._publisher.stats
         handlers = (
             CoordinatorService(coordinator, canaries, self._probe, access, event_stats).handlers()
             | EventService(self._publisher, keys, access).handlers()

@@ -143,7 +143,8 @@ class PredictService:
 def _usable(answer: pb.LookupAnswer, encodings: list[str]) -> tuple[str, int, bool] | None:
     """Encoding, size and tier in which a chunk would be read: the node's first choice among `encodings`, or without
     them its first exact one."""
-    for variant in (answer, *answer.others):
+    variants: list[pb.LookupAnswer | pb.OtherEncoding] = [answer, *answer.others]
+    for variant in variants:
         if variant.encoding and (encodings or _is_exact(variant.encoding)):
             return variant.encoding, variant.size_bytes, variant.on_disk
     return None

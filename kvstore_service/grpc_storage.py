@@ -34,8 +34,8 @@ from kvstore_service.list_cursors import ListCursors
 from kvstore_service.listen import Address
 from kvstore_service.lookup_reply import lookup_reply
 from kvstore_service.tls import ServerTls
-from kvstore_service.verifications import Verifications
 from kvstore_service.tracing import NodeTracing, traceparent_of
+from kvstore_service.verifications import Verifications
 
 # 16 MiB of a reply are left for the other fields of wire.MAX_CHUNKS answers.
 MAX_HEADER_BYTES = MAX_REPLY_BYTES - (16 << 20)

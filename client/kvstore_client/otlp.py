@@ -4,6 +4,7 @@ does not."""
 import importlib.util
 import os
 import socket
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -82,9 +83,10 @@ class SpanExporter:
             self._processor.on_end(self._readable(span))
 
     def close(self) -> None:
-        """Sends what waits, for about two seconds, and ends the thread."""
-        self._processor.force_flush(round(1000 * _TIMEOUT_S))
-        self._processor.shutdown()
+        """Sends what waits, for about two seconds. What a slow collector has not taken then is lost."""
+        ending = threading.Thread(target=self._processor.shutdown, name="kvstore-traces-end", daemon=True)
+        ending.start()  # waits up to 30 s itself
+        ending.join(_TIMEOUT_S)
 
     def _readable(self, span: FinishedSpan) -> Any:
         from opentelemetry.sdk.trace import Event, ReadableSpan

@@ -4,10 +4,12 @@ import threading
 from collections import OrderedDict
 
 from kvstore_api.kv_events import topic_of
-from kvstore_codec.errors import MalformedRequestError, UnauthenticatedError
+from kvstore_codec.errors import MalformedRequestError, RequestError
 from kvstore_service.identity import Access
 from kvstore_service.identity.caller import ALL_TENANTS, Caller
+from kvstore_service.identity.verbs import COORDINATOR, VERBS
 
+_EVENTS = VERBS[f"/{COORDINATOR}/Events"]
 KEY_BYTES = 32
 MOST_KEYS = 4096
 """Subscribers that are known at a time. The one that was admitted first is forgotten for another one."""
@@ -40,11 +42,12 @@ class SubscriberKeys:
         """What the owner of a key may read: a tenant's topic, or ALL_TENANTS. None: nothing."""
         with self._lock:
             caller = self._callers.get(key)
-        try:
-            caller = None if caller is None else self._access.confirm(caller)
-        except UnauthenticatedError:
-            return None
         if caller is None:
+            return None
+        try:
+            caller = self._access.confirm(caller)
+            _EVENTS.require(caller)
+        except RequestError:
             return None
         return ALL_TENANTS if caller.tenant is None else topic_of(caller.tenant).decode()
 

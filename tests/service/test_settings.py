@@ -158,6 +158,8 @@ VALUES = {
     "credentials": "/c.json",
     "insecure": "true",
     "metrics_port": "9100",
+    "events": "127.0.0.1:5557",
+    "otlp_endpoint": "grpc://127.0.0.1:4317",
     "experiments": "true",
 }
 _TLS = ["tls_cert", "tls_key"]

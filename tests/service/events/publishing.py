@@ -35,6 +35,7 @@ class PublishingCluster:
         self.nodes: dict[str, StorageNode] = {}
         self._lives = 0
         self._ends: dict[str, Callable[[], None]] = {}
+        self._joins: dict[str, Callable[[], None]] = {}
         self.hub: EventHub
         self.coordinator: Coordinator
         self.front: CoordinatorServer
@@ -74,8 +75,6 @@ class PublishingCluster:
         for join in list(self._joins.values()):
             join()
 
-    _joins: dict[str, Callable[[], None]]
-
     def start_node(self, name: str, memory_bytes: int = 1 << 20, disk_bytes: int = 0) -> StorageNode:
         store = SegmentStore(self.folder / name, disk_bytes, segment_bytes=1 << 20) if disk_bytes else None
         isolated = self.security.isolated
@@ -95,7 +94,7 @@ class PublishingCluster:
         )
         feed.start()
         self.nodes[name] = node
-        self._joins = getattr(self, "_joins", {}) | {name: join}
+        self._joins[name] = join
 
         def end() -> None:
             feed.stop()

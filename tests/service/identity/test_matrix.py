@@ -13,7 +13,7 @@ SHARED = {
     *(
         f"/kvstore.v1.Coordinator/{name}"
         for name in (
-            "Membership", "GetCalibration", "FindCalibration", "ListCalibrations", "ReportRefusal"
+            "Events", "Membership", "GetCalibration", "FindCalibration", "ListCalibrations", "ReportRefusal"
         )
     ),
 }  # fmt: skip
