@@ -84,3 +84,12 @@ def test_a_summary_survives_its_bytes() -> None:
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(InvalidKVError, match="key summary"):
         ChunkSummary.from_bytes(data, SHAPE)
+
+
+def test_a_prefix_of_any_length_is_scored_like_its_parts() -> None:
+    """Products are computed in blocks of chunks; the last block is shorter."""
+    chunks = [ChunkSummary.make(keys(seed), SHAPE) for seed in range(19)]
+    queries = torch.randn(SPEC.kv_heads, 7, SPEC.head_dim, generator=torch.Generator().manual_seed(20))
+    parts = [PrefixKeys([chunk], SHAPE).best_products(3, queries, 64) for chunk in chunks]
+    found = PrefixKeys(chunks, SHAPE).best_products(3, queries, 64)
+    torch.testing.assert_close(found, torch.cat(parts, 1))
