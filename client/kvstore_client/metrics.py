@@ -79,8 +79,7 @@ _PAGES = Counter(
 )
 _FRAMES = Counter(
     "kvstore_client_frames",
-    "Frames that questions with a budget chose: read, found in the frame cache, or missing. And frames that were read "
-    "ahead for nothing.",
+    "Frames that questions with a budget chose: read, found in the frame cache, or missing.",
     ["result"],
     registry=None,
 )
@@ -242,12 +241,10 @@ class ClientMetrics:
 
     def reprefilled(self, report: ReprefillReport) -> None:
         """Count the frames of a question that attended to a part of its prefix."""
-        needed = report.frames_needed - report.frames_cached - report.frames_missing
         for result, frames in {
-            "read": needed,
+            "read": report.frames_needed - report.frames_cached - report.frames_missing,
             "cached": report.frames_cached,
             "missing": report.frames_missing,
-            "wasted": max(0, report.frames_read - needed),
         }.items():
             with REGISTRY_LOCK:
                 _FRAMES.labels(result).inc(frames)

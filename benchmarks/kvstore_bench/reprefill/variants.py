@@ -17,7 +17,7 @@ class Variant:
     frame_tokens: int | None = None
     """Tokens of a frame; None: as many as the benchmark's encoding says."""
     read_ahead: bool = False
-    """Whether frames are read before their period's set is known (inter-period prefetch)."""
+    """Whether a period's frames are read while the period before is computed (inter-period prefetch)."""
     caches: bool = True
     by_layer: bool = False
     """Whether every layer is a period: its set is chosen, requested and waited for alone (no intra-period prefetch)."""

@@ -22,6 +22,10 @@ from kvstore_codec.rope import RotaryTable
 SCORED_TOKENS = 128
 """Number of last question tokens whose queries choose the frames."""
 
+AHEAD_LAYERS = 1
+"""Number of layers that are computed while the next period's set is read ahead. With four, KL doubles
+(docs/reprefill.md)."""
+
 _LEAST_SHARE = 0.5
 """A set that lost more than this share of its frames is not worth an answer: the prompt is reused in full instead."""
 
@@ -54,12 +58,18 @@ class Reprefill:
         loader: FrameLoader,
         buffers: KVBuffers,
         rotary: RotaryTable,
+        *,
+        read_ahead: bool = False,
     ) -> None:
+        """With `read_ahead` a period's set is chosen and requested AHEAD_LAYERS before the period begins."""
         device = decoder.device
         self._decoder, self._question = decoder, question.to(device)
         self._grid, self._count, self._scorer, self._loader = grid, count, scorer, loader
         self._keys, self._values = buffers.keys, buffers.values
         self._rotary = RotaryTable(rotary.cos.to(device), rotary.sin.to(device))
+        self._reads_ahead = read_ahead
+        self._chosen: list[tuple[list[int], torch.Tensor]] = []
+        """The set of each period so far that was chosen, and the attention that all frames are expected to receive."""
         self.sets: list[PeriodSet] = []
         """The set of each period that was computed."""
 
@@ -67,15 +77,19 @@ class Reprefill:
         """Compute the question. Returns the hidden state of its last token that leaves the last layer,
         `[1, 1, hidden]`; with `states` those of all its tokens, `[1, tokens, hidden]`. Raises FetchIncompleteError when
         too much of a set did not arrive."""
-        decoder = self._decoder
+        decoder, grid = self._decoder, self._grid
         hidden = decoder.embed(self._question)
-        for period in range(self._grid.periods):
-            layers = self._grid.layers_of(period)
+        for period in range(grid.periods):
+            layers = grid.layers_of(period)
+            if period == len(self._chosen):
+                self._choose(period, hidden)
             for layer in layers:
+                if layer == self._asks_at(period):
+                    self._choose(period + 1, hidden)
                 made = decoder.project(layer, hidden, self._rotary)
                 queries = made.queries
                 if layer == layers.start:
-                    held = self._place(period, layers, hidden)
+                    held = self._place(period)
                     end = held + len(self._question)
                     mask = CausalBlocks(torch.arange(held, end, device=self._keys.device), self._keys.dtype)
                 self._keys[layer, :, held:end] = made.keys
@@ -100,16 +114,24 @@ class Reprefill:
                 self._shrink(period, chosen, fewest)
         return fewest * self._grid.frame_tokens
 
-    def _place(self, period: int, layers: range, hidden: torch.Tensor) -> int:
-        """Load a period's set into the buffers. `hidden` enters its first layer. Returns the set's tokens."""
-        grid = self._grid
+    def _asks_at(self, period: int) -> int | None:
+        """The layer of a period in front of which the next period's set is chosen; None: it is not chosen early."""
+        if not self._reads_ahead or period + 1 == self._grid.periods:
+            return None
+        return self._grid.layers_of(period)[-AHEAD_LAYERS:][0]
+
+    def _choose(self, period: int, hidden: torch.Tensor) -> None:
+        """Choose a period's set by the states that enter some layer of the period before, or its own first one, and
+        request it."""
         scores = self._scores(period, hidden)
         chosen = choose(scores.rank, self._count)
         self._loader.begin(period, chosen)
-        if self._loader.reads_ahead and period + 1 < grid.periods:
-            # What enters this period tells most of the next one's set, too.
-            expected = self._scores(period + 1, hidden)
-            self._loader.read_ahead(period + 1, choose(expected.rank, self._count))
+        self._chosen.append((chosen, scores.attention))
+
+    def _place(self, period: int) -> int:
+        """Load a period's set into the buffers. Returns the set's tokens."""
+        grid, layers = self._grid, self._grid.layers_of(period)
+        chosen, expected = self._chosen[period]
         loaded = self._loader.take(period, chosen)
         if len(loaded) < _LEAST_SHARE * self._count:
             raise FetchIncompleteError(f"{self._count - len(loaded)} of {self._count} frames did not arrive")
@@ -121,15 +143,15 @@ class Reprefill:
             place = slice(slot * tokens, (slot + 1) * tokens)
             self._keys[layers.start : layers.stop, :, place].copy_(loaded[index][0])
             self._values[layers.start : layers.stop, :, place].copy_(loaded[index][1])
-        attention = scores.attention[frames].tolist()
+        attention = expected[frames].tolist()
         self.sets.append(PeriodSet(frames, attention))
         self._loader.keep(period, loaded, dict(zip(frames, attention, strict=True)))
         return len(frames) * tokens
 
     def _scores(self, period: int, hidden: torch.Tensor) -> FrameScores:
         """Scores over the scored layers of a period, in host memory. Their queries are projected from the same states,
-        which enter the period's first layer or an earlier one: those change little from layer to layer, and the heads
-        that look for what is asked are rarely in the first one."""
+        which enter an earlier layer: states change little from layer to layer, and the heads that look for what is
+        asked are rarely in a period's first layer."""
         if self._scorer is None:
             equal = torch.full((self._grid.frames,), 1 / self._grid.frames, device="cpu")
             return FrameScores(equal, equal)

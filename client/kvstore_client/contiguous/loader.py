@@ -1,11 +1,11 @@
-"""Brings the frames of one request: from the cache, by reads ahead of need, and by reads of what is still missing."""
+"""Brings the frames of one request, from the cache and by reads that go on while the engine computes."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
@@ -27,8 +27,7 @@ ReadFrames = Callable[[Sequence[ReadTask]], FrameRead]
 """Starts to read ranges of frames, and returns at once (`KVStoreClient.read_frames`)."""
 
 _READS_AT_ONCE = 3
-"""Reads whose results are decoded at once: what was read ahead for a period, the rest of its set, and what is read
-ahead for the next period."""
+"""Reads in progress at once: that of a period, that of the next one, and one that was given up and has not ended."""
 
 _Place: TypeAlias = tuple[int, int]
 """Period and index of a frame."""
@@ -37,9 +36,8 @@ _Place: TypeAlias = tuple[int, int]
 class FrameLoader:
     """Loads the frames of a prefix period by period, for one request. One thread calls it. Never raises.
 
-    For each period, in order: `begin` requests its set, `read_ahead` requests what the next period will probably need,
-    and `take` returns the set. So while the engine waits for one period and computes it, the next one is read
-    (ContiguousKV, inter-period prefetch). The next `begin` cancels what proved wrong and requests only the difference.
+    For each period, in order: `begin` requests its set, and `take` returns it. What the engine computes in between
+    goes on while the set is read (ContiguousKV, inter-period prefetch).
     """
 
     def __init__(
@@ -53,17 +51,13 @@ class FrameLoader:
         deadline_s: float,
         stall_s: float,
         device: torch.device,
-        read_ahead: bool = True,
     ) -> None:
         """`deadline_s` is the time for all reads together; a `take` during which nothing arrives for `stall_s` gives
-        up. Frames are taken to `device`. Without `read_ahead` nothing is read before its period's set is
-        known."""
+        up. Frames are taken to `device`."""
         self._grid, self._read_frames, self._decoder, self._cache = grid, read_frames, decoder, cache
         self._report = report
         self._ends_s = time.monotonic() + deadline_s
         self._stall_s, self._device = stall_s, device
-        self.reads_ahead = read_ahead
-        """Whether `read_ahead` does anything."""
         self._changed = threading.Condition()
         self._awaited: set[_Place] = set()
         """Frames that were requested and have neither arrived nor failed."""
@@ -72,28 +66,44 @@ class FrameLoader:
         """Frames that were requested from the nodes, whatever became of them."""
         self._lost: dict[_Place, MissReason] = {}
         """Frames that failed, and why."""
-        self._ahead: set[_Place] = set()
-        """Frames that were requested, or found in the cache, before their period's set was known."""
-        self._reads: dict[int, list[tuple[FrameRead, Sequence[int]]]] = {}
-        """Reads of each period, with the frame of each of their ranges."""
+        self._reads: dict[int, list[FrameRead]] = {}
+        """Reads of each period that has not been taken."""
+        self._ended = -1
+        """The latest period that was taken: nobody wants frames of it any more."""
         self._moved_s = time.monotonic()
         """When a frame last arrived."""
         self._reading = BusyClock()
         """Counts frames whose bytes are awaited."""
         self._workers = ThreadPoolExecutor(_READS_AT_ONCE, "kvstore-reprefill")
 
-    def begin(self, period: int, chosen: Sequence[int]) -> None:
-        """Start to read a period's set, and give up what was read ahead for the period in vain. Does not block."""
-        self._cancel_others(period, chosen)
-        self._request(period, chosen)
-
-    def read_ahead(self, period: int, expected: Sequence[int]) -> None:
-        """Start to read frames that a period's set will probably have. Does not block."""
-        if not self.reads_ahead:
+    def begin(self, period: int, chosen: Iterable[int]) -> None:
+        """Take a period's set from the cache as far as it is there, and start to read the rest. Does not block. A frame
+        is requested once, however often it is named."""
+        with self._changed:
+            new = [
+                index
+                for index in chosen
+                if (period, index) not in self._asked and (period, index) not in self._arrived
+            ]
+        keys = {index: self._grid.key_of(period, index) for index in new}
+        cached = self._cache.get(keys.values())
+        wanted = [index for index in new if keys[index] not in cached]
+        with self._changed:
+            for index in new:
+                if keys[index] in cached:
+                    self._arrived[period, index] = cached[keys[index]]
+            places = {(period, index) for index in wanted}
+            self._asked |= places
+            self._awaited |= places
+            self._reading.begin(len(wanted))
+        if not wanted:
             return
-        self._request(period, expected)
-        self._ahead |= {(period, index) for index in expected}
-        self._report.frames_speculated += len(expected)
+        try:
+            # The engine computes meanwhile: it does not wait for a request to be made, and for its threads to start.
+            self._workers.submit(self._read, period, wanted)
+        except RuntimeError as error:  # this process has no thread left
+            log.warning("%d frames of a re-prefill cannot be read: %s", len(wanted), error)
+            self._fail(period, wanted, len(wanted), MissReason.NO_RESOURCES)
 
     def take(self, period: int, chosen: Sequence[int]) -> dict[int, torch.Tensor]:
         """The frames of a period's set by index, as FrameDecoder returns them. Begins to read them, unless `begin` did,
@@ -104,7 +114,6 @@ class FrameLoader:
         report = self._report
         report.frames_needed += len(chosen)
         report.frames_cached += len(chosen) - len(read)
-        report.frames_speculated_right += len(self._ahead.intersection(needed))
         report.bytes_needed += self._grid.size_bytes(period, read)
         began_s = time.monotonic()
         taken = self._wait(period, needed)
@@ -123,49 +132,9 @@ class FrameLoader:
 
     def close(self) -> None:
         """End all reads and wait for their threads. May be called repeatedly."""
-        for reads in self._reads.values():
-            for read, _ in reads:
-                read.cancel()
+        self._end_reads(self._grid.periods)
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._report.reading_s = self._reading.seconds
-
-    def _request(self, period: int, indices: Iterable[int]) -> None:
-        """Take frames that were not requested yet from the cache, and start to read the others."""
-        with self._changed:
-            new = [
-                index
-                for index in indices
-                if (period, index) not in self._asked and (period, index) not in self._arrived
-            ]
-        keys = {index: self._grid.key_of(period, index) for index in new}
-        cached = self._cache.get(keys.values())
-        wanted = [index for index in new if keys[index] not in cached]
-        with self._changed:
-            for index in new:
-                if keys[index] in cached:
-                    self._arrived[period, index] = cached[keys[index]]
-            places = {(period, index) for index in wanted}
-            self._asked |= places
-            self._awaited |= places
-            self._reading.begin(len(wanted))
-        if not wanted:
-            return
-        try:
-            read = self._read_frames([self._task(period, index) for index in wanted])
-            self._reads.setdefault(period, []).append((read, wanted))
-            self._workers.submit(self._receive, period, read, wanted)
-        except RuntimeError as error:  # this process has no thread left
-            log.warning("%d frames of a re-prefill cannot be read: %s", len(wanted), error)
-            self._fail(period, wanted, len(wanted), MissReason.NO_RESOURCES)
-
-    def _cancel_others(self, period: int, chosen: Collection[int]) -> None:
-        """Give up frames of a period that were requested ahead and are not in its set."""
-        keep = set(chosen)
-        for read, indices in self._reads.get(period, ()):
-            read.cancel(number for number, index in enumerate(indices) if index not in keep)
-        with self._changed:
-            for place in [p for p in self._arrived if p[0] == period and p[1] not in keep]:
-                del self._arrived[place]
 
     def _wait(self, period: int, needed: Sequence[_Place]) -> dict[int, torch.Tensor]:
         with self._changed:
@@ -182,34 +151,50 @@ class FrameLoader:
             taken = {place[1]: self._arrived[place] for place in needed if place in self._arrived}
             for place in [p for p in self._arrived if p[0] == period]:
                 del self._arrived[place]
-        for read, _ in self._reads.pop(period, ()):
-            read.cancel()
+        self._end_reads(period)
         return {index: frame.to(self._device) for index, frame in taken.items()}
 
-    def _receive(self, period: int, read: FrameRead, indices: Sequence[int]) -> None:
-        """Thread of one read: decode its frames as they arrive."""
-        open_frames = len(indices)
+    def _end_reads(self, period: int) -> None:
+        """Cancel what is still read for this period and the ones before."""
+        with self._changed:
+            self._ended = max(self._ended, period)
+            ended = [read for number, reads in self._reads.items() if number <= period for read in reads]
+        for read in ended:
+            read.cancel()
+
+    def _read(self, period: int, indices: Sequence[int]) -> None:
+        """Thread of one read: request its frames, and decode them as they arrive."""
+        try:
+            read = self._read_frames([self._task(period, index) for index in indices])
+        except RuntimeError as error:  # this process has no thread left
+            log.warning("%d frames of a re-prefill cannot be read: %s", len(indices), error)
+            self._fail(period, indices, len(indices), MissReason.NO_RESOURCES)
+            return
+        with self._changed:
+            self._reads.setdefault(period, []).append(read)
+            is_late = period <= self._ended
+        if is_late:
+            read.cancel()
+        unread = len(indices)
         try:
             with single_threaded(), torch.inference_mode():
                 while results := read.take():
-                    open_frames -= len(results)
+                    unread -= len(results)
                     self._decode(period, indices, results)
         except Exception:  # a bug must not leave the engine waiting
             log.exception("reading frames of a re-prefill failed")
             read.cancel()
         finally:
-            self._fail(period, indices, open_frames, MissReason.INTERNAL_ERROR)
+            self._fail(period, indices, unread, MissReason.INTERNAL_ERROR)
 
     def _decode(self, period: int, indices: Sequence[int], results: Sequence[FrameResult]) -> None:
         stored = {indices[result.index]: result.data for result in results if result.data is not None}
         received_bytes = sum(map(len, stored.values()))
-        cancelled = sum(result.missing is MissReason.CANCELLED for result in results)
         with self._changed:
             self._moved_s = time.monotonic()
             self._reading.end(len(results))
             self._report.frames_read += len(stored)
             self._report.bytes_read += received_bytes
-            self._report.frames_cancelled += cancelled
             wanted = {i: data for i, data in stored.items() if (period, i) in self._awaited}
         decoded = self._decoder.decode(period, wanted)
         with self._changed:

@@ -24,15 +24,9 @@ class ReprefillReport:
     frames_cached: int = 0
     """Needed frames that were in the frame cache."""
     frames_read: int = 0
-    """Frames that were read, needed or not."""
+    """Frames whose bytes arrived."""
     missing: Counter[MissReason] = field(default_factory=Counter)
     """Needed frames that left the set, by reason: evicted, damaged or too late."""
-    frames_speculated: int = 0
-    """Frames requested before their period's set was known."""
-    frames_speculated_right: int = 0
-    """Those of them that the set then contained."""
-    frames_cancelled: int = 0
-    """Requested frames that were given up before they arrived."""
     bytes_needed: int = 0
     """Size of the needed frames that were not cached."""
     bytes_read: int = 0

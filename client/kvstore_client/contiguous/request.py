@@ -60,13 +60,13 @@ class PartialPrefix:
             self.report,
             deadline_s=timeouts.fetch_s,
             stall_s=timeouts.fetch_stall_s,
-            read_ahead=client.settings.reprefill.read_ahead,
             device=decoder.device if client.settings.reprefill.device_cache_bytes else torch.device("cpu"),
         )
         question_rotary = rotary[0].at(slice(grid.tokens, len(tokens)))
         self._reprefill = Reprefill(
-            decoder, self.question, grid, plan.count, plan.scorer, self._loader, self.kv, question_rotary
-        )
+            decoder, self.question, grid, plan.count, plan.scorer, self._loader, self.kv, question_rotary,
+            read_ahead=client.settings.reprefill.read_ahead,
+        )  # fmt: skip
 
     def compute(self) -> tuple[int, torch.Tensor] | None:
         """Compute the question's tokens into `kv`. Returns the number of prefix tokens there, and the hidden state of

@@ -21,8 +21,9 @@ class ReprefillSettings(SettingsGroup):
     the `floor` allows. Default: all of the prefix is reused, and answers stay the same."""
 
     read_ahead: bool = Field(default=False, alias="budget_read_ahead")
-    """Whether a question with a `budget` reads what the next layers probably need while the present ones are computed.
-    Guessing it costs as much computing as choosing it, and with SmolLM2 a third to a half of it is read for nothing."""
+    """Whether a question with a `budget` chooses what the next group of layers reads one layer early, so that it is
+    read while that layer is computed. Without it, the model waits for every read, and the choice is a little better
+    informed."""
 
     cache_bytes: int = Field(default=256 << 20, ge=0, alias="frame_cache_bytes")
     """Host memory for parts of prefixes that questions with a `budget` have read, shared by all requests of the
