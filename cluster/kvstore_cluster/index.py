@@ -283,6 +283,9 @@ class ChunkIndex:
     def content_id(self, slot: int) -> ContentId:
         return self._ids[slot]
 
+    def prefix_id(self, slot: int) -> bytes:
+        return bytes(self._prefixes[slot * _ID_BYTES : (slot + 1) * _ID_BYTES])
+
     def encoding(self, slot: int) -> str:
         return self._names.encodings[self._encoding[slot]]
 

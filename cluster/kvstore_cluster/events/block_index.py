@@ -1,7 +1,8 @@
 """The blocks that the cluster stores, by tenant: on which nodes, and in which tiers."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from kvstore_cluster.events.base import IN_MEMORY, ON_DISK
 
@@ -27,7 +28,7 @@ class TierEvents:
 
 
 class BlockIndex:
-    """Blocks of one tenant. A block is in a tier of the cluster if it is in that tier of some node. About 200 bytes per
+    """Blocks of one tenant. A block is in a tier of the cluster if it is in that tier of some node. About 120 bytes per
     block. Not thread-safe. `node` is a number below MOST_NODES."""
 
     def __init__(self) -> None:
@@ -52,12 +53,10 @@ class BlockIndex:
         for begin in range(0, len(blocks), 4096):
             yield self.update(node, dict.fromkeys(blocks[begin : begin + 4096], 0))
 
-    def blocks(self) -> list[tuple[bytes, int]]:
-        """All blocks, each with its tiers in the cluster."""
-        return [
-            (block, IN_MEMORY * bool(nodes & _EVERY_MEMORY) + ON_DISK * bool(nodes & _EVERY_DISK))
-            for block, nodes in self._nodes.items()
-        ]
+    def blocks(self) -> tuple[list[bytes], list[int]]:
+        """A copy for `stored`: all blocks, and of each the tiers of all nodes. Two lists, because a million pairs take
+        five times as long."""
+        return list(self._nodes), list(self._nodes.values())
 
     def _change(self, block: bytes, before: int, after: int, events: TierEvents) -> None:
         if before == after:
@@ -66,19 +65,24 @@ class BlockIndex:
             self._nodes[block] = after
         else:
             del self._nodes[block]
-        for every, stored, removed in (
-            (_EVERY_MEMORY, events.stored_in_memory, events.removed_from_memory),
-            (_EVERY_DISK, events.stored_on_disk, events.removed_from_disk),
-        ):
-            was, is_now = bool(before & every), bool(after & every)
-            if was != is_now:
-                (stored if is_now else removed).append(block)
+        was, is_now = _tiers_of(before), _tiers_of(after)
+        if (was ^ is_now) & IN_MEMORY:
+            (events.stored_in_memory if is_now & IN_MEMORY else events.removed_from_memory).append(block)
+        if (was ^ is_now) & ON_DISK:
+            (events.stored_on_disk if is_now & ON_DISK else events.removed_from_disk).append(block)
 
 
-def stored(blocks: Iterable[tuple[bytes, int]]) -> TierEvents:
-    """The events that tell all of `blocks`."""
+@lru_cache(maxsize=1 << 16)  # few combinations of nodes have the same block
+def _tiers_of(nodes: int) -> int:
+    """Tiers of the cluster that have a block, by those of all nodes."""
+    return IN_MEMORY * bool(nodes & _EVERY_MEMORY) + ON_DISK * bool(nodes & _EVERY_DISK)
+
+
+def stored(blocks: Sequence[bytes], nodes_of: Sequence[int]) -> TierEvents:
+    """The events that tell all of `BlockIndex.blocks`, or of a part of them."""
     events = TierEvents()
-    for block, tiers in blocks:
+    for block, nodes in zip(blocks, nodes_of, strict=True):
+        tiers = _tiers_of(nodes)
         if tiers & IN_MEMORY:
             events.stored_in_memory.append(block)
         if tiers & ON_DISK:

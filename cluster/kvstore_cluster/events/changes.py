@@ -5,7 +5,7 @@ import threading
 from kvstore_cluster.events.base import IN_MEMORY, ON_DISK, Taken
 from kvstore_cluster.index import NOWHERE, ChunkIndex
 from kvstore_cluster.slices import SLICE_CHUNKS, locked_slice
-from kvstore_codec.identity import ChunkId
+from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 
 MOST_CHANGED = 1 << 16
 """Most chunks that are remembered, about 15 MB. Beyond that, all chunks of the node are reported again."""
@@ -19,7 +19,7 @@ class TierChanges:
     def __init__(self, index: ChunkIndex, lock: threading.Condition, most: int = MOST_CHANGED) -> None:
         """`lock` guards the index and the changes."""
         self._index, self._lock, self._most = index, lock, most
-        self._changed: dict[tuple[str, ChunkId], None] = {}
+        self._changed: dict[tuple[str, bytes], ContentId] = {}  # by tenant and prefix id
         self._next_slot: int | None = None  # while all chunks are reported again
         self._some = threading.Event()
         self._overflows = 0
@@ -34,7 +34,8 @@ class TierChanges:
         if len(self._changed) >= self._most:
             self._overflows += 1
             self._report_all()
-        self._changed[self._index.tenant(slot), self._index.chunk_id(slot)] = None
+        index = self._index
+        self._changed[index.tenant(slot), index.prefix_id(slot)] = index.content_id(slot)
         if not self._some.is_set():
             self._some.set()
 
@@ -56,9 +57,9 @@ class TierChanges:
             if self._next_slot is not None:
                 self._walk(self._next_slot, states)
             for _ in range(min(SLICE_CHUNKS, len(self._changed))):
-                tenant, chunk_id = next(iter(self._changed))
-                del self._changed[tenant, chunk_id]
-                states.setdefault(tenant, {})[chunk_id.prefix_id] = self._tiers(tenant, chunk_id)
+                (tenant, block), content_id = self._changed.popitem()
+                chunk_id = ChunkId(content_id, PrefixId(block))
+                states.setdefault(tenant, {})[block] = self._tiers(tenant, chunk_id)
             complete = self._next_slot is None
             more = bool(self._changed) or not complete
             if not more:

@@ -108,8 +108,9 @@ class EventHub:
                 return ((batch.sequence, batch.payload) for batch in batches)
             self._snapshots += 1
             index = self._indices.get(tenant)
-            blocks, last = ([] if index is None else index.blocks()), self._log.last(tenant)
-        return ((last, payload) for payload in _snapshot(blocks))
+            blocks, nodes_of = ([], []) if index is None else index.blocks()
+            last = self._log.last(tenant)
+        return ((last, payload) for payload in _snapshot(blocks, nodes_of))
 
     def stats(self) -> dict[str, int]:
         """Counters, and the gauges `nodes`, `tenants` and `blocks`."""
@@ -181,7 +182,8 @@ def _listed(events: TierEvents) -> list[Event]:
     return [event for event in listed if not isinstance(event, Cleared) and event.blocks]
 
 
-def _snapshot(blocks: list[tuple[bytes, int]]) -> Iterator[bytes]:
+def _snapshot(blocks: list[bytes], nodes_of: list[int]) -> Iterator[bytes]:
     yield encode_batch(time.time(), [Cleared()])
     for begin in range(0, len(blocks), _SNAPSHOT_BLOCKS):
-        yield encode_batch(time.time(), _listed(stored(blocks[begin : begin + _SNAPSHOT_BLOCKS])))
+        end = begin + _SNAPSHOT_BLOCKS
+        yield encode_batch(time.time(), _listed(stored(blocks[begin:end], nodes_of[begin:end])))
