@@ -40,6 +40,7 @@ MAX_CHUNKS = 65_536
 MAX_ENCODINGS = 64
 MAX_ENCODING_CHARACTERS = 64
 MAX_RANGES = 1 << 20
+MOST_REFUSED = 4
 
 
 def chunk_id(ref: ChunkName) -> ChunkId:
@@ -138,6 +139,10 @@ def put_arguments(start: pb.PutStart, tenant: str) -> tuple[ChunkId, str, int, b
         )
     if len(start.behind) > MOST_BEHIND:
         raise PutStateError(f"a put names {len(start.behind)} preceding chunks; at most {MOST_BEHIND}")
+    if len(start.refused) > MOST_REFUSED or any(len(digest) != DIGEST_BYTES for digest in start.refused):
+        raise PutStateError(
+            f"a put names at most {MOST_REFUSED} refused headers, by digests of {DIGEST_BYTES} bytes"
+        )
     options = PutOptions(
         Durability(start.durability),
         start.ttl_s,
@@ -146,6 +151,7 @@ def put_arguments(start: pb.PutStart, tenant: str) -> tuple[ChunkId, str, int, b
         start.number,
         tuple(map(chunk_id, start.behind)),
         start.copied_at if start.HasField("copied_at") else None,
+        frozenset(start.refused),
     )
     return chunk_id(start.chunk), start.encoding, start.size_bytes, start.calibration or None, options
 

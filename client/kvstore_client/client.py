@@ -227,7 +227,7 @@ class KVStoreClient:
         earlier misses the chunks that need it (`calibration_loading`). Raises MatchFormatError for bytes that are not a
         match of this model.
         """
-        return Match.from_bytes(data, spec, self.ready_calibrations.klt)
+        return Match.from_bytes(data, spec, self.ready_calibrations.klt, self._view.signatures.read)
 
     def release(self, match: Match) -> None:
         """Release the leases of a match that will not be fetched. Leases that have ended are ignored."""

@@ -18,6 +18,7 @@ from kvstore_client.grpc_failure import predicate_of
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.settings import ClientSettings
+from kvstore_client.signatures import Signatures
 from kvstore_client.transport import Transport, Transports
 from kvstore_codec.errors import ConfigurationError, NodeUnavailableError
 
@@ -75,6 +76,8 @@ class ClusterView:
         connector = Connector(settings.security)
         self._channels = Channels(connector, settings.transport.routes, longest_call_s=longest_call_s)
         self._transports = Transports(settings, connector)
+        self.signatures = Signatures(settings.security.signing_key_file)
+        """Reads headers that nodes return, and tells which chunks are trusted."""
         self._membership: Membership | None = None
         self._placement = Placement(())  # of that membership
         self._before: Placement | None = None

@@ -16,10 +16,10 @@ from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.replicas import Lease, Search
 from kvstore_client.settings import EXACT, ClientSettings, FetchPolicy
-from kvstore_codec.chunk import ChunkHeader, read_header
+from kvstore_codec.chunk import ChunkHeader
 from kvstore_codec.codec import chunk_geometry
 from kvstore_codec.encoding import Encoding, Rate
-from kvstore_codec.errors import CalibrationError, CodecError, ForeignChunkError, NodeUnavailableError
+from kvstore_codec.errors import CodecError, ForeignChunkError, NodeUnavailableError
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import CHUNK_TOKENS, ChunkId, PlacedChunk, PrefixId
 from kvstore_codec.klt_frames import KLT
@@ -206,10 +206,8 @@ class _Lookup:
                 continue  # the node returned every encoding it has
             try:
                 variant = self._variant(chunk_id, encoding, offer.header, on_disk=offer.on_disk)
-            except CalibrationError as error:
-                self._refuse(MissReason.CALIBRATION_FOREIGN, member, error)
             except CodecError as error:
-                self._refuse(MissReason.BAD_HEADER, member, error)
+                self._refuse(MissReason.of_header(error), member, error)
             else:
                 if variant is None:
                     unready = True
@@ -236,8 +234,9 @@ class _Lookup:
 
     def _variant(self, chunk_id: ChunkId, encoding: str, data: bytes, *, on_disk: bool) -> Variant | None:
         """The variant described by a header; None when its calibration is not loaded yet. Raises CodecError for another
-        chunk or an encoding that was not requested, and CalibrationError for a calibration of another model."""
-        header = read_header(data)
+        chunk or an encoding that was not requested, CalibrationError for a calibration of another model, and
+        SignatureError for a chunk that is not trusted."""
+        header = self._view.signatures.read(data)
         header.require(model_digest=self._spec.digest, chunk_id=chunk_id)
         klt = None
         if header.calibration is not None:

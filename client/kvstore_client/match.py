@@ -141,17 +141,25 @@ class Match:
         return signed + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(signed))
 
     @classmethod
-    def from_bytes(cls, data: bytes, spec: ModelSpec, ready_klt: Callable[[bytes], KLT | None]) -> Match:
+    def from_bytes(
+        cls,
+        data: bytes,
+        spec: ModelSpec,
+        ready_klt: Callable[[bytes], KLT | None],
+        read: Callable[[bytes], ChunkHeader] = read_header,
+    ) -> Match:
         """Read a match of this model that `to_bytes` wrote. The client connects with its credentials to the endpoints
         that the match names, so accept a match only from processes that are trusted with these credentials.
 
         Variants whose calibration `ready_klt` does not have are dropped where the chunk has others. A chunk without
         others stays, because a prefix match is a run of neighbours; a fetch reports it as missing at once.
 
-        Raises MatchFormatError for any other bytes.
+        `read` reads the chunks' headers, and raises a CodecError for those that are not trusted.
+
+        Raises MatchFormatError for any other bytes, and for headers that `read` refuses.
         """
         try:
-            return _Reader(data, spec, ready_klt).match()
+            return _Reader(data, spec, ready_klt, read).match()
         except MatchFormatError:
             raise
         # Bytes with a valid checksum may still hold anything: whatever does not parse is reported as a bad match.
@@ -170,7 +178,13 @@ def bytes_of_endpoints(chunks: Iterable[StoredChunk]) -> Counter[str]:
 class _Reader:
     """Reads the values of one serialised match."""
 
-    def __init__(self, data: bytes, spec: ModelSpec, ready_klt: Callable[[bytes], KLT | None]) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        spec: ModelSpec,
+        ready_klt: Callable[[bytes], KLT | None],
+        read: Callable[[bytes], ChunkHeader],
+    ) -> None:
         if not _PREFIX.size + _CHECKSUM.size <= len(data) <= MAX_MATCH_BYTES:
             raise MatchFormatError(
                 f"{len(data)} bytes are too short for a match, or more than {MAX_MATCH_BYTES}"
@@ -184,7 +198,7 @@ class _Reader:
         signed = memoryview(data)[: -_CHECKSUM.size]
         if _CHECKSUM.unpack_from(data, len(signed)) != (xxhash.xxh3_64_intdigest(signed),):
             raise MatchFormatError("the match was damaged: its checksum does not match")
-        self._spec, self._ready_klt = spec, ready_klt
+        self._spec, self._ready_klt, self._read_header = spec, ready_klt, read
         self._klts: dict[bytes, KLT | None] = {}
         self._values = msgpack.Unpacker(
             read_size=len(data),
@@ -254,7 +268,7 @@ class _Reader:
 
     def _variant(self) -> Variant:
         data = self._take(bytes)
-        header, on_disk = read_header(data), self._take(bool)
+        header, on_disk = self._read_header(data), self._take(bool)
         spec, shape = self._spec, header.geometry
         found = shape.layers, shape.kv_heads, shape.head_dim, shape.dtype
         if found != (spec.layers, spec.kv_heads, spec.head_dim, spec.dtype):

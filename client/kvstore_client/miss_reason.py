@@ -2,6 +2,14 @@
 
 from enum import StrEnum
 
+from kvstore_codec.errors import (
+    CalibrationError,
+    ChecksumError,
+    CodecError,
+    SignatureError,
+    UnsignedChunkError,
+)
+
 
 class MissReason(StrEnum):
     """One reason for each thing that can go wrong or stand in the way. The engine computes the KV instead, and the
@@ -21,6 +29,13 @@ class MissReason(StrEnum):
     """The client was closed, or cannot be used in a forked process. Create a client after the fork."""
     BAD_HEADER = "bad_header"
     """A node answered with a chunk header that is damaged or belongs to another chunk. Run `kvstore verify`."""
+    UNSIGNED = "unsigned"
+    """A stored chunk is not signed, and the client has `KVSTORE_SIGNING_KEY_FILE`. The chunk that is computed instead
+    replaces it. Give all workers of the tenant the key (docs/security.md)."""
+    BAD_SIGNATURE = "bad_signature"
+    """A stored chunk is signed by a key that this client does not have, or is not what was signed: somebody without the
+    key has stored it. The chunk that is computed instead replaces it. Compare the workers' key files; the log has the
+    id of the key."""
     CALIBRATION_FOREIGN = "calibration_foreign"
     """A chunk or the registry names a calibration of another model. Make one with `kvstore calibrate --publish`."""
     CALIBRATION_LOADING = "calibration_loading"
@@ -262,6 +277,22 @@ class MissReason(StrEnum):
     """The coordinator is older than calibrations, or `KVSTORE_ADDRESS` leads to no kvstore service."""
     CALIBRATION_RPC_UNKNOWN = "calibration_rpc_unknown"
     """The registry failed with an error that has no reason of its own here. The log has its message."""
+
+    @classmethod
+    def of_header(cls, error: CodecError) -> "MissReason":
+        """Why a chunk with such a header is not used."""
+        if isinstance(error, SignatureError):
+            return cls.UNSIGNED if isinstance(error, UnsignedChunkError) else cls.BAD_SIGNATURE
+        return cls.CALIBRATION_FOREIGN if isinstance(error, CalibrationError) else cls.BAD_HEADER
+
+    @classmethod
+    def of_frames(cls, error: CodecError) -> "MissReason":
+        """Why frames cannot be used."""
+        if isinstance(error, SignatureError):
+            return cls.BAD_SIGNATURE
+        if isinstance(error, ChecksumError):
+            return cls.CHECKSUM
+        return cls.CALIBRATION if isinstance(error, CalibrationError) else cls.UNDECODABLE
 
     @classmethod
     def of_fetch(cls, failure: str) -> "MissReason":

@@ -9,6 +9,7 @@ from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.recompute.frequency import token_order
 from kvstore_client.settings import ClientSettings
+from kvstore_client.signatures import Signatures
 from kvstore_codec.codec import EncodedChunk, encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import CodecError
@@ -40,8 +41,8 @@ class NewChunk:
 class NewChunkEncoder:
     """Encodes new chunks. What cannot be encoded is counted and left out."""
 
-    def __init__(self, settings: ClientSettings, metrics: ClientMetrics) -> None:
-        self._settings, self._metrics = settings, metrics
+    def __init__(self, settings: ClientSettings, metrics: ClientMetrics, signatures: Signatures) -> None:
+        self._settings, self._metrics, self._signatures = settings, metrics, signatures
 
     def encoded(
         self, spec: ModelSpec, klt: KLT | None, chunk: NewChunk, encodings: Sequence[Encoding]
@@ -66,6 +67,7 @@ class NewChunkEncoder:
                     features=features,
                     sinks=klt.calibration.sinks if klt and chunk.begins_text else 0,
                     token_order=order,
+                    keys_to_sign=self._signatures.keys,
                 )
             except CodecError as error:
                 self._unencodable(error)

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore_api.chunk_refs import chunk_ref
@@ -28,13 +28,15 @@ _DURABILITIES = {
 }
 
 
-def keep_as(settings: ClientSettings, cost: float) -> pb.PutStart:
-    """How nodes keep a client's new chunks; `cost` is that of computing one again."""
+def keep_as(settings: ClientSettings, cost: float, refused: Sequence[bytes] = ()) -> pb.PutStart:
+    """How nodes keep a client's new chunks; `cost` is that of computing one again. A stored chunk is replaced if the
+    digest of its header is in `refused`."""
     return pb.PutStart(
         ttl_s=settings.store.ttl_s,
         tenant=settings.store.tenant,
         durability=_DURABILITIES[settings.store.durability],
         cost=cost,
+        refused=refused,
     )
 
 

@@ -71,7 +71,7 @@ class Store:
         self._view = view
         self._ready = ready
         self._giving_way = GivingWay(links, settings)
-        self._encoder = NewChunkEncoder(settings, metrics)
+        self._encoder = NewChunkEncoder(settings, metrics, view.signatures)
         self._settings = settings
         self._metrics = metrics
         self.encodings = tuple(map(Encoding.parse, settings.encodings.stored))
@@ -347,7 +347,8 @@ class Store:
         sizes_bytes = []
         for encoded in self._encoder.encoded(spec, klt, chunk, encodings):
             sizes_bytes.append(encoded.size_bytes)
-            writing.put(OutgoingChunk.of(encoded, keep_as(self._settings, chunk.cost)), owners, text)
+            keep = keep_as(self._settings, chunk.cost, self._view.signatures.take_refused(encoded.header))
+            writing.put(OutgoingChunk.of(encoded, keep), owners, text)
         return sizes_bytes
 
     def _give_way(self, new: "_NewChunks") -> None:

@@ -10,7 +10,7 @@ from kvstore_cluster import disk_times
 from kvstore_cluster.catalog import HEADER_CACHE_BYTES, ChunkCatalog
 from kvstore_cluster.disk import Location
 from kvstore_cluster.index import NOWHERE, ChunkIndex
-from kvstore_codec.chunk import read_header, verify_chunk
+from kvstore_codec.chunk import read_header
 from kvstore_codec.errors import (
     ChunkFormatError,
     ChunkNotFoundError,
@@ -18,6 +18,7 @@ from kvstore_codec.errors import (
     ForeignChunkError,
     UnsupportedVersionError,
 )
+from kvstore_codec.whole_chunk import verify_chunk
 
 log = logging.getLogger(__name__)
 

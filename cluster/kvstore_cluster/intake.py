@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+from blake3 import blake3
 from cachetools import TTLCache
 
 from kvstore_cluster.arena import Extent
@@ -17,8 +18,10 @@ from kvstore_cluster.memory_tier import MemoryTier
 from kvstore_cluster.migration import Migration
 from kvstore_cluster.names import MAX_TENANT_BYTES, Description
 from kvstore_cluster.put import PendingPut, PutOptions
+from kvstore_cluster.reader import ChunkBytes
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import (
+    ChunkNotFoundError,
     ChunkTooLargeError,
     DiskError,
     ForgottenTenantError,
@@ -48,6 +51,7 @@ class Intake:
         memory: MemoryTier,
         disk: DiskTier,
         migration: Migration,
+        stored: ChunkBytes,
         durability: Durability,
         clock: Callable[[], float],
     ) -> None:
@@ -60,6 +64,7 @@ class Intake:
         self._memory = memory
         self._disk = disk
         self._migration = migration
+        self._stored = stored
         self._durability = durability
         self._clock = clock
         self._arena = catalog.arena
@@ -94,11 +99,16 @@ class Intake:
                     or self._ends_much_sooner(slot, options.ttl_s)
                 ):
                     return self._reserve(chunk_id, encoding, size_bytes, options)
-                # A tenant's put must not link chunks of another tenant.
-                own = self._index.tenant(slot) == options.tenant
-                self._catalog.put_again(slot, self._before(encoding, options) if own else NO_SLOT)
+                if not options.refused:
+                    self._use_again(slot, encoding, options)
                 self._catalog.acquire(slot)
             try:
+                if options.refused:
+                    refused = self._is_refused(slot, options.refused)
+                    with self._lock:
+                        if refused or not self._index.is_linked(slot):
+                            return self._reserve(chunk_id, encoding, size_bytes, options, refused=slot)
+                        self._use_again(slot, encoding, options)
                 if durable:
                     self._make_durable(slot)
             finally:
@@ -128,8 +138,24 @@ class Intake:
     def _asked(self, options: PutOptions) -> Durability:
         return self._durability if options.durability is Durability.DEFAULT else options.durability
 
-    def _reserve(self, chunk_id: ChunkId, encoding: str, size_bytes: int, options: PutOptions) -> PendingPut:
-        """Reserves memory and quota for a put. Lock held."""
+    def _use_again(self, slot: int, encoding: str, options: PutOptions) -> None:
+        """Records the put of a stored chunk as a use of it. Lock held."""
+        own = (
+            self._index.tenant(slot) == options.tenant
+        )  # a tenant's put must not link chunks of another tenant
+        self._catalog.put_again(slot, self._before(encoding, options) if own else NO_SLOT)
+
+    def _is_refused(self, slot: int, refused: frozenset[bytes]) -> bool:
+        """Whether the caller of a put has refused the acquired chunk. Call without the lock; may block."""
+        try:
+            return blake3(self._stored.header(slot)).digest() in refused
+        except ChunkNotFoundError:  # lost by its disk; then nothing is stored
+            return True
+
+    def _reserve(
+        self, chunk_id: ChunkId, encoding: str, size_bytes: int, options: PutOptions, refused: int = NO_SLOT
+    ) -> PendingPut:
+        """Reserves memory and quota for a put, which replaces the chunk in the acquired slot `refused`. Lock held."""
         self._require_open(chunk_id)
         catalog, tenant = self._catalog, options.tenant
         before = self._before(encoding, options)
@@ -153,6 +179,8 @@ class Intake:
         self._counters.evictions += len(victims)
         if before != NO_SLOT:
             catalog.acquire(before)  # keeps the preceding chunk until the put ends
+        if refused != NO_SLOT:
+            catalog.acquire(refused)  # so that no other chunk gets its slot
         put = PendingPut(
             self._arena,
             extent,
@@ -160,6 +188,7 @@ class Intake:
             encoding,
             options,
             before=before,
+            refused=refused,
             accept=self._accept,
             drop=self._drop,
         )
@@ -201,10 +230,11 @@ class Intake:
         self._catalog.quotas.reserve(put.options.tenant, -put.extent.size_bytes)
         self._counters.bytes_in += put.written_bytes
 
-    def _release_before(self, put: PendingPut) -> None:
-        """Releases the preceding chunk, as the last step of a put. Lock held."""
-        if put.before != NO_SLOT:
-            self._catalog.release(put.before)
+    def _release_slots(self, put: PendingPut) -> None:
+        """Releases the preceding and the refused chunk, as the last step of a put. Lock held."""
+        for slot in (put.before, put.refused):
+            if slot != NO_SLOT:
+                self._catalog.release(slot)
 
     def _ends_much_sooner(self, slot: int, ttl_s: float) -> bool:
         """Whether the stored chunk expires before half of `ttl_s` has passed. A `ttl_s` of 0 never expires."""
@@ -281,11 +311,15 @@ class Intake:
                 self._take_back(put, meta, location)
                 raise
             stored = self._index.find(meta.chunk_id, meta.encoding, meta.tenant)
-            if stored is not None and not self._replaces(meta, location, stored, put.options.ttl_s):
+            if (
+                stored is not None
+                and stored != put.refused
+                and not self._replaces(meta, location, stored, put.options.ttl_s)
+            ):
                 self._arena.free(put.extent)
                 if self._catalog.store is not None and location != NOWHERE:
                     self._catalog.store.delete(location)
-                self._release_before(put)
+                self._release_slots(put)
                 return False
             refused = location == NOWHERE and self._asked(put.options) is not Durability.MEMORY
             self._catalog.insert(
@@ -296,7 +330,7 @@ class Intake:
                 before=self._before(meta.encoding, put.options),  # may have been replaced since the put began
                 replaced=NO_SLOT if stored is None else stored,
             )
-            self._release_before(put)
+            self._release_slots(put)
             self._counters.disk_refused += refused and self._disk.is_present
             self._counters.puts += 1
             return True
@@ -308,7 +342,7 @@ class Intake:
             self._catalog.store.delete(location)
             self._disk.delete_record(meta)
         self._counters.put_rejected += 1
-        self._release_before(put)
+        self._release_slots(put)
 
     def _write_through(self, put: PendingPut, meta: RecordMeta) -> Location:
         """Writes the chunk to disk if its durability requires that, and returns its location. NOWHERE when it is not
@@ -342,4 +376,4 @@ class Intake:
             self._end(put)
             self._arena.free(put.extent)
             self._counters.put_rejected += rejected
-            self._release_before(put)
+            self._release_slots(put)

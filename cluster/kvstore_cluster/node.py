@@ -78,7 +78,9 @@ class StorageNode:
         self._directives = Directives(catalog)
         if events:
             catalog.changes = TierChanges(catalog.index, catalog.lock)
-        self._intake = Intake(catalog, self._memory, self._disk, self._migration, durability, clock)
+        self._intake = Intake(
+            catalog, self._memory, self._disk, self._migration, self._stored, durability, clock
+        )
         if store is not None:
             self._disk.recover()
         self._removal = TenantRemoval(catalog, self._disk, self._intake)

@@ -7,9 +7,10 @@ from typing import Protocol
 from kvstore_cluster.arena import Arena, Extent
 from kvstore_cluster.disk import RecordMeta
 from kvstore_cluster.durability import Durability
-from kvstore_codec.chunk import ChunkHeader, verify_chunk
+from kvstore_codec.chunk import ChunkHeader
 from kvstore_codec.errors import ForeignChunkError, KVStoreError, PutStateError
 from kvstore_codec.identity import ChunkId
+from kvstore_codec.whole_chunk import verify_chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class PutOptions:
     behind: tuple[ChunkId, ...] = ()
     copied_at: int | None = None
     """For a copy from another node: the newest forgetting of a tenant (`Forgotten.newest`) that it has applied."""
+    refused: frozenset[bytes] = frozenset()
+    """blake3 digests of headers that the caller does not trust. The chunk replaces a stored one with such a header."""
 
 
 class Accept(Protocol):
@@ -49,14 +52,16 @@ class PendingPut:
         options: PutOptions,
         *,
         before: int,
+        refused: int,
         accept: Accept,
         drop: Drop,
     ) -> None:
-        """`before` is the acquired slot of the preceding chunk in the text, or NO_SLOT."""
+        """`before` is the acquired slot of the preceding chunk in the text, and `refused` that of the stored chunk to
+        replace; NO_SLOT for none."""
         self._arena = arena
         self.extent = extent
         self.options = options
-        self.before = before
+        self.before, self.refused = before, refused
         self._chunk_id = chunk_id
         self._encoding = encoding
         self._accept = accept

@@ -10,20 +10,23 @@ A reader checks every length against a limit or against the number of available 
 
 Version 2 added a checksum of the decoded samples to every frame (see `payload`). Version 1 is refused: without that
 checksum, wrong output of a decoder would not be detected.
+
+A signed chunk also has a digest of every frame in its header, and ends its header with a signature (see `signing`).
 """
 
 from __future__ import annotations
 
 import itertools
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import xxhash
+from blake3 import blake3
 from typing_extensions import Buffer
 
 from kvstore_codec.canonical import require_digest
@@ -33,6 +36,7 @@ from kvstore_codec.errors import (
     ChunkFormatError,
     CodecError,
     ForeignChunkError,
+    SignatureError,
     TruncatedChunkError,
     UnsupportedVersionError,
 )
@@ -41,9 +45,13 @@ from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_codec.model_spec import KVDtype
 from kvstore_codec.token_order import TokenOrder
 
+if TYPE_CHECKING:
+    from kvstore_codec.signing import SigningKeys
+
 MAGIC = b"KVC\0"
 VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
+FRAME_DIGEST_BYTES, SIGNATURE_BYTES = 16, 40
 
 _FIXED_PREFIX = struct.Struct("<4sHI")
 FIXED_PREFIX_BYTES = _FIXED_PREFIX.size
@@ -68,6 +76,12 @@ class ChunkHeader:
     """Digest of the calibration that the frames were coded with; None if the encoding needs none."""
     token_order: TokenOrder | None = None
     """Ranking of the tokens by importance; None if the worker that stored the chunk gave none."""
+    frame_digests: bytes = field(default=b"", repr=False)
+    """Of a signed chunk: the first 16 bytes of every frame's blake3, joined."""
+    signature: bytes = b""
+    """40 bytes; empty if the chunk is not signed."""
+    is_verified: bool = field(default=False, compare=False)
+    """Whether the signature is that of a key of the reader (`signing.verified`). Then frames must have their digest."""
     _kept_offsets: tuple[int, ...] = field(init=False, repr=False, compare=False, default=())
 
     @property
@@ -98,7 +112,8 @@ class ChunkHeader:
         return self._offsets[first], self._offsets[first + count] - self._offsets[first]
 
     def verify_frame(self, frame: int, data: Buffer) -> None:
-        """Verifies a frame's bytes. Raises TruncatedChunkError for a wrong length, ChecksumError for wrong bytes."""
+        """Verifies a frame's bytes. Raises TruncatedChunkError for a wrong length, ChecksumError for wrong bytes, and
+        SignatureError for bytes that were not signed if the header `is_verified`."""
         length = memoryview(data).nbytes
         if length != self.frame_lengths[frame]:
             raise TruncatedChunkError(
@@ -106,11 +121,12 @@ class ChunkHeader:
                 f"got {length}"
             )
         self.compare_checksum(frame, xxhash.xxh3_64_intdigest(data))
+        self.compare_digest(frame, data)
 
     def verify_frames(self, first: int, count: int, data: Buffer) -> None:
         """Verifies the bytes of `count` consecutive frames. Raises what `verify_frame` raises, and ChunkFormatError
         outside the chunk."""
-        view, offset = _bytes_view(data), self.range_bytes(first, count)[0]
+        view, offset = bytes_view(data), self.range_bytes(first, count)[0]
         for frame in range(first, first + count):
             begin = self._offsets[frame] - offset
             self.verify_frame(frame, view[begin : begin + self.frame_lengths[frame]])
@@ -141,6 +157,25 @@ class ChunkHeader:
                 f"(xxh3 {found:016x} instead of {self.frame_checksums[frame]:016x})"
             )
 
+    def compare_digest(self, frame: int, *parts: Buffer) -> None:
+        """Raises SignatureError if the header `is_verified` and the frame, in parts, is not the one that was signed."""
+        begin = frame * FRAME_DIGEST_BYTES
+        if (
+            self.is_verified
+            and frame_digest(*parts) != self.frame_digests[begin : begin + FRAME_DIGEST_BYTES]
+        ):
+            raise SignatureError(
+                f"chunk {self.chunk_id.short}: frame {frame} has the right checksum, but is not the one that was signed"
+            )
+
+
+def frame_digest(*parts: Buffer) -> bytes:
+    """Digest of a frame, given in parts, for the header of a signed chunk."""
+    hasher = blake3()
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest(length=FRAME_DIGEST_BYTES)
+
 
 def write_header(
     model_digest: bytes,
@@ -150,8 +185,10 @@ def write_header(
     frames: Sequence[Buffer],
     calibration: bytes | None = None,
     token_order: TokenOrder | None = None,
+    keys: SigningKeys | None = None,
 ) -> tuple[ChunkHeader, bytes]:
-    """Makes the header of a chunk with these encoded `frames`. Returns it parsed and as bytes.
+    """Makes the header of a chunk with these encoded `frames`, signed by the first of `keys`. Returns it parsed and as
+    bytes.
 
     Raises ChunkFormatError for frames or a `token_order` that do not match the geometry."""
     return make_header(
@@ -163,6 +200,7 @@ def write_header(
         [xxhash.xxh3_64_intdigest(frame) for frame in frames],
         calibration,
         token_order,
+        None if keys is None else (keys, b"".join(map(frame_digest, frames))),
     )
 
 
@@ -175,8 +213,10 @@ def make_header(
     checksums: Sequence[int],
     calibration: bytes | None = None,
     token_order: TokenOrder | None = None,
+    signed_by: tuple[SigningKeys, bytes] | None = None,
 ) -> tuple[ChunkHeader, bytes]:
-    """As `write_header`, for frames that are not in one buffer each: takes their `lengths` and xxh3_64 `checksums`."""
+    """As `write_header`, for frames that are not in one buffer each: takes their `lengths` and xxh3_64 `checksums`, and
+    for a signed chunk the keys and the joined digests of the frames."""
     if not len(lengths) == len(checksums) == geometry.frame_count or max(lengths) > MAX_FRAME_BYTES:
         raise ChunkFormatError(
             f"chunk {chunk_id.short}: {len(lengths)} frames of up to {max(lengths, default=0)} bytes do not "
@@ -203,9 +243,17 @@ def make_header(
         fields["calibration"] = calibration
     if token_order is not None:
         fields["token_order"] = token_order.pack(geometry.tokens)
+    signature = digests = b""
+    if signed_by is not None:
+        keys, digests = signed_by
+        # The signature comes last, because it covers everything before it.
+        fields |= {"digests": digests, "signature": bytes(SIGNATURE_BYTES)}
     body: bytes = msgpack.packb(fields)
-    signed = _FIXED_PREFIX.pack(MAGIC, VERSION, len(body)) + body
-    data = signed + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(signed))
+    covered = _FIXED_PREFIX.pack(MAGIC, VERSION, len(body)) + body
+    if signed_by is not None:
+        signature = keys.sign(covered[:-SIGNATURE_BYTES])
+        covered = covered[:-SIGNATURE_BYTES] + signature
+    data = covered + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(covered))
     header = ChunkHeader(
         model_digest,
         chunk_id,
@@ -216,6 +264,9 @@ def make_header(
         len(data),
         calibration,
         token_order,
+        digests,
+        signature,
+        is_verified=signed_by is not None,
     )
     return header, data
 
@@ -225,7 +276,7 @@ def header_length(first_bytes: Buffer) -> int:
 
     Raises ChunkFormatError or a subclass for bytes that do not begin a chunk of this version.
     """
-    view = _bytes_view(first_bytes)
+    view = bytes_view(first_bytes)
     if view.nbytes < FIXED_PREFIX_BYTES:
         raise TruncatedChunkError(f"{view.nbytes} bytes are too few for the beginning of a chunk")
     magic, version, length = _FIXED_PREFIX.unpack_from(view)
@@ -246,7 +297,7 @@ def header_length(first_bytes: Buffer) -> int:
 
 def read_header(data: Buffer) -> ChunkHeader:
     """Reads the header of `data`, a chunk or its beginning. Raises ChunkFormatError or a subclass."""
-    view = _bytes_view(data)
+    view = bytes_view(data)
     total = header_length(view)
     if view.nbytes < total:
         raise TruncatedChunkError(
@@ -264,38 +315,6 @@ def read_header(data: Buffer) -> ChunkHeader:
     # Bytes with a valid checksum may still have any content. Every parse error becomes a ChunkFormatError.
     except (CodecError, ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
         raise ChunkFormatError(f"the chunk's header cannot be read: {repr(error)[:200]}") from error
-
-
-def verify_chunk(parts: Iterable[Buffer] | Buffer, size_bytes: int) -> ChunkHeader:
-    """Verifies a whole chunk of `size_bytes` that may be split into `parts`: the header, the total size and the
-    checksum of every frame. Copies only a header that spans several parts.
-
-    Raises ChunkFormatError or a subclass.
-    """
-    views = _views(parts)
-    available = sum(view.nbytes for view in views)
-    if available < size_bytes:
-        raise TruncatedChunkError(
-            f"the chunk should have {size_bytes} bytes, but only {available} are available"
-        )
-    first = _gather(views, min(FIXED_PREFIX_BYTES, size_bytes))
-    header = read_header(_gather(views, min(header_length(first), size_bytes)))
-    if header.size_bytes != size_bytes:
-        raise TruncatedChunkError(
-            f"the header of chunk {header.chunk_id.short} gives a size of {header.size_bytes} bytes, "
-            f"but the chunk has {size_bytes}"
-        )
-    pieces = _pieces(views, header.header_bytes)
-    rest = memoryview(b"")
-    for frame, length in enumerate(header.frame_lengths):
-        hasher = xxhash.xxh3_64()
-        while length:
-            if not rest.nbytes:
-                rest = next(pieces)
-            hasher.update(rest[:length])
-            length, rest = length - len(rest[:length]), rest[length:]
-        header.compare_checksum(frame, hasher.intdigest())
-    return header
 
 
 def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
@@ -322,7 +341,10 @@ def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
         )
     if calibration is not None:
         require_digest("the calibration's digest", calibration)
-    packed = fields.get("token_order")
+    packed, digests, signature = fields.get("token_order"), fields.get("digests"), fields.get("signature")
+    if digests is not None or signature is not None:
+        _require_bytes("digests", digests, frames * FRAME_DIGEST_BYTES)
+        _require_bytes("signature", signature, SIGNATURE_BYTES)
     return ChunkHeader(
         fields["model"],
         ChunkId(ContentId(fields["content"]), PrefixId(fields["prefix"])),
@@ -333,7 +355,14 @@ def _parse(fields: Any, header_bytes: int) -> ChunkHeader:
         header_bytes,
         calibration,
         None if packed is None else TokenOrder.unpack(packed, geometry.tokens),
+        digests or b"",
+        signature or b"",
     )
+
+
+def _require_bytes(what: str, found: object, size_bytes: int) -> None:
+    if not isinstance(found, bytes) or len(found) != size_bytes:
+        raise ChunkFormatError(f"the {what} of a signed chunk like this one must have {size_bytes} bytes")
 
 
 @lru_cache(maxsize=256, typed=True)  # all chunks of a model share one
@@ -343,33 +372,7 @@ def _geometry(
     return Geometry(layers, kv_heads, head_dim, KVDtype(dtype), tokens, frame_tokens, period_layers)
 
 
-def _bytes_view(data: Buffer) -> memoryview:
+def bytes_view(data: Buffer) -> memoryview:
+    """The buffer as one row of bytes."""
     view = memoryview(data)
     return view if view.format == "B" and view.ndim == 1 else view.cast("B")
-
-
-def _views(parts: Iterable[Buffer] | Buffer) -> list[memoryview]:
-    try:
-        return [_bytes_view(cast("Buffer", parts))]
-    except TypeError:  # not one buffer, hence several
-        return [_bytes_view(part) for part in cast("Iterable[Buffer]", parts)]
-
-
-def _gather(views: Sequence[memoryview], length: int) -> memoryview:
-    """The first `length` bytes. A view if they are in one part, otherwise a copy."""
-    if views and views[0].nbytes >= length:
-        return views[0][:length]
-    taken = bytearray()
-    for view in views:
-        taken += view[: length - len(taken)]
-        if len(taken) == length:
-            break
-    return memoryview(taken)
-
-
-def _pieces(views: Sequence[memoryview], skip: int) -> Iterator[memoryview]:
-    """The bytes after the first `skip`, part by part."""
-    for view in views:
-        if view.nbytes > skip:
-            yield view[skip:]
-        skip = max(skip - view.nbytes, 0)

@@ -20,6 +20,7 @@ from kvstore_codec.layouts.token_frames import LAYERS_PER_PICTURE
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.payload import PayloadKind, PayloadWriter
 from kvstore_codec.quantise import STEP_PER_RMS, encode_quantised
+from kvstore_codec.signing import SigningKeys
 from kvstore_codec.token_order import TokenOrder
 from kvstore_codec.words import encode_words, words_of
 
@@ -52,13 +53,14 @@ def encode_chunk(
     features: torch.Tensor | None = None,
     sinks: int = 0,
     token_order: TokenOrder | None = None,
+    keys_to_sign: SigningKeys | None = None,
 ) -> EncodedChunk:
     """Encodes `keys` (before RoPE) and `values`, both [layers, kv_heads, tokens, head_dim] with any strides,
     on any device, of the dtype of `spec`.
 
     An encoding with the transform "klt" needs the model's calibration as a KLT and the chunk's `token_features`
     [tokens, features]. Its first `sinks` tokens are kept exact (`Calibration.sinks` if the chunk begins a text).
-    `token_order` is stored in the chunk's header.
+    `token_order` is stored in the chunk's header. The chunk is signed if `keys_to_sign` are given.
 
     Scratch memory, besides the result: about 4 bytes per value of one frame for `exact`, 24 for the lossy rates.
     Raises InvalidKVError for tensors that do not fit `spec`, CalibrationError for a calibration that is missing or of
@@ -81,7 +83,9 @@ def encode_chunk(
             for k, v in (_cut(keys, values, geometry, frame) for frame in range(geometry.frame_count))
         ]
     digest = klt.calibration.digest if klt else None
-    header, header_data = write_header(spec.digest, chunk_id, encoding, geometry, frames, digest, token_order)
+    header, header_data = write_header(
+        spec.digest, chunk_id, encoding, geometry, frames, digest, token_order, keys_to_sign
+    )
     return EncodedChunk(header, [header_data, *frames], guarded)
 
 

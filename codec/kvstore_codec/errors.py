@@ -15,6 +15,8 @@ KVStoreError
 │       ├── UnsupportedVersionError
 │       ├── TruncatedChunkError
 │       ├── ChecksumError
+│       ├── SignatureError         not signed by a key of the reader, or other bytes than were signed
+│       │   └── UnsignedChunkError
 │       ├── SampleMismatchError    intact bytes that decode to other samples than were encoded
 │       └── ForeignChunkError     an intact chunk of another model, text or context than requested
 ├── StorageError
@@ -117,6 +119,12 @@ class SampleMismatchError(ChunkFormatError):
             "a broken encoder or an attacker wrote it"
         )
         self.found = found
+
+
+class SignatureError(ChunkFormatError): ...
+
+
+class UnsignedChunkError(SignatureError): ...
 
 
 class ForeignChunkError(ChunkFormatError): ...

@@ -18,7 +18,7 @@ from blake3 import blake3
 from typing_extensions import Buffer
 
 from kvstore_codec import canonical
-from kvstore_codec.chunk import ChunkHeader, make_header
+from kvstore_codec.chunk import ChunkHeader, frame_digest, make_header
 from kvstore_codec.coders import coder
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import ForeignChunkError, InvalidKVError
@@ -26,6 +26,7 @@ from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_codec.model_spec import KVDtype
 from kvstore_codec.payload import OPENING_BYTES, PayloadKind, PayloadReader, opening, sample_checksum
+from kvstore_codec.signing import SigningKeys
 
 MAX_PAGE_BYTES = 128 << 20
 # Every header has a geometry. A page has no layers, heads or tokens: one of each makes one frame.
@@ -87,10 +88,14 @@ class PageNamespace:
 
 
 def write_page(
-    namespace: PageNamespace, chunk_id: ChunkId, encoding: Encoding, page: memoryview
+    namespace: PageNamespace,
+    chunk_id: ChunkId,
+    encoding: Encoding,
+    page: memoryview,
+    keys: SigningKeys | None = None,
 ) -> tuple[ChunkHeader, tuple[memoryview, ...]]:
     """The chunk of a page: its parsed header, and views that together are its bytes. With the encoding "exact-raw" the
-    last of them is `page` itself, not a copy.
+    last of them is `page` itself, not a copy. The chunk is signed if `keys` are given.
 
     `page` is one row of bytes. Raises InvalidKVError for a page of 0 or more than MAX_PAGE_BYTES bytes.
     """
@@ -109,6 +114,7 @@ def write_page(
         PAGE_GEOMETRY,
         [len(first) + body.nbytes],
         [_frame_checksum(first, body)],
+        signed_by=None if keys is None else (keys, frame_digest(first, body)),
     )
     return header, (memoryview(data + first), body)
 
@@ -136,6 +142,7 @@ def verify_raw_page(header: ChunkHeader, first: Buffer, page: memoryview) -> Non
     Raises ChunkFormatError children unless these are the bytes that were stored.
     """
     header.compare_checksum(0, _frame_checksum(first, page))
+    header.compare_digest(0, first, page)
     _reader(header, first).finish()
 
 

@@ -17,7 +17,8 @@ from kvstore_bench.fuzz.mutants import Kind, mutant
 from kvstore_bench.fuzz.run import FAULTS, Tally, fuzz
 from kvstore_bench.fuzz.seeds import seeds
 from kvstore_codec import codec
-from kvstore_codec.chunk import ChunkHeader, verify_chunk
+from kvstore_codec.chunk import ChunkHeader
+from kvstore_codec.whole_chunk import verify_chunk
 
 Begins = Callable[[int], None]
 

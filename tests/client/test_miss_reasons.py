@@ -12,6 +12,7 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.canaries import FAILED, FINAL
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.replicated_write import _REFUSALS, _STORED
+from kvstore_codec.errors import CalibrationError, ChecksumError, SignatureError, UnsignedChunkError
 from tests.client.miss_reasons_page import descriptions, miss_reasons_page
 
 CLIENT = Path(kvstore_client.__file__).parent
@@ -66,6 +67,8 @@ def test_every_member_occurs() -> None:
         *map(MissReason.of_bypass, bypasses()),
         *(MissReason.of_canary(why, storing=False) for why in ("unreachable", "canary_pending")),
         *(MissReason.of_canary(why, storing=True) for why in CANARY),
+        *(MissReason.of_header(kind("")) for kind in (SignatureError, UnsignedChunkError, CalibrationError)),
+        *(MissReason.of_frames(kind("")) for kind in (SignatureError, ChecksumError, CalibrationError)),
     }
     assert set(MissReason) - named() - made == set()
 

@@ -13,9 +13,9 @@ from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_cluster.scrub import scrub
-from kvstore_codec.chunk import verify_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ChunkNotFoundError, UnsupportedVersionError
+from kvstore_codec.whole_chunk import verify_chunk
 from tests.codec.chunks import CHUNK_ID, encode, make_kv, make_spec
 
 ENCODINGS = ("exact-zstd", "high-hevc-cpu")

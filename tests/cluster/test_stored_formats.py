@@ -19,9 +19,10 @@ from kvstore_cluster.disk import RecordMeta, SegmentStore
 from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_codec.calibration import Calibration
-from kvstore_codec.chunk import read_header, verify_chunk
+from kvstore_codec.chunk import read_header
 from kvstore_codec.codec import EncodedChunk
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_codec.whole_chunk import verify_chunk
 from tests.codec.chunks import decode, make_kv
 from tests.data.stored import write
 

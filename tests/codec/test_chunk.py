@@ -19,7 +19,6 @@ from kvstore_codec.chunk import (
     MAX_HEADER_BYTES,
     header_length,
     read_header,
-    verify_chunk,
     write_header,
 )
 from kvstore_codec.codec import EncodedChunk
@@ -32,6 +31,7 @@ from kvstore_codec.errors import (
     UnsupportedVersionError,
 )
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_codec.whole_chunk import verify_chunk
 from tests.codec.chunks import CHUNK_ID, encode, make_kv, make_spec
 
 SPEC = make_spec(layers=5, kv_heads=1, head_dim=8)

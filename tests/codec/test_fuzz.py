@@ -15,12 +15,13 @@ import pytest
 import torch
 import xxhash
 
-from kvstore_codec.chunk import FIXED_PREFIX_BYTES, VERSION, ChunkHeader, read_header, verify_chunk
+from kvstore_codec.chunk import FIXED_PREFIX_BYTES, VERSION, ChunkHeader, read_header
 from kvstore_codec.codec import decode_frames
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ChunkFormatError
 from kvstore_codec.model_spec import KVDtype, ModelSpec
 from kvstore_codec.payload import PayloadKind
+from kvstore_codec.whole_chunk import verify_chunk
 from tests.codec.chunks import decoder_of, encode, make_kv, make_spec, same_bits
 from tests.codec.fuzzing import bounded_memory, mutate, refused_mutants
 

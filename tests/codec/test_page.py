@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvstore_codec.chunk import read_header, verify_chunk
+from kvstore_codec.chunk import read_header
 from kvstore_codec.codec import decode_frames
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ChunkFormatError, ForeignChunkError, InvalidKVError
@@ -21,6 +21,7 @@ from kvstore_codec.page import (
     write_page,
 )
 from kvstore_codec.payload import OPENING_BYTES
+from kvstore_codec.whole_chunk import verify_chunk
 
 NAMESPACE = PageNamespace(b"model", "layout")
 (PAGE_ID,) = NAMESPACE.chunk_ids([b"key"])

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore_codec.chunk import FIXED_PREFIX_BYTES, read_header, verify_chunk
+from kvstore_codec.chunk import FIXED_PREFIX_BYTES, read_header
 from kvstore_codec.codec import encode_chunk
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ChunkFormatError
 from kvstore_codec.token_order import TokenOrder
+from kvstore_codec.whole_chunk import verify_chunk
 from tests.codec.chunks import CHUNK_ID, make_kv, make_spec
 from tests.codec.test_chunk import reseal
 

@@ -14,9 +14,9 @@ import xxhash
 
 from kvstore_bench.fuzz.mutants import Kind, Mutant, mutant, resigned
 from kvstore_bench.fuzz.seeds import Seed, decoder_of, seeds
-from kvstore_codec.chunk import verify_chunk
 from kvstore_codec.codec import decode_frames
 from kvstore_codec.errors import KVStoreError, SampleMismatchError
+from kvstore_codec.whole_chunk import verify_chunk
 
 BATCH = 32
 # Largest KV that is decoded, in values. The largest seeds have 16,384. A client has no such limit, because it decodes

@@ -203,6 +203,11 @@ class Failover:
                 found.setdefault(places[task.chunk_index], []).append(task)
         return found, [task for task in tasks if task.chunk_index not in places]
 
+    def refuse(self, task: ReadTask) -> None:
+        """Remember a chunk whose frames are not those that were signed."""
+        variant = task.variant
+        self._view.signatures.refuse(variant.header, variant.header_data)
+
     def pause(self, member: Member, reason: MissReason) -> None:
         """Pause this member for all fetches."""
         self.failed.add(member.endpoint)

@@ -15,7 +15,7 @@ from kvstore_client.fetch.receive import Receiver
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Costs
 from kvstore_codec.decoding import FramesTogether
-from kvstore_codec.errors import CalibrationError, ChecksumError, CodecError
+from kvstore_codec.errors import CodecError, SignatureError
 from kvstore_codec.klt_frames import TOKENS_AT_ONCE
 from kvstore_codec.rope import RotaryTable, rotate_layers_
 
@@ -78,7 +78,9 @@ class Restorer:
             try:
                 decode(item, keys, values, self.predictions, together)
             except CodecError as error:
-                reason = _reason(error)
+                reason = MissReason.of_frames(error)
+                if isinstance(error, SignatureError):
+                    self.receiver.failover.refuse(task)
                 self.receiver.metrics.failures.warn(
                     reason, f"a chunk from {task.chunk.member.endpoint} cannot be used ({reason}): {error}"
                 )
@@ -86,7 +88,8 @@ class Restorer:
                 decoded[-1].seconds = self._note("decode", start_s, task)
                 return
             # Another member with the same header may have the same invalid bytes.
-            item = self.receiver.read_again(task) if reason is MissReason.CHECKSUM else None
+            again = reason in (MissReason.CHECKSUM, MissReason.BAD_SIGNATURE)
+            item = self.receiver.read_again(task) if again else None
             if item is not None:
                 self.receiver.metrics.failed_over(reason)
         decoded.pop()
@@ -166,9 +169,3 @@ def _joins(together: FramesTogether, item: ReceivedFrames) -> bool:
         and variant.klt is not None
         and together.takes(variant.header, item.task.first_frame, variant.klt)
     )
-
-
-def _reason(error: CodecError) -> MissReason:
-    if isinstance(error, ChecksumError):
-        return MissReason.CHECKSUM
-    return MissReason.CALIBRATION if isinstance(error, CalibrationError) else MissReason.UNDECODABLE

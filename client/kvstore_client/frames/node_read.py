@@ -14,10 +14,11 @@ from kvstore_client.frames.read import FrameRead
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Links
+from kvstore_client.signatures import Signatures
 from kvstore_client.transport import ReadStream, ReceiveMemory
 from kvstore_client.transport.memory import LARGEST_BYTES
 from kvstore_client.watch import Watch
-from kvstore_codec.errors import ChunkFormatError, NodeUnavailableError, TransferError
+from kvstore_codec.errors import ChunkFormatError, NodeUnavailableError, SignatureError, TransferError
 
 
 class NodeRead:
@@ -34,13 +35,14 @@ class NodeRead:
         memory: ReceiveMemory,
         metrics: ClientMetrics,
         links: Links,
+        signatures: Signatures,
         patience_s: float,
     ) -> None:
         """Ranges are received into `buffers`, or into `memory` without them. `links` learns how fast they arrive. The
         read ends when nothing arrives for `patience_s`."""
         self._read, self._member, self._indices = read, member, indices
         self._buffers, self._memory, self._metrics = buffers, memory, metrics
-        self._links, self._patience_s = links, patience_s
+        self._links, self._signatures, self._patience_s = links, signatures, patience_s
         self._positions = {index: position for position, index in enumerate(indices)}
         self._heard = 0
         self._placed: set[int] = set()
@@ -160,11 +162,14 @@ class NodeRead:
         try:
             task.variant.header.verify_frames(task.first_frame, task.frame_count, parts[0])
         except ChunkFormatError as error:
-            self._failed[index] = MissReason.CHECKSUM
+            reason = MissReason.BAD_SIGNATURE if isinstance(error, SignatureError) else MissReason.CHECKSUM
+            if reason is MissReason.BAD_SIGNATURE:
+                self._signatures.refuse(task.variant.header, task.variant.header_data)
+            self._failed[index] = reason
             what = (
-                f"frames from the storage node at {self._member.endpoint} cannot be used (checksum): {error}"
+                f"frames from the storage node at {self._member.endpoint} cannot be used ({reason}): {error}"
             )
-            self._metrics.failures.warn(MissReason.CHECKSUM, what)
+            self._metrics.failures.warn(reason, what)
         else:
             self._read.deliver(index, parts[0])
 

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 _FINAL = frozenset({MissReason.TIMEOUT, MissReason.CANCELLED, MissReason.CLOSED, MissReason.NO_RESOURCES})
 """Reasons that another node does not help against."""
-_HARMLESS = frozenset({MissReason.GONE, MissReason.CHECKSUM, MissReason.SILENT}) | _FINAL
+_UNUSABLE = frozenset({MissReason.GONE, MissReason.CHECKSUM, MissReason.BAD_SIGNATURE})
+_HARMLESS = _UNUSABLE | {MissReason.SILENT} | _FINAL
 """Reasons for which the node is not skipped afterwards."""
 _CLOSE_S = 5.0
 
@@ -115,10 +116,11 @@ class FrameReader:
             memory=self._memory,
             metrics=self._metrics,
             links=self._links,
+            signatures=self._view.signatures,
             patience_s=timeouts.failover_s if hurried else timeouts.fetch_stall_s,
         )
         failed = node_read.run(self._view, self._watch)
-        for reason in set(failed.values()) - {MissReason.GONE, MissReason.CHECKSUM, *_FINAL}:
+        for reason in set(failed.values()) - _UNUSABLE - _FINAL:
             self._metrics.failures.warn(reason, node_read.why)
             if reason not in _HARMLESS or not hurried:
                 self._view.pause(

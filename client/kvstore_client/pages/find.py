@@ -12,10 +12,11 @@ from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.metrics import ClientMetrics
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.replicas import Lease, Search
 from kvstore_client.settings import ClientSettings
-from kvstore_codec.chunk import ChunkHeader, read_header
-from kvstore_codec.errors import CodecError, NodeUnavailableError
+from kvstore_codec.chunk import ChunkHeader
+from kvstore_codec.errors import CodecError, NodeUnavailableError, SignatureError
 from kvstore_codec.identity import ChunkId
 from kvstore_codec.page import ENCODINGS, PageNamespace, require_page
 
@@ -27,6 +28,7 @@ class StoredPage:
     """A stored page: its header and the node that holds it."""
 
     header: ChunkHeader
+    header_data: bytes
     member: Member
 
 
@@ -97,13 +99,16 @@ class PageSearch:
 
     def _take(self, index: int, member: Member, answer: pb.LookupAnswer) -> bool:
         try:
-            header = read_header(answer.header)
+            header = self._view.signatures.read(answer.header)
             require_page(header, self._namespace, self._chunk_ids[index])
         except CodecError as error:
+            reason = MissReason.of_header(error)
+            if isinstance(error, SignatureError):
+                self._metrics.missed(reason)
             self._metrics.failures.warn(
-                "page_bad_header",
+                f"page_{reason}",
                 f"an answer of the storage node at {member.endpoint} cannot be used: {error}",
             )
             return False
-        self.found[index] = StoredPage(header, member)
+        self.found[index] = StoredPage(header, answer.header, member)
         return True

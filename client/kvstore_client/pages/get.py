@@ -10,13 +10,20 @@ from contextlib import suppress
 from kvstore_api.placement import Member
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.lookup import release
+from kvstore_client.miss_reason import MissReason
 from kvstore_client.pages.base import PageResult
 from kvstore_client.pages.context import PageContext
 from kvstore_client.pages.destination import Destination, WantedPage
 from kvstore_client.pages.find import PageSearch, StoredPage
 from kvstore_client.pages.jobs import Job
 from kvstore_client.transport import ReadStream
-from kvstore_codec.errors import CodecError, InvalidKVError, NodeUnavailableError, TransferError
+from kvstore_codec.errors import (
+    CodecError,
+    InvalidKVError,
+    NodeUnavailableError,
+    SignatureError,
+    TransferError,
+)
 from kvstore_codec.identity import ChunkId
 from kvstore_codec.page import may_fill
 
@@ -202,6 +209,9 @@ class GetPages:
         except InvalidKVError:
             return "wrong_size"
         except CodecError as error:
+            if isinstance(error, SignatureError):
+                self._context.view.signatures.refuse(page.stored.header, page.stored.header_data)
+                self._context.metrics.missed(MissReason.BAD_SIGNATURE)
             self._context.metrics.failures.warn(
                 "page_damaged", f"a page from the storage node at {member.endpoint} is not used: {error}"
             )

@@ -45,7 +45,7 @@ def put_pages(
     replicas = context.view.membership().replicas
     write = ReplicatedWrite(context.view, context.settings, timeout_s=job.left_s)
     writing = _WatchedWrite(write)
-    keep = keep_as(context.settings, cost=context.page_tokens)
+    signatures = context.view.signatures
     sent: list[tuple[int, int]] = []
     written: list[WriteResult] = []
     with context.watch.over(writing):
@@ -55,11 +55,14 @@ def put_pages(
                     outcomes[index] = "paused" if view is not None else "bad_view"
                     continue
                 try:
-                    header, parts = write_page(context.namespace, chunk_id, context.encoding, view)
+                    header, parts = write_page(
+                        context.namespace, chunk_id, context.encoding, view, signatures.keys
+                    )
                 except InvalidKVError:
                     outcomes[index] = "wrong_size"
                     continue
                 sent.append((index, header.size_bytes))
+                keep = keep_as(context.settings, context.page_tokens, signatures.take_refused(header))
                 write.put(OutgoingChunk.with_header(header, parts, keep), owners[index], TextPlaces((), ()))
         except NodeUnavailableError:  # the client was closed
             writing.cancel()

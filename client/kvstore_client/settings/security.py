@@ -11,7 +11,7 @@ from kvstore_client.settings.environment import PREFIX, from_environment
 from kvstore_client.settings.group import SettingsGroup
 from kvstore_codec.errors import ConfigurationError
 
-_FILES = ("token_file", "tls_ca", "tls_cert", "tls_key")
+_FILES = ("token_file", "tls_ca", "tls_cert", "tls_key", "signing_key_file")
 
 
 class SecuritySettings(SettingsGroup):
@@ -36,6 +36,11 @@ class SecuritySettings(SettingsGroup):
 
     tls_name: str = ""
     """Name that the servers' certificates must have. Default: the host of their address."""
+
+    signing_key_file: Path | None = None
+    """File with the tenant's signing keys, one a line, each of 64 hexadecimal digits. The first one signs the chunks
+    that this client stores. Chunks that none of them has signed are not used, and replaced. Default: chunks are not
+    signed, and all are used."""
 
     @property
     def uses_tls(self) -> bool:

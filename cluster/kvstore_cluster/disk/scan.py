@@ -14,8 +14,8 @@ from kvstore_cluster.disk.record import (
     header_length,
     is_header,
 )
-from kvstore_codec.chunk import verify_chunk
 from kvstore_codec.errors import ChunkFormatError
+from kvstore_codec.whole_chunk import verify_chunk
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from kvstore_bench.store.kvstore import Chunk
 from kvstore_bench.store.processes import Process
 from kvstore_bench.store.run import Options, run
 from kvstore_bench.store.systems import SYSTEMS
-from kvstore_codec.chunk import verify_chunk
 from kvstore_codec.errors import ConfigurationError, StartupError
+from kvstore_codec.whole_chunk import verify_chunk
 from kvstore_service.cli.app import app
 
 TIMES = {"p50_ms", "p99_ms", "operations", "system", "op", "clients"}
