@@ -204,3 +204,54 @@ def test_a_tenant_sees_what_it_would_see_alone(acts: list[tuple[str, str, Sample
         shared.check_integrity()
         for node in (shared, *alone.values()):
             node.close()
+
+
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_a_chunk_that_was_deleted_before_tenants_were_kept_apart_stays_deleted(
+    tmp_path: Path, restarts: int
+) -> None:
+    """The other tenant's chunk of the same name had replaced it on disk, and was deleted for both."""
+    calibrated = [
+        sample_chunk(content=1, encoding="medium-klt-pco", calibration=bytes([number]) * 32)
+        for number in (1, 2)
+    ]
+    node = new_node(tmp_path, isolated=False)
+    for chunk, tenant in zip(calibrated, ("ours", "theirs"), strict=True):
+        assert put_calibrated(node, chunk, tenant)
+        while node.maintain():
+            pass
+    kept = sample_chunk(content=2)
+    assert put(node, kept, "ours")
+    assert node.delete([OURS.chunk_id]) == 1
+    node.close()
+    for _ in range(restarts):
+        node = new_node(tmp_path)
+        for tenant in ("ours", "theirs"):
+            assert read(node, calibrated[0], tenant) is None
+        assert read(node, kept, "ours") == kept.data
+        node.check_integrity()
+        node.close()
+
+
+def test_chunks_of_the_same_name_survive_restarts_of_a_node_that_keeps_tenants_apart(tmp_path: Path) -> None:
+    for known in (False, True, True):
+        node = new_node(tmp_path)
+        assert put(node, OURS, "ours") is not known
+        assert put(node, THEIRS, "theirs") is not known
+        node.close()
+    node = new_node(tmp_path, isolated=False)  # one of both is found, and from now on they are one chunk
+    assert len(node.list()[0]) == 1
+    node.close()
+    node = new_node(tmp_path)
+    assert len(node.list()[0]) == 1
+    node.close()
+
+
+def put_calibrated(node: StorageNode, chunk: SampleChunk, tenant: str) -> bool:
+    """Stores a chunk in place of one with another calibration. Returns whether it was stored anew."""
+    options = PutOptions(tenant=tenant)
+    size_bytes, calibration = len(chunk.data), chunk.header.calibration
+    pending = node.begin_put(chunk.chunk_id, chunk.encoding, size_bytes, calibration, options)
+    assert pending is not None
+    pending.write(chunk.data)
+    return pending.commit()

@@ -14,10 +14,12 @@ _LOW = (1 << 64) - 1
 
 
 class Census:
-    """Columns of the record fields that decide whether a record is live. 38 bytes per record."""
+    """Columns of the record fields that decide whether a record is live. 38 bytes per record, and twice as many with
+    `was_shared`: then chunks of different tenants with the same id and encoding were one chunk until now."""
 
-    def __init__(self, *, isolated: bool = False) -> None:
+    def __init__(self, *, isolated: bool = False, was_shared: bool = False) -> None:
         self._isolated = isolated
+        self._shared = Census() if was_shared else None
         self._key_seed = secrets.randbits(64)
         self._high = array("Q")
         self._low = array("Q")
@@ -38,18 +40,40 @@ class Census:
         self._hidden.append(hidden)
         self._locations.append(location)
         self._blocks.append(record_blocks(kind, size_bytes))
+        if self._shared is not None:
+            self._shared.add(location, header, hidden=hidden)
         return tombstone
+
+    def superseded(self) -> list[Location]:
+        """Locations of the records that are live, but were not when they were written: the chunk of another tenant had
+        replaced them, or was deleted in their place."""
+        if self._shared is None:
+            return []
+        live = self._states() == State.LIVE
+        stale = np.flatnonzero(live & (self._shared._states() != State.LIVE))
+        return [Location(self._locations[record]) for record in stale]
 
     @property
     def newest_sequence(self) -> int:
         return max(self._sequences, default=0)
 
     def books(self) -> Iterator[tuple[int, Column, Column, Column]]:
-        """Yields (segment number, first blocks, blocks, states) of every segment with records, in the order of blocks.
+        """Yields (segment number, first blocks, blocks, states) of every segment with records, in the order of
+        blocks."""
+        states, locations = self._states(), np.array(self._locations)
+        by_location = np.argsort(locations)
+        blocks, numbers = np.array(self._blocks), locations >> BLOCK_BITS
+        for records in np.split(by_location, np.flatnonzero(np.diff(numbers[by_location])) + 1):
+            if len(records):
+                first_blocks = locations[records] & (MAX_SEGMENT_BLOCKS - 1)
+                yield int(numbers[records[0]]), first_blocks, blocks[records], states[records]
 
-        Records of one key are ordered by sequence number. The last record of a key is live if it is a put
-        and not hidden. A tombstone
-        comes after the put with the same number. The last tombstone of a key is kept while a put precedes it.
+    def _states(self) -> Column:
+        """The state of each record.
+
+        Records of one key are ordered by sequence number. The last record of a key is live if it is a put and not
+        hidden. A tombstone comes after the put with the same number. The last tombstone of a key is kept while a put
+        precedes it.
         """
         high, low, sequences, locations = (
             np.array(column) for column in (self._high, self._low, self._sequences, self._locations)
@@ -68,9 +92,4 @@ class Census:
         states: Column = np.full(len(order), State.DEAD, np.uint8)
         states[order[ends & ~tombstones & ~hidden[order]]] = State.LIVE
         states[order[last_tombstones[puts_before[last_tombstones] > 0]]] = State.TOMBSTONE
-        by_location = np.argsort(locations)
-        blocks, numbers = np.array(self._blocks), locations >> BLOCK_BITS
-        for records in np.split(by_location, np.flatnonzero(np.diff(numbers[by_location])) + 1):
-            if len(records):
-                first_blocks = locations[records] & (MAX_SEGMENT_BLOCKS - 1)
-                yield int(numbers[records[0]]), first_blocks, blocks[records], states[records]
+        return states

@@ -12,6 +12,7 @@ from kvstore_cluster.durable import lock_folder, relock_folder, sync_folder
 from kvstore_codec.errors import FolderInUseError
 
 _LOCK_NAME, _TRIAL_NAME = "store.lock", "alignment.tmp"
+_ISOLATED_NAME = "tenants-apart"
 _SECTOR_BYTES = 512
 """Logical block of most disks; others have 4 KiB."""
 _NAME = re.compile(r"segment-(\d{8,})\.(kvs|index)")
@@ -36,8 +37,20 @@ class StoreFolder:
             ) from error
         except OSError as error:
             raise disk_error(error, f"opening the disk tier in {path}") from error
+        self.isolated = (path / _ISOLATED_NAME).exists()
+        """Whether the last store in this folder kept tenants apart."""
         self.direct = direct and self._offers_direct()
         self.read_unit_bytes = self._smallest_read_bytes() if self.direct else BLOCK_BYTES
+
+    def set_isolated(self, *, isolated: bool) -> None:
+        """Records durably whether the store keeps tenants apart. May block. Raises OSError."""
+        mark = self.path / _ISOLATED_NAME
+        if isolated:
+            mark.touch()
+        else:
+            mark.unlink(missing_ok=True)
+        sync_folder(self.path)
+        self.isolated = isolated
 
     def restore(self) -> None:
         """Creates and locks the folder again when it was removed. Raises OSError, and BlockingIOError when another
@@ -48,6 +61,8 @@ class StoreFolder:
             raise BlockingIOError(
                 error.errno, "it was removed, and another process has locked a new folder of the same name"
             ) from error
+        if self.isolated:
+            self.set_isolated(isolated=True)
 
     def names(self, number: int, file: SegmentFile) -> bool:
         """Whether the segment's file is still in the folder under its name. A restart finds only such files."""

@@ -14,7 +14,7 @@ from kvstore_cluster.disk.census import Census
 from kvstore_cluster.disk.file import aligned_buffer, disk_error
 from kvstore_cluster.disk.folder import StoreFolder
 from kvstore_cluster.disk.forgotten import ForgottenRecords
-from kvstore_cluster.disk.location import Location, location_of
+from kvstore_cluster.disk.location import Location, location_of, segment_of
 from kvstore_cluster.disk.log import SegmentLog
 from kvstore_cluster.disk.record import BLOCK_BYTES, RecordMeta, blocks_of, decode, tenant_of
 from kvstore_cluster.disk.scan import Found, scan
@@ -27,10 +27,12 @@ from kvstore_codec.errors import DiskFailedError
 @dataclass(frozen=True, slots=True)
 class Recovery:
     """Result of a recovery. `records` are the live records; iterate over them once, before any other use of the store.
-    `dropped` has one line for each loss."""
+    `dropped` has one line for each loss. `superseded` has the metadata and sequence number of records that must not be
+    recovered any more, because they were not live before tenants were kept apart; they are dead."""
 
     records: Iterator[tuple[RecordMeta, Location]]
     dropped: tuple[str, ...]
+    superseded: tuple[tuple[RecordMeta, int], ...] = ()
 
 
 def recover(
@@ -40,7 +42,7 @@ def recover(
     `SegmentStore.recover`. May block. Raises DiskError when it cannot be read or written."""
     dropped: list[str] = []
     found: dict[int, Segment] = {}
-    census = Census(isolated=isolated)
+    census = Census(isolated=isolated, was_shared=isolated and not table.folder.isolated)
     with ExitStack() as files:
         try:
             for number in table.folder.numbers():
@@ -61,7 +63,8 @@ def recover(
         table.add(segment)
     segment_log.continue_after(max(census.newest_sequence, forgotten.newest_sequence))
     segment_log.measure()
-    return Recovery(_live_records(table.folder, list(found.values())), tuple(dropped))
+    superseded = _superseded(table, found, set(census.superseded()))
+    return Recovery(_live_records(table.folder, list(found.values())), tuple(dropped), superseded)
 
 
 def _open_segment(
@@ -119,6 +122,22 @@ def _index_of(folder: StoreFolder, segment: Segment) -> SegmentIndex:
     if index is None:
         raise DiskFailedError(f"{path} was changed while it was read; check that disk, then start again")
     return index
+
+
+def _superseded(
+    table: SegmentTable, found: dict[int, Segment], stale: set[Location]
+) -> tuple[tuple[RecordMeta, int], ...]:
+    """Marks the records at `stale` as dead. Returns the metadata and sequence number of each."""
+    headers = []
+    try:
+        for number in {segment_of(location) for location in stale}:
+            for block, header in _index_of(table.folder, found[number]):
+                if (location := location_of(number, block)) in stale:
+                    table.mark_dead(location)
+                    headers.append(decode(header))
+    except OSError as error:
+        raise disk_error(error, f"recovering the disk tier in {table.folder.path}") from error
+    return tuple((header.meta, header.sequence) for header in headers)
 
 
 def _live_records(folder: StoreFolder, found: list[Segment]) -> Iterator[tuple[RecordMeta, Location]]:

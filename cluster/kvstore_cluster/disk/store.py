@@ -1,5 +1,6 @@
 """The segment store: chunks on disk, in append-only segments that survive a crash."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from kvstore_codec.errors import (
     ChunkNotFoundError,
     ChunkTooLargeError,
     ConfigurationError,
+    DiskError,
     DiskFailedError,
     StorageError,
     TruncatedChunkError,
 )
+
+log = logging.getLogger(__name__)
 
 # Limit of the segments of a store. Each is an open file.
 _MOST_SEGMENTS = 512
@@ -110,13 +114,30 @@ class SegmentStore:
 
     def recover(self, *, isolated: bool = False) -> Recovery:
         """Recovers the records in the folder, and starts the upkeep thread. With `isolated`, chunks of different
-        tenants that have the same id and encoding are different chunks. Raises DiskError."""
+        tenants that have the same id and encoding are different chunks. A chunk that was deleted or replaced before
+        that is not recovered. Raises DiskError."""
         self.forgotten = read_forgotten(self._folder.path)
         recovery = recover(self._table, self._log, self.forgotten, isolated=isolated)
         # Not started by the first append: its calling thread may be pinned to a CPU, which a new thread inherits.
         self._upkeep.start(self._log)
         self._recovered = True
+        self._finish_isolation(recovery, isolated=isolated)
         return recovery
+
+    def _finish_isolation(self, recovery: Recovery, *, isolated: bool) -> None:
+        """Makes sure that a later recovery finds no superseded record either. Until that is durable, each start looks
+        for them again. Raises DiskError."""
+        try:
+            for meta, sequence in recovery.superseded:
+                self._log.append_tombstone(meta, sequence)
+            if recovery.superseded:
+                self._log.sync_all()
+            if self._folder.isolated != isolated:
+                self._folder.set_isolated(isolated=isolated)
+        except OSError as error:
+            raise disk_error(error, f"recovering the disk tier in {self._folder.path}") from error
+        except DiskError as error:  # full, most likely
+            log.warning("%s; the next start will try again to keep tenants apart", error)
 
     def append(self, meta: RecordMeta, views: Sequence[memoryview], *, sync: bool) -> Location:
         """Appends a chunk, whose bytes are the concatenated views. With `sync`, syncs it, so that it survives a power
