@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,14 +17,17 @@ if TYPE_CHECKING:
 
 # Read by Ray when it is imported or started.
 ENVIRONMENT = {
-    # A local cluster needs no token file, sends no usage reports, and listens on this machine only.
-    "RAY_AUTH_MODE": "disabled",
+    # A local cluster sends no usage reports, and listens on this machine only.
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Keeps Ray's output in its log files, out of this process's stdout.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
+# Keeps other users of this machine out: Ray's processes refuse calls without the token (Ray 2.52 or newer; earlier ones
+# ignore these variables). Only this user can read the environment of a process. There is one token in the life of a
+# process, because Ray reads it once.
+_AUTH_ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 # Ray carries control calls only, so its object store is as small as Ray allows.
 _OBJECT_STORE_BYTES = 80 << 20
 _STOP_TIMEOUT_S = 5.0
@@ -40,7 +44,7 @@ def local_ray(folder: Path) -> Iterator["RayProcesses"]:
 
     Raises StartupError.
     """
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(ENVIRONMENT | _AUTH_ENVIRONMENT)
     import ray
 
     if ray.is_initialized():

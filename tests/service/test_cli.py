@@ -40,10 +40,13 @@ def scratch() -> Iterator[Path]:
 
 
 @contextmanager
-def serving(scratch: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def serving(
+    scratch: Path, *arguments: str, listen: str | None = "127.0.0.1:0"
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A running `kvstore serve` in its own session, and its address."""
+    listening = () if listen is None else ("--listen", listen)
     process = subprocess.Popen(
-        [*KVSTORE, "serve", "--listen", "127.0.0.1:0", "--memory", "16MiB", *arguments],
+        [*KVSTORE, "serve", *listening, "--memory", "16MiB", *arguments],
         env=os.environ | {"TMPDIR": str(scratch)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
