@@ -1,0 +1,356 @@
+"""Floods of a running service. Each attack runs in a process of its own until a time, and says what it reached."""
+
+import contextlib
+import errno
+import itertools
+import resource
+import selectors
+import socket
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import grpc
+from pydantic import SecretStr
+
+from kvstore_api.frames import PREFACE, FrameKind, pack_header
+from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_client.connector import Connector
+from kvstore_client.settings import SecuritySettings
+from kvstore_codec.errors import UnauthenticatedError
+from kvstore_service.identity import Credential, Scope, new_token
+from kvstore_service.identity.credential import token_digest
+from kvstore_service.identity.file import changing, read_credentials
+from tests.sample_chunk import sample_chunk
+from tests.service.bulk_port import put_frame, ref
+
+_FROM = "127.0.0.2"
+"""Address of the attackers; the honest client has another one, as it has on a network."""
+_OPENED_PER_S = 2000
+_LOOK_S = 0.5
+_PIECE = bytes(1 << 20)
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""How an HTTP/2 connection begins: the preface, and empty settings."""
+_LOCAL = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A running service. `ports` are host:port by what listens there."""
+
+    ports: dict[str, str]
+    ca: Path
+    credentials: Path
+    tokens: dict[str, str]
+    """Of the callers `honest`, `rival`, `everyone` (of all tenants) and `prometheus`."""
+
+    def connector(self, caller: str = "") -> Connector:
+        return Connector(SecuritySettings(token=SecretStr(self.tokens.get(caller, "")), tls_ca=self.ca))
+
+    def context(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self.ca)
+
+
+Attack = Callable[[Target, int, float], str]
+"""Attacks with a number of connections, requests or tenants until a monotonic time. Returns what was reached."""
+
+
+def connections(target: Target, count: int, until_s: float, source: str = _FROM) -> str:
+    """Opens plain TCP connections to all ports in turn, and each again that the service closes."""
+    return _kept_open(target, count, until_s, b"", source)
+
+
+def connections_of_one_address(target: Target, count: int, until_s: float) -> str:
+    """The same from the address of the honest client."""
+    return connections(target, count, until_s, "127.0.0.1")
+
+
+def half_open_handshakes(target: Target, count: int, until_s: float) -> str:
+    """Sends the first half of a TLS handshake on each connection."""
+    outgoing = ssl.MemoryBIO()
+    client = target.context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="127.0.0.1")
+    with contextlib.suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    hello = outgoing.read()
+    return _kept_open(target, count, until_s, hello[: len(hello) // 2], _FROM)
+
+
+def _kept_open(target: Target, count: int, until_s: float, sent: bytes, source: str) -> str:
+    addresses = itertools.cycle(_address(port) for port in target.ports.values())
+    opened = most = failed = 0
+    with contextlib.ExitStack() as closing, selectors.DefaultSelector() as selector:
+        waiting: dict[socket.socket, tuple[str, int]] = {}
+        closing.callback(lambda: [one.close() for one in waiting])
+        while time.monotonic() < until_s:
+            begun_s = time.monotonic()
+            for _ in range(min(count - len(waiting), round(_OPENED_PER_S * _LOOK_S))):
+                address = next(addresses)
+                one = socket.socket()
+                one.settimeout(0)
+                with contextlib.suppress(OSError):
+                    one.bind((source, 0))
+                if one.connect_ex(address) not in (0, errno.EINPROGRESS):
+                    failed += 1
+                    one.close()
+                    continue
+                waiting[one] = address
+                selector.register(one, selectors.EVENT_READ | (selectors.EVENT_WRITE if sent else 0), one)
+                opened += 1
+            while (left_s := begun_s + _LOOK_S - time.monotonic()) > 0:
+                for key, events in selector.select(left_s):
+                    one: socket.socket = key.data
+                    if events & selectors.EVENT_WRITE:
+                        with contextlib.suppress(OSError):
+                            one.send(sent)
+                        selector.modify(one, selectors.EVENT_READ, one)
+                    elif _has_ended(one):
+                        selector.unregister(one)
+                        waiting.pop(one)
+                        one.close()
+            most = max(most, len(waiting))
+    refused = f", {failed} could not be opened" if failed else ""
+    return f"{opened:,} opened, {most:,} at once{refused}"
+
+
+def slow_requests(target: Target, count: int, until_s: float) -> str:
+    """After the TLS handshake, sends a byte of a request at a time, on each port."""
+    requests = {"bulk": PREFACE, "metrics": b"GET /metrics HTTP/1.1\r\n" + b"X-Slow: y\r\n" * 1000}
+    waiting: list[tuple[ssl.SSLSocket, Iterator[int]]] = []
+    context = target.context()
+    context.set_alpn_protocols(["h2"])
+    ports = itertools.cycle(target.ports.items())
+    made: Counter[str] = Counter()
+
+    def make(port: tuple[str, str]) -> None:
+        with contextlib.suppress(OSError):
+            plain = socket.create_connection(_address(port[1]), 5, source_address=(_FROM, 0))
+            one = context.wrap_socket(plain, server_hostname="127.0.0.1")
+            waiting.append((one, iter(requests.get(port[0], HTTP2))))
+            made[port[0]] += 1
+
+    most = 0
+    with ThreadPoolExecutor(16) as pool:
+        while time.monotonic() < until_s:
+            list(pool.map(make, itertools.islice(ports, min(count - len(waiting), 200))))
+            most = max(most, len(waiting))
+            for entry in list(waiting):
+                one, rest = entry
+                try:
+                    one.settimeout(1)
+                    one.send(bytes([next(rest, 0)]))
+                except OSError:
+                    waiting.remove(entry)
+                    one.close()
+            time.sleep(_LOOK_S)
+    for one, _ in waiting:
+        one.close()
+    return f"{made.total():,} opened, {most:,} at once"
+
+
+def oversized_and_endless_messages(target: Target, count: int, until_s: float) -> str:
+    """Messages that are too long or never end, of strangers and of a tenant, on all ports, `count` of each at a
+    time."""
+    done: Counter[str] = Counter()
+
+    def endless() -> Iterator[bytes]:
+        while time.monotonic() < until_s:
+            done["MiB"] += 4
+            yield bytes(4 << 20)
+
+    def call(caller: str, kind: str) -> None:
+        with target.connector(caller).channel(target.ports["node"], _LOCAL) as channel:
+            if kind == "endless":
+                list(channel.stream_stream("/kvstore.v1.Storage/Put")(endless(), timeout=30))
+            else:
+                done["MiB"] += 9
+                channel.unary_unary("/kvstore.v1.Storage/Lookup")(bytes(9 << 20), timeout=30)
+
+    def bulk(caller: str, header: bytes) -> None:
+        with _bulk_connection(target, caller) as connected:
+            connected.sendall(header)
+            while time.monotonic() < until_s:
+                connected.sendall(_PIECE)
+                done["MiB"] += 1
+
+    def metrics() -> None:
+        with tls_connection(target, "metrics") as connected:
+            connected.sendall(b"GET /metrics HTTP/1.1\r\n")
+            while time.monotonic() < until_s:
+                connected.sendall(b"X-Endless: " + bytes(60_000) + b"\r\n")
+
+    kinds: list[Callable[[], None]] = [
+        lambda: call("", "endless"),
+        lambda: call("rival", "endless"),
+        lambda: call("", "oversized"),
+        lambda: call("rival", "oversized"),
+        lambda: bulk("", b""),
+        lambda: bulk("", pack_header(FrameKind.READ, 1 << 62)),
+        lambda: bulk("rival", pack_header(FrameKind.READ, 1 << 62)),
+        lambda: bulk("rival", put_frame(size_bytes=1 << 29)),
+        metrics,
+    ]
+
+    def repeat(kind: Callable[[], None]) -> None:
+        while time.monotonic() < until_s:
+            with contextlib.suppress(OSError, grpc.RpcError):
+                kind()
+            done["requests"] += 1
+
+    _at_once([lambda kind=kind: repeat(kind) for kind in kinds * count])
+    return f"{done['requests']:,} requests of {len(kinds)} kinds, {done['MiB']:,} MiB sent"
+
+
+def tenants_named_in_requests(target: Target, count: int, until_s: float) -> str:
+    """Looks up and stores a chunk for each of `count` tenants."""
+    chunk, done, numbers = sample_chunk(frame_bytes=10), Counter[str](), iter(range(count))
+    lock = threading.Lock()
+
+    def ask() -> None:
+        with target.connector("everyone").channel(target.ports["node"], _LOCAL) as channel:
+            stub = rpc.StorageStub(channel)
+            while time.monotonic() < until_s:
+                with lock:
+                    tenant = f"tenant-{next(numbers, count)}"
+                if tenant == f"tenant-{count}":
+                    return
+                start = pb.PutStart(
+                    chunk=ref(chunk), encoding=chunk.encoding, size_bytes=len(chunk.data), tenant=tenant
+                )
+                steps = [
+                    pb.PutRequest(start=start), pb.PutRequest(data=chunk.data), pb.PutRequest(end=pb.PutEnd())
+                ]  # fmt: skip
+                with contextlib.suppress(grpc.RpcError):
+                    stub.Lookup(pb.LookupRequest(chunks=[ref(chunk)], tenant=tenant), timeout=30)
+                    done["lookups"] += 1
+                    done["puts"] += next(stub.Put(iter(steps), timeout=30)).status == pb.PUT_STATUS_STORED
+
+    _at_once([ask] * 4)
+    return f"{done['lookups']:,} tenants looked up, {done['puts']:,} stored a chunk"
+
+
+def tenants_with_credentials(target: Target, count: int, until_s: float) -> str:
+    """Adds a credential for each of `count` tenants, and removes them at the end."""
+    tokens = [new_token() for _ in range(count)]
+    added = [
+        Credential(made, f"worker-{number}", f"tenant-{number}", frozenset({Scope.DATA}), token_digest(token))
+        for number, (made, token) in enumerate(tokens)
+    ]
+    with changing(target.credentials) as known:
+        before = len(known)
+        known += added
+    begun_s = time.monotonic()
+    connector = Connector(SecuritySettings(token=SecretStr(tokens[-1][1]), tls_ca=target.ca))
+    effect_s = 0.0
+    with connector.channel(target.ports["node"], _LOCAL) as channel:
+        lookup = rpc.StorageStub(channel).Lookup
+        while time.monotonic() < until_s:
+            with contextlib.suppress(grpc.RpcError):
+                lookup(pb.LookupRequest(), timeout=5)
+                effect_s = effect_s or time.monotonic() - begun_s
+            time.sleep(0.05)
+    size_bytes = target.credentials.stat().st_size
+    with changing(target.credentials) as known:
+        del known[before:]
+    with contextlib.suppress(UnauthenticatedError):
+        read_credentials(target.credentials)
+    return f"{count:,} credentials in {size_bytes / 1e6:.0f} MB, in effect after {effect_s:.1f} s"
+
+
+def puts_that_never_end(target: Target, count: int, until_s: float) -> str:
+    """Begins puts of a tenant, half over gRPC and half on the bulk port, and sends no more."""
+    chunk, done = sample_chunk(7), Counter[str]()
+    ended = threading.Event()
+
+    def steps() -> Iterator[pb.PutRequest]:
+        start = pb.PutStart(chunk=ref(chunk), encoding=chunk.encoding, size_bytes=len(chunk.data))
+        yield pb.PutRequest(start=start)
+        yield pb.PutRequest(data=chunk.data[:100])
+        ended.wait()
+
+    with contextlib.ExitStack() as open_ones:
+        calls = []
+        for _ in range(4):
+            channel = open_ones.enter_context(target.connector("rival").channel(target.ports["node"], _LOCAL))
+            calls += [rpc.StorageStub(channel).Put(steps()) for _ in range(count // 8)]
+        for _ in range(count // 2):
+            with contextlib.suppress(OSError):
+                connected = open_ones.enter_context(_bulk_connection(target, "rival"))
+                connected.sendall(put_frame(chunk) + chunk.data[:100])
+                done["bulk"] += 1
+        time.sleep(max(0.0, until_s - time.monotonic()))
+        held = sum(not call.done() for call in calls)
+        ended.set()
+        for call in calls:
+            call.cancel()
+    return f"{len(calls):,} over gRPC ({held:,} of them held or waiting at the end), {done['bulk']:,} on the bulk port"
+
+
+def _at_once(tasks: list[Callable[[], None]]) -> None:
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        for task in [pool.submit(task) for task in tasks]:
+            task.result()
+
+
+@contextlib.contextmanager
+def tls_connection(target: Target, port: str, source: str = _FROM) -> Iterator[ssl.SSLSocket]:
+    """A connection to a port after its TLS handshake. Raises OSError."""
+    context = target.context()
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection(_address(target.ports[port]), 5, source_address=(source, 0)) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as connected,
+    ):
+        yield connected
+
+
+@contextlib.contextmanager
+def _bulk_connection(target: Target, caller: str) -> Iterator[ssl.SSLSocket]:
+    with tls_connection(target, "bulk") as connected:
+        connected.sendall(PREFACE)
+        if token := target.tokens.get(caller, "").encode():
+            connected.sendall(pack_header(FrameKind.TOKEN, len(token)) + token)
+        yield connected
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    return host, int(port)
+
+
+def _has_ended(one: socket.socket) -> bool:
+    try:
+        return one.recv(1 << 16) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+ATTACKS: dict[str, tuple[Attack, int]] = {
+    "connections": (connections, 10_000),
+    "connections of the honest address": (connections_of_one_address, 10_000),
+    "slow requests": (slow_requests, 400),
+    "half-open TLS handshakes": (half_open_handshakes, 500),
+    "oversized and endless messages": (oversized_and_endless_messages, 2),
+    "tenants named in requests": (tenants_named_in_requests, 100_000),
+    "tenants with credentials": (tenants_with_credentials, 100_000),
+    "puts that never end": (puts_that_never_end, 1000),
+}
+"""Each attack, and the number that it is for."""
+
+
+def attack(target: Target, parent: Connection) -> None:
+    """The process of the attacker: performs the attacks (name, number, seconds) that `parent` asks for."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    parent.send("ready")
+    while True:
+        name, count, seconds = parent.recv()
+        parent.send(ATTACKS[name][0](target, count, time.monotonic() + seconds))
