@@ -33,11 +33,13 @@ from tests.service.bulk_port import put_frame, ref
 
 _FROM = "127.0.0.2"
 """Address of the attackers; the honest client has another one, as it has on a network."""
-_OPENED_PER_S = 2000
+_OPENED_PER_S, _OPENED_AGAIN_PER_S = 5000, 500
 _LOOK_S = 0.5
 _PIECE = bytes(1 << 20)
 HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """How an HTTP/2 connection begins: the preface, and empty settings."""
+_TENANTS_AT_ONCE = 100
+_EFFECT_S = 60.0
 _LOCAL = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
 
 
@@ -63,7 +65,8 @@ Attack = Callable[[Target, int, float], str]
 
 
 def connections(target: Target, count: int, until_s: float, source: str = _FROM) -> str:
-    """Opens plain TCP connections to all ports in turn, and each again that the service closes."""
+    """Opens plain TCP connections to all ports in turn, and others for those that the service closes, up to 500 a
+    second."""
     return _kept_open(target, count, until_s, b"", source)
 
 
@@ -90,7 +93,8 @@ def _kept_open(target: Target, count: int, until_s: float, sent: bytes, source: 
         closing.callback(lambda: [one.close() for one in waiting])
         while time.monotonic() < until_s:
             begun_s = time.monotonic()
-            for _ in range(min(count - len(waiting), round(_OPENED_PER_S * _LOOK_S))):
+            per_s = _OPENED_PER_S if opened < count else _OPENED_AGAIN_PER_S
+            for _ in range(min(count - len(waiting), round(per_s * _LOOK_S))):
                 address = next(addresses)
                 one = socket.socket()
                 one.settimeout(0)
@@ -204,34 +208,41 @@ def oversized_and_endless_messages(target: Target, count: int, until_s: float) -
             done["requests"] += 1
 
     _at_once([lambda kind=kind: repeat(kind) for kind in kinds * count])
-    return f"{done['requests']:,} requests of {len(kinds)} kinds, {done['MiB']:,} MiB sent"
+    return f"{done['requests']:,} requests of {len(kinds)} kinds, {done['MiB']:,} MiB offered"
 
 
 def tenants_named_in_requests(target: Target, count: int, until_s: float) -> str:
     """Looks up and stores a chunk for each of `count` tenants."""
-    chunk, done, numbers = sample_chunk(frame_bytes=10), Counter[str](), iter(range(count))
+    chunk, done = sample_chunk(frame_bytes=10), Counter[str]()
+    blocks = iter(range(0, count, _TENANTS_AT_ONCE))
     lock = threading.Lock()
+
+    def steps(names: list[str]) -> Iterator[pb.PutRequest]:
+        for tenant in names:
+            start = pb.PutStart(
+                chunk=ref(chunk), encoding=chunk.encoding, size_bytes=len(chunk.data), tenant=tenant
+            )
+            yield pb.PutRequest(start=start)
+            yield pb.PutRequest(data=chunk.data)
+            yield pb.PutRequest(end=pb.PutEnd())
 
     def ask() -> None:
         with target.connector("everyone").channel(target.ports["node"], _LOCAL) as channel:
             stub = rpc.StorageStub(channel)
             while time.monotonic() < until_s:
                 with lock:
-                    tenant = f"tenant-{next(numbers, count)}"
-                if tenant == f"tenant-{count}":
+                    begin = next(blocks, count)
+                if begin == count:
                     return
-                start = pb.PutStart(
-                    chunk=ref(chunk), encoding=chunk.encoding, size_bytes=len(chunk.data), tenant=tenant
-                )
-                steps = [
-                    pb.PutRequest(start=start), pb.PutRequest(data=chunk.data), pb.PutRequest(end=pb.PutEnd())
-                ]  # fmt: skip
+                names = [f"tenant-{number}" for number in range(begin, min(begin + _TENANTS_AT_ONCE, count))]
+                requests = [pb.LookupRequest(chunks=[ref(chunk)], tenant=tenant) for tenant in names]
                 with contextlib.suppress(grpc.RpcError):
-                    stub.Lookup(pb.LookupRequest(chunks=[ref(chunk)], tenant=tenant), timeout=30)
-                    done["lookups"] += 1
-                    done["puts"] += next(stub.Put(iter(steps), timeout=30)).status == pb.PUT_STATUS_STORED
+                    for call in [stub.Lookup.future(request, timeout=30) for request in requests]:
+                        done["lookups"] += call.result() is not None
+                    for reply in stub.Put(steps(names), timeout=30):
+                        done["puts"] += reply.status == pb.PUT_STATUS_STORED
 
-    _at_once([ask] * 4)
+    _at_once([ask] * 2)
     return f"{done['lookups']:,} tenants looked up, {done['puts']:,} stored a chunk"
 
 
@@ -250,7 +261,7 @@ def tenants_with_credentials(target: Target, count: int, until_s: float) -> str:
     effect_s = 0.0
     with connector.channel(target.ports["node"], _LOCAL) as channel:
         lookup = rpc.StorageStub(channel).Lookup
-        while time.monotonic() < until_s:
+        while time.monotonic() < until_s or not (effect_s or time.monotonic() > until_s + _EFFECT_S):
             with contextlib.suppress(grpc.RpcError):
                 lookup(pb.LookupRequest(), timeout=5)
                 effect_s = effect_s or time.monotonic() - begun_s
@@ -333,17 +344,17 @@ def _has_ended(one: socket.socket) -> bool:
         return True
 
 
-ATTACKS: dict[str, tuple[Attack, int]] = {
-    "connections": (connections, 10_000),
-    "connections of the honest address": (connections_of_one_address, 10_000),
-    "slow requests": (slow_requests, 400),
-    "half-open TLS handshakes": (half_open_handshakes, 500),
-    "oversized and endless messages": (oversized_and_endless_messages, 2),
-    "tenants named in requests": (tenants_named_in_requests, 100_000),
-    "tenants with credentials": (tenants_with_credentials, 100_000),
-    "puts that never end": (puts_that_never_end, 1000),
+ATTACKS: dict[str, tuple[Attack, int, float]] = {
+    "connections": (connections, 10_000, 1),
+    "connections of the honest address": (connections_of_one_address, 10_000, 1),
+    "slow requests": (slow_requests, 400, 1),
+    "half-open TLS handshakes": (half_open_handshakes, 500, 1),
+    "oversized and endless messages": (oversized_and_endless_messages, 2, 1),
+    "tenants named in requests": (tenants_named_in_requests, 100_000, 6),
+    "tenants with credentials": (tenants_with_credentials, 100_000, 2),
+    "puts that never end": (puts_that_never_end, 1000, 1),
 }
-"""Each attack, and the number that it is for."""
+"""Each attack, the number that it is for, and how many times as long as others it lasts."""
 
 
 def attack(target: Target, parent: Connection) -> None:

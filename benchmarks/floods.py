@@ -46,7 +46,7 @@ _CALLERS: dict[str, tuple[str | None, Scope]] = {
     "prometheus": (None, Scope.METRICS),
 }
 _WARM_UP_S = 8.0
-_BACK_WITHIN_S = 60.0
+_BACK_WITHIN_S = 30.0
 """Time for memory and descriptors to come back after an attack."""
 _BACK = 1.1
 _NOISE_BYTES = 4 << 20
@@ -170,7 +170,8 @@ def flooded(both: Sides, pid: int, name: str, *, scale: float, seconds: float) -
     time.sleep(seconds / 2)
     before = most = usage(pid)
     times.append(time.monotonic())
-    both.attacker.send((name, max(1, round(ATTACKS[name][1] * scale)), seconds))
+    _, count, longer = ATTACKS[name]
+    both.attacker.send((name, max(1, round(count * scale)), seconds * longer))
     while not both.attacker.poll(0.5):
         most = {
             one: Usage(

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 PATIENCE_S = 5.0
 """Time limit for receiving a whole request, TLS handshake included."""
 MAX_REQUEST_BYTES = 16 << 10
-MAX_CONNECTIONS = 32
+MAX_CONNECTIONS = 64
 """Most open connections whose request has not been received yet. Each has a thread. One more closes another
 (`Strangers`)."""
 MAX_SCRAPES = 8
