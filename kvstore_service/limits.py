@@ -41,6 +41,7 @@ class Limit:
         return f"{self.value:,.12g}" + (f" {self.unit}" if self.unit else "")
 
 
+_MEMORY, _MEASURED = "memory of such a connection after its TLS handshake", "measured"
 _CLOSED = "closed at once"
 _REFUSED = "refused: RESOURCE_EXHAUSTED"
 _INVALID = "refused: INVALID_ARGUMENT"
@@ -50,13 +51,16 @@ _IDLE = "the connection that has been idle longest is closed; if none is idle, r
 LIMITS: tuple[Limit, ...] = (
     # Strangers: before a credential.
     Limit(GRPC, "open connections of a port", grpc_server.MAX_CONNECTIONS, _CLOSED),
+    Limit(GRPC, _MEMORY, grpc_server.STRANGER_BYTES, _MEASURED, "bytes"),
     Limit(GRPC, "TLS and HTTP/2 handshakes together", grpc_server.HANDSHAKE_S, "closed", "s"),
     Limit(GRPC, "time without a call", grpc_server.IDLE_S, "closed", "s"),
     Limit(GRPC, "headers of a call", grpc_server.MAX_METADATA_BYTES, _REFUSED, "bytes"),
     Limit(BULK, "connections that are not identified", bulk.MAX_STRANGERS, _REPLACES),
+    Limit(BULK, _MEMORY, bulk.STRANGER_BYTES, _MEASURED, "bytes"),
     Limit(BULK, "TLS handshake, preface and token together", bulk.STRANGER_S, "closed", "s"),
     Limit(BULK, "token", frames.MAX_TOKEN_BYTES, "refused", "bytes"),
     Limit(METRICS, "connections whose request has not come", metrics_server.MAX_CONNECTIONS, _REPLACES),
+    Limit(METRICS, _MEMORY, metrics_server.STRANGER_BYTES, _MEASURED, "bytes"),
     Limit(METRICS, "TLS handshake and request together", metrics_server.PATIENCE_S, "closed", "s"),
     Limit(METRICS, "request", metrics_server.MAX_REQUEST_BYTES, "closed", "bytes"),
     # Connections and requests of identified callers.

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedIOBase, BufferedReader
+from io import BufferedIOBase, BufferedReader, TextIOBase
 from socketserver import ThreadingMixIn
 from typing import Any, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -32,6 +32,8 @@ MAX_REQUEST_BYTES = 16 << 10
 MAX_CONNECTIONS = 64
 """Most open connections whose request has not been received yet. Each has a thread. One more closes another
 (`Strangers`)."""
+STRANGER_BYTES = 36 << 10
+"""Memory of such a connection. Measured with 30 (benchmarks/floods.py --memory)."""
 MAX_SCRAPES = 8
 """Most requests that are being answered. Others get 503."""
 _RETRY_ACCEPT_S = 0.1
@@ -154,8 +156,18 @@ class _Handler(WSGIRequestHandler):
         certificate = connection.getpeercert() if isinstance(connection, ssl.SSLSocket) else None
         return environ | {_NAMES: certificate_names(certificate or {})}
 
+    def get_stderr(self) -> Any:
+        """Where errors go, most of them of clients that disconnect before they read the answer."""
+        return _Log()
+
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class's name)
         """Requests are not logged."""
+
+
+class _Log(TextIOBase):
+    def write(self, text: str) -> int:
+        log.debug("a request for metrics failed: %s", text.rstrip())
+        return len(text)
 
 
 class _Bounded:
@@ -167,11 +179,13 @@ class _Bounded:
         self._left = MAX_REQUEST_BYTES
 
     def readline(self, limit: int = -1) -> bytes:
-        """Raises OSError beyond the limit."""
+        """Raises OSError beyond the limit, and when the client has disconnected: half a request is not served."""
         if not self._left:
             raise ConnectionAbortedError(f"a request for metrics has more than {MAX_REQUEST_BYTES} bytes")
         line = self._file.readline(min(limit, self._left) if limit >= 0 else self._left)
         self._left -= len(line)
+        if not line:
+            raise ConnectionAbortedError("the client disconnected in its request for metrics")
         return line
 
     def close(self) -> None:

@@ -31,6 +31,8 @@ MAX_CONNECTIONS_OF_TENANT = 192
 """Of these, most of one tenant, where there are credentials."""
 MAX_STRANGERS = 128
 """Most open connections of callers that are not identified yet. One more closes another (`Strangers`)."""
+STRANGER_BYTES = 50 << 10
+"""Memory of such a connection. Measured with 100 (benchmarks/floods.py --memory)."""
 STRANGER_S = 5.0
 """Time limit to be identified: for TLS handshake, preface and token together."""
 PATIENCE_S = 20.0

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 import urllib.error
@@ -76,6 +77,19 @@ def test_a_request_has_a_limit(metrics: int) -> None:
         with contextlib.suppress(ConnectionError):
             assert verbose.recv(1) == b""
     assert scrape(metrics) == 200
+
+
+def test_half_a_request_is_not_served_and_writes_nothing(
+    metrics: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A flood of them filled the service's log."""
+    for sent in (b"GET /metrics HTTP/1.1\r\n", b"GET /metrics HTTP/1.1\r\n\r\n"):
+        with socket.create_connection((HOST, metrics), 5) as hasty:
+            hasty.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            hasty.sendall(sent)
+    wait_until(lambda: serving() == 0)
+    assert scrape(metrics) == 200
+    assert capfd.readouterr().err == ""
 
 
 def test_only_few_requests_are_answered_at_once(unused_port: int) -> None:
