@@ -112,16 +112,23 @@ class _Server(ThreadingMixIn, WSGIServer):
             out = self._strangers.add(request, network_of(client_address[0]))
         if out is not None:
             _abort(out)
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread is left, which the base class reports
+            self._ended(request)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            with self._lock:
-                self._open -= 1
-                self._strangers.remove(request)
-                del self._accepted_s[request]
+            self._ended(request)
+
+    def _ended(self, request: Any) -> None:
+        with self._lock:
+            self._open -= 1
+            self._strangers.remove(request)
+            del self._accepted_s[request]
 
     def received(self, request: socket.socket) -> None:
         """The whole request of a connection has been received."""

@@ -133,10 +133,13 @@ class Coordinator:
         self._keep_soon()
 
     def mark_alive(self, node_id: str, incarnation: int) -> None:
-        """Returns a node that responds again to the membership. Ignored for another incarnation than the known one."""
+        """Returns a node that responds again to the membership. Ignored for another incarnation than the known one, and
+        for a node that has not applied all forgettings of tenants: it registers when it has."""
         with self._lock:
             known = self._find(node_id)
             if known is None or known.alive or known.incarnation != incarnation:
+                return
+            if self._applied.get(node_id, 0) < self._state.forgotten.newest:
                 return
             log.info("node %s at %s is back", node_id, known.member.endpoint)
             self._put(replace(known, alive=True, error=""))
@@ -209,9 +212,12 @@ class Coordinator:
         tenant's pins, too, if `with_pins` is set; its quota stays. Returns the generation of this forgetting, which
         `not_applied` takes. Raises CatalogueError."""
 
+        with self._lock:
+            applied = max(self._applied.values(), default=0)
+
         def changed(state: ClusterState) -> ClusterState:
-            # Milliseconds, so that a catalogue that was lost begins after the generations that nodes have applied.
-            generation = max(state.forgotten.newest + 1, time.time_ns() // 1_000_000)
+            # After all that nodes have applied, also where the catalogue was lost and they have not registered yet.
+            generation = max(state.forgotten.newest + 1, applied + 1, time.time_ns() // 1_000_000)
             forgotten = state.forgotten.merged(Forgotten({tenant: generation}))
             pins = {name: kept for name, kept in state.pins.items() if not with_pins or name != tenant}
             return replace(state, forgotten=forgotten, pins=pins, changes=state.changes + 1)

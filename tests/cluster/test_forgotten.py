@@ -2,6 +2,7 @@
 back."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from kvstore_cluster import forgotten as limits
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.disk.forgotten import ForgottenRecords, read_forgotten, write_forgotten
 from kvstore_cluster.disk.store import SegmentStore
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.forgotten import Forgotten
@@ -188,6 +190,47 @@ def test_who_missed_more_than_is_remembered_keeps_nothing(
     node = opened()
     register(coordinator, node, 3)
     assert (kept(node), len(coordinator._state.forgotten.tenants)) == ({"blue"}, 2)
+
+
+def test_a_node_that_responds_again_is_no_member_before_it_has_forgotten(
+    opened: Opener, coordinator: Coordinator
+) -> None:
+    node = opened()
+    assert register(coordinator, node, 1)
+    fill(node)
+    coordinator.mark_dead("node-0", 1, "cut off")
+    coordinator.forget("red", with_pins=False)
+    coordinator.mark_alive("node-0", 1)
+    assert not coordinator.membership().members
+    register(coordinator, node, 1)
+    assert kept(node) == {"blue"}
+    register(coordinator, node, 1)
+    coordinator.mark_alive("node-0", 1)
+    assert coordinator.membership().members
+
+
+def test_a_clock_behind_forgets_all_the_same(
+    opened: Opener, coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The catalogue was lost, and what nodes have applied seems to come from the future."""
+    node = opened()
+    node.forget(Forgotten({"green": time.time_ns() // 1_000_000 + 10**9}))
+    register(coordinator, node, 1)
+    fill(node)
+    generation = coordinator.forget("red", with_pins=False)
+    assert coordinator.not_applied(generation) == ["node-0"]
+    register(coordinator, node, 1)
+    assert kept(node) == {"blue"}
+
+
+def test_after_all_was_forgotten_new_records_have_higher_numbers(tmp_path: Path) -> None:
+    """Also when no segment is left that tells the last one: lower ones would be dead after the next restart."""
+    order = Forgotten({"red": 7}, floor=6)
+    records = ForgottenRecords().with_applied(order, None, 1000)
+    write_forgotten(tmp_path, records)
+    found = read_forgotten(tmp_path)
+    assert found.hides("blue", 1000)
+    assert found.newest_sequence == 1000
 
 
 def test_a_node_without_disk_forgets_too(coordinator: Coordinator) -> None:

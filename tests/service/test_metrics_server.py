@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import socketserver
 import struct
 import threading
 import time
@@ -120,3 +121,18 @@ def test_only_few_requests_are_answered_at_once(unused_port: int) -> None:
         for one in scrapes:
             one.join()
         assert codes == [200] * MAX_SCRAPES
+
+
+def test_without_threads_for_a_while_it_answers_again(metrics: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_thread(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as limited:
+        limited.setattr(socketserver.ThreadingMixIn, "process_request", no_thread)
+        for _ in range(3 * MAX_CONNECTIONS):
+            with (
+                socket.create_connection((HOST, metrics), 5) as refused,
+                contextlib.suppress(ConnectionError),
+            ):
+                assert refused.recv(1) == b""
+    assert scrape(metrics) == 200

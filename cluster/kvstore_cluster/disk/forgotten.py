@@ -36,7 +36,8 @@ class ForgottenRecords:
 
     @property
     def newest_sequence(self) -> int:
-        return max(self.sequences.values(), default=self.floor)
+        """No record with a higher number is dead."""
+        return max([self.floor, *self.sequences.values()])
 
     def hides(self, tenant: str, sequence: int) -> bool:
         """Whether a record is dead."""
