@@ -28,6 +28,7 @@ from kvstore_cluster.index import NOWHERE, ChunkIndex
 from kvstore_cluster.leases import LeaseTable
 from kvstore_cluster.quotas import Quotas
 from kvstore_cluster.stats import NodeCounters
+from kvstore_cluster.tallies import EvictionCause, Tallies, Tier
 from kvstore_cluster.waiting_uses import WaitingUses
 from kvstore_codec.errors import StorageError
 from kvstore_codec.identity import ChunkId
@@ -57,6 +58,7 @@ class ChunkCatalog:
         self.store = store
         self.leases = leases
         self.counters = NodeCounters()
+        self.tallies = Tallies()
         self.index = ChunkIndex(isolated=isolated)
         self.quotas = Quotas(self.index)
         self.in_memory = EvictionOrder(policy(), self.index.texts)
@@ -118,6 +120,7 @@ class ChunkCatalog:
     def enter(self, order: EvictionOrder, slot: int) -> None:
         """Adds the chunk to the eviction order of a tier. Lock held."""
         index = self.index
+        self.tallies.entered(self._tier(order), index.encoding(slot), index.size_bytes[slot])
         order.add(
             slot, identity=index.identity(slot), size_bytes=index.size_bytes[slot], cost=index.cost(slot)
         )
@@ -134,7 +137,7 @@ class ChunkCatalog:
         the last reader releases it. Lock held."""
         self.flush_touches()
         if self.index.extent[slot] is not None:
-            self.in_memory.remove(slot, evicted=False)
+            self._exit(self.in_memory, slot, evicted=False)
         if self.index.location[slot] != NOWHERE:
             self._leave_disk(slot, evicted=False)
         self._unlink(slot)
@@ -253,10 +256,10 @@ class ChunkCatalog:
 
     def leave_memory(self, slot: int) -> None:
         """Demotes a chosen chunk, or evicts it if it is not on disk. Lock held."""
-        self.in_memory.remove(slot, evicted=True)
+        self._exit(self.in_memory, slot, evicted=True)
         if self.index.location[slot] == NOWHERE:
             self._unlink(slot)
-            self.counters.evictions += 1
+            self.count_evictions(EvictionCause.MEMORY_FULL)
         else:
             self.arena.free(self.extent(slot))
             self.index.extent[slot] = None
@@ -268,7 +271,17 @@ class ChunkCatalog:
         self._leave_disk(slot, evicted=True)
         if self.index.extent[slot] is None:
             self._unlink(slot)
-            self.counters.evictions += 1
+            self.count_evictions(EvictionCause.DISK_FULL)
+
+    def count_evictions(self, cause: EvictionCause, chunks: int = 1) -> None:
+        """Counts chunks that were removed from the node to make room. Lock held."""
+        self.counters.evictions += chunks
+        self.tallies.evicted(cause, chunks)
+
+    def count_served(self, slot: int, tier: Tier, size_bytes: int) -> None:
+        """Counts bytes of an acquired chunk that were sent to a reader from `tier`. Lock held."""
+        self.counters.bytes_out += size_bytes
+        self.tallies.served(tier, self.index.encoding(slot), size_bytes)
 
     def drop_memory_copy(self, slot: int, extent: Extent) -> None:
         """Drops the damaged memory copy in `extent` of an acquired chunk, unless it was dropped already. Drops the
@@ -280,7 +293,7 @@ class ChunkCatalog:
             self.remove(slot)
             return
         self.flush_touches()
-        self.in_memory.remove(slot, evicted=False)
+        self._exit(self.in_memory, slot, evicted=False)
         self._dropped.setdefault(slot, []).append(extent)
         self.index.extent[slot] = None
         self._changed(slot)
@@ -346,9 +359,17 @@ class ChunkCatalog:
         else:
             self.index.free(slot)
 
+    def _exit(self, order: EvictionOrder, slot: int, *, evicted: bool) -> None:
+        """Removes the chunk from the eviction order of a tier."""
+        order.remove(slot, evicted=evicted)
+        self.tallies.entered(self._tier(order), self.index.encoding(slot), -self.index.size_bytes[slot])
+
+    def _tier(self, order: EvictionOrder) -> Tier:
+        return Tier.MEMORY if order is self.in_memory else Tier.DISK
+
     def _leave_disk(self, slot: int, *, evicted: bool) -> None:
         self.flush_touches()
-        self.on_disk.remove(slot, evicted=evicted)
+        self._exit(self.on_disk, slot, evicted=evicted)
         if self.store is not None:
             self.store.delete(Location(self.index.location[slot]))
         self.index.location[slot] = NOWHERE

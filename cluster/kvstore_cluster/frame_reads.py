@@ -26,6 +26,7 @@ from kvstore_cluster.frame_plan import (
     bytes_of_frames,
 )
 from kvstore_cluster.reader import ChunkBytes, pieces_of
+from kvstore_cluster.tallies import Tier
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.errors import ChunkFormatError, ChunkNotFoundError, FrameRangeError, StorageError
 from kvstore_codec.identity import ChunkId
@@ -224,11 +225,13 @@ class FrameRead:
         """Reads a range in this thread: from memory, or a whole chunk or a very large frame from disk."""
         if placed.index in self._dropped:
             return self._drop(placed.index)
+        tier = Tier.DISK if self._reads.catalog.index.extent[opened.slot] is None else Tier.MEMORY
         try:
             views = list(self._reads.stored.views(opened.slot, placed.offset, placed.length))
         except ChunkNotFoundError as error:
             return RangeData(placed.index, [], error)
-        self._count(reads=1, bytes_out=placed.length)
+        self._count_served(opened.slot, tier, placed.length)
+        self._count(reads=1)
         return RangeData(placed.index, [view.toreadonly() for view in views])
 
     def _submit(self, opened: _OpenChunk, read: BlockRead) -> list[RangeData] | None:
@@ -278,6 +281,10 @@ class FrameRead:
     def _drop(self, index: int) -> RangeData:
         self._count(ranges_dropped=1)
         return RangeData(index, [], RangeDroppedError("the client cancelled the range"))
+
+    def _count_served(self, slot: int, tier: Tier, size_bytes: int) -> None:
+        with self._reads.catalog.lock:
+            self._reads.catalog.count_served(slot, tier, size_bytes)
 
     def _count(self, **amounts: int) -> None:
         """Adds to counters of the node."""
@@ -362,9 +369,9 @@ class FrameRead:
         if job.is_read:
             sent = [data for data in job.found if data.index not in self._dropped]
             sizes = [data.size_bytes for data in sent if data.failure is None]
+            self._count_served(job.chunk.slot, Tier.DISK, sum(sizes))
             self._count(
                 reads=len(sizes),
-                bytes_out=sum(sizes),
                 frame_disk_reads=1,
                 frame_disk_bytes=job.read.length,
             )

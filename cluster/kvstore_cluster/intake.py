@@ -19,6 +19,7 @@ from kvstore_cluster.migration import Migration
 from kvstore_cluster.names import MAX_TENANT_BYTES, Description
 from kvstore_cluster.put import PendingPut, PutOptions
 from kvstore_cluster.reader import ChunkBytes
+from kvstore_cluster.tallies import EvictionCause
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import (
     ChunkNotFoundError,
@@ -114,9 +115,9 @@ class Intake:
             finally:
                 with self._lock:
                     self._catalog.release(slot)
-        except Exception:
+        except Exception as error:
             with self._lock:
-                self._counters.put_rejected += 1
+                self._reject(error)
             raise
         return None
 
@@ -176,7 +177,7 @@ class Intake:
         self._cut.pop((tenant, chunk_id), None)
         for slot in victims:
             catalog.remove(slot)
-        self._counters.evictions += len(victims)
+        catalog.count_evictions(EvictionCause.QUOTA, len(victims))
         if before != NO_SLOT:
             catalog.acquire(before)  # keeps the preceding chunk until the put ends
         if refused != NO_SLOT:
@@ -276,16 +277,16 @@ class Intake:
             meta = replace(meta, expires_at_s=self._clock() + put.options.ttl_s)
         try:
             description = self._admit(meta)
-        except BaseException:
-            self._drop(put, rejected=True)
+        except BaseException as error:
+            self._drop(put, rejected=error)
             raise
         try:
             try:
                 if put.before != NO_SLOT:
                     meta = replace(meta, behind=self._index.chunk_id(put.before))
                 location = self._write_through(put, meta)
-            except BaseException:
-                self._drop(put, rejected=True)
+            except BaseException as error:
+                self._drop(put, rejected=error)
                 raise
             return self._place(put, meta, location)
         finally:
@@ -333,6 +334,7 @@ class Intake:
             self._release_slots(put)
             self._counters.disk_refused += refused and self._disk.is_present
             self._counters.puts += 1
+            self._catalog.tallies.written(meta.encoding, meta.size_bytes)
             return True
 
     def _take_back(self, put: PendingPut, meta: RecordMeta, location: Location) -> None:
@@ -370,10 +372,16 @@ class Intake:
             or (location != NOWHERE and self._index.location[stored] == NOWHERE)
         )
 
-    def _drop(self, put: PendingPut, *, rejected: bool) -> None:
-        """Revokes a put: frees its memory and quota."""
+    def _drop(self, put: PendingPut, *, rejected: BaseException | None) -> None:
+        """Revokes a put: frees its memory and quota. `rejected` is the error for which the node refused the chunk."""
         with self._lock:
             self._end(put)
             self._arena.free(put.extent)
-            self._counters.put_rejected += rejected
+            if rejected is not None:
+                self._reject(rejected)
             self._release_slots(put)
+
+    def _reject(self, error: BaseException) -> None:
+        """Counts a refused put. Lock held."""
+        self._counters.put_rejected += 1
+        self._catalog.tallies.refused(error)

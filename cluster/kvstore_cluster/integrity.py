@@ -1,11 +1,13 @@
 """Checks that the metadata of a storage node is consistent."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from kvstore_cluster.arena import Extent
 from kvstore_cluster.catalog import ChunkCatalog
 from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.index import NOWHERE
+from kvstore_cluster.tallies import Tier, family
 from kvstore_codec.errors import StorageError
 
 
@@ -41,6 +43,12 @@ def check_integrity(catalog: ChunkCatalog, reserved: Sequence[Extent]) -> None:
         before = index.texts.before(slot)
         if before != NO_SLOT and not (index.is_linked(before) and index.tenant(before) == index.tenant(slot)):
             raise StorageError(f"{node_id}: the predecessor of a chunk is missing or has another tenant")
+    stored: Counter[tuple[Tier, str]] = Counter()
+    for tier, slots in ((Tier.MEMORY, in_memory), (Tier.DISK, on_disk)):
+        for slot in slots:
+            stored[tier, family(index.encoding(slot))] += index.size_bytes[slot]
+    if stored != catalog.tallies.stored_bytes:
+        raise StorageError(f"{node_id}: {dict(stored)} bytes are stored, but others are counted")
     catalog.in_memory.check_integrity()
     catalog.on_disk.check_integrity()
     catalog.quotas.check_integrity()

@@ -93,6 +93,11 @@ class LeaseTable(Generic[K]):
         lease = self._leases.get(lease_id)
         return lease is not None and owner in (None, lease.owner)
 
+    def owner(self, lease_id: LeaseId) -> str:
+        """The tenant that the lease was granted to. The default tenant, empty, when it has ended."""
+        lease = self._leases.get(lease_id)
+        return "" if lease is None else lease.owner
+
     def cover(
         self, lease_id: LeaseId | None, keys: Iterable[K], duration_s: float, owner: str = ""
     ) -> LeaseId | None:

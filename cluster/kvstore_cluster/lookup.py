@@ -103,6 +103,7 @@ class ChunkSearch:
         self.missed = 0
         self.approximate: set[int] = set()
         """Numbers of the chunks that were found only in another context."""
+        self.tenant = request.tenant
 
     def find(self, begin: int) -> list[int]:
         """Adds the answers for the next SLICE_CHUNKS chunks from number `begin`, and returns the slots that were found.

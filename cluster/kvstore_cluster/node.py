@@ -29,6 +29,7 @@ from kvstore_cluster.residency import Residency
 from kvstore_cluster.slices import REMOVED_CHUNKS, SLICE_CHUNKS, locked_slice
 from kvstore_cluster.stats import NodeStats
 from kvstore_cluster.stored import StoredVariant
+from kvstore_cluster.tallies import Tier
 from kvstore_cluster.tenant_removal import TenantRemoval
 from kvstore_cluster.tenant_usage import TenantUsage, tenant_usage
 from kvstore_cluster.uses import Uses
@@ -172,12 +173,13 @@ class StorageNode:
         whose lookup has counted the use. Raises ChunkNotFoundError."""
         slot = self._acquire(chunk_id, encoding, tenant, peek=peek)
         reader = ChunkReader(self._stored, slot, self._index.size_bytes[slot])
+        tier = Tier.DISK if self._index.extent[slot] is None else Tier.MEMORY
         try:
             yield reader
         finally:
             with self._lock:
                 self._counters.reads += reader.ranges_read
-                self._counters.bytes_out += reader.bytes_read
+                self._catalog.count_served(slot, tier, reader.bytes_read)
                 self._catalog.release(slot)
 
     def read_frames(
@@ -307,6 +309,7 @@ class StorageNode:
                 }
                 | ({} if self.changes is None else {"events_overflows": self.changes.overflows}),
                 disk_error=store.error if store else "",
+                samples=tuple(catalog.tallies.samples(catalog.quotas.used_bytes, catalog.quotas.limits_bytes)),
             )
 
     def maintain(self) -> bool:

@@ -36,7 +36,7 @@ class Accept(Protocol):
 
 
 class Drop(Protocol):
-    def __call__(self, put: "PendingPut", *, rejected: bool) -> None: ...
+    def __call__(self, put: "PendingPut", *, rejected: BaseException | None) -> None: ...
 
 
 class PendingPut:
@@ -106,8 +106,8 @@ class PendingPut:
         self._require_open()
         try:
             meta = self._verified()
-        except KVStoreError:
-            self._end(rejected=True)
+        except KVStoreError as error:
+            self._end(rejected=error)
             raise
         self._open = False
         return self._accept(self, meta)
@@ -115,7 +115,7 @@ class PendingPut:
     def revoke(self) -> None:
         """Cancels the put. Does nothing when it has ended."""
         if self._open:
-            self._end(rejected=False)
+            self._end(rejected=None)
 
     def _verified(self) -> RecordMeta:
         if self.written_bytes != self.extent.size_bytes:
@@ -132,7 +132,7 @@ class PendingPut:
             )
         return _meta_of(header, self.options)
 
-    def _end(self, *, rejected: bool) -> None:
+    def _end(self, *, rejected: BaseException | None) -> None:
         self._open = False
         self._drop(self, rejected=rejected)
 

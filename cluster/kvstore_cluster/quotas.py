@@ -61,6 +61,16 @@ class Quotas:
             del self._coming[tenant]
 
     @property
+    def used_bytes(self) -> Mapping[str, int]:
+        """Bytes stored, by tenant. The caller must not change the mapping."""
+        return self._used
+
+    @property
+    def limits_bytes(self) -> Mapping[str, int]:
+        """Bytes that each tenant with a limit may store on this node. The caller must not change the mapping."""
+        return self._limits
+
+    @property
     def limited(self) -> bool:
         """Whether any tenant has an order."""
         return bool(self._oldest_first)

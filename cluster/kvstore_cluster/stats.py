@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, field
 
+from kvstore_cluster.tallies import Sample
+
 
 @dataclass(slots=True)
 class NodeCounters:
@@ -46,7 +48,7 @@ class NodeCounters:
 @dataclass(frozen=True, slots=True)
 class NodeStats:
     """Statistics of a storage node. `chunks` counts stored variants, `bytes_used` the bytes of allocated arena blocks.
-    `gauges` are current values. `disk_error` is the reason why a configured disk is not used, or empty."""
+    `gauges` are current values, and `samples` those with labels. `disk_error` is the reason why a configured disk is not used, or empty."""
 
     node_id: str
     chunks: int
@@ -56,3 +58,4 @@ class NodeStats:
     counters: dict[str, int]
     gauges: dict[str, int] = field(default_factory=dict)
     disk_error: str = ""
+    samples: tuple[Sample, ...] = ()

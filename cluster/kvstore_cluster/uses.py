@@ -21,6 +21,7 @@ class Uses:
         leases, counters = self._catalog.leases, self._catalog.counters
         with self._catalog.lock:
             found = leases.expected_use(lease_id) if leases.belongs_to(lease_id, tenant) else None
+            owner = leases.owner(lease_id)
         if found is None:
             return False
         kept = found.used(used)
@@ -32,7 +33,9 @@ class Uses:
         with self._catalog.lock:
             counters.hits += answers
             counters.approximate_hits += len(kept.approximate)
-            counters.hit_tokens += min(tokens, answers * _MOST_TOKENS)
+            tokens = min(tokens, answers * _MOST_TOKENS)
+            counters.hit_tokens += tokens
+            self._catalog.tallies.asked(owner, hits=answers, hit_tokens=tokens)
             counters.unusable += len(set(found.answers)) - answers
         return True
 
@@ -42,8 +45,12 @@ class Uses:
         with self._catalog.lock:
             counters.lookups += 1
             counters.misses += search.missed
+            found = len(search.answers) - search.missed
+            self._catalog.tallies.asked(
+                search.tenant, chunks=len(search.answers), hits=found if used else 0
+            )
             if used:
-                counters.hits += len(search.answers) - search.missed
+                counters.hits += found
                 counters.approximate_hits += len(search.approximate)
 
     def touch(self, slots: Sequence[int]) -> None:

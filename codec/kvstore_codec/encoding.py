@@ -106,6 +106,21 @@ class Encoding:
         return "klt_frames" if self.transform is Transform.KLT else "token_frames"
 
     @property
+    def family(self) -> str:
+        """The name without the size of an explicit step and without the tokens per frame. There are few families, so
+        that metrics may be labelled with them."""
+        rate = str(self.rate) if isinstance(self.rate, Rate) else "step"
+        return f"{rate}-{self.transform}-{self.coder}" if self.needs_calibration else f"{rate}-{self.coder}"
+
+    @classmethod
+    def families(cls) -> list[str]:
+        """All families."""
+        steps = [
+            cls(1.0, coder, transform).family for transform, coders in _CODERS.items() for coder in coders
+        ]
+        return [*cls.names(), *steps]
+
+    @property
     def is_video(self) -> bool:
         return self.coder in _VIDEO
 
