@@ -229,7 +229,9 @@ class StorageService:
             counters=counters,
             gauges=gauges,
             disk_error=stats.disk_error,
-            samples=[pb.Sample(name=name, labels=labels, value=value) for name, labels, value in stats.samples],
+            samples=[
+                pb.Sample(name=name, labels=labels, value=value) for name, labels, value in stats.samples
+            ],
         )
 
     def usage(self, request: pb.UsageRequest, context: grpc.ServicerContext) -> pb.UsageReply:

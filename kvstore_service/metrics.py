@@ -1,118 +1,95 @@
 """Prometheus metrics of a cluster. Each scrape asks the cluster; no values are cached."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from importlib.metadata import version
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_client.metric import Kind, Metric
+from kvstore_cluster.tallies import OTHER_TENANTS
 from kvstore_codec.errors import ServiceError
+from kvstore_service.observability import node_metrics as table
 
-_GAUGES = {
-    "chunks": "Stored variants of chunks.",
-    "bytes_used": "Bytes of memory used by chunks.",
-    "bytes_limit": "Bytes of memory for chunks.",
-    "leases": "Active leases.",
-}
-# Help texts for those gauges of a node whose name does not explain them.
-_TEXTS = {
-    "memory_chunks": "Stored variants that are in memory.",
-    "disk_chunks": "Stored variants that are on disk.",
-    "disk_bytes_used": "Bytes of disk used by chunks.",
-    "disk_bytes_limit": "Bytes of disk for chunks.",
-    "disk_read_Bps": "Measured rate of one disk read at a time, bytes per second; 0 before enough was read.",
-    "disk_direct": "Whether the node reads and writes its disk past the page cache.",
-    "disk_unreadable": "Stored variants whose last read from the disk failed.",
-    "pinned": "Stored variants that are pinned.",
-    "draining": "Whether the node is draining.",
-    "drain_left": "Stored variants that a draining node has not yet copied to other nodes.",
-    "events_overflows": "How often more blocks changed than the node remembers, so that it reported all of them.",
-    "background_failing": "Background loops of the node's process that are failing; its log says why.",
-    "repair_running": "Whether a repair pass is running.",
-    "repair_round": "Last repair round in which every other node answered.",
-    "repair_epoch": "Membership epoch of the last repair pass in which every other node answered.",
-    "repair_checked": "Stored variants that the repair pass has checked.",
-    "repair_total": "Stored variants that the repair pass has to check.",
-    "repair_left": "Stored variants that an owner lacked after the last repair pass.",
-}
-
-
-_EVENT_TEXTS = {
-    "nodes": "Storage nodes whose blocks the publisher of KV events knows.",
-    "tenants": "Tenants that have KV events.",
-    "blocks": "Blocks that the publisher of KV events knows.",
-    "subscriptions": "Subscriptions to KV events.",
-    "batches": "Batches of KV events.",
-    "dropped": "Batches of KV events that were dropped before they were sent.",
-    "unpublished": "Changes of blocks of too many tenants, which were not published.",
-    "resyncs": "How often a node reported all of its blocks.",
-    "replays": "Requests for missed batches that were answered with these.",
-    "snapshots": "Requests for missed batches that were answered with all blocks.",
-}
-_EVENT_GAUGES = ("nodes", "tenants", "blocks", "subscriptions")
+_FAMILIES = {Kind.GAUGE: GaugeMetricFamily, Kind.COUNTER: CounterMetricFamily}
 
 
 class ClusterCollector(Collector):
-    """Collects kvstore_coordinator_up and kvstore_cluster_epoch, and for each node kvstore_node_up,
-    kvstore_node_disk_ok, its gauges and its counters. `stats` raises ServiceError if the cluster does not answer."""
+    """Collects the metrics of `node_metrics`. `stats` raises ServiceError if the cluster does not answer.
 
-    def __init__(self, stats: Callable[[], pb.ClusterStatsReply]) -> None:
+    Of the metrics with a tenant, those of `tenants` tenants are collected one by one: the first ones that are seen, the
+    largest of them first. They stay the same, so that each has a series without gaps. The others are added up as
+    OTHER_TENANTS. Without `tenants` there are no such metrics."""
+
+    def __init__(self, stats: Callable[[], pb.ClusterStatsReply], *, tenants: int = 0) -> None:
         self._stats = stats
+        self._most_tenants = tenants
+        self._tenants: dict[str, None] = {}
 
-    def describe(self) -> list[Metric]:
+    def describe(self) -> list[Family]:
         """Returns nothing, so that registering the collector does not ask the cluster."""
         return []
 
-    def collect(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("kvstore_coordinator_up", "Whether the coordinator answers.")
+    def collect(self) -> Iterator[Family]:
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+
+        def add(metric: Metric, labels: list[str], value: float) -> None:
+            family = families.get(metric.name)
+            if family is None:
+                made = _FAMILIES[metric.kind](metric.family, metric.meaning, labels=metric.label_names)
+                family = families[metric.name] = made
+            family.add_metric(labels, value)
+
+        add(table.BUILD, [version("kvstore-service")], 1)
         try:
             reply = self._stats()
         except ServiceError:
-            up.add_metric([], 0)
-            yield up
-            return
-        up.add_metric([], 1)
-        yield up
-        yield GaugeMetricFamily("kvstore_cluster_epoch", "Epoch of the membership.", value=reply.epoch)
-        yield from _event_metrics(reply)
-        yield from _node_metrics(reply)
+            add(table.COORDINATOR_UP, [], 0)
+        else:
+            add(table.COORDINATOR_UP, [], 1)
+            add(table.EPOCH, [], reply.epoch)
+            self._choose_tenants(reply)
+            for name, metric in table.EVENTS.items():
+                if name in reply.events:
+                    add(metric, [], reply.events[name])
+            for node in reply.nodes:
+                self._add_node(node, add)
+        yield from families.values()
 
-
-def _event_metrics(reply: pb.ClusterStatsReply) -> Iterator[Metric]:
-    for name, value in sorted(reply.events.items()):
-        family = GaugeMetricFamily if name in _EVENT_GAUGES else CounterMetricFamily
-        yield family(f"kvstore_events_{name}", _EVENT_TEXTS.get(name, name), value=value)
-
-
-def _node_metrics(reply: pb.ClusterStatsReply) -> Iterator[Metric]:
-    up = GaugeMetricFamily("kvstore_node_up", "Whether the storage node answers.", labels=["node_id"])
-    disk = GaugeMetricFamily(
-        "kvstore_node_disk_ok", "0 if the node runs without its configured disk.", labels=["node_id"]
-    )
-    gauges: dict[str, Metric] = {}
-    counters: dict[str, Metric] = {}
-    for node in reply.nodes:
-        label = [node.member.node_id]
-        answered = node.HasField("stats")
-        up.add_metric(label, int(answered))
+    def _add_node(self, node: pb.NodeStatus, add: Callable[[Metric, list[str], float], None]) -> None:
+        label, answered, stats = [node.member.node_id], node.HasField("stats"), node.stats
+        add(table.NODE_UP, label, int(answered))
         if not answered:
-            continue
-        disk.add_metric(label, int(not node.stats.disk_error))
-        for name, text in _GAUGES.items():
-            _family(gauges, GaugeMetricFamily, name, text).add_metric(label, getattr(node.stats, name))
-        for name, value in sorted(node.stats.gauges.items()):
-            _family(gauges, GaugeMetricFamily, name, _TEXTS.get(name, name)).add_metric(label, value)
-        for name, value in sorted(node.stats.counters.items()):
-            text = f"{name} since the node started."
-            _family(counters, CounterMetricFamily, name, text).add_metric(label, value)
-    yield up
-    yield disk
-    yield from gauges.values()
-    yield from counters.values()
+            return
+        add(table.DISK_OK, label, int(not stats.disk_error))
+        gauges = {name: getattr(stats, name) for name in table.FIELDS} | dict(stats.gauges)
+        # A node of another version may have numbers that this table lacks, or lack some of them.
+        for rows, values in ((table.GAUGES, gauges), (table.COUNTERS, stats.counters)):
+            for name, metric in rows.items():
+                if name in values:
+                    add(metric, label, values[name])
+        summed: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        for sample in stats.samples:
+            known, labels = table.SAMPLES.get(sample.name), tuple(sample.labels)
+            if known is None or len(labels) + 1 != len(known.labels):
+                continue
+            if known.labels[-1] is table.TENANT_LABEL:
+                if not self._most_tenants:
+                    continue
+                labels = (labels[0] if labels[0] in self._tenants else OTHER_TENANTS,)
+            summed[sample.name, labels] += sample.value
+        for (name, labels), value in summed.items():
+            add(table.SAMPLES[name], [*label, *labels], value)
 
-
-def _family(known: dict[str, Any], family: Callable[..., Any], name: str, text: str) -> Any:
-    if name not in known:
-        known[name] = family(f"kvstore_node_{name}", text, labels=["node_id"])
-    return known[name]
+    def _choose_tenants(self, reply: pb.ClusterStatsReply) -> None:
+        sizes: Counter[str] = Counter()
+        for node in reply.nodes:
+            for sample in node.stats.samples:
+                if sample.name == "tenant_bytes" and sample.labels[0] != OTHER_TENANTS:
+                    sizes[sample.labels[0]] += sample.value
+        for tenant, _ in sizes.most_common():
+            if len(self._tenants) < self._most_tenants:
+                self._tenants.setdefault(tenant)

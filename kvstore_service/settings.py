@@ -26,6 +26,7 @@ from kvstore_api.environment import FORMER_DURABILITY, under_new_name, without_s
 from kvstore_client.otlp import check_endpoint
 from kvstore_cluster.arena import DEFAULT_BLOCK_BYTES
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES
+from kvstore_cluster.tallies import MOST_TENANTS
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.config_file import read_config, shortened
 from kvstore_service.listen import Address
@@ -120,6 +121,12 @@ class Settings(BaseModel):
         None,
         "Collector of OpenTelemetry traces of the nodes, grpc://host:4317 or http://host:4318.",
         unset="no traces",
+    )
+    metrics_tenants: int = _setting(
+        0,
+        "Tenants whose metrics are exported one by one; the others are added up. 0: no metrics of tenants.",
+        ge=0,
+        le=MOST_TENANTS,
     )
     experiments: bool = _setting(
         False,  # noqa: FBT003

@@ -110,6 +110,7 @@ class KVStoreClient:
         """Create every part that owns locks, threads or sockets. Threads and sockets start on first use."""
         settings = self.settings
         self.metrics = ClientMetrics()
+        self.metrics.watch_links(self.links)
         self.tracing = RequestTracing(settings.tracing)
         """Makes the timelines of requests, and exports their traces."""
         self.buffers = BufferPool(settings.fetch.pool_bytes)
@@ -365,6 +366,8 @@ class KVStoreClient:
         if self._closed:
             self.metrics.missed(MissReason.CLOSED)
             return Match(why_not=self._why_closed)
+        if not peek:
+            self.metrics.requested(len(chunks) * CHUNK_TOKENS)
         try:
             with looking_up(timeline or Timeline()):
                 ready_klt = self.ready_calibrations.klt

@@ -5,108 +5,51 @@ from collections import Counter as Counts
 from collections import deque
 from collections.abc import Mapping
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY
+from prometheus_client.registry import Collector
 
+from kvstore_client import metric_table as table
+from kvstore_client.bandwidth_metric import BandwidthCollector
 from kvstore_client.contiguous.report import ReprefillReport
 from kvstore_client.failure_log import FailureLog
 from kvstore_client.fork import REGISTRY_LOCK
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.planning.links import Links
 from kvstore_client.spans import STAGES
 from kvstore_client.timeline import Timeline
+from kvstore_codec.encoding import Encoding
 
-_CHUNKS = Counter(
-    "kvstore_client_chunks", "Chunks a fetch asked for, by how they ended.", ["result"], registry=None
-)
-_MATCHED = Counter(
-    "kvstore_client_matched_chunks",
-    "Chunks of prompts that were found stored: in their own context, or with the same tokens in another one.",
-    ["kind"],
-    registry=None,
-)
-_MATCHED_TOKENS = Counter(
-    "kvstore_client_matched_tokens",
-    "Tokens of prompts whose KV was found stored and could be used.",
-    registry=None,
-)
-_MISSES = Counter("kvstore_client_misses", "Reuse that did not happen, by reason.", ["reason"], registry=None)
-_BYTES = Counter("kvstore_client_bytes", "Bytes of chunks moved, by direction.", ["direction"], registry=None)
-_UNDER_REPLICATED = Counter(
-    "kvstore_client_under_replicated_chunks",
-    "Chunks stored on fewer nodes than the number of replicas; the cluster repairs them.",
-    registry=None,
-)
-_FAILOVERS = Counter(
-    "kvstore_client_failovers",
-    "Times a fetch continued with another node that holds the same chunks, by the first node's failure.",
-    ["reason"],
-    registry=None,
-)
-_GUARDED = Counter(
-    "kvstore_client_guarded_frames",
-    "Frames unlike the calibration's text that were coded with a finer step, or exactly.",
-    ["action"],
-    registry=None,
-)
-_TOKENS = Counter(
-    "kvstore_client_tokens", "Prompt tokens, by where their KV came from.", ["source"], registry=None
-)
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_FETCH_S = Histogram(
-    "kvstore_client_fetch_seconds", "How long a fetch took, start to end.", buckets=_SECONDS, registry=None
-)
-_PREDICTED_S = Histogram(
-    "kvstore_predicted_fetch_seconds",
-    "How long a planned fetch was to take by its first plan; compare with kvstore_client_fetch_seconds.",
-    buckets=_SECONDS,
-    registry=None,
-)
-_STAGE_S = Histogram(
-    "kvstore_client_stage_seconds",
-    "Time within a fetch that a stage worked, in any of its threads.",
-    ["stage"],
-    buckets=_SECONDS,
-    registry=None,
-)
-_REPLANS = Counter("kvstore_client_replans", "Times a fetch was replanned while it ran.", registry=None)
-_PLANNED = Counter(
-    "kvstore_client_planned_chunks", "Matched chunks, by decision.", ["decision"], registry=None
-)
-_PAGES = Counter(
-    "kvstore_client_pages",
-    "Pages of finished jobs, by operation and result.",
-    ["operation", "outcome"],
-    registry=None,
-)
-_FRAMES = Counter(
-    "kvstore_client_frames",
-    "Frames that questions with a budget chose: read, found in the frame cache, or missing.",
-    ["result"],
-    registry=None,
-)
-_WAITING = Gauge("kvstore_client_waiting_for_kv", "Requests that wait for their KV.", registry=None)
+_CHUNKS = table.CHUNKS.counter()
+_MATCHED = table.MATCHED.counter()
+_MATCHED_TOKENS = table.MATCHED_TOKENS.counter()
+_REQUESTED_TOKENS = table.REQUESTED_TOKENS.counter()
+_MISSES = table.MISSES.counter()
+_BYTES = table.BYTES.counter()
+_FETCHED_BYTES = table.FETCHED_BYTES.counter()
+_STORED_BYTES = table.STORED_BYTES.counter()
+_UNDER_REPLICATED = table.UNDER_REPLICATED.counter()
+_FAILOVERS = table.FAILOVERS.counter()
+_GUARDED = table.GUARDED.counter()
+_TOKENS = table.TOKENS.counter()
+_FETCH_S = table.FETCH_S.histogram()
+_PREDICTED_S = table.PREDICTED_S.histogram()
+_PREDICTION_RATIO = table.PREDICTION_RATIO.histogram()
+_STAGE_S = table.STAGE_S.histogram()
+_REPLANS = table.REPLANS.counter()
+_PLANNED = table.PLANNED.counter()
+_PAGES = table.PAGES.counter()
+_FRAMES = table.FRAMES.counter()
+_WAITING = table.WAITING.gauge()
+_BANDWIDTH = BandwidthCollector()
 
 _MOST_PREDICTIONS = 1024
 """Predictions that are kept until somebody takes them."""
 
-_UNREGISTERED = [
-    _CHUNKS,
-    _MATCHED,
-    _MATCHED_TOKENS,
-    _MISSES,
-    _BYTES,
-    _UNDER_REPLICATED,
-    _FAILOVERS,
-    _GUARDED,
-    _TOKENS,
-    _FETCH_S,
-    _PREDICTED_S,
-    _STAGE_S,
-    _REPLANS,
-    _PLANNED,
-    _PAGES,
-    _FRAMES,
-    _WAITING,
-]
+_UNREGISTERED: list[Collector] = [
+    _CHUNKS, _MATCHED, _MATCHED_TOKENS, _REQUESTED_TOKENS, _MISSES, _BYTES, _FETCHED_BYTES, _STORED_BYTES,
+    _UNDER_REPLICATED, _FAILOVERS, _GUARDED, _TOKENS, _FETCH_S, _PREDICTED_S, _PREDICTION_RATIO, _STAGE_S, _REPLANS,
+    _PLANNED, _PAGES, _FRAMES, _WAITING, _BANDWIDTH,
+]  # fmt: skip
 
 
 def _register() -> None:
@@ -127,6 +70,17 @@ class ClientMetrics:
         self._predicted_s: deque[float] = deque(maxlen=_MOST_PREDICTIONS)
         self.failures = FailureLog()
         _register()
+
+    def watch_links(self, links: Links) -> None:
+        """Export the bandwidth that `links` estimate, for as long as they exist."""
+        with REGISTRY_LOCK:
+            _BANDWIDTH.watch(links)
+
+    def requested(self, tokens: int) -> None:
+        """Count tokens of a prompt that was looked up."""
+        with REGISTRY_LOCK:
+            _REQUESTED_TOKENS.inc(tokens)
+        self._add("tokens_requested", tokens)
 
     def matched(self, *, exact: int, approximate: int, tokens: int) -> None:
         """Count chunks that a lookup found and the prompt can use, exact and approximate."""
@@ -172,10 +126,20 @@ class ClientMetrics:
             _BYTES.labels("in").inc(size_bytes)
         self._add("bytes_in", size_bytes)
 
-    def stored(self, chunks: int, size_bytes: int) -> None:
+    def fetched_bytes(self, by_encoding: Mapping[Encoding, int]) -> None:
+        """Count bytes that a fetch delivered; `received` counts them, too."""
+        for encoding, size_bytes in by_encoding.items():
+            with REGISTRY_LOCK:
+                _FETCHED_BYTES.labels(encoding.family).inc(size_bytes)
+            self._add(f"fetched_{encoding.family}", size_bytes)
+
+    def stored(self, chunks: int, size_bytes: int, encoding: Encoding) -> None:
+        """Count new chunks of which nodes took `size_bytes`, all copies together."""
         with REGISTRY_LOCK:
             _BYTES.labels("out").inc(size_bytes)
+            _STORED_BYTES.labels(encoding.family).inc(size_bytes)
         self._add("bytes_out", size_bytes)
+        self._add(f"stored_{encoding.family}", size_bytes)
         self._add("chunks_stored", chunks)
 
     def under_replicated(self, chunks: int) -> None:
@@ -198,10 +162,12 @@ class ClientMetrics:
                     _STAGE_S.labels(stage).observe(busy_s)
         self._add("fetches", 1)
 
-    def predicted(self, fetch_s: float) -> None:
-        """Count a finished fetch whose first plan was to take `fetch_s`."""
+    def predicted(self, fetch_s: float, took_s: float) -> None:
+        """Count a finished fetch that took `took_s`, and by its first plan was to take `fetch_s`."""
         with REGISTRY_LOCK:
             _PREDICTED_S.observe(fetch_s)
+            if fetch_s > 0:
+                _PREDICTION_RATIO.observe(took_s / fetch_s)
         with self._lock:
             self._predicted_s.append(fetch_s)
         self._add("fetches_predicted", 1)

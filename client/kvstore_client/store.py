@@ -286,7 +286,7 @@ class Store:
         writing = ReplicatedWrite(self._view, self._settings)
         with self._lock:
             self._writing = writing
-        sent: list[tuple[int, int]] = []  # (number of the chunk, bytes)
+        sent: list[tuple[int, Encoding, int]] = []  # (number of the chunk, encoding, bytes)
 
         def uncut(text: TextPlaces) -> tuple[Encoding, ...]:
             return tuple(e for e in encodings if not writing.is_cut(text, e.name))
@@ -306,9 +306,7 @@ class Store:
                 encode_and_send = partial(
                     self._encode_and_send, spec, klt, chunk, left, writing, owners, text
                 )
-                sent.extend(
-                    (number, size_bytes) for size_bytes in run_apart("kvstore-encode", encode_and_send)
-                )
+                sent.extend((number, *one) for one in run_apart("kvstore-encode", encode_and_send))
         except BaseException:
             writing.cancel()
             raise
@@ -321,12 +319,12 @@ class Store:
             self._metrics.missed(reason, events=times, detail=detail)
         stored: set[int] = set()
         sparse: set[int] = set()
-        for outcome, (number, size_bytes) in zip(written, sent, strict=True):
+        for outcome, (number, encoding, size_bytes) in zip(written, sent, strict=True):
             for reason in outcome.refusals:
                 detail = f"a storage node refused a chunk: {reason.removeprefix('store_')}"
                 self._metrics.missed(reason, detail=detail)
             if outcome.copies:
-                self._metrics.stored(int(number not in stored), outcome.copies * size_bytes)
+                self._metrics.stored(int(number not in stored), outcome.copies * size_bytes, encoding)
                 stored.add(number)
                 if outcome.copies < replicas:
                     sparse.add(number)
@@ -342,14 +340,14 @@ class Store:
         writing: ReplicatedWrite,
         owners: Sequence[Member],
         text: TextPlaces,
-    ) -> list[int]:
-        """Returns the size of each encoding of the chunk, in bytes."""
-        sizes_bytes = []
+    ) -> list[tuple[Encoding, int]]:
+        """Returns each encoding of the chunk, and its size in bytes."""
+        sent = []
         for encoded in self._encoder.encoded(spec, klt, chunk, encodings):
-            sizes_bytes.append(encoded.size_bytes)
+            sent.append((encoded.header.encoding, encoded.size_bytes))
             keep = keep_as(self._settings, chunk.cost, self._view.signatures.take_refused(encoded.header))
             writing.put(OutgoingChunk.of(encoded, keep), owners, text)
-        return sizes_bytes
+        return sent
 
     def _give_way(self, new: "_NewChunks") -> None:
         """Wait for a pause of the engine, unless somebody waits for this thread."""

@@ -343,7 +343,7 @@ class Intake:
         if self._catalog.store is not None and location != NOWHERE:
             self._catalog.store.delete(location)
             self._disk.delete_record(meta)
-        self._counters.put_rejected += 1
+        self._reject(ForgottenTenantError())
         self._release_slots(put)
 
     def _write_through(self, put: PendingPut, meta: RecordMeta) -> Location:

@@ -309,7 +309,9 @@ class StorageNode:
                 }
                 | ({} if self.changes is None else {"events_overflows": self.changes.overflows}),
                 disk_error=store.error if store else "",
-                samples=tuple(catalog.tallies.samples(catalog.quotas.used_bytes, catalog.quotas.limits_bytes)),
+                samples=tuple(
+                    catalog.tallies.samples(catalog.quotas.used_bytes, catalog.quotas.limits_bytes)
+                ),
             )
 
     def maintain(self) -> bool:

@@ -48,7 +48,8 @@ class NodeCounters:
 @dataclass(frozen=True, slots=True)
 class NodeStats:
     """Statistics of a storage node. `chunks` counts stored variants, `bytes_used` the bytes of allocated arena blocks.
-    `gauges` are current values, and `samples` those with labels. `disk_error` is the reason why a configured disk is not used, or empty."""
+    `gauges` are current values, and `samples` those with labels. `disk_error` is the
+    reason why a configured disk is not used, or empty."""
 
     node_id: str
     chunks: int

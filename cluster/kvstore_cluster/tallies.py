@@ -11,6 +11,7 @@ from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import (
     ArenaFullError,
     ChunkTooLargeError,
+    ForgottenTenantError,
     NodeDrainingError,
     NotDurableError,
     OverQuotaError,
@@ -47,6 +48,7 @@ class Refusal(StrEnum):
     DRAINING = "draining"
     TOO_LARGE = "too_large"
     NOT_DURABLE = "not_durable"
+    FORGOTTEN = "forgotten"
     INVALID = "invalid"
 
     @classmethod
@@ -61,6 +63,7 @@ _REFUSALS: Mapping[type[Exception], Refusal] = {  # a subclass stands before its
     NodeDrainingError: Refusal.DRAINING,
     ChunkTooLargeError: Refusal.TOO_LARGE,
     NotDurableError: Refusal.NOT_DURABLE,
+    ForgottenTenantError: Refusal.FORGOTTEN,
 }
 
 
@@ -126,7 +129,9 @@ class Tallies:
         yield from _labelled("served_bytes", self._served.items())
         yield from _labelled("evictions_by_cause", (((cause,), n) for cause, n in self._evicted.items()))
         yield from _labelled("refused_puts", (((reason,), n) for reason, n in self._refused.items()))
-        nearly = sum(used_bytes.get(tenant, 0) >= NEARLY_FULL * limit for tenant, limit in limits_bytes.items())
+        nearly = sum(
+            used_bytes.get(tenant, 0) >= NEARLY_FULL * limit for tenant, limit in limits_bytes.items()
+        )
         yield Sample("quotas_nearly_full", (), nearly)
         for name, by_tenant in (("tenant_bytes", used_bytes), ("tenant_limit_bytes", limits_bytes)):
             shown = heapq.nlargest(MOST_TENANTS, by_tenant, key=by_tenant.__getitem__)

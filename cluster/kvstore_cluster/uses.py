@@ -46,9 +46,7 @@ class Uses:
             counters.lookups += 1
             counters.misses += search.missed
             found = len(search.answers) - search.missed
-            self._catalog.tallies.asked(
-                search.tenant, chunks=len(search.answers), hits=found if used else 0
-            )
+            self._catalog.tallies.asked(search.tenant, chunks=len(search.answers), hits=found if used else 0)
             if used:
                 counters.hits += found
                 counters.approximate_hits += len(search.approximate)

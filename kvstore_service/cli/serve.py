@@ -58,7 +58,7 @@ def serve(
         if signal.sigpending() & stopping:
             return
         if settings.metrics_port is not None:
-            registry.register(ClusterCollector(cluster.stats))
+            registry.register(ClusterCollector(cluster.stats, tenants=settings.metrics_tenants))
         typer.echo(
             f"kvstore is ready at {cluster.address}: {cluster.size} x {settings.memory.human_readable()}"
             + (f" and {settings.disk.human_readable()} of disk" if settings.disk else "")

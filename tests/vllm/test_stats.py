@@ -12,16 +12,21 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 
 from kvstore_client.contiguous.report import ReprefillReport
 from kvstore_client.engines.vllm.connector import KVStoreConnector
+from kvstore_client.engines.vllm.families import NOT_SHOWN, family_of
 from kvstore_client.engines.vllm.load_log import LoadLog
 from kvstore_client.engines.vllm.loads import LoadedBlocks
 from kvstore_client.engines.vllm.metadata import LoadRequest
-from kvstore_client.engines.vllm.prometheus import NOT_SHOWN, ReusePromMetrics, family_of
+from kvstore_client.engines.vllm.prometheus import ReusePromMetrics
 from kvstore_client.engines.vllm.stats import SCHEDULER, WORKER, StatsSource
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.planning.links import Links
 from kvstore_client.timeline import Timeline
+from kvstore_codec.encoding import Encoding
 
 pytestmark = pytest.mark.vllm
+
+RAW = Encoding.parse("exact-raw")
 
 
 def stats_after(metrics: ClientMetrics, half: str = WORKER) -> tuple[StatsSource, KVConnectorStats]:
@@ -54,7 +59,7 @@ def test_counts_are_copied_only_when_something_was_counted(monkeypatch: pytest.M
     monkeypatch.setattr(metrics, "snapshot", lambda: copies.append("copy") or snapshot())
     assert source.take() is None
     assert copies == []
-    metrics.predicted(0.5)
+    metrics.predicted(0.5, 0.5)
     told = source.take()
     assert told is not None
     assert told.seconds() == {WORKER: {"predicted_fetch": [0.5]}}
@@ -86,15 +91,18 @@ def everything_counted() -> ClientMetrics:
     """Each method called once; a new one has to be added here, and to the families."""
     metrics = ClientMetrics()
     calls: dict[str, Any] = {
+        "watch_links": {"links": Links()},
+        "requested": {"tokens": 1},
         "matched": {"exact": 1, "approximate": 1, "tokens": 1},
         "delivered": {"chunks": 1},
         "missed": {"reason": MissReason.GONE, "chunks": 1},
         "received": {"size_bytes": 1},
-        "stored": {"chunks": 1, "size_bytes": 1},
+        "fetched_bytes": {"by_encoding": {RAW: 1}},
+        "stored": {"chunks": 1, "size_bytes": 1, "encoding": RAW},
         "under_replicated": {"chunks": 1},
         "failed_over": {"reason": "gone"},
         "fetched": {"timeline": Timeline(), "fetch_s": 1.0},
-        "predicted": {"fetch_s": 1.0},
+        "predicted": {"fetch_s": 1.0, "took_s": 1.0},
         "planned": {"fetched": 1, "computed": 1},
         "replanned": {},
         "waiting_for_kv": {"change": 1},

@@ -2,6 +2,7 @@
 lost."""
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -71,7 +72,7 @@ class FetchLedger:
         """Number of chunks that are to be read and are not delivered."""
         self.untaken = 0
         """Number of chunks that the engine is to compute and has not taken."""
-        self._encodings: set[Encoding] = set()
+        self._bytes: Counter[Encoding] = Counter()
         self.recount()
 
     def recount(self) -> None:
@@ -141,7 +142,7 @@ class FetchLedger:
             for layer in range(task.layers.start, task.layers.stop):
                 self.open_by_layer[layer] -= tokens
             self.open_chunks -= state.is_delivered
-            self._encodings.add(task.encoding)
+            self._bytes[task.encoding] += task.size_bytes
         return state.is_settled
 
     def lose(self, indices: Iterable[int], reason: MissReason) -> None:
@@ -283,7 +284,7 @@ class FetchLedger:
             delivered=delivered,
             missing=missing,
             received_bytes=received_bytes,
-            encodings=frozenset(self._encodings),
+            bytes_by_encoding=dict(self._bytes),
             fetched=sum(state.is_delivered and not state.to_compute for state in self.states),
             computed=sum(state.to_compute and state.reason is None for state in self.states),
             replans=self._replanner.replans if self._replanner is not None else 0,

@@ -225,12 +225,13 @@ class Fetch:
         replanner, silent_s = self._replanner, self._fetch_state.silent_s
         report = self._finished = self._fetch_state.report()
         self._metrics.received(report.received_bytes)
+        self._metrics.fetched_bytes(report.bytes_by_encoding)
         self._metrics.delivered(report.fetched)
         self._metrics.planned(fetched=report.chunks - report.computed, computed=report.computed)
         took_s = self._timeline.now_s() - self._began_s
         self._metrics.fetched(self._timeline, took_s)
         if replanner is not None and replanner.predicted_fetch_s is not None:
-            self._metrics.predicted(replanner.predicted_fetch_s)
+            self._metrics.predicted(replanner.predicted_fetch_s, took_s)
         if replanner is not None and self._waits and report.complete and report.fetched:
             replanner.learn(report.received_bytes, silent_s)
         for reason, chunks in sorted(Counter(report.missing.values()).items()):

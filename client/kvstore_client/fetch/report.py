@@ -17,14 +17,19 @@ class FetchReport:
     missing: Mapping[int, MissReason] = field(default_factory=dict)
     """Reason for each missing chunk, by chunk index."""
     received_bytes: int = 0
-    encodings: frozenset[Encoding] = frozenset()
-    """Encodings in which chunks arrived."""
+    bytes_by_encoding: Mapping[Encoding, int] = field(default_factory=dict)
+    """Bytes that arrived and were decoded, by the encoding of their chunk."""
     fetched: int = 0
     """Number of chunks that arrived, with all KV that the engine needs of them."""
     computed: int = 0
     """Number of chunks that the engine computes because that is faster, or because a missing chunk behind them needs
     windows of theirs that were not read."""
     replans: int = 0
+
+    @property
+    def encodings(self) -> frozenset[Encoding]:
+        """Encodings in which chunks arrived."""
+        return frozenset(self.bytes_by_encoding)
 
     @property
     def complete(self) -> bool:

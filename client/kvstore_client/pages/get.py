@@ -217,7 +217,9 @@ class GetPages:
             )
             return "damaged"
         self._outcomes[page.index] = None
-        self._context.metrics.received(page.stored.header.frame_lengths[0])
+        header = page.stored.header
+        self._context.metrics.received(header.frame_lengths[0])
+        self._context.metrics.fetched_bytes({header.encoding: header.frame_lengths[0]})
         return None
 
     def _left_s(self) -> float:
