@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -68,6 +69,36 @@ def list_calibrations(address: str) -> list[pb.CalibrationInfo]:
     with _coordinator(address) as stub:
         reply = stub.ListCalibrations(pb.ListCalibrationsRequest(), timeout=_TIMEOUT_S)
         return list(reply.calibrations)
+
+
+def known_models(address: str, connector: Connector) -> dict[str, Any]:
+    """Models with a canary, and calibrations, as plain values. Raises ServiceError if no coordinator answers at
+    `address`."""
+    with _coordinator(address, connector=connector) as stub:
+        models = stub.ListModels(pb.ListModelsRequest(), timeout=_TIMEOUT_S).models
+        calibrations = stub.ListCalibrations(pb.ListCalibrationsRequest(), timeout=_TIMEOUT_S).calibrations
+    names = {model.model_digest: model.origin.model_id for model in models}
+    return {
+        "models": [
+            {
+                "digest": model.model_digest.hex()[:12],
+                "model_id": model.origin.model_id,
+                "dtype": model.origin.dtype,
+                "host": model.origin.host,
+                "refused": len(model.refusals),
+            }
+            for model in models
+        ],
+        "calibrations": [
+            {
+                "digest": info.digest.hex()[:12],
+                "model": info.model_digest.hex()[:12],
+                "model_id": names.get(info.model_digest, ""),
+                "bytes": info.size_bytes,
+            }
+            for info in calibrations
+        ],
+    }
 
 
 @contextmanager

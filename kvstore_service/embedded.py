@@ -4,11 +4,12 @@ cluster."""
 import importlib.util
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TextIO
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.otlp import require_packages
@@ -17,9 +18,11 @@ from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.storage_options import StorageOptions
 from kvstore_codec.errors import ServiceError, StartupError
-from kvstore_service.cluster_stats import cluster_stats
+from kvstore_service.cluster_stats import cluster_stats, known_models
 from kvstore_service.listen import Address, Reservation, two_free_ports
 from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
+from kvstore_service.observability.log_follower import LogFollower
+from kvstore_service.observability.process_logs import keep_logs
 from kvstore_service.ray_cluster import existing_ray, on_node, on_this_node, ray_nodes
 from kvstore_service.scratch import scratch_folder
 from kvstore_service.security import Security
@@ -122,6 +125,18 @@ class EmbeddedCluster:
         """State of the cluster and its nodes. Raises ServiceError if the coordinator does not answer."""
         return cluster_stats(self.address, connector=self._connector)
 
+    def log_follower(self, stream: TextIO) -> LogFollower:
+        """What writes the log lines of all processes of the cluster to `stream`, as the settings say."""
+        settings = self._settings
+        return LogFollower(
+            lambda: self.address, self._connector, settings.log_format, settings.log_level, stream
+        )
+
+    def models(self) -> dict[str, Any]:
+        """Models with a canary, and calibrations, for the status page. Raises ServiceError if the coordinator does not
+        answer."""
+        return known_models(self.address, self._connector)
+
     def storage_pids(self) -> dict[str, int]:
         """Process id of each storage node, by node id. Blocks while a node restarts, for at most 30 s; then raises
         Ray's GetTimeoutError."""
@@ -162,6 +177,7 @@ class EmbeddedCluster:
             redis_url=self._redis_url,
             isolated=self.security.isolated,
             events=events is not None,
+            prepare=self._keep_logs("coordinator"),
         )
         storage = ray.remote(StorageActor)
         for number, options in enumerate(placed):
@@ -177,6 +193,7 @@ class EmbeddedCluster:
                     otlp_endpoint=self._settings.otlp_endpoint,
                 ),
                 partial(GrpcPeers, security=self.security),
+                self._keep_logs(name),
             )
         try:
             self.address = _answer(self._coordinator.address.remote(), "the coordinator")
@@ -186,6 +203,9 @@ class EmbeddedCluster:
             # Ray reports a failed constructor as a whole remote traceback; its last line is the reason.
             reason = str(error).strip().splitlines()[-1]
             raise StartupError(f"the cluster did not start: {reason}") from error
+
+    def _keep_logs(self, component: str) -> Callable[[], None]:
+        return partial(keep_logs, component, self._settings.log_format, self._settings.log_level)
 
     def _storage_options(self, folder: Path) -> StorageOptions:
         settings = self._settings

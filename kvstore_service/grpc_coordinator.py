@@ -26,6 +26,8 @@ from kvstore_service.grpc_predict import PredictService
 from kvstore_service.grpc_server import GrpcServer, unary
 from kvstore_service.identity import OPEN, Access
 from kvstore_service.listen import Address
+from kvstore_service.observability.fetch_log import FetchLog
+from kvstore_service.observability.process_logs import logs
 from kvstore_service.security import INSECURE, Security
 
 if TYPE_CHECKING:
@@ -93,12 +95,14 @@ class CoordinatorService:
         coordinator: Coordinator,
         canaries: CanaryRegistry,
         probe: StorageProbe,
+        fetches: FetchLog,
         access: Access = OPEN,
         event_stats: Callable[[], dict[str, int]] = dict,
     ) -> None:
         self._access = access
         self._event_stats = event_stats
         self._coordinator = coordinator
+        self._fetches = fetches
         self._canaries = canaries
         self._probe = probe
 
@@ -106,6 +110,7 @@ class CoordinatorService:
         return {
             "Membership": unary(self.membership, pb.MembershipRequest),
             "ClusterStats": unary(self.cluster_stats, pb.ClusterStatsRequest),
+            "Logs": unary(logs, pb.LogsRequest),
         }
 
     def membership(
@@ -135,6 +140,7 @@ class CoordinatorService:
             epoch=self._coordinator.membership().epoch,
             nodes=[_status(node, stats.get(node.member.node_id, node.error)) for node in nodes],
             events=self._event_stats(),
+            fetches=self._fetches.fetches,
         )
 
 
@@ -158,7 +164,7 @@ class CoordinatorServer:
         # Checked at once, so that nodes of the catalogue that answer are members before the first client asks.
         self._detector.check()
         service = pb.DESCRIPTOR.services_by_name["Coordinator"].full_name
-        canary_service = CanaryService(canaries, access)
+        canary_service, fetches = CanaryService(canaries, access), FetchLog(access)
         keys = None if access.is_open else SubscriberKeys(access)
         try:
             self._publisher = None if hub is None else _publisher(hub, coordinator, events, keys)
@@ -166,11 +172,17 @@ class CoordinatorServer:
             self._probe.close()
             raise
         event_stats: Callable[[], dict[str, int]] = dict if self._publisher is None else self._publisher.stats
+
+        def forget(tenant: str) -> None:
+            canary_service.forget_tenant(tenant)
+            fetches.forget(tenant)
+
         handlers = (
-            CoordinatorService(coordinator, canaries, self._probe, access, event_stats).handlers()
+            CoordinatorService(coordinator, canaries, self._probe, fetches, access, event_stats).handlers()
+            | fetches.handlers()
             | EventService(self._publisher, keys, access).handlers()
             | PredictService(coordinator, self._probe.stub, access).handlers()
-            | DirectiveService(coordinator, canary_service.forget_tenant, access).handlers()
+            | DirectiveService(coordinator, forget, access).handlers()
             | CalibrationService(calibrations).handlers()
             | canary_service.handlers()
         )

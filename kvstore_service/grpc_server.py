@@ -27,6 +27,7 @@ from kvstore_service.identity.guard import Guard
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error
 from kvstore_service.request_fields import require_few_fields
+from kvstore_service.request_log import RequestLog
 from kvstore_service.stalled_streams import StalledStreams
 from kvstore_service.tls import ServerTls
 from kvstore_service.unsent_answers import UnsentAnswers
@@ -107,7 +108,7 @@ class GrpcServer:
         limits = [_StreamLimits(self._stalled, access), _RequestLimits(large or LargeRequests())]
         self._server = grpc.server(
             self._pool,
-            interceptors=[*guards, *limits],
+            interceptors=[*guards, *limits, RequestLog()],
             options=_OPTIONS,
             maximum_concurrent_rpcs=MAX_CALLS,
         )

@@ -33,6 +33,7 @@ from kvstore_service.large_requests import LargeRequests
 from kvstore_service.list_cursors import ListCursors
 from kvstore_service.listen import Address
 from kvstore_service.lookup_reply import lookup_reply
+from kvstore_service.observability.process_logs import logs
 from kvstore_service.tls import ServerTls
 from kvstore_service.tracing import NodeTracing, traceparent_of
 from kvstore_service.verifications import Verifications
@@ -97,6 +98,7 @@ class StorageService:
             ),
             "Stats": unary(self.stats, pb.StatsRequest),
             "Usage": unary(self.usage, pb.UsageRequest),
+            "Logs": unary(logs, pb.LogsRequest),
             "Throttle": unary(self.throttle, pb.ThrottleRequest),
         }
 

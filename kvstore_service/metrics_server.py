@@ -1,5 +1,7 @@
-"""The HTTP server of a cluster's metrics."""
+"""The HTTP server of a cluster's metrics and status page."""
 
+import base64
+import binascii
 import logging
 import socket
 import ssl
@@ -20,6 +22,7 @@ from kvstore_service.identity import Access
 from kvstore_service.identity.access import bearer_token
 from kvstore_service.identity.verbs import METRICS
 from kvstore_service.listen import Address, address_error, network_of
+from kvstore_service.observability.status_page import PATHS, StartResponse, StatusPage
 from kvstore_service.security import INSECURE, Security
 from kvstore_service.strangers import Strangers
 from kvstore_service.tls import ServerTls
@@ -39,21 +42,25 @@ MAX_SCRAPES = 8
 _RETRY_ACCEPT_S = 0.1
 _NAMES = "kvstore.certificate_names"
 
-StartResponse = Callable[[str, list[tuple[str, str]]], object]
+_REALM = "kvstore: any name, and a token as the password"
+
 App = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 
 
 @contextmanager
-def metrics_endpoint(address: Address, security: Security = INSECURE) -> Iterator[CollectorRegistry]:
-    """Serves the metrics of the yielded registry over HTTP at /metrics, to operators of every tenant if the cluster has
-    credentials. Raises AddressInUseError and ConfigurationError."""
+def metrics_endpoint(
+    address: Address, security: Security = INSECURE, page: StatusPage | None = None
+) -> Iterator[CollectorRegistry]:
+    """Serves the metrics of the yielded registry over HTTP at /metrics, and with a `page` that page at / and its data
+    at /status.json. If the cluster has credentials, only to callers that may read metrics. Raises AddressInUseError and
+    ConfigurationError."""
     registry, access = CollectorRegistry(), security.access()
     tls = security.server_tls()
     try:
         server = _Server(address, tls)
     except OSError as error:
         raise address_error(address, error.strerror or str(error)) from error
-    app = _few_at_once(make_wsgi_app(registry))
+    app = _few_at_once(_with_page(make_wsgi_app(registry), page))
     server.set_app(app if access.is_open else _guarded(app, access))
     thread = threading.Thread(target=server.serve_forever, name="kvstore-metrics", daemon=True)
     access.start()
@@ -222,19 +229,45 @@ def _few_at_once(app: App) -> App:
     return serve
 
 
+def _with_page(metrics: App, page: StatusPage | None) -> App:
+    """The application of the metrics, which stay at every other path, and the page."""
+
+    def serve(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        is_page = page is not None and environ.get("PATH_INFO") in ("", *PATHS)
+        return (
+            page(environ, start_response)
+            if page is not None and is_page
+            else metrics(environ, start_response)
+        )
+
+    return serve
+
+
+def _token(authorization: str) -> str | None:
+    """The token of a request: a bearer token, or the password of a browser that was asked for name and password."""
+    kind, _, encoded = authorization.partition(" ")
+    if kind.lower() != "basic":
+        return bearer_token([("authorization", authorization)])
+    try:
+        return base64.b64decode(encoded, validate=True).decode().partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return ""
+
+
 def _guarded(app: App, access: Access) -> App:
     """The application, for callers that may read metrics."""
 
     def serve(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         try:
-            token = bearer_token([("authorization", environ.get("HTTP_AUTHORIZATION", ""))])
+            token = _token(environ.get("HTTP_AUTHORIZATION", ""))
             caller = access.of_certificate(environ[_NAMES]) if token is None else access.of_token(token)
             METRICS.require(caller)
         except RequestError as error:
             unknown = isinstance(error, UnauthenticatedError)
             status = "401 Unauthorized" if unknown else "403 Forbidden"
             headers = [("Content-Type", "text/plain; charset=utf-8")]
-            start_response(status, [*headers, ("WWW-Authenticate", "Bearer")] if unknown else headers)
+            asked = [("WWW-Authenticate", "Bearer"), ("WWW-Authenticate", f'Basic realm="{_REALM}"')]
+            start_response(status, [*headers, *asked] if unknown else headers)
             return [f"{error}\n".encode()]
         return app(environ, start_response)
 

@@ -23,6 +23,7 @@ from pydantic.fields import FieldInfo
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_api.environment import FORMER_DURABILITY, under_new_name, without_service_links
+from kvstore_client.logs import LogFormat, LogLevel
 from kvstore_client.otlp import check_endpoint
 from kvstore_cluster.arena import DEFAULT_BLOCK_BYTES
 from kvstore_cluster.eviction import DEFAULT_POLICY, POLICIES
@@ -121,6 +122,13 @@ class Settings(BaseModel):
         None,
         "Collector of OpenTelemetry traces of the nodes, grpc://host:4317 or http://host:4318.",
         unset="no traces",
+    )
+    log_format: LogFormat = _setting(
+        LogFormat.TEXT,
+        "How log lines of all processes are written to stderr: text, or json, one object a line.",
+    )
+    log_level: LogLevel = _setting(
+        LogLevel.WARNING, "Least important log lines that are written: debug, info, warning or error."
     )
     metrics_tenants: int = _setting(
         0,

@@ -18,10 +18,12 @@ from kvstore_client.contiguous.summary_store import SummaryStore
 from kvstore_client.fetch import ChunkFeatures, Computing, Destination, Fetch
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.fetch.restore import Restorer
+from kvstore_client.fetch.summaries import FetchReports
 from kvstore_client.fork import GATE, renew_in_children
 from kvstore_client.frames import FrameRead
 from kvstore_client.frames.reader import FrameReader
 from kvstore_client.grpc_failure import unreachable
+from kvstore_client.logs import install_once
 from kvstore_client.lookup import find_prefix, find_segments, release
 from kvstore_client.match import Match
 from kvstore_client.metrics import ClientMetrics
@@ -99,6 +101,8 @@ class KVStoreClient:
     def __init__(self, settings: ClientSettings, restorer: type[Restorer] = Restorer) -> None:
         """`restorer` restores fetched chunks; benchmarks pass another one to measure a different order of stages."""
         self.settings = settings
+        if settings.log_format is not None:
+            install_once(settings.log_format, settings.log_level)
         self._restorer = restorer
         self.links = Links()
         """Recent throughput of each node's endpoint."""
@@ -117,6 +121,7 @@ class KVStoreClient:
         self._view = ClusterView(settings, self.metrics, self.links.keep)
         self._frames = FrameReader(self._view, settings, self.metrics, self.links)
         self._scores = ScoreReports(self._view, settings.store.tenant)
+        self._fetch_reports = FetchReports(self._view)
         self.calibrations = Calibrations(self._view, settings, self.metrics)
         """Calibrations of KV codecs, by digest."""
         self.ready_calibrations = ReadyCalibrations(self.calibrations, settings, self.metrics)
@@ -286,6 +291,7 @@ class KVStoreClient:
             windows=windows,
             restorer=self._restorer,
             on_finish=None if own is None else lambda: self.tracing.export(own, "kvstore.fetch", {}),
+            fetch_reports=self._fetch_reports,
         )
 
     def read_frames(
@@ -380,6 +386,7 @@ class KVStoreClient:
         if not peek:
             exact = sum(chunk.exact for chunk in match.chunks)
             self.metrics.matched(exact=exact, approximate=len(match.chunks) - exact, tokens=match.tokens)
+        log.debug("a lookup found %d of %d chunks", len(match.chunks), len(chunks))
         return match
 
     def _unreachable(self, error: NodeUnavailableError) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from kvstore_client.file_stamp import stamp_of
+from kvstore_client.request_id import METADATA_KEY, current_request_id
 from kvstore_client.settings import SecuritySettings
 from kvstore_client.settings.security import plain_token
 from kvstore_codec.errors import ConfigurationError
@@ -84,7 +85,7 @@ class Connector:
             )
             channel = grpc.secure_channel(address, credentials, [*options, *named])
         has_token = self._settings.token_file is not None or self._loaded.token
-        return grpc.intercept_channel(channel, _Bearer(self.token)) if has_token else channel
+        return grpc.intercept_channel(channel, _Metadata(self.token if has_token else None))
 
     def _current(self) -> _Loaded:
         if (
@@ -121,19 +122,23 @@ class _Details(NamedTuple):
     credentials: grpc.CallCredentials | None
 
 
-class _Bearer(
+class _Metadata(
     grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]  # grpc is not typed
     grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
     grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
     grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
 ):
-    """Adds the token to the metadata of each call."""
+    """Adds the token, if there is one, and the id of the request to the metadata of each call."""
 
-    def __init__(self, token: Callable[[], str]) -> None:
+    def __init__(self, token: Callable[[], str] | None) -> None:
         self._token = token
 
     def _pass(self, call_on: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
-        metadata = [*(details.metadata or ()), ("authorization", f"Bearer {self._token()}")]
+        metadata = list(details.metadata or ())
+        if self._token is not None:
+            metadata.append(("authorization", f"Bearer {self._token()}"))
+        if request_id := current_request_id():
+            metadata.append((METADATA_KEY, request_id))
         return call_on(_Details(details.method, details.timeout, metadata, details.credentials), request)
 
     intercept_unary_unary = intercept_unary_stream = _pass

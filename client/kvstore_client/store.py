@@ -23,6 +23,7 @@ from kvstore_client.owner_write import OutgoingChunk, keep_as
 from kvstore_client.planning import Links
 from kvstore_client.ready_calibrations import ReadyCalibrations
 from kvstore_client.replicated_write import ReplicatedWrite
+from kvstore_client.request_id import in_request
 from kvstore_client.settings import ClientSettings
 from kvstore_client.texts import TextPlaces
 from kvstore_client.threads import run_apart
@@ -199,7 +200,7 @@ class Store:
             self._worker = worker
             # Children of multiprocessing exit without running atexit handlers.
             self._finalizer = multiprocessing.util.Finalize(None, self.close, exitpriority=0)
-        self._jobs.put(job)
+        self._jobs.put(in_request(job))
 
     def _barrier(self) -> "Future[None]":
         """A future that is done when the worker reaches this point of the queue. It is never done behind the end mark
@@ -329,6 +330,7 @@ class Store:
                 if outcome.copies < replicas:
                     sparse.add(number)
         self._metrics.under_replicated(len(sparse))
+        log.debug("%d of %d chunks were stored", len(stored), len(new.chunks))
         return len(stored)
 
     def _encode_and_send(

@@ -11,6 +11,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 from kvstore_client.processors import leave_engines_processor
+from kvstore_client.request_id import in_request
 
 Result = TypeVar("Result")
 
@@ -60,7 +61,7 @@ def run_apart(name: str, compute: Callable[[], Result]) -> Result:
         leave_engines_processor()
         run()
 
-    thread = threading.Thread(target=run_elsewhere, name=name, daemon=True)
+    thread = threading.Thread(target=in_request(run_elsewhere), name=name, daemon=True)
     try:
         thread.start()
     except RuntimeError:  # the process has no thread left, or the interpreter is exiting

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from kvstore_client.request_id import current_request_id
 from kvstore_client.spans import Fact, Mark, Span, Stage
 from kvstore_client.trace import chrome_trace
 
@@ -17,6 +18,8 @@ class Timeline:
 
     def __init__(self) -> None:
         self._origin = time.perf_counter()
+        self.request_id = current_request_id()
+        """The request that it is of. Empty: none was begun."""
         self._spans: list[tuple[Stage, float, float, str, int | None, str | None]] = []
         self._marks: list[tuple[str, float, str, dict[str, Fact]]] = []
 

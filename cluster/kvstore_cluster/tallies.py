@@ -3,8 +3,9 @@ each tenant asks for. Their labels have few values, so that monitoring may keep 
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 from kvstore_codec.encoding import Encoding
@@ -117,6 +118,13 @@ class Tallies:
         self._hits[tenant] += hits
         self._hit_tokens[tenant] += hit_tokens
 
+    def forget(self, concerns: Callable[[str], bool]) -> None:
+        """Drops what these tenants have asked for."""
+        for tenant in [tenant for tenant in self._known if concerns(tenant)]:
+            self._known.remove(tenant)
+            for counts in (self._requested, self._hits, self._hit_tokens):
+                counts.pop(tenant, None)
+
     @property
     def stored_bytes(self) -> dict[tuple[Tier, str], int]:
         """Bytes in each tier, by tier and family of encodings."""
@@ -147,6 +155,7 @@ class Tallies:
             yield from _labelled(name, (((tenant,), n) for tenant, n in counts.items()))
 
 
+@lru_cache(maxsize=1024)
 def family(encoding: str) -> str:
     """The family of the encoding with this name."""
     return Encoding.parse(encoding).family

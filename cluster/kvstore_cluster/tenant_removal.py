@@ -59,6 +59,7 @@ class TenantRemoval:
 
         with catalog.lock:
             self._intake.forget(applied.merged(order), concerns)
+            catalog.tallies.forget(concerns)
             sequence = catalog.store.newest_sequence if catalog.store is not None else 0
             end = catalog.index.slots
         removed = self._remove_chunks(end, concerns)

@@ -20,10 +20,12 @@ from kvstore_service.cli.pin import pin, unpin
 from kvstore_service.cli.predict import predict
 from kvstore_service.cli.quota import quota
 from kvstore_service.cli.repair import repair
+from kvstore_service.cli.report import report
 from kvstore_service.cli.serve import serve
 from kvstore_service.cli.status import status
 from kvstore_service.cli.tenants import tenants
 from kvstore_service.cli.throttle import throttle
+from kvstore_service.cli.top import top
 from kvstore_service.cli.verify import verify
 from kvstore_service.signals import StopSignals, end_by
 
@@ -33,7 +35,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_SERVICE = (serve, status, ls, pin, unpin, evict, quota, drain, repair, verify, throttle, predict, events)
+_SERVICE = (
+    serve, status, ls, pin, unpin, evict, quota, drain, repair, verify, throttle, predict, events, top, report,
+)  # fmt: skip
 for command in (*_SERVICE, calibrations, doctor, calibrate):
     app.command()(command)
 app.add_typer(models, name="models")

@@ -1,6 +1,7 @@
 """`kvstore serve`."""
 
 import signal
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
@@ -36,16 +37,20 @@ def serve(
     # No handler, because it would interrupt Ray's calls.
     stopping = signals.block()
 
+    from kvstore_client.logs import install
     from kvstore_service.embedded import EmbeddedCluster
     from kvstore_service.listen import Address
     from kvstore_service.metrics import ClusterCollector
     from kvstore_service.metrics_server import metrics_endpoint
+    from kvstore_service.observability.status_page import StatusPage
 
     cluster = EmbeddedCluster(settings)
     with ExitStack() as running:
+        running.callback(install(settings.log_format, settings.log_level, "serve"))
         if settings.metrics_port is not None:
             where = Address(Address.parse(settings.listen).host, settings.metrics_port)
-            registry = running.enter_context(metrics_endpoint(where, cluster.security))
+            page = StatusPage()
+            registry = running.enter_context(metrics_endpoint(where, cluster.security, page))
         if signal.sigpending() & stopping:
             return
         try:
@@ -59,6 +64,11 @@ def serve(
             return
         if settings.metrics_port is not None:
             registry.register(ClusterCollector(cluster.stats, tenants=settings.metrics_tenants))
+            page.start(cluster.address, cluster.stats, cluster.models)
+            running.callback(page.stop)
+        follower = cluster.log_follower(sys.stderr)
+        follower.start()
+        running.callback(follower.stop)
         typer.echo(
             f"kvstore is ready at {cluster.address}: {cluster.size} x {settings.memory.human_readable()}"
             + (f" and {settings.disk.human_readable()} of disk" if settings.disk else "")

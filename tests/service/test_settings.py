@@ -160,6 +160,9 @@ VALUES = {
     "metrics_port": "9100",
     "events": "127.0.0.1:5557",
     "otlp_endpoint": "grpc://127.0.0.1:4317",
+    "metrics_tenants": "5",
+    "log_format": "json",
+    "log_level": "debug",
     "experiments": "true",
 }
 _TLS = ["tls_cert", "tls_key"]

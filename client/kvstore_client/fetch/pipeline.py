@@ -20,11 +20,13 @@ from kvstore_client.fetch.receive import Receiver
 from kvstore_client.fetch.replanner import Computing, Replanner
 from kvstore_client.fetch.report import FetchReport
 from kvstore_client.fetch.restore import Restorer
+from kvstore_client.fetch.summaries import FetchReports
 from kvstore_client.lookup import release
 from kvstore_client.match import Match
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Links, Planner
+from kvstore_client.request_id import in_request
 from kvstore_client.settings import ClientSettings, FetchPolicy
 from kvstore_client.threads import single_threaded
 from kvstore_client.timeline import Timeline
@@ -76,6 +78,7 @@ class Fetch:
         windows: Sequence[int | None] = (),
         restorer: type[Restorer] = Restorer,
         on_finish: Callable[[], object] | None = None,
+        fetch_reports: FetchReports | None = None,
     ) -> None:
         """Without a `planner` every chunk is read in its first variant. Frames entirely inside one of the `computed`
         ranges of positions, or outside the `windows` of all computed tokens, are not read, and count as delivered.
@@ -92,6 +95,7 @@ class Fetch:
         self._view = view
         self._metrics = metrics
         self._on_finish = on_finish
+        self._fetch_reports = fetch_reports or FetchReports(view)
         self._timeline = timeline
         self._began_s = timeline.now_s()
         self._finishing = threading.Lock()
@@ -242,6 +246,16 @@ class Fetch:
         self._judge_owners(report)
         if self._on_finish is not None:
             self._on_finish()
+        predicted_s = None if replanner is None else replanner.predicted_fetch_s
+        self._fetch_reports.add(report, self._timeline, took_s, predicted_s)
+        log.debug(
+            "a fetch of %d chunks delivered %d in %.3f s: %d bytes, %d chunks were left to the engine",
+            report.chunks,
+            report.fetched,
+            took_s,
+            report.received_bytes,
+            report.computed,
+        )
         return report
 
     def _judge_owners(self, report: FetchReport) -> None:
@@ -274,4 +288,4 @@ class Fetch:
                 log.exception("the %s stage of a fetch failed", stage)
                 self._fetch_state.end(MissReason.INTERNAL_ERROR)
 
-        return threading.Thread(target=run, name=f"kvstore-{stage}", daemon=True)
+        return threading.Thread(target=in_request(run), name=f"kvstore-{stage}", daemon=True)

@@ -15,6 +15,7 @@ from kvstore_client.client import KVStoreClient
 from kvstore_client.match import Match
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Costs
+from kvstore_client.request_id import request_scope
 from kvstore_client.reuse.blend import SegmentReuse
 from kvstore_client.reuse.call import EngineCall
 from kvstore_client.reuse.engine import Engine
@@ -64,7 +65,10 @@ class ReuseSession:
         """Look up the prompt's stored KV and start to fetch it. Computes no KV of the prompt. Waits for the lookup, up
         to `timeouts.lookup_s`, and for a comparison of the model with its canary; these waits of all calls together
         take up to `timeouts.canary_s`. Raises InvalidTokensError for segments that do not sum to the prompt."""
-        timeline = self._client.tracing.timeline()
+        with request_scope():
+            return self._begin(call, self._client.tracing.timeline())
+
+    def _begin(self, call: EngineCall, timeline: Timeline) -> PendingGeneration:
         reason = call.bypass_reason()
         if reason is not None:
             return BypassedGeneration(call, reason, timeline)
@@ -154,6 +158,10 @@ class ReuseSession:
         return states
 
     def _complete(self, pending: PendingGeneration) -> Any:
+        with request_scope(pending.timeline.request_id):
+            return self._completed(pending)
+
+    def _completed(self, pending: PendingGeneration) -> Any:
         metrics = self._client.metrics
         if isinstance(pending, BypassedGeneration):
             metrics.missed(MissReason.of_bypass(pending.reason))

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from kvstore_api.address import DEFAULT_ADDRESS
 from kvstore_client.cache_dir import default_cache_dir, expanded
+from kvstore_client.logs import LogFormat, LogLevel
 from kvstore_client.settings.encodings import EncodingSettings
 from kvstore_client.settings.environment import PREFIX, from_environment
 from kvstore_client.settings.fetch import FetchSettings
@@ -44,6 +45,13 @@ class ClientSettings(SettingsGroup):
     """Folder for files that are kept between runs: calibrations, measured profiles and losses. Several processes may
     share it. If it cannot be written, these files are made or downloaded again in every run; nothing else changes.
     Default: `$XDG_CACHE_HOME/kvstore`, else `~/.cache/kvstore`."""
+
+    log_format: LogFormat | None = None
+    """How the log lines of the first client in a process are written to stderr: `text` or `json`, one object a line.
+    Without it they go where the engine's go."""
+
+    log_level: LogLevel = LogLevel.INFO
+    """The least important lines that `log_format` writes: `debug`, `info`, `warning` or `error`."""
 
     timeouts: Timeouts = Field(default_factory=Timeouts)
     encodings: EncodingSettings = Field(default_factory=EncodingSettings)

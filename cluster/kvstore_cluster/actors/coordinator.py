@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from kvstore_api.placement import Member, Membership
-from kvstore_cluster.actors.endpoint import Endpoint
+from kvstore_cluster.actors.endpoint import Endpoint, do_nothing
 from kvstore_cluster.calibrations import CalibrationRegistry, RedisMirror
 from kvstore_cluster.canaries import CanaryRegistry, RedisCanaryMirror
 from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
@@ -44,7 +44,10 @@ class CoordinatorActor:
         redis_url: str | None = None,
         isolated: bool = False,
         events: bool = False,
+        prepare: Callable[[], object] = do_nothing,
     ) -> None:
+        """`prepare` is called before everything else."""
+        prepare()
         folder, canary_folder = data_dir / "calibrations", data_dir / "canaries"
         if redis_url is None:
             self._catalogue: FileCatalogue | RedisCatalogue = FileCatalogue(data_dir)

@@ -16,3 +16,7 @@ class NodeEndpoint(Endpoint, Protocol):
     """The servers of a storage node. `bulk_address` is the host:port of its bulk server."""
 
     bulk_address: str
+
+
+def do_nothing() -> None:
+    """The default of what prepares an actor's process."""

@@ -10,7 +10,7 @@ import ray
 import ray.exceptions
 
 from kvstore_api.placement import Member
-from kvstore_cluster.actors.endpoint import NodeEndpoint
+from kvstore_cluster.actors.endpoint import NodeEndpoint, do_nothing
 from kvstore_cluster.arena import Arena
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.disk import SegmentStore
@@ -50,7 +50,10 @@ class StorageActor:
         coordinator: str,
         serve: Callable[[StorageNode, RepairWorker], NodeEndpoint],
         peers: Callable[[StorageNode], PeerNodes],
+        prepare: Callable[[], object] = do_nothing,
     ) -> None:
+        """`prepare` is called before everything else."""
+        prepare()
         arena = Arena(options.memory_bytes)
         self._node = _open_node(node_id, arena, options)
         self._repair = RepairWorker(

@@ -198,11 +198,13 @@ STORAGE_CALLS: dict[str, Call] = {
     ),
     "Usage": _answers(_storage("Usage", lambda _: pb.UsageRequest()), lambda reply: reply.tenants),
     "Stats": _answers(_storage("Stats", lambda _: pb.StatsRequest())),
+    "Logs": _answers(_storage("Logs", lambda _: pb.LogsRequest())),
     "Throttle": _answers(_storage("Throttle", lambda _: pb.ThrottleRequest(bandwidth_bps=1e9))),
 }
 COORDINATOR_CALLS: dict[str, Call] = {
     "Membership": _answers(_coordinator("Membership", lambda _: pb.MembershipRequest())),
     "ClusterStats": _answers(_coordinator("ClusterStats", lambda _: pb.ClusterStatsRequest())),
+    "Logs": _answers(_coordinator("Logs", lambda _: pb.LogsRequest())),
     "PutCalibration": _answers(_coordinator("PutCalibration", lambda _: iter(()))),
     "GetCalibration": _answers(
         _coordinator("GetCalibration", lambda _: pb.GetCalibrationRequest(digest=bytes(32))), list
@@ -216,6 +218,7 @@ COORDINATOR_CALLS: dict[str, Call] = {
         _canary("PutCanary", OTHER, sketch=sketch(2, OTHER)), lambda reply: reply.sketch == sketch(1, OTHER)
     ),
     "ReportRefusal": _answers(_canary("ReportRefusal", message="differs")),
+    "ReportFetch": _answers(_coordinator("ReportFetch", lambda s: pb.ReportFetchRequest(tenant=s.tenant))),
     "ListModels": _answers(
         _coordinator("ListModels", lambda _: pb.ListModelsRequest()),
         lambda reply: any(model.tenant == OWNER for model in reply.models),

@@ -13,7 +13,8 @@ SHARED = {
     *(
         f"/kvstore.v1.Coordinator/{name}"
         for name in (
-            "Events", "Membership", "GetCalibration", "FindCalibration", "ListCalibrations", "ReportRefusal"
+            "Events", "Membership", "GetCalibration", "FindCalibration", "ListCalibrations", "ReportRefusal",
+            "ReportFetch",
         )
     ),
 }  # fmt: skip

@@ -37,12 +37,13 @@ def test_a_worker_may_not_operate_and_a_node_may_only_copy() -> None:
     assert not may[Scope.DATA] & operates
     assert operates <= may[Scope.ADMIN]
     assert may[Scope.NODE] == {
-        "Lookup", "Put", "Stats", "Membership", "ClusterStats", *of_everybody
+        "Lookup", "Put", "Stats", "Logs", "Membership", "ClusterStats", "ListModels", "ListCalibrations",
+        *of_everybody,
     }  # fmt: skip
     assert may[Scope.METRICS] == {"Stats", "ClusterStats", *of_everybody}
 
 
 def test_what_concerns_every_tenant_needs_a_credential_for_every_tenant() -> None:
     assert {verb.name for verb in VERBS.values() if verb.every_tenant} == {
-        "Stats", "Throttle", "ClusterStats", "PutCalibration", "SetQuota", "Drain", "Repair"
+        "Stats", "Logs", "Throttle", "ClusterStats", "PutCalibration", "SetQuota", "Drain", "Repair"
     }  # fmt: skip

@@ -20,22 +20,34 @@ from kvstore_codec.identity import ChunkId
 from kvstore_service.bulk_server import serve_bulk
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.experiments import Experiments
-from kvstore_service.grpc_coordinator import serve_coordinator
+from kvstore_service.grpc_coordinator import CoordinatorServer, serve_coordinator
 from kvstore_service.grpc_storage import serve_storage
 from kvstore_service.listen import Address
 from kvstore_service.metrics import ClusterCollector
 from kvstore_service.peer_nodes import GrpcPeers
 from tests.client.chunks import SPEC, random_kv
+from tests.cluster.disk.test_faults import Faults
 
 HOST = "127.0.0.1"
 _TICK_S = 0.1
 
 
 class WatchedNode:
-    """A storage node with its disk, its servers and its background threads."""
+    """A storage node with its disk, if it has one, its servers and its background threads."""
 
     def __init__(self, node_id: str, folder: Path, memory_bytes: int, disk_bytes: int) -> None:
-        self.store = SlowStore(folder / node_id, disk_bytes, segment_bytes=4 << 20)
+        self.faults = Faults()
+        self.store = (
+            SlowStore(
+                folder / node_id,
+                disk_bytes,
+                segment_bytes=4 << 20,
+                sync_period_s=0.1,
+                open_file=self.faults.open_file,
+            )
+            if disk_bytes
+            else None
+        )
         arena = Arena(memory_bytes, 4 << 10)
         self.node = SlowNode(node_id, arena, store=self.store)
         self.repair = RepairWorker(self.node, GrpcPeers(self.node), bytes_per_s=1e9)
@@ -62,6 +74,7 @@ class WatchedNode:
             server.stop(0)
 
     def close(self) -> None:
+        self.faults.syncing = self.faults.writing = self.faults.reading = None
         self.experiments.end()
         self.stop_serving()
         self.repair.stop()
@@ -71,8 +84,9 @@ class WatchedNode:
 
 
 class WatchedCluster:
-    def __init__(self, coordinator: Coordinator, nodes: list[WatchedNode], address: str) -> None:
-        self.coordinator, self.nodes, self.address = coordinator, nodes, address
+    def __init__(self, coordinator: Coordinator, nodes: list[WatchedNode], server: CoordinatorServer) -> None:
+        self.coordinator, self.nodes, self.server = coordinator, nodes, server
+        self.address = server.address
         self.collector = ClusterCollector(lambda: cluster_stats(self.address), tenants=2)
 
     def tell(self) -> None:
@@ -96,6 +110,7 @@ def watched_cluster(
     disk_bytes: int = 32 << 20,
     replicas: int = 2,
 ) -> Iterator[WatchedCluster]:
+    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as running:
         catalogue = FileCatalogue(folder)
         running.callback(catalogue.close)
@@ -113,7 +128,7 @@ def watched_cluster(
             address=Address(HOST, 0),
         )
         running.callback(server.stop, 0)
-        cluster = WatchedCluster(coordinator, watched, server.address)
+        cluster = WatchedCluster(coordinator, watched, server)
         cluster.tell()
         ended = threading.Event()
 

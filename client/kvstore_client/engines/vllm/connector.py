@@ -29,6 +29,7 @@ from kvstore_client.engines.vllm.stats import SCHEDULER, WORKER, ReuseStats, Sta
 from kvstore_client.engines.vllm.versions import supported_version
 from kvstore_client.engines.vllm.worker import WorkerHalf
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.request_id import request_scope
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,8 @@ class KVStoreConnector(KVConnectorBase_V1):  # type: ignore[misc]  # vLLM has no
         is_probe = False
         if self._guarded(is_probe, self._probes.watch, request):
             return nothing
-        return self._guarded(nothing, self._scheduler.matched_tokens, request, num_computed_tokens)
+        with request_scope(request.request_id):
+            return self._guarded(nothing, self._scheduler.matched_tokens, request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if self._scheduler is not None and num_external_tokens:

@@ -19,6 +19,7 @@ from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Costs, Profile, Race
 from kvstore_client.planning.leading import UNKNOWN_PREFILL
 from kvstore_client.processors import leave_engines_processor
+from kvstore_client.request_id import request_scope
 from kvstore_client.settings import FetchPolicy
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
@@ -190,6 +191,10 @@ class Loads:
 
     def _begin(self, load: _Load) -> None:
         """In a thread of the pool."""
+        with request_scope(load.request.request_id):
+            self._begin_named(load)
+
+    def _begin_named(self, load: _Load) -> None:
         if not load.begun.set_running_or_notify_cancel():
             return
         try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from kvstore_client.match import Match
 from kvstore_client.planning.leading import Offer
+from kvstore_client.request_id import in_request
 from kvstore_codec.identity import ChunkId
 
 
@@ -73,7 +74,7 @@ class Lookups:
                 return None
             self._waiting += 1
         try:
-            found = self._threads.submit(self._peek, tuple(chunk_ids))
+            found = self._threads.submit(in_request(self._peek), tuple(chunk_ids))
         except RuntimeError:  # closed, or no thread left in this process
             self._ended()
             return None

@@ -69,6 +69,7 @@ class SaveRequest:
     events: tuple[BlockStored, ...] = ()
     """What is published when the chunks that are saved are stored, one event for each; empty where nobody wants it."""
     adapter: AdapterUse | None = None
+    request_id: str = ""
 
     @property
     def chunks(self) -> int:

@@ -12,6 +12,7 @@ from kvstore_client.engines.vllm.events import EventQueue
 from kvstore_client.engines.vllm.metadata import SaveRequest
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.new_chunk import NewChunk
+from kvstore_client.request_id import request_scope
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
 
@@ -46,7 +47,8 @@ class Saves:
         for begin in range(0, request.chunks, _MOST_CHUNKS):
             end = min(begin + _MOST_CHUNKS, request.chunks)
             block_ids = request.block_ids[begin * blocks_per_chunk : end * blocks_per_chunk]
-            self._save(request, request.first_chunk + begin, request.first_chunk + end, block_ids)
+            with request_scope(request.request_id):
+                self._save(request, request.first_chunk + begin, request.first_chunk + end, block_ids)
 
     def _save(self, request: SaveRequest, first: int, end: int, block_ids: tuple[int, ...]) -> None:
         tokens, client = (end - first) * CHUNK_TOKENS, self._client

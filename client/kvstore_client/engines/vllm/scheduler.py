@@ -372,6 +372,7 @@ class SchedulerHalf:
             self._tokens(tracked, first, len(ids)),
             stored_events(tracked.text.request, chunks, self._block_tokens),
             tracked.adapter,
+            tracked.text.request.request_id,
         )
 
     def _tokens(self, tracked: TrackedRequest | None, first_chunk: int, end_chunk: int) -> tuple[int, ...]:
