@@ -4,7 +4,8 @@
 from dataclasses import dataclass
 
 from kvstore_api import frames
-from kvstore_cluster import coordinator, forgotten, leases, listing, names
+from kvstore_client import logs
+from kvstore_cluster import coordinator, forgotten, leases, listing, names, tallies
 from kvstore_cluster.canaries import refusals, registry
 from kvstore_cluster.index import MAX_CHUNK_BYTES
 from kvstore_service import (
@@ -19,6 +20,7 @@ from kvstore_service import (
 )
 from kvstore_service.bulk_server import server as bulk
 from kvstore_service.identity import credential, document
+from kvstore_service.observability import fetch_log
 
 GRPC, BULK, METRICS, CLUSTER = "gRPC", "bulk", "metrics", "cluster"
 
@@ -141,6 +143,11 @@ LIMITS: tuple[Limit, ...] = (
         CLUSTER, "models with refusals", refusals.MAX_MODELS, "one of the tenant with the most is forgotten"
     ),
     Limit(CLUSTER, "refusing workers of a model", refusals.MAX_OF_A_MODEL, "the oldest is forgotten"),
+    Limit(
+        CLUSTER, "fetches that workers report", fetch_log.MOST_FETCHES, "the tenant with the most loses one"
+    ),
+    Limit(CLUSTER, "tenants that a node counts one by one", tallies.MOST_TENANTS, "the others are added up"),
+    Limit(CLUSTER, "log lines that a process keeps", logs.MOST_RECENT, "the oldest is forgotten"),
 )
 
 
