@@ -1,9 +1,11 @@
 """Faults of a cluster: for each alert about nodes, what really makes it fire."""
 
 import errno
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import pytest
 
 from kvstore_cluster.durability import Durability
 from kvstore_cluster.put import PutOptions
@@ -14,7 +16,6 @@ from tests.service.observability.watched import WatchedCluster, WatchedNode
 
 CHUNK_FRAME_BYTES = 40_000
 """A few of such chunks fill a node."""
-_NO_DISK = {"disk_bytes": 0}
 
 
 def store(
@@ -32,21 +33,6 @@ def store(
     return True
 
 
-def chunks(count: int) -> Iterator[SampleChunk]:
-    return (sample_chunk(number, frame_bytes=CHUNK_FRAME_BYTES) for number in range(count))
-
-
-def fill_with_pinned(cluster: WatchedCluster, watched: WatchedNode) -> None:
-    """Nothing more fits into the node."""
-    for number in range(100, 200):
-        chunk = sample_chunk(number, frame_bytes=CHUNK_FRAME_BYTES)
-        cluster.coordinator.pin([chunk.chunk_id])
-        watched.node.set_pins({"": cluster.coordinator.pins()})
-        if not store(watched, chunk):
-            return
-    raise AssertionError("everything fitted")
-
-
 def stop_coordinator(cluster: WatchedCluster) -> None:
     cluster.server.stop(0)
 
@@ -55,29 +41,9 @@ def stop_node(cluster: WatchedCluster) -> None:
     cluster.nodes[0].stop_serving()
 
 
-def fail_to_sync(cluster: WatchedCluster) -> None:
-    cluster.nodes[0].faults.syncing = errno.EIO
-    assert not store(cluster.nodes[0], sample_chunk(1), durability=Durability.DURABLE)
-
-
-def fill_file_system(cluster: WatchedCluster) -> None:
-    cluster.nodes[0].faults.writing = errno.ENOSPC
-    assert store(cluster.nodes[0], sample_chunk(1)), "it stays in memory"
-
-
-def fail_to_read(cluster: WatchedCluster) -> None:
-    (watched,) = cluster.nodes
-    chunk = sample_chunk(1)
-    assert store(watched, chunk)
-    watched.node.limit_disk(1e9)  # the chunk leaves memory
-    watched.faults.reading = errno.EIO
-    try:
-        with watched.node.open(chunk.chunk_id, chunk.encoding) as reader:
-            for _ in reader.pieces(0, 0, 1 << 20):
-                pass
-    except ChunkNotFoundError:
-        return
-    raise AssertionError("the chunk was read")
+def store_too_much(cluster: WatchedCluster) -> None:
+    for number in range(60):
+        assert store(cluster.nodes[1], sample_chunk(number, frame_bytes=CHUNK_FRAME_BYTES))
 
 
 def damage_memory(cluster: WatchedCluster) -> None:
@@ -89,58 +55,91 @@ def damage_memory(cluster: WatchedCluster) -> None:
     assert watched.node.verify(chunk.chunk_id, chunk.encoding)
 
 
-def fill_memory(cluster: WatchedCluster) -> None:
-    fill_with_pinned(cluster, cluster.nodes[0])
-
-
 def exceed_quota(cluster: WatchedCluster) -> None:
     cluster.coordinator.set_quota("small", 1 << 10)
     cluster.tell()
-    assert not store(cluster.nodes[0], sample_chunk(1), tenant="small")
+    assert not store(cluster.nodes[0], sample_chunk(2), tenant="small")
 
 
-def store_too_much(cluster: WatchedCluster) -> None:
-    for chunk in chunks(60):
-        assert store(cluster.nodes[0], chunk)
+def fail_to_read(cluster: WatchedCluster) -> None:
+    (watched,) = cluster.nodes
+    chunk = sample_chunk(3)
+    assert store(watched, chunk)
+    watched.node.limit_disk(1e9)  # the chunk leaves memory
+    watched.faults.reading = errno.EIO
+    try:
+        with (
+            pytest.raises(ChunkNotFoundError),
+            watched.node.open(chunk.chunk_id, chunk.encoding) as reader,
+        ):
+            for _ in reader.pieces(0, 0, 1 << 20):
+                pass
+    finally:
+        watched.faults.reading = None
+        watched.node.limit_disk(None)
+
+
+def fill_file_system(cluster: WatchedCluster) -> None:
+    cluster.nodes[0].faults.writing = errno.ENOSPC
+    assert store(cluster.nodes[0], sample_chunk(4)), "it stays in memory"
+    cluster.nodes[0].faults.writing = None
+
+
+def fail_to_sync(cluster: WatchedCluster) -> None:
+    cluster.nodes[0].faults.syncing = errno.EIO
+    assert not store(cluster.nodes[0], sample_chunk(5), durability=Durability.DURABLE)
+
+
+def fill_memory(cluster: WatchedCluster) -> None:
+    """Nothing more fits into the second node."""
+    watched = cluster.nodes[1]
+    for number in range(100, 200):
+        chunk = sample_chunk(number, frame_bytes=CHUNK_FRAME_BYTES)
+        cluster.coordinator.pin([chunk.chunk_id])
+        watched.node.set_pins({"": cluster.coordinator.pins()})
+        if not store(watched, chunk):
+            return
+    raise AssertionError("everything fitted")
 
 
 def lack_room_for_replicas(cluster: WatchedCluster) -> None:
-    first, second = cluster.nodes
-    fill_with_pinned(cluster, second)
-    assert store(first, sample_chunk(1, frame_bytes=CHUNK_FRAME_BYTES))
+    assert store(cluster.nodes[0], sample_chunk(1, frame_bytes=CHUNK_FRAME_BYTES))
     cluster.coordinator.repair()
 
 
 def drain_into_full_node(cluster: WatchedCluster) -> None:
-    lack_room_for_replicas(cluster)
     cluster.coordinator.drain("node-0")
 
 
 @dataclass(frozen=True)
-class Fault:
-    make: Callable[[WatchedCluster], None]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """How the cluster has to be made."""
-    also: frozenset[str] = frozenset()
-    """Further alerts that it causes."""
+class Scene:
+    """A cluster, and faults that are made in it one after the other, by the alert that each causes."""
+
+    options: Mapping[str, Any]
+    faults: Mapping[str, Callable[[WatchedCluster], None]]
 
 
-FAULTS: Mapping[str, Fault] = {
-    "KVStoreCoordinatorDown": Fault(stop_coordinator),
-    "KVStoreNodeDown": Fault(stop_node, {"nodes": 2}),
-    "KVStoreDiskFailed": Fault(fail_to_sync),
-    "KVStoreDiskRefusesChunks": Fault(fill_file_system, also=frozenset({"KVStoreDiskFailed"})),
-    "KVStoreDiskUnreadable": Fault(fail_to_read),
-    "KVStoreDamagedChunks": Fault(damage_memory),
-    "KVStoreMemoryRefusesChunks": Fault(fill_memory, _NO_DISK),
-    "KVStoreQuotaRefusesChunks": Fault(exceed_quota),
-    "KVStoreEvictsMuch": Fault(store_too_much, _NO_DISK),
-    "KVStoreReplicasMissing": Fault(
-        lack_room_for_replicas, {"nodes": 2} | _NO_DISK, frozenset({"KVStoreMemoryRefusesChunks"})
+SCENES = {
+    "coordinator": Scene({"nodes": 1}, {"KVStoreCoordinatorDown": stop_coordinator}),
+    "loss": Scene(
+        {"nodes": 2, "disk_bytes": 0}, {"KVStoreNodeDown": stop_node, "KVStoreEvictsMuch": store_too_much}
     ),
-    "KVStoreDrainStuck": Fault(
-        drain_into_full_node,
-        {"nodes": 2} | _NO_DISK,
-        frozenset({"KVStoreMemoryRefusesChunks", "KVStoreReplicasMissing"}),
+    "disk": Scene(
+        {"nodes": 1},
+        {
+            "KVStoreDamagedChunks": damage_memory,
+            "KVStoreQuotaRefusesChunks": exceed_quota,
+            "KVStoreDiskUnreadable": fail_to_read,
+            "KVStoreDiskRefusesChunks": fill_file_system,
+            "KVStoreDiskFailed": fail_to_sync,
+        },
+    ),
+    "room": Scene(
+        {"nodes": 2, "disk_bytes": 0},
+        {
+            "KVStoreMemoryRefusesChunks": fill_memory,
+            "KVStoreReplicasMissing": lack_room_for_replicas,
+            "KVStoreDrainStuck": drain_into_full_node,
+        },
     ),
 }

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.clock import Clock
 MANY_NODES = 100
 _GB = 10**9
 _WAIT_MS = 3000
+_ROUNDS, _ROUND_S = 40, 30.0
 
 
 def browser() -> str | None:
@@ -76,7 +78,7 @@ def _made_up_fetch(number: int) -> pb.FetchSummary:
         request_id=f"chatcmpl-{4711 + number}",
         worker="worker-3 (812)",
         tenant=("acme", "globex")[number % 2],
-        ended_unix_s=1_780_000_000 + 20 * number,
+        ended_unix_s=time.time() - 20 * number,
         took_s=0.41 + 0.1 * number,
         predicted_s=0.38 + 0.1 * number,
         chunks=48,
@@ -148,14 +150,14 @@ def _run(*arguments: str) -> str:
 
 def main(folder: Path) -> None:
     for name, nodes in (("status", MANY_NODES), ("status-empty", 0)):
-        clock = Clock(1_780_000_000.0)
+        clock = Clock(time.time() - _ROUNDS * _ROUND_S)
         page = StatusPage(clock, clock)
         reservation = Reservation(Address("127.0.0.1", 0))
         reservation.release()
         with metrics_endpoint(reservation.address, page=page):
-            for round_ in range(40):
+            for round_ in range(_ROUNDS):
                 reply, models = made_up_stats(nodes, round_), made_up_models() if nodes else {}
-                clock.now_s += 30
+                clock.now_s += _ROUND_S
                 page.observe("kvstore.example:7420", lambda r=reply: r, lambda m=models: m)  # type: ignore[misc]
             for theme in ("light", "dark"):
                 file = folder / f"{name}-{theme}.png"

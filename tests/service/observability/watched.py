@@ -29,7 +29,7 @@ from tests.client.chunks import SPEC, random_kv
 from tests.cluster.disk.test_faults import Faults
 
 HOST = "127.0.0.1"
-_TICK_S = 0.1
+_TICK_S = 0.5
 
 
 class WatchedNode:
