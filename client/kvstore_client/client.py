@@ -15,10 +15,8 @@ from kvstore_client.canaries import Canaries
 from kvstore_client.cluster_view import ClusterView
 from kvstore_client.contiguous.cache import FrameCache
 from kvstore_client.contiguous.summary_store import SummaryStore
-from kvstore_client.fetch import ChunkFeatures, Computing, Destination, Fetch
-from kvstore_client.fetch.base import ReadTask
+from kvstore_client.fetch import ChunkFeatures, Computing, Destination, Fetch, FetchReports, ReadTask
 from kvstore_client.fetch.restore import Restorer
-from kvstore_client.fetch.summaries import FetchReports
 from kvstore_client.fork import GATE, renew_in_children
 from kvstore_client.frames import FrameRead
 from kvstore_client.frames.reader import FrameReader
@@ -101,8 +99,7 @@ class KVStoreClient:
     def __init__(self, settings: ClientSettings, restorer: type[Restorer] = Restorer) -> None:
         """`restorer` restores fetched chunks; benchmarks pass another one to measure a different order of stages."""
         self.settings = settings
-        if settings.log_format is not None:
-            install_once(settings.log_format, settings.log_level)
+        install_once(settings.log_format, settings.log_level)
         self._restorer = restorer
         self.links = Links()
         """Recent throughput of each node's endpoint."""
@@ -113,8 +110,7 @@ class KVStoreClient:
     def _open(self) -> None:
         """Create every part that owns locks, threads or sockets. Threads and sockets start on first use."""
         settings = self.settings
-        self.metrics = ClientMetrics()
-        self.metrics.watch_links(self.links)
+        self.metrics = ClientMetrics(self.links)
         self.tracing = RequestTracing(settings.tracing)
         """Makes the timelines of requests, and exports their traces."""
         self.buffers = BufferPool(settings.fetch.pool_bytes)

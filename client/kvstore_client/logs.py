@@ -154,8 +154,8 @@ def _utc(unix_s: float) -> str:
 _INSTALLED: list[LogFormat] = []
 
 
-def install_once(log_format: LogFormat, level: LogLevel) -> None:
-    """Write a worker's log lines to stderr. Only the first call in a process has an effect."""
-    if not _INSTALLED:
+def install_once(log_format: LogFormat | None, level: LogLevel) -> None:
+    """Write a worker's log lines to stderr. Only the first call with a format has an effect in a process."""
+    if log_format is not None and not _INSTALLED:
         _INSTALLED.append(log_format)
         install(log_format, level, "client")

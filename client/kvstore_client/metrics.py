@@ -63,18 +63,17 @@ def _register() -> None:
 class ClientMetrics:
     """Counters of one client; every count also goes to the process-wide Prometheus registry. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, links: Links | None = None) -> None:
+        """The bandwidths that `links` estimate are exported for as long as they exist."""
         self._lock = threading.Lock()
         self._counts: Counts[str] = Counts()
         self._changes = 0
         self._predicted_s: deque[float] = deque(maxlen=_MOST_PREDICTIONS)
         self.failures = FailureLog()
         _register()
-
-    def watch_links(self, links: Links) -> None:
-        """Export the bandwidth that `links` estimate, for as long as they exist."""
-        with REGISTRY_LOCK:
-            _BANDWIDTH.watch(links)
+        if links is not None:
+            with REGISTRY_LOCK:
+                _BANDWIDTH.watch(links)
 
     def requested(self, tokens: int) -> None:
         """Count tokens of a prompt that was looked up."""

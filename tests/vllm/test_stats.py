@@ -20,7 +20,6 @@ from kvstore_client.engines.vllm.prometheus import ReusePromMetrics
 from kvstore_client.engines.vllm.stats import SCHEDULER, WORKER, StatsSource
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
-from kvstore_client.planning.links import Links
 from kvstore_client.timeline import Timeline
 from kvstore_codec.encoding import Encoding
 
@@ -91,7 +90,6 @@ def everything_counted() -> ClientMetrics:
     """Each method called once; a new one has to be added here, and to the families."""
     metrics = ClientMetrics()
     calls: dict[str, Any] = {
-        "watch_links": {"links": Links()},
         "requested": {"tokens": 1},
         "matched": {"exact": 1, "approximate": 1, "tokens": 1},
         "delivered": {"chunks": 1},

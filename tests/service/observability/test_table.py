@@ -140,10 +140,9 @@ def test_a_client_exports_what_the_table_says(cluster: WatchedCluster) -> None:
 
 
 def test_a_closed_clients_links_are_not_exported_for_ever() -> None:
-    metrics = ClientMetrics()
     links = Links()
     links.observe("gone:1", 1 << 20, 1.0)
-    metrics.watch_links(links)
+    ClientMetrics(links)
     name, labels = "kvstore_client_bandwidth_bytes_per_second", {"endpoint": "gone:1"}
     assert REGISTRY.get_sample_value(name, labels) == pytest.approx(1 << 20)
     del links
