@@ -21,7 +21,8 @@ from kvstore_codec.encoding import Encoding
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_codec.model_spec import KVDtype
-from kvstore_codec.signing import SigningKeys, verified
+from kvstore_codec.signing import verified
+from kvstore_codec.signing_keys import SigningKeys
 
 GEOMETRY = Geometry(layers=30, kv_heads=3, head_dim=64, dtype=KVDtype.BFLOAT16)
 BITS_PER_VALUE = {"exact-zstd": 10.9, "high-zstd": 4.7, "high-klt-pco": 0.85, "medium-klt-pco": 0.41}

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +27,7 @@ ENVIRONMENT = {
 }
 # Keeps other users of this machine out: Ray's processes refuse calls without the token (Ray 2.52 or newer; earlier ones
 # ignore these variables). Only this user can read the environment of a process. There is one token in the life of a
-# process, because Ray reads it once.
+# process, because Ray reads it once, when it is first used: a process that has used Ray before goes on without one.
 _AUTH_ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 # Ray carries control calls only, so its object store is as small as Ray allows.
 _OBJECT_STORE_BYTES = 80 << 20
@@ -44,7 +45,9 @@ def local_ray(folder: Path) -> Iterator["RayProcesses"]:
 
     Raises StartupError.
     """
-    os.environ.update(ENVIRONMENT | _AUTH_ENVIRONMENT)
+    os.environ.update(ENVIRONMENT)
+    if "ray" not in sys.modules:
+        os.environ.update(_AUTH_ENVIRONMENT)
     import ray
 
     if ray.is_initialized():

@@ -14,7 +14,8 @@ from kvstore_client.file_stamp import stamp_of
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.errors import ConfigurationError, SignatureError
 from kvstore_codec.identity import ChunkId
-from kvstore_codec.signing import SECRET_BYTES, SigningKeys, verified
+from kvstore_codec.signing import verified
+from kvstore_codec.signing_keys import SECRET_BYTES, SigningKeys
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
@@ -43,15 +43,13 @@ from kvstore_codec.errors import (
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_codec.model_spec import KVDtype
+from kvstore_codec.signing_keys import SIGNATURE_BYTES, SigningKeys
 from kvstore_codec.token_order import TokenOrder
-
-if TYPE_CHECKING:
-    from kvstore_codec.signing import SigningKeys
 
 MAGIC = b"KVC\0"
 VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
-FRAME_DIGEST_BYTES, SIGNATURE_BYTES = 16, 40
+FRAME_DIGEST_BYTES = 16
 
 _FIXED_PREFIX = struct.Struct("<4sHI")
 FIXED_PREFIX_BYTES = _FIXED_PREFIX.size

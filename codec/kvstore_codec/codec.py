@@ -20,7 +20,7 @@ from kvstore_codec.layouts.token_frames import LAYERS_PER_PICTURE
 from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.payload import PayloadKind, PayloadWriter
 from kvstore_codec.quantise import STEP_PER_RMS, encode_quantised
-from kvstore_codec.signing import SigningKeys
+from kvstore_codec.signing_keys import SigningKeys
 from kvstore_codec.token_order import TokenOrder
 from kvstore_codec.words import encode_words, words_of
 

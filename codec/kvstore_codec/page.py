@@ -26,7 +26,7 @@ from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 from kvstore_codec.model_spec import KVDtype
 from kvstore_codec.payload import OPENING_BYTES, PayloadKind, PayloadReader, opening, sample_checksum
-from kvstore_codec.signing import SigningKeys
+from kvstore_codec.signing_keys import SigningKeys
 
 MAX_PAGE_BYTES = 128 << 20
 # Every header has a geometry. A page has no layers, heads or tokens: one of each makes one frame.

@@ -6,12 +6,13 @@ import msgpack
 import pytest
 import xxhash
 
-from kvstore_codec.chunk import SIGNATURE_BYTES, ChunkHeader, read_header, write_header
+from kvstore_codec.chunk import ChunkHeader, read_header, write_header
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ChunkFormatError, SignatureError, UnsignedChunkError
 from kvstore_codec.page import RAW, ZSTD, PageNamespace, decode_page, verify_raw_page, write_page
 from kvstore_codec.payload import OPENING_BYTES
-from kvstore_codec.signing import SigningKeys, verified
+from kvstore_codec.signing import verified
+from kvstore_codec.signing_keys import SIGNATURE_BYTES, SigningKeys
 from kvstore_codec.whole_chunk import verify_chunk
 from tests.sample_chunk import GEOMETRY, sample_chunk
 

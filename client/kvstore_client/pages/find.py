@@ -103,12 +103,11 @@ class PageSearch:
             require_page(header, self._namespace, self._chunk_ids[index])
         except CodecError as error:
             reason = MissReason.of_header(error)
+            why = f"an answer of the storage node at {member.endpoint} cannot be used: {error}"
             if isinstance(error, SignatureError):
-                self._metrics.missed(reason)
-            self._metrics.failures.warn(
-                f"page_{reason}",
-                f"an answer of the storage node at {member.endpoint} cannot be used: {error}",
-            )
+                self._metrics.missed(reason, detail=why)
+            else:
+                self._metrics.failures.warn(f"page_{reason}", why)
             return False
         self.found[index] = StoredPage(header, answer.header, member)
         return True

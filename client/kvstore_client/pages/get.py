@@ -209,12 +209,12 @@ class GetPages:
         except InvalidKVError:
             return "wrong_size"
         except CodecError as error:
+            why = f"a page from the storage node at {member.endpoint} is not used: {error}"
             if isinstance(error, SignatureError):
                 self._context.view.signatures.refuse(page.stored.header, page.stored.header_data)
-                self._context.metrics.missed(MissReason.BAD_SIGNATURE)
-            self._context.metrics.failures.warn(
-                "page_damaged", f"a page from the storage node at {member.endpoint} is not used: {error}"
-            )
+                self._context.metrics.missed(MissReason.BAD_SIGNATURE, detail=why)
+            else:
+                self._context.metrics.failures.warn("page_damaged", why)
             return "damaged"
         self._outcomes[page.index] = None
         header = page.stored.header
