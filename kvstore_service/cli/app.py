@@ -27,7 +27,7 @@ from kvstore_service.cli.tenants import tenants
 from kvstore_service.cli.throttle import throttle
 from kvstore_service.cli.top import top
 from kvstore_service.cli.verify import verify
-from kvstore_service.signals import StopSignals, end_by
+from kvstore_service.signals import Stopped, StopSignals, end_by
 
 app = typer.Typer(
     help="A distributed KV cache service for LLM inference.",
@@ -51,8 +51,8 @@ def main() -> None:
     wrong argument, option or setting, and 1 for other errors. A command that receives a stop signal cleans up and then
     ends by that signal, which shells show as 128 plus its number."""
     stop = StopSignals()
-    stop.install()
     try:
+        stop.install()
         app()
     except KVStoreError as error:
         # A terminal sends a signal to all child processes too; the errors that their end causes are not reported.
@@ -60,8 +60,9 @@ def main() -> None:
             typer.echo(printable(f"kvstore: {error}"), err=True)
             sys.exit(_status(error))
         end_by(stop.received)
-    except (Exception, SystemExit):
-        # C code that is interrupted by a signal may fail in a way of its own: Python's import raises a TypeError.
+    except (Exception, SystemExit, Stopped):
+        # Typer handles the signal only while it runs a command. C code that is interrupted by one may fail in a way of
+        # its own: Python's import raises a TypeError.
         if stop.received is None:
             raise
         end_by(stop.received)

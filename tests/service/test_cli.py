@@ -160,6 +160,13 @@ main()
     assert (ended.returncode, ended.stderr) == (-signal.SIGTERM, "")
 
 
+def test_a_signal_before_the_command_runs_ends_it_silently() -> None:
+    script = "import os, signal; from kvstore_service.cli import app as cli; "
+    script += "cli.app = lambda: os.kill(os.getpid(), signal.SIGTERM); cli.main()"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGTERM, "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("delay_s", [1.0, 2.0, 2.5, 3.0, 3.5, 4.0])
 def test_sigterm_while_starting_leaves_nothing(scratch: Path, delay_s: float) -> None:
