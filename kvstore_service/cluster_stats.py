@@ -114,7 +114,7 @@ def _coordinator_channel(
     address: str, start: str = SERVE, connector: Connector | None = None
 ) -> Iterator[grpc.Channel]:
     connector = connector or environment_connector()
-    with connector.channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+    with connector.channel(address) as channel:
         try:
             yield channel
         except grpc.RpcError as error:

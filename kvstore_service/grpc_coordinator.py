@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 _PROBE_TIMEOUT_S = 1.0
 _CHANNEL_OPTIONS = [
-    ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 ]

@@ -30,13 +30,13 @@ _STATUS: dict[type[ClusterError], grpc.StatusCode] = {
 
 
 class DirectiveService:
-    """gRPC handlers for pins, quotas, forgotten tenants, draining and repair. `forget_canaries` removes the canaries of
-    a tenant; it raises CatalogueError."""
+    """gRPC handlers for pins, quotas, forgotten tenants, draining and repair. `forget_more` removes what else is kept
+    of a tenant; it raises CatalogueError."""
 
     def __init__(
-        self, coordinator: Coordinator, forget_canaries: Callable[[str], None], access: Access = OPEN
+        self, coordinator: Coordinator, forget_more: Callable[[str], None], access: Access = OPEN
     ) -> None:
-        self._coordinator, self._forget_canaries, self._access = coordinator, forget_canaries, access
+        self._coordinator, self._forget_more, self._access = coordinator, forget_more, access
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         calls: list[tuple[str, Callable[..., Any], type[Any]]] = [
@@ -93,7 +93,7 @@ class DirectiveService:
                 own = not self._access.is_open
                 generation = self._coordinator.forget(tenant, with_pins=own)
                 if own:
-                    self._forget_canaries(tenant)
+                    self._forget_more(tenant)
         waiting = self._coordinator.not_applied(generation)
         return pb.ForgetTenantReply(generation=generation, waiting=waiting)
 

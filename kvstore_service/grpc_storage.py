@@ -35,7 +35,7 @@ from kvstore_service.listen import Address
 from kvstore_service.lookup_reply import lookup_reply
 from kvstore_service.observability.process_logs import logs
 from kvstore_service.tls import ServerTls
-from kvstore_service.tracing import NodeTracing, traceparent_of
+from kvstore_service.tracing import NodeTracing, traced_read, traceparent_of
 from kvstore_service.verifications import Verifications
 
 # 16 MiB of a reply are left for the other fields of wire.MAX_CHUNKS answers.
@@ -257,10 +257,7 @@ class StorageService:
 
     def read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Yields serialised ReadReply messages. The chunk of a range stays in memory until the range is sent."""
-        if self._tracing is None or not request.traceparent:
-            yield from self._read(request, context)
-            return
-        with self._tracing.read(request, "grpc"):
+        with traced_read(self._tracing, request, "grpc"):
             yield from self._read(request, context)
 
     def _read(self, request: pb.ReadRequest, context: grpc.ServicerContext) -> Iterator[bytes]:

@@ -231,14 +231,12 @@ def _few_at_once(app: App) -> App:
 
 def _with_page(metrics: App, page: StatusPage | None) -> App:
     """The application of the metrics, which stay at every other path, and the page."""
+    if page is None:
+        return metrics
 
     def serve(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
-        is_page = page is not None and environ.get("PATH_INFO") in ("", *PATHS)
-        return (
-            page(environ, start_response)
-            if page is not None and is_page
-            else metrics(environ, start_response)
-        )
+        app = page if environ.get("PATH_INFO") in ("", *PATHS) else metrics
+        return app(environ, start_response)
 
     return serve
 

@@ -31,7 +31,6 @@ _DURABLE_RETRY_S = 60.0
 # Share of a node's capacity that repair may fill. A fuller node would evict chunks for the copies.
 _FILL_LIMIT = 0.9
 _CHANNEL_OPTIONS = [
-    ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]

@@ -14,7 +14,6 @@ from kvstore_codec.errors import NodeUnavailableError
 _OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 8 << 20),
-    ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     # A forked child's channel must not reuse the connection of the parent's channel.

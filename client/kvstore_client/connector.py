@@ -1,26 +1,22 @@
 """Opens connections to a cluster's servers: with the client's token, and over TLS."""
 
-import logging
 import ssl
-import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grpc
 
-from kvstore_client.file_stamp import stamp_of
+from kvstore_client.reloaded_files import ReloadedFiles
 from kvstore_client.request_id import METADATA_KEY, current_request_id
 from kvstore_client.settings import SecuritySettings
 from kvstore_client.settings.security import plain_token
 from kvstore_codec.errors import ConfigurationError
 
-log = logging.getLogger(__name__)
-
-CHECK_PERIOD_S = 1.0
-"""A change of a file takes effect within this time."""
 _MOST_FILE_BYTES = 4096
+_NO_PROXY = ("grpc.enable_http_proxy", 0)
 _END_OF_CERTIFICATE = b"-----END CERTIFICATE-----"
 
 
@@ -41,14 +37,9 @@ class Connector:
         settings: SecuritySettings = SecuritySettings(),  # noqa: B008 (immutable)
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings, self._clock = settings, clock
-        self._files = (settings.token_file, settings.tls_ca, settings.tls_cert, settings.tls_key)
-        self._has_files = any(path is not None for path in self._files)
-        self._stamp = stamp_of(*self._files)
-        self._loaded = _load(settings)
-        self._checked_s = clock()
-        self._checking = threading.Lock()
-        self._changes = 0
+        self._settings = settings
+        files = (settings.token_file, settings.tls_ca, settings.tls_cert, settings.tls_key)
+        self._files = ReloadedFiles(files, partial(_load, settings), clock)
 
     @property
     def uses_tls(self) -> bool:
@@ -58,24 +49,24 @@ class Connector:
     def changes(self) -> int:
         """Number of times that the files have changed. A channel that was opened before the last change proves the
         client by the files as they were then."""
-        self._current()
-        return self._changes
+        return self._files.changes
 
     def token(self) -> str:
         """The client's token as it is now. Empty without one."""
-        return self._current().token
+        return self._files.current.token
 
     def tls_context(self) -> ssl.SSLContext | None:
         """For a new connection to a bulk port. None without TLS."""
-        return self._current().context
+        return self._files.current.context
 
     def server_name(self, host: str) -> str:
         """The name that the certificate of a server must have, if the server's host is `host`."""
         return self._settings.tls_name or host
 
     def channel(self, address: str, options: Sequence[tuple[str, Any]] = ()) -> grpc.Channel:
-        """A gRPC channel, whose calls show the token."""
-        credentials = self._current().credentials
+        """A gRPC channel, whose calls show the token. It uses no HTTP proxy: they seldom carry gRPC."""
+        options = [_NO_PROXY, *options]
+        credentials = self._files.current.credentials
         if credentials is None:
             channel = grpc.insecure_channel(address, options)
         else:
@@ -84,33 +75,8 @@ class Connector:
                 [("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)] if name else []
             )
             channel = grpc.secure_channel(address, credentials, [*options, *named])
-        has_token = self._settings.token_file is not None or self._loaded.token
+        has_token = self._settings.token_file is not None or self._files.current.token
         return grpc.intercept_channel(channel, _Metadata(self.token if has_token else None))
-
-    def _current(self) -> _Loaded:
-        if (
-            self._has_files
-            and self._clock() - self._checked_s >= CHECK_PERIOD_S
-            and self._checking.acquire(blocking=False)
-        ):
-            try:
-                self._check()
-            finally:
-                self._checked_s = self._clock()
-                self._checking.release()
-        return self._loaded
-
-    def _check(self) -> None:
-        stamp = stamp_of(*self._files)
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        try:
-            self._loaded = _load(self._settings)
-        except ConfigurationError as error:
-            log.warning("%s. What was read before stays in use", error)
-        else:
-            self._changes += 1
 
 
 class _Details(NamedTuple):

@@ -129,7 +129,7 @@ class EventSubscriber:
         """Connects to where the coordinator says, and asks for all that was missed. Raises NodeUnavailableError."""
         public, _ = self._keys
         request = pb.EventsRequest(tenant=self._tenant, curve_key=zmq.utils.z85.decode(public))
-        with self._connector.channel(self._address, [("grpc.enable_http_proxy", 0)]) as channel:
+        with self._connector.channel(self._address) as channel:
             try:
                 self._where = rpc.CoordinatorStub(channel).Events(request, timeout=_ASK_TIMEOUT_S)
             except grpc.RpcError as error:

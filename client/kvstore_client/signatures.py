@@ -1,7 +1,6 @@
 """The keys by which a client signs chunks and tells which ones it trusts, and the chunks that it has refused."""
 
 import binascii
-import logging
 import threading
 import time
 from collections import OrderedDict
@@ -10,17 +9,13 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from kvstore_client.file_stamp import stamp_of
+from kvstore_client.reloaded_files import ReloadedFiles
 from kvstore_codec.chunk import ChunkHeader, read_header
 from kvstore_codec.errors import ConfigurationError, SignatureError
 from kvstore_codec.identity import ChunkId
 from kvstore_codec.signing import verified
 from kvstore_codec.signing_keys import SECRET_BYTES, SigningKeys
 
-log = logging.getLogger(__name__)
-
-CHECK_PERIOD_S = 1.0
-"""A change of the file takes effect within this time."""
 MOST_KEYS = 16
 _MOST_FILE_BYTES = 4096
 _MOST_REFUSED, _MOST_COPIES = 4096, 4
@@ -34,28 +29,15 @@ class Signatures:
     ConfigurationError when it is unusable at first."""
 
     def __init__(self, file: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._file, self._clock = file, clock
         self._lock = threading.Lock()
-        self._stamp = stamp_of(file)
-        self._keys = None if file is None else _read_keys(file)
-        self._checked_s = clock()
+        self._keys = ReloadedFiles([file], lambda: None if file is None else _read_keys(file), clock)
         # Digests of refused headers, by chunk and encoding, the last refused chunk at the end.
         self._refused: OrderedDict[tuple[ChunkId, str], tuple[bytes, ...]] = OrderedDict()
 
     @property
     def keys(self) -> SigningKeys | None:
         """The keys as they are now. None without a file."""
-        file = self._file
-        if file is not None and self._clock() - self._checked_s >= CHECK_PERIOD_S:
-            self._checked_s = self._clock()
-            stamp = stamp_of(file)
-            if stamp != self._stamp:
-                self._stamp = stamp
-                try:
-                    self._keys = _read_keys(file)
-                except ConfigurationError as error:
-                    log.warning("%s. What was read before stays in use", error)
-        return self._keys
+        return self._keys.current
 
     def read(self, data: bytes) -> ChunkHeader:
         """The header in `data`, a chunk or its beginning. Raises ChunkFormatError or a subclass: with keys,

@@ -211,7 +211,6 @@ class Coordinator:
         """Lets every node remove all chunks of a tenant, also one that is away now, once it returns. Removes the
         tenant's pins, too, if `with_pins` is set; its quota stays. Returns the generation of this forgetting, which
         `not_applied` takes. Raises CatalogueError."""
-
         with self._lock:
             applied = max(self._applied.values(), default=0)
 

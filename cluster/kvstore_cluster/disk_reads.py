@@ -110,8 +110,9 @@ class DiskReads:
                 started_s = time.perf_counter()
                 catalog.store.read(location, offset, views)
                 took_s = time.perf_counter() - started_s
-                self._measure(views, took_s)
-                disk_times.record(took_s, sum(view.nbytes for view in views))
+                size_bytes = sum(view.nbytes for view in views)
+                self._measure(size_bytes, took_s)
+                disk_times.record(took_s, size_bytes)
             except ChunkNotFoundError:
                 continue
             except ChunkFormatError as error:
@@ -130,9 +131,8 @@ class DiskReads:
                     catalog.unreadable.discard(slot)
             return
 
-    def _measure(self, views: list[memoryview], seconds: float) -> None:
+    def _measure(self, size_bytes: int, seconds: float) -> None:
         """Small reads are left out: they measure the latency of the disk."""
-        size_bytes = sum(view.nbytes for view in views)
         if size_bytes >= _LARGE_READ_BYTES:
             with self._catalog.lock:
                 if self._measured_bytes > 64 * _MEASURED_BYTES:  # so that the latest reads count most

@@ -15,6 +15,16 @@ def rename_durably(aside: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def write_durably(target: Path, data: bytes, aside: Path) -> None:
+    """Writes a file by way of `aside`, a name in the same folder, and returns once it survives a power loss. May block.
+    Raises OSError, and then leaves the old file, and perhaps a part of the new one at `aside`."""
+    with aside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    rename_durably(aside, target)
+
+
 def sync_folder(folder: Path) -> None:
     """Syncs a folder, so that the names in it survive a power loss. May block. Raises OSError."""
     folder_fd = os.open(folder, os.O_RDONLY)

@@ -141,9 +141,8 @@ class Intake:
 
     def _use_again(self, slot: int, encoding: str, options: PutOptions) -> None:
         """Records the put of a stored chunk as a use of it. Lock held."""
-        own = (
-            self._index.tenant(slot) == options.tenant
-        )  # a tenant's put must not link chunks of another tenant
+        # A tenant's put must not link chunks of another tenant.
+        own = self._index.tenant(slot) == options.tenant
         self._catalog.put_again(slot, self._before(encoding, options) if own else NO_SLOT)
 
     def _is_refused(self, slot: int, refused: frozenset[bytes]) -> bool:
@@ -308,8 +307,11 @@ class Intake:
             self._end(put)
             try:
                 self._require_current(meta.chunk_id, put.options, kept=kept)
-            except ForgottenTenantError:
-                self._take_back(put, meta, location)
+            except ForgottenTenantError as error:
+                self._take_back(put, location)
+                if location != NOWHERE:
+                    self._disk.delete_record(meta)
+                self._reject(error)
                 raise
             stored = self._index.find(meta.chunk_id, meta.encoding, meta.tenant)
             if (
@@ -317,10 +319,7 @@ class Intake:
                 and stored != put.refused
                 and not self._replaces(meta, location, stored, put.options.ttl_s)
             ):
-                self._arena.free(put.extent)
-                if self._catalog.store is not None and location != NOWHERE:
-                    self._catalog.store.delete(location)
-                self._release_slots(put)
+                self._take_back(put, location)
                 return False
             refused = location == NOWHERE and self._asked(put.options) is not Durability.MEMORY
             self._catalog.insert(
@@ -337,13 +336,11 @@ class Intake:
             self._catalog.tallies.written(meta.encoding, meta.size_bytes)
             return True
 
-    def _take_back(self, put: PendingPut, meta: RecordMeta, location: Location) -> None:
+    def _take_back(self, put: PendingPut, location: Location) -> None:
         """Removes what an ended put has written. Lock held."""
         self._arena.free(put.extent)
         if self._catalog.store is not None and location != NOWHERE:
             self._catalog.store.delete(location)
-            self._disk.delete_record(meta)
-        self._reject(ForgottenTenantError())
         self._release_slots(put)
 
     def _write_through(self, put: PendingPut, meta: RecordMeta) -> Location:

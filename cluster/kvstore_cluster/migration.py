@@ -167,7 +167,6 @@ class Migration:
             catalog.enter(catalog.on_disk, slot)
         elif catalog.store is not None:
             catalog.store.delete(location)
-            if not catalog.index.is_linked(
-                slot
-            ):  # deleted during the write, which its tombstone may not cover
+            # Deleted during the write, which its tombstone may not cover.
+            if not catalog.index.is_linked(slot):
                 self._disk.delete_record(meta)

@@ -20,8 +20,9 @@ from kvstore_service.wire import chunk_id
 _TIMEOUT_S = 10.0
 _USAGE_TIMEOUT_S = 60.0  # a node looks at all of its chunks
 _BATCH = 8192
-_COUNTS = ("chunks", "bytes", "memory_chunks", "memory_bytes", "disk_chunks", "disk_bytes")
-_CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 64 << 20)]
+USAGE_COUNTS = ("chunks", "bytes", "memory_chunks", "memory_bytes", "disk_chunks", "disk_bytes")
+"""Numbers of a TenantUsage."""
+_CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 64 << 20)]
 
 
 ChunksByTenant: TypeAlias = Mapping[str, Sequence[ChunkId]]
@@ -168,7 +169,7 @@ class ClusterAdmin:
         for node in self.nodes():
             for found in node.usage(tenant):
                 total = totals.setdefault(found.tenant, pb.TenantUsage(tenant=found.tenant))
-                for name in _COUNTS:
+                for name in USAGE_COUNTS:
                     setattr(total, name, getattr(total, name) + getattr(found, name))
         return list(totals.values())
 

@@ -31,7 +31,7 @@ from kvstore_service.chunk_source import ChunkSource
 from kvstore_service.identity import Access
 from kvstore_service.large_requests import SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import require_few_fields
-from kvstore_service.tracing import NodeTracing
+from kvstore_service.tracing import NodeTracing, traced_read
 from kvstore_service.wire import put_arguments, put_refusal, put_reply, read_targets
 
 # Each piece has a time limit. With smaller pieces the cost of the system calls becomes noticeable.
@@ -106,9 +106,7 @@ class Session:
     def wait(self) -> None:
         """Blocks until a request begins. Raises OSError if the client disconnects or is idle for too long. A client
         that has not said who it is must do so soon."""
-        self._stream.receive_into(
-            self._header, self._idle_s if self._caller.is_known else self._stranger_left_s()
-        )
+        self._stream.receive_into(self._header, self._limit_s(self._idle_s))
 
     def serve(self) -> None:
         """Answers the request that `wait` has seen. Raises RefusedError, and OSError if the client disconnects or is
@@ -147,10 +145,12 @@ class Session:
 
     def _message(self, length: int) -> bytearray:
         message = bytearray(length)
-        self._stream.receive_into(
-            message, self._patience_s if self._caller.is_known else self._stranger_left_s()
-        )
+        self._stream.receive_into(message, self._limit_s(self._patience_s))
         return message
+
+    def _limit_s(self, known_s: float) -> float:
+        """`known_s` for a client that is identified, or need not be."""
+        return known_s if self._caller.is_known else self._stranger_left_s()
 
     def _stranger_left_s(self) -> float:
         """How long the client may still take to say who it is. Not 0, with which a socket would not block."""
@@ -193,10 +193,7 @@ class Session:
             self._send_ranges(request, chunks, encodings)
 
     def _send_ranges(self, request: pb.ReadRequest, chunks: list[ChunkId], encodings: list[str]) -> None:
-        if self._tracing is None or not request.traceparent:
-            self._send_each(request, chunks, encodings)
-            return
-        with self._tracing.read(request, "bulk"):
+        with traced_read(self._tracing, request, "bulk"):
             self._send_each(request, chunks, encodings)
 
     def _send_each(self, request: pb.ReadRequest, chunks: list[ChunkId], encodings: list[str]) -> None:

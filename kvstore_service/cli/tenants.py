@@ -13,7 +13,7 @@ from kvstore_service.cli import options
 from kvstore_service.cli.console import print_table
 
 if TYPE_CHECKING:
-    from kvstore_service.admin import ClusterAdmin
+    from kvstore_service.admin import USAGE_COUNTS, ClusterAdmin
 
 _MOST = 1 << 20
 _PERIOD_S, _PATIENCE_S = 0.25, 60.0
@@ -43,16 +43,9 @@ def list_tenants(
     more, shown = len(found) > limit, found[:limit]
     if json_output:
         rows = [
-            {
-                "tenant": usage.tenant,
-                "chunks": usage.chunks,
-                "bytes": usage.bytes,
-                "memory_chunks": usage.memory_chunks,
-                "memory_bytes": usage.memory_bytes,
-                "disk_chunks": usage.disk_chunks,
-                "disk_bytes": usage.disk_bytes,
-                "quota_bytes": quotas.get(usage.tenant),
-            }
+            {"tenant": usage.tenant}
+            | {name: getattr(usage, name) for name in USAGE_COUNTS}
+            | {"quota_bytes": quotas.get(usage.tenant)}
             for usage in shown
         ]
         typer.echo(json.dumps({"tenants": rows, "more": more}, indent=2))

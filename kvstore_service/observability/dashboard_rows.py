@@ -23,6 +23,15 @@ def _node(name: str, labels: str = "") -> str:
     return f"kvstore_node_{name}{{{_NODE}{labels and ',' + labels}}}"
 
 
+def _ratio(part: str, whole: str) -> str:
+    """The share, and 0 while there is nothing to share."""
+    return f"{part} / clamp_min({whole}, 1e-9)"
+
+
+def _quantiles(buckets: str, *shares: float) -> list[Query]:
+    return [Query(f"histogram_quantile({share}, {_sum(buckets, 'le')})", f"{share:.0%}") for share in shares]
+
+
 _ASKED = " + ".join(_sum(_node(f"{name}_total")) for name in ("hits", "misses", "unusable"))
 _ASKED_CHUNKS = f"({_ASKED})"
 _BAD = (("red", None), ("green", 1.0))
@@ -42,7 +51,7 @@ ROWS = (
             ),
             Panel(
                 "Hit rate", "percentunit",
-                [Query(f"{_sum(_node('hits_total'))} / clamp_min({_ASKED_CHUNKS}, 1e-9)", "chunks")],
+                [Query(_ratio(_sum(_node("hits_total")), _ASKED_CHUNKS), "chunks")],
                 "Chunks that lookups found and could use, of all that they asked for.", kind="stat", width=4,
             ),
             Panel(
@@ -102,14 +111,7 @@ ROWS = (
         (
             Panel(
                 "Time of a fetch", "s",
-                [
-                    Query(
-                        f"histogram_quantile({share}, "
-                        f"{_sum(_client('(fetch|load)_seconds_bucket'), 'le')})",
-                        f"{share:.0%}",
-                    )
-                    for share in (0.5, 0.9, 0.99)
-                ],
+                _quantiles(_client("(fetch|load)_seconds_bucket"), 0.5, 0.9, 0.99),
                 "Of vLLM: how long requests waited for their KV.",
             ),
             Panel(
@@ -126,29 +128,14 @@ ROWS = (
             Panel(
                 "Predicted and real time", "s",
                 [
-                    Query(
-                        f"{_sum('kvstore_predicted_fetch_seconds_sum')} / "
-                        f"clamp_min({_sum('kvstore_predicted_fetch_seconds_count')}, 1e-9)",
-                        "predicted",
-                    ),
-                    Query(
-                        f"{_sum('kvstore_client_fetch_seconds_sum')} / "
-                        f"clamp_min({_sum('kvstore_client_fetch_seconds_count')}, 1e-9)",
-                        "real",
-                    ),
+                    Query(_ratio(_sum(f"{name}_seconds_sum"), _sum(f"{name}_seconds_count")), legend)
+                    for name, legend in (("kvstore_predicted_fetch", "predicted"), ("kvstore_client_fetch", "real"))
                 ],
                 "Means. Only planned fetches have a prediction.",
             ),
             Panel(
                 "Real time divided by predicted time", "short",
-                [
-                    Query(
-                        f"histogram_quantile({share}, "
-                        f"{_sum('kvstore_client_fetch_prediction_ratio_bucket', 'le')})",
-                        f"{share:.0%}",
-                    )
-                    for share in (0.1, 0.5, 0.9)
-                ],
+                _quantiles("kvstore_client_fetch_prediction_ratio_bucket", 0.1, 0.5, 0.9),
                 "1 is a perfect prediction; above 1 the fetch was slower.",
             ),
             Panel(
@@ -261,8 +248,10 @@ ROWS = (
                 "Hit rate", "percentunit",
                 [
                     Query(
-                        f"{_sum('kvstore_node_tenant_hits_total', 'tenant')} / "
-                        f"clamp_min({_sum('kvstore_node_tenant_requested_chunks_total', 'tenant')}, 1e-9)",
+                        _ratio(
+                            _sum("kvstore_node_tenant_hits_total", "tenant"),
+                            _sum("kvstore_node_tenant_requested_chunks_total", "tenant"),
+                        ),
                         "{{tenant}}",
                     )
                 ],

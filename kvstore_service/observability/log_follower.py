@@ -1,8 +1,8 @@
 """Writes the log lines of all processes of a cluster to one stream."""
 
 import json
-import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TextIO
 
 import grpc
@@ -11,10 +11,10 @@ from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_client.connector import Connector
 from kvstore_client.logs import LogFormat, LogLevel, as_text
+from kvstore_cluster.background import BackgroundLoop
 
 _PERIOD_S = 1.0
 _TIMEOUT_S = 2.0
-_OPTIONS = [("grpc.enable_http_proxy", 0)]
 
 
 class LogFollower:
@@ -35,16 +35,16 @@ class LogFollower:
         self._channels: dict[str, grpc.Channel] = {}
         self._last: dict[str, int] = {}
         """Number of the last line written, by address."""
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvstore-logs", daemon=True)
+        self._loop = BackgroundLoop("kvstore-logs", self._step)
 
     def start(self) -> None:
-        self._thread.start()
+        self._loop.start()
 
     def stop(self) -> None:
         """Writes what is new, and stops."""
-        self._stopping.set()
-        self._thread.join()
+        self._loop.stop()
+        with suppress(OSError, ValueError):  # the stream was closed
+            self.follow()
         for channel in self._channels.values():
             channel.close()
 
@@ -76,10 +76,9 @@ class LogFollower:
 
     def _channel(self, address: str) -> grpc.Channel:
         if address not in self._channels:
-            self._channels[address] = self._connector.channel(address, _OPTIONS)
+            self._channels[address] = self._connector.channel(address)
         return self._channels[address]
 
-    def _run(self) -> None:
-        while not self._stopping.wait(_PERIOD_S):
+    def _step(self) -> None:
+        if not self._loop.stopping.wait(_PERIOD_S):
             self.follow()
-        self.follow()

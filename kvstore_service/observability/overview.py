@@ -1,7 +1,7 @@
 """The state of a cluster as people read it: by `kvstore top`, on the status page and in reports."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -208,9 +208,9 @@ def _names(names: list[str]) -> str:
     return f"{shown} and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else shown
 
 
-def _do(of: list[object] | list[str] | list[pb.NodeStatus], one: str, many: str) -> str:
+def _do(of: Sized, one: str, many: str) -> str:
     return one if len(of) == 1 else many
 
 
-def _count(of: list[pb.NodeStatus], noun: str) -> str:
+def _count(of: Sized, noun: str) -> str:
     return f"{len(of)} {noun}{'' if len(of) == 1 else 's'}"

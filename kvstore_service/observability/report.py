@@ -38,7 +38,7 @@ PACKAGES = (
     "torch", "transformers", "typer", "vllm", "zstandard",
 )  # fmt: skip
 _TIMEOUT_S = 5.0
-_OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 64 << 20)]
+_OPTIONS = [("grpc.max_receive_message_length", 64 << 20)]
 
 
 def write_report(path: Path, address: str, config: Path | None) -> dict[str, str]:

@@ -103,7 +103,7 @@ def test_a_worker_that_is_refused_computes(
 def test_a_token_is_replaced_under_load(
     cluster: SecuredCluster, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvstore_client.connector.CHECK_PERIOD_S", 0.0)
+    monkeypatch.setattr("kvstore_client.reloaded_files.CHECK_PERIOD_S", 0.0)
     file = tmp_path / "token"
     old = cluster.token("a")
     file.write_text(old + "\n")

@@ -101,9 +101,8 @@ class FrameLoader:
         try:
             # The engine computes meanwhile: it does not wait for a request to be made, and for its threads to start.
             self._workers.submit(self._read, period, wanted)
-        except RuntimeError as error:  # this process has no thread left
-            log.warning("%d frames of a re-prefill cannot be read: %s", len(wanted), error)
-            self._fail(period, wanted, len(wanted), MissReason.NO_RESOURCES)
+        except RuntimeError as error:
+            self._fail_without_thread(period, wanted, error)
 
     def take(self, period: int, chosen: Sequence[int]) -> dict[int, torch.Tensor]:
         """The frames of a period's set by index, as FrameDecoder returns them. Begins to read them, unless `begin` did,
@@ -166,9 +165,8 @@ class FrameLoader:
         """Thread of one read: request its frames, and decode them as they arrive."""
         try:
             read = self._read_frames([self._task(period, index) for index in indices])
-        except RuntimeError as error:  # this process has no thread left
-            log.warning("%d frames of a re-prefill cannot be read: %s", len(indices), error)
-            self._fail(period, indices, len(indices), MissReason.NO_RESOURCES)
+        except RuntimeError as error:
+            self._fail_without_thread(period, indices, error)
             return
         with self._changed:
             self._reads.setdefault(period, []).append(read)
@@ -208,6 +206,11 @@ class FrameLoader:
                     self._lost.setdefault(place, result.missing or MissReason.UNDECODABLE)
             self._moved_s = time.monotonic()
             self._changed.notify_all()
+
+    def _fail_without_thread(self, period: int, indices: Sequence[int], error: RuntimeError) -> None:
+        """This process has no thread left to read these frames."""
+        log.warning("%d frames of a re-prefill cannot be read: %s", len(indices), error)
+        self._fail(period, indices, len(indices), MissReason.NO_RESOURCES)
 
     def _fail(self, period: int, indices: Sequence[int], unread: int, why: MissReason) -> None:
         """These frames will not arrive, unless they have. The bytes of `unread` of them did not come."""

@@ -11,7 +11,6 @@ from kvstore_client.pages.context import PageContext
 from kvstore_client.pages.jobs import Job
 from kvstore_client.replicated_write import ReplicatedWrite, WriteResult
 from kvstore_client.texts import TextPlaces
-from kvstore_codec.chunk import ChunkHeader
 from kvstore_codec.errors import InvalidKVError, NodeUnavailableError
 from kvstore_codec.identity import ChunkId
 from kvstore_codec.page import write_page
@@ -47,7 +46,7 @@ def put_pages(
     write = ReplicatedWrite(context.view, context.settings, timeout_s=job.left_s)
     writing = _WatchedWrite(write)
     signatures = context.view.signatures
-    sent: list[tuple[int, ChunkHeader]] = []
+    sent: list[tuple[int, int]] = []
     written: list[WriteResult] = []
     with context.watch.over(writing):
         try:
@@ -62,7 +61,7 @@ def put_pages(
                 except InvalidKVError:
                     outcomes[index] = "wrong_size"
                     continue
-                sent.append((index, header))
+                sent.append((index, header.size_bytes))
                 keep = keep_as(context.settings, context.page_tokens, signatures.take_refused(header))
                 write.put(OutgoingChunk.with_header(header, parts, keep), owners[index], TextPlaces((), ()))
         except NodeUnavailableError:  # the client was closed
@@ -73,9 +72,9 @@ def put_pages(
         finally:
             written = write.finish()
     broke = "closed" if writing.is_closed else next(iter(write.failures), "unreachable")
-    sparse = 0
-    for (index, header), page in zip(sent, written, strict=False):
-        context.metrics.stored(0, page.copies * header.size_bytes, header.encoding)
+    stored_bytes = sparse = 0
+    for (index, size_bytes), page in zip(sent, written, strict=False):
+        stored_bytes += page.copies * size_bytes
         sparse += 0 < page.copies < replicas
         if page.copies:
             outcomes[index] = None
@@ -86,5 +85,7 @@ def put_pages(
     for reason, detail in write.details.items():
         if reason is not MissReason.STORE_CANCELLED:
             context.metrics.failures.warn(f"page_{reason}", detail)
+    if sent:
+        context.metrics.stored(0, stored_bytes, context.encoding)
     context.metrics.under_replicated(sparse)
     return PageResult.of(outcomes)

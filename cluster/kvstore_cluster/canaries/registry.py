@@ -19,7 +19,7 @@ from kvstore_api.printable import printable
 from kvstore_cluster.canaries.base import KEY, CanaryMirror, CanaryRecord, Origin, canary_key
 from kvstore_cluster.canaries.document import MAX_DOCUMENT_BYTES, bounded, read_document, write_document
 from kvstore_cluster.canaries.room import making_room
-from kvstore_cluster.durable import rename_durably
+from kvstore_cluster.durable import write_durably
 from kvstore_codec.canary import read_sketch_header
 from kvstore_codec.errors import CanaryError, CatalogueError, UnknownModelError
 
@@ -247,11 +247,7 @@ class CanaryRegistry:
         path = self._path(record.key, record.generation)
         unfinished = self._folder / f"{_UNFINISHED}{path.name}"
         try:
-            with unfinished.open("wb") as file:
-                file.write(write_document(record, sketch))
-                file.flush()
-                os.fsync(file.fileno())
-            rename_durably(unfinished, path)
+            write_durably(path, write_document(record, sketch), unfinished)
             with self._lock:
                 before = self._kept.get(record.key)
                 self._kept[record.key] = _Kept(record, next(self._clock))

@@ -9,7 +9,7 @@ from pathlib import Path
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.catalogue.base import ClusterState
 from kvstore_cluster.catalogue.document import MAX_DOCUMENT_BYTES, read_document, unsound, write_document
-from kvstore_cluster.durable import lock_folder, relock_folder, rename_durably
+from kvstore_cluster.durable import lock_folder, relock_folder, write_durably
 from kvstore_codec.errors import CatalogueError
 
 log = logging.getLogger(__name__)
@@ -87,11 +87,7 @@ class FileCatalogue:
         except OSError as error:
             raise _unwritable(folder, error) from error
         try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            rename_durably(aside, self._path)
+            write_durably(self._path, text.encode(), aside)
         except OSError as error:
             with suppress(OSError):
                 aside.unlink()

@@ -7,7 +7,6 @@ names for each forgotten tenant a sequence number, up to which all of its record
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import xxhash
 
 from kvstore_cluster.disk.file import disk_error
-from kvstore_cluster.durable import rename_durably
+from kvstore_cluster.durable import write_durably
 from kvstore_cluster.forgotten import Forgotten
 
 log = logging.getLogger(__name__)
@@ -99,13 +98,8 @@ def write_forgotten(folder: Path, records: ForgottenRecords) -> None:
     }
     document = {"format": _FORMAT, "version": _VERSION, "content": content, "checksum": _checksum(content)}
     path = folder / _NAME
-    aside = path.with_suffix(".tmp")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
-        rename_durably(aside, path)
+        write_durably(path, json.dumps(document).encode(), path.with_suffix(".tmp"))
     except OSError as error:
         raise disk_error(error, f"writing {path}") from error
 

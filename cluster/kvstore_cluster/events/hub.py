@@ -173,13 +173,13 @@ class EventHub:
 
 
 def _listed(events: TierEvents) -> list[Event]:
-    listed: list[Event] = [
+    listed: list[Stored | Removed] = [
         Stored(events.stored_in_memory, MEMORY),
         Stored(events.stored_on_disk, DISK),
         Removed(events.removed_from_memory, MEMORY),
         Removed(events.removed_from_disk, DISK),
     ]
-    return [event for event in listed if not isinstance(event, Cleared) and event.blocks]
+    return [event for event in listed if event.blocks]
 
 
 def _snapshot(blocks: list[bytes], nodes_of: list[int]) -> Iterator[bytes]:
