@@ -146,7 +146,7 @@ class ClientMetrics:
             _UNDER_REPLICATED.inc(chunks)
         self._add("chunks_under_replicated", chunks)
 
-    def failed_over(self, reason: str) -> None:
+    def failed_over(self, reason: MissReason) -> None:
         with REGISTRY_LOCK:
             _FAILOVERS.labels(reason).inc()
         self._add(f"failover_{reason}", 1)

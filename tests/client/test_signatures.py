@@ -174,7 +174,7 @@ def test_other_bytes_under_a_signed_header_are_refused_and_healed(tmp_path: Path
         pending.write(forged)
         assert pending.commit(), "a node cannot tell"
         view = bytearray(len(page))
-        assert store.get_into([b"key"], [view]).reasons == {"damaged": 1}
+        assert store.get_into([b"key"], [view]).reasons == {"bad_signature": 1}
         assert counted(worker, "miss_bad_signature") == 1
         assert store.put([b"key"], [page]).ok == (True,)
         assert store.get_into([b"key"], [view]).ok == (True,)

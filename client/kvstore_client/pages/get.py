@@ -108,7 +108,7 @@ class GetPages:
             search.look(again, self._left_s(), tried)
             places = {index: search.found[index] for index in again if index in search.found}
             if places:
-                self._context.metrics.failed_over(failed[next(iter(places))])
+                self._context.metrics.failed_over(MissReason.of_fetch(failed[next(iter(places))]))
             elif hurried and silent:
                 hurried = False
                 places, silent = {i: p for i, p in silent.items() if self._outcomes[i] is not None}, {}
@@ -210,12 +210,13 @@ class GetPages:
             return "wrong_size"
         except CodecError as error:
             why = f"a page from the storage node at {member.endpoint} is not used: {error}"
+            reason = MissReason.of_frames(error)
             if isinstance(error, SignatureError):
                 self._context.view.signatures.refuse(page.stored.header, page.stored.header_data)
-                self._context.metrics.missed(MissReason.BAD_SIGNATURE, detail=why)
+                self._context.metrics.missed(reason, detail=why)
             else:
-                self._context.metrics.failures.warn("page_damaged", why)
-            return "damaged"
+                self._context.metrics.failures.warn(f"page_{reason}", why)
+            return reason
         self._outcomes[page.index] = None
         header = page.stored.header
         self._context.metrics.received(header.frame_lengths[0])

@@ -102,8 +102,8 @@ def test_a_damaged_page_is_missing(single: Pages) -> None:
     damage(single, 1, 1)
     result = store.get_into(names, empty([5000] * 3))
     assert result.ok == (True, False, True)
-    assert result.reasons == {"damaged": 1}
-    assert single.counted("pages_get_damaged") == 1
+    assert result.reasons == {"checksum": 1}
+    assert single.counted("pages_get_checksum") == 1
 
 
 def test_a_damaged_page_comes_from_the_replica(replicated: Pages) -> None:
@@ -115,6 +115,7 @@ def test_a_damaged_page_comes_from_the_replica(replicated: Pages) -> None:
     views = empty([5000] * 8)
     assert store.get_into(names, views).ok == (True,) * 8
     assert [bytes(view) for view in views] == stored
+    assert replicated.counted("failover_checksum") == 1
 
 
 def damage(pages_: Pages, node: int, number: int) -> None:
