@@ -13,7 +13,7 @@ from kvstore_service.cli import options
 from kvstore_service.cli.console import print_table
 
 if TYPE_CHECKING:
-    from kvstore_service.admin import USAGE_COUNTS, ClusterAdmin
+    from kvstore_service.admin import ClusterAdmin
 
 _MOST = 1 << 20
 _PERIOD_S, _PATIENCE_S = 0.25, 60.0
@@ -33,7 +33,7 @@ def list_tenants(
     from rich.markup import escape
     from rich.table import Table
 
-    from kvstore_service.admin import ClusterAdmin
+    from kvstore_service.admin import USAGE_COUNTS, ClusterAdmin
     from kvstore_service.listen import Address
 
     with ClusterAdmin(str(Address.parse(address))) as cluster:
