@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvstore_codec.errors import StartupError
 from kvstore_service import signals
+from kvstore_service.ray_messages import silent_ray
 
 if TYPE_CHECKING:
     import psutil
@@ -22,8 +23,6 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Keeps Ray's output in its log files, out of this process's stdout.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
 }
 # Keeps other users of this machine out: Ray's processes refuse calls without the token (Ray 2.52 or newer; earlier ones
 # ignore these variables). Only this user can read the environment of a process. There is one token in the life of a
@@ -54,15 +53,16 @@ def local_ray(folder: Path) -> Iterator["RayProcesses"]:
         raise StartupError("Ray already runs in this process; start the cluster in a process without Ray")
     patience_s = 0.0
     processes = RayProcesses(folder)
-    try:
-        _start(folder)
-        patience_s = _STOP_TIMEOUT_S
-        yield processes
-    finally:
-        # Also after a signal interrupts the start, because Ray does not end processes of an unfinished start.
-        processes.find()
-        ray.shutdown()
-        processes.wait_until_gone(patience_s)
+    with silent_ray():
+        try:
+            _start(folder)
+            patience_s = _STOP_TIMEOUT_S
+            yield processes
+        finally:
+            # Also after a signal interrupts the start, because Ray does not end processes of an unfinished start.
+            processes.find()
+            ray.shutdown()
+            processes.wait_until_gone(patience_s)
 
 
 class RayProcesses:

@@ -10,6 +10,7 @@ from kvstore_codec.errors import StartupError
 from kvstore_service import signals
 from kvstore_service.listen import Address
 from kvstore_service.local_ray import ENVIRONMENT
+from kvstore_service.ray_messages import silent_ray
 
 _NAMESPACE = "kvstore"
 _SOME_CPU = 0.01
@@ -25,15 +26,16 @@ def existing_ray(address: str) -> Iterator[None]:
     if ray.is_initialized():
         raise StartupError("Ray already runs in this process; start the cluster in a process without Ray")
     _require_answer(address)
-    try:
-        with signals.deferred():
-            ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise StartupError(f"cannot connect to a Ray cluster at {address}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with silent_ray():
+        try:
+            with signals.deferred():
+                ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise StartupError(f"cannot connect to a Ray cluster at {address}: {error}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def ray_nodes() -> list[str]:
