@@ -1,7 +1,5 @@
 """The gRPC server of every endpoint: limits, health, reflection and an orderly stop."""
 
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -13,23 +11,19 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvstore_codec.errors import (
-    AbandonedRequestError,
-    BusyError,
-    MalformedRequestError,
-    PermissionDeniedError,
-    RequestError,
-    UnauthenticatedError,
-)
+from kvstore_codec.errors import MalformedRequestError
 from kvstore_service.background_health import HealthWithBackground
+from kvstore_service.grpc_status import reported
 from kvstore_service.identity import OPEN, Access
 from kvstore_service.identity.guard import Guard
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error
 from kvstore_service.request_fields import require_few_fields
 from kvstore_service.request_log import RequestLog
+from kvstore_service.shares import Shares
 from kvstore_service.stalled_streams import StalledStreams
 from kvstore_service.tls import ServerTls
+from kvstore_service.unary_requests import THREADS, UnaryRequests
 from kvstore_service.unsent_answers import UnsentAnswers
 
 MAX_MESSAGE_BYTES = 8 << 20
@@ -38,12 +32,12 @@ SMALL_REQUEST_BYTES = 16 << 10
 # One LookupReply contains the headers of all chunks that were found.
 MAX_REPLY_BYTES = 64 << 20
 # A running call holds a thread. Streams (bulk data, reflection) may last long, so together they must not take all
-# threads: lookups and leases are answered however many streams are open. This limit protects against many clients, not
-# against hostile ones: a client may open calls and never send their request.
+# threads: lookups and leases are answered however many streams are open.
 MAX_STREAMS = 192
 MAX_STREAMS_OF_TENANT = 128
 """Of these, streams of one tenant, where there are credentials."""
-_THREADS = MAX_STREAMS + 32
+_THREADS = MAX_STREAMS + THREADS + 32
+"""The last ones are for calls that are refused: no call waits in them."""
 # Calls that run or wait for a thread. Further calls are refused before their request is received.
 MAX_CALLS = 1024
 MAX_CALLS_OF_CONNECTION = MAX_STREAMS + 64
@@ -60,13 +54,6 @@ IDLE_S = 120.0
 MAX_METADATA_BYTES = 16 << 10
 """Most bytes of the headers of a call. Of calls with more than half of that, gRPC refuses some."""
 _HEALTH = f"/{health.SERVICE_NAME}/"
-_STATUS: dict[type[RequestError], grpc.StatusCode] = {
-    MalformedRequestError: grpc.StatusCode.INVALID_ARGUMENT,
-    BusyError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    AbandonedRequestError: grpc.StatusCode.CANCELLED,
-    UnauthenticatedError: grpc.StatusCode.UNAUTHENTICATED,
-    PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
-}
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -105,7 +92,11 @@ class GrpcServer:
         self._pool = ThreadPoolExecutor(_THREADS, "kvstore-rpc")
         self._stalled = StalledStreams()
         guards = [] if access.is_open else [Guard(access)]
-        limits = [_StreamLimits(self._stalled, access), _RequestLimits(large or LargeRequests())]
+        limits = [
+            UnaryRequests(self._stalled, access),
+            _StreamLimits(self._stalled, access),
+            _RequestLimits(large or LargeRequests()),
+        ]
         self._server = grpc.server(
             self._pool,
             interceptors=[*guards, *limits, RequestLog()],
@@ -149,8 +140,7 @@ class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
 
     def __init__(self, stalled: StalledStreams, access: Access) -> None:
         self._stalled, self._access = stalled, access
-        self._lock = threading.Lock()
-        self._open: Counter[str] = Counter()  # by tenant
+        self._open = Shares("streams")
 
     def intercept_service(
         self,
@@ -196,18 +186,9 @@ class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
     def _stream(self, context: grpc.ServicerContext) -> Iterator[None]:
         with reported(context):
             tenant = "" if self._access.is_open else self._access.whose(context)
-        most = MAX_STREAMS if self._access.is_open else MAX_STREAMS_OF_TENANT
-        with self._lock:
-            free = self._open.total() < MAX_STREAMS and self._open[tenant] < most
-            self._open[tenant] += free
-        if not free:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{most} streams are already open; try again")
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._open[tenant] -= 1
-                self._open += Counter()  # removes tenants whose count is zero
+            most = MAX_STREAMS if self._access.is_open else MAX_STREAMS_OF_TENANT
+            with self._open.taken(tenant, most=MAX_STREAMS, most_of_tenant=most):
+                yield
 
 
 class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -308,15 +289,6 @@ def parser(request: type, max_bytes: int = SMALL_REQUEST_BYTES) -> Callable[[byt
         return request.FromString(data)  # type: ignore[attr-defined]
 
     return parse
-
-
-@contextmanager
-def reported(context: grpc.ServicerContext) -> Iterator[None]:
-    """Ends the call with a gRPC status if the block refuses the request."""
-    try:
-        yield
-    except RequestError as error:
-        context.abort(_STATUS[type(error)], str(error))
 
 
 def unary(

@@ -14,6 +14,7 @@ from kvstore_service import (
     large_requests,
     metrics_server,
     stalled_streams,
+    unary_requests,
     unsent_answers,
     verifications,
     wire,
@@ -48,6 +49,7 @@ _CLOSED = "closed at once"
 _REFUSED = "refused: RESOURCE_EXHAUSTED"
 _INVALID = "refused: INVALID_ARGUMENT"
 _REPLACES = "another such connection is closed: the oldest one of the network with the most"
+_CANCELS = "another such call is cancelled: the oldest one of the {} with the most"
 _IDLE = "the connection that has been idle longest is closed; if none is idle, refused"
 
 LIMITS: tuple[Limit, ...] = (
@@ -57,6 +59,12 @@ LIMITS: tuple[Limit, ...] = (
     Limit(GRPC, "TLS and HTTP/2 handshakes together", grpc_server.HANDSHAKE_S, "closed", "s"),
     Limit(GRPC, "time without a call", grpc_server.IDLE_S, "closed", "s"),
     Limit(GRPC, "headers of a call", grpc_server.MAX_METADATA_BYTES, _REFUSED, "bytes"),
+    Limit(
+        GRPC,
+        "calls without a credential whose request has not come (health checks)",
+        unary_requests.MAX_RECEIVING_OF_STRANGERS,
+        _CANCELS.format("network"),
+    ),
     Limit(BULK, "connections that are not identified", bulk.MAX_STRANGERS, _REPLACES),
     Limit(BULK, _MEMORY, bulk.STRANGER_BYTES, _MEASURED, "bytes"),
     Limit(BULK, "TLS handshake, preface and token together", bulk.STRANGER_S, "closed", "s"),
@@ -77,6 +85,21 @@ LIMITS: tuple[Limit, ...] = (
     ),
     Limit(GRPC, "of these, streams", grpc_server.MAX_STREAMS, _REFUSED),
     Limit(GRPC, "of these, of one tenant", grpc_server.MAX_STREAMS_OF_TENANT, _REFUSED),
+    Limit(GRPC, "calls in progress with one request and one answer", unary_requests.MAX_UNARY, _REFUSED),
+    Limit(GRPC, "of these, of one tenant", unary_requests.MAX_UNARY_OF_TENANT, _REFUSED),
+    Limit(
+        GRPC,
+        "besides these, of operators, nodes and dashboards of all tenants",
+        unary_requests.MAX_UNARY_OF_OPERATORS,
+        _REFUSED,
+    ),
+    Limit(
+        GRPC,
+        "calls of identified callers whose request has not come",
+        unary_requests.MAX_RECEIVING,
+        _CANCELS.format("tenant"),
+    ),
+    Limit(GRPC, "time for the request of a call to come", unary_requests.REQUEST_S, "cancelled", "s"),
     Limit(GRPC, "time to read an answer of a stream", stalled_streams.PATIENCE_S, "cancelled", "s"),
     Limit(GRPC, "time between two messages of a client's stream", stalled_streams.SILENT_S, "cancelled", "s"),
     Limit(

@@ -24,8 +24,8 @@ from kvstore_service.identity.verbs import METRICS
 from kvstore_service.listen import Address, address_error, network_of
 from kvstore_service.observability.status_page import PATHS, StartResponse, StatusPage
 from kvstore_service.security import INSECURE, Security
-from kvstore_service.strangers import Strangers
 from kvstore_service.tls import ServerTls
+from kvstore_service.waiting_room import WaitingRoom
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ PATIENCE_S = 5.0
 MAX_REQUEST_BYTES = 16 << 10
 MAX_CONNECTIONS = 64
 """Most open connections whose request has not been received yet. Each has a thread. One more closes another
-(`Strangers`)."""
+(`WaitingRoom`)."""
 STRANGER_BYTES = 36 << 10
 """Memory of such a connection. Measured with 30 (benchmarks/floods.py --memory)."""
 MAX_SCRAPES = 8
@@ -82,7 +82,7 @@ class _Server(ThreadingMixIn, WSGIServer):
         self._tls = tls
         self._lock = threading.Lock()
         self._open = 0
-        self._strangers: Strangers[socket.socket] = Strangers(MAX_CONNECTIONS)
+        self._strangers: WaitingRoom[socket.socket] = WaitingRoom(MAX_CONNECTIONS)
         self._accepted_s: dict[socket.socket, float] = {}
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         self.address_family, _, _, _, target = found[0]

@@ -34,6 +34,8 @@ class RequestLog(grpc.ServerInterceptor):  # type: ignore[misc]
             for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
             if getattr(handler, kind) is not None
         )
+        if getattr(serve, "experimental_non_blocking", False):  # in a block, gRPC would keep a thread for it
+            return handler
 
         def answer_once(request: object, context: grpc.ServicerContext) -> object:
             with _logged(request_id, method, streams=False):

@@ -1,4 +1,4 @@
-"""Cancels streams whose client neither reads nor sends. Such a stream would keep a thread, its data and one of
+"""Cancels calls whose client neither reads nor sends. Such a stream would keep a thread, its data and one of
 MAX_STREAMS."""
 
 import threading
@@ -20,14 +20,14 @@ Message = TypeVar("Message")
 
 
 class StalledStreams:
-    """Cancels calls whose client takes longer than PATIENCE_S to read an answer, or SILENT_S to send a message, from
+    """Cancels calls whose client takes longer than PATIENCE_S to read an answer, or too long to send a message, from
     construction until `stop`. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # For whom a call waits, and since when. A call has one thread, so it waits for one at a time.
+        # For whom a call waits, and since when or until when. A call has one thread, so it waits for one at a time.
         self._unread_since_s: dict[grpc.ServicerContext, float] = {}
-        self._silent_since_s: dict[grpc.ServicerContext, float] = {}
+        self._silent_until_s: dict[grpc.ServicerContext, float] = {}
         self._loop = BackgroundLoop("kvstore-rpc-stalled", self._cancel_stalled)
         self._loop.start()
 
@@ -47,14 +47,15 @@ class StalledStreams:
         return Received(self, messages, context)
 
     @contextmanager
-    def waiting_for_message(self, context: grpc.ServicerContext) -> Iterator[None]:
+    def waiting_for_message(self, context: grpc.ServicerContext, limit_s: float) -> Iterator[None]:
+        """Cancels the call if the block, which waits for a message of its client, takes longer than `limit_s`."""
         with self._lock:
-            self._silent_since_s[context] = time.monotonic()
+            self._silent_until_s[context] = time.monotonic() + limit_s
         try:
             yield
         finally:
             with self._lock:
-                del self._silent_since_s[context]
+                del self._silent_until_s[context]
 
     def stop(self) -> None:
         self._loop.stop()
@@ -62,10 +63,11 @@ class StalledStreams:
     def _cancel_stalled(self) -> None:
         if self._loop.stopping.wait(_PERIOD_S):
             return
-        unread_s, silent_s = time.monotonic() - PATIENCE_S, time.monotonic() - SILENT_S
+        now_s = time.monotonic()
+        unread_s = now_s - PATIENCE_S
         with self._lock:
             stalled = [call for call, since_s in self._unread_since_s.items() if since_s < unread_s]
-            stalled += [call for call, since_s in self._silent_since_s.items() if since_s < silent_s]
+            stalled += [call for call, until_s in self._silent_until_s.items() if until_s < now_s]
         for call in stalled:
             call.cancel()
 
@@ -79,5 +81,5 @@ class Received(Iterator[Message]):
         self._stalled, self._messages, self._context = stalled, messages, context
 
     def __next__(self) -> Message:
-        with self._stalled.waiting_for_message(self._context):
+        with self._stalled.waiting_for_message(self._context, SILENT_S):
             return next(self._messages)

@@ -18,9 +18,9 @@ from kvstore_service.chunk_source import ChunkSource
 from kvstore_service.identity import OPEN, Access
 from kvstore_service.large_requests import LargeRequests
 from kvstore_service.listen import Address, address_error, network_of
-from kvstore_service.strangers import Strangers
 from kvstore_service.tls import ServerTls
 from kvstore_service.tracing import NodeTracing
+from kvstore_service.waiting_room import WaitingRoom
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ more connection closes the one that has been idle longest, or is refused if none
 MAX_CONNECTIONS_OF_TENANT = 192
 """Of these, most of one tenant, where there are credentials."""
 MAX_STRANGERS = 128
-"""Most open connections of callers that are not identified yet. One more closes another (`Strangers`)."""
+"""Most open connections of callers that are not identified yet. One more closes another (`WaitingRoom`)."""
 STRANGER_BYTES = 50 << 10
 """Memory of such a connection. Measured with 100 (benchmarks/floods.py --memory)."""
 STRANGER_S = 5.0
@@ -89,7 +89,7 @@ class BulkServer:
         self._lock = threading.Lock()
         self._stopping = False
         self._connections: dict[ByteStream, threading.Thread] = {}
-        self._strangers: Strangers[ByteStream] = Strangers(max_strangers)
+        self._strangers: WaitingRoom[ByteStream] = WaitingRoom(max_strangers)
         self._places = Places(max_connections, max_connections if access.is_open else max_of_tenant)
         self._acceptor = BackgroundLoop("kvstore-bulk-accept", self._accept)
         self._acceptor.start()

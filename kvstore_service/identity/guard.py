@@ -1,6 +1,7 @@
 """The check of every gRPC call before its request is received."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import NoReturn
 
 import grpc
@@ -50,12 +51,13 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
             if getattr(handler, kind) is not None
         )
 
-        def checked(request: object, context: grpc.ServicerContext) -> object:
+        @wraps(serve)
+        def checked(request: object, context: grpc.ServicerContext, *send: Callable[..., object]) -> object:
             try:
                 verb.require(self._access.of_call(context))
             except RequestError as error:
                 _abort(error, context)
-            return serve(request, context)
+            return serve(request, context, *send)
 
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return make(checked, handler.request_deserializer, handler.response_serializer)

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 
-from kvstore_service import grpc_server, metrics_server, verifications, wire
+from kvstore_service import grpc_server, metrics_server, unary_requests, verifications, wire
 from kvstore_service.bulk_server import server as bulk
 from kvstore_service.limits import LIMITS, table
 
@@ -16,7 +16,7 @@ def test_the_page_shows_the_limits() -> None:
     assert table() in PAGE, table()
 
 
-@pytest.mark.parametrize("module", [bulk, grpc_server, metrics_server, verifications, wire])
+@pytest.mark.parametrize("module", [bulk, grpc_server, metrics_server, unary_requests, verifications, wire])
 def test_each_limit_of_a_port_is_in_the_table(module: ModuleType) -> None:
     own = {name: value for name, value in vars(module).items() if name.startswith("MAX_")}
     assert own

@@ -1,27 +1,27 @@
-"""Connections whose callers have not said who they are."""
+"""Connections whose callers have not said who they are, and calls whose request has not come."""
 
 import pytest
 
 from kvstore_service.listen import network_of
-from kvstore_service.strangers import Strangers
+from kvstore_service.waiting_room import WaitingRoom
 
 
 def test_who_opens_many_closes_their_own() -> None:
-    strangers: Strangers[str] = Strangers(4)
-    assert strangers.add("honest", "10.0.0.1") is None
+    room: WaitingRoom[str] = WaitingRoom(4)
+    assert room.add("honest", "10.0.0.1") is None
     crowd = [f"flood-{number}" for number in range(20)]
-    closed = [strangers.add(one, "10.0.0.2") for one in crowd]
+    closed = [room.add(one, "10.0.0.2") for one in crowd]
     assert closed == [None] * 3 + crowd[:17]
-    assert list(strangers) == ["honest", *crowd[17:]]
+    assert list(room) == ["honest", *crowd[17:]]
 
 
 def test_of_one_network_the_oldest_is_closed() -> None:
-    strangers: Strangers[int] = Strangers(2)
-    assert [strangers.add(number, "10.0.0.1") for number in range(4)] == [None, None, 0, 1]
-    strangers.remove(2)
-    strangers.remove(2)
-    assert strangers.add(4, "10.0.0.3") is None
-    assert (len(strangers), 2 in strangers, 3 in strangers) == (2, False, True)
+    room: WaitingRoom[int] = WaitingRoom(2)
+    assert [room.add(number, "10.0.0.1") for number in range(4)] == [None, None, 0, 1]
+    room.remove(2)
+    room.remove(2)
+    assert room.add(4, "10.0.0.3") is None
+    assert (len(room), 2 in room, 3 in room) == (2, False, True)
 
 
 @pytest.mark.parametrize(

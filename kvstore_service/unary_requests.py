@@ -1,0 +1,135 @@
+"""Receives the request of each call that has only one.
+
+gRPC takes a thread for a call when its headers have come, and waits in it for the request without a limit. Whoever
+sends headers alone could therefore stop a server, even a caller without a credential, who may check its health.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import Any
+from urllib.parse import unquote
+
+import grpc
+
+from kvstore_codec.errors import MalformedRequestError
+from kvstore_service.grpc_status import reported
+from kvstore_service.identity import Access, Scope
+from kvstore_service.identity.verbs import is_open
+from kvstore_service.listen import network_of
+from kvstore_service.shares import Shares
+from kvstore_service.stalled_streams import StalledStreams
+from kvstore_service.waiting_room import WaitingRoom
+
+REQUEST_S = 20.0
+"""Time limit for a request to come after its headers: 8 MiB at 3.4 Mbit/s."""
+MAX_RECEIVING = 64
+"""Most calls of identified callers whose request has not come. It comes with the headers, unless it is large. One more
+cancels another (`WaitingRoom`)."""
+MAX_RECEIVING_OF_STRANGERS = 32
+"""Most such calls that need no credential. gRPC keeps up to 8 MiB of the request of each."""
+MAX_UNARY = 256
+"""Most calls of identified callers with one request and one answer. Each has a thread until its answer is made."""
+MAX_UNARY_OF_TENANT = 192
+"""Of these, most of one tenant, where there are credentials."""
+MAX_UNARY_OF_OPERATORS = 32
+"""Most such calls of operators, storage nodes and dashboards of all tenants. They take no share of others."""
+THREADS = MAX_RECEIVING + MAX_RECEIVING_OF_STRANGERS + MAX_UNARY + MAX_UNARY_OF_OPERATORS
+"""Most threads that all these calls hold together. Calls that are refused need a further one, for a moment."""
+
+
+class UnaryRequests(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Cancels a call whose request does not come within REQUEST_S, or that waits for it while too many others do, and
+    refuses a call of a tenant that has too many in progress. To gRPC all calls have a stream of requests, so that a
+    call is served from its headers on."""
+
+    def __init__(self, stalled: StalledStreams, access: Access) -> None:
+        self._access = access
+        self._strangers = _Receiving(stalled, MAX_RECEIVING_OF_STRANGERS)
+        self._members = _Receiving(stalled, MAX_RECEIVING)
+        self._calls, self._calls_of_operators = Shares("calls"), Shares("calls of operators")
+
+    def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        handler = continuation(details)
+        if handler is None or handler.request_streaming:
+            return handler
+        if handler.response_streaming:
+            made = grpc.stream_stream_rpc_method_handler
+            serve = self._answering_with_many(handler.unary_stream)
+        else:
+            made = grpc.stream_unary_rpc_method_handler
+            serve = self._answering_with_one(
+                handler.unary_unary, needs_credential=not is_open(details.method)
+            )
+        return made(serve, handler.request_deserializer, handler.response_serializer)
+
+    def _answering_with_one(
+        self, serve: Callable[..., object], *, needs_credential: bool
+    ) -> Callable[..., object]:
+        def serve_if_received(requests: Iterator[object], context: grpc.ServicerContext) -> object:
+            with reported(context):
+                if not needs_credential:
+                    return serve(self._strangers.request(requests, context, _network(context)), context)
+                group, share = self._share(context)
+                with share:
+                    return serve(self._members.request(requests, context, group), context)
+
+        return serve_if_received
+
+    def _answering_with_many(self, serve: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(serve)  # gRPC looks for attributes of the method, which say that it does not block
+        def serve_if_received(
+            requests: Iterator[object], context: grpc.ServicerContext, *send: Callable[..., object]
+        ) -> Any:
+            with reported(context):
+                group, _ = self._share(context)
+                return serve(self._members.request(requests, context, group), context, *send)
+
+        return serve_if_received
+
+    def _share(self, context: grpc.ServicerContext) -> tuple[str, AbstractContextManager[None]]:
+        """The group of a call among those that wait for their request, and a block that counts it while it is in
+        progress. Raises UnauthenticatedError."""
+        if self._access.is_open:
+            return _network(context), self._calls.taken("", most=MAX_UNARY, most_of_tenant=MAX_UNARY)
+        caller = self._access.of_call(context)
+        if caller.tenant is None and Scope.DATA not in caller.scopes:
+            most = MAX_UNARY_OF_OPERATORS
+            return caller.credential_id, self._calls_of_operators.taken("", most=most, most_of_tenant=most)
+        most_of_tenant = MAX_UNARY_OF_TENANT
+        return caller.share, self._calls.taken(caller.share, most=MAX_UNARY, most_of_tenant=most_of_tenant)
+
+
+class _Receiving:
+    """Calls whose request has not come, at most `most`. Thread-safe."""
+
+    def __init__(self, stalled: StalledStreams, most: int) -> None:
+        self._stalled = stalled
+        self._lock = threading.Lock()
+        self._room: WaitingRoom[grpc.ServicerContext] = WaitingRoom(most)
+
+    def request(self, requests: Iterator[object], context: grpc.ServicerContext, group: str) -> object:
+        """Waits for the request. Raises MalformedRequestError if the client sends none, and grpc.RpcError once the call
+        is cancelled."""
+        with self._lock:
+            out = self._room.add(context, group)
+        if out is not None:
+            out.cancel()
+        try:
+            with self._stalled.waiting_for_message(context, REQUEST_S):
+                return next(requests)
+        except StopIteration:
+            raise MalformedRequestError("the call has no request") from None
+        finally:
+            with self._lock:
+                self._room.remove(context)
+
+
+def _network(context: grpc.ServicerContext) -> str:
+    """The network of a call's client, whose address gRPC writes as ipv4:127.0.0.1:1234 or ipv6:%5B::1%5D:1234."""
+    return network_of(unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]"))
