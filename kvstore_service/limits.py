@@ -145,6 +145,7 @@ LIMITS: tuple[Limit, ...] = (
     Limit(CLUSTER, "name of a credential, characters", credential.MAX_NAME_CHARACTERS, "not added"),
     Limit(CLUSTER, "subject of a credential, characters", credential.MAX_SUBJECT_CHARACTERS, "not added"),
     Limit(CLUSTER, "leased chunks of a node", leases.MAX_LEASED, "the lookup gets no lease"),
+    Limit(CLUSTER, "of these, of one tenant", leases.MAX_LEASED_OF_TENANT, "the lookup gets no lease"),
     Limit(CLUSTER, "lease", leases.MAX_LEASE_S, "it ends", "s"),
     Limit(CLUSTER, "pinned chunks of a tenant", coordinator.MAX_PINS_OF_TENANT, _REFUSED),
     Limit(

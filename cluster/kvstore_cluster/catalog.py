@@ -119,11 +119,13 @@ class ChunkCatalog:
 
     def enter(self, order: EvictionOrder, slot: int) -> None:
         """Adds the chunk to the eviction order of a tier. Lock held."""
-        index = self.index
-        self.tallies.entered(self._tier(order), index.encoding(slot), index.size_bytes[slot])
-        order.add(
-            slot, identity=index.identity(slot), size_bytes=index.size_bytes[slot], cost=index.cost(slot)
-        )
+        index, size_bytes = self.index, self.index.size_bytes[slot]
+        self.tallies.entered(self._tier(order), index.encoding(slot), size_bytes)
+        if (
+            order is self.in_memory
+        ):  # what its eviction frees: otherwise tiny chunks would displace all others
+            size_bytes = self.arena.footprint_bytes(size_bytes)
+        order.add(slot, identity=index.identity(slot), size_bytes=size_bytes, cost=index.cost(slot))
         self._changed(slot)
 
     def link_behind(self, slot: int, before: int) -> None:

@@ -18,6 +18,8 @@ MAX_LEASE_S = 120.0
 MAX_LEASED = 1 << 20
 """Limit of the keys in all leases of a table and in their expected uses. A key in several leases counts once in each. A
 key takes 100 to 200 bytes."""
+MAX_LEASED_OF_TENANT = 3 << 18
+"""Of these, most of one tenant."""
 _OWN_KEYS = 8
 """Fixed cost of a lease, in keys."""
 _MOST_STALE = 1024
@@ -58,8 +60,8 @@ class LeaseTable(Generic[K]):
     """Grants leases over sets of keys. Not thread-safe: called with the storage node's lock held.
 
     A lease ends when it is released or expires. `max_lease_s` caps every grant and renewal, so that a client that dies
-    cannot hold memory for longer. `max_leased` limits the keys in all leases together. `clock` is monotonic, in
-    seconds.
+    cannot hold memory for longer. `max_leased` limits the keys in all leases together, and `max_leased_of_tenant` those
+    of one tenant. `clock` is monotonic, in seconds.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class LeaseTable(Generic[K]):
         max_lease_s: float = MAX_LEASE_S,
         clock: Callable[[], float] = time.monotonic,
         max_leased: int = MAX_LEASED,
+        max_leased_of_tenant: int = MAX_LEASED_OF_TENANT,
     ) -> None:
         self._max_lease_s = max_lease_s
-        self._max_leased = max_leased
+        self._max_leased, self._max_leased_of_tenant = max_leased, max_leased_of_tenant
         self._leased = 0
+        self._leased_of: Counter[str] = Counter()
         self._clock = clock
         self._leases: dict[LeaseId, _Lease[K]] = {}
         self._holders: Counter[K] = Counter()
@@ -80,7 +84,7 @@ class LeaseTable(Generic[K]):
     def grant(self, keys: Iterable[K], duration_s: float, owner: str = "") -> LeaseId | None:
         """Grants a lease on the keys to a tenant. None when that would exceed the limit of leased keys."""
         lease: _Lease[K] = _Lease(set(keys), owner)
-        if not self._take(_OWN_KEYS + len(lease.keys)):
+        if not self._take(owner, _OWN_KEYS + len(lease.keys)):
             return None
         lease_id = LeaseId(secrets.token_bytes(LEASE_ID_BYTES))
         self._leases[lease_id] = lease
@@ -108,7 +112,7 @@ class LeaseTable(Generic[K]):
         if lease_id is None or lease is None:
             return self.grant(keys, duration_s, owner)
         added = set(keys) - lease.keys
-        if not self._take(len(added)):
+        if not self._take(lease.owner, len(added)):
             self.release(lease_id)
             return None
         lease.keys |= added
@@ -120,7 +124,7 @@ class LeaseTable(Generic[K]):
         when that would exceed the limit of leased keys: the lease then covers all its keys until it ends, and no use is
         counted."""
         lease = self._leases.get(lease_id)
-        if lease is not None and self._take(len(findings.keys)):
+        if lease is not None and self._take(lease.owner, len(findings.keys)):
             lease.findings = findings
 
     def expected_use(self, lease_id: LeaseId) -> Findings[K] | None:
@@ -138,7 +142,7 @@ class LeaseTable(Generic[K]):
             return False
         others = lease.keys.difference(keys)
         lease.keys -= others
-        self._let_go(others)
+        self._let_go(lease.owner, others)
         if not lease.keys:
             self.release(lease_id)
         return True
@@ -156,9 +160,9 @@ class LeaseTable(Generic[K]):
         lease = self._leases.pop(lease_id, None)
         if lease is None:
             return False
-        self._let_go(lease.keys)
+        self._let_go(lease.owner, lease.keys)
         self._pop_findings(lease)
-        self._leased -= _OWN_KEYS
+        self._give_back(lease.owner, _OWN_KEYS)
         return True
 
     def expire(self) -> None:
@@ -177,21 +181,31 @@ class LeaseTable(Generic[K]):
     def __len__(self) -> int:
         return len(self._leases)
 
-    def _take(self, count: int) -> bool:
-        """Counts `count` more leased keys. Counts none and returns False when they would exceed the limit."""
-        if self._leased + count > self._max_leased:
+    def _take(self, owner: str, count: int) -> bool:
+        """Counts `count` more leased keys of a tenant. Counts none and returns False when they would exceed a limit."""
+        if (
+            self._leased + count > self._max_leased
+            or self._leased_of[owner] + count > self._max_leased_of_tenant
+        ):
             return False
         self._leased += count
+        self._leased_of[owner] += count
         return True
+
+    def _give_back(self, owner: str, count: int) -> None:
+        self._leased -= count
+        self._leased_of[owner] -= count
+        if not self._leased_of[owner]:
+            del self._leased_of[owner]
 
     def _pop_findings(self, lease: _Lease[K]) -> Findings[K] | None:
         findings, lease.findings = lease.findings, None
         if findings is not None:
-            self._leased -= len(findings.keys)
+            self._give_back(lease.owner, len(findings.keys))
         return findings
 
-    def _let_go(self, keys: Set[K]) -> None:
-        self._leased -= len(keys)
+    def _let_go(self, owner: str, keys: Set[K]) -> None:
+        self._give_back(owner, len(keys))
         for key in keys:
             self._holders[key] -= 1
             if not self._holders[key]:

@@ -97,6 +97,16 @@ def test_all_leases_together_are_bounded(clock: Clock) -> None:
     assert leases.grant("efgh", 10.0) is not None
 
 
+def test_one_tenant_leaves_leases_for_others(clock: Clock) -> None:
+    leases = LeaseTable[str](max_lease_s=60.0, clock=clock, max_leased=40, max_leased_of_tenant=20)
+    first = leases.grant("abcd", 10.0, "greedy")
+    assert first is not None
+    assert leases.grant("abcd", 10.0, "greedy") is None
+    assert leases.grant("abcd", 10.0, "acme") is not None
+    assert leases.release(first)
+    assert leases.grant("abcdefghij", 10.0, "greedy") is not None
+
+
 def test_a_key_that_is_named_often_is_leased_once(clock: Clock) -> None:
     leases = bounded(clock)
     lease_id = leases.grant("a" * 1000, 10.0)
@@ -116,6 +126,7 @@ def test_what_may_be_used_is_bounded_with_the_leases(clock: Clock) -> None:
         assert not leases.holds("a")
         assert leases.release(lease_id)
     assert leases._leased == 0
+    assert not leases._leased_of
 
 
 def test_renewals_leave_nothing_behind(clock: Clock) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore_cluster.arena import Arena
+from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
 from kvstore_cluster.put import PutOptions
 from kvstore_codec.errors import OverQuotaError, StorageError, TextTooLongError
@@ -98,3 +99,19 @@ def test_a_report_of_attention_leaves_the_chunks_of_another_tenant_alone(
     monkeypatch.setattr(node._catalog, "report", lambda _, score: heard.append(score))
     node.report([own.chunk_id, theirs.chunk_id], [0.25, 0.75], "a")
     assert heard == [0.25]
+
+
+def test_tiny_chunks_of_others_do_not_displace_what_was_just_stored() -> None:
+    """A tiny chunk takes a whole block of memory, too, so the cost that it saves is not that of a few bytes."""
+    node = StorageNode("node-0", Arena(12 * 16 << 10, 16 << 10))
+    tiny = [sample_chunk(100 + number, frame_bytes=10) for number in range(12 + 12 + 4)]
+    for chunk in tiny[:12]:
+        put(node, chunk, "b")
+    for chunk in tiny[:12]:  # used again, so that the policy expects chunks to be used after a while
+        node.lookup(LookupRequest([chunk.chunk_id], [chunk.encoding]))
+    for chunk in tiny[12:24]:
+        put(node, chunk, "b")
+    put(node, CHUNKS[0], "a")
+    for chunk in tiny[24:]:
+        put(node, chunk, "b")
+    assert stored(node, "a") == [CHUNKS[0]]
