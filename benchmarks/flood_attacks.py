@@ -12,11 +12,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import grpc
+from flood_target import HTTP2, SOURCE, Target, address_of, bulk_connection, tls_connection
 from pydantic import SecretStr
 
 from kvstore_api.frames import PREFACE, FrameKind, pack_header
@@ -28,43 +27,26 @@ from kvstore_codec.errors import UnauthenticatedError
 from kvstore_service.identity import Credential, Scope, new_token
 from kvstore_service.identity.credential import token_digest
 from kvstore_service.identity.file import changing, read_credentials
+from tests.half_calls import half_calls
 from tests.sample_chunk import sample_chunk
 from tests.service.bulk_port import put_frame, ref
 
-_FROM = "127.0.0.2"
-"""Address of the attackers; the honest client has another one, as it has on a network."""
 _OPENED_PER_S, _OPENED_AGAIN_PER_S = 5000, 500
 _LOOK_S = 0.5
 _PIECE = bytes(1 << 20)
-HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""How an HTTP/2 connection begins: the preface, and empty settings."""
+_CHECK, _LOOKUP = "/grpc.health.v1.Health/Check", "/kvstore.v1.Storage/Lookup"
+_CALLS = 240
+"""Calls of one connection, which may have up to 256."""
 _TENANTS_AT_ONCE = 100
 _EFFECT_S = 60.0
 _LOCAL = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A running service. `ports` are host:port by what listens there."""
-
-    ports: dict[str, str]
-    ca: Path
-    credentials: Path
-    tokens: dict[str, str]
-    """Of the callers `honest`, `rival`, `everyone` (of all tenants) and `prometheus`."""
-
-    def connector(self, caller: str = "") -> Connector:
-        return Connector(SecuritySettings(token=SecretStr(self.tokens.get(caller, "")), tls_ca=self.ca))
-
-    def context(self) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=self.ca)
 
 
 Attack = Callable[[Target, int, float], str]
 """Attacks with a number of connections, requests or tenants until a monotonic time. Returns what was reached."""
 
 
-def connections(target: Target, count: int, until_s: float, source: str = _FROM) -> str:
+def connections(target: Target, count: int, until_s: float, source: str = SOURCE) -> str:
     """Opens plain TCP connections to all ports in turn, and others for those that the service closes, up to 500 a
     second."""
     return _kept_open(target, count, until_s, b"", source)
@@ -82,11 +64,11 @@ def half_open_handshakes(target: Target, count: int, until_s: float) -> str:
     with contextlib.suppress(ssl.SSLWantReadError):
         client.do_handshake()
     hello = outgoing.read()
-    return _kept_open(target, count, until_s, hello[: len(hello) // 2], _FROM)
+    return _kept_open(target, count, until_s, hello[: len(hello) // 2], SOURCE)
 
 
 def _kept_open(target: Target, count: int, until_s: float, sent: bytes, source: str) -> str:
-    addresses = itertools.cycle(_address(port) for port in target.ports.values())
+    addresses = itertools.cycle(address_of(port) for port in target.ports.values())
     opened = most = failed = 0
     with contextlib.ExitStack() as closing, selectors.DefaultSelector() as selector:
         waiting: dict[socket.socket, tuple[str, int]] = {}
@@ -123,6 +105,41 @@ def _kept_open(target: Target, count: int, until_s: float, sent: bytes, source: 
     return f"{opened:,} opened, {most:,} at once{refused}"
 
 
+def calls_without_a_request(target: Target, count: int, until_s: float) -> str:
+    """Sends the headers of `count` calls at a time and no request: health checks of strangers, and lookups of a tenant.
+    Does so again and again, because the service cancels them."""
+    kinds = itertools.cycle(
+        (("node", _CHECK, ""), ("coordinator", _CHECK, ""), ("node", _LOOKUP, target.tokens["rival"]))
+    )
+    context = target.context()
+    context.set_alpn_protocols(["h2"])
+    begun = 0
+    while time.monotonic() < until_s:
+        with contextlib.ExitStack() as open_ones:
+            for port, method, token in itertools.islice(kinds, max(1, count // _CALLS)):
+                with contextlib.suppress(OSError):
+                    half = half_calls(target.ports[port], method, _CALLS, token, source=SOURCE, tls=context)
+                    open_ones.enter_context(half)
+                    begun += _CALLS
+            time.sleep(2 * _LOOK_S)
+    return f"{begun:,} calls begun"
+
+
+def lookups_of_one_tenant(target: Target, count: int, until_s: float) -> str:
+    """Keeps `count` lookups of a tenant in progress."""
+    done: Counter[str] = Counter()
+
+    def ask() -> None:
+        with target.connector("rival").channel(target.ports["node"], _LOCAL) as channel:
+            lookup = rpc.StorageStub(channel).Lookup
+            while time.monotonic() < until_s:
+                for call in [lookup.future(pb.LookupRequest(), timeout=30) for _ in range(count // 4)]:
+                    done["refused" if call.exception() else "answered"] += 1
+
+    _at_once([ask] * 4)
+    return f"{done['answered']:,} lookups answered, {done['refused']:,} refused"
+
+
 def slow_requests(target: Target, count: int, until_s: float) -> str:
     """After the TLS handshake, sends a byte of a request at a time, on each port."""
     requests = {"bulk": PREFACE, "metrics": b"GET /metrics HTTP/1.1\r\n" + b"X-Slow: y\r\n" * 1000}
@@ -134,7 +151,7 @@ def slow_requests(target: Target, count: int, until_s: float) -> str:
 
     def make(port: tuple[str, str]) -> None:
         with contextlib.suppress(OSError):
-            plain = socket.create_connection(_address(port[1]), 5, source_address=(_FROM, 0))
+            plain = socket.create_connection(address_of(port[1]), 5, source_address=(SOURCE, 0))
             one = context.wrap_socket(plain, server_hostname="127.0.0.1")
             waiting.append((one, iter(requests.get(port[0], HTTP2))))
             made[port[0]] += 1
@@ -177,7 +194,7 @@ def oversized_and_endless_messages(target: Target, count: int, until_s: float) -
                 channel.unary_unary("/kvstore.v1.Storage/Lookup")(bytes(9 << 20), timeout=30)
 
     def bulk(caller: str, header: bytes) -> None:
-        with _bulk_connection(target, caller) as connected:
+        with bulk_connection(target, caller) as connected:
             connected.sendall(header)
             while time.monotonic() < until_s:
                 connected.sendall(_PIECE)
@@ -292,7 +309,7 @@ def puts_that_never_end(target: Target, count: int, until_s: float) -> str:
             calls += [rpc.StorageStub(channel).Put(steps()) for _ in range(count // 8)]
         for _ in range(count // 2):
             with contextlib.suppress(OSError):
-                connected = open_ones.enter_context(_bulk_connection(target, "rival"))
+                connected = open_ones.enter_context(bulk_connection(target, "rival"))
                 connected.sendall(put_frame(chunk) + chunk.data[:100])
                 done["bulk"] += 1
         time.sleep(max(0.0, until_s - time.monotonic()))
@@ -309,32 +326,6 @@ def _at_once(tasks: list[Callable[[], None]]) -> None:
             task.result()
 
 
-@contextlib.contextmanager
-def tls_connection(target: Target, port: str, source: str = _FROM) -> Iterator[ssl.SSLSocket]:
-    """A connection to a port after its TLS handshake. Raises OSError."""
-    context = target.context()
-    context.set_alpn_protocols(["h2"])
-    with (
-        socket.create_connection(_address(target.ports[port]), 5, source_address=(source, 0)) as plain,
-        context.wrap_socket(plain, server_hostname="127.0.0.1") as connected,
-    ):
-        yield connected
-
-
-@contextlib.contextmanager
-def _bulk_connection(target: Target, caller: str) -> Iterator[ssl.SSLSocket]:
-    with tls_connection(target, "bulk") as connected:
-        connected.sendall(PREFACE)
-        if token := target.tokens.get(caller, "").encode():
-            connected.sendall(pack_header(FrameKind.TOKEN, len(token)) + token)
-        yield connected
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    return host, int(port)
-
-
 def _has_ended(one: socket.socket) -> bool:
     try:
         return one.recv(1 << 16) == b""
@@ -348,6 +339,8 @@ ATTACKS: dict[str, tuple[Attack, int, float]] = {
     "connections": (connections, 10_000, 1),
     "connections of the honest address": (connections_of_one_address, 10_000, 1),
     "slow requests": (slow_requests, 400, 1),
+    "calls without a request": (calls_without_a_request, 1440, 1),
+    "lookups of one tenant": (lookups_of_one_tenant, 1000, 1),
     "half-open TLS handshakes": (half_open_handshakes, 500, 1),
     "oversized and endless messages": (oversized_and_endless_messages, 2, 1),
     "tenants named in requests": (tenants_named_in_requests, 100_000, 6),

@@ -9,7 +9,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 
 import grpc
-from flood_attacks import Target
+from flood_target import Target
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc

@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from flood_attacks import ATTACKS, HTTP2, Target, attack, tls_connection
+from flood_attacks import ATTACKS, attack
 from flood_honest import Answer, be_honest, between
+from flood_target import HTTP2, Target, tls_connection
 
 from kvstore_api.frames import PREFACE
 from kvstore_api.v1 import kvstore_pb2 as pb
