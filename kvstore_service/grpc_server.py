@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from kvstore_codec.errors import MalformedRequestError
 from kvstore_service.background_health import HealthWithBackground
+from kvstore_service.freed_memory import FreedMemory
 from kvstore_service.grpc_status import reported
 from kvstore_service.identity import OPEN, Access
 from kvstore_service.identity.guard import Guard
@@ -91,6 +92,7 @@ class GrpcServer:
     ) -> None:
         self._pool = ThreadPoolExecutor(_THREADS, "kvstore-rpc")
         self._stalled = StalledStreams()
+        self._memory = FreedMemory()
         guards = [] if access.is_open else [Guard(access)]
         limits = [
             UnaryRequests(self._stalled, access),
@@ -119,6 +121,7 @@ class GrpcServer:
         except RuntimeError as error:
             self._pool.shutdown()
             self._stalled.stop()
+            self._memory.stop()
             raise address_error(address, "it is in use or not an address of this machine") from error
         host = advertise_host or address.reachable_host
         self.address = str(Address(host, port))
@@ -132,6 +135,7 @@ class GrpcServer:
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait()
         self._stalled.stop()
+        self._memory.stop()
         self._pool.shutdown()
 
 

@@ -1,0 +1,35 @@
+"""Memory that becomes free in a process is returned to the system, also between allocations that stay."""
+
+import ctypes
+
+import psutil
+import pytest
+
+from kvstore_service import freed_memory
+from kvstore_service.freed_memory import FreedMemory
+from tests.service.storage_calls import wait_until
+
+BLOCK_BYTES, BLOCKS = 4000, 20_000
+NOISE_BYTES = 16 << 20
+
+
+def test_memory_between_allocations_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freed_memory, "_PERIOD_S", 0.05)
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        pytest.skip("this system has no glibc 2.33")
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    memory = FreedMemory()
+    for _ in range(2):  # the second time into what was returned
+        before = psutil.Process().memory_info().rss
+        blocks = [libc.malloc(BLOCK_BYTES) for _ in range(BLOCKS)]
+        for block in blocks:
+            ctypes.memset(block, 1, BLOCK_BYTES)
+        assert psutil.Process().memory_info().rss > before + NOISE_BYTES
+        for block in blocks[:-1]:
+            libc.free(block)
+        wait_until(
+            lambda bytes_before=before: psutil.Process().memory_info().rss < bytes_before + NOISE_BYTES
+        )
+        libc.free(blocks[-1])
+    memory.stop()
