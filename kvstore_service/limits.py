@@ -20,10 +20,11 @@ from kvstore_service import (
     wire,
 )
 from kvstore_service.bulk_server import server as bulk
+from kvstore_service.events import publisher, sockets
 from kvstore_service.identity import credential, document
 from kvstore_service.observability import fetch_log
 
-GRPC, BULK, METRICS, CLUSTER = "gRPC", "bulk", "metrics", "cluster"
+GRPC, BULK, METRICS, EVENTS, CLUSTER = "gRPC", "bulk", "metrics", "events", "cluster"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,16 @@ LIMITS: tuple[Limit, ...] = (
     Limit(METRICS, _MEMORY, metrics_server.STRANGER_BYTES, _MEASURED, "bytes"),
     Limit(METRICS, "TLS handshake and request together", metrics_server.PATIENCE_S, "closed", "s"),
     Limit(METRICS, "request", metrics_server.MAX_REQUEST_BYTES, "closed", "bytes"),
+    Limit(EVENTS, "ZeroMQ handshake, with credentials CURVE included", sockets.HANDSHAKE_S, "closed", "s"),
+    Limit(EVENTS, "subscription or request for missed batches", sockets.MAX_REQUEST_BYTES, "closed", "bytes"),
     # Connections and requests of identified callers.
     Limit(BULK, "connections of identified callers", bulk.MAX_CONNECTIONS, _IDLE),
     Limit(BULK, "of these, of one tenant", bulk.MAX_CONNECTIONS_OF_TENANT, _IDLE),
     Limit(BULK, "time without a request", bulk.IDLE_S, "closed", "s"),
     Limit(BULK, "time to send 4 MiB, or to receive 1 MiB", bulk.PATIENCE_S, "closed", "s"),
     Limit(METRICS, "requests being answered", metrics_server.MAX_SCRAPES, "503"),
+    Limit(EVENTS, "batches that wait for a subscriber", sockets.MAX_WAITING, "it misses the next ones"),
+    Limit(EVENTS, "requests for missed batches being answered", publisher.MAX_REPLAYS, "others wait"),
     Limit(GRPC, "calls in progress", grpc_server.MAX_CALLS, _REFUSED),
     Limit(
         GRPC, "of these, of one connection", grpc_server.MAX_CALLS_OF_CONNECTION, "held back by the client"

@@ -27,7 +27,8 @@ MARK_PERIOD_S = 5.0
 """A quiet topic gets an empty batch this often, by which subscribers notice that they missed the last ones."""
 _MOST_AT_ONCE = 256  # batches and requests in one turn of the loop
 _MOST_TOPICS = 1024  # subscribed topics that get empty batches
-_MOST_REPLAYS = 64
+MAX_REPLAYS = 64
+"""Requests for missed batches that are answered at a time."""
 
 
 @dataclass(slots=True)
@@ -155,7 +156,7 @@ class EventPublisher:
         """Takes requests for missed batches: the first sequence number, and the topic; without a topic that of the
         default tenant."""
         for _ in range(_MOST_AT_ONCE):
-            if len(self._replays) >= _MOST_REPLAYS:
+            if len(self._replays) >= MAX_REPLAYS:
                 return
             try:
                 frames = self._sockets.replaying.recv_multipart(zmq.NOBLOCK, copy=False)

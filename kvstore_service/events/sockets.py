@@ -11,9 +11,11 @@ from kvstore_codec.errors import AddressInUseError
 from kvstore_service.events.keys import SubscriberKeys
 from kvstore_service.listen import Address
 
-_SEND_LIMIT = 10_000
+MAX_WAITING = 10_000
 """Batches that wait for one subscriber. A slower one misses batches, and asks for them."""
-_MOST_REQUEST_BYTES = 4096
+MAX_REQUEST_BYTES = 4096
+HANDSHAKE_S = 10.0
+"""Time limit for a connection to say what it is, and with credentials, whose it is."""
 _OK, _REFUSED = b"200", b"400"
 
 
@@ -58,9 +60,10 @@ class EventSockets:
         publishing.setsockopt(zmq.XPUB_MANUAL, 1)  # the publisher decides about each subscription
         replaying.setsockopt(zmq.ROUTER_MANDATORY, 1)  # otherwise answers to slow subscribers would be lost
         for made, where in ((publishing, first), (replaying, second)):
-            made.setsockopt(zmq.SNDHWM, _SEND_LIMIT)
+            made.setsockopt(zmq.SNDHWM, MAX_WAITING)
             made.setsockopt(zmq.LINGER, 0)
-            made.setsockopt(zmq.MAXMSGSIZE, _MOST_REQUEST_BYTES)
+            made.setsockopt(zmq.HANDSHAKE_IVL, round(1000 * HANDSHAKE_S))
+            made.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST_BYTES)
             made.setsockopt(zmq.IPV6, int(":" in where.host))
             made.setsockopt(zmq.TCP_KEEPALIVE, 1)
             made.setsockopt(zmq.HEARTBEAT_IVL, 5_000)  # detects subscribers whose machine is gone
