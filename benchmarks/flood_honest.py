@@ -33,8 +33,8 @@ class Answer:
     failure: str = ""
 
 
-class _Client:
-    """One connection to each port of a node."""
+class Client:
+    """One connection to each port of a node, and requests over it, which raise TransferError and grpc.RpcError."""
 
     def __init__(self, target: Target) -> None:
         connector = target.connector("honest")
@@ -70,7 +70,7 @@ def be_honest(target: Target, parent: Connection) -> None:
     """The process of the honest client: stores, looks up and reads chunks, and twice a second does the same on new
     connections and reads the metrics. Whenever `parent` sends something, it gets the answers since the last time."""
     answers: list[Answer] = []
-    client = _Client(target)
+    client = Client(target)
     next_new_s = time.monotonic()
     number = 0
     parent.send("ready")
@@ -85,13 +85,13 @@ def be_honest(target: Target, parent: Connection) -> None:
         _all_of(client, chunk, "", answers)
         if begun_s >= next_new_s:
             next_new_s = begun_s + _NEW_CONNECTION_PERIOD_S
-            with contextlib.closing(_Client(target)) as new:
+            with contextlib.closing(Client(target)) as new:
                 _all_of(new, chunk, " on a new connection", answers)
             answers.append(_timed("metrics", lambda: _read_metrics(target)))
         time.sleep(max(0.0, begun_s + _PERIOD_S - time.monotonic()))
 
 
-def _all_of(client: _Client, chunk: SampleChunk, how: str, answers: list[Answer]) -> None:
+def _all_of(client: Client, chunk: SampleChunk, how: str, answers: list[Answer]) -> None:
     answers += [
         _timed(kind + how, partial(ask, chunk))
         for kind, ask in (("put", client.put), ("lookup", client.lookup), ("get", client.get))
