@@ -27,12 +27,25 @@ ENVIRONMENT = {
 # Keeps other users of this machine out: Ray's processes refuse calls without the token (Ray 2.52 or newer; earlier ones
 # ignore these variables). Only this user can read the environment of a process. There is one token in the life of a
 # process, because Ray reads it once, when it is first used: a process that has used Ray before goes on without one.
-_AUTH_ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+_AUTH_MODE = "RAY_AUTH_MODE"
+_AUTH_ENVIRONMENT = {_AUTH_MODE: "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 # Ray carries control calls only, so its object store is as small as Ray allows.
 _OBJECT_STORE_BYTES = 80 << 20
 _STOP_TIMEOUT_S = 5.0
 # The Ray processes that a cluster needs.
 ESSENTIAL = ("gcs_server", "raylet")
+
+
+def prepare_environment() -> None:
+    """Sets what Ray reads when it is imported and started, in this process and in those that it starts. Called before
+    `import ray`, because later some of it has no effect."""
+    os.environ.update(ENVIRONMENT)
+    if "ray" not in sys.modules:
+        os.environ.update(_AUTH_ENVIRONMENT)
+    else:
+        # Without a mode Ray 2.60 decides by a file in the user's home, makes that file, and some of its processes find
+        # a token there that others do not have.
+        os.environ.setdefault(_AUTH_MODE, "disabled")
 
 
 @contextmanager
@@ -44,9 +57,7 @@ def local_ray(folder: Path) -> Iterator["RayProcesses"]:
 
     Raises StartupError.
     """
-    os.environ.update(ENVIRONMENT)
-    if "ray" not in sys.modules:
-        os.environ.update(_AUTH_ENVIRONMENT)
+    prepare_environment()
     import ray
 
     if ray.is_initialized():

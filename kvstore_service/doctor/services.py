@@ -5,7 +5,7 @@ import shutil
 from urllib.parse import urlsplit
 
 from kvstore_service.doctor.finding import Finding, missing, present
-from kvstore_service.local_ray import ENVIRONMENT
+from kvstore_service.local_ray import prepare_environment
 from kvstore_service.settings import variable
 
 REDIS_URL = variable("redis")
@@ -17,8 +17,7 @@ _EMBEDDED = "Not needed: without Redis the catalogue is a file."
 
 def ray() -> Finding:
     try:
-        # Ray reads its environment at the first import, and a cluster may start in this process later.
-        os.environ.update(ENVIRONMENT)
+        prepare_environment()  # a cluster may start in this process later
         import ray
     except ImportError as error:
         return missing(f"cannot be imported: {error}", f"{_INSTALL_CLUSTER}; clients do not need Ray.")

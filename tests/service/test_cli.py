@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import descendants
+
 KVSTORE = [str(Path(sys.executable).with_name("kvstore"))]
 READY = re.compile(r"kvstore is ready at (\S+): .*\n")
 
@@ -115,7 +117,7 @@ def test_control_c_stops_the_whole_session(scratch: Path) -> None:
 def test_serve_ends_when_its_ray_is_gone(scratch: Path) -> None:
     with serving(scratch) as (process, address):
         children = psutil.Process(process.pid).children(recursive=True)
-        (raylet,) = [child for child in children if child.name() == "raylet"]
+        (raylet,) = descendants("raylet", process.pid)
         raylet.kill()
         output, errors = process.communicate(timeout=30)
         reason = f"kvstore: the cluster at {address} is lost: Ray's raylet ended; start it again\n"
@@ -128,7 +130,7 @@ def test_serve_ends_when_its_ray_is_gone(scratch: Path) -> None:
 def test_serve_ends_when_its_coordinator_cannot_come_back(scratch: Path, tmp_path: Path) -> None:
     with serving(scratch, "--data-dir", str(tmp_path)) as (process, _):
         children = psutil.Process(process.pid).children(recursive=True)
-        (coordinator,) = [child for child in children if child.name().startswith("ray::Coordinat")]
+        (coordinator,) = descendants("ray::Coordinat", process.pid)
         (tmp_path / "catalogue.json").write_text("{")
         coordinator.kill()
         output, errors = process.communicate(timeout=60)

@@ -20,15 +20,20 @@ from kvstore_service import embedded
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.settings import settings_of
+from tests.processes import descendants
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 MEMORY = 32 << 20
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[EmbeddedCluster]:
-    with EmbeddedCluster(settings_of(nodes=2, memory=MEMORY)) as cluster:
-        yield cluster
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedCluster]:
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        with EmbeddedCluster(settings_of(nodes=2, memory=MEMORY)) as cluster:
+            yield cluster
+    assert list(home.iterdir()) == []
 
 
 def members(cluster: EmbeddedCluster) -> dict[str, Member]:
@@ -73,7 +78,7 @@ def test_every_node_has_joined_with_its_memory(cluster: EmbeddedCluster) -> None
 
 @pytest.mark.usefixtures("cluster")
 def test_nodes_yield_to_no_other_process() -> None:
-    actors = [child for child in psutil.Process().children(recursive=True) if "Actor" in child.name()]
+    actors = [*descendants("ray::StorageActor"), *descendants("ray::Coordinat")]
     assert len(actors) == 3
     assert {actor.nice() for actor in actors} == {os.getpriority(os.PRIO_PROCESS, 0)}
 
@@ -105,11 +110,7 @@ def test_a_killed_node_is_noticed_restarted_empty_and_its_chunks_can_be_stored_a
 
 def test_a_killed_coordinator_comes_back_at_its_address_knowing_everybody(cluster: EmbeddedCluster) -> None:
     before, epoch = members(cluster), cluster_stats(cluster.address).epoch
-    (coordinator,) = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.name().startswith("ray::Coordinat")
-    ]
+    (coordinator,) = descendants("ray::Coordinat")
     coordinator.kill()
 
     def back() -> bool:

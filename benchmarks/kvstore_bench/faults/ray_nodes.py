@@ -15,7 +15,7 @@ from typing import Self
 
 from kvstore_codec.errors import StartupError
 from kvstore_service.listen import Address, Reservation
-from kvstore_service.local_ray import ENVIRONMENT
+from kvstore_service.local_ray import prepare_environment
 from kvstore_service.parent_death import end_with_parent
 
 HEAD = "head"
@@ -44,7 +44,8 @@ class RayNodes:
         self.address = ""
 
     def start_head(self) -> None:
-        os.environ.update(ENVIRONMENT | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"})
+        prepare_environment()
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"
         reservation = Reservation(Address(_HOST, 0))
         self.address = str(reservation.address)
         reservation.release()

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 
 from kvstore_api.placement import Member, Placement
@@ -16,6 +15,7 @@ from kvstore_client.kv_events import EventSubscriber
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.settings import settings_of
+from tests.processes import descendants
 from tests.sample_chunk import SampleChunk, sample_chunk
 from tests.service.events.publishing import follow
 from tests.service.test_embedded import members, ref, wait_until
@@ -82,11 +82,7 @@ def test_a_routers_index_equals_the_clusters(tmp_path: Path) -> None:
         follow(router, lambda: stored(cluster), patience_s=60)
         wait_until(lambda: "node-0" in members(cluster), patience_s=40)  # with what is on its disk
         follow(router, lambda: stored(cluster), patience_s=30)
-        (coordinator,) = (
-            child
-            for child in psutil.Process().children(recursive=True)
-            if child.name().startswith("ray::Coordi")
-        )
+        (coordinator,) = descendants("ray::Coordinat")
         coordinator.kill()
         wait_until(lambda: not coordinator.is_running(), patience_s=20)
         follow(router, lambda: stored(cluster) if coordinator_answers(cluster) else {}, patience_s=60)

@@ -14,6 +14,7 @@ import pytest
 import ray
 
 from tests.authority import Authority
+from tests.processes import descendants
 from tests.service.secured import code_of
 from tests.service.test_cli import refused, run, scratch, serving
 
@@ -81,7 +82,10 @@ def test_without_options_everything_listens_on_the_loopback(scratch: Path) -> No
     """Every socket of every process, those of Ray included."""
     with serving(scratch, "--nodes", "2", listen=None) as (process, _):
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        bound = {member.name(): bound_addresses(member) for member in family}
+        bound: dict[str, set[tuple[str, str]]] = {}
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # Ray's helpers come and go
+                bound.setdefault(member.name(), set()).update(bound_addresses(member))
         assert {"gcs_server", "raylet", "ray::StorageActor", "ray::CoordinatorActor"} <= {
             name for name, found in bound.items() if found
         }, bound
@@ -106,11 +110,15 @@ def test_another_user_of_the_machine_does_not_get_into_its_ray(scratch: Path) ->
         pytest.skip("this Ray knows no tokens")
     with serving(scratch) as (process, _):
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        (raylet,) = [member for member in family if member.name() == "raylet"]
+        (raylet,) = descendants("raylet", process.pid)
         token = raylet.environ()["RAY_AUTH_TOKEN"]
-        assert not any(token in argument for member in family for argument in member.cmdline())
+        named: dict[str, psutil.Process] = {}
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                assert not any(token in argument for argument in member.cmdline())
+                named[member.name()] = member
         for name, call in RAY_CALLS.items():
-            (member,) = [member for member in family if member.name() == name]
+            member = named[name]
             ports = [one.laddr.port for one in member.net_connections() if one.status == psutil.CONN_LISTEN]
             strangers = {ray_answer(port, call) for port in ports}
             assert grpc.StatusCode.UNAUTHENTICATED in strangers, name
