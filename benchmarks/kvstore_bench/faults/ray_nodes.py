@@ -68,7 +68,7 @@ class RayNodes:
         # Nodes start one after the other, because raylets that start at the same time may choose the same port.
         while (self._folder / f"{name}.log").read_bytes().count(_STARTED) < self._starts[name]:
             if time.monotonic() > deadline_s or self._started[name].poll() is not None:
-                raise StartupError(f"Ray node {name} did not start; see {self._folder / name}.log")
+                raise StartupError(f"Ray node {name} did not start: {self._last_words(name)}")
             time.sleep(0.05)
 
     def processes(self, name: str) -> dict[int, str]:
@@ -130,6 +130,11 @@ class RayNodes:
                 preexec_fn=end_with_parent,
             )
 
+    def _last_words(self, name: str) -> str:
+        """End of a node's log, which is removed with the cluster's folder."""
+        lines = (self._folder / f"{name}.log").read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")[-1000:]
+
     def _wait_for_head(self) -> None:
         host, _, port = self.address.rpartition(":")
         deadline_s = time.monotonic() + _START_TIMEOUT_S
@@ -138,7 +143,7 @@ class RayNodes:
                 socket.create_connection((host, int(port)), 1.0).close()
             except OSError as error:
                 if time.monotonic() > deadline_s or self._started[HEAD].poll() is not None:
-                    raise StartupError(f"Ray did not start; see {self._folder / 'head.log'}") from error
+                    raise StartupError(f"Ray did not start: {self._last_words(HEAD)}") from error
                 time.sleep(0.1)
             else:
                 return
