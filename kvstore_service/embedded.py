@@ -16,9 +16,11 @@ from kvstore_client.otlp import require_packages
 from kvstore_cluster.arena import require_memory
 from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
 from kvstore_cluster.durability import Durability
+from kvstore_cluster.encryption import KeySource
 from kvstore_cluster.storage_options import StorageOptions
 from kvstore_codec.errors import ServiceError, StartupError
 from kvstore_service.cluster_stats import cluster_stats, known_models
+from kvstore_service.encryption import open_keys
 from kvstore_service.listen import Address, Reservation, two_free_ports
 from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
 from kvstore_service.observability.log_follower import LogFollower
@@ -64,6 +66,10 @@ class EmbeddedCluster:
             self.security.connector()
         )  # goes on with the last good files while others are put in place
         require_memory(settings.memory, nodes=1 if settings.ray_address else settings.nodes)
+        key_file = settings.encryption_key_file
+        self._keys = None if key_file is None else partial(open_keys, key_file.absolute())
+        if self._keys is not None:
+            self._keys()  # a wrong file ends the start here
         self._redis_url = settings.redis.get_secret_value() if settings.redis else None
         self._coordinator: Any = None  # Ray's actor handles know the actors' methods only at run time
         self._storage: dict[str, Any] = {}
@@ -89,7 +95,7 @@ class EmbeddedCluster:
             started.callback(reservation.release)
             scratch = started.enter_context(scratch_folder())
             data_dir = self._settings.data_dir or scratch / "catalogue"
-            _check_catalogue(data_dir, self._redis_url)
+            _check_catalogue(data_dir, self._redis_url, self._keys and self._keys())
             if self._settings.ray_address is None:
                 self._ray = started.enter_context(local_ray(scratch / "ray"))
             else:
@@ -177,6 +183,7 @@ class EmbeddedCluster:
             redis_url=self._redis_url,
             isolated=self.security.isolated,
             events=events is not None,
+            keys=self._keys,
             prepare=self._keep_logs("coordinator"),
         )
         storage = ray.remote(StorageActor)
@@ -219,6 +226,7 @@ class EmbeddedCluster:
             experiments=settings.experiments,
             isolated=self.security.isolated,
             events=settings.events is not None,
+            keys=self._keys,
         )
 
     def _wait_until_joined(self) -> None:
@@ -282,8 +290,8 @@ def _require_zeromq() -> None:
         raise StartupError("--events needs pyzmq: pip install 'kvstore-service[events]'")
 
 
-def _check_catalogue(data_dir: Path, redis_url: str | None) -> None:
-    catalogue = FileCatalogue(data_dir) if redis_url is None else RedisCatalogue(redis_url)
+def _check_catalogue(data_dir: Path, redis_url: str | None, keys: KeySource | None) -> None:
+    catalogue = FileCatalogue(data_dir, keys) if redis_url is None else RedisCatalogue(redis_url)
     try:
         catalogue.load()
     finally:

@@ -108,6 +108,12 @@ class Settings(BaseModel):
     tls_name: str | None = _setting(
         None, "Name in --tls-cert, if it is not the host of each node's address.", unset="that host"
     )
+    encryption_key_file: Path | None = _setting(
+        None,
+        "File with the keys that encrypt the nodes' disks and the catalogue file, one a line, such as "
+        "`openssl rand -hex 32` prints. The first one encrypts, all of them decrypt.",
+        unset="files are not encrypted",
+    )
     insecure: bool = _setting(
         False,  # noqa: FBT003
         "Allow an address other than this machine's loopback without --credentials and TLS.",

@@ -1,6 +1,5 @@
 """The keys by which a client signs chunks and tells which ones it trusts, and the chunks that it has refused."""
 
-import binascii
 import threading
 import time
 from collections import OrderedDict
@@ -11,13 +10,13 @@ from blake3 import blake3
 
 from kvstore_client.reloaded_files import ReloadedFiles
 from kvstore_codec.chunk import ChunkHeader, read_header
-from kvstore_codec.errors import ConfigurationError, SignatureError
+from kvstore_codec.errors import SignatureError
 from kvstore_codec.identity import ChunkId
+from kvstore_codec.secret_file import read_secrets
 from kvstore_codec.signing import verified
-from kvstore_codec.signing_keys import SECRET_BYTES, SigningKeys
+from kvstore_codec.signing_keys import SigningKeys
 
-MOST_KEYS = 16
-_MOST_FILE_BYTES = 4096
+_SECRETS = ("signing keys", "the first key signs")
 _MOST_REFUSED, _MOST_COPIES = 4096, 4
 
 
@@ -30,7 +29,9 @@ class Signatures:
 
     def __init__(self, file: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = threading.Lock()
-        self._keys = ReloadedFiles([file], lambda: None if file is None else _read_keys(file), clock)
+        self._keys = ReloadedFiles(
+            [file], lambda: None if file is None else SigningKeys(read_secrets(file, *_SECRETS)), clock
+        )
         # Digests of refused headers, by chunk and encoding, the last refused chunk at the end.
         self._refused: OrderedDict[tuple[ChunkId, str], tuple[bytes, ...]] = OrderedDict()
 
@@ -67,28 +68,3 @@ class Signatures:
             return ()
         with self._lock:
             return self._refused.pop((header.chunk_id, header.encoding.name), ())
-
-
-def _read_keys(path: Path) -> SigningKeys:
-    """The keys in a file, one a line. Raises ConfigurationError, which does not quote them."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigurationError(f"cannot read the signing keys in {path}: {error.strerror}") from error
-    lines = [line.strip() for line in content.splitlines()]
-    lines = [line for line in lines if line and not line.startswith(b"#")]
-    try:
-        secrets = [binascii.unhexlify(line) for line in lines]
-    except binascii.Error:
-        secrets = []
-    if (
-        not 1 <= len(secrets) <= MOST_KEYS
-        or len(content) > _MOST_FILE_BYTES
-        or any(len(secret) != SECRET_BYTES for secret in secrets)
-    ):
-        raise ConfigurationError(
-            f"{path} has no signing keys: it must have 1 to {MOST_KEYS} lines of {2 * SECRET_BYTES} hexadecimal "
-            "digits, such as `openssl rand -hex 32` prints; the first key signs"
-        )
-    return SigningKeys(secrets)

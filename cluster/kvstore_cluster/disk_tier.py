@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from kvstore_cluster.arena import Extent
 from kvstore_cluster.catalog import ChunkCatalog
-from kvstore_cluster.disk import Location, RecordMeta, SegmentStore, record_bytes
+from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
 from kvstore_cluster.disk_reads import DiskReads, LostChunkError, UnreadableChunkError
 from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.index import NOWHERE
@@ -159,7 +159,7 @@ class DiskTier:
         """Evicts chunks from disk until a record of `size_bytes` fits. Lock held. Raises DiskFullError, and evicts
         nothing, when all chunks on disk are protected or the beginning of the same text."""
         catalog, store = self._catalog, self._store
-        excess_bytes = store.live_bytes + record_bytes(size_bytes) - store.capacity_bytes
+        excess_bytes = store.live_bytes + store.record_bytes(size_bytes) - store.capacity_bytes
         if excess_bytes <= 0:
             return
         catalog.leases.expire()
@@ -180,7 +180,7 @@ class DiskTier:
             catalog.leave_disk(slot)
 
     def _record_bytes(self, slot: int) -> int:
-        return record_bytes(self._catalog.index.size_bytes[slot])
+        return self._store.record_bytes(self._catalog.index.size_bytes[slot])
 
     def _relocate(self, meta: RecordMeta, old: Location, new: Location) -> bool:
         """Updates the location of a record that compaction moved. False when the index no longer has the record."""

@@ -194,7 +194,8 @@ class FrameRead:
             self._release(opened)
 
     def _read_chunk(self, opened: _OpenChunk, wanted: Iterable[int]) -> Iterator[RangeData]:
-        index = self._reads.catalog.index
+        index, disk = self._reads.catalog.index, self._reads.disk
+        unit_bytes = disk.read_unit_bytes if disk.is_present else BLOCK_BYTES
         on_disk: list[PlacedRange] = []
         for number in wanted:
             first, count = self._ranges[number].first_frame, self._ranges[number].frame_count
@@ -210,13 +211,12 @@ class FrameRead:
                 continue
             placed = PlacedRange(number, first, count, *place)
             in_memory = index.extent[opened.slot] is not None
-            if in_memory or is_whole or placed.length > LARGEST_BYTES - 2 * BLOCK_BYTES:
+            if in_memory or is_whole or placed.length > LARGEST_BYTES - 2 * max(unit_bytes, BLOCK_BYTES):
                 yield self._read_now(opened, placed)
             else:
                 on_disk.append(placed)
         if not on_disk:
             return
-        unit_bytes = self._reads.disk.read_unit_bytes
         reads = block_reads(on_disk, merge=self._reads.options.merge, block_bytes=unit_bytes)
         opened.uses += len(reads)
         self._waiting.extend((opened, read) for read in reads)

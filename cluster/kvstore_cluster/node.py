@@ -29,7 +29,7 @@ from kvstore_cluster.residency import Residency
 from kvstore_cluster.slices import REMOVED_CHUNKS, SLICE_CHUNKS, locked_slice
 from kvstore_cluster.stats import NodeStats
 from kvstore_cluster.stored import StoredVariant
-from kvstore_cluster.tallies import Tier
+from kvstore_cluster.tallies import Tier, by_key_samples
 from kvstore_cluster.tenant_removal import TenantRemoval
 from kvstore_cluster.tenant_usage import TenantUsage, tenant_usage
 from kvstore_cluster.uses import Uses
@@ -309,8 +309,9 @@ class StorageNode:
                 }
                 | ({} if self.changes is None else {"events_overflows": self.changes.overflows}),
                 disk_error=store.error if store else "",
-                samples=tuple(
-                    catalog.tallies.samples(catalog.quotas.used_bytes, catalog.quotas.limits_bytes)
+                samples=(
+                    *catalog.tallies.samples(catalog.quotas.used_bytes, catalog.quotas.limits_bytes),
+                    *(by_key_samples(store.chunks_by_key) if store else ()),
                 ),
             )
 

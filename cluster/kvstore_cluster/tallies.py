@@ -163,3 +163,9 @@ def family(encoding: str) -> str:
 
 def _labelled(name: str, counts: Iterable[tuple[tuple[str, ...], int]]) -> Iterator[Sample]:
     return (Sample(name, tuple(map(str, labels)), count) for labels, count in counts)
+
+
+def by_key_samples(chunks: Mapping[str, int]) -> Iterator[Sample]:
+    """The chunks on disk by the id of the key that encrypts them, which is empty for plain ones."""
+    for key_name, count in chunks.items():
+        yield Sample("disk_chunks_by_key", (key_name or "plain",), count)

@@ -2,7 +2,8 @@
 
 KVStoreError
 ├── ConfigurationError            a setting is invalid; the message names it and a valid value
-│   └── FolderInUseError          another process uses the data folder
+│   ├── FolderInUseError          another process uses the data folder
+│   └── EncryptionKeyError        files on disk are encrypted with a key that is not given
 ├── CodecError
 │   ├── UnsupportedModelError     the model's KV cannot be described or reused; the message says why
 │   ├── InvalidKVError            tensors whose shape, dtype or values do not match the ModelSpec
@@ -72,6 +73,9 @@ class ConfigurationError(KVStoreError): ...
 
 
 class FolderInUseError(ConfigurationError): ...
+
+
+class EncryptionKeyError(ConfigurationError): ...
 
 
 class CodecError(KVStoreError): ...

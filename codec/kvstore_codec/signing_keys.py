@@ -14,7 +14,6 @@ from typing_extensions import Buffer
 
 from kvstore_codec.errors import SignatureError
 
-SECRET_BYTES = 32
 SIGNATURE_BYTES = 40
 _ID_BYTES = 8
 _KEY_CONTEXT, _ID_CONTEXT = "kvstore 2026 chunk signature v1", "kvstore 2026 chunk signature key id v1"
@@ -24,7 +23,7 @@ class SigningKeys:
     """The keys of a tenant. The first one signs, all of them verify. Immutable."""
 
     def __init__(self, secrets: Iterable[bytes]) -> None:
-        """`secrets` are one or more random byte strings of SECRET_BYTES, which the project never writes anywhere."""
+        """`secrets` are one or more random byte strings of 32 bytes, which the project never writes anywhere."""
         self._keys = {
             _derived(_ID_CONTEXT, secret)[:_ID_BYTES]: _derived(_KEY_CONTEXT, secret) for secret in secrets
         }

@@ -73,6 +73,12 @@ def _table(address: str, reply: "pb.ClusterStatsReply", *, background_works: boo
             notes.append(f"{name}, disk: {escape(node.stats.disk_error)}")
         elif unreadable := node.stats.gauges.get("disk_unreadable"):
             notes.append(f"{name}, disk: {unreadable} chunks could not be read; check that disk")
+        if by_key := {
+            one.labels[0]: one.value for one in node.stats.samples if one.name == "disk_chunks_by_key"
+        }:
+            notes.append(
+                f"{name}, disk, chunks by key: {', '.join(f'{by_key[key]} {key}' for key in sorted(by_key))}"
+            )
         if failing := node.stats.gauges.get("background_failing", 0):
             notes.append(f"{name}: {failing} background loops fail; its log says why")
     table = Table(

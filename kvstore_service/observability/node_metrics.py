@@ -111,6 +111,13 @@ _SAMPLES: Mapping[str, tuple[Kind, str, str, tuple[Label, ...]]] = {
     "refused_puts": (
         Kind.COUNTER, "chunks", "Chunks that were refused.", (Label("reason", tuple(Refusal)),)
     ),
+    "disk_chunks_by_key": (
+        Kind.GAUGE,
+        "variants",
+        "Stored variants on disk by the key that encrypts them; only with `--encryption-key-file`. A key that is "
+        "missing here encrypts nothing on the node's disk any more.",
+        (Label("key", meaning="id of the key, or `plain`"),),
+    ),
     "quotas_nearly_full": (
         Kind.GAUGE, "tenants", "Tenants that have stored 90 % or more of their share of a quota here.", ()
     ),

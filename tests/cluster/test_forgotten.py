@@ -16,6 +16,7 @@ from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.disk.forgotten import ForgottenRecords, read_forgotten, write_forgotten
 from kvstore_cluster.disk.store import SegmentStore
 from kvstore_cluster.durability import Durability
+from kvstore_cluster.encryption import FileCipher
 from kvstore_cluster.forgotten import Forgotten
 from kvstore_cluster.lookup import LookupRequest
 from kvstore_cluster.node import StorageNode
@@ -227,8 +228,9 @@ def test_after_all_was_forgotten_new_records_have_higher_numbers(tmp_path: Path)
     """Also when no segment is left that tells the last one: lower ones would be dead after the next restart."""
     order = Forgotten({"red": 7}, floor=6)
     records = ForgottenRecords().with_applied(order, None, 1000)
-    write_forgotten(tmp_path, records)
-    found = read_forgotten(tmp_path)
+    write_forgotten(tmp_path, records, FileCipher())
+    found, key_name = read_forgotten(tmp_path, FileCipher())
+    assert key_name == ""
     assert found.hides("blue", 1000)
     assert found.newest_sequence == 1000
 

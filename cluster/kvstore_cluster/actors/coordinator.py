@@ -8,10 +8,12 @@ from typing import TypeVar
 
 from kvstore_api.placement import Member, Membership
 from kvstore_cluster.actors.endpoint import Endpoint, do_nothing
+from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.calibrations import CalibrationRegistry, RedisMirror
 from kvstore_cluster.canaries import CanaryRegistry, RedisCanaryMirror
 from kvstore_cluster.catalogue import FileCatalogue, RedisCatalogue
 from kvstore_cluster.coordinator import Coordinator, Directives
+from kvstore_cluster.encryption import KeySource
 from kvstore_cluster.events.base import NodeReport
 from kvstore_cluster.events.hub import EventHub
 from kvstore_codec.errors import CatalogueError
@@ -19,6 +21,7 @@ from kvstore_codec.errors import CatalogueError
 log = logging.getLogger(__name__)
 
 _RETRY_S = 1.0
+_KEYS_PERIOD_S = 1.0
 Made = TypeVar("Made")
 
 
@@ -30,9 +33,10 @@ class CoordinatorActor:
     The catalogue is a file in `data_dir`. With `redis_url` it is in Redis, which then also mirrors calibrations and
     canaries. `isolated` says that nodes keep tenants apart. The constructor waits for Redis, because Ray does not
     restart an actor whose constructor failed. With `events` the nodes report their blocks, and `serve` gets a hub that
-    merges the reports.
+    merges the reports. With `keys`, which opens the key file in this process, its own files are encrypted, except
+    calibrations.
 
-    Raises ConfigurationError, CatalogueError, AddressInUseError.
+    Raises ConfigurationError, EncryptionKeyError, CatalogueError, AddressInUseError.
     """
 
     def __init__(
@@ -44,15 +48,17 @@ class CoordinatorActor:
         redis_url: str | None = None,
         isolated: bool = False,
         events: bool = False,
+        keys: Callable[[], KeySource] | None = None,
         prepare: Callable[[], object] = do_nothing,
     ) -> None:
         """`prepare` is called before everything else."""
         prepare()
+        source = None if keys is None else keys()
         folder, canary_folder = data_dir / "calibrations", data_dir / "canaries"
         if redis_url is None:
-            self._catalogue: FileCatalogue | RedisCatalogue = FileCatalogue(data_dir)
+            self._catalogue: FileCatalogue | RedisCatalogue = FileCatalogue(data_dir, source)
             self._coordinator = Coordinator(self._catalogue, replicas=replicas, isolated=isolated)
-            calibrations, canaries = CalibrationRegistry(folder), CanaryRegistry(canary_folder)
+            calibrations, canaries = CalibrationRegistry(folder), CanaryRegistry(canary_folder, keys=source)
         else:
             self._catalogue = _waited_for(lambda: RedisCatalogue(redis_url))
             self._coordinator = _waited_for(
@@ -61,9 +67,13 @@ class CoordinatorActor:
             mirror = RedisMirror(redis_url)
             calibrations = _waited_for(lambda: CalibrationRegistry(folder, mirror))
             canary_mirror = RedisCanaryMirror(redis_url)
-            canaries = _waited_for(lambda: CanaryRegistry(canary_folder, canary_mirror))
+            canaries = _waited_for(lambda: CanaryRegistry(canary_folder, canary_mirror, keys=source))
         coordinator = self._coordinator
         self._hub = EventHub(lambda *node: node in coordinator.live()) if events else None
+        self._canaries = canaries
+        self._rekeying = BackgroundLoop("kvstore-keys", self._follow_keys)
+        if source is not None:
+            self._rekeying.start()
         self._endpoint = serve(coordinator, calibrations, canaries, self._hub)
 
     def address(self) -> str:
@@ -84,9 +94,14 @@ class CoordinatorActor:
         self._coordinator.leave(node_id, incarnation)
 
     def stop(self, grace_s: float) -> None:
+        self._rekeying.stop()
         self._endpoint.stop(grace_s)
         self._coordinator.close()
         self._catalogue.close()
+
+    def _follow_keys(self) -> None:
+        if not self._rekeying.stopping.wait(_KEYS_PERIOD_S):
+            self._canaries.update_key()
 
 
 def _waited_for(make: Callable[[], Made]) -> Made:

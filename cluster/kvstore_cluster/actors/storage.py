@@ -40,7 +40,7 @@ class StorageActor:
     After a crash, Ray runs the constructor again: the node recovers its chunks from disk, listens on another port, and
     joins as a new incarnation.
 
-    Raises ConfigurationError when memory or disk cannot be allocated, AddressInUseError, DiskError.
+    Raises ConfigurationError when memory or disk cannot be allocated, EncryptionKeyError, AddressInUseError, DiskError.
     """
 
     def __init__(
@@ -160,10 +160,11 @@ def _open_store(node_id: str, options: StorageOptions, store_type: type[Store]) 
     """Opens the node's disk. Waits until the node's previous process has released the folder. Raises DiskError."""
     if not options.disk_bytes or options.folder is None:
         return None
+    keys = None if options.keys is None else options.keys()
     deadline_s = time.monotonic() + _PREDECESSOR_PATIENCE_S
     while True:
         try:
-            return store_type(options.folder, options.disk_bytes)
+            return store_type(options.folder, options.disk_bytes, keys=keys)
         except FolderInUseError:
             if time.monotonic() > deadline_s:
                 raise

@@ -20,8 +20,10 @@ from kvstore_cluster.canaries.base import KEY, CanaryMirror, CanaryRecord, Origi
 from kvstore_cluster.canaries.document import MAX_DOCUMENT_BYTES, bounded, read_document, write_document
 from kvstore_cluster.canaries.room import making_room
 from kvstore_cluster.durable import write_durably
+from kvstore_cluster.encryption import FileCipher, KeySource, key_name_of
+from kvstore_cluster.encryption.files import ADDED_BYTES
 from kvstore_codec.canary import read_sketch_header
-from kvstore_codec.errors import CanaryError, CatalogueError, UnknownModelError
+from kvstore_codec.errors import CanaryError, CatalogueError, ChunkFormatError, UnknownModelError
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +55,10 @@ class CanaryRegistry:
     chooses. A new model starts at a generation that no forgotten model had, so that chunks stored under a forgotten
     canary are never found again. One number is enough to remember all forgotten generations.
 
-    Raises CatalogueError when folder or mirror cannot be used.
+    With `keys`, the files are encrypted with the first of them. Copies in the mirror are not.
+
+    Raises CatalogueError when folder or mirror cannot be used, and EncryptionKeyError when the key of a file is not
+    given.
     """
 
     def __init__(
@@ -63,9 +68,12 @@ class CanaryRegistry:
         *,
         max_models: int = MAX_MODELS,
         max_bytes: int = MAX_TOTAL_BYTES,
+        keys: KeySource | None = None,
     ) -> None:
         self._folder, self._mirror = folder, mirror
         self._max_models, self._max_bytes = max_models, max_bytes
+        self._cipher = FileCipher(keys)
+        self._key_name: str | None = None
         self._lock = threading.Lock()  # guards `_kept` and `_changes`
         self._writing = threading.Lock()  # one change at a time; acquired before `_lock`
         self._clock = itertools.count()
@@ -77,6 +85,7 @@ class CanaryRegistry:
             for path in sorted(folder.glob("*.kvcanary"), key=lambda path: path.stat().st_mtime):
                 if match := _NAME.fullmatch(path.name):
                     self._open(path, bytes.fromhex(match[1]), int(match[2]))
+            self.update_key()
         except OSError as error:
             raise self._unusable(error) from error
         if mirror is not None:
@@ -104,13 +113,13 @@ class CanaryRegistry:
             record = kept.record
         path = self._path(key, record.generation)
         try:
-            content = path.read_bytes()
+            content = self._cipher.decrypt(path, path.read_bytes())
             with suppress(OSError):
                 os.utime(path)  # the order of use survives a restart
             return read_document(content, key, record.generation)
         except FileNotFoundError:  # replaced or dropped in the meantime
             return replace(record, size_bytes=0), b""
-        except CanaryError as error:
+        except (CanaryError, ChunkFormatError) as error:
             log.warning(
                 "the canary of model %s is damaged (%s); the next worker computes a new one",
                 model_digest.hex()[:12],
@@ -182,6 +191,25 @@ class CanaryRegistry:
                 if record.tenant == tenant:
                     self._forget(record)
 
+    def update_key(self) -> None:
+        """Encrypts the files with the first key, if that is another one than at the last call. Raises CatalogueError,
+        and EncryptionKeyError when the key of a file is not given."""
+        key_name = self._cipher.key_name
+        if key_name == self._key_name:
+            return
+        with self._writing:
+            try:
+                for path in self._folder.glob("*.kvcanary"):
+                    data = path.read_bytes()
+                    if key_name_of(data) != key_name:
+                        with suppress(
+                            ChunkFormatError
+                        ):  # a damaged one stays as it is, for whoever looks into it
+                            self._write_file(path, self._cipher.decrypt(path, data))
+            except OSError as error:
+                raise self._unusable(error) from error
+            self._key_name = key_name
+
     def records(self) -> tuple[CanaryRecord, ...]:
         """Records of all models and tenants, least recently used first. A damaged one is missing until its next worker
         computes it anew, unless it is of the default tenant: whose it is was in the damaged bytes."""
@@ -201,9 +229,10 @@ class CanaryRegistry:
     def _open(self, path: Path, key: bytes, generation: int) -> None:
         record = CanaryRecord(key, generation)
         try:
-            if path.stat().st_size <= MAX_DOCUMENT_BYTES:
-                record, _ = read_document(path.read_bytes(), key, generation)
-        except CanaryError as error:
+            if path.stat().st_size <= MAX_DOCUMENT_BYTES + ADDED_BYTES:
+                content = self._cipher.decrypt(path, path.read_bytes())
+                record, _ = read_document(content, key, generation)
+        except (CanaryError, ChunkFormatError) as error:
             log.warning("the canary %s is damaged (%s); the next worker computes a new one", path.name, error)
         known = self._kept.get(key)
         if known is not None and known.record.generation > generation:
@@ -245,9 +274,8 @@ class CanaryRegistry:
 
     def _write(self, record: CanaryRecord, sketch: bytes) -> None:
         path = self._path(record.key, record.generation)
-        unfinished = self._folder / f"{_UNFINISHED}{path.name}"
         try:
-            write_durably(path, write_document(record, sketch), unfinished)
+            self._write_file(path, write_document(record, sketch))
             with self._lock:
                 before = self._kept.get(record.key)
                 self._kept[record.key] = _Kept(record, next(self._clock))
@@ -255,6 +283,10 @@ class CanaryRegistry:
                 self._path(record.key, before.record.generation).unlink(missing_ok=True)
         except OSError as error:
             raise self._unusable(error) from error
+
+    def _write_file(self, path: Path, content: bytes) -> None:
+        """Raises OSError."""
+        write_durably(path, self._cipher.encrypt(path, content), self._folder / f"{_UNFINISHED}{path.name}")
 
     def _forget(self, record: CanaryRecord) -> None:
         with self._lock:

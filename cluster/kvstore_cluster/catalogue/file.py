@@ -10,7 +10,9 @@ from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.catalogue.base import ClusterState
 from kvstore_cluster.catalogue.document import MAX_DOCUMENT_BYTES, read_document, unsound, write_document
 from kvstore_cluster.durable import lock_folder, relock_folder, write_durably
-from kvstore_codec.errors import CatalogueError
+from kvstore_cluster.encryption import FileCipher, KeySource, key_name_of
+from kvstore_cluster.encryption.files import ADDED_BYTES
+from kvstore_codec.errors import CatalogueError, ChunkFormatError
 
 log = logging.getLogger(__name__)
 
@@ -24,12 +26,15 @@ class FileCatalogue:
 
     Writes a removed file or folder again within about a second.
 
+    With `keys`, the file is encrypted with the first of them.
+
     Raises CatalogueError when the folder cannot be written, is in use, or holds a damaged file. A damaged catalogue is
     never treated as an empty one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keys: KeySource | None = None) -> None:
         self._path = folder / "catalogue.json"
+        self._cipher = FileCipher(keys)
         try:
             self._lock_fd = lock_folder(folder, _LOCK_NAME)
         except BlockingIOError as error:
@@ -38,7 +43,8 @@ class FileCatalogue:
             raise _unwritable(folder, error) from error
         self._writing = threading.Lock()
         self._kept: str | None = None
-        """Content of the file. None when there is no file yet."""
+        """Decrypted content of the file. None when there is no file yet."""
+        self._key_name = ""
         self._reported = ""
         self._watching = BackgroundLoop("kvstore-catalogue-file", self._watch)
         self._watching.start()
@@ -50,16 +56,18 @@ class FileCatalogue:
             os.close(self._lock_fd)
 
     def load(self) -> ClusterState:
-        """The last saved state, or an empty one when none was saved. Raises CatalogueError."""
+        """The last saved state, or an empty one when none was saved. Raises CatalogueError, and EncryptionKeyError when
+        its key is not given."""
         try:
-            with self._path.open(encoding="utf-8") as file:
-                text = file.read(MAX_DOCUMENT_BYTES + 1)
+            with self._path.open("rb") as file:
+                data = file.read(MAX_DOCUMENT_BYTES + ADDED_BYTES + 1)
+            text = self._cipher.decrypt(self._path, data).decode()
         except FileNotFoundError:
             return ClusterState()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, UnicodeDecodeError, ChunkFormatError) as error:
             raise unsound(str(self._path), str(error)) from error
         state = read_document(text, str(self._path))
-        self._kept = text
+        self._kept, self._key_name = text, key_name_of(data)
         return state
 
     def save(self, state: ClusterState) -> None:
@@ -87,27 +95,33 @@ class FileCatalogue:
         except OSError as error:
             raise _unwritable(folder, error) from error
         try:
-            write_durably(self._path, text.encode(), aside)
+            key_name = self._cipher.key_name
+            write_durably(self._path, self._cipher.encrypt(self._path, text.encode()), aside)
+            self._key_name = key_name
         except OSError as error:
             with suppress(OSError):
                 aside.unlink()
             raise _unwritable(folder, error) from error
 
     def _watch(self) -> None:
-        """Waits for one period, and then writes the file again if it was removed."""
+        """Waits for one period, and then writes the file again if it was removed or its key is no longer the first."""
         if self._watching.stopping.wait(_WATCH_PERIOD_S):
             return
         try:
             with self._writing:
-                if self._kept is None or self._path.exists():
+                if self._kept is None:
+                    return
+                is_there = self._path.exists()
+                if is_there and self._key_name == self._cipher.key_name:
                     return
                 self._write(self._kept)
         except (CatalogueError, OSError) as error:
             if str(error) != self._reported:
-                log.warning("%s was removed and cannot be written again: %s", self._path, error)
+                log.warning("%s cannot be written again: %s", self._path, error)
             self._reported = str(error)
         else:
-            log.error("%s was removed while in use, and was written again", self._path)
+            if not is_there:
+                log.error("%s was removed while in use, and was written again", self._path)
             self._reported = ""
 
 

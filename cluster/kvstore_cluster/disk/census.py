@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from kvstore_cluster.disk.layout import RecordLayout
 from kvstore_cluster.disk.location import BLOCK_BITS, MAX_SEGMENT_BLOCKS, Location
 from kvstore_cluster.disk.record import Kind, record_blocks, summary
 from kvstore_cluster.disk.segment import Column, State
@@ -29,8 +30,11 @@ class Census:
         self._locations = array("q")
         self._blocks = array("I")
 
-    def add(self, location: Location, header: memoryview, *, hidden: bool = False) -> bool:
-        """Adds a record with a sound header. Returns whether it is a tombstone. A `hidden` put is never live."""
+    def add(
+        self, location: Location, header: memoryview, layout: RecordLayout, *, hidden: bool = False
+    ) -> bool:
+        """Adds a record with a sound header, of a segment with this layout. Returns whether it is a tombstone. A
+        `hidden` put is never live."""
         kind, sequence, size_bytes, key = summary(header, self._key_seed, with_tenant=self._isolated)
         tombstone = kind == Kind.TOMBSTONE
         self._high.append(key >> 64)
@@ -39,9 +43,9 @@ class Census:
         self._tombstones.append(tombstone)
         self._hidden.append(hidden)
         self._locations.append(location)
-        self._blocks.append(record_blocks(kind, size_bytes))
+        self._blocks.append(record_blocks(kind, size_bytes, layout.data_blocks))
         if self._shared is not None:
-            self._shared.add(location, header, hidden=hidden)
+            self._shared.add(location, header, layout, hidden=hidden)
         return tombstone
 
     def superseded(self) -> list[Location]:

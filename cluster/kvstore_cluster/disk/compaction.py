@@ -4,6 +4,8 @@ removes the segment's file.
 A copy keeps the sequence number of its original, so that it does not override a newer record. The file is removed only
 after the copies, and all newer records that replaced its records, are synced. Until then a recovery may find a record
 twice, which is harmless.
+
+After a change of keys, segments of other keys are compacted, too, one after another and with pauses.
 """
 
 import logging
@@ -12,14 +14,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
+from kvstore_cluster.disk.layouts import SegmentLayouts
 from kvstore_cluster.disk.location import Location, location_of
 from kvstore_cluster.disk.log import SegmentLog
-from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, RecordMeta, decode, is_header
-from kvstore_cluster.disk.scan import Window, chunk_damage
+from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, RecordMeta, decode
+from kvstore_cluster.disk.scan import Window, sound_chunk
 from kvstore_cluster.disk.segment import Segment, State
 from kvstore_cluster.disk.segment_format import SegmentIndex
 from kvstore_cluster.disk.table import SegmentTable
-from kvstore_codec.errors import ChunkNotFoundError, DiskFullError
+from kvstore_codec.errors import ChunkFormatError, ChunkNotFoundError, DiskFullError
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,11 @@ _DEAD_SHARE = 0.5
 _DEAD_SHARE_SHORT = 0.1
 # Pause before a record that the disk cannot read is tried again.
 _UNREADABLE_S = 60.0
+# Pause after a segment was encrypted with another key, in times of its duration: this is not urgent, and it reads and
+# writes the whole disk.
+_REWRITE_PAUSES = 4
+# Pause before that is tried again on a full disk.
+_FULL_S = 60.0
 # Space is short when fewer than this number of segments fit.
 _SHORT_SEGMENTS = 3
 
@@ -38,9 +46,11 @@ _SHORT_SEGMENTS = 3
 class Compactor:
     """Compacts segments. Thread-safe: runs one step at a time."""
 
-    def __init__(self, table: SegmentTable, segment_log: SegmentLog) -> None:
+    def __init__(self, table: SegmentTable, segment_log: SegmentLog, layouts: SegmentLayouts) -> None:
         self._table = table
         self._log = segment_log
+        self._layouts = layouts
+        self._rewrite_at_s = 0.0  # monotonic time
         self._turn = threading.Lock()
 
     def step(self, relocate: Relocate, lost: Lost | None, stopping: threading.Event) -> bool:
@@ -58,9 +68,40 @@ class Compactor:
                         return True
                 except DiskFullError as error:  # segments without live records need no space
                     full = error
+            if full is None and self._rewrite_at_s <= time.monotonic() and not stopping.is_set():
+                return self._rewrite(relocate, lost, stopping)
         if full is not None:
             raise full
         return False
+
+    def _rewrite(self, relocate: Relocate, lost: Lost | None, stopping: threading.Event) -> bool:
+        """Moves the chunks of the oldest segment that is not encrypted with the current key, if there is one. Returns
+        whether its file was removed."""
+        with self._table.lock:
+            victim = next(
+                (segment for segment in self._table.segments.values() if self._is_outdated(segment)), None
+            )
+        if victim is None:
+            return False
+        began_s = time.monotonic()
+        try:
+            return self._compact(victim, relocate, lost, stopping)
+        except DiskFullError as error:
+            log.info("segment %d is not encrypted with the current key yet: %s", victim.number, error)
+            self._rewrite_at_s = time.monotonic() + _FULL_S
+            return False
+        finally:
+            ended_s = time.monotonic()
+            self._rewrite_at_s = max(self._rewrite_at_s, ended_s + (ended_s - began_s) * _REWRITE_PAUSES)
+
+    def _is_outdated(self, segment: Segment) -> bool:
+        """Whether the segment can be, and must be, encrypted with another key. Call with the table's lock held."""
+        return not (
+            self._layouts.is_current(segment.layout)
+            or segment.given_up
+            or segment.writing
+            or time.monotonic() < segment.unmovable_until_s
+        )
 
     def _compact(
         self, victim: Segment, relocate: Relocate, lost: Lost | None, stopping: threading.Event
@@ -189,22 +230,27 @@ class Compactor:
         Raises OSError."""
         header: RecordHeader | None
         record = window.view(first * BLOCK_BYTES, blocks * BLOCK_BYTES)
-        if is_header(record[:BLOCK_BYTES], victim.seed):
-            header = decode(record)
+        opening = victim.layout.header(first, record[:BLOCK_BYTES])
+        if opening is not None:
+            header = decode(opening)
         else:
             indexed = self._index_of(victim)
             header = next((decode(entry) for block, entry in indexed if block == first), None)
         if header is None:
             return None, record, "its header is damaged"
-        chunk = record[BLOCK_BYTES : BLOCK_BYTES + header.meta.size_bytes]
-        return header, chunk, chunk_damage(chunk, header) if header.kind is Kind.PUT else None
+        if header.kind is not Kind.PUT:
+            return header, record, None
+        try:
+            return header, sound_chunk(record, victim.layout, first, header), None
+        except ChunkFormatError as error:
+            return header, record, str(error)
 
     def _index_of(self, victim: Segment) -> Iterable[tuple[int, memoryview]]:
         if victim.index is not None:
             return victim.index
         path = self._table.folder.index(victim.number)
         try:
-            return SegmentIndex.read(path, victim.number, victim.seed, victim.file.size_bytes()) or ()
+            return SegmentIndex.read(path, victim.number, victim.layout, victim.file.size_bytes()) or ()
         except OSError as error:
             log.warning("%s cannot be read: %s", path, error)
             return ()

@@ -102,7 +102,7 @@ class SegmentFile:
             if found < sum(view.nbytes for view in batch) + span:
                 raise FileEndsError(errno.EIO, f"the file ends before byte {position - skip + span}")
             batch = []
-            rest = _scatter(window[skip:span], rest)
+            rest = scatter(window[skip:span], rest)
             missing -= span - skip
             position += span - skip
         self._forget(offset, position - offset)
@@ -126,7 +126,7 @@ class SegmentFile:
             while batch:
                 written = os.pwritev(self._fd, batch, offset)
                 offset += written
-                batch = _without(batch, written)
+                batch = without(batch, written)
         return offset
 
     def _read_some(self, offset: int, views: Sequence[memoryview]) -> int:
@@ -139,7 +139,7 @@ class SegmentFile:
                 found += count
                 if count % self.read_unit_bytes:  # a partial block is the end of the file
                     return found
-                batch = _without(batch, count)
+                batch = without(batch, count)
         return found
 
     def _preadv(self, views: Sequence[memoryview], offset: int) -> int:
@@ -199,7 +199,7 @@ def _in_place(views: Sequence[memoryview], unit: int) -> tuple[list[memoryview],
     return batch, []
 
 
-def _scatter(source: memoryview, views: Sequence[memoryview]) -> list[memoryview]:
+def scatter(source: memoryview, views: Sequence[memoryview]) -> list[memoryview]:
     """Copies `source` into `views`, and returns the unfilled rest of the views."""
     for done, view in enumerate(views):
         count = min(view.nbytes, source.nbytes)
@@ -216,7 +216,7 @@ def _batches(views: Sequence[memoryview]) -> Iterator[list[memoryview]]:
         yield [view for view in views[first : first + _MAX_VIEWS] if view.nbytes]
 
 
-def _without(views: Sequence[memoryview], count: int) -> list[memoryview]:
+def without(views: Sequence[memoryview], count: int) -> list[memoryview]:
     """The views without their first `count` bytes."""
     for done, view in enumerate(views):
         if count < view.nbytes:

@@ -15,7 +15,9 @@ import xxhash
 
 from kvstore_cluster.disk.file import disk_error
 from kvstore_cluster.durable import write_durably
+from kvstore_cluster.encryption import FileCipher, key_name_of
 from kvstore_cluster.forgotten import Forgotten
+from kvstore_codec.errors import CodecError
 
 log = logging.getLogger(__name__)
 
@@ -59,36 +61,39 @@ class ForgottenRecords:
         return ForgottenRecords(applied, kept, max([self.floor, *dropped]))
 
 
-def read_forgotten(folder: Path) -> ForgottenRecords:
-    """Reads the file. Without a sound one, no forgotten tenant counts as applied: the node applies all of them again.
-    May block."""
+def read_forgotten(folder: Path, cipher: FileCipher) -> tuple[ForgottenRecords, str | None]:
+    """Reads the file. Returns its content, and the id of the key that encrypts it, None without a file. Without a sound
+    file, no forgotten tenant counts as applied: the node applies all of them again. May block. Raises
+    EncryptionKeyError when it is encrypted with an unknown key."""
     path = folder / _NAME
     try:
-        with path.open(encoding="utf-8") as file:
-            document = json.loads(file.read(_MAX_BYTES))
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES)
+        document = json.loads(cipher.decrypt(path, data))
         content = document["content"]
         known = (document["format"], document["version"], document["checksum"])
         if known != (_FORMAT, _VERSION, _checksum(content)):
             log.warning(
                 "%s is damaged or of another version; all forgotten tenants are forgotten again", path
             )
-            return ForgottenRecords()
+            return ForgottenRecords(), None
         tenants = {str(name): (int(generation), int(last)) for name, generation, last in content["tenants"]}
-        return ForgottenRecords(
+        records = ForgottenRecords(
             Forgotten({name: pair[0] for name, pair in tenants.items()}, int(content["floor"])),
             {name: pair[1] for name, pair in tenants.items()},
             int(content["floor_sequence"]),
         )
     except FileNotFoundError:
-        return ForgottenRecords()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return ForgottenRecords(), None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, CodecError) as error:
         log.warning(
             "%s cannot be read (%s); all forgotten tenants are forgotten again", path, repr(error)[:200]
         )
-        return ForgottenRecords()
+        return ForgottenRecords(), None
+    return records, key_name_of(data)
 
 
-def write_forgotten(folder: Path, records: ForgottenRecords) -> None:
+def write_forgotten(folder: Path, records: ForgottenRecords, cipher: FileCipher) -> None:
     """Writes the file durably. May block. Raises DiskError, and then leaves the old file."""
     applied = records.applied
     content = {
@@ -99,7 +104,7 @@ def write_forgotten(folder: Path, records: ForgottenRecords) -> None:
     document = {"format": _FORMAT, "version": _VERSION, "content": content, "checksum": _checksum(content)}
     path = folder / _NAME
     try:
-        write_durably(path, json.dumps(document).encode(), path.with_suffix(".tmp"))
+        write_durably(path, cipher.encrypt(path, json.dumps(document).encode()), path.with_suffix(".tmp"))
     except OSError as error:
         raise disk_error(error, f"writing {path}") from error
 

@@ -1,16 +1,15 @@
 """The log of records: appends to the active segment, syncs and seals segments, and handles failed writes."""
 
 import logging
-import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kvstore_cluster.disk.file import disk_error
+from kvstore_cluster.disk.layouts import SegmentLayouts
 from kvstore_cluster.disk.location import Location, location_of
 from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, RecordMeta, record_blocks
 from kvstore_cluster.disk.segment import Segment, State
-from kvstore_cluster.disk.segment_format import first_block
 from kvstore_cluster.disk.table import SegmentTable
 from kvstore_cluster.durable import sync_folder
 from kvstore_codec.errors import ChunkNotFoundError, DiskError, DiskFullError, SegmentRemovedError
@@ -35,6 +34,7 @@ class SegmentLog:
     def __init__(
         self,
         table: SegmentTable,
+        layouts: SegmentLayouts,
         limit_bytes: int,
         segment_bytes: int,
         wake: Callable[[], None],
@@ -45,6 +45,7 @@ class SegmentLog:
         """Live bytes that fit on the disk: the limit, or less after a write found the disk full."""
         self._copy_limit_bytes = limit_bytes + segment_bytes
         self._table = table
+        self._layouts = layouts
         self._folder = table.folder
         self.error: DiskError | None = None
         self._wake = wake
@@ -221,7 +222,7 @@ class SegmentLog:
         original: Location | None = None,
     ) -> tuple[Segment, Location]:
         put = header.kind is Kind.PUT
-        blocks = record_blocks(header.kind, header.meta.size_bytes)
+        blocks = record_blocks(header.kind, header.meta.size_bytes, self._layouts.data_blocks)
         with self._turn:
             segment = self._with_room(blocks, limit_bytes)
             with self._table.lock:
@@ -233,9 +234,8 @@ class SegmentLog:
         if not put and original is None:
             header = replace(header, horizon=segment.number)
         try:
-            opening = header.encode(segment.seed)
-            block = memoryview(opening.ljust(BLOCK_BYTES, b"\0"))
-            segment.file.write(first * BLOCK_BYTES, [block, *views])
+            opening = header.encode(segment.layout.seed, segment.layout.header_room_bytes)
+            segment.layout.write(segment.file, first, opening, views)
         except BaseException as error:
             with self._written:
                 self._table.used_blocks -= segment.abandon(first)
@@ -270,7 +270,11 @@ class SegmentLog:
             raise type(self.error)(str(self.error))
         active = self._active
         begin = active is None or (
-            active.end_block > 1 and (active.end_block + blocks) * BLOCK_BYTES > self._spare(self.room_bytes)
+            active.end_block > 1
+            and (
+                (active.end_block + blocks) * BLOCK_BYTES > self._spare(self.room_bytes)
+                or not self._layouts.is_current(active.layout)
+            )
         )
         # A new segment takes two more blocks: its first block and one of its index.
         if (self._table.used_blocks + blocks + 2 * begin) * BLOCK_BYTES > limit_bytes:
@@ -287,13 +291,14 @@ class SegmentLog:
 
     def _begin_segment(self) -> Segment:
         """Creates a segment, writes and syncs its first block, and makes it the active one. Raises DiskError."""
-        number, seed = self._next_number, secrets.randbits(64)
+        number = self._next_number
+        layout, block = self._layouts.new(number)
         path = self._folder.segment(number)
         try:
             self._folder.restore()
             file = self._folder.open_segment(number, create=True)
             try:
-                file.write(0, [memoryview(first_block(number, seed))])
+                file.write(0, [memoryview(block)])
                 file.sync()
                 sync_folder(self._folder.path)
             except OSError:
@@ -307,7 +312,7 @@ class SegmentLog:
             else:
                 self.error = failure
             raise failure from error
-        segment = Segment(number, file, seed, end_block=1)
+        segment = Segment(number, file, layout, end_block=1)
         self._next_number += 1
         self._table.add(segment)
         self._active = segment

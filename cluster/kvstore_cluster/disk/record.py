@@ -15,6 +15,7 @@ and deletes every record of its chunk and encoding up to that number.
 """
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -77,18 +78,18 @@ class RecordHeader:
     meta: RecordMeta
     horizon: int = 0
 
-    def encode(self, seed: int) -> bytes:
-        """Encodes the header, without padding. Raises StorageError when its names are too long for one block."""
+    def encode(self, seed: int, room_bytes: int = BLOCK_BYTES) -> bytes:
+        """Encodes the header, without padding. Raises StorageError when its names are too long for `room_bytes`."""
         meta = self.meta
         encoding, tenant, calibration = meta.encoding.encode(), meta.tenant.encode(), meta.calibration or b""
         place = b""
         if meta.behind is not None:
             place = _PLACE.pack(meta.number, meta.behind.content_id, meta.behind.prefix_id)
         length = _NAMES_START + len(encoding) + len(tenant) + len(calibration) + len(place)
-        if length > BLOCK_BYTES or max(len(encoding), len(calibration)) > _MAX_NAME_BYTES:
+        if length > room_bytes or max(len(encoding), len(calibration)) > _MAX_NAME_BYTES:
             raise StorageError(
                 f"chunk {meta.chunk_id.short} cannot be put on disk: its metadata has {length} bytes, but at most "
-                f"{BLOCK_BYTES} fit; shorten the name of its tenant"
+                f"{room_bytes} fit; shorten the name of its tenant"
             )
         fields = _FIELDS.pack(
             self.sequence,
@@ -113,14 +114,10 @@ def blocks_of(size_bytes: int) -> int:
     return -(-size_bytes // BLOCK_BYTES)
 
 
-def record_blocks(kind: int, size_bytes: int) -> int:
-    """Number of blocks of a record, including its header. A tombstone has only a header."""
-    return 1 + blocks_of(size_bytes) if kind == Kind.PUT else 1
-
-
-def record_bytes(size_bytes: int) -> int:
-    """Bytes that a chunk of `size_bytes` takes on disk, including its header."""
-    return (1 + blocks_of(size_bytes)) * BLOCK_BYTES
+def record_blocks(kind: int, size_bytes: int, data_blocks: Callable[[int], int]) -> int:
+    """Number of blocks of a record, including its header. `data_blocks` returns those of a chunk. A tombstone has only
+    a header."""
+    return 1 + data_blocks(size_bytes) if kind == Kind.PUT else 1
 
 
 def is_header(block: memoryview, seed: int) -> bool:

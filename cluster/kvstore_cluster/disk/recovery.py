@@ -14,12 +14,13 @@ from kvstore_cluster.disk.census import Census
 from kvstore_cluster.disk.file import aligned_buffer, disk_error
 from kvstore_cluster.disk.folder import StoreFolder
 from kvstore_cluster.disk.forgotten import ForgottenRecords
+from kvstore_cluster.disk.layouts import SegmentLayouts
 from kvstore_cluster.disk.location import Location, location_of, segment_of
 from kvstore_cluster.disk.log import SegmentLog
 from kvstore_cluster.disk.record import BLOCK_BYTES, RecordMeta, blocks_of, decode, tenant_of
 from kvstore_cluster.disk.scan import Found, scan
 from kvstore_cluster.disk.segment import Segment
-from kvstore_cluster.disk.segment_format import SegmentIndex, seed_of
+from kvstore_cluster.disk.segment_format import SegmentIndex
 from kvstore_cluster.disk.table import SegmentTable
 from kvstore_codec.errors import DiskFailedError
 
@@ -36,23 +37,30 @@ class Recovery:
 
 
 def recover(
-    table: SegmentTable, segment_log: SegmentLog, forgotten: ForgottenRecords, *, isolated: bool = False
+    table: SegmentTable,
+    segment_log: SegmentLog,
+    layouts: SegmentLayouts,
+    forgotten: ForgottenRecords,
+    *,
+    isolated: bool = False,
 ) -> Recovery:
     """Fills the empty table and log from the folder. Records that `forgotten` hides are dead. `isolated` is as in
-    `SegmentStore.recover`. May block. Raises DiskError when it cannot be read or written."""
+    `SegmentStore.recover`. May block. Raises DiskError when it cannot be read or written,
+    and EncryptionKeyError when a key is missing."""
     dropped: list[str] = []
     found: dict[int, Segment] = {}
     census = Census(isolated=isolated, was_shared=isolated and not table.folder.isolated)
     with ExitStack() as files:
         try:
             for number in table.folder.numbers():
-                opened = _open_segment(table.folder, number, files, dropped)
+                opened = _open_segment(table.folder, layouts, number, files, dropped)
                 if opened is None:
                     continue
                 found[number], index = opened
                 for block, header in index:
                     hidden = bool(forgotten) and forgotten.hides(*tenant_of(header))
-                    if census.add(location_of(number, block), header, hidden=hidden):
+                    layout = found[number].layout
+                    if census.add(location_of(number, block), header, layout, hidden=hidden):
                         found[number].horizon = max(found[number].horizon, decode(header).horizon)
         except OSError as error:
             raise disk_error(error, f"recovering the disk tier in {table.folder.path}") from error
@@ -68,9 +76,10 @@ def recover(
 
 
 def _open_segment(
-    folder: StoreFolder, number: int, files: ExitStack, dropped: list[str]
+    folder: StoreFolder, layouts: SegmentLayouts, number: int, files: ExitStack, dropped: list[str]
 ) -> tuple[Segment, SegmentIndex] | None:
-    """Opens a segment and its index. None when the segment is empty or its first block is damaged. Raises OSError."""
+    """Opens a segment and its index. None when the segment is empty or its first block is damaged. Raises OSError, and
+    EncryptionKeyError when its key is missing."""
     path = folder.segment(number)
     size_bytes = path.stat().st_size
     if size_bytes < BLOCK_BYTES:  # no record in it was ever acknowledged
@@ -82,29 +91,29 @@ def _open_segment(
     block = aligned_buffer(BLOCK_BYTES)
     with closing(folder.open_segment(number, create=False)) as file:
         file.read(0, [block])
-    seed = seed_of(block, number)
-    if seed is None:
+    layout = layouts.existing(block, number, path)
+    if layout is None:
         aside = folder.set_aside(number)
         dropped.append(f"{path.name}: its first block is damaged; all of it is now in {aside.name}")
         return None
     file = folder.open_segment(number, create=False)
     files.callback(file.close)
-    segment = Segment(number, file, seed, blocks_of(size_bytes))
+    segment = Segment(number, file, layout, blocks_of(size_bytes))
     segment.closed = segment.sealed = True
     segment.index = None
-    index = SegmentIndex.read(folder.index(number), number, seed, size_bytes)
+    index = SegmentIndex.read(folder.index(number), number, layout, size_bytes)
     if index is None:
         index = segment.index = _read_segment(segment, path.name, dropped)
         file.sync()
         segment.write_index(folder.index(number))
-    segment.index_bytes = index.file_bytes
+    segment.index_bytes = index.file_bytes + layout.index_overhead_bytes
     return segment, index
 
 
 def _read_segment(segment: Segment, name: str, dropped: list[str]) -> SegmentIndex:
     """Builds the index of a segment from its records."""
     index = SegmentIndex(bytearray())
-    for part in scan(segment.file, segment.seed, segment.end_block):
+    for part in scan(segment.file, segment.layout, segment.end_block):
         if isinstance(part, Found):
             index.add(part.first_block, part.header)
         else:
@@ -118,7 +127,7 @@ def _index_of(folder: StoreFolder, segment: Segment) -> SegmentIndex:
     if segment.index is not None:
         return segment.index
     path = folder.index(segment.number)
-    index = SegmentIndex.read(path, segment.number, segment.seed, segment.file.size_bytes())
+    index = SegmentIndex.read(path, segment.number, segment.layout, segment.file.size_bytes())
     if index is None:
         raise DiskFailedError(f"{path} was changed while it was read; check that disk, then start again")
     return index

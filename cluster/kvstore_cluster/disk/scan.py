@@ -5,16 +5,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvstore_cluster.disk.file import SegmentFile, aligned_buffer
+from kvstore_cluster.disk.layout import RecordLayout
 from kvstore_cluster.disk.record import (
     BLOCK_BYTES,
     Kind,
     RecordHeader,
-    blocks_of,
     decode,
     header_length,
-    is_header,
 )
-from kvstore_codec.errors import ChunkFormatError
+from kvstore_codec.errors import ChunkFormatError, ForeignChunkError
 from kvstore_codec.whole_chunk import verify_chunk
 
 log = logging.getLogger(__name__)
@@ -61,40 +60,45 @@ class Lost:
     reason: str
 
 
-def chunk_damage(chunk: memoryview, says: RecordHeader) -> str | None:
-    """Verifies a chunk against its record header. Returns why it is damaged, or None when it is sound."""
-    try:
-        found = verify_chunk(chunk, says.meta.size_bytes)
-    except ChunkFormatError as error:
-        return str(error)
+def sound_chunk(record: memoryview, layout: RecordLayout, first: int, says: RecordHeader) -> memoryview:
+    """The chunk of the record at block `first`, whose bytes are `record`. Raises ChunkFormatError unless it is sound
+    and the one that its header announces."""
+    chunk = layout.chunk(first, record[BLOCK_BYTES:], says.meta.size_bytes)
+    found = verify_chunk(chunk, says.meta.size_bytes)
     if (found.chunk_id, found.encoding.name) != (says.meta.chunk_id, says.meta.encoding):
-        return f"chunk {found.chunk_id.short} lies in the place of {says.meta.chunk_id.short}"
-    return None
+        raise ForeignChunkError(
+            f"chunk {found.chunk_id.short} lies in the place of {says.meta.chunk_id.short}"
+        )
+    return chunk
 
 
-def scan(file: SegmentFile, seed: int, end_block: int) -> Iterator[Found | Lost]:
+def scan(file: SegmentFile, layout: RecordLayout, end_block: int) -> Iterator[Found | Lost]:
     """Yields every verified record of a segment and every damaged range, in order. Skips a damaged chunk by the length
     in its header, and a damaged header block by block. Views are valid until the next iteration."""
     window = Window(file)
     block = lost_from = 1
     while block < end_block:
-        header = _readable(window, block * BLOCK_BYTES, BLOCK_BYTES)
-        if not is_header(header, seed):
+        header = layout.header(block, _readable(window, block * BLOCK_BYTES, BLOCK_BYTES))
+        if header is None:
             block += 1
             continue
         if lost_from < block:
             yield Lost(lost_from, block - lost_from, "no sound record header")
         says = decode(header)
+        header = memoryview(bytes(header[: header_length(header)]))  # the window moves on
         blocks, damage = 1, None
         if says.kind is Kind.PUT:
-            blocks += blocks_of(says.meta.size_bytes)
+            blocks += layout.data_blocks(says.meta.size_bytes)
             if block + blocks > end_block:
                 blocks, damage = end_block - block, "the segment ends within it"
             else:
-                whole = _readable(window, block * BLOCK_BYTES, BLOCK_BYTES + says.meta.size_bytes)
-                header, damage = whole[:BLOCK_BYTES], chunk_damage(whole[BLOCK_BYTES:], says)
+                record = _readable(window, block * BLOCK_BYTES, blocks * BLOCK_BYTES)
+                try:
+                    sound_chunk(record, layout, block, says)
+                except ChunkFormatError as error:
+                    damage = str(error)
         if damage is None:
-            yield Found(block, header[: header_length(header)], says)
+            yield Found(block, header, says)
         else:
             yield Lost(block, blocks, f"chunk {says.meta.chunk_id.short} in {says.meta.encoding}: {damage}")
         block += blocks

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from kvstore_cluster.disk.commit import GroupCommit
 from kvstore_cluster.disk.file import SegmentFile
+from kvstore_cluster.disk.layout import RecordLayout
 from kvstore_cluster.disk.record import blocks_of
 from kvstore_cluster.disk.segment_format import SegmentIndex
 from kvstore_codec.errors import StorageError
@@ -36,15 +37,15 @@ class Segment:
     bytes per record. Not thread-safe: use it with the lock of its SegmentTable held. `file` and `commit` need no
     lock."""
 
-    def __init__(self, number: int, file: SegmentFile, seed: int, end_block: int) -> None:
+    def __init__(self, number: int, file: SegmentFile, layout: RecordLayout, end_block: int) -> None:
         self.number = number
         self.file = file
-        self.seed = seed
+        self.layout = layout
         self.commit = GroupCommit(file, f"segment {number}")
         self.end_block = end_block
         self.index: SegmentIndex | None = SegmentIndex(bytearray())
         """Headers of the written records. None when the index is in a file."""
-        self.index_bytes = self.index.file_bytes
+        self.index_bytes = self.index.file_bytes + layout.index_overhead_bytes
         """Size of the index file, or of the file to be written."""
         self.writing = 0
         self.readers = 0
@@ -92,7 +93,7 @@ class Segment:
         if self.index is None:
             return
         try:
-            self.index.write(path, self.number, self.seed, self.file.size_bytes())
+            self.index.write(path, self.number, self.layout, self.file.size_bytes())
         except OSError as error:
             log.warning("%s cannot be written, so the next start reads the whole segment: %s", path, error)
             return
@@ -124,15 +125,15 @@ class Segment:
         """Marks a reserved record as written, in `state`."""
         if self.index is not None:
             self.index.add(first, header)
-            self.index_bytes = self.index.file_bytes
+            self.index_bytes = self.index.file_bytes + self.layout.index_overhead_bytes
         self.writing -= 1
         self._settle(self._find(first), state)
 
     def abandon(self, first: int) -> int:
         """Gives up a reserved record after a failed write. Returns the number of freed blocks: 0 when another record
-        follows it."""
+        follows it, and where no block may be written again."""
         self.writing -= 1
-        if self._first[-1] != first:
+        if self._first[-1] != first or self.layout.writes_once:
             self._settle(self._find(first), State.DEAD)
             return 0
         self.end_block = self._first.pop()
@@ -154,6 +155,11 @@ class Segment:
         """Number of blocks of the live record that begins at `first`. 0 when there is none."""
         ordinal = self._find(first)
         return 0 if ordinal is None or self._state[ordinal] != State.LIVE else self._blocks[ordinal]
+
+    @property
+    def live_chunks(self) -> int:
+        """Number of live records with a chunk."""
+        return self._state.count(State.LIVE)
 
     def is_live(self, first: int) -> bool:
         """Whether a live record or a tombstone begins at `first`."""

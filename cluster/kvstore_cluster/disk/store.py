@@ -1,6 +1,7 @@
 """The segment store: chunks on disk, in append-only segments that survive a crash."""
 
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,12 +9,14 @@ from kvstore_cluster.disk.compaction import Compactor, Lost, Relocate
 from kvstore_cluster.disk.file import FileEndsError, SegmentFile, disk_error
 from kvstore_cluster.disk.folder import OpenFile, StoreFolder
 from kvstore_cluster.disk.forgotten import ForgottenRecords, read_forgotten, write_forgotten
+from kvstore_cluster.disk.layouts import SegmentLayouts
 from kvstore_cluster.disk.location import MAX_SEGMENT_BLOCKS, Location, block_of
 from kvstore_cluster.disk.log import FEWEST_SEGMENTS, SegmentLog
-from kvstore_cluster.disk.record import BLOCK_BYTES, RecordHeader, RecordMeta, decode, is_header
+from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordMeta, record_blocks
 from kvstore_cluster.disk.recovery import Recovery, recover
 from kvstore_cluster.disk.table import SegmentTable
 from kvstore_cluster.disk.upkeep import Upkeep
+from kvstore_cluster.encryption import FileCipher, KeySource
 from kvstore_codec.errors import (
     ChunkNotFoundError,
     ChunkTooLargeError,
@@ -41,6 +44,9 @@ class SegmentStore:
     `append` stores a chunk and returns its location, and `delete` removes it. Only `compact` frees disk space, so keep
     `live_bytes` under `capacity_bytes`. Records appended without `sync` are synced within `sync_period_s`.
 
+    With `keys`, what is written is encrypted with the first of them. Segments of other keys, and plain ones, are read,
+    and `compact` writes them again. Without `keys`, `recover` refuses a folder with encrypted files.
+
     Raises ConfigurationError for a folder in use or a limit that is too low, and DiskReadOnlyError or another DiskError
     for a folder that cannot be used. After a failed write or sync, `append` raises that error until the disk accepts
     writes again, which is tested every `sync_period_s`. Reads continue to work.
@@ -55,6 +61,7 @@ class SegmentStore:
         sync_period_s: float = 1.0,
         direct: bool = True,
         open_file: OpenFile = SegmentFile,
+        keys: KeySource | None = None,
     ) -> None:
         segment_bytes = min(max(segment_bytes, limit_bytes // _MOST_SEGMENTS), limit_bytes // FEWEST_SEGMENTS)
         segment_bytes = min(segment_bytes // BLOCK_BYTES, MAX_SEGMENT_BLOCKS) * BLOCK_BYTES
@@ -64,12 +71,15 @@ class SegmentStore:
             )
         self.limit_bytes = limit_bytes
         self._folder = StoreFolder(folder, direct=direct, open_file=open_file)
+        self._layouts, self._files = SegmentLayouts(keys), FileCipher(keys)
         self._table = SegmentTable(self._folder)
         self._upkeep = Upkeep(sync_period_s)
-        self._log = SegmentLog(self._table, limit_bytes, segment_bytes, self._upkeep.wake)
-        self._compactor = Compactor(self._table, self._log)
+        self._log = SegmentLog(self._table, self._layouts, limit_bytes, segment_bytes, self._upkeep.wake)
+        self._compactor = Compactor(self._table, self._log, self._layouts)
         self.forgotten = ForgottenRecords()
         """Which records are dead because their tenant was forgotten, as the folder says."""
+        self._forgotten_key: str | None = None
+        self._forgetting = threading.Lock()  # held to write the file of forgotten records
         self._recovered = False
         self._closed = False
 
@@ -82,7 +92,7 @@ class SegmentStore:
     @property
     def read_unit_bytes(self) -> int:
         """Offsets and lengths of reads are best multiples of this: what the disk reads at least."""
-        return self._folder.read_unit_bytes
+        return max(self._folder.read_unit_bytes, self._layouts.read_unit_bytes)
 
     @property
     def capacity_bytes(self) -> int:
@@ -93,6 +103,19 @@ class SegmentStore:
     def live_bytes(self) -> int:
         """Bytes of live records on disk: each chunk rounded up to whole blocks, and one block for its header."""
         return self._table.live_blocks * BLOCK_BYTES
+
+    def record_bytes(self, size_bytes: int) -> int:
+        """Bytes that a new chunk of `size_bytes` takes on disk, including its header."""
+        return record_blocks(Kind.PUT, size_bytes, self._layouts.data_blocks) * BLOCK_BYTES
+
+    @property
+    def chunks_by_key(self) -> dict[str, int]:
+        """Number of live chunks by the id of the key that encrypts them, in hexadecimal digits. The id of plain ones is
+        empty. A key without chunks is named while a file of it is left. Empty for a store without keys."""
+        if not self._files.key_name:
+            return {}
+        chunks = self._table.chunks_by_key()
+        return chunks if self._forgotten_key is None else {self._forgotten_key: 0} | chunks
 
     @property
     def used_bytes(self) -> int:
@@ -115,9 +138,9 @@ class SegmentStore:
     def recover(self, *, isolated: bool = False) -> Recovery:
         """Recovers the records in the folder, and starts the upkeep thread. With `isolated`, chunks of different
         tenants that have the same id and encoding are different chunks. A chunk that was deleted or replaced before
-        that is not recovered. Raises DiskError."""
-        self.forgotten = read_forgotten(self._folder.path)
-        recovery = recover(self._table, self._log, self.forgotten, isolated=isolated)
+        that is not recovered. Raises DiskError, and EncryptionKeyError for files of a key that is not given."""
+        self.forgotten, self._forgotten_key = read_forgotten(self._folder.path, self._files)
+        recovery = recover(self._table, self._log, self._layouts, self.forgotten, isolated=isolated)
         # Not started by the first append: its calling thread may be pinned to a CPU, which a new thread inherits.
         self._upkeep.start(self._log)
         self._recovered = True
@@ -153,7 +176,8 @@ class SegmentStore:
                 f"but has {sum(view.nbytes for view in views)}"
             )
         most_bytes = self.limit_bytes - self._log.segment_bytes
-        if meta.size_bytes > most_bytes - 4 * BLOCK_BYTES:
+        # The first record of a segment comes with two more blocks: the segment's first block and one of its index.
+        if self.record_bytes(meta.size_bytes) > most_bytes - 2 * BLOCK_BYTES:
             raise ChunkTooLargeError(
                 f"chunk {meta.chunk_id.short} has {meta.size_bytes} bytes, but {self._folder.path} may hold only "
                 f"{most_bytes}; give the node more disk"
@@ -165,7 +189,8 @@ class SegmentStore:
         copy, into aligned memory from an aligned offset: both are multiples of `read_unit_bytes`.
 
         Raises ChunkNotFoundError when the chunk was deleted or moved: look up its location again. Raises
-        TruncatedChunkError when its file was truncated, and DiskFailedError when the disk cannot read it after retries.
+        TruncatedChunkError when its file was truncated, ChecksumError when encrypted bytes were changed, and
+        DiskFailedError when the disk cannot read it after retries.
         """
         self._require_open()
         size_bytes = sum(view.nbytes for view in views)
@@ -174,10 +199,11 @@ class SegmentStore:
             if found is None:
                 raise ChunkNotFoundError(f"there is no chunk at {location} in {self._folder.path}")
             segment, blocks = found
-            if not 0 <= offset <= end <= (blocks - 1) * BLOCK_BYTES:
+            readable_bytes = segment.layout.capacity_bytes(blocks - 1)
+            if not 0 <= offset <= end <= readable_bytes + -readable_bytes % self.read_unit_bytes:
                 raise StorageError(f"bytes [{offset}, {end}) lie outside the chunk at {location}")
             try:
-                segment.file.read((block_of(location) + 1) * BLOCK_BYTES + offset, views)
+                segment.layout.read(segment.file, block_of(location), blocks - 1, offset, views)
             except FileEndsError as error:
                 raise TruncatedChunkError(
                     f"segment {segment.number} in {self._folder.path} is damaged: {error.strerror}"
@@ -206,8 +232,20 @@ class SegmentStore:
     def keep_forgotten(self, records: ForgottenRecords) -> None:
         """Makes records dead for every later recovery, durably. Raises DiskError."""
         self._require_open()
-        write_forgotten(self._folder.path, records)
-        self.forgotten = records
+        with self._forgetting:
+            self._write_forgotten(records)
+
+    def _write_forgotten(self, records: ForgottenRecords) -> None:
+        """Call with `_forgetting` held. Raises DiskError."""
+        key_name = self._files.key_name
+        write_forgotten(self._folder.path, records, self._files)
+        self.forgotten, self._forgotten_key = records, key_name
+
+    def _update_forgotten(self) -> None:
+        """Writes the file of forgotten records again if its key is not the first one any more. Raises DiskError."""
+        if self._forgotten_key not in (None, self._files.key_name):
+            with self._forgetting:
+                self._write_forgotten(self.forgotten)
 
     def sync(self) -> None:
         """Syncs all appended records, so that they survive a power loss. Raises DiskError."""
@@ -215,7 +253,8 @@ class SegmentStore:
         self._log.sync_all()
 
     def compact(self, relocate: Relocate, lost: Lost | None = None) -> bool:
-        """Frees the space of dead chunks in one segment, if enough of it is dead. True when there may be more to do.
+        """Frees the space of dead chunks in one segment, if enough of it is dead, or moves the chunks of a segment
+        that is not encrypted with the first key. True when there may be more to do.
 
         Calls `relocate(meta, old, new)`, without a lock, for every live chunk that was copied. `relocate` returns True
         when the index now has the new location, and False when the index does not have the old one, which then stays
@@ -223,6 +262,7 @@ class SegmentStore:
         is freed once it is deleted. Raises DiskError; then nothing was freed and nothing is lost.
         """
         self._require_open()
+        self._update_forgotten()
         return self._compactor.step(relocate, lost, self._upkeep.stopping)
 
     def check_integrity(self) -> None:
@@ -243,19 +283,6 @@ class SegmentStore:
         finally:
             self._table.close()
             self._folder.close()
-
-    def _header(self, location: Location) -> RecordHeader | None:
-        """Reads a record header. None when the record is not live or its header is damaged. Raises DiskError."""
-        with self._table.reading(location) as found:
-            if found is None:
-                return None
-            segment, _ = found
-            block = bytearray(BLOCK_BYTES)
-            try:
-                segment.file.read(block_of(location) * BLOCK_BYTES, [memoryview(block)])
-            except OSError as error:
-                raise disk_error(error, f"reading segment {segment.number} in {self._folder.path}") from error
-            return decode(memoryview(block)) if is_header(memoryview(block), segment.seed) else None
 
     def _require_open(self) -> None:
         if self._closed or not self._recovered:

@@ -1,6 +1,7 @@
 """The table of all segments of a store, and their total sizes."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,6 +67,14 @@ class SegmentTable:
         """Blocks of live records whose segment files were removed."""
         with self.lock:
             return sum(segment.live_blocks for segment in self.segments.values() if segment.removed)
+
+    def chunks_by_key(self) -> dict[str, int]:
+        """Number of live chunks by the id of the key of their segments."""
+        chunks: Counter[str] = Counter()
+        with self.lock:
+            for segment in self.segments.values():
+                chunks[segment.layout.key_name] += segment.live_chunks
+        return dict(chunks)
 
     def is_live(self, location: Location) -> bool:
         """Whether a live record or a tombstone is at this location. Call with `lock` held."""

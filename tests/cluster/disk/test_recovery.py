@@ -56,10 +56,10 @@ def test_a_segment_that_was_only_begun_is_removed(image: Image, tmp_path: Path) 
 
 
 def test_a_newer_format_is_refused(image: Image, tmp_path: Path) -> None:
-    signed = struct.pack("<8sIIQ", b"KVSEGMNT", 2, 1, 12345)
+    signed = struct.pack("<8sIIQ", b"KVSEGMNT", 3, 1, 12345)
     newer = signed + xxhash.xxh3_64_intdigest(signed).to_bytes(8, "little")
     store = with_segment(tmp_path / "store", newer.ljust(BLOCK, b"\0") + image.data[BLOCK:])
-    with pytest.raises(DiskFailedError, match="format version 2"):
+    with pytest.raises(DiskFailedError, match="format version 3"):
         store.recover()
     store.close()
 

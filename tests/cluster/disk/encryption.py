@@ -1,0 +1,37 @@
+"""Keys for tests, and stores that encrypt."""
+
+from pathlib import Path
+
+from kvstore_cluster.disk import SegmentStore
+from kvstore_cluster.disk.file import SegmentFile
+from kvstore_cluster.disk.folder import OpenFile
+from kvstore_cluster.encryption import EncryptionKeys
+
+OLD, NEW = b"\1" * 32, b"\2" * 32
+LIMIT = 8 << 20
+
+
+def keys_of(*secrets: bytes) -> EncryptionKeys:
+    return EncryptionKeys(secrets)
+
+
+def name_of(secret: bytes) -> str:
+    return EncryptionKeys([secret]).first.name
+
+
+def encrypted(
+    folder: Path,
+    *secrets: bytes,
+    limit_bytes: int = LIMIT,
+    segment_bytes: int = 256 << 20,
+    open_file: OpenFile = SegmentFile,
+) -> SegmentStore:
+    """A store with these keys, or a plain one without any, that is not recovered yet."""
+    keys = keys_of(*secrets) if secrets else None
+    return SegmentStore(
+        folder,
+        limit_bytes,
+        segment_bytes=segment_bytes,
+        open_file=open_file,
+        keys=None if keys is None else lambda: keys,
+    )
