@@ -30,7 +30,9 @@ def store(
     systems: Annotated[
         str | None,
         typer.Option(
-            help="Systems to measure, comma-separated; default: all that are installed.", show_default=False
+            help="Systems to measure, comma-separated; default: all that are installed, except kvstore-disk and "
+            "kvstore-encrypted, which read and write a disk, plain and with encryption at rest.",
+            show_default=False,
         ),
     ] = None,
     seconds: Annotated[
@@ -47,9 +49,9 @@ def store(
 ) -> None:
     """Measure reading and writing of values, compared with Redis, Mooncake's store, LMCache's server and TCP alone.
 
-    Every client is a process. Values are in memory, differ between keys, and are compared byte by byte outside the
-    measured time. Puts are acknowledged; kvstore verifies every checksum before. Other systems are included if
-    `python benchmarks/peers/install.py redis` (mooncake, lmcache) has run.
+    Every client is a process. Values are in memory, unless a system with a disk is named. They differ between keys, and
+    are compared byte by byte outside the measured time. Puts are acknowledged; kvstore verifies every checksum before.
+    Other systems are included if `python benchmarks/peers/install.py redis` (mooncake, lmcache) has run.
     """
     require_packages("grpc_reflection", "psutil")
     require_outputs(json_file, plot)
@@ -58,7 +60,11 @@ def store(
     from kvstore_bench.store.run import Options, run
     from kvstore_bench.store.systems import SYSTEMS
 
-    names = [system.name for system in SYSTEMS] if systems is None else list(filter(None, systems.split(",")))
+    names = (
+        [system.name for system in SYSTEMS if not system.on_disk]
+        if systems is None
+        else list(filter(None, systems.split(",")))
+    )
     options = (
         Options((64 * _KIB, 1024 * _KIB, 4096 * _KIB), (1,), names, 0.2, 3)
         if quick

@@ -1,6 +1,6 @@
 """Client process for this project's own servers. It runs the loop in `loop.py`.
 
-python -m kvstore_bench.store.client kvstore | raw-tcp ADDRESS
+python -m kvstore_bench.store.client kvstore | kvstore-disk | kvstore-encrypted | raw-tcp ADDRESS
 """
 
 import random

@@ -1,22 +1,31 @@
 """Server process of a measured system. It prints its address and runs until its stdin ends.
 
-python -m kvstore_bench.store.server kvstore [HOST [PORT [BYTES]]] | raw-tcp
+python -m kvstore_bench.store.server kvstore [HOST [PORT [BYTES]]] | kvstore-disk | kvstore-encrypted | raw-tcp
 
-HOST and PORT are the coordinator's address. The node listens on the same host and has BYTES of memory.
+HOST and PORT are the coordinator's address. The node listens on the same host and has BYTES of memory. With a disk, in
+a temporary folder, chunks leave memory at once: every get reads the disk.
 """
 
+import secrets
 import socket
 import struct
 import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvstore_api.affinity import shared_where_local
 from kvstore_api.byte_stream import ByteStream
 
+if TYPE_CHECKING:
+    from kvstore_cluster.arena import Arena
+    from kvstore_cluster.node import StorageNode
+
 HOST = "127.0.0.1"
 MEMORY_BYTES = 1 << 30
+DISK_BYTES = 4 << 30
+DEMOTION_PERIOD_S = 0.01
 TIMEOUT_S = 30.0
 REQUEST = struct.Struct("!QQQ")
 """A request of `raw-tcp`: 1 for a put and 0 for a get, key, size in bytes."""
@@ -30,7 +39,8 @@ def main() -> None:
         sys.stdin.read()
     else:
         host, port, size_bytes = (*sys.argv[2:], *(HOST, "0", str(MEMORY_BYTES))[len(sys.argv) - 2 :])
-        serve_kvstore(host, int(port), int(size_bytes))
+        with tempfile.TemporaryDirectory() as folder:
+            serve_kvstore(host, int(port), int(size_bytes), sys.argv[1], Path(folder))
 
 
 def accept(listener: socket.socket) -> None:
@@ -63,7 +73,7 @@ def serve_raw(stream: ByteStream) -> None:
             stream.send([values[key]], TIMEOUT_S)
 
 
-def serve_kvstore(host: str, port: int, size_bytes: int) -> None:
+def serve_kvstore(host: str, port: int, size_bytes: int, system: str, folder: Path) -> None:
     """Runs a storage node and a coordinator as `kvstore serve` does, but without Ray. Prints the three addresses
     `storage,bulk,coordinator`."""
     from kvstore_api.placement import Member
@@ -72,7 +82,6 @@ def serve_kvstore(host: str, port: int, size_bytes: int) -> None:
     from kvstore_cluster.canaries import CanaryRegistry
     from kvstore_cluster.catalogue import FileCatalogue
     from kvstore_cluster.coordinator import Coordinator
-    from kvstore_cluster.node import StorageNode
     from kvstore_service.bulk_server import serve_bulk
     from kvstore_service.grpc_coordinator import serve_coordinator
     from kvstore_service.grpc_storage import serve_storage
@@ -81,19 +90,42 @@ def serve_kvstore(host: str, port: int, size_bytes: int) -> None:
     arena = Arena(size_bytes)
     while arena.populate():
         pass
-    node = StorageNode("node-0", arena)
+    node = _node(arena, system, folder)
     bulk = serve_bulk(node, host=host)
     storage = serve_storage(node, host=host, bulk_endpoint=bulk.address)
-    with tempfile.TemporaryDirectory() as folder:
-        metadata = Coordinator(FileCatalogue(Path(folder)))
-        metadata.join(Member(node.node_id, storage.address, bulk_endpoint=bulk.address), incarnation=1)
-        registry = CalibrationRegistry(Path(folder, "calibrations"))
-        canaries = CanaryRegistry(Path(folder, "canaries"))
-        coordinator = serve_coordinator(metadata, registry, canaries, address=Address(host, port))
-        print(f"{storage.address},{bulk.address},{coordinator.address}", flush=True)
-        sys.stdin.read()
-        for server in (bulk, storage, coordinator):
-            server.stop(0)
+    metadata = Coordinator(FileCatalogue(folder))
+    metadata.join(Member(node.node_id, storage.address, bulk_endpoint=bulk.address), incarnation=1)
+    registry = CalibrationRegistry(folder / "calibrations")
+    canaries = CanaryRegistry(folder / "canaries")
+    coordinator = serve_coordinator(metadata, registry, canaries, address=Address(host, port))
+    print(f"{storage.address},{bulk.address},{coordinator.address}", flush=True)
+    sys.stdin.read()
+    for server in (bulk, storage, coordinator):
+        server.stop(0)
+
+
+def _node(arena: "Arena", system: str, folder: Path) -> "StorageNode":
+    from kvstore_cluster.disk import SegmentStore
+    from kvstore_cluster.encryption import EncryptionKeys
+    from kvstore_cluster.maintenance import MaintenanceThread
+    from kvstore_cluster.node import StorageNode
+    from kvstore_cluster.residency import Residency
+
+    if system == "kvstore":
+        return StorageNode("node-0", arena)
+
+    class OnlyOnDisk(Residency):
+        def promotes(self, length: int, size_bytes: int) -> bool:  # noqa: ARG002
+            return False
+
+        def watermarks(self) -> tuple[float, float]:
+            return 0.0, 0.0
+
+    keys = EncryptionKeys([secrets.token_bytes(32)]) if system == "kvstore-encrypted" else None
+    store = SegmentStore(folder / "disk", DISK_BYTES, keys=None if keys is None else lambda: keys)
+    node = StorageNode("node-0", arena, store=store, residency=OnlyOnDisk())
+    MaintenanceThread(node, arena, DEMOTION_PERIOD_S).start()
+    return node
 
 
 if __name__ == "__main__":

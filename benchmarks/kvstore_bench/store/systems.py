@@ -26,6 +26,8 @@ class System:
     """Operation -> method of the client."""
     install: str = ""
     """Command that installs a peer. Empty for a system of this project."""
+    on_disk: bool = False
+    """Whether it reads and writes its disk. Such a system is measured only when it is named."""
 
     @property
     def is_installed(self) -> bool:
@@ -60,5 +62,7 @@ SYSTEMS = (
     _peer("mooncake"),
     _peer("lmcache"),
     System("raw-tcp", _own("raw-tcp"), {"get": "get", "put": "put"}),
+    System("kvstore-disk", _own("kvstore-disk"), {"get": "get", "put": "put"}, on_disk=True),
+    System("kvstore-encrypted", _own("kvstore-encrypted"), {"get": "get", "put": "put"}, on_disk=True),
 )
 PEER_NAMES = tuple(system.name for system in SYSTEMS if system.install)

@@ -49,8 +49,12 @@ def test_every_system_of_our_own_is_measured(monkeypatch: pytest.MonkeyPatch) ->
         ("kvstore-grpc", "put"),
         ("raw-tcp", "get"),
         ("raw-tcp", "put"),
+        ("kvstore-disk", "get"),
+        ("kvstore-disk", "put"),
+        ("kvstore-encrypted", "get"),
+        ("kvstore-encrypted", "put"),
     }
-    assert len(transfers) == 7 * 4
+    assert len(transfers) == 11 * 4
     for row in transfers:
         assert set(row) == TIMES | RATES
         assert 0 < row["GBps_min"] <= row["GBps"] <= row["GBps_max"]

@@ -14,8 +14,8 @@ from kvstore_cluster.disk.file import SegmentFile, aligned_buffer
 from kvstore_cluster.encryption import EncryptionKey
 from kvstore_codec.errors import ChecksumError, DiskFailedError, EncryptionKeyError
 from tests.cluster.disk.chunks import append, by_key, contents, meta_of, read, tiny
-from tests.cluster.disk.encryption import NEW, OLD, encrypted, keys_of, name_of
 from tests.cluster.disk.index import Index, compact
+from tests.cluster.encryption.stores import NEW, OLD, encrypted, keys_of, name_of
 from tests.sample_chunk import SampleChunk, sample_chunk
 
 BLOCK = 4096
