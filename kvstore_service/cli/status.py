@@ -53,7 +53,14 @@ def _row(node: "pb.NodeStatus") -> dict[str, Any]:
         "leases": stats.leases,
         "gauges": dict(sorted(stats.gauges.items())),
         "counters": dict(sorted(stats.counters.items())),
+        "disk_chunks_by_key": _chunks_by_key(node),
     }
+
+
+def _chunks_by_key(node: "pb.NodeStatus") -> dict[str, int]:
+    """Chunks on disk by the key that encrypts them. Empty for a node without encryption."""
+    samples = (sample for sample in node.stats.samples if sample.name == "disk_chunks_by_key")
+    return dict(sorted((sample.labels[0], sample.value) for sample in samples))
 
 
 def _table(address: str, reply: "pb.ClusterStatsReply", *, background_works: bool) -> "Table":
@@ -73,12 +80,9 @@ def _table(address: str, reply: "pb.ClusterStatsReply", *, background_works: boo
             notes.append(f"{name}, disk: {escape(node.stats.disk_error)}")
         elif unreadable := node.stats.gauges.get("disk_unreadable"):
             notes.append(f"{name}, disk: {unreadable} chunks could not be read; check that disk")
-        if by_key := {
-            one.labels[0]: one.value for one in node.stats.samples if one.name == "disk_chunks_by_key"
-        }:
-            notes.append(
-                f"{name}, disk, chunks by key: {', '.join(f'{by_key[key]} {key}' for key in sorted(by_key))}"
-            )
+        if by_key := _chunks_by_key(node):
+            counts = ", ".join(f"{count} {key}" for key, count in by_key.items())
+            notes.append(f"{name}, disk, chunks by key: {escape(counts)}")
         if failing := node.stats.gauges.get("background_failing", 0):
             notes.append(f"{name}: {failing} background loops fail; its log says why")
     table = Table(

@@ -157,6 +157,7 @@ VALUES = {
     "tls_name": "kvstore.example",
     "credentials": "/c.json",
     "insecure": "true",
+    "encryption_key_file": "/keys",
     "metrics_port": "9100",
     "events": "127.0.0.1:5557",
     "otlp_endpoint": "grpc://127.0.0.1:4317",

@@ -27,6 +27,7 @@ from kvstore_service.metrics import ClusterCollector
 from kvstore_service.peer_nodes import GrpcPeers
 from tests.client.chunks import SPEC, random_kv
 from tests.cluster.disk.test_faults import Faults
+from tests.cluster.encryption.stores import NEW, keys_of
 
 HOST = "127.0.0.1"
 _TICK_S = 0.5
@@ -41,6 +42,7 @@ class WatchedNode:
             SlowStore(
                 folder / node_id,
                 disk_bytes,
+                keys=lambda: keys_of(NEW),
                 segment_bytes=4 << 20,
                 sync_period_s=0.1,
                 open_file=self.faults.open_file,
