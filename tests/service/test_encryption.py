@@ -67,10 +67,6 @@ def test_a_node_without_the_key_of_its_disk_ends_the_start(tmp_path: Path, key_f
     chunk = sample_chunk(1)
     store.append(meta_of(chunk, cost=1.0), [memoryview(chunk.data)], sync=True)
     store.close()
-    assert not (data_dir / "catalogue.json").read_bytes().startswith(b"{")
-    (data_dir / "catalogue.json").unlink()
-    with pytest.raises(StartupError, match=f"segment-.* is encrypted with key {name_of(NEW)}"):
-        EmbeddedCluster(settings_of(**settings)).start()
     with EmbeddedCluster(settings_of(**settings, encryption_key_file=key_file)) as cluster:
         shown = CliRunner().invoke(app, ["status", "--address", cluster.address], catch_exceptions=False)
         assert f"node-0, disk, chunks by key: 1 {name_of(NEW)}" in shown.stdout
@@ -79,3 +75,7 @@ def test_a_node_without_the_key_of_its_disk_ends_the_start(tmp_path: Path, key_f
         )
         [node] = json.loads(shown.stdout)["nodes"]
         assert node["disk_chunks_by_key"] == {name_of(NEW): 1}
+    assert not (data_dir / "catalogue.json").read_bytes().startswith(b"{")
+    (data_dir / "catalogue.json").unlink()
+    with pytest.raises(StartupError, match=f"segment-.* is encrypted with key {name_of(NEW)}"):
+        EmbeddedCluster(settings_of(**settings)).start()
