@@ -95,7 +95,8 @@ class EmbeddedCluster:
             started.callback(reservation.release)
             scratch = started.enter_context(scratch_folder())
             data_dir = self._settings.data_dir or scratch / "catalogue"
-            _check_catalogue(data_dir, self._redis_url, self._keys and self._keys())
+            keys = None if self._keys is None else self._keys()
+            _check_catalogue(data_dir, self._redis_url, keys)
             if self._settings.ray_address is None:
                 self._ray = started.enter_context(local_ray(scratch / "ray"))
             else:

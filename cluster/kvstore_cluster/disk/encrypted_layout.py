@@ -11,8 +11,8 @@ The tag also covers the kind of the unit and the first block of its record. A un
 place: of the chunk, of another chunk, or of another segment. The length of a chunk is in its header, which has a tag
 itself. What nothing detects is an older version of a whole file in the place of the newer one.
 
-Encrypting or decrypting a unit of 16 KiB takes 5.5 us on one core of an AMD EPYC (3 GB/s); units of 4 KiB would take 2.6 us
-(1.6 GB/s), and units of 64 KiB 18.5 us. A range of 5 KB reads at most two units.
+A unit of 16 KiB takes 5.5 us on one core of an AMD EPYC (3 GB/s). One of 4 KiB would take 2.6 us (1.6 GB/s), and one of
+64 KiB 18.5 us. A range of 5 KB reads at most two units.
 """
 
 import secrets
