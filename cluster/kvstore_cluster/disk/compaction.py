@@ -77,10 +77,10 @@ class Compactor:
     def _rewrite(self, relocate: Relocate, lost: Lost | None, stopping: threading.Event) -> bool:
         """Moves the chunks of the oldest segment that is not encrypted with the current key, if there is one. Returns
         whether its file was removed."""
+        key_name = self._layouts.key_name
         with self._table.lock:
-            victim = next(
-                (segment for segment in self._table.segments.values() if self._is_outdated(segment)), None
-            )
+            outdated = (one for one in self._table.segments.values() if self._is_outdated(one, key_name))
+            victim = next(outdated, None)
         if victim is None:
             return False
         began_s = time.monotonic()
@@ -94,10 +94,10 @@ class Compactor:
             ended_s = time.monotonic()
             self._rewrite_at_s = max(self._rewrite_at_s, ended_s + (ended_s - began_s) * _REWRITE_PAUSES)
 
-    def _is_outdated(self, segment: Segment) -> bool:
-        """Whether the segment can be, and must be, encrypted with another key. Call with the table's lock held."""
+    def _is_outdated(self, segment: Segment, key_name: str) -> bool:
+        """Whether the segment can be, and must be, encrypted with the key. Call with the table's lock held."""
         return not (
-            self._layouts.is_current(segment.layout)
+            segment.layout.key_name == key_name
             or segment.given_up
             or segment.writing
             or time.monotonic() < segment.unmovable_until_s

@@ -54,9 +54,10 @@ class SegmentLayouts:
             return layout
         return None
 
-    def is_current(self, layout: RecordLayout) -> bool:
-        """Whether a new segment would have the same key, or be plain, too."""
-        return layout.key_name == ("" if self._keys is None else self._keys().first.name)
+    @property
+    def key_name(self) -> str:
+        """Id of the key of a new segment, empty for a plain one. May block: the key file is read again."""
+        return "" if self._keys is None else self._keys().first.name
 
     def data_blocks(self, size_bytes: int) -> int:
         """Number of data blocks of a chunk in a new segment."""

@@ -273,7 +273,7 @@ class SegmentLog:
             active.end_block > 1
             and (
                 (active.end_block + blocks) * BLOCK_BYTES > self._spare(self.room_bytes)
-                or not self._layouts.is_current(active.layout)
+                or active.layout.key_name != self._layouts.key_name
             )
         )
         # A new segment takes two more blocks: its first block and one of its index.

@@ -14,6 +14,7 @@ from kvstore_cluster.disk.census import Census
 from kvstore_cluster.disk.file import aligned_buffer, disk_error
 from kvstore_cluster.disk.folder import StoreFolder
 from kvstore_cluster.disk.forgotten import ForgottenRecords
+from kvstore_cluster.disk.layout import RecordLayout
 from kvstore_cluster.disk.layouts import SegmentLayouts
 from kvstore_cluster.disk.location import Location, location_of, segment_of
 from kvstore_cluster.disk.log import SegmentLog
@@ -52,7 +53,10 @@ def recover(
     census = Census(isolated=isolated, was_shared=isolated and not table.folder.isolated)
     with ExitStack() as files:
         try:
-            for number in table.folder.numbers():
+            numbers = table.folder.numbers()
+            for number in numbers:  # a missing key ends the recovery before it changes anything
+                _layout_of(table.folder, layouts, number)
+            for number in numbers:
                 opened = _open_segment(table.folder, layouts, number, files, dropped)
                 if opened is None:
                     continue
@@ -88,10 +92,7 @@ def _open_segment(
         return None
     if size_bytes % BLOCK_BYTES:  # direct I/O needs whole blocks
         os.truncate(path, blocks_of(size_bytes) * BLOCK_BYTES)
-    block = aligned_buffer(BLOCK_BYTES)
-    with closing(folder.open_segment(number, create=False)) as file:
-        file.read(0, [block])
-    layout = layouts.existing(block, number, path)
+    layout = _layout_of(folder, layouts, number)
     if layout is None:
         aside = folder.set_aside(number)
         dropped.append(f"{path.name}: its first block is damaged; all of it is now in {aside.name}")
@@ -108,6 +109,16 @@ def _open_segment(
         segment.write_index(folder.index(number))
     segment.index_bytes = index.file_bytes + layout.index_overhead_bytes
     return segment, index
+
+
+def _layout_of(folder: StoreFolder, layouts: SegmentLayouts, number: int) -> RecordLayout | None:
+    """The layout of a segment. None when its first block is damaged or incomplete. Raises OSError, and
+    EncryptionKeyError when its key is missing."""
+    block = aligned_buffer(BLOCK_BYTES)
+    with closing(folder.open_segment(number, create=False)) as file:
+        if file.read_some(0, block) < BLOCK_BYTES:
+            return None
+    return layouts.existing(block, number, folder.segment(number))
 
 
 def _read_segment(segment: Segment, name: str, dropped: list[str]) -> SegmentIndex:

@@ -273,6 +273,22 @@ def test_a_wrong_or_missing_key_is_refused_and_changes_nothing(
     assert found_in(folder, OLD, NEW) == expected
 
 
+def test_a_missing_key_of_one_segment_changes_no_other(folder: Path) -> None:
+    filled(folder, OLD)
+    store = encrypted(folder, NEW, OLD)
+    store.recover()
+    append(store, tiny(1))
+    store.close()
+    for index in folder.glob("*.index"):
+        index.unlink()
+    before = snapshot(folder)
+    store = encrypted(folder, OLD)
+    with pytest.raises(EncryptionKeyError, match=f"segment-00000002.kvs.*{name_of(NEW)}"):
+        store.recover()
+    store.close()
+    assert snapshot(folder) == before
+
+
 def test_an_old_key_reads_until_all_is_written_with_the_new_one(folder: Path) -> None:
     stored = filled(folder, OLD)
     store = encrypted(folder, NEW, OLD)
