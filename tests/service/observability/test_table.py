@@ -18,6 +18,7 @@ from kvstore_service.metrics import ClusterCollector
 from kvstore_service.observability.node_metrics import EVENTS
 from kvstore_service.observability.table import METRICS
 from tests.client.chunks import ids
+from tests.cluster.encryption.stores import NEW, keys_of
 from tests.service.observability.metrics_page import metrics_page
 from tests.service.observability.watched import WatchedCluster, fetch, put, watched_cluster
 
@@ -25,7 +26,7 @@ from tests.service.observability.watched import WatchedCluster, fetch, put, watc
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WatchedCluster]:
     """A cluster after work of two tenants and one that has too little room, and with limits."""
-    with watched_cluster(tmp_path_factory.mktemp("watched")) as made:
+    with watched_cluster(tmp_path_factory.mktemp("watched"), keys=lambda: keys_of(NEW)) as made:
         for tenant in ("a", "b", "c"):
             made.coordinator.set_quota(tenant, 8 << 20)
         made.tell()

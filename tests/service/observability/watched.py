@@ -13,6 +13,7 @@ from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.encryption import KeySource
 from kvstore_cluster.maintenance import MaintenanceThread
 from kvstore_cluster.repair import RepairWorker
 from kvstore_cluster.slow_disk import SlowNode, SlowStore
@@ -27,7 +28,6 @@ from kvstore_service.metrics import ClusterCollector
 from kvstore_service.peer_nodes import GrpcPeers
 from tests.client.chunks import SPEC, random_kv
 from tests.cluster.disk.test_faults import Faults
-from tests.cluster.encryption.stores import NEW, keys_of
 
 HOST = "127.0.0.1"
 _TICK_S = 0.5
@@ -36,13 +36,15 @@ _TICK_S = 0.5
 class WatchedNode:
     """A storage node with its disk, if it has one, its servers and its background threads."""
 
-    def __init__(self, node_id: str, folder: Path, memory_bytes: int, disk_bytes: int) -> None:
+    def __init__(
+        self, node_id: str, folder: Path, memory_bytes: int, disk_bytes: int, keys: KeySource | None = None
+    ) -> None:
         self.faults = Faults()
         self.store = (
             SlowStore(
                 folder / node_id,
                 disk_bytes,
-                keys=lambda: keys_of(NEW),
+                keys=keys,
                 segment_bytes=4 << 20,
                 sync_period_s=0.1,
                 open_file=self.faults.open_file,
@@ -111,6 +113,7 @@ def watched_cluster(
     memory_bytes: int = 8 << 20,
     disk_bytes: int = 32 << 20,
     replicas: int = 2,
+    keys: KeySource | None = None,
 ) -> Iterator[WatchedCluster]:
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as running:
@@ -120,7 +123,7 @@ def watched_cluster(
         running.callback(coordinator.close)
         watched = []
         for number in range(nodes):
-            watched.append(WatchedNode(f"node-{number}", folder, memory_bytes, disk_bytes))
+            watched.append(WatchedNode(f"node-{number}", folder, memory_bytes, disk_bytes, keys))
             running.callback(watched[-1].close)
             coordinator.join(watched[-1].member, number + 1)
         server = serve_coordinator(
