@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from kvstore_api.trace_context import HEADER, TraceContext
 from kvstore_client.otlp import Attributes, FinishedSpan, SpanExporter, engine_context
 from kvstore_client.settings.tracing import TracingSettings
-from kvstore_client.spans import STAGES, Fact, Mark, Span, Stage
+from kvstore_client.spans import Fact, Mark, Stage, StageWork
 from kvstore_client.timeline import Timeline
 
 LOOKUP_CONTEXT: ContextVar[TraceContext | None] = ContextVar("kvstore_lookup_context", default=None)
@@ -92,19 +92,16 @@ def _spans(timeline: TracedTimeline, name: str, attributes: Attributes) -> Itera
     trace = timeline.trace
     named: dict[Stage, TraceContext] = {"lookup": trace.lookup, "receive": trace.receive}
     begin_ns = trace.begin_unix_ns
-    spans = timeline.spans
-    for stage in STAGES:
-        of_stage = [span for span in spans if span.stage == stage]
-        if of_stage:
-            yield FinishedSpan(
-                f"kvstore.{stage}",
-                named.get(stage) or trace.root.child(),
-                trace.root,
-                begin_ns + round(1e9 * min(span.start_s for span in of_stage)),
-                begin_ns + round(1e9 * max(span.end_s for span in of_stage)),
-                "client" if stage in named else "internal",
-                _about(timeline, stage, of_stage),
-            )
+    for stage, work in timeline.work().items():
+        yield FinishedSpan(
+            f"kvstore.{stage}",
+            named.get(stage) or trace.root.child(),
+            trace.root,
+            begin_ns + round(1e9 * work.start_s),
+            begin_ns + round(1e9 * work.end_s),
+            "client" if stage in named else "internal",
+            _about(work),
+        )
     yield FinishedSpan(
         name,
         trace.root,
@@ -116,18 +113,16 @@ def _spans(timeline: TracedTimeline, name: str, attributes: Attributes) -> Itera
     )
 
 
-def _about(timeline: Timeline, stage: Stage, spans: list[Span]) -> Attributes:
+def _about(work: StageWork) -> Attributes:
     """Of the work of a stage, which may have pauses and several threads: for how long it worked, and on what."""
-    chunks = {span.chunk for span in spans if span.chunk is not None}
-    encodings = sorted({span.encoding for span in spans if span.encoding is not None})
     facts: dict[str, str | int | float | bool] = {
-        "kvstore.busy_s": timeline.busy_s(stage),
-        "kvstore.pieces": len(spans),
+        "kvstore.busy_s": work.busy_s,
+        "kvstore.pieces": work.pieces,
     }
-    if chunks:
-        facts["kvstore.chunks"] = len(chunks)
-    if encodings:
-        facts["kvstore.encodings"] = ",".join(encodings)
+    if work.chunks:
+        facts["kvstore.chunks"] = work.chunks
+    if work.encodings:
+        facts["kvstore.encodings"] = ",".join(work.encodings)
     return facts
 
 

@@ -24,6 +24,20 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class StageWork:
+    """All spans of a stage together. Times are seconds since the timeline began."""
+
+    start_s: float
+    end_s: float
+    busy_s: float
+    """How long it worked, without pauses, independent of the number of its threads. Of "compute" without the engine's
+    waits for layers."""
+    pieces: int
+    chunks: int
+    encodings: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Mark:
     """An event at one instant, with the facts that explain it."""
 

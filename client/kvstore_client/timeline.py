@@ -6,8 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from kvstore_client.request_id import current_request_id
-from kvstore_client.spans import Fact, Mark, Span, Stage
+from kvstore_client.spans import Fact, Mark, Span, Stage, StageWork
 from kvstore_client.trace import chrome_trace
+
+_Record = tuple[Stage, float, float, str, int | None, str | None]
+"""The fields of a Span."""
 
 
 class Timeline:
@@ -20,7 +23,7 @@ class Timeline:
         self._origin = time.perf_counter()
         self.request_id = current_request_id()
         """The request that it is of. Empty: none was begun."""
-        self._spans: list[tuple[Stage, float, float, str, int | None, str | None]] = []
+        self._spans: list[_Record] = []
         self._marks: list[tuple[str, float, str, dict[str, Fact]]] = []
 
     def now_s(self) -> float:
@@ -72,23 +75,48 @@ class Timeline:
         """Seconds in which a stage worked, independent of the number of its threads."""
         return sum(end_s - start_s for start_s, end_s in self.busy(stage, until_s))
 
+    def work(self) -> dict[Stage, StageWork]:
+        """What each stage has done so far, without the stages that have done nothing. Reads the spans once and makes no
+        objects of them, because a request may have hundreds."""
+        by_stage: dict[Stage, list[_Record]] = {}
+        for record in tuple(self._spans):
+            by_stage.setdefault(record[0], []).append(record)
+        unions = {stage: _union([record[1:3] for record in records]) for stage, records in by_stage.items()}
+        if "compute" in unions:
+            unions["compute"] = _without(unions["compute"], unions.get("wait", []))
+        return {
+            stage: StageWork(
+                min(record[1] for record in records),
+                max(record[2] for record in records),
+                sum(end_s - start_s for start_s, end_s in unions[stage]),
+                len(records),
+                len({record[4] for record in records} - {None}),
+                sorted({encoding for record in records if (encoding := record[5]) is not None}),
+            )
+            for stage, records in by_stage.items()
+        }
+
     def chrome_trace(self) -> dict[str, Any]:
         """The Chrome trace of this request, for `json.dump`; see `kvstore_client.trace`."""
         return chrome_trace({"request": self})
 
     def _union(self, stage: Stage, until_s: float) -> list[tuple[float, float]]:
-        union: list[tuple[float, float]] = []
-        spans = (
-            (start_s, min(end_s, until_s)) for of, start_s, end_s, *_ in tuple(self._spans) if of == stage
+        return _union(
+            [(start_s, min(end_s, until_s)) for of, start_s, end_s, *_ in tuple(self._spans) if of == stage]
         )
-        for start_s, end_s in sorted(spans):
-            if end_s <= start_s:
-                continue
-            if union and start_s <= union[-1][1]:
-                union[-1] = (union[-1][0], max(union[-1][1], end_s))
-            else:
-                union.append((start_s, end_s))
-        return union
+
+
+def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Disjoint intervals, ordered, that cover the same time."""
+    union: list[tuple[float, float]] = []
+    for start_s, end_s in sorted(spans):
+        if end_s <= start_s:
+            continue
+        if union and start_s <= union[-1][1]:
+            union[-1] = (union[-1][0], max(union[-1][1], end_s))
+        else:
+            union.append((start_s, end_s))
+    return union
 
 
 def _without(busy: list[tuple[float, float]], holes: list[tuple[float, float]]) -> list[tuple[float, float]]:

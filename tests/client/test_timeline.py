@@ -41,6 +41,27 @@ def test_busy_is_the_union_of_spans(spans: list[tuple[Stage, int, int]], until_s
 
 
 @given(SPANS)
+def test_the_work_of_a_stage_is_that_of_its_spans(spans: list[tuple[Stage, int, int]]) -> None:
+    timeline = recorded(spans)
+    work = timeline.work()
+    assert set(work) == {stage for stage, _, _ in spans}
+    for stage, found in work.items():
+        of_stage = [span for span in timeline.spans if span.stage == stage]
+        assert found.start_s == min(span.start_s for span in of_stage)
+        assert found.end_s == max(span.end_s for span in of_stage)
+        assert found.busy_s == timeline.busy_s(stage)
+        assert found.pieces == len(of_stage)
+
+
+def test_the_work_of_a_stage_names_chunks_once() -> None:
+    timeline = Timeline()
+    for chunk, encoding in ((0, "exact-raw"), (1, None), (1, "exact-raw"), (None, "exact-zstd")):
+        timeline.add("decode", 0.0, 1.0, chunk=chunk, encoding=encoding)
+    assert timeline.work()["decode"].chunks == 2
+    assert timeline.work()["decode"].encodings == ["exact-raw", "exact-zstd"]
+
+
+@given(SPANS)
 def test_spans_on_one_track_of_the_trace_do_not_overlap(spans: list[tuple[Stage, int, int]]) -> None:
     events = recorded(spans).chrome_trace()["traceEvents"]
     complete = [event for event in events if event["ph"] == "X"]
