@@ -13,10 +13,10 @@ from kvstore_cluster.disk.encrypted_layout import UNIT_BYTES, UNIT_DATA_BYTES, E
 from kvstore_cluster.disk.file import SegmentFile, aligned_buffer
 from kvstore_cluster.encryption import EncryptionKey
 from kvstore_codec.errors import ChecksumError, DiskFailedError, EncryptionKeyError
-from tests.cluster.disk.chunks import append, by_key, contents, meta_of, read, tiny
+from tests.cluster.disk.chunks import append, by_key, meta_of, read, tiny
 from tests.cluster.disk.index import Index, compact
-from tests.cluster.encryption.stores import NEW, OLD, encrypted, keys_of, name_of
-from tests.sample_chunk import SampleChunk, sample_chunk
+from tests.cluster.encryption.stores import NEW, OLD, encrypted, filled, found_in, keys_of, large, name_of
+from tests.sample_chunk import SampleChunk
 
 BLOCK = 4096
 SEGMENT, INDEX = "segment-00000001.kvs", "segment-00000001.index"
@@ -26,30 +26,6 @@ TENANT = "a-tenant-whose-name-is-secret"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "store"
-
-
-def large(content: int) -> SampleChunk:
-    """A chunk of three units."""
-    return sample_chunk(content=content, frame_bytes=3000)
-
-
-def filled(folder: Path, *secrets: bytes, chunks: int = 3) -> list[SampleChunk]:
-    """A closed store with large chunks."""
-    stored = [large(content) for content in range(chunks)]
-    store = encrypted(folder, *secrets)
-    store.recover()
-    for chunk in stored:
-        append(store, chunk)
-    store.close()
-    return stored
-
-
-def found_in(folder: Path, *secrets: bytes) -> dict[tuple[bytes, str], bytes]:
-    store = encrypted(folder, *secrets)
-    found = contents(store)
-    store.check_integrity()
-    store.close()
-    return found
 
 
 # ---- what is in the files
