@@ -1,6 +1,6 @@
 """Answers whose first token needs no pass through the model, because its hidden state was computed before."""
 
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -18,13 +18,22 @@ def with_first_step(model: PreTrainedModel, state: torch.Tensor) -> PreTrainedMo
 
     The result shares everything with the model, which stays as it is. For models of the decoder families only.
     """
-    plain = type(model)
-    given = [state]
+    same: PreTrainedModel = object.__new__(_answering(type(model)))
+    same.__dict__ = model.__dict__
+    object.__setattr__(same, "_given", [state])  # in the slot, not among the model's own attributes
+    return same
+
+
+@lru_cache(maxsize=8)
+def _answering(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of models whose first forward pass is given. Made once: transformers takes milliseconds for a class."""
 
     class Answering(plain):  # type: ignore[misc,valid-type]
+        __slots__ = ("_given",)
+
         @wraps(plain.forward)
         def forward(self, *arguments: Any, **options: Any) -> Any:
-            if not given:
+            if not self._given:
                 return super().forward(*arguments, **options)
             cache: Cache = options["past_key_values"]
             for layer in cache.layers:
@@ -33,10 +42,8 @@ def with_first_step(model: PreTrainedModel, state: torch.Tensor) -> PreTrainedMo
                         f"the KV of a computed token is in buffers, not in a {type(layer).__name__}"
                     )
                 layer.advance(1)
-            logits = self.get_output_embeddings()(self.get_decoder().norm(given.pop()))
+            logits = self.get_output_embeddings()(self.get_decoder().norm(self._given.pop()))
             return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     Answering.__name__, Answering.__qualname__ = plain.__name__, plain.__qualname__
-    same = object.__new__(Answering)
-    same.__dict__ = model.__dict__
-    return same
+    return Answering
