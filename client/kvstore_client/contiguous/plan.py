@@ -71,8 +71,8 @@ def reprefill_plan(
     found = client.summaries.find(spec, prefix_ids, shape)
     if len(found.summaries) < len(prefix_ids):
         return None
-    made = [found.summaries[name] for name in prefix_ids]
-    return ReprefillPlan(grid, count, budget, SummaryScorer(made, grid.frame_tokens, shape), found.read_bytes)
+    scorer = SummaryScorer(client.summaries.joined(prefix_ids, found, shape), grid.frame_tokens)
+    return ReprefillPlan(grid, count, budget, scorer, found.read_bytes)
 
 
 def has_windows(decoder: DecoderLayers) -> bool:

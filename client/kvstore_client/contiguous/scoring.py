@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvstore_client.contiguous.summaries import ChunkSummary, PrefixKeys, SummaryShape
+from kvstore_client.contiguous.prefix_keys import PrefixKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ scale of query-key products."""
 class SummaryScorer:
     """Scores frames by a question's attention to the keys as their summaries tell them; a `Scorer`."""
 
-    def __init__(self, summaries: Sequence[ChunkSummary], frame_tokens: int, shape: SummaryShape) -> None:
-        self._keys, self._frame_tokens = PrefixKeys(summaries, shape), frame_tokens
+    def __init__(self, keys: PrefixKeys, frame_tokens: int) -> None:
+        self._keys, self._frame_tokens = keys, frame_tokens
 
     def __call__(self, layer: int, queries: torch.Tensor, scale: float) -> FrameScores:
         # Query heads count with their own KV head (GQA).

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from kvstore_client.contiguous.prefix_keys import PrefixKeys
 from kvstore_client.contiguous.summaries import ChunkSummary, SummaryShape
 from kvstore_client.pages import PageStore
 from kvstore_codec.errors import InvalidKVError
@@ -43,6 +44,8 @@ class SummaryStore:
         self._known: OrderedDict[_Key, ChunkSummary] = OrderedDict()
         self._known_bytes = 0
         self._pages: OrderedDict[bytes, PageStore] = OrderedDict()
+        self._joined: tuple[_Key, PrefixKeys] | None = None
+        """The prefix that was asked last, by its last chunk."""
 
     def known(self, prefix_ids: Sequence[PrefixId], shape: SummaryShape) -> FoundSummaries:
         """Those that are in the process. Does not block."""
@@ -74,6 +77,21 @@ class SummaryStore:
                 continue
             self._keep((name, shape), found[name])
         return FoundSummaries(found, read_bytes)
+
+    def joined(
+        self, prefix_ids: Sequence[PrefixId], found: FoundSummaries, shape: SummaryShape
+    ) -> PrefixKeys:
+        """The keys of a prefix, of which all summaries were found. Those of the prefix that was asked last are kept,
+        because most questions about a prefix come one after the other."""
+        key = prefix_ids[-1], shape
+        with self._lock:
+            kept = self._joined
+        if kept is not None and kept[0] == key:
+            return kept[1]
+        keys = PrefixKeys([found.summaries[name] for name in prefix_ids], shape)
+        with self._lock:
+            self._joined = (key, keys)
+        return keys
 
     def publish(self, spec: ModelSpec, shape: SummaryShape, made: Mapping[PrefixId, ChunkSummary]) -> None:
         """Keep these summaries, and store them on the nodes in the background, unless they are there."""

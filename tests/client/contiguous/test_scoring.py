@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kvstore_client.contiguous.prefix_keys import PrefixKeys
 from kvstore_client.contiguous.scoring import FrameScores, SummaryScorer, scores_of
 from kvstore_client.contiguous.summaries import ChunkSummary
 from tests.client.chunks import SPEC
@@ -11,7 +12,7 @@ from tests.client.contiguous.test_summaries import SCORED, SHAPE, keys
 
 def test_keys_of_zero_can_be_summarised() -> None:
     summary = ChunkSummary.make([torch.zeros(SPEC.kv_heads, 256, SPEC.head_dim)] * SCORED, SHAPE)
-    scorer = SummaryScorer([summary], 64, SHAPE)
+    scorer = SummaryScorer(PrefixKeys([summary], SHAPE), 64)
     scores = scorer(3, torch.randn(4, 3, SPEC.head_dim), 0.25)
     torch.testing.assert_close(scores.attention, torch.full((4,), 0.25))
 
@@ -20,7 +21,7 @@ def test_the_attended_frame_scores_highest() -> None:
     asked = torch.randn(SPEC.head_dim, generator=torch.Generator().manual_seed(3))
     chunks = [keys(4), keys(5)]
     chunks[1][1][:, 128:192] += 0.5 * asked  # frame 6 of the second scored layer
-    scorer = SummaryScorer([ChunkSummary.make(chunk, SHAPE) for chunk in chunks], 64, SHAPE)
+    scorer = SummaryScorer(PrefixKeys([ChunkSummary.make(chunk, SHAPE) for chunk in chunks], SHAPE), 64)
     queries = asked.expand(4, 3, -1)
     scores = scorer(3, queries, SPEC.head_dim**-0.5)
     for found in (scores.attention, scores.rank):
@@ -36,7 +37,7 @@ def test_scores_are_near_those_of_the_keys() -> None:
         for layer in chunk:
             layer += torch.randn(layer.shape[0], 4, 1, layer.shape[2]).expand(-1, -1, 64, -1).flatten(1, 2)
     queries = torch.randn(4, 20, SPEC.head_dim, generator=torch.Generator().manual_seed(10))
-    scorer = SummaryScorer([ChunkSummary.make(chunk, SHAPE) for chunk in chunks], 64, SHAPE)
+    scorer = SummaryScorer(PrefixKeys([ChunkSummary.make(chunk, SHAPE) for chunk in chunks], SHAPE), 64)
     expected = scores(queries, torch.cat([chunk[0] for chunk in chunks], 1), 0.25, 64)
     found = scorer(2, queries, 0.25)
     torch.testing.assert_close(found.attention, expected.attention, atol=0.03, rtol=0.2)
@@ -48,7 +49,7 @@ def test_a_single_key_is_found_among_others_of_its_unit() -> None:
     chunk = keys(11)
     asked = torch.randn(SPEC.head_dim, generator=torch.Generator().manual_seed(12))
     chunk[2][:, 100] = 2 * asked
-    scorer = SummaryScorer([ChunkSummary.make(chunk, SHAPE)], 16, SHAPE)
+    scorer = SummaryScorer(PrefixKeys([ChunkSummary.make(chunk, SHAPE)], SHAPE), 16)
     scores = scorer(4, asked.expand(4, 1, -1), 1.0)
     assert int(scores.rank.argmax()) == 100 // 16
 
@@ -57,7 +58,7 @@ def test_every_query_head_counts_with_its_own_kv_head() -> None:
     """Four query heads, two KV heads: the first two heads ask for frame 0, the others for frame 1."""
     stored = [torch.zeros(2, 256, SPEC.head_dim) for _ in range(SCORED)]
     stored[0][0, :64], stored[0][1, 64:128] = 1, 1
-    scorer = SummaryScorer([ChunkSummary.make(stored, SHAPE)], 64, SHAPE)
+    scorer = SummaryScorer(PrefixKeys([ChunkSummary.make(stored, SHAPE)], SHAPE), 64)
     queries = torch.ones(4, 1, SPEC.head_dim) * 50
     found = scorer(2, queries, 1.0).attention
     torch.testing.assert_close(found, torch.tensor([0.5, 0.5, 0, 0]))

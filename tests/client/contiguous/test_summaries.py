@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvstore_client.contiguous.summaries import ChunkSummary, PrefixKeys, SummaryShape
+from kvstore_client.contiguous.prefix_keys import PrefixKeys
+from kvstore_client.contiguous.summaries import ChunkSummary, SummaryShape
 from kvstore_codec.errors import InvalidKVError
 from kvstore_codec.geometry import Geometry
 from tests.client.chunks import SPEC
@@ -93,3 +94,13 @@ def test_a_prefix_of_any_length_is_scored_like_its_parts() -> None:
     parts = [PrefixKeys([chunk], SHAPE).best_products(3, queries, 64) for chunk in chunks]
     found = PrefixKeys(chunks, SHAPE).best_products(3, queries, 64)
     torch.testing.assert_close(found, torch.cat(parts, 1))
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17])
+def test_each_query_is_scored_alone(count: int) -> None:
+    """Queries are padded: the number of them changes nothing."""
+    told = PrefixKeys([ChunkSummary.make(keys(21), SHAPE)], SHAPE)
+    queries = torch.randn(SPEC.kv_heads, 40, SPEC.head_dim, generator=torch.Generator().manual_seed(22))
+    found = told.best_products(3, queries[:, :count], 16)
+    assert found.shape == (SPEC.kv_heads, 16, count)
+    torch.testing.assert_close(found, told.best_products(3, queries, 16)[:, :, :count])
