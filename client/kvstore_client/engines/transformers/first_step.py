@@ -18,7 +18,8 @@ def with_first_step(model: PreTrainedModel, state: torch.Tensor) -> PreTrainedMo
 
     The result shares everything with the model, which stays as it is. For models of the decoder families only.
     """
-    same: PreTrainedModel = object.__new__(_answering(type(model)))
+    plain: Any = type(model)
+    same: PreTrainedModel = object.__new__(_answering(plain))
     same.__dict__ = model.__dict__
     object.__setattr__(same, "_given", [state])  # in the slot, not among the model's own attributes
     return same
@@ -28,7 +29,7 @@ def with_first_step(model: PreTrainedModel, state: torch.Tensor) -> PreTrainedMo
 def _answering(plain: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of models whose first forward pass is given. Made once: transformers takes milliseconds for a class."""
 
-    class Answering(plain):  # type: ignore[misc,valid-type]
+    class Answering(plain):  # type: ignore[misc]
         __slots__ = ("_given",)
 
         @wraps(plain.forward)
