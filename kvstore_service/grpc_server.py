@@ -94,8 +94,9 @@ class GrpcServer:
         self._stalled = StalledStreams()
         self._memory = FreedMemory()
         guards = [] if access.is_open else [Guard(access)]
+        self._unary = UnaryRequests(self._stalled, access)
         limits = [
-            UnaryRequests(self._stalled, access),
+            self._unary,
             _StreamLimits(self._stalled, access),
             _RequestLimits(large or LargeRequests()),
         ]
@@ -122,6 +123,7 @@ class GrpcServer:
             self._pool.shutdown()
             self._stalled.stop()
             self._memory.stop()
+            self._unary.stop()
             raise address_error(address, "it is in use or not an address of this machine") from error
         host = advertise_host or address.reachable_host
         self.address = str(Address(host, port))
@@ -137,6 +139,7 @@ class GrpcServer:
         self._stalled.stop()
         self._memory.stop()
         self._pool.shutdown()
+        self._unary.stop()
 
 
 class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]

@@ -6,6 +6,7 @@ sends headers alone could therefore stop a server, even a caller without a crede
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any
@@ -35,8 +36,9 @@ MAX_UNARY_OF_TENANT = 192
 """Of these, most of one tenant, where there are credentials."""
 MAX_UNARY_OF_OPERATORS = 32
 """Most such calls of operators, storage nodes and dashboards of all tenants. They take no share of others."""
-THREADS = MAX_RECEIVING + MAX_RECEIVING_OF_STRANGERS + MAX_UNARY + MAX_UNARY_OF_OPERATORS
-"""Most threads that all these calls hold together. Calls that are refused need a further one, for a moment."""
+THREADS = MAX_RECEIVING + MAX_UNARY + MAX_UNARY_OF_OPERATORS
+"""Most threads that calls of identified callers hold together. Calls that are refused need a further one, for a
+moment."""
 
 
 class UnaryRequests(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -47,8 +49,16 @@ class UnaryRequests(grpc.ServerInterceptor):  # type: ignore[misc]
     def __init__(self, stalled: StalledStreams, access: Access) -> None:
         self._access = access
         self._strangers = _Receiving(stalled, MAX_RECEIVING_OF_STRANGERS)
+        # Threads of their own: other calls do not queue behind those of strangers.
+        self._threads_of_strangers = ThreadPoolExecutor(
+            MAX_RECEIVING_OF_STRANGERS + 4, "kvstore-rpc-strangers"
+        )
         self._members = _Receiving(stalled, MAX_RECEIVING)
         self._calls, self._calls_of_operators = Shares("calls"), Shares("calls of operators")
+
+    def stop(self) -> None:
+        """Blocks until no call of a stranger has a thread."""
+        self._threads_of_strangers.shutdown()
 
     def intercept_service(
         self,
@@ -63,9 +73,10 @@ class UnaryRequests(grpc.ServerInterceptor):  # type: ignore[misc]
             serve = self._answering_with_many(handler.unary_stream)
         else:
             made = grpc.stream_unary_rpc_method_handler
-            serve = self._answering_with_one(
-                handler.unary_unary, needs_credential=not is_open(details.method)
-            )
+            needs_credential = not is_open(details.method)
+            serve = self._answering_with_one(handler.unary_unary, needs_credential=needs_credential)
+            if not needs_credential:  # gRPC looks for this attribute
+                vars(serve)["experimental_thread_pool"] = self._threads_of_strangers
         return made(serve, handler.request_deserializer, handler.response_serializer)
 
     def _answering_with_one(

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -58,6 +59,16 @@ def test_strangers_without_a_request_keep_nobody_out(cluster: SecuredCluster) ->
                 code_of(cluster.coordinators(token).Membership.future(pb.MembershipRequest(), timeout=9))
                 is OK
             )
+
+
+def test_strangers_hold_no_thread_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "_THREADS", 2)
+    cluster = SecuredCluster(tmp_path)
+    room = received(cluster.storage)._strangers._room
+    with half_calls(cluster.storage.address, CHECK, MANY, source=ELSEWHERE):
+        wait_until(lambda: len(room) == unary_requests.MAX_RECEIVING_OF_STRANGERS)
+        assert looked_up(cluster, cluster.token("acme")) is OK
+    cluster.close()
 
 
 @pytest.mark.parametrize("method", [LOOKUP, READ])
@@ -138,9 +149,9 @@ def test_one_tenant_leaves_calls_for_others_and_all_leave_some_for_operators(
     assert looked_up(cluster, tokens["late"]) is OK
 
 
-def test_a_watch_of_health_holds_no_thread(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watch_of_health_holds_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grpc_server, "_THREADS", 2)
-    cluster = SecuredCluster(tmp_path)  # type: ignore[arg-type]
+    cluster = SecuredCluster(tmp_path)
     token = cluster.token("acme")
     watch = health_pb2_grpc.HealthStub(cluster.channel(cluster.storage.address, token)).Watch
     for metadata in ((), ((METADATA_KEY, "one"),)):
