@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvstore_bench.fuzz import judge, run
+from kvstore_bench.fuzz import judge, worker
 from kvstore_bench.fuzz.judge import BATCH, Judgement, Verdict, judge_batch
 from kvstore_bench.fuzz.mutants import Kind, mutant
 from kvstore_bench.fuzz.run import FAULTS, Tally, fuzz
@@ -102,7 +102,7 @@ def dies_or_hangs(run_seed: int, batch: int, begins: Begins) -> list[Judgement]:
 def test_a_worker_that_dies_or_hangs_is_reported_with_its_mutant_and_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "HANG_S", 20.0)
+    monkeypatch.setattr(worker, "HANG_S", 20.0)
     tally = Tally()
     for part in fuzz(3, 5 * BATCH, processes=1, saved=tmp_path, judge=dies_or_hangs):
         tally.merge(part)
