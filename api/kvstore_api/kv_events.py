@@ -4,6 +4,7 @@ A message has three parts: topic, sequence number (u64, big-endian), and a msgpa
 event is a map; docs/kv-events.md lists the fields.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ BLOCK_TOKENS = 256
 """Tokens of a block."""
 OWNERSHIP = "kvstore"
 MOST_PAYLOAD_BYTES = 16 << 20
+_FEWEST_BYTES = 16
+"""An array or map in an event takes more bytes on average."""
 _SEQUENCE = struct.Struct(">Q")
 _TOPIC = "kv@kvstore@{}@"
 
@@ -87,10 +90,32 @@ def decode_batch(payload: bytes) -> tuple[float, list[Event]]:
     if len(payload) > MOST_PAYLOAD_BYTES:
         raise ValueError(f"a batch of events has {len(payload)} bytes; at most {MOST_PAYLOAD_BYTES}")
     try:
-        time_unix_s, maps, *_ = msgpack.unpackb(payload, max_ext_len=0)
-        return float(time_unix_s), [event for event in map(_event_of, maps) if event is not None]
+        found, maps, *_ = _unpacked(payload)
+        time_unix_s, events = float(found), [event for event in map(_event_of, maps) if event is not None]
     except (TypeError, KeyError, ValueError, AttributeError, msgpack.UnpackException) as error:
         raise ValueError(f"not a batch of KV events: {error}") from error
+    if not math.isfinite(time_unix_s):
+        raise ValueError(f"a batch of KV events at the time {time_unix_s}")
+    return time_unix_s, events
+
+
+def _unpacked(payload: bytes) -> Any:
+    """Parses msgpack. Raises ValueError for more arrays and maps than a batch of that size has: an empty map is one
+    byte, and takes 64 in memory."""
+    left = len(payload) // _FEWEST_BYTES + 2
+
+    def counted(container: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("too many arrays and maps")
+        return container
+
+    return msgpack.unpackb(payload, object_hook=counted, list_hook=counted, ext_hook=_refused)
+
+
+def _refused(code: int, _: bytes) -> None:
+    raise ValueError(f"an extension of type {code}")
 
 
 def _map_of(event: Event) -> dict[str, Any]:

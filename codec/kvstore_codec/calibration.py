@@ -24,6 +24,7 @@ import torch
 from blake3 import blake3
 from safetensors import SafetensorError
 
+from kvstore_codec import bounded
 from kvstore_codec.canonical import require_digest
 from kvstore_codec.errors import CalibrationError, CodecError
 from kvstore_codec.geometry import MAX_LAYERS
@@ -31,6 +32,9 @@ from kvstore_codec.model_spec import ModelSpec
 
 MAX_CALIBRATION_BYTES = 1 << 30
 VERSION = 2
+# Far above those of a calibration with a period for each of MAX_LAYERS layers.
+_MAX_HEADER_BYTES = 4 << 20
+_MOST_HEADER_VALUES = 1 << 17
 # Largest deviation of the basis from orthonormality, as a change of a vector's length.
 _NOT_ORTHONORMAL = 0.01
 # Half precision is far more exact than the integers. Means and metric stay in f32, because keys with a bias may be a
@@ -195,8 +199,7 @@ class Calibration:
                 f"a calibration of {len(data)} bytes is absurd: at most {MAX_CALIBRATION_BYTES}"
             )
         try:
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            facts = json.loads(header["__metadata__"]["kvstore"])
+            facts = bounded.loads(_header(data)["__metadata__"]["kvstore"], _MOST_HEADER_VALUES)
             _require_version(facts["version"])
             tensors = safetensors.torch.load(data)
             periods = [
@@ -229,6 +232,14 @@ class Calibration:
         # The digest is that of these bytes: another version of safetensors may serialise the same content differently.
         calibration.__dict__["digest"] = blake3(data).digest()
         return calibration
+
+
+def _header(data: bytes) -> Any:
+    """Parses the header of a safetensors file. Raises ValueError."""
+    size_bytes = int.from_bytes(data[:8], "little")
+    if size_bytes > _MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {size_bytes} bytes; at most {_MAX_HEADER_BYTES}")
+    return bounded.loads(data[8 : 8 + size_bytes].decode(), _MOST_HEADER_VALUES)
 
 
 def _tensor(tensors: Mapping[str, torch.Tensor], period: int, name: str) -> torch.Tensor:

@@ -29,6 +29,7 @@ import xxhash
 from blake3 import blake3
 from typing_extensions import Buffer
 
+from kvstore_codec.bounded import unpack_fields
 from kvstore_codec.canonical import require_digest
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import (
@@ -306,8 +307,7 @@ def read_header(data: Buffer) -> ChunkHeader:
     if xxhash.xxh3_64_intdigest(signed) != stored:
         raise ChecksumError("the chunk's header was damaged: its checksum does not match")
     try:
-        fields = msgpack.unpackb(signed[FIXED_PREFIX_BYTES:])
-        return _parse(fields, total)
+        return _parse(unpack_fields(signed[FIXED_PREFIX_BYTES:]), total)
     except ChunkFormatError:
         raise
     # Bytes with a valid checksum may still have any content. Every parse error becomes a ChunkFormatError.

@@ -52,7 +52,10 @@ class TokenOrder:
 
 
 def _indices(packed: bytes, tokens: int) -> tuple[int, ...]:
-    indices: Sequence[int] = np.frombuffer(packed, _index_dtype(tokens)).tolist()
+    dtype = _index_dtype(tokens)
+    if len(packed) > tokens * dtype.itemsize:
+        raise ChunkFormatError(f"a token order of {len(packed)} bytes in a chunk of {tokens} tokens")
+    indices: Sequence[int] = np.frombuffer(packed, dtype).tolist()
     return tuple(indices)
 
 

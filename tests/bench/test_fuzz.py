@@ -83,7 +83,7 @@ def test_exceptions_that_are_not_the_project_s_own_are_noticed(monkeypatch: pyte
 
     monkeypatch.setattr(judge, "decode_frames", fail_for_mutants)
     # Whoever signs a mutant decodes it first, and is not looked after.
-    monkeypatch.setattr(judge, "_with_writers_checksum", lambda found: found)
+    monkeypatch.setattr(judge, "with_writers_checksum", lambda found: found)
     details = [j.detail for j in judged(1, BATCH) if j.verdict is Verdict.FOREIGN]
     assert len(details) > BATCH / 2
     assert set(details) == {"ZeroDivisionError: in a decoder"}

@@ -64,7 +64,7 @@ def judge_batch(run_seed: int, batch: int, begins: Callable[[int], None]) -> lis
     found: list[Mutant] = []
     for number in range(batch * BATCH, (batch + 1) * BATCH):
         begins(number)
-        found.append(_with_writers_checksum(mutant(run_seed, number)))
+        found.append(with_writers_checksum(mutant(run_seed, number)))
     forwards = [_observed(each, _FORWARDS, begins) for each in found]
     _check_valid_chunks(found[-1].seed, batch)
     backwards = [_observed(each, _BACKWARDS, begins) for each in reversed(found)]
@@ -104,7 +104,7 @@ def _outcome(data: bytes, fill: float) -> _Outcome:
     started_s = time.perf_counter()
     kv, refusal, foreign = None, "", False
     try:
-        kv = _decoded(data, fill)
+        kv = decoded(data, fill)
     except KVStoreError as error:
         refusal = type(error).__name__
     except Exception as error:  # what the fuzzer looks for
@@ -116,7 +116,7 @@ class _TooLargeError(KVStoreError):
     """The chunk claims more than `_MOST_VALUES` values."""
 
 
-def _decoded(data: bytes, fill: float) -> int:
+def decoded(data: bytes, fill: float) -> int:
     """Decodes the chunk into tensors filled with `fill`. Returns a digest of its KV."""
     header = verify_chunk(data, len(data))
     geometry = header.geometry
@@ -162,17 +162,17 @@ def _expected(seed: Seed) -> int:
     """Digest of the KV that the seed decoded to the first time."""
     key = seed.name, seed.tenant
     if key not in _EXPECTED:
-        _EXPECTED[key] = _decoded(seed.data, 0.0)
+        _EXPECTED[key] = decoded(seed.data, 0.0)
     return _EXPECTED[key]
 
 
-def _with_writers_checksum(found: Mutant) -> Mutant:
+def with_writers_checksum(found: Mutant) -> Mutant:
     """Replaces the sample checksum of a RESIGNED mutant by the checksum of the samples it decodes to. Returns any other
     mutant, and one that cannot be decoded, unchanged."""
     if found.kind is not Kind.RESIGNED:
         return found
     try:
-        _decoded(found.data, 0.0)
+        decoded(found.data, 0.0)
     except SampleMismatchError as error:
         return resigned(found, error.found)
     except KVStoreError:

@@ -100,11 +100,12 @@ class Mutant:
     frame: int
 
 
-def mutant(run_seed: int, number: int) -> Mutant:
-    """Makes a mutant. It depends only on the arguments, not on earlier calls."""
+def mutant(run_seed: int, number: int, coder: str = "") -> Mutant:
+    """Makes a mutant, of a chunk in an encoding of this coder if one is given. It depends only on the arguments, not on
+    earlier calls."""
     rng = random.Random(f"{run_seed}:{number}")
-    video, other_seeds = _by_kind()
-    wants_video = bool(video) and rng.random() < _VIDEO_SHARE
+    video, other_seeds = _by_kind(coder)
+    wants_video = bool(video) and (not other_seeds or rng.random() < _VIDEO_SHARE)
     seed = rng.choice(video if wants_video else other_seeds)
     weights = _VIDEO_WEIGHTS if wants_video else _WEIGHTS
     kind = rng.choices(list(weights), list(weights.values()))[0]
@@ -185,10 +186,11 @@ def _other(rng: random.Random, seed: Seed) -> Seed:
 
 
 @functools.cache
-def _by_kind() -> tuple[list[Seed], list[Seed]]:
-    """The seeds with a video encoding, and all others."""
-    video = [seed for seed in seeds() if seed.header.encoding.is_video]
-    return video, [seed for seed in seeds() if not seed.header.encoding.is_video]
+def _by_kind(coder: str) -> tuple[list[Seed], list[Seed]]:
+    """The seeds with a video encoding, and all others. Those of one coder and its variants only, if one is given."""
+    found = [seed for seed in seeds() if seed.header.encoding.coder.startswith(coder)]
+    video = [seed for seed in found if seed.header.encoding.is_video]
+    return video, [seed for seed in found if not seed.header.encoding.is_video]
 
 
 def _edit_field(rng: random.Random, fields: dict[str, Any]) -> None:

@@ -41,8 +41,9 @@ class Task(Generic[Result]):
 class Worker(Generic[Result]):
     """A process that judges batches of input, and its replacements."""
 
-    def __init__(self, task: Task[Result], batches: range) -> None:
-        self._task, self._left = task, batches
+    def __init__(self, task: Task[Result], batches: range, hang_s: float | None = None) -> None:
+        """`hang_s` is the time for one input, by default HANG_S."""
+        self._task, self._left, self._hang_s = task, batches, hang_s
         self._context = multiprocessing.get_context("spawn")
         self.done = not batches
         if batches:
@@ -80,11 +81,11 @@ class Worker(Generic[Result]):
         self._last_seen, self._seen_at_s = -1, time.monotonic()
 
     def _is_hanging(self) -> bool:
-        """Whether the process has been decoding the same input for `HANG_S`. Its start-up does not count."""
+        """Whether the process has been decoding the same input for too long. Its start-up does not count."""
         number = self._decoding.value
         if number != self._last_seen or number < 0:
             self._last_seen, self._seen_at_s = number, time.monotonic()
-        return time.monotonic() - self._seen_at_s > HANG_S
+        return time.monotonic() - self._seen_at_s > (self._hang_s or HANG_S)
 
     def _replaced(self, what: str) -> Death:
         self.stop()

@@ -28,6 +28,8 @@ from kvstore_service.bandwidth import parse_bandwidth
 STEP_SHARE = 1 / 20
 SAW_SHARE = 1 / 10
 _SAW_LEVELS = 16
+_MOST_S, _LEAST_BPS, _MOST_BPS = 1e9, 1.0, 1e15
+"""Limits of the numbers in a trace, within which their products and sums are exact enough."""
 _SECONDS = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s)")
 _OPTIONS = {"step": {"at": 0.1, "for": 1.0}, "saw": {"period": 1.0}}
 
@@ -158,10 +160,11 @@ def read_trace(path: Path) -> Trace:
         ) from error
     starts = [at for at, _ in points]
     rising = all(before < after for before, after in itertools.pairwise(starts))
-    usable = all(math.isfinite(at) and 0 < bandwidth < math.inf for at, bandwidth in points)
+    usable = all(abs(at) <= _MOST_S and _LEAST_BPS <= bandwidth <= _MOST_BPS for at, bandwidth in points)
     if len(points) < 2 or not rising or not usable:
         raise ConfigurationError(
-            f"{path} is not a trace: it needs two or more lines, with ascending times and bandwidths above 0 bit/s"
+            f"{path} is not a trace: it needs two or more lines, with ascending times and bandwidths from "
+            f"{_LEAST_BPS:g} to {_MOST_BPS:g} bit/s"
         )
     spans = [after - before for before, after in itertools.pairwise(starts)]
     # The length of the last span is not recorded, so it gets the mean length.

@@ -1,13 +1,16 @@
 """Reads traces in the format of the Mooncake project: JSON lines with a timestamp in ms, lengths in tokens, and the
 prompt's block hashes (`hash_ids`), one per 512 tokens. A hash covers its block and all blocks before it."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from kvstore_codec import bounded
 from kvstore_codec.errors import ConfigurationError
+
+_MOST_VALUES = 1 << 16
+"""Of a line: enough for prompts of 30 million tokens."""
 
 Blocks = tuple[int, ...]
 """The distinct blocks of one prompt, in order."""
@@ -51,7 +54,7 @@ def _requests(name: str, lines: Iterator[str]) -> Iterator[tuple[float, Blocks]]
         if not line.strip():
             continue
         try:
-            request = json.loads(line)
+            request = bounded.loads(line, _MOST_VALUES)
         except ValueError as error:
             raise ConfigurationError(f"{name}, line {number}: not JSON: {error}") from error
         if not isinstance(request, dict):

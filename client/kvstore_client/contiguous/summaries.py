@@ -23,6 +23,7 @@ from kvstore_codec.geometry import Geometry
 
 _UNIT_TOKENS = 32
 _LARGEST = 127
+_LARGEST_SCALE = (1 << 20) / _LARGEST
 _SCALE_DTYPE = np.dtype("<f4")
 _TINY = torch.finfo(torch.float32).tiny
 BITS = 4
@@ -102,14 +103,15 @@ class ChunkSummary:
 
     @classmethod
     def from_bytes(cls, data: bytes, shape: SummaryShape) -> ChunkSummary:
-        """The inverse of `to_bytes`. Raises InvalidKVError for bytes of another size and for scales that are not
-        finite."""
+        """The inverse of `to_bytes`. Raises InvalidKVError for bytes of another size and for scales of keys beyond
+        2^20, which no model computes."""
         if len(data) != shape.size_bytes:
             raise InvalidKVError(f"a key summary of {len(data)} bytes, expected {shape.size_bytes}")
         rows = math.prod(shape.rows)
         scales = np.frombuffer(data, _SCALE_DTYPE, rows).reshape(shape.rows)
-        if not np.isfinite(scales).all():
-            raise InvalidKVError("a key summary has scales that are not finite")
+        # Also of numbers that are not finite: products with them would be no numbers, and choose no frames.
+        if not (np.abs(scales) <= _LARGEST_SCALE).all():
+            raise InvalidKVError("a key summary has scales that no keys have")
         integers = np.frombuffer(data, np.int8, rows * shape.head_dim, scales.nbytes)
         levels = np.frombuffer(data, np.uint8, offset=scales.nbytes + integers.nbytes)
         return cls(integers.reshape(*shape.rows, shape.head_dim), scales, levels.reshape(shape.levels))

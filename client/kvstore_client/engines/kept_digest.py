@@ -7,7 +7,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from kvstore_client.engines.file_version import file_version
-from kvstore_client.kept_file import UNUSABLE, replace_file
+from kvstore_client.kept_file import UNUSABLE, read_file, replace_file
 from kvstore_codec.errors import UnsupportedModelError
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class KeptDigest:
         if self._path is None:
             return None
         try:
-            kept = json.loads(self._path.read_bytes())
+            kept = read_file(self._path)
             digest = bytes.fromhex(kept["weights_digest"])
             return digest if kept["files"] == self._seen and len(digest) == blake3.digest_size else None
         except UNUSABLE:

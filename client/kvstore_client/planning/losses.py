@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvstore_client.kept_file import UNUSABLE, replace_file
+from kvstore_client.kept_file import UNUSABLE, read_file, replace_file
 
 _FORMAT = 3
 """Formats 1 and 2 had the losses of frames that were chosen by other rules."""
@@ -61,7 +61,7 @@ class LossTable:
         """What was measured; empty for a model that was not."""
         path = self.path(weights_digest)
         try:
-            data = json.loads(path.read_bytes())
+            data = read_file(path)
             if data["format"] != _FORMAT:
                 raise ValueError(f"format {data['format']!r} is not {_FORMAT}")
             return PartLosses.of((float(share), float(loss)) for share, loss in data["losses"])

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvstore_client.kept_file import UNUSABLE, replace_file
+from kvstore_client.kept_file import UNUSABLE, read_file, replace_file
 from kvstore_codec import canonical
 from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import UnknownEncodingError
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 _DOMAIN = b"kvstore.Profile.v1"
 _FORMAT = 2
+_MOST_SECONDS, _MOST_THREADS = 1e6, 1 << 16
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 _log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class ProfileStore:
         replaced."""
         path = self._folder / f"{key}.json"
         try:
-            return _from_json(json.loads(path.read_bytes()))
+            return _from_json(read_file(path))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (*UNUSABLE, UnknownEncodingError) as error:
@@ -144,13 +144,13 @@ def _from_json(data: dict[str, Any]) -> Profile:
         decode_threads=int(data["decode_threads"]),
         provenance=dict(data["provenance"]),
     )
-    if profile.interference > 1 or profile.decode_threads < 1:
+    if profile.interference > 1 or not 1 <= profile.decode_threads <= _MOST_THREADS:
         raise ValueError(f"interference {profile.interference}, {profile.decode_threads} decode threads")
     return profile
 
 
 def _cost(value: Any) -> float:
     cost = float(value)
-    if not 0 <= cost < math.inf:
+    if not 0 <= cost <= _MOST_SECONDS:
         raise ValueError(f"{value!r} is not a cost")
     return cost

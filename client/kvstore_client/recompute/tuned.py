@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvstore_client.kept_file import UNUSABLE, replace_file
+from kvstore_client.kept_file import UNUSABLE, read_file, replace_file
 from kvstore_client.recompute.tuning import Measurement, Tuned
 
 _FORMAT = 1
@@ -27,7 +27,7 @@ class TunedRatios:
         """Tuned ratios by tier. Empty when there are none and, with a warning, when the file is unusable."""
         path = self.path(model_digest)
         try:
-            return _from_json(json.loads(path.read_bytes()))
+            return _from_json(read_file(path))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except UNUSABLE as error:

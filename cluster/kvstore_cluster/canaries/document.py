@@ -6,6 +6,7 @@ All numbers are little-endian. Generation and key are in the file's name; the ke
 canary of another than the default tenant, whose facts name tenant and model.
 """
 
+import math
 import struct
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -14,6 +15,7 @@ import msgpack  # type: ignore[import-untyped]
 import xxhash
 
 from kvstore_cluster.canaries.base import MAX_TEXT_BYTES, CanaryRecord, Origin
+from kvstore_codec.bounded import unpack_fields
 from kvstore_codec.canary import MAX_SKETCH_BYTES
 from kvstore_codec.errors import CanaryError
 
@@ -43,12 +45,12 @@ def read_document(content: bytes, key: bytes, generation: int) -> tuple[CanaryRe
         raise CanaryError(f"its facts cannot have {length} bytes")
     sketch = content[_PREFIX.size + length :]
     try:
-        facts = msgpack.unpackb(content[_PREFIX.size : _PREFIX.size + length])
-        origin, created_unix_s = _origin(facts["origin"]), float(facts["created"])
+        facts = unpack_fields(content[_PREFIX.size : _PREFIX.size + length])
+        origin, created_unix_s = _origin(facts["origin"]), _finite(facts["created"])
         client = _bounded_text(str(facts.get("client", "")))  # absent in documents of earlier releases
         # A number would become as many zero bytes.
         tenant, model_digest = str(facts.get("tenant", "")), bytes(memoryview(facts.get("model", key)))
-    except (ValueError, KeyError, TypeError, AttributeError, msgpack.UnpackException) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, msgpack.UnpackException) as error:
         raise CanaryError(f"its facts cannot be read: {error!r}"[:300]) from error
     record = CanaryRecord(model_digest, generation, origin, created_unix_s, len(sketch), client, tenant)
     if record.key != key:
@@ -68,6 +70,13 @@ def bounded(origin: Origin) -> Origin:
 
 def _bounded_text(text: str) -> str:
     return text.encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
+
+
+def _finite(found: Any) -> float:
+    number = float(found)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not a time")
+    return number
 
 
 def _origin(found: Any) -> Origin:

@@ -13,6 +13,7 @@ import xxhash
 from kvstore_api.placement import Member
 from kvstore_cluster.catalogue.base import ClusterState, NodeRecord
 from kvstore_cluster.forgotten import Forgotten
+from kvstore_codec import bounded
 from kvstore_codec.errors import CatalogueError, CodecError
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 
@@ -21,6 +22,8 @@ _READABLE = (1, 2)
 _ID_BYTES = 32
 MAX_DOCUMENT_BYTES = 64 << 20
 """Three times the size of a document with the most pins allowed."""
+_MOST_VALUES = 1 << 20
+"""Above the number of pins, of tenants with quotas, and of forgotten tenants together."""
 _MAX_REASON = 200
 
 
@@ -49,14 +52,12 @@ def read_document(text: str, name: str) -> ClusterState:
     if len(text) > MAX_DOCUMENT_BYTES:
         raise unsound(name, f"it has {len(text)} characters, but at most {MAX_DOCUMENT_BYTES} are allowed")
     try:
-        document = json.loads(text)
-        kind, version = document["format"], document["version"]
+        document = bounded.loads(text, _MOST_VALUES)
+        kind, version = _text(document["format"]), _whole(document["version"])
         sound = document["checksum"] == _checksum(document["state"])
         readable = kind == _NAME and version in _READABLE
         state = _parse(document["state"], version) if sound and readable else ClusterState()
-    except RecursionError as error:
-        raise unsound(name, "it is nested too deeply") from error
-    except (ValueError, KeyError, TypeError, AttributeError, CodecError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, CodecError) as error:
         raise unsound(name, repr(error)) from error
     if not sound:
         raise unsound(name, "its checksum does not match")
@@ -85,7 +86,9 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def _parse(content: dict[str, Any], version: int) -> ClusterState:
     nodes = tuple(
-        NodeRecord(Member(**node["member"]), _whole(node["incarnation"]), node["alive"], node["error"])
+        NodeRecord(
+            _member(node["member"]), _whole(node["incarnation"]), _truth(node["alive"]), _text(node["error"])
+        )
         for node in content["nodes"]
     )
     if version == 1:
@@ -94,25 +97,48 @@ def _parse(content: dict[str, Any], version: int) -> ClusterState:
         _whole(content["epoch"]),
         nodes,
         pins={
-            tenant: chunks
+            _text(tenant): chunks
             for tenant, pins in ({"": content["pins"]} | content.get("tenant_pins", {})).items()
             if (chunks := frozenset(map(_chunk_id, pins)))
         },
-        quotas={tenant: _whole(limit_bytes) for tenant, limit_bytes in content["quotas"].items()},
-        draining=frozenset(content["draining"]),
+        quotas={_text(tenant): _whole(limit_bytes) for tenant, limit_bytes in content["quotas"].items()},
+        draining=frozenset(map(_text, content["draining"])),
         repair_round=_whole(content["repair_round"]),
         changes=_whole(content["changes"]),
         forgotten=Forgotten(
-            {str(tenant): _whole(last) for tenant, last in content.get("forgotten", {}).items()},
+            {_text(tenant): _whole(last) for tenant, last in content.get("forgotten", {}).items()},
             _whole(content.get("forgotten_floor", 0)),
         ),
     )
 
 
+def _member(fields: dict[str, Any]) -> Member:
+    weight = fields.get("weight", 1.0)
+    member = Member(**fields | {"weight": weight if type(weight) is float else _whole(weight)})
+    for text in (member.node_id, member.endpoint, member.bulk_endpoint, member.domain):
+        _text(text)
+    _truth(member.draining)
+    return member
+
+
 def _whole(value: object) -> int:
-    """Returns an integer. Raises TypeError for any other value, including booleans."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{_short(repr(value))} is not a whole number")
+    """Returns an integer of 0 to 2^63 - 1. Raises TypeError for any other value, including booleans."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError(f"{_short(repr(value))} is not a whole number of 64 bits")
+    return value
+
+
+def _text(value: object) -> str:
+    """Returns a text. Raises TypeError for any other value, and ValueError for text that cannot be encoded."""
+    if not isinstance(value, str):
+        raise TypeError(f"{_short(repr(value))} is not a text")
+    value.encode()
+    return value
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{_short(repr(value))} is neither true nor false")
     return value
 
 

@@ -10,6 +10,7 @@ Every write is one script, so owner, document and revision are always consistent
 """
 
 import logging
+import re
 import secrets
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.catalogue.base import ClusterState
-from kvstore_cluster.catalogue.document import read_document, write_document
+from kvstore_cluster.catalogue.document import read_document, unsound, write_document
 from kvstore_cluster.redis_connection import RedisConnection
 from kvstore_codec.errors import CatalogueError
 
@@ -27,6 +28,8 @@ DEFAULT_NAMESPACE = "kvstore"
 _LOCK_S = 3.0
 _LOCK_MS = int(_LOCK_S * 1000)
 _RENEW_PERIOD_S = 1.0
+_NUMBER = re.compile(r"[0-9]{1,15}")
+"""Numbers that Lua, too, has without rounding."""
 
 # ARGV: token, lifetime of the lock in ms, the known revision, the new revision and its document (both empty to renew
 # only). An owner key that expired or was deleted is set again. A revision older than the known one comes from a wiped
@@ -51,7 +54,7 @@ return {'written', found}
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
     """The state that Redis should hold. Number 0 means that nothing was saved yet."""
 
     number: int
@@ -61,6 +64,19 @@ class _Saved(NamedTuple):
     @property
     def revision(self) -> str:
         return f"{self.number} {self.writer}" if self.number else ""
+
+
+def read_saved(document: bytes, revision: bytes, name: str) -> tuple[Saved, ClusterState]:
+    """Parses the values of both keys. `name` is their origin, for errors. Raises CatalogueError for any that are not
+    sound."""
+    try:
+        number, _, writer = revision.decode().partition(" ")
+        saved = Saved(int(number), writer, document.decode())
+    except ValueError as error:
+        raise unsound(name, str(error)) from error
+    if not _NUMBER.fullmatch(number):
+        raise unsound(name, f"its revision is {number!r}")
+    return saved, read_document(saved.document, name)
 
 
 class RedisCatalogue:
@@ -81,7 +97,7 @@ class RedisCatalogue:
         self._name = f"{self._keys[1]} in {self._redis.name}"
         self._token = secrets.token_hex(16)
         self._lock = threading.Lock()  # one command at a time, because another thread renews the lock
-        self._saved = _Saved(0, "", "")
+        self._saved = Saved(0, "", "")
         self._usable = True
         try:
             self._acquire()
@@ -103,20 +119,14 @@ class RedisCatalogue:
                     self._name,
                 )
                 return ClusterState()
-            try:
-                number, _, writer = revision.decode().partition(" ")
-                self._saved = _Saved(int(number), writer, document.decode())
-            except ValueError as error:
-                raise CatalogueError(
-                    f"the catalogue {self._name} is damaged ({error}); restore it"
-                ) from error
-            return read_document(self._saved.document, self._name)
+            self._saved, state = read_saved(document, revision, self._name)
+            return state
 
     def save(self, state: ClusterState) -> None:
         """Saves the state in Redis. The appendfsync setting of Redis determines its durability. Raises
         CatalogueError."""
         with self._lock:
-            new = _Saved(self._saved.number + 1, self._token, write_document(state))
+            new = Saved(self._saved.number + 1, self._token, write_document(state))
             self._note_loss(self._write(new))
             self._saved = new
 
@@ -162,7 +172,7 @@ class RedisCatalogue:
                 log.info("%s can be used again", self._name)
             self._usable = True
 
-    def _write(self, new: _Saved | None) -> str:
+    def _write(self, new: Saved | None) -> str:
         """Writes `new`, or only renews the lock when it is None. Returns the previous revision. Raises
         CatalogueError."""
         arguments = (new.revision, new.document) if new is not None else ("", "")

@@ -16,7 +16,8 @@ import xxhash
 from kvstore_cluster.disk.file import disk_error
 from kvstore_cluster.durable import write_durably
 from kvstore_cluster.encryption import FileCipher, key_name_of
-from kvstore_cluster.forgotten import Forgotten
+from kvstore_cluster.forgotten import MAX_FORGOTTEN, Forgotten
+from kvstore_codec import bounded
 from kvstore_codec.errors import CodecError
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 _NAME, _FORMAT, _VERSION = "forgotten.json", "kvstore-forgotten", 1
 _MAX_BYTES = 16 << 20
 """Twice the size of a file with the most tenants and the longest names."""
+_MOST_VALUES = 5 * MAX_FORGOTTEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def read_forgotten(folder: Path, cipher: FileCipher) -> tuple[ForgottenRecords, 
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_BYTES)
-        document = json.loads(cipher.decrypt(path, data))
+        document = bounded.loads(cipher.decrypt(path, data).decode(), _MOST_VALUES)
         content = document["content"]
         known = (document["format"], document["version"], document["checksum"])
         if known != (_FORMAT, _VERSION, _checksum(content)):
@@ -77,11 +79,13 @@ def read_forgotten(folder: Path, cipher: FileCipher) -> tuple[ForgottenRecords, 
                 "%s is damaged or of another version; all forgotten tenants are forgotten again", path
             )
             return ForgottenRecords(), None
-        tenants = {str(name): (int(generation), int(last)) for name, generation, last in content["tenants"]}
+        tenants = {
+            _text(name): (_whole(generation), _whole(last)) for name, generation, last in content["tenants"]
+        }
         records = ForgottenRecords(
-            Forgotten({name: pair[0] for name, pair in tenants.items()}, int(content["floor"])),
+            Forgotten({name: pair[0] for name, pair in tenants.items()}, _whole(content["floor"])),
             {name: pair[1] for name, pair in tenants.items()},
-            int(content["floor_sequence"]),
+            _whole(content["floor_sequence"]),
         )
     except FileNotFoundError:
         return ForgottenRecords(), None
@@ -107,6 +111,21 @@ def write_forgotten(folder: Path, records: ForgottenRecords, cipher: FileCipher)
         write_durably(path, cipher.encrypt(path, json.dumps(document).encode()), path.with_suffix(".tmp"))
     except OSError as error:
         raise disk_error(error, f"writing {path}") from error
+
+
+def _whole(value: object) -> int:
+    """Returns a generation or a sequence number: 0 to 2^63 - 1. Raises TypeError for any other value."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError("a number is not a whole one of 64 bits")
+    return value
+
+
+def _text(value: object) -> str:
+    """Returns a tenant's name. Raises TypeError for any other value, and ValueError for text that cannot be encoded."""
+    if not isinstance(value, str):
+        raise TypeError("the name of a tenant is not a text")
+    value.encode()
+    return value
 
 
 def _checksum(content: object) -> str:

@@ -14,6 +14,7 @@ A tombstone is a header without a chunk. It has the sequence number of the newes
 and deletes every record of its chunk and encoding up to that number.
 """
 
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from enum import IntEnum
 import xxhash
 from typing_extensions import Buffer
 
+from kvstore_cluster.disk.location import MAX_SEGMENT_BLOCKS
 from kvstore_codec.errors import StorageError
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
 
@@ -43,9 +45,15 @@ _MAX_NAME_BYTES = 255
 _PLACE = struct.Struct("<I32s32s")
 
 
+_LARGEST_SEQUENCE = (1 << 63) - 1
+
+
 class Kind(IntEnum):
     PUT = 1
     TOMBSTONE = 2
+
+
+_KINDS = frozenset(Kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +136,34 @@ def is_header(block: memoryview, seed: int) -> bool:
     if magic != _MAGIC or version != _VERSION or not _NAMES_START <= length <= block.nbytes:
         return False
     (checksum,) = _CHECKSUM.unpack_from(block, _OPENING.size)
-    return _checksum(block[: _OPENING.size], block[_FIELDS_START:length], seed) == int(checksum)
+    found = _checksum(block[: _OPENING.size], block[_FIELDS_START:length], seed)
+    return found == int(checksum) and is_whole(block)
+
+
+def is_whole(header: memoryview) -> bool:
+    """Whether a header with a sound checksum has the bytes of all its fields, and numbers that a store writes. A store
+    that finds others would fail at the next start, too."""
+    if header.nbytes < _NAMES_START or not _NAMES_START <= header_length(header) <= header.nbytes:
+        return False
+    sequence, size_bytes, header_bytes, _, cost, expires_at_s, *lengths, _, _ = _FIELDS.unpack_from(
+        header, _FIELDS_START
+    )
+    encoding_length, tenant_length, calibration_length = lengths
+    names_end = _NAMES_START + encoding_length + tenant_length
+    try:
+        str(header[_NAMES_START : _NAMES_START + encoding_length], "utf-8")
+        str(header[_NAMES_START + encoding_length : names_end], "utf-8")
+    except UnicodeDecodeError:
+        return False
+    return (
+        header[_KIND] in _KINDS
+        and names_end + calibration_length <= header_length(header)
+        and sequence <= _LARGEST_SEQUENCE
+        and header_bytes <= size_bytes < MAX_SEGMENT_BLOCKS * BLOCK_BYTES
+        and (header[_KIND] == Kind.TOMBSTONE or header_bytes > 0)
+        and math.isfinite(cost)
+        and math.isfinite(expires_at_s)
+    )
 
 
 def header_length(header: memoryview) -> int:
@@ -150,6 +185,12 @@ def summary(header: memoryview, key_seed: int, *, with_tenant: bool = False) -> 
         (tenant_length,) = _TENANT_LENGTH.unpack_from(lengths, 1)
         named = memoryview(b"".join((lengths, header[_IDS_START : ids_end + tenant_length])))
     return kind, sequence, size_bytes, xxhash.xxh3_128_intdigest(named, key_seed)
+
+
+def kind_and_size(header: memoryview) -> tuple[int, int]:
+    """(kind, size of the chunk in bytes) of a whole header."""
+    kind, _, size_bytes = _SUMMARY.unpack_from(header, _KIND)
+    return kind, size_bytes
 
 
 def tenant_of(header: memoryview) -> tuple[str, int]:

@@ -103,7 +103,7 @@ def _open_segment(
     segment.closed = segment.sealed = True
     segment.index = None
     index = SegmentIndex.read(folder.index(number), number, layout, size_bytes)
-    if index is None:
+    if index is None or not index.fits(segment.end_block, layout):
         index = segment.index = _read_segment(segment, path.name, dropped)
         file.sync()
         segment.write_index(folder.index(number))

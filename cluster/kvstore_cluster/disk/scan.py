@@ -69,6 +69,8 @@ def sound_chunk(record: memoryview, layout: RecordLayout, first: int, says: Reco
         raise ForeignChunkError(
             f"chunk {found.chunk_id.short} lies in the place of {says.meta.chunk_id.short}"
         )
+    if found.header_bytes != says.meta.header_bytes:
+        raise ForeignChunkError(f"its header has {found.header_bytes} bytes, not {says.meta.header_bytes}")
     return chunk
 
 

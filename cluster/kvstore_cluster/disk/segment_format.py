@@ -26,7 +26,7 @@ from pathlib import Path
 import xxhash
 
 from kvstore_cluster.disk.layout import RecordLayout
-from kvstore_cluster.disk.record import BLOCK_BYTES, header_length
+from kvstore_cluster.disk.record import BLOCK_BYTES, header_length, is_whole, kind_and_size, record_blocks
 from kvstore_codec.errors import ChecksumError, DiskFailedError
 
 VERSION, ENCRYPTED_VERSION = 1, 2
@@ -95,6 +95,23 @@ class SegmentIndex:
             header = entries[position : position + header_length(entries[position:])]
             yield block, header
             position += len(header)
+
+    def fits(self, blocks: int, layout: RecordLayout) -> bool:
+        """Whether the entries are whole, and their records lie in a segment of so many blocks without overlap. What a
+        checksum covers may still have been written by somebody else."""
+        entries = memoryview(self.entries)
+        position, places = 0, []
+        while position < len(entries):
+            header = entries[position + _BLOCK.size :]
+            if not is_whole(header):
+                return False
+            (block,) = _BLOCK.unpack_from(entries, position)
+            kind, size_bytes = kind_and_size(header)
+            places.append((block, block + record_blocks(kind, size_bytes, layout.data_blocks)))
+            position += _BLOCK.size + header_length(header)
+        places.sort()
+        ends = [1, *(end for _, end in places)]
+        return ends[-1] <= blocks and all(end <= block for end, (block, _) in zip(ends, places, strict=False))
 
     def write(self, path: Path, number: int, layout: RecordLayout, segment_bytes: int) -> None:
         """Writes the index file without a sync: its checksum detects a partial file after a power loss. Raises

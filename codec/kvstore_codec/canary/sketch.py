@@ -18,6 +18,7 @@ import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import xxhash
 
+from kvstore_codec.bounded import unpack_fields
 from kvstore_codec.canary.probe import Probe
 from kvstore_codec.canonical import require_digest
 from kvstore_codec.errors import CanaryError, CodecError
@@ -93,7 +94,7 @@ def read_sketch(data: bytes) -> tuple[SketchHeader, memoryview]:
         raise CanaryError("the canary was damaged: its checksum does not match")
     body = signed[_PREFIX.size + length :]
     try:
-        header = _parse(msgpack.unpackb(signed[_PREFIX.size : _PREFIX.size + length]))
+        header = _parse(unpack_fields(signed[_PREFIX.size : _PREFIX.size + length]))
     except CanaryError:
         raise
     except (CodecError, ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
