@@ -51,7 +51,7 @@ class Outcome(NamedTuple):
 
 
 def outcome_of(parser: Parser, data: bytes, memory: PeakMemory, most_bytes: float) -> Outcome:
-    """Gives the parser one input. More than `most_bytes` of memory for it, or more than MOST_CPU_SECONDS, are a fault."""
+    """Gives the parser one input. More than `most_bytes` of memory, or MOST_CPU_SECONDS, are a fault."""
     memory.begin()
     started_s = time.process_time()
     what, is_fault, detail = READ, False, ""
