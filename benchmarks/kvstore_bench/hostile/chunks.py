@@ -77,7 +77,7 @@ def _header(geometry: Geometry, order: TokenOrder, keys: SigningKeys | None) -> 
 
 
 def _header_mutant(rng: random.Random) -> bytes:
-    return _sealed(_header_body(rng))
+    return sealed_header(_header_body(rng))
 
 
 def _header_body(rng: random.Random) -> bytes:
@@ -85,7 +85,8 @@ def _header_body(rng: random.Random) -> bytes:
     return mutated_document(rng, MSGPACK, fields, MAX_HEADER_BYTES - FIXED_PREFIX_BYTES - 8)
 
 
-def _sealed(body: bytes) -> bytes:
+def sealed_header(body: bytes) -> bytes:
+    """The header of a chunk with these encoded fields."""
     return _with_checksum(struct.pack("<4sHI", MAGIC, VERSION, len(body)) + body)
 
 

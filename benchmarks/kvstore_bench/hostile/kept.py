@@ -5,7 +5,6 @@ import json
 import math
 import random
 import struct
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import xxhash
 from kvstore_api.kv_events import Removed, Stored, decode_batch, encode_batch
 from kvstore_api.placement import Member
 from kvstore_bench.fuzz.edits import edit_bytes
+from kvstore_bench.hostile.folder import folder
 from kvstore_bench.hostile.parser import IgnoredError, Parser, WrongResultError
 from kvstore_bench.hostile.values import JSON, MSGPACK, edit_value, mutated_document
 from kvstore_bench.shaping import jitter
@@ -54,11 +54,6 @@ def parsers() -> list[Parser]:
         Parser("trace", lambda: (_TRACE, _TRACE * 3000), _trace_mutant, _read_trace, refused),
         Parser("link-trace", lambda: (_LINK, _link(5000)), _link_mutant, _read_link, refused),
     ]
-
-
-@functools.cache
-def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="kvstore-hostile-", dir="/dev/shm"))
 
 
 def _mutant_of(honest: Callable[[], Sequence[bytes]]) -> Callable[[random.Random], bytes]:
@@ -132,26 +127,26 @@ def _kept(name: str, save: Callable[[Path], Path], load: Callable[[Path], Any]) 
 
     @functools.cache
     def honest() -> Sequence[bytes]:
-        return (save(_folder()).read_bytes(),)
+        return (save(folder()).read_bytes(),)
 
     def read(data: bytes) -> None:
         honest()
-        save(_folder()).write_bytes(data)
-        if load(_folder()) is None:
+        save(folder()).write_bytes(data)
+        if load(folder()) is None:
             raise IgnoredError
 
     return Parser(name, honest, _mutant_of(honest), read, (IgnoredError,))
 
 
-def _save_profile(folder: Path) -> Path:
+def _save_profile(cache: Path) -> Path:
     codecs = {"exact-raw": CodecCost(1e-4, 1e-5), "high-zstd": CodecCost(1e-4, 1e-5)}
     profile = Profile(codecs, PrefillCost(0.01, 1e-4, 1e-8), 0.5, 2, {"model": "synthetic"})
-    ProfileStore(folder).save(_KEY, profile)
-    return folder / "profiles" / f"{_KEY}.json"
+    ProfileStore(cache).save(_KEY, profile)
+    return cache / "profiles" / f"{_KEY}.json"
 
 
-def _load_profile(folder: Path) -> Profile | None:
-    profile = ProfileStore(folder).load(_KEY)
+def _load_profile(cache: Path) -> Profile | None:
+    profile = ProfileStore(cache).load(_KEY)
     if profile is not None:
         profile.codec("low-zstd")
         if not 0 <= profile.prefill.seconds(1000, 1000) < float("inf") or profile.decode_threads > 1 << 16:
@@ -159,26 +154,26 @@ def _load_profile(folder: Path) -> Profile | None:
     return profile
 
 
-def _save_losses(folder: Path) -> Path:
-    table = LossTable(folder)
+def _save_losses(cache: Path) -> Path:
+    table = LossTable(cache)
     table.save(bytes(32), PartLosses.of([(0.1, 0.5), (0.3, 0.2)]), {"model": "synthetic"})
     return table.path(bytes(32))
 
 
-def _load_losses(folder: Path) -> PartLosses | None:
-    losses = LossTable(folder).load(bytes(32))
+def _load_losses(cache: Path) -> PartLosses | None:
+    losses = LossTable(cache).load(bytes(32))
     losses.at(0.5)
     return losses if losses.shares else None
 
 
-def _save_ratios(folder: Path) -> Path:
-    ratios = TunedRatios(folder)
+def _save_ratios(cache: Path) -> Path:
+    ratios = TunedRatios(cache)
     ratios.save(bytes(32), "disk", Tuned(0.3, (Measurement(0.1, 2.0), Measurement(0.3, 1.0))))
     return ratios.path(bytes(32))
 
 
-def _load_ratios(folder: Path) -> Any:
-    return TunedRatios(folder).load(bytes(32)) or None
+def _load_ratios(cache: Path) -> Any:
+    return TunedRatios(cache).load(bytes(32)) or None
 
 
 @functools.cache
@@ -210,7 +205,7 @@ def _trace_mutant(rng: random.Random) -> bytes:
 
 
 def _read_trace(data: bytes) -> None:
-    path = _folder() / "trace.jsonl"
+    path = folder() / "trace.jsonl"
     path.write_bytes(data)
     if not read_trace(path).footprint():
         raise WrongResultError("a trace without blocks")
@@ -234,7 +229,7 @@ def _link_mutant(rng: random.Random) -> bytes:
 
 
 def _read_link(data: bytes) -> None:
-    path = _folder() / "link.txt"
+    path = folder() / "link.txt"
     path.write_bytes(data)
     pattern = jitter.read_trace(path)
     if not 0 < pattern.full_bps < float("inf") or not 0 < pattern.recorded.period_s < float("inf"):

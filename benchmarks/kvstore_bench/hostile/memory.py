@@ -1,18 +1,26 @@
 """How much memory a process takes for a moment, from the kernel's record of its peak (Linux)."""
 
 from pathlib import Path
+from typing import Self
 
 _RESET_PEAK = "5\n"
 
 
 class PeakMemory:
     """Measures the rise of this process's resident memory above what it was. Memory that is free within the process
-    does not count when it is used again."""
+    does not count when it is used again. A context manager."""
 
     def __init__(self) -> None:
-        self._reset = Path("/proc/self/clear_refs").open("w")  # noqa: SIM115 (open as long as the process)
+        self._reset = Path("/proc/self/clear_refs").open("w")  # noqa: SIM115 (closed by `__exit__`)
         self._status = Path("/proc/self/status").open("rb", buffering=0)  # noqa: SIM115
         self._before_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reset.close()
+        self._status.close()
 
     def begin(self) -> None:
         """Measure from now on."""

@@ -144,6 +144,11 @@ def _canary_mutant(rng: random.Random) -> bytes:
     facts, sketch = msgpack.unpackb(content[12 : 12 + length]), content[12 + length :]
     packed = mutated_document(rng, MSGPACK, facts, 8192)
     length = len(packed) if rng.random() < 0.95 else rng.choice((0, 1, len(packed) + 1, 8192, 2**32 - 1))
+    return sealed_canary(packed, length, sketch)
+
+
+def sealed_canary(packed: bytes, length: int, sketch: bytes) -> bytes:
+    """The file of a canary with these encoded facts, and this number as their length."""
     signed = struct.pack("<I", length) + packed + sketch
     return struct.pack("<Q", xxhash.xxh3_64_intdigest(signed)) + signed
 

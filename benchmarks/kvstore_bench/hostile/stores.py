@@ -6,15 +6,14 @@ import json
 import random
 import shutil
 import struct
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from kvstore_api.placement import Member, Membership, Placement
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_bench.hostile.folder import folder
 from kvstore_bench.hostile.parser import IgnoredError, Parser, WrongResultError
 from kvstore_bench.hostile.values import JSON, mutated_document
 from kvstore_cluster.catalogue.base import ClusterState, NodeRecord
@@ -75,9 +74,13 @@ def _catalogue_mutant(rng: random.Random) -> bytes:
     document = json.loads(_catalogues()[0])
     if rng.random() < 0.2:
         return mutated_document(rng, JSON, document, _MOST_MUTANT_BYTES)
-    state = mutated_document(rng, JSON, document["state"], _MOST_MUTANT_BYTES)
-    document["checksum"] = _checksum(state)
-    return json.dumps(document | {"state": None}).encode().replace(b"null", state, 1)
+    return sealed_json(document, "state", mutated_document(rng, JSON, document["state"], _MOST_MUTANT_BYTES))
+
+
+def sealed_json(document: dict[str, Any], field: str, content: bytes) -> bytes:
+    """The document with this JSON in a field, which its checksum covers."""
+    document = document | {"checksum": _checksum(content), field: None}
+    return json.dumps(document).encode().replace(b"null", content, 1)
 
 
 def _checksum(content: bytes) -> str:
@@ -136,19 +139,13 @@ def _read_saved(data: bytes) -> None:
 
 
 @functools.cache
-def _folder() -> Path:
-    """A folder in memory, where files cost little."""
-    return Path(tempfile.mkdtemp(prefix="kvstore-hostile-", dir="/dev/shm"))
-
-
-@functools.cache
 def _forgotten() -> Sequence[bytes]:
     found = []
     for tenants in (2, 4096):
         names = [f"tenant-{number}" for number in range(tenants)]
         applied = Forgotten({name: number + 2 for number, name in enumerate(names)}, 1)
-        write_forgotten(_folder(), ForgottenRecords(applied, dict.fromkeys(names, 77), 5))
-        found.append((_folder() / _FORGOTTEN).read_bytes())
+        write_forgotten(folder(), ForgottenRecords(applied, dict.fromkeys(names, 77), 5))
+        found.append((folder() / _FORGOTTEN).read_bytes())
     return found
 
 
@@ -157,17 +154,16 @@ def _forgotten_mutant(rng: random.Random) -> bytes:
     if rng.random() < 0.2:
         return mutated_document(rng, JSON, document, _MOST_MUTANT_BYTES)
     content = mutated_document(rng, JSON, document["content"], _MOST_MUTANT_BYTES)
-    document["checksum"] = _checksum(content)
-    return json.dumps(document | {"content": None}).encode().replace(b"null", content, 1)
+    return sealed_json(document, "content", content)
 
 
 def _read_forgotten(data: bytes) -> None:
-    (_folder() / _FORGOTTEN).write_bytes(data)
-    found = read_forgotten(_folder())
+    (folder() / _FORGOTTEN).write_bytes(data)
+    found = read_forgotten(folder())
     if found == ForgottenRecords():
         raise IgnoredError
-    write_forgotten(_folder(), found)
-    if read_forgotten(_folder()) != found:
+    write_forgotten(folder(), found)
+    if read_forgotten(folder()) != found:
         raise WrongResultError("forgotten tenants that differ when they are written and read again")
     RecordHeader(Kind.PUT, found.newest_sequence + 1, _meta(0)).encode(_SEED)
     found.hides("acme", 5)
@@ -275,13 +271,13 @@ _numbers = itertools.count()
 
 
 def _recover(data: bytes) -> None:
-    folder = _folder() / f"store-{next(_numbers)}"
-    folder.mkdir()
+    place = folder() / f"store-{next(_numbers)}"
+    place.mkdir()
     (size,) = struct.unpack_from("<I", data)
-    (folder / "segment-00000001.kvs").write_bytes(data[4 : 4 + size])
+    (place / "segment-00000001.kvs").write_bytes(data[4 : 4 + size])
     if len(data) > 4 + size:
-        (folder / "segment-00000001.index").write_bytes(data[4 + size :])
-    store = SegmentStore(folder, _STORE_BYTES, direct=False, sync_period_s=60)
+        (place / "segment-00000001.index").write_bytes(data[4 + size :])
+    store = SegmentStore(place, _STORE_BYTES, direct=False, sync_period_s=60)
     try:
         for meta, location in store.recover().records:
             _read_record(store, meta, location)
@@ -294,7 +290,7 @@ def _recover(data: bytes) -> None:
             raise WrongResultError("a chunk that differs when it is read")
     finally:
         store.close()
-        shutil.rmtree(folder)
+        shutil.rmtree(place)
 
 
 def _read_record(store: SegmentStore, meta: RecordMeta, location: Any) -> None:
