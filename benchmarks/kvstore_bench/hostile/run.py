@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -115,7 +114,6 @@ def _prepare(name: str) -> _Prepared:
     """Reads honest input, and measures its memory."""
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)  # readers of unusable files log why
-    os.nice(5)
     memory = PeakMemory()
     return _Prepared(name, memory, honest_memory_bytes(PARSERS[name], memory))
 
