@@ -13,6 +13,7 @@ from kvstore_cluster.names import MAX_TENANT_BYTES
 from kvstore_codec.errors import (
     CatalogueError,
     ClusterError,
+    TooManyForgettingsError,
     TooManyPinsError,
     TooManyQuotasError,
     UnknownNodeError,
@@ -24,6 +25,7 @@ from kvstore_service.wire import chunk_id, tenant_name
 _STATUS: dict[type[ClusterError], grpc.StatusCode] = {
     CatalogueError: grpc.StatusCode.UNAVAILABLE,
     UnknownNodeError: grpc.StatusCode.NOT_FOUND,
+    TooManyForgettingsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     TooManyPinsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     TooManyQuotasError: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from kvstore_api import frames
 from kvstore_client import logs
-from kvstore_cluster import coordinator, forgotten, leases, listing, names, tallies
+from kvstore_cluster import coordinator, forgettings, forgotten, leases, listing, names, tallies
 from kvstore_cluster.canaries import refusals, registry
 from kvstore_cluster.index import MAX_CHUNK_BYTES
 from kvstore_service import (
@@ -161,6 +161,12 @@ LIMITS: tuple[Limit, ...] = (
     ),
     Limit(CLUSTER, "tenants with pins", coordinator.MAX_PINNING_TENANTS, _REFUSED),
     Limit(CLUSTER, "tenants with a quota", coordinator.MAX_QUOTAS, _REFUSED),
+    Limit(
+        CLUSTER,
+        f"forgettings of a tenant in {forgettings.FORGETTINGS_PERIOD_S:g} s",
+        forgettings.MAX_FORGETTINGS,
+        _REFUSED,
+    ),
     Limit(
         CLUSTER,
         "forgotten tenants kept by name",

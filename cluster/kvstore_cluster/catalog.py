@@ -26,6 +26,7 @@ from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.eviction.texts import Choice
 from kvstore_cluster.index import NOWHERE, ChunkIndex
 from kvstore_cluster.leases import LeaseTable
+from kvstore_cluster.leaving import Leaving
 from kvstore_cluster.quotas import Quotas
 from kvstore_cluster.stats import NodeCounters
 from kvstore_cluster.tallies import EvictionCause, Tallies, Tier
@@ -74,6 +75,10 @@ class ChunkCatalog:
         """Headers recently read from disk, by slot."""
         self.changes: TierChanges | None = None
         """Remembers the chunks that enter or leave a tier, on a node that reports them."""
+        self.leaving: Leaving | None = None
+        """The chunks of forgotten tenants that are being removed."""
+        self.writing: Counter[int] = Counter()
+        """Acquired slots whose chunks are being written to disk."""
         self._orders = (self.in_memory, self.on_disk, self.quotas)
         self._readers: Counter[int] = Counter()
         # Memory of dropped copies that readers still use, by slot. The chunks themselves stay in the index.
@@ -99,6 +104,8 @@ class ChunkCatalog:
         in their text follow the new one, if the tenant is the same. Lock held."""
         self.flush_touches()
         slot = self.index.add(meta, extent=extent, location=location)
+        if self.leaving is not None:
+            self.leaving.arrived.add(slot)
         if replaced != NO_SLOT:
             self._succeed(slot, replaced)
         if before != NO_SLOT and self.index.texts.before(slot) == NO_SLOT:
@@ -116,6 +123,10 @@ class ChunkCatalog:
         if replaced != NO_SLOT:
             self.remove(replaced)
         return slot
+
+    def is_leaving(self, slot: int) -> bool:
+        """Whether the chunk is about to be removed, because its tenant was forgotten since it was stored. Lock held."""
+        return self.leaving is not None and self.leaving.includes(slot, self.index.tenant(slot))
 
     def enter(self, order: EvictionOrder, slot: int) -> None:
         """Adds the chunk to the eviction order of a tier. Lock held."""

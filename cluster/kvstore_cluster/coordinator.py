@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from kvstore_api.placement import Member, Membership
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_cluster.catalogue import Catalogue, ClusterState, NodeRecord
+from kvstore_cluster.forgettings import AppliedForgettings, ForgettingRate
 from kvstore_cluster.forgotten import Forgotten
 from kvstore_codec.errors import CatalogueError, TooManyPinsError, TooManyQuotasError, UnknownNodeError
 from kvstore_codec.identity import ChunkId
@@ -73,8 +74,7 @@ class Coordinator:
         )
         # Makes versions unique to this process: a node may know one that an earlier coordinator could not save.
         self._life = secrets.randbits(32)
-        # The newest forgetting that each node has applied, as it last said, by node id.
-        self._applied: dict[str, int] = {}
+        self._applied, self._forgetting_rate = AppliedForgettings(), ForgettingRate()
         self._keeping: BackgroundLoop | None = None
         self._keep_failed = False
         self._closed = False
@@ -99,13 +99,14 @@ class Coordinator:
 
     def register(self, member: Member, incarnation: int, known: int, applied: int) -> Directives:
         """Adds a node as `join` does, and returns its directives. `known` is as in `directives`. `applied` is the
-        newest forgetting of a tenant that the node has applied. A node that has not applied all of them is not added
-        yet, so that nobody reads from it, or is sent by it, what must be removed; it applies them and registers
-        again."""
+        newest forgetting of a tenant that the node has applied. A node is not added before it has applied those that
+        there were when it first registered, so that nobody reads from it, or is sent by it, what must be removed; it
+        applies them and registers again."""
         with self._lock:
             forgotten = self._state.forgotten.since(applied)
-            self._applied[member.node_id] = applied
-        if forgotten is None:
+            self._applied.note(member.node_id, applied)
+            joins = self._applied.may_join(member.node_id, incarnation, self._state.forgotten.newest)
+        if joins:
             self.join(member, incarnation)
         return replace(self.directives(member.node_id, known), forgotten=forgotten)
 
@@ -118,7 +119,7 @@ class Coordinator:
                 return
             log.info("node %s left", node_id)
             self._set_nodes([node for node in self._state.nodes if node is not known])
-            self._applied.pop(node_id, None)
+            self._applied.left(node_id)
         self._keep()
 
     def mark_dead(self, node_id: str, incarnation: int, reason: str) -> None:
@@ -130,16 +131,17 @@ class Coordinator:
                 return
             log.warning("node %s at %s is dead: %s", node_id, known.member.endpoint, reason)
             self._put(replace(known, alive=False, error=reason))
+            self._applied.died(node_id)
         self._keep_soon()
 
     def mark_alive(self, node_id: str, incarnation: int) -> None:
         """Returns a node that responds again to the membership. Ignored for another incarnation than the known one, and
-        for a node that has not applied all forgettings of tenants: it registers when it has."""
+        for a node that has not applied the forgettings of tenants that there were when it first responded again."""
         with self._lock:
             known = self._find(node_id)
             if known is None or known.alive or known.incarnation != incarnation:
                 return
-            if self._applied.get(node_id, 0) < self._state.forgotten.newest:
+            if not self._applied.may_join(node_id, incarnation, self._state.forgotten.newest):
                 return
             log.info("node %s at %s is back", node_id, known.member.endpoint)
             self._put(replace(known, alive=True, error=""))
@@ -210,9 +212,10 @@ class Coordinator:
     def forget(self, tenant: str, *, with_pins: bool) -> int:
         """Lets every node remove all chunks of a tenant, also one that is away now, once it returns. Removes the
         tenant's pins, too, if `with_pins` is set; its quota stays. Returns the generation of this forgetting, which
-        `not_applied` takes. Raises CatalogueError."""
+        `not_applied` takes. Raises CatalogueError and TooManyForgettingsError."""
         with self._lock:
-            applied = max(self._applied.values(), default=0)
+            self._forgetting_rate.count(tenant)
+            applied = self._applied.newest
 
         def changed(state: ClusterState) -> ClusterState:
             # After all that nodes have applied, also where the catalogue was lost and they have not registered yet.
@@ -227,8 +230,7 @@ class Coordinator:
         """Ids of known nodes, including dead ones, that have not removed the chunks of tenants that were forgotten up
         to `generation`."""
         with self._lock:
-            known = [node.member.node_id for node in self._state.nodes]
-            return [node_id for node_id in known if self._applied.get(node_id, 0) < generation]
+            return self._applied.missing((node.member.node_id for node in self._state.nodes), generation)
 
     def drain(self, node_id: str) -> None:
         """Starts draining a node: it no longer owns chunks, even after a restart. Raises UnknownNodeError,
@@ -310,8 +312,11 @@ class Coordinator:
             self._catalogue.save(wanted)
             with self._lock:
                 self._kept = wanted
-                # Nodes may have joined or left in the meantime.
-                self._state = wanted if self._state is before else change(self._state)
+                if self._state is before:
+                    self._state = wanted
+                else:  # nodes have joined or left in the meantime
+                    epoch = self._state.epoch + wanted.epoch - before.epoch
+                    self._state = replace(wanted, nodes=self._state.nodes, epoch=epoch)
                 state = self._state
         self._keep()
         return state

@@ -1,6 +1,7 @@
 """The disk tier of a storage node: writes, recovers, verifies and deletes chunks on disk, and makes room for them."""
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterable
 
@@ -10,7 +11,7 @@ from kvstore_cluster.disk import Location, RecordMeta, SegmentStore
 from kvstore_cluster.disk_reads import DiskReads, LostChunkError, UnreadableChunkError
 from kvstore_cluster.eviction.columns import NO_SLOT
 from kvstore_cluster.index import NOWHERE
-from kvstore_codec.errors import ChunkNotFoundError, DiskError, DiskFullError, StorageError
+from kvstore_codec.errors import ChunkNotFoundError, DiskFullError, StorageError
 from kvstore_codec.identity import ChunkId
 
 log = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class DiskTier:
         self.reads = DiskReads(catalog)
         # Deleted chunks without a tombstone on disk yet, and the newest sequence number at their deletion.
         self._deleted: deque[tuple[RecordMeta, int]] = deque()
+        self._burying = threading.Lock()  # whoever finds no tombstone to write knows that all are written
 
     @property
     def is_present(self) -> bool:
@@ -109,17 +111,17 @@ class DiskTier:
     def write_tombstones(self) -> None:
         """Writes the queued tombstones to disk. Call without the lock; may block. Raises DiskError, and then keeps the
         unwritten tombstones for the next call."""
-        while self._catalog.store is not None:
-            with self._catalog.lock:
-                if not self._deleted:
-                    return
-                meta, sequence = self._deleted.popleft()
-            try:
-                self._store.forget(meta, sequence)
-            except DiskError:
+        if self._catalog.store is None:
+            return
+        with self._burying:
+            while True:
                 with self._catalog.lock:
-                    self._deleted.appendleft((meta, sequence))
-                raise
+                    if not self._deleted:
+                        return
+                    meta, sequence = self._deleted[0]
+                self._store.forget(meta, sequence)
+                with self._catalog.lock:
+                    self._deleted.popleft()
 
     @property
     def _store(self) -> SegmentStore:

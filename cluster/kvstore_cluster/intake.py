@@ -61,6 +61,7 @@ class Intake:
         self.forgotten = Forgotten()
         """The forgotten tenants. Copies of their chunks are rejected that a node sends which has not applied that."""
         self._forgotten_puts: set[PendingPut] = set()  # begun before their tenant was forgotten
+        self._writing: set[PendingPut] = set()  # may write to disk
         self._catalog = catalog
         self._memory = memory
         self._disk = disk
@@ -97,6 +98,7 @@ class Intake:
                     slot is None
                     or self._index.calibration(slot) != calibration
                     or not self._catalog.is_readable(slot)
+                    or self._catalog.is_leaving(slot)
                     or self._ends_much_sooner(slot, options.ttl_s)
                 ):
                     return self._reserve(chunk_id, encoding, size_bytes, options)
@@ -133,8 +135,8 @@ class Intake:
 
     @property
     def is_forgetting(self) -> bool:
-        """Whether a put of a tenant that `forget` named has not ended. Lock held."""
-        return bool(self._forgotten_puts)
+        """Whether a put of a tenant that `forget` named may be writing to disk. Lock held."""
+        return bool(self._forgotten_puts & self._writing)
 
     def _asked(self, options: PutOptions) -> Durability:
         return self._durability if options.durability is Durability.DEFAULT else options.durability
@@ -275,7 +277,7 @@ class Intake:
         if put.options.ttl_s > 0:
             meta = replace(meta, expires_at_s=self._clock() + put.options.ttl_s)
         try:
-            description = self._admit(meta)
+            description = self._admit(put, meta)
         except BaseException as error:
             self._drop(put, rejected=error)
             raise
@@ -291,13 +293,17 @@ class Intake:
         finally:
             with self._lock:
                 self._index.dismiss(description)
+                self._writing.discard(put)
 
-    def _admit(self, meta: RecordMeta) -> Description:
-        """Ensures that the chunk can be inserted at any time until `dismiss`. Raises StorageError,
-        NodeDrainingError."""
+    def _admit(self, put: PendingPut, meta: RecordMeta) -> Description:
+        """Ensures that the chunk can be inserted at any time until `dismiss`. Raises StorageError, NodeDrainingError,
+        and ForgottenTenantError for a put that began before its tenant was forgotten: it writes nothing to disk."""
         with self._lock:
             self._require_open(meta.chunk_id)
-            return self._index.admit(meta)
+            self._require_current(meta.chunk_id, put.options, kept=put not in self._forgotten_puts)
+            description = self._index.admit(meta)
+            self._writing.add(put)
+            return description
 
     def _place(self, put: PendingPut, meta: RecordMeta, location: Location) -> bool:
         """Inserts an admitted chunk into the catalog, and ends its put. False when another put was first. Raises
@@ -364,6 +370,7 @@ class Intake:
         return (
             self._index.calibration(stored) != meta.calibration
             or not self._catalog.is_readable(stored)
+            or self._catalog.is_leaving(stored)
             or not self._index.is_alive(stored, self._clock())
             or self._ends_much_sooner(stored, ttl_s)
             or (location != NOWHERE and self._index.location[stored] == NOWHERE)

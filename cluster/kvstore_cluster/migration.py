@@ -9,6 +9,7 @@ it is released. A *tombstone* is a record on disk that says that a chunk was del
 
 import logging
 import time
+from collections import Counter
 
 from kvstore_cluster.arena import Extent
 from kvstore_cluster.catalog import ChunkCatalog
@@ -67,6 +68,7 @@ class Migration:
                 return False
             slot = next(iter(catalog.dirty))
             catalog.acquire(slot)
+            catalog.writing[slot] += 1
             meta, preceding = catalog.index.meta(slot), catalog.index.texts.before(slot)
         location = NOWHERE
         try:
@@ -80,6 +82,7 @@ class Migration:
                 else:
                     catalog.dirty.pop(slot, None)
                     catalog.counters.disk_refused += 1
+                catalog.writing -= Counter((slot,))
                 catalog.release(slot)
                 catalog.lock.notify_all()
         return True
@@ -92,12 +95,17 @@ class Migration:
             meta, extent = index.meta(slot), index.extent[slot]
             on_disk = index.location[slot] != NOWHERE
             preceding = index.texts.before(slot)
-        if on_disk or extent is None:
-            self._disk.sync()
-            return
-        location = self._disk.write(meta, extent, sync=True, before=preceding)
-        with self._catalog.lock:
-            self._written(slot, meta, location)
+            self._catalog.writing[slot] += 1
+        try:
+            if on_disk or extent is None:
+                self._disk.sync()
+                return
+            location = self._disk.write(meta, extent, sync=True, before=preceding)
+            with self._catalog.lock:
+                self._written(slot, meta, location)
+        finally:
+            with self._catalog.lock:
+                self._catalog.writing -= Counter((slot,))
 
     def promote(self, slot: int) -> Extent | None:
         """Reads an acquired chunk from disk into memory. None when memory has no room. One thread reads the chunk, and

@@ -2,13 +2,13 @@
 
 import logging
 import threading
-from collections.abc import Callable
 
 from kvstore_cluster.catalog import ChunkCatalog
 from kvstore_cluster.disk.forgotten import ForgottenRecords
 from kvstore_cluster.disk_tier import DiskTier
 from kvstore_cluster.forgotten import Forgotten
 from kvstore_cluster.intake import Intake
+from kvstore_cluster.leaving import Leaving
 from kvstore_cluster.slices import REMOVED_CHUNKS, SLICE_CHUNKS, locked_slice
 from kvstore_codec.errors import DiskError
 
@@ -30,7 +30,7 @@ class TenantRemoval:
         self._records = store.forgotten if store is not None else ForgottenRecords()
         self._noted = self._records
         self._failure = ""
-        # Removed slots whose bytes are still read, or written to disk. Their records follow the noted numbers.
+        # Removed slots whose bytes are still written to disk. Their records follow the noted numbers.
         self._busy: set[int] = set()
         intake.forgotten = self._records.applied
 
@@ -62,21 +62,26 @@ class TenantRemoval:
             catalog.tallies.forget(concerns)
             sequence = catalog.store.newest_sequence if catalog.store is not None else 0
             end = catalog.index.slots
-        removed = self._remove_chunks(end, concerns)
+            catalog.leaving = Leaving(end, concerns)
+        try:
+            removed = self._remove_chunks(end)
+        finally:
+            with catalog.lock:
+                catalog.leaving = None
         self._records = self._records.with_applied(order, tenants, sequence)
         if removed:
             log.info("%s removed %d chunks of forgotten tenants", catalog.node_id, removed)
 
-    def _remove_chunks(self, end: int, concerns: Callable[[str], bool]) -> int:
-        """Removes the chunks in slots below `end`. Later ones were stored after the tenant was forgotten."""
+    def _remove_chunks(self, end: int) -> int:
+        """Removes the leaving chunks, which are in slots below `end`."""
         catalog, index = self._catalog, self._catalog.index
         slot = removed = 0
         while slot < end:
             with locked_slice(catalog.lock, first=not slot):
                 last, most = min(end, slot + SLICE_CHUNKS), removed + REMOVED_CHUNKS
                 while slot < last and removed < most:
-                    if index.is_linked(slot) and concerns(index.tenant(slot)):
-                        if catalog.is_acquired(slot):
+                    if index.is_linked(slot) and catalog.is_leaving(slot):
+                        if slot in catalog.writing:
                             self._busy.add(slot)
                         catalog.remove(slot)
                         catalog.counters.deletes += 1
@@ -85,14 +90,15 @@ class TenantRemoval:
         return removed
 
     def _note(self) -> None:
-        """Notes in the folder what is applied, once every write of a removed chunk has ended and has a tombstone."""
+        """Notes in the folder what is applied, once the writes of removed chunks that are in progress on disk have
+        ended and have tombstones. It does not wait for readers, or for puts whose bytes have not all come."""
         catalog, store = self._catalog, self._catalog.store
         if store is None or self._noted is self._records:
             return
         with catalog.lock:
             index = catalog.index
             self._busy = {
-                slot for slot in self._busy if catalog.is_acquired(slot) and not index.is_linked(slot)
+                slot for slot in self._busy if slot in catalog.writing and not index.is_linked(slot)
             }
             if self._busy or self._intake.is_forgetting:
                 return

@@ -39,6 +39,7 @@ KVStoreError
 │   ├── UnknownNodeError          no storage node of that name has joined the cluster
 │   ├── TooManyPinsError
 │   ├── TooManyQuotasError
+│   ├── TooManyForgettingsError   a tenant was forgotten again and again
 │   ├── UnknownCalibrationError   the registry has no calibration with that digest
 │   ├── CalibrationSizeError      more or fewer bytes than announced
 │   ├── CalibrationTooLargeError
@@ -195,6 +196,9 @@ class TooManyPinsError(ClusterError): ...
 
 
 class TooManyQuotasError(ClusterError): ...
+
+
+class TooManyForgettingsError(ClusterError): ...
 
 
 class UnknownCalibrationError(ClusterError): ...
