@@ -28,7 +28,7 @@ from kvstore_service.bandwidth import parse_bandwidth
 STEP_SHARE = 1 / 20
 SAW_SHARE = 1 / 10
 _SAW_LEVELS = 16
-_MOST_S, _LEAST_BPS, _MOST_BPS = 1e9, 1.0, 1e15
+_MOST_S, _LEAST_BPS, _MOST_BPS = 1e12, 1.0, 1e15
 """Limits of the numbers in a trace, within which their products and sums are exact enough."""
 _SECONDS = re.compile(r"(\d+(?:\.\d+)?) ?(ms|s)")
 _OPTIONS = {"step": {"at": 0.1, "for": 1.0}, "saw": {"period": 1.0}}
