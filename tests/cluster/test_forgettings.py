@@ -52,7 +52,7 @@ def test_a_tenant_can_be_forgotten_a_few_times_a_minute(
     coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = 1000.0
-    monkeypatch.setattr(forgettings.time, "monotonic", lambda: now_s)
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
     for _ in range(forgettings.MAX_FORGETTINGS):
         coordinator.forget("red", with_pins=False)
     with pytest.raises(TooManyForgettingsError, match="try again later"):
