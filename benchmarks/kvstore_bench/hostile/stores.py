@@ -251,8 +251,8 @@ def _edited_header(rng: random.Random, header: bytes) -> bytes:
                 signed[at : at + size] = number.to_bytes(size, "little")
             case 2:  # cost and expiry
                 at = rng.choice((24, 32))
-                number = rng.choice((-1.0, 1e308, float("inf"), float("nan"), 5e-324))
-                signed[at : at + 8] = struct.pack("<d", number)
+                cost = rng.choice((-1.0, 1e308, float("inf"), float("nan"), 5e-324))
+                signed[at : at + 8] = struct.pack("<d", cost)
             case 3:  # lengths of the names
                 signed[rng.choice((40, 41, 42, 43))] = rng.choice((0, 1, 5, 11, 200, 255))
             case 4:
