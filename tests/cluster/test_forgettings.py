@@ -12,6 +12,7 @@ from kvstore_cluster.catalogue import ClusterState, FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.disk.forgotten import read_forgotten
 from kvstore_cluster.durability import Durability
+from kvstore_cluster.encryption import FileCipher
 from kvstore_cluster.forgotten import Forgotten
 from kvstore_codec.errors import ForgottenTenantError, TooManyForgettingsError
 from tests.cluster.disk_node import Opener, chunk_of, put, stored
@@ -92,7 +93,7 @@ def test_a_node_that_joins_while_a_decision_is_saved_changes_nothing_of_it(
 
 def noted(tmp_path: Path) -> int:
     """The newest forgetting that a restart knows."""
-    return read_forgotten(tmp_path / "disk").applied.newest
+    return read_forgotten(tmp_path / "disk", FileCipher())[0].applied.newest
 
 
 def test_a_forgetting_is_noted_though_puts_and_readers_are_slow(opened: Opener, tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from kvstore_cluster.catalogue.document import read_document, write_document
 from kvstore_cluster.catalogue.redis import read_saved
 from kvstore_cluster.disk import RecordMeta, SegmentStore
 from kvstore_cluster.disk.forgotten import ForgottenRecords, read_forgotten, write_forgotten
-from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, record_blocks
-from kvstore_cluster.disk.segment_format import first_block
+from kvstore_cluster.disk.record import BLOCK_BYTES, Kind, RecordHeader, blocks_of
+from kvstore_cluster.disk.segment_format import VERSION, first_block, opening
+from kvstore_cluster.encryption import FileCipher
 from kvstore_cluster.forgotten import Forgotten
 from kvstore_codec.chunk import write_header
 from kvstore_codec.encoding import Encoding
@@ -144,7 +145,7 @@ def _forgotten() -> Sequence[bytes]:
     for tenants in (2, 4096):
         names = [f"tenant-{number}" for number in range(tenants)]
         applied = Forgotten({name: number + 2 for number, name in enumerate(names)}, 1)
-        write_forgotten(folder(), ForgottenRecords(applied, dict.fromkeys(names, 77), 5))
+        write_forgotten(folder(), ForgottenRecords(applied, dict.fromkeys(names, 77), 5), FileCipher())
         found.append((folder() / _FORGOTTEN).read_bytes())
     return found
 
@@ -159,11 +160,11 @@ def _forgotten_mutant(rng: random.Random) -> bytes:
 
 def _read_forgotten(data: bytes) -> None:
     (folder() / _FORGOTTEN).write_bytes(data)
-    found = read_forgotten(folder())
+    found, _ = read_forgotten(folder(), FileCipher())
     if found == ForgottenRecords():
         raise IgnoredError
-    write_forgotten(folder(), found)
-    if read_forgotten(folder()) != found:
+    write_forgotten(folder(), found, FileCipher())
+    if read_forgotten(folder(), FileCipher())[0] != found:
         raise WrongResultError("forgotten tenants that differ when they are written and read again")
     RecordHeader(Kind.PUT, found.newest_sequence + 1, _meta(0)).encode(_SEED)
     found.hides("acme", 5)
@@ -200,7 +201,7 @@ def _index(headers: Sequence[bytes], blocks: Sequence[int]) -> bytes:
 
 def _files(headers: Sequence[bytes], index: bytes, segment_number: int = 1) -> bytes:
     """A segment of these records and, if `index` is not empty, its index file: the size of the segment, and both."""
-    blocks = [first_block(segment_number, _SEED)]
+    blocks = [first_block(opening(VERSION, segment_number, _SEED))]
     for number, header in enumerate(headers):
         blocks.append(header.ljust(BLOCK_BYTES, b"\0")[:BLOCK_BYTES])
         if number < 3:
@@ -295,7 +296,7 @@ def _recover(data: bytes) -> None:
 
 def _read_record(store: SegmentStore, meta: RecordMeta, location: Any) -> None:
     """Reads a record as a node does, which verifies what it reads. Its reader may refuse it."""
-    if not 0 < meta.size_bytes <= _STORE_BYTES or record_blocks(Kind.PUT, meta.size_bytes) > 1 << 24:
+    if not 0 < meta.size_bytes <= _STORE_BYTES or blocks_of(meta.size_bytes) >= 1 << 24:
         raise WrongResultError(f"a record of {meta.size_bytes} bytes in a smaller store")
     if not 0 < meta.header_bytes <= meta.size_bytes:
         raise WrongResultError(f"a record whose header of {meta.header_bytes} bytes is longer than its chunk")
