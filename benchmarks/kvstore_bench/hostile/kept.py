@@ -12,7 +12,7 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 import xxhash
 
-from kvstore_api.kv_events import Removed, Stored, decode_batch, encode_batch
+from kvstore_api.kv_events import Event, Removed, Stored, decode_batch, encode_batch
 from kvstore_api.placement import Member
 from kvstore_bench.fuzz.edits import edit_bytes
 from kvstore_bench.hostile.folder import folder
@@ -105,7 +105,7 @@ def _read_match(data: bytes) -> None:
 def _batches() -> Sequence[bytes]:
     blocks = [bytes([number]) * 32 for number in range(3)]
     many = [number.to_bytes(32, "big") for number in range(25_000)]
-    events = [Stored(blocks, "CPU"), Removed(blocks[:1], "STORAGE")]
+    events: list[Event] = [Stored(blocks, "CPU"), Removed(blocks[:1], "STORAGE")]
     return (encode_batch(1e9, events), encode_batch(1e9, [Stored(many, "CPU")]))
 
 
