@@ -90,9 +90,10 @@ def test_serve_status_and_sigterm(tmp_path: Path, scratch: Path) -> None:
         assert report["nodes"][0]["counters"]["hits"] == 0
         table = run("status", KVSTORE_ADDRESS=address, COLUMNS="160").stdout
         assert all(text in table for text in (address, "node-0", "node-1", "of 17 MB", "hits"))
-        taken = refused(run("serve", "--listen", address))
+        taken = refused(run("serve", "--listen", address, TMPDIR=str(scratch)))
         assert f"cannot listen on {address}" in taken
-        in_use = refused(run("serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path / "data")))
+        second = ("serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path / "data"))
+        in_use = refused(run(*second, TMPDIR=str(scratch)))
         assert "in use by another coordinator" in in_use
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=60)
@@ -223,14 +224,16 @@ def test_wrong_settings_are_one_clear_line(arguments: list[str], complaint: str)
     assert complaint in refused(run("serve", *arguments), status=2)
 
 
-def test_a_folder_that_cannot_be_written_is_one_clear_line() -> None:
-    assert "/proc/kvstore cannot be written" in refused(run("serve", "--data-dir", "/proc/kvstore"))
+def test_a_folder_that_cannot_be_written_is_one_clear_line(scratch: Path) -> None:
+    tried = run("serve", "--data-dir", "/proc/kvstore", TMPDIR=str(scratch))
+    assert "/proc/kvstore cannot be written" in refused(tried)
 
 
-def test_a_damaged_catalogue_is_refused_and_kept(tmp_path: Path) -> None:
+def test_a_damaged_catalogue_is_refused_and_kept(scratch: Path, tmp_path: Path) -> None:
     catalogue = tmp_path / "catalogue.json"
     catalogue.write_text("{")
-    line = refused(run("serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path)))
+    serve = ("serve", "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path))
+    line = refused(run(*serve, TMPDIR=str(scratch)))
     assert f"the catalogue {catalogue} is damaged" in line
     assert catalogue.read_text() == "{"
 

@@ -13,6 +13,7 @@ import xxhash
 from kvstore_bench.fuzz.edits import edit_bytes
 from kvstore_bench.hostile.parser import Parser, WrongResultError
 from kvstore_bench.hostile.values import JSON, MSGPACK, mutated_document
+from kvstore_client.contiguous.prefix_keys import PrefixKeys
 from kvstore_client.contiguous.scoring import SummaryScorer
 from kvstore_client.contiguous.summaries import ChunkSummary, SummaryShape
 from kvstore_cluster.canaries.base import CanaryRecord, Origin
@@ -184,6 +185,6 @@ def _summary_mutant(rng: random.Random) -> bytes:
 def _read_summary(data: bytes) -> None:
     summary = ChunkSummary.from_bytes(data, _SHAPE)
     queries = torch.ones((_SHAPE.kv_heads * 2, 3, _SHAPE.head_dim))
-    scores = SummaryScorer([summary], 32, _SHAPE)(_SHAPE.layers[0], queries, 0.1)
+    scores = SummaryScorer(PrefixKeys([summary], _SHAPE), 32)(_SHAPE.layers[0], queries, 0.1)
     if not bool(scores.rank.isfinite().all()):
         raise WrongResultError("frames whose scores are not numbers")
