@@ -36,6 +36,11 @@ class DiskTier:
         return self._catalog.store is not None
 
     @property
+    def error(self) -> str:
+        """Why the disk takes no chunks; empty while it does, and without a disk."""
+        return "" if self._catalog.store is None else self._catalog.store.error
+
+    @property
     def read_unit_bytes(self) -> int:
         """What the disk reads at least, from an offset that is a multiple of it, bytes. Raises StorageError without a
         disk."""

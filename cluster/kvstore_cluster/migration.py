@@ -40,7 +40,8 @@ class Migration:
     def step(self, now_s: float) -> bool:
         """Runs one round of maintenance, in this order: reports recorded uses to the eviction policies, removes chunks
         that expired by unix time `now_s`, flushes one dirty chunk to disk, demotes, writes tombstones, and runs one
-        compaction step. True when there is more to do at once. Call without the lock; may block. Raises DiskError."""
+        compaction step. True when there is more to do at once. Call without the lock; may block. Raises DiskError, but
+        not while the disk is known to have failed, which the node tells as the disk's error."""
         more = True
         while more:
             with locked_slice(self._catalog.lock, first=False):
@@ -49,13 +50,13 @@ class Migration:
             time.sleep(PAUSE_S)
         busy = self.flush()
         self.demote()
-        self._disk.write_tombstones()
-        if self._disk.is_present:
-            try:
+        try:
+            self._disk.write_tombstones()
+            if self._disk.is_present:
                 busy |= self._disk.compact()
-            except DiskError:
-                if not busy:  # a failed compaction does not delay write-back
-                    raise
+        except DiskError:
+            if not busy and not self._disk.error:  # a failure does not delay write-back
+                raise
         return busy
 
     def flush(self) -> bool:
