@@ -45,8 +45,8 @@ CHUNKS = Metric(
     "kvstore_client_chunks_total",
     Kind.COUNTER,
     "chunks",
-    "Chunks a fetch asked for, by how they ended.",
-    (Label("result", ("delivered", "missing")),),
+    "Chunks a fetch asked for, by how they ended. Of the cancelled ones the engine needed no KV any more.",
+    (Label("result", ("delivered", "missing", "cancelled")),),
 )
 MISSES = Metric(
     "kvstore_client_misses_total",

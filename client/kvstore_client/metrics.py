@@ -106,7 +106,8 @@ class ClientMetrics:
         cause: str | None = None,
         error: Exception | None = None,
     ) -> None:
-        """Count `events` of not reusing for `reason`, which cost `chunks` matched chunks.
+        """Count `events` of not reusing for `reason`, which cost `chunks` matched chunks. They count as missing, except
+        those of a fetch that was cancelled.
 
         For a failure `detail` says what happened and what to do; it is logged once a minute per `cause` (default: the
         reason), with the traceback of `error` if the cause is a bug in this package. Without `detail` the event is
@@ -114,11 +115,12 @@ class ClientMetrics:
         """
         if detail is not None:
             self.failures.warn(reason if cause is None else cause, detail, error)
+        result = "cancelled" if reason is MissReason.CANCELLED else "missing"
         with REGISTRY_LOCK:
             _MISSES.labels(reason).inc(events)
-            _CHUNKS.labels("missing").inc(chunks)
+            _CHUNKS.labels(result).inc(chunks)
         self._add(f"miss_{reason}", events)
-        self._add("chunks_missing", chunks)
+        self._add(f"chunks_{result}", chunks)
 
     def received(self, size_bytes: int) -> None:
         with REGISTRY_LOCK:

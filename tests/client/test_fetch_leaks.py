@@ -153,6 +153,8 @@ def test_fetches_cancelled_at_random_points(busy: Busy, count: int) -> None:
             resident = resident_bytes()
     counts = busy.client.metrics.snapshot()
     assert counts["miss_cancelled"] > count / 20, counts
+    assert counts["chunks_cancelled"] >= counts["miss_cancelled"], counts
+    assert not counts.get("chunks_missing"), counts
     assert counts["chunks_delivered"] > count / 20 * CHUNKS, counts
     assert resident_bytes() - resident < 16 * DOCUMENT_BYTES  # most of them came since
     busy.check_nothing_is_left()

@@ -80,6 +80,8 @@ def fail_to_read(cluster: WatchedCluster) -> None:
 
 
 def fill_file_system(cluster: WatchedCluster) -> None:
+    for number in range(100, 120):  # content, of which what the full disk evicts is a small part
+        assert store(cluster.nodes[0], sample_chunk(number))
     cluster.nodes[0].faults.writing = errno.ENOSPC
     assert store(cluster.nodes[0], sample_chunk(4)), "it stays in memory"
     cluster.nodes[0].faults.writing = None

@@ -149,6 +149,7 @@ def test_every_query_of_the_dashboard_has_data_and_nothing_is_alarming(scraped: 
             )
             for tenant in ("a", "b", "c")
         ]
+        engine = opened.enter_context(worker(cluster))  # type: ignore[arg-type]
 
         def work(round_: int) -> None:
             for number, client in enumerate(clients):
@@ -161,6 +162,7 @@ def test_every_query_of_the_dashboard_has_data_and_nothing_is_alarming(scraped: 
                 client.fetch(match, buffers, None, computing=costs).wait()
                 client.buffers.release(buffers)
                 client.match(SPEC, ids(2, seed=1_000_000 + round_))
+            answer(engine)
             if not round_:  # an engine gives a fetch up, which is normal
                 match = clients[0].match(SPEC, document)
                 clients[0].fetch(match, clients[0].buffers.acquire(SPEC, match.tokens), None).finish()

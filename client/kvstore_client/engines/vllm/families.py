@@ -31,6 +31,7 @@ _PLANNED = Family("planned_chunks", "Matched chunks, by the last decision about 
 _NAMED: Mapping[str, tuple[Family, str | None]] = {
     "chunks_delivered": (_CHUNKS, "delivered"),
     "chunks_missing": (_CHUNKS, "missing"),
+    "chunks_cancelled": (_CHUNKS, "cancelled"),
     "chunks_matched_exact": (_MATCHED, "exact"),
     "chunks_matched_approximate": (_MATCHED, "approximate"),
     "tokens_matched": (Family("matched_tokens", "Tokens of the chunks that were found stored."), None),
