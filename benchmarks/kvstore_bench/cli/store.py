@@ -31,7 +31,8 @@ def store(
         str | None,
         typer.Option(
             help="Systems to measure, comma-separated; default: all that are installed, except kvstore-disk and "
-            "kvstore-encrypted, which read and write a disk, plain and with encryption at rest.",
+            "kvstore-encrypted, which read and write a disk, plain and with encryption at rest, and kvstore-tls and "
+            "kvstore-mtls.",
             show_default=False,
         ),
     ] = None,
@@ -61,7 +62,7 @@ def store(
     from kvstore_bench.store.systems import SYSTEMS
 
     names = (
-        [system.name for system in SYSTEMS if not system.on_disk]
+        [system.name for system in SYSTEMS if not system.on_demand]
         if systems is None
         else list(filter(None, systems.split(",")))
     )

@@ -1,11 +1,14 @@
 """Client process for this project's own servers. It runs the loop in `loop.py`.
 
-python -m kvstore_bench.store.client kvstore | kvstore-disk | kvstore-encrypted | raw-tcp ADDRESS
+python -m kvstore_bench.store.client SYSTEM ADDRESS
+
+SYSTEM is kvstore, kvstore-disk, kvstore-encrypted, kvstore-tls, kvstore-mtls or raw-tcp.
 """
 
 import random
 import socket
 import sys
+from pathlib import Path
 
 from kvstore_api.affinity import shared_where_local
 from kvstore_api.byte_stream import ByteStream
@@ -18,9 +21,14 @@ def main() -> None:
     if system == "raw-tcp":
         loop.serve(RawTcp(address))
     else:
+        from kvstore_bench.store.certificates import of_client
         from kvstore_bench.store.kvstore import KVStore
+        from kvstore_client.connector import Connector
 
-        loop.serve(KVStore(*address.split(",")[:2]))
+        storage, bulk, _, *folder = address.split(",")
+        mutual = system == "kvstore-mtls"
+        connector = Connector(of_client(Path(folder[0]), mutual=mutual)) if folder else Connector()
+        loop.serve(KVStore(storage, bulk, connector))
 
 
 class RawTcp:

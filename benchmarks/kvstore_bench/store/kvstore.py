@@ -4,12 +4,12 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import grpc
 from blake3 import blake3
 
 from kvstore_api.chunk_refs import chunk_ref
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_api.v1 import kvstore_pb2_grpc as rpc
+from kvstore_client.connector import Connector
 from kvstore_client.transport import BulkTransport, Connections, GrpcTransport, ReceiveMemory, Transport
 from kvstore_codec.chunk import ChunkHeader, write_header
 from kvstore_codec.encoding import Encoding
@@ -70,13 +70,13 @@ def _header(chunk_id: ChunkId, frames: Sequence[bytes]) -> tuple[ChunkHeader, by
 class KVStore:
     """Client of one storage node, over its bulk port and over gRPC."""
 
-    def __init__(self, storage: str, bulk: str) -> None:
-        options = [("grpc.max_receive_message_length", _MESSAGE_BYTES)]
-        channel = grpc.insecure_channel(storage, options)
+    def __init__(self, storage: str, bulk: str, connector: Connector) -> None:
+        channel = connector.channel(storage, [("grpc.max_receive_message_length", _MESSAGE_BYTES)])
         host, _, port = bulk.rpartition(":")
         self._stub = rpc.StorageStub(channel)
         self._grpc = GrpcTransport(channel)
-        self._bulk = BulkTransport(Connections(host, int(port), lambda: None, host), ReceiveMemory())
+        connections = Connections(host, int(port), connector.tls_context, connector.server_name(host))
+        self._bulk = BulkTransport(connections, ReceiveMemory())
         self._chunks: dict[int, Chunk] = {}
 
     def value(self, key: int, size_bytes: int, noise: random.Random) -> Chunk:

@@ -1,6 +1,8 @@
 """Server process of a measured system. It prints its address and runs until its stdin ends.
 
-python -m kvstore_bench.store.server kvstore [HOST [PORT [BYTES]]] | kvstore-disk | kvstore-encrypted | raw-tcp
+python -m kvstore_bench.store.server kvstore [HOST [PORT [BYTES]]] | SYSTEM
+
+SYSTEM is kvstore-disk, kvstore-encrypted, kvstore-tls, kvstore-mtls or raw-tcp.
 
 HOST and PORT are the coordinator's address. The node listens on the same host and has BYTES of memory. With a disk, in
 a temporary folder, chunks leave memory at once: every get reads the disk.
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from kvstore_api.affinity import shared_where_local
 from kvstore_api.byte_stream import ByteStream
+from kvstore_service.security import INSECURE, Security
 
 if TYPE_CHECKING:
     from kvstore_cluster.arena import Arena
@@ -75,7 +78,7 @@ def serve_raw(stream: ByteStream) -> None:
 
 def serve_kvstore(host: str, port: int, size_bytes: int, system: str, folder: Path) -> None:
     """Runs a storage node and a coordinator as `kvstore serve` does, but without Ray. Prints the three addresses
-    `storage,bulk,coordinator`."""
+    `storage,bulk,coordinator`, and with TLS the folder of the certificates behind them."""
     from kvstore_api.placement import Member
     from kvstore_cluster.arena import Arena
     from kvstore_cluster.calibrations import CalibrationRegistry
@@ -91,17 +94,32 @@ def serve_kvstore(host: str, port: int, size_bytes: int, system: str, folder: Pa
     while arena.populate():
         pass
     node = _node(arena, system, folder)
-    bulk = serve_bulk(node, host=host)
-    storage = serve_storage(node, host=host, bulk_endpoint=bulk.address)
+    security = _security(system, folder)
+    tls = security.server_tls()
+    bulk = serve_bulk(node, host=host, tls=tls)
+    storage = serve_storage(node, host=host, bulk_endpoint=bulk.address, tls=tls)
     metadata = Coordinator(FileCatalogue(folder))
     metadata.join(Member(node.node_id, storage.address, bulk_endpoint=bulk.address), incarnation=1)
     registry = CalibrationRegistry(folder / "calibrations")
     canaries = CanaryRegistry(folder / "canaries")
-    coordinator = serve_coordinator(metadata, registry, canaries, address=Address(host, port))
-    print(f"{storage.address},{bulk.address},{coordinator.address}", flush=True)
+    coordinator = serve_coordinator(
+        metadata, registry, canaries, address=Address(host, port), security=security
+    )
+    printed = (storage.address, bulk.address, coordinator.address, str(folder) if tls else "")
+    print(",".join(filter(None, printed)), flush=True)
     sys.stdin.read()
     for server in (bulk, storage, coordinator):
         server.stop(0)
+
+
+def _security(system: str, folder: Path) -> Security:
+    """Makes certificates in `folder` for a system that needs them."""
+    if not system.endswith("tls"):
+        return INSECURE
+    from kvstore_bench.store.certificates import make_certificates, of_server
+
+    make_certificates(folder)
+    return of_server(folder, mutual=system == "kvstore-mtls")
 
 
 def _node(arena: "Arena", system: str, folder: Path) -> "StorageNode":
@@ -111,7 +129,7 @@ def _node(arena: "Arena", system: str, folder: Path) -> "StorageNode":
     from kvstore_cluster.node import StorageNode
     from kvstore_cluster.residency import Residency
 
-    if system == "kvstore":
+    if system not in ("kvstore-disk", "kvstore-encrypted"):
         return StorageNode("node-0", arena)
 
     class OnlyOnDisk(Residency):

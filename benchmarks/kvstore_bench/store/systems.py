@@ -26,8 +26,8 @@ class System:
     """Operation -> method of the client."""
     install: str = ""
     """Command that installs a peer. Empty for a system of this project."""
-    on_disk: bool = False
-    """Whether it reads and writes its disk. Such a system is measured only when it is named."""
+    on_demand: bool = False
+    """Whether it is measured only when it is named."""
 
     @property
     def is_installed(self) -> bool:
@@ -54,15 +54,21 @@ def _peer(name: str) -> System:
     )
 
 
+def _on_demand(name: str) -> System:
+    return System(name, _own(name), {"get": "get", "put": "put"}, on_demand=True)
+
+
 _KVSTORE = _own("kvstore")
 SYSTEMS = (
     System("kvstore", _KVSTORE, {"get": "get", "put": "put", "get+verify": "get_verified"}),
     System("kvstore-grpc", _KVSTORE, {"get": "get_over_grpc", "put": "put_over_grpc"}),
+    _on_demand("kvstore-tls"),
+    _on_demand("kvstore-mtls"),
     _peer("redis"),
     _peer("mooncake"),
     _peer("lmcache"),
     System("raw-tcp", _own("raw-tcp"), {"get": "get", "put": "put"}),
-    System("kvstore-disk", _own("kvstore-disk"), {"get": "get", "put": "put"}, on_disk=True),
-    System("kvstore-encrypted", _own("kvstore-encrypted"), {"get": "get", "put": "put"}, on_disk=True),
+    _on_demand("kvstore-disk"),
+    _on_demand("kvstore-encrypted"),
 )
 PEER_NAMES = tuple(system.name for system in SYSTEMS if system.install)
