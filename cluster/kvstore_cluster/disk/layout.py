@@ -89,11 +89,19 @@ class PlainLayout:
         self,
         file: SegmentFile,
         first: int,
-        data_blocks: int,  # noqa: ARG002
+        data_blocks: int,
         offset: int,
         views: Sequence[memoryview],
     ) -> None:
-        file.read((first + 1) * BLOCK_BYTES + offset, views)
+        left_bytes = self.capacity_bytes(data_blocks) - offset
+        wanted = []
+        for view in views:
+            # Beside encrypted segments, reads come in units that may end behind a plain chunk, and behind its file.
+            part = view[: max(0, left_bytes)]
+            left_bytes -= part.nbytes
+            if part.nbytes:
+                wanted.append(part)
+        file.read((first + 1) * BLOCK_BYTES + offset, wanted)
 
     def header(self, block: int, data: memoryview) -> memoryview | None:  # noqa: ARG002
         return data if is_header(data, self.seed) else None

@@ -306,6 +306,24 @@ def test_a_plain_folder_is_read_and_then_encrypted(folder: Path) -> None:
     assert found_in(folder, NEW) == by_key([*stored, tiny(9)])
 
 
+def test_units_that_end_behind_plain_chunks_are_read(folder: Path) -> None:
+    """The last one ends behind the file, too."""
+    chunks = [tiny(number) for number in range(3)]
+    plain = encrypted(folder)
+    plain.recover()
+    for chunk in chunks:
+        append(plain, chunk)
+    plain.close()
+    store = encrypted(folder, NEW)
+    locations = {meta.chunk_id: location for meta, location in store.recover().records}
+    for chunk in chunks:
+        view = memoryview(bytearray(b"?" * store.read_unit_bytes))
+        store.read(locations[chunk.chunk_id], 0, [view])
+        assert view[: len(chunk.data)] == chunk.data
+        assert view[BLOCK:] == b"?" * (len(view) - BLOCK), "nothing of the record behind it"
+    store.close()
+
+
 def test_what_was_killed_while_it_was_rewritten_is_there(folder: Path, tmp_path: Path) -> None:
     stored = filled(folder, OLD)
     store = encrypted(folder, NEW, OLD)
