@@ -37,8 +37,8 @@ _UNREADABLE_S = 60.0
 # Pause after a segment was encrypted with another key, in times of its duration: this is not urgent, and it reads and
 # writes the whole disk.
 _REWRITE_PAUSES = 4
-# Pause before that is tried again on a full disk.
-_FULL_S = 60.0
+# Pause before files are encrypted with another key again, after the disk was full.
+FULL_PAUSE_S = 60.0
 # Space is short when fewer than this number of segments fit.
 _SHORT_SEGMENTS = 3
 
@@ -88,7 +88,7 @@ class Compactor:
             return self._compact(victim, relocate, lost, stopping)
         except DiskFullError as error:
             log.info("segment %d is not encrypted with the current key yet: %s", victim.number, error)
-            self._rewrite_at_s = time.monotonic() + _FULL_S
+            self._rewrite_at_s = time.monotonic() + FULL_PAUSE_S
             return False
         finally:
             ended_s = time.monotonic()

@@ -2,10 +2,11 @@
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvstore_cluster.disk.compaction import Compactor, Lost, Relocate
+from kvstore_cluster.disk.compaction import FULL_PAUSE_S, Compactor, Lost, Relocate
 from kvstore_cluster.disk.file import FileEndsError, SegmentFile, disk_error
 from kvstore_cluster.disk.folder import OpenFile, StoreFolder
 from kvstore_cluster.disk.forgotten import ForgottenRecords, read_forgotten, write_forgotten
@@ -23,6 +24,7 @@ from kvstore_codec.errors import (
     ConfigurationError,
     DiskError,
     DiskFailedError,
+    DiskFullError,
     StorageError,
     TruncatedChunkError,
 )
@@ -79,6 +81,7 @@ class SegmentStore:
         self.forgotten = ForgottenRecords()
         """Which records are dead because their tenant was forgotten, as the folder says."""
         self._forgotten_key: str | None = None
+        self._update_forgotten_at_s = 0.0  # monotonic time
         self._forgetting = threading.Lock()  # held to write the file of forgotten records
         self._recovered = False
         self._closed = False
@@ -242,10 +245,19 @@ class SegmentStore:
         self.forgotten, self._forgotten_key = records, key_name
 
     def _update_forgotten(self) -> None:
-        """Writes the file of forgotten records again if its key is not the first one any more. Raises DiskError."""
-        if self._forgotten_key not in (None, self._files.key_name):
+        """Writes the file of forgotten records again if its key is not the first one any more. On a full disk that is
+        left for later, because compaction must go on there. Raises DiskError."""
+        if (
+            self._forgotten_key in (None, self._files.key_name)
+            or time.monotonic() < self._update_forgotten_at_s
+        ):
+            return
+        try:
             with self._forgetting:
                 self._write_forgotten(self.forgotten)
+        except DiskFullError as error:
+            log.info("the forgotten tenants are not encrypted with the current key yet: %s", error)
+            self._update_forgotten_at_s = time.monotonic() + FULL_PAUSE_S
 
     def sync(self) -> None:
         """Syncs all appended records, so that they survive a power loss. Raises DiskError."""

@@ -14,9 +14,12 @@ import pytest
 
 from kvstore_cluster.disk import SegmentStore
 from kvstore_cluster.disk.file import SegmentFile
+from kvstore_cluster.disk.forgotten import ForgottenRecords
+from kvstore_cluster.forgotten import Forgotten
 from kvstore_codec.errors import DiskFullError, DiskReadOnlyError
 from tests.cluster.disk.chunks import append, by_key, contents, meta_of, read, tiny
 from tests.cluster.disk.index import SEGMENT, Index, compact, opened
+from tests.cluster.encryption.stores import NEW, OLD, keys_of, name_of
 from tests.sample_chunk import sample_chunk
 
 LIMIT = 64 << 20
@@ -202,3 +205,29 @@ def test_a_file_system_without_direct_io(tmp_path: Path) -> None:
         location = append(store, tiny(1))
         assert read(store, location, len(tiny(1).data)) == tiny(1).data
         store.close()
+
+
+def test_a_change_of_keys_on_a_full_disk_does_not_stop_compaction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the forgotten tenants cannot be encrypted with the new key yet."""
+    monkeypatch.setattr("kvstore_cluster.disk.store.FULL_PAUSE_S", 0.0)
+    secrets = [OLD]
+    store = SegmentStore(tmp_path, 4 << 20, segment_bytes=SEGMENT, keys=lambda: keys_of(*secrets))
+    store.recover()
+    index = Index(store)
+    for content in range(40):
+        index.put(content)
+    store.keep_forgotten(ForgottenRecords().with_applied(Forgotten({"tenant": 1}), ["tenant"], 0))
+    for content in range(40):
+        index.delete(content)
+    secrets.insert(0, NEW)
+    (tmp_path / "forgotten.tmp").symlink_to("/dev/full")
+    used_bytes = store.used_bytes
+    compact(index)
+    assert store.used_bytes < used_bytes
+    assert name_of(OLD) in store.chunks_by_key
+    (tmp_path / "forgotten.tmp").unlink()
+    while name_of(OLD) in store.chunks_by_key:
+        compact(index)
+    store.close()
