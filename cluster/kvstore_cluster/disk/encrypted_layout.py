@@ -121,7 +121,10 @@ class EncryptedLayout:
         return found if is_header(found, self.seed) else None
 
     def chunk(self, first: int, data: memoryview, size_bytes: int) -> memoryview:
-        data = data[: self.data_blocks(size_bytes) * BLOCK_BYTES]
+        needed_bytes = self.data_blocks(size_bytes) * BLOCK_BYTES
+        if data.nbytes < needed_bytes:  # the file was cut while in use
+            raise ChecksumError(f"the record at block {first} ends too early")
+        data = data[:needed_bytes]
         found = memoryview(bytearray(self.capacity_bytes(data.nbytes // BLOCK_BYTES)))
         left = [found]
         for unit, start in enumerate(range(0, data.nbytes, UNIT_BYTES)):

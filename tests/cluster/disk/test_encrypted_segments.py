@@ -367,6 +367,22 @@ def test_a_failed_write_uses_no_block_again(folder: Path) -> None:
     assert found_in(folder, NEW) == by_key([large(1), large(3)])
 
 
+def test_a_chunk_that_was_cut_anywhere_is_damaged() -> None:
+    layout, written = EncryptedLayout(1, EncryptionKey(NEW), bytes(32)), bytearray()
+
+    class File:
+        def write(self, offset: int, views: list[memoryview]) -> None:
+            assert offset == BLOCK + len(written)
+            written.extend(b"".join(views))
+
+    layout.write(File(), 1, b"header", [memoryview(b"x" * 20_000)])  # type: ignore[arg-type]
+    data = memoryview(written)[BLOCK:]
+    assert layout.chunk(1, data, 20_000) == b"x" * 20_000
+    for left in (0, 5, BLOCK, UNIT_BYTES - 1, UNIT_BYTES, UNIT_BYTES + 5, UNIT_BYTES + 100, len(data) - 1):
+        with pytest.raises(ChecksumError):
+            layout.chunk(1, data[:left], 20_000)
+
+
 def test_the_layout_binds_each_unit_to_its_segment(folder: Path) -> None:
     folder.mkdir()
     key, salt = EncryptionKey(NEW), bytes(32)
