@@ -161,6 +161,7 @@ def test_decisions_survive_the_coordinator(coordinator: Coordinator, catalogue: 
     assert coordinator.pin([FIRST, SECOND]) == 2
     assert coordinator.unpin([SECOND]) == 1
     coordinator.set_quota("blue", 100)
+    coordinator.set_quota("unlimited", (1 << 64) - 1)
     coordinator.set_quota("", 7)
     coordinator.set_quota("", 0)
     coordinator.drain("b")
@@ -168,7 +169,7 @@ def test_decisions_survive_the_coordinator(coordinator: Coordinator, catalogue: 
     successor = Coordinator(catalogue, replicas=2)
     successor.join(B, 2)
     assert successor.pins() == {FIRST}
-    assert successor.quotas() == {"blue": 100}
+    assert successor.quotas() == {"blue": 100, "unlimited": (1 << 64) - 1}
     assert successor.membership().members == (replace(B, draining=True),)
     assert successor.membership().replicas == 2
     assert successor.repair() == 2

@@ -122,8 +122,9 @@ def _member(fields: dict[str, Any]) -> Member:
 
 
 def _whole(value: object) -> int:
-    """Returns an integer of 0 to 2^63 - 1. Raises TypeError for any other value, including booleans."""
-    if type(value) is not int or not 0 <= value < 1 << 63:
+    """Returns an integer of 0 to 2^64 - 1, as the API's messages carry them. Raises TypeError for any other value,
+    including booleans."""
+    if type(value) is not int or not 0 <= value < 1 << 64:
         raise TypeError(f"{_short(repr(value))} is not a whole number of 64 bits")
     return value
 
