@@ -79,7 +79,7 @@ def vllm_metrics() -> list[Metric]:
         Label("engine", meaning="number of the engine"),
         Label(HALF, ("scheduler", "worker")),
     )
-    values = {label.name: label for metric in table.CLIENT_METRICS for label in metric.labels}
+    labels = {(metric.name, label.name): label for metric in table.CLIENT_METRICS for label in metric.labels}
     families = dict.fromkeys([*(family for family, _ in _NAMED.values()), *_PREFIXED.values()])
     return [
         Metric(
@@ -87,7 +87,11 @@ def vllm_metrics() -> list[Metric]:
             Kind.COUNTER,
             next((unit for unit in ("tokens", "bytes", "frames", "chunks") if unit in family.name), "events"),
             family.documentation,
-            (*own, *([values[family.label]] if family.label else [])),
+            # The label of the client's metric of the same name.
+            (
+                *own,
+                *([labels[f"kvstore_client_{family.name}_total", family.label]] if family.label else []),
+            ),
         )
         for family in families
     ] + [
