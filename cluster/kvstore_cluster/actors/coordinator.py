@@ -101,7 +101,7 @@ class CoordinatorActor:
 
     def _follow_keys(self) -> None:
         if not self._rekeying.stopping.wait(_KEYS_PERIOD_S):
-            self._canaries.update_key()
+            self._canaries.update_key(self._rekeying.stopping)
 
 
 def _waited_for(make: Callable[[], Made]) -> Made:

@@ -55,7 +55,8 @@ class CanaryRegistry:
     chooses. A new model starts at a generation that no forgotten model had, so that chunks stored under a forgotten
     canary are never found again. One number is enough to remember all forgotten generations.
 
-    With `keys`, the files are encrypted with the first of them. Copies in the mirror are not.
+    With `keys`, the files are encrypted with the first of them, older files by `update_key`. Copies in the mirror are
+    not encrypted.
 
     Raises CatalogueError when folder or mirror cannot be used, and EncryptionKeyError when the key of a file is not
     given.
@@ -85,7 +86,6 @@ class CanaryRegistry:
             for path in sorted(folder.glob("*.kvcanary"), key=lambda path: path.stat().st_mtime):
                 if match := _NAME.fullmatch(path.name):
                     self._open(path, bytes.fromhex(match[1]), int(match[2]))
-            self.update_key()
         except OSError as error:
             raise self._unusable(error) from error
         if mirror is not None:
@@ -191,24 +191,34 @@ class CanaryRegistry:
                 if record.tenant == tenant:
                     self._forget(record)
 
-    def update_key(self) -> None:
-        """Encrypts the files with the first key, if that is another one than at the last call. Raises CatalogueError,
-        and EncryptionKeyError when the key of a file is not given."""
+    def update_key(self, stopping: threading.Event) -> None:
+        """Encrypts the files with the first key, if that is another one than at the last call that succeeded. Ends
+        early once `stopping` is set. Raises CatalogueError, also on a full disk, and EncryptionKeyError when the key of
+        a file is not given. Another call then continues."""
         key_name = self._cipher.key_name
         if key_name == self._key_name:
             return
-        with self._writing:
-            try:
-                for path in self._folder.glob("*.kvcanary"):
-                    data = path.read_bytes()
-                    if key_name_of(data) != key_name:
-                        with suppress(
-                            ChunkFormatError
-                        ):  # a damaged one stays as it is, for whoever looks into it
-                            self._write_file(path, self._cipher.decrypt(path, data))
-            except OSError as error:
-                raise self._unusable(error) from error
-            self._key_name = key_name
+        try:
+            for path in self._folder.glob("*.kvcanary"):
+                if stopping.is_set():
+                    return
+                with self._writing, suppress(FileNotFoundError):  # replaced or dropped in the meantime
+                    self._encrypt_again(path, key_name)
+        except OSError as error:
+            raise self._unusable(error) from error
+        self._key_name = key_name
+
+    def _encrypt_again(self, path: Path, key_name: str) -> None:
+        """Encrypts a file with the first key, unless its key is `key_name`. Call with `_writing` held. Raises OSError,
+        EncryptionKeyError."""
+        with path.open("rb") as file:
+            if key_name_of(file.read(ADDED_BYTES)) == key_name:
+                return
+            file.seek(0)
+            data, before = file.read(), os.fstat(file.fileno())
+        with suppress(ChunkFormatError):  # a damaged one stays as it is, for whoever looks into it
+            self._write_file(path, self._cipher.decrypt(path, data))
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # this is no use of the canary
 
     def records(self) -> tuple[CanaryRecord, ...]:
         """Records of all models and tenants, least recently used first. A damaged one is missing until its next worker

@@ -1,5 +1,7 @@
 """Small encrypted files: the list of forgotten tenants, the catalogue, and canaries."""
 
+import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,7 +159,7 @@ def test_canaries_are_encrypted_and_follow_the_key(tmp_path: Path) -> None:
     [path] = tmp_path.iterdir()
     assert TENANT.encode() not in path.read_bytes()
     secrets.insert(0, NEW)
-    registry.update_key()
+    registry.update_key(threading.Event())
     assert registry.get(MODEL, TENANT) == made
     assert CanaryRegistry(tmp_path, keys=source(NEW)).get(MODEL, TENANT) == made
     for keys in (None, source(OLD)):
@@ -165,12 +167,47 @@ def test_canaries_are_encrypted_and_follow_the_key(tmp_path: Path) -> None:
             CanaryRegistry(tmp_path, keys=keys)
 
 
-def test_plain_canaries_are_encrypted_at_the_start(tmp_path: Path) -> None:
+def test_plain_canaries_are_encrypted_after_the_start(tmp_path: Path) -> None:
     made = CanaryRegistry(tmp_path).put(MODEL, 0, Origin("model"), sketch(), tenant=TENANT)
-    registry = CanaryRegistry(tmp_path, keys=source(NEW))
     [path] = tmp_path.iterdir()
+    plain = path.read_bytes()
+    registry = CanaryRegistry(tmp_path, keys=source(NEW))
+    assert path.read_bytes() == plain, "a start on a full disk writes nothing"
+    registry.update_key(threading.Event())
     assert TENANT.encode() not in path.read_bytes()
     assert registry.get(MODEL, TENANT) == made
+
+
+def test_canaries_are_encrypted_again_once_the_disk_has_room(tmp_path: Path) -> None:
+    CanaryRegistry(tmp_path, keys=source(OLD)).put(MODEL, 0, Origin("model"), sketch())
+    [path] = tmp_path.iterdir()
+    registry = CanaryRegistry(tmp_path, keys=source(NEW, OLD))
+    aside = tmp_path / f".unfinished-{path.name}"
+    aside.symlink_to("/dev/full")
+    with pytest.raises(CatalogueError, match="No space left"):
+        registry.update_key(threading.Event())
+    aside.unlink()
+    registry.update_key(threading.Event())
+    assert CanaryRegistry(tmp_path, keys=source(NEW)).get(MODEL)[1] == sketch()
+
+
+def test_encrypting_canaries_again_keeps_the_order_of_their_use(tmp_path: Path) -> None:
+    registry = CanaryRegistry(tmp_path)
+    for tenant, used_s in (("a", 3), ("b", 1), ("c", 2)):
+        registry.put(MODEL, 0, Origin("model"), sketch(), tenant=tenant)
+        [path] = (path for path in tmp_path.iterdir() if path.stat().st_mtime > 10)
+        os.utime(path, (used_s, used_s))
+    CanaryRegistry(tmp_path, keys=source(NEW)).update_key(threading.Event())
+    again = CanaryRegistry(tmp_path, keys=source(NEW))
+    assert [record.tenant for record in again.records()] == ["b", "c", "a"]
+
+
+def test_a_coordinator_that_stops_does_not_wait_for_all_canaries(tmp_path: Path) -> None:
+    CanaryRegistry(tmp_path, keys=source(OLD)).put(MODEL, 0, Origin("model"), sketch())
+    registry, stopping = CanaryRegistry(tmp_path, keys=source(NEW, OLD)), threading.Event()
+    stopping.set()
+    registry.update_key(stopping)
+    assert CanaryRegistry(tmp_path, keys=source(OLD)).get(MODEL)[1] == sketch()
 
 
 def test_a_changed_canary_is_computed_again(tmp_path: Path) -> None:
