@@ -44,7 +44,8 @@ class SegmentLayouts:
         for version, named, sector in sectors(block, number):
             if version == VERSION:
                 return PlainLayout(named)
-            key = key_of(None if self._keys is None else self._keys(), named.to_bytes(8, "little"), path)
+            keys = None if self._keys is None else self._keys()
+            key = key_of(keys, named.to_bytes(8, "little"), path, path.parent)
             salt, tag = _ENCRYPTED.unpack_from(sector)
             layout = EncryptedLayout(number, key, salt)
             try:

@@ -48,7 +48,7 @@ class FileCipher:
             raise UnsupportedVersionError(
                 f"{path} is encrypted in format version {version}, but this release reads version {_VERSION}"
             )
-        key = key_of(None if self._keys is None else self._keys(), key_id, path)
+        key = key_of(None if self._keys is None else self._keys(), key_id, path, path)
         bound = data[: _OPENING.size] + path.name.encode()
         return key.aead(_CONTEXT, salt).decrypt(0, memoryview(data)[_OPENING.size :], bound)
 

@@ -80,8 +80,9 @@ KeySource = Callable[[], EncryptionKeys]
 """Returns the keys as they are now, which change when their file does."""
 
 
-def key_of(keys: EncryptionKeys | None, key_id: bytes, path: Path) -> EncryptionKey:
-    """The key that has encrypted `path`. Raises EncryptionKeyError when it is not among the keys."""
+def key_of(keys: EncryptionKeys | None, key_id: bytes, path: Path, unit: Path) -> EncryptionKey:
+    """The key that has encrypted `path`. Raises EncryptionKeyError when it is not among the keys. Its message advises to
+    move `unit` away when the key is lost: the file, or the folder that makes sense only as a whole."""
     key = None if keys is None else keys.find(key_id)
     if key is not None:
         return key
@@ -90,8 +91,8 @@ def key_of(keys: EncryptionKeys | None, key_id: bytes, path: Path) -> Encryption
     )
     raise EncryptionKeyError(
         f"{path} is encrypted with key {key_id.hex()}, but {given}. Nothing was changed. Start again with a key file "
-        f"that has this key, on any line; if the key is lost, what it has encrypted is lost, too: move {path.parent} "
-        "away to start without it"
+        f"that has this key, on any line; if the key is lost, what it has encrypted is lost, too: move {unit} away "
+        "to start without it"
     )
 
 

@@ -240,7 +240,9 @@ def test_a_wrong_or_missing_key_is_refused_and_changes_nothing(
     (folder / INDEX).unlink()
     before = snapshot(folder)
     store = encrypted(folder, *secrets)
-    with pytest.raises(EncryptionKeyError, match=f"{folder}.*key {name_of(NEW)}.*Nothing was changed"):
+    with pytest.raises(
+        EncryptionKeyError, match=f"key {name_of(NEW)}.*Nothing was changed.*move {folder} away"
+    ):
         store.recover()
     with pytest.raises(DiskFailedError):
         append(store, tiny(1))
