@@ -81,8 +81,8 @@ KeySource = Callable[[], EncryptionKeys]
 
 
 def key_of(keys: EncryptionKeys | None, key_id: bytes, path: Path, unit: Path) -> EncryptionKey:
-    """The key that has encrypted `path`. Raises EncryptionKeyError when it is not among the keys. Its message advises to
-    move `unit` away when the key is lost: the file, or the folder that makes sense only as a whole."""
+    """The key that has encrypted `path`. Raises EncryptionKeyError when it is not among the keys. Its message advises
+    to move `unit` away when the key is lost: the file, or the folder that makes sense only as a whole."""
     key = None if keys is None else keys.find(key_id)
     if key is not None:
         return key
@@ -105,6 +105,10 @@ def read_keys(path: Path) -> EncryptionKeys:
             "encryption at rest needs the package cryptography; install kvstore-service[cluster]"
         ) from error
     keys = EncryptionKeys(read_secrets(path, "encryption keys", "the first key encrypts"))
-    if path.stat().st_mode & stat.S_IROTH:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:  # removed or replaced in the meantime
+        raise ConfigurationError(f"cannot read the mode of {path}: {error.strerror}") from error
+    if mode & stat.S_IROTH:
         log.warning("every user of this machine can read the encryption keys in %s; chmod 600 it", path)
     return keys

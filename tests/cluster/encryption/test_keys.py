@@ -1,6 +1,8 @@
 """Key files: what is a key, and what is said about a wrong file."""
 
 import logging
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,22 @@ def test_a_wrong_file_is_refused_and_not_quoted(tmp_path: Path, content: str) ->
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"absent: No such file"):
         read_keys(tmp_path / "absent")
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    os.mkfifo(file)
+
+    def write_and_remove() -> None:
+        with file.open("w") as pipe:  # waits until the keys are read
+            file.unlink()
+            pipe.write(NEW.hex())
+
+    writer = threading.Thread(target=write_and_remove)
+    writer.start()
+    with pytest.raises(ConfigurationError, match=r"keys: No such file"):
+        read_keys(file)
+    writer.join()
 
 
 def test_a_file_that_everybody_can_read_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
