@@ -11,6 +11,7 @@ from kvstore_cluster.canaries import CanaryRecord, CanaryRegistry, Origin, Refus
 from kvstore_codec.errors import (
     CanaryError,
     CatalogueError,
+    EncryptionKeyError,
     KVStoreError,
     UnknownModelError,
 )
@@ -23,6 +24,7 @@ _STATUS: dict[type[KVStoreError], grpc.StatusCode] = {
     CanaryError: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownModelError: grpc.StatusCode.NOT_FOUND,
     CatalogueError: grpc.StatusCode.UNAVAILABLE,
+    EncryptionKeyError: grpc.StatusCode.FAILED_PRECONDITION,  # trying again does not help
 }
 
 

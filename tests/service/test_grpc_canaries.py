@@ -12,6 +12,7 @@ from kvstore_cluster.calibrations import CalibrationRegistry
 from kvstore_cluster.canaries import CanaryRegistry
 from kvstore_cluster.catalogue import FileCatalogue
 from kvstore_cluster.coordinator import Coordinator
+from kvstore_cluster.encryption import EncryptionKeys, FileCipher
 from kvstore_codec.canary import MAX_SKETCH_BYTES
 from kvstore_service.grpc_canaries import client_of
 from kvstore_service.grpc_coordinator import serve_coordinator
@@ -86,6 +87,17 @@ def test_a_replacement_is_heard_of_with_the_membership(stub: rpc.CoordinatorStub
     assert put(stub, 2, "wrong").sketch == b""  # compared before the replacement
     reply = put(stub, 1, "right", generation=1)
     assert (reply.sketch, reply.canary_changes) == (sketch(1), 1)
+
+
+def test_a_canary_whose_key_is_gone_is_no_unknown_error(stub: rpc.CoordinatorStub, tmp_path: Path) -> None:
+    put(stub, 1, "first")
+    [path] = (tmp_path / "canaries").iterdir()
+    keys = EncryptionKeys([b"k" * 32])
+    path.write_bytes(FileCipher(lambda: keys).encrypt(path, path.read_bytes()))
+    for call in (lambda: stub.GetCanary(pb.GetCanaryRequest(model_digest=MODEL)), lambda: put(stub, 2, "x")):
+        with pytest.raises(grpc.RpcError, match=f"encrypted with key {keys.first.name}") as error:
+            call()
+        assert error.value.code() == grpc.StatusCode.FAILED_PRECONDITION
 
 
 @pytest.mark.parametrize(
