@@ -87,8 +87,9 @@ class UnaryRequests(grpc.ServerInterceptor):  # type: ignore[misc]
                 if not needs_credential:
                     return serve(self._strangers.request(requests, context, _network(context)), context)
                 group, share = self._share(context)
-                with share:
-                    return serve(self._members.request(requests, context, group), context)
+                request = self._members.request(requests, context, group)
+                with share:  # calls whose request has not come take nobody's share
+                    return serve(request, context)
 
         return serve_if_received
 

@@ -48,8 +48,10 @@ class AppliedForgettings:
         self._joining.pop(node_id, None)
 
     def missing(self, node_ids: Iterable[str], generation: int) -> list[str]:
-        """Those of the nodes that have not applied all forgettings up to `generation`."""
-        return [node_id for node_id in node_ids if self._applied.get(node_id, 0) < generation]
+        """Those of the nodes, and of those that have asked to join, that have not applied all forgettings up to
+        `generation`."""
+        known = dict.fromkeys([*node_ids, *self._joining])
+        return [node_id for node_id in known if self._applied.get(node_id, 0) < generation]
 
 
 class ForgettingRate:
@@ -66,6 +68,7 @@ class ForgettingRate:
             self._period, self._counts = period, Counter()
         if self._counts[tenant] == MAX_FORGETTINGS:
             raise TooManyForgettingsError(
-                f"the tenant was forgotten {MAX_FORGETTINGS} times within {FORGETTINGS_PERIOD_S:g} s; try again later"
+                f"the tenant was to be forgotten {MAX_FORGETTINGS} times within {FORGETTINGS_PERIOD_S:g} s; "
+                "try again later"
             )
         self._counts[tenant] += 1

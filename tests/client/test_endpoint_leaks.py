@@ -37,7 +37,7 @@ def served(tmp_path: Path) -> Iterator[ServedCluster]:
 
 @pytest.fixture
 def client(served: ServedCluster) -> Iterator[KVStoreClient]:
-    with connect(served.address, retry_after_s=0.0) as client:
+    with connect(served.address, retry_after_s=0.0, lookup_timeout_s=20.0) as client:
         yield client
 
 

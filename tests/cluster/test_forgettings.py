@@ -49,6 +49,18 @@ def test_a_tenant_that_is_forgotten_without_pause_keeps_no_node_away(
     assert coordinator.membership().members
 
 
+def test_a_forgetting_waits_for_a_node_that_is_joining(coordinator: Coordinator) -> None:
+    """It has begun with older forgettings, and becomes a member before it has heard of this one."""
+    first = coordinator.forget("red", with_pins=False)
+    assert not coordinator.register(MEMBER, 1, 0, 0).membership.members
+    second = coordinator.forget("blue", with_pins=False)
+    assert coordinator.not_applied(second) == ["node-0"]
+    assert coordinator.register(MEMBER, 1, 0, first).membership.members
+    assert coordinator.not_applied(second) == ["node-0"]
+    coordinator.register(MEMBER, 1, 0, second)
+    assert coordinator.not_applied(second) == []
+
+
 def test_a_tenant_can_be_forgotten_a_few_times_a_minute(
     coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,18 @@ def test_a_call_that_ends_without_a_request_is_refused(storage: ServedNode) -> N
     assert code_of(call) is grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_a_dashboard_without_requests_keeps_no_operator_out(
+    cluster: SecuredCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unary_requests, "MAX_UNARY_OF_OPERATORS", 1)
+    dashboard = cluster.token(None, Scope.METRICS)
+    with half_calls(cluster.storage.address, "/kvstore.v1.Storage/Stats", MANY, dashboard):
+        room = received(cluster.storage)._members._room
+        wait_until(lambda: len(room) == unary_requests.MAX_RECEIVING)
+        admin = cluster.nodes(cluster.token(None, Scope.ADMIN))
+        assert code_of(admin.Stats.future(pb.StatsRequest(), timeout=TIMEOUT_S)) is OK
+
+
 @contextlib.contextmanager
 def slow_lookups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
     """Lookups last until the end of the block. Yields how many are in progress."""
