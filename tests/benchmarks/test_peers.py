@@ -65,6 +65,7 @@ def test_cachegen_returns_what_its_bins_allow(tmp_path: Path, bins: str) -> None
             assert error[layers].max() > half_step.max() / 2
 
 
+@pytest.mark.slow
 def test_install_says_what_failed_and_finishes_only_once(tmp_path: Path) -> None:
     requirements = _peer(tmp_path, "--no-index\nno-such-distribution==1\n")
     failed = _install(tmp_path)

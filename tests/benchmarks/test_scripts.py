@@ -23,6 +23,7 @@ def test_a_script_can_be_loaded(script: Path) -> None:
     assert runpy.run_path(str(script), run_name="loaded")["__doc__"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cuda().available, reason="this machine has a GPU")
 @pytest.mark.parametrize("script", GPU_SCRIPTS, ids=named)
 def test_without_a_gpu_nothing_is_measured(script: Path) -> None:
@@ -31,6 +32,7 @@ def test_without_a_gpu_nothing_is_measured(script: Path) -> None:
     assert done.stdout.startswith("nothing to measure: ")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cuda().available, reason="this machine has a GPU")
 def test_the_reason_for_measuring_nothing_of_vllm_is_one_sentence() -> None:
     done = subprocess.run(

@@ -24,6 +24,7 @@ MEMORY, DISK = 2 << 20, 64 << 20
 CHUNKS = [sample_chunk(content=number, frame_bytes=20_000) for number in range(30)]  # 7 MB
 
 
+@pytest.mark.slow
 def test_a_killed_node_comes_back_with_what_is_on_its_disk(tmp_path: Path) -> None:
     with EmbeddedCluster(settings_of(memory=MEMORY, disk=DISK, data_dir=tmp_path)) as cluster:
         before = members(cluster)["node-0"]

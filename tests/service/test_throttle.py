@@ -237,6 +237,7 @@ def test_a_wrong_limit_is_refused_before_the_cluster_is_asked() -> None:
         nowhere.kvstore("throttle", "50mbit")
 
 
+@pytest.mark.slow
 def test_a_node_that_was_not_started_for_experiments_says_how_to_start_one(tmp_path: Path) -> None:
     with EmbeddedCluster(settings_of(memory=4 << 20, disk=64 << 20, data_dir=tmp_path)) as running:
         cluster = Cluster(running.address, {})
@@ -249,6 +250,7 @@ def test_a_node_that_was_not_started_for_experiments_says_how_to_start_one(tmp_p
         assert cluster.kvstore("throttle")["nodes"] == [nothing]
 
 
+@pytest.mark.slow
 def test_a_cluster_that_was_started_for_experiments_takes_limits(tmp_path: Path) -> None:
     settings = settings_of(memory=4 << 20, disk=64 << 20, data_dir=tmp_path, experiments=True)
     with EmbeddedCluster(settings) as running:

@@ -71,6 +71,7 @@ def test_each_tier_has_its_ratio_then(tmp_path: Path, cache_dir: Path) -> None:
         assert row["over_best"] == row["ttft_s"] / min(seconds for _, seconds in row["sweep"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [("tune",), ("calibrate", "--ratio")], ids=" ".join)
 @pytest.mark.parametrize(
     ("arguments", "reason"),
