@@ -207,6 +207,7 @@ class CanaryRegistry:
         except OSError as error:
             raise self._unusable(error) from error
         self._key_name = key_name
+        log.info("canaries in %s are encrypted with key %s", self._folder, key_name)
 
     def _encrypt_again(self, path: Path, key_name: str) -> None:
         """Encrypts a file with the first key, unless its key is `key_name`. Call with `_writing` held. Raises OSError,
@@ -216,9 +217,11 @@ class CanaryRegistry:
                 return
             file.seek(0)
             data, before = file.read(), os.fstat(file.fileno())
-        with suppress(ChunkFormatError):  # a damaged one stays as it is, for whoever looks into it
+        try:
             self._write_file(path, self._cipher.decrypt(path, data))
             os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # this is no use of the canary
+        except ChunkFormatError as error:  # it stays as it is, for whoever looks into it
+            log.warning("move %s away before its encryption key is removed: it is damaged (%s)", path, error)
 
     def records(self) -> tuple[CanaryRecord, ...]:
         """Records of all models and tenants, least recently used first. A damaged one is missing until its next worker

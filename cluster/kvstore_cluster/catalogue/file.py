@@ -97,6 +97,8 @@ class FileCatalogue:
         try:
             key_name = self._cipher.key_name
             write_durably(self._path, self._cipher.encrypt(self._path, text.encode()), aside)
+            if key_name != self._key_name:
+                log.info("%s is encrypted with key %s", self._path, key_name)
             self._key_name = key_name
         except OSError as error:
             with suppress(OSError):

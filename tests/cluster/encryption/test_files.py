@@ -1,5 +1,6 @@
 """Small encrypted files: the list of forgotten tenants, the catalogue, and canaries."""
 
+import logging
 import os
 import threading
 import time
@@ -137,9 +138,14 @@ def test_a_changed_catalogue_is_damaged(tmp_path: Path, catalogues: list[FileCat
 
 @pytest.mark.parametrize("before", [None, OLD], ids=["plain", "old key"])
 def test_a_catalogue_of_another_key_is_written_again(
-    tmp_path: Path, catalogues: list[FileCatalogue], before: bytes | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    catalogues: list[FileCatalogue],
+    before: bytes | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(file, "_WATCH_PERIOD_S", 0.05)
+    caplog.set_level(logging.INFO)
     reopened(catalogues, tmp_path, None if before is None else source(before)).save(STATE)
     assert reopened(catalogues, tmp_path, source(NEW, OLD)).load() == STATE
     deadline_s = time.monotonic() + PATIENCE_S
@@ -147,6 +153,7 @@ def test_a_catalogue_of_another_key_is_written_again(
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
     assert reopened(catalogues, tmp_path, source(NEW)).load() == STATE
+    assert f"catalogue.json is encrypted with key {name_of(NEW)}" in caplog.text
 
 
 # ---- canaries
@@ -178,7 +185,9 @@ def test_plain_canaries_are_encrypted_after_the_start(tmp_path: Path) -> None:
     assert registry.get(MODEL, TENANT) == made
 
 
-def test_canaries_are_encrypted_again_once_the_disk_has_room(tmp_path: Path) -> None:
+def test_canaries_are_encrypted_again_once_the_disk_has_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     CanaryRegistry(tmp_path, keys=source(OLD)).put(MODEL, 0, Origin("model"), sketch())
     [path] = tmp_path.iterdir()
     registry = CanaryRegistry(tmp_path, keys=source(NEW, OLD))
@@ -187,7 +196,11 @@ def test_canaries_are_encrypted_again_once_the_disk_has_room(tmp_path: Path) -> 
     with pytest.raises(CatalogueError, match="No space left"):
         registry.update_key(threading.Event())
     aside.unlink()
+    caplog.set_level(logging.INFO)
+    done = f"canaries in {tmp_path} are encrypted with key {name_of(NEW)}"
+    assert done not in caplog.text
     registry.update_key(threading.Event())
+    assert done in caplog.text
     assert CanaryRegistry(tmp_path, keys=source(NEW)).get(MODEL)[1] == sketch()
 
 
