@@ -25,7 +25,7 @@ from kvstore_service.waiting_room import WaitingRoom
 
 REQUEST_S = 20.0
 """Time limit for a request to come after its headers: 8 MiB at 3.4 Mbit/s."""
-MAX_RECEIVING = 64
+MAX_RECEIVING = 256
 """Most calls of identified callers whose request has not come. It comes with the headers, unless it is large. One more
 cancels another (`WaitingRoom`)."""
 MAX_RECEIVING_OF_STRANGERS = 32
