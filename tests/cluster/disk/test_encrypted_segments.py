@@ -1,4 +1,4 @@
-"""Encrypted segments: nothing in them is readable or can be changed, and each key can be replaced."""
+"""Encrypted segments: nothing in them is readable or can be changed."""
 
 import itertools
 import shutil
@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from kvstore_cluster.disk import RecordMeta, SegmentStore
+from kvstore_cluster.disk import RecordMeta
 from kvstore_cluster.disk.encrypted_layout import UNIT_BYTES, UNIT_DATA_BYTES, EncryptedLayout
 from kvstore_cluster.disk.file import SegmentFile, aligned_buffer
 from kvstore_cluster.encryption import EncryptionKey
-from kvstore_codec.errors import ChecksumError, DiskFailedError, EncryptionKeyError
+from kvstore_codec.errors import ChecksumError
 from tests.cluster.disk.chunks import append, by_key, meta_of, read, tiny
-from tests.cluster.disk.index import Index, compact
-from tests.cluster.encryption.stores import NEW, OLD, encrypted, filled, found_in, keys_of, large, name_of
-from tests.sample_chunk import SampleChunk
+from tests.cluster.encryption.stores import NEW, encrypted, filled, found_in, large
 
 BLOCK = 4096
 SEGMENT, INDEX = "segment-00000001.kvs", "segment-00000001.index"
@@ -225,123 +223,7 @@ def test_a_truncated_segment_loses_what_is_cut(folder: Path) -> None:
     assert found_in(folder, NEW) == by_key(expected[:2])
 
 
-# ---- keys
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.parametrize("secrets", [(), (OLD,)])
-def test_a_wrong_or_missing_key_is_refused_and_changes_nothing(
-    folder: Path, secrets: tuple[bytes, ...]
-) -> None:
-    expected = by_key(filled(folder, NEW))
-    (folder / INDEX).unlink()
-    before = snapshot(folder)
-    store = encrypted(folder, *secrets)
-    with pytest.raises(
-        EncryptionKeyError, match=f"key {name_of(NEW)}.*Nothing was changed.*move {folder} away"
-    ):
-        store.recover()
-    with pytest.raises(DiskFailedError):
-        append(store, tiny(1))
-    store.close()
-    assert snapshot(folder) == before
-    assert found_in(folder, OLD, NEW) == expected
-
-
-def test_a_missing_key_of_one_segment_changes_no_other(folder: Path) -> None:
-    filled(folder, OLD)
-    store = encrypted(folder, NEW, OLD)
-    store.recover()
-    append(store, tiny(1))
-    store.close()
-    for index in folder.glob("*.index"):
-        index.unlink()
-    before = snapshot(folder)
-    store = encrypted(folder, OLD)
-    with pytest.raises(EncryptionKeyError, match=f"segment-00000002.kvs.*{name_of(NEW)}"):
-        store.recover()
-    store.close()
-    assert snapshot(folder) == before
-
-
-def test_an_old_key_reads_until_all_is_written_with_the_new_one(folder: Path) -> None:
-    stored = filled(folder, OLD)
-    store = encrypted(folder, NEW, OLD)
-    index = index_of(store, stored)
-    index.put(9)
-    assert store.chunks_by_key == {name_of(OLD): 3, name_of(NEW): 1}
-    rewrite(index, name_of(NEW))
-    assert store.chunks_by_key == {name_of(NEW): 4}
-    index.check()
-    store.close()
-    assert found_in(folder, NEW) == by_key([*stored, tiny(9)])
-
-
-def test_the_segment_in_use_is_left_when_the_key_changes(folder: Path) -> None:
-    secrets = [OLD]
-    store = SegmentStore(folder, 8 << 20, keys=lambda: keys_of(*secrets))
-    store.recover()
-    index = Index(store)
-    index.put(1)
-    secrets.insert(0, NEW)
-    index.put(2)
-    assert store.chunks_by_key == {name_of(OLD): 1, name_of(NEW): 1}
-    rewrite(index, name_of(NEW))
-    store.close()
-    assert found_in(folder, NEW) == by_key([tiny(1), tiny(2)])
-
-
-def test_a_plain_folder_is_read_and_then_encrypted(folder: Path) -> None:
-    stored = filled(folder)
-    store = encrypted(folder, NEW)
-    index = index_of(store, stored)
-    index.put(9)
-    assert store.chunks_by_key == {"": 3, name_of(NEW): 1}
-    rewrite(index, name_of(NEW))
-    index.check()
-    store.close()
-    written = b"".join(path.read_bytes() for path in folder.iterdir())
-    assert not any(chunk.data[100:120] in written for chunk in stored)
-    assert found_in(folder, NEW) == by_key([*stored, tiny(9)])
-
-
-def test_units_that_end_behind_plain_chunks_are_read(folder: Path) -> None:
-    """The last one ends behind the file, too."""
-    chunks = [tiny(number) for number in range(3)]
-    plain = encrypted(folder)
-    plain.recover()
-    for chunk in chunks:
-        append(plain, chunk)
-    plain.close()
-    store = encrypted(folder, NEW)
-    locations = {meta.chunk_id: location for meta, location in store.recover().records}
-    for chunk in chunks:
-        view = memoryview(bytearray(b"?" * store.read_unit_bytes))
-        store.read(locations[chunk.chunk_id], 0, [view])
-        assert view[: len(chunk.data)] == chunk.data
-        assert view[BLOCK:] == b"?" * (len(view) - BLOCK), "nothing of the record behind it"
-    store.close()
-
-
-def test_what_was_killed_while_it_was_rewritten_is_there(folder: Path, tmp_path: Path) -> None:
-    stored = filled(folder, OLD)
-    store = encrypted(folder, NEW, OLD)
-    index = index_of(store, stored)
-    killed: list[dict[tuple[bytes, str], bytes]] = []
-
-    def relocate(meta: RecordMeta, old: object, new: object) -> bool:
-        copy = tmp_path / f"killed-{len(killed)}"
-        shutil.copytree(folder, copy)
-        killed.append(found_in(copy, NEW, OLD))
-        return index.relocate(meta, old, new)  # type: ignore[arg-type]
-
-    while store.chunks_by_key != {name_of(NEW): 3}:
-        store.compact(relocate)
-    assert killed == [by_key(stored)] * 3
-    store.close()
+# ---- what is written once, and where
 
 
 def test_a_failed_write_uses_no_block_again(folder: Path) -> None:
@@ -397,18 +279,3 @@ def test_the_layout_binds_each_unit_to_its_segment(folder: Path) -> None:
     with pytest.raises(ChecksumError):
         other.read(file, 1, 5, 0, [memoryview(found)])
     file.close()
-
-
-def index_of(store: SegmentStore, stored: list[SampleChunk]) -> Index:
-    """An index of a store that was just opened."""
-    index = Index(store)
-    chunks = {chunk.chunk_id: (number, chunk) for number, chunk in enumerate(stored)}
-    for meta, location in list(store.recover().records):
-        number, chunk = chunks[meta.chunk_id]
-        index.where[number] = (location, chunk)
-    return index
-
-
-def rewrite(index: Index, key_name: str) -> None:
-    while set(index.store.chunks_by_key) != {key_name}:
-        compact(index)
