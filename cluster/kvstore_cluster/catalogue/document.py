@@ -13,6 +13,7 @@ import xxhash
 from kvstore_api.placement import Member
 from kvstore_cluster.catalogue.base import ClusterState, NodeRecord
 from kvstore_cluster.forgotten import Forgotten
+from kvstore_cluster.json_values import as_text, as_truth, as_whole
 from kvstore_codec import bounded
 from kvstore_codec.errors import CatalogueError, CodecError
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
@@ -53,7 +54,7 @@ def read_document(text: str, name: str) -> ClusterState:
         raise unsound(name, f"it has {len(text)} characters, but at most {MAX_DOCUMENT_BYTES} are allowed")
     try:
         document = bounded.loads(text, _MOST_VALUES)
-        kind, version = _text(document["format"]), _whole(document["version"])
+        kind, version = as_text(document["format"]), as_whole(document["version"])
         sound = document["checksum"] == _checksum(document["state"])
         readable = kind == _NAME and version in _READABLE
         state = _parse(document["state"], version) if sound and readable else ClusterState()
@@ -87,60 +88,41 @@ def _checksum(content: dict[str, Any]) -> str:
 def _parse(content: dict[str, Any], version: int) -> ClusterState:
     nodes = tuple(
         NodeRecord(
-            _member(node["member"]), _whole(node["incarnation"]), _truth(node["alive"]), _text(node["error"])
+            _member(node["member"]),
+            as_whole(node["incarnation"]),
+            as_truth(node["alive"]),
+            as_text(node["error"]),
         )
         for node in content["nodes"]
     )
     if version == 1:
-        return ClusterState(_whole(content["epoch"]), nodes)
+        return ClusterState(as_whole(content["epoch"]), nodes)
     return ClusterState(
-        _whole(content["epoch"]),
+        as_whole(content["epoch"]),
         nodes,
         pins={
-            _text(tenant): chunks
+            as_text(tenant): chunks
             for tenant, pins in ({"": content["pins"]} | content.get("tenant_pins", {})).items()
             if (chunks := frozenset(map(_chunk_id, pins)))
         },
-        quotas={_text(tenant): _whole(limit_bytes) for tenant, limit_bytes in content["quotas"].items()},
-        draining=frozenset(map(_text, content["draining"])),
-        repair_round=_whole(content["repair_round"]),
-        changes=_whole(content["changes"]),
+        quotas={as_text(tenant): as_whole(limit_bytes) for tenant, limit_bytes in content["quotas"].items()},
+        draining=frozenset(map(as_text, content["draining"])),
+        repair_round=as_whole(content["repair_round"]),
+        changes=as_whole(content["changes"]),
         forgotten=Forgotten(
-            {_text(tenant): _whole(last) for tenant, last in content.get("forgotten", {}).items()},
-            _whole(content.get("forgotten_floor", 0)),
+            {as_text(tenant): as_whole(last) for tenant, last in content.get("forgotten", {}).items()},
+            as_whole(content.get("forgotten_floor", 0)),
         ),
     )
 
 
 def _member(fields: dict[str, Any]) -> Member:
     weight = fields.get("weight", 1.0)
-    member = Member(**fields | {"weight": weight if type(weight) is float else _whole(weight)})
+    member = Member(**fields | {"weight": weight if type(weight) is float else as_whole(weight)})
     for text in (member.node_id, member.endpoint, member.bulk_endpoint, member.domain):
-        _text(text)
-    _truth(member.draining)
+        as_text(text)
+    as_truth(member.draining)
     return member
-
-
-def _whole(value: object) -> int:
-    """Returns an integer of 0 to 2^64 - 1, as the API's messages carry them. Raises TypeError for any other value,
-    including booleans."""
-    if type(value) is not int or not 0 <= value < 1 << 64:
-        raise TypeError(f"{_short(repr(value))} is not a whole number of 64 bits")
-    return value
-
-
-def _text(value: object) -> str:
-    """Returns a text. Raises TypeError for any other value, and ValueError for text that cannot be encoded."""
-    if not isinstance(value, str):
-        raise TypeError(f"{_short(repr(value))} is not a text")
-    value.encode()
-    return value
-
-
-def _truth(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{_short(repr(value))} is neither true nor false")
-    return value
 
 
 def _pins(pins: Iterable[ChunkId]) -> list[str]:

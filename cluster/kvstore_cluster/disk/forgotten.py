@@ -17,6 +17,7 @@ from kvstore_cluster.disk.file import disk_error
 from kvstore_cluster.durable import write_durably
 from kvstore_cluster.encryption import FileCipher, key_name_of
 from kvstore_cluster.forgotten import MAX_FORGOTTEN, Forgotten
+from kvstore_cluster.json_values import as_text, as_whole
 from kvstore_codec import bounded
 from kvstore_codec.errors import CodecError
 
@@ -80,12 +81,13 @@ def read_forgotten(folder: Path, cipher: FileCipher) -> tuple[ForgottenRecords, 
             )
             return ForgottenRecords(), None
         tenants = {
-            _text(name): (_whole(generation), _whole(last)) for name, generation, last in content["tenants"]
+            as_text(name): (_sequence(generation), _sequence(last))
+            for name, generation, last in content["tenants"]
         }
         records = ForgottenRecords(
-            Forgotten({name: pair[0] for name, pair in tenants.items()}, _whole(content["floor"])),
+            Forgotten({name: pair[0] for name, pair in tenants.items()}, _sequence(content["floor"])),
             {name: pair[1] for name, pair in tenants.items()},
-            _whole(content["floor_sequence"]),
+            _sequence(content["floor_sequence"]),
         )
     except FileNotFoundError:
         return ForgottenRecords(), None
@@ -113,19 +115,9 @@ def write_forgotten(folder: Path, records: ForgottenRecords, cipher: FileCipher)
         raise disk_error(error, f"writing {path}") from error
 
 
-def _whole(value: object) -> int:
-    """Returns a generation or a sequence number: 0 to 2^63 - 1. Raises TypeError for any other value."""
-    if type(value) is not int or not 0 <= value < 1 << 63:
-        raise TypeError("a number is not a whole one of 64 bits")
-    return value
-
-
-def _text(value: object) -> str:
-    """Returns a tenant's name. Raises TypeError for any other value, and ValueError for text that cannot be encoded."""
-    if not isinstance(value, str):
-        raise TypeError("the name of a tenant is not a text")
-    value.encode()
-    return value
+def _sequence(value: object) -> int:
+    """A generation or a sequence number, which are 0 to 2^63 - 1. Raises TypeError."""
+    return as_whole(value, bits=63)
 
 
 def _checksum(content: object) -> str:
