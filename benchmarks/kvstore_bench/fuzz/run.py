@@ -4,8 +4,8 @@ decoding is reported."""
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +13,7 @@ import torch
 
 from kvstore_bench.fuzz.judge import BATCH, Judgement, Verdict, check_seeds, judge_batch
 from kvstore_bench.fuzz.mutants import Kind, mutant
-from kvstore_bench.fuzz.worker import Begins, Death, Task, Worker, peak_rss_bytes
+from kvstore_bench.fuzz.worker import Begins, Death, Task, Worker, peak_rss_bytes, results_of, shares
 
 FAULTS = (Verdict.DIFFERENT, Verdict.UNSTEADY, Verdict.FOREIGN)
 Judge = Callable[[int, int, Begins], list[Judgement]]
@@ -77,25 +77,13 @@ def fuzz(
 
     Raises AssertionError when a valid chunk no longer decodes to its KV."""
     task = Task(functools.partial(_prepare, run_seed), functools.partial(_judge, judge))
-    workers = [Worker(task, batches) for batches in _shares(mutants, processes)]
-    try:
-        while running := [worker for worker in workers if not worker.done]:
-            wait([worker.results for worker in running], timeout=1.0)
-            for worker in running:
-                for result in worker.progress():
-                    tally = _of_death(run_seed, result) if isinstance(result, Death) else result
-                    if saved is not None:
-                        _save(saved, run_seed, tally.faults)
-                    yield tally
-    finally:
-        for worker in workers:
-            worker.stop()
-
-
-def _shares(mutants: int, processes: int) -> list[range]:
-    """The batches of each process."""
-    batches = -(-mutants // BATCH)
-    return [range(first, batches, processes) for first in range(min(processes, batches))]
+    workers = [Worker(task, batches) for batches in shares(range(-(-mutants // BATCH)), processes)]
+    with closing(results_of(workers)) as results:
+        for result in results:
+            tally = _of_death(run_seed, result) if isinstance(result, Death) else result
+            if saved is not None:
+                _save(saved, run_seed, tally.faults)
+            yield tally
 
 
 def _prepare(run_seed: int) -> tuple[int, int]:

@@ -3,9 +3,9 @@
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -100,6 +100,23 @@ class Worker(Generic[Result]):
         if self._left:
             self._start()
         return death
+
+
+def shares(batches: range, processes: int) -> list[range]:
+    """The batches of each process."""
+    return [batches[first::processes] for first in range(min(processes, len(batches)))]
+
+
+def results_of(workers: Sequence[Worker[Result]]) -> Generator[Result | Death, None, None]:
+    """Yields the results of all workers as they come. Ends the workers when it is closed."""
+    try:
+        while running := [worker for worker in workers if not worker.done]:
+            wait([worker.results for worker in running], timeout=1.0)
+            for worker in running:
+                yield from worker.progress()
+    finally:
+        for worker in workers:
+            worker.stop()
 
 
 def peak_rss_bytes() -> int:

@@ -4,13 +4,13 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from typing import Any, NamedTuple, cast
 
 import torch
 
-from kvstore_bench.fuzz.worker import Begins, Death, Task, Worker
+from kvstore_bench.fuzz.worker import Begins, Death, Task, Worker, results_of, shares
 from kvstore_bench.hostile.memory import PeakMemory
 from kvstore_bench.hostile.parser import (
     MEMORY,
@@ -86,22 +86,14 @@ def judged(name: str, run_seed: int, numbers: range, processes: int) -> Iterator
     is replaced, and the rest of its batch is not judged."""
     task = Task(functools.partial(_prepare, name), functools.partial(_judge, run_seed))
     batches = range(numbers.start // BATCH, -(-numbers.stop // BATCH))
-    workers = [
-        Worker(task, batches[first::processes], HANG_S) for first in range(min(processes, len(batches)))
-    ]
-    try:
-        while running := [worker for worker in workers if not worker.done]:
-            wait([worker.results for worker in running], timeout=1.0)
-            for worker in running:
-                for result in worker.progress():
-                    yield (
-                        Tally(faults=[Fault(result.number, result.what, result.detail)])
-                        if isinstance(result, Death)
-                        else result
-                    )
-    finally:
-        for worker in workers:
-            worker.stop()
+    workers = [Worker(task, share, HANG_S) for share in shares(batches, processes)]
+    with closing(results_of(workers)) as results:
+        for result in results:
+            yield (
+                Tally(faults=[Fault(result.number, result.what, result.detail)])
+                if isinstance(result, Death)
+                else result
+            )
 
 
 class _Prepared(NamedTuple):
