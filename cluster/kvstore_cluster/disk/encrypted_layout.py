@@ -23,12 +23,12 @@ from struct import Struct
 from kvstore_cluster.disk.file import SegmentFile, aligned_buffer, scatter, without
 from kvstore_cluster.disk.record import BLOCK_BYTES, blocks_of, is_header
 from kvstore_cluster.encryption import EncryptionKey
+from kvstore_cluster.encryption.keys import TAG_BYTES
 from kvstore_codec.errors import ChecksumError
 
 UNIT_BYTES = 16 << 10
 _UNIT_BLOCKS = UNIT_BYTES // BLOCK_BYTES
-_TAG_BYTES = 16
-UNIT_DATA_BYTES = UNIT_BYTES - _TAG_BYTES
+UNIT_DATA_BYTES = UNIT_BYTES - TAG_BYTES
 """Bytes of a chunk in one unit."""
 _NONCE_BYTES = 12
 _BUFFER_BYTES = 1 << 20
@@ -53,9 +53,9 @@ _memory = _Memory()
 class EncryptedLayout:
     """The layout of one segment, as `RecordLayout` describes it. `salt` is random and in the segment's first block."""
 
-    header_room_bytes = BLOCK_BYTES - _TAG_BYTES
+    header_room_bytes = BLOCK_BYTES - TAG_BYTES
     writes_once = True
-    index_overhead_bytes = _NONCE_BYTES + _TAG_BYTES
+    index_overhead_bytes = _NONCE_BYTES + TAG_BYTES
 
     def __init__(self, number: int, key: EncryptionKey, salt: bytes) -> None:
         self.key_name = key.name
@@ -77,7 +77,7 @@ class EncryptedLayout:
 
     def capacity_bytes(self, data_blocks: int) -> int:
         units = -(-data_blocks // _UNIT_BLOCKS)
-        return data_blocks * BLOCK_BYTES - units * _TAG_BYTES
+        return data_blocks * BLOCK_BYTES - units * TAG_BYTES
 
     def write(self, file: SegmentFile, first: int, header: bytes, views: Sequence[memoryview]) -> None:
         buffer, start = _memory.buffer, first
@@ -88,7 +88,7 @@ class EncryptedLayout:
             if used + UNIT_BYTES > buffer.nbytes:
                 file.write(start * BLOCK_BYTES, [buffer[:used]])
                 start, used = start + used // BLOCK_BYTES, 0
-            end = used + unit.nbytes + _TAG_BYTES
+            end = used + unit.nbytes + TAG_BYTES
             self._records.encrypt_into(start + used // BLOCK_BYTES, unit, bound, buffer[used:end])
             used = end
         file.write(start * BLOCK_BYTES, [buffer[:used]])
@@ -129,7 +129,7 @@ class EncryptedLayout:
         left = [found]
         for unit, start in enumerate(range(0, data.nbytes, UNIT_BYTES)):
             part = data[start : start + UNIT_BYTES]
-            left = self._read_unit(first, unit, part, slice(0, part.nbytes - _TAG_BYTES), left)
+            left = self._read_unit(first, unit, part, slice(0, part.nbytes - TAG_BYTES), left)
         return found[:size_bytes]
 
     def index_file(self, index: bytes) -> bytes:
@@ -148,7 +148,7 @@ class EncryptedLayout:
         """Decrypts `data`, a unit of the record at block `first`, and fills the targets with the `wanted` part of it.
         Returns the rest of the targets. Raises ChecksumError."""
         number, bound = first + 1 + unit * _UNIT_BLOCKS, _BOUND.pack(_DATA, first)
-        size_bytes = data.nbytes - _TAG_BYTES
+        size_bytes = data.nbytes - TAG_BYTES
         if wanted == slice(0, size_bytes) and targets[0].nbytes >= size_bytes:
             self._records.decrypt_into(number, data, bound, targets[0][:size_bytes])
             return without(targets, size_bytes)
@@ -160,7 +160,7 @@ class EncryptedLayout:
 def encrypted_blocks_of(size_bytes: int) -> int:
     """Number of blocks that an encrypted chunk takes."""
     units, rest = divmod(size_bytes, UNIT_DATA_BYTES)
-    return units * _UNIT_BLOCKS + (blocks_of(rest + _TAG_BYTES) if rest else 0)
+    return units * _UNIT_BLOCKS + (blocks_of(rest + TAG_BYTES) if rest else 0)
 
 
 def _units(views: Sequence[memoryview]) -> Iterator[memoryview]:
@@ -180,6 +180,6 @@ def _units(views: Sequence[memoryview]) -> Iterator[memoryview]:
                     used = 0
             view = view[count:]
     if used:
-        end = blocks_of(used + _TAG_BYTES) * BLOCK_BYTES - _TAG_BYTES
+        end = blocks_of(used + TAG_BYTES) * BLOCK_BYTES - TAG_BYTES
         gathered[used:end] = bytes(end - used)
         yield gathered[:end]

@@ -10,10 +10,10 @@ from kvstore_cluster.disk.layout import PlainLayout, RecordLayout
 from kvstore_cluster.disk.record import blocks_of
 from kvstore_cluster.disk.segment_format import ENCRYPTED_VERSION, VERSION, first_block, opening, sectors
 from kvstore_cluster.encryption import KeySource, key_of
-from kvstore_cluster.encryption.keys import SALT_BYTES
+from kvstore_cluster.encryption.keys import SALT_BYTES, TAG_BYTES, first_name
 from kvstore_codec.errors import ChecksumError
 
-_ENCRYPTED = struct.Struct(f"<32x{SALT_BYTES}s16s")
+_ENCRYPTED = struct.Struct(f"<32x{SALT_BYTES}s{TAG_BYTES}s")
 """Salt and tag, behind the opening."""
 
 
@@ -58,7 +58,7 @@ class SegmentLayouts:
     @property
     def key_name(self) -> str:
         """Id of the key of a new segment, empty for a plain one. May block: the key file is read again."""
-        return "" if self._keys is None else self._keys().first.name
+        return first_name(self._keys)
 
     def data_blocks(self, size_bytes: int) -> int:
         """Number of data blocks of a chunk in a new segment."""

@@ -46,25 +46,23 @@ def recover(
     isolated: bool = False,
 ) -> Recovery:
     """Fills the empty table and log from the folder. Records that `forgotten` hides are dead. `isolated` is as in
-    `SegmentStore.recover`. May block. Raises DiskError when it cannot be read or written,
-    and EncryptionKeyError when a key is missing."""
+    `SegmentStore.recover`. May block. Raises DiskError when it cannot be read or written, and EncryptionKeyError when a
+    key is missing."""
     dropped: list[str] = []
     found: dict[int, Segment] = {}
     census = Census(isolated=isolated, was_shared=isolated and not table.folder.isolated)
     with ExitStack() as files:
         try:
-            numbers = table.folder.numbers()
-            for number in numbers:  # a missing key ends the recovery before it changes anything
-                _layout_of(table.folder, layouts, number)
-            for number in numbers:
-                opened = _open_segment(table.folder, layouts, number, files, dropped)
+            # Of all segments first: a missing key ends the recovery before it changes anything.
+            known = {number: _layout_of(table.folder, layouts, number) for number in table.folder.numbers()}
+            for number, layout in known.items():
+                opened = _open_segment(table.folder, number, layout, files, dropped)
                 if opened is None:
                     continue
                 found[number], index = opened
                 for block, header in index:
                     hidden = bool(forgotten) and forgotten.hides(*tenant_of(header))
-                    layout = found[number].layout
-                    if census.add(location_of(number, block), header, layout, hidden=hidden):
+                    if census.add(location_of(number, block), header, found[number].layout, hidden=hidden):
                         found[number].horizon = max(found[number].horizon, decode(header).horizon)
         except OSError as error:
             raise disk_error(error, f"recovering the disk tier in {table.folder.path}") from error
@@ -80,10 +78,9 @@ def recover(
 
 
 def _open_segment(
-    folder: StoreFolder, layouts: SegmentLayouts, number: int, files: ExitStack, dropped: list[str]
+    folder: StoreFolder, number: int, layout: RecordLayout | None, files: ExitStack, dropped: list[str]
 ) -> tuple[Segment, SegmentIndex] | None:
-    """Opens a segment and its index. None when the segment is empty or its first block is damaged. Raises OSError, and
-    EncryptionKeyError when its key is missing."""
+    """Opens a segment and its index. None when the segment is empty or its first block is damaged. Raises OSError."""
     path = folder.segment(number)
     size_bytes = path.stat().st_size
     if size_bytes < BLOCK_BYTES:  # no record in it was ever acknowledged
@@ -92,7 +89,6 @@ def _open_segment(
         return None
     if size_bytes % BLOCK_BYTES:  # direct I/O needs whole blocks
         os.truncate(path, blocks_of(size_bytes) * BLOCK_BYTES)
-    layout = _layout_of(folder, layouts, number)
     if layout is None:
         aside = folder.set_aside(number)
         dropped.append(f"{path.name}: its first block is damaged; all of it is now in {aside.name}")

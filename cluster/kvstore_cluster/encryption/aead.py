@@ -5,7 +5,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kvstore_codec.errors import ChecksumError
 
-TAG_BYTES = 16
 Data = bytes | bytearray | memoryview
 
 
@@ -28,11 +27,12 @@ class Aead:
             raise ChecksumError(_REFUSED) from error
 
     def encrypt_into(self, number: int, data: Data, bound: bytes, target: memoryview) -> None:
-        """As `encrypt`. `target` is TAG_BYTES longer than `data`."""
+        """As `encrypt`. `target` is `keys.TAG_BYTES` longer than `data`."""
         self._cipher.encrypt_into(_nonce(number), data, bound, target)
 
     def decrypt_into(self, number: int, data: Data, bound: bytes, target: memoryview) -> None:
-        """As `decrypt`. `target` is TAG_BYTES shorter than `data`; after an exception its content is undefined."""
+        """As `decrypt`. `target` is `keys.TAG_BYTES` shorter than `data`; its content is undefined after an
+        exception."""
         try:
             self._cipher.decrypt_into(_nonce(number), data, bound, target)
         except InvalidTag as error:

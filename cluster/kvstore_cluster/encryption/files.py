@@ -10,14 +10,14 @@ import os
 import struct
 from pathlib import Path
 
-from kvstore_cluster.encryption.keys import KEY_ID_BYTES, SALT_BYTES, KeySource, key_of
+from kvstore_cluster.encryption.keys import KEY_ID_BYTES, SALT_BYTES, TAG_BYTES, KeySource, first_name, key_of
 from kvstore_codec.errors import ChecksumError, UnsupportedVersionError
 
 _OPENING = struct.Struct(f"<8sI{KEY_ID_BYTES}s{SALT_BYTES}s")
 _MAGIC, _VERSION = b"KVSCRYPT", 1
 _CONTEXT = "kvstore 2026 encrypted file v1"
-_KEY_START, _TAG_BYTES = 12, 16
-ADDED_BYTES = _OPENING.size + _TAG_BYTES
+_KEY_START = 12
+ADDED_BYTES = _OPENING.size + TAG_BYTES
 """An encrypted file is at most so much longer than its content."""
 
 
@@ -55,7 +55,7 @@ class FileCipher:
     @property
     def key_name(self) -> str:
         """Id of the key with which `encrypt` encrypts now, in hexadecimal digits. Empty when it does not."""
-        return "" if self._keys is None else self._keys().first.name
+        return first_name(self._keys)
 
 
 def key_name_of(data: bytes) -> str:

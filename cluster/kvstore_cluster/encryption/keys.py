@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 KEY_ID_BYTES = 8
 SALT_BYTES = 32
+TAG_BYTES = 16
+"""What AES-GCM adds to the bytes that it encrypts."""
 _ID_CONTEXT = "kvstore 2026 encryption key id v1"
 
 
@@ -78,6 +80,12 @@ class EncryptionKeys:
 
 KeySource = Callable[[], EncryptionKeys]
 """Returns the keys as they are now, which change when their file does."""
+
+
+def first_name(keys: KeySource | None) -> str:
+    """Id of the key that encrypts what is written now, in hexadecimal digits. Empty without `keys`. May block: the key
+    file is read again."""
+    return "" if keys is None else keys().first.name
 
 
 def key_of(keys: EncryptionKeys | None, key_id: bytes, path: Path, unit: Path) -> EncryptionKey:
