@@ -17,6 +17,7 @@ import grpc
 from kvstore_codec.errors import MalformedRequestError
 from kvstore_service.grpc_status import reported
 from kvstore_service.identity import Access, Scope
+from kvstore_service.identity.caller import Caller
 from kvstore_service.identity.verbs import is_open
 from kvstore_service.listen import network_of
 from kvstore_service.shares import Shares
@@ -86,9 +87,9 @@ class UnaryRequests(grpc.ServerInterceptor):  # type: ignore[misc]
             with reported(context):
                 if not needs_credential:
                     return serve(self._strangers.request(requests, context, _network(context)), context)
-                group, share = self._share(context)
-                request = self._members.request(requests, context, group)
-                with share:  # calls whose request has not come take nobody's share
+                caller = self._caller(context)
+                request = self._members.request(requests, context, _group(context, caller))
+                with self._share(caller):  # calls whose request has not come take nobody's share
                     return serve(request, context)
 
         return serve_if_received
@@ -99,22 +100,23 @@ class UnaryRequests(grpc.ServerInterceptor):  # type: ignore[misc]
             requests: Iterator[object], context: grpc.ServicerContext, *send: Callable[..., object]
         ) -> Any:
             with reported(context):
-                group, _ = self._share(context)
+                group = _group(context, self._caller(context))
                 return serve(self._members.request(requests, context, group), context, *send)
 
         return serve_if_received
 
-    def _share(self, context: grpc.ServicerContext) -> tuple[str, AbstractContextManager[None]]:
-        """The group of a call among those that wait for their request, and a block that counts it while it is in
-        progress. Raises UnauthenticatedError."""
-        if self._access.is_open:
-            return _network(context), self._calls.taken("", most=MAX_UNARY, most_of_tenant=MAX_UNARY)
-        caller = self._access.of_call(context)
-        if caller.tenant is None and Scope.DATA not in caller.scopes:
+    def _caller(self, context: grpc.ServicerContext) -> Caller | None:
+        """None where nobody is identified. Raises UnauthenticatedError."""
+        return None if self._access.is_open else self._access.of_call(context)
+
+    def _share(self, caller: Caller | None) -> AbstractContextManager[None]:
+        """Counts a call while the block runs. Raises BusyError."""
+        if caller is None:
+            return self._calls.taken("", most=MAX_UNARY, most_of_tenant=MAX_UNARY)
+        if _is_operator(caller):
             most = MAX_UNARY_OF_OPERATORS
-            return caller.credential_id, self._calls_of_operators.taken("", most=most, most_of_tenant=most)
-        most_of_tenant = MAX_UNARY_OF_TENANT
-        return caller.share, self._calls.taken(caller.share, most=MAX_UNARY, most_of_tenant=most_of_tenant)
+            return self._calls_of_operators.taken("", most=most, most_of_tenant=most)
+        return self._calls.taken(caller.share, most=MAX_UNARY, most_of_tenant=MAX_UNARY_OF_TENANT)
 
 
 class _Receiving:
@@ -140,6 +142,18 @@ class _Receiving:
         finally:
             with self._lock:
                 self._room.remove(context)
+
+
+def _is_operator(caller: Caller) -> bool:
+    """Also a storage node, and a dashboard."""
+    return caller.tenant is None and Scope.DATA not in caller.scopes
+
+
+def _group(context: grpc.ServicerContext, caller: Caller | None) -> str:
+    """The group of a call among those that wait for their request."""
+    if caller is None:
+        return _network(context)
+    return caller.credential_id if _is_operator(caller) else caller.share
 
 
 def _network(context: grpc.ServicerContext) -> str:
