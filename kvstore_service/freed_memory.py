@@ -20,15 +20,13 @@ class FreedMemory:
     def __init__(self) -> None:
         self._returned_bytes = 0
         """Free memory that is no longer the process's."""
-        self._loop = BackgroundLoop("kvstore-rpc-freed-memory", self._look)
+        self._loop = BackgroundLoop("kvstore-rpc-freed-memory", self._look, period_s=_PERIOD_S)
         self._loop.start()
 
     def stop(self) -> None:
         self._loop.stop()
 
     def _look(self) -> None:
-        if self._loop.stopping.wait(_PERIOD_S):
-            return
         free = _free_bytes()
         self._returned_bytes = min(self._returned_bytes, free)
         if free - self._returned_bytes >= _LEAST_BYTES:

@@ -28,7 +28,7 @@ class StalledStreams:
         # For whom a call waits, and since when or until when. A call has one thread, so it waits for one at a time.
         self._unread_since_s: dict[grpc.ServicerContext, float] = {}
         self._silent_until_s: dict[grpc.ServicerContext, float] = {}
-        self._loop = BackgroundLoop("kvstore-rpc-stalled", self._cancel_stalled)
+        self._loop = BackgroundLoop("kvstore-rpc-stalled", self._cancel_stalled, period_s=_PERIOD_S)
         self._loop.start()
 
     def watched(self, answers: Iterator[object], context: grpc.ServicerContext) -> Iterator[object]:
@@ -61,8 +61,6 @@ class StalledStreams:
         self._loop.stop()
 
     def _cancel_stalled(self) -> None:
-        if self._loop.stopping.wait(_PERIOD_S):
-            return
         now_s = time.monotonic()
         unread_s = now_s - PATIENCE_S
         with self._lock:

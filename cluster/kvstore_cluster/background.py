@@ -25,8 +25,8 @@ class BackgroundHealth:
 
 
 class BackgroundLoop:
-    """Calls `step` repeatedly in its own thread, from `start` until `stop`. The step itself waits until its work is
-    due: on `stopping`, or on a condition that `wake` ends.
+    """Calls `step` repeatedly in its own thread, from `start` until `stop`, each time after `period_s`. Without a
+    period the step itself waits until its work is due: on `stopping`, or on a condition that `wake` ends.
 
     After an error the loop pauses before the next step. The pause doubles with each error in a row, up to
     `longest_pause_s`. Each kind of error is logged at its first occurrence, with its traceback unless it is a
@@ -38,12 +38,14 @@ class BackgroundLoop:
         name: str,
         step: Callable[[], object],
         *,
+        period_s: float = 0.0,
         wake: Callable[[], object] = lambda: None,
         longest_pause_s: float = LONGEST_PAUSE_S,
     ) -> None:
         self.name = name
         self.stopping = threading.Event()
-        self._step, self._wake, self._longest_pause_s = step, wake, longest_pause_s
+        self._step, self._period_s = step, period_s
+        self._wake, self._longest_pause_s = wake, longest_pause_s
         self._errors: Counter[str] = Counter()  # by kind of error
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -61,7 +63,7 @@ class BackgroundLoop:
     def _run(self) -> None:
         in_a_row = 0
         try:
-            while not self.stopping.is_set():
+            while not self.stopping.wait(self._period_s):
                 try:
                     self._step()
                 except Exception as error:

@@ -132,9 +132,8 @@ class ChunkCatalog:
         """Adds the chunk to the eviction order of a tier. Lock held."""
         index, size_bytes = self.index, self.index.size_bytes[slot]
         self.tallies.entered(self._tier(order), index.encoding(slot), size_bytes)
-        if (
-            order is self.in_memory
-        ):  # what its eviction frees: otherwise tiny chunks would displace all others
+        if order is self.in_memory:
+            # What its eviction frees: otherwise tiny chunks would displace all others.
             size_bytes = self.arena.footprint_bytes(size_bytes)
         order.add(slot, identity=index.identity(slot), size_bytes=size_bytes, cost=index.cost(slot))
         self._changed(slot)

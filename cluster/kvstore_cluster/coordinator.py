@@ -227,8 +227,8 @@ class Coordinator:
         return self._decide(changed).forgotten.newest
 
     def not_applied(self, generation: int) -> list[str]:
-        """Ids of known nodes, including dead ones, that have not removed the chunks of tenants that were forgotten up
-        to `generation`."""
+        """Ids of known nodes, including dead ones and those that are about to join, that have not removed the chunks of
+        tenants that were forgotten up to `generation`."""
         with self._lock:
             return self._applied.missing((node.member.node_id for node in self._state.nodes), generation)
 

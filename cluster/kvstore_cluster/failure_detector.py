@@ -28,9 +28,8 @@ class FailureDetector:
     ) -> None:
         self._coordinator = coordinator
         self._probe = probe
-        self._period_s = period_s
         self._misses: Counter[tuple[str, int]] = Counter()
-        self._loop = BackgroundLoop("kvstore-failure-detector", self._check_when_due)
+        self._loop = BackgroundLoop("kvstore-failure-detector", self.check, period_s=period_s)
 
     def start(self) -> None:
         self._loop.start()
@@ -58,7 +57,3 @@ class FailureDetector:
         self._misses[key] += 1
         if self._misses[key] >= MISSES_UNTIL_DEAD:
             self._coordinator.mark_dead(*key, reason)
-
-    def _check_when_due(self) -> None:
-        if not self._loop.stopping.wait(self._period_s):
-            self.check()

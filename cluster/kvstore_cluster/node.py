@@ -308,7 +308,7 @@ class StorageNode:
                     "dirty": len(catalog.dirty),
                 }
                 | ({} if self.changes is None else {"events_overflows": self.changes.overflows}),
-                disk_error=store.error if store else "",
+                disk_error=self._disk.error,
                 samples=(
                     *catalog.tallies.samples(catalog.quotas.used_bytes, catalog.quotas.limits_bytes),
                     *(by_key_samples(store.chunks_by_key) if store else ()),

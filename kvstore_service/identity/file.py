@@ -36,7 +36,7 @@ class CredentialFile:
         self.changes = 0
         """Number of times that the content in effect has changed."""
         self._logged = ""
-        self._watching = BackgroundLoop("kvstore-credentials", self._watch)
+        self._watching = BackgroundLoop("kvstore-credentials", self.refresh, period_s=CHECK_PERIOD_S)
 
     def start(self) -> None:
         self._watching.start()
@@ -59,10 +59,6 @@ class CredentialFile:
             self._stamp, self._logged = stamp, ""
             self.changes += 1
             log.info("%d credentials are in effect from %s", len(self.current), self._path)
-
-    def _watch(self) -> None:
-        if not self._watching.stopping.wait(CHECK_PERIOD_S):
-            self.refresh()
 
 
 def read_credentials(path: Path) -> Credentials:

@@ -35,7 +35,7 @@ class LogFollower:
         self._channels: dict[str, grpc.Channel] = {}
         self._last: dict[str, int] = {}
         """Number of the last line written, by address."""
-        self._loop = BackgroundLoop("kvstore-logs", self._step)
+        self._loop = BackgroundLoop("kvstore-logs", self.follow, period_s=_PERIOD_S)
 
     def start(self) -> None:
         self._loop.start()
@@ -78,7 +78,3 @@ class LogFollower:
         if address not in self._channels:
             self._channels[address] = self._connector.channel(address)
         return self._channels[address]
-
-    def _step(self) -> None:
-        if not self._loop.stopping.wait(_PERIOD_S):
-            self.follow()

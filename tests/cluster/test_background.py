@@ -52,6 +52,20 @@ def catalogue(tmp_path: Path) -> Iterator[FileCatalogue]:
     catalogue.close()
 
 
+def test_a_loop_with_a_period_waits_before_each_step() -> None:
+    began_s, steps = time.monotonic(), threading.Semaphore(0)
+    loop = BackgroundLoop("kvstore-test", steps.release, period_s=0.05)
+    loop.start()
+    for number in range(1, 4):
+        assert steps.acquire(timeout=SOON_S)
+        assert time.monotonic() - began_s >= number * 0.05
+    loop.stop()
+    rare = BackgroundLoop("kvstore-test", steps.release, period_s=1e6)
+    rare.start()
+    rare.stop()  # does not wait for the next step, and makes none
+    assert rare.stopping.is_set()
+
+
 def test_a_loop_goes_on_after_an_error_and_tells_of_it(caplog: pytest.LogCaptureFixture) -> None:
     before, may_work, steps = background_health().errors, threading.Event(), threading.Semaphore(0)
 

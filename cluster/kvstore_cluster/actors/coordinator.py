@@ -71,7 +71,7 @@ class CoordinatorActor:
         coordinator = self._coordinator
         self._hub = EventHub(lambda *node: node in coordinator.live()) if events else None
         self._canaries = canaries
-        self._rekeying = BackgroundLoop("kvstore-keys", self._follow_keys)
+        self._rekeying = BackgroundLoop("kvstore-keys", self._follow_keys, period_s=_KEYS_PERIOD_S)
         if source is not None:
             self._rekeying.start()
         self._endpoint = serve(coordinator, calibrations, canaries, self._hub)
@@ -100,8 +100,7 @@ class CoordinatorActor:
         self._catalogue.close()
 
     def _follow_keys(self) -> None:
-        if not self._rekeying.stopping.wait(_KEYS_PERIOD_S):
-            self._canaries.update_key(self._rekeying.stopping)
+        self._canaries.update_key(self._rekeying.stopping)
 
 
 def _waited_for(make: Callable[[], Made]) -> Made:

@@ -46,7 +46,7 @@ class FileCatalogue:
         """Decrypted content of the file. None when there is no file yet."""
         self._key_name = ""
         self._reported = ""
-        self._watching = BackgroundLoop("kvstore-catalogue-file", self._watch)
+        self._watching = BackgroundLoop("kvstore-catalogue-file", self._watch, period_s=_WATCH_PERIOD_S)
         self._watching.start()
 
     def close(self) -> None:
@@ -106,9 +106,7 @@ class FileCatalogue:
             raise _unwritable(folder, error) from error
 
     def _watch(self) -> None:
-        """Waits for one period, and then writes the file again if it was removed or its key is no longer the first."""
-        if self._watching.stopping.wait(_WATCH_PERIOD_S):
-            return
+        """Writes the file again if it was removed or its key is no longer the first."""
         try:
             with self._writing:
                 if self._kept is None:

@@ -105,7 +105,9 @@ class RedisCatalogue:
             self._redis.close()
             raise
         # Pauses must not exceed the renewal period, or the lock of the namespace expires.
-        self._renewing = BackgroundLoop("kvstore-redis-owner", self._renew, longest_pause_s=_RENEW_PERIOD_S)
+        self._renewing = BackgroundLoop(
+            "kvstore-redis-owner", self._renew, period_s=_RENEW_PERIOD_S, longest_pause_s=_RENEW_PERIOD_S
+        )
         self._renewing.start()
 
     def load(self) -> ClusterState:
@@ -157,8 +159,6 @@ class RedisCatalogue:
             time.sleep(_LOCK_S / 30)
 
     def _renew(self) -> None:
-        if self._renewing.stopping.wait(_RENEW_PERIOD_S):
-            return
         try:
             with self._lock:
                 if self._note_loss(self._write(None)):
