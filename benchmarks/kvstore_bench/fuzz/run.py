@@ -78,7 +78,8 @@ def fuzz(
     Raises AssertionError when a valid chunk no longer decodes to its KV."""
     task = Task(functools.partial(_prepare, run_seed), functools.partial(_judge, judge))
     workers = [Worker(task, batches) for batches in shares(range(-(-mutants // BATCH)), processes)]
-    with closing(results_of(workers)) as results:
+    results = results_of(workers)
+    with closing(results):
         for result in results:
             tally = _of_death(run_seed, result) if isinstance(result, Death) else result
             if saved is not None:

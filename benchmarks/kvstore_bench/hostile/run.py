@@ -87,7 +87,8 @@ def judged(name: str, run_seed: int, numbers: range, processes: int) -> Iterator
     task = Task(functools.partial(_prepare, name), functools.partial(_judge, run_seed))
     batches = range(numbers.start // BATCH, -(-numbers.stop // BATCH))
     workers = [Worker(task, share, HANG_S) for share in shares(batches, processes)]
-    with closing(results_of(workers)) as results:
+    results = results_of(workers)
+    with closing(results):
         for result in results:
             yield (
                 Tally(faults=[Fault(result.number, result.what, result.detail)])
