@@ -79,7 +79,8 @@ def served_cluster(
     plain = [node_type(f"node-{i}", Arena(memory_bytes), store=store) for i, store in enumerate(stores)]
     servers = [serve_storage(node, host="127.0.0.1") for node in plain]
     ports = [serve_bulk(node, host="127.0.0.1") for node in plain] if bulk else []
-    coordinator = Coordinator(FileCatalogue(folder), replicas=replicas)
+    catalogue = FileCatalogue(folder)
+    coordinator = Coordinator(catalogue, replicas=replicas)
     calibrations = CalibrationRegistry(folder / "calibrations")
     canaries = CanaryRegistry(folder / "canaries", max_models=canary_models)
     for index, (node, server) in enumerate(zip(plain, servers, strict=True)):
@@ -97,6 +98,10 @@ def served_cluster(
     finally:
         cluster.stop_storage()
         cluster.coordinator.stop(0)
+        coordinator.close()
+        catalogue.close()
+        for node in plain:
+            node._frames.close()  # without writing what is dirty, as `close` does, perhaps to a slow disk
         for store in stores:
             if store is not None:
                 store.close()
