@@ -52,9 +52,8 @@ def test_3_000_mutants_are_refused_or_decode_the_same_every_time(one_thread: Non
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_50_000_mutants_are_refused_or_decode_the_same_every_time(one_thread: None) -> None:
-    check(judged(2, 50_000))
+def test_15_000_mutants_are_refused_or_decode_the_same_every_time(one_thread: None) -> None:
+    check(judged(2, 15_000))
 
 
 def test_mutants_come_back_by_number_and_their_checksums_are_right() -> None:

@@ -107,7 +107,7 @@ def busy(tmp_path: Path, request: pytest.FixtureRequest, one_thread: None) -> It
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
 def test_many_fetches_at_once(busy: Busy, count: int) -> None:
     together = threading.Barrier(count)
 
@@ -124,7 +124,7 @@ def test_many_fetches_at_once(busy: Busy, count: int) -> None:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(400, marks=pytest.mark.slow)])
 def test_fetches_cancelled_at_random_points(busy: Busy, count: int) -> None:
     chance = random.Random(5)
     with ThreadPoolExecutor(4) as pool:

@@ -16,6 +16,7 @@ from tests.client.conftest import ServedCluster, served_cluster
 from tests.client.match_scripts import CHUNKS, bring, find
 from tests.codec.chunks import features_of, make_calibration
 
+pytestmark = pytest.mark.slow  # each test starts two processes that import PyTorch
 SPAWN = multiprocessing.get_context("spawn")
 PATIENCE_S = 120
 

@@ -25,7 +25,7 @@ from tests.damage import flip_bit
 
 pytestmark = pytest.mark.usefixtures("one_thread", "unwritten_is_nan")
 
-WINDOW, CHUNKS = 512, 8
+WINDOW, CHUNKS = 256, 4
 GEMMA = ["sliding_attention"] * 5 + ["full_attention"]
 FULL_LAYER = 5
 MODELS: dict[str, dict[str, Any]] = {
@@ -158,8 +158,7 @@ def test_a_hit_reads_its_windows_and_full_layers(
     cached.close()
 
 
-@pytest.mark.parametrize("behind", [0, 20])
-@pytest.mark.parametrize("window", [2, 64, 65, 257, 4000])
+@pytest.mark.parametrize(("window", "behind"), [(2, 0), (64, 20), (65, 0), (257, 0), (257, 20), (4000, 20)])
 @pytest.mark.parametrize("family", MODELS)
 def test_any_window_is_enough(new_client: Connect, family: str, window: int, behind: int) -> None:
     """Also where the prompt ends with its last stored chunk, whose last token is computed again."""
@@ -173,9 +172,7 @@ def test_any_window_is_enough(new_client: Connect, family: str, window: int, beh
     cached.close()
 
 
-@pytest.mark.parametrize(
-    "lost", [{0}, {3}, {7}, {6, 7}, {3, 4}, {1, 5}, {0, 1, 2, 3, 4, 5, 6}, set(range(8))]
-)
+@pytest.mark.parametrize("lost", [{0}, {1}, {3}, {2, 3}, {1, 2}, {0, 2}, {0, 1, 2}, set(range(CHUNKS))])
 def test_what_is_computed_in_place_of_a_lost_chunk_has_its_window(
     cluster: ServedCluster, new_client: Connect, lost: set[int]
 ) -> None:
@@ -204,7 +201,7 @@ def test_damage_outside_the_windows_of_all_layers_is_not_even_read(
     client = new_client()
     store(client, model, prompt)
     cached = CachedModel(model, client, store=False)
-    for chunk in chunks_of(client, cached.spec, prompt)[:6]:
+    for chunk in chunks_of(client, cached.spec, prompt)[: CHUNKS - 1]:
         damage(cluster, chunk, 0)
     got = cached.generate(prompt, **STEPS)
     assert cached.last_report.reused_tokens == CHUNKS * 256
@@ -285,7 +282,7 @@ def test_the_returned_cache_is_like_the_models_own(new_client: Connect, family: 
     cached.close()
 
 
-@pytest.mark.parametrize("bandwidth_bps", [4e6, 40e6, 10e9])
+@pytest.mark.parametrize("bandwidth_bps", [4e6, 10e9])
 @pytest.mark.parametrize("family", MODELS)
 def test_a_planned_fetch_says_the_same(
     cluster: ServedCluster, new_client: Connect, family: str, bandwidth_bps: float

@@ -53,5 +53,5 @@ def test_mutated_streams(name: str, plane: np.ndarray) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("plane", PLANES.values(), ids=PLANES.keys())
 @pytest.mark.parametrize("name", CODERS)
-def test_100_000_mutated_streams(name: str, plane: np.ndarray) -> None:
-    fuzz(name, plane, mutants=100_000)
+def test_many_more_mutated_streams(name: str, plane: np.ndarray) -> None:
+    fuzz(name, plane, mutants=20_000)

@@ -52,8 +52,7 @@ def test_mutated_streams(stream: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stream", STREAMS)
-def test_100_000_mutated_streams(stream: str) -> None:
+def test_many_more_mutated_streams(stream: str) -> None:
     name, shape, prediction, _ = STREAMS[stream]
-    fuzz(name, shape, prediction, mutants=100_000)
+    fuzz(name, shape, prediction, mutants=20_000)

@@ -20,7 +20,7 @@ def _run(script: Path, *arguments: str | Path) -> list[int]:
     """The numbers in the last line it prints."""
     run = subprocess.run(
         [sys.executable, script, smollm2_folder(), *arguments],
-        capture_output=True, text=True, timeout=240, check=True,
+        capture_output=True, text=True, timeout=500, check=True,
     )  # fmt: skip
     return [int(number) for number in re.findall(r"\d+", run.stdout.strip().splitlines()[-1])]
 

@@ -47,6 +47,7 @@ def test_compressed_pages_come_back(single: Pages) -> None:
     assert [bytes(view) for view in views] == stored
 
 
+@pytest.mark.slow
 def test_ten_thousand_pages(roomy: Pages) -> None:
     store = roomy.store()
     count, batch = 10_000, 500

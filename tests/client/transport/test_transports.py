@@ -33,7 +33,7 @@ def either(request: pytest.FixtureRequest) -> Iterator[tuple[Served, Transport]]
 
 
 def put(transport: Transport, *chunks: SampleChunk) -> list[int]:
-    return [reply.status for reply in transport.put(steps(*chunks), 10)]
+    return [reply.status for reply in transport.put(steps(*chunks), 60)]
 
 
 def read(
