@@ -26,6 +26,7 @@ from kvstore_service.stalled_streams import StalledStreams
 from kvstore_service.tls import ServerTls
 from kvstore_service.unary_requests import THREADS, UnaryRequests
 from kvstore_service.unsent_answers import UnsentAnswers
+from kvstore_service.wrapped_handlers import HandlerWrapper
 
 MAX_MESSAGE_BYTES = 8 << 20
 SMALL_REQUEST_BYTES = 16 << 10
@@ -142,21 +143,17 @@ class GrpcServer:
         self._unary.stop()
 
 
-class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
+class _StreamLimits(HandlerWrapper):
     """Refuses a stream if too many are open, and cancels a stream whose client neither reads nor sends."""
 
     def __init__(self, stalled: StalledStreams, access: Access) -> None:
+        super().__init__()
         self._stalled, self._access = stalled, access
         self._open = Shares("streams")
 
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        handler = continuation(details)
+    def wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         # Health calls hold no thread, not even `Watch`.
-        if handler is None or details.method.startswith(_HEALTH):
+        if method.startswith(_HEALTH):
             return handler
         if handler.stream_stream:
             limited = grpc.stream_stream_rpc_method_handler
@@ -198,24 +195,20 @@ class _StreamLimits(grpc.ServerInterceptor):  # type: ignore[misc]
                 yield
 
 
-class _RequestLimits(grpc.ServerInterceptor):  # type: ignore[misc]
+class _RequestLimits(HandlerWrapper):
     """Parses and serves a request once LargeRequests admits it. The steps of a client's stream are small and always
     admitted. gRPC itself would parse requests in the single thread that all calls pass through, and parsing 65,536
     chunk references takes as long as looking them up."""
 
     def __init__(self, large: LargeRequests) -> None:
+        super().__init__()
         self._large = large
         self._unsent = UnsentAnswers()
 
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        handler = continuation(details)
-        if handler is None or details.method.startswith(_HEALTH):
+    def wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+        if method.startswith(_HEALTH):
             return handler
-        name = details.method.rpartition("/")[2] + "Request"
+        name = method.rpartition("/")[2] + "Request"
         if handler.stream_stream:
             return grpc.stream_stream_rpc_method_handler(
                 self._taking_many(handler, name), response_serializer=handler.response_serializer

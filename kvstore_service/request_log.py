@@ -2,12 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
 
 from kvstore_client.request_id import METADATA_KEY, plain_id, request_scope
+from kvstore_service.wrapped_handlers import HandlerWrapper
 
 log = logging.getLogger(__name__)
 
@@ -15,20 +16,12 @@ SLOW_S = 1.0
 """A call that takes longer is logged as INFO, the others as DEBUG. Streams may last long."""
 
 
-class RequestLog(grpc.ServerInterceptor):  # type: ignore[misc]
+class RequestLog(HandlerWrapper):
     """Lines that are logged while a call is served have its request id. Logs one line for a call, however many chunks
     it names."""
 
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        handler = continuation(details)
-        named = [value for key, value in details.invocation_metadata or () if key == METADATA_KEY]
-        if handler is None or not named or not isinstance(named[0], str):
-            return handler
-        request_id, method = plain_id(named[0]), details.method.rpartition("/")[2]
+    def wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+        method = method.rpartition("/")[2]
         kind, serve = next(
             (kind, getattr(handler, kind))
             for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
@@ -38,12 +31,12 @@ class RequestLog(grpc.ServerInterceptor):  # type: ignore[misc]
             return handler
 
         def answer_once(request: object, context: grpc.ServicerContext) -> object:
-            with _logged(request_id, method, streams=False):
+            with _logged(method, context, streams=False):
                 return serve(request, context)
 
         def answer_often(request: object, context: grpc.ServicerContext) -> Iterator[object]:
             # gRPC takes all answers in one thread.
-            with _logged(request_id, method, streams=True):
+            with _logged(method, context, streams=True):
                 yield from serve(request, context)
 
         answer = answer_often if handler.response_streaming else answer_once
@@ -52,9 +45,14 @@ class RequestLog(grpc.ServerInterceptor):  # type: ignore[misc]
 
 
 @contextmanager
-def _logged(request_id: str, method: str, *, streams: bool) -> Iterator[None]:
+def _logged(method: str, context: grpc.ServicerContext, *, streams: bool) -> Iterator[None]:
+    """Does nothing for a call without a request id."""
+    named = [value for key, value in context.invocation_metadata() if key == METADATA_KEY]
+    if not named or not isinstance(named[0], str):
+        yield
+        return
     began_s, ended = time.monotonic(), "failed"
-    with request_scope(request_id):
+    with request_scope(plain_id(named[0])):
         try:
             yield
             ended = "served"

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,6 +23,7 @@ from kvstore_service.listen import network_of
 from kvstore_service.shares import Shares
 from kvstore_service.stalled_streams import StalledStreams
 from kvstore_service.waiting_room import WaitingRoom
+from kvstore_service.wrapped_handlers import HandlerWrapper
 
 REQUEST_S = 20.0
 """Time limit for a request to come after its headers: 8 MiB at 3.4 Mbit/s."""
@@ -42,12 +43,13 @@ THREADS = MAX_RECEIVING + MAX_UNARY + MAX_UNARY_OF_OPERATORS
 moment."""
 
 
-class UnaryRequests(grpc.ServerInterceptor):  # type: ignore[misc]
+class UnaryRequests(HandlerWrapper):
     """Cancels a call whose request does not come within REQUEST_S, or that waits for it while too many others do, and
     refuses a call of a tenant that has too many in progress. To gRPC all calls have a stream of requests, so that a
     call is served from its headers on."""
 
     def __init__(self, stalled: StalledStreams, access: Access) -> None:
+        super().__init__()
         self._access = access
         self._strangers = _Receiving(stalled, MAX_RECEIVING_OF_STRANGERS)
         # Threads of their own: other calls do not queue behind those of strangers.
@@ -61,20 +63,15 @@ class UnaryRequests(grpc.ServerInterceptor):  # type: ignore[misc]
         """Blocks until no call of a stranger has a thread."""
         self._threads_of_strangers.shutdown()
 
-    def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler | None],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        handler = continuation(details)
-        if handler is None or handler.request_streaming:
+    def wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
+        if handler.request_streaming:
             return handler
         if handler.response_streaming:
             made = grpc.stream_stream_rpc_method_handler
             serve = self._answering_with_many(handler.unary_stream)
         else:
             made = grpc.stream_unary_rpc_method_handler
-            needs_credential = not is_open(details.method)
+            needs_credential = not is_open(method)
             serve = self._answering_with_one(handler.unary_unary, needs_credential=needs_credential)
             if not needs_credential:  # gRPC looks for this attribute
                 vars(serve)["experimental_thread_pool"] = self._threads_of_strangers
@@ -158,4 +155,9 @@ def _group(context: grpc.ServicerContext, caller: Caller | None) -> str:
 
 def _network(context: grpc.ServicerContext) -> str:
     """The network of a call's client, whose address gRPC writes as ipv4:127.0.0.1:1234 or ipv6:%5B::1%5D:1234."""
-    return network_of(unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]"))
+    return _network_of_peer(context.peer())
+
+
+@lru_cache(4096)  # about one for each connection
+def _network_of_peer(peer: str) -> str:
+    return network_of(unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]"))
