@@ -10,7 +10,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check $(if $(MA
 WORKERS ?= 3
 IN_WORKERS = --numprocesses $(WORKERS) --dist loadfile
 # Processes that share the processors would spin while they wait for each other's threads: ten times slower at worst.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_WORKERS)
+# Where Python may keep no compiled modules, each of hundreds of processes would compile all of them again.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_WORKERS)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow lint vllm-env test-vllm serve-vllm

@@ -69,9 +69,15 @@ def test_a_changed_model_and_a_plain_one_answer_as_without_the_cluster(
     check(client, outcomes, CHANGES[name], draw.choice(CHANGES[name].families), draw)
 
 
+def some_families(name: str) -> list[str]:
+    """Two of the families that have a change. All families are among those of all changes."""
+    families = CHANGES[name].families
+    return random.Random(name[::-1]).sample(families, min(2, len(families)))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "family"), [(n, f) for n, c in CHANGES.items() for f in c.families])
-def test_so_do_models_of_every_family(
+@pytest.mark.parametrize(("name", "family"), [(n, f) for n in CHANGES for f in some_families(n)])
+def test_so_do_models_of_other_families(
     client: KVStoreClient, outcomes: Counter[str], name: str, family: str
 ) -> None:
     check(client, outcomes, CHANGES[name], family, random.Random(f"{name} {family}"))
