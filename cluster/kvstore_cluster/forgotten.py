@@ -21,7 +21,7 @@ class Forgotten:
     @property
     def newest(self) -> int:
         """The newest generation, 0 when no tenant was ever forgotten."""
-        return max(self.tenants.values(), default=self.floor)
+        return max((self.floor, *self.tenants.values()))
 
     def generation_of(self, tenant: str) -> int:
         """The generation since which chunks of this tenant are kept."""

@@ -15,12 +15,15 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
+from kvstore_codec import bounded
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.identity.caller import ALL_TENANTS, Scope
 from kvstore_service.identity.credential import Credential
 
 MAX_DOCUMENT_BYTES = 64 << 20
 """Room for 200,000 credentials."""
+_FEWEST_VALUES, _BYTES_OF_VALUE = 64, 12
+"""A document of more and shorter values than that is refused. A credential has 25 bytes for each of its values."""
 _NAME, _VERSION = "kvstore-credentials", 1
 _REQUIRED = {"id", "name", "tenant", "scopes"}
 _OPTIONAL = {"created", "expires", "token_sha256", "subject"}
@@ -34,8 +37,8 @@ def write_document(credentials: Iterable[Credential]) -> str:
 def read_document(text: str) -> list[Credential]:
     """Parses a document. Raises ConfigurationError, whose text names the entry but quotes no value of it."""
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):  # the error may quote the text
+        document = bounded.loads(text, _FEWEST_VALUES + len(text) // _BYTES_OF_VALUE)
+    except ValueError:  # the error may quote the text
         raise ConfigurationError("it is not JSON") from None
     if not isinstance(document, dict) or document.get("format") != _NAME:
         raise ConfigurationError(f"its format is not {_NAME}")

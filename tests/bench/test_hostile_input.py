@@ -184,6 +184,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "profile": lambda: json_bomb("profile", "provenance"),
     "losses": lambda: json_bomb("losses", "provenance"),
     "ratios": lambda: json_bomb("ratios", "tiers"),
+    "credentials": lambda: json_bomb("credentials", "credentials"),
     "token order": lambda: header(token_order=[bytes(MIB // 2), b""]),
 }
 

@@ -11,7 +11,8 @@ import pytest
 from kvstore_api.placement import Member
 from kvstore_cluster import forgotten as limits
 from kvstore_cluster.arena import Arena
-from kvstore_cluster.catalogue import FileCatalogue
+from kvstore_cluster.catalogue import ClusterState, FileCatalogue
+from kvstore_cluster.catalogue.document import read_document, write_document
 from kvstore_cluster.coordinator import Coordinator
 from kvstore_cluster.disk.forgotten import ForgottenRecords, read_forgotten, write_forgotten
 from kvstore_cluster.disk.store import SegmentStore
@@ -341,3 +342,11 @@ def test_without_a_sound_note_all_is_forgotten_again(opened: Opener, tmp_path: P
     assert node.forgotten_generation == 0
     node.forget(Forgotten({"red": 5}))
     assert kept(node) == {"blue"}
+
+
+def test_what_is_not_kept_by_name_may_be_the_newest() -> None:
+    forgotten = Forgotten({"gone": 1}, floor=3)
+    assert forgotten.newest == 3
+    assert forgotten.since(2) == Forgotten({}, 3)
+    state = ClusterState(forgotten=forgotten)
+    assert read_document(write_document(state), "catalogue").forgotten == forgotten

@@ -51,7 +51,7 @@ def parsers() -> list[Parser]:
         _kept("losses", _save_losses, _load_losses),
         _kept("ratios", _save_ratios, _load_ratios),
         Parser("credentials", _credentials, _mutant_of(_credentials), _read_credentials, refused),
-        Parser("trace", lambda: (_TRACE, _TRACE * 3000), _trace_mutant, _read_trace, refused),
+        Parser("trace", lambda: (_TRACE, _TRACE * 3000, _wide_trace()), _trace_mutant, _read_trace, refused),
         Parser("link-trace", lambda: (_LINK, _link(5000)), _link_mutant, _read_link, refused),
     ]
 
@@ -202,6 +202,13 @@ def _trace_mutant(rng: random.Random) -> bytes:
     lines = [line, *_TRACE.splitlines()]
     rng.shuffle(lines)
     return b"\n".join(lines)
+
+
+def _wide_trace() -> bytes:
+    """One request of as many blocks as fit."""
+    return b'{"timestamp": 1.5, "hash_ids": [%s]}' % b", ".join(
+        b"%d" % n for n in range(_MOST_MUTANT_BYTES // 8)
+    )
 
 
 def _read_trace(data: bytes) -> None:
