@@ -1,6 +1,6 @@
 """Measure a client of a storage node while attackers send the node the largest requests it accepts.
 
-python benchmarks/hostile_requests.py [--attackers 12] [--seconds 10] [--attack NAME]
+python benchmarks/hostile_requests.py [--attackers 12] [--seconds 10] [--attack NAME ...]
 
 Attacks:
 
@@ -11,8 +11,8 @@ unread                             lookups whose reply is almost 1 MiB of header
                                    and connection
 
 One process with `--attackers` connections repeats the request without a pause. Unless noted, each connection has one
-request at a time. Meanwhile the client looks up 256 chunks and reads one chunk, ten times per second. Prints JSON: the
-client's latencies, the growth of the node's memory, and how long the node stays busy after the attack.
+request at a time. Meanwhile the client looks up 256 chunks and reads one chunk, ten times per second. Prints JSON: of
+each attack, the client's latencies, the growth of the node's memory, and how long the node stays busy afterwards.
 """
 
 import argparse
@@ -201,18 +201,17 @@ def busy_for_s(node: psutil.Process) -> float:
     return round(rest_since - begin, 1)
 
 
-def measure(kind: str, count: int, seconds: float) -> dict[str, object]:
-    """Starts a node, attacks it, and measures a client alone and during the attack."""
+@contextlib.contextmanager
+def running_node() -> Iterator[tuple[str, psutil.Process]]:
+    """A node that stores what the requests name: its address and its process."""
     server = subprocess.Popen(
         [sys.executable, "-m", "kvstore_bench.store.server", "kvstore"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    attacking: subprocess.Popen[str] | None = None
     try:
         address = _pipe(server.stdout).readline().strip().split(",")[0]
-        node = psutil.Process(server.pid)
         with grpc.insecure_channel(address, _OPTIONS) as channel:
             stub = rpc.StorageStub(channel)
             stored = [chunk_id(number) for number in range(_STORED)]
@@ -222,7 +221,23 @@ def measure(kind: str, count: int, seconds: float) -> dict[str, object]:
                 if any(reply.status != pb.PUT_STATUS_STORED for reply in replies):
                     raise RuntimeError("the chunks for the requests were not stored")
             list(stub.Put(steps([chunk_id(_WIDE)], _WIDE_GEOMETRY)))
-            looked_up = [reference(chunk) for chunk in stored[:LOOKED_UP]]
+        yield address, psutil.Process(server.pid)
+    finally:
+        _pipe(server.stdin).close()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def measure(address: str, node: psutil.Process, kind: str, count: int, seconds: float) -> dict[str, object]:
+    """Attacks a node, and measures a client alone and during the attack."""
+    attacking: subprocess.Popen[str] | None = None
+    watching = threading.Event()
+    try:
+        with grpc.insecure_channel(address, _OPTIONS) as channel:
+            stub = rpc.StorageStub(channel)
+            looked_up = [reference(chunk_id(number)) for number in range(LOOKED_UP)]
             lookup = pb.LookupRequest(
                 chunks=looked_up, encodings=[_ENCODING], with_headers=True, lease_ms=1000
             )
@@ -246,7 +261,6 @@ def measure(kind: str, count: int, seconds: float) -> dict[str, object]:
             alone = beside(2)
             before = node.memory_info().rss
             rss = [before]
-            watching = threading.Event()
 
             def watch() -> None:
                 while not watching.wait(0.05):
@@ -277,13 +291,9 @@ def measure(kind: str, count: int, seconds: float) -> dict[str, object]:
                 "leases_after": stub.Stats(pb.StatsRequest()).leases,
             }
     finally:
-        if attacking is not None:
+        watching.set()
+        if attacking is not None and attacking.poll() is None:
             attacking.kill()
-        _pipe(server.stdin).close()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:
@@ -296,15 +306,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--attack", default="headers", choices=ATTACKS)
+    parser.add_argument("--attack", action="append", choices=ATTACKS, help="may be repeated; all by default")
     parser.add_argument("--attackers", type=int, default=12, help="number of connections")
     parser.add_argument("--seconds", type=float, default=10, help="duration of the attack")
     parser.add_argument("--at", help=argparse.SUPPRESS)  # the node's address, in the attacking process
     arguments = parser.parse_args()
+    kinds = arguments.attack or ATTACKS
     if arguments.at:
-        attackers(arguments.at, arguments.attack, arguments.attackers)
+        attackers(arguments.at, kinds[0], arguments.attackers)
     else:
-        print(json.dumps(measure(arguments.attack, arguments.attackers, arguments.seconds), indent=1))
+        with running_node() as (address, node):
+            reports = [measure(address, node, kind, arguments.attackers, arguments.seconds) for kind in kinds]
+        print(json.dumps(reports, indent=1))
 
 
 if __name__ == "__main__":
