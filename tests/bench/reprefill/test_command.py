@@ -28,7 +28,7 @@ def test_what_cannot_be_measured_is_found_out_at_once(arguments: tuple[str, ...]
 @pytest.mark.timeout(900)
 def test_questions_are_asked_on_a_balanced_disk(tmp_path: Path) -> None:
     files = {name: tmp_path / name for name in ("result.json", "plot.png")}
-    systems = ("contiguous", "contiguous-no-cache", "contiguous-16", "impress", "as_h2o_lfu", "full", "cold")
+    systems = ("contiguous", "contiguous-no-cache", "contiguous-16", "impress", "full", "cold")
     printed = output_of(
         "reprefill", "--quick", "--system", ",".join(systems), "--budget", ".25", "--disk", "balanced",
         "--questions", "3", "--dtype", "float32",

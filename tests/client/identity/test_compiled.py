@@ -70,7 +70,7 @@ def test_a_compiled_model_has_the_name_of_the_plain_one(compiled: Callable[[nn.M
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", (whole, its_forward, each_layer, each_attention))
+@pytest.mark.parametrize("compiled", [whole, its_forward, each_layer, each_attention])
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
 def test_compiled_and_plain_workers_read_what_the_other_stores(
     cluster: ServedCluster, client: KVStoreClient, compiled: Callable[[nn.Module], nn.Module]
