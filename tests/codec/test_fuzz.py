@@ -152,4 +152,4 @@ def test_100_000_mutants_with_sealed_headers() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", SEALED)
 def test_many_more_mutants_with_sealed_frames(encoding: str) -> None:
-    fuzz_sealed_frames(encoding, *SEALED[encoding], mutants=5_000 if "hevc" in encoding else 20_000)
+    fuzz_sealed_frames(encoding, *SEALED[encoding], mutants=2_500 if "hevc" in encoding else 10_000)

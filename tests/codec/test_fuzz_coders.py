@@ -54,4 +54,4 @@ def test_mutated_streams(name: str, plane: np.ndarray) -> None:
 @pytest.mark.parametrize("plane", PLANES.values(), ids=PLANES.keys())
 @pytest.mark.parametrize("name", CODERS)
 def test_many_more_mutated_streams(name: str, plane: np.ndarray) -> None:
-    fuzz(name, plane, mutants=20_000)
+    fuzz(name, plane, mutants=10_000)

@@ -55,4 +55,4 @@ def test_mutated_streams(stream: str) -> None:
 @pytest.mark.parametrize("stream", STREAMS)
 def test_many_more_mutated_streams(stream: str) -> None:
     name, shape, prediction, _ = STREAMS[stream]
-    fuzz(name, shape, prediction, mutants=20_000)
+    fuzz(name, shape, prediction, mutants=10_000)
