@@ -279,7 +279,6 @@ def measure(address: str, node: psutil.Process, kind: str, count: int, seconds: 
             answers = json.loads(_pipe(attacking.stdout).readline())
             attacking.wait()
             busy_s = busy_for_s(node)
-            watching.set()
             return {
                 "attack": kind,
                 "attackers": count,
@@ -292,7 +291,7 @@ def measure(address: str, node: psutil.Process, kind: str, count: int, seconds: 
             }
     finally:
         watching.set()
-        if attacking is not None and attacking.poll() is None:
+        if attacking is not None:
             attacking.kill()
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import grpc
 
 from kvstore_client.request_id import METADATA_KEY, plain_id, request_scope
-from kvstore_service.wrapped_handlers import HandlerWrapper
+from kvstore_service.wrapped_handlers import HandlerWrapper, method_of
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +22,7 @@ class RequestLog(HandlerWrapper):
 
     def wrap(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         method = method.rpartition("/")[2]
-        kind, serve = next(
-            (kind, getattr(handler, kind))
-            for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
-            if getattr(handler, kind) is not None
-        )
+        kind, serve = method_of(handler)
         if getattr(serve, "experimental_non_blocking", False):  # in a block, gRPC would keep a thread for it
             return handler
 

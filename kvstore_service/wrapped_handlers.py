@@ -2,8 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import grpc
+
+
+def method_of(handler: grpc.RpcMethodHandler) -> tuple[str, Callable[..., Any]]:
+    """What a handler serves calls with, and its kind: `unary_unary`, `unary_stream`, `stream_unary` or
+    `stream_stream`."""
+    return next(
+        (kind, getattr(handler, kind))
+        for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+        if getattr(handler, kind) is not None
+    )
 
 
 class HandlerWrapper(grpc.ServerInterceptor, ABC):  # type: ignore[misc]

@@ -23,7 +23,7 @@ from kvstore_service.identity.credential import Credential
 MAX_DOCUMENT_BYTES = 64 << 20
 """Room for 200,000 credentials."""
 _FEWEST_VALUES, _BYTES_OF_VALUE = 64, 12
-"""A document of more and shorter values than that is refused. A credential has 25 bytes for each of its values."""
+"""A document of more and shorter values is refused. The shortest credential has 14 bytes for each of its values."""
 _NAME, _VERSION = "kvstore-credentials", 1
 _REQUIRED = {"id", "name", "tenant", "scopes"}
 _OPTIONAL = {"created", "expires", "token_sha256", "subject"}

@@ -9,6 +9,7 @@ import grpc
 from kvstore_codec.errors import RequestError, UnauthenticatedError
 from kvstore_service.identity.access import NO_CREDENTIAL, Access, bearer_token
 from kvstore_service.identity.verbs import VERBS, Verb, is_open
+from kvstore_service.wrapped_handlers import method_of
 
 
 class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
@@ -45,11 +46,7 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[misc]
 
     def _by_certificate(self, handler: grpc.RpcMethodHandler, verb: Verb) -> grpc.RpcMethodHandler:
         """Checks the certificate of the caller, which is known only once the call is served."""
-        kind, serve = next(
-            (kind, getattr(handler, kind))
-            for kind in ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
-            if getattr(handler, kind) is not None
-        )
+        kind, serve = method_of(handler)
 
         @wraps(serve)
         def checked(request: object, context: grpc.ServicerContext, *send: Callable[..., object]) -> object:
