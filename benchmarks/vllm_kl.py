@@ -21,6 +21,7 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import read_document
+from kvstore_bench.models import model_folder
 from kvstore_bench.native_dtype import native_dtype
 from kvstore_bench.output_options import JsonFile
 from kvstore_bench.vllm.calibration import publish_in_process
@@ -28,7 +29,6 @@ from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, Vll
 from kvstore_bench.vllm.completions import Completions
 from kvstore_bench.vllm.divergence import Questions, ask_cold, ask_own_cache, ask_store, divergence_row
 from kvstore_bench.vllm.engine import VLLM_PYTHON, Connector, Engine, EngineOptions
-from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.policies import kvstore_connector, peer_versions
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.script import run_script

@@ -15,13 +15,13 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import calibration_text, read_document
+from kvstore_bench.models import model_folder
 from kvstore_bench.native_dtype import native_dtype
 from kvstore_bench.output_options import JsonFile
 from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.http_call import RequestError
 from kvstore_bench.vllm.link_cut import cut_row, run_cut
-from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.policies import COLD, DEFAULT_POLICIES, peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows

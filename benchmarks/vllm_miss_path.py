@@ -15,13 +15,13 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import calibration_text
+from kvstore_bench.models import model_folder
 from kvstore_bench.native_dtype import native_dtype
 from kvstore_bench.output_options import JsonFile
 from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.completions import Answer
 from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.miss_path import MISS_POLICIES, miss_rows
-from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.policies import peer_versions, policies_named
 from kvstore_bench.vllm.prompts import token_ids, windows
 from kvstore_bench.vllm.script import run_script

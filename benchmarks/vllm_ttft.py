@@ -31,12 +31,12 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import read_document
+from kvstore_bench.models import model_folder
 from kvstore_bench.native_dtype import native_dtype
 from kvstore_bench.output_options import JsonFile, plot_option
 from kvstore_bench.vllm.cli_options import DtypeName, LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.links import DEFAULT_LINKS, parse_links
-from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.plot import plot_vllm
 from kvstore_bench.vllm.policies import DEFAULT_POLICIES, peer_versions, policies_named

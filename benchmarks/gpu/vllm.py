@@ -34,13 +34,13 @@ import typer
 from kvstore_bench import write_results
 from kvstore_bench.cli.tables import require_outputs, result_table
 from kvstore_bench.demo.document import read_document
+from kvstore_bench.models import model_folder
 from kvstore_bench.output_options import JsonFile
 from kvstore_bench.vllm.calibration import publish_in_process
 from kvstore_bench.vllm.cli_options import LogsFolder, ModelName, VllmOptions
 from kvstore_bench.vllm.engine import EngineOptions
 from kvstore_bench.vllm.exchange import UNCOUNTED_PROMPTS, Result, comparable_length, measure
 from kvstore_bench.vllm.http_call import RequestError
-from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.prompts import Prompt, token_ids, windows
 from kvstore_bench.vllm.script import run_script
 from kvstore_bench.vllm.servers import logs_folder

@@ -13,7 +13,7 @@ from kvstore_codec.chunk import ChunkHeader, write_header
 from kvstore_codec.decoding import FramesTogether, require_klt, require_kv
 from kvstore_codec.encoding import Encoding, Rate
 from kvstore_codec.errors import InvalidKVError
-from kvstore_codec.geometry import Geometry, period_layers_of
+from kvstore_codec.geometry import PERIOD_LAYERS, Geometry, period_layers_of
 from kvstore_codec.identity import ChunkId
 from kvstore_codec.klt_frames import KLT, Prediction, encode_klt_frame
 from kvstore_codec.layouts.token_frames import LAYERS_PER_PICTURE
@@ -93,8 +93,10 @@ def chunk_geometry(spec: ModelSpec, tokens: int, encoding: Encoding, klt: KLT | 
     """Geometry of a chunk. It depends on the encoding and, with a KLT, on the calibration."""
     if klt is not None:
         period_layers = klt.calibration.period_layers
+    elif encoding.is_video:
+        period_layers = LAYERS_PER_PICTURE
     else:
-        period_layers = LAYERS_PER_PICTURE if encoding.is_video else period_layers_of(spec)
+        period_layers = period_layers_of(spec, encoding.period_layers or PERIOD_LAYERS)
     return Geometry.of(spec, tokens, period_layers, encoding.frame_tokens)
 
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from functools import lru_cache
 
 from kvstore_codec.errors import UnknownEncodingError
-from kvstore_codec.geometry import FRAME_TOKENS, MAX_CHUNK_TOKENS
+from kvstore_codec.geometry import FRAME_TOKENS, MAX_CHUNK_TOKENS, MAX_LAYERS
 
 
 class Rate(StrEnum):
@@ -58,7 +58,7 @@ _CODERS = {
 # Names come from untrusted bytes: the expression matches in one way only, without backtracking.
 _NAME = re.compile(
     r"(?P<rate>exact|high|medium|low|step(?P<step>[0-9][0-9.]*(?:e[+-]?[0-9]+)?))-(?P<klt>klt-)?(?P<coder>[a-z][a-z0-9-]*)"
-    r"(?:@(?P<tokens>[1-9][0-9]{0,5}))?",
+    r"(?:@(?P<tokens>[1-9][0-9]{0,5})(?:x(?P<layers>[1-9][0-9]{0,3}))?)?",
     re.ASCII,
 )
 _LONGEST_NAME = 64
@@ -68,8 +68,9 @@ SMALLEST_STEP, LARGEST_STEP = 1e-30, 1e30
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How frames are coded. Raises UnknownEncodingError for a coder that does not support the rate and transform, and
-    for a step or a number of tokens out of range."""
+    """How frames are coded. Raises UnknownEncodingError for a coder that does not support the rate and transform, for a
+    step or a number of tokens out of range, and for a number of layers out of range or where the calibration or the
+    video's pictures say it."""
 
     rate: Rate | float
     """A number is an explicit step: in units of the calibration's metric with KLT, otherwise a fraction of the
@@ -78,8 +79,12 @@ class Encoding:
     transform: Transform = Transform.NONE
     frame_tokens: int = FRAME_TOKENS
     """The resolution: one picture per frame. More tokens give fewer, larger pictures with slightly fewer bytes."""
+    period_layers: int | None = None
+    """The most layers that are coded together. Fewer make smaller frames, of which each question over a part of a
+    prefix reads what suits these layers best. None: as many as is usual (`geometry.period_layers_of`)."""
     name: str = field(init=False, repr=False, compare=False)
-    """`<rate>-[klt-]<coder>[@<tokens>]`, e.g. "exact-zstd", "medium-klt-pco" or "step0.004-klt-hevc-cpu@256"."""
+    """`<rate>-[klt-]<coder>[@<tokens>[x<layers>]]`, e.g. "exact-zstd", "exact-zstd@16x2", "medium-klt-pco" or
+    "step0.004-klt-hevc-cpu@256"."""
 
     def __post_init__(self) -> None:
         exact, coders = self.rate is Rate.EXACT, _CODERS[self.transform]
@@ -89,14 +94,20 @@ class Encoding:
             object.__setattr__(self, "rate", float(self.rate))  # 1 and 1.0 must have the same name
         object.__setattr__(self, "name", self._make_name())
         step_fits = isinstance(self.rate, Rate) or SMALLEST_STEP <= self.rate <= LARGEST_STEP
-        if self.coder not in coders or not step_fits or not 1 <= self.frame_tokens <= MAX_CHUNK_TOKENS:
+        layers_fit = self.period_layers is None or (
+            not self.is_video and not self.needs_calibration and 1 <= self.period_layers <= MAX_LAYERS
+        )
+        tokens_fit = 1 <= self.frame_tokens <= MAX_CHUNK_TOKENS
+        if self.coder not in coders or not (step_fits and tokens_fit and layers_fit):
             raise _unknown(self.name)
 
     def _make_name(self) -> str:
         rate = str(self.rate) if isinstance(self.rate, Rate) else f"step{self.rate!r}"
         transform = "" if self.transform is Transform.NONE else f"{self.transform}-"
-        tokens = "" if self.frame_tokens == FRAME_TOKENS else f"@{self.frame_tokens}"
-        return f"{rate}-{transform}{self.coder}{tokens}"
+        frame = "" if self.frame_tokens == FRAME_TOKENS else f"@{self.frame_tokens}"
+        if self.period_layers is not None:
+            frame = f"@{self.frame_tokens}x{self.period_layers}"
+        return f"{rate}-{transform}{self.coder}{frame}"
 
     @property
     def layout(self) -> str:
@@ -107,7 +118,7 @@ class Encoding:
 
     @property
     def family(self) -> str:
-        """The name without the size of an explicit step and without the tokens per frame. There are few families, so
+        """The name without the size of an explicit step and without the size of frames. There are few families, so
         that metrics may be labelled with them."""
         rate = str(self.rate) if isinstance(self.rate, Rate) else "step"
         return f"{rate}-{self.transform}-{self.coder}" if self.needs_calibration else f"{rate}-{self.coder}"
@@ -149,7 +160,8 @@ class Encoding:
         except ValueError:
             raise _unknown(name) from None
         transform = Transform.KLT if found["klt"] else Transform.NONE
-        encoding = cls(rate, found["coder"], transform, int(found["tokens"] or FRAME_TOKENS))
+        layers = int(found["layers"]) if found["layers"] else None
+        encoding = cls(rate, found["coder"], transform, int(found["tokens"] or FRAME_TOKENS), layers)
         if encoding.name != name:  # one encoding has one name
             raise _unknown(name)
         return encoding
@@ -169,5 +181,5 @@ def _unknown(name: str) -> UnknownEncodingError:
     return UnknownEncodingError(
         f"there is no encoding {name[:_LONGEST_NAME]!r}; known are {', '.join(Encoding.names())}; step0.004 (as Python "
         "writes the number: step2.0, step1e-06) in place of a rate sets the step, @128 or @256 at the end the tokens "
-        "of a frame"
+        "of a frame, and @16x2 its tokens and layers, which video and calibrations have their own numbers of"
     )

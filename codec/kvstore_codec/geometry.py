@@ -21,14 +21,14 @@ FRAME_TOKENS = 64
 PERIOD_LAYERS = 4
 
 
-def period_layers_of(spec: ModelSpec) -> int:
-    """The most layers a period may have, up to PERIOD_LAYERS, so that no period mixes layers with different sliding
-    windows: 4 if all layers have the same, 1 for Gemma 3. A fetch leaves out the frames outside a window only where all
+def period_layers_of(spec: ModelSpec, most: int = PERIOD_LAYERS) -> int:
+    """The most layers a period may have, up to `most`, so that no period mixes layers with different sliding windows:
+    `most` if all layers have the same, 1 for Gemma 3. A fetch leaves out the frames outside a window only where all
     layers of their period have one."""
     windows = spec.sliding_windows or (None,) * spec.layers
     return next(
         size
-        for size in range(PERIOD_LAYERS, 0, -1)
+        for size in range(most, 0, -1)
         if all(len(set(windows[first : first + size])) == 1 for first in range(0, spec.layers, size))
     )
 

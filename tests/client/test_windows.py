@@ -218,7 +218,7 @@ def test_chunks_with_periods_that_mix_windows_are_still_read(
     model, prompt = model_of("gemma3"), random_prompt(CHUNKS * 256 + 20)
     client = new_client()
     with monkeypatch.context() as earlier:
-        earlier.setattr(kvstore_codec.codec, "period_layers_of", lambda _: PERIOD_LAYERS)
+        earlier.setattr(kvstore_codec.codec, "period_layers_of", lambda *_: PERIOD_LAYERS)
         store(client, model, prompt)
     cached = CachedModel(model, client, store=False)
     chunks = chunks_of(client, cached.spec, prompt)

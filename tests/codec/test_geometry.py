@@ -70,6 +70,25 @@ def test_no_period_mixes_windows(windows: tuple[int | None, ...], period_layers:
 
 
 @pytest.mark.parametrize(
+    ("encoding", "windows", "period_layers"),
+    [
+        ("exact-zstd@16x2", (None,) * 9, 2),
+        ("exact-raw@64x8", (None,) * 9, 8),
+        ("high-zstd@64x1", (None,) * 9, 1),
+        ("exact-zstd@16x2", (*[512] * 5, None) * 2, 1),
+        ("exact-zstd@16x6", ((None,) * 3 + (512,) * 6), 3),
+    ],
+)
+def test_an_encoding_may_say_how_many_layers_a_period_has(
+    encoding: str, windows: tuple[int | None, ...], period_layers: int
+) -> None:
+    """As far as no period mixes windows."""
+    spec = replace(make_spec(layers=len(windows)), sliding_windows=windows)
+    geometry = chunk_geometry(spec, 256, Encoding.parse(encoding))
+    assert geometry.period_layers == period_layers
+
+
+@pytest.mark.parametrize(
     "dimensions",
     [
         (0, 1, 1, 1, 1, 1),
@@ -93,10 +112,17 @@ def test_absurd_dimensions_are_refused(dimensions: tuple[int, int, int, int, int
 def test_encoding_names_are_read_back() -> None:
     assert Encoding(Rate.HIGH, "hevc-cpu").name == "high-hevc-cpu"
     assert {"exact-zstd", "high-zstd", "high-hevc-cpu"} <= set(Encoding.names())
-    for name in [*Encoding.names(), "step0.3-zstd", "step1e-05-klt-pco", "medium-klt-hevc-cpu@256"]:
+    for name in [
+        *Encoding.names(),
+        "step0.3-zstd",
+        "step1e-05-klt-pco",
+        "medium-klt-hevc-cpu@256",
+        "exact-zstd@16x2",
+    ]:
         assert Encoding.parse(name).name == name
     assert Encoding(2, "raw").name == "step2.0-raw"
     assert Encoding.parse("step0.3-zstd@128") == Encoding(0.3, "zstd", frame_tokens=128)
+    assert Encoding.parse("high-zstd@64x1") == Encoding(Rate.HIGH, "zstd", period_layers=1)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +130,15 @@ def test_encoding_names_are_read_back() -> None:
     [
         *("", "exact", "exact-", "exact-hevc-cpu", "exact-klt-zstd", "low-pco", "zstd-exact", "HIGH-zstd"),
         *("high-zstd@64", "high-zstd@0", "high-zstd@9999999"),
+        *(
+            "exact-zstdx2",
+            "exact-zstd@x2",
+            "exact-zstd@16x0",
+            "exact-zstd@16x02",
+            "exact-zstd@16x2x2",
+            "exact-zstd@16x1025",
+        ),
+        *("high-hevc-cpu@64x3", "medium-klt-pco@16x2"),
         *("step-zstd", "step0-zstd", "step-1.0-zstd", "stepinf-zstd", "step0.50-zstd", "step1e-40-zstd"),
         *("exact-zstd@" + "1" * 5000, "step" + "e-" * 50_000 + "!", "step1" + "-a" * 50_000),
     ],

@@ -37,7 +37,8 @@ def reprefill(
         str | None,
         typer.Option(
             help="Comma-separated: contiguous; contiguous-ahead (reads ahead), contiguous-no-cache, "
-            "contiguous-by-layer (no periods); contiguous-64, contiguous-32, contiguous-16 (tokens of a frame); "
+            "contiguous-four-layers, contiguous-by-layer (layers of a period); contiguous-64, contiguous-32, "
+            "contiguous-16 (tokens of a frame); "
             "impress, impress-16, impress-reordered, as_h2o_lru, as_h2o_lfu, full, cold.",
             show_default=_SYSTEMS,
         ),
@@ -67,14 +68,17 @@ def reprefill(
     encoding: Annotated[
         str | None,
         typer.Option(
-            help="Encoding of the prefix in our store; with --grid several.", show_default="exact-zstd@16"
+            help="Encoding of the prefix in our store; with --grid several.", show_default="exact-zstd@16x2"
         ),
     ] = None,
     dtype: Annotated[
         DType | None, typer.Option(help="Dtype of model and KV.", show_default=NATIVE_DTYPE)
     ] = None,
     model: Annotated[
-        str, typer.Option(help=f"{SMOLLM2}, or a folder with a model in transformers format.")
+        str,
+        typer.Option(
+            help=f"{SMOLLM2}, qwen (Qwen2.5-Coder-0.5B-Instruct), or a folder with a model in transformers format."
+        ),
     ] = SMOLLM2,
     minutes: Annotated[
         float | None,
@@ -147,7 +151,7 @@ def reprefill(
         cache_share,
         probes,
         dtype or DType(native_dtype()),
-        encoding or "exact-zstd@16",
+        encoding or "exact-zstd@16x2",
         model,
         minutes,
     )

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvstore_bench.codec.texts import default_sources
+from kvstore_bench.models import model_folder
 from kvstore_bench.recompute.tiers import Tier, use_tier
 from kvstore_bench.reprefill.baselines import NAMES as BASELINES
 from kvstore_bench.reprefill.baselines import Baselines
@@ -50,9 +51,9 @@ class Options:
     probes: int = 1
     """Probe heads of `impress`."""
     dtype: DType = DType.FLOAT32
-    encoding: str = "exact-zstd@16"
+    encoding: str = "exact-zstd@16x2"
     model: str = SMOLLM2
-    """SMOLLM2 or a model's folder."""
+    """SMOLLM2, QWEN or a model's folder."""
     minutes: float | None = None
     """No row is begun after this time; None: all rows are measured."""
 
@@ -68,7 +69,7 @@ def run(options: Options, report: Report) -> Result:
     ConfigurationError for options that cannot be measured."""
     _require(options)
     report.advance("start", 0, 3)
-    model, tokenizer = load_model(options.model, options.dtype)
+    model, tokenizer = load_model(str(model_folder(options.model)), options.dtype)
     prompts = make_prompts(default_sources()[0], tokenizer, options.prefix_tokens, options.questions)
     with cluster_with_disk() as (address, folder):
         report.advance("start", 1, 3)
@@ -87,17 +88,13 @@ def run(options: Options, report: Report) -> Result:
 
 
 def _stored(address: str, model: PreTrainedModel, prompts: Prompts, options: Options) -> dict[str, int]:
-    """Stores the prefix as each of our systems reads it. Returns its stored bytes by encoding and, if it has other
-    periods, their name."""
+    """Stores the prefix as each of our systems reads it. Returns its stored bytes by encoding."""
     asked = [variant for name, variant in OURS.items() if name in options.systems]
     stored: dict[str, int] = {}
     for variant in [Variant(), *asked]:
         name = variant.encoding(options.encoding)
-        told = f"{name} {variant.salt}".strip()
-        if told not in stored:
-            with variant.stored():
-                settings = {"encoding": name, "accept": (name,), "tenant_salt": variant.salt}
-                stored[told] = store_prefix(address, model, prompts, **settings)
+        if name not in stored:
+            stored[name] = store_prefix(address, model, prompts, encoding=name, accept=(name,))
     return stored
 
 
@@ -137,7 +134,7 @@ class _Bench:
             yield row_of(
                 asked,
                 judged.get((name, budget)),
-                model=_name(options.model),
+                model=model_folder(options.model).resolve().name,
                 system=name,
                 budget=budget,
                 prefix_tokens=options.prefix_tokens,
@@ -172,7 +169,6 @@ class _Bench:
             "accept": (self._encoding(name),),
             "frame_cache_bytes": int(cache_bytes) if variant.caches else 0,
             "budget_read_ahead": variant.read_ahead,
-            "tenant_salt": variant.salt,
         }
         return Reusing(self._address, self._model, self._prompts, budget, **settings)
 
@@ -199,10 +195,6 @@ def _cells(options: Options) -> Iterator[tuple[str, str, float | None]]:
                     yield disk, name, budget
                 elif number == 0 and (name != "cold" or disk == options.disks[0]):
                     yield disk, name, None
-
-
-def _name(model: str) -> str:
-    return "SmolLM2-135M-Instruct" if model == SMOLLM2 else Path(model).resolve().name
 
 
 def _require(options: Options) -> None:

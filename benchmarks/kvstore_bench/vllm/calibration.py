@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kvstore_bench.vllm.models import model_folder
+from kvstore_bench.models import model_folder
 from kvstore_codec.errors import StartupError
 
 _LIMIT_S = 3600.0

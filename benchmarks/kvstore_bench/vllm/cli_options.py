@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from kvstore_bench.models import QWEN
 from kvstore_bench.native_dtype import NATIVE_DTYPE
-from kvstore_bench.vllm.models import QWEN
 from kvstore_service.models import SMOLLM2
 
 ModelName = Annotated[

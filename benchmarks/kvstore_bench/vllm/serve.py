@@ -17,9 +17,9 @@ from typing import Annotated
 
 import typer
 
+from kvstore_bench.models import QWEN, model_folder
 from kvstore_bench.native_dtype import native_dtype
 from kvstore_bench.vllm.engine import START_S, VLLM_PYTHON, vllm_environment
-from kvstore_bench.vllm.models import QWEN, model_folder
 from kvstore_bench.vllm.policies import kvstore_connector
 from kvstore_bench.vllm.process import ServerProcess, accepts_connections, free_port
 from kvstore_bench.vllm.script import run_script

@@ -49,7 +49,7 @@ def test_questions_are_asked_on_a_balanced_disk(tmp_path: Path) -> None:
             >= (0 if name in ("cold", "full") else row["bytes_needed"] / rate / 8)
         )
         assert (row["prefix_tokens"], row["disk"]) == (1024, "balanced")
-    assert rows["contiguous-16"]["encoding"] == "exact-zstd@16"
+    assert rows["contiguous-16"]["encoding"] == "exact-zstd@16x2"
     assert rows["contiguous"]["tokens_read"] <= 256 < rows["full"]["tokens_read"] == 1024
     assert rows["contiguous-no-cache"]["cache_hit_rate"] == 0
     assert rows["contiguous-no-cache"]["kl"] == pytest.approx(rows["contiguous"]["kl"], rel=0.05)

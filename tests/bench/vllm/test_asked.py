@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from kvstore_bench.models import model_folder
 from kvstore_bench.vllm.links import DEFAULT_LINKS, link_name, parse_links
-from kvstore_bench.vllm.models import model_folder
 from kvstore_bench.vllm.options import Options
 from kvstore_bench.vllm.policies import POLICIES, policies_named
 from kvstore_bench.vllm.prompts import windows

