@@ -1,4 +1,4 @@
-"""Logs gRPC calls with the id of the request that they are made for."""
+"""Logs calls with the id of the request that they are made for."""
 
 import logging
 import time
@@ -27,12 +27,12 @@ class RequestLog(HandlerWrapper):
             return handler
 
         def answer_once(request: object, context: grpc.ServicerContext) -> object:
-            with _logged(method, context, streams=False):
+            with logged(method, _request_id(context), streams=False):
                 return serve(request, context)
 
         def answer_often(request: object, context: grpc.ServicerContext) -> Iterator[object]:
             # gRPC takes all answers in one thread.
-            with _logged(method, context, streams=True):
+            with logged(method, _request_id(context), streams=True):
                 yield from serve(request, context)
 
         answer = answer_often if handler.response_streaming else answer_once
@@ -41,14 +41,13 @@ class RequestLog(HandlerWrapper):
 
 
 @contextmanager
-def _logged(method: str, context: grpc.ServicerContext, *, streams: bool) -> Iterator[None]:
-    """Does nothing for a call without a request id."""
-    named = [value for key, value in context.invocation_metadata() if key == METADATA_KEY]
-    if not named or not isinstance(named[0], str):
+def logged(method: str, request_id: str, *, streams: bool) -> Iterator[None]:
+    """What is logged in the block has the request's id, which may be any text. Does nothing for a call without one."""
+    if not request_id:
         yield
         return
     began_s, ended = time.monotonic(), "failed"
-    with request_scope(plain_id(named[0])):
+    with request_scope(plain_id(request_id)):
         try:
             yield
             ended = "served"
@@ -59,3 +58,9 @@ def _logged(method: str, context: grpc.ServicerContext, *, streams: bool) -> Ite
             took_s = time.monotonic() - began_s
             level = logging.INFO if took_s > SLOW_S and not streams else logging.DEBUG
             log.log(level, "%s %s in %.1f ms", method, ended, 1000 * took_s)
+
+
+def _request_id(context: grpc.ServicerContext) -> str:
+    """Empty for a call without one."""
+    named = [value for key, value in context.invocation_metadata() if key == METADATA_KEY]
+    return named[0] if named and isinstance(named[0], str) else ""

@@ -84,8 +84,13 @@ def lookup_metadata() -> list[tuple[str, str]] | None:
 
 
 def read_traceparent(timeline: Timeline) -> str:
-    """What a read tells a node of the trace that it belongs to. Empty: it belongs to none."""
+    """What a read of a fetch tells a node of the trace that it belongs to. Empty: it belongs to none."""
     return str(timeline.trace.receive) if isinstance(timeline, TracedTimeline) else ""
+
+
+def frames_traceparent(timeline: Timeline) -> str:
+    """The same for a read of single frames, which belongs to no stage of its request."""
+    return str(timeline.trace.root) if isinstance(timeline, TracedTimeline) else ""
 
 
 def _spans(timeline: TracedTimeline, name: str, attributes: Attributes) -> Iterator[FinishedSpan]:

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import lru_cache
 from queue import SimpleQueue
@@ -248,7 +249,8 @@ class FrameRead:
             job = _Job(opened, read, buffer)
             self._outstanding.add(job)
             try:
-                job.future = self._reads.threads.submit(self._run, job)
+                # In the request's context: its trace counts the disk's reads, and log lines have its id.
+                job.future = self._reads.threads.submit(copy_context().run, self._run, job)
             except RuntimeError:  # this process has no thread left; an existing one may run the job yet
                 self._run(job)
         else:

@@ -31,6 +31,7 @@ from kvstore_service.chunk_source import ChunkSource
 from kvstore_service.identity import Access
 from kvstore_service.large_requests import SMALL_BYTES, LargeRequests
 from kvstore_service.request_fields import require_few_fields
+from kvstore_service.request_log import logged
 from kvstore_service.tracing import NodeTracing, traced_read
 from kvstore_service.wire import put_arguments, put_refusal, put_reply, read_targets
 
@@ -193,7 +194,7 @@ class Session:
             self._send_ranges(request, chunks, encodings)
 
     def _send_ranges(self, request: pb.ReadRequest, chunks: list[ChunkId], encodings: list[str]) -> None:
-        with traced_read(self._tracing, request, "bulk"):
+        with logged("Read", request.request_id, streams=True), traced_read(self._tracing, request, "bulk"):
             self._send_each(request, chunks, encodings)
 
     def _send_each(self, request: pb.ReadRequest, chunks: list[ChunkId], encodings: list[str]) -> None:

@@ -76,6 +76,8 @@ def test_a_whole_put_and_get_can_be_followed_and_tells_no_secret(
     loggers = {(line["request_id"], line["logger"]) for line in of_requests}
     for logger in ("kvstore_client.client", "kvstore_service.request_log"):
         assert ("get-1", logger) in loggers, "the same id on both sides of the network"
+    reads = [line for line in of_requests if line["message"].startswith("Read served in ")]
+    assert {line["request_id"] for line in reads} == {"get-1"}, "the bulk port, too"
     assert ("put-1", "kvstore_client.store") in loggers
     assert ("put-1", "kvstore_service.request_log") in loggers
 

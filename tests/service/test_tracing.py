@@ -73,6 +73,7 @@ class TracedCluster:
     def stop(self) -> None:
         self.front.stop(0)
         self.server.stop(0)
+        self.node.close()
         self.catalogue.close()
         self.store.close()
 
@@ -138,6 +139,32 @@ def test_one_request_is_one_connected_trace(
     assert root.attributes == {"kvstore.prompt_tokens": 560, "kvstore.reused_tokens": 512}
     disk = [span for span in spans if span.name == "kvstore.node.disk_read"]
     assert all(span.attributes["kvstore.bytes"] > 0 for span in disk)
+
+
+def test_reads_of_single_frames_belong_to_the_trace(collector: Collector, tmp_path: Path) -> None:
+    document, question = random_prompt(1024, seed=1), random_prompt(30, seed=2)
+    with (
+        traced(tmp_path, collector.grpc) as cluster,
+        connect(cluster.front.address, otlp_endpoint=collector.grpc, fetch_policy="fixed") as client,
+    ):
+        cached = CachedModel(tiny_model("llama", torch.float32), client)
+        cached.generate(document, budget=0.5, max_new_tokens=1, do_sample=False)
+        client.store.flush()
+        cluster.put_on_disk()
+        prompt = torch.cat([document, question], 1)
+        with trace.use_span(TracerProvider().get_tracer("engine").start_span("engine")) as engine:
+            cached.generate(prompt, budget=0.5, max_new_tokens=1, do_sample=False)
+        assert cached.last_report.reprefill is not None
+        periods = len(cached.last_report.reprefill.sets)
+        cached.close()
+    trace_id = engine.get_span_context().trace_id
+    spans = of_trace(collector.spans, trace_id)  # all are sent when client and nodes have ended
+    (root,) = (span for span in spans if span.name == "kvstore.generate")
+    reads = {span.span_id for span in spans if span.name == "kvstore.node.read"}
+    assert len(reads) == periods
+    assert {span.parent_id for span in spans if span.span_id in reads} == {root.span_id}
+    disk = [span for span in spans if span.name == "kvstore.node.disk_read" and span.parent_id in reads]
+    assert len(disk) == periods
 
 
 def test_without_a_collector_nothing_is_traced_and_nodes_get_no_context(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from kvstore_client.contiguous.report import ReprefillReport
 from kvstore_client.fetch.base import ReadTask
 from kvstore_client.frames import FrameRead, FrameResult
 from kvstore_client.miss_reason import MissReason
+from kvstore_client.request_id import in_request
 from kvstore_client.threads import single_threaded
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class FrameLoader:
             return
         try:
             # The engine computes meanwhile: it does not wait for a request to be made, and for its threads to start.
-            self._workers.submit(self._read, period, wanted)
+            self._workers.submit(in_request(self._read), period, wanted)
         except RuntimeError as error:
             self._fail_without_thread(period, wanted, error)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from kvstore_client.buffers import KVBuffers
@@ -54,7 +56,7 @@ class PartialPrefix:
         timeouts = client.settings.timeouts
         self._loader = FrameLoader(
             grid,
-            client.read_frames,
+            partial(client.read_frames, timeline=timeline),
             FrameDecoder(grid, rotary, features, self._unusable),
             client.frame_cache,
             self.report,

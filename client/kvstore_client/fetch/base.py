@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.match import StoredChunk, Variant
+from kvstore_client.request_id import current_request_id
 from kvstore_codec.encoding import Encoding
 
 
@@ -42,8 +43,8 @@ class ReceivedFrames:
 
 def read_request(tasks: Sequence[ReadTask], piece_bytes: int = 0, tenant: str = "") -> pb.ReadRequest:
     """A read of these ranges of a tenant's chunks from one node, in pieces of at most `piece_bytes` (0: as the node
-    likes)."""
-    request = pb.ReadRequest(piece_bytes=piece_bytes, tenant=tenant)
+    likes), for the request that this thread works for."""
+    request = pb.ReadRequest(piece_bytes=piece_bytes, tenant=tenant, request_id=current_request_id())
     positions: dict[tuple[int, str], int] = {}
     for task in tasks:
         key = task.chunk_index, task.encoding.name

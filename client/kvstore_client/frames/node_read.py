@@ -61,6 +61,7 @@ class NodeRead:
         """Receive the ranges. Returns those that are not complete, with the reason."""
         reason = MissReason.PROTOCOL
         request = read_request([self._read.tasks[index] for index in self._indices], tenant=view.tenant)
+        request.traceparent = self._read.traceparent
         try:
             stream = self._stream = view.transport(self._member).read_frames(request, self._read.left_s, self)
             with watch.over(self):

@@ -32,8 +32,10 @@ class FrameRead:
     `take`; `cancel` may be called from any thread.
     """
 
-    def __init__(self, tasks: Sequence[ReadTask], timeout_s: float) -> None:
+    def __init__(self, tasks: Sequence[ReadTask], timeout_s: float, traceparent: str = "") -> None:
         self.tasks = tuple(tasks)
+        self.traceparent = traceparent
+        """The trace that it belongs to. Empty: none."""
         self._deadline_s = time.monotonic() + timeout_s
         self._changed = threading.Condition()
         self._open = set(range(len(self.tasks)))

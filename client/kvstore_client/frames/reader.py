@@ -17,6 +17,7 @@ from kvstore_client.metrics import ClientMetrics
 from kvstore_client.miss_reason import MissReason
 from kvstore_client.planning import Links
 from kvstore_client.replicas import Search
+from kvstore_client.request_id import in_request
 from kvstore_client.settings import ClientSettings
 from kvstore_client.transport import ReceiveMemory
 from kvstore_client.watch import Watch
@@ -45,10 +46,14 @@ class FrameReader:
         self._watch = Watch("kvstore-frame-watch")
 
     def start(
-        self, tasks: Sequence[ReadTask], timeout_s: float, buffers: Sequence[memoryview] | None
+        self,
+        tasks: Sequence[ReadTask],
+        timeout_s: float,
+        buffers: Sequence[memoryview] | None,
+        traceparent: str = "",
     ) -> FrameRead:
         """Begin to receive these ranges, in one thread per node."""
-        read = FrameRead(tasks, timeout_s)
+        read = FrameRead(tasks, timeout_s, traceparent)
         by_member: dict[Member, list[int]] = {}
         for index, task in enumerate(tasks):
             by_member.setdefault(task.chunk.member, []).append(index)
@@ -56,7 +61,7 @@ class FrameReader:
             arguments = (read, buffers, member, indices)
             try:
                 threading.Thread(
-                    target=self._bring, args=arguments, name="kvstore-frames", daemon=True
+                    target=in_request(self._bring), args=arguments, name="kvstore-frames", daemon=True
                 ).start()
             except RuntimeError:  # this process has no thread left
                 read.fail(indices, MissReason.NO_RESOURCES)
