@@ -267,23 +267,27 @@ class _Lookup:
 
     def _require_expected(self, header: ChunkHeader, encoding: str, klt: KLT | None) -> None:
         """Raises ForeignChunkError if the encoding was not requested, or the shape is not that of this model's KV."""
+        if self._rank(encoding) is None or header.encoding.name != encoding:
+            raise ForeignChunkError(
+                f"chunk {header.chunk_id.short} is offered as {encoding}, and its header says {header.encoding.name}"
+            )
         geometry, frame_limit = self._expected(header, klt)
-        if self._rank(encoding) is None or max(header.frame_lengths) > frame_limit:
+        if max(header.frame_lengths) > frame_limit:
             raise ForeignChunkError(
                 f"chunk {header.chunk_id.short} is offered as {encoding} in frames of up to "
                 f"{max(header.frame_lengths)} bytes"
             )
-        if header.encoding.name != encoding or header.geometry != geometry:
+        if header.geometry != geometry:
             raise ForeignChunkError(
                 f"chunk {header.chunk_id.short} is announced as {encoding} of {geometry}, "
-                f"but its header says {header.encoding.name} of {header.geometry}"
+                f"but its header says {header.geometry}"
             )
 
     def _expected(self, header: ChunkHeader, klt: KLT | None) -> tuple[Geometry, int]:
         """Geometry of this model's chunks, and the largest frame in bytes. Cached: all chunks of a prompt share it."""
         encoding, digest = header.encoding, klt.calibration.digest if klt is not None else b""
-        # Without a calibration and a picture of some layers, the number of layers a period is the writer's choice.
-        is_free = klt is None and not encoding.is_video
+        # Where neither a name, a calibration nor a picture says the number of layers a period, the writer chose it.
+        is_free = klt is None and not encoding.is_video and encoding.period_layers is None
         period_layers = header.geometry.period_layers if is_free else None
         known = self._known.get((encoding.name, digest, period_layers))
         if known is None:

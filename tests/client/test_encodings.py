@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import kvstore_codec.codec
 from kvstore_client.client import KVStoreClient, connect
 from kvstore_client.match import Match
 from kvstore_client.new_chunk import NewChunk
@@ -116,6 +117,20 @@ def test_a_damaged_variant_is_counted_and_another_one_used(cluster: ServedCluste
         match = client.match(SPEC, document)
         client.release(match)
         assert offered(match) == [["exact-zstd"]]
+        assert client.metrics.snapshot()["miss_bad_header"] == 1
+
+
+def test_a_chunk_with_other_layers_than_its_name_says_is_refused(
+    cluster: ServedCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, document = "exact-zstd@16x2", ids(1)
+    with monkeypatch.context() as hostile:
+        hostile.setattr(kvstore_codec.codec, "period_layers_of", lambda *_: 4)
+        store(cluster.address, name, document, tmp_path)
+    with connect(cluster.address, accept=(name,)) as client:
+        match = client.match(SPEC, document)
+        client.release(match)
+        assert offered(match) == []
         assert client.metrics.snapshot()["miss_bad_header"] == 1
 
 

@@ -1,11 +1,13 @@
 """Makes the rows of the result from measured passages."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 from kvstore_bench.codec.fidelity import Fidelity, Passage, perplexity
 from kvstore_bench.codec.method import Coded, Method, Speed
+from kvstore_codec.encoding import Encoding
 
 
 def row_of(
@@ -58,7 +60,8 @@ def frame_overheads(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "frame_overhead_percent": 100 * (row["bits_per_value"] / bits[whole] - 1),
         }
         for row in rows
-        if row["method"] == "kvstore" and (whole := f"{row['name'].partition('@')[0]}@256") in bits
+        if row["method"] == "kvstore"
+        and (whole := replace(Encoding.parse(row["name"]), frame_tokens=256).name) in bits
     ]
 
 

@@ -16,7 +16,8 @@ from kvstore_codec.model_spec import ModelSpec
 from kvstore_codec.page import PageNamespace
 
 MEMORY_BYTES = 256 << 20
-"""Summaries kept in the process. One of SmolLM2 has 467 KB a chunk: enough for 147,000 tokens."""
+"""Summaries kept in the process. One of SmolLM2 has 445 KB a chunk, or 835 KB in periods of two layers:
+enough for 154,000 or 82,000 tokens."""
 _MOST_NAMESPACES = 8
 """Models whose page stores are open at a time."""
 

@@ -16,6 +16,7 @@ from kvstore_client.pages.context import PageContext
 from kvstore_client.pages.destination import Destination, WantedPage
 from kvstore_client.pages.find import PageSearch, StoredPage
 from kvstore_client.pages.jobs import Job
+from kvstore_client.request_id import current_request_id
 from kvstore_client.transport import ReadStream
 from kvstore_codec.errors import (
     CodecError,
@@ -228,7 +229,7 @@ class GetPages:
 
 
 def _request(pages: Sequence[WantedPage], chunk_ids: Sequence[ChunkId], tenant: str) -> pb.ReadRequest:
-    request = pb.ReadRequest(tenant=tenant)
+    request = pb.ReadRequest(tenant=tenant, request_id=current_request_id())
     for number, page in enumerate(pages):
         chunk_id = chunk_ids[page.index]
         request.chunks.add(content_id=chunk_id.content_id, prefix_id=chunk_id.prefix_id)

@@ -13,6 +13,7 @@ from typing import Final
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.pages.base import JobId, Operation, PageResult
 from kvstore_client.pages.event import Event
+from kvstore_client.request_id import in_request
 from kvstore_client.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class JobQueue:
         with self._changed:
             self._last_id += 1
             job_id = JobId(self._last_id)
-            job = Job(job_id, operation, pages, size_bytes, deadline_s, work, is_awaited)
+            job = Job(job_id, operation, pages, size_bytes, deadline_s, in_request(work), is_awaited)
             if self._closed:
                 refused = "closed"
             if refused is None and (

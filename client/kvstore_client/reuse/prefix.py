@@ -17,6 +17,7 @@ from kvstore_client.reuse.summaries import publish_summaries
 from kvstore_client.timeline import Timeline
 from kvstore_codec.codec import chunk_geometry
 from kvstore_codec.encoding import Encoding
+from kvstore_codec.errors import ChunkFormatError
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import CHUNK_TOKENS
 from kvstore_codec.model_spec import ModelSpec
@@ -34,13 +35,12 @@ class PrefixGeneration(ReusingGeneration):
         incoming: IncomingKV | None = None,
         why_not: str | None = None,
         reused_chunks: int = 0,
-        geometry: Geometry | None = None,
+        geometries: frozenset[Geometry] = frozenset(),
     ) -> None:
         super().__init__(call, snapshot, timeline, incoming, why_not)
         self._parts, self._reused_chunks = parts, reused_chunks
-        encoding = Encoding.parse(parts.client.settings.encodings.stored[0])
-        self._geometry = geometry or _geometry_of(snapshot.spec, encoding)
-        """Geometry of the stored chunks; where none is stored, that in which they will be."""
+        self._geometries = geometries
+        """Geometries of the stored chunks; empty where none is stored."""
 
     @classmethod
     def begin(
@@ -68,8 +68,9 @@ class PrefixGeneration(ReusingGeneration):
             if incoming is None:
                 parts.client.release(match)
         reused_chunks = len(match.chunks) if incoming is not None else 0
-        geometry = match.chunks[0].header.geometry if match.chunks else None
-        return cls(parts, call, snapshot, timeline, incoming, why_not, reused_chunks, geometry)
+        variants = match.chunks[0].variants if match.chunks else ()
+        geometries = frozenset(variant.header.geometry for variant in variants)
+        return cls(parts, call, snapshot, timeline, incoming, why_not, reused_chunks, geometries)
 
     def complete(self) -> CompletedCall:
         run, storing = (
@@ -97,7 +98,12 @@ class PrefixGeneration(ReusingGeneration):
         """Let later questions with a budget choose from this prompt's prefix. Its reused KV must be in its buffers."""
         buffers = self.incoming.buffers if self.incoming is not None else None
         tokens: list[int] = self.call.tokens.tolist()
-        publish_summaries(self._parts, tokens, self.snapshot.spec, self._geometry, generated, buffers)
+        stored = map(Encoding.parse, self._parts.client.settings.encodings.stored)
+        # Which of them a question will be read in depends on the link at that time.
+        geometries = self._geometries or frozenset(
+            filter(None, (_geometry_of(self.snapshot.spec, encoding) for encoding in stored))
+        )
+        publish_summaries(self._parts, tokens, self.snapshot.spec, geometries, generated, buffers)
 
     def _store(self, generated: GenerationResult) -> None:
         parts, spec, fetched = self._parts, self.snapshot.spec, generated.report
@@ -140,9 +146,12 @@ def fetch_prefix(
         return None, f"no_resources: {error}"
 
 
-def _geometry_of(spec: ModelSpec, encoding: Encoding) -> Geometry:
+def _geometry_of(spec: ModelSpec, encoding: Encoding) -> Geometry | None:
     """Geometry of chunks that this client stores in `encoding`. A calibration's periods are taken to be the usual
-    ones."""
-    if encoding.needs_calibration:
-        return Geometry.of(spec, frame_tokens=encoding.frame_tokens)
-    return chunk_geometry(spec, CHUNK_TOKENS, encoding)
+    ones. None: a model of so many layers cannot be stored in frames this small."""
+    try:
+        if encoding.needs_calibration:
+            return Geometry.of(spec, frame_tokens=encoding.frame_tokens)
+        return chunk_geometry(spec, CHUNK_TOKENS, encoding)
+    except ChunkFormatError:
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -24,34 +24,37 @@ def publish_summaries(
     parts: SessionParts,
     tokens: Sequence[int],
     spec: ModelSpec,
-    geometry: Geometry,
+    geometries: Iterable[Geometry],
     generated: GenerationResult,
     buffers: KVBuffers | None,
 ) -> None:
     """Summarise the prompt's full chunks, except those whose summaries this process has, and publish the summaries.
-    `geometry` is that of the stored chunks. Reused keys are read from `buffers`. A failure is logged: summaries only
-    make later questions faster."""
+    `geometries` are those of the stored chunks: other periods have other summaries. Reused keys are read from
+    `buffers`. A failure is logged: summaries only make later questions faster."""
     decoder = parts.engine.decoder
-    if decoder is None or has_windows(decoder) or geometry.tokens % geometry.frame_tokens:
+    if decoder is None or has_windows(decoder):
         return  # nothing is chosen from such prefixes
     if any(
         window is not None for window in spec.sliding_windows
     ):  # nor these, and not all of their keys were read
         return
-    summaries, shape = parts.client.summaries, SummaryShape.of(geometry)
+    summaries = parts.client.summaries
     ids = [chunk.prefix_id for chunk in parts.client.chunk_ids(spec, tokens)]
-    known = summaries.known(ids, shape).summaries
+    whole = (geometry for geometry in geometries if geometry.tokens % geometry.frame_tokens == 0)
     try:
         keys = _Keys(parts, generated, buffers, len(tokens))
-        made = {
-            name: ChunkSummary.make([keys.of(layer, index * CHUNK_TOKENS) for layer in shape.layers], shape)
-            for index, name in enumerate(ids)
-            if name not in known and keys.has(index * CHUNK_TOKENS)
-        }
+        for shape in {SummaryShape.of(geometry) for geometry in whole}:
+            known = summaries.known(ids, shape).summaries
+            made = {
+                name: ChunkSummary.make(
+                    [keys.of(layer, index * CHUNK_TOKENS) for layer in shape.layers], shape
+                )
+                for index, name in enumerate(ids)
+                if name not in known and keys.has(index * CHUNK_TOKENS)
+            }
+            summaries.publish(spec, shape, made)
     except (RuntimeError, MemoryError) as error:
         log.warning("the keys of a prompt cannot be summarised: %s", error)
-        return
-    summaries.publish(spec, shape, made)
 
 
 class _Keys:

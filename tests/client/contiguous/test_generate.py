@@ -13,6 +13,8 @@ from kvstore_client.contiguous.report import ReprefillReport
 from kvstore_client.contiguous.summaries import SummaryShape
 from kvstore_client.engines.transformers import CachedModel
 from kvstore_client.engines.transformers.cache import PartialLayer
+from kvstore_codec.codec import chunk_geometry
+from kvstore_codec.encoding import Encoding
 from kvstore_codec.errors import ConfigurationError
 from kvstore_codec.geometry import Geometry
 from kvstore_codec.identity import ChunkId
@@ -110,6 +112,37 @@ def test_a_prefix_of_small_frames_is_chosen_from(
         assert [len(frames) for frames in report.sets] == [24] * -(-layers // period_layers)
         reference = partial_reference(model, report.sets, frame_tokens=16, period_layers=period_layers)
         assert torch.equal(output, reference)
+        cached.close()
+
+
+@pytest.mark.parametrize("budget", [0.25, None], ids=["computed", "reused"])
+def test_every_stored_encoding_can_be_chosen_from(cluster: ServedCluster, budget: float | None) -> None:
+    """Which one a question is read in depends on the link; other periods have other summaries."""
+    encodings = "exact-zstd@16x2,low-zstd"
+    with connect(cluster.address, **PATIENT, encoding=encodings, accept=encodings) as client:
+        cached = CachedModel(tiny_model("llama"), client)
+        cached.generate(DOCUMENT, budget=budget, **GREEDY)
+        client.store.flush()
+        if budget is None:
+            cached.generate(PROMPT, budget=0.25, **GREEDY)
+            assert cached.last_report.reused_tokens == DOCUMENT.shape[1]
+        names = [chunk.prefix_id for chunk in client.chunk_ids(cached.spec, DOCUMENT[0].tolist())]
+        shapes = {
+            SummaryShape.of(chunk_geometry(cached.spec, 256, Encoding.parse(name)))
+            for name in encodings.split(",")
+        }
+        assert len(shapes) == 2
+        assert all(len(client.summaries.known(names, shape).summaries) == 6 for shape in shapes)
+        cached.close()
+
+
+def test_a_model_of_too_many_layers_for_small_frames_is_answered(cluster: ServedCluster) -> None:
+    """Of a chunk in frames of one token and one layer there would be 4,352."""
+    model = tiny_model("llama", num_hidden_layers=17)
+    with connect(cluster.address, **PATIENT, encoding="exact-zstd@1x1", accept="exact-zstd@1x1") as client:
+        cached = CachedModel(model, client)
+        output = cached.generate(PROMPT, budget=0.25, **GREEDY)
+        assert torch.equal(output, model.generate(PROMPT, **GREEDY))
         cached.close()
 
 
