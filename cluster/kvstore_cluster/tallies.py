@@ -111,9 +111,10 @@ class Tallies:
     def asked(self, tenant: str, *, chunks: int = 0, hits: int = 0, hit_tokens: int = 0) -> None:
         """Counts what lookups of a tenant asked for and found."""
         if tenant not in self._known:
-            if len(self._known) == MOST_TENANTS:
+            if len(self._known) < MOST_TENANTS:
+                self._known.add(tenant)
+            else:
                 tenant = OTHER_TENANTS
-            self._known.add(tenant)
         self._requested[tenant] += chunks
         self._hits[tenant] += hits
         self._hit_tokens[tenant] += hit_tokens
