@@ -58,7 +58,10 @@ class Client:
 
     def get(self, chunk: SampleChunk) -> None:
         request = pb.ReadRequest(chunks=[ref(chunk)], encodings=[chunk.encoding], ranges=[pb.ReadRange()])
-        if b"".join(piece.data for piece in self._bulk.read(request, _TIMEOUT_S)) != chunk.data:
+        data = b"".join(piece.data for piece in self._bulk.read(request, _TIMEOUT_S))
+        if not data:
+            raise TransferError("get", "a chunk that was just stored is gone")
+        if data != chunk.data:
             raise TransferError("get", "other bytes came back")
 
     def close(self) -> None:
