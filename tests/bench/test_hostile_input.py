@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import struct
 import tracemalloc
 from collections import Counter
@@ -17,9 +18,10 @@ from kvstore_bench.hostile.chunks import sealed_header
 from kvstore_bench.hostile.memory import PeakMemory
 from kvstore_bench.hostile.models import sealed_canary
 from kvstore_bench.hostile.parser import MEMORY, READ, Parser, limit_bytes, outcome_of, random_of
-from kvstore_bench.hostile.run import BATCH, judged
+from kvstore_bench.hostile.run import BATCH, _judge, _Prepared, judged
 from kvstore_bench.hostile.stores import sealed_json
 from kvstore_bench.hostile.table import PARSERS
+from kvstore_bench.hostile.values import edit_value, json_like_copy
 from kvstore_codec.chunk import FIXED_PREFIX_BYTES
 
 MUTANTS = 80
@@ -201,6 +203,29 @@ def test_short_values_cannot_multiply_their_memory(bomb: str) -> None:
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < buffers_bytes + 8 * len(data), "an empty map of a byte takes 72"
+
+
+@pytest.mark.parametrize("empty", [[], {}], ids=["list", "dict"])
+def test_a_value_without_parts_is_edited(empty: Any) -> None:
+    for seed in range(200):
+        edit_value(random.Random(seed), json_like_copy(empty), ())
+
+
+def test_memory_that_is_taken_once_is_no_fault(monkeypatch: pytest.MonkeyPatch, memory: PeakMemory) -> None:
+    """The kernel takes pages away, and counts them when it gives them back."""
+    kept: list[bytearray] = []
+
+    def takes_once(data: bytes) -> None:
+        if not kept:
+            kept.append(bytearray(b"\1") * (64 << 20))
+
+    parser = Parser("once", lambda: (b"",), lambda _: b"", takes_once, (ValueError,))
+    monkeypatch.setitem(PARSERS, "once", parser)
+    prepared = _Prepared("once", memory, 0)
+    tally = _judge(1, prepared, 0, lambda _: None)
+    assert kept
+    assert not tally.faults
+    assert tally.mutants == BATCH
 
 
 def test_what_a_parser_does_wrong_is_noticed(memory: PeakMemory) -> None:

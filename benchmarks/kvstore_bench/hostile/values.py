@@ -107,6 +107,8 @@ def edit_value(rng: random.Random, value: Any, extremes: tuple[Any, ...]) -> Any
             )
         case 3:
             parts = _parts(value)
+            if not parts:
+                return value
             donor = rng.choice(parts)
             return _replaced(rng, value, lambda _: json_like_copy(donor[0][donor[1]]))
         case 4 | 5:
