@@ -300,17 +300,15 @@ class KVStoreClient:
     ) -> FrameRead:
         """Start reading ranges of single frames (`fetch.cut.cut_period`), such as those that a question needs of one
         period, and return at once. Each node that holds some of the chunks gets one request. The ranges should be in
-        order of importance: nodes begin with the first ones.
+        order of importance: nodes begin with the first ones. Their spans belong to the trace of `timeline`.
 
         Every range completes within `timeout_s` (default: `fetch_timeout_s`), delivered or missing. `buffers` are one
         writable, contiguous view per range, of at least its `size_bytes`, and receive the bytes in place; a range's
         buffer may be reused once its result was taken. Without `buffers` the results refer to memory that is reused
-        when nothing refers to it any more. Reading takes no lease, so keep the leases of the match until the end. The
-        nodes' spans belong to the trace of `timeline`, if it has one.
+        when nothing refers to it any more. Reading takes no lease, so keep the leases of the match until the end.
         """
         timeout_s = self.settings.timeouts.fetch_s if timeout_s is None else timeout_s
-        traceparent = "" if timeline is None else frames_traceparent(timeline)
-        return self._frames.start(tasks, timeout_s, buffers, traceparent)
+        return self._frames.start(tasks, timeout_s, buffers, frames_traceparent(timeline))
 
     def report(self, scores: Mapping[ChunkId, float]) -> bool:
         """Report how much attention a model paid to chunks after a re-prefill: each chunk's share, 0 to 1. Nodes that

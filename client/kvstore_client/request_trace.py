@@ -88,8 +88,8 @@ def read_traceparent(timeline: Timeline) -> str:
     return str(timeline.trace.receive) if isinstance(timeline, TracedTimeline) else ""
 
 
-def frames_traceparent(timeline: Timeline) -> str:
-    """The same for a read of single frames, which belongs to no stage of its request."""
+def frames_traceparent(timeline: Timeline | None) -> str:
+    """The same for a read of single frames, which belongs to no stage of its request, or to no request."""
     return str(timeline.trace.root) if isinstance(timeline, TracedTimeline) else ""
 
 

@@ -104,9 +104,11 @@ class Encoding:
     def _make_name(self) -> str:
         rate = str(self.rate) if isinstance(self.rate, Rate) else f"step{self.rate!r}"
         transform = "" if self.transform is Transform.NONE else f"{self.transform}-"
-        frame = "" if self.frame_tokens == FRAME_TOKENS else f"@{self.frame_tokens}"
+        frame = f"@{self.frame_tokens}"
         if self.period_layers is not None:
-            frame = f"@{self.frame_tokens}x{self.period_layers}"
+            frame += f"x{self.period_layers}"
+        elif self.frame_tokens == FRAME_TOKENS:
+            frame = ""
         return f"{rate}-{transform}{self.coder}{frame}"
 
     @property

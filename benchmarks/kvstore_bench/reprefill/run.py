@@ -113,6 +113,7 @@ class _Bench:
     def rows(self, report: Report) -> Iterator[Row]:
         options = self._options
         cells = list(_cells(options))
+        model = model_folder(options.model).resolve().name
         began_s = time.monotonic()
         judged: dict[tuple[str, float | None], Fidelity] = {}
         for number, (disk, name, budget) in enumerate(cells):
@@ -134,7 +135,7 @@ class _Bench:
             yield row_of(
                 asked,
                 judged.get((name, budget)),
-                model=model_folder(options.model).resolve().name,
+                model=model,
                 system=name,
                 budget=budget,
                 prefix_tokens=options.prefix_tokens,
