@@ -2,6 +2,8 @@
 
 import random
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,7 +81,7 @@ def test_it_follows_evictions_demotions_a_death_and_restarts(cluster: Publishing
     order = random.Random(3)
     one, two = (cluster.start_node(name, 512 << 10, 2 << 20) for name in ("one", "two"))
     with EventSubscriber(cluster.address, silence_s=1.0) as router:
-        for _ in range(300):
+        for _ in range(10_000):
             node = order.choice([one, two])
             put(node, chunk_of(order.randrange(60)))
             if order.random() < 0.2:
@@ -186,6 +188,38 @@ def test_a_router_that_reads_nothing_slows_nobody(tmp_path: Path) -> None:
                 router.poll(0)
             fill(node, range(7))
             follow(router, cluster.stored)
+
+
+_LATE_ROUTER = """
+import sys, time
+from kvstore_client.kv_events import EventSubscriber
+
+with EventSubscriber(sys.argv[1]) as router:
+    while not router.blocks.tiers:
+        router.poll(0.1)
+    print("has the first block", flush=True)
+    time.sleep(9)
+    deadline_s = time.monotonic() + 15
+    while len(router.blocks.tiers) < 2 or not router.is_current:
+        assert time.monotonic() < deadline_s, router.blocks.tiers
+        router.poll(0.1)
+"""
+
+
+@pytest.mark.slow
+def test_a_router_that_read_nothing_for_long_goes_on(cluster: PublishingCluster) -> None:
+    """In a process of its own, which libzmq aborts when heartbeats end a connection of which messages wait."""
+    node = cluster.start_node("one")
+    fill(node, range(1))
+    command = [sys.executable, "-c", _LATE_ROUTER, cluster.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as router:
+        assert router.stdout is not None
+        assert router.stdout.readline() == "has the first block\n"
+        for _ in range(3000):  # more than ZeroMQ keeps for a subscriber
+            cluster.hub.mark_time("")
+        fill(node, range(1, 2))
+        _, errors = router.communicate(timeout=60)
+    assert router.returncode == 0, errors
 
 
 def test_a_quiet_publisher_still_counts(tmp_path: Path) -> None:
