@@ -1,10 +1,11 @@
 """A complete cluster: one coordinator and storage nodes, on a private Ray on this machine or on an existing Ray
 cluster."""
 
+import hashlib
 import importlib.util
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,10 +26,12 @@ from kvstore_service.listen import Address, Reservation, two_free_ports
 from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
 from kvstore_service.observability.log_follower import LogFollower
 from kvstore_service.observability.process_logs import keep_logs
-from kvstore_service.ray_cluster import existing_ray, on_node, on_this_node, ray_nodes
+from kvstore_service.ray_cluster import existing_ray, on_this_node
+from kvstore_service.ray_node import joined_ray
 from kvstore_service.scratch import scratch_folder
 from kvstore_service.security import Security
 from kvstore_service.settings import Settings, settings_of
+from kvstore_service.storage_actors import StorageActors, stop_nodes
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +46,12 @@ _ACTOR_OPTIONS = {"max_restarts": -1, "max_task_retries": -1, "max_concurrency":
 # Packages of the extra `cluster`. They are imported where they are used, because inference workers do not need them.
 _PACKAGES = ("grpc_reflection", "psutil", "ray")
 _COORDINATOR_NAME = "kvstore-coordinator"
+_OF_STORAGE_NODES = (
+    *("memory", "disk", "data_dir", "durability", "policy", "repair_bandwidth", "experiments", "events"),
+    *("storage_port", "credentials", "tls_cert", "tls_key", "tls_ca", "tls_client_ca", "tls_name"),
+    *("encryption_key_file", "otlp_endpoint", "log_format", "log_level"),
+)
+"""Settings that storage nodes are started with."""
 
 
 class EmbeddedCluster:
@@ -50,7 +59,8 @@ class EmbeddedCluster:
 
     Without `settings` the cluster is one small node on a free port. The folder `data_dir` contains the nodes' disks,
     and the catalogue unless that is in Redis. If it is None, a temporary folder is used. With `ray_address` the cluster
-    runs on that Ray cluster with one storage node on each Ray node, and `data_dir` is a path on each of them.
+    runs on that Ray cluster with one storage node on each Ray node, also on those that join later, and `data_dir` is a
+    path on each of them.
 
     The constructor and `start` raise ConfigurationError, AddressInUseError and CatalogueError before Ray starts.
     `start` raises StartupError for later failures, and for missing packages.
@@ -72,7 +82,8 @@ class EmbeddedCluster:
             self._keys()  # a wrong file ends the start here
         self._redis_url = settings.redis.get_secret_value() if settings.redis else None
         self._coordinator: Any = None  # Ray's actor handles know the actors' methods only at run time
-        self._storage: dict[str, Any] = {}
+        self._storage: dict[str, Any] = {}  # without a Ray cluster
+        self._actors: StorageActors | None = None  # with one
         self._running = ExitStack()
         self._ray: RayProcesses | None = None
         self._silent_since_s: float | None = None
@@ -81,7 +92,7 @@ class EmbeddedCluster:
     @property
     def size(self) -> int:
         """Number of storage nodes."""
-        return len(self._storage)
+        return len(self._handles())
 
     def start(self) -> None:
         """Starts the cluster. Blocks until every node has joined and clients can connect."""
@@ -99,6 +110,10 @@ class EmbeddedCluster:
             _check_catalogue(data_dir, self._redis_url, keys)
             if self._settings.ray_address is None:
                 self._ray = started.enter_context(local_ray(scratch / "ray"))
+            elif self._settings.ray_join:
+                started.enter_context(
+                    joined_ray(self._settings.ray_address, reservation.address, scratch / "ray")
+                )
             else:
                 started.enter_context(existing_ray(self._settings.ray_address))
             started.callback(self._stop_actors)
@@ -149,8 +164,9 @@ class EmbeddedCluster:
         Ray's GetTimeoutError."""
         import ray
 
-        pids = ray.get([node.pid.remote() for node in self._storage.values()], timeout=_PID_TIMEOUT_S)
-        return dict(zip(self._storage, pids, strict=True))
+        handles = self._handles()
+        pids = ray.get([node.pid.remote() for node in handles.values()], timeout=_PID_TIMEOUT_S)
+        return dict(zip(handles, pids, strict=True))
 
     def __enter__(self) -> Self:
         self.start()
@@ -161,56 +177,100 @@ class EmbeddedCluster:
     ) -> None:
         self.stop()
 
+    def _handles(self) -> dict[str, Any]:
+        return self._storage if self._actors is None else self._actors.handles
+
     def _start_actors(self, data_dir: Path, address: Address, events: Address | None) -> None:
         import ray
 
-        from kvstore_cluster.actors.coordinator import CoordinatorActor
-        from kvstore_cluster.actors.storage import StorageActor
-        from kvstore_service.grpc_coordinator import serve_coordinator
-        from kvstore_service.peer_nodes import GrpcPeers
-        from kvstore_service.storage_server import StorageServer
-
-        # Without a Ray cluster all nodes are on this machine, and listen on the coordinator's host.
-        homes = ray_nodes() if self._settings.ray_address else []
-        placed = [on_node(home) for home in homes] or [{"num_cpus": 0}] * self._settings.nodes
-        host = None if homes else address.host
-        coordinator = ray.remote(CoordinatorActor).options(
-            name=_COORDINATOR_NAME, **_ACTOR_OPTIONS, **(on_this_node() if homes else {"num_cpus": 0})
-        )
-        self._coordinator = coordinator.remote(
-            data_dir,
-            partial(serve_coordinator, address=address, security=self.security, events=events),
-            replicas=self._settings.replicas or min(2, max(1, len(homes))),
-            redis_url=self._redis_url,
-            isolated=self.security.isolated,
-            events=events is not None,
-            keys=self._keys,
-            prepare=self._keep_logs("coordinator"),
-        )
-        storage = ray.remote(StorageActor)
-        for number, options in enumerate(placed):
-            name = f"node-{number}"
-            self._storage[name] = storage.options(**_ACTOR_OPTIONS, **options).remote(
-                name,
-                self._storage_options(data_dir / "nodes" / name),
-                _COORDINATOR_NAME,
-                partial(
-                    StorageServer,
-                    host=host,
-                    security=self.security,
-                    otlp_endpoint=self._settings.otlp_endpoint,
-                ),
-                partial(GrpcPeers, security=self.security),
-                self._keep_logs(name),
-            )
+        settings = self._settings
+        start = partial(self._start_storage, data_dir)
         try:
+            self._coordinator = self._start_coordinator(data_dir, address, events)
             self.address = _answer(self._coordinator.address.remote(), "the coordinator")
-            _answer([node.pid.remote() for node in self._storage.values()], "a storage node")
+            if settings.ray_address is None:
+                # All nodes are on this machine.
+                for number in range(settings.nodes):
+                    self._storage[f"node-{number}"] = start(f"node-{number}", {"num_cpus": 0})
+            else:
+                self._actors = StorageActors(
+                    start, self._configuration(), self._coordinator, lasting=settings.keep_nodes
+                )
+                self._actors.place()
+                if not self.size:
+                    log.warning("no node of the Ray cluster offers a CPU yet, so there is no storage node")
+            _answer([node.pid.remote() for node in self._handles().values()], "a storage node")
             self._wait_until_joined()
         except ray.exceptions.RayError as error:
             # Ray reports a failed constructor as a whole remote traceback; its last line is the reason.
             reason = str(error).strip().splitlines()[-1]
             raise StartupError(f"the cluster did not start: {reason}") from error
+        if self._actors is not None:
+            self._actors.watch()
+
+    def _start_coordinator(self, data_dir: Path, address: Address, events: Address | None) -> Any:
+        import ray
+
+        from kvstore_cluster.actors.coordinator import CoordinatorActor
+        from kvstore_service.grpc_coordinator import serve_coordinator
+
+        on_cluster = self._settings.ray_address is not None
+        coordinator = ray.remote(CoordinatorActor).options(
+            name=_COORDINATOR_NAME, **_ACTOR_OPTIONS, **(on_this_node() if on_cluster else {"num_cpus": 0})
+        )
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while True:
+            try:
+                return coordinator.remote(
+                    data_dir,
+                    partial(serve_coordinator, address=address, security=self.security, events=events),
+                    replicas=self._settings.replicas or (2 if on_cluster else 1),
+                    redis_url=self._redis_url,
+                    isolated=self.security.isolated,
+                    events=events is not None,
+                    keys=self._keys,
+                    prepare=self._keep_logs("coordinator"),
+                )
+            except ValueError as error:  # the name is taken
+                if time.monotonic() > deadline_s:
+                    raise StartupError(
+                        "another kvstore runs on this Ray cluster, which has room for one; stop it first"
+                    ) from error
+                time.sleep(0.5)  # Ray notices late that a killed one has ended
+
+    def _start_storage(self, data_dir: Path, name: str, options: Mapping[str, Any]) -> Any:
+        import ray
+
+        from kvstore_cluster.actors.storage import StorageActor
+        from kvstore_service.peer_nodes import GrpcPeers
+        from kvstore_service.storage_server import StorageServer
+
+        settings = self._settings
+        return (
+            ray.remote(StorageActor)
+            .options(**_ACTOR_OPTIONS, **options)
+            .remote(
+                name,
+                self._storage_options(data_dir / "nodes" / name),
+                _COORDINATOR_NAME,
+                partial(
+                    StorageServer,
+                    # Without a Ray cluster, nodes listen on the coordinator's host.
+                    host=self._listen.host if settings.ray_address is None else None,
+                    port=settings.storage_port,
+                    security=self.security,
+                    otlp_endpoint=settings.otlp_endpoint,
+                ),
+                partial(GrpcPeers, security=self.security),
+                self._keep_logs(name),
+                self._configuration(),
+            )
+        )
+
+    def _configuration(self) -> str:
+        """Tells the settings of storage nodes from others. Is not a secret."""
+        settings = self._settings.model_dump_json(include=set(_OF_STORAGE_NODES))
+        return hashlib.sha256(f"{settings} {self.security.node_token}".encode()).hexdigest()
 
     def _keep_logs(self, component: str) -> Callable[[], None]:
         return partial(keep_logs, component, self._settings.log_format, self._settings.log_level)
@@ -232,7 +292,7 @@ class EmbeddedCluster:
 
     def _wait_until_joined(self) -> None:
         deadline_s = time.monotonic() + _START_TIMEOUT_S
-        missing = set(self._storage)
+        missing = set(self._handles())
         while missing:
             if time.monotonic() > deadline_s:
                 raise StartupError(
@@ -240,11 +300,11 @@ class EmbeddedCluster:
                 )
             time.sleep(0.02)
             membership = _answer(self._coordinator.membership.remote(), "the coordinator")
-            missing = set(self._storage) - {member.node_id for member in membership.members}
+            missing = set(self._handles()) - {member.node_id for member in membership.members}
 
     def _lost(self, reason: str) -> NoReturn:
         # `stop` must not wait for actors of a lost cluster; it ends their processes.
-        self._storage = {}
+        self._storage, self._actors = {}, None
         self._coordinator = None
         raise ServiceError(f"the cluster at {self.address} is lost: {reason}; start it again")
 
@@ -254,16 +314,15 @@ class EmbeddedCluster:
         if self._coordinator is None:
             return
         try:
-            ray.get(
-                [node.stop.options(max_task_retries=0).remote(_GRACE_S) for node in self._storage.values()],
-                timeout=_STOP_TIMEOUT_S,
-            )
+            if self._actors is not None:
+                self._actors.stop()
+            stop_nodes(self._storage.values())
             ray.get(
                 self._coordinator.stop.options(max_task_retries=0).remote(_GRACE_S), timeout=_STOP_TIMEOUT_S
             )
         except ray.exceptions.RayError as error:
             log.warning("the cluster did not stop in order, so its processes are killed: %s", error)
-        self._storage = {}
+        self._storage, self._actors = {}, None
         self._coordinator = None
 
 

@@ -296,6 +296,7 @@ def serve_storage(
     node: StorageNode,
     *,
     host: str,
+    port: int = 0,
     advertise_host: str | None = None,
     bulk_endpoint: str = "",
     repair: RepairWorker | None = None,
@@ -305,13 +306,13 @@ def serve_storage(
     tls: ServerTls | None = None,
     tracing: NodeTracing | None = None,
 ) -> GrpcServer:
-    """Starts the node's gRPC server on a free port of `host`. `large` is shared with the node's bulk server. Raises
-    AddressInUseError."""
+    """Starts the node's gRPC server on `port` of `host`; 0 selects a free port. `large` is shared with the node's bulk
+    server. Raises AddressInUseError."""
     service = pb.DESCRIPTOR.services_by_name["Storage"].full_name
     large = large or LargeRequests()
     handlers = StorageService(node, bulk_endpoint, repair, experiments, large, access, tracing).handlers()
     return GrpcServer(
-        Address(host, 0),
+        Address(host, port),
         service,
         handlers,
         advertise_host=advertise_host,

@@ -30,7 +30,7 @@ ENVIRONMENT = {
 _AUTH_MODE = "RAY_AUTH_MODE"
 _AUTH_ENVIRONMENT = {_AUTH_MODE: "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 # Ray carries control calls only, so its object store is as small as Ray allows.
-_OBJECT_STORE_BYTES = 80 << 20
+OBJECT_STORE_BYTES = 80 << 20
 _STOP_TIMEOUT_S = 5.0
 # The Ray processes that a cluster needs.
 ESSENTIAL = ("gcs_server", "raylet")
@@ -124,7 +124,7 @@ def _start(folder: Path) -> None:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                object_store_memory=_OBJECT_STORE_BYTES,
+                object_store_memory=OBJECT_STORE_BYTES,
                 namespace="kvstore",
                 _temp_dir=str(folder),
                 # Ray's defaults are those for tasks. Actors yield to all other processes, so nodes beside a busy engine

@@ -9,6 +9,7 @@ from kvstore_client.connector import Connector
 from kvstore_client.settings import SecuritySettings
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.identity import Access, CredentialFile, new_token
+from kvstore_service.identity.credential import token_id
 from kvstore_service.listen import Address
 from kvstore_service.settings import Settings
 from kvstore_service.tls import ServerTls, TlsFiles
@@ -30,7 +31,8 @@ class Security:
 
     @classmethod
     def of_cluster(cls, settings: Settings) -> "Security":
-        """The security of a cluster that starts now. Its processes get a new token."""
+        """The security of a cluster that starts now. Without a `node_token_file` its processes get a new token. Raises
+        ConfigurationError for an unusable file."""
         credentials, certificate, key = settings.credentials, settings.tls_cert, settings.tls_key
         tls = None
         if certificate is not None and key is not None:
@@ -38,7 +40,7 @@ class Security:
             tls = TlsFiles(certificate.absolute(), key.absolute(), client_ca and client_ca.absolute())
         return cls(
             credentials and credentials.absolute(),
-            "" if credentials is None else new_token()[1],
+            "" if credentials is None else _node_token(settings.node_token_file),
             tls,
             settings.tls_ca and settings.tls_ca.absolute(),
             settings.tls_name or "",
@@ -95,6 +97,20 @@ class Security:
                 tls_name=self.name,
             )
         )
+
+
+def _node_token(file: Path | None) -> str:
+    if file is None:
+        return new_token()[1]
+    try:
+        token = file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeError) as error:
+        raise ConfigurationError(f"cannot read the token of the nodes in {file}: {error}") from error
+    if not token_id(token):
+        raise ConfigurationError(
+            f"{file} has no token: write what `kvstore credentials add nodes --tenant '*' --scope node` prints"
+        )
+    return token
 
 
 INSECURE = Security()

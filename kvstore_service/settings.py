@@ -57,7 +57,8 @@ class Settings(BaseModel):
     memory: ByteSize = _setting(ByteSize(1 << 30), "DRAM of each storage node, such as 4GiB.", le=_MOST_BYTES)
     listen: str = _setting(
         DEFAULT_ADDRESS,
-        "host:port of the coordinator; port 0 selects a free port. Storage nodes use free ports on the same host.",
+        "host:port of the coordinator; port 0 selects a free port. Storage nodes use free ports on the same host, "
+        "unless --ray-address or --storage-port says otherwise.",
     )
     data_dir: Path | None = _setting(
         None, "Folder for the catalogue and the nodes' disks.", unset="a temporary one"
@@ -79,8 +80,23 @@ class Settings(BaseModel):
     )
     ray_address: str | None = _setting(
         None,
-        "Address of a Ray cluster to run on, with one storage node on each of its nodes.",
+        "Address of a Ray cluster to run on, with one storage node on each of its nodes that offers a CPU.",
         unset="a local one",
+    )
+    ray_join: bool = _setting(
+        False,  # noqa: FBT003
+        "Start a Ray node without CPUs of --ray-address on this machine. Ray needs one where this command runs.",
+    )
+    keep_nodes: bool = _setting(
+        False,  # noqa: FBT003
+        "Leave the storage nodes of --ray-address running when this process ends, and take over those that run.",
+    )
+    storage_port: int | None = _setting(
+        None,
+        "Port of the storage node on each node of --ray-address; the next one is its bulk port.",
+        unset="free ports",
+        ge=1,
+        le=65534,
     )
     repair_bandwidth: ByteSize = _setting(
         ByteSize(100 << 20),
@@ -92,6 +108,12 @@ class Settings(BaseModel):
         None,
         "File of `kvstore credentials`: callers must show one of them, and chunks of different tenants are kept apart.",
         unset="everybody may call",
+    )
+    node_token_file: Path | None = _setting(
+        None,
+        "File with the token by which the processes of the cluster call one another, as "
+        "`kvstore credentials add nodes --tenant '*' --scope node` prints it.",
+        unset="a new token at each start",
     )
     tls_cert: Path | None = _setting(None, "PEM certificate chain of every port.", unset="plain TCP")
     tls_key: Path | None = _setting(None, "PEM key of --tls-cert.")
@@ -180,6 +202,12 @@ class Settings(BaseModel):
             raise ValueError("tls_cert and tls_key must be given together")
         if self.tls_cert is None and (self.tls_ca or self.tls_client_ca or self.tls_name):
             raise ValueError("tls_ca, tls_client_ca and tls_name need tls_cert and tls_key")
+        if self.ray_address is None and (self.ray_join or self.keep_nodes or self.storage_port):
+            raise ValueError("ray_join, keep_nodes and storage_port need ray_address")
+        if self.keep_nodes and self.credentials is not None and self.node_token_file is None:
+            raise ValueError(
+                "with credentials, keep_nodes needs node_token_file: a token that the next start has, too"
+            )
         return self
 
     @field_validator("nodes")

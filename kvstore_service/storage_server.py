@@ -13,9 +13,9 @@ from kvstore_service.tracing import NodeTracing
 
 
 class StorageServer:
-    """Serves a node from construction until `stop`, on free ports of `host`. If `host` is None, it listens on the
-    address under which Ray knows this machine. `otlp_endpoint` is the collector of its traces, if any. Raises
-    ConfigurationError and AddressInUseError."""
+    """Serves a node from construction until `stop`, on `port` of `host` and the next one, or on free ports. If `host`
+    is None, it listens on the address under which Ray knows this machine. `otlp_endpoint` is the collector of its
+    traces, if any. Raises ConfigurationError and AddressInUseError."""
 
     def __init__(
         self,
@@ -23,6 +23,7 @@ class StorageServer:
         repair: RepairWorker,
         *,
         host: str | None,
+        port: int | None = None,
         security: Security = INSECURE,
         otlp_endpoint: str | None = None,
     ) -> None:
@@ -35,6 +36,7 @@ class StorageServer:
         self._bulk = serve_bulk(
             node,
             host=host,
+            port=0 if port is None else port + 1,
             tls=tls,
             source=self._experiments,
             large=large,
@@ -46,6 +48,7 @@ class StorageServer:
             self._grpc = serve_storage(
                 node,
                 host=host,
+                port=port or 0,
                 bulk_endpoint=self.bulk_address,
                 repair=repair,
                 experiments=self._experiments,

@@ -209,6 +209,7 @@ def serve_bulk(
     node: StorageNode,
     *,
     host: str,
+    port: int = 0,
     advertise_host: str | None = None,
     tls: ServerTls | None = None,
     source: ChunkSource | None = None,
@@ -216,11 +217,11 @@ def serve_bulk(
     access: Access = OPEN,
     tracing: NodeTracing | None = None,
 ) -> BulkServer:
-    """Starts the node's bulk server on a free port of `host`. `large` is shared with the node's gRPC server. Raises
-    AddressInUseError."""
+    """Starts the node's bulk server on `port` of `host`; 0 selects a free port. `large` is shared with the node's gRPC
+    server. Raises AddressInUseError."""
     return BulkServer(
         node,
-        Address(host, 0),
+        Address(host, port),
         advertise_host=advertise_host,
         tls=tls,
         source=source,

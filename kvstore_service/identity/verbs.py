@@ -59,7 +59,9 @@ VERBS: Mapping[str, Verb] = {
     **_verbs(COORDINATOR, ("ListModels",), _ADMIN, _NODE),
     **_verbs(COORDINATOR, ("ReplaceCanary",), _ADMIN),
     **_verbs(COORDINATOR, ("Pin", "ListPins", "ListQuotas", "ForgetTenant"), _ADMIN),
-    **_verbs(COORDINATOR, ("SetQuota", "Drain", "Repair"), _ADMIN, every_tenant=True),
+    **_verbs(COORDINATOR, ("SetQuota", "Repair"), _ADMIN, every_tenant=True),
+    # The machine of a node that is about to stop drains it.
+    **_verbs(COORDINATOR, ("Drain",), _ADMIN, _NODE, every_tenant=True),
     **_verbs(REFLECTION, ("ServerReflectionInfo",), *Scope),
     # A watch lasts as long as its client wants, and strangers could have many.
     **_verbs(HEALTH, ("Watch",), *Scope),

@@ -21,6 +21,7 @@ from tests.sample_chunk import sample_chunk
 from tests.service.test_embedded import found, members, put, wait_until
 
 MEMORY, DISK = 2 << 20, 64 << 20
+NAMES = ["one", "two", "three"]
 CHUNKS = [sample_chunk(content=number, frame_bytes=20_000) for number in range(30)]  # 7 MB
 
 
@@ -96,17 +97,17 @@ def three_ray_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator["object"]:
         monkeypatch.setenv(name, value)
     from ray.cluster_utils import Cluster
 
-    options = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    options: dict[str, object] = {"num_cpus": 1, "object_store_memory": 80 << 20}
     quick = {
         "health_check_initial_delay_ms": 0,
         "health_check_period_ms": 300,
         "health_check_timeout_ms": 300,
         "health_check_failure_threshold": 2,
     }
-    cluster = Cluster(initialize_head=True, head_node_args=options | {"_system_config": quick})
+    cluster = Cluster(initialize_head=True, head_node_args=options | {"num_cpus": 0, "_system_config": quick})
     try:
-        for _ in range(2):
-            cluster.add_node(**options)
+        for name in NAMES:
+            cluster.add_node(**options, node_name=name)
         yield cluster
     finally:
         cluster.shutdown()
@@ -114,9 +115,7 @@ def three_ray_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator["object"]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's test cluster keeps its processes' pipes
-def test_nodes_are_spread_over_a_ray_cluster_and_survive_the_loss_of_a_ray_node(
-    three_ray_nodes, tmp_path: Path
-) -> None:
+def test_each_ray_node_has_a_storage_node_whenever_it_joins(three_ray_nodes, tmp_path: Path) -> None:
     with EmbeddedCluster(
         settings_of(
             ray_address=three_ray_nodes.address,
@@ -127,17 +126,16 @@ def test_nodes_are_spread_over_a_ray_cluster_and_survive_the_loss_of_a_ray_node(
         )
     ) as cluster:
         nodes = cluster_stats(cluster.address).nodes
+        assert sorted(node.member.node_id for node in nodes) == sorted(NAMES)
         assert len({node.member.domain for node in nodes}) == cluster.size == 3
         lost = three_ray_nodes.list_all_nodes()[-1]
         (victim,) = (node.member for node in nodes if node.member.domain == lost.node_id)
         assert {put(victim.endpoint, chunk) for chunk in CHUNKS} == {pb.PUT_STATUS_STORED}
         three_ray_nodes.remove_node(lost, allow_graceful=False)
-
-        def moved() -> bool:
-            member = members(cluster).get(victim.node_id)
-            return member is not None and member.endpoint != victim.endpoint
-
-        wait_until(moved, patience_s=60)
+        wait_until(lambda: victim.node_id not in members(cluster), patience_s=60)
+        three_ray_nodes.add_node(num_cpus=1, object_store_memory=80 << 20, node_name=victim.node_id)
+        three_ray_nodes.add_node(num_cpus=1, object_store_memory=80 << 20, node_name="four")
+        wait_until(lambda: {victim.node_id, "four"} <= members(cluster).keys(), patience_s=60)
         assert all(found(members(cluster)[victim.node_id].endpoint, chunk) for chunk in CHUNKS)
 
 

@@ -117,6 +117,7 @@ class RayNodes:
             self._started[name] = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments),
+                    f"--node-name={name}",
                     f"--node-ip-address={_HOST}",
                     "--num-gpus=0",
                     f"--object-store-memory={_OBJECT_STORE_BYTES}",

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from kvstore_cluster.coordinator import Coordinator, Directives
 from kvstore_cluster.encryption import KeySource
 from kvstore_cluster.events.base import NodeReport
 from kvstore_cluster.events.hub import EventHub
-from kvstore_codec.errors import CatalogueError
+from kvstore_codec.errors import CatalogueError, UnknownNodeError
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,22 @@ class CoordinatorActor:
 
     def membership(self) -> Membership:
         return self._coordinator.membership()
+
+    def live(self) -> dict[str, int]:
+        """Incarnations of the live nodes, by node id."""
+        return dict(self._coordinator.live())
+
+    def returned(self, node_id: str) -> None:
+        """Lets a node own chunks, also if it was drained before its machine was replaced. Raises CatalogueError."""
+        with suppress(UnknownNodeError):
+            self._coordinator.cancel_drain(node_id)
+
+    def departed(self, node_id: str) -> None:
+        """Forgets a node whose machine is gone, if it was drained. Raises CatalogueError."""
+        for node in self._coordinator.nodes():
+            if node.member.node_id == node_id and node.member.draining:
+                self._coordinator.leave(node_id, node.incarnation)
+                self.returned(node_id)
 
     def join(self, member: Member, incarnation: int, known: int = 0, applied: int = 0) -> Directives:
         """Adds a node and returns its directives, as `Coordinator.register` does."""

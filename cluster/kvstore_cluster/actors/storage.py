@@ -36,9 +36,9 @@ _PREDECESSOR_PATIENCE_S = 60.0
 
 
 class StorageActor:
-    """The process of a storage node. Created through `ray.remote`. `coordinator` is the name of a CoordinatorActor.
-    After a crash, Ray runs the constructor again: the node recovers its chunks from disk, listens on another port, and
-    joins as a new incarnation.
+    """The process of a storage node. Created through `ray.remote`. `coordinator` is the name of a CoordinatorActor,
+    which may be replaced by another one of that name. After a crash, Ray runs the constructor again: the node recovers
+    its chunks from disk, listens on another port unless `serve` fixes it, and joins as a new incarnation.
 
     Raises ConfigurationError when memory or disk cannot be allocated, EncryptionKeyError, AddressInUseError, DiskError.
     """
@@ -51,9 +51,11 @@ class StorageActor:
         serve: Callable[[StorageNode, RepairWorker], NodeEndpoint],
         peers: Callable[[StorageNode], PeerNodes],
         prepare: Callable[[], object] = do_nothing,
+        configuration: str = "",
     ) -> None:
-        """`prepare` is called before everything else."""
+        """`prepare` is called before everything else. `configuration` tells these arguments from others."""
         prepare()
+        self._configuration = configuration
         arena = Arena(options.memory_bytes)
         self._node = _open_node(node_id, arena, options)
         self._repair = RepairWorker(
@@ -69,7 +71,8 @@ class StorageActor:
         )
         self._incarnation = time.time_ns()
         self._maintenance = MaintenanceThread(self._node, arena)
-        # Look up by name: Ray cannot restart an actor whose constructor argument is a handle that Ray no longer knows.
+        # A name, because Ray cannot restart an actor whose constructor argument is a handle that it no longer knows.
+        self._coordinator_name = coordinator
         self._coordinator = ray.get_actor(coordinator)
         self._directives_version = 0
         self._registering = BackgroundLoop("kvstore-join", self._stay_registered)
@@ -83,6 +86,9 @@ class StorageActor:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def configuration(self) -> str:
+        return self._configuration
 
     def stop(self, grace_s: float) -> None:
         """Leaves the cluster, stops the endpoint, and writes dirty chunks to disk."""
@@ -118,6 +124,8 @@ class StorageActor:
                 ),
                 timeout=_REGISTER_TIMEOUT_S,
             )
+        except ray.exceptions.ActorDiedError:
+            self._find_coordinator()
         except ray.exceptions.RayError as error:
             log.warning("node %s could not register, trying again: %s", self._member.node_id, error)
         else:
@@ -133,6 +141,13 @@ class StorageActor:
             if directives.forgotten is not None:
                 return
         self._registering.stopping.wait(_REGISTER_PERIOD_S)
+
+    def _find_coordinator(self) -> None:
+        """Looks for the coordinator that has taken the place of one that ended."""
+        try:
+            self._coordinator = ray.get_actor(self._coordinator_name)
+        except ValueError:
+            log.warning("node %s waits for a coordinator", self._member.node_id)
 
 
 def _open_node(node_id: str, arena: Arena, options: StorageOptions) -> StorageNode:
