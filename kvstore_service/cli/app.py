@@ -18,9 +18,11 @@ from kvstore_service.cli.ls import ls
 from kvstore_service.cli.models import models
 from kvstore_service.cli.pin import pin, unpin
 from kvstore_service.cli.predict import predict
+from kvstore_service.cli.probe import probe
 from kvstore_service.cli.quota import quota
 from kvstore_service.cli.repair import repair
 from kvstore_service.cli.report import report
+from kvstore_service.cli.selftest import selftest
 from kvstore_service.cli.serve import serve
 from kvstore_service.cli.status import status
 from kvstore_service.cli.tenants import tenants
@@ -37,6 +39,7 @@ app = typer.Typer(
 )
 _SERVICE = (
     serve, status, ls, pin, unpin, evict, quota, drain, repair, verify, throttle, predict, events, top, report,
+    probe, selftest,
 )  # fmt: skip
 for command in (*_SERVICE, calibrations, doctor, calibrate):
     app.command()(command)

@@ -1,30 +1,43 @@
 """`kvstore drain`."""
 
 import json
+import re
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvstore_api.address import DEFAULT_ADDRESS
-from kvstore_codec.errors import ServiceError
+from kvstore_codec.errors import ConfigurationError, ServiceError
 from kvstore_service.cli import options
 
 if TYPE_CHECKING:
     from kvstore_api.v1 import kvstore_pb2 as pb
     from kvstore_service.admin import ClusterAdmin
 
+_ORDINAL = re.compile(r"-([0-9]{1,9})$")
 _PERIOD_S = 0.5
 # Longer than leases last and nodes take to restart. Chunks that no node accepted for so long are stuck.
 _STUCK_S = 5.0
 
 
 def drain(
-    node: Annotated[str, typer.Argument(help="Id of the node, as `kvstore status` shows it.")],
+    node: Annotated[
+        str | None, typer.Argument(help="Id of the node, as `kvstore status` shows it.", show_default=False)
+    ] = None,
     wait: Annotated[
         bool,
         typer.Option("--wait", help="Wait until the node has no chunks left to copy and may be removed."),
     ] = False,
+    beyond: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Drain instead the live nodes whose ids end with -N, N being this number or higher: those that a "
+            "StatefulSet of this size would not have.",
+            show_default=False,
+        ),
+    ] = None,
     cancel: Annotated[
         bool, typer.Option("--cancel", help="End the draining: the node owns chunks again.")
     ] = False,
@@ -35,19 +48,34 @@ def drain(
     from kvstore_service.admin import ClusterAdmin
     from kvstore_service.listen import Address
 
+    if (node is None) == (beyond is None):
+        raise ConfigurationError("give the id of a node, or --beyond N")
     with ClusterAdmin(str(Address.parse(address))) as cluster:
-        cluster.drain(node, cancel=cancel)
-        left = None if cancel else _wait(cluster, node) if wait else _left(cluster, node)
+        # The others must not copy chunks to one that is drained next.
+        nodes = [node] if node is not None else _beyond(cluster, beyond or 0)
+        for each in nodes:
+            cluster.drain(each, cancel=cancel)
+        left = {
+            each: None if cancel else _wait(cluster, each) if wait else _left(cluster, each) for each in nodes
+        }
     if json_output:
-        typer.echo(json.dumps({"node_id": node, "draining": not cancel, "left": left}, indent=2))
-    elif cancel:
-        typer.echo(f"{node} owns chunks again")
-    elif left == 0:
-        typer.echo(f"{node} is drained and may be removed")
-    else:
-        typer.echo(
-            f"{node} is draining; `kvstore status` shows how many chunks are left, --wait waits for them"
-        )
+        rows = [{"node_id": each, "draining": not cancel, "left": left[each]} for each in nodes]
+        typer.echo(json.dumps(rows[0] if node is not None else rows, indent=2))
+        return
+    for each in nodes:
+        if cancel:
+            typer.echo(f"{each} owns chunks again")
+        elif left[each] == 0:
+            typer.echo(f"{each} is drained and may be removed")
+        else:
+            typer.echo(
+                f"{each} is draining; `kvstore status` shows how many chunks are left, --wait waits for them"
+            )
+
+
+def _beyond(cluster: "ClusterAdmin", size: int) -> list[str]:
+    found = ((node_id, _ORDINAL.search(node_id)) for node_id in cluster.live_node_ids())
+    return sorted(node_id for node_id, match in found if match is not None and int(match[1]) >= size)
 
 
 def _wait(cluster: "ClusterAdmin", node_id: str) -> int:
