@@ -79,6 +79,9 @@
 {{- if not $external.address -}}
 {{- $problems = append $problems "redis.external.address: name the host:port of your Redis, or choose another redis.mode" -}}
 {{- end -}}
+{{- if gt (regexFind "[0-9]+$" $external.address | int) 65535 -}}
+{{- $problems = append $problems (printf "redis.external.address: %s has no port between 1 and 65535" $external.address) -}}
+{{- end -}}
 {{- if not $external.existingSecret -}}
 {{- $problems = append $problems "redis.external.existingSecret: name the Secret with the url of your Redis, or choose another redis.mode" -}}
 {{- end -}}
