@@ -40,9 +40,7 @@ def test_settings_of_production() -> None:
         "ray_address": "kv-kvstore-head:6379",
         "ray_join": True,
         "keep_nodes": True,
-        "listen": "0.0.0.0:7420",
         "metrics_port": 9400,
-        "events": "0.0.0.0:7430",
         "storage_port": 7421,
         "memory": "64GiB",
         "disk": "1800GiB",
@@ -66,6 +64,14 @@ def test_settings_of_production() -> None:
         "metrics_tenants": 16,
         "experiments": False,
     }
+
+
+def test_the_gateway_listens_at_its_own_address() -> None:
+    container = render(ci_values("production")).container("gateway")
+    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert environment["KVSTORE_LISTEN"] == "$(POD_IP):7420"
+    assert environment["KVSTORE_EVENTS"] == "$(POD_IP):7430"
+    assert environment["KVSTORE_ADDRESS"] == "kv-kvstore:7420"
 
 
 def test_settings_of_a_laptop_have_neither_disk_nor_credentials() -> None:
@@ -93,7 +99,7 @@ def test_credentials_are_the_digests_of_the_tokens() -> None:
 
 
 def test_tokens_of_the_user_are_used() -> None:
-    token = "t" * 32
+    token = "kvs_0123456789abcdef_" + "t" * 32
     manifests = render({"auth": {"tokens": {"worker": token}}})
     assert manifests.secret("kv-kvstore-auth", "worker-token") == token
     credentials = read_document(manifests.secret("kv-kvstore-auth", "credentials.json"))
@@ -151,9 +157,9 @@ def test_pods_call_commands_that_exist() -> None:
     assert manifests.container("gateway")["command"][:3] == ["kvstore", "serve", "--config"]
     assert {"--config"} <= options["serve"]
     drain = manifests.container("storage")["lifecycle"]["preStop"]["exec"]["command"][-1]
-    assert 'timeout 900 kvstore drain "$POD_NAME" --wait --address kv-kvstore:7420' in drain
+    assert drain == 'timeout 900 kvstore drain "$POD_NAME" --wait || true'
     assert "kvstore drain --beyond 3 --wait" in manifests.container("drain")["args"][0]
-    assert {"--wait", "--address", "--beyond"} <= options["drain"]
+    assert {"--wait", "--beyond"} <= options["drain"]
     assert {"probe", "status", "selftest"} <= options.keys()
     for command in ("kvstore probe", "kvstore status --json", "kvstore selftest"):
         assert command in manifests.container("test")["args"][0]

@@ -57,6 +57,7 @@ spec:
 - {name: RAY_memory_monitor_refresh_ms, value: "0"}
 # So long storage nodes and the gateway wait for a head that restarts.
 - {name: RAY_gcs_rpc_server_reconnect_timeout_s, value: "300"}
+- {name: KVSTORE_ADDRESS, value: "{{ include "kvstore.fullname" . }}:7420"}
 {{- if .Values.auth.enabled }}
 - {name: KVSTORE_TOKEN_FILE, value: /etc/kvstore/node/token}
 {{- end }}

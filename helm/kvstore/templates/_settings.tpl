@@ -1,7 +1,12 @@
-{{/* serve.yaml, the settings of `kvstore serve`. */}}
-
-{{/* What storage nodes are started with: a change of these replaces their pods. */}}
-{{- define "kvstore.nodeSettings" -}}
+{{/* serve.yaml, the settings of `kvstore serve`. A change restarts the gateway, which restarts the storage nodes one after the
+other if it concerns them. */}}
+{{- define "kvstore.serveSettings" -}}
+ray_address: {{ include "kvstore.fullname" . }}-head:6379
+ray_join: true
+keep_nodes: true
+{{- if .Values.metrics.enabled }}
+metrics_port: 9400
+{{- end }}
 storage_port: 7421
 memory: {{ .Values.storage.memory }}B
 {{- if .Values.storage.disk.enabled }}
@@ -36,18 +41,4 @@ log_format: {{ .Values.log.format }}
 log_level: {{ .Values.log.level }}
 metrics_tenants: {{ .Values.metrics.tenants }}
 experiments: {{ .Values.experiments }}
-{{- end -}}
-
-{{- define "kvstore.serveSettings" -}}
-ray_address: {{ include "kvstore.fullname" . }}-head:6379
-ray_join: true
-keep_nodes: true
-listen: 0.0.0.0:7420
-{{- if .Values.metrics.enabled }}
-metrics_port: 9400
-{{- end }}
-{{- if .Values.events.enabled }}
-events: 0.0.0.0:7430
-{{- end }}
-{{ include "kvstore.nodeSettings" . }}
 {{- end -}}

@@ -38,7 +38,7 @@ lifecycle:
       command:
         - /bin/sh
         - -c
-        - 'timeout {{ int .Values.storage.drain.timeoutSeconds }} kvstore drain "$POD_NAME" --wait --address {{ include "kvstore.fullname" . }}:7420 || true'
+        - 'timeout {{ int .Values.storage.drain.timeoutSeconds }} kvstore drain "$POD_NAME" --wait || true'
 {{- end }}
 resources:
   {{- include "kvstore.storageResources" . | nindent 2 }}
@@ -75,8 +75,4 @@ resources: {requests: {storage: {{ .size }}}}
 
 {{- define "kvstore.storage.graceSeconds" -}}
 {{- .Values.storage.drain.enabled | ternary (add 60 .Values.storage.drain.timeoutSeconds) 60 -}}
-{{- end -}}
-
-{{- define "kvstore.storage.annotations" -}}
-checksum/settings: {{ include "kvstore.nodeSettings" . | sha256sum }}
 {{- end -}}

@@ -99,7 +99,7 @@
 {{- $problems := list -}}
 {{- $taken := dict "extraEnv" (list) "extraVolumes" (list "tmp" "shm" "storage" "serve" "tls" "credentials" "node" "encryption") -}}
 {{- range include "kvstore.environment" . | fromYamlArray }}{{ $_ := set $taken "extraEnv" (append $taken.extraEnv .name) }}{{ end -}}
-{{- $_ := set $taken "extraEnv" (concat $taken.extraEnv (list "KVSTORE_REDIS" "RAY_REDIS_ADDRESS" "RAY_REDIS_PASSWORD" "RAY_external_storage_namespace")) -}}
+{{- $_ := set $taken "extraEnv" (concat $taken.extraEnv (list "KVSTORE_LISTEN" "KVSTORE_EVENTS" "KVSTORE_REDIS" "RAY_REDIS_ADDRESS" "RAY_REDIS_PASSWORD" "RAY_external_storage_namespace")) -}}
 {{- range $list, $names := $taken -}}
 {{- range index $.Values $list -}}
 {{- if has .name $names -}}
