@@ -91,8 +91,6 @@ def _of_volumes(pod: Manifest, manifests: Manifests) -> Iterator[str]:
     mounted = {mount["name"] for mount in container.get("volumeMounts", ())}
     for name in mounted - volumes.keys() - {*claims}:
         yield f"{container['name']} mounts {name}, which does not exist"
-    for name in volumes.keys() - mounted:
-        yield f"{container['name']} does not mount {name}"
     for volume in volumes.values():
         for kind, key, field in (
             ("ConfigMap", "configMap", "name"),

@@ -42,6 +42,14 @@ def test_notes_name_the_next_commands(path: Path) -> None:
     assert ("whoever reaches the pods" in notes) == (path.stem == "laptop-values")
 
 
+@each
+def test_pods_have_no_volume_that_they_do_not_mount(path: Path) -> None:
+    for pod in render(values_of(path)).pods:
+        (container,) = pod["spec"]["containers"]
+        mounted = {mount["name"] for mount in container["volumeMounts"]}
+        assert {volume["name"] for volume in pod["spec"]["volumes"]} <= mounted
+
+
 def test_a_schema_refuses_what_it_does_not_know() -> None:
     for values in (ci_values("production"), {"mode": "kuberay"}):
         for manifest in render(values):
