@@ -1,0 +1,87 @@
+"""The rendered manifests of the chart."""
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CHART = Path(__file__).parents[3] / "helm" / "kvstore"
+NAMESPACE = "default"
+Manifest = dict[str, Any]
+
+
+class Manifests:
+    """Manifests by kind and name."""
+
+    def __init__(self, release: str, values: Mapping[str, Any], chart: Path = CHART) -> None:
+        """Renders the chart with real Helm. Raises Helm's error for values that the chart refuses."""
+        from helm_python.chart import Chart
+
+        rendered = Chart.load(str(chart)).render(dict(values), name=release)
+        texts = [text for name, text in rendered.items() if name.endswith(".yaml")]
+        self.all: list[Manifest] = [each for text in texts for each in yaml.safe_load_all(text) if each]
+
+    def of(self, kind: str) -> list[Manifest]:
+        return [manifest for manifest in self.all if manifest["kind"] == kind]
+
+    def get(self, kind: str, name: str) -> Manifest:
+        """Raises KeyError."""
+        for manifest in self.of(kind):
+            if manifest["metadata"]["name"] == name:
+                return manifest
+        raise KeyError(f"there is no {kind} {name}")
+
+    def files(self, kind: str, name: str) -> dict[str, bytes]:
+        """Content of a ConfigMap or Secret, by key."""
+        manifest = self.get(kind, name)
+        plain = {key: text.encode() for key, text in {**manifest.get("stringData", {})}.items()}
+        if kind == "ConfigMap":
+            return {key: text.encode() for key, text in manifest.get("data", {}).items()}
+        return {key: base64.b64decode(text) for key, text in manifest.get("data", {}).items()} | plain
+
+    def workload(self, component: str) -> "Workload":
+        """What runs the pods of a component. Raises KeyError."""
+        for kind in ("StatefulSet", "Deployment", "Job", "Pod"):
+            for manifest in self.of(kind):
+                if manifest["metadata"]["labels"]["app.kubernetes.io/component"] == component:
+                    return Workload.of(manifest)
+        for cluster in self.of("RayCluster"):
+            for workload in Workload.of_ray(cluster):
+                if workload.component == component:
+                    return workload
+        raise KeyError(f"nothing runs {component}")
+
+
+class Workload:
+    """What Kubernetes, or KubeRay, makes pods of. `claims` are the names of volumes that outlive a pod."""
+
+    def __init__(
+        self, manifest: Manifest, template: Manifest, replicas: int, claims: tuple[str, ...]
+    ) -> None:
+        self.name: str = manifest["metadata"]["name"]
+        self.labels: dict[str, str] = template["metadata"]["labels"]
+        self.spec: Manifest = template["spec"]
+        self.replicas, self.claims = replicas, claims
+
+    @property
+    def component(self) -> str:
+        return self.labels["app.kubernetes.io/component"]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Workload":
+        if manifest["kind"] == "Pod":
+            return cls(manifest, manifest, 1, ())
+        spec = manifest["spec"]
+        claims = tuple(claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", ()))
+        return cls(manifest, spec["template"], spec.get("replicas", 1), claims)
+
+    @classmethod
+    def of_ray(cls, cluster: Manifest) -> list["Workload"]:
+        """Head and worker groups of a RayCluster whose containers have commands of their own: KubeRay runs these, adds
+        the Ray token, and makes no other change that matters here."""
+        spec = cluster["spec"]
+        groups = [(spec["headGroupSpec"], 1)]
+        groups += [(group, group["replicas"]) for group in spec["workerGroupSpecs"]]
+        return [cls(cluster, group["template"], replicas, ()) for group, replicas in groups]
