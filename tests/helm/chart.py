@@ -85,9 +85,10 @@ def render(values: Values | None = None, name: str = "kv", namespace: str = "llm
 def rendered_texts(values: Values, name: str = "kv", namespace: str = "llm") -> dict[str, str]:
     """Rendered text by the path of its template. Raises RefusedError."""
     try:
-        return _chart().render(values, name=name, namespace=namespace)
+        texts: dict[str, str] = _chart().render(values, name=name, namespace=namespace)
     except HelmError as error:
         raise RefusedError(str(error)) from error
+    return texts
 
 
 def documents(text: str) -> list[Manifest]:
@@ -120,7 +121,7 @@ def with_value(path: str, value: object, base: Values | None = None) -> Values:
 
 
 def mentions(message: str, path: str) -> bool:
-    """Whether a message names the value at the path, as a sentence of the chart or as Helm's check of the schema does."""
+    """Whether a message names the value at the path, as sentences of the chart or Helm's check of the schema do."""
     return bool(re.search(rf"(?<![\w.]){re.escape(path)}(?![\w])|'/{path.replace('.', '/')}[/']", message))
 
 

@@ -27,11 +27,11 @@ def _of_selectors(manifests: Manifests) -> Iterator[str]:
         match manifest["kind"]:
             case "Service":
                 selected = _selected(spec["selector"], manifests)
-                ports = {port["name"] for pod in selected for port in _only(pod)["ports"]}
+                open_ports = {port["name"] for pod in selected for port in _only(pod)["ports"]}
                 if len(selected) != 1:
                     yield f"{name} selects {len(selected)} kinds of pods"
                 for port in spec["ports"]:
-                    if port["targetPort"] not in ports:
+                    if port["targetPort"] not in open_ports:
                         yield f"{name}: its pods have no port {port['targetPort']}"
             case "StatefulSet" | "Deployment":
                 if _selected(spec["selector"]["matchLabels"], manifests) != [spec["template"]]:
@@ -155,5 +155,6 @@ def _selected(selector: dict[str, str], manifests: Manifests) -> list[Manifest]:
 
 
 def _only(pod: Manifest) -> Manifest:
+    container: dict[str, Any]
     (container,) = pod["spec"]["containers"]
     return container

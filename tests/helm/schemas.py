@@ -1,4 +1,4 @@
-"""What Kubernetes, and the operators whose objects the chart makes, accept. Fields that they do not know are mistakes."""
+"""What Kubernetes and the operators accept whose objects the chart makes. Fields that they do not know are mistakes."""
 
 import gzip
 from functools import cache
@@ -19,7 +19,7 @@ NEWEST, OLDEST = "v1.37.0", "v1.29.0"
 _RAY_CLUSTER = Path(__file__).parents[1] / "data" / "kuberay" / "ray.io_rayclusters.yaml.gz"
 
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
-_LABELS = {"type": "object", "additionalProperties": TEXT}
+_LABELS = {"type": "object", "additionalProperties": {"type": "string"}}
 _SECRET_KEY = {"type": "object", "required": ["name", "key"], "properties": {"name": TEXT, "key": TEXT}}
 _FROM_SECRET = {"type": "object", "required": ["secret"], "properties": {"secret": _SECRET_KEY}}
 _SERVICE_MONITOR = {
@@ -149,11 +149,12 @@ _ENVELOPE = {
 def _definitions(folder: str) -> Registry[Any]:
     contents = schema_contents(f"{folder}/_definitions.json", folder)
     resource = Resource.from_contents(contents, default_specification=DRAFT202012)
-    return Registry().with_resource("_definitions.json", resource)
+    registry: Registry[Any] = Registry().with_resource("_definitions.json", resource)
+    return registry.crawl()  # once, not for every manifest
 
 
 def _ray_cluster() -> dict[str, Any]:
-    definition = yaml.load(gzip.decompress(_RAY_CLUSTER.read_bytes()), yaml.CSafeLoader)  # noqa: S506 (it is safe)
+    definition = yaml.load(gzip.decompress(_RAY_CLUSTER.read_bytes()), yaml.CSafeLoader)
     (version,) = (version for version in definition["spec"]["versions"] if version["name"] == "v1")
     schema: dict[str, Any] = version["schema"]["openAPIV3Schema"]
     schema["properties"]["metadata"] = _ENVELOPE["metadata"]

@@ -8,41 +8,44 @@ from functools import cache
 from hypothesis import HealthCheck, given, settings
 
 from tests.helm import consistency, schemas
-from tests.helm.chart import Manifests, RefusedError, Values, documents, mentions, rendered_texts
+from tests.helm.chart import Manifests, RefusedError, Values, documents, rendered_texts
 from tests.helm.value_sets import PATHS, value_sets
 
 EXAMPLES = 500
 
-outcomes: Counter[str] = Counter()
+
+def test_values_are_rendered_or_refused() -> None:
+    outcomes: Counter[str] = Counter()
+
+    @settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
+    @given(value_sets())
+    def check(drawn: tuple[Values, list[str]]) -> None:
+        outcomes[rendered_or_refused(*drawn)] += 1
+
+    check()
+    # Values of which nearly all are refused would test the schema only.
+    assert min(outcomes["rendered"], outcomes["refused"]) > EXAMPLES // 5, outcomes
 
 
-@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
-@given(value_sets())
-def test_values_are_rendered_or_refused(drawn: tuple[Values, list[str]]) -> None:
-    values, changed = drawn
+def rendered_or_refused(values: Values, changed: list[str]) -> str:
+    """Which of the two it is. `changed` are the paths of the values that differ from an example's."""
     try:
         texts = rendered_texts(values)
-    except RefusedError as refusal:
-        outcomes["refused"] += 1
-        assert names_a_value(str(refusal), changed), refusal
-        return
-    outcomes["rendered"] += 1
-    for path, text in texts.items():
-        if not path.endswith("NOTES.txt"):
-            assert faults_of(text) == []
-    manifests = Manifests({path: text for path, text in texts.items() if not path.endswith("NOTES.txt")})
-    assert consistency.faults(manifests, existing_secrets=secrets_of_the_user(values)) == []
-
-
-def test_both_outcomes_were_frequent() -> None:
-    """Values of which nearly all are refused would test the schema only. Runs after the test above."""
-    assert min(outcomes["rendered"], outcomes["refused"]) > EXAMPLES // 5, outcomes
+    except RefusedError as error:
+        refusal = str(error)
+        assert names_a_value(refusal, changed), refusal
+        return "refused"
+    del texts["kvstore/templates/NOTES.txt"]
+    assert [fault for text in texts.values() for fault in faults_of(text)] == []
+    assert consistency.faults(Manifests(texts), existing_secrets=secrets_of_the_user(values)) == []
+    return "rendered"
 
 
 def names_a_value(message: str, changed: list[str]) -> bool:
     """Whether it names one of the changed values, one below or above it, or one that does not fit to them."""
     if "these values cannot be used" in message:
-        return all(mentions(line, known_prefix(line)) for line in message.splitlines() if line.startswith("- "))
+        sentences = re.findall(r"(?m)^- (\S+): .{20,}$", message)
+        return len(sentences) == message.count("\n- ") and all(map(exists, sentences))
     located = re.findall(r"at '/?([^']*)'", message)
     missing = re.findall(r"(?:missing propert(?:y|ies)|additional properties) ((?:'[^']+'(?:, )?)+)", message)
     named = {place.replace("/", ".").replace("~1", "/") for place in located if place}
@@ -54,10 +57,9 @@ def names_a_value(message: str, changed: list[str]) -> bool:
     )
 
 
-def known_prefix(line: str) -> str:
-    """The value that a sentence of the chart begins with. It must exist, or be a group of values."""
-    path = line.removeprefix("- ").partition(":")[0]
-    return path if any(f"{known}.".startswith(f"{path}.") or f"{path}.".startswith(f"{known}.") for known in PATHS) else "?"
+def exists(path: str) -> bool:
+    """Whether there is such a value, or one above or below it."""
+    return any(f"{one}.".startswith(f"{path}.") or path.startswith(f"{one}.") for one in PATHS)
 
 
 def secrets_of_the_user(values: Values) -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 from tests.helm.chart import RefusedError, Values, mentions, render
 
 EXTERNAL: Values = {"mode": "external", "external": {"address": "redis:6379", "existingSecret": "redis"}}
+MORE = {"name": "more"}
 TOKEN = "kvs_0123456789abcdef_" + "t" * 32
 
 TOGETHER: list[tuple[str, Values]] = [
@@ -16,7 +17,6 @@ TOGETHER: list[tuple[str, Values]] = [
     ("chunks.durability", {"chunks": {"durability": "durable"}, "storage": {"disk": {"enabled": False}}}),
     ("storage.disk.size", {"storage": {"disk": {"size": "101Gi"}}}),
     ("storage.resources.limits.memory", {"storage": {"resources": {"limits": {"memory": "4.5Gi"}}}}),
-    ("storage.resources.limits.memory", {"storage": {"resources": {"limits": {"memory": 4294967296}}}}),
     ("redis.external", {"redis": {"external": EXTERNAL["external"]}}),
     ("redis.external.address", {"redis": {"mode": "external", "external": {"existingSecret": "a"}}}),
     ("redis.external.address", {"redis": {"mode": "external", "external": {"address": "redis:65536"}}}),
@@ -37,7 +37,10 @@ TOGETHER: list[tuple[str, Values]] = [
     ("extraEnv", {"extraEnv": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}),
     ("extraVolumes", {"extraVolumes": [{"name": "tmp", "emptyDir": {}}]}),
     ("extraVolumeMounts", {"extraVolumeMounts": [{"name": "nothing", "mountPath": "/a"}]}),
-    ("extraVolumeMounts", {"extraVolumes": [{"name": "a"}], "extraVolumeMounts": [{"name": "a", "mountPath": "/tmp"}]}),
+    (
+        "extraVolumeMounts",
+        {"extraVolumes": [MORE], "extraVolumeMounts": [MORE | {"mountPath": "/etc/kvstore/tls"}]},
+    ),
 ]
 
 ALONE: list[tuple[str, Values]] = [
@@ -48,6 +51,8 @@ ALONE: list[tuple[str, Values]] = [
     ("storage.replicas", {"storage": {"replicas": 0}}),
     ("storage.memory", {"storage": {"memory": "4GB"}}),
     ("storage.memory", {"storage": {"memory": None}}),
+    ("storage.resources.limits.memory", {"storage": {"resources": {"limits": {"memory": 8589934592}}}}),
+    ("head.resources.requests.cpu", {"head": {"resources": {"requests": {"cpu": 0.5}}}}),
     ("storage.drain.timeoutSeconds", {"storage": {"drain": {"timeoutSeconds": "15m"}}}),
     ("tls.source", {"tls": {"source": False}}),
     ("log.level", {"log": {"level": "loud"}}),

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import ssl
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ from kvstore_service.identity.credential import token_id
 from kvstore_service.identity.document import read_document
 from kvstore_service.settings import load_settings
 from tests.helm.chart import CI_VALUES, Manifests, ci_values, render, values_of, with_value
+
+MANIFESTS = render()
 
 each = pytest.mark.parametrize("path", CI_VALUES, ids=lambda path: path.stem)
 
@@ -30,7 +34,8 @@ def test_the_service_reads_its_settings(path: Path, tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(serve_yaml(render(values)))
     settings = load_settings(file)
-    assert settings.memory.human_readable().replace(".0", "") == f"{values.get('storage', {}).get('memory', '4Gi')}B"
+    memory = values.get("storage", {}).get("memory", "4Gi")
+    assert settings.memory.human_readable().replace(".0", "") == f"{memory}B"
     assert str(settings.ray_address) == "kv-kvstore-head:6379"
 
 
@@ -87,10 +92,10 @@ def test_credentials_are_the_digests_of_the_tokens() -> None:
         credential.name: credential
         for credential in read_document(manifests.secret("kv-kvstore-auth", "credentials.json"))
     }
-    assert {name: (entry.tenant, entry.scopes) for name, entry in read.items()} == {
-        "admin": (None, {Scope.ADMIN}),
-        "worker": ("acme", {Scope.DATA}),
-        "metrics": (None, {Scope.METRICS}),
+    assert {name: (entry.tenant, *entry.scopes) for name, entry in read.items()} == {
+        "admin": (None, Scope.ADMIN),
+        "worker": ("acme", Scope.DATA),
+        "metrics": (None, Scope.METRICS),
     }
     for name, credential in read.items():
         token = manifests.secret("kv-kvstore-auth", f"{name}-token")
@@ -104,6 +109,24 @@ def test_tokens_of_the_user_are_used() -> None:
     assert manifests.secret("kv-kvstore-auth", "worker-token") == token
     credentials = read_document(manifests.secret("kv-kvstore-auth", "credentials.json"))
     assert hashlib.sha256(token.encode()).digest() in {entry.token_digest for entry in credentials}
+
+
+@pytest.mark.parametrize(
+    "host", ["kv-kvstore.llm.svc", "kv-kvstore", "kv-kvstore-gateway.llm.svc.cluster.local"]
+)
+def test_clients_trust_the_certificate(host: str, tmp_path: Path) -> None:
+    for name in ("tls.crt", "tls.key", "ca.crt"):
+        (tmp_path / name).write_text(MANIFESTS.secret("kv-kvstore-tls", name))
+    server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server_side.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    client_side = ssl.create_default_context(cafile=tmp_path / "ca.crt")
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = server_side.wrap_bio(to_server, to_client, server_side=True)
+    client = client_side.wrap_bio(to_client, to_server, server_hostname=host)
+    for end in (client, server, client):
+        with suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    assert client.version() == "TLSv1.3"
 
 
 def test_two_releases_have_different_secrets() -> None:
@@ -124,7 +147,8 @@ def test_workers_know_the_settings_that_they_are_given(path: Path) -> None:
 
 
 def test_workers_find_the_service_with_their_token() -> None:
-    manifests = render({"clients": {"mountPath": "/kv", "settings": {"fetch_policy": "fixed", "lookup_timeout_s": 2}}})
+    settings = {"fetch_policy": "fixed", "lookup_timeout_s": 2}
+    manifests = render({"clients": {"mountPath": "/kv", "settings": settings}})
     assert manifests["ConfigMap", "kv-kvstore-client"]["data"] == {
         "KVSTORE_ADDRESS": "kv-kvstore.llm.svc:7420",
         "KVSTORE_TOKEN_FILE": "/kv/token",

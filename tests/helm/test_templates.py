@@ -230,7 +230,11 @@ def test_each_component_has_values_of_its_pod(component: str) -> None:
 
 
 def test_a_digest_wins_over_a_tag() -> None:
+    def image(**values: str) -> str:
+        text: str = render({"image": values}).container("gateway")["image"]
+        return text
+
     digest = "sha256:" + "0" * 64
-    assert render({"image": {"digest": digest, "tag": "1"}}).container("gateway")["image"] == f"kvstore@{digest}"
-    assert render({"image": {"tag": "1"}}).container("gateway")["image"] == "kvstore:1"
-    assert render().container("gateway")["image"] == "kvstore:0.1.0"
+    assert image(digest=digest, tag="1") == f"kvstore@{digest}"
+    assert image(tag="1") == "kvstore:1"
+    assert image() == "kvstore:0.1.0"

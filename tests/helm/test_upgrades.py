@@ -80,7 +80,11 @@ def test_the_gateway_restarts_for_new_settings(path: str, value: object) -> None
 
 
 def test_it_does_not_for_what_it_does_not_read() -> None:
-    others: Values = {"storage": {"replicas": 9}, "networkPolicy": {"enabled": True}, "commonLabels": {"a": "b"}}
+    others: Values = {
+        "storage": {"replicas": 9},
+        "networkPolicy": {"enabled": True},
+        "commonLabels": {"a": "b"},
+    }
     assert checksum(others) == checksum({})
 
 

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 
 from tests.helm.chart import CI_VALUES, Values, defaults, values_of, with_value
 
-_TOKEN = "kvs_0123456789abcdef_" + "t" * 32  # noqa: S105 (of no server)
+_TOKEN = "kvs_0123456789abcdef_" + "t" * 32
 _SPREAD = {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "DoNotSchedule"}
 _POD_RESOURCES: list[Any] = [
     {"limits": {"memory": "64Gi", "nvidia.com/gpu": 1}},
     {"limits": {"memory": "2.5Gi"}, "requests": {"cpu": "250m"}},
-    {"limits": {"memory": 17179869184}, "requests": {"memory": 1073741824, "cpu": 0.5}},
+    {"limits": {"memory": "17179869184"}, "requests": {"cpu": 2}},
 ]
 _MAP = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-a"}}
 _TEXT = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: b}"
@@ -28,7 +28,9 @@ _LABELS: Choices = (
     [{"a": "b"}, {"example.com/a": ""}, {"a.b/c_d": "e.f"}],
     [{"a": "b c"}, {"app.kubernetes.io/name": "a"}, {"a": 1}, {"a/b/c": "d"}],
 )
-_BY_NAME: dict[str, Choices] = {
+_BY_NAME: dict[str, Choices] = dict.fromkeys(
+    ["labels", "podLabels", "commonLabels", "annotations", "podAnnotations"], _LABELS
+) | {
     "mode": (["statefulset", "kuberay"], ["bundled"]),
     "redis.mode": (["bundled", "external", "none"], ["statefulset"]),
     "source": (["selfSigned", "certManager", "existingSecret", "disabled"], [False, "off"]),
@@ -46,7 +48,10 @@ _BY_NAME: dict[str, Choices] = {
     "size": _SIZES,
     "memory": _SIZES,
     "repairBandwidth": _SIZES,
-    "resources": (_POD_RESOURCES, [{"requests": {"cpu": "much"}}, {"request": {}}]),
+    "resources": (
+        _POD_RESOURCES,
+        [{"requests": {"cpu": "much"}}, {"requests": {"cpu": 0.5}}, {"request": {}}],
+    ),
     "tolerations": ([[{"key": "a", "operator": "Exists"}], [{}]], [[{"effect": "Never"}], [{"value": 1}]]),
     "affinity": ([{"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}], ["none"]),
     "topologySpreadConstraints": ([[_SPREAD], [_SPREAD | {"labelSelector": {}}]], [[{"maxSkew": 1}]]),
@@ -55,7 +60,10 @@ _BY_NAME: dict[str, Choices] = {
     "repository": (["registry.example.com:5000/a/b"], ["A", "a b"]),
     "tag": (["1.2.3"], ["latest", "a/b"]),
     "digest": (["sha256:" + "0" * 64], ["sha256:0"]),
-    "address": (["redis:6379", "rediss://redis.example.com:6380"], ["redis", "redis:99999", "http://redis:1"]),
+    "address": (
+        ["redis:6379", "rediss://redis.example.com:6380"],
+        ["redis", "redis:99999", "http://redis:1"],
+    ),
     "passwordKey": (["", "other.key"], ["a b"]),
     "otlpEndpoint": (["grpc://a:4317", "http://a.b:4318/v1/traces"], ["a:4317", "grpc://a"]),
     "issuerRef": ([{"name": "a"}, {"name": "a", "kind": "ClusterIssuer"}], [{"name": "a", "x": 1}]),
@@ -74,15 +82,18 @@ _BY_NAME: dict[str, Choices] = {
     "clusterDomain": (["example.org"], ["a..b"]),
     "extraEnv": ([[_VARIABLE]], [[{"name": "POD_IP"}], [{"value": "1"}], [_VARIABLE] * 2]),
     "extraEnvFrom": ([[{"secretRef": {"name": "a"}}]], [[{}]]),
-    "extraVolumes": ([[{"name": "a", "emptyDir": {}}]], [[{"name": "tls", "emptyDir": {}}], [{"emptyDir": {}}]]),
-    "extraVolumeMounts": ([[_MOUNT]], [[{"name": "a"}], [{"name": "a", "mountPath": "/tmp"}]]),
+    "extraVolumes": (
+        [[{"name": "a", "emptyDir": {}}]],
+        [[{"name": "tls", "emptyDir": {}}], [{"emptyDir": {}}]],
+    ),
+    "extraVolumeMounts": ([[_MOUNT]], [[{"name": "a"}], [{"name": "a", "mountPath": "/etc/kvstore/tls"}]]),
     "extraObjects": ([[_MAP], [_TEXT], [_MAP, _TEXT]], [[1]]),
     "clients": ([[{"namespaceSelector": {}}], [{"ipBlock": {"cidr": "10.0.0.0/8"}}]], [["10.0.0.0/8"], [{}]]),
     "extraEgress": ([[{"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}]], [[{}]]),
     "imagePullSecrets": ([[{"name": "a"}]], [["a"]]),
-} | dict.fromkeys(["labels", "podLabels", "commonLabels", "annotations", "podAnnotations"], _LABELS)
+}
 
-_WRONG = [None, 0, -1, 1.5, True, "", "x" * 300, "a b", "{{ .Values }}", "\n", [], {}]
+_WRONG: list[Any] = [None, 0, -1, 1.5, True, "", "x" * 300, "a b", "{{ .Values }}", "\n", [], {}]
 """Wrong for most paths, and right for some."""
 
 
@@ -113,7 +124,11 @@ _COMPANIONS: list[tuple[str, Any, dict[str, Any]]] = [
     ("tls.source", "certManager", {"tls.certManager.issuerRef": {"name": "a"}}),
     ("auth.enabled", False, {"insecure": True}),
     ("redis.mode", "none", {"gateway.persistence.enabled": True}),
-    ("redis.mode", "external", {"redis.external.address": "redis:6379", "redis.external.existingSecret": "a"}),
+    (
+        "redis.mode",
+        "external",
+        {"redis.external.address": "redis:6379", "redis.external.existingSecret": "a"},
+    ),
     ("storage.replicas", 1, {"chunks.replicas": 1}),
     ("grpcRoute.enabled", True, {"grpcRoute.parentRefs": [{"name": "a"}]}),
     ("extraVolumeMounts", [_MOUNT], {"extraVolumes": [{"name": "a", "emptyDir": {}}]}),

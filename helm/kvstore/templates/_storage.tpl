@@ -45,6 +45,8 @@ resources:
 {{- end -}}
 
 {{- define "kvstore.storage.environment" -}}
+# Ray would wait half a minute for the storage node to end by itself; the hook above has drained it.
+- {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: "0"}
 {{- end -}}
 
 {{/* A StatefulSet has a claim template for the disk; under KubeRay a claim lives as long as its pod. */}}
