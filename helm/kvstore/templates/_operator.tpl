@@ -17,7 +17,9 @@ containers:
       {{- if .root.Values.auth.enabled }}
       - {name: KVSTORE_TOKEN_FILE, value: /etc/kvstore/tokens/admin-token}
       {{- end }}
-      {{- include "kvstore.tlsEnvironment" .root | nindent 6 }}
+      {{- with include "kvstore.tlsEnvironment" .root | trim }}
+      {{- . | nindent 6 }}
+      {{- end }}
     resources: {requests: {cpu: 100m, memory: 256Mi}, limits: {memory: 1Gi}}
     volumeMounts:
       - {name: tmp, mountPath: /tmp}

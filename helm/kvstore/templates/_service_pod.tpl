@@ -16,7 +16,9 @@ spec:
       {{- include (printf "kvstore.%s.process" .component) .root | nindent 6 }}
       env:
         {{- include "kvstore.environment" .root | nindent 8 }}
-        {{- include (printf "kvstore.%s.environment" .component) .root | nindent 8 }}
+        {{- with include (printf "kvstore.%s.environment" .component) .root | trim }}
+        {{- . | nindent 8 }}
+        {{- end }}
         {{- with .root.Values.extraEnv }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -28,7 +30,9 @@ spec:
         - {name: tmp, mountPath: /tmp}
         - {name: shm, mountPath: /dev/shm}
         - {name: storage, mountPath: /var/lib/kvstore}
-        {{- include "kvstore.secretMounts" .root | nindent 8 }}
+        {{- with include "kvstore.secretMounts" .root | trim }}
+        {{- . | nindent 8 }}
+        {{- end }}
         {{- if eq .component "gateway" }}
         - {name: serve, mountPath: /etc/kvstore/serve, readOnly: true}
         {{- end }}
@@ -38,8 +42,12 @@ spec:
   volumes:
     - {name: tmp, emptyDir: {}}
     - {name: shm, emptyDir: {medium: Memory, sizeLimit: 256Mi}}
-    {{- include (printf "kvstore.%s.volume" .component) .root | nindent 4 }}
-    {{- include "kvstore.secretVolumes" .root | nindent 4 }}
+    {{- with include (printf "kvstore.%s.volume" .component) .root | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
+    {{- with include "kvstore.secretVolumes" .root | trim }}
+    {{- . | nindent 4 }}
+    {{- end }}
     {{- with .root.Values.extraVolumes }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
