@@ -27,45 +27,43 @@ class Container:
         return [self.placed(_expand(text, self.environment)) for text in texts]
 
 
-class Folders:
-    """The folders of a pod's volumes. Those in `claims` are below `lasting`, and remain when the pod ends."""
-
-    def __init__(self, folder: Path, lasting: Path, claims: Sequence[str]) -> None:
-        self._folder, self._lasting, self._claims = folder, lasting, claims
-
-    def of(self, volume: str) -> Path:
-        made = (self._lasting if volume in self._claims else self._folder) / volume
-        made.mkdir(parents=True, exist_ok=True)
-        return made
-
-
 def container_of(
-    manifests: Manifests, spec: Manifest, pod: str, address: str, folders: Folders, hosts: Mapping[str, str]
+    manifests: Manifests,
+    spec: Manifest,
+    pod: str,
+    address: str,
+    root: Path,
+    tmp: Path,
+    hosts: Mapping[str, str],
 ) -> Container:
-    """The only container of a pod, with the files of its volumes written. `hosts` are addresses by host name."""
+    """The only container of a pod, with the files of its volumes written below `root`. `tmp` is its /tmp. `hosts` are
+    addresses by host name."""
     (container,) = spec["containers"]
     volumes = {volume["name"]: volume for volume in spec.get("volumes", ())}
     mounts = {
-        mount["mountPath"].rstrip("/"): folders.of(mount["name"])
-        for mount in container.get("volumeMounts", ())
+        mount["mountPath"]: root / mount["mountPath"][1:] for mount in container.get("volumeMounts", ())
     }
     mounts.pop("/dev/shm", None)  # noqa: S108 (the machine's own does)
-    placed = _replacing(mounts, hosts)
+    mounts["/tmp"] = tmp  # noqa: S108 (of the container)
+    for folder in mounts.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    placed = replacing(mounts, hosts)
     for mount in container.get("volumeMounts", ()):
-        _write_files(manifests, volumes.get(mount["name"], {}), folders.of(mount["name"]), placed)
+        if mount["mountPath"] in mounts:
+            _write_files(manifests, volumes.get(mount["name"], {}), mounts[mount["mountPath"]], placed)
     environment = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     environment |= {name: placed(value) for name, value in _of_maps(manifests, container).items()}
     for variable in container.get("env", ()):
         value = _value(manifests, variable, {"metadata.name": pod, "status.podIP": address})
         environment[variable["name"]] = placed(_expand(value, environment))
-    if "/tmp" in mounts:  # noqa: S108 (of the container)
-        environment["TMPDIR"] = environment["RAY_TMPDIR"] = str(mounts["/tmp"])  # noqa: S108
+    environment["TMPDIR"] = environment["RAY_TMPDIR"] = str(tmp)
     made = Container([], environment, placed)
     made.command.extend(made.expanded([*container.get("command", ()), *container.get("args", ())]))
     return made
 
 
-def _replacing(mounts: Mapping[str, Path], hosts: Mapping[str, str]) -> Callable[[str], str]:
+def replacing(mounts: Mapping[str, Path], hosts: Mapping[str, str]) -> Callable[[str], str]:
+    """Puts text of a container in terms of this machine."""
     folders = {path: str(folder) for path, folder in mounts.items()}
     of_paths = re.compile(rf"(?<![\w.-])(?:{_any_of(folders)})(?![\w.-])")
     # A name without a port may be the name in a certificate.
@@ -95,9 +93,11 @@ def _write_files(
             items = chosen.get("items") or [{"key": key, "path": key} for key in files]
             for item in items:
                 file = folder / item["path"]
-                file.unlink(missing_ok=True)
-                file.write_bytes(placed(files[item["key"]].decode()).encode())
-                file.chmod(stat.S_IRUSR)
+                content = placed(files[item["key"]].decode())
+                if not file.exists() or file.read_text() != content:
+                    file.unlink(missing_ok=True)
+                    file.write_text(content)
+                    file.chmod(stat.S_IRUSR)
 
 
 def _of_maps(manifests: Manifests, container: Manifest) -> dict[str, str]:

@@ -111,6 +111,7 @@ class Pod:
             with suppress(psutil.Error):
                 if process.environ().get(_POD) == str(self._folder):
                     process.send_signal(signal.SIGKILL)
+        self._process.kill()  # Redis writes its title over its environment
         self._process.wait()
         log = self.log.read_bytes()
         shutil.rmtree(self._folder, ignore_errors=True)

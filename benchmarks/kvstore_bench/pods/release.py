@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kvstore_bench.pods.container import Folders, container_of
+from kvstore_bench.pods.container import container_of, replacing
 from kvstore_bench.pods.manifests import NAMESPACE, Manifest, Manifests, Workload
 from kvstore_bench.pods.pod import Pod
 from kvstore_codec.errors import StartupError
@@ -60,10 +60,11 @@ class Release:
         name = self._name(workload, ordinal)
         folder = self._folder / f"p{next(self._starts)}"
         folder.mkdir()
-        folders = Folders(folder, self._folder / "claims" / name, workload.claims)
         address = self._address(name)
         spec = _with_redis_port(workload.spec) if component == "redis" else workload.spec
-        container = container_of(self.manifests, spec, name, address, folders, self._services())
+        container = container_of(
+            self.manifests, spec, name, address, self._folder / "root", folder / "t", self._services()
+        )
         pod = self.pods[name] = Pod(name, address, spec, container, folder)
         return pod
 
@@ -77,6 +78,22 @@ class Release:
 
     def pod(self, component: str, ordinal: int = 0) -> Pod:
         return self.pods[self._name(self.manifests.workload(component), ordinal)]
+
+    def client_settings(self) -> dict[str, str]:
+        """Settings of a worker, as the chart's ConfigMap and notes say."""
+        folder = self._folder / "client"
+        folder.mkdir(exist_ok=True)
+        secrets = [self.manifests.files("Secret", name) for name in self._names_of("Secret", "-auth", "-tls")]
+        for key, path in (("worker-token", "token"), ("ca.crt", "ca.crt")):
+            for files in secrets:
+                if key in files:
+                    (folder / path).write_bytes(files[key])
+        (name,) = self._names_of("ConfigMap", "-client")
+        placed = replacing({"/etc/kvstore": folder}, self._services())
+        settings = self.manifests.files("ConfigMap", name)
+        return {
+            key.removeprefix("KVSTORE_").lower(): placed(value.decode()) for key, value in settings.items()
+        }
 
     def start_all(self, patience_s: float = 90.0) -> None:
         """Starts all pods that serve, and waits until they are ready."""
@@ -115,6 +132,10 @@ class Release:
             if not workload.claims
             else f"{workload.name}-{ordinal}"
         )
+
+    def _names_of(self, kind: str, *endings: str) -> list[str]:
+        names = [manifest["metadata"]["name"] for manifest in self.manifests.of(kind)]
+        return [name for name in names if name.endswith(endings)]
 
     def _services(self) -> dict[str, str]:
         """Addresses by the names of Services: of the first pod that each selects."""

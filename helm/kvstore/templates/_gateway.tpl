@@ -30,11 +30,6 @@ resources:
 {{- end -}}
 
 {{- define "kvstore.gateway.environment" -}}
-# The pod's own address: it is the one of the gateway's Ray node, too.
-- {name: KVSTORE_LISTEN, value: "$(POD_IP):7420"}
-{{- if .Values.events.enabled }}
-- {name: KVSTORE_EVENTS, value: "$(POD_IP):7430"}
-{{- end }}
 {{- if ne .Values.redis.mode "none" }}
 - {name: KVSTORE_REDIS, valueFrom: {secretKeyRef: {name: {{ include "kvstore.redisSecret" . }}, key: url}}}
 {{- end }}

@@ -4,8 +4,13 @@ other if it concerns them. */}}
 ray_address: {{ include "kvstore.fullname" . }}-head:6379
 ray_join: true
 keep_nodes: true
+# All addresses, and so also that of `kubectl port-forward`.
+listen: 0.0.0.0:7420
 {{- if .Values.metrics.enabled }}
 metrics_port: 9400
+{{- end }}
+{{- if .Values.events.enabled }}
+events: 0.0.0.0:7430
 {{- end }}
 storage_port: 7421
 memory: {{ .Values.storage.memory }}B
