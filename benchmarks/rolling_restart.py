@@ -75,12 +75,14 @@ class Restarts:
             self.release.pod("storage", ordinal).stop()
 
 
-def measure(folder: Path, pages: int, readers: int, *, quick: bool) -> list[dict[str, Any]]:
+def measure(
+    folder: Path, pages: int, readers: int, *, quick: bool, steady_s: float = _STEADY_S
+) -> list[dict[str, Any]]:
     with Release(folder, values(_STORAGE)) as release:
         release.start_all()
         load = Load(release.client_settings(), pages=pages, readers=readers)
         restarts = Restarts(release)
-        steps: list[tuple[str, Callable[[], object]]] = [("before", partial(time.sleep, _STEADY_S))]
+        steps: list[tuple[str, Callable[[], object]]] = [("before", partial(time.sleep, steady_s))]
         steps += [
             (f"storage {ordinal} drained, restarted", partial(restarts.storage, ordinal))
             for ordinal in reversed(range(1 if quick else _STORAGE))
@@ -92,7 +94,7 @@ def measure(folder: Path, pages: int, readers: int, *, quick: bool) -> list[dict
                 (f"{_STORAGE} to {_GROWN} nodes", restarts.grow),
                 (f"{_GROWN} to {_STORAGE} nodes", restarts.shrink),
             ]
-        steps += [("after", partial(time.sleep, _STEADY_S))]
+        steps += [("after", partial(time.sleep, steady_s))]
         rows = []
         with load:
             for name, step in steps:
@@ -125,8 +127,7 @@ def main() -> None:
     print(
         f"{rows[-1]['acknowledged_pages']} pages were acknowledged, {rows[-1]['lost_pages']} of them are lost"
     )
-    if arguments.json is not None:
-        write_results(arguments.json, rows)
+    write_results(rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The rendered manifests of the chart."""
 
 import base64
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,17 @@ class Workload:
 
     @classmethod
     def of_ray(cls, cluster: Manifest) -> list["Workload"]:
-        """Head and worker groups of a RayCluster whose containers have commands of their own: KubeRay runs these, adds
-        the Ray token, and makes no other change that matters here."""
+        """Head and worker groups of a RayCluster whose containers have commands of their own. KubeRay runs these, and
+        adds the Ray token to their environment."""
+        cluster = copy.deepcopy(cluster)
         spec = cluster["spec"]
+        secret = {"name": spec["authOptions"]["secretName"], "key": "auth_token"}
+        token = [
+            {"name": "RAY_AUTH_MODE", "value": spec["authOptions"]["mode"]},
+            {"name": "RAY_AUTH_TOKEN", "valueFrom": {"secretKeyRef": secret}},
+        ]
         groups = [(spec["headGroupSpec"], 1)]
         groups += [(group, group["replicas"]) for group in spec["workerGroupSpecs"]]
+        for group, _ in groups:
+            group["template"]["spec"]["containers"][0]["env"] += token
         return [cls(cluster, group["template"], replicas, ()) for group, replicas in groups]
