@@ -45,7 +45,9 @@ def test_settings_of_production() -> None:
         "ray_address": "kv-kvstore-head:6379",
         "ray_join": True,
         "keep_nodes": True,
+        "listen": "0.0.0.0:7420",
         "metrics_port": 9400,
+        "events": "0.0.0.0:7430",
         "storage_port": 7421,
         "memory": "64GiB",
         "disk": "1800GiB",
@@ -69,14 +71,6 @@ def test_settings_of_production() -> None:
         "metrics_tenants": 16,
         "experiments": False,
     }
-
-
-def test_the_gateway_listens_at_its_own_address() -> None:
-    container = render(ci_values("production")).container("gateway")
-    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
-    assert environment["KVSTORE_LISTEN"] == "$(POD_IP):7420"
-    assert environment["KVSTORE_EVENTS"] == "$(POD_IP):7430"
-    assert environment["KVSTORE_ADDRESS"] == "kv-kvstore:7420"
 
 
 def test_settings_of_a_laptop_have_neither_disk_nor_credentials() -> None:
