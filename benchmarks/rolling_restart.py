@@ -1,6 +1,6 @@
 """Restart every pod of the Helm chart, one after the other, and let the cluster grow and shrink, under load.
 
-python benchmarks/rolling_restart.py [--pages 800] [--readers 3] [--quick] [--json FILE]
+python benchmarks/rolling_restart.py [--pages 800] [--readers 3] [--quick] [--json FILE] [--plot FILE]
 
 The rendered pods run as processes of this machine, with TLS and tokens: Redis, Ray's head, the gateway, and three
 storage nodes that keep each chunk on two disks. Storage pods are stopped as Kubernetes stops them, after the hook that
@@ -21,7 +21,8 @@ from rich.table import Table
 
 from kvstore_bench.pods.release import Release
 from kvstore_bench.results import write_results
-from kvstore_bench.rolling.load import Load
+from kvstore_bench.rolling.load import Fetch, Load
+from kvstore_bench.rolling.plot import plot_fetches
 
 _STEADY_S = 10.0
 _STORAGE = 3
@@ -77,7 +78,8 @@ class Restarts:
 
 def measure(
     folder: Path, pages: int, readers: int, *, quick: bool, steady_s: float = _STEADY_S
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[Fetch]]:
+    """A row for each phase, and all fetches."""
     with Release(folder, values(_STORAGE)) as release:
         release.start_all()
         load = Load(release.client_settings(), pages=pages, readers=readers)
@@ -104,7 +106,7 @@ def measure(
                 rows.append(load.begin("").row())
         rows[-1] |= {"acknowledged_pages": len(load.acknowledged), "lost_pages": len(load.lost())}
         load.close()
-        return rows
+        return rows, load.fetches
 
 
 def main() -> None:
@@ -113,10 +115,11 @@ def main() -> None:
     parser.add_argument("--readers", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     # A short path, because Ray's sockets are below it.
     with tempfile.TemporaryDirectory(prefix="k") as folder:
-        rows = measure(Path(folder), arguments.pages, arguments.readers, quick=arguments.quick)
+        rows, fetches = measure(Path(folder), arguments.pages, arguments.readers, quick=arguments.quick)
     table = Table(
         "phase", "s", "fetches", "failed", "pages", "missing", "hit rate", "p50 ms", "p99 ms", "max ms"
     )
@@ -128,6 +131,8 @@ def main() -> None:
         f"{rows[-1]['acknowledged_pages']} pages were acknowledged, {rows[-1]['lost_pages']} of them are lost"
     )
     write_results(rows, arguments.json)
+    if arguments.plot is not None:
+        plot_fetches(fetches, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def look_for_secrets(release: Release) -> None:
 def test_restarts_of_every_pod_lose_nothing_and_no_client_notices(short_folder: Path) -> None:
     from benchmarks.rolling_restart import measure
 
-    rows = measure(short_folder, pages=200, readers=2, steady_s=2, quick=True)
+    rows, _ = measure(short_folder, pages=200, readers=2, steady_s=2, quick=True)
     assert {row["phase"]: (row["failed_fetches"], row["fetches"] > 0) for row in rows} == {
         row["phase"]: (0, True) for row in rows
     }

@@ -33,7 +33,7 @@ def test_kuberay_makes_one_cluster() -> None:
     assert spec["authOptions"] == {"mode": "token", "secretName": "kv-kvstore-ray"}
     assert spec["gcsFaultToleranceOptions"] == {
         "redisAddress": "kv-kvstore-redis:6379",
-        "externalStorageNamespace": "kv-kvstore",
+        "externalStorageNamespace": "llm-kv-kvstore",
         "redisPassword": {"valueFrom": {"secretKeyRef": {"name": "kv-kvstore-redis", "key": "password"}}},
     }
     assert spec["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}

@@ -55,6 +55,16 @@ class Phase:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """A fetch that began at `began_s` (`time.monotonic`)."""
+
+    phase: str
+    began_s: float
+    seconds: float
+    missing: int
+
+
 class Load:
     """`readers` threads that fetch runs of pages, and one that stores a new page a few times a second, each with a
     client of its own, made with `settings`. A context manager."""
@@ -72,6 +82,7 @@ class Load:
         self._phase = Phase("", time.monotonic())
         self.acknowledged: list[int] = []
         """Numbers of the pages that the service has stored durably."""
+        self.fetches: list[Fetch] = []
         store = self._store()
         for first in range(0, pages, 50):
             self._put(store, list(range(first, min(pages, first + 50))))
@@ -141,6 +152,8 @@ class Load:
                 self._phase.latencies_s.append(taken_s)
                 self._phase.failed += failed
                 self._phase.pages += _RUN_PAGES
+                missing = _RUN_PAGES - (sum(result.ok) if result is not None else 0)
+                self.fetches.append(Fetch(self._phase.name, began_s, taken_s, missing))
                 if result is not None:
                     self._phase.missing.update(result.reasons)
 

@@ -41,7 +41,7 @@ resources:
 {{- end }}
 {{- if and (include "kvstore.head.usesRedis" .) (eq .Values.mode "statefulset") }}
 - {name: RAY_REDIS_ADDRESS, value: {{ include "kvstore.redisAddress" . | quote }}}
-- {name: RAY_external_storage_namespace, value: {{ include "kvstore.fullname" . }}}
+- {name: RAY_external_storage_namespace, value: {{ .Release.Namespace }}-{{ include "kvstore.fullname" . }}}
 {{- end }}
 {{- end -}}
 
