@@ -199,7 +199,6 @@ class EmbeddedCluster:
                 self._actors.place()
                 if not self.size:
                     log.warning("no node of the Ray cluster offers a CPU yet, so there is no storage node")
-            _answer([node.pid.remote() for node in self._handles().values()], "a storage node")
             self._wait_until_joined()
         except ray.exceptions.RayError as error:
             # Ray reports a failed constructor as a whole remote traceback; its last line is the reason.
@@ -291,16 +290,25 @@ class EmbeddedCluster:
         )
 
     def _wait_until_joined(self) -> None:
+        """Waits for all nodes. On a Ray cluster one of them is enough: the others may have broken disks, and are
+        started again in the background. Raises StartupError, and Ray's error of a node."""
         deadline_s = time.monotonic() + _START_TIMEOUT_S
-        missing = set(self._handles())
-        while missing:
+        handles = self._handles()
+        if self._actors is None:
+            _answer([node.pid.remote() for node in handles.values()], "a storage node")
+        while missing := set(handles) - _answer(self._coordinator.live.remote(), "the coordinator").keys():
+            if self._actors is not None and missing <= self._actors.ended():
+                break
             if time.monotonic() > deadline_s:
-                raise StartupError(
-                    f"{', '.join(sorted(missing))} did not join the cluster within {_START_TIMEOUT_S:.0f} s"
-                )
+                break
             time.sleep(0.02)
-            membership = _answer(self._coordinator.membership.remote(), "the coordinator")
-            missing = set(self._handles()) - {member.node_id for member in membership.members}
+        if not missing:
+            return
+        names = ", ".join(sorted(missing))
+        if self._actors is None or len(missing) == len(handles):
+            _answer([handles[name].pid.remote() for name in missing], "a storage node")
+            raise StartupError(f"{names} did not join the cluster within {_START_TIMEOUT_S:.0f} s")
+        log.warning("%s did not start, and will be tried again", names)
 
     def _lost(self, reason: str) -> NoReturn:
         # `stop` must not wait for actors of a lost cluster; it ends their processes.

@@ -92,12 +92,20 @@ class CoordinatorActor:
         with suppress(UnknownNodeError):
             self._coordinator.cancel_drain(node_id)
 
-    def departed(self, node_id: str) -> None:
-        """Forgets a node whose machine is gone, if it was drained. Raises CatalogueError."""
+    def known(self) -> list[str]:
+        """Ids of all nodes, including dead ones."""
+        return [node.member.node_id for node in self._coordinator.nodes()]
+
+    def departed(self, node_id: str, is_over: bool) -> bool:
+        """Forgets a dead node whose machine is gone, if it was drained, or if the patience with it `is_over`. Returns
+        whether it is not known any more. Raises CatalogueError."""
         for node in self._coordinator.nodes():
-            if node.member.node_id == node_id and node.member.draining:
+            if node.member.node_id == node_id:
+                if node.alive or not (is_over or node.member.draining):
+                    return False
                 self._coordinator.leave(node_id, node.incarnation)
-                self.returned(node_id)
+        self.returned(node_id)
+        return True
 
     def join(self, member: Member, incarnation: int, known: int = 0, applied: int = 0) -> Directives:
         """Adds a node and returns its directives, as `Coordinator.register` does."""
