@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -15,13 +14,11 @@ from kvstore_api.v1 import kvstore_pb2_grpc as rpc
 from kvstore_codec.errors import ConfigurationError, StartupError
 from kvstore_service.cluster_stats import cluster_stats
 from kvstore_service.embedded import EmbeddedCluster
-from kvstore_service.local_ray import ENVIRONMENT
 from kvstore_service.settings import settings_of
 from tests.sample_chunk import sample_chunk
 from tests.service.test_embedded import found, members, put, wait_until
 
 MEMORY, DISK = 2 << 20, 64 << 20
-NAMES = ["one", "two", "three"]
 CHUNKS = [sample_chunk(content=number, frame_bytes=20_000) for number in range(30)]  # 7 MB
 
 
@@ -89,54 +86,6 @@ def test_a_node_that_is_down_while_its_tenant_is_forgotten_does_not_bring_it_bac
 def test_a_disk_needs_a_folder() -> None:
     with pytest.raises(ConfigurationError, match="disk needs data_dir, a folder"):
         EmbeddedCluster(settings_of(disk=DISK))
-
-
-@pytest.fixture
-def three_ray_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator["object"]:
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    from ray.cluster_utils import Cluster
-
-    options: dict[str, object] = {"num_cpus": 1, "object_store_memory": 80 << 20}
-    quick = {
-        "health_check_initial_delay_ms": 0,
-        "health_check_period_ms": 300,
-        "health_check_timeout_ms": 300,
-        "health_check_failure_threshold": 2,
-    }
-    cluster = Cluster(initialize_head=True, head_node_args=options | {"num_cpus": 0, "_system_config": quick})
-    try:
-        for name in NAMES:
-            cluster.add_node(**options, node_name=name)
-        yield cluster
-    finally:
-        cluster.shutdown()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Ray's test cluster keeps its processes' pipes
-def test_each_ray_node_has_a_storage_node_whenever_it_joins(three_ray_nodes, tmp_path: Path) -> None:
-    with EmbeddedCluster(
-        settings_of(
-            ray_address=three_ray_nodes.address,
-            memory=MEMORY,
-            disk=DISK,
-            data_dir=tmp_path,
-            insecure=True,
-        )
-    ) as cluster:
-        nodes = cluster_stats(cluster.address).nodes
-        assert sorted(node.member.node_id for node in nodes) == sorted(NAMES)
-        assert len({node.member.domain for node in nodes}) == cluster.size == 3
-        lost = three_ray_nodes.list_all_nodes()[-1]
-        (victim,) = (node.member for node in nodes if node.member.domain == lost.node_id)
-        assert {put(victim.endpoint, chunk) for chunk in CHUNKS} == {pb.PUT_STATUS_STORED}
-        three_ray_nodes.remove_node(lost, allow_graceful=False)
-        wait_until(lambda: victim.node_id not in members(cluster), patience_s=60)
-        three_ray_nodes.add_node(num_cpus=1, object_store_memory=80 << 20, node_name=victim.node_id)
-        three_ray_nodes.add_node(num_cpus=1, object_store_memory=80 << 20, node_name="four")
-        wait_until(lambda: {victim.node_id, "four"} <= members(cluster).keys(), patience_s=60)
-        assert all(found(members(cluster)[victim.node_id].endpoint, chunk) for chunk in CHUNKS)
 
 
 def test_no_ray_cluster_is_an_error_that_says_so() -> None:
