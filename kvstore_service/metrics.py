@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from kvstore_api.v1 import kvstore_pb2 as pb
 from kvstore_client.metric import Kind, Metric
+from kvstore_cluster.background import background_health
 from kvstore_cluster.tallies import OTHER_TENANTS
 from kvstore_codec.errors import ServiceError
 from kvstore_service.observability import node_metrics as table
@@ -44,6 +45,9 @@ class ClusterCollector(Collector):
             family.add_metric(labels, value)
 
         add(table.BUILD, [version("kvstore-service")], 1)
+        health = background_health()  # of this process, which started the cluster
+        add(table.GATEWAY_FAILING, [], len(health.failing))
+        add(table.GATEWAY_ERRORS, [], health.errors)
         try:
             reply = self._stats()
         except ServiceError:

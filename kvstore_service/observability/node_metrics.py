@@ -16,6 +16,18 @@ COORDINATOR_UP = Metric("kvstore_coordinator_up", Kind.GAUGE, "0 or 1", "Whether
 EPOCH = Metric(
     "kvstore_cluster_epoch", Kind.GAUGE, "changes", "Epoch of the membership; every change of it adds 1."
 )
+GATEWAY_FAILING = Metric(
+    "kvstore_gateway_background_failing",
+    Kind.GAUGE,
+    "loops",
+    "Background loops of `kvstore serve` that are failing, as the one that places nodes; its log says why.",
+)
+GATEWAY_ERRORS = Metric(
+    "kvstore_gateway_background_errors_total",
+    Kind.COUNTER,
+    "errors",
+    "Errors of background loops of `kvstore serve`.",
+)
 BUILD = Metric(
     "kvstore_build_info",
     Kind.GAUGE,
@@ -31,7 +43,7 @@ DISK_OK = Metric(
     "0 if the node runs without its configured disk.",
     (NODE_LABEL,),
 )
-CLUSTER_METRICS = (COORDINATOR_UP, EPOCH, BUILD, NODE_UP, DISK_OK)
+CLUSTER_METRICS = (COORDINATOR_UP, EPOCH, GATEWAY_FAILING, GATEWAY_ERRORS, BUILD, NODE_UP, DISK_OK)
 
 _FIELDS = {
     "chunks": ("variants", "Stored variants of chunks."),
