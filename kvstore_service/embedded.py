@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self, TextIO
@@ -31,7 +32,7 @@ from kvstore_service.ray_node import joined_ray
 from kvstore_service.scratch import scratch_folder
 from kvstore_service.security import Security
 from kvstore_service.settings import Settings, settings_of
-from kvstore_service.storage_actors import StorageActors, stop_nodes
+from kvstore_service.storage_actors import Configuration, StorageActors, stop_nodes
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ _COORDINATOR_NAME = "kvstore-coordinator"
 _OF_STORAGE_NODES = (
     *("memory", "disk", "data_dir", "durability", "policy", "repair_bandwidth", "experiments", "events"),
     *("storage_port", "credentials", "tls_cert", "tls_key", "tls_ca", "tls_client_ca", "tls_name"),
-    *("encryption_key_file", "otlp_endpoint", "log_format", "log_level"),
+    *("encryption_key_file", "otlp_endpoint"),
 )
 """Settings that storage nodes are started with."""
 
@@ -75,7 +76,8 @@ class EmbeddedCluster:
         self._connector = (
             self.security.connector()
         )  # goes on with the last good files while others are put in place
-        require_memory(settings.memory, nodes=1 if settings.ray_address else settings.nodes)
+        if settings.ray_address is None:  # otherwise nodes are on other machines
+            require_memory(settings.memory, nodes=settings.nodes)
         key_file = settings.encryption_key_file
         self._keys = None if key_file is None else partial(open_keys, key_file.absolute())
         if self._keys is not None:
@@ -266,10 +268,11 @@ class EmbeddedCluster:
             )
         )
 
-    def _configuration(self) -> str:
+    def _configuration(self) -> Configuration:
         """Tells the settings of storage nodes from others. Is not a secret."""
         settings = self._settings.model_dump_json(include=set(_OF_STORAGE_NODES))
-        return hashlib.sha256(f"{settings} {self.security.node_token}".encode()).hexdigest()
+        digest = hashlib.sha256(f"{settings} {self.security.node_token}".encode()).hexdigest()
+        return version("kvstore-service"), digest
 
     def _keep_logs(self, component: str) -> Callable[[], None]:
         return partial(keep_logs, component, self._settings.log_format, self._settings.log_level)
@@ -290,8 +293,8 @@ class EmbeddedCluster:
         )
 
     def _wait_until_joined(self) -> None:
-        """Waits for all nodes. On a Ray cluster one of them is enough: the others may have broken disks, and are
-        started again in the background. Raises StartupError, and Ray's error of a node."""
+        """Waits for all nodes. On a Ray cluster it goes on without those that have broken disks, or need longer to read
+        them, unless all have failed. Raises StartupError, and Ray's error of a node."""
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         handles = self._handles()
         if self._actors is None:
@@ -305,13 +308,15 @@ class EmbeddedCluster:
         if not missing:
             return
         names = ", ".join(sorted(missing))
-        if self._actors is None or len(missing) == len(handles):
+        if self._actors is None or set(handles) <= self._actors.ended():
             _answer([handles[name].pid.remote() for name in missing], "a storage node")
             raise StartupError(f"{names} did not join the cluster within {_START_TIMEOUT_S:.0f} s")
-        log.warning("%s did not start, and will be tried again", names)
+        log.warning("%s did not join the cluster yet; a node with a large disk needs some time", names)
 
     def _lost(self, reason: str) -> NoReturn:
         # `stop` must not wait for actors of a lost cluster; it ends their processes.
+        if self._actors is not None:
+            self._actors.abandon()
         self._storage, self._actors = {}, None
         self._coordinator = None
         raise ServiceError(f"the cluster at {self.address} is lost: {reason}; start it again")
@@ -324,7 +329,7 @@ class EmbeddedCluster:
         try:
             if self._actors is not None:
                 self._actors.stop()
-            stop_nodes(self._storage.values())
+            stop_nodes(self._storage)
             ray.get(
                 self._coordinator.stop.options(max_task_retries=0).remote(_GRACE_S), timeout=_STOP_TIMEOUT_S
             )

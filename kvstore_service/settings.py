@@ -37,8 +37,7 @@ _MAX_CHARACTERS = 4096
 """Most characters of a value: the longest path that Linux accepts."""
 _MAX_PROBLEMS = 8
 """Most problems that one error text names."""
-_MOST_BYTES = 1 << 60
-"""Most bytes of a storage node, far more than any machine has. A higher value is a mistake."""
+_MOST_BYTES = 1 << 60  # of a storage node, far more than any machine has
 
 
 def _setting(default: Any, says: str, *, unset: str = "none", **bounds: Any) -> Any:
@@ -204,6 +203,10 @@ class Settings(BaseModel):
             raise ValueError("tls_ca, tls_client_ca and tls_name need tls_cert and tls_key")
         if self.ray_address is None and (self.ray_join or self.keep_nodes or self.storage_port):
             raise ValueError("ray_join, keep_nodes and storage_port need ray_address")
+        if self.node_token_file and not self.credentials:
+            raise ValueError("node_token_file needs credentials")
+        if self.ray_join and ":" not in (self.ray_address or ""):
+            raise ValueError("ray_join needs ray_address as host:port")
         if self.keep_nodes and self.credentials is not None and self.node_token_file is None:
             raise ValueError(
                 "with credentials, keep_nodes needs node_token_file: a token that the next start has, too"

@@ -149,8 +149,8 @@ class EventSubscriber:
         made.setsockopt(zmq.LINGER, 0)
         made.setsockopt(zmq.MAXMSGSIZE, _MOST_MESSAGE_BYTES)
         made.setsockopt(zmq.IPV6, 1)
-        # No heartbeats of ZeroMQ: one that ends a connection whose messages wait for `poll` aborts the process once they
-        # are read (libzmq issue 3937). A dead publisher is noticed by its silence.
+        # No heartbeats of ZeroMQ: one that ends a connection whose messages wait for `poll` aborts the process once
+        # they are read (libzmq issue 3937). A dead publisher is noticed by its silence.
         made.setsockopt(zmq.TCP_KEEPALIVE, 1)
         if self._where.server_key:
             made.setsockopt(zmq.CURVE_SERVERKEY, zmq.utils.z85.encode(self._where.server_key))

@@ -53,12 +53,13 @@ class BackgroundLoop:
         """Starts the thread. Must be called only once."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Ends the loop after the current step, and waits for it. A step that calls `stop` is the last one."""
+    def stop(self, timeout_s: float | None = None) -> None:
+        """Ends the loop after the current step, and waits for it, for at most `timeout_s`. A step that calls `stop` is
+        the last one."""
         self.stopping.set()
         self._wake()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         in_a_row = 0

@@ -50,6 +50,8 @@ def drain(
 
     if (node is None) == (beyond is None):
         raise ConfigurationError("give the id of a node, or --beyond N")
+    if beyond is not None and cancel:
+        raise ConfigurationError("--cancel ends the draining of one node; give its id")
     with ClusterAdmin(str(Address.parse(address))) as cluster:
         # The others must not copy chunks to one that is drained next.
         nodes = [node] if node is not None else _beyond(cluster, beyond or 0)

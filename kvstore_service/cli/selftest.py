@@ -32,16 +32,17 @@ def selftest(
     with ClusterAdmin(where) as cluster, connect(where) as client:
         nodes = cluster.nodes()
         store = client.pages(namespace)
-        began_s = time.monotonic()
-        put = store.put(keys, stored)
-        put_s = time.monotonic() - began_s
-        began_s = time.monotonic()
-        got = store.get_into(keys, views)
-        get_s = time.monotonic() - began_s
-        salt = client.settings.tenant_salt.get_secret_value().encode()
-        chunks = namespace.chunk_ids(keys, salt)
-        for node in nodes:
-            node.delete(chunks)
+        try:
+            began_s = time.monotonic()
+            put = store.put(keys, stored)
+            put_s = time.monotonic() - began_s
+            began_s = time.monotonic()
+            got = store.get_into(keys, views)
+            get_s = time.monotonic() - began_s
+        finally:
+            chunks = namespace.chunk_ids(keys, client.settings.tenant_salt.get_secret_value().encode())
+            for node in nodes:
+                node.delete(chunks)
     for done, result in (("stored", put), ("read", got)):
         if not all(result.ok):
             raise ServiceError(f"{sum(result.ok)} of {pages} pages were {done}: {dict(result.reasons)}")

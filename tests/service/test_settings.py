@@ -165,6 +165,10 @@ VALUES = {
     "log_format": "json",
     "log_level": "debug",
     "experiments": "true",
+    "ray_join": "true",
+    "keep_nodes": "true",
+    "storage_port": "7421",
+    "node_token_file": "/token",
 }
 _TLS = ["tls_cert", "tls_key"]
 TOGETHER = {
@@ -174,6 +178,10 @@ TOGETHER = {
     "tls_ca": _TLS,
     "tls_client_ca": _TLS,
     "tls_name": _TLS,
+    "ray_join": ["ray_address"],
+    "keep_nodes": ["ray_address"],
+    "storage_port": ["ray_address"],
+    "node_token_file": ["credentials"],
 }
 
 
@@ -197,7 +205,7 @@ def test_the_home_folder_is_found_in_every_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, place: str
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    together = {"tls_cert": "/c", "tls_key": "/k"} if name.startswith("tls") else {}
+    together = {each: VALUES[each] for each in TOGETHER.get(name, [])}
     flags = together | ({name: "~/below"} if place == "flag" else {})
     if place != "flag":
         flags.pop(name, None)
@@ -228,6 +236,8 @@ def test_true_is_neither_a_number_nor_text(tmp_path: Path, name: str, kind: str)
 def test_a_switch_is_on_or_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: bool
 ) -> None:
+    for other in TOGETHER.get(name, []):
+        monkeypatch.setenv(variable(other), VALUES[other])
     assert getattr(load_settings(write(tmp_path / "c.yaml", f"{name}: {text}")), name) is value
     monkeypatch.setenv(variable(name), text.strip("'"))
     assert getattr(load_settings(), name) is value

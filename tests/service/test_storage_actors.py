@@ -1,12 +1,17 @@
 """Storage nodes on a Ray cluster whose nodes come and go."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from kvstore_api.v1 import kvstore_pb2 as pb
+from kvstore_cluster.background import background_health
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.admin import ClusterAdmin
 from kvstore_service.cluster_stats import cluster_stats
@@ -91,16 +96,19 @@ def test_nodes_outlive_the_gateway(three_ray_nodes: Any, tmp_path: Path) -> None
         (tmp_path / "nodes" / "three").unlink()
         wait_until(lambda: "three" in members(first), patience_s=60)
         pids = first.storage_pids()
+    os.kill(pids["two"], signal.SIGKILL)  # Ray starts it again, also without a coordinator
     with cluster() as second:
         wait_until(lambda: len(members(second)) == 3, patience_s=30)
-        assert second.storage_pids() == pids
+        assert {name for name, pid in second.storage_pids().items() if pid != pids[name]} == {"two"}
         assert nodes(second)["two"].draining
     with cluster(memory=2 * MEMORY) as third:
         wait_until(lambda: len(members(third)) == 3, patience_s=30)
-        wait_until(lambda: not pids.items() & third.storage_pids().items(), patience_s=60)
-        wait_until(lambda: len(members(third)) == 3, patience_s=30)
-        limits = {node.stats.bytes_limit for node in cluster_stats(third.address).nodes}
-        assert limits == {2 * MEMORY}
+
+        def limits() -> list[int]:
+            return [node.stats.bytes_limit for node in cluster_stats(third.address).nodes]
+
+        wait_until(lambda: limits() == 3 * [2 * MEMORY], patience_s=60)
+        assert not pids.items() & third.storage_pids().items()
         assert all(found(members(third)["one"].endpoint, chunk) for chunk in CHUNKS)
         assert nodes(third)["two"].draining
         two = nodes(third)["two"].domain
@@ -114,6 +122,24 @@ def test_nodes_outlive_the_gateway(three_ray_nodes: Any, tmp_path: Path) -> None
         three_ray_nodes.add_node(num_cpus=1, object_store_memory=80 << 20, node_name="two")
         wait_until(lambda: "two" in members(third), patience_s=60)
         assert not nodes(third)["two"].draining
+
+
+def test_settings_that_do_not_work_stop_at_the_first_node(three_ray_nodes: Any, tmp_path: Path) -> None:
+    options = {"memory": MEMORY, "disk": DISK, "insecure": True, "ray_address": three_ray_nodes.address}
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    wrong.mkdir()
+    (wrong / "nodes").write_text("not a folder")
+    with EmbeddedCluster(settings_of(**options, data_dir=right, keep_nodes=True)) as cluster:
+        pids = cluster.storage_pids()
+    with EmbeddedCluster(settings_of(**options, data_dir=wrong, keep_nodes=True)) as cluster:
+        wait_until(lambda: "kvstore-placement" in background_health().failing, patience_s=60)
+        assert "did not start" in str(background_health()) or "does not start" in str(background_health())
+        assert sum(map(psutil.pid_exists, pids.values())) == 2
+        wait_until(lambda: len(members(cluster)) == 2, patience_s=30)
+    with EmbeddedCluster(settings_of(**options, data_dir=right)) as cluster:  # ends them, at its end
+        wait_until(lambda: len(members(cluster)) == 3, patience_s=60)
+    wait_until(lambda: not any(map(psutil.pid_exists, pids.values())), patience_s=30)
+    assert not [thread for thread in threading.enumerate() if thread.name == "kvstore-placement"]
 
 
 @pytest.mark.parametrize(

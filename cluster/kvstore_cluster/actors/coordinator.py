@@ -87,10 +87,12 @@ class CoordinatorActor:
         """Incarnations of the live nodes, by node id."""
         return dict(self._coordinator.live())
 
-    def returned(self, node_id: str) -> None:
-        """Lets a node own chunks, also if it was drained before its machine was replaced. Raises CatalogueError."""
-        with suppress(UnknownNodeError):
-            self._coordinator.cancel_drain(node_id)
+    def returned(self, node_id: str, domain: str) -> None:
+        """Lets a node own chunks that was drained before its machine was replaced by `domain`. One whose machine is the
+        same stays drained. Raises CatalogueError."""
+        for node in self._coordinator.nodes():
+            if node.member.node_id == node_id and node.member.domain != domain:
+                self._cancel_drain(node_id)
 
     def known(self) -> list[str]:
         """Ids of all nodes, including dead ones."""
@@ -104,7 +106,7 @@ class CoordinatorActor:
                 if node.alive or not (is_over or node.member.draining):
                     return False
                 self._coordinator.leave(node_id, node.incarnation)
-        self.returned(node_id)
+        self._cancel_drain(node_id)
         return True
 
     def join(self, member: Member, incarnation: int, known: int = 0, applied: int = 0) -> Directives:
@@ -123,6 +125,10 @@ class CoordinatorActor:
         self._endpoint.stop(grace_s)
         self._coordinator.close()
         self._catalogue.close()
+
+    def _cancel_drain(self, node_id: str) -> None:
+        with suppress(UnknownNodeError):
+            self._coordinator.cancel_drain(node_id)
 
     def _follow_keys(self) -> None:
         self._canaries.update_key(self._rekeying.stopping)

@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
@@ -51,9 +51,10 @@ class StorageActor:
         serve: Callable[[StorageNode, RepairWorker], NodeEndpoint],
         peers: Callable[[StorageNode], PeerNodes],
         prepare: Callable[[], object] = do_nothing,
-        configuration: str = "",
+        configuration: tuple[str, str] = ("", ""),
     ) -> None:
-        """`prepare` is called before everything else. `configuration` tells these arguments from others."""
+        """`prepare` is called before everything else. `configuration` is the version of the service, and tells
+        these arguments from others."""
         prepare()
         self._configuration = configuration
         arena = Arena(options.memory_bytes)
@@ -71,9 +72,10 @@ class StorageActor:
         )
         self._incarnation = time.time_ns()
         self._maintenance = MaintenanceThread(self._node, arena)
-        # A name, because Ray cannot restart an actor whose constructor argument is a handle that it no longer knows.
+        # A name, because Ray cannot restart an actor whose constructor argument is a handle that it no longer knows. It
+        # is looked up later, because Ray does not restart one whose constructor failed, as without a coordinator.
         self._coordinator_name = coordinator
-        self._coordinator = ray.get_actor(coordinator)
+        self._coordinator: Any = None
         self._directives_version = 0
         self._registering = BackgroundLoop("kvstore-join", self._stay_registered)
         changes = self._node.changes
@@ -87,34 +89,45 @@ class StorageActor:
     def pid(self) -> int:
         return os.getpid()
 
-    def configuration(self) -> str:
+    def configuration(self) -> tuple[str, str]:
         return self._configuration
+
+    def is_whole(self, epoch: int) -> bool:
+        """Whether the node has looked for missing copies since the membership has this epoch, and knows of none."""
+        gauges = self._repair.gauges(0)
+        return gauges["repair_epoch"] >= epoch and not gauges["repair_running"] and not gauges["repair_left"]
 
     def stop(self, grace_s: float) -> None:
         """Leaves the cluster, stops the endpoint, and writes dirty chunks to disk."""
         self._registering.stop()
         if self._feed is not None:
             self._feed.stop()
-        try:
-            ray.get(
-                self._coordinator.leave.remote(self._member.node_id, self._incarnation),
-                timeout=_REGISTER_TIMEOUT_S,
-            )
-        except ray.exceptions.RayError as error:
-            log.warning("node %s could not leave the cluster: %s", self._member.node_id, error)
+        if self._coordinator is not None:
+            try:
+                ray.get(
+                    self._coordinator.leave.remote(self._member.node_id, self._incarnation),
+                    timeout=_REGISTER_TIMEOUT_S,
+                )
+            except ray.exceptions.RayError as error:
+                log.warning("node %s could not leave the cluster: %s", self._member.node_id, error)
         self._endpoint.stop(grace_s)
         self._repair.stop()
         self._maintenance.stop()
         self._node.close()
 
     def _report(self, report: NodeReport) -> bool:
-        return bool(ray.get(self._coordinator.report.remote(report), timeout=_REGISTER_TIMEOUT_S))
+        coordinator = self._coordinator
+        return coordinator is not None and bool(
+            ray.get(coordinator.report.remote(report), timeout=_REGISTER_TIMEOUT_S)
+        )
 
     def _stay_registered(self) -> None:
         """Registers the node once, applies the coordinator's directives, and waits for one period, unless it has to
         register again at once. Registration is repeated, because a restarted coordinator may not know this node, and
         the membership changes."""
         try:
+            if self._coordinator is None:
+                self._coordinator = ray.get_actor(self._coordinator_name)
             directives = ray.get(
                 self._coordinator.join.remote(
                     self._member,
@@ -124,8 +137,9 @@ class StorageActor:
                 ),
                 timeout=_REGISTER_TIMEOUT_S,
             )
-        except ray.exceptions.ActorDiedError:
-            self._find_coordinator()
+        except (ValueError, ray.exceptions.ActorDiedError):
+            self._coordinator = None  # another one may have taken its place
+            log.info("node %s waits for a coordinator", self._member.node_id)
         except ray.exceptions.RayError as error:
             log.warning("node %s could not register, trying again: %s", self._member.node_id, error)
         else:
@@ -141,13 +155,6 @@ class StorageActor:
             if directives.forgotten is not None:
                 return
         self._registering.stopping.wait(_REGISTER_PERIOD_S)
-
-    def _find_coordinator(self) -> None:
-        """Looks for the coordinator that has taken the place of one that ended."""
-        try:
-            self._coordinator = ray.get_actor(self._coordinator_name)
-        except ValueError:
-            log.warning("node %s waits for a coordinator", self._member.node_id)
 
 
 def _open_node(node_id: str, arena: Arena, options: StorageOptions) -> StorageNode:

@@ -27,7 +27,7 @@ def test_only_the_check_of_health_is_open() -> None:
     assert not is_open("/grpc.health.v1.Healthy/Check")
 
 
-def test_a_worker_may_not_operate_and_a_node_may_only_copy() -> None:
+def test_a_worker_may_not_operate_and_a_node_may_only_copy_and_drain() -> None:
     may = {scope: {verb.name for verb in VERBS.values() if scope in verb.scopes} for scope in Scope}
     operates = {
         "Verify", "Usage", "ForgetTenant", "Throttle", "Drain", "Repair", "SetQuota", "Pin", "PutCalibration",
@@ -37,7 +37,7 @@ def test_a_worker_may_not_operate_and_a_node_may_only_copy() -> None:
     assert not may[Scope.DATA] & operates
     assert operates <= may[Scope.ADMIN]
     assert may[Scope.NODE] == {
-        "Lookup", "Put", "Stats", "Logs", "Membership", "ClusterStats", "ListModels", "ListCalibrations",
+        "Lookup", "Put", "Stats", "Logs", "Membership", "ClusterStats", "ListModels", "ListCalibrations", "Drain",
         *of_everybody,
     }  # fmt: skip
     assert may[Scope.METRICS] == {"Stats", "ClusterStats", *of_everybody}
