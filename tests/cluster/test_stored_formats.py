@@ -22,6 +22,7 @@ from kvstore_codec.calibration import Calibration
 from kvstore_codec.chunk import read_header
 from kvstore_codec.codec import EncodedChunk
 from kvstore_codec.identity import ChunkId, ContentId, PrefixId
+from kvstore_codec.klt_frames import KLT
 from kvstore_codec.whole_chunk import verify_chunk
 from tests.codec.chunks import decode, make_kv
 from tests.data.stored import write
@@ -76,9 +77,17 @@ def test_the_disk_tier_finds_all_chunks_and_what_is_known_of_them(folder: Path) 
     store.close()
 
 
+def stored_calibration(folder: Path) -> Calibration:
+    registry = CalibrationRegistry(folder / "calibrations")
+    (record,) = registry.records()
+    return Calibration.from_bytes(b"".join(registry.pieces(record.digest)))
+
+
 def test_a_node_serves_the_bytes_and_they_decode_to_the_kv_that_was_stored(folder: Path) -> None:
     store = SegmentStore(folder / "node", 1 << 20, segment_bytes=128 << 10, direct=False)
     node = StorageNode("node-0", Arena(1 << 20, 4096), store=store)
+    # Not computed again: other processors round a decomposition otherwise.
+    klt = KLT(stored_calibration(folder))
     texts: list[ChunkId] = []
     for entry in expected(folder)["chunks"]:
         name = entry["encoding"]
@@ -90,7 +99,7 @@ def test_a_node_serves_the_bytes_and_they_decode_to_the_kv_that_was_stored(folde
         header = read_header(data)
         bounds = [header.range_bytes(frame, 1) for frame in range(header.geometry.frame_count)]
         frames = [data[offset : offset + length] for offset, length in bounds]
-        kv = decode(EncodedChunk(header, [data[: header.header_bytes], *frames], {}))
+        kv = decode(EncodedChunk(header, [data[: header.header_bytes], *frames], {}), klt)
         texts += [chunk_id(entry)] * (chunk_id(entry) not in texts)
         wanted = make_kv(write.SPEC, write.TOKENS, seed=len(texts) - 1)
         error = (torch.stack(kv).float() - torch.stack(wanted).float()).pow(2).mean().sqrt()
@@ -101,10 +110,8 @@ def test_a_node_serves_the_bytes_and_they_decode_to_the_kv_that_was_stored(folde
 
 def test_the_calibration_and_the_canary_are_there(folder: Path) -> None:
     known = expected(folder)
-    registry = CalibrationRegistry(folder / "calibrations")
-    (record,) = registry.records()
-    assert record.digest.hex() == known["calibration"]["digest"]
-    calibration = Calibration.from_bytes(b"".join(registry.pieces(record.digest)))
+    calibration = stored_calibration(folder)
+    assert calibration.digest.hex() == known["calibration"]["digest"]
     assert calibration.model_digest.hex() == known["spec_digest"]
     canary, sketch = CanaryRegistry(folder / "canaries").get(bytes.fromhex(known["spec_digest"]))
     assert canary.origin == write.ORIGIN

@@ -93,17 +93,17 @@ def encode(
     )
 
 
-def decoder_of(header: ChunkHeader) -> dict[str, Any]:
-    """What `decode_frames` needs besides the bytes."""
+def decoder_of(header: ChunkHeader, klt: KLT | None = None) -> dict[str, Any]:
+    """What `decode_frames` needs besides the bytes. `klt` is by default that of this machine's `make_calibration`."""
     if not header.encoding.needs_calibration:
         return {}
     geometry = header.geometry
     spec = make_spec(geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.dtype)
-    klt = klt_of(spec)
+    klt = klt or klt_of(spec)
     return {"klt": klt, "prediction": klt.predict(features_of(geometry.tokens))}
 
 
-def decode(chunk: EncodedChunk) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(chunk: EncodedChunk, klt: KLT | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Decodes every frame into a slice of larger tensors, as an engine's cache would have it."""
     geometry = chunk.header.geometry
     room = (geometry.layers, geometry.kv_heads, geometry.tokens + 7, geometry.head_dim)
@@ -112,7 +112,7 @@ def decode(chunk: EncodedChunk) -> tuple[torch.Tensor, torch.Tensor]:
         period, slot = divmod(frame, geometry.frames_per_period)
         layers, tokens = geometry.layers_of(period), geometry.tokens_of(slot)
         views = [out[layers.start : layers.stop, :, 3 + tokens.start : 3 + tokens.stop] for out in outs]
-        decode_frames(chunk.header, frame, 1, data, *views, **decoder_of(chunk.header))
+        decode_frames(chunk.header, frame, 1, data, *views, **decoder_of(chunk.header, klt))
     for out in outs:
         assert (out[:, :, :3] == -1).all(), "wrote in front of the frames"
         assert (out[:, :, 3 + geometry.tokens :] == -1).all(), "wrote behind the frames"
