@@ -1,4 +1,4 @@
-"""Restart every pod of the Helm chart, one after the other, and let the cluster grow and shrink, under load.
+"""Restart the pods of the Helm chart but Redis, one after the other, and let the cluster grow and shrink, under load.
 
 python benchmarks/rolling_restart.py [--pages 800] [--readers 3] [--quick] [--json FILE] [--plot FILE]
 
@@ -110,7 +110,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Restart every pod of the Helm chart under load.")
+    parser = argparse.ArgumentParser(description="Restart the pods of the Helm chart under load.")
     parser.add_argument("--pages", type=int, default=800)
     parser.add_argument("--readers", type=int, default=3)
     parser.add_argument("--quick", action="store_true")

@@ -79,3 +79,6 @@ def test_the_release_has_a_test() -> None:
         for pod in release().of("Pod")
     }
     assert "test" in hooks.values()
+    (pod,) = (pod for pod in release().of("Pod") if hooks[pod["metadata"]["name"]] == "test")
+    # Helm 3 removes a pod with `hook-succeeded` before `helm test --logs` can read its log.
+    assert pod["metadata"]["annotations"]["helm.sh/hook-delete-policy"] == "before-hook-creation"

@@ -1,9 +1,11 @@
 """What the chart makes of what is in the cluster: secrets stay as they are, and nodes are drained before they go."""
 
+import base64
 import json
 from collections.abc import Iterable
 
 import pytest
+from cryptography import x509
 from helm_python import _native
 from helm_python.chart import Chart
 from helm_python.config import Config
@@ -71,3 +73,13 @@ def test_nodes_are_drained_only_before_a_scale_down(running: int, wanted: int, d
     assert (("Job", "kv-kvstore-drain") in after) == drains
     if drains:
         assert f"--beyond {wanted} --wait" in after.container("drain")["args"][0]
+
+
+def test_a_certificate_without_the_name_that_clients_ask_for_is_made_anew() -> None:
+    installed = render()
+    renamed = render_beside(installed.of("Secret"), {"tls": {"name": "kv.example.com"}})
+    before, after = secrets(installed), secrets(renamed)
+    assert {name for name in GENERATED if before[name] != after[name]} == {"kv-kvstore-tls"}
+    certificate = x509.load_pem_x509_certificate(base64.b64decode(after["kv-kvstore-tls"]["tls.crt"]))
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert "kv.example.com" in names.get_values_for_type(x509.DNSName)

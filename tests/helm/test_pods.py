@@ -77,12 +77,13 @@ def look_for_secrets(release: Release) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_restarts_of_every_pod_lose_nothing_and_no_client_notices(short_folder: Path) -> None:
+def test_restarts_of_pods_lose_nothing_and_clients_find_nearly_all(short_folder: Path) -> None:
     from benchmarks.rolling_restart import measure
 
     rows, _ = measure(short_folder, pages=200, readers=2, steady_s=2, quick=True)
     assert {row["phase"]: (row["failed_fetches"], row["fetches"] > 0) for row in rows} == {
         row["phase"]: (0, True) for row in rows
     }
+    assert min(row["hit_rate"] for row in rows) > 0.99
     assert rows[-1]["lost_pages"] == 0
     assert rows[-1]["hit_rate"] == rows[0]["hit_rate"] == 1.0

@@ -12,6 +12,7 @@ import yaml
 
 from kvstore_client.settings import settings_by_name
 from kvstore_service.cli.app import app
+from kvstore_service.embedded import EmbeddedCluster
 from kvstore_service.identity.caller import Scope
 from kvstore_service.identity.credential import token_id
 from kvstore_service.identity.document import read_document
@@ -175,7 +176,7 @@ def test_pods_call_commands_that_exist() -> None:
     assert manifests.container("gateway")["command"][:3] == ["kvstore", "serve", "--config"]
     assert {"--config"} <= options["serve"]
     drain = manifests.container("storage")["lifecycle"]["preStop"]["exec"]["command"][-1]
-    assert drain == 'timeout 900 kvstore drain "$POD_NAME" --wait || true'
+    assert drain.splitlines()[-1] == 'timeout 1800 kvstore drain "$POD_NAME" --wait || true'
     assert "kvstore drain --beyond 3 --wait" in manifests.container("drain")["args"][0]
     assert {"--wait", "--beyond"} <= options["drain"]
     assert {"probe", "status", "selftest"} <= options.keys()
@@ -197,3 +198,15 @@ def test_probes_of_a_port_with_tls_run_the_cli_and_others_are_kubernetes_own() -
             assert probe["exec"]["command"] == ["/bin/sh", "-c", f'exec kvstore probe "$POD_IP:{port}"']
         for probe in plain.values():
             assert probe["grpc"] == {"port": port, "service": ""}
+
+
+@each
+def test_the_gateway_needs_no_memory_of_nodes(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes have more memory than the limit of the gateway's container."""
+    monkeypatch.setattr("kvstore_cluster.arena._container_limit_bytes", lambda: 1 << 30)
+    settings = yaml.safe_load(serve_yaml(render(values_of(path))))
+    files = {name: value for name, value in settings.items() if str(value).startswith("/etc/")}
+    plain = {name: value for name, value in settings.items() if name not in {*files, "tls_name"}}
+    EmbeddedCluster(load_settings(**plain | {"insecure": True, "listen": "127.0.0.1:0"}))

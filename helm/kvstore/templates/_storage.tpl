@@ -38,7 +38,10 @@ lifecycle:
       command:
         - /bin/sh
         - -c
-        - 'timeout {{ int .Values.storage.drain.timeoutSeconds }} kvstore drain "$POD_NAME" --wait || true'
+        # An upgrade replaces the gateway at the same time; without one nothing can be drained.
+        - |
+          timeout 60 sh -c 'until kvstore probe "$KVSTORE_ADDRESS"; do sleep 2; done'
+          timeout {{ int .Values.storage.drain.timeoutSeconds }} kvstore drain "$POD_NAME" --wait || true
 {{- end }}
 resources:
   {{- include "kvstore.storageResources" . | nindent 2 }}
@@ -76,5 +79,5 @@ resources: {requests: {storage: {{ .size }}}}
 {{- end -}}
 
 {{- define "kvstore.storage.graceSeconds" -}}
-{{- .Values.storage.drain.enabled | ternary (add 60 .Values.storage.drain.timeoutSeconds) 60 -}}
+{{- .Values.storage.drain.enabled | ternary (add 120 .Values.storage.drain.timeoutSeconds) 60 -}}
 {{- end -}}
