@@ -116,6 +116,20 @@ def _of_security(pod: Manifest) -> Iterator[str]:
         "a tag that stays": re.search(r":(?!latest$)[\w.-]+$|@sha256:", container["image"]),
     }
     yield from (f"{container['name']} lacks {rule}" for rule, held in holds.items() if not held)
+    limits = container["resources"].get("limits", {})
+    for resource, request in container["resources"].get("requests", {}).items():
+        if resource in limits and amount(request) > amount(limits[resource]):
+            yield f"{container['name']} requests {request} of {resource}, above the limit of {limits[resource]}"
+
+
+def amount(quantity: object) -> float:
+    """A quantity of Kubernetes as a number."""
+    number, unit = re.fullmatch(r"([0-9.]+)([a-zA-Z]*)", str(quantity)).groups()  # type: ignore[union-attr]
+    prefix = unit.removesuffix("i")
+    scale = 1024.0 if unit.endswith("i") else 1000.0
+    return float(number) * (
+        {"m": 0.001, "": 1.0}.get(unit) or scale ** (1 + "kMGTP".index(prefix.replace("K", "k")))
+    )
 
 
 def _of_secrets(manifests: Manifests, existing: set[str]) -> Iterator[str]:

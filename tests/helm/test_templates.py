@@ -95,7 +95,7 @@ def test_a_disruption_budget_needs_two_nodes(replicas: int, available: int | Non
 def test_the_grace_period_outlasts_the_drain() -> None:
     drained = render({"storage": {"drain": {"timeoutSeconds": 100}}})
     assert drained.pod("storage")["spec"]["terminationGracePeriodSeconds"] == 220
-    assert drained["Job", "kv-kvstore-drain"]["spec"]["activeDeadlineSeconds"] == 100
+    assert drained["Job", "kv-kvstore-drain"]["spec"]["activeDeadlineSeconds"] == 220
     plain = render({"storage": {"drain": {"enabled": False}}})
     assert "lifecycle" not in plain.container("storage")
     assert ("Job", "kv-kvstore-drain") not in plain

@@ -12,6 +12,7 @@ _POD_RESOURCES: list[Any] = [
     {"limits": {"memory": "64Gi", "nvidia.com/gpu": 1}},
     {"limits": {"memory": "2.5Gi"}, "requests": {"cpu": "250m"}},
     {"limits": {"memory": "17179869184"}, "requests": {"cpu": 2}},
+    {"limits": {"memory": "4Gi", "cpu": "1500m"}, "requests": {"cpu": "2", "memory": "3Gi"}},
 ]
 _MAP = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-a"}}
 _TEXT = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: b}"

@@ -6,6 +6,7 @@
 {{- $problems = append $problems (printf "fullnameOverride: objects would be named %q; set it to at most 40 small letters, digits and -, beginning with a letter" $name) -}}
 {{- end -}}
 {{- $problems = concat $problems (include "kvstore.problems.security" . | fromJsonArray) -}}
+{{- $problems = concat $problems (include "kvstore.problems.resources" . | fromJsonArray) -}}
 {{- $problems = concat $problems (include "kvstore.problems.storage" . | fromJsonArray) -}}
 {{- $problems = concat $problems (include "kvstore.problems.redis" . | fromJsonArray) -}}
 {{- $problems = concat $problems (include "kvstore.problems.additions" . | fromJsonArray) -}}
@@ -48,6 +49,20 @@
 {{- end -}}
 {{- if and $tls.requireClientCertificate (has $tls.source (list "selfSigned" "disabled")) -}}
 {{- $problems = append $problems (printf "tls.requireClientCertificate: with tls.source: %s no client could get a certificate; use certManager or existingSecret" $tls.source) -}}
+{{- end -}}
+{{- toJson $problems -}}
+{{- end -}}
+
+{{- define "kvstore.problems.resources" -}}
+{{- $problems := list -}}
+{{- $components := dict "gateway" .Values.gateway.resources "head" .Values.head.resources "storage" (include "kvstore.storageResources" . | fromYaml) "redis.bundled" .Values.redis.bundled.resources -}}
+{{- range $component, $resources := $components -}}
+{{- range $resource, $request := $resources.requests | default dict -}}
+{{- $limit := get ($resources.limits | default dict) $resource -}}
+{{- if and $limit (gt (include "kvstore.thousandths" $request | int64) (include "kvstore.thousandths" $limit | int64)) -}}
+{{- $problems = append $problems (printf "%s.resources.requests.%s: %v is more than the limit of %v; Kubernetes refuses that" $component $resource $request $limit) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- toJson $problems -}}
 {{- end -}}
