@@ -77,12 +77,12 @@ class Restarts:
 
 
 def measure(
-    folder: Path, pages: int, readers: int, *, quick: bool, steady_s: float = _STEADY_S
+    folder: Path, pages: int, readers: int, *, quick: bool, steady_s: float = _STEADY_S, pause_s: float = 0.0
 ) -> tuple[list[dict[str, Any]], list[Fetch]]:
     """A row for each phase, and all fetches."""
     with Release(folder, values(_STORAGE)) as release:
         release.start_all()
-        load = Load(release.client_settings(), pages=pages, readers=readers)
+        load = Load(release.client_settings(), pages=pages, readers=readers, pause_s=pause_s)
         restarts = Restarts(release)
         steps: list[tuple[str, Callable[[], object]]] = [("before", partial(time.sleep, steady_s))]
         steps += [

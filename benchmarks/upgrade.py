@@ -112,23 +112,22 @@ class Version:
         return service, ready[1]
 
 
-def measure(before: str, pages: int, folder: Path) -> list[dict[str, Any]]:
+def measure(before: str, pages: int, folder: Path, turns: int = 4) -> list[dict[str, Any]]:
     """One row for each start of a version."""
     versions = {before: Version(checkout(before, folder / "before")), "this version": Version(ROOT)}
     rows, stored = [], 0
-    for turn, name in enumerate([before, "this version", before, "this version"]):
+    for turn, name in enumerate([before, "this version"] * (turns // 2) + [before] * (turns % 2)):
         version = versions[name]
         began_s = time.monotonic()
         service, address = version.serve(folder / "data")
         ready_s = time.monotonic() - began_s
-        try:
+        with service:
             right = int(version.run("-c", _CLIENT, address, "get", "0", str(stored))) if stored else 0
             quotas = version.run(*_KVSTORE, "quota", "--address", address, "--json") if turn else ""
             version.run(*_KVSTORE, "quota", f"tenant-{turn}", "1GiB", "--address", address)
             put = int(version.run("-c", _CLIENT, address, "put", str(stored), str(stored + pages)))
-        finally:
             service.terminate()
-            status = service.wait(_TIMEOUT_S)
+        status = service.returncode
         rows.append(
             {
                 "version": name,

@@ -214,7 +214,8 @@ class StorageActors:
         import ray
 
         live = self._ask(self._coordinator.live)
-        if set(self._ask(self._coordinator.known)) - live.keys():
+        # One that has stopped in order is not known any more, but has its place.
+        if (self.handles.keys() | self._ask(self._coordinator.known)) - live.keys():
             return False
         if time.monotonic() - self._restarted_s > _WHOLE_S:
             return True

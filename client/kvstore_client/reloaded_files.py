@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 CHECK_PERIOD_S = 1.0
 """A change of a file takes effect within this time."""
+_REPLACED_WITHIN_S = 0.2
+"""Longest time between the replacements of files that belong together, such as a key and its certificate."""
 
 Loaded = TypeVar("Loaded")
 
@@ -32,7 +34,7 @@ class ReloadedFiles(Generic[Loaded]):
         self._files, self._load, self._clock = files, load, clock
         self._has_files = any(path is not None for path in files)
         self._stamp = stamp_of(*files)
-        self._loaded = load()
+        self._loaded = self._loaded_first()
         self._checked_s = clock()
         self._checking = threading.Lock()
         self._changes = 0
@@ -57,6 +59,19 @@ class ReloadedFiles(Generic[Loaded]):
         """Number of times that it was made again."""
         _ = self.current
         return self._changes
+
+    def _loaded_first(self) -> Loaded:
+        """Loads files that may just be replaced: those that do not belong together are read again once they change."""
+        while True:
+            try:
+                return self._load()
+            except ConfigurationError:
+                deadline_s = time.monotonic() + _REPLACED_WITHIN_S
+                while (stamp := stamp_of(*self._files)) == self._stamp:
+                    if time.monotonic() > deadline_s:
+                        raise
+                    time.sleep(0.01)
+                self._stamp = stamp
 
     def _check(self) -> None:
         stamp = stamp_of(*self._files)

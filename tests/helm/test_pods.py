@@ -80,7 +80,7 @@ def look_for_secrets(release: Release) -> None:
 def test_restarts_of_pods_lose_nothing_and_clients_find_nearly_all(short_folder: Path) -> None:
     from benchmarks.rolling_restart import measure
 
-    rows, _ = measure(short_folder, pages=200, readers=2, steady_s=2, quick=True)
+    rows, _ = measure(short_folder, pages=200, readers=2, steady_s=2, pause_s=0.1, quick=True)
     assert {row["phase"]: (row["failed_fetches"], row["fetches"] > 0) for row in rows} == {
         row["phase"]: (0, True) for row in rows
     }

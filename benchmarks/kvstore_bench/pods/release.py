@@ -1,12 +1,15 @@
 """A release of the chart that runs on this machine."""
 
 import copy
+import fcntl
 import itertools
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +28,8 @@ _FIRST_HOST = 10
 class Release:
     """The pods of the chart with `values`, with their files in `folder`, whose path must be short. A context manager,
     which stops all pods. Pods are started one by one: Kubernetes would start all at once, and restart those that fail
-    until what they wait for is there.
+    until what they wait for is there. There is one release at a time on a machine, because Ray's head listens at all of
+    its addresses; another one waits.
 
     Raises StartupError for pods that do not start."""
 
@@ -37,6 +41,7 @@ class Release:
         self._addresses: dict[str, str] = {}
         self.pods: dict[str, Pod] = {}
         self._starts = itertools.count()
+        self._turn = ExitStack()
         _provide_programs(folder)
 
     def upgrade(self, values: Mapping[str, Any]) -> None:
@@ -62,8 +67,10 @@ class Release:
         folder.mkdir()
         address = self._address(name)
         spec = _with_redis_port(workload.spec) if component == "redis" else workload.spec
+        # Other programs may use the machine's other addresses.
+        hosts = self._services() | {"0.0.0.0": address}  # noqa: S104
         container = container_of(
-            self.manifests, spec, name, address, self._folder / "root", folder / "t", self._services()
+            self.manifests, spec, name, address, self._folder / "root", folder / "t", hosts
         )
         pod = self.pods[name] = Pod(name, address, spec, container, folder)
         return pod
@@ -113,6 +120,8 @@ class Release:
             pod.wait_until("readiness", patience_s)
 
     def __enter__(self) -> Self:
+        lock = self._turn.enter_context((Path(tempfile.gettempdir()) / "kvstore-pods.lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
         return self
 
     def __exit__(
@@ -120,6 +129,7 @@ class Release:
     ) -> None:
         for pod in reversed(self.pods.values()):
             pod.kill()
+        self._turn.close()
 
     def _address(self, pod: str) -> str:
         if pod not in self._addresses:

@@ -70,10 +70,17 @@ class Load:
     client of its own, made with `settings`. A context manager."""
 
     def __init__(
-        self, settings: dict[str, Any], *, pages: int, readers: int, fetch_timeout_s: float = 5.0
+        self,
+        settings: dict[str, Any],
+        *,
+        pages: int,
+        readers: int,
+        pause_s: float = 0.0,
+        fetch_timeout_s: float = 5.0,
     ) -> None:
+        """Each reader waits for `pause_s` after a fetch."""
         self._settings = settings | {"fetch_timeout_s": fetch_timeout_s, "put_durability": "durable"}
-        self._fetch_timeout_s, self._readers = fetch_timeout_s, readers
+        self._fetch_timeout_s, self._readers, self._pause_s = fetch_timeout_s, readers, pause_s
         self._clients: list[KVStoreClient] = []
         self._lock = threading.Lock()
         self._ending = threading.Event()
@@ -132,7 +139,7 @@ class Load:
     def _read(self, chance: random.Random) -> None:
         store = self._store()
         views = [bytearray(PAGE_BYTES) for _ in range(_RUN_PAGES)]
-        while not self._ending.is_set():
+        while not self._ending.wait(self._pause_s):
             with self._lock:
                 numbers = chance.sample(self.acknowledged, _RUN_PAGES)
             began_s, failed, result = time.monotonic(), 0, None
