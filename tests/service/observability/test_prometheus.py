@@ -187,7 +187,8 @@ def test_every_alert_about_a_cluster_fires_when_its_fault_is_made(scraped: Scrap
     finally:
         firing = scraped.prometheus.firing()
         assert wanted - firing == set()
-    assert firing == wanted, "a fault causes no other alert"
+    # Half an hour of an alert is a second here, in which a busy machine does not repair all copies.
+    wait_until(lambda: scraped.prometheus.firing() == wanted, "no alerts but those of the faults")
 
 
 @needs_prometheus
