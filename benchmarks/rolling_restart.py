@@ -45,21 +45,13 @@ class Restarts:
     def __init__(self, release: Release) -> None:
         self.release = release
 
-    def storage(self, ordinal: int) -> None:
-        self.release.pod("storage", ordinal).stop()
-        self.release.start("storage", ordinal).wait_until("readiness")
-
-    def gateway(self) -> None:
-        self.release.pod("gateway").stop()
-        self.release.start("gateway").wait_until("readiness")
+    def restart(self, component: str, ordinal: int = 0) -> None:
+        self.release.pod(component, ordinal).stop()
+        self.release.start(component, ordinal).wait_until("readiness")
 
     def gateway_lost(self) -> None:
         self.release.pod("gateway").kill()
         self.release.start("gateway").wait_until("readiness")
-
-    def head(self) -> None:
-        self.release.pod("head").stop()
-        self.release.start("head").wait_until("readiness")
 
     def grow(self) -> None:
         self.release.upgrade(values(_GROWN))
@@ -86,10 +78,13 @@ def measure(
         restarts = Restarts(release)
         steps: list[tuple[str, Callable[[], object]]] = [("before", partial(time.sleep, steady_s))]
         steps += [
-            (f"storage {ordinal} drained, restarted", partial(restarts.storage, ordinal))
+            (f"storage {ordinal} drained, restarted", partial(restarts.restart, "storage", ordinal))
             for ordinal in reversed(range(1 if quick else _STORAGE))
         ]
-        steps += [("gateway restarted", restarts.gateway), ("head restarted", restarts.head)]
+        steps += [
+            (f"{component} restarted", partial(restarts.restart, component))
+            for component in ("gateway", "head")
+        ]
         if not quick:
             steps += [("gateway killed", restarts.gateway_lost)]
             steps += [

@@ -53,14 +53,21 @@ def background_works(address: str) -> bool:
     """Whether all background loops of the coordinator work. Raises ServiceError if no coordinator answers at
     `address`."""
     with _coordinator_channel(address) as channel:
-        request = health_pb2.HealthCheckRequest(service=BACKGROUND)
         try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=_TIMEOUT_S)
+            status = serving_status(channel, BACKGROUND, _TIMEOUT_S)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.NOT_FOUND:  # an older coordinator, which does not report it
                 return True
             raise
-        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+        return bool(status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def serving_status(channel: grpc.Channel, service: str, timeout_s: float) -> int:
+    """What gRPC's health service says of the name `service`: a `HealthCheckResponse.ServingStatus`. Raises
+    grpc.RpcError."""
+    request = health_pb2.HealthCheckRequest(service=service)
+    status: int = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s).status
+    return status
 
 
 def list_calibrations(address: str) -> list[pb.CalibrationInfo]:

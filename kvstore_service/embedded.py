@@ -28,6 +28,7 @@ from kvstore_service.local_ray import ESSENTIAL, RayProcesses, local_ray
 from kvstore_service.observability.log_follower import LogFollower
 from kvstore_service.observability.process_logs import keep_logs
 from kvstore_service.ray_cluster import existing_ray, on_this_node
+from kvstore_service.ray_messages import reason_of
 from kvstore_service.ray_node import joined_ray
 from kvstore_service.scratch import scratch_folder
 from kvstore_service.security import Security
@@ -203,9 +204,7 @@ class EmbeddedCluster:
                     log.warning("no node of the Ray cluster offers a CPU yet, so there is no storage node")
             self._wait_until_joined()
         except ray.exceptions.RayError as error:
-            # Ray reports a failed constructor as a whole remote traceback; its last line is the reason.
-            reason = str(error).strip().splitlines()[-1]
-            raise StartupError(f"the cluster did not start: {reason}") from error
+            raise StartupError(f"the cluster did not start: {reason_of(error)}") from error
         if self._actors is not None:
             self._actors.watch()
 

@@ -1,4 +1,4 @@
-"""What Ray prints in the process that controls a cluster."""
+"""What Ray prints and says in the process that controls a cluster."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,3 +20,8 @@ def silent_ray() -> Iterator[None]:
         yield
     finally:
         worker.print_to_stdstream = prints
+
+
+def reason_of(error: Exception) -> str:
+    """The reason of a failure in an actor: the last line of Ray's error, which is a whole remote traceback."""
+    return str(error).strip().splitlines()[-1]

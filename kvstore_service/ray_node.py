@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from kvstore_codec.errors import StartupError
 from kvstore_service.listen import Address
@@ -13,9 +14,28 @@ from kvstore_service.local_ray import OBJECT_STORE_BYTES
 from kvstore_service.parent_death import end_with_parent
 from kvstore_service.ray_cluster import existing_ray, require_answer
 
-_STARTED = b"Ray runtime started."
+STARTED = b"Ray runtime started."
+"""What `ray start` prints when its node runs."""
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
+
+
+def start_ray_node(host: str, output: BinaryIO, *arguments: str) -> subprocess.Popen[bytes]:
+    """Runs `ray start` with these arguments at the IP address `host`, for as long as this process lives. What it
+    prints goes to `output`."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments),
+            f"--node-ip-address={host}",
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+            *("--num-gpus=0", "--include-log-monitor=false", "--disable-usage-stats"),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # so that Ctrl-C reaches only this process, which stops the node
+        preexec_fn=end_with_parent,
+    )
 
 
 @contextmanager
@@ -27,20 +47,7 @@ def joined_ray(address: str, listen: Address, folder: Path) -> Iterator[None]:
     folder.mkdir()
     log = folder / "start.log"
     with log.open("wb") as output:
-        node = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={address}"),
-                f"--node-ip-address={host}",
-                f"--temp-dir={folder}",
-                f"--object-store-memory={OBJECT_STORE_BYTES}",
-                *("--num-cpus=0", "--num-gpus=0", "--include-log-monitor=false", "--disable-usage-stats"),
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that Ctrl-C reaches only this process, which stops the node
-            preexec_fn=end_with_parent,
-        )
+        node = start_ray_node(host, output, f"--address={address}", f"--temp-dir={folder}", "--num-cpus=0")
     try:
         _wait_until_started(node, log)
         with existing_ray(address, host):
@@ -56,7 +63,7 @@ def joined_ray(address: str, listen: Address, folder: Path) -> Iterator[None]:
 
 def _wait_until_started(node: subprocess.Popen[bytes], log: Path) -> None:
     deadline_s = time.monotonic() + _START_TIMEOUT_S
-    while _STARTED not in log.read_bytes():
+    while STARTED not in log.read_bytes():
         if node.poll() is not None or time.monotonic() > deadline_s:
             lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise StartupError(f"the Ray node of this machine did not start: {' '.join(lines[-3:])[-1000:]}")

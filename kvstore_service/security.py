@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from kvstore_client.connector import Connector
+from kvstore_client.connector import Connector, read_token
 from kvstore_client.settings import SecuritySettings
 from kvstore_codec.errors import ConfigurationError
 from kvstore_service.identity import Access, CredentialFile, new_token
@@ -102,10 +102,7 @@ class Security:
 def _node_token(file: Path | None) -> str:
     if file is None:
         return new_token()[1]
-    try:
-        token = file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeError) as error:
-        raise ConfigurationError(f"cannot read the token of the nodes in {file}: {error}") from error
+    token = read_token(file)
     if not token_id(token):
         raise ConfigurationError(
             f"{file} has no token: write what `kvstore credentials add nodes --tenant '*' --scope node` prints"

@@ -13,6 +13,7 @@ from typing import Any
 from kvstore_cluster.background import BackgroundLoop
 from kvstore_codec.errors import ServiceError
 from kvstore_service.ray_cluster import on_node, ray_nodes
+from kvstore_service.ray_messages import reason_of
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +271,7 @@ def stop_nodes(actors: Mapping[str, Any], timeout_s: float = _STOP_TIMEOUT_S) ->
         try:
             ray.get(call, timeout=0)
         except ray.exceptions.RayError as error:
-            log.warning("storage node %s did not stop in order: %s", name, _last_line(error))
+            log.warning("storage node %s did not stop in order: %s", name, reason_of(error))
 
 
 def _reason(actor: Any) -> str:
@@ -280,13 +281,8 @@ def _reason(actor: Any) -> str:
     try:
         ray.get(actor.pid.remote(), timeout=1.0)
     except ray.exceptions.RayError as error:
-        return _last_line(error)
+        return reason_of(error)
     return "its process ended"
-
-
-def _last_line(error: Exception) -> str:
-    """The reason of a failure: Ray reports it as a whole remote traceback."""
-    return str(error).strip().splitlines()[-1]
 
 
 def _exists(actor_name: str) -> bool:

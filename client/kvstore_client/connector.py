@@ -115,7 +115,7 @@ def _load(settings: SecuritySettings) -> _Loaded:
     """Raises ConfigurationError."""
     token = settings.token.get_secret_value()
     if settings.token_file is not None:
-        token = _read_token(settings.token_file)
+        token = read_token(settings.token_file)
     if not settings.uses_tls:
         return _Loaded(token, None, None)
     certificate, key = settings.tls_cert, settings.tls_key
@@ -154,7 +154,7 @@ def _roots(settings: SecuritySettings) -> bytes | None:
     return own + end + b"\n"
 
 
-def _read_token(path: Path) -> str:
+def read_token(path: Path) -> str:
     """The token in a file. Raises ConfigurationError, which does not quote it."""
     try:
         with path.open("rb") as file:

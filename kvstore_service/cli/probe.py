@@ -17,20 +17,19 @@ def probe(
     """Ask a server for its health, as probes of Kubernetes do, which cannot use TLS. Needs no token. Exits with status
     1 unless it serves."""
     import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from grpc_health.v1 import health_pb2
 
     from kvstore_client.grpc_failure import predicate_of
-    from kvstore_service.cluster_stats import environment_connector
+    from kvstore_service.cluster_stats import environment_connector, serving_status
     from kvstore_service.listen import Address
 
     where = str(Address.parse(address))
     with environment_connector().channel(where) as channel:
         try:
-            request = health_pb2.HealthCheckRequest(service=service)
-            reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout)
+            status = serving_status(channel, service, timeout)
         except grpc.RpcError as error:
             raise ServiceError(f"the server at {where} {predicate_of(error)}") from error
-    status = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
-    if reply.status != health_pb2.HealthCheckResponse.SERVING:
-        raise ServiceError(f"the server at {where} answers {status}")
-    typer.echo(status)
+    name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
+    if status != health_pb2.HealthCheckResponse.SERVING:
+        raise ServiceError(f"the server at {where} answers {name}")
+    typer.echo(name)

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,7 +134,10 @@ def test_settings_that_do_not_work_stop_at_the_first_node(three_ray_nodes: Any, 
     with EmbeddedCluster(settings_of(**options, data_dir=wrong, keep_nodes=True)) as cluster:
         wait_until(lambda: "kvstore-placement" in background_health().failing, patience_s=60)
         assert "Not a directory" in background_health().failing["kvstore-placement"]
-        time.sleep(5)
+        steps = background_health().errors
+        wait_until(
+            lambda: background_health().errors >= steps + 3, patience_s=60
+        )  # it had the time for others
         assert sum(map(psutil.pid_exists, pids.values())) == 2
         wait_until(lambda: len(members(cluster)) == 2, patience_s=30)
     with EmbeddedCluster(settings_of(**options, data_dir=right)) as cluster:  # ends them, at its end

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -16,14 +15,12 @@ from typing import Self
 from kvstore_codec.errors import StartupError
 from kvstore_service.listen import Address, Reservation
 from kvstore_service.local_ray import prepare_environment
-from kvstore_service.parent_death import end_with_parent
+from kvstore_service.ray_node import STARTED, start_ray_node
 
 HEAD = "head"
 _HOST = "127.0.0.1"
-_STARTED = b"Ray runtime started."
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 15.0
-_OBJECT_STORE_BYTES = 80 << 20
 # Ray's defaults take 13 s to detect a dead node. The timeout of a probe is long, because the machine is busy.
 _DETECTION = {
     "health_check_initial_delay_ms": 0,
@@ -66,7 +63,7 @@ class RayNodes:
         self._start(name, f"--address={self.address}", "--num-cpus=1")
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         # Nodes start one after the other, because raylets that start at the same time may choose the same port.
-        while (self._folder / f"{name}.log").read_bytes().count(_STARTED) < self._starts[name]:
+        while (self._folder / f"{name}.log").read_bytes().count(STARTED) < self._starts[name]:
             if time.monotonic() > deadline_s or self._started[name].poll() is not None:
                 raise StartupError(f"Ray node {name} did not start: {self._last_words(name)}")
             time.sleep(0.05)
@@ -114,22 +111,7 @@ class RayNodes:
     def _start(self, name: str, *arguments: str) -> None:
         self._starts[name] += 1
         with (self._folder / f"{name}.log").open("ab") as log:
-            self._started[name] = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments),
-                    f"--node-name={name}",
-                    f"--node-ip-address={_HOST}",
-                    "--num-gpus=0",
-                    f"--object-store-memory={_OBJECT_STORE_BYTES}",
-                    "--include-log-monitor=false",
-                    "--disable-usage-stats",
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a separate process group, so that Ctrl-C reaches only the benchmark
-                preexec_fn=end_with_parent,
-            )
+            self._started[name] = start_ray_node(_HOST, log, *arguments, f"--node-name={name}")
 
     def _last_words(self, name: str) -> str:
         """End of a node's log, which is removed with the cluster's folder."""

